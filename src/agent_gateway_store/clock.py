@@ -1,0 +1,35 @@
+"""The one clock of the package: aware UTC, with an offset that tests move.
+
+Nothing else reads the time. `storage.database.db_now` adds the same offset to the database's clock, so that one call
+to `move` carries both.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+__all__ = ["move", "offset", "reset", "utc_now"]
+
+_offset = timedelta()
+
+
+def utc_now() -> datetime:
+    """Return the time now as an aware UTC datetime, moved by the offset."""
+    return datetime.now(UTC) + _offset
+
+
+def offset() -> timedelta:
+    """Return how far the clock has been moved; zero outside tests."""
+    return _offset
+
+
+def move(by: timedelta) -> None:
+    """Move the clock of this process by `by` (negative: back). For tests; moves add up."""
+    global _offset
+    _offset += by
+
+
+def reset() -> None:
+    """Put the clock back to the real time."""
+    global _offset
+    _offset = timedelta()

@@ -1,0 +1,229 @@
+"""Every error this package raises.
+
+    GatewayStoreError
+    ├── ApprovalError (also ValueError)
+    │   ├── ApprovalNotFoundError
+    │   ├── ApprovalAlreadyDecidedError
+    │   ├── ApprovalAlreadyVotedError
+    │   ├── ApprovalNotApprovedError
+    │   ├── ApprovalExpiredError
+    │   ├── ApprovalAlreadyUsedError
+    │   ├── ApprovalMismatchError
+    │   ├── SelfApprovalError
+    │   └── DecisionVetoedError
+    ├── InvalidApiKeyError
+    ├── ApiKeyNotFoundError
+    ├── ApiKeyExistsError
+    ├── InvalidUrlError (also ValueError)
+    ├── StoreUnavailableError
+    │   └── AuditUnavailableError
+    ├── SchemaOutOfDateError
+    ├── StoreNotOpenError
+    ├── MissingExtraError (also ImportError)
+    ├── PluginError
+    └── InvalidCursorError (also ValueError)
+
+Facts sit in attributes; the text is one sentence that ends with the next step. No error text holds a token, a key
+or a password.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from uuid import UUID
+
+__all__ = [
+    "ApiKeyExistsError",
+    "ApiKeyNotFoundError",
+    "ApprovalAlreadyDecidedError",
+    "ApprovalAlreadyUsedError",
+    "ApprovalAlreadyVotedError",
+    "ApprovalError",
+    "ApprovalExpiredError",
+    "ApprovalMismatchError",
+    "ApprovalNotApprovedError",
+    "ApprovalNotFoundError",
+    "AuditUnavailableError",
+    "DecisionVetoedError",
+    "GatewayStoreError",
+    "InvalidApiKeyError",
+    "InvalidCursorError",
+    "InvalidUrlError",
+    "MissingExtraError",
+    "PluginError",
+    "SchemaOutOfDateError",
+    "SelfApprovalError",
+    "StoreNotOpenError",
+    "StoreUnavailableError",
+]
+
+
+class GatewayStoreError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ApprovalError(GatewayStoreError, ValueError):
+    """An approval cannot do what was asked of it.
+
+    Attributes:
+        approval_id: The approval concerned; None where none was found.
+    """
+
+    def __init__(self, message: str, *, approval_id: UUID | None = None) -> None:
+        super().__init__(message)
+        self.approval_id = approval_id
+
+
+class ApprovalNotFoundError(ApprovalError):
+    """No approval answers to this token or id (a foreign organisation's looks the same)."""
+
+    def __init__(self, message: str = "Approval not found: check the token or the approval id.") -> None:
+        super().__init__(message)
+
+
+class _StandingApprovalError(ApprovalError):
+    """An approval in a state that forbids the move.
+
+    Attributes:
+        status: The standing status, as text.
+        approver_id: Who decided; None where nobody did.
+        decided_at: When (UTC); None where nobody did.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        approval_id: UUID | None = None,
+        status: str | None = None,
+        approver_id: str | None = None,
+        decided_at: datetime | None = None,
+    ) -> None:
+        super().__init__(message, approval_id=approval_id)
+        self.status = status
+        self.approver_id = approver_id
+        self.decided_at = decided_at
+
+
+class ApprovalAlreadyDecidedError(_StandingApprovalError):
+    """Somebody else decided first; the attributes name the standing decision."""
+
+
+class ApprovalAlreadyVotedError(_StandingApprovalError):
+    """This approver has voted on this approval before."""
+
+
+class ApprovalNotApprovedError(_StandingApprovalError):
+    """Only an approved approval can be consumed, and only a used one has an outcome."""
+
+
+class ApprovalExpiredError(_StandingApprovalError):
+    """The deadline to decide or to use has passed, by the database clock."""
+
+
+class ApprovalAlreadyUsedError(_StandingApprovalError):
+    """The approval has already released its one call."""
+
+
+class ApprovalMismatchError(ApprovalError):
+    """The caller or the tool call is not the one that was approved."""
+
+
+class SelfApprovalError(ApprovalError):
+    """The caller of a tool call may not decide about it (setting ALLOW_SELF_APPROVAL)."""
+
+
+class DecisionVetoedError(ApprovalError):
+    """A plugin refused the decision."""
+
+
+class InvalidApiKeyError(GatewayStoreError):
+    """The API key was not accepted. One error for every reason, so that none is given away."""
+
+    def __init__(self, message: str = "Invalid API key: ask the operator for a new one.") -> None:
+        super().__init__(message)
+
+
+class ApiKeyNotFoundError(GatewayStoreError):
+    """No API key belongs to this caller.
+
+    Attributes:
+        caller_id: The caller asked for.
+    """
+
+    def __init__(self, caller_id: str) -> None:
+        super().__init__(f"No API key for caller {caller_id!r}: issue one with `gateway-store keys issue`.")
+        self.caller_id = caller_id
+
+
+class ApiKeyExistsError(GatewayStoreError):
+    """The caller already has an API key.
+
+    Attributes:
+        caller_id: The caller asked for.
+    """
+
+    def __init__(self, caller_id: str) -> None:
+        super().__init__(f"Caller {caller_id!r} already has an API key: use `gateway-store keys rotate` to replace it.")
+        self.caller_id = caller_id
+
+
+class InvalidUrlError(GatewayStoreError, ValueError):
+    """A database or Redis URL that cannot be used as it stands."""
+
+
+class StoreUnavailableError(GatewayStoreError):
+    """The database (or a worker pool in front of it) cannot answer now. Trying again later may succeed."""
+
+
+class AuditUnavailableError(StoreUnavailableError):
+    """AUDIT_MODE=strict: the event could not be recorded, so the call must not go through."""
+
+
+class SchemaOutOfDateError(GatewayStoreError):
+    """The database schema is not the one this version of the package works on.
+
+    Attributes:
+        current: Revision found; None for a database without our tables.
+        expected: Revision this package needs.
+    """
+
+    def __init__(self, message: str, *, current: str | None = None, expected: str | None = None) -> None:
+        super().__init__(message)
+        self.current = current
+        self.expected = expected
+
+
+class StoreNotOpenError(GatewayStoreError):
+    """The store is closed, was never opened, or was opened in another process or event loop."""
+
+
+class MissingExtraError(GatewayStoreError, ImportError):
+    """An optional library is not installed.
+
+    Attributes:
+        extra: The extra that brings it.
+    """
+
+    def __init__(self, feature: str, *, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional library: pip install 'agent-gateway-store[{extra}]'.")
+        self.extra = extra
+
+
+class PluginError(GatewayStoreError):
+    """A plugin is broken, blocked or misconfigured.
+
+    Attributes:
+        plugin: Its name.
+    """
+
+    def __init__(self, message: str, *, plugin: str) -> None:
+        super().__init__(message)
+        self.plugin = plugin
+
+
+class InvalidCursorError(GatewayStoreError, ValueError):
+    """A cursor that this listing did not hand out."""

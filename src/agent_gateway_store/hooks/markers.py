@@ -1,0 +1,13 @@
+"""Decorators that mark hooks and their implementations. Loads nothing but pluggy."""
+
+from __future__ import annotations
+
+from pluggy import HookimplMarker, HookspecMarker
+
+__all__ = ["PROJECT", "hookimpl", "hookspec"]
+
+PROJECT = "agent_gateway_store"
+"""The pluggy project, and the entry-point group that plugins are found by."""
+
+hookspec = HookspecMarker(PROJECT)
+hookimpl = HookimplMarker(PROJECT)

@@ -1,0 +1,171 @@
+"""Approvals: the request a human decides about, the votes, and what a caller learns."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID, uuid4
+
+from pydantic import PositiveInt
+from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, Text, UniqueConstraint, Uuid, text
+from sqlmodel import Field
+
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.models.audit import Instant, Sha256Hex
+from agent_gateway_store.models.base import StoreModel
+from agent_gateway_store.models.canonical import hash_json
+from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, TokenDigest, UtcDateTime
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall, Value
+
+__all__ = ["ApprovalRequest", "ApprovalResult", "ApprovalScope", "ApprovalVote", "VoteDecision", "hash_tool_call"]
+
+_PENDING = text("status = 'PENDING'")
+
+
+class ApprovalScope(StrEnum):
+    """What an approval releases: the execution of a call, or its output."""
+
+    EXECUTION = "EXECUTION"
+    OUTPUT_RELEASE = "OUTPUT_RELEASE"
+
+
+class VoteDecision(StrEnum):
+    """What one approver said."""
+
+    APPROVED = "APPROVED"
+    DENIED = "DENIED"
+    CANCELLED = "CANCELLED"
+
+
+def hash_tool_call(call: ToolCall, *, key: str | None = None) -> str:
+    """Return the hash that binds a permission to exactly this server, tool and arguments (64 hex digits).
+
+    Args:
+        call: The call as it will run, not as approvers see it.
+        key: As in `AuditEvent.hash_args`.
+    """
+    return hash_json({"server": call.server, "tool": call.tool, "arguments": call.arguments}, key=key)
+
+
+class ApprovalRequest(StoreModel, table=True):
+    """One call that waits for a human, and what became of it.
+
+    Attributes:
+        approval_id: The handle that approvers see.
+        token: The secret by which the gateway follows and uses the approval. The column holds its SHA-256 and
+            comparisons hash what they are given; an object read from the database has None here.
+        tool_call: The call as approvers may see it, so already sanitised.
+        tool_call_hash: Binds the permission to the call as it will run; set by `issue_token` where it is None.
+        expires_at: Until when it can be decided; None: `issue_token` sets created_at + APPROVAL_TOKEN_TTL_SECONDS.
+        use_before: Until when an approved token can be used; None: expires_at.
+        required_approvals: How many distinct approvers must approve; one denial ends it.
+        approver_id: Who decided (with several, the last of them).
+        outcome: What came of the call, told after its use; USED with None here means unknown.
+        version: Grows with each transition.
+    """
+
+    __tablename__ = "approval_requests"
+    __table_args__ = (
+        UniqueConstraint("approval_id"),
+        UniqueConstraint("token"),
+        CheckConstraint(
+            "status IN ('PENDING', 'APPROVED', 'DENIED', 'EXPIRED', 'CANCELLED', 'USED')",
+            name="status",
+        ),
+        CheckConstraint("scope IN ('EXECUTION', 'OUTPUT_RELEASE')", name="scope"),
+        CheckConstraint("required_approvals >= 1", name="required_approvals"),
+        CheckConstraint("version >= 1", name="version"),
+        CheckConstraint("length(token) = 64", name="token"),
+        Index(None, "request_id"),
+        Index(None, "status", "created_at", "id"),
+        Index(None, "org_id", "created_at", "id"),
+        Index(None, "created_at", "id"),
+        Index(
+            "uq_approval_requests_pending_call",
+            "org_id",
+            "caller_id",
+            "request_id",
+            "tool_call_hash",
+            unique=True,
+            postgresql_where=_PENDING,
+            sqlite_where=_PENDING,
+        ),
+    )
+
+    id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
+    approval_id: UUID = Field(default_factory=uuid4, sa_type=Uuid)
+    token: str | None = Field(
+        default_factory=lambda: secrets.token_urlsafe(32), sa_type=TokenDigest, nullable=False, repr=False
+    )
+    request_id: str = Field(sa_type=Text)
+    caller_id: str = Field(sa_type=Text)
+    org_id: str = Field(default="default", sa_type=Text)
+    tool_call: ToolCall = Field(sa_type=JsonOf(ToolCall))
+    tool_call_hash: Sha256Hex | None = Field(default=None, sa_type=Text, nullable=False)
+    risk_explanation: str = Field(sa_type=Text)
+    created_at: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
+    expires_at: Instant | None = Field(default=None, sa_type=UtcDateTime, nullable=False)
+    use_before: Instant | None = Field(default=None, sa_type=UtcDateTime)
+    status: ApprovalStatus = Field(
+        default=ApprovalStatus.PENDING,
+        sa_type=EnumText(ApprovalStatus),
+    )
+    scope: ApprovalScope = Field(
+        default=ApprovalScope.EXECUTION,
+        sa_type=EnumText(ApprovalScope),
+    )
+    output_payload: Any = Field(default=None, sa_type=Json(), nullable=True)
+    output_hash: str | None = Field(default=None, sa_type=Text)
+    required_approvals: PositiveInt = Field(default=1, sa_type=Integer)
+    approver_id: str | None = Field(default=None, sa_type=Text)
+    decision_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
+    approver_note: str = Field(default="", sa_type=Text)
+    used_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
+    outcome: str | None = Field(default=None, sa_type=Text)
+    version: PositiveInt = Field(default=1, sa_type=Integer)
+
+
+class ApprovalVote(StoreModel, table=True):
+    """What one approver said about one approval; an approver speaks once.
+
+    Attributes:
+        channel: How it came: api, cli, slack, inbox, ...
+    """
+
+    __tablename__ = "approval_votes"
+    __table_args__ = (
+        UniqueConstraint("approval_id", "approver_id"),
+        CheckConstraint("decision IN ('APPROVED', 'DENIED', 'CANCELLED')", name="decision"),
+    )
+
+    id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
+    approval_id: UUID = Field(
+        sa_type=Uuid, sa_column_args=[ForeignKey("approval_requests.approval_id", ondelete="CASCADE")]
+    )
+    org_id: str = Field(default="default", sa_type=Text)
+    approver_id: str = Field(sa_type=Text)
+    decision: VoteDecision = Field(sa_type=EnumText(VoteDecision))
+    note: str = Field(default="", sa_type=Text)
+    channel: str = Field(default="api", sa_type=Text)
+    voted_at: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
+
+
+class ApprovalResult(Value):
+    """Where an approval stands, as told to a caller or an approver.
+
+    Attributes:
+        token: None where it was not given; never in a repr.
+        approver_id: Who decided; None while nobody has.
+        note: What the approver wrote.
+    """
+
+    approval_id: UUID
+    token: str | None = Field(default=None, repr=False)
+    status: ApprovalStatus
+    scope: ApprovalScope = ApprovalScope.EXECUTION
+    approver_id: str | None = None
+    note: str = ""
+    decided_at: datetime | None = None
+    expires_at: datetime | None = None

@@ -1,0 +1,163 @@
+"""The audit event: one row for each tool call that reached the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PlainValidator, StringConstraints
+from sqlalchemy import BigInteger, CheckConstraint, Float, Index, Text, UniqueConstraint
+from sqlmodel import Field
+
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.models.base import StoreModel
+from agent_gateway_store.models.canonical import hash_json
+from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, UtcDateTime, as_utc
+from agent_gateway_store.models.values import Value
+
+__all__ = ["AuditEvent", "Decision", "ExecutionStatus", "OutputDecision", "RedactionFlag"]
+
+
+class Decision(StrEnum):
+    """What the gateway decided about a tool call."""
+
+    ALLOW = "ALLOW"
+    DENY = "DENY"
+    APPROVAL_REQUIRED = "APPROVAL_REQUIRED"
+    SANITIZE_AND_ALLOW = "SANITIZE_AND_ALLOW"
+
+
+class ExecutionStatus(StrEnum):
+    """How the tool call ended; None on an event means that it was not executed."""
+
+    SUCCESS = "SUCCESS"
+    TOOL_ERROR = "TOOL_ERROR"
+    TIMEOUT = "TIMEOUT"
+
+
+class OutputDecision(StrEnum):
+    """What the gateway decided about the output of a tool call."""
+
+    ALLOW = "ALLOW"
+    REDACT = "REDACT"
+    APPROVAL_REQUIRED = "APPROVAL_REQUIRED"
+    DENY = "DENY"
+
+
+class RedactionFlag(Value):
+    """One replacement in an event.
+
+    Attributes:
+        field: Where: the field's name, with the path inside JSON ("sanitized_args.query").
+        reason: Why, in capitals; UNSTORABLE for what no database can hold.
+        original_hash: SHA-256 of the original, so that an investigator can recognise it; None if not known.
+    """
+
+    field: str
+    reason: str
+    original_hash: str | None = None
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError("sanitized_args must be a mapping of argument names to values")
+    return dict(value)
+
+
+def _whole(value: Any) -> Any:
+    return round(value) if isinstance(value, float) and abs(value) < 2**63 else value
+
+
+Instant = Annotated[datetime, AfterValidator(as_utc)]
+JsonObject = Annotated[dict[str, Any], PlainValidator(_mapping, json_schema_input_type=dict[str, Any])]
+Sha256Hex = Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f]{64}$", to_lower=True)]
+Milliseconds = Annotated[NonNegativeInt, BeforeValidator(_whole)]
+
+
+class AuditEvent(StoreModel, table=True):
+    """One tool call as the gateway saw it: who called what, what was decided and why, how it ended.
+
+    Rows are only ever added. `content_hash` is set by the store when the event is written. Text and JSON may hold
+    anything: what a database cannot hold is replaced visibly at the write and noted in `redaction_flags`.
+
+    Attributes:
+        request_id: The gateway's id of the call, unique in its organisation.
+        raw_args_hash: 64 hex digits, see `hash_args`; the raw arguments themselves are never stored.
+        sanitized_args: The arguments as the gateway hands them over for keeping.
+        timestamp: When (aware UTC; naive input is taken as UTC).
+        risk_score: The gateway's own scale.
+        latency_ms: Milliseconds, rounded to whole ones.
+        execution_status: None means that the tool was not executed.
+    """
+
+    __tablename__ = "audit_events"
+    __table_args__ = (
+        UniqueConstraint("request_id", "org_id"),
+        CheckConstraint("length(raw_args_hash) = 64", name="raw_args_hash"),
+        CheckConstraint("latency_ms >= 0", name="latency_ms"),
+        CheckConstraint("decision IN ('ALLOW', 'DENY', 'APPROVAL_REQUIRED', 'SANITIZE_AND_ALLOW')", name="decision"),
+        CheckConstraint("execution_status IN ('SUCCESS', 'TOOL_ERROR', 'TIMEOUT')", name="execution_status"),
+        CheckConstraint("output_decision IN ('ALLOW', 'REDACT', 'APPROVAL_REQUIRED', 'DENY')", name="output_decision"),
+        Index(None, "timestamp", "id"),
+        Index(None, "caller_id", "timestamp", "id"),
+        Index(None, "decision", "timestamp", "id"),
+        Index(None, "tool_name", "timestamp", "id"),
+        Index(None, "org_id", "timestamp", "id"),
+        Index(None, "session_id", "timestamp", "id"),
+    )
+
+    id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
+    request_id: str = Field(sa_type=Text)
+    org_id: str = Field(default="default", sa_type=Text)
+    trace_id: str | None = Field(default=None, sa_type=Text)
+    session_id: str | None = Field(default=None, sa_type=Text)
+    parent_request_id: str | None = Field(default=None, sa_type=Text)
+    timestamp: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
+    caller_id: str = Field(sa_type=Text)
+    caller_role: str = Field(sa_type=Text)
+    key_id: str | None = Field(default=None, sa_type=Text)
+    environment: str = Field(sa_type=Text)
+    mcp_server: str = Field(sa_type=Text)
+    tool_name: str = Field(sa_type=Text)
+    raw_args_hash: Sha256Hex = Field(sa_type=Text)
+    sanitized_args: JsonObject = Field(sa_type=Json())
+    risk_labels: list[str] = Field(default_factory=list, sa_type=Json())
+    risk_score: float = Field(sa_type=Float(53))
+    matched_policy_rule: str = Field(sa_type=Text)
+    policy_version: str | None = Field(default=None, sa_type=Text)
+    decision: Decision = Field(sa_type=EnumText(Decision))
+    approver_id: str | None = Field(default=None, sa_type=Text)
+    execution_status: ExecutionStatus | None = Field(
+        default=None,
+        sa_type=EnumText(ExecutionStatus),
+        nullable=True,
+    )
+    latency_ms: Milliseconds = Field(sa_type=BigInteger)
+    output_hash: str | None = Field(default=None, sa_type=Text)
+    output_decision: OutputDecision = Field(
+        default=OutputDecision.ALLOW,
+        sa_type=EnumText(OutputDecision),
+    )
+    output_policy_rationale: str | None = Field(default=None, sa_type=Text)
+    redaction_flags: list[RedactionFlag] = Field(
+        default_factory=list,
+        sa_type=JsonOf(list[RedactionFlag]),
+    )
+    llm_explanation: str | None = Field(default=None, sa_type=Text)
+    deterministic_rationale: str = Field(sa_type=Text)
+    content_hash: str | None = Field(default=None, sa_type=Text)
+
+    @staticmethod
+    def hash_args(args: Mapping[str, Any], *, key: str | None = None) -> str:
+        """Return `raw_args_hash` for the raw arguments of a call: 64 lower-case hex digits.
+
+        SHA-256 (with a key: HMAC-SHA-256) over RFC 8785 canonical JSON, so that other languages get the same.
+        What RFC 8785 cannot take is tagged first, never rounded: see `agent_gateway_store.models.canonical`.
+
+        Args:
+            args: The arguments exactly as they came.
+            key: Secret that keeps low-entropy arguments from being guessed; default: the setting HASH_KEY.
+        """
+        return hash_json(args, key=key)

@@ -1,0 +1,185 @@
+"""`StoreModel`: one class that is both the validated Pydantic model and the ORM table.
+
+Stock SQLModel tables validate nothing when built, keep a refused value when assigned to (and commit it), share ORM
+state between copies, and lose changes made inside a JSON value. Here the Pydantic core validator fills the instance
+itself, assignments are validated before the ORM hears of them, and JSON values of persistent rows are watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel
+from sqlalchemy import JSON, MetaData, event
+from sqlalchemy.orm import registry
+from sqlalchemy.orm.attributes import set_attribute
+from sqlmodel import SQLModel
+
+from agent_gateway_store.models.columns import JsonOf
+from agent_gateway_store.models.watched import plain, watch
+
+__all__ = ["NAMING_CONVENTION", "StoreModel", "metadata"]
+
+NAMING_CONVENTION = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+_MISSING = object()
+_STATE = "_sa_instance_state"
+
+
+class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention=NAMING_CONVENTION))):
+    """Base of the tables.
+
+    Wrong values are refused with `pydantic.ValidationError` when constructing and when assigning; a refused value
+    leaves the instance as it was. Error texts never repeat the input. Nothing here does I/O.
+    """
+
+    model_config = {
+        "extra": "forbid",
+        "validate_assignment": True,
+        "hide_input_in_errors": True,
+        "arbitrary_types_allowed": True,
+    }
+
+    if TYPE_CHECKING:
+        __tablename__: ClassVar[str]
+
+    def __new__(cls, *_args: Any, **_data: Any) -> Self:
+        # The ORM state is given here: SQLAlchemy's own __init__ looks for it through Pydantic's __getattr__ otherwise,
+        # which costs more than the validation.
+        new: Self = object.__new__(cls)
+        if (manager := _manager(cls)) is not None:
+            new.__dict__[_STATE] = manager._state_constructor(new, manager)
+        return new
+
+    def __init__(self, **data: Any) -> None:
+        self._fill(data)
+
+    def _fill(self, obj: Any, **options: Any) -> None:
+        state = self.__dict__.get(_STATE)
+        self.__pydantic_validator__.validate_python(obj, self_instance=self, **options)
+        if state is not None:
+            self.__dict__[_STATE] = state
+
+    def _adopt(self, values: Mapping[str, Any], fields_set: set[str]) -> None:
+        self.__dict__.update(values)
+        _set_private(self, fields_set)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """Build a detached instance from a row of our own database, without validating it a second time.
+
+        Args:
+            row: Column name to value, as the column types return them; every column of the table.
+        """
+        new = cls.__new__(cls)
+        new._adopt(row, set(cls.model_fields))
+        state = new.__dict__[_STATE]
+        state.key = state.mapper.identity_key_from_primary_key((row["id"],))
+        return new
+
+    @classmethod
+    def model_validate(  # type: ignore[override]
+        cls,
+        obj: Any,
+        *,
+        strict: bool | None = None,
+        from_attributes: bool | None = None,
+        context: dict[str, Any] | None = None,
+        update: dict[str, Any] | None = None,
+    ) -> Self:
+        """Validate `obj` (a mapping, an instance, or any object with `from_attributes`) into a new instance."""
+        if isinstance(obj, StoreModel):
+            obj = {name: plain(obj.__dict__[name]) for name in type(obj).model_fields if name in obj.__dict__}
+        if update:
+            if not isinstance(obj, Mapping):
+                obj = {name: getattr(obj, name) for name in cls.model_fields if hasattr(obj, name)}
+            obj = {**obj, **update}
+        new = cls.__new__(cls)
+        new._fill(obj, strict=strict, from_attributes=from_attributes, context=context)
+        return new
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        cls = type(self)
+        if name not in cls.model_fields or _STATE not in self.__dict__:
+            super().__setattr__(name, value)
+            return
+        values = self.__dict__
+        before = values.get(name, _MISSING)
+        BaseModel.__setattr__(self, name, value)
+        accepted = values.pop(name)
+        if before is not _MISSING:
+            values[name] = before
+        set_attribute(self, name, accepted)
+
+    def _clone(self, values: dict[str, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        new._adopt(values, set(self.__pydantic_fields_set__))
+        return new
+
+    def _values(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _STATE}
+
+    def __copy__(self) -> Self:
+        return self._clone(self._values())
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self._clone(deepcopy(self._values(), memo))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with no ORM state of its own; `update` is not validated (as in Pydantic)."""
+        new = self.__deepcopy__() if deep else self.__copy__()
+        if update:
+            new.__dict__.update(update)
+            new.__pydantic_fields_set__.update(update)
+        return new
+
+    def __getstate__(self) -> dict[Any, Any]:
+        return {"values": self._values(), "fields_set": self.__pydantic_fields_set__}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        self._adopt(state["values"], state["fields_set"])
+
+
+metadata = StoreModel.metadata
+
+
+@event.listens_for(StoreModel, "load", propagate=True)
+@event.listens_for(StoreModel, "refresh", propagate=True)
+def _loaded(target: StoreModel, *_: Any) -> None:
+    _set_private(target, type(target).model_fields.keys() & target.__dict__.keys())
+    _watch_json(target)
+
+
+@event.listens_for(StoreModel, "after_insert", propagate=True)
+@event.listens_for(StoreModel, "after_update", propagate=True)
+def _written(_mapper: Any, _connection: Any, target: StoreModel) -> None:
+    _watch_json(target)
+
+
+@cache
+def _manager(cls: type[StoreModel]) -> Any:
+    """The ORM's manager of a table class, its mapper configured; None for a class that is no table."""
+    if (manager := cls.__dict__.get("_sa_class_manager")) is not None:
+        manager.registry.configure()
+    return manager
+
+
+def _set_private(target: StoreModel, fields_set: set[str]) -> None:
+    object.__setattr__(target, "__pydantic_fields_set__", fields_set)
+    object.__setattr__(target, "__pydantic_extra__", None)
+    object.__setattr__(target, "__pydantic_private__", None)
+
+
+def _watch_json(target: StoreModel) -> None:
+    for column in type(target).__table__.columns:  # type: ignore[attr-defined]
+        if isinstance(column.type, JSON | JsonOf) and column.key in target.__dict__:
+            target.__dict__[column.key] = watch(plain(target.__dict__[column.key]), target, column.key)

@@ -1,0 +1,193 @@
+"""Hashes of JSON that other languages can reproduce: RFC 8785 canonical JSON, by the `rfc8785` package.
+
+RFC 8785 takes I-JSON only (RFC 7493). Everything else enters as a tagged string, so that nothing is rounded and two
+different values never share a canonical form:
+
+| value | enters as |
+| --- | --- |
+| integer beyond ±(2^53 - 1) | `$int:` and its decimal digits (`$int:0x` and hex digits from 2^2048 on) |
+| NaN, infinities | `$float:nan`, `$float:inf`, `$float:-inf` |
+| text with a lone surrogate | `$text:` and the text, backslash doubled, the surrogate as `\\udxxx` |
+| bytes | `$bytes:` and base64 |
+| date, time, Decimal, UUID, path | `$date:`, `$datetime:`, `$time:`, `$decimal:`, `$uuid:`, `$path:` and its text |
+| set | `$set:` and the canonical JSON of its sorted members |
+| key that is no text | the same tags, with `$int:`, `$float:`, `$bool:` and `$null:` for any number, boolean, null |
+| text that begins like a tag | one more `$` before it |
+| container inside itself | `$cycle:` and how many levels up |
+| container at depth 64, 128, ... | `$sha256:` and the SHA-256 of its own canonical JSON |
+| any other object | `$object:`, its type and its repr |
+
+Enum members are their values, dataclasses and Pydantic models the objects of their fields, tuples are arrays.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import hmac
+import math
+import re
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+from uuid import UUID
+
+import rfc8785
+from pydantic import BaseModel
+
+from agent_gateway_store.settings import default_hash_key
+
+__all__ = ["MAX_SAFE_INTEGER", "canonical_json", "hash_bytes", "hash_json", "is_text", "opened", "tag"]
+
+MAX_SAFE_INTEGER = 2**53 - 1
+_COLLAPSE_EVERY = 64
+_LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def hash_json(value: Any, *, key: str | None = None) -> str:
+    """Return SHA-256 of the canonical JSON of `value`, or HMAC-SHA-256 under `key` (default: setting HASH_KEY)."""
+    return hash_bytes(canonical_json(value), key=key)
+
+
+def hash_bytes(data: bytes, *, key: str | None = None) -> str:
+    """Return SHA-256 of `data` (64 hex digits), or HMAC-SHA-256 under `key` (default: setting HASH_KEY)."""
+    secret = default_hash_key() if key is None else key
+    if secret:
+        return hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the RFC 8785 form of `value`, tagged as the table of this module says. Takes any depth and any object."""
+    return rfc8785.dumps(_tagged(value))
+
+
+class _Frame:
+    __slots__ = ("items", "key", "out", "source_id")
+
+    def __init__(self, value: Any, source: Any) -> None:
+        self.source_id = id(value)
+        self.key: str | None = None
+        self.out: dict[str, Any] | list[Any]
+        if isinstance(source, Mapping):
+            self.out, self.items = {}, iter(list(source.items()))
+        else:
+            self.out, self.items = [], iter([(None, item) for item in source])
+
+    def put(self, value: Any) -> None:
+        if isinstance(self.out, dict):
+            assert self.key is not None  # noqa: S101
+            self.out[self.key] = value
+        else:
+            self.out.append(value)
+
+
+def _tagged(root: Any) -> Any:
+    source = opened(root)
+    if source is None:
+        return tag(root)
+    frames = [_Frame(root, source)]
+    level_of = {id(root): 0}
+    while True:
+        frame = frames[-1]
+        for key, value in frame.items:
+            if isinstance(frame.out, dict):
+                frame.key = key if type(key) is str and _is_plain(key) else tag(key, as_key=True)
+            inner = opened(value)
+            if inner is None:
+                frame.put(tag(value))
+                continue
+            if (level := level_of.get(id(value))) is not None:
+                frame.put(f"$cycle:{len(frames) - level}")
+                continue
+            level_of[id(value)] = len(frames)
+            frames.append(_Frame(value, inner))
+            break
+        else:
+            del level_of[frames.pop().source_id]
+            if not frames:
+                return frame.out
+            if len(frames) % _COLLAPSE_EVERY == 0:
+                frames[-1].put(f"$sha256:{hashlib.sha256(rfc8785.dumps(frame.out)).hexdigest()}")
+            else:
+                frames[-1].put(frame.out)
+
+
+def opened(value: Any) -> Any:
+    """Return the list, tuple or mapping that `value` is or stands for; None for a leaf."""
+    if isinstance(value, list | tuple | Mapping):
+        return value
+    if isinstance(value, BaseModel):
+        return {name: getattr(value, name) for name in type(value).model_fields}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def _is_plain(text: str) -> bool:
+    return not _LIKE_A_TAG.match(text) and (text.isascii() or is_text(text))
+
+
+def is_text(text: str) -> bool:
+    """True if `text` has no lone surrogate, that is, if UTF-8 can hold it."""
+    return text.isascii() or _SURROGATE.search(text) is None
+
+
+def _spell_text(text: str) -> str:
+    r"""Return `text` with backslashes doubled and every lone surrogate spelt as `\udxxx`."""
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\\", "\\\\"))
+
+
+def _spell_integer(value: int) -> str:
+    """Return the decimal digits of `value`, or hex ones where Python refuses to make decimal digits."""
+    return str(value) if value.bit_length() <= 2048 else hex(value)
+
+
+def tag(value: Any, *, as_key: bool = False) -> Any:
+    """Return the I-JSON scalar by which a leaf enters canonical JSON."""
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, str):
+        if not is_text(value):
+            return f"$text:{_spell_text(value)}"
+        return f"${value}" if _LIKE_A_TAG.match(value) else str(value)
+    if value is None or isinstance(value, bool):
+        return f"${'null' if value is None else 'bool'}:{str(value).lower()}" if as_key else value
+    if isinstance(value, int):
+        return f"$int:{_spell_integer(value)}" if as_key or abs(value) > MAX_SAFE_INTEGER else int(value)
+    if isinstance(value, float):
+        return f"$float:{float(value)}" if as_key or not math.isfinite(value) else float(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"$bytes:{base64.b64encode(bytes(value)).decode()}"
+    if isinstance(value, AbstractSet):
+        members = sorted(canonical_json(member) for member in value)
+        return f"$set:[{b','.join(members).decode()}]"
+    return _tag_object(value)
+
+
+_SPELT: tuple[tuple[type[Any], str], ...] = (
+    (datetime, "datetime"),
+    (date, "date"),
+    (time, "time"),
+    (Decimal, "decimal"),
+    (UUID, "uuid"),
+    (PurePath, "path"),
+)
+
+
+def _tag_object(value: Any) -> str:
+    for type_, name in _SPELT:
+        if isinstance(value, type_):
+            return f"${name}:{_spell_text(value.isoformat() if isinstance(value, date | time) else str(value))}"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    try:
+        text = repr(value)
+    except Exception:
+        text = "?"
+    return f"$object:{kind}:{_spell_text(text)}"

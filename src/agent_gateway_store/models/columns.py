@@ -1,0 +1,127 @@
+"""Column types that read back exactly what was written, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from enum import Enum, IntEnum
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Integer, Text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+__all__ = ["BigKey", "EnumNumber", "EnumText", "Json", "JsonOf", "TokenDigest", "UtcDateTime", "as_utc", "token_digest"]
+
+UTC_MIN = datetime.min.replace(tzinfo=UTC)
+UTC_MAX = datetime.max.replace(tzinfo=UTC)
+
+
+def as_utc(value: datetime) -> datetime:
+    """Return `value` in UTC; naive is taken as UTC, what UTC cannot hold is clamped to its first or last instant."""
+    if value.tzinfo is UTC:
+        return value
+    if value.tzinfo is None:
+        return value.replace(tzinfo=UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        return UTC_MIN if value.year == 1 else UTC_MAX
+
+
+def token_digest(token: str) -> str:
+    """Return the SHA-256 (64 hex digits) under which an approval token is stored."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def BigKey() -> TypeEngine[int]:  # noqa: N802  reads as the type it returns
+    """64-bit primary key; SQLite only numbers rows of a column that is exactly INTEGER (64-bit there)."""
+    return BigInteger().with_variant(Integer(), "sqlite")
+
+
+def Json() -> TypeEngine[Any]:  # noqa: N802
+    """JSON on SQLite, JSONB on PostgreSQL; None is SQL NULL."""
+    return JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An instant: stored in UTC, read back aware."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else as_utc(value)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else as_utc(value)
+
+
+class EnumText(TypeDecorator[Any]):
+    """A `StrEnum` stored as its value, so that a new member needs no migration of a native type."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, enum: type[Enum]) -> None:
+        super().__init__()
+        self.enum = enum
+        self._members = {member.value: member for member in enum}
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else str(self.enum(value).value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        return None if value is None else self._members.get(value) or self.enum(value)
+
+
+class EnumNumber(TypeDecorator[Any]):
+    """An `IntEnum` stored as its number, so that levels compare in SQL."""
+
+    impl = Integer
+    cache_ok = True
+
+    def __init__(self, enum: type[IntEnum]) -> None:
+        super().__init__()
+        self.enum = enum
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> int | None:
+        return None if value is None else int(value)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> Any:
+        return None if value is None else self.enum(value)
+
+
+class JsonOf(TypeDecorator[Any]):
+    """A Pydantic type in a JSON column: dumped on the way in, validated on the way out."""
+
+    impl = JSON
+    cache_ok = True
+
+    def __init__(self, type_: Any) -> None:
+        super().__init__()
+        self.type_ = type_
+        self._adapter: TypeAdapter[Any] = TypeAdapter(type_)
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(JSONB(none_as_null=True) if dialect.name == "postgresql" else JSON(True))
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return None if value is None else self._adapter.dump_python(value, mode="json", warnings=False)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        return None if value is None else self._adapter.validate_python(value)
+
+
+class TokenDigest(TypeDecorator[str]):
+    """A secret token: the column holds its SHA-256, comparisons hash what they are given, reading gives None."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else token_digest(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
+        return None

@@ -1,0 +1,97 @@
+"""Who calls: API keys and the identity that a verified key stands for."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import IntEnum
+
+from pydantic import SecretStr
+from sqlalchemy import CheckConstraint, Text, UniqueConstraint, text
+from sqlmodel import Field
+
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.models.audit import Instant
+from agent_gateway_store.models.base import StoreModel
+from agent_gateway_store.models.columns import BigKey, EnumNumber, UtcDateTime
+from agent_gateway_store.models.values import Value
+
+__all__ = ["ApiKey", "CallerIdentity", "IssuedKey", "TrustLevel"]
+
+
+class TrustLevel(IntEnum):
+    """How far a caller is trusted; levels compare."""
+
+    UNTRUSTED = 0
+    LOW = 1
+    MEDIUM = 2
+    HIGH = 3
+    ADMIN = 4
+
+
+class ApiKey(StoreModel, table=True):
+    """The key of one caller in one organisation. Holds the bcrypt of the secret, never the secret.
+
+    Attributes:
+        key_id: Public, unique, and the same after a rotation.
+        key_hash: bcrypt.
+        last_used_at: Written at most once a minute.
+        expires_at: From then on the key is refused; None: never.
+        revoked_at: When it was revoked; `is_active` is False from then on.
+        previous_key_hash: The key before the rotation, accepted until `previous_key_expires_at`.
+    """
+
+    __tablename__ = "api_keys"
+    __table_args__ = (
+        UniqueConstraint("key_id"),
+        UniqueConstraint("caller_id", "org_id"),
+        CheckConstraint("trust_level BETWEEN 0 AND 4", name="trust_level"),
+    )
+
+    id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
+    key_id: str = Field(sa_type=Text)
+    caller_id: str = Field(sa_type=Text)
+    org_id: str = Field(default="default", sa_type=Text)
+    key_hash: str = Field(sa_type=Text, repr=False)
+    role: str = Field(sa_type=Text)
+    trust_level: TrustLevel = Field(sa_type=EnumNumber(TrustLevel))
+    environment: str = Field(sa_type=Text)
+    is_active: bool = True
+    created_at: Instant = Field(
+        default_factory=utc_now, sa_type=UtcDateTime, sa_column_kwargs={"server_default": text("CURRENT_TIMESTAMP")}
+    )
+    last_used_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
+    expires_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
+    revoked_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
+    previous_key_hash: str | None = Field(default=None, sa_type=Text, repr=False)
+    previous_key_expires_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class CallerIdentity(Value):
+    """Who a verified key belongs to.
+
+    Attributes:
+        key_id: Public id of the key.
+        api_key_id: Its row in `api_keys`.
+    """
+
+    caller_id: str
+    role: str
+    trust_level: TrustLevel
+    environment: str
+    org_id: str
+    key_id: str
+    api_key_id: int
+
+
+class IssuedKey(Value):
+    """A key at the one moment its plaintext exists.
+
+    Attributes:
+        plaintext: Hand it to the caller; it cannot be shown again. Masked in a repr.
+        api_key: The stored row.
+        previous_valid_until: Overlap of a rotation: until when the key before it is accepted; None otherwise.
+    """
+
+    plaintext: SecretStr
+    api_key: ApiKey
+    previous_valid_until: datetime | None = None

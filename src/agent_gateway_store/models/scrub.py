@@ -1,0 +1,207 @@
+"""The one scrubber: makes any text and any JSON storable, visibly, on SQLite and PostgreSQL alike.
+
+What it lets through reads back identical from both databases, and scrubbing twice changes nothing more. Every
+replacement is reported with its place and the hash of the original, never with the original itself.
+
+| found | becomes |
+| --- | --- |
+| NUL in text | U+2400 (symbol for null) |
+| lone surrogate | U+FFFD (replacement character) |
+| text above the limit | its beginning, `~`, and the SHA-256 of the whole |
+| NaN, infinities, integers beyond ±(2^53 - 1), floats from 1e16 on (JSONB respells them) | the tags of `canonical` |
+| -0.0 | 0.0 |
+| what JSON does not know, keys that are no text | the tags of `canonical`, bounded |
+| JSON below depth 100, or inside itself, or beyond the size limit | a marker in brackets |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from agent_gateway_store.models.canonical import MAX_SAFE_INTEGER, hash_bytes, is_text, opened, tag
+
+__all__ = ["MAX_DEPTH", "MAX_JSON_CHARS", "MAX_KEY_BYTES", "MAX_TEXT_BYTES", "Scrubber", "storable_key"]
+
+MAX_KEY_BYTES = 512
+"""Longest text in an indexed column; PostgreSQL refuses index rows above 2,704 bytes."""
+MAX_TEXT_BYTES = 65_536
+"""Longest text anywhere else."""
+MAX_JSON_CHARS = 262_144
+"""Most characters of one JSON value, about."""
+MAX_DEPTH = 100
+"""Deepest nesting kept."""
+_MAX_TAG_BYTES = 1_024
+_MAX_REPORTS = 64
+_DIGEST_CHARS = 65
+_NODE_CHARS = 4
+_FIRST_RESPELT_FLOAT = 1e16
+
+
+def storable_key(text: str) -> str:
+    """Return `text` as an indexed column holds it. Every value that is looked up goes through here."""
+    return _cut(_clean(text), MAX_KEY_BYTES)
+
+
+def _clean(text: str) -> str:
+    if "\0" in text:
+        text = text.replace("\0", "\u2400")
+    if is_text(text):
+        return text
+    # Only a pair makes sense in UTF-16; a lone surrogate decodes to U+FFFD.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) * 4 <= limit:
+        return text
+    data = text.encode()
+    if len(data) <= limit:
+        return text
+    head = data[: limit - _DIGEST_CHARS].decode("utf-8", "ignore")
+    return f"{head}~{hashlib.sha256(data).hexdigest()}"
+
+
+def _is_marker(value: Any) -> bool:
+    # A marker costs nothing, so that a second scrubbing cuts at the same places.
+    return type(value) is str and len(value) < _NODE_CHARS * 16 and value.startswith("[cut: ") and value.endswith("]")
+
+
+class Scrubber:
+    """Makes the values of one row storable and remembers what it replaced.
+
+    Attributes:
+        replaced: (place, hash of the original or None), in the order found; at most 64, the last place being `...`.
+    """
+
+    def __init__(self) -> None:
+        self.replaced: list[tuple[str, str | None]] = []
+
+    def text(self, place: str, text: str, *, limit: int = MAX_TEXT_BYTES) -> str:
+        """Return `text` without NUL and lone surrogates, at most `limit` bytes of UTF-8."""
+        result = _cut(_clean(text), limit)
+        if result is not text and result != text:
+            self.report(place, text.encode("utf-8", "surrogatepass"))
+        return result
+
+    def number(self, place: str, value: float) -> float:
+        """Return a float that every database holds: NaN becomes 0.0, infinities the largest float."""
+        if math.isfinite(value):
+            if value or math.copysign(1.0, value) > 0:
+                return value
+            result = 0.0
+        else:
+            result = 0.0 if math.isnan(value) else math.copysign(1.7976931348623157e308, value)
+        self.report(place, repr(value).encode())
+        return result
+
+    def json(self, place: str, value: Any) -> Any:
+        """Return `value` as JSON that reads back identical; an unchanged container may be returned itself."""
+        return _JsonWalk(self, place).value(value, place, 0)
+
+    def report(self, place: str, original: bytes | None = None) -> None:
+        """Note that what stood at `place` was replaced."""
+        if len(self.replaced) < _MAX_REPORTS:
+            last = len(self.replaced) == _MAX_REPORTS - 1
+            digest = None if original is None or last else hash_bytes(original)
+            self.replaced.append(("..." if last else storable_key(place), digest))
+
+
+class _JsonWalk:
+    """One walk over one JSON value, with its budget of characters."""
+
+    def __init__(self, scrubber: Scrubber, place: str) -> None:
+        self.scrubber = scrubber
+        self.left = MAX_JSON_CHARS
+        self.above: set[int] = set()
+
+    def value(self, value: Any, place: str, depth: int) -> Any:
+        kind = type(value)
+        if kind is str:
+            return self.text(value, place)
+        if value is None or kind is bool or (kind is int and -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER):
+            return value
+        if kind is float and 0 < abs(value) < _FIRST_RESPELT_FLOAT:
+            return value
+        source = opened(value)
+        return self.leaf(value, place) if source is None else self.container(value, source, place, depth)
+
+    def text(self, text: str, place: str) -> str:
+        if "\0" in text or not text.isascii() or len(text) > MAX_TEXT_BYTES:
+            text = self.scrubber.text(place, text)
+        self.left -= 0 if _is_marker(text) else len(text)
+        return text
+
+    def leaf(self, value: Any, place: str) -> Any:
+        if isinstance(value, str):
+            return self.text(str.__str__(value), place)
+        if isinstance(value, float) and abs(value) < _FIRST_RESPELT_FLOAT:
+            if not value and math.copysign(1.0, value) < 0:
+                self.scrubber.report(place, b"-0.0")
+                return 0.0
+            return float(value)
+        tagged = f"$float:{float(value)}" if isinstance(value, float) else tag(value)
+        if not isinstance(tagged, str):
+            return tagged
+        self.scrubber.report(place, tagged.encode("utf-8", "surrogatepass"))
+        kept = _cut(_clean(tagged), _MAX_TAG_BYTES)
+        self.left -= len(kept)
+        return kept
+
+    def container(self, value: Any, source: Any, place: str, depth: int) -> Any:
+        if depth >= MAX_DEPTH:
+            return self.marker(place, f"[cut: nested deeper than {MAX_DEPTH} levels]")
+        if id(value) in self.above:
+            return self.marker(place, "[cut: contains itself]")
+        self.above.add(id(value))
+        try:
+            if isinstance(source, Mapping):
+                return self.mapping(source, place, depth)
+            return self.sequence(source, place, depth)
+        finally:
+            self.above.remove(id(value))
+
+    def sequence(self, source: Any, place: str, depth: int) -> list[Any]:
+        out: list[Any] = []
+        for item in source:
+            self.left -= _NODE_CHARS
+            if self.left < 0:
+                rest = len(source) - len(out)
+                out.append(item if _is_marker(item) else self.marker(place, f"[cut: {rest} more items]"))
+                break
+            out.append(self.value(item, f"{place}[{len(out)}]", depth + 1))
+        return out
+
+    def mapping(self, source: Mapping[Any, Any], place: str, depth: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, item in source.items():
+            self.left -= _NODE_CHARS
+            if self.left < 0:
+                rest = len(source) - len(out)
+                out["[cut]"] = item if _is_marker(item) else self.marker(place, f"[cut: {rest} more entries]")
+                break
+            name = self.name(key, place, out)
+            out[name] = self.value(item, f"{place}.{name}", depth + 1)
+        return out
+
+    def name(self, given: Any, place: str, taken: Mapping[str, Any]) -> str:
+        if isinstance(given, str):
+            key = str.__str__(given)
+        else:
+            key = str(tag(given, as_key=True))
+            self.scrubber.report(place, key.encode("utf-8", "surrogatepass"))
+        name = key
+        if "\0" in key or not key.isascii() or len(key) > _MAX_TAG_BYTES:
+            name = self.scrubber.text(place, key, limit=_MAX_TAG_BYTES)
+        base, count = name, 1
+        while name in taken:
+            count += 1
+            name = f"{base}~{count}"
+        self.left -= len(name)
+        return name
+
+    def marker(self, place: str, text: str) -> str:
+        self.scrubber.report(place)
+        return text

@@ -1,0 +1,86 @@
+"""Values that notifiers see: importable without SQLModel, so that a plugin costs a gateway little to load."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["ApprovalStatus", "Notice", "ToolCall", "Value"]
+
+
+class ApprovalStatus(StrEnum):
+    """Where an approval stands. PENDING and APPROVED can still move; the others are final."""
+
+    PENDING = "PENDING"
+    APPROVED = "APPROVED"
+    DENIED = "DENIED"
+    EXPIRED = "EXPIRED"
+    CANCELLED = "CANCELLED"
+    USED = "USED"
+
+    @property
+    def is_final(self) -> bool:
+        """True if no move leads away from it."""
+        return self not in (ApprovalStatus.PENDING, ApprovalStatus.APPROVED)
+
+
+class Value(BaseModel):
+    """Frozen base of the values: refuses wrong and unknown fields, repeats no input in errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ToolCall(Value):
+    """A tool call as approvers may see it.
+
+    Attributes:
+        server: Name of the MCP server (or other tool server).
+        tool: Name of the tool.
+        arguments: What approvers may see, so already sanitised. Read-only.
+    """
+
+    server: str
+    tool: str
+    arguments: dict[str, Any] = {}
+
+
+class Notice(Value):
+    """What a notifier is told about one approval. Holds no token and no raw argument; fields are only ever added.
+
+    Attributes:
+        version: Version of this shape, 1.
+        event: `pending` (somebody must decide) or `decision` (it was decided, cancelled, or has expired).
+        delivery_id: Stable over retries; receivers drop what they have seen.
+        approval_id: The handle by which approvers decide.
+        org_id: Organisation of the approval.
+        request_id: The gateway's id of the tool call.
+        caller_id: Who wants to make the call.
+        tool_call: The call, arguments sanitised.
+        risk_explanation: Why a human is asked.
+        created_at: When it was asked (UTC).
+        expires_at: Until when it can be decided (UTC).
+        status: Where it stands.
+        approver_id: Who decided; None while pending.
+        note: What the approver wrote.
+        decided_at: When it was decided (UTC); None while pending.
+    """
+
+    version: Literal[1] = 1
+    event: Literal["pending", "decision"]
+    delivery_id: UUID
+    approval_id: UUID
+    org_id: str
+    request_id: str
+    caller_id: str
+    tool_call: ToolCall
+    risk_explanation: str
+    created_at: datetime
+    expires_at: datetime | None = None
+    status: ApprovalStatus
+    approver_id: str | None = None
+    note: str = ""
+    decided_at: datetime | None = None

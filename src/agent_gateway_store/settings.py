@@ -1,0 +1,100 @@
+"""Settings, from arguments or the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from platformdirs import user_state_path
+from pydantic import Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+__all__ = ["PREFIX", "StoreSettings", "default_hash_key", "mask_url"]
+
+PREFIX = "AGENT_GATEWAY_STORE_"
+
+
+def mask_url(url: str) -> str:
+    """Return `url` with its password, if any, shown as `***`."""
+    return re.sub(r"(://[^/?#:@]*:)[^/?#]*(@)", r"\1***\2", re.sub(r"([?&]password=)[^&]*", r"\1***", url))
+
+
+def default_hash_key() -> str | None:
+    """Return HASH_KEY from the environment (the prefixed name wins), or None."""
+    return os.environ.get(f"{PREFIX}HASH_KEY") or os.environ.get("HASH_KEY") or None
+
+
+class StoreSettings(BaseSettings):
+    """Settings of a store.
+
+    An argument wins over the environment, and there `AGENT_GATEWAY_STORE_NAME` wins over `NAME`. A `.env` file is read
+    only when asked for: `StoreSettings(_env_file=".env")`. A repr shows no password.
+
+    Attributes:
+        database_url: Where the store lives: `sqlite:///file.db`, `postgresql://user:password@host/name`.
+        redis_url: Redis that makes reads and waiting fast; None or "" does without.
+        environment: Name of this deployment, stamped on API keys.
+        approval_token_ttl_seconds: How long an approval waits for a decision by default.
+        approval_cache_seconds: How old a status read through Redis may be at most.
+        audit_mode: `spool`: `write` never raises, and keeps events locally while the database is away; `strict`: it
+            raises.
+        audit_spool_path: SQLite file for those events.
+        redis_timeout_seconds: Longest wait for one Redis command.
+        plugin_timeout_seconds: Longest wait for one plugin call.
+        bcrypt_rounds: Cost of the key hash, as a power of two.
+        api_key_cache_seconds: How long a verified key is trusted without reading its row again.
+        hash_key: Set, argument hashes are HMAC-SHA-256 under it; otherwise SHA-256.
+        allow_self_approval: Whether the caller of a tool call may decide about it.
+        otel_enabled: Whether OpenTelemetry metrics are kept (extra `otel`).
+    """
+
+    model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True)
+
+    database_url: str = "sqlite+aiosqlite:///gateway.db"
+    redis_url: str | None = None
+    environment: str = "dev"
+    approval_token_ttl_seconds: float = Field(default=3600, gt=0)
+    approval_cache_seconds: float = Field(default=2, ge=0)
+    audit_mode: Literal["spool", "strict"] = "spool"
+    audit_spool_path: Path = Field(default_factory=lambda: user_state_path("agent-gateway-store") / "spool.db")
+    redis_timeout_seconds: float = Field(default=0.2, gt=0)
+    plugin_timeout_seconds: float = Field(default=5, gt=0)
+    bcrypt_rounds: int = Field(default=10, ge=4, le=31)
+    api_key_cache_seconds: float = Field(default=30, ge=0)
+    hash_key: SecretStr | None = None
+    allow_self_approval: bool = False
+    otel_enabled: bool = False
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read each name with the prefix first, then without it."""
+        file = dotenv_settings.env_file if isinstance(dotenv_settings, DotEnvSettingsSource) else None
+        return (
+            init_settings,
+            env_settings,
+            EnvSettingsSource(settings_cls, env_prefix=""),
+            dotenv_settings,
+            DotEnvSettingsSource(settings_cls, env_file=file, env_prefix=""),
+        )
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        """Mask the passwords in URLs."""
+        return [
+            (name, mask_url(value) if name in ("database_url", "redis_url") and value else value)
+            for name, value in super().__repr_args__()
+        ]

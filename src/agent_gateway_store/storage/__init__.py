@@ -1,0 +1,1 @@
+"""Engines, sessions, Redis and migrations. Knows no business rule."""

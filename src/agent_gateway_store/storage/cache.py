@@ -1,0 +1,94 @@
+"""Redis, which only makes reads and waiting fast: short timeouts, no retries of the driver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from agent_gateway_store.errors import InvalidUrlError
+from agent_gateway_store.settings import StoreSettings, mask_url
+
+__all__ = ["RedisClient", "create_redis", "delete", "get_json", "get_redis", "milliseconds", "set_json"]
+
+RedisClient: TypeAlias = "Redis"
+
+
+def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
+    """Return a client for `url`. Nothing is connected yet; the caller closes it with `aclose`.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        timeout_s: Longest wait for one command, in seconds. The driver's default retries would make a server that
+            hangs cost most of a minute, so they are off.
+
+    Raises:
+        InvalidUrlError: The text is no Redis URL.
+    """
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            retry_on_error=[],
+        )
+    except (ValueError, TypeError):
+        raise InvalidUrlError(f"{mask_url(url)!r} is no Redis URL: write redis://host:6379/0.") from None
+
+
+async def get_redis() -> AsyncIterator[RedisClient | None]:
+    """Yield a client for REDIS_URL, closed afterwards, or None where there is none. For FastAPI's `Depends`."""
+    settings = StoreSettings()
+    if not settings.redis_url:
+        yield None
+        return
+    client = create_redis(settings.redis_url, timeout_s=settings.redis_timeout_seconds)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+def milliseconds(ttl: float | timedelta) -> int:
+    """Return a TTL (seconds or timedelta) in whole milliseconds, at least 1.
+
+    Raises:
+        ValueError: It is not above zero. An entry without an end would outlive what it caches.
+    """
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else float(ttl)
+    if not 0 < seconds < float("inf"):
+        raise ValueError("ttl must be above zero seconds: every cached entry has an end.")
+    return max(1, int(seconds * 1000))
+
+
+async def set_json(client: RedisClient, key: str, value: Any, ttl: float | timedelta) -> None:
+    """Store `value` as JSON under `key` for `ttl` (seconds or timedelta).
+
+    Raises:
+        ValueError: `ttl` is not above zero, or `value` holds NaN or an infinity.
+        TypeError: JSON does not know `value`.
+    """
+    expiry = milliseconds(ttl)
+    await client.set(key, json.dumps(value, separators=(",", ":"), allow_nan=False), px=expiry)
+
+
+async def get_json(client: RedisClient, key: str) -> Any | None:
+    """Return the JSON value under `key`; None where there is none or where what is there is no JSON."""
+    data = await client.get(key)
+    if data is None:
+        return None
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+async def delete(client: RedisClient, key: str) -> bool:
+    """Delete `key`; True if it was there."""
+    return bool(await client.delete(key))

@@ -1,0 +1,252 @@
+"""Engines and sessions, and what differs between SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime, timedelta
+from typing import Any, Protocol, TypeAlias
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Float, bindparam, event
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.sql import expression
+
+from agent_gateway_store import clock
+from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.models.columns import UtcDateTime
+from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.urls import is_memory, parse_database_url
+
+__all__ = ["Database", "Executor", "SessionWork", "Work", "close_db", "create_engine", "db_now", "get_db"]
+
+Executor: TypeAlias = AsyncConnection | AsyncSession
+"""What statements run on; both take Core statements by `await executor.execute(...)`."""
+
+_READ_ONLY = "agent_gateway_store_read_only"
+_BUSY_TIMEOUT_MS = 10_000
+_CONNECT_TIMEOUT_S = 10.0
+_COMMAND_TIMEOUT_S = 30.0
+
+
+class Work(Protocol):
+    """Where a service gets its transactions from: a whole database, or one session of the caller's."""
+
+    def read(self) -> AbstractAsyncContextManager[Executor]:
+        """Open a transaction that only reads."""
+        ...
+
+    def write(self) -> AbstractAsyncContextManager[Executor]:
+        """Open a transaction that is committed at the end, or rolled back if its body raises."""
+        ...
+
+
+def create_engine(url: str, *, pool_size: int = 10) -> AsyncEngine:
+    """Return an engine for `url` (see `parse_database_url`). Nothing is connected yet.
+
+    SQLite runs in WAL with synchronous=FULL, foreign keys and a busy timeout; its transactions begin IMMEDIATE unless
+    marked as reading only, because one that reads first and then writes fails at once under load.
+
+    Raises:
+        InvalidUrlError: See `parse_database_url`.
+    """
+    parsed, connect_args = parse_database_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return _sqlite_engine(parsed, pool_size)
+    return create_async_engine(
+        parsed,
+        connect_args={"timeout": _CONNECT_TIMEOUT_S, "command_timeout": _COMMAND_TIMEOUT_S, **connect_args},
+        pool_pre_ping=True,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_timeout=_CONNECT_TIMEOUT_S,
+        hide_parameters=True,
+    )
+
+
+def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
+    # A database in memory lives and dies with its connection, so there is one, which is never given up.
+    limits = {"pool_size": 1, "max_overflow": 0} if is_memory(url) else {"pool_size": pool_size, "max_overflow": 0}
+    engine = create_async_engine(
+        url,
+        connect_args={"timeout": _BUSY_TIMEOUT_MS / 1000, "isolation_level": None},
+        poolclass=AsyncAdaptedQueuePool,
+        pool_timeout=_CONNECT_TIMEOUT_S * 3,
+        hide_parameters=True,
+        **limits,
+    )
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in (
+        f"busy_timeout={_BUSY_TIMEOUT_MS}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Any) -> None:
+    # The driver's own transactions are off (isolation_level None), so that this is the only BEGIN.
+    read_only = connection.get_execution_options().get(_READ_ONLY)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+class _DbNow(expression.FunctionElement[datetime]):
+    type = UtcDateTime()
+    inherit_cache = True
+    name = "db_now"
+
+
+@compiles(_DbNow, "postgresql")
+def _postgresql_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
+    # now() would be the start of the transaction, which may lie before a deadline that has passed since.
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+
+
+@compiles(_DbNow, "sqlite")
+def _sqlite_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    # SQLAlchemy reads six digits of a second's fraction; SQLite's clock gives three.
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+def db_now(*, plus: timedelta = timedelta()) -> expression.ColumnElement[datetime]:
+    """Return the SQL expression of the database's clock, moved by the offset of `clock` and by `plus`.
+
+    `clock_timestamp()` on PostgreSQL, time in milliseconds on SQLite. Deadlines are set and judged by it alone.
+    """
+    seconds = (clock.offset() + plus).total_seconds()
+    return _DbNow(bindparam(None, seconds, type_=Float(53)))
+
+
+class Database:
+    """One engine, the sessions over it, and the process and event loop it belongs to.
+
+    Args:
+        engine: An engine that stays the caller's, or one made from a URL that `close` disposes of.
+        owned: Whether `close` disposes of it.
+        url: Where the engine came from; None for the caller's.
+    """
+
+    def __init__(self, engine: AsyncEngine, *, owned: bool, url: str | None = None) -> None:
+        self.engine = engine
+        self.owned = owned
+        self.url = url
+        self.sessions = async_sessionmaker(engine, expire_on_commit=False)
+        self._reader = engine.execution_options(**{_READ_ONLY: True})
+        self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self.engine.dialect.name
+
+    def bind(self) -> None:
+        """Bind to this process and event loop; from elsewhere every use raises."""
+        self._home = (os.getpid(), asyncio.get_running_loop())
+
+    @property
+    def is_home(self) -> bool:
+        """True in the process and event loop that opened it."""
+        return self._home == (os.getpid(), asyncio.get_running_loop())
+
+    def check_home(self) -> None:
+        """Raise StoreNotOpenError outside the process and event loop that opened the store."""
+        if self._home is None:
+            raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
+        pid, loop = self._home
+        if pid != os.getpid():
+            raise StoreNotOpenError("The store was opened in another process: open one in each process, after forking.")
+        if loop is not asyncio.get_running_loop():
+            raise StoreNotOpenError("The store was opened in another event loop: open one in each loop.")
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction that only reads."""
+        self.check_home()
+        with database_errors("be read"):
+            async with self._reader.connect() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction that is committed at the end, or rolled back if its body raises."""
+        self.check_home()
+        with database_errors("be written"):
+            async with self.engine.begin() as connection:
+                yield connection
+
+    async def close(self) -> None:
+        """Give the connections up, if the engine is ours. Safe to call twice."""
+        self._home = None
+        if self.owned:
+            await self.engine.dispose()
+
+
+class SessionWork:
+    """The transactions of one session that the caller owns: `write` commits it, and rolls it back on an error."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """Read in the session's transaction, which is left as it is."""
+        with database_errors("be read"):
+            yield self._session
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """Write in the session's transaction and commit it."""
+        with database_errors("be written"):
+            try:
+                yield self._session
+                await self._session.commit()
+            except BaseException:
+                await self._session.rollback()
+                raise
+
+
+_environment: WeakKeyDictionary[asyncio.AbstractEventLoop, Database] = WeakKeyDictionary()
+
+
+async def get_db() -> AsyncIterator[AsyncSession]:
+    """Yield a session on DATABASE_URL and close it afterwards; what was not committed is rolled back.
+
+    For FastAPI: `session: Annotated[AsyncSession, Depends(get_db)]`. The engine is made at the first call, one for
+    each process and event loop; `close_db` gives it up. On SQLite the session's transactions begin IMMEDIATE, so keep
+    them short.
+    """
+    loop, url = asyncio.get_running_loop(), StoreSettings().database_url
+    database = _environment.get(loop)
+    if database is None or not database.is_home or database.url != url:
+        database = _environment[loop] = Database(create_engine(url), owned=True, url=url)
+        database.bind()
+    with database_errors("be used"):
+        async with database.sessions() as session:
+            yield session
+
+
+async def close_db() -> None:
+    """Close the connections that `get_db` opened in this event loop. For the end of a FastAPI lifespan."""
+    if (database := _environment.pop(asyncio.get_running_loop(), None)) is not None:
+        await database.close()

@@ -1,0 +1,97 @@
+"""The one door at which errors of the drivers become ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from agent_gateway_store.errors import GatewayStoreError, SchemaOutOfDateError, StoreUnavailableError
+
+__all__ = ["database_errors", "is_outage"]
+
+# asyncpg raises InternalClientError, outside its own two roots, when a server is killed under it.
+_DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+_OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
+_MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
+_HINTS = (
+    ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
+    ("invalidauthorization", "the database refuses the user: check DATABASE_URL"),
+    ("invalidcatalogname", "the database does not exist: create it or check DATABASE_URL"),
+    ("readonly", "the database is read-only: check the file's folder or the server's role"),
+    ("toomanyconnections", "the database has no connection left: raise max_connections or lower the pool"),
+    ("unable to open database file", "the file cannot be opened: check that its folder exists and is writable"),
+    ("file is not a database", "the file is not a SQLite database: check DATABASE_URL"),
+    ("database is locked", "the file is locked by another process: try again"),
+    ("database or disk is full", "the disk is full: make room"),
+    ("diskfull", "the disk is full: make room"),
+)
+
+
+@contextmanager
+def database_errors(doing: str) -> Iterator[None]:
+    """Turn what SQLAlchemy, the drivers and the network raise into ours, with the cause kept.
+
+    Ours, integrity errors and programming errors of Python pass unchanged.
+
+    Args:
+        doing: What was tried, as it ends the sentence "The database could not ...".
+
+    Raises:
+        StoreUnavailableError: The database is away, refuses us, or does not answer in time.
+        SchemaOutOfDateError: A table or column is missing.
+    """
+    try:
+        yield
+    except (GatewayStoreError, IntegrityError):
+        raise
+    except (SQLAlchemyError, *_DRIVER, *_OUTAGE) as exc:
+        raise _translated(exc, doing) from exc
+
+
+def is_outage(exc: BaseException) -> bool:
+    """True if `exc` says that the database could not answer, rather than that it refused this row."""
+    if isinstance(exc, DBAPIError):
+        exc = exc.orig or exc
+    cause = getattr(exc, "__cause__", None)
+    driver = cause if isinstance(cause, asyncpg.PostgresError) else exc
+    if isinstance(driver, asyncpg.PostgresError):
+        # Classes of PostgreSQL's appendix "Error Codes": data exceptions and constraint violations are the row's fault.
+        return not str(getattr(driver, "sqlstate", "") or "").startswith(("22", "23"))
+    return not isinstance(exc, ValueError | TypeError | OverflowError | IntegrityError)
+
+
+def _translated(exc: BaseException, doing: str) -> GatewayStoreError:
+    if isinstance(exc, NoSuchModuleError):
+        return StoreUnavailableError(f"The database could not {doing}: no driver for this kind of URL.")
+    name, text = _kind(exc)
+    if isinstance(exc, ProgrammingError | DBAPIError) and any(word in name or word in text for word in _MISSING_SCHEMA):
+        return SchemaOutOfDateError(
+            f"The database could not {doing}: a table or column is missing. Run `gateway-store db upgrade`."
+        )
+    for word, hint in _HINTS:
+        if word in name or word in text:
+            return StoreUnavailableError(f"The database could not {doing}: {hint}.")
+    if isinstance(exc, TimeoutError | PoolTimeoutError):
+        return StoreUnavailableError(f"The database could not {doing} in time: check its health and try again.")
+    return StoreUnavailableError(
+        f"The database could not {doing} ({_class_name(exc)}): check that it runs and that DATABASE_URL is right."
+    )
+
+
+def _innermost(exc: BaseException) -> BaseException:
+    if isinstance(exc, DBAPIError) and exc.orig is not None:
+        exc = exc.orig
+    return exc.__cause__ if exc.__cause__ is not None else exc
+
+
+def _class_name(exc: BaseException) -> str:
+    return type(_innermost(exc)).__name__
+
+
+def _kind(exc: BaseException) -> tuple[str, str]:
+    inner = _innermost(exc)
+    return type(inner).__name__.lower(), str(inner).lower()

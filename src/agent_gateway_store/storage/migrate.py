@@ -1,0 +1,213 @@
+"""The schema: find the scripts, tell where a database stands, bring it up to date.
+
+Everything runs on the caller's async engine, under a running loop, from a checkout or from an installed wheel.
+"""
+
+from __future__ import annotations
+
+import io
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
+from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.urls import is_memory, parse_database_url
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+__all__ = ["VERSION_TABLE", "current", "differences", "head", "migrations_path", "require_current", "sql", "upgrade"]
+
+VERSION_TABLE = "agent_gateway_store_version"
+_LOCK_KEY = 0x616773_6D6967  # "agsmig"
+_LOCK_TIMEOUT_S = 60.0
+
+
+def migrations_path() -> Path:
+    """Return the folder of the scripts: inside an installed wheel, else beside `src` in a checkout.
+
+    Raises:
+        SchemaOutOfDateError: Neither is there.
+    """
+    package = Path(str(files("agent_gateway_store")))
+    for folder in (package / "migrations", package.parent.parent / "migrations"):
+        if (folder / "env.py").is_file():
+            return folder
+    raise SchemaOutOfDateError("The migration scripts are missing: reinstall agent-gateway-store.")
+
+
+def _config(connection: Connection | None = None, **attributes: Any) -> Config:
+    from alembic.config import Config
+
+    config = Config(output_buffer=io.StringIO(), stdout=io.StringIO())
+    config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
+    config.attributes.update(attributes, connection=connection)
+    return config
+
+
+def _scripts() -> ScriptDirectory:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_config())
+
+
+def head() -> str:
+    """Return the revision that this version of the package needs."""
+    revision = _scripts().get_current_head()
+    assert revision is not None  # noqa: S101  a package without revisions was never built
+    return revision
+
+
+async def current(engine: AsyncEngine) -> str | None:
+    """Return the revision of the database, or None for one without our tables."""
+    with database_errors("tell its schema"):
+        async with engine.connect() as connection:
+            return await connection.run_sync(_revision)
+
+
+def _revision(connection: Connection) -> str | None:
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608
+
+
+async def is_empty(engine: AsyncEngine) -> bool:
+    """True if the database holds no table at all."""
+    with database_errors("tell its tables"):
+        async with engine.connect() as connection:
+            return not await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+
+
+async def require_current(engine: AsyncEngine) -> None:
+    """Raise SchemaOutOfDateError, with the step to take, unless the database is at `head()`."""
+    found, expected = await current(engine), head()
+    if found == expected:
+        return
+    if found is not None and not _is_known(found):
+        raise SchemaOutOfDateError(
+            f"The database schema ({found}) is newer than this package ({expected}): upgrade agent-gateway-store.",
+            current=found,
+            expected=expected,
+        )
+    raise SchemaOutOfDateError(
+        f"The database schema ({found or 'none'}) is behind this package ({expected}): run `gateway-store db upgrade`.",
+        current=found,
+        expected=expected,
+    )
+
+
+def _is_known(revision: str) -> bool:
+    from alembic.util.exc import CommandError
+
+    try:
+        return _scripts().get_revision(revision) is not None
+    except CommandError:
+        return False
+
+
+async def upgrade(engine: AsyncEngine, revision: str = "head") -> None:
+    """Bring the database to `revision`, in one transaction. Any number of processes may do so at once.
+
+    Raises:
+        SchemaOutOfDateError: The database is newer than this package.
+        StoreUnavailableError: The database is away, or another process held the lock for a minute.
+    """
+    from alembic import command
+
+    found = await current(engine)
+    if found is not None and not _is_known(found):
+        await require_current(engine)
+    with database_errors("be migrated"):
+        async with _file_lock(engine), engine.begin() as connection:
+            if connection.dialect.name == "postgresql":
+                # Held to the end of the transaction, so that it works through PgBouncer, too.
+                await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})"))
+            await connection.run_sync(lambda sync: command.upgrade(_config(sync), revision))
+
+
+async def downgrade(engine: AsyncEngine, revision: str) -> None:
+    """Take the database back to `revision` (`base`: drop our tables, with what they hold)."""
+    from alembic import command
+
+    with database_errors("be migrated"):
+        async with _file_lock(engine), engine.begin() as connection:
+            await connection.run_sync(lambda sync: command.downgrade(_config(sync), revision))
+
+
+@asynccontextmanager
+async def _file_lock(engine: AsyncEngine) -> AsyncIterator[None]:
+    """Let one process at a time migrate a SQLite file, by a lock file beside it that dies with its holder."""
+    if engine.dialect.name != "sqlite" or is_memory(engine.url) or not engine.url.database:
+        yield
+        return
+    path = Path(engine.url.database.removeprefix("file:").partition("?")[0] + ".lock")
+    lock = await anyio.to_thread.run_sync(_take, path)
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def _take(path: Path) -> sqlite3.Connection:
+    # SQLite's own locks work on every platform and end with the process that held them.
+    try:
+        lock = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    except sqlite3.OperationalError as exc:
+        raise StoreUnavailableError(
+            f"The database could not be migrated: {path} cannot be written. "
+            "Check that its folder exists and is writable."
+        ) from exc
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as exc:
+        lock.close()
+        raise StoreUnavailableError(
+            f"The database could not be migrated: {path} is locked or cannot be written. Try again."
+        ) from exc
+    return lock
+
+
+async def differences(engine: AsyncEngine) -> list[str]:
+    """Return how the database differs from the models, a line each; empty if it does not."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    from agent_gateway_store.models import metadata
+
+    def compare(connection: Connection) -> list[str]:
+        context = MigrationContext.configure(
+            connection,
+            opts={"version_table": VERSION_TABLE, "compare_type": True, "include_object": include_object},
+        )
+        return [str(difference) for difference in compare_metadata(context, metadata)]
+
+    with database_errors("be compared"):
+        async with engine.connect() as connection:
+            return await connection.run_sync(compare)
+
+
+def include_object(_object: Any, name: str | None, kind: str, reflected: bool, _compared_to: Any) -> bool:
+    """Leave the host's tables alone: only a table of ours can be missing or superfluous."""
+    from agent_gateway_store.models import metadata
+
+    return not (kind == "table" and reflected and name not in metadata.tables)
+
+
+def sql(url: str, revision: str = "head") -> str:
+    """Return the statements that bring an empty database of this kind to `revision`, without connecting."""
+    from alembic import command
+
+    parsed, _ = parse_database_url(url)
+    config = _config(dialect=parsed.get_backend_name())
+    command.upgrade(config, revision, sql=True)
+    output: Any = config.output_buffer
+    return str(output.getvalue())

@@ -1,0 +1,98 @@
+"""Fixtures for every test: servers, empty databases, and a clean environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import redis.asyncio
+from sqlalchemy import make_url
+
+import servers
+from agent_gateway_store import clock
+
+_SETTINGS = (
+    *("AGENT_GATEWAY_STORE_", "ALLOW_SELF_APPROVAL", "API_KEY_", "APPROVAL_", "AUDIT_", "BCRYPT_", "DATABASE_"),
+    *("ENVIRONMENT", "HASH_KEY", "OTEL_", "PLUGIN_", "REDIS_"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Settings of the machine do not reach a test, and its files stay in its own folder."""
+    for name in [name for name in os.environ if name.upper().startswith(_SETTINGS)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AUDIT_SPOOL_PATH", str(tmp_path / "spool.db"))
+    monkeypatch.setenv("BCRYPT_ROUNDS", "4")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _clock() -> Iterator[None]:
+    """A test that moves the clock moves no other's."""
+    yield
+    clock.reset()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The URL of a real PostgreSQL server; the test fails if there is none."""
+    try:
+        with servers.postgres() as url:
+            yield url
+    except LookupError as exc:
+        pytest.fail(str(exc))
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """The URL of a real Redis server; the test fails if there is none."""
+    try:
+        with servers.redis() as url:
+            yield url
+    except LookupError as exc:
+        pytest.fail(str(exc))
+
+
+@pytest.fixture
+def fresh_redis_url(redis_url: str) -> str:
+    """The URL of a real Redis server with nothing in it."""
+
+    async def flush() -> None:
+        async with redis.asyncio.from_url(redis_url) as client:
+            await client.flushdb()
+
+    servers.run(flush())
+    return redis_url
+
+
+@pytest.fixture
+def postgres_database(postgres_url: str) -> Iterator[Callable[[], str]]:
+    """Make an empty database with each call and return its URL; all are dropped after the test."""
+    url = make_url(postgres_url)
+    made: list[str] = []
+
+    def execute(*statements: str) -> None:
+        async def send() -> None:
+            connection = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+            try:
+                for statement in statements:
+                    await connection.execute(statement)
+            finally:
+                await connection.close()
+
+        servers.run(send())
+
+    def create() -> str:
+        name = f"test_{uuid4().hex}"
+        execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        made.append(name)
+        return url.set(database=name).render_as_string(hide_password=False)
+
+    yield create
+    if made:
+        execute(*(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)" for name in made))
