@@ -35,6 +35,8 @@ OPTIONS: dict[str, Any] = {
     "compare_type": True,
     "include_object": include_object,
     "render_item": render_item,
+    # SQLite takes DDL back, too: a migration that dies half-way leaves nothing behind.
+    "transactional_ddl": True,
 }
 
 

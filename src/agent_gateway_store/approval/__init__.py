@@ -1,0 +1,6 @@
+"""Human approvals: asked, decided once, used once."""
+
+from agent_gateway_store.approval.manager import ApprovalManager
+from agent_gateway_store.approval.notifier import ApprovalNotifier
+
+__all__ = ["ApprovalManager", "ApprovalNotifier"]

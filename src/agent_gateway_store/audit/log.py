@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from enum import StrEnum
 from typing import Any
 
@@ -15,13 +14,12 @@ from agent_gateway_store.audit.query import AuditQuery
 from agent_gateway_store.audit.row import event_row, reused_row
 from agent_gateway_store.errors import AuditUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.storage.database import Database, Executor, SessionWork, Work
+from agent_gateway_store.storage.database import Database, Executor, SessionWork, Work, dialect_of
 from agent_gateway_store.storage.faults import database_errors
 
 __all__ = ["AuditLog", "AuditLogger", "WriteOutcome", "insert_event"]
 
 _table = AuditEvent.__table__  # type: ignore[attr-defined]
-_logger = logging.getLogger("agent_gateway_store.audit")
 
 
 class WriteOutcome(StrEnum):
@@ -51,7 +49,7 @@ async def insert_event(executor: Executor, row: dict[str, Any]) -> WriteOutcome:
 
 
 async def _insert(executor: Executor, row: dict[str, Any]) -> bool:
-    postgres = _dialect(executor) == "postgresql"
+    postgres = dialect_of(executor) == "postgresql"
     insert = (postgresql.insert if postgres else sqlite.insert)(_table).values(row).on_conflict_do_nothing()
     return (await executor.execute(insert.returning(_table.c.id))).first() is not None
 
@@ -60,12 +58,7 @@ async def _is_stored(executor: Executor, row: dict[str, Any]) -> bool:
     same = select(_table.c.content_hash).where(
         _table.c.request_id == row["request_id"], _table.c.org_id == row["org_id"]
     )
-    return (await executor.execute(same)).scalar() == row["content_hash"]
-
-
-def _dialect(executor: Executor) -> str:
-    bind = executor.get_bind() if isinstance(executor, AsyncSession) else executor
-    return bind.dialect.name
+    return bool((await executor.execute(same)).scalar() == row["content_hash"])
 
 
 class AuditLogger:

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agent_gateway_store.hooks.dispatch import DeliveryReport, Dispatcher
+    from agent_gateway_store.hooks.delivery import DeliveryReport
+    from agent_gateway_store.hooks.dispatch import Dispatcher
     from agent_gateway_store.hooks.loading import Plugins
     from agent_gateway_store.hooks.markers import hookimpl, hookspec
     from agent_gateway_store.hooks.plugin import PluginRecord
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from agent_gateway_store.hooks.text import describe, mask_tokens, one_line
 
 _HOMES = {
-    "DeliveryReport": "dispatch",
+    "DeliveryReport": "delivery",
     "Dispatcher": "dispatch",
     "Notifier": "specs",
     "PluginRecord": "plugin",

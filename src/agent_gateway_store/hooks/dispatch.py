@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
+from agent_gateway_store.hooks.delivery import DeliveryReport, announce, notify
 from agent_gateway_store.hooks.lane import Lane
-from agent_gateway_store.hooks.text import one_line
+from agent_gateway_store.hooks.text import describe, one_line
 from agent_gateway_store.hooks.threads import in_thread
 
 if TYPE_CHECKING:
@@ -28,33 +27,16 @@ __all__ = ["DeliveryReport", "Dispatcher"]
 logger = logging.getLogger("agent_gateway_store.hooks")
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveryReport:
-    """How one notice fared with one plugin.
-
-    Attributes:
-        notifier: Name of the notifier; for an event hook, of the plugin.
-        ok: True if the plugin returned in time and raised nothing.
-        error: What went wrong, on one line of at most 500 characters, secrets masked; None if ok.
-        seconds: How long it took.
-    """
-
-    notifier: str
-    ok: bool
-    error: str | None
-    seconds: float
-
-
 class Dispatcher:
     """Hands notices to notifiers and event hooks; no plugin can stall or break the caller or another plugin.
 
     Each notifier, and each plugin with an event hook, has a daemon thread with an event loop, started by its first
-    notice. Every call is bounded by `plugin_timeout_seconds` (and a quarter of a second to give way). What goes wrong is
+    notice. A call is bounded by `plugin_timeout_seconds`, plus a quarter of a second to give way. What goes wrong is
     reported, and logged at WARNING on `agent_gateway_store.hooks`. May be used from any event loop, and from several.
     """
 
     def __init__(self, plugins: Plugins, settings: StoreSettings) -> None:
-        """Remember. Starts no thread and calls no plugin.
+        """Remember; start no thread and call no plugin.
 
         Args:
             plugins: Who is listening. May be shared.
@@ -86,11 +68,10 @@ class Dispatcher:
         """How many threads have not come back, by notifier (or plugin) name; those without any are left out."""
         with self._lock:
             lanes = list(self._lanes.items())
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for (_kind, name), lane in lanes:
-            if stuck := lane.abandoned:
-                counts[name] = counts.get(name, 0) + stuck
-        return counts
+            counts[name] += lane.abandoned
+        return dict(+counts)
 
     async def deliver(self, notifier_name: str, notice: Notice) -> DeliveryReport:
         """Hand one notice to one notifier. Raises nothing; cancelling it cancels the call.
@@ -102,19 +83,13 @@ class Dispatcher:
         Returns:
             How it went.
         """
-
         if (notifier := (await self._opened()).get(notifier_name)) is None:
             return self._reported(notifier_name, "no notifier of this name is loaded")
-        return await self._run("notifier", notifier_name, lambda: _notify(notifier, notice))
+        return await self._run("notifier", notifier_name, partial(notify, notifier, notice))
 
     async def deliver_all(self, notice: Notice) -> list[DeliveryReport]:
-        """Hand one notice to every notifier, side by side. Raises nothing.
-
-        Returns:
-            One report per notifier, in the order of `names`.
-        """
-        notifiers = await self._opened()
-        return list(await asyncio.gather(*(self.deliver(name, notice) for name in notifiers)))
+        """Hand one notice to every notifier, side by side. Raises nothing; one report each, in the order of `names`."""
+        return list(await asyncio.gather(*(self.deliver(name, notice) for name in await self._opened())))
 
     async def emit(self, notice: Notice) -> list[DeliveryReport]:
         """Call `gateway_store_approval_event` of every plugin that has it, side by side. Raises nothing.
@@ -123,7 +98,7 @@ class Dispatcher:
             One report per plugin.
         """
         callers = self._plugins.callers("gateway_store_approval_event")
-        runs = [self._run("plugin", name, partial(_announce, caller, notice)) for name, caller in callers.items()]
+        runs = [self._run("plugin", name, partial(announce, caller, notice)) for name, caller in callers.items()]
         return list(await asyncio.gather(*runs))
 
     def close(self, timeout: float = 1.0) -> None:
@@ -152,7 +127,12 @@ class Dispatcher:
     async def _opened(self) -> dict[str, Notifier]:
         if self._notifiers is not None:
             return self._notifiers
-        return await asyncio.wrap_future(in_thread(self._collect, name="gateway-store plugins"))
+        try:
+            collected = in_thread(self._collect, name="gateway-store plugins")
+        except RuntimeError as exc:
+            logger.warning("Notifiers could not be collected: %s", describe(exc))
+            return {}
+        return await asyncio.wrap_future(collected)
 
     async def _run(self, kind: str, name: str, call: Call) -> DeliveryReport:
         with self._lock:
@@ -167,17 +147,3 @@ class Dispatcher:
         if error is not None:
             logger.warning("Plugin %s did not take a notice: %s", one_line(name), error)
         return DeliveryReport(notifier=name, ok=error is None, error=error, seconds=seconds)
-
-
-async def _notify(notifier: Notifier, notice: Notice) -> None:
-    # Runs in the plugin's thread, as does the copying: no plugin sees an object that another one can change.
-    method = notifier.notify_pending if notice.event == "pending" else notifier.notify_decision
-    result: object = method(notice.model_copy(deep=True))
-    if not inspect.isawaitable(result):
-        raise TypeError("the notifier's method is not async")
-    await result
-
-
-async def _announce(caller: Callable[..., list[object]], notice: Notice) -> None:
-    results = caller(notice=notice.model_copy(deep=True))
-    await asyncio.gather(*(result for result in results if inspect.isawaitable(result)))

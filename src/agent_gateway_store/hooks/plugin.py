@@ -12,6 +12,7 @@ import pluggy
 
 from agent_gateway_store.hooks import specs
 from agent_gateway_store.hooks.markers import PROJECT
+from agent_gateway_store.hooks.notifiers import REGISTER, Offer, examine
 from agent_gateway_store.hooks.text import describe, one_line
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Plugin", "PluginRecord"]
 
 logger = logging.getLogger("agent_gateway_store.hooks")
-
-REGISTER = "gateway_store_register_notifiers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +47,15 @@ class PluginRecord:
 class Plugin:
     """A plugin and its faults. It has a pluggy manager of its own, so none can see, wrap or stop another."""
 
-    def __init__(self, name: str, *, distribution: str | None = None, version: str | None = None) -> None:
+    def __init__(self, name: str, *, origin: tuple[str, str] | None = None) -> None:
+        """Remember.
+
+        Args:
+            name: Unique among the loaded plugins.
+            origin: Name and version of its distribution; None if it was given to the store.
+        """
         self.name = name
-        self.distribution = distribution
-        self.version = version
+        self.origin = origin
         self.object: object = None
         self.blocked: str | None = None
         self._bare = False
@@ -65,10 +69,11 @@ class Plugin:
     def record(self) -> PluginRecord:
         """What is known of it now."""
         faults = [*self._faults, *self._notifier_faults]
+        distribution, version = self.origin or (None, None)
         return PluginRecord(
             name=self.name,
-            version=self.version,
-            distribution=self.distribution,
+            version=version,
+            distribution=distribution,
             hooks=tuple(sorted(name for name in self._specs if self.caller(name) is not None)),
             state="blocked" if self.blocked else "broken" if faults else "active",
             error=self.blocked or "; ".join(faults) or None,
@@ -100,7 +105,7 @@ class Plugin:
             self._manager.register(self.object, name=self.name)
             bare = hasattr(self.object, "notify_pending") or hasattr(self.object, "notify_decision")
             self._bare = bare and self.caller(REGISTER) is None
-            if unknown := sorted(vars(self._manager.hook).keys() - self._specs - self._optional()):
+            if unknown := self._unknown_hooks():
                 self.fault(f"this version knows no hook {', '.join(map(one_line, unknown))}")
             elif not self._bare and not self.record.hooks:
                 self.fault("nothing in it is marked with @hookimpl, and it is no notifier")
@@ -109,29 +114,18 @@ class Plugin:
         except BaseException as exc:
             self.fault(describe(exc))
 
-    def offer(self, settings: StoreSettings) -> tuple[list[tuple[str, specs.Notifier]], list[str]]:
-        """Ask it for notifiers, and look at each.
+    def offer(self, settings: StoreSettings) -> Offer:
+        """Ask it for notifiers. Raises nothing; may take as long as the plugin likes."""
+        if self._bare:
+            return examine(lambda: [[self.object]])
+        register = self.caller(REGISTER)
+        return examine(lambda: register(settings=settings) if register else [])
 
-        Raises nothing. May take as long as the plugin likes.
+    def forget_offer(self) -> None:
+        """Drop the faults found when it was last asked for notifiers."""
+        self._notifier_faults.clear()
 
-        Returns:
-            Names and notifiers that fit, and what is wrong with the rest.
-        """
-        try:
-            answers = [[self.object]] if self._bare else (self.caller(REGISTER) or list)(settings=settings)
-        except BaseException as exc:
-            return [], [f"{REGISTER} raised {describe(exc)}"]
-        fitting: list[tuple[str, specs.Notifier]] = []
-        faults: list[str] = []
-        for answer in answers:
-            if not isinstance(answer, list | tuple):
-                if inspect.iscoroutine(answer):
-                    answer.close()
-                faults.append(f"{REGISTER} returned {type(answer).__name__}, not a list of notifiers")
-                continue
-            for candidate in answer:
-                try:
-                    fitting.append(_checked(candidate))
-                except BaseException as exc:
-                    faults.append(f"a notifier does not fit: {describe(exc)}")
-        return fitting, faults
+    def _unknown_hooks(self) -> list[str]:
+        relay: dict[str, pluggy.HookCaller] = vars(self._manager.hook)
+        others = (name for name in relay if name not in self._specs)
+        return sorted(name for name in others if not all(impl.optionalhook for impl in relay[name].get_hookimpls()))

@@ -45,10 +45,10 @@ class Notifier(Protocol):
 
 
 @hookspec
-def gateway_store_register_notifiers(settings: StoreSettings) -> Sequence[Notifier] | None:  # type: ignore[empty-body]
+def gateway_store_register_notifiers(settings: StoreSettings) -> Sequence[Notifier] | None:
     """Contribute notifiers. Called once for each store that opens, in a thread; must not be async.
 
-    Every notifier is looked at alone: one that does not fit the shape, or whose name is taken, is reported and left out.
+    Each notifier is looked at alone: one that does not fit the shape, or whose name is taken, is left out and recorded.
 
     Args:
         settings: Settings of the store. Holds secrets: do not log it.
@@ -59,7 +59,7 @@ def gateway_store_register_notifiers(settings: StoreSettings) -> Sequence[Notifi
 
 
 @hookspec
-def gateway_store_approval_event(notice: Notice) -> Awaitable[None] | None:  # type: ignore[empty-body]
+def gateway_store_approval_event(notice: Notice) -> Awaitable[None] | None:
     """Hear of every notice, after the change it tells of was committed.
 
     May be sync or async. Runs in a thread and an event loop of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`. Not

@@ -23,7 +23,7 @@ _LABELLED = re.compile(
 
 
 def one_line(text: str) -> str:
-    """Return `text` with everything unprintable (line breaks, ANSI, bidi marks, lone surrogates) as backslash escapes."""
+    """Return `text` with what is unprintable (line breaks, ANSI, bidi marks, surrogates) as backslash escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -37,8 +37,8 @@ def mask_tokens(text: str) -> str:
 def describe(error: BaseException) -> str:
     """Return an exception as `Type: text`, on one line of at most 500 characters.
 
-    What looks like a secret is masked: tokens, `password=` and its like, and of a URL all but scheme and host (a webhook
-    URL is a password). Never raises an `Exception`, whatever the exception's own `__str__` does.
+    What looks like a secret is masked: tokens, `password=` and its like, and of a URL all but scheme and host, for a
+    webhook URL is a password. Never raises an `Exception`, whatever the exception's own `__str__` does.
     """
     try:
         text = " ".join(str(error)[: 10 * MAX_ERROR].split())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-__all__ = ["DaemonExecutor", "in_thread"]
+__all__ = ["DaemonExecutor", "in_thread", "wind_up"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_THREADS = 32
+WIND_UP_SECONDS = 1.0
 
 
 def in_thread(function: Callable[[], T], *, name: str) -> Future[T]:
@@ -23,15 +25,15 @@ def in_thread(function: Callable[[], T], *, name: str) -> Future[T]:
         name: Name of the thread.
 
     Returns:
-        Its outcome. Cancelling it stops nothing.
+        Its outcome. It cannot be cancelled.
 
     Raises:
         RuntimeError: If the process can start no more threads.
     """
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
-        future.set_running_or_notify_cancel()
         try:
             result = function()
         except BaseException as exc:
@@ -71,3 +73,13 @@ class DaemonExecutor(ThreadPoolExecutor):
         except BaseException:
             self._room.release()
             raise
+
+
+async def wind_up() -> None:
+    """Cancel every task of the running loop and wait a second or two for them, before the loop is closed."""
+    loop = asyncio.get_running_loop()
+    if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=WIND_UP_SECONDS)
+    await asyncio.wait_for(loop.shutdown_asyncgens(), WIND_UP_SECONDS)

@@ -11,7 +11,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from agent_gateway_store.hooks.text import describe, one_line
-from agent_gateway_store.hooks.threads import DaemonExecutor
+from agent_gateway_store.hooks.threads import DaemonExecutor, wind_up
 
 __all__ = ["Call", "Job", "Worker"]
 
@@ -20,7 +20,6 @@ logger = logging.getLogger("agent_gateway_store.hooks")
 Call = Callable[[], Coroutine[Any, Any, None]]
 
 _CLOSED = "the dispatcher was closed before it was done"
-_WIND_UP_SECONDS = 1.0
 
 
 class Job:
@@ -36,9 +35,11 @@ class Job:
         self.call = call
         self.ended: Future[str | None] = Future()
         self.task: asyncio.Task[str | None] | None = None
+        self.given_up = False
 
     def cancel(self) -> None:
         """Ask it to stop: a call that blocks its thread, or swallows the request, does not."""
+        self.given_up = True
         self.worker.soon(lambda: self.task and self.task.cancel())
 
 
@@ -94,7 +95,7 @@ class Worker:
 
     def _begin(self, job: Job) -> None:
         if job.ended.set_running_or_notify_cancel():
-            job.task = self._loop.create_task(_outcome(job.call))
+            job.task = self._loop.create_task(_outcome(job))
             job.task.add_done_callback(lambda task: self._end(job, "cancelled" if task.cancelled() else task.result()))
         else:
             self._end(job, None)
@@ -127,7 +128,7 @@ class Worker:
                 logger.warning("Plugin %s: stray error in its event loop: %s", one_line(self._name), describe(exc))
         self._winding_up = True
         with contextlib.suppress(BaseException):
-            self._loop.run_until_complete(_wind_up())
+            self._loop.run_until_complete(wind_up())
         with self._lock:
             self._loop.close()
         for job in self._jobs:
@@ -140,18 +141,9 @@ class Worker:
         logger.warning("Plugin %s: stray error in its event loop: %s", one_line(self._name), text)
 
 
-async def _outcome(call: Call) -> str | None:
+async def _outcome(job: Job) -> str | None:
     try:
-        await call()
+        # Given up while the thread was blocked: its cancellation may still be queued behind this.
+        return "cancelled" if job.given_up else await job.call()
     except BaseException as exc:  # SystemExit included: it would end the loop
         return describe(exc)
-    return None
-
-
-async def _wind_up() -> None:
-    loop = asyncio.get_running_loop()
-    if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks, timeout=_WIND_UP_SECONDS)
-    await asyncio.wait_for(loop.shutdown_asyncgens(), _WIND_UP_SECONDS)

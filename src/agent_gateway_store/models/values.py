@@ -61,7 +61,7 @@ class Notice(Value):
         caller_id: Who wants to make the call.
         tool_call: The call, arguments sanitised.
         risk_explanation: Why a human is asked.
-        created_at: When it was asked (UTC).
+        created_at: When it was asked (UTC); None if the teller does not know.
         expires_at: Until when it can be decided (UTC).
         status: Where it stands.
         approver_id: Who decided; None while pending.
@@ -78,7 +78,7 @@ class Notice(Value):
     caller_id: str
     tool_call: ToolCall
     risk_explanation: str
-    created_at: datetime
+    created_at: datetime | None = None
     expires_at: datetime | None = None
     status: ApprovalStatus
     approver_id: str | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Float, bindparam, event
+from sqlalchemy import Executable, Float, bindparam, event
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
@@ -30,7 +30,18 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.faults import database_errors
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
-__all__ = ["Database", "Executor", "SessionWork", "Work", "close_db", "create_engine", "db_now", "get_db"]
+__all__ = [
+    "Database",
+    "Executor",
+    "SessionWork",
+    "Work",
+    "close_db",
+    "create_engine",
+    "db_now",
+    "dialect_of",
+    "first_row",
+    "get_db",
+]
 
 Executor: TypeAlias = AsyncConnection | AsyncSession
 """What statements run on; both take Core statements by `await executor.execute(...)`."""
@@ -39,6 +50,18 @@ _READ_ONLY = "agent_gateway_store_read_only"
 _BUSY_TIMEOUT_MS = 10_000
 _CONNECT_TIMEOUT_S = 10.0
 _COMMAND_TIMEOUT_S = 30.0
+
+
+def dialect_of(executor: Executor) -> str:
+    """Return `sqlite` or `postgresql`."""
+    bind = executor.get_bind() if isinstance(executor, AsyncSession) else executor
+    return bind.dialect.name
+
+
+async def first_row(executor: Executor, statement: Executable) -> Mapping[str, Any] | None:
+    """Run `statement` and return its first row by column name, or None."""
+    row = (await executor.execute(statement)).mappings().first()
+    return None if row is None else dict(row)
 
 
 class Work(Protocol):

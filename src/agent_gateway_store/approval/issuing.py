@@ -1,0 +1,109 @@
+"""Ask for an approval: a new row, or the one that the same pending call already has."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import and_
+from sqlalchemy.dialects import postgresql, sqlite
+
+from agent_gateway_store.approval.transitions import expire, move, requests, returned
+from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
+from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
+from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
+from agent_gateway_store.storage.database import Executor, db_now, dialect_of, first_row
+
+__all__ = ["insert_or_rebind", "issue_values"]
+
+
+def issue_values(
+    request: ApprovalRequest, *, call: ToolCall | None, org_id: str | None, ttl: timedelta, hash_key: str | None
+) -> dict[str, Any]:
+    """Return the row by which `request` is asked: scrubbed, PENDING whatever it says, its deadlines set.
+
+    Raises:
+        ApprovalMismatchError: The request names another organisation than the store is bound to.
+    """
+    scrubber = Scrubber()
+    shown = request.tool_call
+    return {
+        "approval_id": request.approval_id,
+        "token": request.token or secrets.token_urlsafe(32),
+        "request_id": scrubber.text("request_id", request.request_id, limit=MAX_KEY_BYTES),
+        "caller_id": scrubber.text("caller_id", request.caller_id, limit=MAX_KEY_BYTES),
+        "org_id": _organisation(request, org_id),
+        "tool_call": ToolCall(
+            server=scrubber.text("server", shown.server),
+            tool=scrubber.text("tool", shown.tool),
+            arguments=scrubber.json("arguments", shown.arguments),
+        ),
+        "tool_call_hash": _hash(request, call, hash_key),
+        "risk_explanation": scrubber.text("risk_explanation", request.risk_explanation),
+        "created_at": db_now(),
+        "expires_at": request.expires_at or db_now(plus=ttl),
+        "use_before": request.use_before,
+        "status": ApprovalStatus.PENDING,
+        "scope": request.scope,
+        "output_payload": scrubber.json("output_payload", request.output_payload),
+        "output_hash": request.output_hash and scrubber.text("output_hash", request.output_hash),
+        "required_approvals": request.required_approvals,
+        "approver_note": "",
+        "version": 1,
+    }
+
+
+def _organisation(request: ApprovalRequest, bound: str | None) -> str:
+    own = Scrubber().text("org_id", request.org_id, limit=MAX_KEY_BYTES)
+    if bound is None or own == bound:
+        return own
+    if "org_id" in request.model_fields_set:
+        raise ApprovalMismatchError(
+            "The approval belongs to another organisation than this store: use `store.for_org` of its own.",
+            approval_id=request.approval_id,
+        )
+    return bound
+
+
+def _hash(request: ApprovalRequest, call: ToolCall | None, hash_key: str | None) -> str:
+    if call is None and request.tool_call_hash is not None:
+        return request.tool_call_hash
+    return hash_tool_call(call or request.tool_call, key=hash_key)
+
+
+async def insert_or_rebind(executor: Executor, values: dict[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """Insert the row, or give the pending approval of the same call the new token; does not commit.
+
+    Returns:
+        The row as it stands, and True if it is new.
+
+    Raises:
+        ApprovalError: The request was issued before and has been decided since.
+    """
+    same_call = and_(*(requests.c[name] == values[name] for name in _CALL))
+    for _ in range(2):
+        insert = (postgresql.insert if dialect_of(executor) == "postgresql" else sqlite.insert)(requests)
+        row = await first_row(executor, insert.values(values).on_conflict_do_nothing().returning(*returned()))
+        if row is not None:
+            return row, True
+        row = await first_row(
+            executor,
+            move((ApprovalStatus.PENDING,), ApprovalStatus.PENDING, same_call, token=values["token"]),
+        )
+        if row is not None:
+            return row, False
+        # What stands in the way is a pending approval whose deadline has passed and which no sweep has met yet.
+        await executor.execute(expire(same_call))
+    approval_id: UUID = values["approval_id"]
+    raise ApprovalError(
+        "This request was issued before and has been decided since: build a new ApprovalRequest.",
+        approval_id=approval_id,
+    )
+
+
+_CALL = ("org_id", "caller_id", "request_id", "tool_call_hash")
+

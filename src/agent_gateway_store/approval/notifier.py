@@ -1,0 +1,96 @@
+"""Tell the notifiers about approvals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+from uuid import uuid4
+
+from agent_gateway_store.hooks import DeliveryReport, Dispatcher, Plugins
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.values import Notice, ToolCall
+from agent_gateway_store.settings import StoreSettings
+
+__all__ = ["ApprovalNotifier", "notice_of"]
+
+
+def notice_of(request: ApprovalRequest, event: Literal["pending", "decision"]) -> Notice:
+    """Return the notice about `request` as it stands: no token, and only the sanitised arguments."""
+    return Notice(
+        event=event,
+        delivery_id=uuid4(),
+        approval_id=request.approval_id,
+        org_id=request.org_id,
+        request_id=request.request_id,
+        caller_id=request.caller_id,
+        tool_call=request.tool_call,
+        risk_explanation=request.risk_explanation,
+        created_at=request.created_at,
+        expires_at=request.expires_at,
+        status=request.status,
+        approver_id=request.approver_id,
+        note=request.approver_note,
+        decided_at=request.decision_at,
+    )
+
+
+class ApprovalNotifier:
+    """Hands notices to every notifier and event hook, each on its own, each within PLUGIN_TIMEOUT_SECONDS.
+
+    Nothing here raises because of a plugin; the reports say what went wrong.
+
+    Args:
+        dispatcher: Shared with a store, and closed by it; None: made here from the installed plugins.
+        plugins: Further plugins or notifiers, where there is no dispatcher.
+        settings: Default: from the environment.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher | None = None,
+        *,
+        plugins: Iterable[object] = (),
+        settings: StoreSettings | None = None,
+    ) -> None:
+        self._dispatcher = dispatcher or Dispatcher(Plugins(plugins), settings or StoreSettings())
+
+    async def notify_pending(self, request: ApprovalRequest) -> list[DeliveryReport]:
+        """Tell that `request` waits for a decision. Returns one report per notifier."""
+        return await self.send(notice_of(request, "pending"))
+
+    async def notify_decision(self, result: ApprovalResult | ApprovalRequest) -> list[DeliveryReport]:
+        """Tell what became of an approval. Returns one report per notifier.
+
+        Args:
+            result: What `approve` or `deny` returned. It names neither the caller nor the call, so those are empty in
+                the notice; the request as read from the store (`get`) fills them.
+        """
+        if isinstance(result, ApprovalRequest):
+            return await self.send(notice_of(result, "decision"))
+        return await self.send(
+            Notice(
+                event="decision",
+                delivery_id=uuid4(),
+                approval_id=result.approval_id,
+                org_id="",
+                request_id="",
+                caller_id="",
+                tool_call=ToolCall(server="", tool=""),
+                risk_explanation="",
+                expires_at=result.expires_at,
+                status=result.status,
+                approver_id=result.approver_id,
+                note=result.note,
+                decided_at=result.decided_at,
+            )
+        )
+
+    async def send(self, notice: Notice) -> list[DeliveryReport]:
+        """Hand `notice` to the notifiers, then to the event hooks. Returns one report per notifier."""
+        reports = await self._dispatcher.deliver_all(notice)
+        await self._dispatcher.emit(notice)
+        return reports
+
+    async def close(self) -> None:
+        """End the threads of the notifiers."""
+        await self._dispatcher.aclose()

@@ -1,0 +1,62 @@
+"""How an API key looks: `agw_<key id>_<secret><crc32>`.
+
+The prefix and the checksum let a scanner, and this package, tell a key from any other string without a database (the
+format of GitHub's tokens). All parts are base62, so that a double click selects the whole key.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import secrets
+import string
+import zlib
+
+__all__ = ["KEY_PATTERN", "digest", "new_key", "new_key_id", "parse_key_id"]
+
+_ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
+_KEY_ID_CHARS, _SECRET_CHARS, _CHECKSUM_CHARS = 12, 43, 6
+
+KEY_PATTERN = rf"\bagw_[0-9A-Za-z]{{{_KEY_ID_CHARS}}}_[0-9A-Za-z]{{{_SECRET_CHARS + _CHECKSUM_CHARS}}}\b"
+"""Regular expression for secret scanners; 43 base62 characters carry 256 bits."""
+
+_KEY = re.compile(
+    rf"agw_([0-9A-Za-z]{{{_KEY_ID_CHARS}}})_[0-9A-Za-z]{{{_SECRET_CHARS}}}([0-9A-Za-z]{{{_CHECKSUM_CHARS}}})", re.ASCII
+)
+
+
+def new_key_id() -> str:
+    """Return a fresh public id."""
+    return _random(_KEY_ID_CHARS)
+
+
+def new_key(key_id: str) -> str:
+    """Return a fresh key for `key_id`; its plaintext exists nowhere else."""
+    body = f"agw_{key_id}_{_random(_SECRET_CHARS)}"
+    return body + _checksum(body)
+
+
+def parse_key_id(plaintext: str) -> str | None:
+    """Return the key id of a well-formed key, or None. Costs no lookup and no bcrypt."""
+    if not isinstance(plaintext, str) or len(plaintext) > 128 or (found := _KEY.fullmatch(plaintext)) is None:
+        return None
+    return found[1] if secrets.compare_digest(found[2], _checksum(plaintext[:-_CHECKSUM_CHARS])) else None
+
+
+def digest(plaintext: str) -> bytes:
+    """Return what bcrypt is given: always 44 bytes, so that its limit of 72 never cuts a secret off."""
+    return base64.b64encode(hashlib.sha256(plaintext.encode()).digest())
+
+
+def _random(length: int) -> str:
+    return "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+def _checksum(body: str) -> str:
+    number = zlib.crc32(body.encode())
+    digits = ""
+    for _ in range(_CHECKSUM_CHARS):
+        number, rest = divmod(number, len(_ALPHABET))
+        digits = _ALPHABET[rest] + digits
+    return digits

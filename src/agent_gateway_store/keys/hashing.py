@@ -1,0 +1,64 @@
+"""bcrypt in a bounded pool of threads, never on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import bcrypt
+
+from agent_gateway_store.errors import StoreUnavailableError
+
+__all__ = ["Hasher"]
+
+T = TypeVar("T")
+_MOST_WAITING = 64
+
+
+class Hasher:
+    """Hashes and checks secrets.
+
+    Args:
+        rounds: bcrypt's cost, as a power of two.
+    """
+
+    def __init__(self, *, rounds: int) -> None:
+        self._rounds = rounds
+        self._threads = max(1, (os.cpu_count() or 2) - 1)
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting = 0
+
+    async def hash(self, secret: bytes) -> str:
+        """Return the bcrypt of `secret` (at most 72 bytes)."""
+        return (await self._run(lambda: bcrypt.hashpw(secret, bcrypt.gensalt(self._rounds)))).decode()
+
+    async def check(self, secret: bytes, hashed: str) -> bool:
+        """True if `hashed` is the bcrypt of `secret`.
+
+        Raises:
+            StoreUnavailableError: Too many checks wait already.
+        """
+        return await self._run(lambda: bcrypt.checkpw(secret, hashed.encode()))
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        if self._waiting >= _MOST_WAITING:
+            raise StoreUnavailableError("Too many keys wait to be checked: try again in a second.")
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gateway-store-bcrypt")
+        self._waiting += 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        # Counted until the thread is done, also where the caller is cancelled before.
+        future.add_done_callback(self._done)
+        return await future  # type: ignore[no-any-return]
+
+    def _done(self, _future: asyncio.Future[Any]) -> None:
+        self._waiting -= 1
+
+    def close(self) -> None:
+        """Let the threads go; what waits is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None

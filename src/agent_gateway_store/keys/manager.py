@@ -1,0 +1,234 @@
+"""`store.keys`: issue, verify, rotate, revoke API keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic import SecretStr
+from sqlalchemy import ColumnElement, and_, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from agent_gateway_store.errors import ApiKeyExistsError, ApiKeyNotFoundError, InvalidApiKeyError
+from agent_gateway_store.keys.format import digest, new_key, new_key_id, parse_key_id
+from agent_gateway_store.keys.hashing import Hasher
+from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
+from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, storable_key
+from agent_gateway_store.results import Page
+from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.database import Executor, Work, db_now, first_row
+
+__all__ = ["COLUMNS", "KeyManager"]
+
+COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
+_DEFAULT_ORG = "default"
+_LAST_USED_EVERY = timedelta(minutes=1)
+_keys = ApiKey.__table__  # type: ignore[attr-defined]
+
+
+class KeyManager:
+    """API keys: stored as bcrypt, shown once, at most one per caller and organisation.
+
+    Args:
+        work: Where they are kept.
+        hasher: bcrypt in its threads; stays the caller's.
+        settings: `environment` is stamped on keys that name none.
+        org_id: See and change only this organisation; None sees all, and issues for "default".
+    """
+
+    def __init__(self, work: Work, hasher: Hasher, settings: StoreSettings, *, org_id: str | None = None) -> None:
+        self._work, self._hasher, self._settings, self._org_id = work, hasher, settings, org_id
+
+    async def issue(
+        self,
+        caller_id: str,
+        *,
+        role: str,
+        trust_level: TrustLevel = TrustLevel.LOW,
+        environment: str | None = None,
+        expires_at: datetime | None = None,
+        org_id: str | None = None,
+    ) -> IssuedKey:
+        """Give `caller_id` a key. The plaintext is in the answer and nowhere else.
+
+        A caller whose key was revoked gets a new one.
+
+        Args:
+            caller_id: Who will call.
+            role: As the gateway's policy names it.
+            trust_level: Default: LOW.
+            environment: Default: the setting ENVIRONMENT.
+            expires_at: From then on the key is refused; None: never.
+            org_id: Organisation; default: the one this store is bound to, else "default".
+
+        Raises:
+            ApiKeyExistsError: The caller has a key; rotate it instead.
+        """
+        scrubber = Scrubber()
+        key_id = new_key_id()
+        plaintext = new_key(key_id)
+        checked = ApiKey(
+            key_id=key_id,
+            caller_id=scrubber.text("caller_id", caller_id, limit=MAX_KEY_BYTES),
+            org_id=self._organisation(org_id),
+            key_hash=await self._hasher.hash(digest(plaintext)),
+            role=scrubber.text("role", role),
+            trust_level=trust_level,
+            environment=scrubber.text(
+                "environment", self._settings.environment if environment is None else environment
+            ),
+            expires_at=expires_at,
+        )
+        values = {column.name: getattr(checked, column.name) for column in _keys.c if column.name != "id"}
+        values["created_at"] = db_now()
+        mine = self._of_caller(checked.caller_id, checked.org_id)
+        try:
+            async with self._work.write() as executor:
+                again = update(_keys).where(mine, _keys.c.is_active.is_(False)).values(values).returning(*_keys.c)
+                row = await first_row(executor, again) or await first_row(
+                    executor, insert(_keys).values(values).returning(*_keys.c)
+                )
+        except IntegrityError as exc:
+            raise ApiKeyExistsError(checked.caller_id) from exc
+        assert row is not None  # noqa: S101  an INSERT without conflict returns its row
+        return IssuedKey(plaintext=SecretStr(plaintext), api_key=ApiKey.from_row(row))
+
+    async def verify(self, key: str | SecretStr) -> CallerIdentity:
+        """Return who `key` belongs to.
+
+        A malformed key costs no lookup, an unknown one no bcrypt. bcrypt runs in threads.
+
+        Raises:
+            InvalidApiKeyError: The key is malformed, unknown, wrong, expired, revoked, or of another organisation;
+                which of these is not told.
+            StoreUnavailableError: The database is away, or too many checks wait.
+        """
+        plaintext = key.get_secret_value() if isinstance(key, SecretStr) else key
+        key_id = parse_key_id(plaintext)
+        if key_id is None:
+            raise InvalidApiKeyError
+        async with self._work.read() as executor:
+            row = await first_row(executor, select(_keys, *_timely()).where(self._seen(_keys.c.key_id == key_id)))
+        if row is None or not row["is_active"] or row["is_expired"] or not await self._matches(row, plaintext):
+            raise InvalidApiKeyError
+        if row["is_use_due"]:
+            await self._note_use(row["id"])
+        return CallerIdentity(
+            caller_id=row["caller_id"],
+            role=row["role"],
+            trust_level=row["trust_level"],
+            environment=row["environment"],
+            org_id=row["org_id"],
+            key_id=row["key_id"],
+            api_key_id=row["id"],
+        )
+
+    async def _matches(self, row: Mapping[str, Any], plaintext: str) -> bool:
+        secret = digest(plaintext)
+        if await self._hasher.check(secret, row["key_hash"]):
+            return True
+        return bool(row["has_previous"]) and await self._hasher.check(secret, row["previous_key_hash"])
+
+    async def _note_use(self, row_id: int) -> None:
+        due = or_(_keys.c.last_used_at.is_(None), _keys.c.last_used_at < db_now(plus=-_LAST_USED_EVERY))
+        async with self._work.write() as executor:
+            await executor.execute(update(_keys).where(_keys.c.id == row_id, due).values(last_used_at=db_now()))
+
+    async def rotate(
+        self, caller_id: str, overlap: timedelta = timedelta(hours=24), *, org_id: str | None = None
+    ) -> IssuedKey:
+        """Replace the key of `caller_id`; its key id stays. The plaintext is in the answer and nowhere else.
+
+        Args:
+            caller_id: Whose key.
+            overlap: How long the key before it is still accepted; zero ends it at once.
+            org_id: Organisation; default: the one this store is bound to, else "default".
+
+        Raises:
+            ApiKeyNotFoundError: The caller has no active key.
+            ValueError: `overlap` is negative.
+        """
+        if overlap < timedelta():
+            raise ValueError("overlap must be zero or more.")
+        mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
+        held = await self.get(caller_id, org_id=org_id)
+        plaintext = new_key(held.key_id)
+        new_hash = await self._hasher.hash(digest(plaintext))
+        statement = (
+            update(_keys)
+            .where(mine, _keys.c.is_active, _keys.c.key_id == held.key_id)
+            .values(
+                previous_key_hash=_keys.c.key_hash if overlap else None,
+                previous_key_expires_at=db_now(plus=overlap) if overlap else None,
+                key_hash=new_hash,
+            )
+            .returning(*_keys.c)
+        )
+        async with self._work.write() as executor:
+            row = await first_row(executor, statement)
+        if row is None:
+            raise ApiKeyNotFoundError(caller_id)
+        api_key = ApiKey.from_row(row)
+        return IssuedKey(
+            plaintext=SecretStr(plaintext), api_key=api_key, previous_valid_until=api_key.previous_key_expires_at
+        )
+
+    async def revoke(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
+        """End the key of `caller_id`, and the one before it, at once. A second call changes nothing.
+
+        Raises:
+            ApiKeyNotFoundError: The caller has no key.
+        """
+        mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
+        ended = {"is_active": False, "revoked_at": db_now(), "previous_key_hash": None, "previous_key_expires_at": None}
+        async with self._work.write() as executor:
+            row = await first_row(executor, update(_keys).where(mine, _keys.c.is_active).values(ended).returning(*_keys.c))
+            row = row or await first_row(executor, select(_keys).where(mine))
+        if row is None:
+            raise ApiKeyNotFoundError(caller_id)
+        return ApiKey.from_row(row)
+
+    async def get(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
+        """Return the key row of `caller_id`; its hash is not shown by a repr.
+
+        Raises:
+            ApiKeyNotFoundError: The caller has no key.
+        """
+        mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
+        async with self._work.read() as executor:
+            row = await first_row(executor, select(_keys).where(mine))
+        if row is None:
+            raise ApiKeyNotFoundError(caller_id)
+        return ApiKey.from_row(row)
+
+    async def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
+        """Return key rows, newest first by id."""
+        statement = select(_keys).order_by(_keys.c.id.desc()).limit(limit).offset(offset)
+        if self._org_id is not None:
+            statement = statement.where(_keys.c.org_id == self._org_id)
+        async with self._work.read() as executor:
+            rows = (await executor.execute(statement)).mappings().all()
+        return Page((ApiKey.from_row(dict(row)) for row in rows), columns=COLUMNS)
+
+    def _organisation(self, org_id: str | None) -> str:
+        """The organisation meant; a bound store takes no other."""
+        if self._org_id is not None:
+            return self._org_id
+        return storable_key(org_id) if org_id is not None else _DEFAULT_ORG
+
+    def _of_caller(self, caller_id: str, org_id: str) -> ColumnElement[bool]:
+        return and_(_keys.c.caller_id == caller_id, _keys.c.org_id == org_id)
+
+    def _seen(self, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+        return condition if self._org_id is None else and_(condition, _keys.c.org_id == self._org_id)
+
+
+def _timely() -> tuple[ColumnElement[Any], ...]:
+    """What the database's clock says of a key."""
+    return (
+        and_(_keys.c.expires_at.is_not(None), _keys.c.expires_at <= db_now()).label("is_expired"),
+        and_(_keys.c.previous_key_hash.is_not(None), _keys.c.previous_key_expires_at > db_now()).label("has_previous"),
+        or_(_keys.c.last_used_at.is_(None), _keys.c.last_used_at < db_now(plus=-_LAST_USED_EVERY)).label("is_use_due"),
+    )
+

@@ -1,0 +1,87 @@
+"""Notifier `log`: one line in the application's log for every notice."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from agent_gateway_store.hooks import hookimpl, mask_tokens, one_line
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from agent_gateway_store.models import Notice
+
+__all__ = ["LogNotifier", "gateway_store_register_notifiers"]
+
+logger = logging.getLogger("agent_gateway_store.notifications")
+
+MAX_TEXT = 1000
+
+
+class LogNotifier:
+    """Logs on `agent_gateway_store.notifications` at INFO.
+
+    A notice is one line, whatever is in its text: line breaks, ANSI and bidi marks are escaped, texts are quoted and
+    cut at 1000 characters. No token and no argument is logged. The same facts are attributes of the log record.
+    """
+
+    name = "log"
+
+    async def notify_pending(self, notice: Notice) -> None:
+        """Log `APPROVAL_REQUIRED`: who wants what, why it is asked, until when it can be decided."""
+        facts = {
+            "approval_id": str(notice.approval_id),
+            "caller_id": _clean(notice.caller_id),
+            "org_id": _clean(notice.org_id),
+            "server": _clean(notice.tool_call.server),
+            "tool": _clean(notice.tool_call.tool),
+            "risk_explanation": _clean(notice.risk_explanation),
+            "expires_at": _time(notice.expires_at),
+        }
+        logger.info(
+            "APPROVAL_REQUIRED approval_id=%s caller=%s org=%s server=%s tool=%s risk=%s deadline=%s",
+            facts["approval_id"],
+            *(_quoted(facts[key]) for key in ("caller_id", "org_id", "server", "tool", "risk_explanation")),
+            facts["expires_at"],
+            extra={"event": "APPROVAL_REQUIRED", "delivery_id": str(notice.delivery_id), **facts},
+        )
+
+    async def notify_decision(self, notice: Notice) -> None:
+        """Log `APPROVAL_DECIDED`: how it ended, and by whom."""
+        facts = {
+            "approval_id": str(notice.approval_id),
+            "status": notice.status.value,
+            "approver_id": None if notice.approver_id is None else _clean(notice.approver_id),
+            "caller_id": _clean(notice.caller_id),
+            "org_id": _clean(notice.org_id),
+            "decided_at": _time(notice.decided_at),
+        }
+        logger.info(
+            "APPROVAL_DECIDED approval_id=%s status=%s approver=%s",
+            facts["approval_id"],
+            facts["status"],
+            _quoted(facts["approver_id"]),
+            extra={"event": "APPROVAL_DECIDED", "delivery_id": str(notice.delivery_id), **facts},
+        )
+
+
+@hookimpl
+def gateway_store_register_notifiers() -> list[LogNotifier]:
+    """Contribute the notifier `log`. It needs no setting."""
+    return [LogNotifier()]
+
+
+def _clean(text: str) -> str:
+    text = one_line(mask_tokens(text))
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
+
+
+def _quoted(text: str | None) -> str:
+    # Quotes inside are escaped, so no text can pretend to be another field.
+    return "none" if text is None else json.dumps(text, ensure_ascii=False)
+
+
+def _time(moment: datetime | None) -> str:
+    return "none" if moment is None else moment.isoformat(timespec="seconds")

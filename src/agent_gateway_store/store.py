@@ -1,0 +1,222 @@
+"""`GatewayStore`: the whole store behind one name. Wires the services; holds no query."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from agent_gateway_store.approval import ApprovalManager, ApprovalNotifier
+from agent_gateway_store.audit import AuditLog
+from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.keys import KeyManager
+from agent_gateway_store.keys.hashing import Hasher
+from agent_gateway_store.models.scrub import storable_key
+from agent_gateway_store.models.values import Notice
+from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage import migrate
+from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.cache import RedisClient, create_redis
+from agent_gateway_store.storage.database import Database, create_engine
+
+__all__ = ["GatewayStore"]
+
+_logger = logging.getLogger("agent_gateway_store")
+_logger.addHandler(logging.NullHandler())
+
+
+class GatewayStore:
+    """The memory of a gateway: `store.audit`, `store.approvals`, `store.keys`.
+
+    One store per process and event loop: used after a fork or from another loop it raises StoreNotOpenError.
+    Constructing connects nothing; `async with` or `open` does.
+
+    Args:
+        database_url: Default: the setting DATABASE_URL, else the SQLite file `gateway.db` in the current folder.
+        redis_url: Default: the setting REDIS_URL; "" does without.
+        settings: Default: from the environment.
+        engine: An engine of the caller's in place of a URL; it is not disposed of.
+        redis: A client of the caller's in place of a URL; it is not closed.
+        plugins: Plugins or notifiers besides the installed ones.
+        auto_migrate: None sets up an empty SQLite database and nothing else; True brings any schema up to date;
+            False changes no schema.
+
+    Raises:
+        InvalidUrlError: A URL that cannot be used as it stands.
+    """
+
+    def __init__(
+        self,
+        database_url: str | None = None,
+        *,
+        redis_url: str | None = None,
+        settings: StoreSettings | None = None,
+        engine: AsyncEngine | None = None,
+        redis: RedisClient | None = None,
+        plugins: Iterable[object] = (),
+        auto_migrate: bool | None = None,
+    ) -> None:
+        self.settings = settings or StoreSettings()
+        url = database_url if database_url is not None else self.settings.database_url
+        self._core = _Core(
+            self.settings,
+            Database(engine, owned=False) if engine is not None else Database(create_engine(url), owned=True, url=url),
+            redis_url if redis_url is not None else self.settings.redis_url,
+            redis,
+            tuple(plugins),
+            auto_migrate,
+        )
+        self._bind(None)
+
+    def _bind(self, org_id: str | None) -> None:
+        core, self._org_id = self._core, org_id
+        self._audit = AuditLog(core.database, org_id=org_id, strict=self.settings.audit_mode == "strict")
+        self._approvals = ApprovalManager.over(
+            core.database, core.redis, self.settings, org_id=org_id, announce=core.announce
+        )
+        self._keys = KeyManager(core.database, core.hasher, self.settings, org_id=org_id)
+
+    @property
+    def audit(self) -> AuditLog:
+        """Write and find audit events."""
+        return self._audit
+
+    @property
+    def approvals(self) -> ApprovalManager:
+        """Ask for approvals, decide them, use them."""
+        return self._approvals
+
+    @property
+    def keys(self) -> KeyManager:
+        """Issue and verify API keys."""
+        return self._keys
+
+    @property
+    def plugins(self) -> Plugins:
+        """The plugins as they were loaded, with what is wrong with them."""
+        return self._core.plugins
+
+    @property
+    def database(self) -> Database:
+        """The engine and the sessions; `store.database.sessions()` opens a session for `record`."""
+        return self._core.database
+
+    @property
+    def org_id(self) -> str | None:
+        """The organisation this store is bound to, or None."""
+        return self._org_id
+
+    def for_org(self, org_id: str) -> GatewayStore:
+        """Return the same store bound to one organisation: it stamps it on what it writes and sees nothing else.
+
+        Both share everything; either's `close` closes both.
+
+        Raises:
+            ValueError: `org_id` is empty.
+        """
+        if not org_id:
+            raise ValueError("org_id must not be empty.")
+        view = object.__new__(GatewayStore)
+        view.settings, view._core = self.settings, self._core
+        view._bind(storable_key(org_id))
+        return view
+
+    async def open(self) -> Self:
+        """Connect and check the schema. A second call does nothing.
+
+        Raises:
+            StoreUnavailableError: The database cannot be reached; the text says what to check.
+            SchemaOutOfDateError: The schema is not the one this package works on; the text names the command to run.
+        """
+        await self._core.open()
+        return self
+
+    async def close(self) -> None:
+        """Let notices under way arrive, then close what the store opened itself. A second call does nothing."""
+        await self._core.close()
+
+    async def migrate(self) -> None:
+        """Bring the schema up to date. Any number of processes may call this at once; works before `open`, too."""
+        await migrate.upgrade(self._core.database.engine)
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class _Core:
+    """What a store and its organisation-bound views share."""
+
+    def __init__(
+        self,
+        settings: StoreSettings,
+        database: Database,
+        redis_url: str | None,
+        redis: RedisClient | None,
+        plugins: tuple[object, ...],
+        auto_migrate: bool | None,
+    ) -> None:
+        self.settings = settings
+        self.database = database
+        self._own_redis = (
+            create_redis(redis_url, timeout_s=settings.redis_timeout_seconds) if redis is None and redis_url else None
+        )
+        self.redis = Accelerator(redis or self._own_redis)
+        self.hasher = Hasher(rounds=settings.bcrypt_rounds)
+        self._given_plugins = plugins
+        self._plugins: Plugins | None = None
+        self._auto_migrate = auto_migrate
+        self._notifier: ApprovalNotifier | None = None
+        self._sending: set[asyncio.Task[object]] = set()
+
+    @property
+    def plugins(self) -> Plugins:
+        if self._plugins is None:
+            self._plugins = Plugins(self._given_plugins)
+        return self._plugins
+
+    async def open(self) -> None:
+        if self.database.is_home:
+            return
+        try:
+            await self._prepare_schema()
+        except BaseException:
+            await self.database.close()
+            raise
+        self._notifier = ApprovalNotifier(Dispatcher(self.plugins, self.settings))
+        self.database.bind()
+
+    async def _prepare_schema(self) -> None:
+        engine = self.database.engine
+        fresh = self._auto_migrate is None and self.database.dialect == "sqlite" and await migrate.is_empty(engine)
+        if self._auto_migrate or fresh:
+            await migrate.upgrade(engine)
+        await migrate.require_current(engine)
+
+    def announce(self, notice: Notice) -> None:
+        """Send `notice` in the background; the caller's path waits for no delivery."""
+        if self._notifier is None:
+            raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
+        task = asyncio.get_running_loop().create_task(self._notifier.send(notice))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def close(self) -> None:
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=self.settings.plugin_timeout_seconds + 1)
+        if self._notifier is not None:
+            await self._notifier.close()
+            self._notifier = None
+        self.hasher.close()
+        await self.database.close()
+        if self._own_redis is not None:
+            await self._own_redis.aclose()

@@ -1,0 +1,161 @@
+"""The plugin contract: names, documents, and what it costs to load."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import agent_gateway_store
+from agent_gateway_store import hooks
+from agent_gateway_store.hooks import specs
+from agent_gateway_store.hooks.markers import PROJECT
+
+pytestmark = pytest.mark.unit
+
+SOURCE = Path(agent_gateway_store.__file__).parents[1]
+HOOKS = [
+    function for _, function in inspect.getmembers(specs, inspect.isfunction) if hasattr(function, f"{PROJECT}_spec")
+]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new interpreter that finds this checkout."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={"PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_hookimpl_loads_no_orm_and_no_pydantic() -> None:
+    """A plugin module that only imports the marker costs its host next to nothing."""
+    code = "import sys; from agent_gateway_store import hookimpl; print(hookimpl.project_name, *sys.modules)"
+
+    done = run_python(code)
+
+    loaded = {name.partition(".")[0] for name in done.stdout.split()[1:]}
+    assert done.stdout.startswith(PROJECT), done.stderr
+    assert not loaded & {"sqlmodel", "sqlalchemy", "pydantic", "pydantic_core", "asyncio"}
+
+
+def test_log_plugin_loads_no_orm() -> None:
+    """The bundled notifier needs the values at most."""
+    done = run_python("import sys, agent_gateway_store.plugins.log; print(*sys.modules)")
+
+    assert done.returncode == 0, done.stderr
+    assert not {"sqlmodel", "sqlalchemy"} & {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_root_and_hooks_hand_out_one_marker() -> None:
+    """`hookimpl` of the root is the one that the manager looks for."""
+    assert agent_gateway_store.hookimpl is hooks.hookimpl
+    assert hooks.hookimpl.project_name == hooks.hookspec.project_name == "agent_gateway_store"
+
+
+def test_every_public_name_resolves() -> None:
+    """`__all__` is sorted, true, and what `dir` shows."""
+    assert sorted(hooks.__all__) == hooks.__all__ == dir(hooks)
+    assert all(getattr(hooks, name) is not None for name in hooks.__all__)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    """A misspelt name fails as in any module."""
+    with pytest.raises(AttributeError, match="no attribute 'hookimp'"):
+        hooks.hookimp  # noqa: B018
+
+
+def test_there_are_hooks() -> None:
+    """The hooks of this release."""
+    assert {hook.__name__ for hook in HOOKS} >= {"gateway_store_approval_event", "gateway_store_register_notifiers"}
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
+def test_every_hook_is_prefixed_typed_and_documented(hook: object) -> None:
+    """A hookspec is a contract: name, types, and a document that says what each argument is."""
+    signature = inspect.signature(hook)  # type: ignore[arg-type]
+    document = inspect.getdoc(hook) or ""
+
+    assert hook.__name__.startswith("gateway_store_")  # type: ignore[attr-defined]
+    assert "Args:" in document
+    assert "Returns:" in document
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty
+        assert f"    {parameter.name}: " in document
+
+
+def test_notifier_shape_can_be_checked_at_run_time() -> None:
+    """`isinstance` tells a notifier from another object."""
+
+    class Good:
+        name = "good"
+
+        async def notify_pending(self, notice: object) -> None: ...
+
+        async def notify_decision(self, notice: object) -> None: ...
+
+    assert isinstance(Good(), hooks.Notifier)
+    assert not isinstance(object(), hooks.Notifier)
+
+
+class TestText:
+    """What plugins say is made fit for a log."""
+
+    @pytest.mark.parametrize(
+        "secret",
+        [
+            "agw_3f2a_c2VjcmV0c2VjcmV0",
+            "aB3defghijklmnopqrstuvwxyz0123456789-_ABCDE",
+            "https://user:hunter2@example.com/x",
+            "https://hooks.slack.com/services/T000/B000/XXXX",
+            "password=hunter2",
+            "'token': 'hunter2'",
+            "Authorization: Bearer hunter2hunter2",
+        ],
+    )
+    def test_describe_masks_secrets(self, secret: str) -> None:
+        """No key, token, password or webhook path gets from an exception into a log."""
+        text = hooks.describe(ValueError(f"it failed for {secret} today"))
+
+        assert secret not in text
+        assert "hunter2" not in text
+        assert "XXXX" not in text
+        assert text.startswith("ValueError: it failed for ")
+        assert text.endswith(" today")
+
+    def test_describe_is_one_short_line(self) -> None:
+        """Whatever an exception says, it is one line of at most 500 characters."""
+        text = hooks.describe(ValueError("a\nb\x1b[31m\u202e" + "x" * 5000))
+
+        assert text.startswith(r"ValueError: a b\x1b[31m\u202exx")
+        assert text.isprintable()
+        assert len(text) == 500
+
+    def test_describe_survives_a_broken_exception(self) -> None:
+        """An exception whose text cannot be read is named all the same."""
+
+        class BrokenError(Exception):
+            def __str__(self) -> str:
+                raise RuntimeError
+
+        assert hooks.describe(BrokenError()) == "BrokenError: (its text cannot be read)"
+        assert hooks.describe(KeyError()) == "KeyError"
+
+    def test_mask_tokens_spares_long_names(self) -> None:
+        """A tool name of 43 characters, a SHA-256 and a UUID are no tokens."""
+        name = "mcp__github__create_pull_request_reviews__x"
+        text = f"{name} {'ab12' * 16} 8a7e1f0c-3a52-4b0e-9d0c-0123456789ab"
+
+        assert len(name) == 43
+        assert hooks.mask_tokens(text) == text
+
+    def test_one_line_escapes_what_cannot_be_seen(self) -> None:
+        """Line breaks of every kind, and a lone surrogate."""
+        assert hooks.one_line("a\r\n\u2028\x85\ud800b é") == r"a\r\n\u2028\x85\ud800b é"

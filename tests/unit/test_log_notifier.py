@@ -1,0 +1,179 @@
+"""The bundled notifier `log`: one event, one line, no secret."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import re
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+from agent_gateway_store.plugins import log
+from agent_gateway_store.settings import StoreSettings
+
+pytestmark = pytest.mark.unit
+
+LOGGER = "agent_gateway_store.notifications"
+APPROVAL_ID = UUID("8a7e1f0c-3a52-4b0e-9d0c-0123456789ab")
+NASTY = 'a\r\nAPPROVAL_DECIDED status=APPROVED\x1b[2J\u202eevil\u2028\x85\x00 " approver="root'
+
+
+def make_notice(**fields: Any) -> Notice:
+    """Build a pending notice, with `fields` changed."""
+    values: dict[str, Any] = {
+        "event": "pending",
+        "delivery_id": UUID(int=7),
+        "approval_id": APPROVAL_ID,
+        "org_id": "acme",
+        "request_id": "r-1",
+        "caller_id": "dev-agent",
+        "tool_call": ToolCall(server="files", tool="delete", arguments={"the-key": "the-value"}),
+        "risk_explanation": "deletes a file",
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
+        "expires_at": datetime(2026, 1, 1, 1, tzinfo=UTC),
+        "status": ApprovalStatus.PENDING,
+    }
+    return Notice(**values | fields)
+
+
+def decided(**fields: Any) -> Notice:
+    """Build a notice of a decision."""
+    return make_notice(**{"event": "decision", "status": "DENIED", "approver_id": "ann", "note": "the-note"} | fields)
+
+
+async def logged(caplog: pytest.LogCaptureFixture, notice: Notice) -> logging.LogRecord:
+    """Deliver a notice; return the only record on the notifier's logger."""
+    notifier = log.LogNotifier()
+    with caplog.at_level(logging.INFO, LOGGER):
+        await (notifier.notify_pending if notice.event == "pending" else notifier.notify_decision)(notice)
+    (record,) = caplog.records
+    return record
+
+
+async def test_pending_names_all_that_an_approver_needs(caplog: pytest.LogCaptureFixture) -> None:
+    """Id, caller, organisation, server, tool, risk and deadline, at INFO."""
+    record = await logged(caplog, make_notice())
+
+    assert (record.name, record.levelno) == (LOGGER, logging.INFO)
+    assert record.getMessage() == (
+        f'APPROVAL_REQUIRED approval_id={APPROVAL_ID} caller="dev-agent" org="acme" server="files" tool="delete"'
+        ' risk="deletes a file" deadline=2026-01-01T01:00:00+00:00'
+    )
+
+
+async def test_decision_names_status_and_approver(caplog: pytest.LogCaptureFixture) -> None:
+    """Id, status, and who decided."""
+    record = await logged(caplog, decided())
+
+    assert record.levelno == logging.INFO
+    assert record.getMessage() == f'APPROVAL_DECIDED approval_id={APPROVAL_ID} status=DENIED approver="ann"'
+
+
+async def test_what_is_missing_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    """An expiry has no approver, and an approval may have no deadline."""
+    record = await logged(caplog, decided(status="EXPIRED", approver_id=None))
+    assert record.getMessage().endswith(" status=EXPIRED approver=none")
+    caplog.clear()
+
+    record = await logged(caplog, make_notice(expires_at=None))
+
+    assert record.getMessage().endswith(" deadline=none")
+
+
+async def test_facts_are_attributes_of_the_record(caplog: pytest.LogCaptureFixture) -> None:
+    """Structured logging gets at every fact."""
+    pending = await logged(caplog, make_notice())
+    caplog.clear()
+    decision = await logged(caplog, decided())
+
+    assert (
+        vars(pending).items()
+        >= {
+            "event": "APPROVAL_REQUIRED",
+            "approval_id": str(APPROVAL_ID),
+            "delivery_id": str(UUID(int=7)),
+            "caller_id": "dev-agent",
+            "org_id": "acme",
+            "server": "files",
+            "tool": "delete",
+            "risk_explanation": "deletes a file",
+            "expires_at": "2026-01-01T01:00:00+00:00",
+        }.items()
+    )
+    assert vars(decision).items() >= {"event": "APPROVAL_DECIDED", "status": "DENIED", "approver_id": "ann"}.items()
+
+
+async def test_one_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody's text can break the line, hide in it, or pretend to be another field."""
+    call = ToolCall(server=NASTY, tool=NASTY)
+
+    record = await logged(caplog, make_notice(caller_id=NASTY, org_id=NASTY, tool_call=call, risk_explanation=NASTY))
+
+    message = record.getMessage()
+    fields = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)', message.removeprefix("APPROVAL_REQUIRED "))
+    assert message.isprintable()
+    assert [name for name, _ in fields] == ["approval_id", "caller", "org", "server", "tool", "risk", "deadline"]
+    assert all(json.loads(value) for name, value in fields if value.startswith('"'))
+    assert all(str(value).isprintable() for name, value in vars(record).items() if name in ("caller_id", "tool"))
+
+
+async def test_decision_is_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
+    """The approver's name is somebody's text as well."""
+    record = await logged(caplog, decided(approver_id=NASTY))
+
+    assert record.getMessage().isprintable()
+    assert record.getMessage().count(" approver=") == 2  # one of them inside quotes
+    assert r"\" approver=\"root" in record.getMessage()
+
+
+async def test_no_secret_and_no_argument(caplog: pytest.LogCaptureFixture) -> None:
+    """Tokens and keys are masked wherever they were put; arguments and the approver's note are left out."""
+    token, key = secrets.token_urlsafe(32), "agw_3f2a_c2VjcmV0c2VjcmV0"
+    text = f"token {token} and key {key}."
+
+    pending = await logged(caplog, make_notice(risk_explanation=text, caller_id=text))
+    caplog.clear()
+    decision = await logged(caplog, decided(approver_id=text, note=text))
+
+    for record in (pending, decision):
+        everything = record.getMessage() + repr(vars(record))
+        for secret in (token, key, "the-key", "the-value", "the-note"):
+            assert secret not in everything
+
+
+async def test_long_text_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    """A line stays readable."""
+    record = await logged(caplog, make_notice(risk_explanation="x" * 100_000))
+
+    assert len(record.getMessage()) < 1500
+
+
+async def test_is_found_by_its_hook_and_delivers(caplog: pytest.LogCaptureFixture) -> None:
+    """Loaded as a plugin it takes notices by the ordinary way."""
+    plugins = Plugins([log], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
+    dispatcher = Dispatcher(plugins, StoreSettings())
+
+    with caplog.at_level(logging.INFO, LOGGER):
+        reports = await dispatcher.deliver_all(make_notice())
+    await dispatcher.aclose(5)
+
+    assert [(report.notifier, report.ok) for report in reports] == [("log", True)]
+    assert [record.name for record in caplog.records] == [LOGGER]
+
+
+def test_uses_only_what_a_stranger_could_use() -> None:
+    """Of this package it imports models, hooks and errors."""
+    tree = ast.parse(Path(log.__file__).read_text(encoding="utf-8"))
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {name.split(".")[1] for name in imported if name.startswith("agent_gateway_store.")}
+
+    assert "agent_gateway_store" not in imported
+    assert ours <= {"models", "hooks", "errors"}

@@ -1,0 +1,508 @@
+"""Plugins are found and loaded one by one: a broken one costs a record, never the others."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import textwrap
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from agent_gateway_store import hookimpl
+from agent_gateway_store.hooks import PluginRecord, Plugins
+from agent_gateway_store.hooks.loading import BLOCK_VARIABLE, LOAD_VARIABLE
+from agent_gateway_store.settings import StoreSettings
+
+pytestmark = pytest.mark.unit
+
+GOOD = """
+    from agent_gateway_store import hookimpl
+
+    class Good:
+        name = "NAME"
+        async def notify_pending(self, notice): ...
+        async def notify_decision(self, notice): ...
+
+    @hookimpl
+    def gateway_store_register_notifiers(settings):
+        return [Good()]
+"""
+Install = Callable[..., None]
+
+
+class Notifier:
+    """A notifier that does nothing."""
+
+    def __init__(self, name: Any = "mine") -> None:
+        self.name = name
+
+    async def notify_pending(self, notice: object) -> None: ...
+
+    async def notify_decision(self, notice: object) -> None: ...
+
+
+@pytest.fixture
+def settings() -> StoreSettings:
+    """Settings with a short patience."""
+    return StoreSettings(plugin_timeout_seconds=0.2)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Make a distribution with one plugin module and put it on sys.path."""
+    before = set(sys.modules)
+
+    def make(name: str, code: str = GOOD, *, version: str = "1.0", entry: str | None = None, lines: str = "") -> None:
+        module = f"fake_{name.replace('-', '_')}"
+        folder = tmp_path / f"site-{module}"
+        info = folder / f"{module}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(textwrap.dedent(code).replace("NAME", name), encoding="utf-8")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fake-{name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[agent_gateway_store]\n{entry or name} = {module}\n{lines}")
+        monkeypatch.syspath_prepend(str(folder))
+
+    yield make
+    for name in set(sys.modules) - before:
+        if name.startswith("fake_"):
+            del sys.modules[name]
+
+
+def load(*names: str, given: tuple[object, ...] = (), block: str = "") -> Plugins:
+    """Load the named installed plugins only, whatever else is installed here."""
+    return Plugins(given, environ={LOAD_VARIABLE: ",".join(names), BLOCK_VARIABLE: block})
+
+
+def record(plugins: Plugins, name: str) -> PluginRecord:
+    """Return the only record of `name`."""
+    (found,) = [record for record in plugins.records if record.name == name]
+    return found
+
+
+class TestInstalled:
+    """Plugins found by their entry point."""
+
+    def test_good_plugin_is_recorded_and_used(self, install: Install, settings: StoreSettings) -> None:
+        """Name, version, package and hooks are known; its notifier is there."""
+        install("good", version="2.3")
+
+        plugins = load("good")
+
+        assert record(plugins, "good") == PluginRecord(
+            "good", "2.3", "fake-good", ("gateway_store_register_notifiers",), "active", None
+        )
+        assert list(plugins.notifiers(settings)) == ["good"]
+
+    def test_unset_variable_loads_all(self, install: Install) -> None:
+        """Without the variable every installed plugin is loaded."""
+        install("one")
+        install("two")
+
+        plugins = Plugins(environ={})
+
+        assert record(plugins, "one").state == record(plugins, "two").state == "active"
+
+    def test_variables_are_read_from_the_environment(self, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By default os.environ is asked."""
+        install("one")
+        monkeypatch.setenv("AGENT_GATEWAY_STORE_BLOCK_PLUGINS", " one , two")
+
+        assert record(Plugins(), "one").state == "blocked"
+
+    def test_empty_variable_loads_none(self, install: Install, settings: StoreSettings) -> None:
+        """Set but empty means none; what is not loaded is not imported either."""
+        install("one")
+
+        plugins = Plugins(environ={LOAD_VARIABLE: ""})
+
+        assert record(plugins, "one").state == "blocked"
+        assert record(plugins, "one").error == "not named in AGENT_GATEWAY_STORE_LOAD_PLUGINS"
+        assert plugins.notifiers(settings) == {}
+        assert "fake_one" not in sys.modules
+
+    def test_named_plugins_only(self, install: Install) -> None:
+        """The list picks; a name that nobody has is reported."""
+        install("one")
+        install("two")
+
+        plugins = load("one", "slak")
+
+        assert record(plugins, "one").state == "active"
+        assert record(plugins, "two").state == "blocked"
+        assert record(plugins, "slak").state == "broken"
+        assert "no such plugin is installed" in (record(plugins, "slak").error or "")
+
+    def test_blocked_plugin_is_not_imported(self, install: Install) -> None:
+        """Blocking wins over loading."""
+        install("one")
+
+        plugins = load("one", block="one")
+
+        assert record(plugins, "one") == PluginRecord(
+            "one", "1.0", "fake-one", (), "blocked", "named in AGENT_GATEWAY_STORE_BLOCK_PLUGINS"
+        )
+        assert "fake_one" not in sys.modules
+
+    @pytest.mark.parametrize(
+        ("code", "error"),
+        [
+            ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+            ("raise ValueError('password=hunter2')", "ValueError: password=***"),
+            ("raise SystemExit(3)", "SystemExit: 3"),
+            ("raise GeneratorExit", "GeneratorExit"),
+            ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+            ("def broken(:", "SyntaxError: "),
+            ("x = 1", "nothing in it is marked with @hookimpl"),
+            (GOOD.replace("(settings)", "(setings)"), "PluginValidationError: "),
+            (GOOD.replace("register_notifiers", "register_notifier"), "no hook gateway_store_register_notifier"),
+        ],
+    )
+    def test_bad_plugin_is_recorded_among_good_ones(
+        self, install: Install, settings: StoreSettings, caplog: pytest.LogCaptureFixture, code: str, error: str
+    ) -> None:
+        """Whatever happens on import, the plugins before and after it work."""
+        install("a-good")
+        install("bad", code)
+        install("z-good")
+
+        plugins = load("a-good", "bad", "z-good")
+
+        assert record(plugins, "bad").state == "broken"
+        assert error in (record(plugins, "bad").error or "")
+        assert record(plugins, "bad").distribution == "fake-bad"
+        assert list(plugins.notifiers(settings)) == ["a-good", "z-good"]
+        assert [(r.name, r.levelno) for r in caplog.records] == [("agent_gateway_store.hooks", logging.WARNING)]
+        assert "Plugin bad is broken: " in caplog.text
+
+    def test_keyboard_interrupt_gets_through(self, install: Install) -> None:
+        """Ctrl-C during a long import is the user's."""
+        install("bad", "raise KeyboardInterrupt")
+
+        with pytest.raises(KeyboardInterrupt):
+            load("bad")
+
+    def test_unreadable_metadata_stops_nobody(self, install: Install) -> None:
+        """A distribution whose entry points cannot be parsed is passed over."""
+        install("odd", lines="[other]\nthis is no entry point\n")
+        install("good")
+
+        assert record(load("good"), "good").state == "active"
+
+    def test_name_taken_twice(self, install: Install, settings: StoreSettings) -> None:
+        """Two packages with one name: one is used, the other reported."""
+        install("first", entry="same")
+        install("second", entry="same")
+
+        plugins = load("same")
+
+        assert sorted(r.state for r in plugins.records if r.name == "same") == ["active", "broken"]
+        assert len(plugins.notifiers(settings)) == 1
+
+    def test_distribution_found_twice_counts_once(self, install: Install, tmp_path: Path) -> None:
+        """An old copy further down sys.path is not a second plugin."""
+        install("good")
+        sys.path.append(sys.path[0] + "/.")
+
+        try:
+            assert record(load("good"), "good").state == "active"
+        finally:
+            sys.path.pop()
+
+    def test_unknown_optional_hook_is_fine(self, install: Install) -> None:
+        """A plugin for a newer release marks the hooks that an older one lacks."""
+        install("new", GOOD + "\n    @hookimpl(optionalhook=True)\n    def gateway_store_of_tomorrow(): ...\n")
+
+        assert record(load("new"), "new").state == "active"
+
+    def test_unknown_hook_keeps_the_rest_working(self, install: Install, settings: StoreSettings) -> None:
+        """A misspelt hook is reported; the notifier beside it works."""
+        install("typo", GOOD + "\n    @hookimpl\n    def gateway_store_aproval_event(): ...\n")
+
+        plugins = load("typo")
+
+        assert record(plugins, "typo").error == "this version knows no hook gateway_store_aproval_event"
+        assert list(plugins.notifiers(settings)) == ["typo"]
+
+    def test_class_as_entry_point(self, install: Install, settings: StoreSettings) -> None:
+        """One class and one entry point make a plugin."""
+        install("klass", GOOD.split("@hookimpl")[0], entry="klass")
+        info = next(Path(sys.path[0]).glob("*.dist-info")) / "entry_points.txt"
+        info.write_text("[agent_gateway_store]\nklass = fake_klass:Good\n")
+
+        assert list(load("klass").notifiers(settings)) == ["klass"]
+
+
+class TestGiven:
+    """Plugins handed to the store."""
+
+    def test_bare_notifier_is_taken_as_it_is(self, settings: StoreSettings) -> None:
+        """An object with the two methods needs no hook."""
+        notifier = Notifier()
+
+        plugins = load(given=(notifier,))
+
+        assert plugins.notifiers(settings) == {"mine": notifier}
+        assert record(plugins, "mine") == PluginRecord("mine", None, None, (), "active", None)
+
+    def test_object_and_module_with_hooks(self, settings: StoreSettings) -> None:
+        """Hook implementations are found on instances and in modules; they may leave out arguments."""
+
+        class Source:
+            @hookimpl
+            def gateway_store_register_notifiers(self) -> list[Notifier]:
+                return [Notifier("from-object"), Notifier("second")]
+
+        module = ModuleType("some_module")
+        module.gateway_store_register_notifiers = hookimpl(  # type: ignore[attr-defined]
+            lambda settings: [Notifier("from-module")]
+        )
+
+        plugins = load(given=(Source(), module))
+
+        assert list(plugins.notifiers(settings)) == ["from-object", "second", "from-module"]
+        assert [r.name for r in plugins.records if r.state == "active"] == ["Source", "some_module"]
+
+    def test_object_that_is_notifier_and_listener(self, settings: StoreSettings) -> None:
+        """One object may have both the methods and an event hook."""
+
+        class Both(Notifier):
+            @hookimpl
+            def gateway_store_approval_event(self, notice: object) -> None: ...
+
+        plugins = load(given=(Both(),))
+
+        assert list(plugins.notifiers(settings)) == ["mine"]
+        assert list(plugins.callers("gateway_store_approval_event")) == ["mine"]
+
+    def test_two_of_a_kind_get_names_of_their_own(self) -> None:
+        """Names of plugins are made unique; nothing is lost."""
+
+        class Listener:
+            @hookimpl
+            def gateway_store_approval_event(self, notice: object) -> None: ...
+
+        plugins = load(given=(Listener(), Listener()))
+
+        assert list(plugins.callers("gateway_store_approval_event")) == ["Listener", "Listener-2"]
+
+    def test_given_plugin_takes_the_place_of_an_installed_one(self, install: Install, settings: StoreSettings) -> None:
+        """Code wins over what happens to be installed, also if it is the same module."""
+        install("good")
+        install("other")
+        mine = Notifier("good")
+
+        plugins = load("good", "other", given=(mine, import_module("fake_other")))
+
+        assert plugins.notifiers(settings)["good"] is mine
+        assert [r.state for r in plugins.records if r.name == "good"] == ["active", "blocked"]
+        assert record(plugins, "other").state == "blocked"
+        assert "broken" not in [r.state for r in plugins.records]
+
+    def test_given_plugin_can_be_blocked(self, settings: StoreSettings) -> None:
+        """The operator's list holds for these, too."""
+        plugins = load(given=(Notifier("one"), Notifier("one"), Notifier("two")), block="one")
+
+        assert list(plugins.notifiers(settings)) == ["two"]
+
+    @pytest.mark.parametrize("garbage", [None, 7, "slack", object(), lambda: None, Exception])
+    def test_garbage_is_recorded(self, garbage: object, settings: StoreSettings) -> None:
+        """What is no plugin is broken."""
+        plugins = load(given=(garbage, Notifier()))
+
+        assert [r.state for r in plugins.records if r.distribution is None] == ["broken", "active"]
+        assert list(plugins.notifiers(settings)) == ["mine"]
+
+
+class _NoNotify:
+    name = "no-notify"
+
+
+class _HalfNotifier:
+    name = "half"
+
+    async def notify_pending(self, notice: object) -> None: ...
+
+
+class _SyncNotifier:
+    name = "sync"
+
+    def notify_pending(self, notice: object) -> None: ...
+
+    def notify_decision(self, notice: object) -> None: ...
+
+
+class _RaisingName(Notifier):
+    def __init__(self) -> None: ...
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        raise SystemExit("no name")
+
+
+class Source:
+    """A plugin that answers with what it was made with, or raises it."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    @hookimpl
+    def gateway_store_register_notifiers(self) -> Any:
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer() if callable(self.answer) else self.answer
+
+
+async def _coroutine() -> list[Notifier]:
+    return [Notifier("never")]
+
+
+class TestNotifiers:
+    """Collecting notifiers."""
+
+    @pytest.mark.parametrize(
+        ("answer", "error"),
+        [
+            (ValueError("no"), "gateway_store_register_notifiers raised ValueError: no"),
+            (SystemExit(1), "raised SystemExit: 1"),
+            (KeyboardInterrupt(), "raised KeyboardInterrupt"),
+            (7, "returned int, not a list of notifiers"),
+            ("log", "returned str, not a list of notifiers"),
+            (Notifier("alone"), "returned Notifier, not a list of notifiers"),
+            (_coroutine, "returned coroutine, not a list of notifiers"),
+            ([None], "NoneType has no name"),
+            ([Notifier("")], "Notifier has no name"),
+            ([Notifier("a\nb")], "Notifier has no name"),
+            ([Notifier("x" * 101)], "Notifier has no name"),
+            ([Notifier(7)], "Notifier has no name"),
+            ([Notifier], "Notifier is a class, not an object"),
+            ([_NoNotify()], "_NoNotify has no async method notify_pending"),
+            ([_HalfNotifier()], "_HalfNotifier has no async method notify_decision"),
+            ([_SyncNotifier()], "_SyncNotifier has no async method notify_pending"),
+            ([_RaisingName()], "SystemExit: no name"),
+            ([Notifier("before")], "a notifier named before is already there"),
+        ],
+    )
+    def test_bad_answer_costs_a_record(self, answer: Any, error: str, settings: StoreSettings) -> None:
+        """Garbage is reported, the notifiers around it stay."""
+        plugins = load(given=(Notifier("before"), Source(answer), Notifier("after")))
+
+        assert list(plugins.notifiers(settings)) == ["before", "after"]
+        assert record(plugins, "Source").state == "broken"
+        assert error in (record(plugins, "Source").error or "")
+
+    def test_good_notifier_beside_a_bad_one_stays(self, settings: StoreSettings) -> None:
+        """Each notifier is looked at alone."""
+        plugins = load(given=(Source([None, Notifier("good"), _NoNotify()]),))
+
+        assert list(plugins.notifiers(settings)) == ["good"]
+        assert record(plugins, "Source").state == "broken"
+
+    @pytest.mark.parametrize("answer", [None, [], ()])
+    def test_no_notifier_is_no_fault(self, answer: Any, settings: StoreSettings) -> None:
+        """A plugin that is not configured has nothing to offer."""
+        plugins = load(given=(Source(answer),))
+
+        assert plugins.notifiers(settings) == {}
+        assert record(plugins, "Source").state == "active"
+
+    def test_hanging_plugins_share_one_bounded_wait(self, settings: StoreSettings) -> None:
+        """Three that never answer cost one timeout, and the others' notifiers."""
+        release = threading.Event()
+        hanging = [Source(lambda: release.wait(20) and []) for _ in range(3)]
+        plugins = load(given=(Notifier("before"), *hanging, Notifier("after")))
+        started = time.monotonic()
+
+        try:
+            found = plugins.notifiers(settings)
+            waited = time.monotonic() - started
+        finally:
+            release.set()
+
+        assert 0.2 <= waited < 3
+        assert list(found) == ["before", "after"]
+        assert record(plugins, "Source-3").error == "gateway_store_register_notifiers did not return within 0.2 seconds"
+
+    def test_asking_again_forgets_old_faults(self, settings: StoreSettings) -> None:
+        """The record tells how it stands, not how it once was."""
+        source = Source(7)
+        plugins = load(given=(source,))
+        plugins.notifiers(settings)
+        source.answer = [Notifier("now")]
+
+        assert list(plugins.notifiers(settings)) == ["now"]
+        assert record(plugins, "Source").state == "active"
+
+    def test_settings_are_handed_over(self, settings: StoreSettings) -> None:
+        """A plugin sees the settings of the store that asks."""
+        seen = []
+
+        class Curious:
+            @hookimpl
+            def gateway_store_register_notifiers(self, settings: StoreSettings) -> None:
+                seen.append(settings)
+
+        load(given=(Curious(),)).notifiers(settings)
+
+        assert seen == [settings]
+
+    def test_raising_implementation_stops_no_other_plugin(self) -> None:
+        """Hooks are called plugin by plugin, where one pluggy call would end at the first that raises."""
+
+        class Listener:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            @hookimpl
+            def gateway_store_approval_event(self, notice: str) -> str:
+                return f"{self.name} {notice}"
+
+        class Raising(Listener):
+            @hookimpl
+            def gateway_store_approval_event(self, notice: str) -> str:
+                raise RuntimeError
+
+        callers = load(given=(Listener("a"), Raising("b"), Listener("c"))).callers("gateway_store_approval_event")
+
+        assert callers["a"](notice="x") == ["a x"]
+        assert callers["c"](notice="x") == ["c x"]
+        with pytest.raises(RuntimeError):
+            callers["b"](notice="x")
+
+    def test_wrapper_reaches_its_own_plugin_only(self) -> None:
+        """A plugin cannot wrap, and so swallow, what another one hears."""
+
+        class Wrapper:
+            @hookimpl(wrapper=True)
+            def gateway_store_approval_event(self) -> Any:
+                yield
+                return ["swallowed"]
+
+        class Listener:
+            @hookimpl
+            def gateway_store_approval_event(self, notice: str) -> str:
+                return notice
+
+        callers = load(given=(Wrapper(), Listener())).callers("gateway_store_approval_event")
+
+        assert callers["Listener"](notice="x") == ["x"]
+
+
+def test_entry_points_of_this_package_load(settings: StoreSettings) -> None:
+    """What pyproject.toml declares can be imported and brings a notifier of that name."""
+    root = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = project["entry-points"]["agent_gateway_store"]
+
+    plugins = load(given=tuple(import_module(value) for value in declared.values()))
+
+    assert "log" in declared
+    assert set(plugins.notifiers(settings)) == set(declared)
+    assert [r.error for r in plugins.records if r.state == "broken"] == []
