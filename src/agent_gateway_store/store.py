@@ -193,6 +193,7 @@ class _Core:
             await self.database.close()
             raise
         self._notifier = ApprovalNotifier(Dispatcher(self.plugins, self.settings))
+        await self._notifier.open()
         self.database.bind()
 
     async def _prepare_schema(self) -> None:

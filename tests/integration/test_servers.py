@@ -242,7 +242,7 @@ def test_failed_start_shows_the_log(folders: list[Path]) -> None:
 def test_killed_run_leaves_no_server(state: str) -> None:
     """SIGKILL of the process that started the servers ends them, paused or not, with their data; no OS user is made."""
     users = accounts()
-    environment = {**os.environ, "PYTHONPATH": str(Path(servers.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", CHILD, state]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
         assert child.stdout is not None

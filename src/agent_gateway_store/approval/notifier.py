@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Literal
 from uuid import uuid4
@@ -86,10 +87,13 @@ class ApprovalNotifier:
         )
 
     async def send(self, notice: Notice) -> list[DeliveryReport]:
-        """Hand `notice` to the notifiers, then to the event hooks. Returns one report per notifier."""
-        reports = await self._dispatcher.deliver_all(notice)
-        await self._dispatcher.emit(notice)
+        """Hand `notice` to the notifiers and the event hooks, side by side. Returns one report per notifier."""
+        reports, _ = await asyncio.gather(self._dispatcher.deliver_all(notice), self._dispatcher.emit(notice))
         return reports
+
+    async def open(self) -> None:
+        """Ask the plugins for their notifiers now, so that the first notice need not wait for them."""
+        await self._dispatcher.open()
 
     async def close(self) -> None:
         """End the threads of the notifiers."""

@@ -55,7 +55,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=f"gateway-store {name}", daemon=True)
         try:
             self._thread.start()
-        except BaseException:
+        except RuntimeError:
             self._loop.close()
             raise
 
@@ -143,7 +143,8 @@ class Worker:
 
 async def _outcome(job: Job) -> str | None:
     try:
-        # Given up while the thread was blocked: its cancellation may still be queued behind this.
-        return "cancelled" if job.given_up else await job.call()
+        if not job.given_up:  # its cancellation may be queued behind this
+            await job.call()
     except BaseException as exc:  # SystemExit included: it would end the loop
         return describe(exc)
+    return None

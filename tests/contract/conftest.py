@@ -1,0 +1,109 @@
+"""One suite over every backend: `sqlite` and `postgres`, each with and without Redis.
+
+PostgreSQL tests share one migrated database, emptied by DELETE before each test; SQLite tests copy a migrated file.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+
+import servers
+from agent_gateway_store import AuditEvent, GatewayStore
+from agent_gateway_store.models import metadata
+from agent_gateway_store.storage import migrate
+from agent_gateway_store.storage.database import create_engine
+
+
+@pytest.fixture(scope="session")
+def sqlite_template() -> Iterator[Path]:
+    """A migrated, empty SQLite file to copy."""
+    with tempfile.TemporaryDirectory(prefix="ags-sqlite-") as folder:
+        path = Path(folder) / "template.db"
+        servers.run(_migrate(f"sqlite:///{path}"))
+        yield path
+
+
+@pytest.fixture(scope="session")
+def contract_postgres(postgres_url: str) -> Iterator[str]:
+    """A migrated PostgreSQL database that the whole session shares."""
+    name = f"contract_{uuid4().hex}"
+    admin = make_url(postgres_url).set(drivername="postgresql")
+    servers.run(_execute(admin.render_as_string(hide_password=False), f"CREATE DATABASE {name} TEMPLATE template0"))
+    url = admin.set(database=name).render_as_string(hide_password=False)
+    servers.run(_migrate(url))
+    yield url
+    servers.run(_execute(admin.render_as_string(hide_password=False), f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a migrated, empty database."""
+    if request.param == "sqlite":
+        path = tmp_path / "gateway.db"
+        shutil.copy(request.getfixturevalue("sqlite_template"), path)
+        return f"sqlite:///{path}"
+    url: str = request.getfixturevalue("contract_postgres")
+    tables = "; ".join(f"DELETE FROM {table.name}" for table in reversed(metadata.sorted_tables))
+    servers.run(_execute(url, tables))
+    return url
+
+
+@pytest.fixture(params=["no-redis", "redis"])
+def redis_setting(request: pytest.FixtureRequest) -> str:
+    """A Redis URL, or "" for none."""
+    return "" if request.param == "no-redis" else request.getfixturevalue("fresh_redis_url")
+
+
+@pytest.fixture
+async def store(database_url: str, redis_setting: str) -> AsyncIterator[GatewayStore]:
+    """An open store; it ends with no connection checked out."""
+    async with GatewayStore(database_url, redis_url=redis_setting) as opened:
+        yield opened
+        assert opened.database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def make_event() -> Callable[..., AuditEvent]:
+    """Build an event; every field can be given, `request_id` is fresh unless given."""
+
+    def make(**fields: object) -> AuditEvent:
+        defaults: dict[str, object] = {
+            "request_id": uuid4().hex,
+            "caller_id": "dev-agent",
+            "caller_role": "developer",
+            "environment": "dev",
+            "mcp_server": "files",
+            "tool_name": "read_file",
+            "raw_args_hash": AuditEvent.hash_args({"path": "/etc/hosts"}),
+            "sanitized_args": {"path": "/etc/hosts"},
+            "risk_score": 0.1,
+            "matched_policy_rule": "allow-reads",
+            "decision": "ALLOW",
+            "latency_ms": 12,
+            "deterministic_rationale": "reads are allowed",
+        }
+        return AuditEvent(**(defaults | fields))
+
+    return make
+
+
+async def _migrate(url: str) -> None:
+    engine = create_engine(url)
+    await migrate.upgrade(engine)
+    await engine.dispose()
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
