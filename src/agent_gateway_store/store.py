@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.approval import ApprovalManager, ApprovalNotifier
 from agent_gateway_store.audit import AuditLog
+from agent_gateway_store.audit.sinks import sink_for
+from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks import Dispatcher, Plugins
 from agent_gateway_store.keys import KeyManager
@@ -23,6 +26,8 @@ from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
+from agent_gateway_store.storage.spool import Spool
+from agent_gateway_store.storage.urls import is_memory
 
 __all__ = ["GatewayStore"]
 
@@ -75,7 +80,7 @@ class GatewayStore:
 
     def _bind(self, org_id: str | None) -> None:
         core, self._org_id = self._core, org_id
-        self._audit = AuditLog(core.database, org_id=org_id, strict=self.settings.audit_mode == "strict")
+        self._audit = AuditLog(core.database, core.get_writer, org_id=org_id)
         self._approvals = ApprovalManager.over(
             core.database, core.redis, self.settings, org_id=org_id, announce=core.announce
         )
@@ -176,6 +181,7 @@ class _Core:
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
         self._notifier: ApprovalNotifier | None = None
+        self._writer: AuditWriter | None = None
         self._sending: set[asyncio.Task[object]] = set()
 
     @property
@@ -194,7 +200,24 @@ class _Core:
             raise
         self._notifier = ApprovalNotifier(Dispatcher(self.plugins, self.settings))
         await self._notifier.open()
+        self._writer = AuditWriter(sink_for(self.database.engine), self._spool())
         self.database.bind()
+        await self._writer.open()
+
+    def _spool(self) -> Spool | None:
+        if self.settings.audit_mode == "strict":
+            return None
+        url = self.database.engine.url
+        name = url.database or ""
+        if self.database.dialect == "sqlite" and not is_memory(url):
+            name = str(Path(name).absolute())
+        target = f"{url.get_backend_name()}://{url.host or ''}:{url.port or ''}/{name}"
+        return Spool(self.settings.audit_spool_path, target)
+
+    def get_writer(self) -> AuditWriter:
+        if self._writer is None:
+            raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
+        return self._writer
 
     async def _prepare_schema(self) -> None:
         engine = self.database.engine
@@ -212,6 +235,9 @@ class _Core:
         task.add_done_callback(self._sending.discard)
 
     async def close(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            await writer.close()
         if self._sending:
             await asyncio.wait(self._sending, timeout=self.settings.plugin_timeout_seconds + 1)
         if self._notifier is not None:

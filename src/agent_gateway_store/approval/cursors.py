@@ -25,8 +25,8 @@ def decode_cursor(cursor: str) -> tuple[datetime, int]:
     try:
         stamp, row_id = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True).decode().split("|")
         at, number = datetime.fromisoformat(stamp), int(row_id)
-    except (ValueError, binascii.Error, AttributeError):
-        raise InvalidCursorError("This cursor is not of this listing: start again without one.") from None
-    if at.tzinfo is None or not 0 <= number < 2**63:
-        raise InvalidCursorError("This cursor is not of this listing: start again without one.")
-    return at.astimezone(UTC), number
+        if at.tzinfo is not None and 0 <= number < 2**63:
+            return at.astimezone(UTC), number
+    except (ValueError, OverflowError, binascii.Error, AttributeError):
+        pass
+    raise InvalidCursorError("This cursor is not of this listing: start again without one.")

@@ -1,22 +1,61 @@
 """The Redis entries of an approval: `approval:{token}`, and from its id to the token.
 
 An entry is the request as JSON, without the token, plus the token's digest (so that a mixed-up answer is noticed) and
-the life it was written with (so that Redis's own clock tells its age).
+the life it was written with (so that Redis's own clock tells its age). What is read is validated like any input.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Any
 from uuid import UUID
+
+from pydantic import AwareDatetime, ConfigDict, ValidationError
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope
+from agent_gateway_store.models.canonical import is_text
 from agent_gateway_store.models.columns import token_digest
-from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.models.values import ApprovalStatus, Value
 from agent_gateway_store.storage.accelerator import Accelerator
 
 __all__ = ["Entries"]
+
+_MAX_TOKEN_CHARS = 512
+
+
+class _Entry(Value):
+    """What is read of an entry."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    approval_id: UUID
+    org_id: str
+    status: ApprovalStatus
+    scope: ApprovalScope
+    approver_id: str | None
+    approver_note: str
+    decision_at: AwareDatetime | None
+    expires_at: AwareDatetime
+    use_before: AwareDatetime | None
+    token_sha256: str
+    life_ms: int
+
+    def is_over(self) -> bool:
+        """True if a deadline may have passed: then the database's clock decides, not this one."""
+        deadline = self.expires_at if self.status is ApprovalStatus.PENDING else self.use_before or self.expires_at
+        return deadline <= utc_now()
+
+    def result(self, token: str) -> ApprovalResult:
+        """Where the approval stands."""
+        return ApprovalResult.model_construct(
+            approval_id=self.approval_id,
+            token=token,
+            status=self.status,
+            scope=self.scope,
+            approver_id=self.approver_id,
+            note=self.approver_note,
+            decided_at=self.decision_at,
+            expires_at=self.expires_at,
+        )
 
 
 class Entries:
@@ -33,26 +72,34 @@ class Entries:
 
     async def get(self, token: str, *, org_id: str | None) -> ApprovalResult | None:
         """Return what the entry of `token` says; None if there is none to be trusted (then SQL must be asked)."""
-        found = await self._redis.get(_key(token))
-        if found is None:
+        if not _is_cached(token) or (found := await self._redis.get(_key(token))) is None:
             return None
-        entry, left_ms = found
         try:
-            result = _result(entry, token)
-            age_s = (entry["life_ms"] - left_ms) / 1000
-            is_ours = entry["token_sha256"] == token_digest(token) and org_id in (None, entry["org_id"])
-        except (KeyError, TypeError, ValueError):
+            entry = _Entry.model_validate(found[0])
+        except ValidationError:
             return None
-        if not is_ours or left_ms <= 0:
+        left_ms = found[1]
+        if entry.token_sha256 != token_digest(token) or org_id not in (None, entry.org_id) or left_ms <= 0:
             return None
-        return result if result.status.is_final or (0 <= age_s < self._trust_s and not _is_over(entry)) else None
+        if not entry.status.is_final:
+            age_ms = entry.life_ms - left_ms
+            if not 0 <= age_ms < self._trust_s * 1000 or entry.is_over():
+                return None
+        return entry.result(token)
 
-    async def put(self, request: ApprovalRequest, token: str, *, life_s: float) -> None:
-        """Write both entries for `life_s` seconds; an older version never replaces a newer one."""
-        if life_s <= 0 or not self._redis.is_available:
+    async def put(self, request: ApprovalRequest, token: str, *, token_sha256: str, life_s: float) -> None:
+        """Write both entries for `life_s` seconds; an older version never replaces a newer one.
+
+        Args:
+            request: As SQL has it.
+            token: Believed to be its token; if SQL says otherwise, nothing is written.
+            token_sha256: The digest that SQL holds.
+            life_s: Until neither deadline is ahead, in seconds.
+        """
+        if life_s <= 0 or not self._redis.is_available or not _is_cached(token) or token_digest(token) != token_sha256:
             return
         entry = request.model_dump(mode="json", exclude={"token", "id"})
-        entry |= {"token_sha256": token_digest(token), "life_ms": int(life_s * 1000)}
+        entry |= {"token_sha256": token_sha256, "life_ms": int(life_s * 1000)}
         await self._redis.put_newer(_key(token), entry, version=request.version, ttl_s=life_s)
         await self._redis.put_newer(
             _id_key(request.approval_id),
@@ -69,7 +116,12 @@ class Entries:
 
     async def drop(self, token: str) -> None:
         """Delete the entry of a token that no longer names its approval."""
-        await self._redis.delete(_key(token))
+        if _is_cached(token):
+            await self._redis.delete(_key(token))
+
+
+def _is_cached(token: str) -> bool:
+    return len(token) <= _MAX_TOKEN_CHARS and is_text(token)
 
 
 def _key(token: str) -> str:
@@ -78,26 +130,3 @@ def _key(token: str) -> str:
 
 def _id_key(approval_id: UUID) -> str:
     return f"approval-token:{approval_id}"
-
-
-def _result(entry: dict[str, Any], token: str) -> ApprovalResult:
-    return ApprovalResult.model_construct(
-        approval_id=UUID(entry["approval_id"]),
-        token=token,
-        status=ApprovalStatus(entry["status"]),
-        scope=ApprovalScope(entry["scope"]),
-        approver_id=entry["approver_id"],
-        note=entry["approver_note"],
-        decided_at=_instant(entry["decision_at"]),
-        expires_at=_instant(entry["expires_at"]),
-    )
-
-
-def _instant(text: str | None) -> datetime | None:
-    return None if text is None else datetime.fromisoformat(text)
-
-
-def _is_over(entry: dict[str, Any]) -> bool:
-    """True if a deadline may have passed: then the database's clock decides, not this one."""
-    deadline = entry["expires_at"] if entry["status"] == "PENDING" else entry["use_before"] or entry["expires_at"]
-    return datetime.fromisoformat(deadline) <= utc_now()

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from sqlalchemy import and_
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store.approval.transitions import expire, move, requests, returned
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
@@ -19,6 +20,10 @@ from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.storage.database import Executor, db_now, dialect_of, first_row
 
 __all__ = ["insert_or_rebind", "issue_values"]
+
+_PENDING = ApprovalStatus.PENDING
+_CALL = ("org_id", "caller_id", "request_id", "tool_call_hash")
+_TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
 
 def issue_values(
@@ -47,7 +52,7 @@ def issue_values(
         "created_at": db_now(),
         "expires_at": request.expires_at or db_now(plus=ttl),
         "use_before": request.use_before,
-        "status": ApprovalStatus.PENDING,
+        "status": _PENDING,
         "scope": request.scope,
         "output_payload": scrubber.json("output_payload", request.output_payload),
         "output_hash": request.output_hash and scrubber.text("output_hash", request.output_hash),
@@ -82,28 +87,25 @@ async def insert_or_rebind(executor: Executor, values: dict[str, Any]) -> tuple[
         The row as it stands, and True if it is new.
 
     Raises:
-        ApprovalError: The request was issued before and has been decided since.
+        ApprovalError: The request was issued before and has been decided since, or its token is another call's.
     """
     same_call = and_(*(requests.c[name] == values[name] for name in _CALL))
-    for _ in range(2):
+    for _ in range(_TRIES):
         insert = (postgresql.insert if dialect_of(executor) == "postgresql" else sqlite.insert)(requests)
         row = await first_row(executor, insert.values(values).on_conflict_do_nothing().returning(*returned()))
         if row is not None:
             return row, True
-        row = await first_row(
-            executor,
-            move((ApprovalStatus.PENDING,), ApprovalStatus.PENDING, same_call, token=values["token"]),
-        )
+        try:
+            row = await first_row(executor, move((_PENDING,), _PENDING, same_call, token=values["token"]))
+        except IntegrityError:
+            break  # the token belongs to the approval of another call
         if row is not None:
             return row, False
         # What stands in the way is a pending approval whose deadline has passed and which no sweep has met yet.
         await executor.execute(expire(same_call))
     approval_id: UUID = values["approval_id"]
     raise ApprovalError(
-        "This request was issued before and has been decided since: build a new ApprovalRequest.",
+        "This request (or its token) was issued before, and its approval is decided or is another call's: "
+        "build a new ApprovalRequest.",
         approval_id=approval_id,
     )
-
-
-_CALL = ("org_id", "caller_id", "request_id", "tool_call_hash")
-

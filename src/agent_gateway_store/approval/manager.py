@@ -8,46 +8,31 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, Self
 from uuid import UUID
 
-from sqlalchemy import func, select, tuple_
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store.approval import refusals
-from agent_gateway_store.approval.cursors import decode_cursor, encode_cursor
+from agent_gateway_store.approval import deciding, listing, using
+from agent_gateway_store.approval.deciding import Ballot
 from agent_gateway_store.approval.entries import Entries
 from agent_gateway_store.approval.issuing import insert_or_rebind, issue_values
+from agent_gateway_store.approval.listing import COLUMNS
 from agent_gateway_store.approval.notifier import notice_of
-from agent_gateway_store.approval.transitions import expire, move, named, overdue, read, requests, seen_status, votes
+from agent_gateway_store.approval.rows import request_of, result_of, standing
+from agent_gateway_store.approval.transitions import named, read, requests
 from agent_gateway_store.errors import ApprovalNotFoundError
-from agent_gateway_store.models.approval import (
-    ApprovalRequest,
-    ApprovalResult,
-    VoteDecision,
-    hash_tool_call,
-)
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
 from agent_gateway_store.models.scrub import Scrubber, storable_key
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import Executor, SessionWork, Work, db_now, dialect_of, first_row
+from agent_gateway_store.storage.database import Database, SessionWork, Work, first_row
 
 __all__ = ["COLUMNS", "ApprovalManager"]
 
-COLUMNS = (
-    "created_at",
-    "approval_id",
-    "caller_id",
-    "tool_call",
-    "risk_explanation",
-    "status",
-    "approver_id",
-    "outcome",
-)
 _FIRST_POLL_S, _SLOWEST_POLL_S = 0.05, 1.0
-
-_PENDING, _APPROVED, _USED = ApprovalStatus.PENDING, ApprovalStatus.APPROVED, ApprovalStatus.USED
+_PENDING, _APPROVED = ApprovalStatus.PENDING, ApprovalStatus.APPROVED
 
 
 class ApprovalManager:
@@ -76,7 +61,7 @@ class ApprovalManager:
     @classmethod
     def over(
         cls,
-        work: Work,
+        database: Database,
         redis: Accelerator,
         settings: StoreSettings,
         *,
@@ -85,7 +70,8 @@ class ApprovalManager:
     ) -> Self:
         """Return a manager that opens its own transactions, and hands each notice to `announce` after the commit."""
         manager = cls.__new__(cls)
-        manager._set(work, redis, settings, org_id, announce)
+        manager._set(database, redis, settings, org_id, announce)
+        manager._check_home = database.check_home
         return manager
 
     def _set(
@@ -98,6 +84,9 @@ class ApprovalManager:
     ) -> None:
         self._work, self._settings, self._org_id, self._announce = work, settings, org_id, announce
         self._entries = Entries(redis, trust_s=settings.approval_cache_seconds)
+
+    def _check_home(self) -> None:
+        """Raise where the store is not open; Redis must not be asked there either."""
 
     @property
     def _hash_key(self) -> str | None:
@@ -144,13 +133,14 @@ class ApprovalManager:
             StoreUnavailableError: Neither Redis nor the database answers.
         """
         _require_text(token)
+        self._check_home()
         if not fresh and (known := await self._entries.get(token, org_id=self._org_id)) is not None:
             return known
         async with self._work.read() as executor:
             row = await first_row(executor, read(named(token, None, self._org_id)))
         if row is None:
             raise ApprovalNotFoundError
-        return _result(await self._remember(row, token), token)
+        return result_of(await self._remember(row, token), token)
 
     async def approve(
         self,
@@ -178,38 +168,10 @@ class ApprovalManager:
             SelfApprovalError: The approver is the caller, and ALLOW_SELF_APPROVAL is off.
         """
         key = self._key(token, approval_id)
-        ballot = _Ballot(approver_id, note, channel, VoteDecision.APPROVED)
-        others_only = () if self._settings.allow_self_approval else (requests.c.caller_id != ballot.approver_id,)
+        ballot = Ballot(approver_id, note, channel, VoteDecision.APPROVED)
         async with self._work.write() as executor:
-            row = await first_row(
-                executor,
-                move(
-                    (_PENDING,), _APPROVED, key, requests.c.required_approvals <= 1, *others_only, **ballot.decision()
-                ),
-            )
-            if row is not None:
-                await self._vote(executor, row, ballot)
-            else:
-                row = await self._approve_among_several(executor, key, others_only, ballot)
+            row = await deciding.approve(executor, key, ballot, allow_self=self._settings.allow_self_approval)
         return await self._decided(row, token)
-
-    async def _approve_among_several(
-        self, executor: Executor, key: Any, others_only: tuple[Any, ...], ballot: _Ballot
-    ) -> Mapping[str, Any]:
-        # Taking the row first makes voters wait for each other; each then counts what is really there.
-        row = await first_row(executor, move((_PENDING,), _PENDING, key, *others_only))
-        if row is None:
-            raise await self._refused(executor, key, ballot)
-        await self._vote(executor, row, ballot)
-        counted = select(func.count()).where(
-            votes.c.approval_id == row["approval_id"], votes.c.decision == VoteDecision.APPROVED
-        )
-        if (await executor.execute(counted)).scalar_one() < row["required_approvals"]:
-            return row
-        decided = await first_row(executor, move((_PENDING,), _APPROVED, key, **ballot.decision()))
-        if decided is None:
-            raise await self._refused(executor, key, ballot)
-        return decided
 
     async def deny(
         self,
@@ -221,7 +183,7 @@ class ApprovalManager:
         channel: str = "api",
     ) -> ApprovalResult:
         """Deny, once; one denial is enough. Arguments and errors as for `approve`."""
-        ballot = _Ballot(approver_id, note, channel, VoteDecision.DENIED)
+        ballot = Ballot(approver_id, note, channel, VoteDecision.DENIED)
         return await self._end((_PENDING,), ApprovalStatus.DENIED, self._key(token, approval_id), ballot, token)
 
     async def cancel(
@@ -237,7 +199,7 @@ class ApprovalManager:
 
         Arguments and errors as for `approve`.
         """
-        ballot = _Ballot(approver_id, note, channel, VoteDecision.CANCELLED)
+        ballot = Ballot(approver_id, note, channel, VoteDecision.CANCELLED)
         key = self._key(token, approval_id)
         return await self._end((_PENDING, _APPROVED), ApprovalStatus.CANCELLED, key, ballot, token)
 
@@ -245,15 +207,12 @@ class ApprovalManager:
         self,
         sources: tuple[ApprovalStatus, ...],
         target: ApprovalStatus,
-        key: Any,
-        ballot: _Ballot,
+        key: ColumnElement[bool],
+        ballot: Ballot,
         token: str | None,
     ) -> ApprovalResult:
         async with self._work.write() as executor:
-            row = await first_row(executor, move(sources, target, key, **ballot.decision()))
-            if row is None:
-                raise await self._refused(executor, key, ballot)
-            await self._vote(executor, row, ballot)
+            row = await deciding.end(executor, key, ballot, sources, target)
         return await self._decided(row, token)
 
     async def consume_token(
@@ -277,13 +236,9 @@ class ApprovalManager:
         call = tool_call if isinstance(tool_call, ToolCall) else ToolCall.model_validate(tool_call)
         caller, digest = storable_key(caller_id), hash_tool_call(call, key=self._hash_key)
         key = named(token, None, self._org_id)
-        bound = (requests.c.caller_id == caller, requests.c.tool_call_hash == digest)
         async with self._work.write() as executor:
-            row = await first_row(executor, move((_APPROVED,), _USED, key, *bound, used_at=db_now()))
-            if row is None:
-                standing = await self._standing(executor, key)
-                raise refusals.cannot_consume(standing, caller_id=caller, tool_call_hash=digest)
-        return _result(await self._remember(row, token), token)
+            row = await using.consume(executor, key, caller_id=caller, tool_call_hash=digest)
+        return result_of(await self._remember(row, token), token)
 
     async def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
         """Note what came of the call, after its use; once. A used approval without an outcome is shown as unknown.
@@ -296,20 +251,9 @@ class ApprovalManager:
         _require_text(token)
         text = Scrubber().text("outcome", outcome)
         key = named(token, None, self._org_id)
-        noted = (
-            requests.update()
-            .where(key, requests.c.status == _USED, requests.c.outcome.is_(None))
-            .values(outcome=text, version=requests.c.version + 1)
-            .returning(*requests.c, db_now().label("read_at"))
-        )
         async with self._work.write() as executor:
-            row = await first_row(executor, noted)
-            if row is None:
-                standing = await self._standing(executor, key)
-                if standing is None or standing.status is not _USED or standing.outcome != text:
-                    raise refusals.cannot_record(standing)
-                return _result(standing, token)
-        return _result(await self._remember(row, token), token)
+            row = await using.record(executor, key, text)
+        return result_of(await self._remember(row, token), token)
 
     async def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
         """Wait until the approval is no longer PENDING, and return how it stands.
@@ -338,8 +282,9 @@ class ApprovalManager:
         Raises:
             ApprovalNotFoundError: There is none.
         """
+        key = self._key(None, approval_id)
         async with self._work.read() as executor:
-            found = await self._standing(executor, self._key(None, approval_id))
+            found = await standing(executor, key)
         if found is None:
             raise ApprovalNotFoundError
         return found
@@ -360,44 +305,36 @@ class ApprovalManager:
         """
         if limit < 1:
             raise ValueError(f"limit must be 1 or more, not {limit}.")
-        statement = read().order_by(requests.c.created_at.desc(), requests.c.id.desc()).limit(limit + 1)
-        if status is not None:
-            statement = statement.where(seen_status() == ApprovalStatus(status))
-        if self._org_id is not None:
-            statement = statement.where(requests.c.org_id == self._org_id)
-        if cursor is not None:
-            statement = statement.where(tuple_(requests.c.created_at, requests.c.id) < tuple_(*decode_cursor(cursor)))
+        wanted = None if status is None else ApprovalStatus(status)
         async with self._work.read() as executor:
-            rows = (await executor.execute(statement)).mappings().all()
-        found = [_request(row) for row in rows[:limit]]
-        following = encode_cursor(found[-1].created_at, found[-1].id or 0) if len(rows) > limit else None
-        return Page(found, next_cursor=following, columns=COLUMNS)
+            return await listing.page(executor, *self._mine(), status=wanted, limit=limit, cursor=cursor)
 
     async def expire_stale(self, *, batch_size: int = 500) -> int:
         """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were.
 
         Any number of processes may sweep at once; each approval is swept by one.
+
+        Args:
+            batch_size: How many are written in one transaction.
+
+        Raises:
+            ValueError: `batch_size` is below 1.
         """
-        mine = () if self._org_id is None else (requests.c.org_id == self._org_id,)
-        batch = (
-            select(requests.c.id)
-            .where(overdue(), *mine)
-            .order_by(requests.c.id)
-            .limit(batch_size)
-            .with_for_update(skip_locked=True)
-        )
-        swept = 0
-        while True:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, not {batch_size}.")
+        swept, is_more = 0, True
+        while is_more:
             async with self._work.write() as executor:
-                ids = (await executor.execute(batch)).scalars().all()
-                rows = (await executor.execute(expire(requests.c.id.in_(ids)))).mappings().all() if ids else []
+                rows, is_more = await listing.sweep(executor, *self._mine(), batch_size=batch_size)
             for row in rows:
                 await self._decided(row, None)
             swept += len(rows)
-            if len(ids) < batch_size:
-                return swept
+        return swept
 
-    def _key(self, token: str | None, approval_id: UUID | str | None) -> Any:
+    def _mine(self) -> tuple[ColumnElement[bool], ...]:
+        return () if self._org_id is None else (requests.c.org_id == self._org_id,)
+
+    def _key(self, token: str | None, approval_id: UUID | str | None) -> ColumnElement[bool]:
         if (token is None) == (approval_id is None):
             raise TypeError("Name the approval either by its token or by approval_id.")
         if token is not None:
@@ -408,38 +345,20 @@ class ApprovalManager:
         except (ValueError, AttributeError, TypeError):
             raise ApprovalNotFoundError from None
 
-    async def _standing(self, executor: Executor, key: Any) -> ApprovalRequest | None:
-        row = await first_row(executor, read(key))
-        return None if row is None else _request(row)
-
-    async def _refused(self, executor: Executor, key: Any, ballot: _Ballot) -> Exception:
-        return refusals.cannot_decide(
-            await self._standing(executor, key),
-            approver_id=ballot.approver_id,
-            self_refused=ballot.decision_name is VoteDecision.APPROVED and not self._settings.allow_self_approval,
-        )
-
-    async def _vote(self, executor: Executor, row: Mapping[str, Any], ballot: _Ballot) -> None:
-        insert = (postgresql.insert if dialect_of(executor) == "postgresql" else sqlite.insert)(votes)
-        values = ballot.vote() | {"approval_id": row["approval_id"], "org_id": row["org_id"], "voted_at": db_now()}
-        statement = insert.values(values).on_conflict_do_nothing().returning(votes.c.id)
-        is_first = (await executor.execute(statement)).first() is not None
-        if not is_first and ballot.decision_name is not VoteDecision.CANCELLED:
-            raise refusals.already_voted(_request(row), ballot.approver_id)
-
     async def _decided(self, row: Mapping[str, Any], token: str | None) -> ApprovalResult:
         known = token or await self._entries.token_of(row["approval_id"])
         request = await self._remember(row, known)
         if request.status is not _PENDING:
             self._tell(request, "decision")
-        return _result(request, token)
+        return result_of(request, token)
 
     async def _remember(self, row: Mapping[str, Any], token: str | None) -> ApprovalRequest:
-        request = _request(row)
+        request = request_of(row)
         read_at: datetime = row["read_at"]
         ends = max(filter(None, (request.expires_at, request.use_before)), default=read_at)
         if token is not None:
-            await self._entries.put(request, token, life_s=(ends - read_at).total_seconds())
+            life_s = (ends - read_at).total_seconds()
+            await self._entries.put(request, token, token_sha256=row["token_sha256"], life_s=life_s)
         return request
 
     def _tell(self, request: ApprovalRequest, event: Literal["pending", "decision"]) -> None:
@@ -447,47 +366,6 @@ class ApprovalManager:
             self._announce(notice_of(request, event))
 
 
-class _Ballot:
-    """What one approver says, scrubbed."""
-
-    def __init__(self, approver_id: str, note: str, channel: str, decision: VoteDecision) -> None:
-        if not approver_id:
-            raise TypeError("Say who decides: approver_id is required.")
-        self.approver_id = storable_key(approver_id)
-        self.note = Scrubber().text("note", note)
-        self.channel = storable_key(channel)
-        self.decision_name = decision
-
-    def decision(self) -> dict[str, Any]:
-        return {"approver_id": self.approver_id, "approver_note": self.note, "decision_at": db_now()}
-
-    def vote(self) -> dict[str, Any]:
-        return {
-            "approver_id": self.approver_id,
-            "note": self.note,
-            "channel": self.channel,
-            "decision": self.decision_name,
-        }
-
-
 def _require_text(token: Any) -> None:
     if not isinstance(token, str) or not token:
         raise ApprovalNotFoundError
-
-
-
-def _request(row: Mapping[str, Any]) -> ApprovalRequest:
-    return ApprovalRequest.from_row({name: value for name, value in row.items() if name != "read_at"})
-
-
-def _result(request: ApprovalRequest, token: str | None) -> ApprovalResult:
-    return ApprovalResult(
-        approval_id=request.approval_id,
-        token=token,
-        status=request.status,
-        scope=request.scope,
-        approver_id=request.approver_id,
-        note=request.approver_note,
-        decided_at=request.decision_at,
-        expires_at=request.expires_at,
-    )

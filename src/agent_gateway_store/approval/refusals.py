@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 from agent_gateway_store.errors import (
     ApprovalAlreadyDecidedError,
     ApprovalAlreadyUsedError,
@@ -51,10 +53,12 @@ def cannot_decide(request: ApprovalRequest | None, *, approver_id: str, self_ref
     return ApprovalError("The approval changed while it was being decided: try again.", approval_id=request.approval_id)
 
 
-def already_voted(request: ApprovalRequest, approver_id: str) -> ApprovalError:
-    """Return that an approver speaks once."""
-    return _standing(
-        ApprovalAlreadyVotedError, f"{approver_id} has already voted on this approval: others must decide.", request
+def already_voted(approval_id: UUID, approver_id: str) -> ApprovalError:
+    """Return that an approver speaks once; the approval still stands at PENDING."""
+    return ApprovalAlreadyVotedError(
+        f"{approver_id} has already voted on this approval: others must decide.",
+        approval_id=approval_id,
+        status=str(ApprovalStatus.PENDING),
     )
 
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, case, func, literal_column, or_, select, type_coerce, update
+from sqlalchemy import ColumnElement, Select, Text, and_, case, func, literal_column, or_, select, type_coerce, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
@@ -19,12 +19,13 @@ from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.storage.database import db_now
 
 __all__ = [
+    "ASIDE",
     "LEGAL_MOVES",
-    "SELECTED",
     "alive",
     "expire",
     "move",
     "named",
+    "note_outcome",
     "overdue",
     "read",
     "requests",
@@ -67,8 +68,12 @@ def seen_status() -> ColumnElement[Any]:
     )
 
 
-SELECTED = tuple(column for column in requests.c if column.name != "status")
-"""Every column but the status, which a reader sees by `seen_status`."""
+ASIDE = ("read_at", "token_sha256")
+"""What a row holds beside the columns: the database's time, and the digest that the column `token` does not show."""
+
+
+def _aside() -> tuple[ColumnElement[Any], ...]:
+    return db_now().label("read_at"), type_coerce(requests.c.token, Text).label("token_sha256")
 
 
 def named(token: str | None, approval_id: UUID | None, org_id: str | None) -> ColumnElement[bool]:
@@ -78,13 +83,14 @@ def named(token: str | None, approval_id: UUID | None, org_id: str | None) -> Co
 
 
 def read(*conditions: ColumnElement[bool]) -> Select[Any]:
-    """Select approvals as a reader sees them, with the database's time as `read_at`."""
-    return select(*SELECTED, seen_status().label("status"), db_now().label("read_at")).where(*conditions)
+    """Select approvals as a reader sees them, with what stands `ASIDE`."""
+    columns = (column for column in requests.c if column.name != "status")
+    return select(*columns, seen_status().label("status"), *_aside()).where(*conditions)
 
 
 def returned() -> tuple[ColumnElement[Any], ...]:
-    """What a write returns: the row, and the database's time as `read_at`."""
-    return (*requests.c, db_now().label("read_at"))
+    """What a write returns: the row, with what stands `ASIDE`."""
+    return (*requests.c, *_aside())
 
 
 def move(
@@ -111,5 +117,15 @@ def expire(*conditions: ColumnElement[bool]) -> ReturningUpdate[Any]:
         update(requests)
         .where(overdue(), *conditions)
         .values(status=ApprovalStatus.EXPIRED, version=requests.c.version + 1)
+        .returning(*returned())
+    )
+
+
+def note_outcome(key: ColumnElement[bool], outcome: str) -> ReturningUpdate[Any]:
+    """Note what came of a used approval, unless that was done before; return the row."""
+    return (
+        update(requests)
+        .where(key, requests.c.status == ApprovalStatus.USED, requests.c.outcome.is_(None))
+        .values(outcome=outcome, version=requests.c.version + 1)
         .returning(*returned())
     )

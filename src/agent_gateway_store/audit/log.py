@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Any
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from dataclasses import replace
 
-from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from agent_gateway_store.audit.inserting import insert_event
 from agent_gateway_store.audit.lost import log_lost
+from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery
-from agent_gateway_store.audit.row import event_row, reused_row
-from agent_gateway_store.errors import AuditUnavailableError
+from agent_gateway_store.audit.row import EventRow, event_row
+from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.storage.database import Database, Executor, SessionWork, Work, dialect_of
+from agent_gateway_store.storage.database import Database, SessionWork
 from agent_gateway_store.storage.faults import database_errors
 
-__all__ = ["AuditLog", "AuditLogger", "WriteOutcome", "insert_event"]
+__all__ = ["AuditLog", "AuditLogger"]
 
-_table = AuditEvent.__table__  # type: ignore[attr-defined]
-
-
-class WriteOutcome(StrEnum):
-    """What became of a write.
-
-    STORED: committed. DUPLICATE: the same event was there already. SPOOLED: kept in the local spool, on disk, until
-    the database is back. LOST: neither could be had; the event was logged at CRITICAL.
-    """
-
-    STORED = "STORED"
-    DUPLICATE = "DUPLICATE"
-    SPOOLED = "SPOOLED"
-    LOST = "LOST"
-
-
-async def insert_event(executor: Executor, row: dict[str, Any]) -> WriteOutcome:
-    """Insert one row of `event_row`, settling a used request_id; does not commit.
-
-    The same event again changes nothing (DUPLICATE). Another event under a used request_id becomes a row of its own
-    with a derived id and the label REQUEST_ID_REUSED (STORED).
-    """
-    if await _insert(executor, row):
-        return WriteOutcome.STORED
-    if await _is_stored(executor, row):
-        return WriteOutcome.DUPLICATE
-    return WriteOutcome.STORED if await _insert(executor, reused_row(row)) else WriteOutcome.DUPLICATE
-
-
-async def _insert(executor: Executor, row: dict[str, Any]) -> bool:
-    postgres = dialect_of(executor) == "postgresql"
-    insert = (postgresql.insert if postgres else sqlite.insert)(_table).values(row).on_conflict_do_nothing()
-    return (await executor.execute(insert.returning(_table.c.id))).first() is not None
-
-
-async def _is_stored(executor: Executor, row: dict[str, Any]) -> bool:
-    same = select(_table.c.content_hash).where(
-        _table.c.request_id == row["request_id"], _table.c.org_id == row["org_id"]
-    )
-    return bool((await executor.execute(same)).scalar() == row["content_hash"])
+_BULK_ROWS = 1_000
+_YIELD_EVERY = 100
 
 
 class AuditLogger:
@@ -69,7 +33,7 @@ class AuditLogger:
     """
 
     def __init__(self, session: AsyncSession) -> None:
-        self._work: Work = SessionWork(session)
+        self._work = SessionWork(session)
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit the session. Never raises: what cannot be stored is logged as LOST.
@@ -77,13 +41,13 @@ class AuditLogger:
         Returns:
             STORED, DUPLICATE or LOST.
         """
-        row: dict[str, Any] | None = None
+        row: EventRow | None = None
         try:
             row = event_row(event)
             async with self._work.write() as session:
                 return await insert_event(session, row)
         except Exception as exc:
-            log_lost(row, event, exc)
+            log_lost(row, exc, request_id=event.request_id)
             return WriteOutcome.LOST
 
 
@@ -92,41 +56,66 @@ class AuditLog(AuditQuery):
 
     Args:
         database: Where they are kept.
+        writer: Gives the group-commit writer of the open store.
         org_id: Stamp this organisation on what is written and see only it; None takes the event's own and sees all.
-        strict: Whether `write` raises rather than lose an event.
     """
 
-    def __init__(self, database: Database, *, org_id: str | None = None, strict: bool = False) -> None:
+    def __init__(self, database: Database, writer: Callable[[], AuditWriter], *, org_id: str | None = None) -> None:
         self._database = database
         self._work = database
+        self._writer = writer
         self._org_id = org_id
-        self._strict = strict
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
-        """Store `event` and commit. In the default mode this never raises.
+        """Store `event` and commit, together with whatever else is being written. In the default mode never raises.
 
-        Safe to repeat: the same event again is a DUPLICATE and changes nothing.
-
-        Returns:
-            STORED, DUPLICATE or LOST.
+        Returns after the commit, or after fsync into the spool while the database is away. Safe to repeat: the same
+        event again is a DUPLICATE. Cancelling the caller does not cancel the write. `event` itself is not changed.
 
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict, if the event could not be stored.
             StoreNotOpenError: The store is not open here.
         """
         self._database.check_home()
-        row: dict[str, Any] | None = None
+        return await self._writer().write(event_row(event, org_id=self._org_id))
+
+    async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
+        """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
+
+        Args:
+            events: Any iterable, also an endless one that ends some day; it is read as it is stored.
+
+        Returns:
+            How many events came to which outcome.
+
+        Raises:
+            AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
+            StoreNotOpenError: The store is not open here.
+        """
+        self._database.check_home()
+        writer = self._writer()
+        outcomes: Counter[WriteOutcome] = Counter()
+        under_way: asyncio.Task[list[WriteOutcome]] | None = None
         try:
-            row = event_row(event, org_id=self._org_id)
-            async with self._database.write() as connection:
-                return await insert_event(connection, row)
-        except Exception as exc:
-            if self._strict:
-                raise AuditUnavailableError(
-                    "The event could not be recorded, so the call must not go through: check the database."
-                ) from exc
-            log_lost(row, event, exc)
-            return WriteOutcome.LOST
+            async for rows in self._batches(events):
+                # While one batch is committed the next one is made ready.
+                if under_way is not None:
+                    outcomes.update(await under_way)
+                under_way = asyncio.create_task(writer.write_batch(rows))
+        finally:
+            if under_way is not None:
+                outcomes.update(await under_way)
+        return outcomes
+
+    async def _batches(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[list[EventRow]]:
+        rows: list[EventRow] = []
+        async for event in _each(events):
+            rows.append(event_row(event, org_id=self._org_id))
+            if len(rows) == _BULK_ROWS:
+                yield rows
+                rows = []
+        if rows:
+            yield rows
 
     async def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.
@@ -139,3 +128,29 @@ class AuditLog(AuditQuery):
         """
         with database_errors("record the event"):
             return await insert_event(session, event_row(event, org_id=self._org_id))
+
+    async def flush(self) -> int:
+        """Wait until every event written so far is acknowledged, and try to empty the spool.
+
+        Returns:
+            How many events still wait in the spool: 0 unless the database is away.
+        """
+        self._database.check_home()
+        return await self._writer().flush()
+
+    @property
+    def counters(self) -> AuditCounters:
+        """What became of the events written in this process since the store was opened; a copy."""
+        return replace(self._writer().counters)
+
+
+async def _each(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[AuditEvent]:
+    if isinstance(events, AsyncIterable):
+        async for event in events:
+            yield event
+        return
+    for index, event in enumerate(events, 1):
+        yield event
+        if index % _YIELD_EVERY == 0:
+            # A plain iterable never lets the loop run by itself.
+            await asyncio.sleep(0)

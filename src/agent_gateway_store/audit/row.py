@@ -1,4 +1,4 @@
-"""From an event to the row that is stored: scrubbed, flagged, hashed."""
+"""From an event to the row that is stored: scrubbed, flagged, hashed. The hot path of every write."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber
 
-__all__ = ["REUSED_LABEL", "UNSTORABLE", "content_hash", "event_row", "reused_row"]
+__all__ = ["COLUMNS", "REUSED_LABEL", "UNSTORABLE", "EventRow", "event_row"]
 
 UNSTORABLE = "UNSTORABLE"
 REUSED_LABEL = "REQUEST_ID_REUSED"
+
+COLUMNS = tuple(name for name in AuditEvent.model_fields if name != "id")
+"""The columns of a row, in the order of `EventRow.record`."""
 
 _SHORT = (
     "request_id",
@@ -40,19 +43,124 @@ _LONG = (
     "deterministic_rationale",
 )
 _LARGEST_BIGINT = 2**63 - 1
+
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, check_circular=False).encode
+_text = json.encoder.encode_basestring
 
 
-def event_row(event: AuditEvent, *, org_id: str | None = None) -> dict[str, Any]:
-    """Return the row for `event`, column name to value, with its `content_hash` and without `id`.
+class EventRow:
+    """One event as it is stored.
 
-    The event itself is not changed. What no database can hold is replaced and noted in `redaction_flags`.
+    Attributes:
+        values: Column name to value, as the column types take it, with `content_hash`, without `id`.
+        chars: About how much memory it takes.
+    """
+
+    __slots__ = ("_args_json", "_flags_json", "_labels_json", "chars", "values")
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        labels, flags = values["risk_labels"], values["redaction_flags"]
+        self._args_json = _encode(values["sanitized_args"])
+        self._labels_json = _encode(labels) if labels else "[]"
+        self._flags_json = _encode([flag.__dict__ for flag in flags]) if flags else "[]"
+        self.chars = len(self._args_json)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What must be unique: request_id and org_id."""
+        return self.values["request_id"], self.values["org_id"]
+
+    @property
+    def content_hash(self) -> str:
+        """By which two events are the same one."""
+        return self.values["content_hash"]  # type: ignore[no-any-return]
+
+    def record(self) -> tuple[Any, ...]:
+        """Return the values in the order of `COLUMNS`, JSON as text: what a driver takes without further ado."""
+        values = self.values.copy()
+        values["sanitized_args"] = self._args_json
+        values["risk_labels"] = self._labels_json
+        values["redaction_flags"] = self._flags_json
+        return tuple(values.values())
+
+    def seal(self) -> None:
+        """Set `content_hash`: SHA-256 (64 hex digits) of the canonical event.
+
+        It is taken over `json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` in UTF-8,
+        where the document is `event.model_dump(mode="json", exclude={"id", "content_hash"})` of the stored event.
+        Written out field by field here, because this is most of the cost of a write.
+        """
+        row = self.values
+        stamp: datetime = row["timestamp"]
+        document = (
+            f'{{"approver_id":{_optional(row["approver_id"])}'
+            f',"caller_id":{_text(row["caller_id"])}'
+            f',"caller_role":{_text(row["caller_role"])}'
+            f',"decision":"{row["decision"].value}"'
+            f',"deterministic_rationale":{_text(row["deterministic_rationale"])}'
+            f',"environment":{_text(row["environment"])}'
+            f',"execution_status":{_optional(row["execution_status"])}'
+            f',"key_id":{_optional(row["key_id"])}'
+            f',"latency_ms":{row["latency_ms"]:d}'
+            f',"llm_explanation":{_optional(row["llm_explanation"])}'
+            f',"matched_policy_rule":{_text(row["matched_policy_rule"])}'
+            f',"mcp_server":{_text(row["mcp_server"])}'
+            f',"org_id":{_text(row["org_id"])}'
+            f',"output_decision":"{row["output_decision"].value}"'
+            f',"output_hash":{_optional(row["output_hash"])}'
+            f',"output_policy_rationale":{_optional(row["output_policy_rationale"])}'
+            f',"parent_request_id":{_optional(row["parent_request_id"])}'
+            f',"policy_version":{_optional(row["policy_version"])}'
+            f',"raw_args_hash":{_text(row["raw_args_hash"])}'
+            f',"redaction_flags":{self._flags_json}'
+            f',"request_id":{_text(row["request_id"])}'
+            f',"risk_labels":{self._labels_json}'
+            f',"risk_score":{float.__repr__(row["risk_score"])}'
+            f',"sanitized_args":{self._args_json}'
+            f',"session_id":{_optional(row["session_id"])}'
+            f',"timestamp":"{stamp.isoformat()[:-6]}Z"'
+            f',"tool_name":{_text(row["tool_name"])}'
+            f',"trace_id":{_optional(row["trace_id"])}}}'
+        )
+        self.chars = len(document)
+        row["content_hash"] = hashlib.sha256(document.encode()).hexdigest()
+
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> EventRow:
+        """Return a row that was stored elsewhere before, as it was."""
+        return cls({name: values[name] for name in COLUMNS})
+
+    def under_derived_id(self) -> EventRow:
+        """Return the row as it is kept when its request_id belongs to another event already.
+
+        The id is derived from the content, so that the same event under the same used id gives the same row again.
+        """
+        values = dict(self.values)
+        base = values["request_id"].encode()[: MAX_KEY_BYTES - len(self.content_hash) - 1].decode("utf-8", "ignore")
+        values["request_id"] = f"{base}~{self.content_hash}"
+        if REUSED_LABEL not in values["risk_labels"]:
+            values["risk_labels"] = [*values["risk_labels"], REUSED_LABEL]
+        row = EventRow(values)
+        row.seal()
+        return row
+
+
+def _optional(text: str | None) -> str:
+    return "null" if text is None else _text(text)
+
+
+def event_row(event: AuditEvent, *, org_id: str | None = None) -> EventRow:
+    """Return the row for `event`, which itself is not changed.
+
+    What no database can hold is replaced and noted in `redaction_flags`.
 
     Args:
         event: Any event that could be constructed.
         org_id: Organisation to stamp; None keeps the event's own.
     """
-    row = {name: event.__dict__[name] for name in _COLUMNS}
+    given: Mapping[str, Any] = event.__dict__
+    row = {name: given[name] for name in COLUMNS}
     if org_id is not None:
         row["org_id"] = org_id
     scrubber = Scrubber()
@@ -68,15 +176,13 @@ def event_row(event: AuditEvent, *, org_id: str | None = None) -> dict[str, Any]
         scrubber.report("timestamp")
     if row["redaction_flags"] or scrubber.replaced:
         row["redaction_flags"] = _flags(row["redaction_flags"], scrubber)
-    row["content_hash"] = content_hash(row)
-    return row
-
-
-_COLUMNS = tuple(name for name in AuditEvent.model_fields if name not in ("id", "content_hash"))
+    sealed = EventRow(row)
+    sealed.seal()
+    return sealed
 
 
 def _scrub_texts(row: dict[str, Any], scrubber: Scrubber) -> None:
-    everything = "".join([text for name in (*_SHORT, *_LONG) if (text := row[name]) is not None])
+    everything = "".join([text for name in _SHORT_AND_LONG if (text := row[name]) is not None])
     if len(everything) <= MAX_KEY_BYTES and everything.isascii() and "\0" not in everything:
         return
     for name in _SHORT:
@@ -85,6 +191,9 @@ def _scrub_texts(row: dict[str, Any], scrubber: Scrubber) -> None:
     for name in _LONG:
         if row[name] is not None:
             row[name] = scrubber.text(name, row[name])
+
+
+_SHORT_AND_LONG = (*_SHORT, *_LONG)
 
 
 def _flags(given: list[RedactionFlag], scrubber: Scrubber) -> list[RedactionFlag]:
@@ -101,31 +210,3 @@ def _flags(given: list[RedactionFlag], scrubber: Scrubber) -> list[RedactionFlag
         RedactionFlag.model_construct(field=place, reason=UNSTORABLE, original_hash=digest)
         for place, digest in scrubber.replaced
     ]
-
-
-def content_hash(row: Mapping[str, Any]) -> str:
-    """Return the SHA-256 by which two events are the same one: 64 hex digits.
-
-    It is taken over `json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` in UTF-8, where
-    the document is `event.model_dump(mode="json", exclude={"id", "content_hash"})` of the stored event.
-    """
-    document = {name: row[name] for name in _COLUMNS}
-    stamp: datetime = row["timestamp"]
-    document["timestamp"] = stamp.isoformat()[:-6] + "Z"
-    if document["redaction_flags"]:
-        document["redaction_flags"] = [flag.__dict__ for flag in document["redaction_flags"]]
-    return hashlib.sha256(_encode(document).encode()).hexdigest()
-
-
-def reused_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `row` as it is kept when its request_id already belongs to another event.
-
-    The id is derived from the content, so that the same event under the same used id gives the same row again.
-    """
-    kept = dict(row)
-    digest = row["content_hash"]
-    base = row["request_id"].encode()[: MAX_KEY_BYTES - len(digest) - 1].decode("utf-8", "ignore")
-    kept["request_id"] = f"{base}~{digest}"
-    kept["risk_labels"] = [*row["risk_labels"], REUSED_LABEL]
-    kept["content_hash"] = content_hash(kept)
-    return kept

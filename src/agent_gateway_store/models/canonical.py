@@ -121,7 +121,8 @@ def _tagged(root: Any) -> Any:
 
 def opened(value: Any) -> Any:
     """Return the list, tuple or mapping that `value` is or stands for; None for a leaf."""
-    if isinstance(value, list | tuple | Mapping):
+    kind = type(value)
+    if kind is dict or kind is list or isinstance(value, (list, tuple, Mapping)):
         return value
     if isinstance(value, BaseModel):
         return {name: getattr(value, name) for name in type(value).model_fields}

@@ -66,7 +66,21 @@ def _cut(text: str, limit: int) -> str:
 
 def _is_marker(value: Any) -> bool:
     # A marker costs nothing, so that a second scrubbing cuts at the same places.
-    return type(value) is str and len(value) < _NODE_CHARS * 16 and value.startswith("[cut: ") and value.endswith("]")
+    return type(value) is str and value.startswith("[cut: ") and len(value) < 64 and value.endswith("]")
+
+
+def _cost(value: Any) -> int:
+    """What a scalar that can stay as it is takes of the budget; -1 for anything that needs a closer look."""
+    kind = type(value)
+    if kind is str:
+        if not value.isascii() or "\0" in value or len(value) > MAX_TEXT_BYTES:
+            return -1
+        return 0 if _is_marker(value) else len(value)
+    if value is None or kind is bool:
+        return 0
+    if kind is int:
+        return 0 if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER else -1
+    return 0 if kind is float and 0 < abs(value) < _FIRST_RESPELT_FLOAT else -1
 
 
 class Scrubber:
@@ -118,19 +132,14 @@ class _JsonWalk:
         self.above: set[int] = set()
 
     def value(self, value: Any, place: str, depth: int) -> Any:
-        kind = type(value)
-        if kind is str:
-            return self.text(value, place)
-        if value is None or kind is bool or (kind is int and -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER):
-            return value
-        if kind is float and 0 < abs(value) < _FIRST_RESPELT_FLOAT:
+        if (cost := _cost(value)) >= 0:
+            self.left -= cost
             return value
         source = opened(value)
         return self.leaf(value, place) if source is None else self.container(value, source, place, depth)
 
     def text(self, text: str, place: str) -> str:
-        if "\0" in text or not text.isascii() or len(text) > MAX_TEXT_BYTES:
-            text = self.scrubber.text(place, text)
+        text = self.scrubber.text(place, text)
         self.left -= 0 if _is_marker(text) else len(text)
         return text
 
@@ -157,7 +166,7 @@ class _JsonWalk:
             return self.marker(place, "[cut: contains itself]")
         self.above.add(id(value))
         try:
-            if isinstance(source, Mapping):
+            if type(source) is dict or isinstance(source, Mapping):
                 return self.mapping(source, place, depth)
             return self.sequence(source, place, depth)
         finally:
@@ -171,7 +180,11 @@ class _JsonWalk:
                 rest = len(source) - len(out)
                 out.append(item if _is_marker(item) else self.marker(place, f"[cut: {rest} more items]"))
                 break
-            out.append(self.value(item, f"{place}[{len(out)}]", depth + 1))
+            if (cost := _cost(item)) >= 0:
+                self.left -= cost
+                out.append(item)
+            else:
+                out.append(self.value(item, f"{place}[{len(out)}]", depth + 1))
         return out
 
     def mapping(self, source: Mapping[Any, Any], place: str, depth: int) -> dict[str, Any]:
@@ -182,8 +195,16 @@ class _JsonWalk:
                 rest = len(source) - len(out)
                 out["[cut]"] = item if _is_marker(item) else self.marker(place, f"[cut: {rest} more entries]")
                 break
-            name = self.name(key, place, out)
-            out[name] = self.value(item, f"{place}.{name}", depth + 1)
+            if type(key) is str and key not in out and 0 <= _cost(key) <= _MAX_TAG_BYTES:
+                name = key
+                self.left -= len(key)
+            else:
+                name = self.name(key, place, out)
+            if (cost := _cost(item)) >= 0:
+                self.left -= cost
+                out[name] = item
+            else:
+                out[name] = self.value(item, f"{place}.{name}", depth + 1)
         return out
 
     def name(self, given: Any, place: str, taken: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ __all__ = ["database_errors", "is_outage"]
 # asyncpg raises InternalClientError, outside its own two roots, when a server is killed under it.
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
+_ROW_FAULTS = (ValueError, TypeError, OverflowError, IntegrityError, sqlite3.IntegrityError, sqlite3.DataError)
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
@@ -61,7 +63,7 @@ def is_outage(exc: BaseException) -> bool:
     if isinstance(driver, asyncpg.PostgresError):
         # Classes of PostgreSQL's appendix "Error Codes": data exceptions and constraint violations are the row's fault.
         return not str(getattr(driver, "sqlstate", "") or "").startswith(("22", "23"))
-    return not isinstance(exc, ValueError | TypeError | OverflowError | IntegrityError)
+    return not isinstance(exc, _ROW_FAULTS)
 
 
 def _translated(exc: BaseException, doing: str) -> GatewayStoreError:

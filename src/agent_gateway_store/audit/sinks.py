@@ -1,0 +1,220 @@
+"""Where batches of rows are committed: the fastest safe way of each driver.
+
+A sink raises when the database cannot answer. A row that the database refuses for its own sake never fails the batch:
+its place in the answer holds the error instead of an outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from typing import Any, Protocol, TypeAlias
+
+import aiosqlite
+import asyncpg
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from agent_gateway_store.audit.inserting import insert_event, table
+from agent_gateway_store.audit.outcomes import WriteOutcome
+from agent_gateway_store.audit.row import COLUMNS, EventRow
+from agent_gateway_store.storage.faults import is_outage
+
+__all__ = ["Settled", "Sink", "sink_for"]
+
+Settled: TypeAlias = WriteOutcome | Exception
+_TIMEOUT_S = 5.0
+_STORED = WriteOutcome.STORED
+
+
+class Sink(Protocol):
+    """Commits batches. Not to be used by two tasks at once."""
+
+    async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
+        """Commit `rows`, whose keys differ; return what became of each, in order."""
+        ...
+
+    async def close(self) -> None:
+        """Give the connection up."""
+        ...
+
+
+def sink_for(engine: AsyncEngine) -> Sink:
+    """Return the sink for an engine's driver."""
+    if engine.dialect.driver == "asyncpg":
+        return PostgresSink(engine)
+    return SqliteSink(engine) if engine.dialect.driver == "aiosqlite" else RowSink(engine)
+
+
+class RowSink:
+    """One INSERT per row, for drivers without a faster way, and for rows that another way refused."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
+        """Commit `rows` together; if one is refused, each on its own."""
+        try:
+            async with self._engine.begin() as connection:
+                return [await insert_event(connection, row) for row in rows]
+        except Exception as exc:
+            if is_outage(exc):
+                raise
+            if len(rows) == 1:
+                return [exc]
+        return [(await self.store([row]))[0] for row in rows]
+
+    async def close(self) -> None:
+        """Nothing is kept."""
+
+
+class SqliteSink(RowSink):
+    """`executemany` in one transaction on the driver's own connection."""
+
+    async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
+        """Commit `rows` together; where a key is taken or a row refused, settle them one by one."""
+        async with self._engine.connect() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert isinstance(driver, aiosqlite.Connection)  # noqa: S101
+            try:
+                await driver.execute("BEGIN IMMEDIATE")
+                await driver.executemany(_SQLITE_INSERT, [_sqlite_record(row) for row in rows])
+                await driver.commit()
+            except aiosqlite.IntegrityError:
+                await driver.rollback()
+            except BaseException:
+                if driver.in_transaction:
+                    await driver.rollback()
+                raise
+            else:
+                return [_STORED] * len(rows)
+        return await super().store(rows)
+
+
+class PostgresSink:
+    """COPY on a connection of its own, outside the pool; a single row by INSERT.
+
+    COPY cannot skip a conflict, so where a key is taken the batch goes again as one INSERT ... ON CONFLICT.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._rows = RowSink(engine)
+        self._connection: AsyncConnection | None = None
+        self._driver: asyncpg.Connection | None = None
+
+    async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
+        """Commit `rows`, within five seconds. A connection that died idle is replaced once.
+
+        A commit whose answer was cut off is settled by the second try: what it finds stored is the same event.
+        """
+        is_reused = self._driver is not None
+        try:
+            return await self._store(rows)
+        except (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError):
+            if not is_reused:
+                raise
+            return await self._store(rows)
+
+    async def _store(self, rows: Sequence[EventRow]) -> list[Settled]:
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                return await self._copy(await self._connected(), rows)
+        except BaseException:
+            await self._drop()
+            raise
+
+    async def _copy(self, driver: asyncpg.Connection, rows: Sequence[EventRow]) -> list[Settled]:
+        try:
+            if len(rows) == 1:
+                if await driver.execute(_INSERT_ONE, *rows[0].record()) == "INSERT 0 1":
+                    return [_STORED]
+            else:
+                await driver.copy_records_to_table(table.name, records=[row.record() for row in rows], columns=COLUMNS)
+                return [_STORED] * len(rows)
+        except Exception as exc:
+            if is_outage(exc):
+                raise
+        try:
+            return await self._insert(driver, rows)
+        except Exception as exc:
+            if is_outage(exc):
+                raise
+        return await self._rows.store(rows)
+
+    async def _insert(self, driver: asyncpg.Connection, rows: Sequence[EventRow]) -> list[Settled]:
+        """Insert what has a free key; then settle the others under the ids that they find taken."""
+        outcomes: dict[int, Settled] = {}
+        open_rows = dict(enumerate(rows))
+        while open_rows:
+            records = [row.record() for row in open_rows.values()]
+            stored = {tuple(found) for found in await driver.fetch(_INSERT_MANY, *zip(*records, strict=True))}
+            taken = {index: row for index, row in open_rows.items() if row.key not in stored}
+            outcomes |= dict.fromkeys(open_rows.keys() - taken.keys(), _STORED)
+            held = await self._held(driver, taken.values()) if taken else {}
+            same = {index for index, row in taken.items() if held.get(row.key) == row.content_hash}
+            outcomes |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
+            open_rows = {index: row.under_derived_id() for index, row in taken.items() if index not in same}
+        return [outcomes[index] for index in range(len(rows))]
+
+    async def _held(self, driver: asyncpg.Connection, rows: Any) -> dict[tuple[str, str], str | None]:
+        request_ids, org_ids = zip(*(row.key for row in rows), strict=True)
+        found = await driver.fetch(_HELD, request_ids, org_ids)
+        return {(request_id, org_id): digest for request_id, org_id, digest in found}
+
+    async def _connected(self) -> asyncpg.Connection:
+        if self._driver is None or self._driver.is_closed():
+            await self._drop()
+            self._connection = await self._engine.connect()
+            raw = await self._connection.get_raw_connection()
+            self._driver = raw.driver_connection
+            raw.detach()
+        assert self._driver is not None  # noqa: S101
+        return self._driver
+
+    async def _drop(self) -> None:
+        connection, driver, self._connection, self._driver = self._connection, self._driver, None, None
+        if driver is not None:
+            # Never a polite close: a server that hangs would not answer it.
+            driver.terminate()
+        if connection is not None:
+            with suppress(Exception):
+                await connection.close()
+
+    async def close(self) -> None:
+        """Give the connection up."""
+        driver = self._driver
+        if driver is not None and not driver.is_closed():
+            with suppress(Exception):
+                await driver.close(timeout=1.0)
+        await self._drop()
+
+
+def _sqlite_record(row: EventRow) -> tuple[Any, ...]:
+    record = list(row.record())
+    stamp: datetime = record[_TIMESTAMP]
+    # The text that SQLAlchemy's own type writes, so that every row compares and reads back alike.
+    record[_TIMESTAMP] = stamp.replace(tzinfo=None).isoformat(" ", "microseconds")
+    return tuple(record)
+
+
+_TIMESTAMP = COLUMNS.index("timestamp")
+_NAMES = ", ".join(COLUMNS)
+_SQLITE_INSERT = f"INSERT INTO {table.name} ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+_TYPES = [table.c[name].type.compile(postgresql.dialect()) for name in COLUMNS]  # type: ignore[no-untyped-call]
+_ON_CONFLICT = "ON CONFLICT (request_id, org_id) DO NOTHING"
+_INSERT_ONE = (
+    f"INSERT INTO {table.name} ({_NAMES}) "  # noqa: S608
+    f"VALUES ({', '.join(f'${number}' for number in range(1, len(COLUMNS) + 1))}) {_ON_CONFLICT}"
+)
+_INSERT_MANY = (
+    f"INSERT INTO {table.name} ({_NAMES}) "  # noqa: S608
+    f"SELECT * FROM unnest({', '.join(f'${number}::{kind}[]' for number, kind in enumerate(_TYPES, 1))}) "
+    f"{_ON_CONFLICT} RETURNING request_id, org_id"
+)
+_HELD = (
+    f"SELECT request_id, org_id, content_hash FROM {table.name} "  # noqa: S608
+    "WHERE (request_id, org_id) IN (SELECT * FROM unnest($1::text[], $2::text[]))"
+)

@@ -1,0 +1,254 @@
+"""Group commit: what arrives during a commit goes together in the next one.
+
+The first write starts at once and waits for nobody; throughput comes from the batches that form by themselves while a
+commit is under way. A write is acknowledged after the commit, or after fsync into the spool while the database is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+from agent_gateway_store.audit.batch import store_batch
+from agent_gateway_store.audit.lost import log_lost
+from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
+from agent_gateway_store.audit.row import EventRow
+from agent_gateway_store.audit.sinks import Sink
+from agent_gateway_store.errors import AuditUnavailableError
+from agent_gateway_store.storage.spool import Spool
+
+__all__ = ["AuditWriter"]
+
+_MAX_QUEUED_ROWS = 10_000
+_MAX_QUEUED_CHARS = 64 * 2**20
+_MAX_BATCH_ROWS = 1_000
+_MAX_BATCH_CHARS = 8 * 2**20
+_REPLAY_ROWS = 500
+_RETRY_AFTER_S = 0.5
+
+_logger = logging.getLogger("agent_gateway_store.audit")
+
+
+class AuditWriter:
+    """Takes rows from any number of tasks of one event loop and commits them in batches.
+
+    Args:
+        sink: Where they are committed; closed with this.
+        spool: Where they are kept while the database is away; None is the strict mode, in which writes raise.
+    """
+
+    def __init__(self, sink: Sink, spool: Spool | None) -> None:
+        self.counters = AuditCounters()
+        self.spool = spool
+        self._sink = sink
+        self._queue: deque[tuple[EventRow, asyncio.Future[WriteOutcome]]] = deque()
+        self._queued_chars = 0
+        self._room = asyncio.Event()
+        self._committing = asyncio.Lock()
+        self._drainer: asyncio.Task[None] | None = None
+        self._recoverer: asyncio.Task[None] | None = None
+        self._is_away = False
+        self._retry_at = 0.0
+
+    async def open(self) -> None:
+        """Start to replay what an earlier process left in the spool."""
+        if self.spool is not None and self.spool.exists:
+            self._start_recovery(at_once=True)
+
+    async def write(self, row: EventRow) -> WriteOutcome:
+        """Have `row` committed and return what became of it.
+
+        While too much is queued this waits. Cancelling the caller does not cancel the write.
+
+        Raises:
+            AuditUnavailableError: In the strict mode, if the row could not be committed.
+        """
+        if self._is_full:
+            await self._wait_for_room(row)
+        return await self._enqueue(row)
+
+    async def write_batch(self, rows: Sequence[EventRow]) -> list[WriteOutcome]:
+        """Commit `rows` as one batch, past the queue; for bulk.
+
+        Raises:
+            AuditUnavailableError: In the strict mode, if they could not be committed.
+        """
+        outcomes = await self._commit(rows)
+        if isinstance(outcomes, Exception):
+            raise outcomes
+        return outcomes
+
+    async def flush(self) -> int:
+        """Wait until everything queued is acknowledged and try to empty the spool; return how many rows still wait."""
+        while self._drainer is not None:
+            await asyncio.wait([self._drainer])
+        if self.spool is None or not self.spool.exists:
+            return 0
+        with suppress(Exception):
+            await self._replay()
+        return (await self.spool.counts())[0]
+
+    async def close(self) -> None:
+        """Acknowledge everything queued, then let go of the connections. What is in the spool stays there."""
+        while self._drainer is not None:
+            await asyncio.wait([self._drainer])
+        if self._recoverer is not None:
+            self._recoverer.cancel()
+            await asyncio.wait([self._recoverer])
+        await self._sink.close()
+        if self.spool is not None:
+            await self.spool.close()
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._queue) >= _MAX_QUEUED_ROWS or self._queued_chars >= _MAX_QUEUED_CHARS
+
+    async def _wait_for_room(self, row: EventRow) -> None:
+        try:
+            while self._is_full:
+                self._room.clear()
+                await self._room.wait()
+        except asyncio.CancelledError:
+            # The caller is gone, its event is not.
+            self._enqueue(row)
+            raise
+
+    def _enqueue(self, row: EventRow) -> asyncio.Future[WriteOutcome]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[WriteOutcome] = loop.create_future()
+        self._queue.append((row, future))
+        self._queued_chars += row.chars
+        self.counters.queue_depth += 1
+        if self._drainer is None:
+            self._drainer = loop.create_task(self._drain())
+        return future
+
+    async def _drain(self) -> None:
+        try:
+            while self._queue:
+                batch = self._next_batch()
+                outcomes = await self._commit([row for row, _ in batch])
+                self.counters.queue_depth -= len(batch)
+                for index, (_, future) in enumerate(batch):
+                    if future.done():
+                        continue
+                    if isinstance(outcomes, Exception):
+                        future.set_exception(outcomes)
+                    else:
+                        future.set_result(outcomes[index])
+        finally:
+            self._drainer = None
+
+    def _next_batch(self) -> list[tuple[EventRow, asyncio.Future[WriteOutcome]]]:
+        batch: list[tuple[EventRow, asyncio.Future[WriteOutcome]]] = []
+        chars = 0
+        while self._queue and len(batch) < _MAX_BATCH_ROWS and chars < _MAX_BATCH_CHARS:
+            item = self._queue.popleft()
+            chars += item[0].chars
+            batch.append(item)
+        self._queued_chars -= chars
+        if not self._is_full:
+            self._room.set()
+        return batch
+
+    async def _commit(self, rows: Sequence[EventRow]) -> list[WriteOutcome] | AuditUnavailableError:
+        """Settle `rows` one way or another. Raises nothing but a cancellation of this very task."""
+        async with self._committing:
+            if self._is_away and (self.spool is not None or asyncio.get_running_loop().time() < self._retry_at):
+                return await self._keep(rows, None)
+            try:
+                settled = await store_batch(self._sink, rows)
+            except Exception as exc:
+                self._note_outage(exc)
+                return await self._keep(rows, exc)
+            self._is_away = False
+            return [await self._count(row, outcome) for row, outcome in zip(rows, settled, strict=True)]
+
+    async def _count(self, row: EventRow, outcome: WriteOutcome | Exception) -> WriteOutcome:
+        if isinstance(outcome, Exception):
+            return await self._refused(row, outcome)
+        self.counters.count(outcome)
+        return outcome
+
+    async def _keep(
+        self, rows: Sequence[EventRow], cause: Exception | None
+    ) -> list[WriteOutcome] | AuditUnavailableError:
+        if self.spool is None:
+            error = AuditUnavailableError(
+                "The event could not be recorded, so the call must not go through: check the database."
+            )
+            error.__cause__ = cause
+            return error
+        outcome = await self._spooled(rows, None)
+        return [outcome] * len(rows)
+
+    async def _refused(self, row: EventRow, error: Exception) -> WriteOutcome:
+        _logger.error("The database refuses an audit event (%s): it is quarantined.", type(error).__name__)
+        if self.spool is None:
+            log_lost(row, error)
+            self.counters.count(WriteOutcome.LOST)
+            return WriteOutcome.LOST
+        return await self._spooled([row], type(error).__name__)
+
+    async def _spooled(self, rows: Sequence[EventRow], error: str | None) -> WriteOutcome:
+        assert self.spool is not None  # noqa: S101
+        try:
+            await self.spool.add([row.values for row in rows], error=error)
+            outcome = WriteOutcome.SPOOLED
+        except Exception as exc:
+            for row in rows:
+                log_lost(row, exc)
+            outcome = WriteOutcome.LOST
+        self.counters.count(outcome, len(rows))
+        if error is None:
+            self._start_recovery()
+        return outcome
+
+    def _note_outage(self, exc: Exception) -> None:
+        if not self._is_away:
+            _logger.error("The audit database is away (%s).", type(exc).__name__)
+        self._is_away = True
+        self._retry_at = asyncio.get_running_loop().time() + _RETRY_AFTER_S
+
+    def _start_recovery(self, *, at_once: bool = False) -> None:
+        if self._recoverer is None:
+            self._recoverer = asyncio.get_running_loop().create_task(self._recover(at_once=at_once))
+
+    async def _recover(self, *, at_once: bool) -> None:
+        try:
+            if not at_once:
+                await asyncio.sleep(_RETRY_AFTER_S)
+            while True:
+                try:
+                    await self._replay()
+                    return
+                except Exception as exc:
+                    _logger.debug("The spool cannot be replayed yet (%s).", type(exc).__name__)
+                await asyncio.sleep(_RETRY_AFTER_S)
+        finally:
+            self._recoverer = None
+
+    async def _replay(self) -> None:
+        """Bring the spool to the database, in order; then let writes go there again. Raises while it is away."""
+        assert self.spool is not None  # noqa: S101
+        while True:
+            # Under the lock, so that nothing is spooled between the last look and the way back.
+            async with self._committing:
+                waiting = await self.spool.waiting(_REPLAY_ROWS)
+                if not waiting:
+                    if self._is_away:
+                        _logger.warning("The audit database is back, the spool is empty.")
+                    self._is_away = False
+                    return
+                settled = await store_batch(self._sink, [EventRow.restored(values) for _, values in waiting])
+                done = []
+                for (row_id, _), outcome in zip(waiting, settled, strict=True):
+                    if isinstance(outcome, Exception):
+                        await self.spool.quarantine(row_id, type(outcome).__name__)
+                    else:
+                        done.append(row_id)
+                await self.spool.remove(done)
+                self.counters.replayed += len(done)

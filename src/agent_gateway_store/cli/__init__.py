@@ -1,0 +1,21 @@
+"""The command line `gateway-store`. One module for each group of commands; the store is loaded by those that use it."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+def main() -> NoReturn:
+    """Run the command line on `sys.argv` and exit: the console entry point."""
+    from agent_gateway_store.cli.app import app
+
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            # A terminal that cannot show a character gets its escape, not a traceback.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    app()
+    sys.exit(0)

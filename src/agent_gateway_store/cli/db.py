@@ -1,0 +1,136 @@
+"""`gateway-store db`: the schema."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agent_gateway_store.cli.faults import CommandError
+from agent_gateway_store.cli.output import JsonOption, complain, print_json, say
+from agent_gateway_store.cli.running import run, settings_of, sqlite_file
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+__all__ = ["app", "engine_for", "schema_state"]
+
+app = typer.Typer(no_args_is_help=True, help="Bring the schema up to date, or tell where it stands.")
+
+RevisionOption = Annotated[str, typer.Option(help="Revision to reach; default: the newest.")]
+
+
+@asynccontextmanager
+async def engine_for(url: str) -> AsyncIterator[AsyncEngine]:
+    """Open an engine on `url` without looking at its schema."""
+    from agent_gateway_store.storage.database import create_engine
+
+    engine = create_engine(url)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+async def schema_state(url: str) -> dict[str, Any]:
+    """Return `current` (None: none of our tables), `expected` and `state`: current, behind, ahead or empty.
+
+    A SQLite file that does not exist is not made.
+    """
+    from agent_gateway_store.storage import migrate
+
+    expected, file = migrate.head(), sqlite_file(url)
+    if file is not None and not file.exists() and file.parent.is_dir():
+        return {"current": None, "expected": expected, "state": "empty"}
+    async with engine_for(url) as engine:
+        found = await migrate.current(engine)
+    if found is None:
+        state = "empty"
+    elif found == expected:
+        state = "current"
+    else:
+        state = "behind" if migrate._is_known(found) else "ahead"
+    return {"current": found, "expected": expected, "state": state}
+
+
+@app.command()
+def upgrade(ctx: typer.Context, revision: RevisionOption = "head", json: JsonOption = False) -> None:
+    """Bring the schema up to date. Safe to repeat, and to run from several processes at once."""
+    url = settings_of(ctx).database_url
+
+    async def work() -> dict[str, Any]:
+        from agent_gateway_store.storage import migrate
+
+        async with engine_for(url) as engine:
+            await migrate.upgrade(engine, revision)
+        return await schema_state(url)
+
+    state = run(work())
+    if json:
+        print_json(state)
+    else:
+        say(f"The schema is at {state['current']}.")
+
+
+@app.command()
+def current(ctx: typer.Context, json: JsonOption = False) -> None:
+    """Print the revision of the database."""
+    state = run(schema_state(settings_of(ctx).database_url))
+    if json:
+        print_json(state)
+    else:
+        say(f"{state['current'] or 'none'} ({state['state']}; this package works on {state['expected']})")
+
+
+@app.command()
+def check(ctx: typer.Context, json: JsonOption = False) -> None:
+    """Tell whether the schema is the one this package works on; exit 1 if it is not."""
+    url = settings_of(ctx).database_url
+
+    async def work() -> dict[str, Any]:
+        from agent_gateway_store.storage import migrate
+
+        state = await schema_state(url)
+        if state["state"] != "current":
+            return {**state, "differences": []}
+        async with engine_for(url) as engine:
+            return {**state, "differences": await migrate.differences(engine)}
+
+    state = run(work())
+    if json:
+        print_json(state)
+    if state["state"] != "current":
+        raise CommandError(explain_state(state))
+    if state["differences"]:
+        for line in state["differences"]:
+            complain(line)
+        raise CommandError("The schema differs from the models: restore it, or report a bug if nobody changed it.")
+    if not json:
+        say(f"The schema is at {state['current']} and equals the models.")
+
+
+def explain_state(state: dict[str, Any]) -> str:
+    """Return what is wrong with a schema that is not current, and the next step."""
+    if state["state"] == "ahead":
+        return (
+            f"The database schema ({state['current']}) is newer than this package ({state['expected']}): "
+            "upgrade agent-gateway-store."
+        )
+    return (
+        f"The database schema ({state['current'] or 'none'}) is behind this package ({state['expected']}): "
+        "run `gateway-store db upgrade`."
+    )
+
+
+@app.command()
+def sql(ctx: typer.Context, revision: RevisionOption = "head", json: JsonOption = False) -> None:
+    """Print the statements that set up an empty database of this kind, without connecting."""
+    from agent_gateway_store.storage import migrate
+
+    script = migrate.sql(settings_of(ctx).database_url, revision)
+    if json:
+        print_json({"revision": revision, "sql": script})
+    else:
+        typer.echo(script.rstrip())

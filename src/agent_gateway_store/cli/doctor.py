@@ -1,0 +1,77 @@
+"""`gateway-store doctor`: what works, what does not, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from agent_gateway_store.cli.faults import ExitCode, explain
+from agent_gateway_store.cli.health import Report, check_database, check_redis
+from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
+from agent_gateway_store.cli.running import new_store, run, settings_of
+
+if TYPE_CHECKING:
+    from agent_gateway_store.settings import StoreSettings
+
+__all__ = ["doctor"]
+
+_MAX_USED = 1000
+
+
+def doctor(ctx: typer.Context, json: JsonOption = False) -> None:
+    """Check the package, the database, Redis and the plugins; changes nothing.
+
+    Exit code 5: the database or Redis is down; 1: something else is wrong; 0: all is well, or there are warnings only.
+    """
+    settings = settings_of(ctx)
+    report = run(_examine(ctx, settings))
+    if json:
+        print_json({**report.facts, "problems": report.problems, "warnings": report.warnings})
+    else:
+        print_fields(report.flat())
+        for text in report.warnings:
+            complain(f"Warning: {text}")
+        for text in report.problems:
+            complain(f"Problem: {text}")
+    if report.code is not ExitCode.OK:
+        raise typer.Exit(report.code)
+
+
+async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
+    from importlib.metadata import version
+
+    report = Report()
+    report.facts["version"] = version("agent-gateway-store")
+    await check_database(report, settings.database_url)
+    await check_redis(report, settings)
+    _check_plugins(report, settings)
+    if report.schema_is_current:
+        try:
+            await _check_approvals(report, ctx, settings)
+        except Exception as exc:
+            report.problem(*explain(exc))
+    spool = settings.audit_spool_path
+    report.facts["audit"] = {"mode": settings.audit_mode, "spool_path": str(spool), "spool_exists": spool.exists()}
+    return report
+
+
+def _check_plugins(report: Report, settings: StoreSettings) -> None:
+    from agent_gateway_store.cli.plugins import plugin_records
+
+    records = plugin_records(settings)
+    report.facts["plugins"] = {record["name"]: record["state"] for record in records}
+    for record in records:
+        if record["state"] == "broken":
+            report.problem(f"Plugin {record['name']} is broken: {record['error']}.", ExitCode.ERROR)
+
+
+async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
+    async with new_store(ctx, settings=settings, redis_url="", auto_migrate=False) as store:
+        used = await store.approvals.list_requests("USED", limit=_MAX_USED)
+    unknown = sum(request.outcome is None for request in used)
+    report.facts["approvals"] = {"used_without_outcome": unknown, "used_looked_at": len(used)}
+    if unknown:
+        report.warning(
+            f"{unknown} of the newest {len(used)} used approvals have no outcome: find out what became of their calls."
+        )

@@ -1,0 +1,147 @@
+"""The checks behind `doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.cli.db import engine_for, explain_state, schema_state
+from agent_gateway_store.cli.faults import ExitCode, explain
+from agent_gateway_store.cli.running import sqlite_file
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from agent_gateway_store.settings import StoreSettings
+
+__all__ = ["Report", "check_database", "check_redis"]
+
+_SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        facts: By subject, JSON values.
+        warnings: What should be looked at.
+        problems: What does not work.
+        code: How the process ends.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    code: ExitCode = ExitCode.OK
+
+    def warning(self, text: str) -> None:
+        """Note what works, but not as it should."""
+        self.warnings.append(text)
+
+    def problem(self, text: str, code: ExitCode) -> None:
+        """Note what does not work; a dependency that is down outweighs the rest."""
+        self.problems.append(text)
+        self.code = max(self.code, code)
+
+    @property
+    def schema_is_current(self) -> bool:
+        """True if the database can be used."""
+        return bool(self.facts.get("schema", {}).get("state") == "current")
+
+    def flat(self) -> Iterator[tuple[str, Any]]:
+        """Yield the facts as names and values for people."""
+        for subject, fact in self.facts.items():
+            if not isinstance(fact, dict):
+                yield subject, fact
+                continue
+            for name, value in fact.items():
+                yield f"{subject} {name.replace('_', ' ')}", "none" if value in (None, []) else value
+
+
+async def check_database(report: Report, url: str) -> None:
+    """Reach the database, read its schema and the settings that decide about durability."""
+    from agent_gateway_store.settings import mask_url
+
+    file = sqlite_file(url)
+    facts: dict[str, Any] = {"url": mask_url(url), "kind": None, "reachable": False}
+    report.facts["database"] = facts
+    try:
+        state = await schema_state(url)
+        async with engine_for(url) as engine:
+            facts["kind"] = engine.dialect.name
+            if file is not None:
+                facts["file"] = str(file.absolute())
+                if not file.exists():
+                    report.facts["schema"] = state
+                    report.warning("The database file does not exist: the first use makes it.")
+                    return
+            await _read_facts(report, facts, engine.connect())
+            facts["reachable"] = True
+            report.facts["schema"] = state
+            if state["state"] != "current":
+                report.problem(explain_state(state), ExitCode.ERROR)
+                return
+            await _compare(report, engine)
+    except Exception as exc:
+        report.problem(*explain(exc))
+
+
+async def _compare(report: Report, engine: Any) -> None:
+    from agent_gateway_store.storage import migrate
+
+    differences = await migrate.differences(engine)
+    report.facts["schema"]["differences"] = differences
+    if differences:
+        report.problem("The schema differs from the models: see `gateway-store db check`.", ExitCode.ERROR)
+
+
+async def _read_facts(report: Report, facts: dict[str, Any], connecting: Any) -> None:
+    from agent_gateway_store.storage.faults import database_errors
+
+    with database_errors("be examined"):
+        async with connecting as connection:
+            if facts["kind"] == "sqlite":
+                facts["journal_mode"] = await _scalar(connection, "PRAGMA journal_mode")
+                facts["synchronous"] = _SYNCHRONOUS[await _scalar(connection, "PRAGMA synchronous")]
+                return
+            facts["server_version"] = await _scalar(connection, "SHOW server_version")
+            facts["synchronous_commit"] = await _scalar(connection, "SHOW synchronous_commit")
+    if facts["synchronous_commit"] == "off":
+        report.warning("synchronous_commit is off: a crash of the server may lose what it acknowledged; set it to on.")
+
+
+async def _scalar(connection: AsyncConnection, statement: str) -> Any:
+    from sqlalchemy import text
+
+    return (await connection.execute(text(statement))).scalar()
+
+
+async def check_redis(report: Report, settings: StoreSettings) -> None:
+    """Ask Redis for a key that nobody writes."""
+    from agent_gateway_store.settings import mask_url
+    from agent_gateway_store.storage.accelerator import Accelerator
+    from agent_gateway_store.storage.cache import create_redis
+
+    if not settings.redis_url:
+        report.facts["redis"] = {"state": "off"}
+        return
+    facts = report.facts["redis"] = {"url": mask_url(settings.redis_url), "state": "down"}
+    try:
+        client = create_redis(settings.redis_url, timeout_s=settings.redis_timeout_seconds)
+    except Exception as exc:
+        report.problem(*explain(exc))
+        return
+    try:
+        redis = Accelerator(client)
+        await redis.get("agent-gateway-store:doctor")
+        if redis.is_available:
+            facts["state"] = "reachable"
+        else:
+            report.problem(
+                "Redis does not answer: check that it runs and that REDIS_URL is right (the store works without it, slower).",
+                ExitCode.UNAVAILABLE,
+            )
+    finally:
+        await client.aclose()

@@ -1,0 +1,92 @@
+"""Audit events from JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from agent_gateway_store.cli.faults import CommandError, ExitCode, spell_validation
+from agent_gateway_store.cli.output import complain
+from agent_gateway_store.cli.running import options_of, settings_of
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models import AuditEvent
+
+__all__ = ["Line", "ingest"]
+
+INVALID = "INVALID"
+
+
+class Line(NamedTuple):
+    """What became of one line.
+
+    Attributes:
+        line: Its number, from 1.
+        outcome: A `WriteOutcome`, or INVALID.
+        request_id: Of its event; None where there is none.
+        error: Why it is INVALID.
+    """
+
+    line: int
+    outcome: str
+    request_id: str | None = None
+    error: str | None = None
+
+
+def ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line], None]) -> None:
+    """Write an event for each line that holds one, and report every line; blank lines are skipped.
+
+    Raises:
+        CommandError: At the end, if a line was malformed or an event was lost.
+    """
+    from agent_gateway_store.sync import SyncGatewayStore
+
+    counts = {INVALID: 0, "LOST": 0}
+    # The blocking twin: the main thread waits for input and takes Ctrl-C, while the store's loop runs in its own.
+    with SyncGatewayStore(settings=settings_of(ctx)) as opened:
+        org = options_of(ctx).org
+        store = opened if org is None else opened.for_org(org)
+        for number, text in enumerate(lines, start=1):
+            if not text.strip():
+                continue
+            event, fault = _parse(text)
+            if event is None:
+                complain(f"Line {number} is malformed: {fault}.")
+                line = Line(number, INVALID, error=fault)
+            else:
+                line = Line(number, str(store.audit.write(event)), event.request_id)
+            counts[line.outcome] = counts.get(line.outcome, 0) + 1
+            report(line)
+    if counts["LOST"]:
+        raise CommandError(
+            f"{_count(counts['LOST'], 'event')} could not be stored: check the database with `gateway-store doctor`.",
+            ExitCode.UNAVAILABLE,
+        )
+    if counts[INVALID]:
+        raise CommandError(f"{_count(counts[INVALID], 'malformed line')}: correct and write again; the rest is stored.")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _parse(text: bytes) -> tuple[AuditEvent | None, str]:
+    from pydantic import ValidationError
+
+    from agent_gateway_store.models import AuditEvent
+
+    try:
+        fields: Any = json.loads(text)
+    except RecursionError:
+        return None, "nested too deeply"
+    except ValueError:
+        return None, "not JSON"
+    if not isinstance(fields, dict):
+        return None, "not a JSON object"
+    try:
+        return AuditEvent(**fields), ""
+    except ValidationError as exc:
+        return None, spell_validation(exc)

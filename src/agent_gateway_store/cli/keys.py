@@ -1,0 +1,120 @@
+"""`gateway-store keys`: API keys. A plaintext is printed once, to standard output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, record, say, tidy
+from agent_gateway_store.cli.running import choose, duration, open_store, run
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models import IssuedKey
+
+__all__ = ["app", "print_issued"]
+
+app = typer.Typer(no_args_is_help=True, help="Issue, list, rotate and revoke API keys.")
+
+CallerArgument = Annotated[str, typer.Argument(metavar="CALLER_ID", help="Who calls.")]
+_COLUMNS = {
+    "caller_id": "caller",
+    "org_id": "org",
+    "key_id": "key id",
+    "role": "role",
+    "trust_level": "trust",
+    "environment": "env",
+    "is_active": "active",
+    "last_used_at": "last used",
+}
+
+
+def print_issued(issued: IssuedKey, *, as_json: bool, **more: Any) -> None:
+    """Print a new key: the plaintext alone on standard output, or JSON with it."""
+    plaintext = issued.plaintext.get_secret_value()
+    if as_json:
+        print_json({**record(issued.api_key), "plaintext": plaintext, **more})
+        return
+    held = record(issued.api_key)
+    complain(
+        f"API key of {held['caller_id']} (role {held['role']}, trust level {tidy('trust_level', held['trust_level'])}, "
+        f"environment {held['environment']}). It cannot be shown again:"
+    )
+    typer.echo(plaintext)
+
+
+@app.command()
+def issue(
+    ctx: typer.Context,
+    caller_id: CallerArgument,
+    role: Annotated[str, typer.Option(help="Role, as the gateway's policy names it.")],
+    trust_level: Annotated[str, typer.Option(help="UNTRUSTED, LOW, MEDIUM, HIGH or ADMIN.")] = "LOW",
+    environment: Annotated[str | None, typer.Option(help="Default: the setting ENVIRONMENT.")] = None,
+    expires_in: Annotated[str | None, typer.Option(help="For example 90d; default: never.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Give a caller an API key and print it, once."""
+    from agent_gateway_store.clock import utc_now
+    from agent_gateway_store.models import TrustLevel
+
+    level = choose(TrustLevel, trust_level, "--trust-level")
+    expires_at = None if expires_in is None else utc_now() + duration(expires_in, "--expires-in")
+
+    async def work() -> IssuedKey:
+        async with open_store(ctx) as store:
+            return await store.keys.issue(
+                caller_id, role=role, trust_level=level, environment=environment, expires_at=expires_at
+            )
+
+    print_issued(run(work()), as_json=json)
+
+
+@app.command("list")
+def list_keys(
+    ctx: typer.Context,
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
+    offset: Annotated[int, typer.Option(min=0)] = 0,
+    json: JsonOption = False,
+) -> None:
+    """List API keys, newest first; no secret is among them."""
+
+    async def work() -> Any:
+        async with open_store(ctx) as store:
+            return await store.keys.list(limit=limit, offset=offset)
+
+    print_page(run(work()), columns=_COLUMNS, as_json=json)
+
+
+@app.command()
+def rotate(
+    ctx: typer.Context,
+    caller_id: CallerArgument,
+    overlap: Annotated[str, typer.Option(help="How long the key before it is still accepted; 0s ends it now.")] = "24h",
+    json: JsonOption = False,
+) -> None:
+    """Replace a caller's API key and print the new one, once."""
+    both = duration(overlap, "--overlap")
+
+    async def work() -> IssuedKey:
+        async with open_store(ctx) as store:
+            return await store.keys.rotate(caller_id, both)
+
+    issued = run(work())
+    print_issued(issued, as_json=json)
+    if not json and issued.previous_valid_until is not None:
+        complain(f"The key before it is accepted until {issued.previous_valid_until:%Y-%m-%d %H:%M:%S} UTC.")
+
+
+@app.command()
+def revoke(ctx: typer.Context, caller_id: CallerArgument, json: JsonOption = False) -> None:
+    """End a caller's API key, and the one before it, at once."""
+
+    async def work() -> Any:
+        async with open_store(ctx) as store:
+            return await store.keys.revoke(caller_id)
+
+    revoked = record(run(work()))
+    if json:
+        print_json(revoked)
+    else:
+        say(f"The API key of {caller_id} is revoked.")

@@ -1,0 +1,132 @@
+"""What commands print: tables and fields for people, JSON for programs. No control byte of the data reaches a terminal.
+
+Standard output carries the answer alone; what is said besides goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agent_gateway_store.hooks.text import one_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from agent_gateway_store.results import Page
+
+__all__ = [
+    "JsonOption",
+    "complain",
+    "console",
+    "to_json",
+    "print_fields",
+    "print_json",
+    "print_page",
+    "record",
+    "say",
+    "tidy",
+]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def say(text: str) -> None:
+    """Print one line on standard output."""
+    typer.echo(one_line(text))
+
+
+def complain(text: str, *, lines: bool = False) -> None:
+    """Print on standard error: one line, or several."""
+    typer.echo("\n".join(map(one_line, text.splitlines())) if lines else one_line(text), err=True)
+
+
+def console() -> Console:
+    """Return the terminal; it honours NO_COLOR and COLUMNS, and is 80 wide where there is none."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return `value` as JSON in printable ASCII."""
+    text = json.dumps(value, indent=indent, default=str, allow_nan=False)
+    return text.replace("\x7f", "\\u007f")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    typer.echo(to_json(value, indent=2))
+
+
+def record(item: Any) -> dict[str, Any]:
+    """Return a model as a dict of JSON values without its secrets."""
+    from agent_gateway_store.results import Page
+
+    return Page([item]).to_dicts()[0]
+
+
+def print_page(page: Page[Any], *, columns: Mapping[str, str], as_json: bool) -> None:
+    """Print a listing: a table of `columns` (field to heading), or `{"items": [...], "next_cursor": ...}`."""
+    from agent_gateway_store.results import Page
+
+    items = page.to_dicts()
+    if as_json:
+        print_json({"items": items, "next_cursor": page.next_cursor})
+        return
+    rows = [{heading: tidy(field, item.get(field)) for field, heading in columns.items()} for item in items]
+    console().print(Page(rows, columns=tuple(columns.values())))
+    if page.next_cursor:
+        complain(f"There is more: --cursor {page.next_cursor}")
+
+
+def print_fields(fields: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
+    """Print names and values, a line each."""
+    from rich.table import Table
+    from rich.text import Text
+
+    pairs = list(fields.items() if isinstance(fields, Mapping) else fields)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in pairs:
+        grid.add_row(Text(one_line(name)), Text(one_line(tidy(name, value))))
+    console().print(grid)
+
+
+def tidy(name: str, value: Any) -> str:
+    """Return a field as people read it: times to the second, lists and tool calls as text."""
+    if value is None:
+        return ""
+    if name == "trust_level":
+        from agent_gateway_store.models import TrustLevel
+
+        return TrustLevel(value).name
+    if name == "tool_call":
+        return " ".join([f"{value['server']}.{value['tool']}", _arguments(value["arguments"])]).rstrip()
+    if isinstance(value, str) and name in _TIMES:
+        return value[:19].replace("T", " ")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return _arguments(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in value)
+    return str(value)
+
+
+_TIMES = frozenset(
+    {"timestamp", "created_at", "expires_at", "use_before", "decision_at", "decided_at", "used_at", "last_used_at"}
+    | {"revoked_at", "previous_key_expires_at", "previous_valid_until"}
+)
+
+
+def _arguments(arguments: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for name, value in arguments.items()
+    )

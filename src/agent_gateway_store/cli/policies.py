@@ -1,0 +1,69 @@
+"""Policy files, as far as the store is concerned: roles and their trust levels, the rules checked for shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from agent_gateway_store.cli.faults import CommandError, spell_validation
+from agent_gateway_store.models import TrustLevel
+
+__all__ = ["PolicyFile", "read_policies"]
+
+_EXAMPLE = "see examples/policies/default.yaml"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class _Rule(_Part):
+    server: str
+    tool: str
+    reason: str = ""
+
+
+class _Role(_Part):
+    trust_level: TrustLevel
+    allow: list[_Rule] = []
+    require_approval: list[_Rule] = []
+    deny: list[_Rule] = []
+
+    @field_validator("trust_level", mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        if not isinstance(value, str) or value not in TrustLevel.__members__:
+            raise ValueError(f"must be one of {', '.join(TrustLevel.__members__)}")
+        return TrustLevel[value]
+
+
+class PolicyFile(_Part):
+    """A policy file: what each role may do, and how far it is trusted."""
+
+    version: str | int
+    roles: dict[str, _Role] = Field(min_length=1)
+
+
+def read_policies(path: Path) -> dict[str, TrustLevel]:
+    """Return the trust level of every role in a policy file.
+
+    Raises:
+        CommandError: It cannot be read, is no YAML, or of another shape; the text says where.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise CommandError(f"{path.name} cannot be read: {exc.strerror or type(exc).__name__}.") from exc
+    except UnicodeDecodeError as exc:
+        raise CommandError(f"{path.name} is not UTF-8 text: save it as UTF-8 YAML; {_EXAMPLE}.") from exc
+    except (yaml.YAMLError, RecursionError, ValueError) as exc:
+        mark = getattr(exc, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise CommandError(f"{path.name} is not YAML{where}: correct it; {_EXAMPLE}.") from exc
+    try:
+        policies = PolicyFile.model_validate(document)
+    except ValidationError as exc:
+        raise CommandError(f"{path.name} is not a policy file: {spell_validation(exc)}; {_EXAMPLE}.") from exc
+    return {name: role.trust_level for name, role in policies.roles.items()}

@@ -1,0 +1,76 @@
+"""`gateway-store seed`: a first caller, with what a policy file says of its role."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent_gateway_store.cli.faults import CommandError
+from agent_gateway_store.cli.keys import print_issued
+from agent_gateway_store.cli.output import JsonOption, complain, print_json, record
+from agent_gateway_store.cli.running import open_store, run, settings_of
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models import ApiKey, IssuedKey, TrustLevel
+    from agent_gateway_store.store import GatewayStore
+
+__all__ = ["CALLER", "ROLE", "seed"]
+
+CALLER = "dev-agent"
+ROLE = "developer"
+
+
+def seed(
+    ctx: typer.Context,
+    policies: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="YAML policy file; without one, the role developer has trust level MEDIUM.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Create the caller dev-agent (role developer) and print its API key, once. Safe to repeat."""
+    from agent_gateway_store.models import TrustLevel
+
+    settings = settings_of(ctx)
+    levels = {ROLE: TrustLevel.MEDIUM} if policies is None else _levels(policies)
+
+    async def work() -> IssuedKey | ApiKey:
+        async with open_store(ctx, settings=settings) as store:
+            return await _first_key(store, levels[ROLE])
+
+    found = run(work())
+    issued = None if (api_key := getattr(found, "api_key", None)) is None else found
+    if policies is not None and not json:
+        complain(f"Roles in {policies.name}: {', '.join(f'{name} {level.name}' for name, level in levels.items())}.")
+    roles = {name: level.name for name, level in levels.items()}
+    if issued is not None:
+        print_issued(issued, as_json=json, created=True, roles=roles)
+    elif json:
+        print_json({**record(found), "created": False, "roles": roles})
+    else:
+        complain(f"{CALLER} already has an API key, which cannot be shown again: `gateway-store keys rotate {CALLER}`.")
+
+
+async def _first_key(store: GatewayStore, level: TrustLevel) -> IssuedKey | ApiKey:
+    from agent_gateway_store.errors import ApiKeyExistsError
+
+    try:
+        return await store.keys.issue(CALLER, role=ROLE, trust_level=level)
+    except ApiKeyExistsError:
+        return await store.keys.get(CALLER)
+
+
+def _levels(path: Path) -> dict[str, TrustLevel]:
+    from agent_gateway_store.cli.policies import read_policies
+
+    levels = read_policies(path)
+    if ROLE not in levels:
+        raise CommandError(f"{path.name} has no role {ROLE}, which {CALLER} is given: add it under `roles`.")
+    return levels

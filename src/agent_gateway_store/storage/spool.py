@@ -1,0 +1,127 @@
+"""The spool: rows that wait, on this machine's disk, for a database that is away.
+
+A SQLite file with the columns of `audit_events`, so that what comes back is what went in. Several processes may share
+one file, also with different databases: each row names its target and only that target's rows are replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Column, Index, MetaData, Table, Text, delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.columns import UtcDateTime
+from agent_gateway_store.storage.database import create_engine, db_now
+from agent_gateway_store.storage.faults import database_errors
+
+__all__ = ["Spool"]
+
+_MAX_BYTES = 2**30
+_PAGE_BYTES = 4096
+_events = Table(
+    "spooled_events",
+    MetaData(),
+    *(Column(column.name, column.type, nullable=True) for column in AuditEvent.__table__.c if column.name != "id"),  # type: ignore[attr-defined]
+    Column("target", Text, nullable=False),
+    Column("spooled_at", UtcDateTime, nullable=False),
+    Column("error", Text),
+    Column("id", AuditEvent.__table__.c.id.type, primary_key=True),  # type: ignore[attr-defined]
+    Index("ix_spooled_events_target_id", "target", "id"),
+)
+_NOT_OURS = ("target", "spooled_at", "error", "id")
+
+
+class Spool:
+    """Rows on disk, first in, first out. Each `add` is on disk (fsync) when it returns.
+
+    Args:
+        path: The SQLite file; its folder is made when the first row comes. At most 1 GiB.
+        target: Which database the rows are for.
+    """
+
+    def __init__(self, path: Path, target: str) -> None:
+        self.path = path
+        self._target = target
+        self._engine: AsyncEngine | None = None
+
+    @property
+    def exists(self) -> bool:
+        """True if the file is there."""
+        return self.path.exists()
+
+    async def add(self, rows: Sequence[Mapping[str, Any]], *, error: str | None = None) -> None:
+        """Keep `rows`. With an `error` they are quarantined: shown, and never replayed.
+
+        Raises:
+            StoreUnavailableError: The file cannot be written, or is full.
+        """
+        with database_errors("spool the event"):
+            engine = await self._opened()
+            async with engine.begin() as connection:
+                extra = {"target": self._target, "error": error}
+                statement = insert(_events).values(spooled_at=db_now())
+                await connection.execute(statement, [{**row, **extra} for row in rows])
+
+    async def waiting(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Return up to `limit` rows to replay, oldest first, with their ids."""
+        with database_errors("read the spool"):
+            engine = await self._opened()
+            async with engine.connect() as connection:
+                found = await connection.execute(
+                    select(_events).where(*self._replayable()).order_by(_events.c.id).limit(limit)
+                )
+                rows = [dict(row) for row in found.mappings()]
+        return [(row["id"], {name: row[name] for name in row if name not in _NOT_OURS}) for row in rows]
+
+    async def remove(self, ids: Sequence[int]) -> None:
+        """Forget rows that the database holds now. Removing them twice does no harm."""
+        with database_errors("write the spool"):
+            engine = await self._opened()
+            async with engine.begin() as connection:
+                await connection.execute(delete(_events).where(_events.c.id.in_(ids)))
+
+    async def quarantine(self, row_id: int, error: str) -> None:
+        """Keep a row that the database refuses out of every further replay."""
+        with database_errors("write the spool"):
+            engine = await self._opened()
+            async with engine.begin() as connection:
+                await connection.execute(update(_events).where(_events.c.id == row_id).values(error=error))
+
+    async def counts(self) -> tuple[int, int]:
+        """Return how many rows wait, and how many are quarantined."""
+        if not self.exists:
+            return 0, 0
+        with database_errors("read the spool"):
+            engine = await self._opened()
+            async with engine.connect() as connection:
+                mine = _events.c.target == self._target
+                statement = select(func.count(), func.count(_events.c.error)).where(mine)
+                total, poisoned = (await connection.execute(statement)).one()
+        return total - poisoned, poisoned
+
+    async def close(self) -> None:
+        """Close the file. What waits stays in it."""
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await engine.dispose()
+
+    def _replayable(self) -> tuple[Any, ...]:
+        return _events.c.target == self._target, _events.c.error.is_(None)
+
+    async def _opened(self) -> AsyncEngine:
+        if self._engine is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            engine = create_engine(f"sqlite:///{self.path}", pool_size=2)
+            try:
+                async with engine.begin() as connection:
+                    await connection.exec_driver_sql(f"PRAGMA max_page_count={_MAX_BYTES // _PAGE_BYTES}")
+                    await connection.run_sync(_events.metadata.create_all)
+            except BaseException:
+                await engine.dispose()
+                raise
+            self._engine = engine
+        return self._engine
