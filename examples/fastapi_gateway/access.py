@@ -13,7 +13,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from agent_gateway_store import CallerIdentity, GatewayStore
 from agent_gateway_store.errors import InvalidApiKeyError
 from fastapi_gateway.policy import Policy
-from fastapi_gateway.problems import Problem
+from fastapi_gateway.problems import RefusalError
 
 __all__ = ["Approver", "Auditor", "Caller", "Gateway", "Parts", "gateway_of"]
 
@@ -52,7 +52,7 @@ Caller = Annotated[CallerIdentity, Depends(_authenticate)]
 def _with_role(*roles: str) -> Callable[[CallerIdentity], Awaitable[CallerIdentity]]:
     async def check(caller: Caller) -> CallerIdentity:
         if caller.role not in roles:
-            raise Problem(403, "forbidden", f"This needs a key with the role {' or '.join(roles)}.")
+            raise RefusalError(403, "forbidden", f"This needs a key with the role {' or '.join(roles)}.")
         return caller
 
     return check

@@ -16,7 +16,7 @@ from fastapi_gateway import approvals, calls
 from fastapi_gateway.access import Gateway, Parts
 from fastapi_gateway.config import GatewaySettings
 from fastapi_gateway.policy import load_policy
-from fastapi_gateway.problems import Problem, install_handlers
+from fastapi_gateway.problems import RefusalError, install_handlers
 
 __all__ = ["create_app"]
 
@@ -65,7 +65,7 @@ async def check_health(gateway: Parts) -> dict[str, str]:
         async with asyncio.timeout(_HEALTH_TIMEOUT_S):
             await gateway.store.audit.list_recent(limit=0)
     except TimeoutError:
-        raise Problem(503, "store_unavailable", "The database does not answer in time.") from None
+        raise RefusalError(503, "store_unavailable", "The database does not answer in time.") from None
     return {"status": "ok", "policy": gateway.policy.label}
 
 

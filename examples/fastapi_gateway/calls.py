@@ -22,7 +22,7 @@ from agent_gateway_store import (
 )
 from agent_gateway_store.errors import ApprovalNotFoundError, GatewayStoreError
 from fastapi_gateway.access import Caller, Parts
-from fastapi_gateway.problems import Problem
+from fastapi_gateway.problems import RefusalError
 from fastapi_gateway.redaction import redact
 from fastapi_gateway.tools import BoundTool, bind
 from fastapi_gateway.trail import AuditedRoute, CallRecord, Record
@@ -53,7 +53,7 @@ async def _read_call(request: Request, caller: Caller, record: Record) -> ToolCa
     async for chunk in request.stream():
         data += chunk
         if len(data) > _MAX_BODY_BYTES:
-            raise Problem(413, "too_large", f"The request is larger than {_MAX_BODY_BYTES} bytes.")
+            raise RefusalError(413, "too_large", f"The request is larger than {_MAX_BODY_BYTES} bytes.")
     try:
         body = ToolCallBody.model_validate_json(bytes(data))
     except ValidationError as exc:
@@ -83,7 +83,7 @@ async def call_tool(
     verdict = gateway.policy.decide(caller.role, call)
     record.judged(verdict)
     if verdict.decision is Decision.DENY:
-        raise Problem(403, "denied_by_policy", verdict.reason)
+        raise RefusalError(403, "denied_by_policy", verdict.reason)
     tool = bind(gateway.sandbox, call)
     if verdict.decision is Decision.ALLOW:
         return _done(record, await _run(tool, record, timeout_s=gateway.tool_timeout_seconds))
@@ -136,7 +136,7 @@ async def _use(
         record.parent_request_id = (await approvals.get(approval_id=standing.approval_id)).request_id
         used = await approvals.consume_token(token, caller_id=caller.caller_id, tool_call=call)
     except ApprovalNotFoundError as exc:
-        raise Problem(403, "approval_not_found", str(exc)) from exc
+        raise RefusalError(403, "approval_not_found", str(exc)) from exc
     record.approver_id = used.approver_id
 
 
@@ -148,7 +148,7 @@ async def _run(tool: BoundTool, record: CallRecord, *, timeout_s: float) -> Any:
     except TimeoutError:
         # The thread cannot be stopped; what it still does is not known, and the event says TIMEOUT.
         record.execution_status = ExecutionStatus.TIMEOUT
-        raise Problem(504, "tool_timeout", f"The tool did not end within {timeout_s:g} seconds.") from None
+        raise RefusalError(504, "tool_timeout", f"The tool did not end within {timeout_s:g} seconds.") from None
     except BaseException:
         record.execution_status = ExecutionStatus.TOOL_ERROR
         raise

@@ -12,13 +12,13 @@ from starlette.exceptions import HTTPException
 from agent_gateway_store import errors
 from fastapi_gateway.tools import InvalidArgumentsError, SandboxError, ToolError, UnknownToolError
 
-__all__ = ["Problem", "install_handlers", "problem_of"]
+__all__ = ["RefusalError", "install_handlers", "refusal_of"]
 
 _logger = logging.getLogger("fastapi_gateway")
 
 
-class Problem(Exception):
-    """A refusal.
+class RefusalError(Exception):
+    """The gateway does not do what was asked.
 
     Attributes:
         status: HTTP status.
@@ -52,25 +52,25 @@ _KINDS: tuple[tuple[type[Exception], int, str], ...] = (
 )
 
 
-def problem_of(exc: Exception) -> Problem:
+def refusal_of(exc: Exception) -> RefusalError:
     """Return the refusal that `exc` stands for; whatever is not known is a 500 that tells nothing."""
-    if isinstance(exc, Problem):
+    if isinstance(exc, RefusalError):
         return exc
     if isinstance(exc, errors.ApprovalNotApprovedError) and exc.status in ("DENIED", "CANCELLED"):
-        return Problem(403, f"approval_{exc.status.lower()}", str(exc))
+        return RefusalError(403, f"approval_{exc.status.lower()}", str(exc))
     for kind, status, error in _KINDS:
         if isinstance(exc, kind):
-            return Problem(status, error, str(exc), {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+            return RefusalError(status, error, str(exc), {"WWW-Authenticate": "Bearer"} if status == 401 else None)
     if isinstance(exc, errors.AuditUnavailableError):
-        return Problem(503, "audit_unavailable", "The call could not be recorded, so its result is withheld.")
+        return RefusalError(503, "audit_unavailable", "The call could not be recorded, so its result is withheld.")
     if isinstance(exc, errors.GatewayStoreError):
         # The operator's hint (which server, which setting) goes to the log, not to the caller.
-        return Problem(503, "store_unavailable", "The gateway cannot reach its records: try again later.")
+        return RefusalError(503, "store_unavailable", "The gateway cannot reach its records: try again later.")
     if isinstance(exc, RequestValidationError):
-        return Problem(422, "malformed_request", _what_is_wrong(exc))
+        return RefusalError(422, "malformed_request", _what_is_wrong(exc))
     if isinstance(exc, HTTPException):
-        return Problem(exc.status_code, "http_error", f"{exc.detail}.".replace("..", "."), dict(exc.headers or {}))
-    return Problem(500, "internal_error", "The gateway failed: tell its operator the request id.")
+        return RefusalError(exc.status_code, "http_error", f"{exc.detail}.".replace("..", "."), dict(exc.headers or {}))
+    return RefusalError(500, "internal_error", "The gateway failed: tell its operator the request id.")
 
 
 def _what_is_wrong(exc: RequestValidationError) -> str:
@@ -81,18 +81,18 @@ def _what_is_wrong(exc: RequestValidationError) -> str:
 
 
 async def _answer(request: Request, exc: Exception) -> JSONResponse:
-    problem = problem_of(exc)
-    if problem.status >= 500 and not isinstance(exc, Problem):
-        _logger.error("%s: %s", type(exc).__name__, exc if isinstance(exc, errors.GatewayStoreError) else "see above")
+    refusal = refusal_of(exc)
+    if refusal.status >= 500 and isinstance(exc, errors.GatewayStoreError):
+        _logger.error("%s: %s", type(exc).__name__, exc)
     record = getattr(request.state, "call", None)
-    body = {"error": problem.error, "detail": problem.detail.encode("utf-8", "replace").decode()}
-    headers = dict(problem.headers)
+    body = {"error": refusal.error, "detail": refusal.detail.encode("utf-8", "replace").decode()}
+    headers = dict(refusal.headers)
     if record is not None:
         body["request_id"] = headers["X-Request-Id"] = record.request_id
-    return JSONResponse(body, problem.status, headers, media_type="application/problem+json")
+    return JSONResponse(body, refusal.status, headers, media_type="application/problem+json")
 
 
 def install_handlers(app: FastAPI) -> None:
     """Have every error of `app` answered in this shape."""
-    for kind in (Problem, errors.GatewayStoreError, ToolError, RequestValidationError, HTTPException, Exception):
+    for kind in (RefusalError, errors.GatewayStoreError, ToolError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)

@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from agent_gateway_store import AuditEvent, CallerIdentity, Decision, ExecutionStatus, ToolCall
 from fastapi_gateway.access import Gateway, gateway_of
 from fastapi_gateway.policy import Verdict
-from fastapi_gateway.problems import problem_of
+from fastapi_gateway.problems import refusal_of
 from fastapi_gateway.redaction import redact
 from fastapi_gateway.tools import SandboxError, risk_of
 
@@ -59,9 +59,9 @@ class CallRecord:
         if isinstance(exc, SandboxError):
             self.labels.append("PATH_TRAVERSAL")
         if self.execution_status is None:
-            problem = problem_of(exc)
-            self.decision, self.reason = Decision.DENY, problem.detail
-            self.rule = self.rule or f"gateway.{problem.error}"
+            refusal = refusal_of(exc)
+            self.decision, self.reason = Decision.DENY, refusal.detail
+            self.rule = self.rule or f"gateway.{refusal.error}"
 
     def event(self, gateway: Gateway) -> AuditEvent:
         """Return the event as it stands now."""

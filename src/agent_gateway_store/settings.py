@@ -23,13 +23,15 @@ PREFIX = "AGENT_GATEWAY_STORE_"
 
 
 def mask_url(url: str) -> str:
-    """Return `url` with its password, if any, shown as `***`."""
-    return re.sub(r"(://[^/?#:@]*:)[^/?#]*(@)", r"\1***\2", re.sub(r"([?&]password=)[^&]*", r"\1***", url))
+    """Return `url`, or what was meant as one, with every password in it shown as `***`."""
+    url = re.sub(r"(?i)([?&;]\w*pass\w*=)[^&;]*", r"\1***", url)
+    # Up to the last @: a password may hold what should have been escaped, and the scheme may be missing.
+    return re.sub(r"(?s)^((?:.*?://)?[^:]*:)(?!//).*@", r"\1***@", url)
 
 
 def default_hash_key() -> str | None:
     """Return HASH_KEY from the environment (the prefixed name wins), or None."""
-    return os.environ.get(f"{PREFIX}HASH_KEY") or os.environ.get("HASH_KEY") or None
+    return os.environ.get(f"{PREFIX}HASH_KEY", os.environ.get("HASH_KEY")) or None
 
 
 class StoreSettings(BaseSettings):
@@ -61,14 +63,14 @@ class StoreSettings(BaseSettings):
     database_url: str = "sqlite+aiosqlite:///gateway.db"
     redis_url: str | None = None
     environment: str = "dev"
-    approval_token_ttl_seconds: float = Field(default=3600, gt=0)
-    approval_cache_seconds: float = Field(default=2, ge=0)
+    approval_token_ttl_seconds: float = Field(default=3600, gt=0, allow_inf_nan=False)
+    approval_cache_seconds: float = Field(default=2, ge=0, allow_inf_nan=False)
     audit_mode: Literal["spool", "strict"] = "spool"
     audit_spool_path: Path = Field(default_factory=lambda: user_state_path("agent-gateway-store") / "spool.db")
-    redis_timeout_seconds: float = Field(default=0.2, gt=0)
-    plugin_timeout_seconds: float = Field(default=5, gt=0)
+    redis_timeout_seconds: float = Field(default=0.2, gt=0, allow_inf_nan=False)
+    plugin_timeout_seconds: float = Field(default=5, gt=0, allow_inf_nan=False)
     bcrypt_rounds: int = Field(default=10, ge=4, le=31)
-    api_key_cache_seconds: float = Field(default=30, ge=0)
+    api_key_cache_seconds: float = Field(default=30, ge=0, allow_inf_nan=False)
     hash_key: SecretStr | None = None
     allow_self_approval: bool = False
     otel_enabled: bool = False

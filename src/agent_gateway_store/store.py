@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -135,6 +136,7 @@ class GatewayStore:
         """Connect and check the schema. A second call does nothing.
 
         Raises:
+            StoreNotOpenError: The store is open in another process or event loop.
             StoreUnavailableError: The database cannot be reached; the text says what to check.
             SchemaOutOfDateError: The schema is not the one this package works on; the text names the command to run.
         """
@@ -142,12 +144,18 @@ class GatewayStore:
         return self
 
     async def close(self) -> None:
-        """Let notices under way arrive, then close what the store opened itself. A second call does nothing."""
+        """Let notices under way arrive, then close what the store opened itself. A second call does nothing.
+
+        A closed store can be opened again.
+
+        Raises:
+            StoreNotOpenError: The store is open in another process or event loop, which must close it.
+        """
         await self._core.close()
 
     async def migrate(self) -> None:
         """Bring the schema up to date. Any number of processes may call this at once; works before `open`, too."""
-        await migrate.upgrade(self._core.database.engine)
+        await self._core.migrate()
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -191,17 +199,20 @@ class _Core:
         return self._plugins
 
     async def open(self) -> None:
-        if self.database.is_home:
+        if self._is_open_here():
             return
         try:
             await self._prepare_schema()
+            notifier = ApprovalNotifier(Dispatcher(self.plugins, self.settings))
+            await notifier.open()
         except BaseException:
             await self.database.close()
             raise
-        self._notifier = ApprovalNotifier(Dispatcher(self.plugins, self.settings))
-        await self._notifier.open()
-        self._writer = AuditWriter(sink_for(self.database.engine), self._spool())
+        if self._is_open_here():
+            return  # another task was faster
         self.database.bind()
+        self._notifier = notifier
+        self._writer = AuditWriter(sink_for(self.database.engine), self._spool())
         await self._writer.open()
 
     def _spool(self) -> Spool | None:
@@ -215,9 +226,25 @@ class _Core:
         return Spool(self.settings.audit_spool_path, target)
 
     def get_writer(self) -> AuditWriter:
+        """Return the writer of the open store."""
         if self._writer is None:
             raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
         return self._writer
+
+    def _is_open_here(self) -> bool:
+        """True if open; raises StoreNotOpenError if that was done in another process or event loop."""
+        if self._notifier is not None:
+            self.database.check_home()
+        return self._notifier is not None
+
+    async def migrate(self) -> None:
+        is_open = self._is_open_here()
+        try:
+            await migrate.upgrade(self.database.engine)
+        finally:
+            if not is_open:
+                # Its connections belong to this event loop; the store may be opened in another one.
+                await self.database.close()
 
     async def _prepare_schema(self) -> None:
         engine = self.database.engine
@@ -229,21 +256,31 @@ class _Core:
     def announce(self, notice: Notice) -> None:
         """Send `notice` in the background; the caller's path waits for no delivery."""
         if self._notifier is None:
-            raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
+            # What it tells of is committed, so the caller must not be told otherwise.
+            _logger.warning("Approval %s: the store is closed, so its notice is not sent.", notice.approval_id)
+            return
         task = asyncio.get_running_loop().create_task(self._notifier.send(notice))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
     async def close(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            await writer.close()
-        if self._sending:
-            await asyncio.wait(self._sending, timeout=self.settings.plugin_timeout_seconds + 1)
-        if self._notifier is not None:
-            await self._notifier.close()
+        self._is_open_here()
+        # Each step runs whatever becomes of those before it.
+        async with AsyncExitStack() as steps:
+            if self._own_redis is not None:
+                steps.push_async_callback(self._own_redis.aclose)
+            steps.push_async_callback(self.database.close)
+            steps.callback(self.hasher.close)
+            if self._notifier is not None:
+                steps.push_async_callback(self._close_notifier, self._notifier)
+            if self._writer is not None:
+                writer, self._writer = self._writer, None
+                steps.push_async_callback(writer.close)
+
+    async def _close_notifier(self, notifier: ApprovalNotifier) -> None:
+        try:
+            if self._sending:
+                await asyncio.wait(self._sending, timeout=self.settings.plugin_timeout_seconds + 1)
+        finally:
             self._notifier = None
-        self.hasher.close()
-        await self.database.close()
-        if self._own_redis is not None:
-            await self._own_redis.aclose()
+            await notifier.close()

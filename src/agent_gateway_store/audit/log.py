@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -21,8 +22,8 @@ from agent_gateway_store.storage.faults import database_errors
 
 __all__ = ["AuditLog", "AuditLogger"]
 
-_BULK_ROWS = 1_000
-_YIELD_EVERY = 100
+_BULK_ROWS = 2_000
+_SLICE_ROWS = 50
 
 
 class AuditLogger:
@@ -109,9 +110,9 @@ class AuditLog(AuditQuery):
 
     async def _batches(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[list[EventRow]]:
         rows: list[EventRow] = []
-        async for event in _each(events):
-            rows.append(event_row(event, org_id=self._org_id))
-            if len(rows) == _BULK_ROWS:
+        async for some in _slices(events):
+            rows += [event_row(event, org_id=self._org_id) for event in some]
+            if len(rows) >= _BULK_ROWS:
                 yield rows
                 rows = []
         if rows:
@@ -144,13 +145,13 @@ class AuditLog(AuditQuery):
         return replace(self._writer().counters)
 
 
-async def _each(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[AuditEvent]:
+async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[Sequence[AuditEvent]]:
     if isinstance(events, AsyncIterable):
         async for event in events:
-            yield event
+            yield (event,)
         return
-    for index, event in enumerate(events, 1):
-        yield event
-        if index % _YIELD_EVERY == 0:
-            # A plain iterable never lets the loop run by itself.
-            await asyncio.sleep(0)
+    source = iter(events)
+    while some := tuple(islice(source, _SLICE_ROWS)):
+        yield some
+        # A plain iterable never lets the loop run by itself.
+        await asyncio.sleep(0)

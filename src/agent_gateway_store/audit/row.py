@@ -44,8 +44,15 @@ _LONG = (
 )
 _LARGEST_BIGINT = 2**63 - 1
 
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, check_circular=False).encode
 _text = json.encoder.encode_basestring
+# What `JSONEncoder.encode` makes anew at each call, made once; absent on other interpreters than CPython.
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
+_chunks = _make_encoder and _make_encoder(None, str, _text, None, ":", ",", True, False, True)
+_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, check_circular=False)
+
+
+def _encode(value: Any) -> str:
+    return "".join(_chunks(value, 0)) if _chunks else _encoder.encode(value)
 
 
 class EventRow:

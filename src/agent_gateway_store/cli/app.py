@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
-from agent_gateway_store.cli import approvals, audit, db, demo, doctor, keys, plugins, seed
+from agent_gateway_store.cli import approvals, audit, db, keys, plugins
+from agent_gateway_store.cli.demo import demo
+from agent_gateway_store.cli.doctor import doctor
 from agent_gateway_store.cli.faults import RootGroup
 from agent_gateway_store.cli.running import Options
+from agent_gateway_store.cli.seed import seed
 
 __all__ = ["app"]
 
@@ -22,14 +25,14 @@ app = typer.Typer(
     help="The system of record of an AI-agent tool gateway: audit log, human approvals, API keys.",
     epilog="Exit codes: 0 ok, 1 error, 2 usage, 3 integrity violation, 4 not found or expired, 5 a dependency is down.",
 )
-app.command("demo")(demo.demo)
-app.command("seed")(seed.seed)
+app.command("demo")(demo)
+app.command("seed")(seed)
 app.add_typer(db.app, name="db")
 app.add_typer(keys.app, name="keys")
 app.add_typer(audit.app, name="audit")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(plugins.app, name="plugins")
-app.command("doctor")(doctor.doctor)
+app.command("doctor")(doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -70,7 +70,11 @@ def show(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) 
 
 @app.command()
 def approve(
-    ctx: typer.Context, approval_id: IdArgument, approver: ApproverOption, note: NoteOption = "", json: JsonOption = False
+    ctx: typer.Context,
+    approval_id: IdArgument,
+    approver: ApproverOption,
+    note: NoteOption = "",
+    json: JsonOption = False,
 ) -> None:
     """Approve a pending call, once."""
     _decide(ctx, "approve", approval_id, approver, note, json)
@@ -80,7 +84,11 @@ def approve(
 @app.command("reject", hidden=True)
 @app.command("decline", hidden=True)
 def deny(
-    ctx: typer.Context, approval_id: IdArgument, approver: ApproverOption, note: NoteOption = "", json: JsonOption = False
+    ctx: typer.Context,
+    approval_id: IdArgument,
+    approver: ApproverOption,
+    note: NoteOption = "",
+    json: JsonOption = False,
 ) -> None:
     """Deny a pending call, once."""
     _decide(ctx, "deny", approval_id, approver, note, json)

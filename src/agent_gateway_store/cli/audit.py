@@ -134,7 +134,8 @@ def _print_lines(events: list[AuditEvent], *, as_json: bool) -> None:
         else:
             ran = f"{event.execution_status} {event.latency_ms} ms" if event.execution_status else "not executed"
             stamp = tidy("timestamp", record(event)["timestamp"])
-            say(f"{stamp}  {event.decision}  {event.caller_id}  {event.mcp_server}.{event.tool_name}  {ran}  {event.request_id}")
+            call = f"{event.mcp_server}.{event.tool_name}"
+            say("  ".join((stamp, event.decision, event.caller_id, call, ran, event.request_id)))
     sys.stdout.flush()
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from agent_gateway_store.cli.db import engine_for
 from agent_gateway_store.cli.faults import ExitCode, explain
 from agent_gateway_store.cli.health import Report, check_database, check_redis
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
-from agent_gateway_store.cli.running import new_store, run, settings_of
+from agent_gateway_store.cli.running import options_of, run, settings_of
 
 if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
@@ -67,8 +68,16 @@ def _check_plugins(report: Report, settings: StoreSettings) -> None:
 
 
 async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
-    async with new_store(ctx, settings=settings, redis_url="", auto_migrate=False) as store:
-        used = await store.approvals.list_requests("USED", limit=_MAX_USED)
+    from agent_gateway_store.approval import ApprovalManager
+    from agent_gateway_store.storage.accelerator import Accelerator
+    from agent_gateway_store.storage.database import Database
+
+    # Not through an open store, which would bring spooled events in: this command changes nothing.
+    async with engine_for(settings.database_url) as engine:
+        database = Database(engine, owned=False)
+        database.bind()
+        approvals = ApprovalManager.over(database, Accelerator(None), settings, org_id=options_of(ctx).org)
+        used = await approvals.list_requests("USED", limit=_MAX_USED)
     unknown = sum(request.outcome is None for request in used)
     report.facts["approvals"] = {"used_without_outcome": unknown, "used_looked_at": len(used)}
     if unknown:

@@ -140,7 +140,7 @@ async def check_redis(report: Report, settings: StoreSettings) -> None:
             facts["state"] = "reachable"
         else:
             report.problem(
-                "Redis does not answer: check that it runs and that REDIS_URL is right (the store works without it, slower).",
+                "Redis does not answer: check that it runs and that REDIS_URL is right; the store works without it.",
                 ExitCode.UNAVAILABLE,
             )
     finally:

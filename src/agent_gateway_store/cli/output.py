@@ -23,13 +23,13 @@ __all__ = [
     "JsonOption",
     "complain",
     "console",
-    "to_json",
     "print_fields",
     "print_json",
     "print_page",
     "record",
     "say",
     "tidy",
+    "to_json",
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

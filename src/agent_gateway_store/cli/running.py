@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
-__all__ = ["Options", "choose", "duration", "new_store", "open_store", "options_of", "run", "settings_of", "sqlite_file"]
+__all__ = [
+    "Options",
+    "choose",
+    "duration",
+    "new_store",
+    "open_store",
+    "options_of",
+    "run",
+    "settings_of",
+    "sqlite_file",
+]
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
@@ -47,7 +57,7 @@ def settings_of(ctx: typer.Context) -> StoreSettings:
     given = options_of(ctx)
     named = {"database_url": given.database_url, "redis_url": given.redis_url}
     return StoreSettings(
-        _env_file=given.env_file,  # type: ignore[call-arg]
+        _env_file=given.env_file,
         **{name: value for name, value in named.items() if value is not None},  # type: ignore[arg-type]
     )
 

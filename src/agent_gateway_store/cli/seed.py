@@ -41,30 +41,30 @@ def seed(
     settings = settings_of(ctx)
     levels = {ROLE: TrustLevel.MEDIUM} if policies is None else _levels(policies)
 
-    async def work() -> IssuedKey | ApiKey:
+    async def work() -> tuple[IssuedKey | None, ApiKey]:
         async with open_store(ctx, settings=settings) as store:
             return await _first_key(store, levels[ROLE])
 
-    found = run(work())
-    issued = None if (api_key := getattr(found, "api_key", None)) is None else found
+    issued, held = run(work())
     if policies is not None and not json:
         complain(f"Roles in {policies.name}: {', '.join(f'{name} {level.name}' for name, level in levels.items())}.")
     roles = {name: level.name for name, level in levels.items()}
     if issued is not None:
         print_issued(issued, as_json=json, created=True, roles=roles)
     elif json:
-        print_json({**record(found), "created": False, "roles": roles})
+        print_json({**record(held), "created": False, "roles": roles})
     else:
         complain(f"{CALLER} already has an API key, which cannot be shown again: `gateway-store keys rotate {CALLER}`.")
 
 
-async def _first_key(store: GatewayStore, level: TrustLevel) -> IssuedKey | ApiKey:
+async def _first_key(store: GatewayStore, level: TrustLevel) -> tuple[IssuedKey | None, ApiKey]:
     from agent_gateway_store.errors import ApiKeyExistsError
 
     try:
-        return await store.keys.issue(CALLER, role=ROLE, trust_level=level)
+        issued = await store.keys.issue(CALLER, role=ROLE, trust_level=level)
     except ApiKeyExistsError:
-        return await store.keys.get(CALLER)
+        return None, await store.keys.get(CALLER)
+    return issued, issued.api_key
 
 
 def _levels(path: Path) -> dict[str, TrustLevel]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import bcrypt
 
-from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
 
 __all__ = ["Hasher"]
 
@@ -29,7 +30,7 @@ class Hasher:
         self._rounds = rounds
         self._threads = max(1, (os.cpu_count() or 2) - 1)
         self._pool: ThreadPoolExecutor | None = None
-        self._waiting = 0
+        self._room = threading.Semaphore(_MOST_WAITING)
 
     async def hash(self, secret: bytes) -> str:
         """Return the bcrypt of `secret` (at most 72 bytes)."""
@@ -44,21 +45,34 @@ class Hasher:
         return await self._run(lambda: bcrypt.checkpw(secret, hashed.encode()))
 
     async def _run(self, work: Callable[[], T]) -> T:
-        if self._waiting >= _MOST_WAITING:
+        if not self._room.acquire(blocking=False):
             raise StoreUnavailableError("Too many keys wait to be checked: try again in a second.")
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gateway-store-bcrypt")
-        self._waiting += 1
-        future: asyncio.Future[Any] = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        # Counted until the thread is done, also where the caller is cancelled before.
+        try:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gateway-store-bcrypt")
+            future = self._pool.submit(work)
+        except BaseException:
+            self._room.release()
+            raise
+        # The place is held until the thread is done, also where the caller is cancelled before.
         future.add_done_callback(self._done)
-        return await future  # type: ignore[no-any-return]
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if future.cancelled() and not _is_cancelling():
+                raise StoreNotOpenError("The store was closed while a key was being checked.") from None
+            raise
 
-    def _done(self, _future: asyncio.Future[Any]) -> None:
-        self._waiting -= 1
+    def _done(self, _future: Future[T]) -> None:
+        self._room.release()
 
     def close(self) -> None:
         """Let the threads go; what waits is dropped."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+
+def _is_cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import ColumnElement, and_, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store.errors import ApiKeyExistsError, ApiKeyNotFoundError, InvalidApiKeyError
+from agent_gateway_store.errors import ApiKeyExistsError, ApiKeyNotFoundError, InvalidApiKeyError, StoreUnavailableError
 from agent_gateway_store.keys.format import digest, new_key, new_key_id, parse_key_id
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, storable_key
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import Executor, Work, db_now, first_row
+from agent_gateway_store.storage.database import Work, db_now, first_row
 
 __all__ = ["COLUMNS", "KeyManager"]
 
 COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
 _DEFAULT_ORG = "default"
 _LAST_USED_EVERY = timedelta(minutes=1)
+_logger = logging.getLogger("agent_gateway_store.keys")
 _keys = ApiKey.__table__  # type: ignore[attr-defined]
 
 
@@ -64,14 +66,18 @@ class KeyManager:
 
         Raises:
             ApiKeyExistsError: The caller has a key; rotate it instead.
+            ValueError: The store is bound to another organisation than `org_id`.
         """
+        organisation = self._organisation(org_id)
+        if organisation is None:
+            raise ValueError("This store is bound to another organisation: use `store.for_org` of its own.")
         scrubber = Scrubber()
         key_id = new_key_id()
         plaintext = new_key(key_id)
         checked = ApiKey(
             key_id=key_id,
             caller_id=scrubber.text("caller_id", caller_id, limit=MAX_KEY_BYTES),
-            org_id=self._organisation(org_id),
+            org_id=organisation,
             key_hash=await self._hasher.hash(digest(plaintext)),
             role=scrubber.text("role", role),
             trust_level=trust_level,
@@ -82,7 +88,7 @@ class KeyManager:
         )
         values = {column.name: getattr(checked, column.name) for column in _keys.c if column.name != "id"}
         values["created_at"] = db_now()
-        mine = self._of_caller(checked.caller_id, checked.org_id)
+        mine = self._of_caller(checked.caller_id, organisation)
         try:
             async with self._work.write() as executor:
                 again = update(_keys).where(mine, _keys.c.is_active.is_(False)).values(values).returning(*_keys.c)
@@ -131,9 +137,13 @@ class KeyManager:
         return bool(row["has_previous"]) and await self._hasher.check(secret, row["previous_key_hash"])
 
     async def _note_use(self, row_id: int) -> None:
-        due = or_(_keys.c.last_used_at.is_(None), _keys.c.last_used_at < db_now(plus=-_LAST_USED_EVERY))
-        async with self._work.write() as executor:
-            await executor.execute(update(_keys).where(_keys.c.id == row_id, due).values(last_used_at=db_now()))
+        statement = update(_keys).where(_keys.c.id == row_id, _is_use_due()).values(last_used_at=db_now())
+        try:
+            async with self._work.write() as executor:
+                await executor.execute(statement)
+        except StoreUnavailableError as exc:
+            # A database that only reads still tells good keys from bad ones.
+            _logger.warning("The last use of an API key could not be noted: %s", exc)
 
     async def rotate(
         self, caller_id: str, overlap: timedelta = timedelta(hours=24), *, org_id: str | None = None
@@ -183,8 +193,8 @@ class KeyManager:
         mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         ended = {"is_active": False, "revoked_at": db_now(), "previous_key_hash": None, "previous_key_expires_at": None}
         async with self._work.write() as executor:
-            row = await first_row(executor, update(_keys).where(mine, _keys.c.is_active).values(ended).returning(*_keys.c))
-            row = row or await first_row(executor, select(_keys).where(mine))
+            statement = update(_keys).where(mine, _keys.c.is_active).values(ended).returning(*_keys.c)
+            row = await first_row(executor, statement) or await first_row(executor, select(_keys).where(mine))
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         return ApiKey.from_row(row)
@@ -203,7 +213,13 @@ class KeyManager:
         return ApiKey.from_row(row)
 
     async def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
-        """Return key rows, newest first by id."""
+        """Return key rows, newest first by id.
+
+        Raises:
+            ValueError: `limit` or `offset` is negative.
+        """
+        if limit < 0 or offset < 0:
+            raise ValueError("limit and offset must be zero or more.")
         statement = select(_keys).order_by(_keys.c.id.desc()).limit(limit).offset(offset)
         if self._org_id is not None:
             statement = statement.where(_keys.c.org_id == self._org_id)
@@ -211,17 +227,22 @@ class KeyManager:
             rows = (await executor.execute(statement)).mappings().all()
         return Page((ApiKey.from_row(dict(row)) for row in rows), columns=COLUMNS)
 
-    def _organisation(self, org_id: str | None) -> str:
-        """The organisation meant; a bound store takes no other."""
-        if self._org_id is not None:
-            return self._org_id
-        return storable_key(org_id) if org_id is not None else _DEFAULT_ORG
+    def _organisation(self, org_id: str | None) -> str | None:
+        """The organisation meant; None if it is not the one this store is bound to, in which nothing is found."""
+        if org_id is None:
+            return self._org_id or _DEFAULT_ORG
+        meant = storable_key(org_id)
+        return meant if self._org_id in (None, meant) else None
 
-    def _of_caller(self, caller_id: str, org_id: str) -> ColumnElement[bool]:
-        return and_(_keys.c.caller_id == caller_id, _keys.c.org_id == org_id)
+    def _of_caller(self, caller_id: str, org_id: str | None) -> ColumnElement[bool]:
+        return and_(_keys.c.caller_id == caller_id, false() if org_id is None else _keys.c.org_id == org_id)
 
     def _seen(self, condition: ColumnElement[bool]) -> ColumnElement[bool]:
         return condition if self._org_id is None else and_(condition, _keys.c.org_id == self._org_id)
+
+
+def _is_use_due() -> ColumnElement[bool]:
+    return or_(_keys.c.last_used_at.is_(None), _keys.c.last_used_at < db_now(plus=-_LAST_USED_EVERY))
 
 
 def _timely() -> tuple[ColumnElement[Any], ...]:
@@ -229,6 +250,5 @@ def _timely() -> tuple[ColumnElement[Any], ...]:
     return (
         and_(_keys.c.expires_at.is_not(None), _keys.c.expires_at <= db_now()).label("is_expired"),
         and_(_keys.c.previous_key_hash.is_not(None), _keys.c.previous_key_expires_at > db_now()).label("has_previous"),
-        or_(_keys.c.last_used_at.is_(None), _keys.c.last_used_at < db_now(plus=-_LAST_USED_EVERY)).label("is_use_due"),
+        _is_use_due().label("is_use_due"),
     )
-

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel
 from sqlalchemy import JSON, MetaData, event
-from sqlalchemy.orm import registry
+from sqlalchemy.orm import Session, registry
 from sqlalchemy.orm.attributes import set_attribute
 from sqlmodel import SQLModel
 
@@ -134,6 +134,12 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         return self._clone(deepcopy(self._values(), memo))
 
+    @classmethod
+    def model_construct(cls, _fields_set: set[str] | None = None, **values: Any) -> Self:
+        """Build an instance from trusted values, unvalidated (as in Pydantic)."""
+        built = super().model_construct(_fields_set, **values)
+        return built._clone(built._values())
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with no ORM state of its own; `update` is not validated (as in Pydantic)."""
         new = self.__deepcopy__() if deep else self.__copy__()
@@ -159,6 +165,12 @@ def _loaded(target: StoreModel, *_: Any) -> None:
     _watch_json(target)
 
 
+@event.listens_for(Session, "detached_to_persistent")
+def _attached(_session: Any, target: Any) -> None:
+    if isinstance(target, StoreModel):
+        _watch_json(target)
+
+
 @event.listens_for(StoreModel, "after_insert", propagate=True)
 @event.listens_for(StoreModel, "after_update", propagate=True)
 def _written(_mapper: Any, _connection: Any, target: StoreModel) -> None:
@@ -182,4 +194,4 @@ def _set_private(target: StoreModel, fields_set: set[str]) -> None:
 def _watch_json(target: StoreModel) -> None:
     for column in type(target).__table__.columns:  # type: ignore[attr-defined]
         if isinstance(column.type, JSON | JsonOf) and column.key in target.__dict__:
-            target.__dict__[column.key] = watch(plain(target.__dict__[column.key]), target, column.key)
+            target.__dict__[column.key] = watch(target.__dict__[column.key], target, column.key)

@@ -10,14 +10,17 @@ different values never share a canonical form:
 | text with a lone surrogate | `$text:` and the text, backslash doubled, the surrogate as `\\udxxx` |
 | bytes | `$bytes:` and base64 |
 | date, time, Decimal, UUID, path | `$date:`, `$datetime:`, `$time:`, `$decimal:`, `$uuid:`, `$path:` and its text |
-| set | `$set:` and the canonical JSON of its sorted members |
+| set | `$set:` and the canonical JSON of its sorted members; inside another set, `$sha256:` and the SHA-256 of that |
 | key that is no text | the same tags, with `$int:`, `$float:`, `$bool:` and `$null:` for any number, boolean, null |
+| key that is a container | `$json:` and its canonical JSON |
+| key that would be the same as one before it | `$again:`, which one it is (2, 3, ...), `:` and the key |
 | text that begins like a tag | one more `$` before it |
 | container inside itself | `$cycle:` and how many levels up |
 | container at depth 64, 128, ... | `$sha256:` and the SHA-256 of its own canonical JSON |
 | any other object | `$object:`, its type and its repr |
 
-Enum members are their values, dataclasses and Pydantic models the objects of their fields, tuples are arrays.
+Enum members are their values, dataclasses and Pydantic models the objects of their fields (and extra fields), tuples
+are arrays. A container that cannot be read is any other object.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import hashlib
 import hmac
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -69,10 +72,11 @@ def canonical_json(value: Any) -> bytes:
 
 
 class _Frame:
-    __slots__ = ("items", "key", "out", "source_id")
+    __slots__ = ("is_set", "items", "key", "out", "source_id")
 
     def __init__(self, value: Any, source: Any) -> None:
         self.source_id = id(value)
+        self.is_set = isinstance(value, AbstractSet)
         self.key: str | None = None
         self.out: dict[str, Any] | list[Any]
         if isinstance(source, Mapping):
@@ -83,23 +87,43 @@ class _Frame:
     def put(self, value: Any) -> None:
         if isinstance(self.out, dict):
             assert self.key is not None  # noqa: S101
-            self.out[self.key] = value
+            name, count = self.key, 1
+            while name in self.out:
+                count += 1
+                name = f"$again:{count}:{self.key}"
+            self.out[name] = value
         else:
             self.out.append(value)
 
+    def closed(self, *, in_set: bool, collapse: bool) -> Any:
+        if not self.is_set:
+            return _digest(rfc8785.dumps(self.out)) if collapse else self.out
+        text = f"$set:[{b','.join(sorted(map(rfc8785.dumps, self.out))).decode()}]"
+        # Text in text in text doubles its backslashes each time.
+        return _digest(text.encode()) if in_set else text
+
+
+def _digest(data: bytes) -> str:
+    return f"$sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _source(value: Any) -> Any:
+    return list(value) if isinstance(value, AbstractSet) else opened(value)
+
 
 def _tagged(root: Any) -> Any:
-    source = opened(root)
+    source = _source(root)
     if source is None:
         return tag(root)
     frames = [_Frame(root, source)]
     level_of = {id(root): 0}
+    sets_open = int(frames[0].is_set)
     while True:
         frame = frames[-1]
         for key, value in frame.items:
             if isinstance(frame.out, dict):
                 frame.key = key if type(key) is str and _is_plain(key) else tag(key, as_key=True)
-            inner = opened(value)
+            inner = _source(value)
             if inner is None:
                 frame.put(tag(value))
                 continue
@@ -108,27 +132,42 @@ def _tagged(root: Any) -> Any:
                 continue
             level_of[id(value)] = len(frames)
             frames.append(_Frame(value, inner))
+            sets_open += frames[-1].is_set
             break
         else:
             del level_of[frames.pop().source_id]
+            sets_open -= frame.is_set
+            collapse = bool(frames) and len(frames) % _COLLAPSE_EVERY == 0
+            result = frame.closed(in_set=sets_open > 0, collapse=collapse)
             if not frames:
-                return frame.out
-            if len(frames) % _COLLAPSE_EVERY == 0:
-                frames[-1].put(f"$sha256:{hashlib.sha256(rfc8785.dumps(frame.out)).hexdigest()}")
-            else:
-                frames[-1].put(frame.out)
+                return result
+            frames[-1].put(result)
 
 
 def opened(value: Any) -> Any:
     """Return the list, tuple or mapping that `value` is or stands for; None for a leaf."""
     kind = type(value)
-    if kind is dict or kind is list or isinstance(value, (list, tuple, Mapping)):
+    if kind is dict or kind is list or kind is tuple:
         return value
-    if isinstance(value, BaseModel):
-        return {name: getattr(value, name) for name in type(value).model_fields}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        value = value.value
+    try:
+        if isinstance(value, Mapping):
+            return dict(value.items())
+        if isinstance(value, list | tuple):
+            return list(value)
+        if isinstance(value, BaseModel):
+            return _attributes(value, type(value).model_fields) | (value.model_extra or {})
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return _attributes(value, (field.name for field in dataclasses.fields(value)))
+    except Exception:
+        return None
     return None
+
+
+def _attributes(value: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return those of the named attributes that `value` has: a field may never have been set."""
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
 def _is_plain(text: str) -> bool:
@@ -155,9 +194,10 @@ def tag(value: Any, *, as_key: bool = False) -> Any:
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, str):
+        value = str.__str__(value)
         if not is_text(value):
             return f"$text:{_spell_text(value)}"
-        return f"${value}" if _LIKE_A_TAG.match(value) else str(value)
+        return f"${value}" if _LIKE_A_TAG.match(value) else value
     if value is None or isinstance(value, bool):
         return f"${'null' if value is None else 'bool'}:{str(value).lower()}" if as_key else value
     if isinstance(value, int):
@@ -167,8 +207,9 @@ def tag(value: Any, *, as_key: bool = False) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return f"$bytes:{base64.b64encode(bytes(value)).decode()}"
     if isinstance(value, AbstractSet):
-        members = sorted(canonical_json(member) for member in value)
-        return f"$set:[{b','.join(members).decode()}]"
+        return _tagged(value)
+    if as_key and opened(value) is not None:
+        return f"$json:{canonical_json(value).decode()}"
     return _tag_object(value)
 
 
@@ -183,12 +224,11 @@ _SPELT: tuple[tuple[type[Any], str], ...] = (
 
 
 def _tag_object(value: Any) -> str:
-    for type_, name in _SPELT:
-        if isinstance(value, type_):
-            return f"${name}:{_spell_text(value.isoformat() if isinstance(value, date | time) else str(value))}"
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
     try:
+        for type_, name in _SPELT:
+            if isinstance(value, type_):
+                return f"${name}:{_spell_text(value.isoformat() if isinstance(value, date | time) else str(value))}"
         text = repr(value)
     except Exception:
         text = "?"
-    return f"$object:{kind}:{_spell_text(text)}"
+    return f"$object:{type(value).__module__}.{type(value).__qualname__}:{_spell_text(text)}"

@@ -22,7 +22,7 @@ def as_utc(value: datetime) -> datetime:
     """Return `value` in UTC; naive is taken as UTC, what UTC cannot hold is clamped to its first or last instant."""
     if value.tzinfo is UTC:
         return value
-    if value.tzinfo is None:
+    if value.utcoffset() is None:
         return value.replace(tzinfo=UTC)
     try:
         return value.astimezone(UTC)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 from agent_gateway_store.models.canonical import MAX_SAFE_INTEGER, hash_bytes, is_text, opened, tag
@@ -130,11 +131,14 @@ class _JsonWalk:
         self.scrubber = scrubber
         self.left = MAX_JSON_CHARS
         self.above: set[int] = set()
+        self.repeats: dict[tuple[int, str], int] = {}
 
     def value(self, value: Any, place: str, depth: int) -> Any:
         if (cost := _cost(value)) >= 0:
             self.left -= cost
             return value
+        if isinstance(value, Enum):
+            return self.value(value.value, place, depth)
         source = opened(value)
         return self.leaf(value, place) if source is None else self.container(value, source, place, depth)
 
@@ -165,6 +169,8 @@ class _JsonWalk:
         if id(value) in self.above:
             return self.marker(place, "[cut: contains itself]")
         self.above.add(id(value))
+        # Only its beginning is ever reported; the whole would grow with the names above.
+        place = place if len(place) <= MAX_KEY_BYTES // 4 else storable_key(place)
         try:
             if type(source) is dict or isinstance(source, Mapping):
                 return self.mapping(source, place, depth)
@@ -193,7 +199,8 @@ class _JsonWalk:
             self.left -= _NODE_CHARS
             if self.left < 0:
                 rest = len(source) - len(out)
-                out["[cut]"] = item if _is_marker(item) else self.marker(place, f"[cut: {rest} more entries]")
+                kept = item if _is_marker(item) else self.marker(place, f"[cut: {rest} more entries]")
+                out[self.free("[cut]", out)] = kept
                 break
             if type(key) is str and key not in out and 0 <= _cost(key) <= _MAX_TAG_BYTES:
                 name = key
@@ -216,11 +223,20 @@ class _JsonWalk:
         name = key
         if "\0" in key or not key.isascii() or len(key) > _MAX_TAG_BYTES:
             name = self.scrubber.text(place, key, limit=_MAX_TAG_BYTES)
-        base, count = name, 1
-        while name in taken:
-            count += 1
-            name = f"{base}~{count}"
+        name = self.free(name, taken)
         self.left -= len(name)
+        return name
+
+    def free(self, name: str, taken: Mapping[str, Any]) -> str:
+        """Return `name`, or where it is taken `name` and `~2`, `~3`, ... within the limit of a name."""
+        if name not in taken:
+            return name
+        # Thousands of names can become the same one: each search starts where the last one ended.
+        base, of = name, (id(taken), name)
+        while name in taken:
+            count = self.repeats[of] = self.repeats.get(of, 1) + 1
+            suffix = f"~{count}"
+            name = base.encode()[: _MAX_TAG_BYTES - len(suffix)].decode("utf-8", "ignore") + suffix
         return name
 
     def marker(self, place: str, text: str) -> str:

@@ -19,14 +19,26 @@ __all__ = ["plain", "watch"]
 
 
 def watch(value: Any, owner: Any, key: str) -> Any:
-    """Return `value` with every dict and list in it watched; a change marks attribute `key` of `owner` as modified."""
+    """Return `value` with every dict and list in it watched; a change marks attribute `key` of `owner` as modified.
+
+    What is watched for this attribute already is returned itself, so that a reference to it goes on working; anything
+    else is copied, so that two rows never share one.
+    """
+    return _watched(value, weakref.ref(owner), key)
+
+
+def _watched(value: Any, owner: weakref.ref[Any], key: str) -> Any:
+    if isinstance(value, _WatchedDict | _WatchedList) and value._owner is owner and value._key == key:
+        return value
     if isinstance(value, dict):
-        return _WatchedDict(value, weakref.ref(owner), key)
+        return _WatchedDict(value, owner, key)
     if isinstance(value, list):
-        return _WatchedList(value, weakref.ref(owner), key)
+        return _WatchedList(value, owner, key)
     if isinstance(value, BaseModel):
-        for name, item in value.__dict__.items():
-            value.__dict__[name] = watch(item, owner, key)
+        items = {name: _watched(item, owner, key) for name, item in value.__dict__.items()}
+        if any(items[name] is not item for name, item in value.__dict__.items()):
+            value = value.model_copy()
+            value.__dict__.update(items)
     return value
 
 
@@ -107,7 +119,5 @@ def _adopt_into(
     put: Callable[[Any, Any], None], items: Iterable[tuple[Any, Any]], owner: weakref.ref[Any], key: str
 ) -> None:
     for place, item in list(items):
-        if type(item) is dict:
-            put(place, _WatchedDict(item, owner, key))
-        elif type(item) is list:
-            put(place, _WatchedList(item, owner, key))
+        if (kept := _watched(item, owner, key)) is not item:
+            put(place, kept)

@@ -1,0 +1,153 @@
+"""`gateway-store demo`: the main job from end to end, on real files, in a few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from agent_gateway_store.cli.faults import CommandError
+from agent_gateway_store.cli.output import JsonOption, console, print_json, record, say, tidy
+from agent_gateway_store.cli.running import open_store, run, settings_of, sqlite_file
+
+if TYPE_CHECKING:
+    from agent_gateway_store.cli.demo_gateway import Gateway
+    from agent_gateway_store.models import AuditEvent, IssuedKey
+    from agent_gateway_store.settings import StoreSettings
+    from agent_gateway_store.store import GatewayStore
+
+__all__ = ["CALLER", "DATABASE", "demo"]
+
+CALLER = "demo-agent"
+DATABASE = "sqlite:///gateway-demo.db"
+_COLUMNS = ("tool", "arguments", "decision", "approver", "result", "ms")
+
+
+def demo(ctx: typer.Context, json: JsonOption = False) -> None:
+    """Run tools on real files, audit each call, get one deletion approved and another one denied.
+
+    Uses DATABASE_URL or --database-url if it is given, else the file gateway-demo.db in the current folder.
+    """
+    settings = settings_of(ctx)
+    if "database_url" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"database_url": DATABASE})
+    tell = (lambda text: None) if json else say
+    summary = run(_demo(ctx, settings, tell))
+    if json:
+        print_json(summary)
+
+
+async def _demo(ctx: typer.Context, settings: StoreSettings, tell: Any) -> dict[str, Any]:
+    from agent_gateway_store.cli.demo_gateway import Approver, Gateway
+    from agent_gateway_store.cli.demo_tools import Toolbox
+
+    started = time.perf_counter()
+    async with open_store(ctx, settings=settings) as store:
+        issued = await _issue(store)
+        caller = await store.keys.verify(issued.plaintext)
+        tell(f"Key       {CALLER} has API key agw_{caller.key_id}_***; verified as {caller.role}.")
+        with tempfile.TemporaryDirectory(prefix="gateway-demo-") as folder:
+            gateway = Gateway(store, caller, Toolbox(Path(folder)))
+            approving = asyncio.create_task(Approver(store, gateway.session_id).work())
+            try:
+                await _calls(gateway, tell)
+            finally:
+                approving.cancel()
+                with suppress(asyncio.CancelledError):
+                    await approving
+            left = gateway.tools.names
+        await store.keys.revoke(CALLER)
+        tell(f"Files     {', '.join(left)} are left of a temporary folder; the key is revoked.")
+        events = [event for event in await store.audit.list_by_caller(CALLER) if event.session_id == gateway.session_id]
+    seconds = time.perf_counter() - started
+    _check(gateway, events, left)
+    if tell is say:
+        _show(events, settings, seconds)
+    return _summary(gateway, events, left, settings, seconds)
+
+
+async def _issue(store: GatewayStore) -> IssuedKey:
+    from datetime import timedelta
+
+    from agent_gateway_store.errors import ApiKeyExistsError
+    from agent_gateway_store.models import TrustLevel
+
+    try:
+        return await store.keys.issue(CALLER, role="developer", trust_level=TrustLevel.MEDIUM, environment="demo")
+    except ApiKeyExistsError:
+        return await store.keys.rotate(CALLER, timedelta())
+
+
+async def _calls(gateway: Gateway, tell: Any) -> None:
+    names = await gateway.call("list_files")
+    text = await gateway.call("read_file", name="notes.txt", access_code="4711")
+    digest = await gateway.call("hash_file", name="customers.csv")
+    tell(f"Tools     list_files: {len(names)} files; read_file: {len(text)} characters; hash_file: {digest[:8]}...")
+    for name in ("old-export.csv", "customers.csv"):
+        tell(f"Approval  delete_file {name} waits for a decision of another task ...")
+        await gateway.call("delete_file", name=name)
+        answer = gateway.decisions[name]
+        verdict = "approved" if answer.status == "APPROVED" else "denied"
+        tell(f"          {verdict} by {answer.approver_id}: {answer.note}.")
+        if gateway.replay_refused and verdict == "approved":
+            tell("          The token was used once; a second use was refused.")
+
+
+def _check(gateway: Gateway, events: list[AuditEvent], left: list[str]) -> None:
+    if len(events) != 5 or left != ["customers.csv", "notes.txt"] or not gateway.replay_refused:
+        raise CommandError("The demo did not end as it should: run `gateway-store doctor`.")
+
+
+def _show(events: list[AuditEvent], settings: StoreSettings, seconds: float) -> None:
+    from agent_gateway_store.results import Page
+    from agent_gateway_store.settings import mask_url
+
+    typer.echo()
+    console().print(Page([_row(event) for event in reversed(events)], columns=_COLUMNS))
+    file = sqlite_file(settings.database_url)
+    url = mask_url(settings.database_url)
+    typer.echo()
+    say(f"Done in {seconds:.1f} s. The audit log is in {url if file is None else file}. In a notebook:")
+    typer.echo()
+    say("    from agent_gateway_store import SyncGatewayStore")
+    say(f'    store = SyncGatewayStore("{url}").open()')
+    say("    store.audit.list_recent()")
+
+
+def _row(event: AuditEvent) -> dict[str, Any]:
+    arguments = dict(event.sanitized_args)
+    name = arguments.pop("name", "")
+    cells = (
+        event.tool_name,
+        " ".join(filter(None, (name, tidy("sanitized_args", arguments)))),
+        event.decision,
+        event.approver_id,
+        event.execution_status or "not run",
+        event.latency_ms,
+    )
+    return dict(zip(_COLUMNS, cells, strict=True))
+
+
+def _summary(
+    gateway: Gateway, events: list[AuditEvent], left: list[str], settings: StoreSettings, seconds: float
+) -> dict[str, Any]:
+    from agent_gateway_store.settings import mask_url
+
+    file = sqlite_file(settings.database_url)
+    return {
+        "caller_id": CALLER,
+        "key_id": gateway.caller.key_id,
+        "session_id": gateway.session_id,
+        "approvals": {name: record(answer) for name, answer in gateway.decisions.items()},
+        "second_use_refused": gateway.replay_refused,
+        "files_left": left,
+        "events": [record(event) for event in reversed(events)],
+        "database_url": mask_url(settings.database_url),
+        "database_file": None if file is None else str(file.absolute()),
+        "seconds": round(seconds, 3),
+    }

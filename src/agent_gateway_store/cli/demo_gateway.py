@@ -1,0 +1,165 @@
+"""The gateway of the demo: decides about each tool call, asks for approval, runs the tool, audits it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from agent_gateway_store.cli.demo_tools import SERVER, Toolbox, sanitise
+from agent_gateway_store.errors import ApprovalAlreadyUsedError, StoreUnavailableError
+from agent_gateway_store.models import (
+    ApprovalRequest,
+    ApprovalResult,
+    ApprovalStatus,
+    AuditEvent,
+    CallerIdentity,
+    Decision,
+    ExecutionStatus,
+    RedactionFlag,
+    ToolCall,
+)
+from agent_gateway_store.store import GatewayStore
+
+__all__ = ["APPROVER", "Approver", "Gateway"]
+
+APPROVER = "alice"
+_PATIENCE_S = 5.0
+_RULES = {
+    "list_files": ("allow-reading", Decision.ALLOW, 0.0),
+    "read_file": ("allow-reading", Decision.ALLOW, 0.1),
+    "hash_file": ("allow-reading", Decision.ALLOW, 0.0),
+    "delete_file": ("ask-before-deleting", Decision.APPROVAL_REQUIRED, 0.8),
+}
+
+
+@dataclass
+class Gateway:
+    """Takes the tool calls of one caller.
+
+    Attributes:
+        session_id: Marks the audit events of this run.
+        decisions: Name of the tool's argument `name` to what the approver answered.
+        replay_refused: Whether a second use of an approved token was refused.
+    """
+
+    store: GatewayStore
+    caller: CallerIdentity
+    tools: Toolbox
+    session_id: str = field(default_factory=lambda: uuid4().hex[:12])
+    decisions: dict[str, ApprovalResult] = field(default_factory=dict)
+    replay_refused: bool = False
+
+    async def call(self, tool: str, **arguments: Any) -> Any:
+        """Decide about a tool call, run it if it may run, and audit it either way."""
+        started = time.perf_counter()
+        request_id = f"{self.session_id}-{uuid4().hex[:8]}"
+        rule, decision, risk = _RULES[tool]
+        event, output = _event(request_id, tool, arguments, rule, risk), None
+        event |= {"decision": decision, "deterministic_rationale": f"{tool} falls under the rule {rule}"}
+        answer, token = None, ""
+        if decision is Decision.APPROVAL_REQUIRED:
+            answer, token = await self._ask(request_id, tool, arguments)
+            event["approver_id"] = answer.approver_id
+        if answer is not None and answer.status is not ApprovalStatus.APPROVED:
+            reason = answer.note or f"the approval stands at {answer.status}"
+            event |= {"decision": Decision.DENY, "deterministic_rationale": reason}
+        else:
+            output, status = await self._run(tool, arguments, token)
+            event |= {"execution_status": status, "output_hash": _output_hash(output)}
+        event["latency_ms"] = (time.perf_counter() - started) * 1000
+        await self._record(event)
+        return output
+
+    async def _ask(self, request_id: str, tool: str, arguments: Mapping[str, Any]) -> tuple[ApprovalResult, str]:
+        raw = ToolCall(server=SERVER, tool=tool, arguments=dict(arguments))
+        request = ApprovalRequest(
+            request_id=request_id,
+            caller_id=self.caller.caller_id,
+            tool_call=raw.model_copy(update={"arguments": sanitise(arguments)[0]}),
+            risk_explanation="A deleted file cannot be brought back.",
+        )
+        token = await self.store.approvals.issue_token(request, call=raw)
+        answer = await self.store.approvals.wait_for_decision(token, timeout_s=_PATIENCE_S)
+        self.decisions[str(arguments.get("name"))] = answer
+        return answer, token
+
+    async def _run(self, tool: str, arguments: Mapping[str, Any], token: str) -> tuple[Any, ExecutionStatus]:
+        call = ToolCall(server=SERVER, tool=tool, arguments=dict(arguments))
+        if token:
+            await self.store.approvals.consume_token(token, caller_id=self.caller.caller_id, tool_call=call)
+        try:
+            output, status = await asyncio.to_thread(self.tools.run, tool, arguments), ExecutionStatus.SUCCESS
+        except OSError as exc:
+            output, status = type(exc).__name__, ExecutionStatus.TOOL_ERROR
+        if token:
+            await self.store.approvals.record_outcome(token, str(status))
+            await self._replay(token, call)
+        return output, status
+
+    async def _replay(self, token: str, call: ToolCall) -> None:
+        try:
+            await self.store.approvals.consume_token(token, caller_id=self.caller.caller_id, tool_call=call)
+        except ApprovalAlreadyUsedError:
+            self.replay_refused = True
+
+    async def _record(self, fields: Mapping[str, Any]) -> None:
+        who = self.caller
+        event = AuditEvent(
+            **fields,
+            session_id=self.session_id,
+            caller_id=who.caller_id,
+            caller_role=who.role,
+            key_id=who.key_id,
+            environment=who.environment,
+            policy_version="demo",
+        )
+        if await self.store.audit.write(event) != "STORED":
+            raise StoreUnavailableError("The demo's audit event was not stored: check the database.")
+
+
+def _event(request_id: str, tool: str, arguments: Mapping[str, Any], rule: str, risk: float) -> dict[str, Any]:
+    kept, masked = sanitise(arguments)
+    return {
+        "request_id": request_id,
+        "mcp_server": SERVER,
+        "tool_name": tool,
+        "raw_args_hash": AuditEvent.hash_args(arguments),
+        "sanitized_args": kept,
+        "redaction_flags": [RedactionFlag(field=f"sanitized_args.{name}", reason="SECRET") for name in masked],
+        "risk_labels": ["DESTRUCTIVE"] if tool == "delete_file" else [],
+        "risk_score": risk,
+        "matched_policy_rule": rule,
+    }
+
+
+def _output_hash(output: Any) -> str:
+    return hashlib.sha256(json.dumps(output).encode()).hexdigest()
+
+
+class Approver:
+    """Stands in for a human: sees what is pending for one caller, and decides by approval id."""
+
+    def __init__(self, store: GatewayStore, session_id: str) -> None:
+        self._store, self._session_id = store, session_id
+
+    async def work(self) -> None:
+        """Decide until cancelled: old exports may go, everything else stays."""
+        while True:
+            for request in await self._store.approvals.list_requests(ApprovalStatus.PENDING):
+                if request.request_id.startswith(self._session_id):
+                    await self._decide(request)
+            await asyncio.sleep(0.05)
+
+    async def _decide(self, request: ApprovalRequest) -> None:
+        name = request.tool_call.arguments.get("name", "")
+        if name.startswith("old-"):
+            decide, note = self._store.approvals.approve, "an old export"
+        else:
+            decide, note = self._store.approvals.deny, f"{name} is still needed"
+        await decide(approver_id=APPROVER, note=note, approval_id=request.approval_id, channel="demo")
