@@ -42,7 +42,7 @@ assert canonical_json({"n": -0.0}) == b'{"n":0}'
 assert canonical_json({"t": "$int:5"}) == b'{"t":"$$int:5"}'
 assert canonical_json({"t": "\ud800"}) == b'{"t":"$text:\\\\ud800"}'
 assert canonical_json({"b": b"\x00\xff"}) == b'{"b":"$bytes:AP8="}'
-assert canonical_json({1: "a", None: "b"}) == b'{"$int:1":"a","$null:null":"b"}'
+assert canonical_json({1: "a", None: "b"}) == b'{"$int:1":"a","$null:none":"b"}'
 # --8<-- [end:vectors]
 
 

@@ -32,14 +32,16 @@ def create_app(settings: GatewaySettings | None = None) -> FastAPI:
 
     Raises:
         PolicyError: The policy file cannot be used.
+        InvalidUrlError: DATABASE_URL or REDIS_URL cannot be used.
+        pydantic.ValidationError: Another setting cannot.
     """
     settings = settings or GatewaySettings()
     policy = load_policy(settings.policies)
+    store = GatewayStore(auto_migrate=True)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.sandbox.mkdir(parents=True, exist_ok=True)
-        store = GatewayStore(auto_migrate=True)
         try:
             await store.open()
         except GatewayStoreError as exc:

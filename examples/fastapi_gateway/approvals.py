@@ -12,6 +12,11 @@ from fastapi_gateway.access import Approver, Auditor, Caller, Parts
 
 __all__ = ["router"]
 
+# Without HASH_KEY a hash lets a short secret be guessed, so approvers see none.
+_SHOWN = {
+    *("approval_id", "request_id", "caller_id", "tool_call", "risk_explanation", "created_at", "expires_at", "status"),
+    *("approver_id", "decision_at", "approver_note", "used_at", "outcome"),
+}
 router = APIRouter(prefix="/v1", max_body_size=65_536)
 
 
@@ -34,7 +39,10 @@ async def list_approvals(
 ) -> dict[str, Any]:
     """List approvals of the approver's organisation, newest first."""
     page = await gateway.store.for_org(approver.org_id).approvals.list_requests(status, limit, cursor)
-    return {"items": page.to_dicts(), "next_cursor": page.next_cursor}
+    return {
+        "items": [request.model_dump(mode="json", include=_SHOWN) for request in page],
+        "next_cursor": page.next_cursor,
+    }
 
 
 @router.get("/approvals/{token}")

@@ -106,5 +106,13 @@ def load_policy(path: Path) -> Policy:
         policy = Policy.model_validate(yaml.safe_load(data))
     except OSError as exc:
         raise PolicyError(f"The policy file {path} cannot be read ({exc.strerror}): set GATEWAY_POLICIES.") from exc
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        where = ".".join(map(str, error["loc"])) or "the top"
+        raise PolicyError(f"The policy file {path} is wrong at {where} ({error['msg']}): correct it.") from exc
+    except (yaml.YAMLError, RecursionError, ValueError) as exc:
+        mark = getattr(exc, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise PolicyError(f"The policy file {path} is not YAML{where}: correct it.") from exc
     policy._digest = hashlib.sha256(data).hexdigest()
     return policy

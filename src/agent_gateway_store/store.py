@@ -33,7 +33,6 @@ from agent_gateway_store.storage.urls import is_memory
 __all__ = ["GatewayStore"]
 
 _logger = logging.getLogger("agent_gateway_store")
-_logger.addHandler(logging.NullHandler())
 
 
 class GatewayStore:
@@ -242,7 +241,7 @@ class _Core:
         try:
             await migrate.upgrade(self.database.engine)
         finally:
-            if not is_open:
+            if not is_open and not is_memory(self.database.engine.url):
                 # Its connections belong to this event loop; the store may be opened in another one.
                 await self.database.close()
 

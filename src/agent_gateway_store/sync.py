@@ -1,54 +1,118 @@
 """`SyncGatewayStore`: the same names, blocking, over an event loop in a thread of its own.
 
 Works where a loop already runs (Jupyter), and can be called from several threads. The twin is made from the async
-classes, so the two cannot grow apart; `sync.pyi` beside this file tells type checkers what comes out.
+classes, so the two cannot grow apart; `sync.pyi` beside this file, generated from the same classes, tells type checkers
+what comes out.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import partial, wraps
+from concurrent.futures import Future
+from functools import update_wrapper
 from types import TracebackType
-from typing import Any, Self
-
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from typing import Any, Self, TypeVar
 
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditLog
 from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.keys import KeyManager
+from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.database import Database
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["SyncGatewayStore"]
+__all__ = ["SyncApprovalManager", "SyncAuditLog", "SyncGatewayStore", "SyncKeyManager"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Portal:
-    """The thread in which one store's event loop runs."""
+    """The thread in which a store's event loop runs; shared by its organisation-bound views.
+
+    anyio's `start_blocking_portal` is not used: it hangs the interpreter's exit where a store was left open.
+
+    Attributes:
+        lifecycle: Held while the store is opened or closed.
+    """
 
     def __init__(self) -> None:
-        self._manager: AbstractContextManager[BlockingPortal] | None = None
-        self._portal: BlockingPortal | None = None
+        self.lifecycle = threading.RLock()
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._end: asyncio.Event
+        self._under_way: set[asyncio.Task[Any]] = set()
 
     @property
     def is_running(self) -> bool:
-        return self._portal is not None
+        """True once started; raises StoreNotOpenError if that was before a fork, which threads do not survive."""
+        if self._loop is not None and self._pid != os.getpid():
+            raise StoreNotOpenError("The store was opened in another process: open one in each process, after forking.")
+        return self._loop is not None
 
-    def start(self) -> None:
-        if self._portal is None:
-            self._manager = start_blocking_portal()
-            self._portal = self._manager.__enter__()
+    def start(self) -> bool:
+        """Start the thread; False if it runs already."""
+        if self.is_running:
+            return False
+        ready: Future[asyncio.AbstractEventLoop] = Future()
+        self._thread = threading.Thread(
+            target=asyncio.run, args=(self._serve(ready),), name="gateway-store sync", daemon=True
+        )
+        self._thread.start()
+        self._loop, self._pid = ready.result(), os.getpid()
+        return True
+
+    async def _serve(self, ready: Future[asyncio.AbstractEventLoop]) -> None:
+        self._end = asyncio.Event()
+        ready.set_result(asyncio.get_running_loop())
+        await self._end.wait()
+        while self._under_way:
+            await asyncio.wait(self._under_way)
 
     def stop(self) -> None:
-        if self._manager is not None:
-            manager, self._manager, self._portal = self._manager, None, None
-            manager.__exit__(None, None, None)
+        """Let calls under way end, then end the thread. Calls from now on raise StoreNotOpenError."""
+        with self._lock:
+            thread, loop, self._thread, self._loop = self._thread, self._loop, None, None
+            if loop is not None:
+                loop.call_soon_threadsafe(self._end.set)
+        if thread is not None:
+            thread.join()
+
+    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        """Start a call in the event loop."""
+        if self.is_running:
+            # Under the lock, so that nothing is handed to a loop that ends.
+            with self._lock:
+                if self._thread is threading.current_thread():
+                    raise RuntimeError("The blocking store was called from its own thread: this would wait for itself.")
+                if self._loop is not None:
+                    return asyncio.run_coroutine_threadsafe(self._run(function, args, kwargs), self._loop)
+        raise StoreNotOpenError("The store is not open: use `with SyncGatewayStore() as store:` or `open()`.")
+
+    async def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101
+        self._under_way.add(task)
+        try:
+            return await function(*args, **kwargs)
+        finally:
+            self._under_way.discard(task)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._portal is None:
-            raise StoreNotOpenError("The store is not open: use `with SyncGatewayStore() as store:` or `open()`.")
-        return self._portal.call(partial(function, *args, **kwargs))
+        """Call in the event loop and wait; what it raises is raised here."""
+        future = self.submit(function, *args, **kwargs)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C ends the waiting of this thread only, so the call itself is told, too.
+            future.cancel()
+            raise
 
 
 class _Twin:
@@ -56,32 +120,42 @@ class _Twin:
         self._twin, self._portal = twin, portal
 
 
+def _like(original: Callable[..., Any]) -> Callable[[F], F]:
+    def copy(function: F) -> F:
+        update_wrapper(function, original)
+        return function
+
+    return copy
+
+
 def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.isasyncgenfunction(method):
 
-        @wraps(method)
+        @_like(method)
         def iterate(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
             items = getattr(self._twin, name)(*args, **kwargs)
             try:
                 while True:
                     try:
-                        yield self._portal.call(items.__anext__)
+                        item = self._portal.call(items.__anext__)
                     except StopAsyncIteration:
                         return
+                    yield item
             finally:
-                self._portal.call(items.aclose)
+                if self._portal.is_running:
+                    self._portal.call(items.aclose)
 
         return iterate
 
     if inspect.iscoroutinefunction(method):
 
-        @wraps(method)
+        @_like(method)
         def block(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self._portal.call(getattr(self._twin, name), *args, **kwargs)
 
         return block
 
-    @wraps(method)
+    @_like(method)
     def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._twin, name)(*args, **kwargs)
 
@@ -95,10 +169,11 @@ def _forwarded(name: str, member: property) -> property:
     return property(get, doc=member.__doc__)
 
 
-def _twin_of(cls: type[Any]) -> type[Any]:
+def twin_of(cls: type[Any]) -> type[Any]:
+    """Make the blocking twin of a class: its public methods, async ones and generators blocking, and properties."""
     members: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": __name__}
     for name, member in inspect.getmembers(cls):
-        if name.startswith("_") or isinstance(inspect.getattr_static(cls, name), classmethod):
+        if name.startswith("_"):
             continue
         if isinstance(member, property):
             members[name] = _forwarded(name, member)
@@ -107,75 +182,96 @@ def _twin_of(cls: type[Any]) -> type[Any]:
     return type(f"Sync{cls.__name__}", (_Twin,), members)
 
 
-SyncAuditLog = _twin_of(AuditLog)
-SyncApprovalManager = _twin_of(ApprovalManager)
-SyncKeyManager = _twin_of(KeyManager)
+SyncAuditLog: Any = twin_of(AuditLog)
+SyncApprovalManager: Any = twin_of(ApprovalManager)
+SyncKeyManager: Any = twin_of(KeyManager)
 
 
 class SyncGatewayStore:
     __doc__ = GatewayStore.__doc__
 
-    @wraps(GatewayStore.__init__)
+    @_like(GatewayStore.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._store = GatewayStore(*args, **kwargs)
-        self._portal = _Portal()
-        self._bind()
+        self._bind(GatewayStore(*args, **kwargs), _Portal())
 
-    def _bind(self) -> None:
-        self.audit = SyncAuditLog(self._store.audit, self._portal)
-        self.approvals = SyncApprovalManager(self._store.approvals, self._portal)
-        self.keys = SyncKeyManager(self._store.keys, self._portal)
+    def _bind(self, store: GatewayStore, portal: _Portal) -> None:
+        self._store, self._portal = store, portal
+        self._audit = SyncAuditLog(store.audit, portal)
+        self._approvals = SyncApprovalManager(store.approvals, portal)
+        self._keys = SyncKeyManager(store.keys, portal)
 
     @property
-    def settings(self) -> Any:
+    def audit(self) -> Any:
+        """Write and find audit events."""
+        return self._audit
+
+    @property
+    def approvals(self) -> Any:
+        """Ask for approvals, decide them, use them."""
+        return self._approvals
+
+    @property
+    def keys(self) -> Any:
+        """Issue and verify API keys."""
+        return self._keys
+
+    @property
+    def settings(self) -> StoreSettings:
+        """The settings in force."""
         return self._store.settings
 
     @property
-    def plugins(self) -> Any:
+    def plugins(self) -> Plugins:
+        """The plugins as they were loaded, with what is wrong with them."""
         return self._store.plugins
 
     @property
-    def database(self) -> Any:
+    def database(self) -> Database:
+        """The engine and the sessions; they belong to the event loop of the store's thread."""
         return self._store.database
 
     @property
     def org_id(self) -> str | None:
+        """The organisation this store is bound to, or None."""
         return self._store.org_id
 
-    @wraps(GatewayStore.for_org)
+    @_like(GatewayStore.for_org)
     def for_org(self, org_id: str) -> SyncGatewayStore:
         view = object.__new__(SyncGatewayStore)
-        view._store, view._portal = self._store.for_org(org_id), self._portal
-        view._bind()
+        view._bind(self._store.for_org(org_id), self._portal)
         return view
 
-    @wraps(GatewayStore.open)
+    @_like(GatewayStore.open)
     def open(self) -> Self:
-        self._portal.start()
-        try:
-            self._portal.call(self._store.open)
-        except BaseException:
-            self._portal.stop()
-            raise
+        with self._portal.lifecycle:
+            is_new = self._portal.start()
+            try:
+                self._portal.call(self._store.open)
+            except BaseException:
+                if is_new:
+                    self._portal.stop()
+                raise
         return self
 
-    @wraps(GatewayStore.close)
+    @_like(GatewayStore.close)
     def close(self) -> None:
-        if self._portal.is_running:
-            try:
-                self._portal.call(self._store.close)
-            finally:
-                self._portal.stop()
+        with self._portal.lifecycle:
+            if self._portal.is_running:
+                try:
+                    # Not told of a Ctrl-C: what has begun to close is closed to the end, which is near.
+                    self._portal.submit(self._store.close).result()
+                finally:
+                    self._portal.stop()
 
-    @wraps(GatewayStore.migrate)
+    @_like(GatewayStore.migrate)
     def migrate(self) -> None:
-        was_running = self._portal.is_running
-        self._portal.start()
-        try:
-            self._portal.call(self._store.migrate)
-        finally:
-            if not was_running:
-                self._portal.stop()
+        with self._portal.lifecycle:
+            is_new = self._portal.start()
+            try:
+                self._portal.call(self._store.migrate)
+            finally:
+                if is_new:
+                    self._portal.stop()
 
     def __enter__(self) -> Self:
         return self.open()

@@ -8,8 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
+import asyncpg
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from agent_gateway_store import ApprovalRequest, AuditEvent, GatewayStore, ToolCall
 
 pytestmark = pytest.mark.integration
 
@@ -72,3 +79,55 @@ def test_every_section_is_shown() -> None:
     for snippet in SNIPPETS:
         for section in re.findall(r"--8<-- \[start:([\w-]+)\]", snippet.read_text()):
             assert (snippet.name, section) in shown
+
+
+async def test_grants_suffice(postgres_database: Callable[[], str]) -> None:
+    """With the grants of the docs a gateway works, and cannot delete an audit event."""
+    url, role = postgres_database(), f"app_{uuid4().hex}"
+    async with GatewayStore(url, auto_migrate=True):
+        pass
+    grants = (DOCS / "snippets" / "least_privilege.sql").read_text().replace("gateway_app", role)
+    owner = await asyncpg.connect(url.replace("+asyncpg", ""))
+    await owner.execute(f"CREATE ROLE {role}; {grants}")
+    engine = create_async_engine(url, connect_args={"server_settings": {"role": role}})
+    try:
+        async with GatewayStore(engine=engine) as store:
+            key = await store.keys.issue("dev-agent", role="developer")
+            await store.keys.verify(key.plaintext)
+            call = ToolCall(server="files", tool="delete_file")
+            asked = ApprovalRequest(
+                request_id="r-1", caller_id="dev-agent", tool_call=call, risk_explanation="Deletes."
+            )
+            token = await store.approvals.issue_token(asked)
+            await store.approvals.approve(token, approver_id="alice")
+            await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=call)
+            outcomes = [await store.audit.write(make_event()), await store.audit.write(make_event())]
+
+            with pytest.raises(ProgrammingError, match="permission denied"):
+                async with store.database.sessions() as session:
+                    await session.execute(text("DELETE FROM audit_events"))
+            assert outcomes == ["STORED", "STORED"]
+            assert len(await store.audit.list_recent()) == 2
+    finally:
+        await engine.dispose()
+        await owner.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        await owner.close()
+
+
+def make_event() -> AuditEvent:
+    """An event like the one before it, but for the time."""
+    return AuditEvent(
+        request_id="r-1",
+        caller_id="dev-agent",
+        caller_role="developer",
+        environment="dev",
+        mcp_server="files",
+        tool_name="read_file",
+        raw_args_hash=AuditEvent.hash_args({}),
+        sanitized_args={},
+        risk_score=0,
+        matched_policy_rule="reads-are-allowed",
+        decision="ALLOW",
+        latency_ms=1,
+        deterministic_rationale="Reads are allowed.",
+    )

@@ -291,7 +291,7 @@ class ApprovalManager:
     async def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
     ) -> Page[ApprovalRequest]:
-        """Return approvals, newest first, ties broken by id; `next_cursor` leads on, and new approvals do not move it.
+        """Return approvals, newest first, ties broken by id. `next_cursor` leads on; new approvals do not move it.
 
         Args:
             status: Only these, as a reader sees them (EXPIRED from the deadline on). None: all.

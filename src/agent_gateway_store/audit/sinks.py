@@ -7,8 +7,8 @@ its place in the answer holds the error instead of an outcome.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
@@ -26,6 +26,9 @@ __all__ = ["Settled", "Sink", "sink_for"]
 
 Settled: TypeAlias = WriteOutcome | Exception
 _TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S = 1.0
+_CLOSE_TIMEOUT_S = 1.0
+_CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
 _STORED = WriteOutcome.STORED
 
 
@@ -34,6 +37,10 @@ class Sink(Protocol):
 
     async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
         """Commit `rows`, whose keys differ; return what became of each, in order."""
+        ...
+
+    async def probe(self) -> None:
+        """Return soon if the database answers, raise soon if not."""
         ...
 
     async def close(self) -> None:
@@ -65,6 +72,11 @@ class RowSink:
             if len(rows) == 1:
                 return [exc]
         return [(await self.store([row]))[0] for row in rows]
+
+    async def probe(self) -> None:
+        """Ask the database for anything."""
+        async with self._engine.connect() as connection:
+            await connection.exec_driver_sql("SELECT 1")
 
     async def close(self) -> None:
         """Nothing is kept."""
@@ -106,22 +118,41 @@ class PostgresSink:
         self._driver: asyncpg.Connection | None = None
 
     async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
-        """Commit `rows`, within five seconds. A connection that died idle is replaced once.
+        """Commit `rows`, or raise within five seconds. A connection that died idle is replaced once.
 
         A commit whose answer was cut off is settled by the second try: what it finds stored is the same event.
         """
-        is_reused = self._driver is not None
-        try:
-            return await self._store(rows)
-        except (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError):
-            if not is_reused:
-                raise
-            return await self._store(rows)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _TIMEOUT_S
+        if self._driver is not None:
+            try:
+                return await self._store(rows, deadline)
+            except _CONNECTION_LOST:
+                if loop.time() >= deadline:
+                    raise
+        return await self._store(rows, deadline)
 
-    async def _store(self, rows: Sequence[EventRow]) -> list[Settled]:
+    async def probe(self) -> None:
+        """Have the connection answer within a second."""
+        async with self._until(asyncio.get_running_loop().time() + _PROBE_TIMEOUT_S) as driver:
+            await driver.execute("SELECT 1")
+
+    async def _store(self, rows: Sequence[EventRow], deadline: float) -> list[Settled]:
+        async with self._until(deadline) as driver:
+            return await self._copy(driver, rows)
+
+    @asynccontextmanager
+    async def _until(self, deadline: float) -> AsyncIterator[asyncpg.Connection]:
+        """Lend the connection; whatever its use raises, it is not used again."""
         try:
-            async with asyncio.timeout(_TIMEOUT_S):
-                return await self._copy(await self._connected(), rows)
+            async with asyncio.timeout_at(deadline):
+                driver = await self._connected()
+            # A COPY that is cancelled waits for the server's word, which one that hangs never gives: the line is cut.
+            watchdog = asyncio.get_running_loop().call_at(deadline, driver.terminate)
+            try:
+                yield driver
+            finally:
+                watchdog.cancel()
         except BaseException:
             await self._drop()
             raise
@@ -181,14 +212,15 @@ class PostgresSink:
             driver.terminate()
         if connection is not None:
             with suppress(Exception):
-                await connection.close()
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await connection.close()
 
     async def close(self) -> None:
         """Give the connection up."""
         driver = self._driver
         if driver is not None and not driver.is_closed():
             with suppress(Exception):
-                await driver.close(timeout=1.0)
+                await driver.close(timeout=_CLOSE_TIMEOUT_S)
         await self._drop()
 
 

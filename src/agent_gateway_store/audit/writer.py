@@ -11,12 +11,13 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TypeAlias
 
 from agent_gateway_store.audit.batch import store_batch
 from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.row import EventRow
-from agent_gateway_store.audit.sinks import Sink
+from agent_gateway_store.audit.sinks import Settled, Sink
 from agent_gateway_store.errors import AuditUnavailableError
 from agent_gateway_store.storage.spool import Spool
 
@@ -28,6 +29,8 @@ _MAX_BATCH_ROWS = 1_000
 _MAX_BATCH_CHARS = 8 * 2**20
 _REPLAY_ROWS = 500
 _RETRY_AFTER_S = 0.5
+
+_Answer: TypeAlias = WriteOutcome | AuditUnavailableError
 
 _logger = logging.getLogger("agent_gateway_store.audit")
 
@@ -76,10 +79,7 @@ class AuditWriter:
         Raises:
             AuditUnavailableError: In the strict mode, if they could not be committed.
         """
-        outcomes = await self._commit(rows)
-        if isinstance(outcomes, Exception):
-            raise outcomes
-        return outcomes
+        return [_accepted(outcome) for outcome in await self._commit(rows)]
 
     async def flush(self) -> int:
         """Wait until everything queued is acknowledged and try to empty the spool; return how many rows still wait."""
@@ -132,13 +132,13 @@ class AuditWriter:
                 batch = self._next_batch()
                 outcomes = await self._commit([row for row, _ in batch])
                 self.counters.queue_depth -= len(batch)
-                for index, (_, future) in enumerate(batch):
+                for (_, future), outcome in zip(batch, outcomes, strict=True):
                     if future.done():
                         continue
-                    if isinstance(outcomes, Exception):
-                        future.set_exception(outcomes)
+                    if isinstance(outcome, WriteOutcome):
+                        future.set_result(outcome)
                     else:
-                        future.set_result(outcomes[index])
+                        future.set_exception(outcome)
         finally:
             self._drainer = None
 
@@ -154,7 +154,7 @@ class AuditWriter:
             self._room.set()
         return batch
 
-    async def _commit(self, rows: Sequence[EventRow]) -> list[WriteOutcome] | AuditUnavailableError:
+    async def _commit(self, rows: Sequence[EventRow]) -> list[_Answer]:
         """Settle `rows` one way or another. Raises nothing but a cancellation of this very task."""
         async with self._committing:
             if self._is_away and (self.spool is not None or asyncio.get_running_loop().time() < self._retry_at):
@@ -165,33 +165,25 @@ class AuditWriter:
                 self._note_outage(exc)
                 return await self._keep(rows, exc)
             self._is_away = False
-            return [await self._count(row, outcome) for row, outcome in zip(rows, settled, strict=True)]
+            return [await self._answer(row, outcome) for row, outcome in zip(rows, settled, strict=True)]
 
-    async def _count(self, row: EventRow, outcome: WriteOutcome | Exception) -> WriteOutcome:
-        if isinstance(outcome, Exception):
-            return await self._refused(row, outcome)
-        self.counters.count(outcome)
-        return outcome
+    async def _answer(self, row: EventRow, outcome: Settled) -> _Answer:
+        if isinstance(outcome, WriteOutcome):
+            self.counters.count(outcome)
+            return outcome
+        _logger.error("The database refuses an audit event (%s): it is set aside.", type(outcome).__name__)
+        return (await self._keep([row], outcome, quarantined_for=type(outcome).__name__))[0]
 
     async def _keep(
-        self, rows: Sequence[EventRow], cause: Exception | None
-    ) -> list[WriteOutcome] | AuditUnavailableError:
-        if self.spool is None:
-            error = AuditUnavailableError(
-                "The event could not be recorded, so the call must not go through: check the database."
-            )
-            error.__cause__ = cause
-            return error
-        outcome = await self._spooled(rows, None)
-        return [outcome] * len(rows)
-
-    async def _refused(self, row: EventRow, error: Exception) -> WriteOutcome:
-        _logger.error("The database refuses an audit event (%s): it is quarantined.", type(error).__name__)
-        if self.spool is None:
-            log_lost(row, error)
-            self.counters.count(WriteOutcome.LOST)
-            return WriteOutcome.LOST
-        return await self._spooled([row], type(error).__name__)
+        self, rows: Sequence[EventRow], cause: Exception | None, *, quarantined_for: str | None = None
+    ) -> list[_Answer]:
+        if self.spool is not None:
+            return [await self._spooled(rows, quarantined_for)] * len(rows)
+        error = AuditUnavailableError(
+            "The event could not be recorded, so the call must not go through: check the database."
+        )
+        error.__cause__ = cause
+        return [error] * len(rows)
 
     async def _spooled(self, rows: Sequence[EventRow], error: str | None) -> WriteOutcome:
         assert self.spool is not None  # noqa: S101
@@ -223,6 +215,9 @@ class AuditWriter:
                 await asyncio.sleep(_RETRY_AFTER_S)
             while True:
                 try:
+                    if self._is_away:
+                        # Outside the lock: a database that hangs must not hold up what goes to the spool meanwhile.
+                        await self._sink.probe()
                     await self._replay()
                     return
                 except Exception as exc:
@@ -233,22 +228,33 @@ class AuditWriter:
 
     async def _replay(self) -> None:
         """Bring the spool to the database, in order; then let writes go there again. Raises while it is away."""
-        assert self.spool is not None  # noqa: S101
         while True:
-            # Under the lock, so that nothing is spooled between the last look and the way back.
+            # Under the lock, so that nothing is spooled between the last rows and the way back.
             async with self._committing:
-                waiting = await self.spool.waiting(_REPLAY_ROWS)
-                if not waiting:
+                if await self._replay_some() < _REPLAY_ROWS:
                     if self._is_away:
                         _logger.warning("The audit database is back, the spool is empty.")
                     self._is_away = False
                     return
-                settled = await store_batch(self._sink, [EventRow.restored(values) for _, values in waiting])
-                done = []
-                for (row_id, _), outcome in zip(waiting, settled, strict=True):
-                    if isinstance(outcome, Exception):
-                        await self.spool.quarantine(row_id, type(outcome).__name__)
-                    else:
-                        done.append(row_id)
-                await self.spool.remove(done)
-                self.counters.replayed += len(done)
+
+    async def _replay_some(self) -> int:
+        assert self.spool is not None  # noqa: S101
+        waiting = await self.spool.waiting(_REPLAY_ROWS)
+        if not waiting:
+            return 0
+        settled = await store_batch(self._sink, [EventRow.restored(values) for _, values in waiting])
+        done = []
+        for (row_id, _), outcome in zip(waiting, settled, strict=True):
+            if isinstance(outcome, Exception):
+                await self.spool.quarantine(row_id, type(outcome).__name__)
+            else:
+                done.append(row_id)
+        await self.spool.remove(done)
+        self.counters.replayed += len(done)
+        return len(waiting)
+
+
+def _accepted(answer: _Answer) -> WriteOutcome:
+    if isinstance(answer, WriteOutcome):
+        return answer
+    raise answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -64,8 +65,8 @@ def root(
         raise typer.BadParameter("--org must not be empty.")
     if database_url is not None and not database_url:
         raise typer.BadParameter("--database-url must not be empty.")
+    # Without a handler Python prints warnings of the store beside the one sentence that a command ends in.
+    logging.getLogger("agent_gateway_store").addHandler(logging.NullHandler())
     if debug:
-        import logging
-
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     ctx.obj = Options(database_url=database_url, redis_url=redis_url, org=org, env_file=env_file)

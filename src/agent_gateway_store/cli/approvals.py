@@ -48,7 +48,13 @@ def list_approvals(
         async with open_store(ctx) as store:
             return await store.approvals.list_requests(wanted, limit=limit, cursor=cursor)
 
-    print_page(run(work()), columns=_COLUMNS, as_json=json)
+    print_page(
+        run(work()),
+        columns=_COLUMNS,
+        whole={"approval_id", "status"},
+        optional={"created_at", "approver_id"},
+        as_json=json,
+    )
 
 
 @app.command()

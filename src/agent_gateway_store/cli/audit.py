@@ -36,7 +36,7 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
     """Store audit events from JSON lines on standard input; each line gets its outcome.
 
     A malformed line is reported with its number and the others are still written; the exit code is then 1. It is 5 if
-    an event was lost.
+    an event was lost. A line that names no timestamp is stamped now, so that writing it again is another event.
     """
 
     def report(line: Line) -> None:
@@ -92,7 +92,13 @@ def print_events(events: Page[AuditEvent]) -> None:
     """Print events as a table."""
     from agent_gateway_store.results import Page
 
-    print_page(Page([_with_call(event) for event in events]), columns=_COLUMNS, as_json=False)
+    print_page(
+        Page([_with_call(event) for event in events]),
+        columns=_COLUMNS,
+        whole={"timestamp", "decision", "execution_status", "request_id"},
+        optional={"execution_status", "latency_ms", "request_id"},
+        as_json=False,
+    )
 
 
 def _with_call(event: AuditEvent) -> dict[str, Any]:

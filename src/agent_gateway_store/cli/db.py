@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from agent_gateway_store.cli.faults import CommandError
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, say
-from agent_gateway_store.cli.running import run, settings_of, sqlite_file
+from agent_gateway_store.cli.running import run, settings_of, settle, sqlite_file
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["app", "engine_for", "schema_state"]
 
 app = typer.Typer(no_args_is_help=True, help="Bring the schema up to date, or tell where it stands.")
-
-RevisionOption = Annotated[str, typer.Option(help="Revision to reach; default: the newest.")]
 
 
 @asynccontextmanager
@@ -32,6 +30,7 @@ async def engine_for(url: str) -> AsyncIterator[AsyncEngine]:
         yield engine
     finally:
         await engine.dispose()
+        await settle()
 
 
 async def schema_state(url: str) -> dict[str, Any]:
@@ -56,7 +55,7 @@ async def schema_state(url: str) -> dict[str, Any]:
 
 
 @app.command()
-def upgrade(ctx: typer.Context, revision: RevisionOption = "head", json: JsonOption = False) -> None:
+def upgrade(ctx: typer.Context, json: JsonOption = False) -> None:
     """Bring the schema up to date. Safe to repeat, and to run from several processes at once."""
     url = settings_of(ctx).database_url
 
@@ -64,7 +63,7 @@ def upgrade(ctx: typer.Context, revision: RevisionOption = "head", json: JsonOpt
         from agent_gateway_store.storage import migrate
 
         async with engine_for(url) as engine:
-            await migrate.upgrade(engine, revision)
+            await migrate.upgrade(engine)
         return await schema_state(url)
 
     state = run(work())
@@ -125,12 +124,12 @@ def explain_state(state: dict[str, Any]) -> str:
 
 
 @app.command()
-def sql(ctx: typer.Context, revision: RevisionOption = "head", json: JsonOption = False) -> None:
+def sql(ctx: typer.Context, json: JsonOption = False) -> None:
     """Print the statements that set up an empty database of this kind, without connecting."""
     from agent_gateway_store.storage import migrate
 
-    script = migrate.sql(settings_of(ctx).database_url, revision)
+    script = migrate.sql(settings_of(ctx).database_url)
     if json:
-        print_json({"revision": revision, "sql": script})
+        print_json({"revision": migrate.head(), "sql": script})
     else:
         typer.echo(script.rstrip())

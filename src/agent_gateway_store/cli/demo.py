@@ -62,7 +62,7 @@ async def _demo(ctx: typer.Context, settings: StoreSettings, tell: Any) -> dict[
                     await approving
             left = gateway.tools.names
         await store.keys.revoke(CALLER)
-        tell(f"Files     {', '.join(left)} are left of a temporary folder; the key is revoked.")
+        tell(f"Files     {' and '.join(left)} are left; the API key is revoked.")
         events = [event for event in await store.audit.list_by_caller(CALLER) if event.session_id == gateway.session_id]
     seconds = time.perf_counter() - started
     _check(gateway, events, left)
@@ -108,7 +108,10 @@ def _show(events: list[AuditEvent], settings: StoreSettings, seconds: float) -> 
     from agent_gateway_store.settings import mask_url
 
     typer.echo()
-    console().print(Page([_row(event) for event in reversed(events)], columns=_COLUMNS))
+    table = Page([_row(event) for event in reversed(events)], columns=_COLUMNS).__rich__()
+    for column in table.columns:
+        column.no_wrap = column.header != "arguments"
+    console(at_most=80).print(table)
     file = sqlite_file(settings.database_url)
     url = mask_url(settings.database_url)
     typer.echo()

@@ -60,7 +60,7 @@ class Gateway:
         started = time.perf_counter()
         request_id = f"{self.session_id}-{uuid4().hex[:8]}"
         rule, decision, risk = _RULES[tool]
-        event, output = _event(request_id, tool, arguments, rule, risk), None
+        event, output = self._event(request_id, tool, arguments, rule, risk), None
         event |= {"decision": decision, "deterministic_rationale": f"{tool} falls under the rule {rule}"}
         answer, token = None, ""
         if decision is Decision.APPROVAL_REQUIRED:
@@ -108,6 +108,23 @@ class Gateway:
         except ApprovalAlreadyUsedError:
             self.replay_refused = True
 
+    def _event(
+        self, request_id: str, tool: str, arguments: Mapping[str, Any], rule: str, risk: float
+    ) -> dict[str, Any]:
+        key = self.store.settings.hash_key
+        kept, masked = sanitise(arguments)
+        return {
+            "request_id": request_id,
+            "mcp_server": SERVER,
+            "tool_name": tool,
+            "raw_args_hash": AuditEvent.hash_args(arguments, key=key.get_secret_value() if key else None),
+            "sanitized_args": kept,
+            "redaction_flags": [RedactionFlag(field=f"sanitized_args.{name}", reason="SECRET") for name in masked],
+            "risk_labels": ["DESTRUCTIVE"] if tool == "delete_file" else [],
+            "risk_score": risk,
+            "matched_policy_rule": rule,
+        }
+
     async def _record(self, fields: Mapping[str, Any]) -> None:
         who = self.caller
         event = AuditEvent(
@@ -121,21 +138,6 @@ class Gateway:
         )
         if await self.store.audit.write(event) != "STORED":
             raise StoreUnavailableError("The demo's audit event was not stored: check the database.")
-
-
-def _event(request_id: str, tool: str, arguments: Mapping[str, Any], rule: str, risk: float) -> dict[str, Any]:
-    kept, masked = sanitise(arguments)
-    return {
-        "request_id": request_id,
-        "mcp_server": SERVER,
-        "tool_name": tool,
-        "raw_args_hash": AuditEvent.hash_args(arguments),
-        "sanitized_args": kept,
-        "redaction_flags": [RedactionFlag(field=f"sanitized_args.{name}", reason="SECRET") for name in masked],
-        "risk_labels": ["DESTRUCTIVE"] if tool == "delete_file" else [],
-        "risk_score": risk,
-        "matched_policy_rule": rule,
-    }
 
 
 def _output_hash(output: Any) -> str:

@@ -79,7 +79,7 @@ async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSe
         approvals = ApprovalManager.over(database, Accelerator(None), settings, org_id=options_of(ctx).org)
         used = await approvals.list_requests("USED", limit=_MAX_USED)
     unknown = sum(request.outcome is None for request in used)
-    report.facts["approvals"] = {"used_without_outcome": unknown, "used_looked_at": len(used)}
+    report.facts["approvals"] = {"used_without_outcome": unknown, "used_examined": len(used)}
     if unknown:
         report.warning(
             f"{unknown} of the newest {len(used)} used approvals have no outcome: find out what became of their calls."

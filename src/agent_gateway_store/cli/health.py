@@ -64,14 +64,13 @@ async def check_database(report: Report, url: str) -> None:
     """Reach the database, read its schema and the settings that decide about durability."""
     from agent_gateway_store.settings import mask_url
 
-    file = sqlite_file(url)
     facts: dict[str, Any] = {"url": mask_url(url), "kind": None, "reachable": False}
     report.facts["database"] = facts
     try:
-        state = await schema_state(url)
         async with engine_for(url) as engine:
             facts["kind"] = engine.dialect.name
-            if file is not None:
+            state = await schema_state(url)
+            if (file := sqlite_file(url)) is not None:
                 facts["file"] = str(file.absolute())
                 if not file.exists():
                     report.facts["schema"] = state

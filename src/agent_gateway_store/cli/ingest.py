@@ -10,7 +10,7 @@ import typer
 
 from agent_gateway_store.cli.faults import CommandError, ExitCode, spell_validation
 from agent_gateway_store.cli.output import complain
-from agent_gateway_store.cli.running import options_of, settings_of
+from agent_gateway_store.cli.running import open_store
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import AuditEvent
@@ -42,13 +42,11 @@ def ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line], 
     Raises:
         CommandError: At the end, if a line was malformed or an event was lost.
     """
-    from agent_gateway_store.sync import SyncGatewayStore
+    from anyio.from_thread import start_blocking_portal
 
     counts = {INVALID: 0, "LOST": 0}
-    # The blocking twin: the main thread waits for input and takes Ctrl-C, while the store's loop runs in its own.
-    with SyncGatewayStore(settings=settings_of(ctx)) as opened:
-        org = options_of(ctx).org
-        store = opened if org is None else opened.for_org(org)
+    # The main thread waits for input and takes Ctrl-C, while the store's loop runs in a thread of its own.
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(open_store(ctx)) as store:
         for number, text in enumerate(lines, start=1):
             if not text.strip():
                 continue
@@ -57,7 +55,7 @@ def ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line], 
                 complain(f"Line {number} is malformed: {fault}.")
                 line = Line(number, INVALID, error=fault)
             else:
-                line = Line(number, str(store.audit.write(event)), event.request_id)
+                line = Line(number, str(portal.call(store.audit.write, event)), event.request_id)
             counts[line.outcome] = counts.get(line.outcome, 0) + 1
             report(line)
     if counts["LOST"]:

@@ -82,7 +82,7 @@ def list_keys(
         async with open_store(ctx) as store:
             return await store.keys.list(limit=limit, offset=offset)
 
-    print_page(run(work()), columns=_COLUMNS, as_json=json)
+    print_page(run(work()), columns=_COLUMNS, whole={"key_id"}, optional={"last_used_at", "org_id"}, as_json=json)
 
 
 @app.command()

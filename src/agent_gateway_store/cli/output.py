@@ -6,8 +6,9 @@ Standard output carries the answer alone; what is said besides goes to standard 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from agent_gateway_store.hooks.text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from agent_gateway_store.results import Page
 
@@ -32,6 +34,9 @@ __all__ = [
     "to_json",
 ]
 
+_PIPE_WIDTH, _ANY_WIDTH = 240, 100_000
+_LONGEST_WHOLE = 40
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -45,11 +50,15 @@ def complain(text: str, *, lines: bool = False) -> None:
     typer.echo("\n".join(map(one_line, text.splitlines())) if lines else one_line(text), err=True)
 
 
-def console() -> Console:
-    """Return the terminal; it honours NO_COLOR and COLUMNS, and is 80 wide where there is none."""
+def console(*, at_most: int | None = None) -> Console:
+    """Return the terminal; it honours NO_COLOR and COLUMNS. What goes to a file or a pipe has room for long rows."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _PIPE_WIDTH
+    found = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
+    if at_most is not None and found.width > at_most:
+        found.width = at_most
+    return found
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -70,32 +79,55 @@ def record(item: Any) -> dict[str, Any]:
     return Page([item]).to_dicts()[0]
 
 
-def print_page(page: Page[Any], *, columns: Mapping[str, str], as_json: bool) -> None:
-    """Print a listing: a table of `columns` (field to heading), or `{"items": [...], "next_cursor": ...}`."""
-    from agent_gateway_store.results import Page
+def print_page(
+    page: Page[Any],
+    *,
+    columns: Mapping[str, str],
+    whole: Container[str] = (),
+    optional: Container[str] = (),
+    as_json: bool,
+) -> None:
+    """Print a listing: as a table, or as `{"items": [...], "next_cursor": ...}`.
 
+    Args:
+        page: What to print.
+        columns: Field to heading, in order.
+        whole: Fields that are not broken over lines.
+        optional: Fields that a narrow terminal does without.
+        as_json: Print JSON with every field.
+    """
     items = page.to_dicts()
     if as_json:
         print_json({"items": items, "next_cursor": page.next_cursor})
         return
-    rows = [{heading: tidy(field, item.get(field)) for field, heading in columns.items()} for item in items]
-    console().print(Page(rows, columns=tuple(columns.values())))
+    terminal = console()
+    table = _table(items, columns, whole)
+    if optional and terminal.measure(table, options=terminal.options.update(width=_ANY_WIDTH)).maximum > terminal.width:
+        left_out = [heading for field, heading in columns.items() if field in optional]
+        table = _table(items, {field: name for field, name in columns.items() if field not in optional}, whole)
+        complain(f"Left out for want of width: {', '.join(left_out)}; --json has everything.")
+    terminal.print(table)
     if page.next_cursor:
         complain(f"There is more: --cursor {page.next_cursor}")
 
 
+def _table(items: list[dict[str, Any]], columns: Mapping[str, str], whole: Container[str]) -> Table:
+    from agent_gateway_store.results import Page
+
+    rows = [{heading: tidy(field, item.get(field)) for field, heading in columns.items()} for item in items]
+    table = Page(rows, columns=tuple(columns.values())).__rich__()
+    for field, column in zip(columns, table.columns, strict=True):
+        longest = max((len(row[columns[field]]) for row in rows), default=0)
+        column.no_wrap = field in whole and longest <= _LONGEST_WHOLE
+    return table
+
+
 def print_fields(fields: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
     """Print names and values, a line each."""
-    from rich.table import Table
-    from rich.text import Text
-
-    pairs = list(fields.items() if isinstance(fields, Mapping) else fields)
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
+    pairs = [(name, tidy(name, value)) for name, value in (fields.items() if isinstance(fields, Mapping) else fields)]
+    width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        grid.add_row(Text(one_line(name)), Text(one_line(tidy(name, value))))
-    console().print(grid)
+        say(f"{name:<{width}}  {value}".rstrip())
 
 
 def tidy(name: str, value: Any) -> str:

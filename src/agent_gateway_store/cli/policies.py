@@ -62,6 +62,8 @@ def read_policies(path: Path) -> dict[str, TrustLevel]:
         mark = getattr(exc, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise CommandError(f"{path.name} is not YAML{where}: correct it; {_EXAMPLE}.") from exc
+    if not isinstance(document, dict):
+        raise CommandError(f"{path.name} is not a policy file: it holds no `version` and `roles`; {_EXAMPLE}.")
     try:
         policies = PolicyFile.model_validate(document)
     except ValidationError as exc:

@@ -112,9 +112,9 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
         if name not in cls.model_fields or _STATE not in self.__dict__:
             super().__setattr__(name, value)
             return
-        values = self.__dict__
-        before = values.get(name, _MISSING)
+        before = self.__dict__.get(name, _MISSING)
         BaseModel.__setattr__(self, name, value)
+        values = self.__dict__  # a new one: the validator replaces it
         accepted = values.pop(name)
         if before is not _MISSING:
             values[name] = before
@@ -135,10 +135,13 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
         return self._clone(deepcopy(self._values(), memo))
 
     @classmethod
-    def model_construct(cls, _fields_set: set[str] | None = None, **values: Any) -> Self:
+    def model_construct(  # type: ignore[override]
+        cls, _fields_set: set[str] | None = None, **values: Any
+    ) -> Self:
         """Build an instance from trusted values, unvalidated (as in Pydantic)."""
-        built = super().model_construct(_fields_set, **values)
-        return built._clone(built._values())
+        built: Any = super().model_construct(_fields_set, **values)
+        new: Self = built._clone(built._values())
+        return new
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with no ORM state of its own; `update` is not validated (as in Pydantic)."""

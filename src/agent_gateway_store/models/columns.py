@@ -23,7 +23,7 @@ def as_utc(value: datetime) -> datetime:
     if value.tzinfo is UTC:
         return value
     if value.utcoffset() is None:
-        return value.replace(tzinfo=UTC)
+        return value.replace(tzinfo=UTC, fold=0)
     try:
         return value.astimezone(UTC)
     except OverflowError:

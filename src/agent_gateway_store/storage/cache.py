@@ -16,7 +16,7 @@ from agent_gateway_store.settings import StoreSettings, mask_url
 
 __all__ = ["RedisClient", "create_redis", "delete", "get_json", "get_redis", "milliseconds", "set_json"]
 
-RedisClient: TypeAlias = "Redis"
+RedisClient: TypeAlias = Redis
 
 
 def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
@@ -31,15 +31,18 @@ def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
         InvalidUrlError: The text is no Redis URL.
     """
     try:
-        return Redis.from_url(
+        client: RedisClient = Redis.from_url(
             url,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
         )
+        # Connects nothing, but tells whether it knows the URL's parameters.
+        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis gives it no hints
     except (ValueError, TypeError):
         raise InvalidUrlError(f"{mask_url(url)!r} is no Redis URL: write redis://host:6379/0.") from None
+    return client
 
 
 async def get_redis() -> AsyncIterator[RedisClient | None]:

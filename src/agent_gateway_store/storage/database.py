@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeAlias
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Executable, Float, bindparam, event
 from sqlalchemy.engine import URL
@@ -224,6 +223,14 @@ class Database:
         if self.owned:
             await self.engine.dispose()
 
+    async def abandon(self) -> None:
+        """Close what can be closed from here of a database whose process or event loop may be gone."""
+        pid, loop = self._home or (os.getpid(), asyncio.get_running_loop())
+        self._home = None
+        # SQLite's connections live in threads and answer any loop; others are left to the garbage collector.
+        here = loop is asyncio.get_running_loop() or (loop.is_closed() and self.dialect == "sqlite")
+        await self.engine.dispose(close=here and pid == os.getpid())
+
 
 class SessionWork:
     """The transactions of one session that the caller owns: `write` commits it, and rolls it back on an error."""
@@ -249,7 +256,7 @@ class SessionWork:
                 raise
 
 
-_environment: WeakKeyDictionary[asyncio.AbstractEventLoop, Database] = WeakKeyDictionary()
+_environment: dict[asyncio.AbstractEventLoop, Database] = {}
 
 
 async def get_db() -> AsyncIterator[AsyncSession]:
@@ -262,8 +269,12 @@ async def get_db() -> AsyncIterator[AsyncSession]:
     loop, url = asyncio.get_running_loop(), StoreSettings().database_url
     database = _environment.get(loop)
     if database is None or not database.is_home or database.url != url:
+        past = {None if database is None else loop, *(other for other in _environment if other.is_closed())}
+        retired = [_environment.pop(other) for other in past if other is not None]
         database = _environment[loop] = Database(create_engine(url), owned=True, url=url)
         database.bind()
+        for left_behind in retired:
+            await left_behind.abandon()
     with database_errors("be used"):
         async with database.sessions() as session:
             yield session

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError, SQLAlchemyError
@@ -18,6 +20,7 @@ __all__ = ["database_errors", "is_outage"]
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
 _ROW_FAULTS = (ValueError, TypeError, OverflowError, IntegrityError, sqlite3.IntegrityError, sqlite3.DataError)
+_DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy")
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
@@ -37,7 +40,8 @@ _HINTS = (
 def database_errors(doing: str) -> Iterator[None]:
     """Turn what SQLAlchemy, the drivers and the network raise into ours, with the cause kept.
 
-    Ours, integrity errors and programming errors of Python pass unchanged.
+    Ours, integrity errors and programming errors of Python pass unchanged, and so do errors of files and the network
+    that do not come from a driver: the body may be a request handler that lost a file of its own.
 
     Args:
         doing: What was tried, as it ends the sentence "The database could not ...".
@@ -51,7 +55,16 @@ def database_errors(doing: str) -> Iterator[None]:
     except (GatewayStoreError, IntegrityError):
         raise
     except (SQLAlchemyError, *_DRIVER, *_OUTAGE) as exc:
+        if not isinstance(exc, (SQLAlchemyError, *_DRIVER)) and not _from_driver(exc):
+            raise
         raise _translated(exc, doing) from exc
+
+
+def _from_driver(exc: BaseException) -> bool:
+    """True if the innermost frame outside the standard library is the driver's."""
+    frames = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(exc.__traceback__)]
+    foreign = [name for name in frames if name not in sys.stdlib_module_names]
+    return bool(foreign) and foreign[-1] in _DRIVER_MODULES
 
 
 def is_outage(exc: BaseException) -> bool:

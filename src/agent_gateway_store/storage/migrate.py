@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import io
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import anyio.to_thread
 from sqlalchemy import Connection, inspect, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
 from agent_gateway_store.storage.faults import database_errors
@@ -30,6 +32,7 @@ __all__ = ["VERSION_TABLE", "current", "differences", "head", "migrations_path",
 VERSION_TABLE = "agent_gateway_store_version"
 _LOCK_KEY = 0x616773_6D6967  # "agsmig"
 _LOCK_TIMEOUT_S = 60.0
+_alembic = threading.Lock()
 
 
 def migrations_path() -> Path:
@@ -126,21 +129,38 @@ async def upgrade(engine: AsyncEngine, revision: str = "head") -> None:
     found = await current(engine)
     if found is not None and not _is_known(found):
         await require_current(engine)
-    with database_errors("be migrated"):
-        async with _file_lock(engine), engine.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                # Held to the end of the transaction, so that it works through PgBouncer, too.
-                await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})"))
-            await connection.run_sync(lambda sync: command.upgrade(_config(sync), revision))
+    async with _alone(engine) as connection:
+        await connection.run_sync(lambda sync: command.upgrade(_config(sync), revision))
 
 
 async def downgrade(engine: AsyncEngine, revision: str) -> None:
     """Take the database back to `revision` (`base`: drop our tables, with what they hold)."""
     from alembic import command
 
+    async with _alone(engine) as connection:
+        await connection.run_sync(lambda sync: command.downgrade(_config(sync), revision))
+
+
+@asynccontextmanager
+async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Open the one transaction in which nobody else migrates this database, here or in another process."""
     with database_errors("be migrated"):
-        async with _file_lock(engine), engine.begin() as connection:
-            await connection.run_sync(lambda sync: command.downgrade(_config(sync), revision))
+        async with _process_lock(), _file_lock(engine), engine.begin() as connection:
+            if connection.dialect.name == "postgresql":
+                # Held to the end of the transaction, so that it works through PgBouncer, too.
+                await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})"))
+            yield connection
+
+
+@asynccontextmanager
+async def _process_lock() -> AsyncIterator[None]:
+    """Let one thread or task at a time run Alembic, which keeps what it works on in module globals."""
+    while not _alembic.acquire(blocking=False):
+        await anyio.sleep(0.01)
+    try:
+        yield
+    finally:
+        _alembic.release()
 
 
 @asynccontextmanager
@@ -188,11 +208,26 @@ async def differences(engine: AsyncEngine) -> list[str]:
             connection,
             opts={"version_table": VERSION_TABLE, "compare_type": True, "include_object": include_object},
         )
-        return [str(difference) for difference in compare_metadata(context, metadata)]
+        return [_describe(difference) for difference in compare_metadata(context, metadata)]
 
     with database_errors("be compared"):
         async with engine.connect() as connection:
             return await connection.run_sync(compare)
+
+
+def _describe(difference: Any) -> str:
+    """Return one difference as Alembic gives it in a line: what to do, and to what."""
+    if isinstance(difference, list):
+        return "; ".join(map(_describe, difference))
+    what, *parts = difference
+    if what.startswith("modify_"):
+        _schema, table, column, _options, found, expected = parts
+        return f"{what} {table}.{column}: {found!r} should be {expected!r}"
+    names = [part if isinstance(part, str) else getattr(part, "name", None) for part in parts]
+    table = getattr(parts[-1], "table", None)
+    if what.endswith(("_index", "_constraint", "_fk")) and table is not None:
+        names.insert(0, table.name)
+    return f"{what} {'.'.join(name for name in names if name)}"
 
 
 def include_object(_object: Any, name: str | None, kind: str, reflected: bool, _compared_to: Any) -> bool:

@@ -23,6 +23,17 @@ _ASYNC_DRIVERS = {
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
 _EXAMPLES = "write sqlite:///gateway.db or postgresql://user:password@host/database"
+# What SQLAlchemy and asyncpg take as text; they answer anything else with a TypeError at the first connection.
+_TAKEN = {
+    "host",
+    "passfile",
+    "password",
+    "port",
+    "prepared_statement_cache_size",
+    "ssl",
+    "target_session_attrs",
+    "user",
+}
 _TRUE = ("1", "true", "yes", "on")
 
 
@@ -34,7 +45,8 @@ def parse_database_url(text: str) -> tuple[URL, dict[str, Any]]:
     switches the caching of prepared statements off and makes their names unique.
 
     Raises:
-        InvalidUrlError: The text is no URL, or of a database we do not know. The text never repeats a password.
+        InvalidUrlError: The text is no URL, of a database we do not know, or has a parameter that the driver would
+            not take. The text never repeats a password.
     """
     try:
         url = make_url(text)
@@ -64,16 +76,18 @@ def _postgresql(url: URL) -> tuple[URL, dict[str, Any]]:
     if any(tls.values()):
         options["ssl"] = _tls(**tls)
     if timeout := text.pop("connect_timeout", None):
-        if not timeout.isdigit():
+        if not timeout.isdecimal():
             raise InvalidUrlError("connect_timeout in the database URL must be a whole number of seconds.")
-        options["timeout"] = float(timeout)
+        options["timeout"] = float(timeout) or None  # as in libpq, 0 waits for ever
     if name := text.pop("application_name", None):
         options["server_settings"] = {"application_name": name}
     if text.pop("pgbouncer", "false").lower() in _TRUE:
         options["statement_cache_size"] = 0
         options["prepared_statement_cache_size"] = 0
         options["prepared_statement_name_func"] = lambda: f"__ags_{uuid4()}__"
-    return url.set(query=text), options
+    if unknown := sorted(text.keys() - _TAKEN):
+        raise InvalidUrlError(f"The parameter {unknown[0]!r} in the database URL is not supported: remove it.")
+    return url.set(query={name: query[name] for name in text}), options
 
 
 def _tls(sslmode: str | None, sslrootcert: str | None, sslcert: str | None, sslkey: str | None) -> str | ssl.SSLContext:
@@ -81,7 +95,7 @@ def _tls(sslmode: str | None, sslrootcert: str | None, sslcert: str | None, sslk
     modes = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
     if mode not in modes:
         raise InvalidUrlError(f"sslmode in the database URL must be one of {', '.join(modes)}.")
-    if not (sslrootcert or sslcert):
+    if mode == "disable" or not (sslrootcert or sslcert):
         return mode
     try:
         context = ssl.create_default_context(cafile=sslrootcert and str(Path(sslrootcert).expanduser()))
@@ -92,6 +106,7 @@ def _tls(sslmode: str | None, sslrootcert: str | None, sslcert: str | None, sslk
             "A certificate named in the database URL cannot be read: check its path and format."
         ) from exc
     context.check_hostname = mode == "verify-full"
-    if mode not in ("verify-ca", "verify-full"):
+    # As in libpq, `require` with a root certificate is `verify-ca`.
+    if mode not in ("verify-ca", "verify-full") and not (mode == "require" and sslrootcert):
         context.verify_mode = ssl.CERT_NONE
     return context

@@ -1,0 +1,203 @@
+"""Blocking twins of the async classes; made by `tests/typing/generate_sync_stub.py`, do not edit."""
+
+from collections import Counter
+from collections.abc import AsyncIterable, Iterable, Mapping
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+from pydantic import SecretStr
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
+from agent_gateway_store.hooks import Plugins
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.audit import AuditEvent, Decision
+from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
+from agent_gateway_store.results import Page
+from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.cache import RedisClient
+from agent_gateway_store.storage.database import Database
+
+__all__ = [
+    "SyncApprovalManager",
+    "SyncAuditLog",
+    "SyncGatewayStore",
+    "SyncKeyManager",
+]
+
+class SyncAuditLog:
+    def write(self, event: AuditEvent) -> WriteOutcome:
+        """Store `event` and commit, together with whatever else is being written. In the default mode never raises."""
+
+    def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
+        """Store many events, in order, in batches that are committed one after the other. Takes constant memory."""
+
+    def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
+        """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work."""
+
+    def flush(self) -> int:
+        """Wait until every event written so far is acknowledged, and try to empty the spool."""
+
+    @property
+    def counters(self) -> AuditCounters:
+        """What became of the events written in this process since the store was opened; a copy."""
+
+    def get_by_request_id(self, request_id: str) -> AuditEvent | None:
+        """Return the event with this `request_id`, or None."""
+
+    def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
+        """Return up to `limit` events of one caller, after skipping `offset`."""
+
+    def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
+        """Return up to `limit` events with this decision."""
+
+    def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
+        """Return the `limit` newest events."""
+
+class SyncApprovalManager:
+    def issue_token(self, request: ApprovalRequest, *, call: ToolCall | None = None) -> str:
+        """Ask for an approval and return the token that follows and uses it."""
+
+    def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
+        """Return where the approval of `token` stands."""
+
+    def approve(
+        self,
+        token: str | None = None,
+        approver_id: str = "",
+        note: str = "",
+        *,
+        approval_id: UUID | str | None = None,
+        channel: str = "api",
+    ) -> ApprovalResult:
+        """Approve, once. With `required_approvals` above 1 this is one voice among several."""
+
+    def deny(
+        self,
+        token: str | None = None,
+        approver_id: str = "",
+        note: str = "",
+        *,
+        approval_id: UUID | str | None = None,
+        channel: str = "api",
+    ) -> ApprovalResult:
+        """Deny, once; one denial is enough. Arguments and errors as for `approve`."""
+
+    def cancel(
+        self,
+        token: str | None = None,
+        approver_id: str = "",
+        note: str = "",
+        *,
+        approval_id: UUID | str | None = None,
+        channel: str = "api",
+    ) -> ApprovalResult:
+        """Withdraw an approval that is pending, or approved and not used. The caller may cancel, too."""
+
+    def consume_token(self, token: str, *, caller_id: str, tool_call: ToolCall | Mapping[str, Any]) -> ApprovalResult:
+        """Use an approval, once: of any number of consumers one returns, and that one may run the call."""
+
+    def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
+        """Note what came of the call, after its use; once. A used approval without an outcome is shown as unknown."""
+
+    def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
+        """Wait until the approval is no longer PENDING, and return how it stands."""
+
+    def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
+        """Return the approval of this id, without its token."""
+
+    def list_requests(
+        self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
+    ) -> Page[ApprovalRequest]:
+        """Return approvals, newest first, ties broken by id. `next_cursor` leads on; new approvals do not move it."""
+
+    def expire_stale(self, *, batch_size: int = 500) -> int:
+        """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were."""
+
+class SyncKeyManager:
+    def issue(
+        self,
+        caller_id: str,
+        *,
+        role: str,
+        trust_level: TrustLevel = TrustLevel.LOW,
+        environment: str | None = None,
+        expires_at: datetime | None = None,
+        org_id: str | None = None,
+    ) -> IssuedKey:
+        """Give `caller_id` a key. The plaintext is in the answer and nowhere else."""
+
+    def verify(self, key: str | SecretStr) -> CallerIdentity:
+        """Return who `key` belongs to."""
+
+    def rotate(self, caller_id: str, overlap: timedelta = ..., *, org_id: str | None = None) -> IssuedKey:
+        """Replace the key of `caller_id`; its key id stays. The plaintext is in the answer and nowhere else."""
+
+    def revoke(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
+        """End the key of `caller_id`, and the one before it, at once. A second call changes nothing."""
+
+    def get(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
+        """Return the key row of `caller_id`; its hash is not shown by a repr."""
+
+    def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
+        """Return key rows, newest first by id."""
+
+class SyncGatewayStore:
+    @property
+    def settings(self) -> StoreSettings:
+        """The settings in force."""
+
+    def __init__(
+        self,
+        database_url: str | None = None,
+        *,
+        redis_url: str | None = None,
+        settings: StoreSettings | None = None,
+        engine: AsyncEngine | None = None,
+        redis: RedisClient | None = None,
+        plugins: Iterable[object] = ...,
+        auto_migrate: bool | None = None,
+    ) -> None: ...
+    @property
+    def audit(self) -> SyncAuditLog:
+        """Write and find audit events."""
+
+    @property
+    def approvals(self) -> SyncApprovalManager:
+        """Ask for approvals, decide them, use them."""
+
+    @property
+    def keys(self) -> SyncKeyManager:
+        """Issue and verify API keys."""
+
+    @property
+    def plugins(self) -> Plugins:
+        """The plugins as they were loaded, with what is wrong with them."""
+
+    @property
+    def database(self) -> Database:
+        """The engine and the sessions; `store.database.sessions()` opens a session for `record`."""
+
+    @property
+    def org_id(self) -> str | None:
+        """The organisation this store is bound to, or None."""
+
+    def for_org(self, org_id: str) -> SyncGatewayStore:
+        """Return the same store bound to one organisation: it stamps it on what it writes and sees nothing else."""
+
+    def open(self) -> Self:
+        """Connect and check the schema. A second call does nothing."""
+
+    def close(self) -> None:
+        """Let notices under way arrive, then close what the store opened itself. A second call does nothing."""
+
+    def migrate(self) -> None:
+        """Bring the schema up to date. Any number of processes may call this at once; works before `open`, too."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,82 @@
+"""What several contract tests need: requests to issue, a notifier that records, a count of SQL statements."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import event, text
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, ToolCall
+
+CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
+
+
+def make_request(**fields: Any) -> ApprovalRequest:
+    """Build a request; every field can be given, `request_id` is fresh unless given."""
+    defaults: dict[str, Any] = {
+        "request_id": uuid4().hex,
+        "caller_id": "dev-agent",
+        "tool_call": CALL,
+        "risk_explanation": "deletes a file",
+    }
+    return ApprovalRequest(**(defaults | fields))
+
+
+async def approved(store: GatewayStore, **fields: Any) -> str:
+    """Issue a request, approve it, and return its token."""
+    token = await store.approvals.issue_token(make_request(**fields))
+    await store.approvals.approve(token, "approver-1")
+    return token
+
+
+async def column(store: GatewayStore, name: str, table: str) -> list[Any]:
+    """Return what a column of a table holds, without the types of the models."""
+    async with store.database.engine.connect() as connection:
+        return list((await connection.execute(text(f"SELECT {name} FROM {table} ORDER BY id"))).scalars())
+
+
+@contextmanager
+def counted_statements(store: GatewayStore) -> Iterator[list[str]]:
+    """Collect the SQL statements that go through the store's engine."""
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if not statement.startswith("BEGIN"):
+            statements.append(statement)
+
+    engine = store.database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+class RecordingNotifier:
+    """A notifier that keeps what it is told; with `gate` it waits for it first."""
+
+    name = "recording"
+
+    def __init__(self, gate: threading.Event | None = None) -> None:
+        self.notices: list[Notice] = []
+        self._gate = gate
+
+    async def notify_pending(self, notice: Notice) -> None:
+        self._keep(notice)
+
+    async def notify_decision(self, notice: Notice) -> None:
+        self._keep(notice)
+
+    def _keep(self, notice: Notice) -> None:
+        if self._gate is not None:
+            assert self._gate.wait(10)
+        self.notices.append(notice)
+
+    @property
+    def seen(self) -> list[tuple[str, str]]:
+        """Event and status of each notice, sorted: notices may overtake each other."""
+        return sorted((notice.event, str(notice.status)) for notice in self.notices)

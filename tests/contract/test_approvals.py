@@ -1,0 +1,399 @@
+"""The life of an approval: asked, decided once, used once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from contract_helpers import CALL, approved, column, make_request
+
+from agent_gateway_store import (
+    ApprovalResult,
+    ApprovalScope,
+    ApprovalStatus,
+    GatewayStore,
+    StoreSettings,
+    ToolCall,
+    clock,
+    errors,
+)
+
+pytestmark = pytest.mark.integration
+
+OTHER_CALL = CALL.model_copy(update={"arguments": {"path": "/tmp/other.txt"}})
+
+
+async def test_approved_call_is_released_once_and_its_outcome_noted(store: GatewayStore) -> None:
+    """PENDING, APPROVED, USED with an outcome: each step is seen by token, by id and in the listing."""
+    token = await store.approvals.issue_token(make_request(request_id="r-1"))
+    asked = await store.approvals.check_token(token)
+    decided = await store.approvals.approve(token, "approver-1", "looks right")
+    used = await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    unknown = await store.approvals.get(approval_id=asked.approval_id)
+    await store.approvals.record_outcome(token, "deleted")
+    row = await store.approvals.get(approval_id=str(asked.approval_id))
+
+    assert (asked.status, asked.approver_id, asked.decided_at) == ("PENDING", None, None)
+    assert (decided.status, decided.approver_id, decided.note) == ("APPROVED", "approver-1", "looks right")
+    assert decided.decided_at is not None
+    assert (used.status, used.token) == ("USED", token)
+    assert (unknown.status, unknown.outcome) == ("USED", None)
+    assert (row.outcome, row.version, row.token) == ("deleted", 4, None)
+    assert row.created_at <= row.decision_at <= row.used_at
+    assert [each.request_id for each in await store.approvals.list_requests(status="USED")] == ["r-1"]
+
+
+async def test_denied_call_is_not_released(store: GatewayStore) -> None:
+    """One denial ends it; consuming tells who denied."""
+    token = await store.approvals.issue_token(make_request())
+
+    result = await store.approvals.deny(token, "approver-1", "not today")
+
+    assert (result.status, result.note) == ("DENIED", "not today")
+    assert (await store.approvals.check_token(token)).status == "DENIED"
+    with pytest.raises(errors.ApprovalNotApprovedError, match=r"stands at DENIED by approver-1 at .* UTC") as caught:
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    assert (caught.value.status, caught.value.approver_id) == ("DENIED", "approver-1")
+    assert caught.value.approval_id == result.approval_id
+
+
+async def test_cancelling_withdraws_a_pending_and_an_approved_call(store: GatewayStore) -> None:
+    """The caller may cancel before and after the approval, but not after the use."""
+    pending = await store.approvals.issue_token(make_request())
+    agreed = await approved(store)
+    used = await approved(store)
+    await store.approvals.consume_token(used, caller_id="dev-agent", tool_call=CALL)
+
+    for token in (pending, agreed):
+        assert (await store.approvals.cancel(token, "dev-agent", "no longer needed")).status == "CANCELLED"
+    with pytest.raises(errors.ApprovalNotApprovedError, match="stands at CANCELLED by dev-agent"):
+        await store.approvals.consume_token(agreed, caller_id="dev-agent", tool_call=CALL)
+    with pytest.raises(errors.ApprovalAlreadyDecidedError, match="already decided: USED"):
+        await store.approvals.cancel(used, "dev-agent")
+
+
+async def test_approval_id_decides_in_place_of_the_token(store: GatewayStore) -> None:
+    """Who has the id only can decide, learns no token, and the token sees the decision at once."""
+    tokens = [await store.approvals.issue_token(make_request()) for _ in range(3)]
+    ids = [(await store.approvals.check_token(token)).approval_id for token in tokens]
+
+    results = [
+        await store.approvals.approve(approval_id=ids[0], approver_id="approver-1"),
+        await store.approvals.deny(approval_id=str(ids[1]), approver_id="approver-1"),
+        await store.approvals.cancel(approval_id=ids[2], approver_id="approver-1"),
+    ]
+
+    assert [result.token for result in results] == [None, None, None]
+    assert [result.status for result in results] == ["APPROVED", "DENIED", "CANCELLED"]
+    assert [(await store.approvals.check_token(token)).status for token in tokens] == [
+        "APPROVED",
+        "DENIED",
+        "CANCELLED",
+    ]
+
+
+@pytest.mark.parametrize("second", ["approve", "deny"])
+@pytest.mark.parametrize("first", ["approve", "deny", "cancel"])
+async def test_second_decision_learns_of_the_first(store: GatewayStore, first: str, second: str) -> None:
+    """Deciding twice names the standing decision, and changes nothing."""
+    token = await store.approvals.issue_token(make_request())
+    standing = await getattr(store.approvals, first)(token, "approver-1", "first")
+
+    with pytest.raises(
+        errors.ApprovalAlreadyDecidedError, match=f"already decided: {standing.status} by approver-1"
+    ) as caught:
+        await getattr(store.approvals, second)(token, "approver-2", "second")
+
+    assert caught.value.status == standing.status
+    assert caught.value.approver_id == "approver-1"
+    assert caught.value.decided_at == standing.decided_at
+    assert isinstance(caught.value, ValueError)
+    assert await store.approvals.check_token(token, fresh=True) == standing
+
+
+async def test_using_twice_is_refused(store: GatewayStore) -> None:
+    """The second consumer learns that it has already been used, and when."""
+    token = await approved(store)
+    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+
+    with pytest.raises(
+        errors.ApprovalAlreadyUsedError, match=r"already been used at .* UTC: ask for a new one"
+    ) as caught:
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    assert caught.value.status == "USED"
+
+
+async def test_pending_call_is_not_released(store: GatewayStore) -> None:
+    """Consuming before the decision is refused, and the approval still waits."""
+    token = await store.approvals.issue_token(make_request())
+
+    with pytest.raises(errors.ApprovalNotApprovedError, match="not approved: it stands at PENDING") as caught:
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    assert (caught.value.status, caught.value.approver_id) == ("PENDING", None)
+    assert (await store.approvals.check_token(token)).status == "PENDING"
+
+
+@pytest.mark.parametrize(
+    ("caller_id", "call", "what"),
+    [
+        ("other-agent", CALL, "caller"),
+        ("dev-agent", OTHER_CALL, "tool call"),
+        ("dev-agent", CALL.model_copy(update={"server": "mail"}), "tool call"),
+        ("dev-agent", CALL.model_copy(update={"tool": "read_file"}), "tool call"),
+        ("dev-agent", CALL.model_copy(update={"arguments": {**CALL.arguments, "force": True}}), "tool call"),
+    ],
+)
+async def test_another_caller_or_call_is_not_released(
+    store: GatewayStore, caller_id: str, call: ToolCall, what: str
+) -> None:
+    """The permission binds to the caller and to the call, to the last argument; the right one is still released."""
+    token = await approved(store)
+
+    with pytest.raises(errors.ApprovalMismatchError, match=f"is for another {what}: ask") as caught:
+        await store.approvals.consume_token(token, caller_id=caller_id, tool_call=call)
+
+    assert caught.value.approval_id is not None
+    assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)).status == "USED"
+
+
+async def test_permission_binds_to_the_call_as_it_runs(store: GatewayStore) -> None:
+    """Approvers see sanitised arguments; what is released is the call that was handed in beside them."""
+    shown = CALL.model_copy(update={"arguments": {"path": "[redacted]"}})
+    token = await store.approvals.issue_token(make_request(tool_call=shown), call=CALL)
+    await store.approvals.approve(token, "approver-1")
+
+    with pytest.raises(errors.ApprovalMismatchError):
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=shown)
+    as_mapping = {"server": "files", "tool": "delete_file", "arguments": {"path": "/tmp/report.txt"}}
+    assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=as_mapping)).status == "USED"
+    assert (await store.approvals.list_requests())[0].tool_call == shown
+
+
+async def test_outcome_is_noted_once(store: GatewayStore) -> None:
+    """Before the use there is none; the same again changes nothing; another one is refused."""
+    token = await approved(store)
+    with pytest.raises(
+        errors.ApprovalNotApprovedError, match="Only a used approval has an outcome: it stands at APPROVED"
+    ):
+        await store.approvals.record_outcome(token, "done")
+    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    await store.approvals.record_outcome(token, "done")
+
+    assert (await store.approvals.record_outcome(token, "done")).status == "USED"
+    with pytest.raises(errors.ApprovalAlreadyUsedError, match="already been used and its outcome was recorded"):
+        await store.approvals.record_outcome(token, "failed")
+    assert [each.outcome for each in await store.approvals.list_requests()] == ["done"]
+
+
+UNKNOWN: list[Callable[[GatewayStore, str], Awaitable[Any]]] = [
+    lambda store, token: store.approvals.check_token(token),
+    lambda store, token: store.approvals.check_token(token, fresh=True),
+    lambda store, token: store.approvals.approve(token, "approver-1"),
+    lambda store, token: store.approvals.deny(token, "approver-1"),
+    lambda store, token: store.approvals.cancel(token, "approver-1"),
+    lambda store, token: store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
+    lambda store, token: store.approvals.record_outcome(token, "done"),
+    lambda store, token: store.approvals.wait_for_decision(token, timeout_s=0),
+    lambda store, token: store.approvals.get(approval_id=token),
+    lambda store, token: store.approvals.approve(approval_id=token, approver_id="approver-1"),
+]
+STRANGE = ["no-such-token", "", "\0", "\ud800", "é" * 600, "a" * 2**20, "' OR 1=1 --", "approval:x", str(uuid4())]
+
+
+async def test_unknown_token_is_not_found(store: GatewayStore) -> None:
+    """Whatever an unknown token or id looks like and is used for, the one answer is that there is none."""
+    await store.approvals.issue_token(make_request())
+
+    for ask in UNKNOWN:
+        for token in STRANGE:
+            with pytest.raises(errors.ApprovalNotFoundError, match="not found") as caught:
+                await ask(store, token)
+            assert caught.value.approval_id is None
+
+
+async def test_wrong_use_is_refused(store: GatewayStore) -> None:
+    """An approval is named by token or by id, and somebody decides; a wrong status, limit or cursor is no listing."""
+    token = await store.approvals.issue_token(make_request())
+    found = (await store.approvals.check_token(token)).approval_id
+
+    with pytest.raises(TypeError, match="either by its token or by approval_id"):
+        await store.approvals.approve(approver_id="approver-1")
+    with pytest.raises(TypeError, match="either by its token or by approval_id"):
+        await store.approvals.approve(token, "approver-1", approval_id=found)
+    with pytest.raises(TypeError, match="approver_id is required"):
+        await store.approvals.approve(token)
+    with pytest.raises(ValueError, match="MAYBE"):
+        await store.approvals.list_requests(status="MAYBE")
+    with pytest.raises(ValueError, match="limit must be 1 or more"):
+        await store.approvals.list_requests(limit=0)
+    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
+        await store.approvals.expire_stale(batch_size=0)
+    for cursor in ("x", "", "é", "MDAwMS0wMS0wMVQwMDowMDowMCsyMzowMHwx", "MjAyNi0wMS0wMVQwMDowMDowMHwx"):
+        with pytest.raises(errors.InvalidCursorError, match="start again without one"):
+            await store.approvals.list_requests(cursor=cursor)
+
+
+async def test_self_approval_is_refused(store: GatewayStore) -> None:
+    """Who asked for the call may deny or cancel it, but not approve it."""
+    token = await store.approvals.issue_token(make_request())
+
+    with pytest.raises(
+        errors.SelfApprovalError, match="dev-agent asked for this call and may not approve it"
+    ) as caught:
+        await store.approvals.approve(token, "dev-agent")
+
+    assert caught.value.approval_id == (await store.approvals.check_token(token)).approval_id
+    assert await column(store, "approver_id", "approval_votes") == []
+    assert (await store.approvals.deny(token, "dev-agent")).status == "DENIED"
+
+
+async def test_self_approval_can_be_allowed(database_url: str, redis_setting: str) -> None:
+    """ALLOW_SELF_APPROVAL lets a caller approve, for gateways with one user."""
+    settings = StoreSettings(allow_self_approval=True)
+    async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
+        token = await store.approvals.issue_token(make_request())
+
+        assert (await store.approvals.approve(token, "dev-agent")).status == "APPROVED"
+
+
+async def test_request_that_claims_a_decision_is_still_pending(store: GatewayStore) -> None:
+    """The row is asked for, not believed: status, approver, use and version in the request count for nothing."""
+    request = make_request(
+        status=ApprovalStatus.APPROVED, approver_id="dev-agent", approver_note="mine", version=7, outcome="done"
+    )
+    token = await store.approvals.issue_token(request)
+
+    assert (await store.approvals.check_token(token)).status == "PENDING"
+    with pytest.raises(errors.ApprovalNotApprovedError):
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    row = (await store.approvals.list_requests())[0]
+    assert (row.status, row.approver_id, row.approver_note, row.version) == ("PENDING", None, "", 1)
+    assert (row.outcome, row.used_at, row.decision_at) == (None, None, None)
+    assert request.status == "APPROVED"
+
+
+async def test_output_release_keeps_its_payload(store: GatewayStore) -> None:
+    """An approval of an output holds the output and its hash, and says so in its scope."""
+    payload = {"rows": [{"name": "Ada", "n": 1.5}], "note": None}
+    digest = hashlib.sha256(b"output").hexdigest()
+    request = make_request(scope=ApprovalScope.OUTPUT_RELEASE, output_payload=payload, output_hash=digest)
+    token = await store.approvals.issue_token(request)
+    await store.approvals.approve(token, "approver-1")
+
+    row = (await store.approvals.list_requests())[0]
+    assert (row.scope, row.output_payload, row.output_hash) == ("OUTPUT_RELEASE", payload, digest)
+    for fresh in (False, True):
+        assert (await store.approvals.check_token(token, fresh=fresh)).scope is ApprovalScope.OUTPUT_RELEASE
+
+
+async def test_token_is_stored_as_its_digest_only(store: GatewayStore) -> None:
+    """SQL holds the SHA-256; objects read back and results by id hold no token; no repr shows one."""
+    token = await store.approvals.issue_token(make_request())
+    row = (await store.approvals.list_requests())[0]
+    result = await store.approvals.check_token(token)
+
+    assert await column(store, "token", "approval_requests") == [hashlib.sha256(token.encode()).hexdigest()]
+    assert row.token is None
+    assert result.token == token
+    assert token not in repr(result) + str(result) + repr(row)
+
+
+async def test_listing_goes_from_newest_to_oldest(store: GatewayStore) -> None:
+    """Pages follow each other without gap or repeat, although approvals are added and decided meanwhile."""
+    tokens = [await store.approvals.issue_token(make_request(request_id=f"r-{number}")) for number in range(7)]
+
+    first = await store.approvals.list_requests(limit=3)
+    await store.approvals.issue_token(make_request(request_id="later"))
+    await store.approvals.deny(tokens[2], "approver-1")
+    second = await store.approvals.list_requests(limit=3, cursor=first.next_cursor)
+    third = await store.approvals.list_requests(limit=3, cursor=second.next_cursor)
+
+    assert [each.request_id for each in [*first, *second, *third]] == [f"r-{number}" for number in range(6, -1, -1)]
+    assert third.next_cursor is None
+    assert [each.request_id for each in await store.approvals.list_requests(ApprovalStatus.DENIED)] == ["r-2"]
+
+
+async def test_text_that_no_database_holds_is_scrubbed(store: GatewayStore) -> None:
+    """NUL and lone surrogates in what is asked, said and noted cost nobody an approval."""
+    call = CALL.model_copy(update={"arguments": {"pa\0th": "\ud800"}})
+    request = make_request(caller_id="a\0b", tool_call=call, risk_explanation="\udfff", request_id="r" * 3000)
+    token = await store.approvals.issue_token(request)
+    await store.approvals.approve(token, "appr\0over", "no\ud800te", channel="\0")
+
+    used = await store.approvals.consume_token(token, caller_id="a\0b", tool_call=call)
+
+    assert (used.status, used.approver_id, used.note) == ("USED", "appr\u2400over", "no\ufffdte")
+    await store.approvals.record_outcome(token, "\0")
+
+
+async def test_asking_again_binds_the_new_token_to_the_same_approval(store: GatewayStore) -> None:
+    """A retry gets its own token for the one approval; the token before it ends."""
+    old = await store.approvals.issue_token(make_request(request_id="r-1"))
+    asked = await store.approvals.check_token(old)
+    clock.move(timedelta(milliseconds=5))  # so that a deadline set anew would be another one
+    new = await store.approvals.issue_token(make_request(request_id="r-1", risk_explanation="other words"))
+
+    assert new != old
+    assert (await store.approvals.check_token(new)).approval_id == asked.approval_id
+    for fresh in (False, True):
+        with pytest.raises(errors.ApprovalNotFoundError):
+            await store.approvals.check_token(old, fresh=fresh)
+    with pytest.raises(errors.ApprovalNotFoundError):
+        await store.approvals.approve(old, "approver-1")
+    await store.approvals.approve(approval_id=asked.approval_id, approver_id="approver-1")
+    assert (await store.approvals.check_token(new)).status == "APPROVED"
+    rows = await store.approvals.list_requests()
+    assert [(row.risk_explanation, row.expires_at) for row in rows] == [("deletes a file", asked.expires_at)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"request_id": "r-2"}, {"caller_id": "other-agent"}, {"org_id": "acme"}, {"tool_call": OTHER_CALL}],
+    ids=lambda other: next(iter(other)),
+)
+async def test_asking_for_another_call_is_another_approval(store: GatewayStore, other: dict[str, Any]) -> None:
+    """Organisation, caller, request id and tool call together make the same call."""
+    first = await store.approvals.issue_token(make_request(request_id="r-1"))
+    second = await store.approvals.issue_token(make_request(**({"request_id": "r-1"} | other)))
+
+    results: list[ApprovalResult] = [await store.approvals.check_token(token) for token in (first, second)]
+    assert results[0].approval_id != results[1].approval_id
+
+
+async def test_same_object_can_be_asked_again_while_pending(store: GatewayStore) -> None:
+    """Issuing a request object twice gives its token twice; after the decision it says to build a new one."""
+    request = make_request()
+    token = await store.approvals.issue_token(request)
+
+    assert await store.approvals.issue_token(request) == token
+    await store.approvals.deny(token, "approver-1")
+    with pytest.raises(errors.ApprovalError, match="build a new ApprovalRequest") as caught:
+        await store.approvals.issue_token(request)
+    assert caught.value.approval_id == request.approval_id
+
+
+async def test_decided_call_can_be_asked_for_anew(store: GatewayStore) -> None:
+    """A new request for a call that was denied is a new approval."""
+    denied = await store.approvals.issue_token(make_request(request_id="r-1"))
+    await store.approvals.deny(denied, "approver-1")
+    again = await store.approvals.issue_token(make_request(request_id="r-1"))
+
+    assert (await store.approvals.check_token(again)).status == "PENDING"
+    assert (await store.approvals.check_token(denied)).status == "DENIED"
+
+
+async def test_token_of_another_approval_is_not_taken(store: GatewayStore) -> None:
+    """A request that brings a token already in use changes neither approval."""
+    taken = await store.approvals.issue_token(make_request(request_id="r-1"))
+    pending = await store.approvals.issue_token(make_request(request_id="r-2"))
+
+    for request_id in ("r-2", "r-3"):
+        with pytest.raises(errors.ApprovalError, match="build a new ApprovalRequest"):
+            await store.approvals.issue_token(make_request(request_id=request_id, token=taken))
+    for token in (taken, pending):
+        assert (await store.approvals.check_token(token, fresh=True)).status == "PENDING"
+    assert len(await store.approvals.list_requests()) == 2

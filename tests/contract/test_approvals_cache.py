@@ -1,0 +1,316 @@
+"""Redis makes reads of approvals fast; absent, slow, empty, stale or poisoned, it makes no answer wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+from uuid import UUID
+
+import pytest
+import redis.asyncio
+from contract_helpers import CALL, approved, counted_statements, make_request
+
+import servers
+from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, errors
+from agent_gateway_store.storage.accelerator import Accelerator
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def redis_setting(fresh_redis_url: str) -> str:
+    """There is always Redis here."""
+    return fresh_redis_url
+
+
+@pytest.fixture
+async def client(redis_setting: str) -> AsyncIterator[redis.asyncio.Redis]:
+    """A client that looks into Redis behind the store's back."""
+    async with redis.asyncio.from_url(redis_setting) as connected:
+        yield connected
+
+
+@pytest.fixture
+def server() -> AsyncIterator[servers.RedisServer]:
+    """A Redis server that a test may stop."""
+    with servers.RedisServer() as started:
+        yield started
+
+
+async def entry(client: redis.asyncio.Redis, token: str) -> dict[str, Any]:
+    """Return the entry of a token."""
+    return dict(json.loads(await client.get(f"approval:{token}")))
+
+
+async def id_of(store: GatewayStore, token: str) -> UUID:
+    """Return the id of the approval of a token, as SQL has it."""
+    return (await store.approvals.check_token(token, fresh=True)).approval_id
+
+
+async def test_both_entries_have_an_end(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """Asking writes the entry of the token and the one that leads there from the id, each with a TTL."""
+    token = await store.approvals.issue_token(make_request())
+    by_id = f"approval-token:{await id_of(store, token)}"
+
+    assert sorted(await client.keys()) == sorted([f"approval:{token}".encode(), by_id.encode()])
+    for key in (f"approval:{token}", by_id):
+        assert 3_500_000 < await client.pttl(key) <= 3_600_000
+    held = await entry(client, token)
+    assert (held["status"], held["version"]) == ("PENDING", 1)
+    assert token not in json.dumps(held)
+
+
+@pytest.mark.parametrize("by", ["token", "id"])
+async def test_decision_updates_sql_and_redis(store: GatewayStore, client: redis.asyncio.Redis, by: str) -> None:
+    """After a decision by token or by id, both hold it."""
+    token = await store.approvals.issue_token(make_request())
+    name = {"token": token} if by == "token" else {"approval_id": await id_of(store, token)}
+    await store.approvals.approve(**name, approver_id="approver-1")
+
+    held = await entry(client, token)
+    assert (held["status"], held["approver_id"], held["version"]) == ("APPROVED", "approver-1", 2)
+    assert (await store.approvals.check_token(token, fresh=True)).status == "APPROVED"
+    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    assert (await entry(client, token))["status"] == "USED"
+
+
+async def test_hit_costs_no_sql(store: GatewayStore) -> None:
+    """A status in Redis is answered from there, equal to what SQL says; `fresh` reads SQL."""
+    tokens = [await store.approvals.issue_token(make_request()), await approved(store)]
+    with counted_statements(store) as statements:
+        cached = [await store.approvals.check_token(token) for token in tokens]
+        assert statements == []
+        fresh = [await store.approvals.check_token(token, fresh=True) for token in tokens]
+        assert len(statements) == 2
+
+    assert cached == fresh
+
+
+async def test_miss_fills_the_cache_for_the_life_that_is_left(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """After Redis lost everything one read of SQL brings both entries back, to end with the approval."""
+    token = await store.approvals.issue_token(make_request())
+    await client.flushdb()
+    with counted_statements(store) as statements:
+        for _ in range(3):
+            assert (await store.approvals.check_token(token)).status == "PENDING"
+
+    assert len(statements) == 1
+    assert len(await client.keys()) == 2
+    assert 3_500_000 < await client.pttl(f"approval:{token}") <= 3_600_000
+
+
+async def test_status_that_can_change_is_trusted_for_a_while_only(
+    store: GatewayStore, client: redis.asyncio.Redis
+) -> None:
+    """A stale PENDING older than APPROVAL_CACHE_SECONDS is not believed; a final status needs no second look."""
+    token = await store.approvals.issue_token(make_request())
+    stale = await entry(client, token)
+    await store.approvals.deny(token, "approver-1")
+    final = await entry(client, token)
+
+    await client.set(f"approval:{token}", json.dumps(stale), px=stale["life_ms"] - 2_100)
+    assert (await store.approvals.check_token(token)).status == "DENIED"
+    await client.set(f"approval:{token}", json.dumps(final), px=final["life_ms"] // 2)
+    with counted_statements(store) as statements:
+        assert (await store.approvals.check_token(token)).status == "DENIED"
+    assert statements == []
+
+
+async def test_trust_can_be_switched_off(database_url: str, redis_setting: str) -> None:
+    """With APPROVAL_CACHE_SECONDS=0 each check of a pending approval reads SQL."""
+    settings = StoreSettings(approval_cache_seconds=0)
+    async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
+        token = await store.approvals.issue_token(make_request())
+        with counted_statements(store) as statements:
+            await store.approvals.check_token(token)
+
+    assert len(statements) == 1
+
+
+async def test_stale_approval_releases_nothing(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """A cached APPROVED that SQL has withdrawn since is no permission: consuming asks SQL."""
+    token = await approved(store)
+    stale = await client.get(f"approval:{token}")
+    await store.approvals.cancel(token, "dev-agent")
+    await client.set(f"approval:{token}", stale, px=json.loads(stale)["life_ms"])
+
+    with pytest.raises(errors.ApprovalNotApprovedError, match="CANCELLED"):
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+
+
+class GatedRedis(Accelerator):
+    """Holds every write back until the gate opens."""
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        super().__init__(client)
+        self.gate, self.waits = asyncio.Event(), asyncio.Event()
+
+    async def put_newer(self, key: str, entry: Mapping[str, Any], *, version: int, ttl_s: float) -> bool:
+        self.waits.set()
+        await self.gate.wait()
+        return await super().put_newer(key, entry, version=version, ttl_s=ttl_s)
+
+
+async def test_older_version_never_replaces_a_newer_one(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """A reader that saw PENDING and writes it to Redis after the decision does not undo the decision there."""
+    token = await store.approvals.issue_token(make_request())
+    slow = GatedRedis(client)
+    reader = ApprovalManager.over(store.database, slow, store.settings)
+    reading = asyncio.create_task(reader.check_token(token, fresh=True))
+    await slow.waits.wait()
+    await store.approvals.deny(token, "approver-1")
+    slow.gate.set()
+
+    assert (await reading).status == "PENDING"
+    assert (await entry(client, token))["status"] == "DENIED"
+    assert (await store.approvals.check_token(token)).status == "DENIED"
+
+
+async def test_entry_of_another_token_is_not_believed(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """An answer that belongs to another token, however it came there, is no answer."""
+    pending = await store.approvals.issue_token(make_request())
+    agreed = await approved(store)
+    await client.copy(f"approval:{agreed}", f"approval:{pending}", replace=True)
+
+    assert (await store.approvals.check_token(pending)).status == "PENDING"
+
+
+async def test_wrong_token_behind_an_id_is_not_believed(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """A decision by id whose entry leads to another token does not write that token's entry."""
+    tokens = [await store.approvals.issue_token(make_request()) for _ in range(2)]
+    decided, other = [await id_of(store, token) for token in tokens]
+    await client.copy(f"approval-token:{other}", f"approval-token:{decided}", replace=True)
+    await store.approvals.approve(approval_id=decided, approver_id="approver-1")
+
+    assert (await entry(client, tokens[1]))["approval_id"] == str(other)
+    assert (await store.approvals.check_token(tokens[1])).status == "PENDING"
+    assert (await store.approvals.check_token(tokens[0], fresh=True)).status == "APPROVED"
+
+
+POISON: list[Callable[[dict[str, Any]], Any]] = [
+    *(lambda _, text=text: text for text in ("", "no JSON", "[]", "{}", "null", "1e999", "\xff", "[" * 100_000)),
+    *(
+        lambda entry, change=change: json.dumps(entry | change)
+        for change in (
+            {"approval_id": 5},
+            {"approval_id": "x"},
+            {"status": "MAYBE"},
+            {"scope": None},
+            {"org_id": 7},
+            {"approver_note": {"a": 1}},
+            {"expires_at": "2999-01-01T00:00:00"},
+            {"expires_at": None},
+            {"use_before": "soon"},
+            {"life_ms": 10**400},
+            {"life_ms": "long"},
+            {"token_sha256": "0" * 64, "status": "APPROVED"},
+            {"token_sha256": None, "status": "APPROVED"},
+        )
+    ),
+    lambda entry: json.dumps({name: value for name, value in entry.items() if name != "use_before"}),
+]
+
+
+async def test_garbage_in_redis_is_no_answer(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """Whatever stands in the entries, checking, deciding and using go by SQL and raise nothing."""
+    token = await store.approvals.issue_token(make_request())
+    by_id = f"approval-token:{await id_of(store, token)}"
+    sound = await entry(client, token)
+    for poison in POISON:
+        for key in (f"approval:{token}", by_id):
+            await client.set(key, poison(sound), px=sound["life_ms"])
+        assert (await store.approvals.check_token(token)).status == "PENDING"
+    await client.set(by_id, json.dumps({"token": 5}), px=1000)
+    decided = await store.approvals.approve(approval_id=await id_of(store, token), approver_id="approver-1")
+
+    assert decided.status == "APPROVED"
+    await client.set(f"approval:{token}", json.dumps(sound))
+    assert (await store.approvals.check_token(token)).status == "APPROVED"
+    await client.set(f"approval:{token}", "garbage")
+    assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)).status == "USED"
+
+
+async def test_entry_of_another_kind_is_no_answer(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """A key that holds a list rather than text is a miss."""
+    token = await store.approvals.issue_token(make_request())
+    await client.delete(f"approval:{token}")
+    await client.lpush(f"approval:{token}", "x")
+
+    assert (await store.approvals.check_token(token)).status == "PENDING"
+    assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
+
+
+@pytest.mark.parametrize("token", ["\ud800-unspeakable", "t" * 10_000], ids=["surrogate", "long"])
+async def test_token_that_redis_does_not_take_works_without(store: GatewayStore, token: str) -> None:
+    """A token of the gateway's own making that is no key for Redis is kept in SQL alone."""
+    assert await store.approvals.issue_token(make_request(token=token)) == token
+
+    await store.approvals.approve(token, "approver-1")
+    assert (await store.approvals.check_token(token)).status == "APPROVED"
+    assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)).status == "USED"
+
+
+async def live(store: GatewayStore, disturb: Callable[[], Any]) -> None:
+    """Lead one approval from asking to its outcome, with a disturbance before each step, and check every answer."""
+    token = await store.approvals.issue_token(make_request())
+    disturb()
+    assert (await store.approvals.check_token(token)).status == "PENDING"
+    disturb()
+    await store.approvals.approve(approval_id=await id_of(store, token), approver_id="approver-1")
+    disturb()
+    assert (await store.approvals.check_token(token, fresh=True)).status == "APPROVED"
+    disturb()
+    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    disturb()
+    assert (await store.approvals.check_token(token)).status == "USED"
+    with pytest.raises(errors.ApprovalAlreadyUsedError):
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+
+
+@pytest.mark.parametrize("fault", ["pause", "kill"])
+async def test_redis_that_fails_costs_one_timeout(database_url: str, server: servers.RedisServer, fault: str) -> None:
+    """With Redis hung or gone everything goes on, at the price of one timeout a second; back again, it is used."""
+    async with GatewayStore(database_url, redis_url=server.url) as store:
+        token = await store.approvals.issue_token(make_request())
+        getattr(server, fault)()
+        started = time.monotonic()
+        await live(store, lambda: None)
+        assert (await store.approvals.check_token(token)).status == "PENDING"
+        seconds = time.monotonic() - started
+        server.resume() if fault == "pause" else server.start()
+        await live(store, lambda: None)
+
+    assert seconds < 1.2
+
+
+async def test_decision_made_while_redis_hangs_is_seen_after(database_url: str, server: servers.RedisServer) -> None:
+    """An entry that missed a decision is not believed once it is older than APPROVAL_CACHE_SECONDS."""
+    settings = StoreSettings(approval_cache_seconds=0.1)
+    async with GatewayStore(database_url, redis_url=server.url, settings=settings) as store:
+        token = await approved(store)
+        server.pause()
+        await store.approvals.cancel(token, "dev-agent")
+        server.resume()
+    async with GatewayStore(database_url, redis_url=server.url, settings=settings) as other:
+        assert (await other.approvals.check_token(token)).status == "CANCELLED"
+        with pytest.raises(errors.ApprovalNotApprovedError):
+            await other.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+
+
+async def test_redis_flushed_at_every_step_changes_nothing(store: GatewayStore, redis_setting: str) -> None:
+    """An approval lives on although Redis forgets it before each step."""
+
+    async def flush() -> None:
+        async with redis.asyncio.from_url(redis_setting) as connected:
+            await connected.flushall()
+
+    await live(store, lambda: servers.run(flush()))
+
+
+async def test_redis_that_cannot_be_reached_at_all_is_done_without(database_url: str) -> None:
+    """A store opens and works with a REDIS_URL behind which nothing listens."""
+    async with GatewayStore(database_url, redis_url="redis://127.0.0.1:1/0") as store:
+        await live(store, lambda: None)

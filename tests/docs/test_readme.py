@@ -1,0 +1,196 @@
+"""The README does what it says, and the docs name what there is: links, pages, settings, errors, hooks, commands."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agent_gateway_store import errors, models
+from agent_gateway_store.hooks import specs
+from agent_gateway_store.hooks.markers import PROJECT
+from agent_gateway_store.settings import StoreSettings
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+COMMANDS = (
+    "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/gateway-store demo",
+    "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest",
+)
+FENCE = re.compile(r"^ *```.*\n(?:.*\n)*? *```$", re.MULTILINE)
+
+
+def reference(name: str) -> str:
+    """The text of a reference page."""
+    return (DOCS / "reference" / f"{name}.md").read_text()
+
+
+@pytest.mark.integration
+def test_readme_example_runs(tmp_path: Path) -> None:
+    """The one Python block of the README runs as it stands, in about fifteen lines."""
+    [example] = re.findall(r"^```python\n((?:.*\n)*?)```$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.stdout, done.stderr) == ("STORED\n", "")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 18
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command(command: str) -> None:
+    """Each of the two commands stands on a line of its own."""
+    assert (ROOT / "README.md").read_text().splitlines().count(command) == 1
+
+
+@pytest.mark.unit
+def test_ci_runs_the_readme_command() -> None:
+    """The workflow runs the script of the checkout, and the README's test command, with no right to write."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+
+    runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert runs == ["bash .ci/run", COMMANDS[1]]
+    assert workflow["permissions"] == {"contents": "read"}
+
+
+def links_in(page: Path) -> Iterator[str]:
+    """Yield the relative links of a page, code left out."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if not re.match(r"[a-z]+:", link):
+            yield link
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_exist(page: Path) -> None:
+    """Each relative link leads to a file; `mkdocs build --strict` looks at the anchors."""
+    for link in links_in(page):
+        target = link.partition("#")[0]
+        assert not target or (page.parent / target).is_file(), link
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_files_exist(page: Path) -> None:
+    """Each file of the repository that a page names in passing is there."""
+    for path in re.findall(r"`((?:tests|docs|examples|src)/[\w./-]+)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads mkdocs.yml without importing what it names."""
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda _loader, suffix, _node: suffix)
+
+
+def pages_in(nav: Any) -> Iterator[str]:
+    """Yield the pages of a navigation tree."""
+    if isinstance(nav, str):
+        yield nav
+    for item in nav if isinstance(nav, list) else nav.values() if isinstance(nav, dict) else ():
+        yield from pages_in(item)
+
+
+@pytest.mark.unit
+def test_nav_covers_every_page() -> None:
+    """Every page is in the navigation, once, and nothing else is."""
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)["nav"]
+
+    assert sorted(pages_in(nav)) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("name", StoreSettings.model_fields)
+def test_setting_is_documented(name: str) -> None:
+    """Every setting has its row, with its default."""
+    [row] = [line for line in reference("settings").splitlines() if line.startswith(f"| `{name.upper()}` |")]
+    default = StoreSettings.model_fields[name].default
+    shown = {None: "none", True: "`true`", False: "`false`"}.get(default) if default in (None, True, False) else None
+
+    if StoreSettings.model_fields[name].default_factory is None:
+        assert row.split(" | ")[1] == (shown or f"`{default}`")
+
+
+@pytest.mark.unit
+def test_no_setting_is_invented() -> None:
+    """The page names no setting that there is not."""
+    rows = re.findall(r"^\| `([A-Z_]+)` \|", reference("settings"), re.MULTILINE)
+
+    assert sorted(rows) == sorted(name.upper() for name in StoreSettings.model_fields)
+
+
+@pytest.mark.unit
+def test_errors_are_documented() -> None:
+    """Every error is in the tree and has its row; the tree is that of the module."""
+    page = reference("errors")
+    tree = re.search(r"^```text\n((?:.*\n)*?)```$", page, re.MULTILINE)
+
+    assert tree is not None
+    assert inspect.cleandoc(tree[1]) in inspect.cleandoc((errors.__doc__ or "").replace("\n    ", "\n"))
+    for name in errors.__all__:
+        assert name == "GatewayStoreError" or f"| `{name}`" in page, name
+
+
+@pytest.mark.unit
+def test_hooks_are_documented() -> None:
+    """Every hookspec is on its page."""
+    for name, function in inspect.getmembers(specs, inspect.isfunction):
+        if hasattr(function, f"{PROJECT}_spec"):
+            assert f"::: agent_gateway_store.hooks.specs.{name}\n" in reference("hooks")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ApiKey", "ApprovalRequest", "ApprovalResult", "ApprovalVote", "AuditEvent", "CallerIdentity", "IssuedKey"),
+        *("NotificationDelivery", "ToolCall"),
+    ],
+)
+def test_fields_are_documented(name: str) -> None:
+    """Every field of a model is in the model's section."""
+    found = re.search(rf"^## {name}\n((?:(?!## ).*\n)*)", reference("models"), re.MULTILINE)
+
+    assert found is not None
+    for field in getattr(models, name).model_fields:
+        assert f"`{field}`" in found[1], field
+
+
+def commands_of(group: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the visible commands below a group, with the names of their groups before them."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands_of(command, f"{prefix}{name} ")
+        elif not command.hidden:
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.unit
+def test_commands_are_documented() -> None:
+    """The table of commands is that of the program."""
+    import typer
+
+    from agent_gateway_store.cli.app import app
+
+    rows = re.findall(r"^\| `([a-z ]+)` \|", reference("cli"), re.MULTILINE)
+
+    assert sorted(rows) == sorted(commands_of(typer.main.get_command(app)))

@@ -1,0 +1,402 @@
+"""Whatever is wrong, `gateway-store` ends in one clear sentence and the right exit code; nothing is left half done."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+
+import servers
+from agent_gateway_store.cli.faults import ExitCode, explain
+from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.storage import migrate
+from agent_gateway_store.storage.faults import database_errors
+from commands import event_line, gateway_store, run_process
+
+pytestmark = pytest.mark.integration
+
+COMMANDS = [
+    ("keys", "list"),
+    ("keys", "issue", "a", "--role", "r"),
+    ("audit", "search"),
+    ("audit", "tail"),
+    ("audit", "write"),
+    ("approvals", "list"),
+    ("db", "upgrade"),
+    ("db", "current"),
+    ("db", "check"),
+    ("seed",),
+    ("demo",),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_an_unreachable_database_is_exit_code_5(command: tuple[str, ...]) -> None:
+    """Every command that needs one says so, in a sentence that repeats no password."""
+    outcome = gateway_store("--database-url", "postgresql://u:hunter2@127.0.0.1:1/x", *command, input=event_line("r1"))
+
+    outcome.assert_fails(5, "DATABASE_URL")
+    assert "hunter2" not in outcome.said
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("path", ["file/gateway.db", "none/gateway.db"])
+def test_a_folder_that_cannot_be_written_is_exit_code_5(command: tuple[str, ...], path: str, tmp_path: Path) -> None:
+    """Nothing is made on the way; the parent is a file, or does not exist."""
+    (tmp_path / "file").write_text("not a folder")
+
+    outcome = gateway_store("--database-url", f"sqlite:///{tmp_path}/{path}", *command, input=event_line("r1"))
+
+    outcome.assert_fails(5, "folder exists and is writable")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_as_a_process_no_thread_adds_a_traceback(tmp_path: Path) -> None:
+    """The driver's threads end before the process says its sentence."""
+    for command in (("keys", "list"), ("audit", "write")):
+        outcome = run_process("--database-url", f"sqlite:///{tmp_path}/none/gateway.db", *command, input="")
+
+        outcome.assert_fails(5, "folder exists and is writable")
+
+
+@pytest.mark.parametrize("part", ["user", "database"])
+def test_a_user_or_database_that_does_not_exist_is_exit_code_5(postgres_url: str, part: str) -> None:
+    """The sentence says what to check."""
+    url = make_url(postgres_url).set(drivername="postgresql", **{"username": "nobody_at_all"} if part == "user" else {})
+    url = url.set(database="no_such_database") if part == "database" else url
+
+    outcome = gateway_store("--database-url", url.render_as_string(hide_password=False), "keys", "list")
+
+    outcome.assert_fails(5, "DATABASE_URL")
+    if part == "database":
+        assert "does not exist" in outcome.err
+
+
+def test_a_wrong_password_is_exit_code_5() -> None:
+    """As the driver reports it; the servers of the tests trust everybody."""
+    with pytest.raises(StoreUnavailableError) as caught, database_errors("be read"):
+        raise asyncpg.InvalidPasswordError("password authentication failed for user hunter2")
+
+    sentence, code = explain(caught.value)
+
+    assert code is ExitCode.UNAVAILABLE
+    assert "refuses the password: check DATABASE_URL" in sentence
+    assert "hunter2" not in sentence
+
+
+@pytest.mark.parametrize("url", ["mysql://u:hunter2@h/x", "nonsense", "http://h/x", "postgresql+psycopg2://h/x", "://"])
+def test_an_unknown_url_scheme_is_a_usage_error(url: str) -> None:
+    """The sentence shows how a URL looks."""
+    outcome = gateway_store("--database-url", url, "keys", "list")
+
+    outcome.assert_fails(2, "write sqlite:///gateway.db or postgresql://")
+    assert "hunter2" not in outcome.said
+
+
+def test_a_redis_url_that_is_none_is_a_usage_error() -> None:
+    """Before anything is made."""
+    gateway_store("--redis-url", "bogus://x", "keys", "list").assert_fails(2, "redis://")
+
+
+def test_redis_that_is_down_stops_nothing_but_the_doctor_says_so() -> None:
+    """The store works without it, quietly; `doctor` ends with 5."""
+    down = "redis://:hunter2@127.0.0.1:1/0"
+
+    listed = gateway_store("--redis-url", down, "approvals", "list", "--json")
+    examined = gateway_store("--redis-url", down, "doctor", "--json")
+
+    assert (listed.code, listed.err) == (0, "")
+    assert examined.code == 5
+    assert examined.json["redis"]["state"] == "down"
+    assert "REDIS_URL" in examined.json["problems"][0]
+    assert "hunter2" not in examined.said
+
+
+def test_doctor_goes_on_where_the_database_is_down() -> None:
+    """It reports what it can, and ends with 5."""
+    outcome = gateway_store("--database-url", "postgresql://u:hunter2@127.0.0.1:1/x", "doctor", "--json")
+
+    assert outcome.code == 5
+    assert outcome.json["database"]["reachable"] is False
+    assert outcome.json["plugins"]["log"] == "active"
+    assert "DATABASE_URL" in outcome.json["problems"][0]
+    assert "hunter2" not in outcome.said
+
+
+def test_a_file_opened_read_only_can_be_read_and_not_written(tmp_path: Path) -> None:
+    """Exit code 5 for a write; nothing changes."""
+    gateway_store("keys", "issue", "a", "--role", "r")
+    url = f"sqlite:///file:{tmp_path / 'gateway.db'}?mode=ro&uri=true"
+
+    assert len(gateway_store("--database-url", url, "keys", "list", "--json").json["items"]) == 1
+    gateway_store("--database-url", url, "keys", "issue", "b", "--role", "r").assert_fails(5, "read-only")
+    gateway_store("--database-url", url, "keys", "revoke", "a").assert_fails(5, "read-only")
+
+    assert len(gateway_store("keys", "list", "--json").json["items"]) == 1
+
+
+def test_a_file_that_is_no_database_is_exit_code_5(tmp_path: Path) -> None:
+    """It is left as it is."""
+    file = tmp_path / "letter.txt"
+    file.write_text("Dear database, " * 100)
+
+    gateway_store("--database-url", f"sqlite:///{file}", "keys", "list").assert_fails(5, "not a SQLite database")
+
+    assert file.read_text() == "Dear database, " * 100
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command[0] not in ("db", "demo")], ids=" ".join)
+def test_a_schema_that_is_behind_is_named_with_the_command_to_run(command: tuple[str, ...], tmp_path: Path) -> None:
+    """A database that holds other tables is not set up unasked, and is left as it is."""
+    file = tmp_path / "gateway.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE of_the_host (id INTEGER)")
+    connection.close()
+
+    gateway_store(*command, input=event_line("r1")).assert_fails(1, "behind", "gateway-store db upgrade")
+
+    assert _tables(file) == ["of_the_host"]
+    assert gateway_store("doctor").code == 1
+
+
+@pytest.mark.parametrize("command", [*COMMANDS[:10], ("db", "check")], ids=" ".join)
+def test_a_schema_that_is_ahead_is_never_touched(command: tuple[str, ...], tmp_path: Path) -> None:
+    """The sentence says to upgrade the package; `db current` and `doctor` still answer."""
+    file = tmp_path / "gateway.db"
+    gateway_store("db", "upgrade")
+    with sqlite3.connect(file) as connection:
+        connection.execute(f"UPDATE {migrate.VERSION_TABLE} SET version_num = '9999_future'")
+    connection.close()
+
+    outcome = gateway_store(*command, input=event_line("r1"))
+
+    if command == ("db", "current"):
+        assert "9999_future (ahead" in outcome.out
+    else:
+        outcome.assert_fails(1, "9999_future", "newer than this package", "upgrade agent-gateway-store")
+    examined = gateway_store("doctor", "--json")
+    assert (examined.code, examined.json["schema"]["state"]) == (1, "ahead")
+
+
+def test_a_schema_behind_on_postgresql(postgres_database: Callable[[], str]) -> None:
+    """PostgreSQL is never set up unasked."""
+    url = postgres_database()
+
+    gateway_store("--database-url", url, "keys", "list").assert_fails(1, "behind", "gateway-store db upgrade")
+
+    assert gateway_store("--database-url", url, "db", "current", "--json").json["state"] == "empty"
+
+
+def test_an_older_revision_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revision that this package knows and that is not its newest."""
+    gateway_store("db", "upgrade")
+    monkeypatch.setattr(migrate, "head", lambda: "0002_next")
+
+    assert gateway_store("db", "current", "--json").json["state"] == "behind"
+    gateway_store("db", "check").assert_fails(1, "behind", "gateway-store db upgrade")
+    gateway_store("keys", "list").assert_fails(1, "behind", "gateway-store db upgrade")
+
+
+@pytest.mark.parametrize(
+    "handle",
+    [
+        "nonsense",
+        "00000000-0000-0000-0000-000000000000",
+        "agw_0123456789ab_0123456789abcdefghijABCDEFGHIJ0123456789abcdefghi",
+        "Zm9vYmFyYmF6cXV4Zm9vYmFyYmF6cXV4Zm9vYmFyYmE",
+        "\x1b[31m'; DROP TABLE api_keys; --",
+        "9" * 10_000,
+    ],
+)
+@pytest.mark.parametrize("command", ["show", "approve", "deny"])
+def test_a_malformed_or_unknown_approval_id_is_exit_code_4(command: str, handle: str) -> None:
+    """A key or a token pasted by mistake is not repeated."""
+    more = [] if command == "show" else ["--approver", "ann"]
+
+    outcome = gateway_store("approvals", command, *more, "--", handle)
+
+    outcome.assert_fails(4, "Approval not found")
+    assert handle not in outcome.said
+
+
+def test_a_missing_caller_is_exit_code_4() -> None:
+    """The sentence names the next step."""
+    gateway_store("keys", "rotate", "nobody").assert_fails(4, "keys issue")
+
+
+def test_an_expired_approval_is_exit_code_4() -> None:
+    """It is not decided any more."""
+    from datetime import timedelta
+
+    from test_cli import ask
+
+    from agent_gateway_store import clock
+
+    approval_id = ask("sqlite:///gateway.db", "r1")
+    clock.move(timedelta(hours=2))
+
+    gateway_store("approvals", "approve", approval_id, "--approver", "ann").assert_fails(4, "expired")
+
+
+def test_a_cursor_of_another_listing_is_a_usage_error() -> None:
+    """It says to start again."""
+    gateway_store("approvals", "list", "--cursor", "bogus").assert_fails(2, "cursor")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"roles: [unclosed", "not YAML at line 1"),
+        (b"a: b: c", "not YAML at line 1"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"", "holds no"),
+        (b"- a list", "holds no"),
+        (b"just text", "holds no"),
+        (b"version: 1", "roles: "),
+        (b"version: 1\nroles: {}", "roles: "),
+        (b"version: 1\nroles: {developer: {trust_level: GODLIKE}}", "roles.developer.trust_level: "),
+        (b"version: 1\nroles: {developer: {trust_level: 2}}", "roles.developer.trust_level: "),
+        (b"version: 1\nroles: {developer: {trust_level: LOW, allow: [files]}}", "roles.developer.allow.0: "),
+        (b"version: 1\nroles: {developer: {trust_level: LOW, alow: []}}", "roles.developer.alow: "),
+        (b"version: 1\nroles: {analyst: {trust_level: LOW}}", "no role developer"),
+        (b"!!python/object/apply:os.system ['touch pwned']", "not YAML"),
+        (b"[" * 5000, "not YAML"),
+    ],
+)
+def test_a_policy_file_that_is_none_is_refused_before_anything_is_made(
+    content: bytes, word: str, tmp_path: Path
+) -> None:
+    """The sentence says where it is wrong; no database, no key."""
+    (tmp_path / "policies.yaml").write_bytes(content)
+
+    gateway_store("seed", "--policies", "policies.yaml").assert_fails(1, "policies.yaml", word)
+
+    assert [each.name for each in tmp_path.iterdir()] == ["policies.yaml"]
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_policy_file_that_is_missing_is_a_usage_error(name: str, tmp_path: Path) -> None:
+    """So is a folder in its place."""
+    outcome = gateway_store("seed", "--policies", name)
+
+    assert outcome.code == 2
+    assert "--policies" in outcome.err
+    assert "Traceback" not in outcome.said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("keys", "issue"),
+        ("keys", "issue", "a"),
+        ("keys", "issue", "a", "--role", "r", "--trust-level", "GOD"),
+        ("keys", "issue", "a", "--role", "r", "--expires-in", "soon"),
+        ("keys", "rotate", "a", "--overlap", "-1h"),
+        ("keys", "list", "--limit", "0"),
+        ("audit", "search", "--decision", "MAYBE"),
+        ("audit", "search", "--caller", "a", "--decision", "DENY"),
+        ("audit", "tail", "--interval", "0"),
+        ("approvals", "list", "--status", "GONE"),
+        ("approvals", "approve", "x"),
+        ("approvals", "approve", "x", "--approver", " "),
+        ("--org", "", "keys", "list"),
+        ("--database-url", "", "keys", "list"),
+        ("--env-file", "missing", "keys", "list"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2_and_makes_nothing(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """The error goes to standard error."""
+    outcome = gateway_store(*arguments)
+
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"BCRYPT_ROUNDS": "99"}, {"AUDIT_MODE": "hunter2"}, {"AGENT_GATEWAY_STORE_REDIS_TIMEOUT_SECONDS": "hunter2"}],
+)
+def test_a_wrong_setting_is_named_and_its_value_is_not_repeated(environment: dict[str, str]) -> None:
+    """It may be a secret in the wrong place."""
+    outcome = gateway_store("keys", "list", **environment)
+
+    outcome.assert_fails(2, next(iter(environment)).removeprefix("AGENT_GATEWAY_STORE_").lower())
+    assert "hunter2" not in outcome.said
+
+
+def test_an_unexpected_error_is_a_sentence_and_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secrets in its text are masked."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("cannot use password=hunter2 here\nnor there")
+
+    monkeypatch.setattr("agent_gateway_store.cli.plugins.plugin_records", fail)
+
+    plain = gateway_store("plugins", "list")
+    debugged = gateway_store("--debug", "plugins", "list")
+
+    plain.assert_fails(1, "RuntimeError", "--debug for the traceback")
+    assert "hunter2" not in plain.said
+    assert debugged.code == 1
+    assert "Traceback" in debugged.err
+
+
+def test_events_that_the_database_refuses_mid_way_are_not_lost_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line says what became of its event; the command ends with 5."""
+    from agent_gateway_store.audit import AuditLog
+    from agent_gateway_store.audit.log import WriteOutcome
+
+    async def lose(*_: object) -> WriteOutcome:
+        return WriteOutcome.LOST
+
+    monkeypatch.setattr(AuditLog, "write", lose)
+
+    outcome = gateway_store("audit", "write", input=event_line("r1"))
+
+    assert (outcome.code, outcome.out) == (5, "1 LOST r1\n")
+    assert "1 event could not be stored" in outcome.err
+
+
+def test_a_database_that_goes_away_while_following_ends_tail_with_5(
+    postgres_database: Callable[[], str], postgres_url: str
+) -> None:
+    """Not with a traceback, and not silently."""
+    from commands import process
+
+    url = postgres_database()
+    gateway_store("--database-url", url, "db", "upgrade")
+    gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
+    with process("--database-url", url, "audit", "tail", "--interval", "0.05") as tail:
+        assert tail.stdout is not None
+        assert tail.stdout.readline().rstrip().endswith("r1")
+        servers.run(_drop(postgres_url, url))
+        _, err = tail.communicate(timeout=20)
+
+    assert tail.returncode == 5
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+async def _drop(server: str, url: str) -> None:
+    admin = make_url(server).set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = await asyncpg.connect(admin)
+    try:
+        await connection.execute(f'DROP DATABASE "{make_url(url).database}" WITH (FORCE)')
+    finally:
+        await connection.close()
+
+
+def _tables(file: Path) -> list[str]:
+    connection = sqlite3.connect(file)
+    try:
+        return [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    finally:
+        connection.close()

@@ -1,0 +1,105 @@
+"""`gateway-store demo` does the main job end to end, as a user sees it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent_gateway_store import AuditEvent, SyncGatewayStore
+from commands import gateway_store, run_process
+
+pytestmark = pytest.mark.integration
+
+
+def test_the_demo_runs_in_an_empty_folder_and_shows_its_audit_log(tmp_path: Path) -> None:
+    """Under 10 seconds, in 80 columns, with the real cost of the key hash."""
+    started = time.monotonic()
+
+    outcome = run_process("demo", NO_COLOR="1", COLUMNS="80", BCRYPT_ROUNDS="10")
+
+    assert (outcome.code, outcome.err) == (0, "")
+    assert time.monotonic() - started < 10
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    for text in ("delete_file", "APPROVAL_REQUIRED", "DENY", "access_code=***", "gateway-demo.db", "list_recent()"):
+        assert text in outcome.out
+    assert "4711" not in outcome.out
+    assert "\x1b" not in outcome.out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "gateway-demo.db" in names
+    assert all(name.startswith("gateway-demo.db") for name in names)
+
+
+def test_the_demo_tells_the_truth_and_can_be_run_again(tmp_path: Path) -> None:
+    """What it says is in the database: real latencies and hashes, one approval used, one denied."""
+    first = gateway_store("demo", "--json").json
+
+    second = gateway_store("demo", "--json").json
+
+    assert first["session_id"] != second["session_id"]
+    assert second["files_left"] == ["customers.csv", "notes.txt"]
+    assert second["second_use_refused"] is True
+    assert Path(second["database_file"]) == tmp_path / "gateway-demo.db"
+    with SyncGatewayStore(second["database_url"]) as store:
+        events = [event for event in store.audit.list_recent() if event.session_id == second["session_id"]][::-1]
+        approvals = {request.tool_call.arguments["name"]: request for request in store.approvals.list_requests(limit=2)}
+        key = store.keys.get("demo-agent")
+        assert len(store.audit.list_recent()) == 10
+    assert [(event.tool_name, event.decision, event.execution_status) for event in events] == [
+        ("list_files", "ALLOW", "SUCCESS"),
+        ("read_file", "ALLOW", "SUCCESS"),
+        ("hash_file", "ALLOW", "SUCCESS"),
+        ("delete_file", "APPROVAL_REQUIRED", "SUCCESS"),
+        ("delete_file", "DENY", None),
+    ]
+    assert [event.approver_id for event in events] == [None, None, None, "alice", "alice"]
+    assert events[1].raw_args_hash == AuditEvent.hash_args({"name": "notes.txt", "access_code": "4711"})
+    assert events[1].sanitized_args == {"name": "notes.txt", "access_code": "***"}
+    assert events[1].redaction_flags[0].field == "sanitized_args.access_code"
+    assert events[3].latency_ms > 0
+    assert (approvals["old-export.csv"].status, approvals["old-export.csv"].outcome) == ("USED", "SUCCESS")
+    assert approvals["customers.csv"].status == "DENIED"
+    assert key.is_active is False
+
+
+def test_the_demo_leaves_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files it worked on go with it."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+
+    assert gateway_store("demo").code == 0
+
+    assert list(scratch.iterdir()) == []
+
+
+def test_the_demo_uses_the_database_it_is_given(
+    postgres_database: Callable[[], str], fresh_redis_url: str, tmp_path: Path
+) -> None:
+    """PostgreSQL by DATABASE_URL, with Redis; its password is not printed, and no file is left."""
+    url = postgres_database()
+    gateway_store("--database-url", url, "db", "upgrade")
+
+    outcome = gateway_store("demo", DATABASE_URL=url, REDIS_URL=fresh_redis_url, HASH_KEY="pepper")
+
+    assert outcome.code == 0
+    assert list(tmp_path.iterdir()) == []
+    with SyncGatewayStore(url) as store:
+        events = store.audit.list_by_caller("demo-agent")
+    assert len(events) == 5
+    assert events[-1].raw_args_hash == AuditEvent.hash_args({}, key="pepper")
+
+
+def test_the_demo_minds_only_its_own_approvals(tmp_path: Path) -> None:
+    """A pending approval of somebody else's is not decided by the demo's approver."""
+    from test_cli import ask
+
+    url = f"sqlite:///{tmp_path / 'gateway-demo.db'}"
+    approval_id = ask(url, "somebody-elses", name="old-secrets")
+
+    assert gateway_store("demo").code == 0
+
+    assert gateway_store("--database-url", url, "approvals", "show", approval_id, "--json").json["status"] == "PENDING"

@@ -1,0 +1,200 @@
+"""What the commands stand on: output, exit codes, the parsing of options."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import typer
+
+from agent_gateway_store import Page, StoreSettings, TrustLevel, errors
+from agent_gateway_store.cli.faults import CommandError, ExitCode, explain
+from agent_gateway_store.cli.output import print_fields, print_page, say, tidy, to_json
+from agent_gateway_store.cli.running import choose, duration, sqlite_file
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.GatewayStoreError("x"), 1),
+        (errors.ApprovalAlreadyDecidedError("x"), 1),
+        (errors.ApprovalNotFoundError(), 4),
+        (errors.ApprovalExpiredError("x"), 4),
+        (errors.ApiKeyNotFoundError("x"), 4),
+        (errors.ApiKeyExistsError("x"), 1),
+        (errors.InvalidApiKeyError(), 1),
+        (errors.SchemaOutOfDateError("x"), 1),
+        (errors.StoreUnavailableError("x"), 5),
+        (errors.AuditUnavailableError("x"), 5),
+        (errors.MissingExtraError("x", extra="slack"), 1),
+        (errors.InvalidUrlError("x"), 2),
+        (errors.InvalidCursorError("x"), 2),
+        (CommandError("x", ExitCode.UNAVAILABLE), 5),
+        (RuntimeError("x"), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_error_has_its_exit_code(error: Exception, code: int) -> None:
+    """As the contract of the command line names them."""
+    sentence, found = explain(error)
+
+    assert found == code
+    assert sentence
+
+
+def test_a_sentence_shows_no_secret() -> None:
+    """Neither a token nor a password, whoever put it into an error."""
+    token = "aB3" + "x" * 40
+
+    for error in (errors.GatewayStoreError(f"no {token}"), RuntimeError(f"{token} postgresql://u:hunter2@h/d")):
+        sentence, _ = explain(error)
+
+        assert token not in sentence
+        assert "hunter2" not in sentence
+
+
+def test_a_wrong_setting_is_named_without_its_value() -> None:
+    """The value may be a secret in the wrong place."""
+    with pytest.raises(ValueError) as caught:
+        StoreSettings(bcrypt_rounds="hunter2")  # type: ignore[arg-type]
+
+    sentence, code = explain(caught.value)
+
+    assert code is ExitCode.USAGE
+    assert "bcrypt_rounds" in sentence
+    assert "hunter2" not in sentence
+
+
+def test_json_is_printable_ascii() -> None:
+    """Whatever the text holds; it reads back as it was."""
+    value = {"a": "\x00\x1b\x7f\x9b\u2028é\ud800"}
+
+    text = to_json(value)
+
+    assert text.isascii()
+    assert text.isprintable()
+    assert json.loads(text) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("created_at", "2026-01-02T03:04:05.678901Z", "2026-01-02 03:04:05"),
+        ("trust_level", 2, "MEDIUM"),
+        ("is_active", True, "yes"),
+        ("approver_id", None, ""),
+        ("risk_labels", ["PII", "EXPORT"], "PII, EXPORT"),
+        ("tool_call", {"server": "files", "tool": "read", "arguments": {"n": 1, "p": "a b"}}, "files.read n=1 p=a b"),
+        ("tool_call", {"server": "files", "tool": "list", "arguments": {}}, "files.list"),
+        ("output_payload", {"rows": [1, 2]}, "rows=[1, 2]"),
+        ("latency_ms", 12, "12"),
+    ],
+)
+def test_people_read_tidied_values(name: str, value: Any, text: str) -> None:
+    """Times to the second, levels by name, tool calls as one line."""
+    assert tidy(name, value) == text
+
+
+def _print(capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]], **options: Any) -> tuple[str, str]:
+    columns = {"approval_id": "approval id", "caller_id": "caller", "note": "note", "approver_id": "approver"}
+    options = {"whole": {"approval_id"}, "optional": {"approver_id"}, "as_json": False} | options
+    print_page(Page(rows, next_cursor="more"), columns=columns, **options)
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_a_narrow_terminal_keeps_ids_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id that is broken over lines cannot be copied; what is left out is named."""
+    row = {"approval_id": str(uuid4()), "caller_id": "dev-agent", "note": "long " * 12, "approver_id": "ann"}
+
+    monkeypatch.setenv("COLUMNS", "80")
+    out, err = _print(capsys, [row])
+    assert row["approval_id"] in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "ann" not in out
+    assert "approver" in err
+    assert "--cursor more" in err
+
+    monkeypatch.setenv("COLUMNS", "200")
+    out, _ = _print(capsys, [row])
+    assert "ann" in out
+
+
+def test_an_absurdly_long_id_is_broken_rather_than_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other columns stay readable."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    out, _ = _print(capsys, [{"approval_id": "x" * 100, "caller_id": "dev-agent", "note": "", "approver_id": ""}])
+
+    assert out.count("x") == 100
+    assert "dev-agent" in out
+
+
+def test_a_pipe_has_room_for_whole_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `grep` finds them."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    out, _ = _print(capsys, [{"approval_id": "a" * 36, "caller_id": "b" * 30, "note": "c" * 60, "approver_id": "ann"}])
+
+    assert any(all(text in line for text in ("a" * 36, "b" * 30, "c" * 60, "ann")) for line in out.splitlines())
+
+
+def test_json_of_a_page_has_items_and_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """One document, every field."""
+    out, err = _print(capsys, [{"approval_id": "1", "hidden": "too"}], as_json=True)
+
+    assert json.loads(out) == {"items": [{"approval_id": "1", "hidden": "too"}], "next_cursor": "more"}
+    assert err == ""
+
+
+def test_lines_and_fields_carry_no_control_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are shown as escapes."""
+    say("a\x1b[31m\nb")
+    print_fields({"na\x07me": "va\rlue", "x": None})
+
+    assert capsys.readouterr().out == "a\\x1b[31m\\nb\nna\\x07me  va\\rlue\nx\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("15M", 900), (" 24h ", 86400), ("30d", 2592000), ("0s", 0)]
+)
+def test_a_duration_is_a_number_with_a_unit(text: str, seconds: int) -> None:
+    """Any case, any space around."""
+    assert duration(text, "--overlap") == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1h", "1", "1w", "1.5h", "9999999d", "\u0661h"])
+def test_anything_else_is_no_duration(text: str) -> None:
+    """The error names the option."""
+    with pytest.raises(typer.BadParameter, match="--overlap"):
+        duration(text, "--overlap")
+
+
+def test_a_choice_is_taken_in_any_case() -> None:
+    """And a wrong one is answered with what there is."""
+    assert choose(TrustLevel, "medium", "--trust-level") is TrustLevel.MEDIUM
+    with pytest.raises(typer.BadParameter, match="UNTRUSTED, LOW, MEDIUM, HIGH, ADMIN"):
+        choose(TrustLevel, "god", "--trust-level")
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("sqlite:///a.db", "a.db"),
+        ("sqlite:////var/a.db", "/var/a.db"),
+        ("sqlite:///file:a.db?mode=ro&uri=true", "a.db"),
+        ("sqlite://", "None"),
+        ("sqlite:///:memory:", "None"),
+        ("postgresql://h/d", "None"),
+    ],
+)
+def test_the_file_of_a_sqlite_url(url: str, file: str) -> None:
+    """None where there is no file."""
+    assert str(sqlite_file(url)) == file

@@ -1,0 +1,71 @@
+"""`.env.example` names every setting and can be loaded as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from agent_gateway_store import StoreSettings
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / ".env.example"
+_LINE = re.compile(r"^(# )?([A-Z][A-Z0-9_]*)=(.*)$", re.MULTILINE)
+
+
+@pytest.fixture
+def named() -> dict[str, str]:
+    """Name to value, of lines in force and of examples alike."""
+    return {name: value for _, name, value in _LINE.findall(FILE.read_text())}
+
+
+@pytest.mark.parametrize("field", StoreSettings.model_fields)
+def test_every_setting_of_the_store_is_named(named: dict[str, str], field: str) -> None:
+    """A setting that is added to the package is added to the file."""
+    assert field.upper() in named
+
+
+def test_every_setting_of_the_example_gateway_is_named(named: dict[str, str]) -> None:
+    """The gateway's own settings are in the file, and the file names nothing that nobody reads."""
+    source = (ROOT / "examples/fastapi_gateway/config.py").read_text()
+    fields = re.findall(r"^    ([a-z_]+): [A-Za-z]+ = ", source, re.MULTILINE)
+
+    assert len(fields) >= 5
+    assert {name for name in named if name.startswith("GATEWAY_")} == {f"GATEWAY_{field.upper()}" for field in fields}
+    assert {name for name in named if not name.startswith("GATEWAY_")} == {
+        field.upper() for field in StoreSettings.model_fields
+    }
+
+
+def test_file_holds_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded as it stands, the file changes nothing."""
+    for name in ("AUDIT_SPOOL_PATH", "BCRYPT_ROUNDS"):
+        monkeypatch.delenv(name)
+
+    assert StoreSettings(_env_file=FILE) == StoreSettings()  # type: ignore[call-arg]
+
+
+def test_examples_of_unset_settings_can_be_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With every commented setting uncommented the file loads, too."""
+    for name in ("AUDIT_SPOOL_PATH", "BCRYPT_ROUNDS"):
+        monkeypatch.delenv(name)
+    everything = tmp_path / "all.env"
+    everything.write_text(_LINE.sub(r"\2=\3", FILE.read_text()))
+
+    settings = StoreSettings(_env_file=everything)  # type: ignore[call-arg]
+
+    assert settings.redis_url == "redis://localhost:6379/0"
+    assert settings.hash_key is not None
+    assert str(settings.audit_spool_path) == "/var/lib/gateway/spool.db"
+
+
+def test_each_setting_has_a_comment(named: dict[str, str]) -> None:
+    """The line before each setting says what it is."""
+    lines = FILE.read_text().splitlines()
+
+    for name in named:
+        index = next(i for i, line in enumerate(lines) if line.removeprefix("# ").startswith(f"{name}="))
+        assert re.match(r"# [A-Z]", lines[index - 1]), name

@@ -1,0 +1,404 @@
+"""The models as Pydantic models: what they take, what they refuse, and what they never show."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
+from sqlalchemy import inspect
+from sqlmodel import SQLModel
+
+from agent_gateway_store.models import (
+    ApiKey,
+    ApprovalRequest,
+    ApprovalResult,
+    ApprovalStatus,
+    ApprovalVote,
+    AuditEvent,
+    CallerIdentity,
+    Decision,
+    ExecutionStatus,
+    IssuedKey,
+    Notice,
+    NotificationDelivery,
+    OutputDecision,
+    RedactionFlag,
+    ToolCall,
+    TrustLevel,
+    metadata,
+)
+
+pytestmark = pytest.mark.unit
+
+SECRET = "hunter2-do-not-repeat"
+TABLES = [ApiKey, AuditEvent, ApprovalRequest, ApprovalVote, NotificationDelivery]
+VALUES = [ApprovalResult, CallerIdentity, IssuedKey, Notice, RedactionFlag, ToolCall]
+
+
+def event_fields(**fields: Any) -> dict[str, Any]:
+    return {
+        "request_id": uuid4().hex,
+        "caller_id": "dev-agent",
+        "caller_role": "developer",
+        "environment": "dev",
+        "mcp_server": "files",
+        "tool_name": "read_file",
+        "raw_args_hash": "ab" * 32,
+        "sanitized_args": {"path": "/etc/hosts"},
+        "risk_score": 0.1,
+        "matched_policy_rule": "allow-reads",
+        "decision": "ALLOW",
+        "latency_ms": 12,
+        "deterministic_rationale": "reads are allowed",
+    } | fields
+
+
+def event(**fields: Any) -> AuditEvent:
+    return AuditEvent(**event_fields(**fields))
+
+
+def key(**fields: Any) -> ApiKey:
+    given: dict[str, Any] = {
+        "key_id": "k1",
+        "caller_id": "dev-agent",
+        "key_hash": "$2b$10$hash",
+        "role": "developer",
+        "trust_level": 2,
+        "environment": "dev",
+    }
+    return ApiKey(**(given | fields))
+
+
+def request(**fields: Any) -> ApprovalRequest:
+    given: dict[str, Any] = {
+        "request_id": "r1",
+        "caller_id": "dev-agent",
+        "tool_call": {"server": "files", "tool": "delete", "arguments": {"path": "/tmp/x"}},
+        "risk_explanation": "deletes a file",
+    }
+    return ApprovalRequest(**(given | fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("request_id", None),
+        ("request_id", 5),
+        ("timestamp", "yesterday"),
+        ("raw_args_hash", "xyz"),
+        ("raw_args_hash", "a" * 63),
+        ("raw_args_hash", "a" * 64 + "\n"),
+        ("raw_args_hash", "g" * 64),
+        ("sanitized_args", ["a"]),
+        ("sanitized_args", None),
+        ("risk_labels", "pii"),
+        ("risk_labels", [1]),
+        ("risk_score", "high"),
+        ("risk_score", 10**400),
+        ("decision", "PERHAPS"),
+        ("execution_status", "DONE"),
+        ("output_decision", None),
+        ("latency_ms", -1),
+        ("latency_ms", float("nan")),
+        ("latency_ms", float("inf")),
+        ("latency_ms", "soon"),
+        ("redaction_flags", [{"field": "x"}]),
+        ("redaction_flags", [{"field": "x", "reason": "PII", "note": "?"}]),
+    ],
+)
+def test_wrong_values_are_refused_when_constructing_and_when_assigning(field: str, wrong: Any) -> None:
+    """A refused value raises both ways, and assigning it leaves the instance as it was."""
+    good = event()
+    before = good.model_dump()
+
+    with pytest.raises(ValidationError):
+        event(**{field: wrong})
+    with pytest.raises(ValidationError):
+        setattr(good, field, wrong)
+    assert good.model_dump() == before
+
+
+def test_missing_and_unknown_fields_are_refused() -> None:
+    """A misspelt field name is an error, not a field that is silently dropped."""
+    incomplete = {name: value for name, value in event_fields().items() if name != "caller_id"}
+
+    with pytest.raises(ValidationError, match="caller_id"):
+        AuditEvent(**incomplete)
+    with pytest.raises(ValidationError, match="tool_nmae"):
+        event(tool_nmae="x")
+    with pytest.raises(ValueError, match="tool_nmae"):
+        event().tool_nmae = "x"
+
+
+@pytest.mark.parametrize("model", [*TABLES, *VALUES])
+def test_every_model_refuses_unknown_fields(model: type[BaseModel]) -> None:
+    """Tables and values alike forbid extra fields."""
+    with pytest.raises(ValidationError) as caught:
+        model(no_such_field=1)
+
+    assert "extra_forbidden" in str(caught.value)
+
+
+def test_events_and_requests_have_the_documented_defaults() -> None:
+    """What design leaves optional is None, and the rest starts as documented."""
+    made, asked = event(), request()
+
+    absent = ("trace_id", "session_id", "parent_request_id", "key_id", "policy_version", "approver_id")
+    absent += ("execution_status", "output_hash", "output_policy_rationale", "llm_explanation", "content_hash", "id")
+    assert {getattr(made, name) for name in absent} == {None}
+    assert (made.org_id, made.risk_labels, made.redaction_flags, made.output_decision) == ("default", [], [], "ALLOW")
+    assert (asked.status, asked.scope, asked.required_approvals, asked.version) == ("PENDING", "EXECUTION", 1, 1)
+    assert (asked.expires_at, asked.use_before, asked.tool_call_hash, asked.approver_note) == (None, None, None, "")
+    assert asked.token is not None
+    assert len(asked.token) >= 43
+    assert asked.token != request().token
+    assert key().is_active
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda: event(decision=SECRET),
+        lambda: event(raw_args_hash=SECRET),
+        lambda: event(sanitized_args=SECRET),
+        lambda: event(latency_ms=SECRET),
+        lambda: event(timestamp=SECRET),
+        lambda: event(risk_labels=[{"label": SECRET}]),
+        lambda: event(redaction_flags=[{"field": SECRET}]),
+        lambda: setattr(event(), "decision", SECRET),
+        lambda: key(trust_level=SECRET),
+        lambda: request(tool_call=SECRET),
+        lambda: request(tool_call={"server": "s", "tool": "t", "arguments": SECRET}),
+        lambda: request(token=[SECRET]),
+        lambda: AuditEvent.model_validate({"request_id": SECRET}),
+        lambda: AuditEvent.model_validate_json(f'{{"request_id": "{SECRET}"}}'),
+        lambda: AuditEvent.model_validate_json(f'["{SECRET}"]'),
+        lambda: TypeAdapter(AuditEvent).validate_python({"decision": SECRET}),
+        lambda: ToolCall(server=SECRET, tool=None),  # type: ignore[arg-type]
+        lambda: CallerIdentity(caller_id=SECRET),  # type: ignore[call-arg]
+    ],
+)
+def test_errors_never_repeat_the_input(refused: Any) -> None:
+    """A log line made of the error holds nothing of what was refused."""
+    with pytest.raises(ValidationError) as caught:
+        refused()
+
+    assert SECRET not in str(caught.value)
+    assert SECRET not in repr(caught.value)
+
+
+@pytest.mark.parametrize("given", ["ab" * 32, "AB" * 32, "0" * 64])
+def test_raw_args_hash_is_kept_in_lower_case(given: str) -> None:
+    """64 hex digits in either case are one hash."""
+    assert event(raw_args_hash=given).raw_args_hash == given.lower()
+
+
+@pytest.mark.parametrize(("given", "kept"), [(12, 12), (12.4, 12), (12.6, 13), (-0.4, 0), ("7", 7), (2**70, 2**70)])
+def test_latency_is_rounded_to_whole_milliseconds(given: Any, kept: int) -> None:
+    """A float of a timer is taken and rounded."""
+    made = event(latency_ms=given)
+
+    assert made.latency_ms == kept
+    assert type(made.latency_ms) is int
+
+
+class _Undecided(tzinfo):
+    def utcoffset(self, when: datetime | None) -> timedelta | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (datetime(2024, 5, 1, 12), datetime(2024, 5, 1, 12, tzinfo=UTC)),
+        (datetime(2024, 5, 1, 12, tzinfo=UTC), datetime(2024, 5, 1, 12, tzinfo=UTC)),
+        (datetime(2024, 5, 1, 12, tzinfo=timezone(timedelta(hours=14))), datetime(2024, 4, 30, 22, tzinfo=UTC)),
+        (datetime(2024, 5, 1, 12, tzinfo=_Undecided()), datetime(2024, 5, 1, 12, tzinfo=UTC)),
+        ("2024-05-01T12:00:00", datetime(2024, 5, 1, 12, tzinfo=UTC)),
+        ("2024-05-01T12:00:00-02:00", datetime(2024, 5, 1, 14, tzinfo=UTC)),
+        (datetime.min, datetime.min.replace(tzinfo=UTC)),
+        (datetime.max, datetime.max.replace(tzinfo=UTC)),
+        (datetime.min.replace(tzinfo=timezone(timedelta(hours=14))), datetime.min.replace(tzinfo=UTC)),
+        (datetime.max.replace(tzinfo=timezone(timedelta(hours=-14))), datetime.max.replace(tzinfo=UTC)),
+    ],
+)
+def test_times_are_aware_utc_and_clamped(given: Any, kept: datetime) -> None:
+    """Naive is taken as UTC, every zone is turned into UTC, and what UTC cannot hold becomes its end."""
+    made = event()
+    made.timestamp = given
+
+    assert event(timestamp=given).timestamp == made.timestamp == kept
+    assert event(timestamp=given).timestamp.tzinfo is made.timestamp.tzinfo is UTC
+
+
+def test_enums_come_from_their_text() -> None:
+    """Text is turned into members, when constructing and when assigning."""
+    made = event(decision="DENY", execution_status="TIMEOUT", output_decision="REDACT")
+    made.decision = "SANITIZE_AND_ALLOW"  # type: ignore[assignment]
+
+    assert made.decision is Decision.SANITIZE_AND_ALLOW
+    assert made.execution_status is ExecutionStatus.TIMEOUT
+    assert made.output_decision is OutputDecision.REDACT
+    assert key(trust_level=3).trust_level is TrustLevel.HIGH
+    assert request(status="DENIED").status is ApprovalStatus.DENIED
+
+
+def test_trust_levels_compare() -> None:
+    """The order of the levels is the order of trust."""
+    levels = list(TrustLevel)
+
+    assert levels == sorted(levels)
+    assert TrustLevel.UNTRUSTED < TrustLevel.LOW < TrustLevel.MEDIUM < TrustLevel.HIGH < TrustLevel.ADMIN
+    assert TrustLevel.MEDIUM >= 2
+    assert max(levels) is TrustLevel.ADMIN
+
+
+def test_only_pending_and_approved_are_not_final() -> None:
+    """Everything else cannot move any more."""
+    assert [status for status in ApprovalStatus if not status.is_final] == ["PENDING", "APPROVED"]
+
+
+def test_reprs_show_no_secret() -> None:
+    """Neither token nor key hash nor plaintext is in the repr or str of anything."""
+    api_key = key(key_hash=SECRET, previous_key_hash=SECRET)
+    shown = [
+        api_key,
+        request(token=SECRET),
+        ApprovalResult(approval_id=uuid4(), token=SECRET, status=ApprovalStatus.APPROVED),
+        IssuedKey(plaintext=SecretStr(SECRET), api_key=api_key),
+    ]
+
+    for thing in shown:
+        assert SECRET not in f"{thing!r}{thing}{[thing]}"
+
+
+def test_equality_is_by_value() -> None:
+    """Two instances with the same fields are equal, whatever the ORM knows about them."""
+    fields = event_fields(timestamp=datetime(2024, 5, 1, tzinfo=UTC))
+
+    assert AuditEvent(**fields) == AuditEvent(**fields)
+    assert AuditEvent(**fields) != AuditEvent(**(fields | {"tool_name": "other"}))
+    assert AuditEvent(**fields) != request()
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda made: made.model_copy(),
+        lambda made: made.model_copy(deep=True),
+        copy.copy,
+        copy.deepcopy,
+        lambda made: pickle.loads(pickle.dumps(made)),
+        lambda made: AuditEvent.model_validate(made),
+        lambda made: AuditEvent.model_construct(made.model_fields_set, **dict(made)),
+    ],
+)
+def test_copies_share_no_orm_state(copied: Any) -> None:
+    """A copy is equal, is a transient of its own, and assigning to it leaves the original alone."""
+    made = event()
+    twin = copied(made)
+    before = made.tool_name
+    twin.tool_name = "other"
+
+    assert inspect(twin) is not inspect(made)
+    assert inspect(twin).obj() is twin
+    assert inspect(twin).transient
+    assert made.tool_name == before
+    assert twin.model_copy(update={"tool_name": before}) == made
+
+
+def test_a_copy_keeps_what_was_set_and_takes_updates() -> None:
+    """`model_copy` knows which fields were given, and adds those that it changes."""
+    made = event()
+    twin = made.model_copy(update={"approver_id": "anna"})
+
+    assert twin.approver_id == "anna"
+    assert twin.model_fields_set == made.model_fields_set | {"approver_id"}
+    assert made.approver_id is None
+    assert "approver_id" not in made.model_fields_set
+
+
+def test_deep_copies_and_pickles_share_no_json() -> None:
+    """A change inside the JSON of a deep copy stays there."""
+    made = event(sanitized_args={"a": {"b": [1]}})
+    for twin in (made.model_copy(deep=True), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        twin.sanitized_args["a"]["b"].append(2)
+
+    assert made.sanitized_args == {"a": {"b": [1]}}
+
+
+def test_validate_takes_mappings_instances_and_objects() -> None:
+    """`model_validate` builds from each, with updates, and always validates."""
+    made = event()
+
+    class Row:
+        def __init__(self) -> None:
+            vars(self).update(dict(made))
+
+    assert AuditEvent.model_validate(dict(made)) == made
+    assert AuditEvent.model_validate(made, update={"tool_name": "x"}).tool_name == "x"
+    assert AuditEvent.model_validate(Row(), from_attributes=True) == made
+    assert AuditEvent.model_validate(Row(), update={"tool_name": "x"}).tool_name == "x"
+    with pytest.raises(ValidationError):
+        AuditEvent.model_validate(made, update={"latency_ms": -1})
+    with pytest.raises(ValidationError):
+        AuditEvent.model_validate(dict(made) | {"latency_ms": "12"}, strict=True)
+
+
+def test_json_and_type_adapters_build_whole_instances() -> None:
+    """What comes from JSON or a TypeAdapter is validated and has an ORM state."""
+    made = event(redaction_flags=[RedactionFlag(field="a", reason="PII")])
+    from_json = AuditEvent.model_validate_json(made.model_dump_json())
+    adapted = TypeAdapter(list[AuditEvent]).validate_python([made.model_dump()])[0]
+    adapted.tool_name = made.tool_name
+
+    assert from_json == adapted == made
+    assert inspect(from_json).transient
+    assert inspect(adapted).transient
+    with pytest.raises(ValidationError):
+        AuditEvent.model_validate_json(made.model_dump_json().replace('"ALLOW"', '"NEVER"'))
+
+
+@pytest.mark.parametrize("model", [*TABLES, *VALUES])
+@pytest.mark.parametrize("mode", ["validation", "serialization"])
+def test_every_model_has_a_json_schema(model: type[BaseModel], mode: Any) -> None:
+    """FastAPI can document every model, as body and as response."""
+    schema = model.model_json_schema(mode=mode)
+
+    assert schema["type"] == "object"
+    assert set(schema["properties"]) == set(model.model_fields)
+
+
+def test_values_are_frozen() -> None:
+    """What notifiers and callers are handed cannot be changed."""
+    with pytest.raises(ValidationError):
+        ToolCall(server="s", tool="t").server = "other"  # type: ignore[misc]
+
+
+def test_our_tables_are_not_in_the_global_metadata() -> None:
+    """A host's own SQLModel tables and migrations never meet ours."""
+    assert set(metadata.tables) == {
+        "api_keys",
+        "approval_requests",
+        "approval_votes",
+        "audit_events",
+        "notification_deliveries",
+    }
+    assert not set(metadata.tables) & set(SQLModel.metadata.tables)
+
+
+def test_every_constraint_and_index_has_a_name() -> None:
+    """Errors can be recognised by constraint, and a later migration can drop it."""
+    nameless = [
+        (table.name, constraint)
+        for table in metadata.tables.values()
+        for constraint in (*table.constraints, *table.indexes)
+        if not constraint.name
+    ]
+
+    assert nameless == []

@@ -1,0 +1,385 @@
+"""The scrubber: whatever comes in, what goes out is storable, bounded, flagged, and stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+import math
+import time
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from pathlib import PurePosixPath
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
+
+from agent_gateway_store.audit.row import event_row
+from agent_gateway_store.models import AuditEvent, RedactionFlag
+from agent_gateway_store.models.scrub import MAX_JSON_CHARS, MAX_KEY_BYTES, MAX_TEXT_BYTES, Scrubber, storable_key
+
+pytestmark = pytest.mark.unit
+
+SECRET = "hunter2"
+
+
+def scrub(value: Any) -> tuple[Any, list[tuple[str, str | None]]]:
+    scrubber = Scrubber()
+    result = scrubber.json("args", value)
+    return result, scrubber.replaced
+
+
+def event(**fields: Any) -> AuditEvent:
+    given: dict[str, Any] = {
+        "request_id": uuid4().hex,
+        "caller_id": "dev-agent",
+        "caller_role": "developer",
+        "environment": "dev",
+        "mcp_server": "files",
+        "tool_name": "read_file",
+        "raw_args_hash": "ab" * 32,
+        "sanitized_args": {},
+        "risk_score": 0.1,
+        "matched_policy_rule": "allow-reads",
+        "decision": "ALLOW",
+        "latency_ms": 12,
+        "deterministic_rationale": "reads are allowed",
+    }
+    return AuditEvent(**(given | fields))
+
+
+class Level(enum.Enum):
+    BIG = 1e20
+    ZERO = -0.0
+    NAME = "name"
+    PAIR = (1, "\0")
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int = dataclasses.field(init=False)
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    x: int
+
+
+class Broken:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+class Unreadable(dict[str, Any]):
+    def items(self) -> Any:
+        raise RuntimeError("no items")
+
+
+class Shouting(str):
+    def __str__(self) -> str:
+        return "something else"
+
+
+UNCHANGED = [
+    *(None, True, 0, -1, 2**53 - 1, -(2**53) + 1, 0.5, 1e15, 5e-324, 2.5e-7, 9999999999999998.0, 0.0, "", "text"),
+    *("$int:5", "\x1b[31m", "\u202e", "\u2028", "\uffff", "\U0010ffff", "\ufeff", {}, [], {"": [None]}, "\\u0000"),
+]
+
+
+@pytest.mark.parametrize("value", UNCHANGED, ids=repr)
+def test_what_is_storable_stays(value: Any) -> None:
+    """Ordinary values, control characters and bidi marks among them, pass unflagged."""
+    result, replaced = scrub({"k": value})
+
+    assert json.dumps(result) == json.dumps({"k": value})
+    assert replaced == []
+
+
+REPLACED: list[tuple[Any, Any]] = [
+    ("a\0b", "a\u2400b"),
+    ("\ud800", "\ufffd"),
+    ("a\udfffb\ud800c", "a\ufffdb\ufffdc"),
+    ("\udc00\ud800", "\ufffd\ufffd"),
+    ("\ud83d\ude00", "\U0001f600"),
+    ("\ufeff\ud800", "\ufeff\ufffd"),
+    (math.nan, "$float:nan"),
+    (math.inf, "$float:inf"),
+    (-math.inf, "$float:-inf"),
+    (-0.0, 0.0),
+    (1e16, "$float:1e+16"),
+    (1e23, "$float:1e+23"),
+    (-1.7976931348623157e308, "$float:-1.7976931348623157e+308"),
+    (2**53, "$int:9007199254740992"),
+    (-(2**64), "$int:-18446744073709551616"),
+    (b"\0\xff", "$bytes:AP8="),
+    ({2}, "$set:[2]"),
+    (Decimal("1.10"), "$decimal:1.10"),
+    (date(2024, 5, 1), "$date:2024-05-01"),
+    (datetime(2024, 5, 1, tzinfo=UTC), "$datetime:2024-05-01T00:00:00+00:00"),
+    (UUID(int=1), "$uuid:00000000-0000-0000-0000-000000000001"),
+    (PurePosixPath("/etc"), "$path:/etc"),
+    (Level.BIG, "$float:1e+20"),
+    (Level.ZERO, 0.0),
+    (Level.PAIR, [1, "\u2400"]),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), REPLACED, ids=lambda value: ascii(value)[:40])
+def test_what_is_not_storable_is_replaced_and_reported(value: Any, expected: Any) -> None:
+    """Each replacement is visible, and reported with its place and a hash."""
+    result, replaced = scrub({"k": [value]})
+
+    assert json.dumps(result) == json.dumps({"k": [expected]})
+    assert replaced[0][0].startswith("args.k[0]")
+    assert all(digest is None or len(digest) == 64 for _, digest in replaced)
+
+
+def test_objects_are_opened_or_described() -> None:
+    """Enums, tuples, dataclasses and models become JSON of their own; other objects one line of text."""
+    result, _ = scrub({"e": Level.NAME, "t": (1,), "d": Point(2), "m": Model(x=1, extra=2), "s": Shouting("own")})
+    objects, replaced = scrub([Broken(), Unreadable(a=1), object()])
+
+    assert result == {"e": "name", "t": [1], "d": {"x": 2}, "m": {"x": 1, "extra": 2}, "s": "own"}
+    assert all(text.startswith("$object:") for text in objects)
+    assert objects[0].endswith("Broken:?")
+    assert len(replaced) == 3
+
+
+def test_huge_integers_are_cut() -> None:
+    """10**5000 becomes text of bounded length, in time, and two of them stay two."""
+    started = time.monotonic()
+    (first, second), replaced = scrub([10**5000, 10**5000 + 1])
+
+    assert first.startswith("$int:0x")
+    assert first != second
+    assert len(first) <= 1024
+    assert [place for place, _ in replaced] == ["args[0]", "args[1]"]
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("levels", [99, 100, 101, 5_000, 100_000])
+def test_nesting_is_cut_at_depth_100(levels: int) -> None:
+    """A hundred containers are kept; what is below becomes a marker."""
+    value: Any = []
+    for level in range(levels - 1):
+        value = [value] if level % 2 else {"a": value}
+    result, replaced = scrub(value)
+    depth, found = 0, result
+    while isinstance(found, dict | list) and found:
+        depth, found = depth + 1, found["a"] if isinstance(found, dict) else found[0]
+
+    assert (len(replaced), depth) == ((0, levels - 1) if levels <= 100 else (1, 100))
+    assert found == ([] if levels <= 100 else "[cut: nested deeper than 100 levels]")
+
+
+def test_cycles_are_cut() -> None:
+    """A container inside itself becomes a marker; the same one twice side by side does not."""
+    inner: list[Any] = [1]
+    value = {"a": inner, "b": inner}
+    assert scrub(value) == ({"a": [1], "b": [1]}, [])
+    inner.append(value)
+
+    assert scrub(value)[0]["a"] == [1, "[cut: contains itself]"]
+
+
+def test_a_small_graph_that_unfolds_without_end_is_bounded() -> None:
+    """[x, x] nested sixty times has 2**60 leaves; it costs a moment and a bounded row."""
+    value: Any = ["leaf"]
+    for _ in range(60):
+        value = [value, value]
+    started = time.monotonic()
+    result, replaced = scrub(value)
+
+    assert time.monotonic() - started < 5
+    assert len(json.dumps(result)) < 8 * MAX_JSON_CHARS
+    assert 1 < len(replaced) <= 64
+
+
+def test_long_lists_and_objects_are_cut_where_the_budget_ends() -> None:
+    """Of what is too long the beginning is kept, and a marker says how much is missing."""
+    listed, listed_flags = scrub([f"item {number:094}" for number in range(10_000)])
+    mapped, mapped_flags = scrub({f"key {number:095}": number for number in range(10_000)})
+
+    assert listed[-1] == f"[cut: {10_000 - len(listed) + 1} more items]"
+    assert mapped["[cut]"] == f"[cut: {10_000 - len(mapped) + 1} more entries]"
+    assert 2_000 < len(listed) < 3_000
+    assert listed_flags == mapped_flags == [("args", None)]
+
+
+def test_a_key_that_looks_like_our_marker_is_kept() -> None:
+    """The marker of a cut object takes a name of its own."""
+    result, _ = scrub({"[cut]": "mine"} | {f"key {number:095}": number for number in range(10_000)})
+
+    assert result["[cut]"] == "mine"
+    assert result["[cut]~2"].startswith("[cut: ")
+
+
+def test_long_text_is_cut_and_ends_in_its_hash() -> None:
+    """A megabyte becomes 64 kB of text: its beginning, ~ and the SHA-256 of the whole."""
+    text = "\u20ac" * 350_000
+    (kept,), replaced = scrub([text])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+
+    assert kept.endswith(f"~{digest}")
+    assert MAX_TEXT_BYTES - 4 < len(kept.encode()) <= MAX_TEXT_BYTES
+    assert text.startswith(kept[: -len(digest) - 1])
+    assert replaced == [("args[0]", digest)]
+
+
+@pytest.mark.parametrize("text", ["x" * 512, "\u20ac" * 170, "\U0001f600" * 128])
+def test_ids_up_to_512_bytes_stay(text: str) -> None:
+    """The limit is in bytes of UTF-8, and inclusive."""
+    assert storable_key(text) == text
+
+
+@pytest.mark.parametrize("text", ["x" * 513, "\u20ac" * 171, "\U0001f600" * 129, "\ud800" * 171, "\0" * 200])
+def test_longer_ids_end_in_their_hash(text: str) -> None:
+    """Above the limit an id is cut, ends in ~ and a SHA-256, fits, and is its own storable form."""
+    kept = storable_key(text)
+    other = storable_key(text + "x")
+
+    assert len(kept.encode()) <= MAX_KEY_BYTES
+    assert kept[-65] == "~"
+    assert kept != other
+    assert storable_key(kept) == kept
+
+
+def test_keys_that_become_the_same_stay_apart() -> None:
+    """Keys are made text; those that meet are numbered, and every value is kept."""
+    value = {
+        1: "a",
+        "$int:1": "b",
+        None: "c",
+        2.5: "d",
+        "\0": "e",
+        "\u2400": "f",
+        "\ud800": "g",
+        "\ufffd": "h",
+        (1,): "i",
+    }
+    result, replaced = scrub(value)
+
+    assert sorted(result.values()) == sorted(value.values())
+    assert result["$int:1"] == "a"
+    assert result["$int:1~2"] == "b"
+    assert result["\ufffd~2"] == "h"
+    assert {place for place, _ in replaced} == {"args"}
+
+
+def test_many_colliding_keys_cost_little() -> None:
+    """Thousands of keys of lone surrogates, all of which become one name, take no quadratic time."""
+    value = {chr(0xD800 + one) + chr(0xD800 + two): 0 for one in range(150) for two in range(150)}
+    started = time.monotonic()
+    result, _ = scrub(value)
+
+    assert len(result) == len(value)
+    assert time.monotonic() - started < 3
+
+
+def test_long_keys_in_deep_objects_cost_little() -> None:
+    """The places of replacements do not grow with the names above them."""
+    value: Any = [[float("nan")] for _ in range(20_000)]
+    for level in range(90):
+        value = {f"{level}" * 400: value}
+    started = time.monotonic()
+    _, replaced = scrub(value)
+
+    assert time.monotonic() - started < 3
+    assert all(len(place.encode()) <= MAX_KEY_BYTES for place, _ in replaced)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (0.5, 0.5),
+        (math.nan, 0.0),
+        (math.inf, 1.7976931348623157e308),
+        (-math.inf, -1.7976931348623157e308),
+        (-0.0, 0.0),
+    ],
+)
+def test_scores_become_finite(given: float, kept: float) -> None:
+    """A float column gets a number that every database holds."""
+    row = event_row(event(risk_score=given)).values
+
+    assert repr(row["risk_score"]) == repr(kept)
+    assert [flag.field for flag in row["redaction_flags"]] == ([] if given == 0.5 else ["risk_score"])
+
+
+def test_flags_name_the_place_and_never_the_original() -> None:
+    """Every field that was touched is flagged UNSTORABLE; nothing of what was cut or replaced is in a flag."""
+    long = SECRET * 20_000
+    row = event_row(
+        event(
+            request_id=f"{SECRET}\0" * 100,
+            tool_name="\ud800",
+            llm_explanation=long,
+            sanitized_args={"a": [f"{SECRET}\0"], "b": {SECRET: b"hunter2"}},
+            risk_labels=["ok", "\0"],
+            risk_score=math.nan,
+            latency_ms=2**63,
+            timestamp=datetime.max,
+            redaction_flags=[RedactionFlag(field="\0", reason="PII")],
+        )
+    ).values
+    given, *flags = row["redaction_flags"]
+
+    assert given == RedactionFlag(field="\u2400", reason="PII")
+    assert {flag.reason for flag in flags} == {"UNSTORABLE"}
+    places = "request_id tool_name llm_explanation sanitized_args.a[0] risk_labels[1] risk_score latency_ms timestamp"
+    assert {flag.field for flag in flags} >= {*places.split(), "redaction_flags[0]"}
+    original = [flag for flag in flags if SECRET in repr(flag) and flag.field != f"sanitized_args.b.{SECRET}"]
+    assert original == []
+    assert (row["latency_ms"], row["tool_name"], row["risk_labels"]) == (2**63 - 1, "\ufffd", ["ok", "\u2400"])
+
+
+def test_the_event_is_not_changed() -> None:
+    """Scrubbing makes a new row; the caller's event, and what it holds, stays."""
+    made = event(sanitized_args={"a": ["\0", {"b": math.inf}]}, tool_name="\0")
+    before = repr(made)
+    event_row(made)
+
+    assert repr(made) == before
+
+
+nasty_text = st.text(st.characters(), max_size=8) | st.text(
+    st.sampled_from("\0\ud800\udfff\u2400\ufffda~2$:"), max_size=5
+)
+nasty_leaf = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**53, -(2**53), 2**53 - 1, 10**700, -0.0, 1e16, 9999999999999998.0, math.nan])
+    | st.floats()
+    | nasty_text
+    | st.binary(max_size=4)
+    | st.sampled_from([Decimal("1"), Level.BIG, Level.PAIR, "x" * 70_000, "[cut: 1 more items]"])
+    | st.builds(Point, st.just(1))
+    | st.builds(Broken)
+)
+nasty_key = nasty_text | st.integers(-1, 1) | st.none() | st.sampled_from(["\0" + "a" * 1021, "\u2400" + "a" * 1021])
+nasty_json = st.recursive(
+    nasty_leaf | st.sampled_from(["x" * 60_000, ["y" * 65_000] * 5]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(nasty_key, inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(nasty_json)
+def test_scrubbing_twice_changes_nothing_more(value: Any) -> None:
+    """The result is plain JSON in UTF-8 without NUL, and a second pass returns it unflagged."""
+    once, _ = scrub(value)
+    twice, replaced = scrub(once)
+    text = json.dumps(once, ensure_ascii=False, allow_nan=False)
+
+    assert json.dumps(twice, ensure_ascii=False) == text
+    assert replaced == []
+    assert "\\u0000" not in text.replace("\\\\", "")
+    assert json.loads(text.encode()) == once

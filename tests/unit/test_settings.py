@@ -1,0 +1,194 @@
+"""Settings: where they come from, which wins, and that no password shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from agent_gateway_store.settings import StoreSettings, default_hash_key, mask_url
+
+pytestmark = pytest.mark.unit
+
+PREFIX = "AGENT_GATEWAY_STORE_"
+
+
+def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an empty environment a store is embedded, without Redis, in the default modes."""
+    monkeypatch.delenv("AUDIT_SPOOL_PATH")
+    monkeypatch.delenv("BCRYPT_ROUNDS")
+    settings = StoreSettings()
+
+    assert settings.audit_spool_path.name == "spool.db"
+    assert settings.audit_spool_path.is_absolute()
+    assert settings.model_dump(exclude={"audit_spool_path"}) == {
+        "database_url": "sqlite+aiosqlite:///gateway.db",
+        "redis_url": None,
+        "environment": "dev",
+        "approval_token_ttl_seconds": 3600,
+        "approval_cache_seconds": 2,
+        "audit_mode": "spool",
+        "redis_timeout_seconds": 0.2,
+        "plugin_timeout_seconds": 5,
+        "bcrypt_rounds": 10,
+        "api_key_cache_seconds": 30,
+        "hash_key": None,
+        "allow_self_approval": False,
+        "otel_enabled": False,
+    }
+
+
+def test_the_prefix_wins_and_an_argument_wins_over_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NAME < AGENT_GATEWAY_STORE_NAME < argument."""
+    monkeypatch.setenv("ENVIRONMENT", "plain")
+    assert StoreSettings().environment == "plain"
+    monkeypatch.setenv(f"{PREFIX}ENVIRONMENT", "prefixed")
+    assert StoreSettings().environment == "prefixed"
+
+    assert StoreSettings(environment="argument").environment == "argument"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "field", "value"),
+    [
+        ("APPROVAL_TOKEN_TTL_SECONDS", "60", "approval_token_ttl_seconds", 60),
+        ("APPROVAL_CACHE_SECONDS", "0", "approval_cache_seconds", 0),
+        ("AUDIT_MODE", "strict", "audit_mode", "strict"),
+        ("AUDIT_SPOOL_PATH", "/var/spool.db", "audit_spool_path", Path("/var/spool.db")),
+        ("REDIS_TIMEOUT_SECONDS", "0.5", "redis_timeout_seconds", 0.5),
+        ("BCRYPT_ROUNDS", "12", "bcrypt_rounds", 12),
+        ("ALLOW_SELF_APPROVAL", "true", "allow_self_approval", True),
+        ("OTEL_ENABLED", "1", "otel_enabled", True),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_every_kind_of_value_is_read(
+    monkeypatch: pytest.MonkeyPatch, prefix: str, name: str, text: str, field: str, value: Any
+) -> None:
+    """Numbers, choices, paths and booleans come from either name."""
+    monkeypatch.setenv(f"{prefix}{name}", text)
+
+    assert getattr(StoreSettings(), field) == value
+
+
+def test_an_empty_redis_url_switches_redis_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the plain name, which other programs read too, names a server."""
+    monkeypatch.setenv("REDIS_URL", "redis://cache:6379/0")
+    assert StoreSettings(redis_url="").redis_url == ""
+    monkeypatch.setenv(f"{PREFIX}REDIS_URL", "")
+
+    assert StoreSettings().redis_url == ""
+
+
+def test_a_dotenv_file_is_read_only_when_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`.env` of the current folder counts for nothing unless named, and loses to the environment."""
+    lines = ["ENVIRONMENT=plain", f"{PREFIX}AUDIT_MODE=strict", "AUDIT_MODE=spool", "BCRYPT_ROUNDS=12", "OTHER=x"]
+    (tmp_path / ".env").write_text("\n".join(lines))
+    asked = StoreSettings(_env_file=".env")
+
+    assert StoreSettings().environment == "dev"
+    assert (asked.environment, asked.audit_mode) == ("plain", "strict")
+    assert asked.bcrypt_rounds == 4
+    assert StoreSettings(_env_file=".env", environment="argument").environment == "argument"
+
+
+def test_unknown_names_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment is shared."""
+    monkeypatch.setenv(f"{PREFIX}NO_SUCH_SETTING", "x")
+
+    assert not hasattr(StoreSettings(), "no_such_setting")
+
+
+PASSWORD = "s3cr3t-word"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://user:{PASSWORD}@host/db",
+        f"postgresql://user:{PASSWORD}@host:5432/db?sslmode=require",
+        f"postgresql://user%40corp:{PASSWORD}@host/db",
+        f"postgresql://user@corp:{PASSWORD}@host/db",
+        f"postgresql://user:a/{PASSWORD}@host/db",
+        f"postgresql://user:a@{PASSWORD}@host/db",
+        f"postgresql://user:a?b#{PASSWORD}@host/db",
+        f"postgresql://user:a://{PASSWORD}@host/db",
+        f"postgresql://host/db?user=u&password={PASSWORD}",
+        f"postgresql://host/db?PASSWORD={PASSWORD}&sslpassword={PASSWORD}&user=u",
+        f"redis://:{PASSWORD}@host:6379/0",
+        f"unix://user:{PASSWORD}@/run/redis.sock",
+        f"user:{PASSWORD}@host/db",
+        f"postgresql:/user:{PASSWORD}@host/db",
+    ],
+)
+def test_no_password_shows(url: str) -> None:
+    """Neither in repr nor in str, however the URL was written."""
+    settings = StoreSettings(database_url=url, redis_url=url, hash_key=PASSWORD)
+
+    assert PASSWORD not in f"{settings!r}{settings!s}{mask_url(url)}"
+    assert "***" in mask_url(url)
+    assert "host" in mask_url(url) or "redis.sock" in mask_url(url)
+    assert settings.database_url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///gateway.db",
+        "sqlite://",
+        "redis://host:6379/0",
+        "postgresql://user@host:5432/db",
+        "postgresql://host:5432/db?sslmode=require",
+    ],
+)
+def test_a_url_without_a_password_shows_as_it_is(url: str) -> None:
+    """Masking is for passwords only."""
+    assert mask_url(url) == url
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("approval_token_ttl_seconds", "0"),
+        ("approval_token_ttl_seconds", "-1"),
+        ("approval_token_ttl_seconds", "nan"),
+        ("approval_token_ttl_seconds", "inf"),
+        ("approval_token_ttl_seconds", PASSWORD),
+        ("approval_cache_seconds", "-1"),
+        ("redis_timeout_seconds", "0"),
+        ("redis_timeout_seconds", "inf"),
+        ("plugin_timeout_seconds", "0"),
+        ("api_key_cache_seconds", "-0.1"),
+        ("audit_mode", PASSWORD),
+        ("bcrypt_rounds", "3"),
+        ("bcrypt_rounds", "32"),
+        ("bcrypt_rounds", PASSWORD),
+        ("allow_self_approval", PASSWORD),
+    ],
+)
+def test_wrong_values_are_refused_without_being_repeated(
+    monkeypatch: pytest.MonkeyPatch, field: str, wrong: str
+) -> None:
+    """The error names the setting, never what it was set to."""
+    with pytest.raises(ValidationError, match=field):
+        StoreSettings(**{field: wrong})
+    monkeypatch.setenv(field.upper(), wrong)
+    with pytest.raises(ValidationError) as caught:
+        StoreSettings()
+
+    assert field in str(caught.value).lower()
+    assert PASSWORD not in f"{caught.value}{caught.value!r}"
+
+
+def test_the_default_hash_key_follows_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefixed name wins, also where it is empty to switch the key off."""
+    assert default_hash_key() is None
+    monkeypatch.setenv("HASH_KEY", "plain")
+    assert default_hash_key() == "plain"
+    monkeypatch.setenv(f"{PREFIX}HASH_KEY", "prefixed")
+    assert default_hash_key() == "prefixed"
+    monkeypatch.setenv(f"{PREFIX}HASH_KEY", "")
+
+    assert default_hash_key() is None

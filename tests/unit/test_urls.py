@@ -1,0 +1,186 @@
+"""Database URLs as users write them."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import asyncpg.connect_utils  # noqa: F401  only its SSL modes are compared
+import pytest
+from sqlalchemy.engine import make_url
+
+from agent_gateway_store.errors import InvalidUrlError
+from agent_gateway_store.storage.cache import create_redis
+from agent_gateway_store.storage.database import create_engine
+from agent_gateway_store.storage.urls import is_memory, parse_database_url
+
+pytestmark = pytest.mark.unit
+
+PASSWORD = "s3cr3t-word"
+
+
+@pytest.mark.parametrize(
+    ("text", "driver"),
+    [
+        ("postgres://u:p@host/db", "postgresql+asyncpg"),
+        ("postgresql://u:p@host/db", "postgresql+asyncpg"),
+        ("postgresql+asyncpg://u:p@host/db", "postgresql+asyncpg"),
+        ("sqlite:///gateway.db", "sqlite+aiosqlite"),
+        ("sqlite+aiosqlite:///gateway.db", "sqlite+aiosqlite"),
+    ],
+)
+def test_every_usual_spelling_gets_our_driver(text: str, driver: str) -> None:
+    """The scheme says which database, not which driver."""
+    url, arguments = parse_database_url(text)
+
+    assert url.drivername == driver
+    assert url.database == make_url(text).database
+    assert arguments == {}
+
+
+@pytest.mark.parametrize("text", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&cache=shared&uri=true"])
+def test_databases_in_memory_are_recognised(text: str) -> None:
+    """Those live with their one connection."""
+    assert is_memory(parse_database_url(text)[0])
+    assert not is_memory(parse_database_url("sqlite:///gateway.db")[0])
+    assert not is_memory(parse_database_url("postgresql://host/db")[0])
+
+
+@pytest.mark.parametrize("mode", ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"])
+def test_sslmode_reaches_the_driver(mode: str) -> None:
+    """libpq's word becomes the driver's argument and leaves the URL."""
+    url, arguments = parse_database_url(f"postgresql://u:p@host/db?sslmode={mode}")
+
+    assert arguments == {"ssl": mode}
+    assert url.query == {}
+
+
+@pytest.mark.parametrize(
+    ("mode", "verifies", "checks_name"),
+    [
+        ("prefer", False, False),
+        ("require", True, False),
+        ("verify-ca", True, False),
+        ("verify-full", True, True),
+    ],
+)
+def test_a_root_certificate_makes_a_context(tmp_path: Path, mode: str, verifies: bool, checks_name: bool) -> None:
+    """With `sslrootcert`, `require` verifies as in libpq, and only verify-full checks the host name."""
+    root = tmp_path / "root.crt"
+    root.write_text(CERTIFICATE)
+    _, arguments = parse_database_url(f"postgresql://u:p@host/db?sslmode={mode}&sslrootcert={root}")
+    context = arguments["ssl"]
+
+    assert isinstance(context, ssl.SSLContext)
+    assert (context.verify_mode is ssl.CERT_REQUIRED, context.check_hostname) == (verifies, checks_name)
+    assert len(context.get_ca_certs()) == 1
+
+
+def test_sslmode_disable_stays_off_beside_a_certificate(tmp_path: Path) -> None:
+    """A certificate that is named but not wanted is not read."""
+    _, arguments = parse_database_url(f"postgresql://u:p@host/db?sslmode=disable&sslrootcert={tmp_path}/none.crt")
+
+    assert arguments == {"ssl": "disable"}
+
+
+def test_other_parameters_of_libpq_are_taken() -> None:
+    """`connect_timeout` and `application_name` become the driver's; 0 seconds wait for ever."""
+    _, arguments = parse_database_url("postgresql://host/db?connect_timeout=3&application_name=my%20gateway")
+    _, forever = parse_database_url("postgresql://host/db?connect_timeout=0")
+
+    assert arguments == {"timeout": 3.0, "server_settings": {"application_name": "my gateway"}}
+    assert forever == {"timeout": None}
+
+
+@pytest.mark.parametrize("word", ["true", "1", "yes", "on", "TRUE"])
+def test_pgbouncer_switches_prepared_statements_off(word: str) -> None:
+    """No cache, and names that two clients of one server connection never share."""
+    url, arguments = parse_database_url(f"postgresql://host/db?pgbouncer={word}")
+    name: Any = arguments.pop("prepared_statement_name_func")
+
+    assert arguments == {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+    assert name() != name()
+    assert url.query == {}
+
+
+def test_pgbouncer_can_be_off() -> None:
+    """`pgbouncer=false` changes nothing."""
+    assert parse_database_url("postgresql://host/db?pgbouncer=false")[1] == {}
+
+
+def test_special_characters_in_a_password_survive() -> None:
+    """Percent-encoded, any password reaches the driver as it is."""
+    url, _ = parse_database_url("postgresql://us%40er:p%40ss%2Fw%3Ard%25@host:6543/db")
+
+    assert (url.username, url.password, url.host, url.port) == ("us@er", "p@ss/w:rd%", "host", 6543)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "gateway.db",
+        "/var/lib/gateway.db",
+        f"user:{PASSWORD}@host/db",
+        f"postgresql:/user:{PASSWORD}@host/db",
+        f"postgresql://user:{PASSWORD}@host:port/db",
+        f"mysql://user:{PASSWORD}@host/db",
+        f"postgresql+psycopg2://user:{PASSWORD}@host/db",
+        f"oracle://user:{PASSWORD}@host/db",
+        f"http://user:{PASSWORD}@host/db",
+        f"postgresql://user:{PASSWORD}@host/db?sslmode=maybe",
+        f"postgresql://user:{PASSWORD}@host/db?connect_timeout=soon",
+        f"postgresql://user:{PASSWORD}@host/db?connect_timeout=%C2%B2",
+        f"postgresql://user:{PASSWORD}@host/db?sslmode=verify-full&sslrootcert=/no/such/file",
+        f"postgresql://user:{PASSWORD}@host/db?channel_binding=require",
+        f"postgresql://user:{PASSWORD}@host/db?statement_cache_size=0",
+        f"postgresql://user:{PASSWORD}@host/db?foo={PASSWORD}",
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_sentence(text: str) -> None:
+    """InvalidUrlError, which is a ValueError too, says what to write and never repeats a password."""
+    with pytest.raises(InvalidUrlError) as caught:
+        create_engine(text)
+
+    assert isinstance(caught.value, ValueError)
+    assert PASSWORD not in f"{caught.value}{caught.value!r}{caught.value.__cause__!r}"
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"http://user:{PASSWORD}@host",
+        f"redis://:{PASSWORD}@host:port/0",
+        f"redis://:{PASSWORD}@host/0?no_such_parameter=1",
+        f"redis://:{PASSWORD}@host/0?socket_timeout=soon",
+        "host:6379",
+        "",
+    ],
+)
+def test_wrong_redis_urls_are_refused_likewise(text: str) -> None:
+    """At once, not at the first command."""
+    with pytest.raises(InvalidUrlError) as caught:
+        create_redis(text)
+
+    assert PASSWORD not in f"{caught.value}{caught.value!r}"
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("text", ["redis://host", "rediss://user:p@host:6380/1", "unix:///run/redis.sock?db=1"])
+def test_redis_urls_are_taken(text: str) -> None:
+    """Plain, with TLS, and by socket; nothing is connected."""
+    assert create_redis(text).connection_pool.connection_kwargs["socket_timeout"] == 0.2
+
+
+def test_engines_hide_parameters_and_passwords() -> None:
+    """What SQLAlchemy prints of an engine or of a failed statement holds no value."""
+    engine = create_engine(f"postgresql://user:{PASSWORD}@host/db")
+
+    assert PASSWORD not in repr(engine)
+    assert engine.sync_engine.hide_parameters
+    assert create_engine("sqlite://").sync_engine.hide_parameters
+
+
