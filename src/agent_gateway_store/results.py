@@ -15,7 +15,8 @@ T = TypeVar("T")
 _SHOWN = 200
 _CELL_CHARS = 120
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
-    code: f"\\u{code:04x}" for code in (*range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+    code: f"\\u{code:04x}"
+    for code in (0x61C, *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
 }
 
 
@@ -41,7 +42,7 @@ class Page(list[T]):
     def _table_rows(self) -> tuple[tuple[str, ...], list[list[str]]]:
         rows = [_as_dict(item) for item in self[:_SHOWN]]
         columns = self.columns or tuple(dict.fromkeys(name for row in rows for name in row))
-        return columns, [[_cell(row.get(name)) for name in columns] for row in rows]
+        return tuple(map(_cell, columns)), [[_cell(row.get(name)) for name in columns] for row in rows]
 
     def _note(self) -> str:
         if len(self) > _SHOWN:
@@ -61,7 +62,7 @@ class Page(list[T]):
         columns, rows = self._table_rows()
         table = Table(caption=self._note())
         for name in columns:
-            table.add_column(name, overflow="fold")
+            table.add_column(Text(name), overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         return table

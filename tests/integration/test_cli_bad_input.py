@@ -349,20 +349,26 @@ def test_an_unexpected_error_is_a_sentence_and_debug_shows_the_traceback(monkeyp
     assert "Traceback" in debugged.err
 
 
-def test_events_that_the_database_refuses_mid_way_are_not_lost_silently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line says what became of its event; the command ends with 5."""
+@pytest.mark.parametrize(
+    ("outcome", "code", "said"),
+    [("LOST", 5, "1 event could not be stored"), ("SPOOLED", 0, "1 event kept in the local spool")],
+)
+def test_what_becomes_of_events_that_the_database_does_not_take_is_told(
+    outcome: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line says it; the command ends with 5 if an event is gone."""
+    from agent_gateway_store import WriteOutcome
     from agent_gateway_store.audit import AuditLog
-    from agent_gateway_store.audit.log import WriteOutcome
 
-    async def lose(*_: object) -> WriteOutcome:
-        return WriteOutcome.LOST
+    async def write(*_: object) -> WriteOutcome:
+        return WriteOutcome(outcome)
 
-    monkeypatch.setattr(AuditLog, "write", lose)
+    monkeypatch.setattr(AuditLog, "write", write)
 
-    outcome = gateway_store("audit", "write", input=event_line("r1"))
+    written = gateway_store("audit", "write", input=event_line("r1"))
 
-    assert (outcome.code, outcome.out) == (5, "1 LOST r1\n")
-    assert "1 event could not be stored" in outcome.err
+    assert (written.code, written.out) == (code, f"1 {outcome} r1\n")
+    assert said in written.err
 
 
 def test_a_database_that_goes_away_while_following_ends_tail_with_5(

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from agent_gateway_store.audit.row import event_row
+from agent_gateway_store.audit.row import event_record, values_of
 from agent_gateway_store.models import AuditEvent, RedactionFlag
 from agent_gateway_store.models.scrub import MAX_JSON_CHARS, MAX_KEY_BYTES, MAX_TEXT_BYTES, Scrubber, storable_key
 
@@ -306,7 +306,7 @@ def test_long_keys_in_deep_objects_cost_little() -> None:
 )
 def test_scores_become_finite(given: float, kept: float) -> None:
     """A float column gets a number that every database holds."""
-    row = event_row(event(risk_score=given)).values
+    row = values_of(event_record(event(risk_score=given)))
 
     assert repr(row["risk_score"]) == repr(kept)
     assert [flag.field for flag in row["redaction_flags"]] == ([] if given == 0.5 else ["risk_score"])
@@ -315,7 +315,7 @@ def test_scores_become_finite(given: float, kept: float) -> None:
 def test_flags_name_the_place_and_never_the_original() -> None:
     """Every field that was touched is flagged UNSTORABLE; nothing of what was cut or replaced is in a flag."""
     long = SECRET * 20_000
-    row = event_row(
+    record = event_record(
         event(
             request_id=f"{SECRET}\0" * 100,
             tool_name="\ud800",
@@ -327,7 +327,8 @@ def test_flags_name_the_place_and_never_the_original() -> None:
             timestamp=datetime.max,
             redaction_flags=[RedactionFlag(field="\0", reason="PII")],
         )
-    ).values
+    )
+    row = values_of(record)
     given, *flags = row["redaction_flags"]
 
     assert given == RedactionFlag(field="\u2400", reason="PII")
@@ -343,7 +344,7 @@ def test_the_event_is_not_changed() -> None:
     """Scrubbing makes a new row; the caller's event, and what it holds, stays."""
     made = event(sanitized_args={"a": ["\0", {"b": math.inf}]}, tool_name="\0")
     before = repr(made)
-    event_row(made)
+    event_record(made)
 
     assert repr(made) == before
 

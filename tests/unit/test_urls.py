@@ -6,7 +6,6 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-import asyncpg.connect_utils  # noqa: F401  only its SSL modes are compared
 import pytest
 from sqlalchemy.engine import make_url
 
@@ -18,6 +17,18 @@ from agent_gateway_store.storage.urls import is_memory, parse_database_url
 pytestmark = pytest.mark.unit
 
 PASSWORD = "s3cr3t-word"
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBdDCCARugAwIBAgIUVPSwDuw2fJUzxjf2ITKZ8sKDcB4wCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEdGVzdDAgFw0yNjExMjMwNTM1NDVaGA8yMTI2MTAzMDA1MzU0
+NVowDzENMAsGA1UEAwwEdGVzdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABGut
+HuTHoxgJTd5cvYwyOZr6GfQfYxoLUdiC1aQNfhtDhXgN3+E0p/KyBwymrfPBlPLQ
+VLDBy/3TA+ZpRz0zmDqjUzBRMB0GA1UdDgQWBBRA6w6Anr1Bn3qBLdq4VFtILbXs
+yDAfBgNVHSMEGDAWgBRA6w6Anr1Bn3qBLdq4VFtILbXsyDAPBgNVHRMBAf8EBTAD
+AQH/MAoGCCqGSM49BAMCA0cAMEQCIFWKbtuDg78pbaU0YYWZkPlWccSUgAamAHFk
+f6MBhiinAiAvLzqtYn5DEsP2LhLDRdgJtJNaN7oItu1bpq7CmpH4FA==
+-----END CERTIFICATE-----
+"""
 
 
 @pytest.mark.parametrize(
@@ -39,7 +50,9 @@ def test_every_usual_spelling_gets_our_driver(text: str, driver: str) -> None:
     assert arguments == {}
 
 
-@pytest.mark.parametrize("text", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&cache=shared&uri=true"])
+@pytest.mark.parametrize(
+    "text", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&cache=shared&uri=true"]
+)
 def test_databases_in_memory_are_recognised(text: str) -> None:
     """Those live with their one connection."""
     assert is_memory(parse_database_url(text)[0])
@@ -182,5 +195,3 @@ def test_engines_hide_parameters_and_passwords() -> None:
     assert PASSWORD not in repr(engine)
     assert engine.sync_engine.hide_parameters
     assert create_engine("sqlite://").sync_engine.hide_parameters
-
-

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.row import EventRow
+from agent_gateway_store.audit.row import Record, hash_of, key_of
 from agent_gateway_store.audit.sinks import Settled, Sink
 
 __all__ = ["store_batch"]
 
 
-async def store_batch(sink: Sink, rows: Sequence[EventRow]) -> list[Settled]:
+async def store_batch(sink: Sink, rows: Sequence[Record]) -> list[Settled]:
     """Commit `rows` and return what became of each, in order. Raises what the sink raises.
 
     The same event twice is stored once; different events under one id go one after the other, as if each had come in
@@ -21,10 +21,10 @@ async def store_batch(sink: Sink, rows: Sequence[EventRow]) -> list[Settled]:
     repeats: dict[int, int] = {}
     others: list[int] = []
     for index, row in enumerate(rows):
-        seen = first.setdefault(row.key, index)
+        seen = first.setdefault(key_of(row), index)
         if seen == index:
             continue
-        if rows[seen].content_hash == row.content_hash:
+        if hash_of(rows[seen]) == hash_of(row):
             repeats[index] = seen
         else:
             others.append(index)

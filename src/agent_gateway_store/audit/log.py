@@ -14,7 +14,7 @@ from agent_gateway_store.audit.inserting import insert_event
 from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery
-from agent_gateway_store.audit.row import EventRow, event_row
+from agent_gateway_store.audit.row import Record, event_record
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import Database, SessionWork
@@ -42,13 +42,13 @@ class AuditLogger:
         Returns:
             STORED, DUPLICATE or LOST.
         """
-        row: EventRow | None = None
+        record: Record | None = None
         try:
-            row = event_row(event)
+            record = event_record(event)
             async with self._work.write() as session:
-                return await insert_event(session, row)
+                return await insert_event(session, record)
         except Exception as exc:
-            log_lost(row, exc, request_id=event.request_id)
+            log_lost(record, exc, request_id=event.request_id)
             return WriteOutcome.LOST
 
 
@@ -78,7 +78,7 @@ class AuditLog(AuditQuery):
             StoreNotOpenError: The store is not open here.
         """
         self._database.check_home()
-        return await self._writer().write(event_row(event, org_id=self._org_id))
+        return await self._writer().write(event_record(event, org_id=self._org_id))
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
@@ -108,10 +108,10 @@ class AuditLog(AuditQuery):
                 outcomes.update(await under_way)
         return outcomes
 
-    async def _batches(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[list[EventRow]]:
-        rows: list[EventRow] = []
+    async def _batches(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[list[Record]]:
+        rows: list[Record] = []
         async for some in _slices(events):
-            rows += [event_row(event, org_id=self._org_id) for event in some]
+            rows += [event_record(event, org_id=self._org_id) for event in some]
             if len(rows) >= _BULK_ROWS:
                 yield rows
                 rows = []
@@ -128,7 +128,7 @@ class AuditLog(AuditQuery):
             StoreUnavailableError: The database could not take it.
         """
         with database_errors("record the event"):
-            return await insert_event(session, event_row(event, org_id=self._org_id))
+            return await insert_event(session, event_record(event, org_id=self._org_id))
 
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.

@@ -7,17 +7,17 @@ import logging
 
 from pydantic import BaseModel
 
-from agent_gateway_store.audit.row import EventRow
+from agent_gateway_store.audit.row import Record, values_of
 
 __all__ = ["log_lost"]
 
 _logger = logging.getLogger("agent_gateway_store.audit.lost")
 
 
-def log_lost(row: EventRow | None, cause: BaseException, *, request_id: str = "") -> None:
-    """Log an event as one line of JSON: its scrubbed row, or its request id where there is none. Never raises."""
+def log_lost(record: Record | None, cause: BaseException, *, request_id: str = "") -> None:
+    """Log an event as one line of JSON: its scrubbed record, or its request id where there is none. Never raises."""
     try:
-        values = {"request_id": request_id} if row is None else row.values
+        values = {"request_id": request_id} if record is None else values_of(record)
         text = json.dumps(values, default=_spelt, ensure_ascii=True)
         _logger.critical("LOST audit event (%s): %s", type(cause).__name__, text)
     except Exception:

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.audit.inserting import insert_event, table
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.row import COLUMNS, EventRow
+from agent_gateway_store.audit.row import COLUMNS, Record, hash_of, key_of, under_derived_id
 from agent_gateway_store.storage.faults import is_outage
 
 __all__ = ["Settled", "Sink", "sink_for"]
@@ -35,7 +35,7 @@ _STORED = WriteOutcome.STORED
 class Sink(Protocol):
     """Commits batches. Not to be used by two tasks at once."""
 
-    async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
+    async def store(self, rows: Sequence[Record]) -> list[Settled]:
         """Commit `rows`, whose keys differ; return what became of each, in order."""
         ...
 
@@ -61,7 +61,7 @@ class RowSink:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
-    async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
+    async def store(self, rows: Sequence[Record]) -> list[Settled]:
         """Commit `rows` together; if one is refused, each on its own."""
         try:
             async with self._engine.begin() as connection:
@@ -85,7 +85,7 @@ class RowSink:
 class SqliteSink(RowSink):
     """`executemany` in one transaction on the driver's own connection."""
 
-    async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
+    async def store(self, rows: Sequence[Record]) -> list[Settled]:
         """Commit `rows` together; where a key is taken or a row refused, settle them one by one."""
         async with self._engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
@@ -117,7 +117,7 @@ class PostgresSink:
         self._connection: AsyncConnection | None = None
         self._driver: asyncpg.Connection | None = None
 
-    async def store(self, rows: Sequence[EventRow]) -> list[Settled]:
+    async def store(self, rows: Sequence[Record]) -> list[Settled]:
         """Commit `rows`, or raise within five seconds. A connection that died idle is replaced once.
 
         A commit whose answer was cut off is settled by the second try: what it finds stored is the same event.
@@ -137,7 +137,7 @@ class PostgresSink:
         async with self._until(asyncio.get_running_loop().time() + _PROBE_TIMEOUT_S) as driver:
             await driver.execute("SELECT 1")
 
-    async def _store(self, rows: Sequence[EventRow], deadline: float) -> list[Settled]:
+    async def _store(self, rows: Sequence[Record], deadline: float) -> list[Settled]:
         async with self._until(deadline) as driver:
             return await self._copy(driver, rows)
 
@@ -157,13 +157,13 @@ class PostgresSink:
             await self._drop()
             raise
 
-    async def _copy(self, driver: asyncpg.Connection, rows: Sequence[EventRow]) -> list[Settled]:
+    async def _copy(self, driver: asyncpg.Connection, rows: Sequence[Record]) -> list[Settled]:
         try:
             if len(rows) == 1:
-                if await driver.execute(_INSERT_ONE, *rows[0].record()) == "INSERT 0 1":
+                if await driver.execute(_INSERT_ONE, *rows[0]) == "INSERT 0 1":
                     return [_STORED]
             else:
-                await driver.copy_records_to_table(table.name, records=[row.record() for row in rows], columns=COLUMNS)
+                await driver.copy_records_to_table(table.name, records=rows, columns=COLUMNS)
                 return [_STORED] * len(rows)
         except Exception as exc:
             if is_outage(exc):
@@ -175,23 +175,24 @@ class PostgresSink:
                 raise
         return await self._rows.store(rows)
 
-    async def _insert(self, driver: asyncpg.Connection, rows: Sequence[EventRow]) -> list[Settled]:
+    async def _insert(self, driver: asyncpg.Connection, rows: Sequence[Record]) -> list[Settled]:
         """Insert what has a free key; then settle the others under the ids that they find taken."""
         outcomes: dict[int, Settled] = {}
         open_rows = dict(enumerate(rows))
         while open_rows:
-            records = [row.record() for row in open_rows.values()]
-            stored = {tuple(found) for found in await driver.fetch(_INSERT_MANY, *zip(*records, strict=True))}
-            taken = {index: row for index, row in open_rows.items() if row.key not in stored}
+            stored = {
+                tuple(found) for found in await driver.fetch(_INSERT_MANY, *zip(*open_rows.values(), strict=True))
+            }
+            taken = {index: row for index, row in open_rows.items() if key_of(row) not in stored}
             outcomes |= dict.fromkeys(open_rows.keys() - taken.keys(), _STORED)
             held = await self._held(driver, taken.values()) if taken else {}
-            same = {index for index, row in taken.items() if held.get(row.key) == row.content_hash}
+            same = {index for index, row in taken.items() if held.get(key_of(row)) == hash_of(row)}
             outcomes |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
-            open_rows = {index: row.under_derived_id() for index, row in taken.items() if index not in same}
+            open_rows = {index: under_derived_id(row) for index, row in taken.items() if index not in same}
         return [outcomes[index] for index in range(len(rows))]
 
     async def _held(self, driver: asyncpg.Connection, rows: Any) -> dict[tuple[str, str], str | None]:
-        request_ids, org_ids = zip(*(row.key for row in rows), strict=True)
+        request_ids, org_ids = zip(*(key_of(row) for row in rows), strict=True)
         found = await driver.fetch(_HELD, request_ids, org_ids)
         return {(request_id, org_id): digest for request_id, org_id, digest in found}
 
@@ -224,8 +225,8 @@ class PostgresSink:
         await self._drop()
 
 
-def _sqlite_record(row: EventRow) -> tuple[Any, ...]:
-    record = list(row.record())
+def _sqlite_record(row: Record) -> tuple[Any, ...]:
+    record = list(row)
     stamp: datetime = record[_TIMESTAMP]
     # The text that SQLAlchemy's own type writes, so that every row compares and reads back alike.
     record[_TIMESTAMP] = stamp.replace(tzinfo=None).isoformat(" ", "microseconds")

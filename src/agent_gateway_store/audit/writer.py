@@ -16,7 +16,7 @@ from typing import TypeAlias
 from agent_gateway_store.audit.batch import store_batch
 from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.row import EventRow
+from agent_gateway_store.audit.row import Record, record_of, size_of, values_of
 from agent_gateway_store.audit.sinks import Settled, Sink
 from agent_gateway_store.errors import AuditUnavailableError
 from agent_gateway_store.storage.spool import Spool
@@ -24,9 +24,9 @@ from agent_gateway_store.storage.spool import Spool
 __all__ = ["AuditWriter"]
 
 _MAX_QUEUED_ROWS = 10_000
-_MAX_QUEUED_CHARS = 64 * 2**20
+_MAX_QUEUED_BYTES = 64 * 2**20
 _MAX_BATCH_ROWS = 1_000
-_MAX_BATCH_CHARS = 8 * 2**20
+_MAX_BATCH_BYTES = 8 * 2**20
 _REPLAY_ROWS = 500
 _RETRY_AFTER_S = 0.5
 
@@ -47,8 +47,8 @@ class AuditWriter:
         self.counters = AuditCounters()
         self.spool = spool
         self._sink = sink
-        self._queue: deque[tuple[EventRow, asyncio.Future[WriteOutcome]]] = deque()
-        self._queued_chars = 0
+        self._queue: deque[tuple[Record, asyncio.Future[WriteOutcome]]] = deque()
+        self._queued_bytes = 0
         self._room = asyncio.Event()
         self._committing = asyncio.Lock()
         self._drainer: asyncio.Task[None] | None = None
@@ -61,7 +61,7 @@ class AuditWriter:
         if self.spool is not None and self.spool.exists:
             self._start_recovery(at_once=True)
 
-    async def write(self, row: EventRow) -> WriteOutcome:
+    async def write(self, row: Record) -> WriteOutcome:
         """Have `row` committed and return what became of it.
 
         While too much is queued this waits. Cancelling the caller does not cancel the write.
@@ -73,7 +73,7 @@ class AuditWriter:
             await self._wait_for_room(row)
         return await self._enqueue(row)
 
-    async def write_batch(self, rows: Sequence[EventRow]) -> list[WriteOutcome]:
+    async def write_batch(self, rows: Sequence[Record]) -> list[WriteOutcome]:
         """Commit `rows` as one batch, past the queue; for bulk.
 
         Raises:
@@ -104,9 +104,9 @@ class AuditWriter:
 
     @property
     def _is_full(self) -> bool:
-        return len(self._queue) >= _MAX_QUEUED_ROWS or self._queued_chars >= _MAX_QUEUED_CHARS
+        return len(self._queue) >= _MAX_QUEUED_ROWS or self._queued_bytes >= _MAX_QUEUED_BYTES
 
-    async def _wait_for_room(self, row: EventRow) -> None:
+    async def _wait_for_room(self, row: Record) -> None:
         try:
             while self._is_full:
                 self._room.clear()
@@ -116,11 +116,11 @@ class AuditWriter:
             self._enqueue(row)
             raise
 
-    def _enqueue(self, row: EventRow) -> asyncio.Future[WriteOutcome]:
+    def _enqueue(self, row: Record) -> asyncio.Future[WriteOutcome]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[WriteOutcome] = loop.create_future()
         self._queue.append((row, future))
-        self._queued_chars += row.chars
+        self._queued_bytes += size_of(row)
         self.counters.queue_depth += 1
         if self._drainer is None:
             self._drainer = loop.create_task(self._drain())
@@ -142,19 +142,19 @@ class AuditWriter:
         finally:
             self._drainer = None
 
-    def _next_batch(self) -> list[tuple[EventRow, asyncio.Future[WriteOutcome]]]:
-        batch: list[tuple[EventRow, asyncio.Future[WriteOutcome]]] = []
-        chars = 0
-        while self._queue and len(batch) < _MAX_BATCH_ROWS and chars < _MAX_BATCH_CHARS:
+    def _next_batch(self) -> list[tuple[Record, asyncio.Future[WriteOutcome]]]:
+        batch: list[tuple[Record, asyncio.Future[WriteOutcome]]] = []
+        size = 0
+        while self._queue and len(batch) < _MAX_BATCH_ROWS and size < _MAX_BATCH_BYTES:
             item = self._queue.popleft()
-            chars += item[0].chars
+            size += size_of(item[0])
             batch.append(item)
-        self._queued_chars -= chars
+        self._queued_bytes -= size
         if not self._is_full:
             self._room.set()
         return batch
 
-    async def _commit(self, rows: Sequence[EventRow]) -> list[_Answer]:
+    async def _commit(self, rows: Sequence[Record]) -> list[_Answer]:
         """Settle `rows` one way or another. Raises nothing but a cancellation of this very task."""
         async with self._committing:
             if self._is_away and (self.spool is not None or asyncio.get_running_loop().time() < self._retry_at):
@@ -165,17 +165,23 @@ class AuditWriter:
                 self._note_outage(exc)
                 return await self._keep(rows, exc)
             self._is_away = False
-            return [await self._answer(row, outcome) for row, outcome in zip(rows, settled, strict=True)]
+            return await self._answers(rows, settled)
 
-    async def _answer(self, row: EventRow, outcome: Settled) -> _Answer:
-        if isinstance(outcome, WriteOutcome):
-            self.counters.count(outcome)
-            return outcome
-        _logger.error("The database refuses an audit event (%s): it is set aside.", type(outcome).__name__)
-        return (await self._keep([row], outcome, quarantined_for=type(outcome).__name__))[0]
+    async def _answers(self, rows: Sequence[Record], settled: Sequence[Settled]) -> list[_Answer]:
+        answers: list[_Answer] = []
+        for row, outcome in zip(rows, settled, strict=True):
+            if isinstance(outcome, WriteOutcome):
+                answers.append(outcome)
+                continue
+            name = type(outcome).__name__
+            _logger.error("The database refuses an audit event (%s): it is set aside.", name)
+            answers += await self._keep([row], outcome, quarantined_for=name)
+        for outcome in (WriteOutcome.STORED, WriteOutcome.DUPLICATE):
+            self.counters.count(outcome, settled.count(outcome))
+        return answers
 
     async def _keep(
-        self, rows: Sequence[EventRow], cause: Exception | None, *, quarantined_for: str | None = None
+        self, rows: Sequence[Record], cause: Exception | None, *, quarantined_for: str | None = None
     ) -> list[_Answer]:
         if self.spool is not None:
             return [await self._spooled(rows, quarantined_for)] * len(rows)
@@ -185,10 +191,10 @@ class AuditWriter:
         error.__cause__ = cause
         return [error] * len(rows)
 
-    async def _spooled(self, rows: Sequence[EventRow], error: str | None) -> WriteOutcome:
+    async def _spooled(self, rows: Sequence[Record], error: str | None) -> WriteOutcome:
         assert self.spool is not None  # noqa: S101
         try:
-            await self.spool.add([row.values for row in rows], error=error)
+            await self.spool.add([values_of(row) for row in rows], error=error)
             outcome = WriteOutcome.SPOOLED
         except Exception as exc:
             for row in rows:
@@ -242,7 +248,7 @@ class AuditWriter:
         waiting = await self.spool.waiting(_REPLAY_ROWS)
         if not waiting:
             return 0
-        settled = await store_batch(self._sink, [EventRow.restored(values) for _, values in waiting])
+        settled = await store_batch(self._sink, [record_of(values) for _, values in waiting])
         done = []
         for (row_id, _), outcome in zip(waiting, settled, strict=True):
             if isinstance(outcome, Exception):

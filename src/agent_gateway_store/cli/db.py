@@ -15,7 +15,7 @@ from agent_gateway_store.cli.running import run, settings_of, settle, sqlite_fil
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["app", "engine_for", "schema_state"]
+__all__ = ["app", "engine_for", "explain_state", "schema_state"]
 
 app = typer.Typer(no_args_is_help=True, help="Bring the schema up to date, or tell where it stands.")
 

@@ -109,8 +109,8 @@ def _show(events: list[AuditEvent], settings: StoreSettings, seconds: float) -> 
 
     typer.echo()
     table = Page([_row(event) for event in reversed(events)], columns=_COLUMNS).__rich__()
-    for column in table.columns:
-        column.no_wrap = column.header != "arguments"
+    for name, column in zip(_COLUMNS, table.columns, strict=True):
+        column.no_wrap = name != "arguments"
     console(at_most=80).print(table)
     file = sqlite_file(settings.database_url)
     url = mask_url(settings.database_url)

@@ -10,7 +10,7 @@ import typer
 
 from agent_gateway_store.cli.faults import CommandError, ExitCode, spell_validation
 from agent_gateway_store.cli.output import complain
-from agent_gateway_store.cli.running import open_store
+from agent_gateway_store.cli.running import new_store, settle
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import AuditEvent
@@ -44,20 +44,22 @@ def ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line], 
     """
     from anyio.from_thread import start_blocking_portal
 
-    counts = {INVALID: 0, "LOST": 0}
+    counts = {INVALID: 0, "LOST": 0, "SPOOLED": 0}
     # The main thread waits for input and takes Ctrl-C, while the store's loop runs in a thread of its own.
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(open_store(ctx)) as store:
-        for number, text in enumerate(lines, start=1):
-            if not text.strip():
-                continue
-            event, fault = _parse(text)
-            if event is None:
-                complain(f"Line {number} is malformed: {fault}.")
-                line = Line(number, INVALID, error=fault)
-            else:
-                line = Line(number, str(portal.call(store.audit.write, event)), event.request_id)
-            counts[line.outcome] = counts.get(line.outcome, 0) + 1
-            report(line)
+    with start_blocking_portal() as portal:
+        store = new_store(ctx)
+        try:
+            portal.call(store.open)
+            for number, text in enumerate(lines, start=1):
+                if text.strip():
+                    line = _take(number, text, lambda event: portal.call(store.audit.write, event))
+                    counts[line.outcome] = counts.get(line.outcome, 0) + 1
+                    report(line)
+        finally:
+            portal.call(store.close)
+            portal.call(settle)
+    if counts["SPOOLED"]:
+        complain(f"{_count(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
     if counts["LOST"]:
         raise CommandError(
             f"{_count(counts['LOST'], 'event')} could not be stored: check the database with `gateway-store doctor`.",
@@ -65,6 +67,14 @@ def ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line], 
         )
     if counts[INVALID]:
         raise CommandError(f"{_count(counts[INVALID], 'malformed line')}: correct and write again; the rest is stored.")
+
+
+def _take(number: int, text: bytes, write: Callable[[AuditEvent], str]) -> Line:
+    event, fault = _parse(text)
+    if event is None:
+        complain(f"Line {number} is malformed: {fault}.")
+        return Line(number, INVALID, error=fault)
+    return Line(number, str(write(event)), event.request_id)
 
 
 def _count(number: int, noun: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from agent_gateway_store.models.canonical import MAX_SAFE_INTEGER, hash_bytes, is_text, opened, tag
 
-__all__ = ["MAX_DEPTH", "MAX_JSON_CHARS", "MAX_KEY_BYTES", "MAX_TEXT_BYTES", "Scrubber", "storable_key"]
+__all__ = ["MAX_DEPTH", "MAX_JSON_CHARS", "MAX_KEY_BYTES", "MAX_TEXT_BYTES", "Scrubber", "is_storable", "storable_key"]
 
 MAX_KEY_BYTES = 512
 """Longest text in an indexed column; PostgreSQL refuses index rows above 2,704 bytes."""
@@ -82,6 +82,41 @@ def _cost(value: Any) -> int:
     if kind is int:
         return 0 if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER else -1
     return 0 if kind is float and 0 < abs(value) < _FIRST_RESPELT_FLOAT else -1
+
+
+def is_storable(value: Any) -> bool:
+    """True if JSON `value` can stay as it is, to the last leaf. Most can, and this is much faster than a walk."""
+    return 0 <= _plain_cost(value, 0) <= MAX_JSON_CHARS
+
+
+def _plain_cost(value: Any, depth: int) -> int:
+    """What `value` takes of the budget, or -1 if a walk must look closer: at odd leaves, great depth or great size."""
+    kind = type(value)
+    if kind is dict and depth < MAX_DEPTH:
+        total = 0
+        for key, item in value.items():
+            if type(key) is not str or not key.isascii() or "\0" in key or len(key) > _MAX_TAG_BYTES:
+                return -1
+            total += _NODE_CHARS + len(key)
+            if type(item) is str and item.isascii() and "\0" not in item:
+                total += len(item)
+                if len(item) > MAX_TEXT_BYTES:
+                    return -1
+                continue
+            cost = _plain_cost(item, depth + 1)
+            if cost < 0 or total > MAX_JSON_CHARS:
+                return -1
+            total += cost
+        return total
+    if kind is list and depth < MAX_DEPTH:
+        total = 0
+        for item in value:
+            cost = _plain_cost(item, depth + 1)
+            if cost < 0 or total > MAX_JSON_CHARS:
+                return -1
+            total += _NODE_CHARS + cost
+        return total
+    return _cost(value)
 
 
 class Scrubber:

@@ -64,7 +64,7 @@ def parse_database_url(text: str) -> tuple[URL, dict[str, Any]]:
 def is_memory(url: URL) -> bool:
     """True for a SQLite database that lives in memory only."""
     return url.get_backend_name() == "sqlite" and (
-        url.database in (None, "", ":memory:") or "mode=memory" in str(url.query) or ":memory:" in str(url.database)
+        url.database in (None, "", ":memory:") or url.query.get("mode") == "memory" or ":memory:" in str(url.database)
     )
 
 

@@ -1,0 +1,386 @@
+"""API keys: shown once, stored as bcrypt, refused early, rotated with an overlap."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import bcrypt
+import pytest
+from contract_helpers import column, counted_statements
+from pydantic import SecretStr
+
+from agent_gateway_store import CallerIdentity, GatewayStore, IssuedKey, TrustLevel, clock, errors
+from agent_gateway_store.keys.format import KEY_PATTERN, new_key, new_key_id, parse_key_id
+
+pytestmark = pytest.mark.integration
+
+MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """Keys do not go through Redis."""
+    return ""
+
+
+@pytest.fixture
+def bcrypt_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads in which bcrypt checked something."""
+    calls: list[str] = []
+
+    def counted(secret: bytes, hashed: bytes) -> bool:
+        calls.append(threading.current_thread().name)
+        return check(secret, hashed)
+
+    check = bcrypt.checkpw
+    monkeypatch.setattr(bcrypt, "checkpw", counted)
+    return calls
+
+
+async def issue(store: GatewayStore, caller_id: str = "dev-agent") -> IssuedKey:
+    """Issue a key to a caller."""
+    return await store.keys.issue(caller_id, role="developer", trust_level=TrustLevel.MEDIUM)
+
+
+async def accepts(store: GatewayStore, *keys: IssuedKey) -> list[bool]:
+    """Tell which of the keys are accepted."""
+    answers = [store.keys.verify(key.plaintext) for key in keys]
+    return [isinstance(answer, CallerIdentity) for answer in await asyncio.gather(*answers, return_exceptions=True)]
+
+
+async def test_issued_key_is_verified(store: GatewayStore) -> None:
+    """The plaintext, as text or as SecretStr, tells who calls."""
+    issued = await store.keys.issue("dev-agent", role="developer", trust_level=TrustLevel.MEDIUM, environment="staging")
+    text = issued.plaintext.get_secret_value()
+
+    for key in (text, issued.plaintext):
+        assert await store.keys.verify(key) == CallerIdentity(
+            caller_id="dev-agent",
+            role="developer",
+            trust_level=TrustLevel.MEDIUM,
+            environment="staging",
+            org_id="default",
+            key_id=issued.api_key.key_id,
+            api_key_id=issued.api_key.id,
+        )
+    assert text not in repr(issued) + str(issued) + repr(issued.api_key)
+
+
+async def test_key_has_the_published_format(store: GatewayStore) -> None:
+    """A key matches the pattern for secret scanners, carries its public id, and ends in its checksum."""
+    text = (await issue(store)).plaintext.get_secret_value()
+
+    assert re.fullmatch(KEY_PATTERN, text)
+    assert re.search(KEY_PATTERN, f"key={text}, next")
+    assert parse_key_id(text) == (await store.keys.get("dev-agent")).key_id == text.split("_")[1]
+    assert len(text) == 66
+
+
+async def test_only_bcrypt_is_stored(store: GatewayStore) -> None:
+    """The column holds a bcrypt of the cost asked for; the plaintext is nowhere in the row."""
+    issued = await issue(store)
+    (key_hash,) = await column(store, "key_hash", "api_keys")
+
+    assert re.fullmatch(r"\$2b\$04\$.{53}", key_hash)
+    for name in ("key_id", "caller_id", "role", "environment", "org_id", "previous_key_hash"):
+        assert issued.plaintext.get_secret_value() not in str(await column(store, name, "api_keys"))
+
+
+def changed(text: str, place: int) -> str:
+    """Return `text` with another character at `place`."""
+    return text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
+
+
+async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: list[str]) -> None:
+    """What is no key, or fails its checksum, is refused without a statement and without bcrypt."""
+    text = (await issue(store)).plaintext.get_secret_value()
+    wrong = [changed(text, place) for place in range(len(text)) if text[place] != "_"]
+    wrong += ["", "agw_", text[:-1], text + "A", text + "\n", " " + text, text.lower(), "\0" * 66, "\ud800", "é" * 66]
+    wrong += ["a" * 2**20, text.replace("_", "-"), text.replace("agw", "AGW"), text[:20] + "٣" + text[21:]]
+
+    with counted_statements(store) as statements:
+        for key in [*wrong, None, 5, text.encode(), SecretStr("")]:
+            with pytest.raises(errors.InvalidApiKeyError):
+                await store.keys.verify(key)  # type: ignore[arg-type]
+
+    assert statements == []
+    assert bcrypt_calls == []
+
+
+async def test_unknown_key_costs_no_bcrypt(store: GatewayStore, bcrypt_calls: list[str]) -> None:
+    """A well-formed key with an unknown id, and one that is revoked or expired, is refused by its row alone."""
+    revoked = await issue(store, "revoked")
+    await store.keys.revoke("revoked")
+    expired = await store.keys.issue("expired", role="r", expires_at=clock.utc_now() - HOUR)
+
+    for key in (new_key(new_key_id()), revoked.plaintext, expired.plaintext):
+        with pytest.raises(errors.InvalidApiKeyError):
+            await store.keys.verify(key)
+
+    assert bcrypt_calls == []
+
+
+async def test_every_refusal_reads_the_same(store: GatewayStore) -> None:
+    """Malformed, unknown, wrong, revoked, expired: one error, one text, no cause."""
+    issued = await issue(store)
+    revoked = await issue(store, "revoked")
+    await store.keys.revoke("revoked")
+    expired = await store.keys.issue("expired", role="r", expires_at=clock.utc_now() - HOUR)
+    keys = ["x", new_key(new_key_id()), new_key(issued.api_key.key_id), revoked.plaintext, expired.plaintext]
+    refusals = await asyncio.gather(*map(store.keys.verify, keys), return_exceptions=True)
+
+    assert {(type(refusal), str(refusal), refusal.__cause__, refusal.__context__) for refusal in refusals} == {
+        (errors.InvalidApiKeyError, "Invalid API key: ask the operator for a new one.", None, None)
+    }
+
+
+async def test_keys_that_differ_in_one_character_are_different(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two well-formed keys with one id, whose secrets differ in the last character only, one is accepted."""
+    issued = await issue(store)
+    text = issued.plaintext.get_secret_value()
+    twin = text[:-6]
+    twin = changed(twin, len(twin) - 1)
+    monkeypatch.setattr("agent_gateway_store.keys.format._random", lambda _length: twin.rpartition("_")[2])
+    other = new_key(issued.api_key.key_id)
+
+    assert parse_key_id(other) == issued.api_key.key_id
+    assert sum(a != b for a, b in zip(text[:-6], other[:-6], strict=True)) == 1
+    with pytest.raises(errors.InvalidApiKeyError):
+        await store.keys.verify(other)
+    assert (await store.keys.verify(text)).caller_id == "dev-agent"
+
+
+async def test_rotation_leaves_no_gap(store: GatewayStore) -> None:
+    """During the overlap both keys are accepted, after it the new one; the public id stays."""
+    old = await issue(store)
+    new = await store.keys.rotate("dev-agent", overlap=HOUR)
+    during = await accepts(store, old, new)
+    clock.move(HOUR)
+    after = await accepts(store, old, new)
+
+    assert (during, after) == ([True, True], [False, True])
+    assert new.api_key.key_id == old.api_key.key_id
+    assert new.previous_valid_until is not None
+    assert abs(new.previous_valid_until + HOUR - clock.utc_now() - HOUR) < MINUTE
+
+
+async def test_rotation_without_overlap_ends_the_old_key_at_once(store: GatewayStore) -> None:
+    """With an overlap of zero the old key is refused from then on, and its hash is gone."""
+    old = await issue(store)
+    new = await store.keys.rotate("dev-agent", overlap=timedelta())
+
+    assert await accepts(store, old, new) == [False, True]
+    assert new.previous_valid_until is None
+    assert await column(store, "previous_key_hash", "api_keys") == [None]
+
+
+async def test_second_rotation_ends_the_first_key(store: GatewayStore) -> None:
+    """One key before the current one is accepted, not two."""
+    first = await issue(store)
+    second = await store.keys.rotate("dev-agent")
+    third = await store.keys.rotate("dev-agent")
+
+    assert await accepts(store, first, second, third) == [False, True, True]
+
+
+async def test_revocation_ends_every_key_at_once(store: GatewayStore) -> None:
+    """A revoked key is refused, with the one in its overlap; revoking again changes nothing."""
+    old = await issue(store)
+    new = await store.keys.rotate("dev-agent", overlap=HOUR)
+    revoked = await store.keys.revoke("dev-agent")
+    clock.move(MINUTE)
+    again = await store.keys.revoke("dev-agent")
+
+    assert await accepts(store, old, new) == [False, False]
+    assert not revoked.is_active
+    assert revoked.revoked_at is not None
+    assert again.revoked_at == revoked.revoked_at
+    with pytest.raises(errors.ApiKeyNotFoundError):
+        await store.keys.rotate("dev-agent")
+
+
+async def test_expiry_is_judged_by_the_database_clock(store: GatewayStore) -> None:
+    """A key is accepted up to `expires_at` and refused from then on."""
+    issued = await store.keys.issue("dev-agent", role="r", expires_at=clock.utc_now() + HOUR)
+    before = await accepts(store, issued)
+    clock.move(HOUR)
+
+    assert (before, await accepts(store, issued)) == ([True], [False])
+
+
+async def test_second_key_of_a_caller_is_refused(store: GatewayStore) -> None:
+    """A caller has one key; the error says to rotate it, and the first one still works."""
+    first = await issue(store)
+
+    with pytest.raises(errors.ApiKeyExistsError, match=r"'dev-agent' already has an API key: use .* rotate") as caught:
+        await issue(store)
+    assert caught.value.caller_id == "dev-agent"
+    assert await accepts(store, first) == [True]
+
+
+async def test_of_concurrent_issues_one_succeeds(store: GatewayStore) -> None:
+    """Two operators at once leave one key; also where a revoked one is replaced."""
+    for _ in range(2):
+        answers = await asyncio.gather(*(issue(store) for _ in range(4)), return_exceptions=True)
+        (issued,) = [answer for answer in answers if isinstance(answer, IssuedKey)]
+        assert sum(isinstance(answer, errors.ApiKeyExistsError) for answer in answers) == 3
+        assert await accepts(store, issued) == [True]
+        await store.keys.revoke("dev-agent")
+
+
+async def test_caller_whose_key_was_revoked_gets_a_new_one(store: GatewayStore) -> None:
+    """The new key has a new id and a clean row; the old one stays refused."""
+    old = await issue(store)
+    await accepts(store, old)
+    await store.keys.revoke("dev-agent")
+    new = await store.keys.issue("dev-agent", role="admin")
+
+    assert await accepts(store, old, new) == [False, True]
+    assert new.api_key.key_id != old.api_key.key_id
+    row = await store.keys.get("dev-agent")
+    assert (row.role, row.is_active, row.revoked_at, row.last_used_at is None) == ("admin", True, None, False)
+    assert len(await store.keys.list()) == 1
+
+
+async def test_last_use_is_noted_once_a_minute(store: GatewayStore) -> None:
+    """The first use is noted, those of the next minute cost no write, the one after it is noted again."""
+    issued = await issue(store)
+    await store.keys.verify(issued.plaintext)
+    first = (await store.keys.get("dev-agent")).last_used_at
+    clock.move(50 * MINUTE / 60)
+    with counted_statements(store) as statements:
+        await store.keys.verify(issued.plaintext)
+    clock.move(11 * MINUTE / 60)
+    await store.keys.verify(issued.plaintext)
+    third = (await store.keys.get("dev-agent")).last_used_at
+
+    assert first is not None
+    assert third is not None
+    assert [statement.split()[0] for statement in statements] == ["SELECT"]
+    assert third - first >= MINUTE
+
+
+async def test_key_is_verified_although_its_use_cannot_be_noted(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A database that only reads still tells good keys from bad ones; the log says what was not written."""
+    issued = await issue(store)
+
+    def refuse() -> None:
+        raise errors.StoreUnavailableError("The database is read-only.")
+
+    monkeypatch.setattr(store.database, "write", refuse)
+
+    assert (await store.keys.verify(issued.plaintext)).caller_id == "dev-agent"
+    assert "could not be noted: The database is read-only." in caplog.text
+
+
+async def test_unknown_caller_is_told(store: GatewayStore) -> None:
+    """Without a key there is nothing to get, rotate or revoke."""
+    for ask in (store.keys.get, store.keys.rotate, store.keys.revoke):
+        with pytest.raises(errors.ApiKeyNotFoundError, match="No API key for caller 'nobody': issue one") as caught:
+            await ask("nobody")
+        assert caught.value.caller_id == "nobody"
+    with pytest.raises(ValueError, match="overlap must be zero or more"):
+        await store.keys.rotate("nobody", overlap=-HOUR)
+
+
+async def test_keys_are_listed_from_the_newest(store: GatewayStore) -> None:
+    """Newest first, page by page; a page shows no hash."""
+    issued = [await issue(store, f"agent-{number}") for number in range(3)]
+
+    assert [row.caller_id for row in await store.keys.list(limit=2)] == ["agent-2", "agent-1"]
+    assert [row.caller_id for row in await store.keys.list(limit=2, offset=2)] == ["agent-0"]
+    page = await store.keys.list()
+    shown = f"{page.to_dicts()}{page._repr_html_()}{page!r}"
+    assert "$2b$" not in shown
+    assert not any(key.plaintext.get_secret_value() in shown for key in issued)
+    for wrong in ({"limit": -1}, {"offset": -1}):
+        with pytest.raises(ValueError, match="limit and offset must be zero or more"):
+            await store.keys.list(**wrong)
+
+
+async def test_event_loop_runs_on_while_bcrypt_works(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bcrypt runs in threads of its own: while one check is under way, others tasks get their turn."""
+    issued = await issue(store)
+    held, release = threading.Event(), threading.Event()
+
+    def slow(_secret: bytes, _hashed: bytes) -> bool:
+        held.set()
+        return release.wait(10)
+
+    monkeypatch.setattr(bcrypt, "checkpw", slow)
+    verifying = asyncio.create_task(store.keys.verify(issued.plaintext))
+    assert await asyncio.to_thread(held.wait, 10)
+    started = time.monotonic()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    stalled = time.monotonic() - started
+    assert not verifying.done()
+    release.set()
+
+    assert (await verifying).caller_id == "dev-agent"
+    assert stalled < 1
+
+
+async def hold(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch, count: int
+) -> tuple[list[asyncio.Task[CallerIdentity]], Callable[[], None]]:
+    """Start checks that do not end before they are released, and wait until all have read their row."""
+    issued = await issue(store)
+    release, read = threading.Event(), []
+
+    def noted(plaintext: str) -> bytes:
+        read.append(plaintext)
+        return b"digest"
+
+    monkeypatch.setattr("agent_gateway_store.keys.manager.digest", noted)
+    monkeypatch.setattr(bcrypt, "checkpw", lambda *_: release.wait(10))
+    tasks = [asyncio.create_task(store.keys.verify(issued.plaintext)) for _ in range(count)]
+    while len(read) < count:
+        await asyncio.sleep(0.001)
+    return tasks, release.set
+
+
+async def test_full_queue_is_told(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 64 checks waiting the next is told to come back; the others are answered."""
+    tasks, release = await hold(store, monkeypatch, 65)
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    with pytest.raises(errors.StoreUnavailableError, match="Too many keys wait to be checked"):
+        await done.pop()
+    release()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sum(isinstance(answer, CallerIdentity) for answer in answers) == 64
+
+
+async def test_check_under_way_counts_until_its_thread_is_done(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller that gives up makes no room while bcrypt is still at its key."""
+    tasks, release = await hold(store, monkeypatch, 64)
+    tasks[0].cancel()  # the first is in a thread, the others wait
+    await asyncio.wait(tasks[:1])
+
+    with pytest.raises(errors.StoreUnavailableError):
+        await store.keys.issue("other-agent", role="r")
+    release()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (await store.keys.issue("other-agent", role="r")).api_key.caller_id == "other-agent"
+
+
+async def test_closing_ends_the_checks_that_wait(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check that has not begun when the store closes says so; it is not mistaken for a cancellation."""
+    async with GatewayStore(database_url) as store:
+        tasks, release = await hold(store, monkeypatch, 8)
+    release()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert {type(answer) for answer in answers} == {errors.StoreNotOpenError}

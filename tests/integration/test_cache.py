@@ -1,0 +1,254 @@
+"""Redis on a real server: every entry ends, every fault is a miss, an outage costs one timeout per interval."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import redis.exceptions
+
+import servers
+from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.cache import RedisClient, create_redis, delete, get_json, get_redis, set_json
+
+pytestmark = pytest.mark.integration
+
+NESTED: Any = "[" * 100_000
+
+
+@pytest.fixture
+async def client(fresh_redis_url: str) -> AsyncIterator[RedisClient]:
+    async with create_redis(fresh_redis_url, timeout_s=5) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[servers.RedisServer]:
+    """A server that a test may pause."""
+    with servers.RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def pausable(own_server: servers.RedisServer) -> Iterator[servers.RedisServer]:
+    yield own_server
+    own_server.resume()
+
+
+@pytest.mark.parametrize("value", [None, True, 0, 1.5, "text \u20ac", [], {"a": [1, {"b": None}]}])
+async def test_json_comes_back(client: RedisClient, value: Any) -> None:
+    """Any JSON value is stored, read, and deleted once."""
+    await set_json(client, "key", value, 60)
+
+    assert await get_json(client, "key") == value
+    assert await delete(client, "key") is True
+    assert await delete(client, "key") is False
+    assert await get_json(client, "key") is None
+
+
+@pytest.mark.parametrize(("ttl", "milliseconds"), [(60, 60_000), (0.5, 500), (timedelta(minutes=2), 120_000)])
+async def test_every_entry_has_an_end(client: RedisClient, ttl: Any, milliseconds: int) -> None:
+    """The TTL is set with the value, in the unit given."""
+    await set_json(client, "key", 1, ttl)
+
+    assert milliseconds - 400 < await client.pttl("key") <= milliseconds
+
+
+async def test_an_entry_ends(client: RedisClient) -> None:
+    """The shortest TTL is a millisecond."""
+    await set_json(client, "key", 1, 1e-9)
+    await asyncio.sleep(0.05)
+
+    assert await get_json(client, "key") is None
+
+
+@pytest.mark.parametrize("ttl", [0, -1, -0.001, math.nan, math.inf, timedelta(), timedelta(seconds=-1)])
+async def test_an_entry_without_an_end_is_refused(client: RedisClient, ttl: Any) -> None:
+    """ValueError, and nothing is stored; so with `put_newer`."""
+    with pytest.raises(ValueError, match="ttl must be above zero"):
+        await set_json(client, "key", 1, ttl)
+    if not isinstance(ttl, timedelta):
+        with pytest.raises(ValueError, match="ttl must be above zero"):
+            await Accelerator(client).put_newer("key", {}, version=1, ttl_s=ttl)
+
+    assert await client.exists("key") == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, {"a": math.inf}, {1, 2}, b"x"])
+async def test_what_is_no_json_is_refused(client: RedisClient, value: Any) -> None:
+    """Nothing is stored that another reader could not parse."""
+    with pytest.raises((ValueError, TypeError)):
+        await set_json(client, "key", value, 60)
+
+    assert await client.exists("key") == 0
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"nul", NESTED])
+async def test_garbage_reads_as_absent(client: RedisClient, garbage: Any) -> None:
+    """An entry that somebody else broke is a miss."""
+    await client.set("key", garbage)
+
+    assert await get_json(client, "key") is None
+    assert await Accelerator(client).get("key") is None
+
+
+async def test_get_redis_gives_a_client_or_none(monkeypatch: pytest.MonkeyPatch, fresh_redis_url: str) -> None:
+    """By REDIS_URL, and closed afterwards; without one there is none."""
+    assert [found async for found in get_redis()] == [None]
+    monkeypatch.setenv("REDIS_URL", fresh_redis_url)
+    async for found in get_redis():
+        assert found is not None
+        await set_json(found, "key", 1, 60)
+        pool = found.connection_pool
+    connections = [*pool._available_connections, *pool._in_use_connections]
+
+    assert len(connections) == 1
+    assert not connections[0].is_connected
+
+
+async def timed(awaitable: Any) -> tuple[Any, float]:
+    started = time.monotonic()
+    try:
+        result = await awaitable
+    except Exception as exc:
+        result = exc
+    return result, time.monotonic() - started
+
+
+@pytest.mark.parametrize("connected", [True, False])
+async def test_a_server_that_hangs_costs_one_timeout(pausable: servers.RedisServer, connected: bool) -> None:
+    """On an open connection and on a new one; the driver tries nothing twice."""
+    async with create_redis(pausable.url, timeout_s=0.2) as client:
+        if connected:
+            await client.ping()
+        pausable.pause()
+        answers = [
+            await timed(get_json(client, "key")),
+            await timed(set_json(client, "key", 1, 60)),
+            await timed(delete(client, "key")),
+        ]
+        pausable.resume()
+        await set_json(client, "key", 2, 60)
+
+        assert await get_json(client, "key") == 2
+    for error, seconds in answers:
+        assert isinstance(error, redis.exceptions.TimeoutError)
+        assert 0.15 < seconds < 0.8
+
+
+async def test_a_refused_port_costs_nothing() -> None:
+    """Nobody listens there: the error is immediate, and no retry stretches it."""
+    async with create_redis("redis://127.0.0.1:1") as client:
+        error, seconds = await timed(get_json(client, "key"))
+
+    assert isinstance(error, redis.exceptions.ConnectionError)
+    assert seconds < 0.3
+
+
+async def test_without_a_client_everything_is_a_miss() -> None:
+    """The store works with no Redis at all."""
+    accelerator = Accelerator(None)
+    await accelerator.delete("key")
+
+    assert not accelerator.is_available
+    assert await accelerator.get("key") is None
+    assert await accelerator.put_newer("key", {}, version=1, ttl_s=1) is False
+
+
+async def test_an_entry_comes_back_with_its_remaining_life(client: RedisClient) -> None:
+    """In one round trip."""
+    accelerator = Accelerator(client)
+    entry = {"version": 1, "text": "\u20ac"}
+
+    assert await accelerator.put_newer("key", entry, version=1, ttl_s=60) is True
+    found = await accelerator.get("key")
+    assert found is not None
+    assert found[0] == entry
+    assert 59_000 < found[1] <= 60_000
+    await accelerator.delete("key")
+    assert await accelerator.get("key") is None
+
+
+async def test_an_older_version_never_replaces_a_newer_one(client: RedisClient) -> None:
+    """The same version may be written again; in whatever order fifty writers come, the newest stays."""
+    accelerator = Accelerator(client)
+    for version, stored in ((5, True), (4, False), (5, True), (6, True), (1, False)):
+        entry = {"version": version}
+        assert await accelerator.put_newer("key", entry, version=version, ttl_s=60) is stored
+    versions = random.sample(range(10, 60), 50)
+    await asyncio.gather(*(accelerator.put_newer("key", {"version": v}, version=v, ttl_s=60) for v in versions))
+    found = await accelerator.get("key")
+
+    assert found is not None
+    assert found[0] == {"version": 59}
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"[1]", b"5", b'{"version":"99"}', b'{"version":null}', NESTED])
+async def test_garbage_is_replaced(client: RedisClient, garbage: Any) -> None:
+    """What is no entry of ours has no version, so it stands in nobody's way."""
+    await client.set("key", garbage)
+    accelerator = Accelerator(client)
+
+    assert await accelerator.put_newer("key", {"version": 1}, version=1, ttl_s=60) is True
+    assert await accelerator.get("key") == ({"version": 1}, pytest.approx(60_000, abs=500))
+
+
+async def test_a_key_of_another_type_is_a_miss(client: RedisClient) -> None:
+    """Redis answers with an error; it reaches nobody."""
+    await client.hset("key", "field", "value")
+
+    assert await Accelerator(client).get("key") is None
+    assert await Accelerator(client).put_newer("key", {}, version=1, ttl_s=60) is False
+
+
+async def test_an_outage_costs_one_timeout_per_interval(
+    pausable: servers.RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a fault Redis is left alone for a while, then tried again, and used when it is back."""
+    async with create_redis(pausable.url, timeout_s=0.2) as client:
+        accelerator = Accelerator(client, pause_s=0.6)
+        assert await accelerator.put_newer("approval:token", {"version": 1}, version=1, ttl_s=60)
+        pausable.pause()
+        found, first = await timed(accelerator.get("approval:token"))
+        meanwhile = [
+            await timed(accelerator.get("approval:token")),
+            await timed(accelerator.put_newer("approval:token", {}, version=2, ttl_s=60)),
+            await timed(accelerator.delete("approval:token")),
+        ]
+        assert not accelerator.is_available
+        await asyncio.sleep(0.65)
+        assert accelerator.is_available
+        again, second = await timed(accelerator.get("approval:token"))
+        pausable.resume()
+        await asyncio.sleep(0.65)
+        back = await accelerator.get("approval:token")
+
+    assert found is again is None
+    assert 0.15 < first < 0.8
+    assert 0.15 < second < 0.8
+    assert [result for result, _ in meanwhile] == [None, False, None]
+    assert sum(seconds for _, seconds in meanwhile) < 0.1
+    assert back is not None
+    assert back[0] == {"version": 1}
+    assert len(caplog.records) == 2
+    assert "token" not in caplog.text
+
+
+async def test_a_cancelled_caller_is_cancelled(pausable: servers.RedisServer) -> None:
+    """A cancellation is no fault of Redis: it passes, and Redis stays in use."""
+    async with create_redis(pausable.url, timeout_s=5) as client:
+        accelerator = Accelerator(client)
+        await client.ping()
+        pausable.pause()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(accelerator.get("key"), 0.05)
+        pausable.resume()
+
+        assert accelerator.is_available
+        assert await accelerator.put_newer("key", {"version": 1}, version=1, ttl_s=60)

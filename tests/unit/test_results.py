@@ -1,0 +1,164 @@
+"""`Page`: a list that renders safely and gives plain dicts."""
+
+from __future__ import annotations
+
+import io
+import re
+from datetime import UTC, datetime
+from uuid import uuid4
+
+import pytest
+from rich.console import Console
+
+from agent_gateway_store import Page
+from agent_gateway_store.models import ApiKey, ApprovalRequest, ApprovalResult, ApprovalStatus, AuditEvent, TrustLevel
+
+pytestmark = pytest.mark.unit
+
+SECRET = "do-not-show"
+
+
+def rendered(page: Page[object]) -> str:
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="truecolor")
+    console.print(page)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def key(**fields: object) -> ApiKey:
+    given: dict[str, object] = {
+        "key_id": "k1",
+        "caller_id": "dev-agent",
+        "key_hash": SECRET,
+        "previous_key_hash": SECRET,
+        "role": "developer",
+        "trust_level": TrustLevel.MEDIUM,
+        "environment": "dev",
+    }
+    return ApiKey(**(given | fields))
+
+
+def test_a_page_is_a_list() -> None:
+    """It compares, slices and counts as one, and knows where the next begins."""
+    page = Page(range(3), next_cursor="abc")
+
+    assert page == [0, 1, 2]
+    assert page[1:] == [1, 2]
+    assert page.next_cursor == "abc"
+    assert Page().next_cursor is None
+    assert not Page()
+
+
+def test_html_is_escaped() -> None:
+    """Neither a value nor a column name brings markup of its own into a notebook."""
+    nasty = "<script>alert('1')</script>\"&<img src=x onerror=alert(1)>"
+    html = Page([{"a": nasty, nasty: 1}])._repr_html_()
+
+    assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td|p)>)", html)
+    assert html.count("&lt;script&gt;") == 2
+    assert "'" not in html
+    assert '"' not in html
+
+
+def test_html_has_a_cell_for_each_column() -> None:
+    """Rows, the chosen columns in their order, None as an empty cell, and a count."""
+    page = Page([{"a": 1, "b": None, "c": 3}, {"a": "x"}], columns=("b", "a"))
+
+    assert page._repr_html_() == (
+        "<table><thead><tr><th>b</th><th>a</th></tr></thead><tbody>"
+        "<tr><td></td><td>1</td></tr><tr><td></td><td>x</td></tr></tbody></table><p>2 rows</p>"
+    )
+    assert "<p>1 row</p>" in Page([{"a": 1}])._repr_html_()
+    assert "<p>0 rows</p>" in Page()._repr_html_()
+
+
+@pytest.mark.parametrize("count", [200, 201, 5_000])
+def test_a_cut_table_says_so(count: int) -> None:
+    """At most 200 rows are drawn, and the rest is not passed over in silence."""
+    page = Page([{"n": f"row{number}"} for number in range(count)])
+    html, text = page._repr_html_(), rendered(page)
+    note = "200 rows" if count == 200 else f"first 200 of {count} rows"
+
+    assert html.count("<tr>") == 201
+    assert "row199" in text
+    assert "row200" not in html + text
+    assert note in html
+    assert note in " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+    assert len(page.to_dicts()) == count
+
+
+def test_a_terminal_gets_no_control_bytes() -> None:
+    """Escape sequences, bells, line breaks, bidi marks and surrogates are shown, not obeyed; nor is rich's markup."""
+    nasty = "\x1b[31mred\x1b]0;title\x07\r\n\x9b1m\u202e\u2066\u200f\u061c\ud800[bold]x[/bold]"
+    text = rendered(Page([{"a": nasty, nasty: 1}]))
+    own = re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+    assert "\x1b[31m" not in text
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", own)
+    assert own.count("\\x1b[31mred") == 2
+    assert own.count("[bold]x[/bold]") == 2
+    assert text.encode()
+
+
+def test_long_cells_are_cut() -> None:
+    """A cell shows 120 characters; the dicts keep everything."""
+    page = Page([{"a": "x" * 1_000}])
+
+    assert f"<td>{'x' * 119}…</td>" in page._repr_html_()
+    assert page.to_dicts() == [{"a": "x" * 1_000}]
+
+
+def test_dicts_are_json_without_hidden_fields() -> None:
+    """Tokens and key hashes are left out; the rest is JSON: text for times, enums and ids."""
+    approval_id = uuid4()
+    request = ApprovalRequest(
+        approval_id=approval_id,
+        token=SECRET,
+        request_id="r",
+        caller_id="c",
+        tool_call={"server": "s", "tool": "t"},
+        risk_explanation="",
+        created_at=datetime(2024, 5, 1, tzinfo=UTC),
+    )
+    result = ApprovalResult(approval_id=approval_id, token=SECRET, status=ApprovalStatus.APPROVED)
+    page = Page([key(), request, result])
+    dicts = page.to_dicts()
+
+    assert SECRET not in f"{dicts}{page._repr_html_()}{rendered(page)}{page}"
+    assert not {"token", "key_hash", "previous_key_hash"} & {name for row in dicts for name in row}
+    assert dicts[0]["trust_level"] == 2
+    assert dicts[1]["created_at"] == "2024-05-01T00:00:00Z"
+    assert dicts[1]["approval_id"] == str(approval_id)
+    assert dicts[1]["tool_call"] == {"server": "s", "tool": "t", "arguments": {}}
+    assert dicts[2]["status"] == "APPROVED"
+
+
+def test_dicts_are_copies() -> None:
+    """Changing one changes no record."""
+    source = {"a": 1}
+    page = Page([source])
+    page.to_dicts()[0]["a"] = 2
+
+    assert source == {"a": 1}
+
+
+def test_events_render() -> None:
+    """A page as our queries make it, in a notebook and in a terminal."""
+    event = AuditEvent(
+        request_id="r1",
+        caller_id="<b>dev</b>",
+        caller_role="developer",
+        environment="dev",
+        mcp_server="files",
+        tool_name="read_file",
+        raw_args_hash="ab" * 32,
+        sanitized_args={},
+        risk_score=0.1,
+        matched_policy_rule="x",
+        decision="ALLOW",
+        latency_ms=1,
+        deterministic_rationale="y",
+    )
+    page = Page([event], columns=("request_id", "caller_id", "decision"))
+
+    assert "<td>r1</td><td>&lt;b&gt;dev&lt;/b&gt;</td><td>ALLOW</td>" in page._repr_html_()
+    assert "<b>dev</b>" in rendered(page)
