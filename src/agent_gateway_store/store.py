@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -20,6 +20,7 @@ from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks import Dispatcher, Plugins
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.keys.hashing import Hasher
+from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
@@ -155,6 +156,24 @@ class GatewayStore:
     async def migrate(self) -> None:
         """Bring the schema up to date. Any number of processes may call this at once; works before `open`, too."""
         await self._core.migrate()
+
+    async def ping(self) -> None:
+        """Return if the database answers. For health checks.
+
+        Raises:
+            StoreUnavailableError: It does not.
+            StoreNotOpenError: The store is not open here.
+        """
+        async with self._core.database.read() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+
+    def hash_args(self, args: Mapping[str, Any]) -> str:
+        """Return `raw_args_hash` for the raw arguments of a call, under this store's setting HASH_KEY.
+
+        See `AuditEvent.hash_args`.
+        """
+        key = self.settings.hash_key
+        return AuditEvent.hash_args(args, key=key.get_secret_value() if key else None)
 
     async def __aenter__(self) -> Self:
         return await self.open()

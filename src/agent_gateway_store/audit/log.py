@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -84,7 +85,8 @@ class AuditLog(AuditQuery):
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
 
         Args:
-            events: Any iterable, also an endless one that ends some day; it is read as it is stored.
+            events: Any iterable, also an endless one that ends some day; it is read as it is stored. If it raises,
+                what it gave before is stored, and the error goes on to the caller.
 
         Returns:
             How many events came to which outcome.
@@ -101,20 +103,28 @@ class AuditLog(AuditQuery):
             async for rows in self._batches(events):
                 # While one batch is committed the next one is made ready.
                 if under_way is not None:
-                    outcomes.update(await under_way)
+                    await asyncio.wait([under_way])  # cancelling the caller does not cancel what was begun
+                    outcomes.update(under_way.result())
                 under_way = asyncio.create_task(writer.write_batch(rows))
         finally:
             if under_way is not None:
-                outcomes.update(await under_way)
+                await asyncio.wait([under_way])
+                outcomes.update(under_way.result())
         return outcomes
 
     async def _batches(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[list[Record]]:
         rows: list[Record] = []
-        async for some in _slices(events):
-            rows += [event_record(event, org_id=self._org_id) for event in some]
-            if len(rows) >= _BULK_ROWS:
+        record = partial(event_record, org_id=self._org_id)
+        try:
+            async for some in _slices(events):
+                rows.extend(map(record, some))
+                if len(rows) >= _BULK_ROWS:
+                    yield rows
+                    rows = []
+        except Exception:
+            if rows:
                 yield rows
-                rows = []
+            raise
         if rows:
             yield rows
 
@@ -151,7 +161,15 @@ async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> A
             yield (event,)
         return
     source = iter(events)
-    while some := tuple(islice(source, _SLICE_ROWS)):
+    while True:
+        some: list[AuditEvent] = []
+        try:
+            some.extend(islice(source, _SLICE_ROWS))
+        except Exception:
+            yield some
+            raise
+        if not some:
+            return
         yield some
         # A plain iterable never lets the loop run by itself.
         await asyncio.sleep(0)

@@ -28,6 +28,7 @@ Settled: TypeAlias = WriteOutcome | Exception
 _TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 1.0
 _CLOSE_TIMEOUT_S = 1.0
+_GRACE_S = 0.5
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
 _STORED = WriteOutcome.STORED
 
@@ -74,8 +75,8 @@ class RowSink:
         return [(await self.store([row]))[0] for row in rows]
 
     async def probe(self) -> None:
-        """Ask the database for anything."""
-        async with self._engine.connect() as connection:
+        """Open a transaction, on SQLite one that may write: reading alone goes on beside another process's lock."""
+        async with self._engine.begin() as connection:
             await connection.exec_driver_sql("SELECT 1")
 
     async def close(self) -> None:
@@ -150,7 +151,9 @@ class PostgresSink:
             # A COPY that is cancelled waits for the server's word, which one that hangs never gives: the line is cut.
             watchdog = asyncio.get_running_loop().call_at(deadline, driver.terminate)
             try:
-                yield driver
+                # Cutting it does not wake a COPY that waits for room in a full send buffer.
+                async with asyncio.timeout_at(deadline + _GRACE_S):
+                    yield driver
             finally:
                 watchdog.cancel()
         except BaseException:

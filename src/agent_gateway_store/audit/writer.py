@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
 from agent_gateway_store.audit.batch import store_batch
@@ -18,7 +18,7 @@ from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.row import Record, record_of, size_of, values_of
 from agent_gateway_store.audit.sinks import Settled, Sink
-from agent_gateway_store.errors import AuditUnavailableError
+from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
 from agent_gateway_store.storage.spool import Spool
 
 __all__ = ["AuditWriter"]
@@ -50,10 +50,16 @@ class AuditWriter:
         self._queue: deque[tuple[Record, asyncio.Future[WriteOutcome]]] = deque()
         self._queued_bytes = 0
         self._room = asyncio.Event()
+        self._waiting_for_room = 0
+        self._queued = 0
+        self._settled = 0
+        self._progress = asyncio.Event()
         self._committing = asyncio.Lock()
+        self._recovering = asyncio.Lock()
         self._drainer: asyncio.Task[None] | None = None
         self._recoverer: asyncio.Task[None] | None = None
         self._is_away = False
+        self._is_closed = False
         self._retry_at = 0.0
 
     async def open(self) -> None:
@@ -68,7 +74,9 @@ class AuditWriter:
 
         Raises:
             AuditUnavailableError: In the strict mode, if the row could not be committed.
+            StoreNotOpenError: The writer was closed.
         """
+        self._check_open()
         if self._is_full:
             await self._wait_for_room(row)
         return await self._enqueue(row)
@@ -78,48 +86,61 @@ class AuditWriter:
 
         Raises:
             AuditUnavailableError: In the strict mode, if they could not be committed.
+            StoreNotOpenError: The writer was closed.
         """
+        self._check_open()
         return [_accepted(outcome) for outcome in await self._commit(rows)]
 
     async def flush(self) -> int:
         """Wait until everything queued is acknowledged and try to empty the spool; return how many rows still wait."""
-        while self._drainer is not None:
-            await asyncio.wait([self._drainer])
+        until = self._queued + self._waiting_for_room
+        while self._settled < until:
+            await self._progress.wait()
         if self.spool is None or not self.spool.exists:
             return 0
         with suppress(Exception):
-            await self._replay()
+            await self._bring_back()
         return (await self.spool.counts())[0]
 
     async def close(self) -> None:
         """Acknowledge everything queued, then let go of the connections. What is in the spool stays there."""
-        while self._drainer is not None:
-            await asyncio.wait([self._drainer])
+        self._is_closed = True
+        while self._drainer is not None or self._waiting_for_room:
+            await (asyncio.wait([self._drainer]) if self._drainer is not None else asyncio.sleep(0))
         if self._recoverer is not None:
             self._recoverer.cancel()
             await asyncio.wait([self._recoverer])
-        await self._sink.close()
-        if self.spool is not None:
-            await self.spool.close()
+        async with self._recovering, self._committing:
+            await self._sink.close()
+            if self.spool is not None:
+                await self.spool.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreNotOpenError("The store was closed: open it again.")
 
     @property
     def _is_full(self) -> bool:
         return len(self._queue) >= _MAX_QUEUED_ROWS or self._queued_bytes >= _MAX_QUEUED_BYTES
 
     async def _wait_for_room(self, row: Record) -> None:
+        self._waiting_for_room += 1
         try:
             while self._is_full:
                 self._room.clear()
                 await self._room.wait()
         except asyncio.CancelledError:
             # The caller is gone, its event is not.
-            self._enqueue(row)
+            self._enqueue(row).cancel()
             raise
+        finally:
+            self._waiting_for_room -= 1
 
     def _enqueue(self, row: Record) -> asyncio.Future[WriteOutcome]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[WriteOutcome] = loop.create_future()
         self._queue.append((row, future))
+        self._queued += 1
         self._queued_bytes += size_of(row)
         self.counters.queue_depth += 1
         if self._drainer is None:
@@ -139,6 +160,9 @@ class AuditWriter:
                         future.set_result(outcome)
                     else:
                         future.set_exception(outcome)
+                self._settled += len(batch)
+                progress, self._progress = self._progress, asyncio.Event()
+                progress.set()
         finally:
             self._drainer = None
 
@@ -221,16 +245,23 @@ class AuditWriter:
                 await asyncio.sleep(_RETRY_AFTER_S)
             while True:
                 try:
-                    if self._is_away:
-                        # Outside the lock: a database that hangs must not hold up what goes to the spool meanwhile.
-                        await self._sink.probe()
-                    await self._replay()
+                    await self._bring_back()
                     return
                 except Exception as exc:
                     _logger.debug("The spool cannot be replayed yet (%s).", type(exc).__name__)
                 await asyncio.sleep(_RETRY_AFTER_S)
         finally:
             self._recoverer = None
+
+    async def _bring_back(self) -> None:
+        """Replay the spool if the database answers; raise if not. One at a time, as the sink must be used."""
+        async with self._recovering:
+            if self._is_closed:
+                return
+            if self._is_away:
+                # Outside the other lock: a database that hangs must not hold up what goes to the spool meanwhile.
+                await self._sink.probe()
+            await self._replay()
 
     async def _replay(self) -> None:
         """Bring the spool to the database, in order; then let writes go there again. Raises while it is away."""
@@ -245,19 +276,32 @@ class AuditWriter:
 
     async def _replay_some(self) -> int:
         assert self.spool is not None  # noqa: S101
-        waiting = await self.spool.waiting(_REPLAY_ROWS)
+        if not self.spool.exists:
+            return 0
+        with self._spool_at_fault():
+            waiting = await self.spool.waiting(_REPLAY_ROWS)
         if not waiting:
             return 0
         settled = await store_batch(self._sink, [record_of(values) for _, values in waiting])
         done = []
-        for (row_id, _), outcome in zip(waiting, settled, strict=True):
-            if isinstance(outcome, Exception):
-                await self.spool.quarantine(row_id, type(outcome).__name__)
-            else:
-                done.append(row_id)
-        await self.spool.remove(done)
+        with self._spool_at_fault():
+            for (row_id, _), outcome in zip(waiting, settled, strict=True):
+                if isinstance(outcome, Exception):
+                    await self.spool.quarantine(row_id, type(outcome).__name__)
+                else:
+                    done.append(row_id)
+            await self.spool.remove(done)
         self.counters.replayed += len(done)
         return len(waiting)
+
+    @contextmanager
+    def _spool_at_fault(self) -> Iterator[None]:
+        """The database answers, so that a spool which does not must keep nothing from it."""
+        try:
+            yield
+        except Exception:
+            self._is_away = False
+            raise
 
 
 def _accepted(answer: _Answer) -> WriteOutcome:

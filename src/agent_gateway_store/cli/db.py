@@ -10,7 +10,7 @@ import typer
 
 from agent_gateway_store.cli.faults import CommandError
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, say
-from agent_gateway_store.cli.running import run, settings_of, settle, sqlite_file
+from agent_gateway_store.cli.running import run, settings_of, sqlite_file
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -30,7 +30,6 @@ async def engine_for(url: str) -> AsyncIterator[AsyncEngine]:
         yield engine
     finally:
         await engine.dispose()
-        await settle()
 
 
 async def schema_state(url: str) -> dict[str, Any]:
@@ -50,7 +49,7 @@ async def schema_state(url: str) -> dict[str, Any]:
     elif found == expected:
         state = "current"
     else:
-        state = "behind" if migrate._is_known(found) else "ahead"
+        state = "behind" if migrate.is_known(found) else "ahead"
     return {"current": found, "expected": expected, "state": state}
 
 

@@ -10,7 +10,7 @@ import typer
 
 from agent_gateway_store.cli.faults import CommandError, ExitCode, spell_validation
 from agent_gateway_store.cli.output import complain
-from agent_gateway_store.cli.running import new_store, settle
+from agent_gateway_store.cli.running import new_store
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import AuditEvent
@@ -57,7 +57,6 @@ def ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line], 
                     report(line)
         finally:
             portal.call(store.close)
-            portal.call(settle)
     if counts["SPOOLED"]:
         complain(f"{_count(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
     if counts["LOST"]:

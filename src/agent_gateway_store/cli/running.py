@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,14 +27,11 @@ __all__ = [
     "options_of",
     "run",
     "settings_of",
-    "settle",
     "sqlite_file",
 ]
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
-_SQLITE_THREAD = "_connection_worker_thread"
-_SETTLE_STEPS, _SETTLE_STEP_S = 50, 0.01
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -79,23 +75,8 @@ def new_store(ctx: typer.Context, **options: Any) -> GatewayStore:
 @asynccontextmanager
 async def open_store(ctx: typer.Context, **options: Any) -> AsyncIterator[GatewayStore]:
     """Open a store for one command."""
-    try:
-        async with new_store(ctx, **options) as store:
-            yield store
-    finally:
-        await settle()
-
-
-async def settle() -> None:
-    """Wait for the thread of a SQLite connection that could not be opened.
-
-    It still answers this loop once; were the loop closed by then, it would print a traceback beside the one sentence
-    about the error.
-    """
-    for _ in range(_SETTLE_STEPS):
-        if not any(_SQLITE_THREAD in thread.name for thread in threading.enumerate()):
-            return
-        await asyncio.sleep(_SETTLE_STEP_S)
+    async with new_store(ctx, **options) as store:
+        yield store
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

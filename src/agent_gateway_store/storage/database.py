@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeAlias
 
+import aiosqlite
 from sqlalchemy import Executable, Float, bindparam, event
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import (
@@ -103,7 +104,11 @@ def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     limits = {"pool_size": 1, "max_overflow": 0} if is_memory(url) else {"pool_size": pool_size, "max_overflow": 0}
     engine = create_async_engine(
         url,
-        connect_args={"timeout": _BUSY_TIMEOUT_MS / 1000, "isolation_level": None},
+        connect_args={
+            "timeout": _BUSY_TIMEOUT_MS / 1000,
+            "isolation_level": None,
+            "async_creator_fn": _connect_sqlite,
+        },
         poolclass=AsyncAdaptedQueuePool,
         pool_timeout=_CONNECT_TIMEOUT_S * 3,
         hide_parameters=True,
@@ -112,6 +117,20 @@ def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
+
+
+async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
+    connection = aiosqlite.connect(*args, **options)
+    # Its thread must not keep the process alive, as SQLAlchemy sees to where it connects itself.
+    thread = connection._thread
+    thread.daemon = True
+    try:
+        return await connection
+    except BaseException:
+        # The thread answers this loop once more; were the loop closed by then, it would print a traceback.
+        while thread.is_alive():
+            await asyncio.sleep(0.001)
+        raise
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

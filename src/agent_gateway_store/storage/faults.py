@@ -74,8 +74,9 @@ def is_outage(exc: BaseException) -> bool:
     cause = getattr(exc, "__cause__", None)
     driver = cause if isinstance(cause, asyncpg.PostgresError) else exc
     if isinstance(driver, asyncpg.PostgresError):
-        # Classes of PostgreSQL's appendix "Error Codes": data exceptions and constraint violations are the row's fault.
-        return not str(getattr(driver, "sqlstate", "") or "").startswith(("22", "23"))
+        # Classes of PostgreSQL's appendix "Error Codes" that are the row's fault: data exceptions, violations of
+        # constraints and views, limits such as that of an index row, and what a trigger raises.
+        return not str(getattr(driver, "sqlstate", "") or "").startswith(("22", "23", "44", "54", "P0"))
     return not isinstance(exc, _ROW_FAULTS)
 
 

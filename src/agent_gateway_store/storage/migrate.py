@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
-__all__ = ["VERSION_TABLE", "current", "differences", "head", "migrations_path", "require_current", "sql", "upgrade"]
+__all__ = [
+    "VERSION_TABLE",
+    "current",
+    "differences",
+    "head",
+    "is_known",
+    "migrations_path",
+    "require_current",
+    "sql",
+    "upgrade",
+]
 
 VERSION_TABLE = "agent_gateway_store_version"
 _LOCK_KEY = 0x616773_6D6967  # "agsmig"
@@ -95,7 +105,7 @@ async def require_current(engine: AsyncEngine) -> None:
     found, expected = await current(engine), head()
     if found == expected:
         return
-    if found is not None and not _is_known(found):
+    if found is not None and not is_known(found):
         raise SchemaOutOfDateError(
             f"The database schema ({found}) is newer than this package ({expected}): upgrade agent-gateway-store.",
             current=found,
@@ -108,7 +118,8 @@ async def require_current(engine: AsyncEngine) -> None:
     )
 
 
-def _is_known(revision: str) -> bool:
+def is_known(revision: str) -> bool:
+    """True if this version of the package has the scripts for `revision`: if not, the database is newer."""
     from alembic.util.exc import CommandError
 
     try:
@@ -127,7 +138,7 @@ async def upgrade(engine: AsyncEngine, revision: str = "head") -> None:
     from alembic import command
 
     found = await current(engine)
-    if found is not None and not _is_known(found):
+    if found is not None and not is_known(found):
         await require_current(engine)
     async with _alone(engine) as connection:
         await connection.run_sync(lambda sync: command.upgrade(_config(sync), revision))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Index, MetaData, Table, Text, delete, func, insert, select, update
+from sqlalchemy import Column, Index, MetaData, Table, Text, delete, event, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.models.audit import AuditEvent
@@ -31,6 +31,8 @@ _events = Table(
     Column("error", Text),
     Column("id", AuditEvent.__table__.c.id.type, primary_key=True),  # type: ignore[attr-defined]
     Index("ix_spooled_events_target_id", "target", "id"),
+    # Never the id of a removed row again: another process that replays the old row at this moment would remove the new.
+    sqlite_autoincrement=True,
 )
 _NOT_OURS = ("target", "spooled_at", "error", "id")
 
@@ -50,8 +52,11 @@ class Spool:
 
     @property
     def exists(self) -> bool:
-        """True if the file is there."""
-        return self.path.exists()
+        """True if the file is there; also if nobody lets us look."""
+        try:
+            return self.path.exists()
+        except OSError:
+            return True
 
     async def add(self, rows: Sequence[Mapping[str, Any]], *, error: str | None = None) -> None:
         """Keep `rows`. With an `error` they are quarantined: shown, and never replayed.
@@ -113,15 +118,23 @@ class Spool:
         return _events.c.target == self._target, _events.c.error.is_(None)
 
     async def _opened(self) -> AsyncEngine:
+        if self._engine is not None and not self.exists:
+            await self.close()  # somebody removed the file, and what goes to it now would be gone with this process
         if self._engine is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             engine = create_engine(f"sqlite:///{self.path}", pool_size=2)
+            event.listen(engine.sync_engine, "connect", _limit_size)
             try:
                 async with engine.begin() as connection:
-                    await connection.exec_driver_sql(f"PRAGMA max_page_count={_MAX_BYTES // _PAGE_BYTES}")
                     await connection.run_sync(_events.metadata.create_all)
             except BaseException:
                 await engine.dispose()
                 raise
             self._engine = engine
         return self._engine
+
+
+def _limit_size(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA max_page_count={_MAX_BYTES // _PAGE_BYTES}")
+    cursor.close()

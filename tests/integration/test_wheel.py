@@ -1,0 +1,152 @@
+"""The wheel as a user gets it: built, installed into a fresh environment, run from another folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+PACKAGED = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "src", "migrations")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Run a command in `cwd` with nothing of the checkout in its environment; return what it printed."""
+    clean = {"PATH": os.environ["PATH"], "HOME": str(cwd), "LANG": "C.UTF-8", "COLUMNS": "200", **environment}
+    # Where packages come from, and through what, is the machine's business.
+    clean |= {name: value for name, value in os.environ.items() if name.upper().endswith("_PROXY") or "PIP_" in name}
+    ended = subprocess.run(list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wheel")
+
+
+@pytest.fixture(scope="module")
+def wheel(work: Path) -> Path:
+    """The wheel, built from a copy of the sources in which private files lie about."""
+    source = work / "source"
+    source.mkdir()
+    for name in PACKAGED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    for folder in (source, source / "src" / "agent_gateway_store", source / "migrations"):
+        (folder / ".env").write_text("DATABASE_URL=postgresql://user:private@host/db")
+        (folder / "gateway.db").write_text("private")
+    options = ["--no-deps", "--wheel-dir", work / "dist", "--disable-pip-version-check", "--quiet"]
+    options += ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    run(sys.executable, "-m", "pip", "wheel", source, *options, cwd=work)
+    (built,) = (work / "dist").iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, work: Path) -> Path:
+    """The interpreter of a fresh environment that holds the wheel and what it depends on."""
+    run(sys.executable, "-m", "venv", work / "venv", cwd=work)
+    python = work / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, cwd=work)
+    return python
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is no checkout."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    yield folder
+    assert not list(folder.glob("**/*.pyc"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    """Every module, the migration scripts and the marker of typing; no test, no database, no private file."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        contents = b"".join(archive.read(name) for name in archive.namelist())
+    modules = {f"agent_gateway_store/{path.relative_to(ROOT / 'src/agent_gateway_store')}" for path in sources("src")}
+    scripts = {
+        f"agent_gateway_store/migrations/{path.relative_to(ROOT / 'migrations')}" for path in sources("migrations")
+    }
+    extra = {"agent_gateway_store/py.typed", "agent_gateway_store/migrations/script.py.mako"}
+
+    assert "agent_gateway_store/migrations/versions/0001_initial.py" in scripts
+    assert modules | scripts | extra <= names
+    assert {Path(name).suffix for name in names} <= {".py", ".pyi", ".typed", ".mako", ".yaml", ".html", ".js", ".css"}
+    assert all(name.startswith("agent_gateway_store/") for name in names)
+    assert not any(Path(name).name.startswith("test_") or "__pycache__" in name or ".env" in name for name in names)
+    assert b"user:private@" not in contents
+
+
+def sources(folder: str) -> list[Path]:
+    return [path for path in (ROOT / folder).glob("**/*.py") if "__pycache__" not in path.parts]
+
+
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    """Name, licence, Python and the two kinds of entry point."""
+    with zipfile.ZipFile(wheel) as archive:
+        info = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+
+    assert "Requires-Python: >=3.11" in info["METADATA"]
+    assert "License-Expression: MIT" in info["METADATA"]
+    assert "Provides-Extra: all" in info["METADATA"]
+    assert "gateway-store = agent_gateway_store.cli:main" in info["entry_points.txt"]
+    assert "[agent_gateway_store]\nlog = agent_gateway_store.plugins.log" in info["entry_points.txt"]
+    assert "LICENSE" in info
+
+
+def test_the_installed_command_migrates(python: Path, elsewhere: Path) -> None:
+    """`db upgrade` finds the scripts inside the wheel; `db check` finds nothing to say."""
+    command = python.with_name("gateway-store")
+    environment = {"DATABASE_URL": f"sqlite:///{elsewhere}/own.db"}
+    run(command, "db", "upgrade", cwd=elsewhere, **environment)
+    run(command, "db", "check", cwd=elsewhere, **environment)
+    with closing(sqlite3.connect(elsewhere / "own.db")) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+    assert {"api_keys", "approval_requests", "approval_votes", "audit_events", "notification_deliveries"} < tables
+    assert "0001_initial" in run(command, "db", "current", cwd=elsewhere, **environment)
+    assert "CREATE TABLE audit_events" in run(command, "db", "sql", cwd=elsewhere, **environment)
+
+
+def test_the_installed_package_migrates_and_works(python: Path, elsewhere: Path) -> None:
+    """`store.migrate()` under a running loop, then a key issued and verified, with the core dependencies alone."""
+    script = """
+import asyncio, agent_gateway_store
+from agent_gateway_store import GatewayStore, TrustLevel
+
+async def main():
+    store = GatewayStore("sqlite:///library.db", auto_migrate=False)
+    await store.migrate()
+    async with store:
+        issued = await store.keys.issue("dev", role="developer", trust_level=TrustLevel.LOW, environment="dev")
+        caller = await store.keys.verify(issued.plaintext)
+        print(caller.caller_id, agent_gateway_store.__version__, agent_gateway_store.__file__)
+
+asyncio.run(main())
+"""
+    caller, version, file = run(python, "-W", "error", "-c", script, cwd=elsewhere, BCRYPT_ROUNDS="4").split()
+
+    assert (caller, version) == ("dev", "0.1.0")
+    assert Path(file).is_relative_to(python.parents[1] / "lib")
+
+
+def test_the_installed_demo_runs(python: Path, elsewhere: Path) -> None:
+    """The main job, end to end, in an empty folder."""
+    shown = run(python.with_name("gateway-store"), "demo", cwd=elsewhere)
+
+    assert "gateway-demo.db" in shown
+    assert (elsewhere / "gateway-demo.db").exists()
