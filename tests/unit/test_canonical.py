@@ -283,7 +283,7 @@ def test_forms_are_equal_exactly_if_the_values_are(values: list[Any]) -> None:
 
     assert len(set(form_of.values())) == len(form_of)
     assert all(canonical_json(value) == form_of[fingerprint(value)] for value in values)
-    assert all(rfc8785.dumps(json.loads(form)) == form for form in form_of.values())
+    assert all(rfc8785.dumps(json.loads(form, parse_int=float)) == form for form in form_of.values())
 
 
 def test_any_depth_is_told_apart() -> None:

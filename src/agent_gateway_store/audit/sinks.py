@@ -7,19 +7,19 @@ its place in the answer holds the error instead of an outcome.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
 import aiosqlite
 import asyncpg
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.audit.inserting import insert_event, table
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.row import COLUMNS, Record, hash_of, key_of, under_derived_id
+from agent_gateway_store.storage.driver import DriverPool
 from agent_gateway_store.storage.faults import is_outage
 
 __all__ = ["Settled", "Sink", "sink_for"]
@@ -27,7 +27,6 @@ __all__ = ["Settled", "Sink", "sink_for"]
 Settled: TypeAlias = WriteOutcome | Exception
 _TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 1.0
-_CLOSE_TIMEOUT_S = 1.0
 _GRACE_S = 0.5
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
 _STORED = WriteOutcome.STORED
@@ -113,10 +112,8 @@ class PostgresSink:
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
         self._rows = RowSink(engine)
-        self._connection: AsyncConnection | None = None
-        self._driver: asyncpg.Connection | None = None
+        self._pool = DriverPool(engine, size=1)
 
     async def store(self, rows: Sequence[Record]) -> list[Settled]:
         """Commit `rows`, or raise within five seconds. A connection that died idle is replaced once.
@@ -125,40 +122,22 @@ class PostgresSink:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _TIMEOUT_S
-        if self._driver is not None:
+        if self._pool.has_idle:
             try:
-                return await self._store(rows, deadline)
+                return await self._store(rows, _TIMEOUT_S)
             except _CONNECTION_LOST:
                 if loop.time() >= deadline:
                     raise
-        return await self._store(rows, deadline)
+        return await self._store(rows, deadline - loop.time())
 
     async def probe(self) -> None:
         """Have the connection answer within a second."""
-        async with self._until(asyncio.get_running_loop().time() + _PROBE_TIMEOUT_S) as driver:
+        async with self._pool.lend(_PROBE_TIMEOUT_S) as driver:
             await driver.execute("SELECT 1")
 
-    async def _store(self, rows: Sequence[Record], deadline: float) -> list[Settled]:
-        async with self._until(deadline) as driver:
+    async def _store(self, rows: Sequence[Record], timeout_s: float) -> list[Settled]:
+        async with self._pool.lend(timeout_s) as driver:
             return await self._copy(driver, rows)
-
-    @asynccontextmanager
-    async def _until(self, deadline: float) -> AsyncIterator[asyncpg.Connection]:
-        """Lend the connection; whatever its use raises, it is not used again."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                driver = await self._connected()
-            # A COPY that is cancelled waits for the server's word, which one that hangs never gives: the line is cut.
-            watchdog = asyncio.get_running_loop().call_at(deadline, driver.terminate)
-            try:
-                # Cutting it does not wake a COPY that waits for room in a full send buffer.
-                async with asyncio.timeout_at(deadline + _GRACE_S):
-                    yield driver
-            finally:
-                watchdog.cancel()
-        except BaseException:
-            await self._drop()
-            raise
 
     async def _copy(self, driver: asyncpg.Connection, rows: Sequence[Record]) -> list[Settled]:
         try:
@@ -199,33 +178,9 @@ class PostgresSink:
         found = await driver.fetch(_HELD, request_ids, org_ids)
         return {(request_id, org_id): digest for request_id, org_id, digest in found}
 
-    async def _connected(self) -> asyncpg.Connection:
-        if self._driver is None or self._driver.is_closed():
-            await self._drop()
-            self._connection = await self._engine.connect()
-            raw = await self._connection.get_raw_connection()
-            self._driver = raw.driver_connection
-            raw.detach()
-        assert self._driver is not None  # noqa: S101
-        return self._driver
-
-    async def _drop(self) -> None:
-        connection, driver, self._connection, self._driver = self._connection, self._driver, None, None
-        if driver is not None:
-            # Never a polite close: a server that hangs would not answer it.
-            driver.terminate()
-        if connection is not None:
-            with suppress(Exception):
-                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                    await connection.close()
-
     async def close(self) -> None:
         """Give the connection up."""
-        driver = self._driver
-        if driver is not None and not driver.is_closed():
-            with suppress(Exception):
-                await driver.close(timeout=_CLOSE_TIMEOUT_S)
-        await self._drop()
+        await self._pool.close()
 
 
 def _sqlite_record(row: Record) -> tuple[Any, ...]:

@@ -166,7 +166,7 @@ async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 @asynccontextmanager
 async def _process_lock() -> AsyncIterator[None]:
     """Let one thread or task at a time run Alembic, which keeps what it works on in module globals."""
-    while not _alembic.acquire(blocking=False):  # noqa: ASYNC110  the holder may be in another thread
+    while not _alembic.acquire(blocking=False):
         await anyio.sleep(0.01)
     try:
         yield

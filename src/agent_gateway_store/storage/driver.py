@@ -1,0 +1,100 @@
+"""Connections of the PostgreSQL driver itself, for the paths on which SQLAlchemy would cost more than the server.
+
+They are made by the engine (so its URL, TLS, codecs and events hold) and then taken out of its pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import asyncpg
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+__all__ = ["DriverPool"]
+
+_CLOSE_TIMEOUT_S = 1.0
+
+
+class DriverPool:
+    """A few connections of asyncpg, made as they are needed and kept until `close`.
+
+    Args:
+        engine: An engine with the driver asyncpg.
+        size: Most connections at once; who comes later waits.
+    """
+
+    def __init__(self, engine: AsyncEngine, *, size: int) -> None:
+        self._engine = engine
+        self._places = asyncio.Semaphore(size)
+        self._idle: list[tuple[asyncpg.Connection, AsyncConnection]] = []
+
+    @asynccontextmanager
+    async def lend(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
+        """Lend a connection for at most `timeout_s` seconds, the time to get one included.
+
+        A connection whose use raised is not used again. When the time is up the line is cut, because a server that
+        hangs does not answer a polite cancellation either; then what is under way raises an error of the driver.
+
+        Raises:
+            TimeoutError: There was no connection to be had in time.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        async with asyncio.timeout_at(deadline):
+            await self._places.acquire()
+        try:
+            async with asyncio.timeout_at(deadline):
+                driver, connection = await self._take()
+            watchdog = loop.call_at(deadline, driver.terminate)
+            try:
+                yield driver
+            except BaseException:
+                await _drop(driver, connection)
+                raise
+            else:
+                self._idle.append((driver, connection))
+            finally:
+                watchdog.cancel()
+        finally:
+            self._places.release()
+
+    @property
+    def has_idle(self) -> bool:
+        """True if the next connection lent may have died while it was idle."""
+        return bool(self._idle)
+
+    async def _take(self) -> tuple[asyncpg.Connection, AsyncConnection]:
+        while self._idle:
+            driver, connection = self._idle.pop()
+            if not driver.is_closed():
+                return driver, connection
+            await _drop(driver, connection)
+        connection = await self._engine.connect()
+        try:
+            raw = await connection.get_raw_connection()
+            driver = raw.driver_connection
+            raw.detach()
+        except BaseException:
+            await connection.close()
+            raise
+        assert driver is not None  # noqa: S101
+        return driver, connection
+
+    async def close(self) -> None:
+        """Close what is idle."""
+        while self._idle:
+            driver, connection = self._idle.pop()
+            if not driver.is_closed():
+                with suppress(Exception):
+                    await driver.close(timeout=_CLOSE_TIMEOUT_S)
+            await _drop(driver, connection)
+
+
+async def _drop(driver: asyncpg.Connection, connection: AsyncConnection) -> None:
+    # Never a polite close: a server that hangs would not answer it.
+    driver.terminate()
+    with suppress(Exception):
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await connection.close()
