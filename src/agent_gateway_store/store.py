@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -223,25 +222,22 @@ class _Core:
             await self._prepare_schema()
             notifier = ApprovalNotifier(Dispatcher(self.plugins, self.settings))
             await notifier.open()
+            writer = AuditWriter(sink_for(self.database.engine), self._spool())
+            if self.settings.otel_enabled:
+                observe(writer)
         except BaseException:
             await self.database.close()
             raise
         if self._is_open_here():
             return  # another task was faster
         self.database.bind()
-        self._notifier = notifier
-        self._writer = AuditWriter(sink_for(self.database.engine), self._spool())
-        await self._writer.open()
+        self._notifier, self._writer = notifier, writer
+        await writer.open()
 
     def _spool(self) -> Spool | None:
         if self.settings.audit_mode == "strict":
             return None
-        url = self.database.engine.url
-        name = url.database or ""
-        if self.database.dialect == "sqlite" and not is_memory(url):
-            name = str(Path(name).absolute())
-        target = f"{url.get_backend_name()}://{url.host or ''}:{url.port or ''}/{name}"
-        return Spool(self.settings.audit_spool_path, target)
+        return Spool(self.settings.audit_spool_path, self.database.engine.url)
 
     def get_writer(self) -> AuditWriter:
         """Return the writer of the open store."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -52,9 +52,29 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
             await _check_approvals(report, ctx, settings)
         except Exception as exc:
             report.problem(*explain(exc))
-    spool = settings.audit_spool_path
-    report.facts["audit"] = {"mode": settings.audit_mode, "spool_path": str(spool), "spool_exists": spool.exists()}
+    try:
+        await _check_spool(report, settings)
+    except Exception as exc:
+        report.problem(*explain(exc))
     return report
+
+
+async def _check_spool(report: Report, settings: StoreSettings) -> None:
+    from agent_gateway_store.storage.spool import Spool
+    from agent_gateway_store.storage.urls import parse_database_url
+
+    facts: dict[str, Any] = {"mode": settings.audit_mode, "spool_path": str(settings.audit_spool_path)}
+    report.facts["audit"] = facts
+    spool = Spool(settings.audit_spool_path, parse_database_url(settings.database_url)[0])
+    try:
+        waiting, quarantined = await spool.counts()
+    finally:
+        await spool.close()
+    facts |= {"spool_waiting": waiting, "spool_quarantined": quarantined}
+    if waiting:
+        report.warning(f"{waiting} events wait in the spool: an open store brings them in while the database answers.")
+    if quarantined:
+        report.warning(f"{quarantined} events were refused by the database and are kept in the spool's quarantine.")
 
 
 def _check_plugins(report: Report, settings: StoreSettings) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Column, Index, MetaData, Table, Text, delete, event, func, insert, select, update
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, db_now
 from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.urls import is_memory
 
 __all__ = ["Spool"]
 
@@ -42,12 +44,12 @@ class Spool:
 
     Args:
         path: The SQLite file; its folder is made when the first row comes. At most 1 GiB.
-        target: Which database the rows are for.
+        database: URL of the database that the rows are for.
     """
 
-    def __init__(self, path: Path, target: str) -> None:
+    def __init__(self, path: Path, database: URL) -> None:
         self.path = path
-        self._target = target
+        self._target = _target(database)
         self._engine: AsyncEngine | None = None
 
     @property
@@ -138,3 +140,11 @@ def _limit_size(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA max_page_count={_MAX_BYTES // _PAGE_BYTES}")
     cursor.close()
+
+
+def _target(url: URL) -> str:
+    """Name a database without its user and password."""
+    name = url.database or ""
+    if url.get_backend_name() == "sqlite" and not is_memory(url):
+        name = str(Path(name).absolute())
+    return f"{url.get_backend_name()}://{url.host or ''}:{url.port or ''}/{name}"

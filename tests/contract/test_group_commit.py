@@ -1,0 +1,330 @@
+"""Group commit: what arrives during a commit goes together in the next, and nothing given to it is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import inspect, make_url, text
+
+import agent_gateway_store.audit.writer as writer_module
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
+from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
+from proofs.harness import TRIGGERS, WatchedSink, make_event, migrated, stored_events, stored_ids
+
+pytestmark = pytest.mark.integration
+
+STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """No Redis: the audit log does not know it."""
+    return ""
+
+
+@pytest.fixture
+async def refusing_url(request: pytest.FixtureRequest, database_url: str) -> str:
+    """The URL of a database of this test's own that refuses every event of the tool `poison`."""
+    if make_url(database_url).get_backend_name() == "postgresql":
+        database_url = migrated(request.getfixturevalue("postgres_database")())
+    async with GatewayStore(database_url, redis_url="") as store, store.database.write() as connection:
+        for statement in TRIGGERS[store.database.dialect].split("; CREATE TRIGGER"):
+            whole = statement if statement.startswith("CREATE") else f"CREATE TRIGGER{statement}"
+            await connection.execute(text(whole))
+    return database_url
+
+
+async def started(tasks: list[asyncio.Task[WriteOutcome]]) -> list[asyncio.Task[WriteOutcome]]:
+    """Let each task run to its first wait."""
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def begin_writes(
+    store: GatewayStore, number: int, make: Callable[..., AuditEvent] = make_event
+) -> list[asyncio.Task[WriteOutcome]]:
+    """Begin so many writes at once."""
+    return await started([asyncio.create_task(store.audit.write(make())) for _ in range(number)])
+
+
+async def test_a_lone_write_is_committed_when_it_returns(store: GatewayStore, database_url: str) -> None:
+    """Another store sees the event as soon as its writer was told STORED, and it went in a batch of its own."""
+    sink, event = WatchedSink.within(store), make_event()
+
+    outcome = await store.audit.write(event)
+    async with GatewayStore(database_url, redis_url="") as other:
+        found = await other.audit.get_by_request_id(event.request_id)
+
+    assert outcome is STORED
+    assert found is not None
+    assert sink.batches == [1]
+    assert store.audit.counters.stored == 1
+
+
+async def test_two_hundred_concurrent_writers_are_all_stored(store: GatewayStore) -> None:
+    """Each is told STORED, each event is there once, and they share a few commits."""
+    sink = WatchedSink.within(store)
+
+    outcomes = await asyncio.gather(*await begin_writes(store, 200))
+
+    assert outcomes == [STORED] * 200
+    assert list((await stored_ids(store)).values()) == [1] * 200
+    assert sum(sink.batches) == 200
+    assert len(sink.batches) < 20
+    assert (store.audit.counters.stored, store.audit.counters.queue_depth) == (200, 0)
+
+
+async def test_what_arrives_during_a_commit_goes_together_in_the_next(store: GatewayStore) -> None:
+    """The first write starts at once; those that come while it is under way form one batch, in their order."""
+    sink = WatchedSink.within(store)
+    sink.gate.clear()
+    first = await begin_writes(store, 1)
+    await asyncio.sleep(0)
+    assert sink.batches == [1]
+
+    numbers = iter(range(150))
+    rest = await begin_writes(store, 150, lambda: make_event(latency_ms=next(numbers)))
+    assert store.audit.counters.queue_depth == 151
+    sink.gate.set()
+    await asyncio.gather(*first, *rest)
+
+    assert sink.batches == [1, 150]
+    assert [event.latency_ms for event in (await stored_events(store))[1:]] == list(range(150))
+
+
+async def test_the_event_itself_is_not_changed(store: GatewayStore) -> None:
+    """It gets no id and no hash, keeps its nested values, and belongs to no session."""
+    event = make_event(sanitized_args={"nul": "\0", "deep": [{"a": {1, 2}}]}, org_id="theirs")
+    before = event.model_copy(deep=True)
+
+    assert await store.for_org("ours").audit.write(event) is STORED
+    assert await store.audit.write_many([event]) == {STORED: 1}
+
+    assert event.model_dump() == before.model_dump()
+    assert (event.id, event.content_hash) == (None, None)
+    assert inspect(event).transient
+
+
+async def test_a_cancelled_caller_takes_no_event_with_it(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers cancelled at random points, also while they wait for room: everything begun is stored, once."""
+    monkeypatch.setattr(writer_module, "_MAX_QUEUED_ROWS", 6)
+    monkeypatch.setattr(writer_module, "_MAX_BATCH_ROWS", 4)
+    rng, begun = random.Random(3), list[str]()
+
+    async def write() -> None:
+        event = make_event()
+        begun.append(event.request_id)
+        await store.audit.write(event)
+
+    tasks = [asyncio.create_task(write()) for _ in range(300)]
+    await asyncio.sleep(0)
+    for task in rng.sample(tasks, 250):
+        task.cancel()
+        for _ in range(rng.randrange(4)):
+            await asyncio.sleep(0)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await store.audit.flush()
+
+    assert len(begun) == 300
+    assert sum(task.cancelled() for task in tasks) > 100
+    assert await stored_ids(store) == dict.fromkeys(begun, 1)
+    assert (store.audit.counters.stored, store.audit.counters.queue_depth) == (300, 0)
+
+
+@pytest.mark.parametrize("limit", ["rows", "bytes"])
+async def test_a_full_queue_holds_writers_back(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """No more than the limit is kept in memory; the others wait, and get through when there is room."""
+    if limit == "rows":
+        monkeypatch.setattr(writer_module, "_MAX_QUEUED_ROWS", 10)
+    else:
+        monkeypatch.setattr(writer_module, "_MAX_QUEUED_BYTES", 5 * 100_000)
+        monkeypatch.setattr(writer_module, "_MAX_BATCH_BYTES", 2 * 100_000)
+    monkeypatch.setattr(writer_module, "_MAX_BATCH_ROWS", 5)
+    sink = WatchedSink.within(store)
+    sink.gate.clear()
+    big = {"llm_explanation": "x" * 60_000, "risk_labels": ["x" * 40_000]}
+    tasks = await begin_writes(store, 100, lambda: make_event(**(big if limit == "bytes" else {})))
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+    kept = store.audit.counters.queue_depth
+    sink.gate.set()
+    outcomes = await asyncio.wait_for(asyncio.gather(*tasks), 30)
+
+    assert kept <= 15
+    assert outcomes == [STORED] * 100
+    assert max(sink.batches) <= 5
+
+
+@pytest.mark.parametrize("mode", ["spool", "strict"])
+async def test_one_bad_row_fails_nobody_else(refusing_url: str, mode: str) -> None:
+    """What a trigger refuses is set aside, or raises for its own caller; the rest of its batch is stored."""
+    settings = StoreSettings(audit_mode=mode)
+    async with GatewayStore(refusing_url, redis_url="", settings=settings) as store:
+        sink = WatchedSink.within(store)
+        sink.gate.clear()
+        first = await begin_writes(store, 1)
+        before = await begin_writes(store, 30)
+        poison = await begin_writes(store, 1, lambda: make_event(tool_name="poison"))
+        after = await begin_writes(store, 30)
+        sink.gate.set()
+
+        assert await asyncio.gather(*first, *before, *after) == [STORED] * 61
+        if mode == "strict":
+            with pytest.raises(AuditUnavailableError):
+                await poison[0]
+        else:
+            assert await poison[0] is SPOOLED
+        assert sink.batches == [1, 61]
+        assert await store.audit.write(make_event()) is STORED
+        assert await store.audit.flush() == 0
+        assert len(await stored_ids(store)) == 62
+        if mode == "spool":
+            spool = store._core.get_writer().spool
+            assert spool is not None
+            assert await spool.counts() == (0, 1)
+
+
+async def test_a_bad_row_alone_and_in_bulk_is_set_aside(refusing_url: str) -> None:
+    """The single-row way and `write_many` keep the refused event as the batches do."""
+    async with GatewayStore(refusing_url, redis_url="") as store:
+        alone = await store.audit.write(make_event(tool_name="poison"))
+        counts = await store.audit.write_many(
+            make_event(tool_name="poison" if number % 50 == 7 else "good") for number in range(150)
+        )
+
+        assert alone is SPOOLED
+        assert counts == {STORED: 147, SPOOLED: 3}
+        assert len(await stored_ids(store)) == 147
+        assert (store.audit.counters.stored, store.audit.counters.spooled) == (147, 4)
+
+
+async def test_flush_waits_for_what_was_written_before(store: GatewayStore) -> None:
+    """It returns when everything queued at its call is acknowledged."""
+    sink = WatchedSink.within(store)
+    sink.gate.clear()
+    tasks = await begin_writes(store, 20)
+    flush = asyncio.create_task(store.audit.flush())
+    await asyncio.sleep(0.05)
+    assert not flush.done()
+
+    sink.gate.set()
+
+    assert await flush == 0
+    await asyncio.sleep(0)
+    assert all(task.done() for task in tasks)
+
+
+async def test_flush_ends_while_others_keep_writing(store: GatewayStore) -> None:
+    """Writers that never pause do not hold it up."""
+    stop = asyncio.Event()
+
+    async def keep_writing() -> None:
+        while not stop.is_set():
+            await store.audit.write(make_event())
+
+    writers = [asyncio.create_task(keep_writing()) for _ in range(8)]
+    await asyncio.sleep(0.05)
+    try:
+        assert await asyncio.wait_for(store.audit.flush(), 5) == 0
+    finally:
+        stop.set()
+        await asyncio.gather(*writers)
+
+
+async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is queued, what waits for room and the bulk batch under way are stored; later batches are told."""
+    monkeypatch.setattr(writer_module, "_MAX_QUEUED_ROWS", 20)
+    monkeypatch.setattr(writer_module, "_MAX_BATCH_ROWS", 10)
+    store = await GatewayStore(database_url, redis_url="").open()
+    sink = WatchedSink.within(store)
+    sink.gate.clear()
+    bulk = asyncio.create_task(store.audit.write_many(make_event() for _ in range(4_500)))
+    while not sink.batches:
+        await asyncio.sleep(0)
+    tasks = await begin_writes(store, 100)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0.02)
+    assert not closing.done()
+
+    sink.gate.set()
+    await closing
+
+    assert await asyncio.gather(*tasks) == [STORED] * 100
+    with pytest.raises(StoreNotOpenError):
+        await bulk
+    async with GatewayStore(database_url, redis_url="") as again:
+        found = await stored_ids(again)
+    assert len(found) == found.total() == 100 + sum(number for number in sink.batches if number >= 2_000)
+
+
+async def test_a_closed_store_takes_no_event(database_url: str) -> None:
+    """Writing, in bulk too, and flushing after `close` raise StoreNotOpenError; opened again it works."""
+    store = GatewayStore(database_url, redis_url="")
+    await store.open()
+    await store.close()
+
+    for use in (
+        store.audit.write(make_event()),
+        store.audit.write_many([make_event()]),
+        store.audit.flush(),
+    ):
+        with pytest.raises(StoreNotOpenError):
+            await use
+    async with store:
+        assert await store.audit.write(make_event()) is STORED
+
+
+async def test_another_loop_is_told_so(store: GatewayStore) -> None:
+    """Use from another event loop raises StoreNotOpenError and does no harm here."""
+    for use in (store.audit.write(make_event()), store.audit.write_many([make_event()]), store.audit.flush()):
+        with pytest.raises(StoreNotOpenError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, use)
+
+    assert await store.audit.write(make_event()) is STORED
+
+
+async def test_a_forked_child_is_told_so(store: GatewayStore) -> None:
+    """After a fork the child's use raises StoreNotOpenError, and the parent goes on."""
+
+    async def use() -> int:
+        try:
+            await store.audit.write(make_event())
+        except StoreNotOpenError as exc:
+            return 42 if "another process" in str(exc) else 1
+        return 0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of 3.12, about forking beside threads
+        child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            status = asyncio.run(use())
+        finally:
+            os._exit(status)
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 42
+    assert await store.audit.write(make_event()) is STORED
+
+
+async def test_counters_add_up(store: GatewayStore) -> None:
+    """Stored and duplicate are counted for single and bulk writes alike."""
+    events = [make_event() for _ in range(30)]
+
+    singles = Counter(await asyncio.gather(*(store.audit.write(event) for event in [*events, *events[:10]])))
+    bulk = await store.audit.write_many([*events[:5], *(make_event() for _ in range(7))])
+
+    counters = store.audit.counters
+    assert (singles, bulk) == ({STORED: 30, DUPLICATE: 10}, {DUPLICATE: 5, STORED: 7})
+    assert (counters.stored, counters.duplicate) == (37, 15)
+    assert (counters.spooled, counters.replayed, counters.lost, counters.queue_depth) == (0, 0, 0, 0)

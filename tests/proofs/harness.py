@@ -1,0 +1,225 @@
+"""What the proofs share: events, sinks that count and fail, what a database and a spool hold, writers under load."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+from sqlalchemy import select
+
+import servers
+from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
+from agent_gateway_store.audit.row import Record
+from agent_gateway_store.audit.sinks import Settled, Sink
+from agent_gateway_store.storage import migrate
+from agent_gateway_store.storage.database import create_engine
+
+TRIGGERS = {
+    "sqlite": "CREATE TRIGGER refuse BEFORE INSERT ON audit_events WHEN NEW.tool_name = 'poison' "
+    "BEGIN SELECT RAISE(ABORT, 'refused'); END",
+    "postgresql": "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+    "$$ BEGIN RAISE EXCEPTION 'refused'; END $$; "
+    "CREATE TRIGGER refuse BEFORE INSERT ON audit_events FOR EACH ROW WHEN (NEW.tool_name = 'poison') "
+    "EXECUTE FUNCTION refuse()",
+}
+"""By dialect: has the database refuse every event of the tool `poison`."""
+
+_HASHED = AuditEvent.hash_args({"path": "/etc/hosts"})
+
+
+def make_event(**fields: Any) -> AuditEvent:
+    """Build an event; every field can be given, `request_id` is fresh unless given."""
+    defaults: dict[str, Any] = {
+        "request_id": uuid4().hex,
+        "caller_id": "dev-agent",
+        "caller_role": "developer",
+        "environment": "dev",
+        "mcp_server": "files",
+        "tool_name": "read_file",
+        "raw_args_hash": _HASHED,
+        "sanitized_args": {"path": "/etc/hosts"},
+        "risk_score": 0.1,
+        "matched_policy_rule": "allow-reads",
+        "decision": "ALLOW",
+        "latency_ms": 12,
+        "deterministic_rationale": "reads are allowed",
+    }
+    return AuditEvent(**(defaults | fields))
+
+
+def rehash(event: AuditEvent) -> str:
+    """Anybody's way to the hash of a stored event."""
+    document = event.model_dump(mode="json", exclude={"id", "content_hash"})
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def migrated(url: str) -> str:
+    """Bring the schema of an empty database up to date and return its URL."""
+
+    async def upgrade() -> None:
+        engine = create_engine(url)
+        await migrate.upgrade(engine)
+        await engine.dispose()
+
+    servers.run(upgrade())
+    return url
+
+
+async def stored_events(store: GatewayStore) -> list[AuditEvent]:
+    """Everything in the database, in the order of its ids."""
+    table = AuditEvent.__table__  # type: ignore[attr-defined]
+    async with store.database.read() as connection:
+        rows = (await connection.execute(select(table).order_by(table.c.id))).mappings().all()
+    return [AuditEvent.from_row(row) for row in rows]
+
+
+async def stored_ids(store: GatewayStore) -> Counter[str]:
+    """How often each request id stands in the database."""
+    table = AuditEvent.__table__  # type: ignore[attr-defined]
+    async with store.database.read() as connection:
+        return Counter((await connection.execute(select(table.c.request_id))).scalars())
+
+
+async def execute(url: str, *statements: str) -> None:
+    """Run statements on PostgreSQL over a connection of their own, one by one and outside a transaction."""
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""), ssl=False, timeout=5)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+def spooled_ids(path: Path, *, poisoned: bool = False) -> list[str]:
+    """The request ids in a spool file, oldest first, read as any other process would."""
+    if not path.exists():
+        return []
+    wanted = f"SELECT request_id FROM spooled_events WHERE error IS {'NOT ' * poisoned}NULL ORDER BY id"
+    with closing(sqlite3.connect(path)) as connection:
+        return [request_id for (request_id,) in connection.execute(wanted)]
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10) -> float:
+    """Wait until the condition holds and return how many seconds that took; fail after `timeout_s`."""
+    start = time.monotonic()
+    while not await condition():
+        assert time.monotonic() - start < timeout_s, "not within the time allowed"
+        await asyncio.sleep(0.02)
+    return time.monotonic() - start
+
+
+async def spool_is_empty(store: GatewayStore) -> bool:
+    """True if nothing waits for the database any more."""
+    return await store.audit.flush() == 0
+
+
+class WatchedSink:
+    """A sink that notes its batches, can hold them back, and fails when told to.
+
+    Attributes:
+        batches: The number of rows of each batch.
+        gate: Cleared, no batch goes on.
+        fault: What the next batches meet: `None`; `away`, an outage before the commit; `cut off`, one after it.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.batches: list[int] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fault: str | None = None
+        self._sink = sink
+
+    @classmethod
+    def within(cls, store: GatewayStore) -> WatchedSink:
+        """Put one before the sink of an open store."""
+        writer = store._core.get_writer()
+        writer._sink = watched = cls(writer._sink)
+        return watched
+
+    async def store(self, rows: Sequence[Record]) -> list[Settled]:
+        self.batches.append(len(rows))
+        await self.gate.wait()
+        if self.fault == "away":
+            raise ConnectionResetError
+        settled = await self._sink.store(rows)
+        if self.fault == "cut off":
+            raise ConnectionResetError
+        return settled
+
+    async def probe(self) -> None:
+        if self.fault:
+            raise ConnectionResetError
+        await self._sink.probe()
+
+    async def close(self) -> None:
+        await self._sink.close()
+
+
+@dataclass
+class Load:
+    """Writers that take their events from one source, with a record of everything they were told.
+
+    Attributes:
+        acknowledged: Request id to outcome.
+        errors: What was raised to a writer.
+        slowest_s: The longest call.
+    """
+
+    store: GatewayStore
+    acknowledged: dict[str, WriteOutcome] = field(default_factory=dict)
+    errors: list[BaseException] = field(default_factory=list)
+    slowest_s: float = 0.0
+
+    async def run(self, events: Iterable[AuditEvent], *, writers: int = 64) -> None:
+        """Write all `events` by so many concurrent writers."""
+        source = iter(events)
+        await asyncio.gather(*(self._write(source) for _ in range(writers)))
+
+    async def _write(self, source: Iterator[AuditEvent]) -> None:
+        for event in source:
+            start = time.monotonic()
+            try:
+                self.acknowledged[event.request_id] = await self.store.audit.write(event)
+            except Exception as exc:
+                self.errors.append(exc)
+            self.slowest_s = max(self.slowest_s, time.monotonic() - start)
+
+    async def until(self, number: int) -> None:
+        """Wait until so many events are acknowledged."""
+        while len(self.acknowledged) < number:
+            await asyncio.sleep(0.001)
+
+    def outcomes(self) -> Counter[WriteOutcome]:
+        """How many events came to which outcome."""
+        return Counter(self.acknowledged.values())
+
+    async def judge(self) -> Verdict:
+        """Compare what was acknowledged with what the database holds, after the spool was emptied."""
+        found = await stored_ids(self.store)
+        return Verdict(
+            lost=len(self.acknowledged.keys() - found.keys()),
+            # Under its own id an event cannot stand twice; a second copy would have a derived one.
+            doubled=found.total() - len(self.acknowledged.keys() & found.keys()),
+            errors=len(self.errors),
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a proof found: acknowledged events that are gone, rows too many, exceptions to writers."""
+
+    lost: int = 0
+    doubled: int = 0
+    errors: int = 0
