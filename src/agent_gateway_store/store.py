@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.approval import ApprovalManager, ApprovalNotifier
 from agent_gateway_store.audit import AuditLog
+from agent_gateway_store.audit.metrics import observe
 from agent_gateway_store.audit.sinks import sink_for
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.errors import StoreNotOpenError
