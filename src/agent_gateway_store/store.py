@@ -28,6 +28,7 @@ from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
+from agent_gateway_store.storage.signals import Signals
 from agent_gateway_store.storage.spool import Spool
 from agent_gateway_store.storage.urls import is_memory
 
@@ -83,7 +84,7 @@ class GatewayStore:
         core, self._org_id = self._core, org_id
         self._audit = AuditLog(core.database, core.get_writer, org_id=org_id)
         self._approvals = ApprovalManager.over(
-            core.database, core.redis, self.settings, org_id=org_id, announce=core.announce
+            core.database, core.redis, self.settings, org_id=org_id, announce=core.announce, signals=core.signals
         )
         self._keys = KeyManager(core.database, core.hasher, self.settings, org_id=org_id)
 
@@ -202,6 +203,7 @@ class _Core:
             create_redis(redis_url, timeout_s=settings.redis_timeout_seconds) if redis is None and redis_url else None
         )
         self.redis = Accelerator(redis or self._own_redis)
+        self.signals = Signals(self.redis, database)
         self.hasher = Hasher(rounds=settings.bcrypt_rounds)
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
@@ -291,6 +293,7 @@ class _Core:
             if self._writer is not None:
                 writer, self._writer = self._writer, None
                 steps.push_async_callback(writer.close)
+            steps.push_async_callback(self.signals.close)
 
     async def _close_notifier(self, notifier: ApprovalNotifier) -> None:
         try:

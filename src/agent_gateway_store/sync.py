@@ -20,10 +20,8 @@ from typing import Any, Self, TypeVar
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditLog
 from agent_gateway_store.errors import StoreNotOpenError
-from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import Database
 from agent_gateway_store.store import GatewayStore
 
 __all__ = ["SyncApprovalManager", "SyncAuditLog", "SyncGatewayStore", "SyncKeyManager"]
@@ -185,9 +183,10 @@ def twin_of(cls: type[Any]) -> type[Any]:
 SyncAuditLog: Any = twin_of(AuditLog)
 SyncApprovalManager: Any = twin_of(ApprovalManager)
 SyncKeyManager: Any = twin_of(KeyManager)
+_StoreTwin: Any = twin_of(GatewayStore)
 
 
-class SyncGatewayStore:
+class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async class
     __doc__ = GatewayStore.__doc__
 
     @_like(GatewayStore.__init__)
@@ -195,7 +194,7 @@ class SyncGatewayStore:
         self._bind(GatewayStore(*args, **kwargs), _Portal())
 
     def _bind(self, store: GatewayStore, portal: _Portal) -> None:
-        self._store, self._portal = store, portal
+        self._twin, self._portal = store, portal
         self._audit = SyncAuditLog(store.audit, portal)
         self._approvals = SyncApprovalManager(store.approvals, portal)
         self._keys = SyncKeyManager(store.keys, portal)
@@ -218,27 +217,12 @@ class SyncGatewayStore:
     @property
     def settings(self) -> StoreSettings:
         """The settings in force."""
-        return self._store.settings
-
-    @property
-    def plugins(self) -> Plugins:
-        """The plugins as they were loaded, with what is wrong with them."""
-        return self._store.plugins
-
-    @property
-    def database(self) -> Database:
-        """The engine and the sessions; they belong to the event loop of the store's thread."""
-        return self._store.database
-
-    @property
-    def org_id(self) -> str | None:
-        """The organisation this store is bound to, or None."""
-        return self._store.org_id
+        return self._twin.settings
 
     @_like(GatewayStore.for_org)
     def for_org(self, org_id: str) -> SyncGatewayStore:
         view = object.__new__(SyncGatewayStore)
-        view._bind(self._store.for_org(org_id), self._portal)
+        view._bind(self._twin.for_org(org_id), self._portal)
         return view
 
     @_like(GatewayStore.open)
@@ -246,7 +230,7 @@ class SyncGatewayStore:
         with self._portal.lifecycle:
             is_new = self._portal.start()
             try:
-                self._portal.call(self._store.open)
+                self._portal.call(self._twin.open)
             except BaseException:
                 if is_new:
                     self._portal.stop()
@@ -259,7 +243,7 @@ class SyncGatewayStore:
             if self._portal.is_running:
                 try:
                     # Not told of a Ctrl-C: what has begun to close is closed to the end, which is near.
-                    self._portal.submit(self._store.close).result()
+                    self._portal.submit(self._twin.close).result()
                 finally:
                     self._portal.stop()
 
@@ -268,7 +252,7 @@ class SyncGatewayStore:
         with self._portal.lifecycle:
             is_new = self._portal.start()
             try:
-                self._portal.call(self._store.migrate)
+                self._portal.call(self._twin.migrate)
             finally:
                 if is_new:
                     self._portal.stop()

@@ -197,6 +197,12 @@ class SyncGatewayStore:
     def migrate(self) -> None:
         """Bring the schema up to date. Any number of processes may call this at once; works before `open`, too."""
 
+    def ping(self) -> None:
+        """Return if the database answers. For health checks."""
+
+    def hash_args(self, args: Mapping[str, Any]) -> str:
+        """Return `raw_args_hash` for the raw arguments of a call, under this store's setting HASH_KEY."""
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None

@@ -333,9 +333,9 @@ async def test_event_loop_runs_on_while_bcrypt_works(store: GatewayStore, monkey
 async def hold(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> tuple[list[asyncio.Task[CallerIdentity]], Callable[[], None]]:
-    """Start checks that do not end before they are released, and wait until all have read their row."""
+    """Start checks that end when released, the first one in a thread, and wait until all have read their row."""
     issued = await issue(store)
-    release, read = threading.Event(), []
+    release, read = threading.Event(), list[str]()
 
     def noted(plaintext: str) -> bytes:
         read.append(plaintext)
@@ -343,9 +343,11 @@ async def hold(
 
     monkeypatch.setattr("agent_gateway_store.keys.manager.digest", noted)
     monkeypatch.setattr(bcrypt, "checkpw", lambda *_: release.wait(10))
-    tasks = [asyncio.create_task(store.keys.verify(issued.plaintext)) for _ in range(count)]
-    while len(read) < count:
-        await asyncio.sleep(0.001)
+    tasks = []
+    for expected in (1, count):
+        tasks += [asyncio.create_task(store.keys.verify(issued.plaintext)) for _ in range(expected - len(tasks))]
+        while len(read) < expected:
+            await asyncio.sleep(0.001)
     return tasks, release.set
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Literal, Self
@@ -19,6 +18,7 @@ from agent_gateway_store.approval.listing import COLUMNS
 from agent_gateway_store.approval.notifier import notice_of
 from agent_gateway_store.approval.rows import request_of, result_of, standing
 from agent_gateway_store.approval.transitions import named, read, requests
+from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
 from agent_gateway_store.models.scrub import Scrubber, storable_key
@@ -27,11 +27,11 @@ from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import Database, SessionWork, Work, first_row
+from agent_gateway_store.storage.database import Database, Executor, SessionWork, Work, first_row
+from agent_gateway_store.storage.signals import Signals
 
 __all__ = ["COLUMNS", "ApprovalManager"]
 
-_FIRST_POLL_S, _SLOWEST_POLL_S = 0.05, 1.0
 _PENDING, _APPROVED = ApprovalStatus.PENDING, ApprovalStatus.APPROVED
 
 
@@ -67,10 +67,14 @@ class ApprovalManager:
         *,
         org_id: str | None = None,
         announce: Callable[[Notice], None] | None = None,
+        signals: Signals | None = None,
     ) -> Self:
-        """Return a manager that opens its own transactions, and hands each notice to `announce` after the commit."""
+        """Return a manager that opens its own transactions.
+
+        Each notice is handed to `announce` after the commit; waiters everywhere hear of a decision by `signals`.
+        """
         manager = cls.__new__(cls)
-        manager._set(database, redis, settings, org_id, announce)
+        manager._set(database, redis, settings, org_id, announce, signals)
         # Redis would answer where the store is not open, too.
         manager._check_home = database.check_home
         return manager
@@ -82,7 +86,9 @@ class ApprovalManager:
         settings: StoreSettings,
         org_id: str | None,
         announce: Callable[[Notice], None] | None,
+        signals: Signals | None = None,
     ) -> None:
+        self._signals, self._waiting = signals, Waiting(signals)
         self._work, self._settings, self._org_id, self._announce = work, settings, org_id, announce
         self._entries = Entries(redis, trust_s=settings.approval_cache_seconds)
         self._check_home: Callable[[], None] = lambda: None
@@ -170,6 +176,7 @@ class ApprovalManager:
         ballot = Ballot(approver_id, note, channel, VoteDecision.APPROVED)
         async with self._work.write() as executor:
             row = await deciding.approve(executor, key, ballot, allow_self=self._settings.allow_self_approval)
+            await self._signal_with(executor, row)
         return await self._decided(row, token)
 
     async def deny(
@@ -212,6 +219,7 @@ class ApprovalManager:
     ) -> ApprovalResult:
         async with self._work.write() as executor:
             row = await deciding.end(executor, key, ballot, sources, target)
+            await self._signal_with(executor, row)
         return await self._decided(row, token)
 
     async def consume_token(
@@ -257,6 +265,9 @@ class ApprovalManager:
     async def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
         """Wait until the approval is no longer PENDING, and return how it stands.
 
+        Thousands may wait: a process has one subscription, and one read answers all who wait for the same approval.
+        A signal that was missed is caught by a slow poll. Cancelling leaves nothing behind.
+
         Args:
             token: As returned by `issue_token`.
             timeout_s: Seconds. At the timeout the result is returned as it stands, still PENDING; nothing is decided.
@@ -264,16 +275,16 @@ class ApprovalManager:
         Raises:
             ApprovalNotFoundError: No approval has this token.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        pause = _FIRST_POLL_S
-        while True:
-            result = await self.check_token(token, fresh=True)
-            left = deadline - loop.time()
-            if result.status is not _PENDING or left <= 0:
-                return result
-            await asyncio.sleep(min(pause, left))
-            pause = min(pause * 1.5, _SLOWEST_POLL_S)
+        _require_text(token)
+        self._check_home()
+        return await self._waiting.until_decided(token, lambda: self._read(token), timeout_s=timeout_s)
+
+    async def _read(self, token: str) -> ApprovalResult:
+        async with self._work.read() as executor:
+            found = await standing(executor, named(token, None, self._org_id))
+        if found is None:
+            raise ApprovalNotFoundError
+        return result_of(found, token)
 
     async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
         """Return the approval of this id, without its token.
@@ -325,6 +336,8 @@ class ApprovalManager:
         while is_more:
             async with self._work.write() as executor:
                 rows, is_more = await listing.sweep(executor, *self._mine(), batch_size=batch_size)
+                for row in rows:
+                    await self._signal_with(executor, row)
             for row in rows:
                 await self._decided(row, None)
             swept += len(rows)
@@ -344,10 +357,16 @@ class ApprovalManager:
         except (ValueError, AttributeError, TypeError):
             raise ApprovalNotFoundError from None
 
+    async def _signal_with(self, executor: Executor, row: Mapping[str, Any]) -> None:
+        if self._signals is not None:
+            await self._signals.announce(executor, str(row["approval_id"]))
+
     async def _decided(self, row: Mapping[str, Any], token: str | None) -> ApprovalResult:
         known = token or await self._entries.token_of(row["approval_id"])
         request = await self._remember(row, known)
         if request.status is not _PENDING:
+            if self._signals is not None:
+                await self._signals.publish(str(request.approval_id))
             self._tell(request, "decision")
         return result_of(request, token)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
@@ -103,7 +104,7 @@ def hash_of(record: Record) -> str:
 
 def size_of(record: Record) -> int:
     """Return about how many bytes of memory the record takes."""
-    return 2_000 + len(record[_SANITIZED_ARGS])
+    return 2_000 + sum(map(len, filter(None, _large(record))))
 
 
 def values_of(record: Record) -> dict[str, Any]:
@@ -135,9 +136,8 @@ def under_derived_id(record: Record) -> Record:
     return _sealed(row)
 
 
-_REQUEST_ID, _ORG_ID, _SANITIZED_ARGS, _CONTENT_HASH = map(
-    COLUMNS.index, ("request_id", "org_id", "sanitized_args", "content_hash")
-)
+_REQUEST_ID, _ORG_ID, _CONTENT_HASH = map(COLUMNS.index, ("request_id", "org_id", "content_hash"))
+_large = itemgetter(*map(COLUMNS.index, ("sanitized_args", "risk_labels", "redaction_flags", *_LONG)))
 
 
 def _spell_json(row: dict[str, Any]) -> None:

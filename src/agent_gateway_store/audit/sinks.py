@@ -27,7 +27,6 @@ __all__ = ["Settled", "Sink", "sink_for"]
 Settled: TypeAlias = WriteOutcome | Exception
 _TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 1.0
-_GRACE_S = 0.5
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
 _STORED = WriteOutcome.STORED
 

@@ -81,6 +81,11 @@ class Accelerator:
         if self.is_available and self.client is not None:
             await self._guarded(delete(self.client, key))
 
+    async def publish(self, channel: str, message: str) -> None:
+        """Publish `message`; lost where Redis does not answer."""
+        if self.is_available and self.client is not None:
+            await self._guarded(self.client.publish(channel, message))
+
     async def _guarded(self, answer: Awaitable[T]) -> T | None:
         try:
             return await answer

@@ -201,6 +201,11 @@ class Database:
         """`sqlite` or `postgresql`."""
         return self.engine.dialect.name
 
+    @property
+    def can_listen(self) -> bool:
+        """True if LISTEN and NOTIFY work: on PostgreSQL, not through PgBouncer's transaction mode."""
+        return self.engine.dialect.driver == "asyncpg" and "pgbouncer=" not in (self.url or "")
+
     def bind(self) -> None:
         """Bind to this process and event loop; from elsewhere every use raises."""
         self._home = (os.getpid(), asyncio.get_running_loop())

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 __all__ = ["DriverPool"]
 
 _CLOSE_TIMEOUT_S = 1.0
+_GRACE_S = 0.25
 
 
 class DriverPool:
@@ -35,10 +36,10 @@ class DriverPool:
         """Lend a connection for at most `timeout_s` seconds, the time to get one included.
 
         A connection whose use raised is not used again. When the time is up the line is cut, because a server that
-        hangs does not answer a polite cancellation either; then what is under way raises an error of the driver.
+        hangs does not answer a polite cancellation either.
 
         Raises:
-            TimeoutError: There was no connection to be had in time.
+            TimeoutError: There was no connection to be had in time, or its use did not end in time.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
@@ -49,9 +50,14 @@ class DriverPool:
                 driver, connection = await self._take()
             watchdog = loop.call_at(deadline, driver.terminate)
             try:
-                yield driver
-            except BaseException:
+                # Cutting the line does not wake a COPY that waits for room in a full send buffer.
+                async with asyncio.timeout_at(deadline + _GRACE_S):
+                    yield driver
+            except BaseException as exc:
                 await _drop(driver, connection)
+                if isinstance(exc, Exception) and loop.time() >= deadline:
+                    # The driver answers a line that was cut with anything, also with an AttributeError.
+                    raise TimeoutError("The database did not answer in time.") from exc
                 raise
             else:
                 self._idle.append((driver, connection))

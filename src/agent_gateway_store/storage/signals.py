@@ -1,0 +1,180 @@
+"""Signals between processes: "the thing of this key has changed, look again".
+
+One subscription per process, whatever the number of waiting tasks: Redis pub/sub where there is Redis, else PostgreSQL
+LISTEN/NOTIFY in the transaction that makes the change, else none. A signal carries no state and may be missed, so
+whoever waits looks again from time to time by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import asyncpg
+from redis.exceptions import RedisError
+from sqlalchemy import func, select
+
+from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.database import Database, Executor
+
+__all__ = ["Signals", "Topic"]
+
+_CHANNEL = "agent_gateway_store_changed"
+_RETRY_S = 1.0
+_LOOK_ALIVE_S = 5.0
+_SLOW_POLL_S = 5.0
+_FAST_POLL_S = 0.25
+
+_logger = logging.getLogger("agent_gateway_store.signals")
+
+
+class Topic:
+    """One key that tasks of this process wait for.
+
+    Attributes:
+        generation: Grows with each signal.
+    """
+
+    __slots__ = ("_waiting", "generation", "listeners")
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.listeners = 0
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    async def wait(self, seen: int, timeout_s: float) -> None:
+        """Return at the next signal after generation `seen`, or after `timeout_s` seconds. Leaves nothing behind."""
+        if self.generation != seen:
+            return
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        alarm = loop.call_later(timeout_s, _settle, future)
+        self._waiting.add(future)
+        try:
+            await future
+        finally:
+            alarm.cancel()
+            self._waiting.discard(future)
+
+    def wake(self) -> None:
+        """Signal."""
+        self.generation += 1
+        for future in self._waiting:
+            _settle(future)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Signals:
+    """The subscription of one open store. Starts with the first task that waits; belongs to one event loop."""
+
+    def __init__(self, redis: Accelerator, database: Database) -> None:
+        self._redis = redis
+        self._database = database
+        self._topics: dict[str, Topic] = {}
+        self._subscription: asyncio.Task[None] | None = None
+        self._is_live = False
+
+    @property
+    def poll_s(self) -> float:
+        """How many seconds a task may wait for a signal before it looks by itself."""
+        return _SLOW_POLL_S if self._is_live else _FAST_POLL_S
+
+    @contextmanager
+    def listening(self, key: str) -> Iterator[Topic]:
+        """Hear of changes of `key` inside the block."""
+        topic = self._topics.setdefault(key, Topic())
+        topic.listeners += 1
+        if self._subscription is None and (self._redis.client is not None or self._notifies):
+            self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
+        try:
+            yield topic
+        finally:
+            topic.listeners -= 1
+            if topic.listeners == 0:
+                del self._topics[key]
+
+    async def announce(self, executor: Executor, key: str) -> None:
+        """Have the signal go out with the transaction of `executor`, where signals go through the database."""
+        if self._notifies:
+            await executor.execute(select(func.pg_notify(_CHANNEL, key)))
+
+    async def publish(self, key: str) -> None:
+        """Signal a change that was committed: to this process at once, to others through Redis."""
+        self._wake(key)
+        await self._redis.publish(_CHANNEL, key)
+
+    async def close(self) -> None:
+        """End the subscription and let whoever still waits look again."""
+        if self._subscription is not None:
+            self._subscription.cancel()
+            await asyncio.wait([self._subscription])
+            self._subscription = None
+        self._wake_all()
+
+    @property
+    def _notifies(self) -> bool:
+        return self._redis.client is None and self._database.can_listen
+
+    def _wake(self, key: str) -> None:
+        if (topic := self._topics.get(key)) is not None:
+            topic.wake()
+
+    def _wake_all(self) -> None:
+        for topic in list(self._topics.values()):
+            topic.wake()
+
+    async def _subscribe(self) -> None:
+        listen = self._listen_to_redis if self._redis.client is not None else self._listen_to_postgres
+        while True:
+            try:
+                await listen()
+            except (RedisError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, EOFError) as exc:
+                _logger.info("No signals for now (%s): polling.", type(exc).__name__)
+            except Exception:
+                _logger.exception("No signals for now: polling.")
+            self._is_live = False
+            await asyncio.sleep(_RETRY_S)
+
+    def _begin(self) -> None:
+        # What was signalled before is gone, so everybody looks once.
+        self._is_live = True
+        self._wake_all()
+
+    async def _listen_to_redis(self) -> None:
+        assert self._redis.client is not None  # noqa: S101
+        async with self._redis.client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            await pubsub.subscribe(_CHANNEL)
+            self._begin()
+            while True:
+                message = await pubsub.get_message(timeout=_LOOK_ALIVE_S)
+                if message is not None:
+                    self._wake(_text(message["data"]))
+
+    async def _listen_to_postgres(self) -> None:
+        connection = await self._database.engine.connect()
+        raw = await connection.get_raw_connection()
+        driver = raw.driver_connection
+        assert isinstance(driver, asyncpg.Connection)  # noqa: S101
+        raw.detach()
+        try:
+            await driver.add_listener(_CHANNEL, self._heard)
+            self._begin()
+            while not driver.is_closed():
+                await asyncio.sleep(_RETRY_S)
+        finally:
+            driver.terminate()
+            with suppress(Exception):
+                await connection.close()
+
+    def _heard(self, _connection: object, _pid: int, _channel: str, key: object) -> None:
+        self._wake(str(key))
+
+
+def _text(data: object) -> str:
+    return data.decode("utf-8", "replace") if isinstance(data, bytes) else str(data)

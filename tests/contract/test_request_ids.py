@@ -1,0 +1,164 @@
+"""A replayed request id hides nothing: the same event is stored once, another one under a used id is kept beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from agent_gateway_store import AuditEvent, AuditLogger, GatewayStore, WriteOutcome
+from agent_gateway_store.audit.row import REUSED_LABEL, event_record, hash_of, key_of, under_derived_id
+from proofs.harness import WatchedSink, make_event, rehash, stored_events
+
+pytestmark = pytest.mark.integration
+
+STORED, DUPLICATE = WriteOutcome.STORED, WriteOutcome.DUPLICATE
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """No Redis: the audit log does not know it."""
+    return ""
+
+
+def derived_id(event: AuditEvent) -> str:
+    """The id under which an event is kept when its own is taken."""
+    return key_of(under_derived_id(event_record(event)))[0]
+
+
+async def in_one_batch(store: GatewayStore, events: list[AuditEvent]) -> list[WriteOutcome]:
+    """Write events at once, so that they share one batch; give their outcomes, in order."""
+    sink = WatchedSink.within(store)
+    outcomes = await asyncio.gather(*(store.audit.write(event) for event in events))
+    assert sink.batches[0] == len({event.request_id for event in events})
+    return outcomes
+
+
+async def test_the_same_event_in_one_batch_is_stored_once(store: GatewayStore) -> None:
+    """Of five copies that share a commit one is STORED and four are DUPLICATE."""
+    event = make_event()
+
+    outcomes = await in_one_batch(store, [event, make_event(), event.model_copy(), event, event.model_copy(), event])
+
+    assert outcomes == [STORED, STORED, DUPLICATE, DUPLICATE, DUPLICATE, DUPLICATE]
+    assert len(await stored_events(store)) == 2
+
+
+async def test_the_same_event_in_later_batches_is_a_duplicate(store: GatewayStore) -> None:
+    """Alone, in a batch with new events, and in bulk."""
+    event = make_event()
+
+    assert await store.audit.write(event) is STORED
+    assert await store.audit.write(event.model_copy()) is DUPLICATE
+    assert await in_one_batch(store, [make_event(), event, make_event()]) == [STORED, DUPLICATE, STORED]
+    assert await store.audit.write_many([event, make_event(), event]) == {STORED: 1, DUPLICATE: 2}
+    assert len(await stored_events(store)) == 4
+
+
+async def test_the_same_event_from_two_stores_is_stored_once(store: GatewayStore, database_url: str) -> None:
+    """Two stores that write the same hundred events at once store each once, and one of them is told DUPLICATE."""
+    events = [make_event() for _ in range(100)]
+    async with GatewayStore(database_url, redis_url="") as other:
+        outcomes = await asyncio.gather(*(one.audit.write(event) for event in events for one in (store, other)))
+
+    assert Counter(outcomes) == {STORED: 100, DUPLICATE: 100}
+    assert len(await stored_events(store)) == 100
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one-batch", "one-by-one"])
+async def test_another_event_under_a_used_id_is_kept_beside_it(store: GatewayStore, together: bool) -> None:
+    """It is STORED under an id of its own, labelled, with a hash that anyone can recompute; repeated, a DUPLICATE."""
+    first = make_event(request_id="used", tool_name="read_file")
+    second = make_event(request_id="used", tool_name="delete_file", risk_labels=["destructive"])
+    third = make_event(request_id="used", tool_name="send_mail")
+    events = [first, second, third, second, third, first]
+
+    if together:
+        outcomes = await in_one_batch(store, events)
+    else:
+        outcomes = [await store.audit.write(event) for event in events]
+    found = {event.tool_name: event for event in await stored_events(store) if "used" in event.request_id}
+
+    assert outcomes == [STORED] * 3 + [DUPLICATE] * 3
+    assert len(found) == 3
+    assert (found["read_file"].request_id, found["read_file"].risk_labels) == ("used", [])
+    assert found["delete_file"].request_id == derived_id(second) == f"used~{hash_of(event_record(second))}"
+    assert found["delete_file"].risk_labels == ["destructive", REUSED_LABEL]
+    assert found["send_mail"].risk_labels == [REUSED_LABEL]
+    assert all(event.content_hash == rehash(event) for event in found.values())
+
+
+async def test_a_used_id_in_another_organisation_is_free(store: GatewayStore) -> None:
+    """The id is unique in its organisation only."""
+    outcomes = [await store.for_org(org).audit.write(make_event(request_id="used")) for org in ("a", "b")]
+    outcomes.append(await store.for_org("a").audit.write(make_event(request_id="used", tool_name="other")))
+
+    assert outcomes == [STORED] * 3
+    assert sorted(event.org_id for event in await stored_events(store) if event.request_id == "used") == ["a", "b"]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one-batch", "one-by-one"])
+async def test_an_attacker_who_takes_the_derived_id_hides_nothing(store: GatewayStore, together: bool) -> None:
+    """Whoever knows an event to come can take its derived ids beforehand: it is still kept, with a valid hash."""
+    victim = make_event(request_id="used", tool_name="exfiltrate")
+    once = under_derived_id(event_record(victim))
+    taken = ["used", key_of(once)[0], key_of(under_derived_id(once))[0]]
+    events = [*(make_event(request_id=request_id, tool_name="decoy") for request_id in taken), victim, victim]
+
+    if together:
+        outcomes = await in_one_batch(store, events)
+    else:
+        outcomes = [await store.audit.write(event) for event in events]
+    found = [event for event in await stored_events(store) if event.tool_name == "exfiltrate"]
+
+    assert outcomes == [STORED] * 4 + [DUPLICATE]
+    assert len(found) == 1
+    assert found[0].request_id.startswith("used~")
+    assert found[0].request_id not in taken
+    assert found[0].risk_labels == [REUSED_LABEL]
+    assert found[0].content_hash == rehash(found[0])
+
+
+async def test_long_used_ids_stay_apart(store: GatewayStore) -> None:
+    """Ids at the limit of an indexed column, in any script, get derived ids within it."""
+    ids = ["x" * 512, "x" * 5_000, "\u20ac" * 170, "\0" * 300, "\ud800" * 170]
+    events = [make_event(request_id=request_id, tool_name=tool) for request_id in ids for tool in ("a", "b", "c")]
+
+    assert await store.audit.write_many(events) == {STORED: 15}
+    assert await store.audit.write_many(events) == {DUPLICATE: 15}
+
+    found = await stored_events(store)
+    assert len({event.request_id for event in found}) == 15
+    assert max(len(event.request_id.encode()) for event in found) <= 512
+    assert all(event.content_hash == rehash(event) for event in found)
+
+
+async def test_many_writers_of_few_ids_lose_nothing(store: GatewayStore, database_url: str) -> None:
+    """Two stores and the standalone logger write 300 events under 20 ids, each twice: every one is there once."""
+    rng = random.Random(11)
+    events = [make_event(request_id=f"id {rng.randrange(20)}", latency_ms=number) for number in range(300)]
+    work = [*events, *events]
+    rng.shuffle(work)
+    async with GatewayStore(database_url, redis_url="") as other:
+
+        async def standalone(event: AuditEvent) -> WriteOutcome:
+            async with other.database.sessions() as session:
+                return await AuditLogger(session).write(event)
+
+        ways = (store.audit.write, other.audit.write, standalone)
+        limit = asyncio.Semaphore(40)
+
+        async def write(event: AuditEvent, way: int) -> WriteOutcome:
+            async with limit:
+                return await ways[way](event)
+
+        outcomes = Counter(await asyncio.gather(*(write(event, number % 3) for number, event in enumerate(work))))
+
+    found = await stored_events(store)
+    assert outcomes == {STORED: 300, DUPLICATE: 300}
+    assert sorted(event.latency_ms for event in found) == list(range(300))
+    assert sum("~" not in event.request_id for event in found) == len({event.request_id for event in events})
+    assert all((REUSED_LABEL in event.risk_labels) == ("~" in event.request_id) for event in found)
+    assert all(event.content_hash == rehash(event) for event in found)

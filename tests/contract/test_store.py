@@ -1,0 +1,356 @@
+"""`GatewayStore`: opened and closed, bound to its process and loop, telling its notifiers in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import warnings
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio
+from contract_helpers import CALL, RecordingNotifier, approved, make_request
+from sqlalchemy import text
+
+import servers
+from agent_gateway_store import AuditEvent, GatewayStore, Notice, StoreSettings, SyncGatewayStore, errors
+from agent_gateway_store.storage import migrate
+from agent_gateway_store.storage.database import create_engine
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """Redis matters to few tests here; those ask for it."""
+    return ""
+
+
+Use = Callable[[GatewayStore], Awaitable[Any]]
+USES: list[Use] = [
+    lambda store: store.audit.list_recent(),
+    lambda store: store.audit.get_by_request_id("r-1"),
+    lambda store: store.approvals.issue_token(make_request()),
+    lambda store: store.approvals.check_token("token"),
+    lambda store: store.approvals.check_token("token", fresh=True),
+    lambda store: store.approvals.approve("token", "approver-1"),
+    lambda store: store.approvals.consume_token("token", caller_id="dev-agent", tool_call=CALL),
+    lambda store: store.approvals.wait_for_decision("token", timeout_s=0),
+    lambda store: store.approvals.list_requests(),
+    lambda store: store.approvals.expire_stale(),
+    lambda store: store.keys.issue("dev-agent", role="r"),
+    lambda store: store.keys.list(),
+    lambda store: store.for_org("acme").keys.list(),
+]
+
+
+async def refuses_every_use(store: GatewayStore, event: AuditEvent, match: str) -> None:
+    """Check that each service says the same."""
+    writing: Use = lambda store: store.audit.write(event)  # noqa: E731
+    for use in [*USES, writing]:
+        with pytest.raises(errors.StoreNotOpenError, match=match):
+            await use(store)
+
+
+def test_constructing_connects_nothing(tmp_path: Path) -> None:
+    """A store for servers that do not exist, and one for a file, open no socket, thread or file."""
+    before = threading.active_count()
+    for cls in (GatewayStore, SyncGatewayStore):
+        cls("postgresql://user:secret@127.0.0.1:1/none", redis_url="redis://127.0.0.1:1/0")
+        cls(f"sqlite:///{tmp_path}/new.db")
+
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == before
+
+
+async def test_default_is_a_sqlite_file_here(tmp_path: Path) -> None:
+    """Without any setting the store is `gateway.db` in the current folder, set up on open, and still there after."""
+    for expected in (0, 1):
+        async with GatewayStore() as store:
+            assert len(await store.keys.list()) == expected
+            if not expected:
+                await store.keys.issue("dev-agent", role="r")
+
+    assert (tmp_path / "gateway.db").is_file()
+
+
+async def test_environment_names_the_database(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, make_event: Callable[..., AuditEvent]
+) -> None:
+    """DATABASE_URL is used where no argument is given."""
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    async with GatewayStore() as store:
+        await store.audit.write(make_event(request_id="r-1"))
+    async with GatewayStore(database_url) as again:
+        assert await again.audit.get_by_request_id("r-1") is not None
+
+
+async def test_sqlite_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """A SQLite file with tables of its own is not set up unasked."""
+    url = f"sqlite:///{tmp_path}/host.db"
+    engine = create_engine(url)
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE theirs (id INTEGER)"))
+    await engine.dispose()
+
+    with pytest.raises(errors.SchemaOutOfDateError, match="run `gateway-store db upgrade`"):
+        await GatewayStore(url).open()
+    async with GatewayStore(url, auto_migrate=True) as store:
+        assert await store.keys.list() == []
+
+
+async def test_auto_migrate_off_sets_nothing_up(tmp_path: Path) -> None:
+    """`auto_migrate=False` refuses even an empty SQLite file."""
+    with pytest.raises(errors.SchemaOutOfDateError):
+        await GatewayStore(f"sqlite:///{tmp_path}/new.db", auto_migrate=False).open()
+
+
+async def test_schema_that_is_behind_names_the_command(postgres_database: Callable[[], str]) -> None:
+    """An empty PostgreSQL database is refused with the step to take; `auto_migrate=True` or `migrate` takes it."""
+    url, other = postgres_database(), postgres_database()
+
+    with pytest.raises(
+        errors.SchemaOutOfDateError, match=r"\(none\) is behind .*: run `gateway-store db upgrade`"
+    ) as caught:
+        await GatewayStore(url).open()
+    assert (caught.value.current, caught.value.expected) == (None, migrate.head())
+    async with GatewayStore(url, auto_migrate=True) as store:
+        assert await store.keys.list() == []
+    store = GatewayStore(other)
+    await store.migrate()
+    async with store:
+        assert await store.keys.list() == []
+
+
+async def test_schema_that_is_ahead_says_to_upgrade_the_package(tmp_path: Path) -> None:
+    """A database of a later version is not touched, whatever `auto_migrate` says."""
+    url = f"sqlite:///{tmp_path}/gateway.db"
+    async with GatewayStore(url) as store, store.database.engine.begin() as connection:
+        await connection.execute(text(f"UPDATE {migrate.VERSION_TABLE} SET version_num = '9999'"))
+
+    for auto_migrate in (None, True):
+        with pytest.raises(errors.SchemaOutOfDateError, match=r"\(9999\) is newer .*: upgrade agent-gateway-store"):
+            await GatewayStore(url, auto_migrate=auto_migrate).open()
+
+
+async def test_unreachable_database_is_one_sentence(tmp_path: Path) -> None:
+    """Opening says what to check, names no password, and leaves nothing open."""
+    for url in ("postgresql://user:s3cret-pass@127.0.0.1:1/none", f"sqlite:///{tmp_path}/no/such/folder/gateway.db"):
+        store = GatewayStore(url)
+        with pytest.raises(errors.StoreUnavailableError, match="check that") as caught:
+            await store.open()
+        assert "s3cret-pass" not in str(caught.value)
+        await store.close()
+
+
+async def test_url_that_cannot_be_used_is_refused_at_once() -> None:
+    """An unknown scheme is told by the constructor."""
+    for arguments in ({"database_url": "oracle://host/name"}, {"redis_url": "http://host"}):
+        with pytest.raises(errors.InvalidUrlError):
+            GatewayStore(**arguments)
+
+
+async def test_what_was_given_stays_open(database_url: str, fresh_redis_url: str) -> None:
+    """A given engine and Redis client are used, and left as they were."""
+    engine = create_engine(database_url)
+    async with redis.asyncio.from_url(fresh_redis_url) as client:
+        pool = engine.pool
+        async with GatewayStore(engine=engine, redis=client) as store:
+            token = await store.approvals.issue_token(make_request())
+        assert await client.exists(f"approval:{token}")
+        async with engine.connect() as connection:
+            assert (await connection.execute(text("SELECT count(*) FROM approval_requests"))).scalar() == 1
+        assert engine.pool is pool
+    await engine.dispose()
+
+
+async def test_store_that_is_not_open_says_so(
+    database_url: str, fresh_redis_url: str, make_event: Callable[..., AuditEvent]
+) -> None:
+    """Before `open` and after `close` every use raises, also what Redis could answer; opened again it works."""
+    store = GatewayStore(database_url, redis_url=fresh_redis_url)
+    await refuses_every_use(store, make_event(), "is not open")
+    async with store:
+        token = await store.approvals.issue_token(make_request())
+    await refuses_every_use(store, make_event(), "is not open")
+    with pytest.raises(errors.StoreNotOpenError):
+        await store.approvals.check_token(token)
+
+    for _ in range(2):
+        async with store as opened:
+            assert opened is store
+            assert (await store.approvals.check_token(token)).status == "PENDING"
+            assert await store.audit.write(make_event()) == "STORED"
+
+
+async def test_opening_and_closing_twice_changes_nothing(database_url: str) -> None:
+    """The second `open` and the second `close` do nothing; several tasks may open at once."""
+    store = GatewayStore(database_url)
+    await asyncio.gather(*(store.open() for _ in range(3)))
+    await store.open()
+    assert await store.keys.list() == []
+    await store.close()
+    await store.close()
+
+
+async def test_view_shares_the_store(store: GatewayStore) -> None:
+    """Closing a view closes the store, and opening it opens the store."""
+    view = store.for_org("acme")
+    await view.close()
+    with pytest.raises(errors.StoreNotOpenError):
+        await store.keys.list()
+    async with view:
+        assert await store.keys.list() == []
+    await store.open()
+
+
+async def test_another_loop_is_refused(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+    """From another event loop nothing can be used, opened or closed; at home it works on."""
+
+    async def elsewhere() -> None:
+        await refuses_every_use(store, make_event(), "another event loop")
+        for act in (store.open, store.close, store.migrate):
+            with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
+                await act()
+
+    await asyncio.to_thread(servers.run, elsewhere())
+
+    assert await store.keys.list() == []
+
+
+async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: Callable[[], str]) -> None:
+    """A script may migrate by `asyncio.run` and work by another `asyncio.run`."""
+    store = GatewayStore(postgres_database())
+
+    async def work() -> int:
+        async with store:
+            return len(await store.keys.list())
+
+    await asyncio.to_thread(servers.run, store.migrate())
+
+    assert await asyncio.to_thread(servers.run, work()) == 0
+
+
+async def test_forked_process_is_refused(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+    """In a forked child the parent's store refuses everything, and the parent's connections live on."""
+
+    async def in_child() -> None:
+        await refuses_every_use(store, make_event(), "another process")
+        for act in (store.open, store.close):
+            with pytest.raises(errors.StoreNotOpenError, match="another process"):
+                await act()
+
+    await store.keys.list()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forking beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            asyncio.run(in_child())
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert await store.keys.list() == []
+
+
+async def test_notifier_hears_of_asking_and_deciding(database_url: str) -> None:
+    """One notice for the question, one for each decision, none for asking again or for a use; never a token."""
+    recorder = RecordingNotifier()
+    async with GatewayStore(database_url, plugins=[recorder]) as store:
+        tokens = [await approved(store)]
+        await store.approvals.consume_token(tokens[0], caller_id="dev-agent", tool_call=CALL)
+        await store.approvals.record_outcome(tokens[0], "done")
+        for _ in range(2):
+            tokens.append(await store.approvals.issue_token(make_request(request_id="r-1")))
+        await store.approvals.deny(tokens[-1], "approver-1", "no")
+        with pytest.raises(errors.ApprovalAlreadyDecidedError):
+            await store.approvals.approve(tokens[-1], "approver-2")
+
+    decided = ("decision", "APPROVED"), ("decision", "DENIED")
+    assert recorder.seen == [*decided, ("pending", "PENDING"), ("pending", "PENDING")]
+    told = "".join(notice.model_dump_json() + repr(notice) for notice in recorder.notices)
+    assert not any(token in told for token in tokens)
+    assert len({notice.delivery_id for notice in recorder.notices}) == 4
+
+
+async def test_notices_go_out_in_the_background(database_url: str) -> None:
+    """Asking and deciding wait for no notifier; closing waits until the notices have arrived."""
+    gate = threading.Event()
+    recorder = RecordingNotifier(gate)
+    async with GatewayStore(database_url, plugins=[recorder]) as store:
+        token = await approved(store)
+        assert (await store.approvals.check_token(token)).status == "APPROVED"
+        assert recorder.notices == []
+        gate.set()
+
+    assert recorder.seen == [("decision", "APPROVED"), ("pending", "PENDING")]
+
+
+async def test_notice_is_sent_after_the_commit(database_url: str) -> None:
+    """What a notifier is told stands in the database, as another connection sees it."""
+    found: list[str] = []
+
+    class Reader(RecordingNotifier):
+        async def notify_pending(self, notice: Notice) -> None:
+            async with GatewayStore(database_url, plugins=[]) as own:
+                found.append((await own.approvals.get(approval_id=notice.approval_id)).request_id)
+
+    async with GatewayStore(database_url, plugins=[Reader()]) as store:
+        await store.approvals.issue_token(make_request(request_id="r-1"))
+
+    assert found == ["r-1"]
+
+
+async def test_broken_and_hanging_notifiers_hold_nothing_up(database_url: str) -> None:
+    """One that raises and one that never returns cost the gateway nothing, and closing no more than their timeout."""
+    recorder = RecordingNotifier()
+
+    class Broken(RecordingNotifier):
+        name = "broken"
+
+        async def notify_pending(self, notice: Notice) -> None:
+            raise RuntimeError("no network")
+
+    class Hanging(RecordingNotifier):
+        name = "hanging"
+
+        async def notify_pending(self, notice: Notice) -> None:
+            await asyncio.Event().wait()
+
+    settings = StoreSettings(plugin_timeout_seconds=0.2)
+    plugins = [Broken(), Hanging(), recorder]
+    async with GatewayStore(database_url, settings=settings, plugins=plugins) as store:
+        await store.approvals.issue_token(make_request())
+        started = time.monotonic()
+
+    assert time.monotonic() - started < 3
+    assert recorder.seen == [("pending", "PENDING")]
+
+
+async def test_refused_request_notifies_nobody(database_url: str) -> None:
+    """No notice tells of what was not committed."""
+    recorder = RecordingNotifier()
+    async with GatewayStore(database_url, plugins=[recorder]) as store:
+        with pytest.raises(errors.ApprovalMismatchError):
+            await store.for_org("acme").approvals.issue_token(make_request(org_id="globex"))
+        with pytest.raises(errors.ApprovalNotFoundError):
+            await store.approvals.approve("no-such-token", "approver-1")
+
+    assert recorder.notices == []
+
+
+async def test_settings_are_taken_as_given(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given settings win over the environment, and both are shown by the store."""
+    monkeypatch.setenv("ENVIRONMENT", "from-environment")
+    settings = StoreSettings(environment="given")
+    async with GatewayStore(database_url, settings=settings) as store:
+        assert store.settings is settings
+        assert (await store.keys.issue("dev-agent", role="r")).api_key.environment == "given"
+    assert GatewayStore(database_url).settings.environment == "from-environment"

@@ -1,0 +1,170 @@
+"""Bulk writes, and events that are recorded in a transaction of the caller's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from sqlalchemy import make_url, text
+
+from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
+from proofs.harness import WatchedSink, make_event, migrated, stored_events, stored_ids
+
+pytestmark = pytest.mark.integration
+
+STORED, DUPLICATE = WriteOutcome.STORED, WriteOutcome.DUPLICATE
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """No Redis: the audit log does not know it."""
+    return ""
+
+
+class SourceFailedError(Exception):
+    """What a source of events raises."""
+
+
+def numbered(count: int, *, fail: bool = False) -> Iterator[AuditEvent]:
+    """So many events with a number in `latency_ms`; then, perhaps, an error."""
+    for number in range(count):
+        yield make_event(latency_ms=number)
+    if fail:
+        raise SourceFailedError
+
+
+async def numbered_async(count: int, *, fail: bool = False) -> AsyncIterator[AuditEvent]:
+    """The same as an async generator."""
+    for event in numbered(count, fail=fail):
+        await asyncio.sleep(0)
+        yield event
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "async generator"])
+async def test_any_source_is_stored_in_its_order(store: GatewayStore, kind: str) -> None:
+    """A list, a generator and an async generator of several batches are stored, each event once, in order."""
+    make = {"list": lambda: list(numbered(4_321)), "generator": lambda: numbered(4_321)}
+    source = make[kind]() if kind in make else numbered_async(4_321)
+
+    assert await store.audit.write_many(source) == {STORED: 4_321}
+
+    assert [event.latency_ms for event in await stored_events(store)] == list(range(4_321))
+    assert store.audit.counters.stored == 4_321
+
+
+async def test_an_empty_source_stores_nothing(store: GatewayStore) -> None:
+    """Nothing in, nothing counted, no commit."""
+    sink = WatchedSink.within(store)
+
+    assert await store.audit.write_many([]) == {}
+    assert await store.audit.write_many(numbered_async(0)) == {}
+    assert sink.batches == []
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+@pytest.mark.parametrize("count", [0, 73, 4_073])
+async def test_what_a_source_gave_before_it_raised_is_stored(store: GatewayStore, count: int, kind: str) -> None:
+    """The error reaches the caller; every event before it is in the database."""
+    source = numbered(count, fail=True) if kind == "plain" else numbered_async(count, fail=True)
+
+    with pytest.raises(SourceFailedError):
+        await store.audit.write_many(source)
+
+    assert [event.latency_ms for event in await stored_events(store)] == list(range(count))
+
+
+async def test_what_is_no_event_stops_the_source(store: GatewayStore) -> None:
+    """Something else in the iterable raises; the events before it are stored, those behind it are not."""
+    with pytest.raises(AttributeError):
+        await store.audit.write_many([*numbered(60), None, *numbered(60)])  # type: ignore[list-item]
+
+    assert len(await stored_events(store)) == 60
+    assert await store.audit.write(make_event()) is STORED
+
+
+async def test_batches_begun_survive_a_cancelled_caller(store: GatewayStore) -> None:
+    """The caller is cancelled while a batch is under way: that batch is stored whole."""
+    sink = WatchedSink.within(store)
+    sink.gate.clear()
+    bulk = asyncio.create_task(store.audit.write_many(numbered(10_000)))
+    while not sink.batches:
+        await asyncio.sleep(0.001)
+
+    bulk.cancel()
+    await asyncio.sleep(0.01)
+    sink.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await bulk
+
+    assert len(await stored_ids(store)) == sum(sink.batches)
+
+
+async def test_bulk_and_single_writes_go_on_side_by_side(store: GatewayStore) -> None:
+    """Two bulk writers and forty single ones at once: everything is there, and the counts add up."""
+    results = await asyncio.gather(
+        store.audit.write_many(numbered(3_000)),
+        store.audit.write_many(numbered_async(3_000)),
+        *(store.audit.write(make_event()) for _ in range(40)),
+    )
+
+    assert results == [{STORED: 3_000}, {STORED: 3_000}, *[STORED] * 40]
+    assert len(await stored_ids(store)) == 6_040
+    assert store.audit.counters.stored == 6_040
+
+
+async def test_a_bound_store_stamps_its_organisation(store: GatewayStore) -> None:
+    """`for_org` stamps single, bulk and recorded events, whatever organisation they name."""
+    bound = store.for_org("acme")
+
+    await bound.audit.write(make_event(org_id="evil"))
+    await bound.audit.write_many([make_event(org_id="evil"), make_event()])
+    async with store.database.sessions() as session, session.begin():
+        await bound.audit.record(make_event(org_id="evil"), session=session)
+    await store.audit.write(make_event(org_id="other"))
+
+    assert [event.org_id for event in await stored_events(store)] == ["acme"] * 4 + ["other"]
+    assert len(await bound.audit.list_recent()) == 4
+
+
+async def test_a_recorded_event_shares_the_fate_of_the_callers_work(
+    request: pytest.FixtureRequest, database_url: str
+) -> None:
+    """200 transactions of the caller's, half of them rolled back at a random point: rows and work agree exactly."""
+    if make_url(database_url).get_backend_name() == "postgresql":
+        database_url = migrated(request.getfixturevalue("postgres_database")())
+    rng, limit = random.Random(5), asyncio.Semaphore(10)
+    plans = [rng.choice(("before", "between", "after")) if number % 2 else None for number in range(200)]
+    insert = text("INSERT INTO work (name) VALUES (:name)")
+
+    async with GatewayStore(database_url, redis_url="") as store:
+        async with store.database.write() as connection:
+            await connection.execute(text("CREATE TABLE work (name TEXT NOT NULL)"))
+
+        async def transact(number: int, fail: str | None) -> None:
+            event = make_event(request_id=f"r{number}")
+            async with limit, store.database.sessions() as session, session.begin():
+                if fail == "before":
+                    raise SourceFailedError
+                first, second = ("work", "event") if number % 4 < 2 else ("event", "work")
+                for step in (first, second):
+                    if step == "work":
+                        await session.execute(insert, {"name": event.request_id})
+                    else:
+                        assert await store.audit.record(event, session=session) is STORED
+                        assert await store.audit.record(event, session=session) is DUPLICATE
+                    if fail == "between":
+                        raise SourceFailedError
+                if fail == "after":
+                    raise SourceFailedError
+
+        ended = await asyncio.gather(*(transact(*plan) for plan in enumerate(plans)), return_exceptions=True)
+        async with store.database.read() as connection:
+            work = set((await connection.execute(text("SELECT name FROM work"))).scalars())
+        events = await stored_ids(store)
+
+    committed = {f"r{number}" for number, fail in enumerate(plans) if fail is None}
+    assert [type(result) for result in ended] == [SourceFailedError if fail else type(None) for fail in plans]
+    assert work == committed
+    assert events == dict.fromkeys(committed, 1)
