@@ -286,6 +286,8 @@ class _Core:
         async with AsyncExitStack() as steps:
             if self._own_redis is not None:
                 steps.push_async_callback(self._own_redis.aclose)
+            # Who still waits for a decision looks once more, and finds the store closed.
+            steps.callback(self.signals.wake_all)
             steps.push_async_callback(self.database.close)
             steps.callback(self.hasher.close)
             if self._notifier is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,31 @@ TRIGGERS = {
     "EXECUTE FUNCTION refuse()",
 }
 """By dialect: has the database refuse every event of the tool `poison`."""
+
+SPOOLING = """
+import asyncio, sys
+import agent_gateway_store.storage.database as database
+from agent_gateway_store import GatewayStore
+from proofs.harness import make_event
+
+database._BUSY_TIMEOUT_MS = 150
+
+async def main(url, count):
+    async with GatewayStore(url, redis_url="") as store:
+        assert await store.audit.write(make_event()) == "STORED"
+        print("open", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        for number in range(count):
+            event = make_event()
+            print(event.request_id, await store.audit.write(event), flush=True)
+        print("done", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        while await store.audit.flush():
+            await asyncio.sleep(0.01)
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+"""
+"""A program for `child`: opens a store, and at each line of input goes on to write, then to replay."""
 
 _HASHED = AuditEvent.hash_args({"path": "/etc/hosts"})
 
@@ -223,3 +251,30 @@ class Verdict:
     lost: int = 0
     doubled: int = 0
     errors: int = 0
+
+
+@asynccontextmanager
+async def child(program: str, *arguments: object) -> AsyncIterator[Any]:
+    """Run a Python program that says `open` once its store is open; it is killed at the end if it still runs."""
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+    process: Any = await asyncio.create_subprocess_exec(*command, **pipes)
+    try:
+        assert await process.stdout.readline() == b"open\n"
+        yield process
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+        await process.communicate()
+
+
+async def spooled_by(process: Any) -> list[str]:
+    """Have a child write its events; return the ids that it says are SPOOLED, which must be all."""
+    process.stdin.write(b"\n")
+    ids = []
+    while (line := (await process.stdout.readline()).decode().split()) != ["done"]:
+        assert line[1:] == ["SPOOLED"]
+        ids.append(line[0])
+    return ids

@@ -260,7 +260,7 @@ def test_keys_that_become_the_same_stay_apart() -> None:
         "\0": "e",
         "\u2400": "f",
         "\ud800": "g",
-        "\ufffd": "h",
+        chr(0xFFFD): "h",
         (1,): "i",
     }
     result, replaced = scrub(value)

@@ -110,12 +110,17 @@ class Signals:
         await self._redis.publish(_CHANNEL, key)
 
     async def close(self) -> None:
-        """End the subscription and let whoever still waits look again."""
+        """End the subscription."""
         if self._subscription is not None:
             self._subscription.cancel()
             await asyncio.wait([self._subscription])
             self._subscription = None
-        self._wake_all()
+        self._is_live = False
+
+    def wake_all(self) -> None:
+        """Have everybody who waits look once."""
+        for topic in list(self._topics.values()):
+            topic.wake()
 
     @property
     def _notifies(self) -> bool:
@@ -123,10 +128,6 @@ class Signals:
 
     def _wake(self, key: str) -> None:
         if (topic := self._topics.get(key)) is not None:
-            topic.wake()
-
-    def _wake_all(self) -> None:
-        for topic in list(self._topics.values()):
             topic.wake()
 
     async def _subscribe(self) -> None:
@@ -144,7 +145,7 @@ class Signals:
     def _begin(self) -> None:
         # What was signalled before is gone, so everybody looks once.
         self._is_live = True
-        self._wake_all()
+        self.wake_all()
 
     async def _listen_to_redis(self) -> None:
         assert self._redis.client is not None  # noqa: S101
