@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -43,11 +43,9 @@ async def settle(store: GatewayStore, org_id: str, make_event: Callable[..., Aud
 
 
 @pytest.fixture
-async def two(
-    store: GatewayStore, make_event: Callable[..., AuditEvent]
-) -> AsyncIterator[tuple[Organisation, Organisation]]:
+async def two(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> tuple[Organisation, Organisation]:
     """Two organisations that use the same names for different things."""
-    yield await settle(store, "acme", make_event), await settle(store, "globex", make_event)
+    return await settle(store, "acme", make_event), await settle(store, "globex", make_event)
 
 
 async def test_everything_written_is_stamped(

@@ -197,6 +197,20 @@ async def test_opening_and_closing_twice_changes_nothing(database_url: str) -> N
     await store.close()
 
 
+async def test_closing_amid_work_leaves_nothing_open(database_url: str) -> None:
+    """Calls under way when the store closes end or are told so; none keeps its connection (which would be a warning)."""
+    store = await GatewayStore(database_url).open()
+    threads = threading.active_count()
+    calls = [asyncio.create_task(store.approvals.issue_token(make_request())) for _ in range(20)]
+    while not store.database.engine.pool.checkedout():  # type: ignore[attr-defined]
+        await asyncio.sleep(0)
+    await store.close()
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert {type(answer) for answer in answers} <= {str, errors.StoreNotOpenError}
+    assert threading.active_count() <= threads
+
+
 async def test_view_shares_the_store(store: GatewayStore) -> None:
     """Closing a view closes the store, and opening it opens the store."""
     view = store.for_org("acme")

@@ -224,7 +224,9 @@ def _scrub(row: dict[str, Any]) -> None:
     if row["latency_ms"] > _LARGEST_BIGINT:
         row["latency_ms"] = _LARGEST_BIGINT
         scrubber.report("latency_ms")
-    if row["timestamp"] in (UTC_MIN, UTC_MAX):
+    if row["timestamp"] in (UTC_MIN, UTC_MAX) and not any(
+        (flag.field, flag.reason) == ("timestamp", UNSTORABLE) for flag in row["redaction_flags"]
+    ):
         scrubber.report("timestamp")
     row["redaction_flags"] = _flags(row["redaction_flags"], scrubber)
 

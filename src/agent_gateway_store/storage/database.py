@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeAlias
 
@@ -50,6 +50,7 @@ _READ_ONLY = "agent_gateway_store_read_only"
 _BUSY_TIMEOUT_MS = 10_000
 _CONNECT_TIMEOUT_S = 10.0
 _COMMAND_TIMEOUT_S = 30.0
+_LAST_TRANSACTIONS_S = 5.0
 
 
 def dialect_of(executor: Executor) -> str:
@@ -195,6 +196,7 @@ class Database:
         self.sessions = async_sessionmaker(engine, expire_on_commit=False)
         self._reader = engine.execution_options(**{_READ_ONLY: True})
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._under_way = 0
 
     @property
     def dialect(self) -> str:
@@ -228,22 +230,36 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that only reads."""
-        self.check_home()
-        with database_errors("be read"):
+        with self._counted(), database_errors("be read"):
             async with self._reader.connect() as connection:
                 yield connection
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
-        self.check_home()
-        with database_errors("be written"):
+        with self._counted(), database_errors("be written"):
             async with self.engine.begin() as connection:
                 yield connection
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.check_home()
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
     async def close(self) -> None:
-        """Give the connections up, if the engine is ours. Safe to call twice."""
+        """Refuse what comes from now on, let what is under way end, and give the connections up, if they are ours.
+
+        Safe to call twice. What takes longer than five seconds is left to itself.
+        """
         self._home = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_TRANSACTIONS_S):
+                while self._under_way:
+                    await asyncio.sleep(0.005)
         if self.owned:
             await self.engine.dispose()
 

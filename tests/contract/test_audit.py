@@ -1,0 +1,221 @@
+"""`store.audit`: what is written is found again, in order, by anybody who may see it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from agent_gateway_store import AuditEvent, GatewayStore, Page, RedactionFlag, errors
+
+pytestmark = pytest.mark.integration
+
+MakeEvent = Callable[..., AuditEvent]
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """Audit does not go through Redis."""
+    return ""
+
+
+async def test_event_reads_back_as_it_was_written(store: GatewayStore, make_event: MakeEvent) -> None:
+    """Every field is kept; the object handed in is neither changed nor attached to a session."""
+    event = make_event(
+        request_id="r-1",
+        org_id="acme",
+        trace_id="t-1",
+        session_id="s-1",
+        parent_request_id="r-0",
+        timestamp=datetime(2026, 1, 2, 13, 30, 0, 123456, tzinfo=timezone(timedelta(hours=1))),
+        key_id="k-1",
+        sanitized_args={"path": "/tmp", "n": [1, 2.5, None, {"deep": True}], "ü": "ß"},
+        risk_labels=["pii", "write"],
+        risk_score=0.123456789012345,
+        policy_version="v1",
+        decision="SANITIZE_AND_ALLOW",
+        approver_id="approver-1",
+        execution_status="TOOL_ERROR",
+        latency_ms=2**40,
+        output_hash="0" * 64,
+        output_decision="REDACT",
+        output_policy_rationale="why",
+        redaction_flags=[RedactionFlag(field="sanitized_args.path", reason="SECRET", original_hash="1" * 64)],
+        llm_explanation="text",
+    )
+    before = event.model_copy(deep=True)
+
+    assert await store.audit.write(event) == "STORED"
+    found = await store.audit.get_by_request_id("r-1")
+    assert found is not None
+    assert found.model_dump(exclude={"id", "content_hash"}) == event.model_dump(exclude={"id", "content_hash"})
+    assert found.id is not None
+    assert found.content_hash is not None
+    assert found.timestamp == datetime(2026, 1, 2, 12, 30, 0, 123456, tzinfo=UTC)
+    assert (event, event.id, event.content_hash) == (before, None, None)
+
+
+async def test_objects_found_outlive_the_store(database_url: str, make_event: MakeEvent) -> None:
+    """What a listing returned is read, copied and changed after the store is closed."""
+    async with GatewayStore(database_url) as store:
+        await store.audit.write(make_event(request_id="r-1"))
+        (found,) = await store.audit.list_recent()
+
+    assert (found.request_id, found.sanitized_args) == ("r-1", {"path": "/etc/hosts"})
+    found.sanitized_args["more"] = 1
+    assert found.model_copy(update={"request_id": "r-2"}).request_id == "r-2"
+    assert AuditEvent.model_validate_json(found.model_dump_json()) == found
+
+
+async def test_same_event_again_is_a_duplicate(store: GatewayStore, make_event: MakeEvent) -> None:
+    """Writing is safe to repeat: one row, however often and however concurrently."""
+    event = make_event()
+    outcomes = await asyncio.gather(*(store.audit.write(event) for _ in range(10)))
+    again = await store.audit.write(event.model_copy())
+
+    assert sorted(outcomes) == ["DUPLICATE"] * 9 + ["STORED"]
+    assert again == "DUPLICATE"
+    assert len(await store.audit.list_recent()) == 1
+
+
+async def test_another_event_under_a_used_id_is_kept(store: GatewayStore, make_event: MakeEvent) -> None:
+    """A replayed request id hides nothing: the second event is a row of its own, labelled, under a derived id."""
+    await store.audit.write(make_event(request_id="r-1", decision="DENY"))
+    replayed = make_event(request_id="r-1", decision="ALLOW", risk_labels=["write"])
+    outcomes = [await store.audit.write(replayed) for _ in range(2)]
+
+    assert outcomes == ["STORED", "DUPLICATE"]
+    first = await store.audit.get_by_request_id("r-1")
+    assert first is not None
+    assert first.decision == "DENY"
+    (second,) = await store.audit.list_by_decision("ALLOW")
+    assert second.risk_labels == ["write", "REQUEST_ID_REUSED"]
+    assert second.request_id.startswith("r-1~")
+
+
+async def test_same_id_in_two_organisations_is_two_events(store: GatewayStore, make_event: MakeEvent) -> None:
+    """A request id is unique in its organisation only."""
+    for org_id in ("acme", "globex"):
+        assert await store.audit.write(make_event(request_id="r-1", org_id=org_id)) == "STORED"
+
+    assert [event.request_id for event in await store.audit.list_recent()] == ["r-1", "r-1"]
+
+
+async def test_hostile_event_is_stored_and_flagged(store: GatewayStore, make_event: MakeEvent) -> None:
+    """What no database holds does not keep an event out: it is replaced visibly and noted."""
+    deep: dict[str, object] = {}
+    for _ in range(300):
+        deep = {"d": deep}
+    event = make_event(
+        request_id="r\0\ud800",
+        sanitized_args={"nul\0": "\udfff", "nan": float("nan"), "big": 10**400, "deep": deep},
+        risk_score=float("inf"),
+        latency_ms=10**30,
+        timestamp=datetime.max,
+        risk_labels=["\0"],
+        tool_name="x" * 100_000,
+    )
+
+    assert await store.audit.write(event) == "STORED"
+    assert await store.audit.write(event) == "DUPLICATE"
+    found = await store.audit.get_by_request_id("r\0\ud800")
+    assert found is not None
+    assert {"request_id", "tool_name", "risk_score", "latency_ms"} <= {flag.field for flag in found.redaction_flags}
+    assert {flag.reason for flag in found.redaction_flags} == {"UNSTORABLE"}
+    assert found.sanitized_args["big"].startswith("$")
+
+
+async def test_listings_are_newest_first(store: GatewayStore, make_event: MakeEvent) -> None:
+    """By timestamp, and where that is equal by the order of writing, newest first."""
+    for number, minutes in enumerate((5, 0, 9, 5, 5)):
+        event = make_event(request_id=f"r-{number}", timestamp=NOON + timedelta(minutes=minutes))
+        await store.audit.write(event)
+
+    expected = ["r-2", "r-4", "r-3", "r-0", "r-1"]
+    assert [event.request_id for event in await store.audit.list_recent()] == expected
+    assert [event.request_id for event in await store.audit.list_by_caller("dev-agent")] == expected
+    assert [event.request_id for event in await store.audit.list_by_decision("ALLOW")] == expected
+    assert [event.request_id for event in await store.audit.list_recent(limit=2)] == expected[:2]
+    pages = [await store.audit.list_by_caller("dev-agent", limit=2, offset=offset) for offset in (0, 2, 4, 6)]
+    assert [[event.request_id for event in page] for page in pages] == [expected[:2], expected[2:4], expected[4:], []]
+
+
+async def test_listings_filter(store: GatewayStore, make_event: MakeEvent) -> None:
+    """By caller and by decision; a page is a list that renders."""
+    await store.audit.write(make_event(request_id="r-1", caller_id="a", decision="DENY"))
+    await store.audit.write(make_event(request_id="r-2", caller_id="b"))
+
+    page = await store.audit.list_by_caller("a")
+    assert isinstance(page, Page)
+    assert [event.request_id for event in page] == ["r-1"]
+    assert "<td>r-1</td>" in page._repr_html_()
+    assert [event.request_id for event in await store.audit.list_by_decision("DENY")] == ["r-1"]
+    assert await store.audit.list_by_caller("nobody") == []
+    assert await store.audit.get_by_request_id("nothing") is None
+
+
+async def test_wrong_arguments_are_refused(store: GatewayStore) -> None:
+    """A negative limit or offset, or an unknown decision, is a ValueError."""
+    for wrong in (
+        store.audit.list_recent(limit=-1),
+        store.audit.list_by_caller("a", limit=-1),
+        store.audit.list_by_caller("a", offset=-1),
+        store.audit.list_by_decision("ALLOW", limit=-1),
+        store.audit.list_by_decision("MAYBE"),
+    ):
+        with pytest.raises(ValueError, match=r"MAYBE|must be zero or more"):
+            await wrong
+    assert await store.audit.list_recent(limit=0) == []
+
+
+async def test_recorded_event_shares_the_fate_of_the_transaction(store: GatewayStore, make_event: MakeEvent) -> None:
+    """`record` writes into the caller's transaction: committed with it, rolled back with it, unseen before."""
+    async with store.database.sessions() as session:
+        assert await store.audit.record(make_event(request_id="dropped"), session=session) == "STORED"
+        assert session.in_transaction()
+        await session.rollback()
+    async with store.database.sessions() as session:
+        event = make_event(request_id="kept")
+        assert await store.audit.record(event, session=session) == "STORED"
+        assert await store.audit.record(event, session=session) == "DUPLICATE"
+        await session.commit()
+
+    assert [event.request_id for event in await store.audit.list_recent()] == ["kept"]
+
+
+async def test_record_raises_what_went_wrong(store: GatewayStore, make_event: MakeEvent) -> None:
+    """Unlike `write`, `record` raises: the caller's transaction must not be committed without its event."""
+    engine = store.database.engine
+    async with AsyncSession(engine) as session:
+        connection = await session.connection()
+        await connection.exec_driver_sql("ALTER TABLE audit_events RENAME TO hidden_events")
+        with pytest.raises(errors.SchemaOutOfDateError, match="db upgrade"):
+            await store.audit.record(make_event(), session=session)
+        await session.rollback()
+
+    assert await store.audit.write(make_event()) == "STORED"
+
+
+async def test_recorded_event_is_stamped(store: GatewayStore, make_event: MakeEvent) -> None:
+    """A bound store stamps what it records, as what it writes."""
+    async with store.database.sessions() as session:
+        await store.for_org("acme").audit.record(make_event(), session=session)
+        await session.commit()
+
+    assert [event.org_id for event in await store.audit.list_recent()] == ["acme"]
+
+
+async def test_cancelled_caller_does_not_cancel_the_write(store: GatewayStore, make_event: MakeEvent) -> None:
+    """An event handed over is stored although the task that did it is gone."""
+    tasks = [asyncio.create_task(store.audit.write(make_event())) for _ in range(20)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await store.audit.flush()
+
+    assert len(await store.audit.list_recent()) == 20

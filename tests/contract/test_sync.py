@@ -1,0 +1,317 @@
+"""`SyncGatewayStore`: the same store for code that blocks, from any thread, also beside a running loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contract_helpers import CALL, RecordingNotifier, make_request
+
+from agent_gateway_store import AuditEvent, StoreSettings, SyncGatewayStore, WriteOutcome, errors
+from agent_gateway_store.sync import twin_of
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """Redis makes no difference here."""
+    return ""
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[SyncGatewayStore]:
+    """An open store."""
+    with SyncGatewayStore(database_url) as opened:
+        yield opened
+
+
+@contextmanager
+def no_thread_left() -> Iterator[None]:
+    """Check that what is done leaves no thread behind, at the latest a moment later."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    # anyio keeps the threads that wait for files; they end with the process.
+    assert {thread.name for thread in left} <= {"AnyIO worker thread"}
+
+
+def test_main_job_without_await(store: SyncGatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+    """Keys, audit and approvals work as in the async store."""
+    issued = store.keys.issue("dev-agent", role="developer")
+    assert store.keys.verify(issued.plaintext).role == "developer"
+    assert store.audit.write(make_event(request_id="r-1")) == "STORED"
+    assert store.audit.write_many(make_event() for _ in range(3)) == Counter({WriteOutcome.STORED: 3})
+    assert store.audit.get_by_request_id("r-1").caller_id == "dev-agent"
+    assert store.audit.counters.stored == 4
+    token = store.approvals.issue_token(make_request())
+    assert store.approvals.approve(token, "approver-1").status == "APPROVED"
+    assert store.approvals.wait_for_decision(token, timeout_s=5).status == "APPROVED"
+    assert store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL).status == "USED"
+    assert [row.status for row in store.approvals.list_requests()] == ["USED"]
+    store.ping()
+
+
+async def test_works_where_a_loop_is_running(database_url: str, make_event: Callable[..., AuditEvent]) -> None:
+    """In a notebook cell, or any coroutine, the blocking store just works."""
+    with SyncGatewayStore(database_url) as store:
+        assert store.audit.write(make_event()) == "STORED"
+        assert len(store.audit.list_recent()) == 1
+
+
+def test_several_threads_share_a_store(store: SyncGatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+    """Calls of many threads at once all land, and a race between threads has one winner."""
+    token = store.approvals.issue_token(make_request())
+
+    def work(number: int) -> str | None:
+        store.audit.write(make_event(caller_id=f"agent-{number}"))
+        try:
+            return store.approvals.approve(token, f"approver-{number}").approver_id
+        except errors.ApprovalAlreadyDecidedError as error:
+            return error.approver_id
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = set(pool.map(work, range(24)))
+
+    assert len(winners - {None}) == len(winners) == 1
+    assert len(store.audit.list_recent()) == 24
+
+
+def test_not_open_says_so(database_url: str, make_event: Callable[..., AuditEvent]) -> None:
+    """Before `open` and after `close` every service says so; opened again it works."""
+    store = SyncGatewayStore(database_url)
+    uses: list[Callable[[], Any]] = [
+        lambda: store.audit.write(make_event()),
+        lambda: store.audit.counters,
+        lambda: store.approvals.check_token("token"),
+        lambda: store.keys.list(),
+        lambda: store.for_org("acme").keys.list(),
+        store.ping,
+    ]
+
+    for _ in range(2):
+        for use in uses:
+            with pytest.raises(errors.StoreNotOpenError, match="is not open"):
+                use()
+        with store as opened:
+            assert opened is store
+            assert store.open() is store
+            assert store.keys.list() == []
+        store.close()
+
+
+def test_closing_leaves_no_thread(database_url: str) -> None:
+    """The thread of the loop ends with the store, with those of bcrypt and of the notifiers."""
+    with no_thread_left(), SyncGatewayStore(database_url, plugins=[RecordingNotifier()]) as store:
+        issued = store.keys.issue("dev-agent", role="r")
+        store.keys.verify(issued.plaintext)
+        store.approvals.issue_token(make_request())
+
+
+def test_failed_opening_leaves_no_thread(tmp_path: Path) -> None:
+    """A database that cannot be opened is told, and nothing runs on; the store can be tried again."""
+    store = SyncGatewayStore(f"sqlite:///{tmp_path}/folder/gateway.db")
+    with no_thread_left():
+        for _ in range(2):
+            with pytest.raises(errors.StoreUnavailableError, match="folder"):
+                store.open()
+        with pytest.raises(errors.StoreNotOpenError):
+            store.keys.list()
+        (tmp_path / "folder").mkdir()
+        with store:
+            assert store.keys.list() == []
+
+
+def test_errors_come_through_unchanged(store: SyncGatewayStore) -> None:
+    """Type, text, attributes and cause are those of the async store; the traceback leads to the place."""
+    store.keys.issue("dev-agent", role="r")
+    with pytest.raises(errors.ApiKeyExistsError, match="already has an API key") as caught:
+        store.keys.issue("dev-agent", role="r")
+
+    assert caught.value.caller_id == "dev-agent"
+    assert caught.value.__cause__ is not None
+    assert "keys/manager.py" in "".join(str(entry.path) for entry in caught.traceback)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        store.keys.list(no_such_argument=1)  # type: ignore[call-arg]
+
+
+def test_view_is_bound_to_its_organisation(store: SyncGatewayStore) -> None:
+    """`for_org` gives a blocking view over the same thread."""
+    acme = store.for_org("acme")
+    acme.keys.issue("dev-agent", role="r")
+
+    assert isinstance(acme, SyncGatewayStore)
+    assert (acme.org_id, store.org_id, acme.settings) == ("acme", None, store.settings)
+    assert [row.org_id for row in store.keys.list()] == ["acme"]
+    assert store.for_org("globex").keys.list() == []
+    assert acme.database is store.database
+    assert acme.plugins is store.plugins
+
+
+def test_migrating_before_opening(postgres_database: Callable[[], str]) -> None:
+    """`migrate` works on a store that is not open, and leaves one that can be opened."""
+    store = SyncGatewayStore(postgres_database())
+    with no_thread_left():
+        store.migrate()
+        with store:
+            store.migrate()
+            assert store.keys.list() == []
+
+
+@contextmanager
+def interrupted(after: Callable[[], bool]) -> Iterator[None]:
+    """Press Ctrl-C in the main thread once `after` is true."""
+
+    def press() -> None:
+        while not after():
+            time.sleep(0.002)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        thread.join()
+
+
+def test_interrupted_call_is_given_up(store: SyncGatewayStore) -> None:
+    """Ctrl-C in a waiting call ends the waiting in the store's thread, too; the store works on."""
+    token = store.approvals.issue_token(make_request())
+    started = time.monotonic()
+    with interrupted(lambda: time.monotonic() - started > 0.1):
+        store.approvals.wait_for_decision(token, timeout_s=60)
+
+    assert store.approvals.deny(token, "approver-1").status == "DENIED"
+    store.close()
+    assert time.monotonic() - started < 10
+
+
+def test_interrupted_close_still_closes(database_url: str) -> None:
+    """Ctrl-C while `close` waits for a notifier does not leave the store half closed."""
+    gate = threading.Event()
+    recorder = RecordingNotifier(gate)
+    with no_thread_left():
+        store = SyncGatewayStore(database_url, plugins=[recorder]).open()
+        store.approvals.issue_token(make_request())
+        started = time.monotonic()
+        threading.Timer(0.3, gate.set).start()
+        with interrupted(lambda: time.monotonic() - started > 0.1):
+            store.close()
+
+        assert recorder.seen == [("pending", "PENDING")]
+        with pytest.raises(errors.StoreNotOpenError):
+            store.keys.list()
+        with store:
+            assert store.keys.list() == []
+
+
+def test_closing_ends_a_wait_in_another_thread(database_url: str) -> None:
+    """Who waits for a decision while another thread closes the store is told so, and nothing is left open."""
+    with no_thread_left(), ThreadPoolExecutor(1) as pool:
+        with SyncGatewayStore(database_url) as store:
+            token = store.approvals.issue_token(make_request())
+            waiting = pool.submit(store.approvals.wait_for_decision, token, timeout_s=60)
+            while not waiting.running():
+                time.sleep(0.001)
+        with pytest.raises(errors.StoreNotOpenError):
+            waiting.result(timeout=5)
+
+
+def test_forked_process_is_refused(store: SyncGatewayStore) -> None:
+    """In a forked child, which has no thread for the loop, a call is refused rather than waiting for ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forking beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            for act in (store.keys.list, store.open, store.close):
+                with pytest.raises(errors.StoreNotOpenError, match="another process"):
+                    act()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert store.keys.list() == []
+
+
+def test_call_from_its_own_thread_is_refused(store: SyncGatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+    """What the store's thread runs, as a generator of events, cannot wait for that thread."""
+
+    def events() -> Iterator[AuditEvent]:
+        yield make_event()
+        store.keys.list()
+
+    with pytest.raises(RuntimeError, match="from its own thread"):
+        store.audit.write_many(events())
+    assert store.keys.list() == []
+
+
+def test_program_that_forgets_to_close_ends(tmp_path: Path) -> None:
+    """A store left open does not keep the interpreter from ending."""
+    program = "from agent_gateway_store import SyncGatewayStore as S; print(len(S().open().keys.list()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, timeout=30, check=False)
+
+    assert (done.returncode, done.stdout.strip()) == (0, b"0"), done.stderr
+
+
+def test_settings_and_properties_are_there(database_url: str) -> None:
+    """Arguments reach the async store; what can be read before `open` can be read."""
+    settings = StoreSettings(environment="given")
+    store = SyncGatewayStore(database_url, settings=settings, plugins=[RecordingNotifier()])
+
+    assert store.settings is settings
+    assert any(record.name == "recording" for record in store.plugins.records)
+    assert store.hash_args({"a": 1}) == AuditEvent.hash_args({"a": 1})
+
+
+class Stream:
+    """A service with an async iterator."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    async def numbers(self, count: int) -> AsyncIterator[int]:
+        """Count."""
+        try:
+            for number in range(count):
+                await asyncio.sleep(0)
+                yield number
+            if count > 2:
+                raise ValueError("too many")
+        finally:
+            self.closed.set()
+
+
+def test_async_iterator_becomes_an_iterator(store: SyncGatewayStore) -> None:
+    """It gives items one by one, raises what the async one raises, and is closed where the caller stops early."""
+    service = Stream()
+    twin = twin_of(Stream)(service, store._portal)
+
+    assert list(twin.numbers(2)) == [0, 1]
+    with pytest.raises(ValueError, match="too many"):
+        list(twin.numbers(3))
+    service.closed.clear()
+    items = twin.numbers(100)
+    assert next(items) == 0
+    assert not service.closed.is_set()
+    items.close()
+    assert service.closed.is_set()
