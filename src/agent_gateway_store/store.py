@@ -22,6 +22,7 @@ from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks import Dispatcher, Plugins
 from agent_gateway_store.keys import KeyManager
+from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.scrub import storable_key
@@ -90,7 +91,7 @@ class GatewayStore:
         self._approvals = ApprovalManager.over(
             core.database, core.redis, self.settings, org_id=org_id, announce=core.announce, signals=core.signals
         )
-        self._keys = KeyManager(core.database, core.hasher, self.settings, org_id=org_id)
+        self._keys = KeyManager(core.database, core.hasher, core.key_cache, self.settings, org_id=org_id)
 
     @property
     def audit(self) -> AuditLog:
@@ -209,6 +210,12 @@ class _Core:
         self.redis = Accelerator(redis or self._own_redis)
         self.signals = Signals(self.redis, database)
         self.hasher = Hasher(rounds=settings.bcrypt_rounds)
+        self.key_cache = KeyCache(
+            self.hasher,
+            trusted_s=settings.api_key_cache_seconds,
+            signals=self.signals,
+            check_home=database.check_home,
+        )
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
@@ -239,6 +246,7 @@ class _Core:
             return  # another task was faster
         self.database.bind()
         self._notifier, self._writer = notifier, writer
+        self.key_cache.open()
         await writer.open()
 
     def _spool(self) -> Spool | None:
@@ -300,6 +308,7 @@ class _Core:
                 writer, self._writer = self._writer, None
                 steps.push_async_callback(writer.close)
             steps.push_async_callback(self.signals.close)
+            steps.push_async_callback(self.key_cache.close)
 
     async def _close_notifier(self, notifier: ApprovalNotifier) -> None:
         try:

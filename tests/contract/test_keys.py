@@ -334,7 +334,7 @@ async def hold(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> tuple[list[asyncio.Task[CallerIdentity]], Callable[[], None]]:
     """Start checks that end when released, the first one in a thread, and wait until all have read their row."""
-    issued = await issue(store)
+    keys = [(await issue(store, f"agent-{number}")).plaintext for number in range(count)]
     release, read = threading.Event(), list[str]()
 
     def noted(plaintext: str) -> bytes:
@@ -345,7 +345,7 @@ async def hold(
     monkeypatch.setattr(bcrypt, "checkpw", lambda *_: release.wait(10))
     tasks = []
     for expected in (1, count):
-        tasks += [asyncio.create_task(store.keys.verify(issued.plaintext)) for _ in range(expected - len(tasks))]
+        tasks += [asyncio.create_task(store.keys.verify(key)) for key in keys[len(tasks) : expected]]
         while len(read) < expected:
             await asyncio.sleep(0.001)
     return tasks, release.set

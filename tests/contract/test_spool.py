@@ -161,14 +161,15 @@ async def test_every_connection_to_the_file_syncs_and_has_the_size_limit(path: P
     spool = Spool(path, HERE)
     await spool.add([values_of(event_record(make_event()))])
     engine = await spool._opened()
+    found = []
     async with engine.connect() as first, engine.connect() as second:
-        found = [
-            [(await connection.exec_driver_sql(f"PRAGMA {name}")).scalar() for connection in (first, second)]
-            for name in ("journal_mode", "synchronous", "max_page_count")
-        ]
+        for connection in (first, second):
+            for name in ("journal_mode", "synchronous", "max_page_count"):
+                found.append((await connection.exec_driver_sql(f"PRAGMA {name}")).scalar())
+            await connection.rollback()
     await spool.close()
 
-    assert found == [["wal", "wal"], [2, 2], [2**18, 2**18]]
+    assert found == ["wal", 2, 2**18] * 2
 
 
 async def test_what_a_killed_process_left_is_replayed_by_the_next_open(place: Place, path: Path) -> None:

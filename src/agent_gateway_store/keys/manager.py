@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -11,20 +13,29 @@ from pydantic import SecretStr
 from sqlalchemy import ColumnElement, and_, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store.errors import ApiKeyExistsError, ApiKeyNotFoundError, InvalidApiKeyError, StoreUnavailableError
+from agent_gateway_store.errors import (
+    ApiKeyExistsError,
+    ApiKeyNotFoundError,
+    InvalidApiKeyError,
+    StoreNotOpenError,
+    StoreUnavailableError,
+)
+from agent_gateway_store.keys.cache import REFUSED, Good, KeyCache, Refused
+from agent_gateway_store.keys.checking import now
 from agent_gateway_store.keys.format import digest, new_key, new_key_id, parse_key_id
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, storable_key
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import Work, db_now, first_row
+from agent_gateway_store.storage.database import Executor, Work, db_now, first_row
 
 __all__ = ["COLUMNS", "KeyManager"]
 
 COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
 _DEFAULT_ORG = "default"
 _LAST_USED_EVERY = timedelta(minutes=1)
+_NOTE_WAIT_S = 1.0
 _logger = logging.getLogger("agent_gateway_store.keys")
 _keys = ApiKey.__table__  # type: ignore[attr-defined]
 
@@ -35,12 +46,15 @@ class KeyManager:
     Args:
         work: Where they are kept.
         hasher: bcrypt in its threads; stays the caller's.
+        cache: What is known of keys; shared by the views of a store.
         settings: `environment` is stamped on keys that name none.
         org_id: See and change only this organisation; None sees all, and issues for "default".
     """
 
-    def __init__(self, work: Work, hasher: Hasher, settings: StoreSettings, *, org_id: str | None = None) -> None:
-        self._work, self._hasher, self._settings, self._org_id = work, hasher, settings, org_id
+    def __init__(
+        self, work: Work, hasher: Hasher, cache: KeyCache, settings: StoreSettings, *, org_id: str | None = None
+    ) -> None:
+        self._work, self._hasher, self._cache, self._settings, self._org_id = work, hasher, cache, settings, org_id
 
     async def issue(
         self,
@@ -103,45 +117,64 @@ class KeyManager:
     async def verify(self, key: str | SecretStr) -> CallerIdentity:
         """Return who `key` belongs to.
 
-        A malformed key costs no lookup, an unknown one no bcrypt. bcrypt runs in threads.
+        A malformed key costs no lookup, an unknown one no bcrypt. bcrypt runs in threads. A key that was accepted is
+        trusted for API_KEY_CACHE_SECONDS, unless it ends or this process hears of a change before; the next check
+        reads its row, and bcrypt runs again only if the hash has changed.
 
         Raises:
             InvalidApiKeyError: The key is malformed, unknown, wrong, expired, revoked, or of another organisation;
                 which of these is not told.
-            StoreUnavailableError: The database is away, or too many checks wait.
+            StoreUnavailableError: The database is away, too many checks wait, or too many keys of the same id were
+                wrong. Nothing is said of the key by this.
         """
         plaintext = key.get_secret_value() if isinstance(key, SecretStr) else key
         key_id = parse_key_id(plaintext)
         if key_id is None:
             raise InvalidApiKeyError
+        cache = self._cache
+        name = cache.name(plaintext)
+        answer = cache.find(self._org_id, key_id, name)
+        if answer is None:
+            answer = await cache.shared(self._org_id, name, lambda: self._look(key_id, name, plaintext))
+        if not isinstance(answer, Good):
+            raise InvalidApiKeyError
+        if answer.use_due <= (moment := now()):
+            answer.use_due = moment + _LAST_USED_EVERY.total_seconds()
+            cache.in_background(self._note_use(answer.identity.api_key_id))
+        return answer.identity
+
+    async def _look(self, key_id: str, name: bytes, plaintext: str) -> Good | Refused:
+        cache = self._cache
+        cache.checker.admit(key_id, name)
+        reading = cache.begin()
         async with self._work.read() as executor:
             row = await first_row(executor, select(_keys, *_timely()).where(self._seen(_keys.c.key_id == key_id)))
-        if row is None or not row["is_active"] or row["is_expired"] or not await self._matches(row, plaintext):
-            raise InvalidApiKeyError
+        if row is None or not row["is_active"] or row["is_expired"]:
+            cache.put_unknown(reading, key_id, self._org_id)
+            return REFUSED
+        hashes = [row["key_hash"], *([row["previous_key_hash"]] if row["has_previous"] else [])]
+        matched = await cache.checker.matching(key_id, name, digest(plaintext), hashes)
+        # The store may have closed meanwhile.
+        cache.check_home()
+        if matched is None:
+            cache.put_wrong(reading, name, self._org_id)
+            return REFUSED
+        ends = [row["expires_at"], None if matched == row["key_hash"] else row["previous_key_expires_at"]]
+        good = Good(_identity(row), use_due=reading.at + _until_use_due(row))
+        end = min((end for end in ends if end is not None), default=None)
+        cache.put_good(reading, name, self._org_id, good, read_at=row["read_at"], end=end)
         if row["is_use_due"]:
-            await self._note_use(row["id"])
-        return CallerIdentity(
-            caller_id=row["caller_id"],
-            role=row["role"],
-            trust_level=row["trust_level"],
-            environment=row["environment"],
-            org_id=row["org_id"],
-            key_id=row["key_id"],
-            api_key_id=row["id"],
-        )
-
-    async def _matches(self, row: Mapping[str, Any], plaintext: str) -> bool:
-        secret = digest(plaintext)
-        if await self._hasher.check(secret, row["key_hash"]):
-            return True
-        return bool(row["has_previous"]) and await self._hasher.check(secret, row["previous_key_hash"])
+            good.use_due = now() + _LAST_USED_EVERY.total_seconds()
+            # Waited for, as a rule; a database that hangs over the write keeps nobody out.
+            await asyncio.wait([cache.in_background(self._note_use(row["id"]))], timeout=_NOTE_WAIT_S)
+        return good
 
     async def _note_use(self, row_id: int) -> None:
         statement = update(_keys).where(_keys.c.id == row_id, _is_use_due()).values(last_used_at=db_now())
         try:
             async with self._work.write() as executor:
                 await executor.execute(statement)
-        except StoreUnavailableError as exc:
+        except (StoreUnavailableError, StoreNotOpenError) as exc:
             # A database that only reads still tells good keys from bad ones.
             _logger.warning("The last use of an API key could not be noted: %s", exc)
 
@@ -175,10 +208,13 @@ class KeyManager:
             )
             .returning(*_keys.c)
         )
-        async with self._work.write() as executor:
+        async with self._change() as executor:
             row = await first_row(executor, statement)
+            if row is not None:
+                await self._cache.announce(executor, row["key_id"])
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
+        await self._cache.publish(row["key_id"])
         api_key = ApiKey.from_row(row)
         return IssuedKey(
             plaintext=SecretStr(plaintext), api_key=api_key, previous_valid_until=api_key.previous_key_expires_at
@@ -192,12 +228,25 @@ class KeyManager:
         """
         mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         ended = {"is_active": False, "revoked_at": db_now(), "previous_key_hash": None, "previous_key_expires_at": None}
-        async with self._work.write() as executor:
+        async with self._change() as executor:
             statement = update(_keys).where(mine, _keys.c.is_active).values(ended).returning(*_keys.c)
             row = await first_row(executor, statement) or await first_row(executor, select(_keys).where(mine))
+            if row is not None:
+                await self._cache.announce(executor, row["key_id"])
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
+        await self._cache.publish(row["key_id"])
         return ApiKey.from_row(row)
+
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[Executor]:
+        """Write. Where it stays unknown whether the commit arrived, nothing that was read before is trusted."""
+        try:
+            async with self._work.write() as executor:
+                yield executor
+        except BaseException:
+            self._cache.drop_all()
+            raise
 
     async def get(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
         """Return the key row of `caller_id`; its hash is not shown by a repr.
@@ -251,4 +300,23 @@ def _timely() -> tuple[ColumnElement[Any], ...]:
         and_(_keys.c.expires_at.is_not(None), _keys.c.expires_at <= db_now()).label("is_expired"),
         and_(_keys.c.previous_key_hash.is_not(None), _keys.c.previous_key_expires_at > db_now()).label("has_previous"),
         _is_use_due().label("is_use_due"),
+        db_now().label("read_at"),
+    )
+
+
+def _until_use_due(row: Mapping[str, Any]) -> float:
+    used: datetime | None = row["last_used_at"]
+    since = timedelta() if used is None else row["read_at"] - used
+    return (_LAST_USED_EVERY - since).total_seconds()
+
+
+def _identity(row: Mapping[str, Any]) -> CallerIdentity:
+    return CallerIdentity(
+        caller_id=row["caller_id"],
+        role=row["role"],
+        trust_level=row["trust_level"],
+        environment=row["environment"],
+        org_id=row["org_id"],
+        key_id=row["key_id"],
+        api_key_id=row["id"],
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import asyncpg
@@ -77,6 +77,7 @@ class Signals:
         self._redis = redis
         self._database = database
         self._topics: dict[str, Topic] = {}
+        self._ears: dict[str, Callable[[str | None], None]] = {}
         self._subscription: asyncio.Task[None] | None = None
         self._is_live = False
 
@@ -90,14 +91,25 @@ class Signals:
         """Hear of changes of `key` inside the block."""
         topic = self._topics.setdefault(key, Topic())
         topic.listeners += 1
-        if self._subscription is None and (self._redis.client is not None or self._notifies):
-            self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
+        self._start()
         try:
             yield topic
         finally:
             topic.listeners -= 1
             if topic.listeners == 0:
                 del self._topics[key]
+
+    def hear(self, prefix: str, heard: Callable[[str | None], None]) -> None:
+        """Call `heard` with the rest of every signalled key that begins with `prefix`, until `close`.
+
+        None tells that signals may have been missed.
+        """
+        self._ears[prefix] = heard
+        self._start()
+
+    def _start(self) -> None:
+        if self._subscription is None and (self._redis.client is not None or self._notifies):
+            self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
 
     async def announce(self, executor: Executor, key: str) -> None:
         """Have the signal go out with the transaction of `executor`, where signals go through the database."""
@@ -116,6 +128,7 @@ class Signals:
             await asyncio.wait([self._subscription])
             self._subscription = None
         self._is_live = False
+        self._ears.clear()
 
     def wake_all(self) -> None:
         """Have everybody who waits look once."""
@@ -129,6 +142,9 @@ class Signals:
     def _wake(self, key: str) -> None:
         if (topic := self._topics.get(key)) is not None:
             topic.wake()
+        for prefix, heard in self._ears.items():
+            if key.startswith(prefix):
+                heard(key[len(prefix) :])
 
     async def _subscribe(self) -> None:
         listen = self._listen_to_redis if self._redis.client is not None else self._listen_to_postgres
@@ -146,6 +162,8 @@ class Signals:
         # What was signalled before is gone, so everybody looks once.
         self._is_live = True
         self.wake_all()
+        for heard in self._ears.values():
+            heard(None)
 
     async def _listen_to_redis(self) -> None:
         assert self._redis.client is not None  # noqa: S101

@@ -1,0 +1,312 @@
+"""What was acknowledged survives: the database or the writing process is killed under load, hangs, refuses, fills up."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+
+from agent_gateway_store import GatewayStore, WriteOutcome
+from proofs.harness import (
+    Load,
+    Verdict,
+    child,
+    eventually,
+    execute,
+    make_event,
+    migrated,
+    spool_is_empty,
+    spooled_ids,
+    stored_ids,
+)
+from servers import PostgresServer
+
+pytestmark = pytest.mark.integration
+
+STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
+LONGEST_CALL_S = 6.5
+BACK_WITHIN_S = 3.0
+
+FORGETFUL = {
+    "synchronous_commit": "off",
+    "wal_writer_delay": "10s",
+    "wal_writer_flush_after": "1GB",
+    "wal_buffers": "64MB",
+}
+"""Settings under which a commit is acknowledged long before it is written."""
+
+WRITING = """
+import asyncio, os, sys
+from agent_gateway_store import GatewayStore
+from proofs.harness import make_event
+
+async def main(url):
+    async with GatewayStore(url, redis_url="") as store:
+        async def write():
+            while True:
+                event = make_event()
+                outcome = await store.audit.write(event)
+                os.write(1, f"{event.request_id} {outcome}\\n".encode())
+
+        os.write(1, b"open\\n")
+        await asyncio.gather(*(write() for _ in range(16)))
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    """A durable server of this file's own with few connections."""
+    with PostgresServer(durable=True, settings={"max_connections": 20}) as started:
+        yield started
+
+
+@pytest.fixture
+def url(server: PostgresServer) -> Iterator[str]:
+    """The URL of a migrated database on it; the server runs again afterwards."""
+    name = f"outage_{random.randrange(10**12)}"
+    asyncio.run(execute(server.url, f"CREATE DATABASE {name} TEMPLATE template0"))
+    yield migrated(make_url(server.url).set(database=name).render_as_string(hide_password=False))
+    server.resume()
+    with suppress(AssertionError):
+        server.start()
+
+
+@asynccontextmanager
+async def under_load(url: str, *, writers: int = 16) -> AsyncIterator[Load]:
+    """Give a store whose writers go on through the block; then it is emptied, and nothing was lost, doubled or raised."""
+    async with GatewayStore(url, redis_url="") as store:
+        load, stop = Load(store), asyncio.Event()
+
+        def events() -> Iterator[object]:
+            while not stop.is_set():
+                yield make_event()
+
+        running = asyncio.create_task(load.run(events(), writers=writers))
+        try:
+            await load.until(200)
+            assert load.outcomes().keys() == {STORED}
+            yield load
+        finally:
+            stop.set()
+            await running
+        await eventually(lambda: spool_is_empty(store), 30)
+        assert await load.judge() == Verdict()
+        assert load.outcomes().keys() <= {STORED, SPOOLED, DUPLICATE}
+        assert load.slowest_s < LONGEST_CALL_S
+
+
+async def spooled(load: Load) -> None:
+    """Wait until writes go to the spool."""
+
+    async def is_spooled() -> bool:
+        return SPOOLED in load.outcomes()
+
+    await eventually(is_spooled, 10)
+
+
+async def back(load: Load) -> float:
+    """Wait until writes go to the database again and return how many seconds that took."""
+
+    async def is_stored() -> bool:
+        return await load.store.audit.write(make_event(request_id=f"back {time.monotonic()}")) is STORED
+
+    start = time.monotonic()
+    while not await is_stored():
+        await asyncio.sleep(0.02)
+    return time.monotonic() - start
+
+
+async def kill_the_server(
+    server: PostgresServer, url: str, *, events: int, kills: int, seed: int
+) -> tuple[Verdict, Load]:
+    """Kill every process of a server so many times under 64 writers, and judge what is there at the end."""
+    rng = random.Random(seed)
+    async with GatewayStore(url, redis_url="") as store:
+        load = Load(store)
+        running = asyncio.create_task(load.run(make_event() for _ in range(events)))
+        for number in range(1, kills + 1):
+            await load.until(events * number // (kills + 1))
+            await asyncio.sleep(rng.random() * 0.02)
+            await asyncio.to_thread(server.kill)
+            await asyncio.sleep(rng.random() * 0.1)
+            await asyncio.to_thread(server.start)
+            await back(load)
+        await running
+        await eventually(lambda: spool_is_empty(store), 60)
+        verdict = await load.judge()
+    extra = sum(request_id.startswith("back ") for request_id in await all_ids(url))
+    return Verdict(verdict.lost, verdict.doubled - extra, verdict.errors), load
+
+
+async def all_ids(url: str) -> list[str]:
+    """Every request id in the database, read without the store."""
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""), ssl=False)
+    try:
+        return [row[0] for row in await connection.fetch("SELECT request_id FROM audit_events")]
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("events", "kills"), [(10_000, 2), pytest.param(100_000, 5, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+async def test_a_killed_server_loses_and_doubles_nothing(
+    server: PostgresServer, url: str, tmp_path: Path, events: int, kills: int
+) -> None:
+    """kill -9 of all of PostgreSQL under 64 writers: 0 acknowledged events lost, 0 doubled, 0 exceptions."""
+    verdict, load = await kill_the_server(server, url, events=events, kills=kills, seed=events)
+
+    assert verdict == Verdict()
+    assert len(load.acknowledged) == events
+    assert LOST not in load.outcomes()
+    assert load.slowest_s < LONGEST_CALL_S
+    assert spooled_ids(tmp_path / "spool.db") == []
+
+
+async def test_the_proof_catches_a_server_that_forgets() -> None:
+    """The same with synchronous_commit=off finds lost events, so the proof above can fail."""
+    with PostgresServer(durable=True, settings=FORGETFUL) as forgetful:
+        verdict, _ = await kill_the_server(forgetful, migrated(forgetful.url), events=10_000, kills=2, seed=1)
+
+    assert verdict.lost > 0
+    assert verdict.errors == 0
+
+
+@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.slow)], ids=["short", "long"])
+async def test_a_killed_writer_leaves_everything_it_acknowledged(
+    server: PostgresServer, url: str, tmp_path: Path, rounds: int
+) -> None:
+    """kill -9 of the writing process at random moments, in each second round with the database away: each event that
+    it acknowledged is in the database or in the spool, once."""
+    rng, acknowledged = random.Random(rounds), set[str]()
+    for number in range(rounds):
+        async with child(WRITING, url) as process:
+            reading = asyncio.create_task(process.stdout.read())
+            await asyncio.sleep(rng.random() * 0.3)
+            if number % 2:
+                await asyncio.to_thread(server.kill)
+                await asyncio.sleep(rng.random() * 0.3)
+            process.send_signal(signal.SIGKILL)
+            lines = [line.split() for line in (await reading).decode().splitlines(keepends=True) if line.endswith("\n")]
+            await process.wait()
+        if number % 2:
+            await asyncio.to_thread(server.start)
+        assert {outcome for _, outcome in lines} <= {STORED, SPOOLED, DUPLICATE}
+        acknowledged |= {request_id for request_id, _ in lines}
+        assert acknowledged <= {*await all_ids(url), *spooled_ids(tmp_path / "spool.db")}
+
+    async with GatewayStore(url, redis_url="") as store:
+        await eventually(lambda: spool_is_empty(store), 30)
+        found = await stored_ids(store)
+    assert len(acknowledged) > rounds
+    assert acknowledged <= found.keys()
+    assert found.total() == len(found)
+
+
+async def test_a_server_that_hangs_holds_nobody_up(server: PostgresServer, url: str) -> None:
+    """SIGSTOP: single, bulk and flushing callers end within their bound, writes go to the spool, and to the database
+    soon after SIGCONT."""
+    big = [make_event(sanitized_args={"text": "x" * 20_000}) for _ in range(2_000)]
+    async with under_load(url) as load:
+        server.pause()
+        start = time.monotonic()
+        bulk = await load.store.audit.write_many(big)
+        took = time.monotonic() - start
+        await spooled(load)
+        waiting = await load.store.audit.flush()
+        flushed = time.monotonic() - start - took
+        server.resume()
+        recovered = await back(load)
+        load.acknowledged |= {event.request_id: SPOOLED for event in big}
+
+    assert bulk == {SPOOLED: 2_000}
+    assert took < 2 * LONGEST_CALL_S
+    assert waiting >= 2_000
+    assert flushed < 2.5
+    assert recovered < BACK_WITHIN_S
+
+
+async def test_a_server_without_connections_is_an_outage(server: PostgresServer, url: str) -> None:
+    """Somebody takes every connection: writes are spooled, and stored when there is one again."""
+    taken: list[asyncpg.Connection] = []
+    plain = server.url.replace("+asyncpg", "")
+    async with under_load(url) as load:
+        admin = await asyncpg.connect(plain, ssl=False)
+        taken.append(admin)
+        while SPOOLED not in load.outcomes():
+            with suppress(asyncpg.TooManyConnectionsError):
+                taken.append(await asyncpg.connect(plain, ssl=False))
+            database = make_url(url).database
+            await admin.fetch("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", database)
+        for connection in taken:
+            await connection.close()
+
+        assert await back(load) < BACK_WITHIN_S
+
+
+async def test_a_read_only_server_is_an_outage(server: PostgresServer, url: str) -> None:
+    """After a failover to a replica, say: writes are spooled, and stored when the server takes them again."""
+    database = make_url(url).database
+    async with under_load(url) as load:
+        await execute(server.url, f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+        cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+        await execute(server.url, cut)
+        await spooled(load)
+        await execute(server.url, f"ALTER DATABASE {database} RESET default_transaction_read_only")
+
+        assert await back(load) < BACK_WITHIN_S
+
+
+@pytest.fixture
+def small_disk(server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system of 24 MiB that the server can write to."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m,mode=777", "none", str(folder)]
+    try:
+        made = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as exc:
+        pytest.skip(f"cannot mount a small disk: {exc}")
+    if made.returncode:
+        pytest.skip(f"cannot mount a small disk: {made.stderr.strip()}")
+    for parent in folder.parents:
+        if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+async def test_a_full_disk_is_an_outage(server: PostgresServer, small_disk: Path) -> None:
+    """The table's disk is full: writes are spooled, and stored when there is room again."""
+    place = small_disk / "table"
+    place.mkdir(mode=0o777)
+    place.chmod(0o777)
+    await execute(
+        server.url, f"CREATE TABLESPACE small LOCATION '{place}'", "CREATE DATABASE full_disk TABLESPACE small"
+    )
+    url = migrated(make_url(server.url).set(database="full_disk").render_as_string(hide_password=False))
+    try:
+        async with under_load(url, writers=8) as load:
+            ballast = small_disk / "ballast"
+            with suppress(OSError), ballast.open("wb") as file:
+                while file.write(b"x" * 4_096):
+                    file.flush()
+            await spooled(load)
+            assert load.store.audit.counters.lost == 0
+            ballast.unlink()
+
+            assert await back(load) < BACK_WITHIN_S
+    finally:
+        await execute(server.url, "DROP DATABASE full_disk WITH (FORCE)", "DROP TABLESPACE small")
