@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import QueuePool
-from sqlalchemy.util import greenlet_spawn
 
 from agent_gateway_store.approval import ApprovalManager, ApprovalNotifier
 from agent_gateway_store.audit import AuditLog
@@ -38,7 +35,6 @@ from agent_gateway_store.storage.urls import is_memory
 
 __all__ = ["GatewayStore"]
 
-_LAST_STATEMENTS_S = 5.0
 _logger = logging.getLogger("agent_gateway_store")
 
 
@@ -300,7 +296,7 @@ class _Core:
                 steps.push_async_callback(self._own_redis.aclose)
             # Who still waits for a decision looks once more, and finds the store closed.
             steps.callback(self.signals.wake_all)
-            steps.push_async_callback(self._close_database)
+            steps.push_async_callback(self.database.close)
             steps.callback(self.hasher.close)
             if self._notifier is not None:
                 steps.push_async_callback(self._close_notifier, self._notifier)
@@ -317,13 +313,3 @@ class _Core:
         finally:
             self._notifier = None
             await notifier.close()
-
-    async def _close_database(self) -> None:
-        pool = self.database.engine.pool
-        await self.database.close()
-        if self.database.owned and isinstance(pool, QueuePool):
-            # What was under way gives its connection back to the old pool, where nobody would close it.
-            deadline = time.monotonic() + _LAST_STATEMENTS_S
-            while pool.checkedout() and time.monotonic() < deadline:
-                await asyncio.sleep(0.005)
-            await greenlet_spawn(pool.dispose)

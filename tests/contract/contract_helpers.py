@@ -11,6 +11,7 @@ from uuid import uuid4
 from sqlalchemy import event, text
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, ToolCall
+from agent_gateway_store.storage import prepared
 
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 
@@ -41,8 +42,13 @@ async def column(store: GatewayStore, name: str, table: str) -> list[Any]:
 
 @contextmanager
 def counted_statements(store: GatewayStore) -> Iterator[list[str]]:
-    """Collect the SQL statements that go through the store's engine."""
+    """Collect the SQL statements that go through the store's engine, or past it to the driver."""
     statements: list[str] = []
+    run = prepared._Compiled.run
+
+    async def noting(compiled: prepared._Compiled, *args: Any) -> Any:
+        statements.append(compiled._text)
+        return await run(compiled, *args)
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if not statement.startswith("BEGIN"):
@@ -50,9 +56,11 @@ def counted_statements(store: GatewayStore) -> Iterator[list[str]]:
 
     engine = store.database.engine.sync_engine
     event.listen(engine, "before_cursor_execute", note)
+    prepared._Compiled.run = noting  # type: ignore[method-assign]
     try:
         yield statements
     finally:
+        prepared._Compiled.run = run  # type: ignore[method-assign]
         event.remove(engine, "before_cursor_execute", note)
 
 

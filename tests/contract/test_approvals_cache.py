@@ -117,6 +117,10 @@ async def test_status_that_can_change_is_trusted_for_a_while_only(
     with counted_statements(store) as statements:
         assert (await store.approvals.check_token(token)).status == "DENIED"
     assert statements == []
+    await client.persist(f"approval:{token}")
+    with counted_statements(store) as statements:
+        assert (await store.approvals.check_token(token)).status == "DENIED"
+    assert len(statements) == 1  # what has no end was not written by us
 
 
 async def test_trust_can_be_switched_off(database_url: str, redis_setting: str) -> None:

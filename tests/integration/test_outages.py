@@ -1,11 +1,13 @@
-"""What was acknowledged survives: the database or the writing process is killed under load, hangs, refuses, fills up."""
+"""What was acknowledged survives when the database or the writing process is killed under load, hangs or is full."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -84,7 +86,7 @@ def url(server: PostgresServer) -> Iterator[str]:
 
 @asynccontextmanager
 async def under_load(url: str, *, writers: int = 16) -> AsyncIterator[Load]:
-    """Give a store whose writers go on through the block; then it is emptied, and nothing was lost, doubled or raised."""
+    """Give a store whose writers go on through the block; afterwards nothing was lost, doubled or raised."""
     async with GatewayStore(url, redis_url="") as store:
         load, stop = Load(store), asyncio.Event()
 
@@ -119,12 +121,9 @@ async def back(load: Load) -> float:
     """Wait until writes go to the database again and return how many seconds that took."""
 
     async def is_stored() -> bool:
-        return await load.store.audit.write(make_event(request_id=f"back {time.monotonic()}")) is STORED
+        return await load.write(make_event()) is STORED
 
-    start = time.monotonic()
-    while not await is_stored():
-        await asyncio.sleep(0.02)
-    return time.monotonic() - start
+    return await eventually(is_stored, 30)
 
 
 async def kill_the_server(
@@ -132,9 +131,10 @@ async def kill_the_server(
 ) -> tuple[Verdict, Load]:
     """Kill every process of a server so many times under 64 writers, and judge what is there at the end."""
     rng = random.Random(seed)
-    async with GatewayStore(url, redis_url="") as store:
+    async with asyncio.timeout(60 + events / 500), GatewayStore(url, redis_url="") as store:
         load = Load(store)
-        running = asyncio.create_task(load.run(make_event() for _ in range(events)))
+        source = (make_event() for _ in range(events))
+        running = asyncio.create_task(load.run(source))
         for number in range(1, kills + 1):
             await load.until(events * number // (kills + 1))
             await asyncio.sleep(rng.random() * 0.02)
@@ -144,9 +144,7 @@ async def kill_the_server(
             await back(load)
         await running
         await eventually(lambda: spool_is_empty(store), 60)
-        verdict = await load.judge()
-    extra = sum(request_id.startswith("back ") for request_id in await all_ids(url))
-    return Verdict(verdict.lost, verdict.doubled - extra, verdict.errors), load
+        return await load.judge(), load
 
 
 async def all_ids(url: str) -> list[str]:
@@ -165,10 +163,12 @@ async def test_a_killed_server_loses_and_doubles_nothing(
     server: PostgresServer, url: str, tmp_path: Path, events: int, kills: int
 ) -> None:
     """kill -9 of all of PostgreSQL under 64 writers: 0 acknowledged events lost, 0 doubled, 0 exceptions."""
+    start = time.monotonic()
     verdict, load = await kill_the_server(server, url, events=events, kills=kills, seed=events)
+    print(f"{kills} kills of the server in {time.monotonic() - start:.1f} s: {load}: {verdict}")
 
     assert verdict == Verdict()
-    assert len(load.acknowledged) == events
+    assert len(load.acknowledged) > events
     assert LOST not in load.outcomes()
     assert load.slowest_s < LONGEST_CALL_S
     assert spooled_ids(tmp_path / "spool.db") == []
@@ -177,7 +177,10 @@ async def test_a_killed_server_loses_and_doubles_nothing(
 async def test_the_proof_catches_a_server_that_forgets() -> None:
     """The same with synchronous_commit=off finds lost events, so the proof above can fail."""
     with PostgresServer(durable=True, settings=FORGETFUL) as forgetful:
-        verdict, _ = await kill_the_server(forgetful, migrated(forgetful.url), events=10_000, kills=2, seed=1)
+        url = migrated(forgetful.url)
+        await execute(url, "CHECKPOINT")  # of the tables, lest it forget those
+        verdict, load = await kill_the_server(forgetful, url, events=10_000, kills=2, seed=1)
+    print(f"2 kills of a server with synchronous_commit=off: {load}: {verdict}")
 
     assert verdict.lost > 0
     assert verdict.errors == 0
@@ -209,6 +212,8 @@ async def test_a_killed_writer_leaves_everything_it_acknowledged(
     async with GatewayStore(url, redis_url="") as store:
         await eventually(lambda: spool_is_empty(store), 30)
         found = await stored_ids(store)
+    print(f"{rounds} kills of the writer: {len(acknowledged):,} acknowledged, {found.total():,} rows")
+
     assert len(acknowledged) > rounds
     assert acknowledged <= found.keys()
     assert found.total() == len(found)
@@ -229,6 +234,7 @@ async def test_a_server_that_hangs_holds_nobody_up(server: PostgresServer, url: 
         server.resume()
         recovered = await back(load)
         load.acknowledged |= {event.request_id: SPOOLED for event in big}
+    print(f"SIGSTOP: {load}; bulk {took:.2f} s, flush {flushed:.2f} s, back in the database {recovered:.2f} s later")
 
     assert bulk == {SPOOLED: 2_000}
     assert took < 2 * LONGEST_CALL_S
@@ -269,40 +275,37 @@ async def test_a_read_only_server_is_an_outage(server: PostgresServer, url: str)
 
 
 @pytest.fixture
-def small_disk(server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system of 24 MiB that the server can write to."""
-    folder = tmp_path_factory.mktemp("disk")
+def small_disk(server: PostgresServer) -> Iterator[Path]:
+    """A folder of the server's user on a file system of 24 MiB."""
+    folder = Path(tempfile.mkdtemp(prefix="ags-disk-", dir="/tmp"))
+    folder.chmod(0o755)
     mount = ["mount", "-t", "tmpfs", "-o", "size=24m,mode=777", "none", str(folder)]
     try:
-        made = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as exc:
+        subprocess.run(mount, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as exc:
+        folder.rmdir()
         pytest.skip(f"cannot mount a small disk: {exc}")
-    if made.returncode:
-        pytest.skip(f"cannot mount a small disk: {made.stderr.strip()}")
-    for parent in folder.parents:
-        if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
     try:
-        yield folder
+        table = folder / "table"
+        table.mkdir()
+        shutil.chown(table, "nobody")
+        yield table
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+        folder.rmdir()
 
 
 async def test_a_full_disk_is_an_outage(server: PostgresServer, small_disk: Path) -> None:
     """The table's disk is full: writes are spooled, and stored when there is room again."""
-    place = small_disk / "table"
-    place.mkdir(mode=0o777)
-    place.chmod(0o777)
-    await execute(
-        server.url, f"CREATE TABLESPACE small LOCATION '{place}'", "CREATE DATABASE full_disk TABLESPACE small"
-    )
+    await execute(server.url, f"CREATE TABLESPACE small LOCATION '{small_disk}'")
+    await execute(server.url, "CREATE DATABASE full_disk TABLESPACE small")
     url = migrated(make_url(server.url).set(database="full_disk").render_as_string(hide_password=False))
     try:
         async with under_load(url, writers=8) as load:
-            ballast = small_disk / "ballast"
-            with suppress(OSError), ballast.open("wb") as file:
+            ballast = small_disk.with_name("ballast")
+            with suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while file.write(b"x" * 4_096):
-                    file.flush()
+                    pass
             await spooled(load)
             assert load.store.audit.counters.lost == 0
             ballast.unlink()

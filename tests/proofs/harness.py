@@ -217,12 +217,17 @@ class Load:
 
     async def _write(self, source: Iterator[AuditEvent]) -> None:
         for event in source:
-            start = time.monotonic()
-            try:
-                self.acknowledged[event.request_id] = await self.store.audit.write(event)
-            except Exception as exc:
-                self.errors.append(exc)
-            self.slowest_s = max(self.slowest_s, time.monotonic() - start)
+            await self.write(event)
+
+    async def write(self, event: AuditEvent) -> WriteOutcome | None:
+        """Write one event and note what came of it; None if an exception did."""
+        start, outcome = time.monotonic(), None
+        try:
+            self.acknowledged[event.request_id] = outcome = await self.store.audit.write(event)
+        except Exception as exc:
+            self.errors.append(exc)
+        self.slowest_s = max(self.slowest_s, time.monotonic() - start)
+        return outcome
 
     async def until(self, number: int) -> None:
         """Wait until so many events are acknowledged."""
@@ -232,6 +237,10 @@ class Load:
     def outcomes(self) -> Counter[WriteOutcome]:
         """How many events came to which outcome."""
         return Counter(self.acknowledged.values())
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(self.outcomes().items()))
+        return f"{len(self.acknowledged):,} acknowledged ({counts}), longest call {self.slowest_s:.2f} s"
 
     async def judge(self) -> Verdict:
         """Compare what was acknowledged with what the database holds, after the spool was emptied."""

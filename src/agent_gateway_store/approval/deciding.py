@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.dialects import postgresql, sqlite
-
 from agent_gateway_store.approval import refusals
-from agent_gateway_store.approval.rows import request_of, standing
-from agent_gateway_store.approval.transitions import move, requests, votes
+from agent_gateway_store.approval.rows import Name, request_of, standing
+from agent_gateway_store.approval.statements import APPROVE, APPROVE_LAST, COUNT_APPROVALS, TAKE, VOTE, Key
 from agent_gateway_store.models.approval import VoteDecision
 from agent_gateway_store.models.scrub import Scrubber, storable_key
-from agent_gateway_store.models.values import ApprovalStatus
-from agent_gateway_store.storage.database import Executor, db_now, dialect_of, first_row
+from agent_gateway_store.storage.database import Runner
+from agent_gateway_store.storage.prepared import Prepared
 
 __all__ = ["Ballot", "approve", "end"]
-
-_PENDING, _APPROVED = ApprovalStatus.PENDING, ApprovalStatus.APPROVED
 
 
 class Ballot:
@@ -36,14 +31,18 @@ class Ballot:
         self.channel = storable_key(channel)
         self.says = decision
 
-    def decision(self) -> dict[str, Any]:
-        """The columns by which this ballot decides."""
-        return {"approver_id": self.approver_id, "approver_note": self.note, "decision_at": db_now()}
+    @property
+    def values(self) -> dict[str, Any]:
+        """The parameters that this ballot gives."""
+        return {
+            "p_approver_id": self.approver_id,
+            "p_note": self.note,
+            "p_channel": self.channel,
+            "p_decision": self.says,
+        }
 
 
-async def approve(
-    executor: Executor, key: ColumnElement[bool], ballot: Ballot, *, allow_self: bool
-) -> Mapping[str, Any]:
+async def approve(runner: Runner, name: Name, ballot: Ballot, *, allow_self: bool) -> Mapping[str, Any]:
     """Cast a vote to approve, and approve where it is the last one needed; does not commit.
 
     Returns:
@@ -52,70 +51,52 @@ async def approve(
     Raises:
         ApprovalError: As `ApprovalManager.approve` says; what was written must be rolled back.
     """
-    others = () if allow_self else (requests.c.caller_id != ballot.approver_id,)
-    single = move((_PENDING,), _APPROVED, key, requests.c.required_approvals <= 1, *others, **ballot.decision())
-    row = await first_row(executor, single)
+    values = name.values | ballot.values | {"p_allow_self": allow_self}
+    row = await APPROVE[name.by].first(runner, values)
     if row is not None:
-        await _vote(executor, row, ballot)
+        await _vote(runner, row, ballot)
         return row
     # Taking the row first makes voters wait for each other; each then counts what is really there.
-    row = await first_row(executor, move((_PENDING,), _PENDING, key, *others))
+    row = await TAKE[name.by].first(runner, values)
     if row is None:
-        raise await _refused(executor, key, ballot, allow_self=allow_self)
-    await _vote(executor, row, ballot)
-    if await _approvals(executor, row) < row["required_approvals"]:
+        raise await _refused(runner, name, ballot, allow_self=allow_self)
+    await _vote(runner, row, ballot)
+    counted = await COUNT_APPROVALS.first(runner, {"p_approval_id": row["approval_id"]})
+    if counted is not None and counted["approvals"] < row["required_approvals"]:
         return row
-    decided = await first_row(executor, move((_PENDING,), _APPROVED, key, **ballot.decision()))
+    decided = await APPROVE_LAST[name.by].first(runner, values)
     if decided is None:
-        raise await _refused(executor, key, ballot, allow_self=allow_self)
+        raise await _refused(runner, name, ballot, allow_self=allow_self)
     return decided
 
 
-async def end(
-    executor: Executor,
-    key: ColumnElement[bool],
-    ballot: Ballot,
-    sources: tuple[ApprovalStatus, ...],
-    target: ApprovalStatus,
-) -> Mapping[str, Any]:
-    """Move an approval from one of `sources` to `target` by this one voice; does not commit. Returns the row.
+async def end(runner: Runner, name: Name, ballot: Ballot, moves: Mapping[Key, Prepared]) -> Mapping[str, Any]:
+    """Deny or cancel by this one voice; does not commit. Returns the row.
+
+    Args:
+        runner: In a transaction.
+        name: Which approval.
+        ballot: Who says so.
+        moves: `DENY` or `CANCEL`.
 
     Raises:
         ApprovalError: As `ApprovalManager.deny` says; what was written must be rolled back.
     """
-    row = await first_row(executor, move(sources, target, key, **ballot.decision()))
+    row = await moves[name.by].first(runner, name.values | ballot.values)
     if row is None:
-        raise await _refused(executor, key, ballot, allow_self=True)
-    await _vote(executor, row, ballot)
+        raise await _refused(runner, name, ballot, allow_self=True)
+    await _vote(runner, row, ballot)
     return row
 
 
-async def _approvals(executor: Executor, row: Mapping[str, Any]) -> int:
-    counted = select(func.count()).where(
-        votes.c.approval_id == row["approval_id"], votes.c.decision == VoteDecision.APPROVED
-    )
-    count: int = (await executor.execute(counted)).scalar_one()
-    return count
-
-
-async def _vote(executor: Executor, row: Mapping[str, Any], ballot: Ballot) -> None:
-    insert = (postgresql.insert if dialect_of(executor) == "postgresql" else sqlite.insert)(votes)
-    values = {
-        "approval_id": row["approval_id"],
-        "org_id": row["org_id"],
-        "approver_id": ballot.approver_id,
-        "decision": ballot.says,
-        "note": ballot.note,
-        "channel": ballot.channel,
-        "voted_at": db_now(),
-    }
-    statement = insert.values(values).on_conflict_do_nothing().returning(votes.c.id)
-    is_first = (await executor.execute(statement)).first() is not None
+async def _vote(runner: Runner, row: Mapping[str, Any], ballot: Ballot) -> None:
+    values = ballot.values | {"p_approval_id": row["approval_id"], "p_org_id": row["org_id"]}
+    is_first = await VOTE.first(runner, values) is not None
     if not is_first and ballot.says is not VoteDecision.CANCELLED:
         raise refusals.already_voted(request_of(row).approval_id, ballot.approver_id)
 
 
-async def _refused(executor: Executor, key: ColumnElement[bool], ballot: Ballot, *, allow_self: bool) -> Exception:
+async def _refused(runner: Runner, name: Name, ballot: Ballot, *, allow_self: bool) -> Exception:
     return refusals.cannot_decide(
-        await standing(executor, key), approver_id=ballot.approver_id, self_refused=not allow_self
+        await standing(runner, name), approver_id=ballot.approver_id, self_refused=not allow_self
     )

@@ -1,11 +1,13 @@
 """The Redis entries of an approval: `approval:{token}`, and from its id to the token.
 
-An entry is the request as JSON, without the token, plus the token's digest (so that a mixed-up answer is noticed) and
-the life it was written with (so that Redis's own clock tells its age). What is read is validated like any input.
+An entry is the request as JSON, without the token, plus the token's digest (so that a mixed-up answer is noticed), the
+life it was written with (so that Redis's own clock tells its age) and when SQL was read (it may have been written late,
+by a reader that stood still or a Redis that hung, or be back from an old copy). What is read is validated like any input.
 """
 
 from __future__ import annotations
 
+from datetime import datetime
 from uuid import UUID
 
 from pydantic import AwareDatetime, ConfigDict, ValidationError
@@ -38,6 +40,7 @@ class _Entry(Value):
     use_before: AwareDatetime | None
     token_sha256: str
     life_ms: int
+    read_at: AwareDatetime
 
     def is_over(self) -> bool:
         """True if a deadline may have passed: then the database's clock decides, not this one."""
@@ -82,12 +85,15 @@ class Entries:
         if entry.token_sha256 != token_digest(token) or org_id not in (None, entry.org_id) or left_ms <= 0:
             return None
         if not entry.status.is_final:
-            age_ms = entry.life_ms - left_ms
-            if not 0 <= age_ms < self._trust_s * 1000 or entry.is_over():
+            age_ms, age = entry.life_ms - left_ms, utc_now() - entry.read_at
+            trust_ms = self._trust_s * 1000
+            if not 0 <= age_ms < trust_ms or age.total_seconds() * 1000 >= trust_ms or entry.is_over():
                 return None
         return entry.result(token)
 
-    async def put(self, request: ApprovalRequest, token: str, *, token_sha256: str, life_s: float) -> None:
+    async def put(
+        self, request: ApprovalRequest, token: str, *, token_sha256: str, life_s: float, read_at: datetime
+    ) -> None:
         """Write both entries for `life_s` seconds; an older version never replaces a newer one.
 
         Args:
@@ -95,11 +101,12 @@ class Entries:
             token: Believed to be its token; if SQL says otherwise, nothing is written.
             token_sha256: The digest that SQL holds.
             life_s: Until neither deadline is ahead, in seconds.
+            read_at: When SQL said so, by its clock.
         """
         if life_s <= 0 or not self._redis.is_available or not _is_cached(token) or token_digest(token) != token_sha256:
             return
         entry = request.model_dump(mode="json", exclude={"token", "id"})
-        entry |= {"token_sha256": token_sha256, "life_ms": int(life_s * 1000)}
+        entry |= {"token_sha256": token_sha256, "life_ms": int(life_s * 1000), "read_at": read_at.isoformat()}
         await self._redis.put_newer(_key(token), entry, version=request.version, ttl_s=life_s)
         await self._redis.put_newer(
             _id_key(request.approval_id),

@@ -8,28 +8,24 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import and_
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store.approval.transitions import expire, move, requests, returned
+from agent_gateway_store.approval.statements import EXPIRE_SAME_CALL, INSERT, REBIND
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber
-from agent_gateway_store.models.values import ApprovalStatus, ToolCall
-from agent_gateway_store.storage.database import Executor, db_now, dialect_of, first_row
+from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.storage.database import Runner
 
 __all__ = ["insert_or_rebind", "issue_values"]
 
-_PENDING = ApprovalStatus.PENDING
-_CALL = ("org_id", "caller_id", "request_id", "tool_call_hash")
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
 
 def issue_values(
     request: ApprovalRequest, *, call: ToolCall | None, org_id: str | None, ttl: timedelta, hash_key: str | None
 ) -> dict[str, Any]:
-    """Return the row by which `request` is asked: scrubbed, PENDING whatever it says, its deadlines set.
+    """Return the parameters by which `request` is asked, scrubbed; it begins PENDING whatever it says.
 
     Raises:
         ApprovalMismatchError: The request names another organisation than the store is bound to.
@@ -37,28 +33,25 @@ def issue_values(
     scrubber = Scrubber()
     shown = request.tool_call
     return {
-        "approval_id": request.approval_id,
-        "token": request.token or secrets.token_urlsafe(32),
-        "request_id": scrubber.text("request_id", request.request_id, limit=MAX_KEY_BYTES),
-        "caller_id": scrubber.text("caller_id", request.caller_id, limit=MAX_KEY_BYTES),
-        "org_id": _organisation(request, org_id),
-        "tool_call": ToolCall(
+        "p_approval_id": request.approval_id,
+        "p_token": request.token or secrets.token_urlsafe(32),
+        "p_request_id": scrubber.text("request_id", request.request_id, limit=MAX_KEY_BYTES),
+        "p_caller_id": scrubber.text("caller_id", request.caller_id, limit=MAX_KEY_BYTES),
+        "p_org_id": _organisation(request, org_id),
+        "p_tool_call": ToolCall(
             server=scrubber.text("server", shown.server),
             tool=scrubber.text("tool", shown.tool),
             arguments=scrubber.json("arguments", shown.arguments),
         ),
-        "tool_call_hash": _hash(request, call, hash_key),
-        "risk_explanation": scrubber.text("risk_explanation", request.risk_explanation),
-        "created_at": db_now(),
-        "expires_at": request.expires_at or db_now(plus=ttl),
-        "use_before": request.use_before,
-        "status": _PENDING,
-        "scope": request.scope,
-        "output_payload": scrubber.json("output_payload", request.output_payload),
-        "output_hash": request.output_hash and scrubber.text("output_hash", request.output_hash),
-        "required_approvals": request.required_approvals,
-        "approver_note": "",
-        "version": 1,
+        "p_tool_call_hash": _hash(request, call, hash_key),
+        "p_risk_explanation": scrubber.text("risk_explanation", request.risk_explanation),
+        "p_expires_at": request.expires_at,
+        "p_ttl_s": ttl.total_seconds(),
+        "p_use_before": request.use_before,
+        "p_scope": request.scope,
+        "p_output_payload": scrubber.json("output_payload", request.output_payload),
+        "p_output_hash": request.output_hash and scrubber.text("output_hash", request.output_hash),
+        "p_required_approvals": request.required_approvals,
     }
 
 
@@ -80,8 +73,8 @@ def _hash(request: ApprovalRequest, call: ToolCall | None, hash_key: str | None)
     return hash_tool_call(call or request.tool_call, key=hash_key)
 
 
-async def insert_or_rebind(executor: Executor, values: dict[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """Insert the row, or give the pending approval of the same call the new token; does not commit.
+async def insert_or_rebind(runner: Runner, values: dict[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """Insert the row, or give the pending approval of the same call the new token.
 
     Returns:
         The row as it stands, and True if it is new.
@@ -89,21 +82,19 @@ async def insert_or_rebind(executor: Executor, values: dict[str, Any]) -> tuple[
     Raises:
         ApprovalError: The request was issued before and has been decided since, or its token is another call's.
     """
-    same_call = and_(*(requests.c[name] == values[name] for name in _CALL))
     for _ in range(_TRIES):
-        insert = (postgresql.insert if dialect_of(executor) == "postgresql" else sqlite.insert)(requests)
-        row = await first_row(executor, insert.values(values).on_conflict_do_nothing().returning(*returned()))
+        row = await INSERT.first(runner, values)
         if row is not None:
             return row, True
         try:
-            row = await first_row(executor, move((_PENDING,), _PENDING, same_call, token=values["token"]))
+            row = await REBIND.first(runner, values)
         except IntegrityError:
             break  # the token belongs to the approval of another call
         if row is not None:
             return row, False
         # What stands in the way is a pending approval whose deadline has passed and which no sweep has met yet.
-        await executor.execute(expire(same_call))
-    approval_id: UUID = values["approval_id"]
+        await EXPIRE_SAME_CALL.first(runner, values)
+    approval_id: UUID = values["p_approval_id"]
     raise ApprovalError(
         "This request (or its token) was issued before, and its approval is decided or is another call's: "
         "build a new ApprovalRequest.",

@@ -16,8 +16,9 @@ from agent_gateway_store.approval.entries import Entries
 from agent_gateway_store.approval.issuing import insert_or_rebind, issue_values
 from agent_gateway_store.approval.listing import COLUMNS
 from agent_gateway_store.approval.notifier import notice_of
-from agent_gateway_store.approval.rows import request_of, result_of, standing
-from agent_gateway_store.approval.transitions import named, read, requests
+from agent_gateway_store.approval.rows import Name, request_of, result_of, standing
+from agent_gateway_store.approval.statements import CANCEL, DENY, READ, Key
+from agent_gateway_store.approval.transitions import requests
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
@@ -27,12 +28,13 @@ from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import Database, Executor, SessionWork, Work, first_row
+from agent_gateway_store.storage.database import Database, Runner, SessionWork, Work
+from agent_gateway_store.storage.prepared import Prepared
 from agent_gateway_store.storage.signals import Signals
 
 __all__ = ["COLUMNS", "ApprovalManager"]
 
-_PENDING, _APPROVED = ApprovalStatus.PENDING, ApprovalStatus.APPROVED
+_PENDING = ApprovalStatus.PENDING
 
 
 class ApprovalManager:
@@ -115,9 +117,9 @@ class ApprovalManager:
         """
         ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
         values = issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
-        async with self._work.write() as executor:
-            row, is_new = await insert_or_rebind(executor, values)
-        token: str = values["token"]
+        async with self._work.lend("one") as runner:
+            row, is_new = await insert_or_rebind(runner, values)
+        token: str = values["p_token"]
         old = None if is_new else await self._entries.token_of(row["approval_id"])
         asked = await self._remember(row, token)
         if old is not None and old != token:
@@ -141,8 +143,9 @@ class ApprovalManager:
         self._check_home()
         if not fresh and (known := await self._entries.get(token, org_id=self._org_id)) is not None:
             return known
-        async with self._work.read() as executor:
-            row = await first_row(executor, read(named(token, None, self._org_id)))
+        name = Name(token, None, self._org_id)
+        async with self._work.lend("read") as runner:
+            row = await READ[name.by].first(runner, name.values)
         if row is None:
             raise ApprovalNotFoundError
         return result_of(await self._remember(row, token), token)
@@ -172,11 +175,11 @@ class ApprovalManager:
             ApprovalExpiredError: The deadline has passed.
             SelfApprovalError: The approver is the caller, and ALLOW_SELF_APPROVAL is off.
         """
-        key = self._key(token, approval_id)
+        name = self._name(token, approval_id)
         ballot = Ballot(approver_id, note, channel, VoteDecision.APPROVED)
-        async with self._work.write() as executor:
-            row = await deciding.approve(executor, key, ballot, allow_self=self._settings.allow_self_approval)
-            await self._signal_with(executor, row)
+        async with self._work.lend("several") as runner:
+            row = await deciding.approve(runner, name, ballot, allow_self=self._settings.allow_self_approval)
+            await self._signal_with(runner, row)
         return await self._decided(row, token)
 
     async def deny(
@@ -190,7 +193,7 @@ class ApprovalManager:
     ) -> ApprovalResult:
         """Deny, once; one denial is enough. Arguments and errors as for `approve`."""
         ballot = Ballot(approver_id, note, channel, VoteDecision.DENIED)
-        return await self._end((_PENDING,), ApprovalStatus.DENIED, self._key(token, approval_id), ballot, token)
+        return await self._end(DENY, self._name(token, approval_id), ballot, token)
 
     async def cancel(
         self,
@@ -206,20 +209,14 @@ class ApprovalManager:
         Arguments and errors as for `approve`.
         """
         ballot = Ballot(approver_id, note, channel, VoteDecision.CANCELLED)
-        key = self._key(token, approval_id)
-        return await self._end((_PENDING, _APPROVED), ApprovalStatus.CANCELLED, key, ballot, token)
+        return await self._end(CANCEL, self._name(token, approval_id), ballot, token)
 
     async def _end(
-        self,
-        sources: tuple[ApprovalStatus, ...],
-        target: ApprovalStatus,
-        key: ColumnElement[bool],
-        ballot: Ballot,
-        token: str | None,
+        self, moves: Mapping[Key, Prepared], name: Name, ballot: Ballot, token: str | None
     ) -> ApprovalResult:
-        async with self._work.write() as executor:
-            row = await deciding.end(executor, key, ballot, sources, target)
-            await self._signal_with(executor, row)
+        async with self._work.lend("several") as runner:
+            row = await deciding.end(runner, name, ballot, moves)
+            await self._signal_with(runner, row)
         return await self._decided(row, token)
 
     async def consume_token(
@@ -242,9 +239,9 @@ class ApprovalManager:
         _require_text(token)
         call = tool_call if isinstance(tool_call, ToolCall) else ToolCall.model_validate(tool_call)
         caller, digest = storable_key(caller_id), hash_tool_call(call, key=self._hash_key)
-        key = named(token, None, self._org_id)
-        async with self._work.write() as executor:
-            row = await using.consume(executor, key, caller_id=caller, tool_call_hash=digest)
+        async with self._work.lend("one") as runner:
+            name = Name(token, None, self._org_id)
+            row = await using.consume(runner, name, caller_id=caller, tool_call_hash=digest)
         return result_of(await self._remember(row, token), token)
 
     async def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
@@ -257,9 +254,8 @@ class ApprovalManager:
         """
         _require_text(token)
         text = Scrubber().text("outcome", outcome)
-        key = named(token, None, self._org_id)
-        async with self._work.write() as executor:
-            row = await using.record(executor, key, text)
+        async with self._work.lend("one") as runner:
+            row = await using.record(runner, Name(token, None, self._org_id), text)
         return result_of(await self._remember(row, token), token)
 
     async def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
@@ -280,8 +276,8 @@ class ApprovalManager:
         return await self._waiting.until_decided(token, lambda: self._read(token), timeout_s=timeout_s)
 
     async def _read(self, token: str) -> ApprovalResult:
-        async with self._work.read() as executor:
-            found = await standing(executor, named(token, None, self._org_id))
+        async with self._work.lend("read") as runner:
+            found = await standing(runner, Name(token, None, self._org_id))
         if found is None:
             raise ApprovalNotFoundError
         return result_of(found, token)
@@ -292,9 +288,9 @@ class ApprovalManager:
         Raises:
             ApprovalNotFoundError: There is none.
         """
-        key = self._key(None, approval_id)
-        async with self._work.read() as executor:
-            found = await standing(executor, key)
+        name = self._name(None, approval_id)
+        async with self._work.lend("read") as runner:
+            found = await standing(runner, name)
         if found is None:
             raise ApprovalNotFoundError
         return found
@@ -346,20 +342,20 @@ class ApprovalManager:
     def _mine(self) -> tuple[ColumnElement[bool], ...]:
         return () if self._org_id is None else (requests.c.org_id == self._org_id,)
 
-    def _key(self, token: str | None, approval_id: UUID | str | None) -> ColumnElement[bool]:
+    def _name(self, token: str | None, approval_id: UUID | str | None) -> Name:
         if (token is None) == (approval_id is None):
             raise TypeError("Name the approval either by its token or by approval_id.")
         if token is not None:
             _require_text(token)
-            return named(token, None, self._org_id)
+            return Name(token, None, self._org_id)
         try:
-            return named(None, approval_id if isinstance(approval_id, UUID) else UUID(approval_id), self._org_id)
+            return Name(None, approval_id if isinstance(approval_id, UUID) else UUID(approval_id), self._org_id)
         except (ValueError, AttributeError, TypeError):
             raise ApprovalNotFoundError from None
 
-    async def _signal_with(self, executor: Executor, row: Mapping[str, Any]) -> None:
+    async def _signal_with(self, runner: Runner, row: Mapping[str, Any]) -> None:
         if self._signals is not None:
-            await self._signals.announce(executor, str(row["approval_id"]))
+            await self._signals.announce(runner, str(row["approval_id"]))
 
     async def _decided(self, row: Mapping[str, Any], token: str | None) -> ApprovalResult:
         known = token or await self._entries.token_of(row["approval_id"])
@@ -376,7 +372,8 @@ class ApprovalManager:
         ends = max(filter(None, (request.expires_at, request.use_before)), default=read_at)
         if token is not None:
             life_s = (ends - read_at).total_seconds()
-            await self._entries.put(request, token, token_sha256=row["token_sha256"], life_s=life_s)
+            digest = row["token_sha256"]
+            await self._entries.put(request, token, token_sha256=digest, life_s=life_s, read_at=read_at)
         return request
 
     def _tell(self, request: ApprovalRequest, event: Literal["pending", "decision"]) -> None:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import UUID
 
-from agent_gateway_store.approval.transitions import ASIDE, read
+from agent_gateway_store.approval.statements import READ, Key
+from agent_gateway_store.approval.transitions import ASIDE
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
-from agent_gateway_store.storage.database import Executor, first_row
+from agent_gateway_store.storage.database import Runner
 
-__all__ = ["request_of", "result_of", "standing"]
+__all__ = ["Name", "request_of", "result_of", "standing"]
+
+
+class Name:
+    """How a caller names an approval: by token or by id, from an organisation (None: from all)."""
+
+    __slots__ = ("by", "values")
+
+    def __init__(self, token: str | None, approval_id: UUID | None, org_id: str | None) -> None:
+        self.by: Key = "id" if token is None else "token"
+        self.values = {"p_token": token, "p_approval_id": approval_id, "p_org_id": org_id}
 
 
 def request_of(row: Mapping[str, Any]) -> ApprovalRequest:
@@ -31,7 +43,7 @@ def result_of(request: ApprovalRequest, token: str | None) -> ApprovalResult:
     )
 
 
-async def standing(executor: Executor, key: Any) -> ApprovalRequest | None:
-    """Read the approval that `key` names as a reader sees it, or None."""
-    row = await first_row(executor, read(key))
+async def standing(runner: Runner, name: Name) -> ApprovalRequest | None:
+    """Read the approval that `name` names as a reader sees it, or None."""
+    row = await READ[name.by].first(runner, name.values)
     return None if row is None else request_of(row)

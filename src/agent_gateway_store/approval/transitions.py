@@ -6,9 +6,9 @@ picks the winner of a race. EXPIRED is derived when a row is read; only the swee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
-from uuid import UUID
+from typing import Any, TypeAlias
 
 from sqlalchemy import ColumnElement, Select, Text, and_, case, func, literal_column, or_, select, type_coerce, update
 from sqlalchemy.sql.dml import ReturningUpdate
@@ -16,23 +16,26 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
 from agent_gateway_store.models.columns import EnumText, UtcDateTime
 from agent_gateway_store.models.values import ApprovalStatus
-from agent_gateway_store.storage.database import db_now
+from agent_gateway_store.storage.db_clock import db_now
 
 __all__ = [
     "ASIDE",
     "LEGAL_MOVES",
+    "Now",
     "alive",
     "expire",
     "move",
-    "named",
-    "note_outcome",
     "overdue",
     "read",
     "requests",
     "returned",
+    "seen",
     "seen_status",
     "votes",
 ]
+
+Now: TypeAlias = Callable[[], ColumnElement[datetime]]
+"""Which spelling of the database's clock a statement uses: `db_now`, or `prepared_now` where it is written once."""
 
 requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
 votes = ApprovalVote.__table__  # type: ignore[attr-defined]
@@ -51,20 +54,25 @@ def _deadline(status: ApprovalStatus) -> ColumnElement[datetime]:
     return func.coalesce(requests.c.use_before, requests.c.expires_at, type_=UtcDateTime())
 
 
-def alive(status: ApprovalStatus) -> ColumnElement[bool]:
+def alive(status: ApprovalStatus, now: Now = db_now) -> ColumnElement[bool]:
     """The condition "stands at `status`, and its deadline has not passed"."""
-    return and_(requests.c.status == status, _deadline(status) > db_now())
+    return and_(requests.c.status == literal_column(f"'{status}'"), _deadline(status) > now())
 
 
-def overdue() -> ColumnElement[bool]:
+def overdue(now: Now = db_now) -> ColumnElement[bool]:
     """The condition "could still move, but its deadline has passed"."""
-    return or_(*(and_(requests.c.status == status, _deadline(status) <= db_now()) for status in LEGAL_MOVES))
+    return or_(
+        *(
+            and_(requests.c.status == literal_column(f"'{status}'"), _deadline(status) <= now())
+            for status in LEGAL_MOVES
+        )
+    )
 
 
-def seen_status() -> ColumnElement[Any]:
+def seen_status(now: Now = db_now) -> ColumnElement[Any]:
     """The status as a reader sees it: EXPIRED once the deadline has passed."""
     return type_coerce(
-        case((overdue(), literal_column("'EXPIRED'")), else_=requests.c.status), EnumText(ApprovalStatus)
+        case((overdue(now), literal_column("'EXPIRED'")), else_=requests.c.status), EnumText(ApprovalStatus)
     )
 
 
@@ -72,29 +80,32 @@ ASIDE = ("read_at", "token_sha256")
 """What a row holds beside the columns: the database's time, and the digest that the column `token` does not show."""
 
 
-def _aside() -> tuple[ColumnElement[Any], ...]:
-    return db_now().label("read_at"), type_coerce(requests.c.token, Text).label("token_sha256")
+def _aside(now: Now) -> tuple[ColumnElement[Any], ...]:
+    return now().label("read_at"), type_coerce(requests.c.token, Text).label("token_sha256")
 
 
-def named(token: str | None, approval_id: UUID | None, org_id: str | None) -> ColumnElement[bool]:
-    """The condition "is the approval of this token or id", seen from an organisation (None: from all)."""
-    key = requests.c.approval_id == approval_id if token is None else requests.c.token == token
-    return key if org_id is None else and_(key, requests.c.org_id == org_id)
-
-
-def read(*conditions: ColumnElement[bool]) -> Select[Any]:
-    """Select approvals as a reader sees them, with what stands `ASIDE`."""
+def seen(now: Now = db_now) -> tuple[ColumnElement[Any], ...]:
+    """What a reader sees of an approval, with what stands `ASIDE`."""
     columns = (column for column in requests.c if column.name != "status")
-    return select(*columns, seen_status().label("status"), *_aside()).where(*conditions)
+    return (*columns, seen_status(now).label("status"), *_aside(now))
 
 
-def returned() -> tuple[ColumnElement[Any], ...]:
+def read(*conditions: ColumnElement[bool], now: Now = db_now) -> Select[Any]:
+    """Select approvals as a reader sees them."""
+    return select(*seen(now)).where(*conditions)
+
+
+def returned(now: Now = db_now) -> tuple[ColumnElement[Any], ...]:
     """What a write returns: the row, with what stands `ASIDE`."""
-    return (*requests.c, *_aside())
+    return (*requests.c, *_aside(now))
 
 
 def move(
-    sources: tuple[ApprovalStatus, ...], target: ApprovalStatus, *conditions: ColumnElement[bool], **values: Any
+    sources: tuple[ApprovalStatus, ...],
+    target: ApprovalStatus,
+    *conditions: ColumnElement[bool],
+    now: Now = db_now,
+    **values: Any,
 ) -> ReturningUpdate[Any]:
     """Update approvals from one of `sources` to `target`, if still there and in time; return the rows that moved.
 
@@ -105,27 +116,17 @@ def move(
             raise AssertionError(f"{source} to {target} is no legal move")
     return (
         update(requests)
-        .where(or_(*map(alive, sources)), *conditions)
-        .values(status=target, version=requests.c.version + 1, **values)
-        .returning(*returned())
+        .where(or_(*(alive(source, now) for source in sources)), *conditions)
+        .values(status=literal_column(f"'{target}'"), version=requests.c.version + literal_column("1"), **values)
+        .returning(*returned(now))
     )
 
 
-def expire(*conditions: ColumnElement[bool]) -> ReturningUpdate[Any]:
+def expire(*conditions: ColumnElement[bool], now: Now = db_now) -> ReturningUpdate[Any]:
     """Update what is overdue to EXPIRED; return the rows."""
     return (
         update(requests)
-        .where(overdue(), *conditions)
-        .values(status=ApprovalStatus.EXPIRED, version=requests.c.version + 1)
-        .returning(*returned())
-    )
-
-
-def note_outcome(key: ColumnElement[bool], outcome: str) -> ReturningUpdate[Any]:
-    """Note what came of a used approval, unless that was done before; return the row."""
-    return (
-        update(requests)
-        .where(key, requests.c.status == ApprovalStatus.USED, requests.c.outcome.is_(None))
-        .values(outcome=outcome, version=requests.c.version + 1)
-        .returning(*returned())
+        .where(overdue(now), *conditions)
+        .values(status=literal_column("'EXPIRED'"), version=requests.c.version + literal_column("1"))
+        .returning(*returned(now))
     )

@@ -35,7 +35,7 @@ __all__ = ["COLUMNS", "KeyManager"]
 COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
 _DEFAULT_ORG = "default"
 _LAST_USED_EVERY = timedelta(minutes=1)
-_NOTE_WAIT_S = 1.0
+_NOTE_WAIT_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.keys")
 _keys = ApiKey.__table__  # type: ignore[attr-defined]
 
@@ -138,9 +138,8 @@ class KeyManager:
             answer = await cache.shared(self._org_id, name, lambda: self._look(key_id, name, plaintext))
         if not isinstance(answer, Good):
             raise InvalidApiKeyError
-        if answer.use_due <= (moment := now()):
-            answer.use_due = moment + _LAST_USED_EVERY.total_seconds()
-            cache.in_background(self._note_use(answer.identity.api_key_id))
+        if answer.use_due <= now():
+            await self._use(answer)
         return answer.identity
 
     async def _look(self, key_id: str, name: bytes, plaintext: str) -> Good | Refused:
@@ -160,14 +159,16 @@ class KeyManager:
             cache.put_wrong(reading, name, self._org_id)
             return REFUSED
         ends = [row["expires_at"], None if matched == row["key_hash"] else row["previous_key_expires_at"]]
-        good = Good(_identity(row), use_due=reading.at + _until_use_due(row))
+        good = Good(_identity(row), use_due=0 if row["is_use_due"] else reading.at + _until_use_due(row))
         end = min((end for end in ends if end is not None), default=None)
         cache.put_good(reading, name, self._org_id, good, read_at=row["read_at"], end=end)
-        if row["is_use_due"]:
-            good.use_due = now() + _LAST_USED_EVERY.total_seconds()
-            # Waited for, as a rule; a database that hangs over the write keeps nobody out.
-            await asyncio.wait([cache.in_background(self._note_use(row["id"]))], timeout=_NOTE_WAIT_S)
         return good
+
+    async def _use(self, good: Good) -> None:
+        good.use_due = now() + _LAST_USED_EVERY.total_seconds()
+        # Waited for, as a rule; a database that hangs over the write keeps nobody out.
+        note = self._cache.in_background(self._note_use(good.identity.api_key_id))
+        await asyncio.wait([note], timeout=_NOTE_WAIT_S)
 
     async def _note_use(self, row_id: int) -> None:
         statement = update(_keys).where(_keys.c.id == row_id, _is_use_due()).values(last_used_at=db_now())
@@ -307,7 +308,7 @@ def _timely() -> tuple[ColumnElement[Any], ...]:
 def _until_use_due(row: Mapping[str, Any]) -> float:
     used: datetime | None = row["last_used_at"]
     since = timedelta() if used is None else row["read_at"] - used
-    return (_LAST_USED_EVERY - since).total_seconds()
+    return max(0.0, (_LAST_USED_EVERY - since).total_seconds())
 
 
 def _identity(row: Mapping[str, Any]) -> CallerIdentity:

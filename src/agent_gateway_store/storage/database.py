@@ -6,11 +6,10 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from datetime import datetime, timedelta
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import aiosqlite
-from sqlalchemy import Executable, Float, bindparam, event
+from sqlalchemy import Executable, event
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
@@ -19,20 +18,20 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import AsyncAdaptedQueuePool
-from sqlalchemy.sql import expression
 
-from agent_gateway_store import clock
 from agent_gateway_store.errors import StoreNotOpenError
-from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.driver import DriverConnection, DriverPool
 from agent_gateway_store.storage.faults import database_errors
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
 __all__ = [
     "Database",
     "Executor",
+    "Purpose",
+    "Runner",
     "SessionWork",
     "Work",
     "close_db",
@@ -46,14 +45,21 @@ __all__ = [
 Executor: TypeAlias = AsyncConnection | AsyncSession
 """What statements run on; both take Core statements by `await executor.execute(...)`."""
 
+Runner: TypeAlias = Executor | DriverConnection
+"""What prepared statements run on."""
+
+Purpose: TypeAlias = Literal["read", "one", "several"]
+"""To read; to write by one statement, which commits itself; by several, which commit together."""
+
 _READ_ONLY = "agent_gateway_store_read_only"
 _BUSY_TIMEOUT_MS = 10_000
 _CONNECT_TIMEOUT_S = 10.0
 _COMMAND_TIMEOUT_S = 30.0
 _LAST_TRANSACTIONS_S = 5.0
+_DRIVERS = 20
 
 
-def dialect_of(executor: Executor) -> str:
+def dialect_of(executor: Runner) -> str:
     """Return `sqlite` or `postgresql`."""
     bind = executor.get_bind() if isinstance(executor, AsyncSession) else executor
     return bind.dialect.name
@@ -74,6 +80,10 @@ class Work(Protocol):
 
     def write(self) -> AbstractAsyncContextManager[Executor]:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
+        ...
+
+    def lend(self, purpose: Purpose) -> AbstractAsyncContextManager[Runner]:
+        """Lend the fastest thing that prepared statements run on."""
         ...
 
 
@@ -156,34 +166,6 @@ def _begin_sqlite(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
-class _DbNow(expression.FunctionElement[datetime]):
-    type = UtcDateTime()
-    inherit_cache = True
-    name = "db_now"
-
-
-@compiles(_DbNow, "postgresql")
-def _postgresql_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
-    # now() would be the start of the transaction, which may lie before a deadline that has passed since.
-    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
-
-
-@compiles(_DbNow, "sqlite")
-def _sqlite_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
-    seconds = compiler.process(element.clauses, **kw)
-    # SQLAlchemy reads six digits of a second's fraction; SQLite's clock gives three.
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
-
-
-def db_now(*, plus: timedelta = timedelta()) -> expression.ColumnElement[datetime]:
-    """Return the SQL expression of the database's clock, moved by the offset of `clock` and by `plus`.
-
-    `clock_timestamp()` on PostgreSQL, time in milliseconds on SQLite. Deadlines are set and judged by it alone.
-    """
-    seconds = (clock.offset() + plus).total_seconds()
-    return _DbNow(bindparam(None, seconds, type_=Float(53)))
-
-
 class Database:
     """One engine, the sessions over it, and the process and event loop it belongs to.
 
@@ -201,6 +183,7 @@ class Database:
         self._reader = engine.execution_options(**{_READ_ONLY: True})
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
+        self._drivers: DriverPool | None = None
 
     @property
     def dialect(self) -> str:
@@ -245,6 +228,29 @@ class Database:
             async with self.engine.begin() as connection:
                 yield connection
 
+    @asynccontextmanager
+    async def lend(self, purpose: Purpose) -> AsyncIterator[Runner]:
+        """Lend the fastest thing that prepared statements run on: the driver itself on PostgreSQL.
+
+        There the bound of a unit of work is the one of a command. With "several" everything is committed at the end,
+        or rolled back if the body raises; with "one" each statement commits itself.
+        """
+        if self.engine.dialect.driver != "asyncpg":
+            async with self.read() if purpose == "read" else self.write() as connection:
+                yield connection
+            return
+        if self._drivers is None:
+            self._drivers = DriverPool(self.engine, size=_DRIVERS)
+        doing = "be read" if purpose == "read" else "be written"
+        with self._counted(), database_errors(doing):
+            async with self._drivers.lend(_COMMAND_TIMEOUT_S) as driver:
+                runner = DriverConnection(driver, self.engine.dialect)
+                if purpose != "several":
+                    yield runner
+                    return
+                async with driver.transaction():
+                    yield runner
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         self.check_home()
@@ -264,6 +270,9 @@ class Database:
             async with asyncio.timeout(_LAST_TRANSACTIONS_S):
                 while self._under_way:
                     await asyncio.sleep(0.005)
+        if self._drivers is not None:
+            await self._drivers.close()
+            self._drivers = None
         if self.owned:
             await self.engine.dispose()
 
@@ -287,6 +296,12 @@ class SessionWork:
         """Read in the session's transaction, which is left as it is."""
         with database_errors("be read"):
             yield self._session
+
+    @asynccontextmanager
+    async def lend(self, purpose: Purpose) -> AsyncIterator[Runner]:
+        """Lend the session: to read, or to write and commit it."""
+        async with self.read() if purpose == "read" else self.write() as session:
+            yield session
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:

@@ -8,14 +8,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 
 import asyncpg
+from sqlalchemy import Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-__all__ = ["DriverPool"]
+__all__ = ["DriverConnection", "DriverPool"]
 
 _CLOSE_TIMEOUT_S = 1.0
 _GRACE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class DriverConnection:
+    """A lent connection, with the dialect that says how values are spelt."""
+
+    driver: asyncpg.Connection
+    dialect: Dialect
 
 
 class DriverPool:

@@ -14,10 +14,11 @@ from contextlib import contextmanager, suppress
 
 import asyncpg
 from redis.exceptions import RedisError
-from sqlalchemy import func, select
+from sqlalchemy import Text, bindparam, func, literal_column, select
 
 from agent_gateway_store.storage.accelerator import Accelerator
-from agent_gateway_store.storage.database import Database, Executor
+from agent_gateway_store.storage.database import Database, Runner
+from agent_gateway_store.storage.prepared import Prepared
 
 __all__ = ["Signals", "Topic"]
 
@@ -26,6 +27,11 @@ _RETRY_S = 1.0
 _LOOK_ALIVE_S = 5.0
 _SLOW_POLL_S = 5.0
 _FAST_POLL_S = 0.25
+
+_NOTIFIED = (
+    func.pg_notify(literal_column(f"'{_CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("notified")
+)
+_NOTIFY = Prepared(lambda _: select(_NOTIFIED), (_NOTIFIED,))
 
 _logger = logging.getLogger("agent_gateway_store.signals")
 
@@ -102,19 +108,21 @@ class Signals:
     def hear(self, prefix: str, heard: Callable[[str | None], None]) -> None:
         """Call `heard` with the rest of every signalled key that begins with `prefix`, until `close`.
 
-        None tells that signals may have been missed.
+        None tells that signals may have been missed. Through the database they are heard only while somebody waits,
+        since that takes a connection.
         """
         self._ears[prefix] = heard
-        self._start()
+        if self._redis.client is not None:
+            self._start()
 
     def _start(self) -> None:
         if self._subscription is None and (self._redis.client is not None or self._notifies):
             self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
 
-    async def announce(self, executor: Executor, key: str) -> None:
-        """Have the signal go out with the transaction of `executor`, where signals go through the database."""
+    async def announce(self, runner: Runner, key: str) -> None:
+        """Have the signal go out with the transaction of `runner`, where signals go through the database."""
         if self._notifies:
-            await executor.execute(select(func.pg_notify(_CHANNEL, key)))
+            await _NOTIFY.first(runner, {"p_key": key})
 
     async def publish(self, key: str) -> None:
         """Signal a change that was committed: to this process at once, to others through Redis."""

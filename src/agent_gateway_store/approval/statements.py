@@ -1,0 +1,157 @@
+"""The statements of an approval's life, each written once.
+
+Parameters: `p_token` or `p_approval_id` names the approval, `p_org_id` the organisation that looks (None: all).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from sqlalchemy import Boolean, ColumnElement, Text, Uuid, and_, bindparam, func, literal_column, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from agent_gateway_store.approval.transitions import expire, move, read, requests, returned, seen, votes
+from agent_gateway_store.models.columns import TokenDigest
+from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.storage.db_clock import prepared_now
+from agent_gateway_store.storage.prepared import Prepared
+
+__all__ = [
+    "APPROVE",
+    "APPROVE_LAST",
+    "CANCEL",
+    "CONSUME",
+    "COUNT_APPROVALS",
+    "DENY",
+    "EXPIRE_SAME_CALL",
+    "INSERT",
+    "NOTE_OUTCOME",
+    "READ",
+    "REBIND",
+    "TAKE",
+    "VOTE",
+    "Key",
+]
+
+Key: TypeAlias = Literal["token", "id"]
+_PENDING, _APPROVED = ApprovalStatus.PENDING, ApprovalStatus.APPROVED
+
+
+def _named(by: Key) -> ColumnElement[bool]:
+    key = (
+        requests.c.token == bindparam("p_token", type_=TokenDigest())
+        if by == "token"
+        else requests.c.approval_id == bindparam("p_approval_id", type_=Uuid())
+    )
+    org_id: ColumnElement[Any] = bindparam("p_org_id", type_=Text())
+    return and_(key, or_(org_id.is_(None), requests.c.org_id == org_id))
+
+
+def _moving(
+    by: Key,
+    sources: tuple[ApprovalStatus, ...],
+    target: ApprovalStatus,
+    *conditions: ColumnElement[bool],
+    **values: Any,
+) -> Prepared:
+    statement = move(sources, target, _named(by), *conditions, now=prepared_now, **values)
+    return Prepared(lambda _: statement, returned(prepared_now))
+
+
+def _reading(by: Key) -> Prepared:
+    return Prepared(lambda _: read(_named(by), now=prepared_now), seen(prepared_now))
+
+
+def _decision() -> dict[str, Any]:
+    return {
+        "approver_id": bindparam("p_approver_id", type_=Text()),
+        "approver_note": bindparam("p_note", type_=Text()),
+        "decision_at": prepared_now(),
+    }
+
+
+# By somebody else than the caller, unless that is allowed.
+_OTHERS = or_(
+    bindparam("p_allow_self", type_=Boolean()), requests.c.caller_id != bindparam("p_approver_id", type_=Text())
+)
+_BOTH: tuple[Key, Key] = ("token", "id")
+_ONE = requests.c.required_approvals <= literal_column("1")
+
+READ = {by: _reading(by) for by in _BOTH}
+APPROVE = {by: _moving(by, (_PENDING,), _APPROVED, _OTHERS, _ONE, **_decision()) for by in _BOTH}
+TAKE = {by: _moving(by, (_PENDING,), _PENDING, _OTHERS) for by in _BOTH}
+APPROVE_LAST = {by: _moving(by, (_PENDING,), _APPROVED, **_decision()) for by in _BOTH}
+DENY = {by: _moving(by, (_PENDING,), ApprovalStatus.DENIED, **_decision()) for by in _BOTH}
+CANCEL = {by: _moving(by, (_PENDING, _APPROVED), ApprovalStatus.CANCELLED, **_decision()) for by in _BOTH}
+CONSUME = _moving(
+    "token",
+    (_APPROVED,),
+    ApprovalStatus.USED,
+    requests.c.caller_id == bindparam("p_caller_id", type_=Text()),
+    requests.c.tool_call_hash == bindparam("p_tool_call_hash", type_=Text()),
+    used_at=prepared_now(),
+)
+NOTE_OUTCOME = Prepared(
+    lambda _: (
+        update(requests)
+        .where(_named("token"), requests.c.status == literal_column("'USED'"), requests.c.outcome.is_(None))
+        .values(outcome=bindparam("p_outcome", type_=Text()), version=requests.c.version + literal_column("1"))
+        .returning(*returned(prepared_now))
+    ),
+    returned(prepared_now),
+)
+
+_GIVEN = (
+    *("approval_id", "token", "request_id", "caller_id", "org_id", "tool_call", "tool_call_hash", "risk_explanation"),
+    *("use_before", "scope", "output_payload", "output_hash", "required_approvals"),
+)
+
+
+def _insert(dialect: str) -> Any:
+    values: dict[str, Any] = {name: bindparam(f"p_{name}", type_=requests.c[name].type) for name in _GIVEN}
+    deadline = bindparam("p_expires_at", type_=requests.c.expires_at.type)
+    values |= {
+        "created_at": prepared_now(),
+        "expires_at": func.coalesce(deadline, prepared_now(plus="p_ttl_s"), type_=requests.c.expires_at.type),
+        "status": literal_column("'PENDING'"),
+        "approver_note": literal_column("''"),
+        "version": literal_column("1"),
+    }
+    insert = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(requests)
+    return insert.values(values).on_conflict_do_nothing().returning(*returned(prepared_now))
+
+
+INSERT = Prepared(_insert, returned(prepared_now))
+
+_SAME_CALL = and_(
+    *(
+        requests.c[name] == bindparam(f"p_{name}", type_=Text())
+        for name in ("org_id", "caller_id", "request_id", "tool_call_hash")
+    )
+)
+REBIND = Prepared(
+    lambda _: move(
+        (_PENDING,), _PENDING, _SAME_CALL, now=prepared_now, token=bindparam("p_token", type_=TokenDigest())
+    ),
+    returned(prepared_now),
+)
+EXPIRE_SAME_CALL = Prepared(lambda _: expire(_SAME_CALL, now=prepared_now), returned(prepared_now))
+
+
+def _vote(dialect: str) -> Any:
+    names = ("approval_id", "org_id", "approver_id", "decision", "note", "channel")
+    values: dict[str, Any] = {name: bindparam(f"p_{name}", type_=votes.c[name].type) for name in names}
+    insert = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(votes)
+    return insert.values(values | {"voted_at": prepared_now()}).on_conflict_do_nothing().returning(votes.c.id)
+
+
+VOTE = Prepared(_vote, (votes.c.id,))
+
+_COUNTED = func.count().label("approvals")
+COUNT_APPROVALS = Prepared(
+    lambda _: select(_COUNTED).where(
+        votes.c.approval_id == bindparam("p_approval_id", type_=Uuid()),
+        votes.c.decision == literal_column("'APPROVED'"),
+    ),
+    (_COUNTED,),
+)

@@ -1,0 +1,55 @@
+"""The database's clock as SQL, by which deadlines are set and judged."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Float, bindparam
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import expression
+
+from agent_gateway_store import clock
+from agent_gateway_store.models.columns import UtcDateTime
+
+__all__ = ["CLOCK_OFFSET", "db_now", "prepared_now"]
+
+CLOCK_OFFSET = "p_clock_offset"
+"""Parameter of prepared statements: the offset of `clock`, in seconds."""
+
+
+class _DbNow(expression.FunctionElement[datetime]):
+    type = UtcDateTime()
+    inherit_cache = True
+    name = "db_now"
+
+
+@compiles(_DbNow, "postgresql")
+def _postgresql_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
+    # now() would be the start of the transaction, which may lie before a deadline that has passed since.
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+
+
+@compiles(_DbNow, "sqlite")
+def _sqlite_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    # SQLAlchemy reads six digits of a second's fraction; SQLite's clock gives three.
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+def db_now(*, plus: timedelta = timedelta()) -> ColumnElement[datetime]:
+    """Return the SQL expression of the database's clock, moved by the offset of `clock` and by `plus`.
+
+    `clock_timestamp()` on PostgreSQL, time in milliseconds on SQLite. Deadlines are set and judged by it alone.
+    """
+    seconds = (clock.offset() + plus).total_seconds()
+    return _DbNow(bindparam(None, seconds, type_=Float(53)))
+
+
+def prepared_now(*, plus: str | None = None) -> ColumnElement[datetime]:
+    """Return the same for a statement that is written once.
+
+    The parameter CLOCK_OFFSET takes the place of the offset, the parameter named `plus` (seconds) of what is added.
+    """
+    seconds: ColumnElement[float] = bindparam(CLOCK_OFFSET, type_=Float(53))
+    return _DbNow(seconds if plus is None else seconds + bindparam(plus, type_=Float(53)))

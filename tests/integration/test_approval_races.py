@@ -1,0 +1,163 @@
+"""Very many at once, over processes and over threads: one decision and one use for each approval."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, errors
+from agent_gateway_store.storage.database import create_engine
+from proofs.harness import child, migrated
+
+pytestmark = pytest.mark.integration
+
+CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
+WORKERS = 4
+SIZES = [(5, 100), pytest.param(100, 1_000, marks=pytest.mark.slow)]
+"""Tokens, and how many decide and then use each of them."""
+
+SERVING = """
+import asyncio, sys
+from integration.test_approval_races import serve
+
+asyncio.run(serve(*sys.argv[1:3]))
+"""
+
+Tally = list[list[Any]]
+"""How often each answer was given: kind, status, who decided, count."""
+
+
+def ask() -> ApprovalRequest:
+    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes")
+
+
+async def told(answer: Awaitable[Any]) -> tuple[str, str | None, str | None]:
+    """Return the kind of an answer, and the status and the approver that it names."""
+    try:
+        result = await answer
+    except errors.GatewayStoreError as exc:
+        return type(exc).__name__, getattr(exc, "status", None), getattr(exc, "approver_id", None)
+    return "won", str(result.status), result.approver_id
+
+
+async def crowd(store: GatewayStore, step: str, token: str, worker: int, number: int) -> Tally:
+    """Let `number` tasks do one step with one token at once."""
+
+    def one(index: int) -> Awaitable[Any]:
+        if step == "consume":
+            return store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+        decide = store.approvals.approve if index % 4 else store.approvals.deny
+        return decide(token, f"approver-{worker}-{index}")
+
+    answers = Counter(await asyncio.gather(*(told(one(index)) for index in range(number))))
+    return [[*answer, count] for answer, count in answers.items()]
+
+
+async def serve(database_url: str, redis_url: str) -> None:
+    """Do what the lines of the input say, as one of several processes."""
+    async with GatewayStore(database_url, redis_url=redis_url) as store:
+        print("open", flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            print(json.dumps(await crowd(store, *json.loads(line))), flush=True)
+
+
+def judge(deciding: list[Tally], using: list[Tally], *, number: int) -> str:
+    """Return the status that won; fail unless there was one winner of each step, and all others were told of it."""
+    decided = merged(deciding)
+    ((_, status, winner),) = [answer for answer in decided if answer[0] == "won"]
+    assert decided == {("won", status, winner): 1, ("ApprovalAlreadyDecidedError", status, winner): number - 1}
+    used = merged(using)
+    if status == "APPROVED":
+        assert used == {("won", "USED", winner): 1, ("ApprovalAlreadyUsedError", "USED", winner): number - 1}
+    else:
+        assert used == {("ApprovalNotApprovedError", status, winner): number}
+    return str(status)
+
+
+def merged(tallies: list[Tally]) -> Counter[tuple[Any, ...]]:
+    total: Counter[tuple[Any, ...]] = Counter()
+    for *answer, count in (line for tally in tallies for line in tally):
+        total[tuple(answer)] += count
+    return total
+
+
+def report(what: str, statuses: list[str], number: int, start: float) -> None:
+    seconds = time.monotonic() - start
+    print(f"{what}: {len(statuses)} tokens x {number}, {dict(Counter(statuses))}, {seconds:.1f} s")
+
+
+@pytest.fixture(autouse=True)
+def _no_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notices would only cost."""
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+
+
+@pytest.mark.parametrize(("tokens", "number"), SIZES)
+async def test_one_of_many_processes_wins(
+    postgres_database: Callable[[], str], fresh_redis_url: str, tokens: int, number: int
+) -> None:
+    """Four processes on one PostgreSQL and one Redis decide and then use the same approvals at the same moment."""
+    url, start, statuses = migrated(postgres_database()), time.monotonic(), []
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(GatewayStore(url, redis_url=fresh_redis_url))
+        workers = [await stack.enter_async_context(child(SERVING, url, fresh_redis_url)) for _ in range(WORKERS)]
+
+        async def everywhere(step: str, token: str) -> list[Tally]:
+            for index, process in enumerate(workers):
+                process.stdin.write(f"{json.dumps([step, token, index, number // WORKERS])}\n".encode())
+            return [json.loads(await process.stdout.readline()) for process in workers]
+
+        for _ in range(tokens):
+            token = await store.approvals.issue_token(ask())
+            deciding = await everywhere("decide", token)
+            statuses.append(judge(deciding, await everywhere("consume", token), number=number))
+            final = {"APPROVED": "USED"}.get(statuses[-1], statuses[-1])
+            assert (await store.approvals.check_token(token)).status == final
+            assert (await store.approvals.check_token(token, fresh=True)).status == final
+    report("processes", statuses, number, start)
+
+
+@pytest.mark.parametrize(("tokens", "number"), SIZES)
+def test_one_of_many_threads_wins(tmp_path: Path, tokens: int, number: int) -> None:
+    """Four threads, each with an event loop and a store of its own, do the same on one SQLite file."""
+    url, start = f"sqlite:///{tmp_path}/gateway.db", time.monotonic()
+    barrier = threading.Barrier(WORKERS, timeout=60)
+    names: list[str] = []
+
+    async def issue() -> None:
+        async with GatewayStore(url, redis_url="") as store:
+            names.extend([await store.approvals.issue_token(ask()) for _ in range(tokens)])
+
+    async def work(worker: int) -> list[tuple[Tally, Tally]]:
+        # Few connections: SQLite lets those who wait for the file poll, and many of them leave it idle.
+        engine = create_engine(url, pool_size=1)
+        async with GatewayStore(engine=engine, redis_url="") as store:
+            tallies = []
+            for token in names:
+                barrier.wait()
+                deciding = await crowd(store, "decide", token, worker, number // WORKERS)
+                barrier.wait()
+                tallies.append((deciding, await crowd(store, "consume", token, worker, number // WORKERS)))
+        await engine.dispose()
+        return tallies
+
+    asyncio.run(issue())
+    with ThreadPoolExecutor(WORKERS) as pool:
+        answers = list(pool.map(lambda worker: asyncio.run(work(worker)), range(WORKERS)))
+    rounds = zip(*answers, strict=True)
+    statuses = [
+        judge([one for one, _ in round_], [other for _, other in round_], number=number) for round_ in rounds
+    ]
+    report("threads", statuses, number, start)
