@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import servers  # noqa: E402
-from benchmarks import audit_writes, building, keys, memory  # noqa: E402
+from benchmarks import approvals, audit_writes, building, keys, memory  # noqa: E402
 from benchmarks.report import Figure, as_json, print_table  # noqa: E402
 
 
@@ -43,6 +43,9 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
     if "sqlite" in arguments.only:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             figures += asyncio.run(audit_writes.measure_sqlite(Path(folder), repeat=repeat, scale=scale))
+    if "approvals" in arguments.only:
+        with servers.RedisServer() as redis:
+            figures += asyncio.run(approvals.measure(url, redis.url, repeat=repeat, scale=scale))
     if "keys" in arguments.only:
         figures += asyncio.run(keys.measure(url, repeat=repeat, scale=scale))
     if "memory" in arguments.only:
@@ -52,7 +55,7 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
 
 def main() -> None:
     """Read the arguments, find a server, measure, print."""
-    parts = ["building", "audit", "sqlite", "keys", "memory"]
+    parts = ["building", "audit", "sqlite", "approvals", "keys", "memory"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--postgres-url", help="an empty database on a server with fsync=on")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)

@@ -1,0 +1,190 @@
+"""Approvals beside bare Redis and the bare SQL statements of each step."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import redis.asyncio
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
+from agent_gateway_store.approval import statements
+from agent_gateway_store.approval.issuing import issue_values
+from agent_gateway_store.models.approval import VoteDecision, hash_tool_call
+from benchmarks.report import Figure
+
+CALLERS = 20
+CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/srv/data/report.csv", "force": True})
+
+
+def ask() -> ApprovalRequest:
+    """Return a request as a gateway asks it."""
+    return ApprovalRequest(
+        request_id=uuid4().hex, caller_id="agent-1", tool_call=CALL, risk_explanation="deletes a file for good"
+    )
+
+
+async def rate(work: Callable[[Any], Awaitable[Any]], items: Sequence[Any], callers: int) -> float:
+    """Return how many items a second `callers` tasks get through."""
+    waiting = iter(items)
+
+    async def caller() -> None:
+        for item in waiting:
+            await work(item)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    return len(items) / (time.perf_counter() - start)
+
+
+async def measure(url: str, redis_url: str, *, repeat: int, scale: float) -> list[Figure]:
+    """Measure on PostgreSQL and Redis, in turn with the limits."""
+    hits = [
+        Figure(f"check_token, Redis hit, {callers} callers", "checks/s", "redis GET + json.loads", 0.7)
+        for callers in (1, CALLERS)
+    ]
+    steps = [
+        Figure(f"{step}, {CALLERS} callers", "approvals/s", "its bare SQL statements by asyncpg", 0.4)
+        for step in ("issue_token", "approve", "consume_token")
+    ]
+    wake = Figure(
+        "decision to wake-up, 1,000 waiters, median", "ms", "one Redis PUBLISH round trip", 5, more_is_better=False
+    )
+    settings = StoreSettings(approval_cache_seconds=600)
+    async with GatewayStore(url, redis_url=redis_url, settings=settings, auto_migrate=True) as store:
+        for _ in range(repeat):
+            await _hits(store, redis_url, hits, int(4_000 * scale))
+            await _steps(store, url, steps, int(1_000 * scale))
+            async with GatewayStore(url, redis_url=redis_url, settings=settings) as other:
+                await _wake(store, other, redis_url, wake, 1_000)
+    return [*hits, *steps, wake]
+
+
+async def _hits(store: GatewayStore, redis_url: str, figures: list[Figure], count: int) -> None:
+    token = await store.approvals.issue_token(ask())
+    client = redis.asyncio.from_url(redis_url)
+
+    async def bare(name: str) -> None:
+        json.loads(await client.get(f"approval:{name}"))
+
+    for figure, callers in zip(figures, (1, CALLERS), strict=True):
+        figure.ours.append(await rate(store.approvals.check_token, [token] * count, callers))
+        figure.limit.append(await rate(bare, [token] * count, callers))
+        figure.facts = {"checks": count, "callers": callers}
+    await client.aclose()
+
+
+async def _steps(store: GatewayStore, url: str, figures: list[Figure], count: int) -> None:
+    tokens: list[str] = []
+
+    async def issue(request: ApprovalRequest) -> None:
+        tokens.append(await store.approvals.issue_token(request))
+
+    issued, approved, consumed = figures
+    issued.ours.append(await rate(issue, [ask() for _ in range(count)], CALLERS))
+    approved.ours.append(await rate(lambda token: store.approvals.approve(token, "alice", "ok"), tokens, CALLERS))
+    consumed.ours.append(
+        await rate(
+            lambda token: store.approvals.consume_token(token, caller_id="agent-1", tool_call=CALL), tokens, CALLERS
+        )
+    )
+    await _bare_steps(url, figures, count)
+    for figure in figures:
+        figure.facts = {"approvals": count, "callers": CALLERS}
+
+
+async def _bare_steps(url: str, figures: list[Figure], count: int) -> None:
+    insert, approve, vote, consume = (
+        statements.INSERT._compiled["postgresql"],
+        statements.APPROVE["token"]._compiled["postgresql"],
+        statements.VOTE._compiled["postgresql"],
+        statements.CONSUME._compiled["postgresql"],
+    )
+
+    def ready(compiled: Any, values: dict[str, Any]) -> list[Any]:
+        given = {"p_clock_offset": 0.0, **values}
+        return [given[name] if process is None else process(given[name]) for name, process in compiled._parameters]
+
+    asked = [issue_values(ask(), call=None, org_id=None, ttl=timedelta(hours=1), hash_key=None) for _ in range(count)]
+    async with asyncpg.create_pool(url, min_size=CALLERS, max_size=CALLERS, init=_text_json) as pool:
+
+        async def issue(parameters: list[Any]) -> None:
+            async with pool.acquire() as connection:
+                await connection.fetchrow(insert._text, *parameters)
+
+        async def decide(parameters: tuple[list[Any], list[Any]]) -> None:
+            async with pool.acquire() as connection, connection.transaction():
+                await connection.fetchrow(approve._text, *parameters[0])
+                await connection.fetchrow(vote._text, *parameters[1])
+
+        async def use(parameters: list[Any]) -> None:
+            async with pool.acquire() as connection:
+                await connection.fetchrow(consume._text, *parameters)
+
+        ballot = {
+            "p_approver_id": "alice",
+            "p_note": "ok",
+            "p_channel": "api",
+            "p_decision": VoteDecision.APPROVED,
+            "p_allow_self": False,
+        }
+        use_values = {"p_caller_id": "agent-1", "p_tool_call_hash": hash_tool_call(CALL)}
+        names = [{"p_token": row["p_token"], "p_org_id": None} for row in asked]
+        votes = [{"p_approval_id": row["p_approval_id"], "p_org_id": "default"} for row in asked]
+        figures[0].limit.append(await rate(issue, [ready(insert, row) for row in asked], CALLERS))
+        decisions = [
+            (ready(approve, name | ballot), ready(vote, voter | ballot))
+            for name, voter in zip(names, votes, strict=True)
+        ]
+        figures[1].limit.append(await rate(decide, decisions, CALLERS))
+        figures[2].limit.append(await rate(use, [ready(consume, name | use_values) for name in names], CALLERS))
+
+
+async def _text_json(connection: asyncpg.Connection) -> None:
+    await connection.set_type_codec("jsonb", encoder=str, decoder=str, schema="pg_catalog")
+
+
+async def _wake(waiting: GatewayStore, deciding: GatewayStore, redis_url: str, figure: Figure, count: int) -> None:
+    """From the end of the commit in one store to the end of the wait in another."""
+    tokens = [await waiting.approvals.issue_token(ask()) for _ in range(count)]
+    woken: dict[str, float] = {}
+    committed: list[float] = []
+    signals = deciding._core.signals
+    publish = signals.publish
+
+    async def noting(key: str) -> None:
+        committed.append(time.perf_counter())
+        await publish(key)
+
+    async def wait(token: str) -> None:
+        await waiting.approvals.wait_for_decision(token, timeout_s=60)
+        woken[token] = time.perf_counter()
+
+    tasks = [asyncio.create_task(wait(token)) for token in tokens]
+    await asyncio.sleep(1.5)
+    signals.publish = noting  # type: ignore[method-assign]
+    for token in tokens[:100]:
+        await deciding.approvals.approve(token, "alice")
+        await asyncio.sleep(0.01)
+    signals.publish = publish  # type: ignore[method-assign]
+    delays = [woken[token] - at for token, at in zip(tokens, committed, strict=False) if token in woken]
+    client = redis.asyncio.from_url(redis_url)
+    publishing = []
+    for _ in range(200):
+        start = time.perf_counter()
+        await client.publish("benchmark", "x")
+        publishing.append(time.perf_counter() - start)
+    figure.facts = {"waiters": count, "woken": len(delays)}
+    await client.aclose()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    figure.ours.append(statistics.median(delays) * 1000)
+    figure.limit.append(statistics.median(publishing) * 1000)
