@@ -372,3 +372,23 @@ async def test_settings_are_taken_as_given(database_url: str, monkeypatch: pytes
         assert store.settings is settings
         assert (await store.keys.issue("dev-agent", role="r")).api_key.environment == "given"
     assert GatewayStore(database_url).settings.environment == "from-environment"
+
+
+async def test_ping_tells_whether_the_database_answers(database_url: str) -> None:
+    """For health checks: nothing where it answers, and an error of ours where the store is closed."""
+    store = GatewayStore(database_url)
+    await store.open()
+    await store.ping()
+    await store.close()
+
+    with pytest.raises(errors.StoreNotOpenError):
+        await store.ping()
+
+
+async def test_hash_args_uses_the_key_of_the_store(database_url: str) -> None:
+    """A HASH_KEY that only the settings know reaches the hash of the arguments, as it reaches that of a tool call."""
+    arguments = {"path": "/etc/hosts"}
+    store = GatewayStore(database_url, settings=StoreSettings(hash_key="secret"))
+
+    assert store.hash_args(arguments) == AuditEvent.hash_args(arguments, key="secret")
+    assert store.hash_args(arguments) != AuditEvent.hash_args(arguments)

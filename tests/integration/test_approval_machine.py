@@ -15,7 +15,14 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, clock, errors
 from proofs.harness import migrated
@@ -90,6 +97,7 @@ class Approvals(RuleBasedStateMachine):
 
     database_url: Callable[[], str]
     server: RedisServer
+    calls = 0
     steps = 0
 
     @initialize(trust=st.sampled_from(TRUST_S))
@@ -103,6 +111,14 @@ class Approvals(RuleBasedStateMachine):
         if self.server._process is None or self.server._process.poll() is not None:
             self.server.start()
         self.stores = [self._open(), self._open()]
+        self.runner.run(self._forget_everything())
+        for needed in (1, 2):
+            self._issue(self.stores[0], needed, 2, None)
+
+    async def _forget_everything(self) -> None:
+        async with self.stores[0].database.engine.begin() as connection:
+            for table in ("approval_votes", "approval_requests"):
+                await connection.exec_driver_sql(f"DELETE FROM {table}")
 
     def _open(self) -> GatewayStore:
         options = StoreSettings(approval_cache_seconds=self.trust_s)
@@ -122,7 +138,7 @@ class Approvals(RuleBasedStateMachine):
         async def call() -> Any:
             return await work
 
-        Approvals.steps += 1
+        Approvals.calls += 1
         try:
             return self.runner.run(call())
         except errors.ApprovalError as exc:
@@ -143,7 +159,9 @@ class Approvals(RuleBasedStateMachine):
         use_hours=st.none() | st.integers(1, 5),
     )
     def issue(self, data: st.DataObject, needed: int, hours: int, use_hours: int | None) -> None:
-        store = self.stores[data.draw(st.integers(0, 1), label="gateway")]
+        self._issue(self.stores[data.draw(st.integers(0, 1), label="gateway")], needed, hours, use_hours)
+
+    def _issue(self, store: GatewayStore, needed: int, hours: int, use_hours: int | None) -> None:
         now = clock.offset()
         uses = None if use_hours is None else now + use_hours * HOUR
         asked = uuid4().hex
@@ -214,7 +232,9 @@ class Approvals(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.known)
-    @rule(data=st.data(), caller=st.sampled_from([CALLER, CALLER, "mallory"]), right=st.sampled_from([True, True, False]))
+    @rule(
+        data=st.data(), caller=st.sampled_from([CALLER, CALLER, "mallory"]), right=st.sampled_from([True, True, False])
+    )
     def consume(self, data: st.DataObject, caller: str, right: bool) -> None:
         approvals, approval = self._pick(data)
         call = CALL if right else OTHER_CALL
@@ -332,6 +352,7 @@ class Approvals(RuleBasedStateMachine):
     @invariant()
     def sql_is_the_model(self) -> None:
         """Fresh reads through either gateway are what the model says."""
+        Approvals.steps += 1
         for index, approval in enumerate(self.known[-4:]):
             approvals = self.stores[index % 2].approvals
             answer = self._call(approvals.get(approval_id=approval.approval_id))
@@ -385,7 +406,7 @@ def test_gateways_never_leave_the_model(
         return f"sqlite:///{path}"
 
     machine = type("Machine", (Approvals,), {"database_url": staticmethod(database_url), "server": server})
-    Approvals.steps, start = 0, time.monotonic()
+    Approvals.steps, Approvals.calls, start = 0, 0, time.monotonic()
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -393,8 +414,10 @@ def test_gateways_never_leave_the_model(
             stateful_step_count=length,
             deadline=None,
             database=None,
+            derandomize=examples < 10,
+            print_blob=True,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),
     )
-    print(f"{backend}: {examples} x {length} steps, {Approvals.steps} calls, {time.monotonic() - start:.1f} s")
+    print(f"{backend}: {Approvals.steps} steps, {Approvals.calls} calls, {time.monotonic() - start:.1f} s")

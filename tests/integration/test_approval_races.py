@@ -157,7 +157,5 @@ def test_one_of_many_threads_wins(tmp_path: Path, tokens: int, number: int) -> N
     with ThreadPoolExecutor(WORKERS) as pool:
         answers = list(pool.map(lambda worker: asyncio.run(work(worker)), range(WORKERS)))
     rounds = zip(*answers, strict=True)
-    statuses = [
-        judge([one for one, _ in round_], [other for _, other in round_], number=number) for round_ in rounds
-    ]
+    statuses = [judge([one for one, _ in round_], [other for _, other in round_], number=number) for round_ in rounds]
     report("threads", statuses, number, start)

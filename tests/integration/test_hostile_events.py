@@ -198,10 +198,10 @@ class Walk:
         await self._open()
 
     async def _check(self, *, complete: bool) -> None:
+        waiting = spooled_ids(self._spool)  # first, because from there they go to the database
         found = list((await as_stored(self._stores[0])).values())
         numbers = Counter(event.latency_ms for event in found)
         assert set(numbers.values()) <= {1}
-        waiting = spooled_ids(self._spool)
         assert spooled_ids(self._spool, poisoned=True) == []
         missing = self.written.keys() - numbers.keys()
         assert {self.written[number].request_id for number in missing} <= set(waiting)

@@ -91,6 +91,10 @@ class Hostile:
         optional += ("output_hash", "output_policy_rationale", "llm_explanation")
         values |= {name: self.text() for name in (*required, "org_id", "deterministic_rationale") if rng.random() < 0.5}
         values |= {name: rng.choice((None, self.text())) for name in optional if rng.random() < 0.5}
+        if rng.random() < 0.3:
+            # Only one or two fields are hostile, so that nothing else hides how those are taken.
+            values = {name: values[name] for name in ("request_id", *rng.sample(sorted(values), 2))}
+            values["request_id"] = str(self._made)
         return make_event(**(values | fields))
 
     def text(self) -> str:

@@ -2,7 +2,7 @@
 
 An entry is the request as JSON, without the token, plus the token's digest (so that a mixed-up answer is noticed), the
 life it was written with (so that Redis's own clock tells its age) and when SQL was read (it may have been written late,
-by a reader that stood still or a Redis that hung, or be back from an old copy). What is read is validated like any input.
+by a reader that stood still or a Redis that hung, or be back from an old copy). What is read is validated as any input.
 """
 
 from __future__ import annotations

@@ -1,0 +1,124 @@
+"""Tasks that are cancelled at any moment leave no answer for the next one, and no connection behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, StoreSettings, ToolCall, errors
+from agent_gateway_store.models.columns import token_digest
+from agent_gateway_store.storage.accelerator import Accelerator
+from proofs.harness import migrated
+
+pytestmark = pytest.mark.integration
+
+CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
+AT_ONCE = 40
+
+
+def ask() -> ApprovalRequest:
+    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes")
+
+
+@pytest.mark.parametrize(
+    ("backend", "number", "seed"),
+    [
+        ("sqlite", 500, 1),
+        ("postgres", 500, 2),
+        pytest.param("sqlite", 10_000, 3, marks=pytest.mark.slow),
+        pytest.param("postgres", 10_000, 4, marks=pytest.mark.slow),
+    ],
+)
+async def test_no_cancelled_task_leaves_its_answer_to_another(
+    backend: str,
+    number: int,
+    seed: int,
+    fresh_redis_url: str,
+    tmp_path: Any,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Checks, decisions, uses and waits of many approvals are cancelled at random moments: every answer is of the token
+    that was asked for, also what Redis itself answered, and afterwards everything works."""
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+    make: Callable[[], str] = request.getfixturevalue("postgres_database")
+    url = migrated(make()) if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
+    rng, met, mixed_up = random.Random(seed), Counter[str](), []
+    get = Accelerator.get
+
+    async def watched(self: Accelerator, key: str) -> Any:
+        found = await get(self, key)
+        kind, _, name = key.partition(":")
+        if found is not None and kind == "approval" and found[0]["token_sha256"] != token_digest(name):
+            mixed_up.append(key)
+        return found
+
+    monkeypatch.setattr(Accelerator, "get", watched)
+    start = time.monotonic()
+    settings = StoreSettings(approval_cache_seconds=60)
+    async with GatewayStore(url, redis_url=fresh_redis_url, settings=settings) as store:
+        approvals = store.approvals
+        tokens = [await approvals.issue_token(ask()) for _ in range(max(50, number // 20))]
+        ids = {token: (await approvals.check_token(token)).approval_id for token in tokens}
+        for token in tokens[::3]:
+            await approvals.approve(token, "approver-0")
+
+        async def one(token: str) -> None:
+            works: list[Callable[[], Any]] = [
+                lambda: approvals.check_token(token),
+                lambda: approvals.check_token(token),
+                lambda: approvals.check_token(token, fresh=True),
+                lambda: approvals.approve(token, f"approver-{ids[token]}"),
+                lambda: approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
+                lambda: approvals.wait_for_decision(token, timeout_s=5),
+            ]
+            weights = [8, 4, 2, 1, 1, 1]
+            task = asyncio.ensure_future(rng.choices(works, weights)[0]())
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+            await asyncio.sleep(rng.random() ** 3 * 0.05)
+            task.cancel()
+            try:
+                result: ApprovalResult = await task
+            except asyncio.CancelledError:
+                met["cancelled"] += 1
+                return
+            except errors.ApprovalError as exc:
+                met["refused"] += 1
+                assert exc.approval_id == ids[token]
+                return
+            met["answered"] += 1
+            assert (result.token, result.approval_id) == (token, ids[token])
+            assert result.approver_id in (None, "approver-0", f"approver-{ids[token]}")
+
+        left = iter(range(number * 2))
+
+        async def caller() -> None:
+            while met["cancelled"] < number and next(left, None) is not None:
+                await one(rng.choice(tokens))
+
+        await asyncio.gather(*(caller() for _ in range(AT_ONCE)))
+        # What was cancelled may still roll back.
+        async with asyncio.timeout(10):
+            while store.database.engine.pool.checkedout():  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
+
+        assert mixed_up == []
+        assert store._core.signals._topics == {}
+        for token in tokens:
+            cached, fresh = [await approvals.check_token(token), await approvals.check_token(token, fresh=True)]
+            assert cached.approval_id == fresh.approval_id == ids[token]
+        token = await approvals.issue_token(ask())
+        await approvals.approve(token, "approver-1")
+        used = await approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+        assert used.status == "USED"
+        assert store.database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    print(f"{backend}: {dict(met)}, seed {seed}, {time.monotonic() - start:.1f} s")
+    assert met["cancelled"] > number // 2
