@@ -375,8 +375,8 @@ def server() -> Iterator[RedisServer]:
 @pytest.mark.parametrize(
     ("backend", "examples", "length"),
     [
-        ("sqlite", 4, 50),
-        ("postgres", 4, 50),
+        ("sqlite", 4, 80),
+        ("postgres", 4, 80),
         pytest.param("sqlite", 50, 200, marks=pytest.mark.slow),
         pytest.param("postgres", 50, 200, marks=pytest.mark.slow),
     ],

@@ -117,6 +117,7 @@ class Walk:
         for _ in range(2):
             await self._open()
         try:
+            await self._write()
             for number in range(steps):
                 name = self._rng.choices(list(self._RULES), list(self._RULES.values()))[0]
                 self.steps[name] += 1
@@ -156,7 +157,7 @@ class Walk:
         return event
 
     def _old(self) -> AuditEvent:
-        return self._rng.choice(list(self.written.values())) if self.written else self._new()
+        return self._rng.choice(list(self.written.values()))
 
     async def _send(self, events: list[AuditEvent]) -> None:
         store = self._rng.choice(self._stores)

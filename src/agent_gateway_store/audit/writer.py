@@ -57,6 +57,7 @@ class AuditWriter:
         self._committing = asyncio.Lock()
         self._recovering = asyncio.Lock()
         self._drainer: asyncio.Task[None] | None = None
+        self._is_leading = False
         self._recoverer: asyncio.Task[None] | None = None
         self._is_away = False
         self._is_closed = False
@@ -79,7 +80,29 @@ class AuditWriter:
         self._check_open()
         if self._is_full:
             await self._wait_for_room(row)
+        elif self._drainer is None and not self._is_leading and not self._queue:
+            return await self._lead(row)
         return await self._enqueue(row)
+
+    async def _lead(self, row: Record) -> WriteOutcome:
+        """Commit a row that waits for nobody in the caller's own task: a task of its own would cost a lone writer."""
+        self._is_leading = True
+        self._queued += 1
+        self.counters.queue_depth += 1
+        try:
+            answer = (await self._commit([row]))[0]
+        except asyncio.CancelledError:
+            # The caller is gone, its event is not. If it was committed all the same, it is found to be a duplicate.
+            self._queue.appendleft((row, asyncio.get_running_loop().create_future()))
+            self._queued_bytes += size_of(row)
+            raise
+        else:
+            self.counters.queue_depth -= 1
+            self._note_progress(1)
+        finally:
+            self._is_leading = False
+            self._start_draining()
+        return _accepted(answer)
 
     async def write_batch(self, rows: Sequence[Record]) -> list[WriteOutcome]:
         """Commit `rows` as one batch, past the queue; for bulk.
@@ -105,8 +128,8 @@ class AuditWriter:
     async def close(self) -> None:
         """Acknowledge everything queued, then let go of the connections. What is in the spool stays there."""
         self._is_closed = True
-        while self._drainer is not None or self._waiting_for_room:
-            await (asyncio.wait([self._drainer]) if self._drainer is not None else asyncio.sleep(0))
+        while self._settled < self._queued or self._waiting_for_room:
+            await self._progress.wait()
         if self._recoverer is not None:
             self._recoverer.cancel()
             await asyncio.wait([self._recoverer])
@@ -143,9 +166,17 @@ class AuditWriter:
         self._queued += 1
         self._queued_bytes += size_of(row)
         self.counters.queue_depth += 1
-        if self._drainer is None:
-            self._drainer = loop.create_task(self._drain())
+        self._start_draining()
         return future
+
+    def _start_draining(self) -> None:
+        if self._queue and self._drainer is None and not self._is_leading:
+            self._drainer = asyncio.get_running_loop().create_task(self._drain())
+
+    def _note_progress(self, rows: int) -> None:
+        self._settled += rows
+        progress, self._progress = self._progress, asyncio.Event()
+        progress.set()
 
     async def _drain(self) -> None:
         try:
@@ -160,9 +191,7 @@ class AuditWriter:
                         future.set_result(outcome)
                     else:
                         future.set_exception(outcome)
-                self._settled += len(batch)
-                progress, self._progress = self._progress, asyncio.Event()
-                progress.set()
+                self._note_progress(len(batch))
         finally:
             self._drainer = None
 

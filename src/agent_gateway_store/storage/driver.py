@@ -40,6 +40,7 @@ class DriverPool:
         self._engine = engine
         self._places = asyncio.Semaphore(size)
         self._idle: list[tuple[asyncpg.Connection, AsyncConnection]] = []
+        self._dead: list[tuple[asyncpg.Connection, AsyncConnection]] = []
 
     @asynccontextmanager
     async def lend(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
@@ -53,11 +54,17 @@ class DriverPool:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        async with asyncio.timeout_at(deadline):
+        if self._places.locked():
+            async with asyncio.timeout_at(deadline):
+                await self._places.acquire()
+        else:
             await self._places.acquire()
         try:
-            async with asyncio.timeout_at(deadline):
-                driver, connection = await self._take()
+            taken = self._take_idle()
+            if taken is None:
+                async with asyncio.timeout_at(deadline):
+                    taken = await self._connect()
+            driver, connection = taken
             watchdog = loop.call_at(deadline, driver.terminate)
             try:
                 # Cutting the line does not wake a COPY that waits for room in a full send buffer.
@@ -81,12 +88,17 @@ class DriverPool:
         """True if the next connection lent may have died while it was idle."""
         return bool(self._idle)
 
-    async def _take(self) -> tuple[asyncpg.Connection, AsyncConnection]:
+    def _take_idle(self) -> tuple[asyncpg.Connection, AsyncConnection] | None:
         while self._idle:
             driver, connection = self._idle.pop()
             if not driver.is_closed():
                 return driver, connection
-            await _drop(driver, connection)
+            self._dead.append((driver, connection))
+        return None
+
+    async def _connect(self) -> tuple[asyncpg.Connection, AsyncConnection]:
+        while self._dead:
+            await _drop(*self._dead.pop())
         connection = await self._engine.connect()
         try:
             raw = await connection.get_raw_connection()
@@ -106,6 +118,8 @@ class DriverPool:
                 with suppress(Exception):
                     await driver.close(timeout=_CLOSE_TIMEOUT_S)
             await _drop(driver, connection)
+        while self._dead:
+            await _drop(*self._dead.pop())
 
 
 async def _drop(driver: asyncpg.Connection, connection: AsyncConnection) -> None:

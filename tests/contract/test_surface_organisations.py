@@ -1,0 +1,239 @@
+"""The whole public surface with two organisations: each method has a case, and no case shows anything of the other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from contract_helpers import CALL, make_request
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from agent_gateway_store import AuditEvent, GatewayStore, IssuedKey, clock, errors
+
+pytestmark = pytest.mark.integration
+
+MARK = "belongs-to-globex"
+"""Stands in everything that the other organisation has written."""
+TABLES = ("audit_events", "api_keys", "approval_requests", "approval_votes")
+
+SameNames = {"request_id": "r-1", "caller_id": "dev-agent"}
+
+
+@dataclass
+class Other:
+    """What the other organisation holds, as an outsider might have come by it."""
+
+    view: GatewayStore
+    event: AuditEvent
+    key: IssuedKey
+    tokens: dict[str, str] = field(default_factory=dict)
+    ids: dict[str, UUID] = field(default_factory=dict)
+    cursor: str | None = None
+
+
+async def settle(view: GatewayStore, mark: str, make_event: Callable[..., AuditEvent]) -> Other:
+    """Let an organisation write one of everything, with its mark in it and the names that others use, too."""
+    event = make_event(**SameNames, deterministic_rationale=mark, llm_explanation=mark, session_id=mark)
+    await view.audit.write(event)
+    other = Other(view, event, await view.keys.issue("dev-agent", role=mark))
+    for status in ("PENDING", "APPROVED", "DENIED", "USED"):
+        request = make_request(request_id=f"r-{status}", risk_explanation=mark, use_before=None)
+        token = other.tokens[status] = await view.approvals.issue_token(request)
+        if status == "DENIED":
+            await view.approvals.deny(token, f"by-{mark}", mark)
+        elif status != "PENDING":
+            await view.approvals.approve(token, f"by-{mark}", mark)
+        if status == "USED":
+            await view.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+        other.ids[status] = (await view.approvals.check_token(token)).approval_id
+    other.cursor = (await view.approvals.list_requests(limit=1)).next_cursor
+    return other
+
+
+Case = Callable[[GatewayStore, Other, Callable[..., AuditEvent]], Any]
+"""What an outsider tries with one method: an answer, or a list of answers."""
+
+
+def by_token(name: str, *args: Any, **kwargs: Any) -> Case:
+    return lambda view, other, _: [
+        getattr(view.approvals, name)(token, *args, **kwargs) for token in other.tokens.values()
+    ]
+
+
+def by_token_and_id(name: str) -> Case:
+    return lambda view, other, _: [
+        *(getattr(view.approvals, name)(token, "approver-9") for token in other.tokens.values()),
+        *(getattr(view.approvals, name)(approval_id=each, approver_id="approver-9") for each in other.ids.values()),
+    ]
+
+
+def by_caller(name: str) -> Case:
+    return lambda view, other, _: [
+        getattr(view.keys, name)("only-there"),
+        getattr(view.keys, name)("dev-agent", org_id="globex"),
+    ]
+
+
+async def _recorded(view: GatewayStore, event: AuditEvent) -> Any:
+    async with AsyncSession(view.database.engine) as session:
+        outcome = await view.audit.record(event, session=session)
+        await session.commit()
+    return outcome
+
+
+CASES: dict[str, Case] = {
+    "audit.write": lambda view, other, make: [
+        view.audit.write(make(**SameNames)),
+        view.audit.write(make(request_id="r-1", org_id="globex")),
+    ],
+    "audit.write_many": lambda view, other, make: [
+        view.audit.write_many([make(**SameNames), make(**SameNames, org_id="globex")])
+    ],
+    "audit.record": lambda view, other, make: [_recorded(view, make(**SameNames, org_id="globex"))],
+    "audit.flush": lambda view, other, _: [view.audit.flush()],
+    "audit.get_by_request_id": lambda view, other, _: [view.audit.get_by_request_id("r-1")],
+    "audit.list_by_caller": lambda view, other, _: [view.audit.list_by_caller("dev-agent", limit=1000)],
+    "audit.list_by_decision": lambda view, other, _: [view.audit.list_by_decision("ALLOW", limit=1000)],
+    "audit.list_recent": lambda view, other, _: [view.audit.list_recent(limit=1000)],
+    "approvals.issue_token": lambda view, other, _: [
+        *(view.approvals.issue_token(make_request(request_id=f"r-{status}")) for status in other.tokens),
+        view.approvals.issue_token(make_request(org_id="globex")),
+        *(view.approvals.issue_token(make_request(token=token)) for token in other.tokens.values()),
+        *(view.approvals.issue_token(make_request(approval_id=each)) for each in other.ids.values()),
+    ],
+    "approvals.check_token": lambda view, other, _: [
+        view.approvals.check_token(token, fresh=fresh) for token in other.tokens.values() for fresh in (False, True)
+    ],
+    "approvals.approve": by_token_and_id("approve"),
+    "approvals.deny": by_token_and_id("deny"),
+    "approvals.cancel": by_token_and_id("cancel"),
+    "approvals.consume_token": by_token("consume_token", caller_id="dev-agent", tool_call=CALL),
+    "approvals.record_outcome": by_token("record_outcome", "SUCCESS"),
+    "approvals.wait_for_decision": by_token("wait_for_decision", timeout_s=0.01),
+    "approvals.get": lambda view, other, _: [view.approvals.get(approval_id=each) for each in other.ids.values()],
+    "approvals.list_requests": lambda view, other, _: [
+        view.approvals.list_requests(limit=1000),
+        view.approvals.list_requests(limit=1000, cursor=other.cursor),
+        *(view.approvals.list_requests(status) for status in other.tokens),
+    ],
+    "approvals.expire_stale": lambda view, other, _: [view.approvals.expire_stale()],
+    "keys.issue": lambda view, other, _: [
+        view.keys.issue("only-there", role="r"),
+        view.keys.issue("dev-agent", role="r", org_id="globex"),
+    ],
+    "keys.verify": lambda view, other, _: [view.keys.verify(other.key.plaintext)],
+    "keys.rotate": by_caller("rotate"),
+    "keys.revoke": by_caller("revoke"),
+    "keys.get": by_caller("get"),
+    "keys.list": lambda view, other, _: [view.keys.list(limit=1000), view.keys.list(offset=0)],
+}
+
+PROPERTIES = {"audit.counters"}
+"""What a process counts of itself; numbers only."""
+
+
+def surface() -> set[str]:
+    """Every public method and property of the three services."""
+    store = GatewayStore("sqlite://", redis_url="")
+    found = set()
+    for service in ("audit", "approvals", "keys"):
+        kind = type(getattr(store, service))
+        public = [name for name in dir(kind) if not name.startswith("_")]
+        found |= {
+            f"{service}.{name}"
+            for name in public
+            if not (inspect.ismethod(getattr(kind, name)))  # other constructors
+        }
+    return found
+
+
+def test_every_public_method_has_a_case() -> None:
+    """A new method needs a case here before this passes again."""
+    assert surface() == CASES.keys() | PROPERTIES
+
+
+async def rows(store: GatewayStore) -> dict[str, list[Any]]:
+    """All rows of the other organisation."""
+    async with store.database.engine.connect() as connection:
+        return {
+            table: [tuple(row) for row in await connection.execute(
+                text(f"SELECT * FROM {table} WHERE org_id = 'globex' ORDER BY id"))]
+            for table in TABLES
+        }  # fmt: skip
+
+
+def shown(answer: Any) -> str:
+    """Everything an answer tells."""
+    parts = [repr(answer), str(answer)]
+    if hasattr(answer, "to_dicts"):
+        parts += [str(answer.to_dicts()), answer._repr_html_(), str(answer.next_cursor)]
+    items = answer if isinstance(answer, list) else [answer]
+    parts += [item.model_dump_json() for item in items if hasattr(item, "model_dump_json")]
+    return "\n".join(parts)
+
+
+async def told(answer: Awaitable[Any]) -> str:
+    """Return what an answer or an error tells."""
+    try:
+        return shown(await answer)
+    except (errors.GatewayStoreError, ValueError) as exc:
+        return f"{exc!r} {exc} {vars(exc)}"
+
+
+@pytest.fixture
+async def other(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> AsyncIterator[Other]:
+    """The other organisation; beside the same names it has a caller of its own."""
+    view = store.for_org("globex")
+    settled = await settle(view, MARK, make_event)
+    await view.keys.issue("only-there", role=MARK)
+    yield settled
+
+
+async def attempt(name: str, view: GatewayStore, other: Other, make_event: Callable[..., AuditEvent]) -> str:
+    """Run a case and return everything that was told."""
+    return "\n".join([await told(answer) for answer in CASES[name](view, other, make_event)])
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_nothing_of_the_other_organisation_is_shown_or_changed(
+    store: GatewayStore, other: Other, make_event: Callable[..., AuditEvent], name: str
+) -> None:
+    """Neither a row nor an id nor a word of it is in any answer or error, and its rows stay as they were."""
+    if name == "approvals.expire_stale":
+        clock.move(timedelta(hours=3))
+    before = await rows(store)
+
+    everything = await attempt(name, store.for_org("acme"), other, make_event)
+
+    assert MARK not in everything
+    if name != "approvals.issue_token":  # which is told of the id and the token that it brings itself
+        assert not [each for each in other.ids.values() if str(each) in everything]
+    assert other.key.api_key.key_id not in everything
+    assert await rows(store) == before
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"approvals.issue_token", "keys.issue", "audit.flush"}))
+async def test_answers_are_those_of_a_store_without_the_other(
+    store: GatewayStore,
+    other: Other,
+    make_event: Callable[..., AuditEvent],
+    name: str,
+    tmp_path: Path,
+) -> None:
+    """To the word, counts included, one is told what one is told where the other organisation does not exist."""
+    async with GatewayStore(f"sqlite:///{tmp_path}/alone.db", redis_url="") as alone:
+        answers = [await attempt(name, one.for_org("acme"), other, make_event) for one in (store, alone)]
+
+    assert [each.replace(str(uuid4()), "") for each in answers[:1]] == answers[1:]
+
+
+def test_the_search_finds_what_is_there() -> None:
+    """The words of an answer are looked at: reprs, HTML, dictionaries and JSON."""
+    assert MARK in shown(make_request(risk_explanation=MARK))
