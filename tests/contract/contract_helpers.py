@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,13 @@ async def column(store: GatewayStore, name: str, table: str) -> list[Any]:
     """Return what a column of a table holds, without the types of the models."""
     async with store.database.engine.connect() as connection:
         return list((await connection.execute(text(f"SELECT {name} FROM {table} ORDER BY id"))).scalars())
+
+
+async def idle(store: GatewayStore) -> None:
+    """Wait until no connection is checked out: the subscription of a waiter may still be connecting when it returns."""
+    async with asyncio.timeout(10):
+        while store.database.engine.pool.checkedout():  # type: ignore[attr-defined]
+            await asyncio.sleep(0.005)
 
 
 @contextmanager

@@ -164,7 +164,7 @@ async def test_older_version_never_replaces_a_newer_one(store: GatewayStore, cli
     slow = GatedRedis(client)
     reader = ApprovalManager.over(store.database, slow, store.settings)
     reading = asyncio.create_task(reader.check_token(token, fresh=True))
-    await slow.waits.wait()
+    await asyncio.wait_for(slow.waits.wait(), 10)
     await store.approvals.deny(token, "approver-1")
     slow.gate.set()
 

@@ -6,7 +6,7 @@ import asyncio
 from datetime import datetime, timedelta
 
 import pytest
-from contract_helpers import CALL, RecordingNotifier, approved, column, make_request
+from contract_helpers import CALL, RecordingNotifier, approved, column, idle, make_request
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, clock, errors
 
@@ -169,6 +169,7 @@ async def test_waiting_ends_with_the_decision(store: GatewayStore) -> None:
     await store.approvals.deny(token, "approver-1")
 
     assert (await waiter).status == "DENIED"
+    await idle(store)
 
 
 async def test_waiting_in_vain_decides_nothing(store: GatewayStore) -> None:
@@ -177,6 +178,7 @@ async def test_waiting_in_vain_decides_nothing(store: GatewayStore) -> None:
 
     assert (await store.approvals.wait_for_decision(token, timeout_s=0.01)).status == "PENDING"
     assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
+    await idle(store)
 
 
 async def test_wall_clock_of_the_gateway_decides_nothing(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The life of approvals as a state machine: two gateways against a small model, while clock, Redis and processes change."""
+"""Approvals as a state machine: two gateways against a small model, while clock, Redis and processes change."""
 
 from __future__ import annotations
 
@@ -377,8 +377,8 @@ def server() -> Iterator[RedisServer]:
     [
         ("sqlite", 4, 80),
         ("postgres", 4, 80),
-        pytest.param("sqlite", 50, 200, marks=pytest.mark.slow),
-        pytest.param("postgres", 50, 200, marks=pytest.mark.slow),
+        pytest.param("sqlite", 60, 200, marks=pytest.mark.slow),
+        pytest.param("postgres", 60, 200, marks=pytest.mark.slow),
     ],
 )
 def test_gateways_never_leave_the_model(

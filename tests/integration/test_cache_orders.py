@@ -1,4 +1,4 @@
-"""Every order in which a reader, a decider and a lost entry can meet in Redis: nothing too old is served or released."""
+"""Every order in which a reader, a decider and a lost entry meet in Redis: nothing too old is served or released."""
 
 from __future__ import annotations
 
@@ -213,8 +213,8 @@ EVERY = [(backend, move) for backend in ("sqlite", "postgres") for move in MOVES
     ("backend", "move"), [pytest.param(*case, marks=[] if case in SHORT else pytest.mark.slow) for case in EVERY]
 )
 async def test_no_order_serves_what_is_too_old(store: GatewayStore, fresh_redis_url: str, move: str) -> None:
-    """A reader's and a decider's steps and the loss of the entry, in all 30 orders, without a pause and with one that is
-    longer than APPROVAL_CACHE_SECONDS after a step."""
+    """A reader's and a decider's steps and the loss of the entry, in all 30 orders, without a stall and with one that
+    is longer than APPROVAL_CACHE_SECONDS."""
     every = list(orders("reader", "decider"))
     await meet(store, fresh_redis_url, move, plans(every, 1, 2, 3))
 

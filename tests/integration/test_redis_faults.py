@@ -1,4 +1,4 @@
-"""Redis fails in every way it can while approvals are checked, decided and used: no wrong answer, no error, no stall."""
+"""Redis fails in every way while approvals are checked, decided and used: no wrong answer, no error, no stall."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ async def test_no_fault_of_redis_makes_an_answer_wrong(
 
 
 async def test_what_a_hung_redis_did_late_is_not_believed(server: RedisServer, tmp_path: Any) -> None:
-    """Redis that hung carries out, when it goes on, what was sent before a decision; it tells nobody of the old status."""
+    """Redis that hung carries out what it was sent before a decision; nobody is told of the old status by that."""
     settings = StoreSettings(approval_cache_seconds=BOUND_S)
     async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url=server.url, settings=settings) as store:
         tokens = [await store.approvals.issue_token(ask()) for _ in range(3)]

@@ -1,0 +1,164 @@
+"""Behind PgBouncer in transaction mode, where each transaction may meet another server connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, WriteOutcome
+from agent_gateway_store.errors import ApprovalAlreadyUsedError
+from proofs.harness import Load, Verdict, eventually, execute, make_event, migrated, spool_is_empty, stored_ids
+from servers import PostgresServer, _free_port
+
+pytestmark = pytest.mark.system
+
+STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
+CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
+
+SETTINGS = """
+[databases]
+* = host=127.0.0.1 port={database_port} user=postgres
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 3
+max_client_conn = 200
+"""
+
+
+class PgBouncer:
+    """A PgBouncer of our own with three server connections for everybody."""
+
+    def __init__(self, database: PostgresServer) -> None:
+        self.port = _free_port()
+        self._folder = Path(tempfile.mkdtemp(prefix="ags-bouncer-", dir="/tmp"))
+        self._folder.chmod(0o755)
+        self._settings = self._folder / "pgbouncer.ini"
+        self._settings.write_text(SETTINGS.format(database_port=database.port, port=self.port))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres?pgbouncer=true&sslmode=disable"
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        command = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
+        options: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            options = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen([command, str(self._settings)], stdout=log, stderr=log, **options)
+        end = time.monotonic() + 10
+        while True:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            assert time.monotonic() < end, (self._folder / "log").read_text()
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """Kill it; connections through it are gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def remove(self) -> None:
+        """Kill it and remove its files."""
+        self.kill()
+        shutil.rmtree(self._folder)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    """A durable server of this file's own."""
+    with PostgresServer(durable=True) as started:
+        migrated(started.url)
+        yield started
+
+
+@pytest.fixture
+def bouncer(server: PostgresServer) -> Iterator[PgBouncer]:
+    """A PgBouncer before it, over an empty database."""
+    asyncio.run(execute(server.url, "DELETE FROM audit_events"))
+    made = PgBouncer(server)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.remove()
+
+
+async def test_every_service_works(bouncer: PgBouncer) -> None:
+    """Events by every way in, their repeats and reuses, keys, and an approval from its issue to its use."""
+    async with GatewayStore(bouncer.url, redis_url="") as store, GatewayStore(bouncer.url, redis_url="") as other:
+        events = [make_event() for _ in range(300)]
+        outcomes = await asyncio.gather(
+            *(one.audit.write(event) for event in events for one in (store, other)),
+            *(store.audit.list_recent() for _ in range(50)),
+        )
+        assert [outcomes[:600].count(outcome) for outcome in (STORED, DUPLICATE)] == [300, 300]
+        assert await store.audit.write_many(make_event() for _ in range(5_000)) == {STORED: 5_000}
+        assert await store.audit.write(make_event(request_id=events[0].request_id, tool_name="other")) is STORED
+        for _ in range(20):
+            assert await store.audit.write(make_event()) is STORED
+        assert (await store.audit.get_by_request_id(events[7].request_id)) is not None
+        assert len(await stored_ids(store)) == 5_321
+
+        issued = await store.keys.issue("dev-agent", role="developer", environment="dev")
+        caller = await other.keys.verify(issued.plaintext)
+        request = ApprovalRequest(
+            request_id="r1", caller_id=caller.caller_id, tool_call=CALL, risk_explanation="deletes a file"
+        )
+        token = await store.approvals.issue_token(request)
+        waiting = asyncio.create_task(other.approvals.wait_for_decision(token, timeout_s=20))
+        await store.approvals.approve(token, "approver-1", note="ok")
+        assert (await waiting).status == "APPROVED"
+        used = await asyncio.gather(
+            *(one.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL) for one in [store, other] * 10),
+            return_exceptions=True,
+        )
+        assert sum(isinstance(result, ApprovalAlreadyUsedError) for result in used) == 19
+        assert sum(not isinstance(result, BaseException) for result in used) == 1
+
+
+async def test_its_restart_is_an_outage_like_any_other(bouncer: PgBouncer) -> None:
+    """Killed twice under 32 writers: 0 events lost, 0 doubled, 0 exceptions, and back without a restart of ours."""
+    async with GatewayStore(bouncer.url, redis_url="") as store:
+        load = Load(store)
+        source = (make_event() for _ in range(10_000))
+        running = asyncio.create_task(load.run(source, writers=32))
+        for number in (2_000, 5_000):
+            await load.until(number)
+            bouncer.kill()
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(bouncer.start)
+
+            async def is_stored() -> bool:
+                return await load.write(make_event()) is STORED
+
+            assert await eventually(is_stored) < 3
+        await running
+        await eventually(lambda: spool_is_empty(store))
+        verdict = await load.judge()
+        print(f"2 kills of PgBouncer: {load}: {verdict}")
+
+    assert verdict == Verdict()
+    assert load.outcomes().keys() <= {STORED, SPOOLED, DUPLICATE}
+    assert load.slowest_s < 6.5
