@@ -4,106 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
-from typing import Any
 
-import bcrypt
+import key_cache_helpers
 import pytest
 from contract_helpers import counted_statements
+from key_cache_helpers import BOTH, HOUR, TRUSTED, answer, hears, issue, until
 
-import servers
-from agent_gateway_store import CallerIdentity, GatewayStore, IssuedKey, StoreSettings, clock, errors
+from agent_gateway_store import CallerIdentity, GatewayStore, StoreSettings, clock, errors
 from agent_gateway_store.keys.format import new_key, new_key_id
 
 pytestmark = pytest.mark.integration
 
-HOUR, TRUSTED = timedelta(hours=1), timedelta(seconds=30)
-
-
-BOTH = pytest.mark.parametrize("redis_setting", ["no-redis", "redis"], indirect=True)
-
-
-@pytest.fixture
-def redis_setting(request: pytest.FixtureRequest) -> str:
-    """No Redis, but where a test asks for both."""
-    return request.getfixturevalue("fresh_redis_url") if getattr(request, "param", "") == "redis" else ""
-
-
-@pytest.fixture
-async def other(store: GatewayStore, database_url: str, redis_setting: str) -> AsyncIterator[GatewayStore]:
-    """A second store on the same database and Redis: what another process would be."""
-    async with GatewayStore(database_url, redis_url=redis_setting) as opened:
-        yield opened
-
-
-@pytest.fixture
-def bcrypt_calls(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The hashes that bcrypt compared something with."""
-    calls: list[bytes] = []
-
-    def counted(secret: bytes, hashed: bytes) -> bool:
-        calls.append(hashed)
-        return check(secret, hashed)
-
-    check = bcrypt.checkpw
-    monkeypatch.setattr(bcrypt, "checkpw", counted)
-    return calls
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """bcrypt stands still while this is not set."""
-    opened = threading.Event()
-    opened.set()
-
-    def held(secret: bytes, hashed: bytes) -> bool:
-        assert opened.wait(10)
-        return check(secret, hashed)
-
-    check = bcrypt.checkpw
-    monkeypatch.setattr(bcrypt, "checkpw", held)
-    yield opened
-    opened.set()
-
-
-async def issue(store: GatewayStore, caller_id: str = "dev-agent", **fields: Any) -> IssuedKey:
-    """Issue a key to a caller."""
-    return await store.keys.issue(caller_id, role="developer", **fields)
-
-
-async def answer(store: GatewayStore, key: IssuedKey | str) -> str:
-    """Tell what a key is told: `good`, `invalid` or `busy`."""
-    try:
-        await store.keys.verify(key if isinstance(key, str) else key.plaintext)
-    except errors.InvalidApiKeyError:
-        return "invalid"
-    except errors.StoreUnavailableError:
-        return "busy"
-    return "good"
-
-
-async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 5) -> float:
-    """Return how many seconds it takes until the condition holds."""
-    start = time.monotonic()
-    while not await condition():
-        assert time.monotonic() - start < timeout_s, "not within the time allowed"
-        await asyncio.sleep(0.01)
-    return time.monotonic() - start
-
-
-async def hears(store: GatewayStore) -> None:
-    """Wait until a store hears other processes, and has forgotten what it knew before."""
-
-    async def is_live() -> bool:
-        return store._core.signals._is_live
-
-    await until(is_live)
+redis_setting = key_cache_helpers.redis_setting
+other = key_cache_helpers.other
+bcrypt_calls = key_cache_helpers.bcrypt_calls
+gate = key_cache_helpers.gate
 
 
 @BOTH
@@ -174,97 +92,6 @@ async def test_zero_switches_the_cache_off(database_url: str, redis_setting: str
         async with GatewayStore(database_url, redis_url=redis_setting) as other:
             await other.keys.revoke("dev-agent")
         assert await answer(store, issued) == "invalid"
-
-
-async def revoke(store: GatewayStore) -> None:
-    """End the key."""
-    await store.keys.revoke("dev-agent")
-
-
-async def rotate(store: GatewayStore) -> None:
-    """Replace the key at once."""
-    await store.keys.rotate("dev-agent", overlap=timedelta())
-
-
-async def reissue(store: GatewayStore) -> None:
-    """End the key and issue another."""
-    await store.keys.revoke("dev-agent")
-    await issue(store)
-
-
-@BOTH
-@pytest.mark.parametrize("change", [revoke, rotate, reissue])
-async def test_change_counts_in_this_process_at_once(store: GatewayStore, change: Callable[..., Any]) -> None:
-    """A key that is known in several views of a store is refused by each from the moment the change returns."""
-    issued = await issue(store)
-    views = [store, store.for_org("default")]
-    for view in views * 2:
-        assert await answer(view, issued) == "good"
-    await change(views[1])
-
-    assert [await answer(view, issued) for view in views] == ["invalid"] * 2
-
-
-@BOTH
-@pytest.mark.parametrize("change", [revoke, rotate, reissue])
-async def test_change_elsewhere_is_heard(
-    store: GatewayStore, other: GatewayStore, redis_setting: str, change: Callable[..., Any]
-) -> None:
-    """With Redis a key that ended in another process is refused within a second, without it after its trust."""
-    issued = await issue(store)
-    await store.keys.verify(issued.plaintext)
-    if redis_setting:
-        await hears(store)
-    assert await answer(store, issued) == "good"
-    await change(other)
-
-    async def is_refused() -> bool:
-        return await answer(store, issued) == "invalid"
-
-    if redis_setting:
-        assert await until(is_refused) < 1
-    else:
-        assert await answer(store, issued) == "good"
-        clock.move(TRUSTED)
-        assert await is_refused()
-
-
-async def test_new_key_from_elsewhere_is_good_at_once(store: GatewayStore, other: GatewayStore) -> None:
-    """What this process knows of the key before does not make it refuse the one after."""
-    old = await issue(store)
-    assert await answer(store, old) == "good"
-    new = await other.keys.rotate("dev-agent")
-
-    assert await answer(store, new) == "good"
-
-
-async def test_no_key_is_trusted_beyond_its_end(store: GatewayStore) -> None:
-    """`expires_at` and the end of an overlap come without a signal, and within the time of trust."""
-    soon = timedelta(seconds=0.6)
-    expiring = await issue(store, "expiring", expires_at=clock.utc_now() + soon)
-    old = await issue(store)
-    new = await store.keys.rotate("dev-agent", overlap=soon)
-    during = [await answer(store, key) for key in (expiring, old, new) for _ in range(2)]
-    await asyncio.sleep(soon.total_seconds())
-
-    assert during == ["good"] * 6
-    assert [await answer(store, key) for key in (expiring, old, new)] == ["invalid", "invalid", "good"]
-
-
-async def test_check_that_overlaps_a_revocation_leaves_no_trust(store: GatewayStore, gate: threading.Event) -> None:
-    """What was read before a change is not remembered after it, and nobody joins a check that began before."""
-    issued = await issue(store)
-    gate.clear()
-    early = asyncio.create_task(answer(store, issued))
-    await until(lambda: asyncio.to_thread(lambda: store.keys._hasher._room._value < 64))
-    await store.keys.revoke("dev-agent")
-    late = asyncio.create_task(answer(store, issued))
-    await asyncio.sleep(0.05)
-    gate.set()
-
-    assert await late == "invalid"
-    await early
-    assert await answer(store, issued) == "invalid"
 
 
 async def test_wrong_keys_of_one_id_cannot_occupy_bcrypt(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
@@ -434,96 +261,3 @@ async def test_cache_holds_no_key(store: GatewayStore) -> None:
     assert len(held) > 10
     secrets = [key.split("_")[2][:20] for key in keys]
     assert not [text for text in map(str, held) for secret in secrets if secret in text]
-
-
-async def test_hung_or_restarted_redis_lets_no_revoked_key_live_longer(database_url: str) -> None:
-    """While Redis hangs a revocation is late by the time of trust at most; when it is back, all is read again."""
-    with servers.RedisServer() as server:
-        options: dict[str, Any] = {"redis_url": server.url}
-        async with GatewayStore(database_url, **options) as store, GatewayStore(database_url, **options) as other:
-            keys = [await issue(store, f"agent-{number}") for number in range(3)]
-            await answer(store, keys[0])
-            await hears(store)
-            assert [await answer(store, key) for key in keys] == ["good"] * 3
-
-            server.pause()
-            start = time.monotonic()
-            await other.keys.revoke("agent-0")
-            assert [await answer(store, key) for key in keys] == ["good"] * 3
-            assert time.monotonic() - start < 1
-            clock.move(TRUSTED)
-            assert [await answer(store, key) for key in keys] == ["invalid", "good", "good"]
-
-            server.kill()
-            await other.keys.revoke("agent-1")
-            server.start()
-
-            async def is_refused() -> bool:
-                return await answer(store, keys[1]) == "invalid"
-
-            assert await until(is_refused, 10) < 10
-            await hears(store)
-            await asyncio.sleep(1.1)  # the other store leaves Redis alone for a second after a fault
-            assert await answer(store, keys[2]) == "good"
-            await other.keys.revoke("agent-2")
-
-            async def is_heard() -> bool:
-                return await answer(store, keys[2]) == "invalid"
-
-            assert await until(is_heard) < 1
-
-
-_GATEWAY = """
-import asyncio, sys
-from agent_gateway_store import GatewayStore, errors
-
-async def main():
-    async with GatewayStore() as store:
-        key, was = sys.stdin.readline().strip(), None
-        while True:
-            try:
-                await store.keys.verify(key)
-                now = "good"
-            except errors.InvalidApiKeyError:
-                now = "invalid"
-            if now != was:
-                print(now, flush=True)
-            was = now
-            if now == "invalid":
-                break
-            await asyncio.sleep(0.01)
-
-asyncio.run(main())
-"""
-
-
-@BOTH
-async def test_revocation_reaches_another_process(store: GatewayStore, database_url: str, redis_setting: str) -> None:
-    """A real second process that trusts a key refuses it: within a second by Redis, else after its time of trust."""
-    issued = await issue(store)
-    environment = os.environ | {
-        "DATABASE_URL": database_url,
-        "REDIS_URL": redis_setting,
-        "API_KEY_CACHE_SECONDS": "30" if redis_setting else "1.5",
-    }
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _GATEWAY),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env=environment,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(issued.plaintext.get_secret_value().encode() + b"\n")
-        assert await asyncio.wait_for(process.stdout.readline(), 20) == b"good\n"
-        await asyncio.sleep(0.5)  # it subscribes after the first key
-        await store.keys.revoke("dev-agent")
-        start = time.monotonic()
-        assert await asyncio.wait_for(process.stdout.readline(), 20) == b"invalid\n"
-        assert time.monotonic() - start < (1 if redis_setting else 1.7)
-        assert await asyncio.wait_for(process.wait(), 10) == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()

@@ -30,8 +30,8 @@ def ask() -> ApprovalRequest:
 @pytest.mark.parametrize(
     ("backend", "number", "seed"),
     [
-        ("sqlite", 500, 1),
-        ("postgres", 500, 2),
+        ("postgres", 500, 1),
+        pytest.param("sqlite", 500, 2, marks=pytest.mark.slow),
         pytest.param("sqlite", 10_000, 3, marks=pytest.mark.slow),
         pytest.param("postgres", 10_000, 4, marks=pytest.mark.slow),
     ],
@@ -83,7 +83,7 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
             task = asyncio.ensure_future(rng.choices(works, weights)[0]())
             for _ in range(rng.randrange(4)):
                 await asyncio.sleep(0)
-            await asyncio.sleep(rng.random() ** 4 * 0.3)
+            await asyncio.sleep(rng.random() ** 4 * 0.15)
             task.cancel()
             try:
                 result: ApprovalResult = await task
@@ -97,7 +97,7 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
             assert (result.token, result.approval_id) == (token, ids[token])
             assert result.approver_id in (None, "approver-0", f"approver-{ids[token]}")
 
-        left = iter(range(number * 2))
+        left = iter(range(number * 10))
 
         async def caller() -> None:
             while met["cancelled"] < number and next(left, None) is not None:
@@ -120,7 +120,6 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
         assert used.status == "USED"
         assert store.database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
     print(f"{backend}: {dict(met)}, seed {seed}, {time.monotonic() - start:.1f} s")
-    assert met["cancelled"] > number // 2
+    assert met["cancelled"] >= number
     assert met["answered"] > 0
-    assert met["refused"] > 0
     assert met["of another"] == 0

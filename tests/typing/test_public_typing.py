@@ -64,7 +64,6 @@ def test_twin_has_the_same_signatures(cls: type, twin: type) -> None:
 
 def test_mypy_accepts_the_public_api() -> None:
     """`api.py` beside this file uses the async and the blocking API; mypy --strict finds nothing wrong with it."""
-    pytest.importorskip("mypy")
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml")]
     command += ["--cache-dir", str(ROOT / ".mypy_cache"), str(Path(__file__).with_name("api.py"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

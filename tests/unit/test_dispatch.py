@@ -3,262 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import gc
 import logging
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Any
 
 import pytest
+from dispatch_helpers import (
+    BOUND,
+    TIMEOUT,
+    Blocker,
+    Doing,
+    Recorder,
+    by_name,
+    dispatching,
+    make_notice,
+    raising,
+    stubborn,
+)
 
 import agent_gateway_store
 from agent_gateway_store import hookimpl
-from agent_gateway_store.hooks import DeliveryReport, Dispatcher, Plugins
-from agent_gateway_store.hooks.lane import GRACE_SECONDS, MAX_ABANDONED
-from agent_gateway_store.hooks.loading import LOAD_VARIABLE
-from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
-from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.hooks.lane import MAX_ABANDONED
+from agent_gateway_store.models.values import Notice
 
 pytestmark = pytest.mark.unit
-
-TIMEOUT = 0.2
-BOUND = TIMEOUT + GRACE_SECONDS + 2
-"""A bounded wait, with room for a busy machine."""
-
-
-def make_notice(event: Literal["pending", "decision"] = "pending", **fields: Any) -> Notice:
-    """Build a notice."""
-    return Notice(
-        event=event,
-        delivery_id=uuid4(),
-        approval_id=uuid4(),
-        org_id="default",
-        request_id="r-1",
-        caller_id="dev-agent",
-        tool_call=ToolCall(server="files", tool="delete", arguments={"path": ["/tmp/x"]}),
-        risk_explanation="deletes a file",
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        status=ApprovalStatus.PENDING if event == "pending" else ApprovalStatus.APPROVED,
-        **fields,
-    )
-
-
-class Recorder:
-    """Keeps what it is told, and in which thread."""
-
-    def __init__(self, name: str = "recorder") -> None:
-        self.name = name
-        self.heard: list[tuple[str, Notice]] = []
-        self.threads: list[threading.Thread] = []
-
-    async def notify_pending(self, notice: Notice) -> None:
-        await self.hear("pending", notice)
-
-    async def notify_decision(self, notice: Notice) -> None:
-        await self.hear("decision", notice)
-
-    async def hear(self, event: str, notice: Notice) -> None:
-        """Keep it."""
-        self.heard.append((event, notice))
-        self.threads.append(threading.current_thread())
-
-
-class Doing(Recorder):
-    """Does what it was made with; may be async."""
-
-    def __init__(self, name: str, action: Callable[[], Any]) -> None:
-        super().__init__(name)
-        self.action = action
-
-    async def hear(self, event: str, notice: Notice) -> None:
-        await super().hear(event, notice)
-        result = self.action()
-        if asyncio.iscoroutine(result):
-            await result
-
-
-class Blocker(Doing):
-    """Blocks its thread until it is released."""
-
-    def __init__(self, name: str = "blocker") -> None:
-        self.release = threading.Event()
-        super().__init__(name, lambda: self.release.wait(20))
-
-
-def raising(error: BaseException) -> Callable[[], None]:
-    """Return a function that raises `error`."""
-
-    def action() -> None:
-        raise error
-
-    return action
-
-
-async def stubborn() -> None:
-    """Swallow the first cancellation."""
-    try:
-        await asyncio.sleep(20)
-    except asyncio.CancelledError:
-        await asyncio.sleep(20)
-
-
-@contextmanager
-def dispatching(*given: object, timeout: float = TIMEOUT) -> Iterator[Dispatcher]:
-    """Dispatch to these only; close in the end, and leave no thread behind."""
-    before = set(threading.enumerate())
-    dispatcher = Dispatcher(Plugins(given, environ={LOAD_VARIABLE: ""}), StoreSettings(plugin_timeout_seconds=timeout))
-    try:
-        yield dispatcher
-    finally:
-        for plugin in given:
-            if isinstance(plugin, Blocker):
-                plugin.release.set()
-        dispatcher.close(5)
-        for thread in set(threading.enumerate()) - before:
-            if thread.name.startswith("gateway-store"):
-                thread.join(5)
-                assert not thread.is_alive()
-        gc.collect()
-
-
-def by_name(reports: list[DeliveryReport]) -> dict[str, DeliveryReport]:
-    """Index reports by notifier."""
-    return {report.notifier: report for report in reports}
-
-
-class TestDelivery:
-    """A notifier that works."""
-
-    async def test_each_event_has_its_method(self) -> None:
-        """Pending and decision go to the method of that name, and are reported."""
-        recorder = Recorder()
-        pending, decision = make_notice(), make_notice("decision")
-
-        with dispatching(recorder) as dispatcher:
-            reports = [await dispatcher.deliver("recorder", notice) for notice in (pending, decision)]
-
-        assert recorder.heard == [("pending", pending), ("decision", decision)]
-        assert [(report.notifier, report.ok, report.error) for report in reports] == [("recorder", True, None)] * 2
-        assert all(0 <= report.seconds < BOUND for report in reports)
-
-    async def test_one_thread_per_notifier(self) -> None:
-        """All notices of a notifier meet in one daemon thread, and no other notifier is in it."""
-        one, two = Recorder("one"), Recorder("two")
-
-        with dispatching(one, two, timeout=10) as dispatcher:
-            for _ in range(3):
-                await dispatcher.deliver_all(make_notice())
-
-        assert len({*one.threads}) == len({*two.threads}) == 1
-        assert not {*one.threads} & {*two.threads, threading.current_thread()}
-        assert one.threads[0].daemon
-
-    async def test_no_thread_before_the_first_notice(self) -> None:
-        """Construction starts nothing; close without use is fine, and so is closing twice."""
-        before = set(threading.enumerate())
-
-        with dispatching(Recorder()) as dispatcher:
-            assert not [thread for thread in set(threading.enumerate()) - before if "gateway-store" in thread.name]
-            dispatcher.close()
-
-    async def test_names(self) -> None:
-        """`open` and `names` tell who is there, in order."""
-        with dispatching(Recorder("b"), Recorder("a")) as dispatcher:
-            assert await dispatcher.open() == dispatcher.names == ("b", "a")
-
-    async def test_notifiers_are_collected_once(self) -> None:
-        """However many deliveries begin at once, a plugin is asked once."""
-        asked = []
-
-        class Source:
-            @hookimpl
-            def gateway_store_register_notifiers(self) -> list[Recorder]:
-                asked.append(self)
-                return [Recorder()]
-
-        with dispatching(Source()) as dispatcher:
-            await asyncio.gather(*(dispatcher.deliver_all(make_notice()) for _ in range(5)))
-
-        assert len(asked) == 1
-
-    async def test_many_notices_at_once(self) -> None:
-        """Notices of one notifier run side by side in its loop."""
-        sleeper = Doing("sleeper", lambda: asyncio.sleep(0.1))
-
-        with dispatching(sleeper, timeout=10) as dispatcher:
-            started = time.monotonic()
-            reports = await asyncio.gather(*(dispatcher.deliver("sleeper", make_notice()) for _ in range(50)))
-
-        assert all(report.ok for report in reports)
-        assert time.monotonic() - started < 4
-
-    async def test_every_plugin_has_its_own_copy(self) -> None:
-        """A plugin that changes what it was given changes it for nobody else."""
-
-        class Vandal(Recorder):
-            async def hear(self, event: str, notice: Notice) -> None:
-                notice.tool_call.arguments["path"].append("/etc")
-
-        recorder, notice = Recorder("z"), make_notice()
-
-        with dispatching(Vandal("a"), recorder, timeout=10) as dispatcher:
-            await dispatcher.deliver("a", notice)
-            await dispatcher.deliver("z", notice)
-
-        assert recorder.heard[0][1].tool_call.arguments == notice.tool_call.arguments == {"path": ["/tmp/x"]}
-
-    async def test_context_reaches_the_notifier(self) -> None:
-        """Context variables, such as a trace, are those of the caller."""
-        variable: contextvars.ContextVar[str] = contextvars.ContextVar("trace", default="none")
-        seen: list[str] = []
-
-        with dispatching(Doing("doing", lambda: seen.append(variable.get())), timeout=10) as dispatcher:
-            variable.set("trace-1")
-            await dispatcher.deliver("doing", make_notice())
-
-        assert seen == ["trace-1"]
-
-    async def test_unknown_name_is_a_report(self) -> None:
-        """Nothing is raised for a notifier that is gone."""
-        with dispatching() as dispatcher:
-            report = await dispatcher.deliver("gone", make_notice())
-
-        assert report == DeliveryReport("gone", False, "no notifier of this name is loaded", 0.0)
-
-    def test_usable_from_one_loop_after_another(self) -> None:
-        """The dispatcher belongs to no event loop."""
-        recorder = Recorder()
-
-        with dispatching(recorder, timeout=10) as dispatcher:
-            for _ in range(3):
-                asyncio.run(dispatcher.deliver("recorder", make_notice()))
-
-        assert len(recorder.heard) == 3
-        assert len({*recorder.threads}) == 1
-
-    def test_usable_from_several_loops_at_once(self) -> None:
-        """Threads with loops of their own share it."""
-        recorder = Recorder()
-
-        with dispatching(recorder, timeout=10) as dispatcher:
-            threads = [
-                threading.Thread(target=lambda: asyncio.run(dispatcher.deliver("recorder", make_notice())))
-                for _ in range(8)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(20)
-
-        assert len(recorder.heard) == 8
 
 
 class TestIsolation:
@@ -521,11 +294,10 @@ class TestClosing:
 
     def test_process_exits_while_plugins_are_stuck(self) -> None:
         """Neither a blocked thread nor a blocked `to_thread` holds up the end of the process."""
-        test_file = Path(__file__)
         code = f"""
 import asyncio, sys, time
-sys.path.insert(0, {str(test_file.parent)!r})
-from {test_file.stem} import *
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from dispatch_helpers import *
 
 async def main():
     actions = [lambda: time.sleep(60), lambda: asyncio.to_thread(time.sleep, 60), stubborn]

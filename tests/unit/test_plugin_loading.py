@@ -4,87 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
-import textwrap
-import threading
-import time
 import tomllib
-from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+import plugin_helpers
 import pytest
+from plugin_helpers import GOOD, Install, Notifier, load, record
 
 from agent_gateway_store import hookimpl
 from agent_gateway_store.hooks import PluginRecord, Plugins
-from agent_gateway_store.hooks.loading import BLOCK_VARIABLE, LOAD_VARIABLE
+from agent_gateway_store.hooks.loading import LOAD_VARIABLE
 from agent_gateway_store.settings import StoreSettings
 
 pytestmark = pytest.mark.unit
 
-GOOD = """
-    from agent_gateway_store import hookimpl
-
-    class Good:
-        name = "NAME"
-        async def notify_pending(self, notice): ...
-        async def notify_decision(self, notice): ...
-
-    @hookimpl
-    def gateway_store_register_notifiers(settings):
-        return [Good()]
-"""
-Install = Callable[..., None]
-
-
-class Notifier:
-    """A notifier that does nothing."""
-
-    def __init__(self, name: Any = "mine") -> None:
-        self.name = name
-
-    async def notify_pending(self, notice: object) -> None: ...
-
-    async def notify_decision(self, notice: object) -> None: ...
-
-
-@pytest.fixture
-def settings() -> StoreSettings:
-    """Settings with a short patience."""
-    return StoreSettings(plugin_timeout_seconds=0.2)
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Make a distribution with one plugin module and put it on sys.path."""
-    before = set(sys.modules)
-
-    def make(name: str, code: str = GOOD, *, version: str = "1.0", entry: str | None = None, lines: str = "") -> None:
-        module = f"fake_{name.replace('-', '_')}"
-        folder = tmp_path / f"site-{module}"
-        info = folder / f"{module}-{version}.dist-info"
-        info.mkdir(parents=True)
-        (folder / f"{module}.py").write_text(textwrap.dedent(code).replace("NAME", name), encoding="utf-8")
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fake-{name}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[agent_gateway_store]\n{entry or name} = {module}\n{lines}")
-        monkeypatch.syspath_prepend(str(folder))
-
-    yield make
-    for name in set(sys.modules) - before:
-        if name.startswith("fake_"):
-            del sys.modules[name]
-
-
-def load(*names: str, given: tuple[object, ...] = (), block: str = "") -> Plugins:
-    """Load the named installed plugins only, whatever else is installed here."""
-    return Plugins(given, environ={LOAD_VARIABLE: ",".join(names), BLOCK_VARIABLE: block})
-
-
-def record(plugins: Plugins, name: str) -> PluginRecord:
-    """Return the only record of `name`."""
-    (found,) = [record for record in plugins.records if record.name == name]
-    return found
+settings, install = plugin_helpers.settings, plugin_helpers.install
 
 
 class TestInstalled:
@@ -319,180 +255,6 @@ class TestGiven:
 
         assert [r.state for r in plugins.records if r.distribution is None] == ["broken", "active"]
         assert list(plugins.notifiers(settings)) == ["mine"]
-
-
-class _NoNotify:
-    name = "no-notify"
-
-
-class _HalfNotifier:
-    name = "half"
-
-    async def notify_pending(self, notice: object) -> None: ...
-
-
-class _SyncNotifier:
-    name = "sync"
-
-    def notify_pending(self, notice: object) -> None: ...
-
-    def notify_decision(self, notice: object) -> None: ...
-
-
-class _RaisingName(Notifier):
-    def __init__(self) -> None: ...
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        raise SystemExit("no name")
-
-
-class Source:
-    """A plugin that answers with what it was made with, or raises it."""
-
-    def __init__(self, answer: Any) -> None:
-        self.answer = answer
-
-    @hookimpl
-    def gateway_store_register_notifiers(self) -> Any:
-        if isinstance(self.answer, BaseException):
-            raise self.answer
-        return self.answer() if callable(self.answer) else self.answer
-
-
-async def _coroutine() -> list[Notifier]:
-    return [Notifier("never")]
-
-
-class TestNotifiers:
-    """Collecting notifiers."""
-
-    @pytest.mark.parametrize(
-        ("answer", "error"),
-        [
-            (ValueError("no"), "gateway_store_register_notifiers raised ValueError: no"),
-            (SystemExit(1), "raised SystemExit: 1"),
-            (KeyboardInterrupt(), "raised KeyboardInterrupt"),
-            (7, "returned int, not a list of notifiers"),
-            ("log", "returned str, not a list of notifiers"),
-            (Notifier("alone"), "returned Notifier, not a list of notifiers"),
-            (_coroutine, "returned coroutine, not a list of notifiers"),
-            ([None], "NoneType has no name"),
-            ([Notifier("")], "Notifier has no name"),
-            ([Notifier("a\nb")], "Notifier has no name"),
-            ([Notifier("x" * 101)], "Notifier has no name"),
-            ([Notifier(7)], "Notifier has no name"),
-            ([Notifier], "Notifier is a class, not an object"),
-            ([_NoNotify()], "_NoNotify has no async method notify_pending"),
-            ([_HalfNotifier()], "_HalfNotifier has no async method notify_decision"),
-            ([_SyncNotifier()], "_SyncNotifier has no async method notify_pending"),
-            ([_RaisingName()], "SystemExit: no name"),
-            ([Notifier("before")], "a notifier named before is already there"),
-        ],
-    )
-    def test_bad_answer_costs_a_record(self, answer: Any, error: str, settings: StoreSettings) -> None:
-        """Garbage is reported, the notifiers around it stay."""
-        plugins = load(given=(Notifier("before"), Source(answer), Notifier("after")))
-
-        assert list(plugins.notifiers(settings)) == ["before", "after"]
-        assert record(plugins, "Source").state == "broken"
-        assert error in (record(plugins, "Source").error or "")
-
-    def test_good_notifier_beside_a_bad_one_stays(self, settings: StoreSettings) -> None:
-        """Each notifier is looked at alone."""
-        plugins = load(given=(Source([None, Notifier("good"), _NoNotify()]),))
-
-        assert list(plugins.notifiers(settings)) == ["good"]
-        assert record(plugins, "Source").state == "broken"
-
-    @pytest.mark.parametrize("answer", [None, [], ()])
-    def test_no_notifier_is_no_fault(self, answer: Any, settings: StoreSettings) -> None:
-        """A plugin that is not configured has nothing to offer."""
-        plugins = load(given=(Source(answer),))
-
-        assert plugins.notifiers(settings) == {}
-        assert record(plugins, "Source").state == "active"
-
-    def test_hanging_plugins_share_one_bounded_wait(self, settings: StoreSettings) -> None:
-        """Three that never answer cost one timeout, and the others' notifiers."""
-        release = threading.Event()
-        hanging = [Source(lambda: release.wait(20) and []) for _ in range(3)]
-        plugins = load(given=(Notifier("before"), *hanging, Notifier("after")))
-        started = time.monotonic()
-
-        try:
-            found = plugins.notifiers(settings)
-            waited = time.monotonic() - started
-        finally:
-            release.set()
-
-        assert 0.2 <= waited < 3
-        assert list(found) == ["before", "after"]
-        assert record(plugins, "Source-3").error == "gateway_store_register_notifiers did not return within 0.2 seconds"
-
-    def test_asking_again_forgets_old_faults(self, settings: StoreSettings) -> None:
-        """The record tells how it stands, not how it once was."""
-        source = Source(7)
-        plugins = load(given=(source,))
-        plugins.notifiers(settings)
-        source.answer = [Notifier("now")]
-
-        assert list(plugins.notifiers(settings)) == ["now"]
-        assert record(plugins, "Source").state == "active"
-
-    def test_settings_are_handed_over(self, settings: StoreSettings) -> None:
-        """A plugin sees the settings of the store that asks."""
-        seen = []
-
-        class Curious:
-            @hookimpl
-            def gateway_store_register_notifiers(self, settings: StoreSettings) -> None:
-                seen.append(settings)
-
-        load(given=(Curious(),)).notifiers(settings)
-
-        assert seen == [settings]
-
-    def test_raising_implementation_stops_no_other_plugin(self) -> None:
-        """Hooks are called plugin by plugin, where one pluggy call would end at the first that raises."""
-
-        class Listener:
-            def __init__(self, name: str) -> None:
-                self.name = name
-
-            @hookimpl
-            def gateway_store_approval_event(self, notice: str) -> str:
-                return f"{self.name} {notice}"
-
-        class Raising(Listener):
-            @hookimpl
-            def gateway_store_approval_event(self, notice: str) -> str:
-                raise RuntimeError
-
-        callers = load(given=(Listener("a"), Raising("b"), Listener("c"))).callers("gateway_store_approval_event")
-
-        assert callers["a"](notice="x") == ["a x"]
-        assert callers["c"](notice="x") == ["c x"]
-        with pytest.raises(RuntimeError):
-            callers["b"](notice="x")
-
-    def test_wrapper_reaches_its_own_plugin_only(self) -> None:
-        """A plugin cannot wrap, and so swallow, what another one hears."""
-
-        class Wrapper:
-            @hookimpl(wrapper=True)
-            def gateway_store_approval_event(self) -> Any:
-                yield
-                return ["swallowed"]
-
-        class Listener:
-            @hookimpl
-            def gateway_store_approval_event(self, notice: str) -> str:
-                return notice
-
-        callers = load(given=(Wrapper(), Listener())).callers("gateway_store_approval_event")
-
-        assert callers["Listener"](notice="x") == ["x"]
 
 
 def test_entry_points_of_this_package_load(settings: StoreSettings) -> None:

@@ -14,6 +14,8 @@ import asyncpg
 from sqlalchemy import Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from agent_gateway_store.errors import GatewayStoreError
+
 __all__ = ["DriverConnection", "DriverPool"]
 
 _CLOSE_TIMEOUT_S = 1.0
@@ -46,8 +48,8 @@ class DriverPool:
     async def lend(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
         """Lend a connection for at most `timeout_s` seconds, the time to get one included.
 
-        A connection whose use raised is not used again. When the time is up the line is cut, because a server that
-        hangs does not answer a polite cancellation either.
+        A connection whose use raised is not used again, unless it was an error of ours. When the time is up the line
+        is cut, because a server that hangs does not answer a polite cancellation either.
 
         Raises:
             TimeoutError: There was no connection to be had in time, or its use did not end in time.
@@ -70,6 +72,13 @@ class DriverPool:
                 # Cutting the line does not wake a COPY that waits for room in a full send buffer.
                 async with asyncio.timeout_at(deadline + _GRACE_S):
                     yield driver
+            except GatewayStoreError:
+                # An answer, not a fault of the connection.
+                if driver.is_closed() or driver.is_in_transaction():
+                    await _drop(driver, connection)
+                else:
+                    self._idle.append((driver, connection))
+                raise
             except BaseException as exc:
                 await _drop(driver, connection)
                 if isinstance(exc, Exception) and loop.time() >= deadline:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import asyncpg
 from redis.exceptions import RedisError
@@ -18,6 +18,7 @@ from sqlalchemy import Text, bindparam, func, literal_column, select
 
 from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.database import Database, Runner
+from agent_gateway_store.storage.driver import DriverPool
 from agent_gateway_store.storage.prepared import Prepared
 
 __all__ = ["Signals", "Topic"]
@@ -27,6 +28,7 @@ _RETRY_S = 1.0
 _LOOK_ALIVE_S = 5.0
 _SLOW_POLL_S = 5.0
 _FAST_POLL_S = 0.25
+_FOREVER_S = 10 * 365 * 86_400.0
 
 _NOTIFIED = (
     func.pg_notify(literal_column(f"'{_CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("notified")
@@ -184,20 +186,16 @@ class Signals:
                     self._wake(_text(message["data"]))
 
     async def _listen_to_postgres(self) -> None:
-        connection = await self._database.engine.connect()
-        raw = await connection.get_raw_connection()
-        driver = raw.driver_connection
-        assert isinstance(driver, asyncpg.Connection)  # noqa: S101
-        raw.detach()
+        # A connection of its own for as long as it listens, so a pool of one that is closed with it.
+        pool = DriverPool(self._database.engine, size=1)
         try:
-            await driver.add_listener(_CHANNEL, self._heard)
-            self._begin()
-            while not driver.is_closed():
-                await asyncio.sleep(_RETRY_S)
+            async with pool.lend(_FOREVER_S) as driver:
+                await driver.add_listener(_CHANNEL, self._heard)
+                self._begin()
+                while not driver.is_closed():
+                    await asyncio.sleep(_RETRY_S)
         finally:
-            driver.terminate()
-            with suppress(Exception):
-                await connection.close()
+            await pool.close()
 
     def _heard(self, _connection: object, _pid: int, _channel: str, key: object) -> None:
         self._wake(str(key))

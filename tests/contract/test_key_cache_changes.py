@@ -1,0 +1,209 @@
+"""A remembered key that is revoked, rotated or expires is refused: here at once, elsewhere as promised."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import key_cache_helpers
+import pytest
+from key_cache_helpers import BOTH, TRUSTED, answer, hears, issue, until
+
+import servers
+from agent_gateway_store import GatewayStore, clock
+
+pytestmark = pytest.mark.integration
+
+redis_setting = key_cache_helpers.redis_setting
+other = key_cache_helpers.other
+gate = key_cache_helpers.gate
+
+
+async def revoke(store: GatewayStore) -> None:
+    """End the key."""
+    await store.keys.revoke("dev-agent")
+
+
+async def rotate(store: GatewayStore) -> None:
+    """Replace the key at once."""
+    await store.keys.rotate("dev-agent", overlap=timedelta())
+
+
+async def reissue(store: GatewayStore) -> None:
+    """End the key and issue another."""
+    await store.keys.revoke("dev-agent")
+    await issue(store)
+
+
+@BOTH
+@pytest.mark.parametrize("change", [revoke, rotate, reissue])
+async def test_change_counts_in_this_process_at_once(store: GatewayStore, change: Callable[..., Any]) -> None:
+    """A key that is known in several views of a store is refused by each from the moment the change returns."""
+    issued = await issue(store)
+    views = [store, store.for_org("default")]
+    for view in views * 2:
+        assert await answer(view, issued) == "good"
+    await change(views[1])
+
+    assert [await answer(view, issued) for view in views] == ["invalid"] * 2
+
+
+@BOTH
+@pytest.mark.parametrize("change", [revoke, rotate, reissue])
+async def test_change_elsewhere_is_heard(
+    store: GatewayStore, other: GatewayStore, redis_setting: str, change: Callable[..., Any]
+) -> None:
+    """With Redis a key that ended in another process is refused within a second, without it after its trust."""
+    issued = await issue(store)
+    await store.keys.verify(issued.plaintext)
+    if redis_setting:
+        await hears(store)
+    assert await answer(store, issued) == "good"
+    await change(other)
+
+    async def is_refused() -> bool:
+        return await answer(store, issued) == "invalid"
+
+    if redis_setting:
+        assert await until(is_refused) < 1
+    else:
+        assert await answer(store, issued) == "good"
+        clock.move(TRUSTED)
+        assert await is_refused()
+
+
+async def test_new_key_from_elsewhere_is_good_at_once(store: GatewayStore, other: GatewayStore) -> None:
+    """What this process knows of the key before does not make it refuse the one after."""
+    old = await issue(store)
+    assert await answer(store, old) == "good"
+    new = await other.keys.rotate("dev-agent")
+
+    assert await answer(store, new) == "good"
+
+
+async def test_no_key_is_trusted_beyond_its_end(store: GatewayStore) -> None:
+    """`expires_at` and the end of an overlap come without a signal, and within the time of trust."""
+    soon = timedelta(seconds=0.6)
+    expiring = await issue(store, "expiring", expires_at=clock.utc_now() + soon)
+    old = await issue(store)
+    new = await store.keys.rotate("dev-agent", overlap=soon)
+    during = [await answer(store, key) for key in (expiring, old, new) for _ in range(2)]
+    await asyncio.sleep(soon.total_seconds())
+
+    assert during == ["good"] * 6
+    assert [await answer(store, key) for key in (expiring, old, new)] == ["invalid", "invalid", "good"]
+
+
+async def test_check_that_overlaps_a_revocation_leaves_no_trust(store: GatewayStore, gate: threading.Event) -> None:
+    """What was read before a change is not remembered after it, and nobody joins a check that began before."""
+    issued = await issue(store)
+    gate.clear()
+    early = asyncio.create_task(answer(store, issued))
+    await until(lambda: asyncio.to_thread(lambda: store.keys._hasher._room._value < 64))
+    await store.keys.revoke("dev-agent")
+    late = asyncio.create_task(answer(store, issued))
+    await asyncio.sleep(0.05)
+    gate.set()
+
+    assert await late == "invalid"
+    await early
+    assert await answer(store, issued) == "invalid"
+
+
+async def test_hung_or_restarted_redis_lets_no_revoked_key_live_longer(database_url: str) -> None:
+    """While Redis hangs a revocation is late by the time of trust at most; when it is back, all is read again."""
+    with servers.RedisServer() as server:
+        options: dict[str, Any] = {"redis_url": server.url}
+        async with GatewayStore(database_url, **options) as store, GatewayStore(database_url, **options) as other:
+            keys = [await issue(store, f"agent-{number}") for number in range(3)]
+            await answer(store, keys[0])
+            await hears(store)
+            assert [await answer(store, key) for key in keys] == ["good"] * 3
+
+            server.pause()
+            start = time.monotonic()
+            await other.keys.revoke("agent-0")
+            assert [await answer(store, key) for key in keys] == ["good"] * 3
+            assert time.monotonic() - start < 1
+            clock.move(TRUSTED)
+            assert [await answer(store, key) for key in keys] == ["invalid", "good", "good"]
+
+            server.kill()
+            await other.keys.revoke("agent-1")
+            server.start()
+
+            async def is_refused() -> bool:
+                return await answer(store, keys[1]) == "invalid"
+
+            assert await until(is_refused, 10) < 10
+            await hears(store)
+            await asyncio.sleep(1.1)  # the other store leaves Redis alone for a second after a fault
+            assert await answer(store, keys[2]) == "good"
+            await other.keys.revoke("agent-2")
+
+            async def is_heard() -> bool:
+                return await answer(store, keys[2]) == "invalid"
+
+            assert await until(is_heard) < 1
+
+
+_GATEWAY = """
+import asyncio, sys
+from agent_gateway_store import GatewayStore, errors
+
+async def main():
+    async with GatewayStore() as store:
+        key, was = sys.stdin.readline().strip(), None
+        while True:
+            try:
+                await store.keys.verify(key)
+                now = "good"
+            except errors.InvalidApiKeyError:
+                now = "invalid"
+            if now != was:
+                print(now, flush=True)
+            was = now
+            if now == "invalid":
+                break
+            await asyncio.sleep(0.01)
+
+asyncio.run(main())
+"""
+
+
+@BOTH
+async def test_revocation_reaches_another_process(store: GatewayStore, database_url: str, redis_setting: str) -> None:
+    """A real second process that trusts a key refuses it: within a second by Redis, else after its time of trust."""
+    issued = await issue(store)
+    environment = os.environ | {
+        "DATABASE_URL": database_url,
+        "REDIS_URL": redis_setting,
+        "API_KEY_CACHE_SECONDS": "30" if redis_setting else "1.5",
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _GATEWAY),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=environment,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(issued.plaintext.get_secret_value().encode() + b"\n")
+        assert await asyncio.wait_for(process.stdout.readline(), 20) == b"good\n"
+        await asyncio.sleep(0.5)  # it subscribes after the first key
+        await store.keys.revoke("dev-agent")
+        start = time.monotonic()
+        assert await asyncio.wait_for(process.stdout.readline(), 20) == b"invalid\n"
+        assert time.monotonic() - start < (1 if redis_setting else 1.7)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

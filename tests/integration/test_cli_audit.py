@@ -1,0 +1,133 @@
+"""`gateway-store audit` writes, searches and follows events, and ends cleanly when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import cli_helpers
+import pytest
+from cli_helpers import ids
+
+from commands import Outcome, event_line, gateway_store, process
+
+pytestmark = pytest.mark.integration
+
+url, cli = cli_helpers.url, cli_helpers.cli
+
+
+def test_audit_write_stores_json_lines_and_search_finds_them(cli: Callable[..., Outcome]) -> None:
+    """Each line gets its outcome; the same line again is a duplicate; the filters find what they name."""
+    lines = [event_line(f"r{number}", caller_id=f"agent-{number % 2}") for number in range(4)]
+    lines[0] = event_line("r0", caller_id="agent-0", timestamp="2026-01-01T00:00:00Z")
+    lines[3] = event_line("r3", caller_id="agent-1", decision="DENY", execution_status=None)
+
+    written = cli("audit", "write", input="\n".join([*lines, "", lines[0]]) + "\n")
+
+    assert written.code == 0
+    assert written.out.splitlines() == ["1 STORED r0", "2 STORED r1", "3 STORED r2", "4 STORED r3", "6 DUPLICATE r0"]
+    assert ids(cli("audit", "search", "--json")) == ["r3", "r2", "r1", "r0"]
+    assert ids(cli("audit", "search", "--json", "--limit", "1")) == ["r3"]
+    assert ids(cli("audit", "search", "--json", "--caller", "agent-0")) == ["r2", "r0"]
+    assert ids(cli("audit", "search", "--json", "--decision", "deny")) == ["r3"]
+    assert ids(cli("audit", "search", "--json", "--request-id", "r1")) == ["r1"]
+    assert ids(cli("audit", "search", "--json", "--request-id", "other")) == []
+    assert "agent-0" in cli("audit", "search").out
+    assert "deterministic_rationale" in cli("audit", "search", "--request-id", "r1").out
+
+
+def test_what_search_prints_as_json_can_be_written_again(cli: Callable[..., Outcome]) -> None:
+    """A round trip changes nothing: the same event is the same event."""
+    cli("audit", "write", input=event_line("r1", sanitized_args={"q": [1, None, "é"]}, risk_labels=["PII"]))
+    (item,) = cli("audit", "search", "--json").json["items"]
+
+    again = cli("audit", "write", "--json", input=json.dumps(item))
+
+    assert again.json == {"line": 1, "outcome": "DUPLICATE", "request_id": "r1"}
+
+
+def test_a_malformed_line_is_reported_by_number_and_the_others_are_written(cli: Callable[..., Outcome]) -> None:
+    """Exit code 1 at the end; the input is not repeated."""
+    lines = [
+        event_line("r1").encode(),
+        b"{not json",
+        b"[1]",
+        event_line("r4", decision="MAYBE", caller_role="hunter2").encode(),
+        event_line("r5", surplus="hunter2").encode(),
+        b"\xff\xfe",
+        b"[" * 100_000,
+        event_line("r8").encode(),
+    ]
+
+    written = cli("audit", "write", "--json", input=b"\n".join(lines))
+
+    outcomes = [json.loads(line) for line in written.out.splitlines()]
+    assert [each["outcome"] for each in outcomes] == ["STORED", *["INVALID"] * 6, "STORED"]
+    assert written.code == 1
+    for number in range(2, 8):
+        assert f"Line {number} is malformed: " in written.err
+    assert "decision: " in written.err
+    assert "6 malformed lines" in written.err.splitlines()[-1]
+    assert "hunter2" not in written.said
+    assert "Traceback" not in written.err
+    assert ids(cli("audit", "search", "--json")) == ["r8", "r1"]
+
+
+def test_tail_shows_the_newest_events_oldest_first(cli: Callable[..., Outcome]) -> None:
+    """As `tail -n`, as lines for people and as JSON lines."""
+    cli("audit", "write", input="\n".join(event_line(f"r{number}") for number in range(5)))
+
+    lines = cli("audit", "tail", "-n", "2", "--no-follow").out.splitlines()
+    documents = cli("audit", "tail", "-n", "3", "--no-follow", "--json").out.splitlines()
+
+    assert [line.split()[-1] for line in lines] == ["r3", "r4"]
+    assert [json.loads(each)["request_id"] for each in documents] == ["r2", "r3", "r4"]
+    assert cli("audit", "tail", "-n", "0", "--no-follow").out == ""
+
+
+def test_tail_follows_what_is_added_and_ends_cleanly_on_ctrl_c(tmp_path: Path) -> None:
+    """Nothing is shown twice or left out, a burst neither; Ctrl-C is the ordinary end."""
+    url = f"sqlite:///{tmp_path / 'cli.db'}"
+    gateway_store("--database-url", url, "audit", "write", input=event_line("first"))
+    with process("--database-url", url, "audit", "tail", "--interval", "0.05", "--json") as tail:
+        assert tail.stdout is not None
+        seen = [json.loads(tail.stdout.readline())["request_id"]]
+        for names in (["a"], [f"b{number}" for number in range(450)], ["c"]):
+            gateway_store("--database-url", url, "audit", "write", input="\n".join(map(event_line, names)))
+            seen += [json.loads(tail.stdout.readline())["request_id"] for _ in names]
+        tail.send_signal(signal.SIGINT)
+        out, err = tail.communicate(timeout=10)
+
+    assert seen == ["first", "a", *(f"b{number}" for number in range(450)), "c"]
+    assert (tail.returncode, out, err) == (0, "", "")
+
+
+def test_ctrl_c_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) -> None:
+    """Here `audit write`, which waits for input; what was written before stays."""
+    url = f"sqlite:///{tmp_path / 'cli.db'}"
+    with process("--database-url", url, "audit", "write") as writing:
+        assert writing.stdin is not None
+        assert writing.stdout is not None
+        writing.stdin.write(event_line("r1") + "\n")
+        writing.stdin.flush()
+        assert writing.stdout.readline() == "1 STORED r1\n"
+        writing.send_signal(signal.SIGINT)
+        _, err = writing.communicate(timeout=10)
+
+    assert (writing.returncode, err) == (130, "")
+    assert ids(gateway_store("--database-url", url, "audit", "search", "--json")) == ["r1"]
+
+
+def test_a_reader_that_goes_away_is_no_error_to_shout_about(tmp_path: Path) -> None:
+    """`gateway-store ... | head` ends quietly."""
+    url = f"sqlite:///{tmp_path / 'cli.db'}"
+    gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
+    with process("--database-url", url, "audit", "search", "--json") as searching:
+        assert searching.stdout is not None
+        assert searching.stderr is not None
+        searching.stdout.close()
+        err = searching.stderr.read()
+
+    assert (searching.wait(10), err) == (141, "")
