@@ -392,3 +392,12 @@ async def test_hash_args_uses_the_key_of_the_store(database_url: str) -> None:
 
     assert store.hash_args(arguments) == AuditEvent.hash_args(arguments, key="secret")
     assert store.hash_args(arguments) != AuditEvent.hash_args(arguments)
+
+
+async def test_opening_waits_for_no_writer(database_url: str) -> None:
+    """A process that starts while another one writes only looks at the schema, and needs no write lock for that."""
+    async with GatewayStore(database_url) as store, store.database.write() as connection:
+        await connection.execute(text("DELETE FROM api_keys"))
+        async with asyncio.timeout(5):
+            async with GatewayStore(database_url) as second:
+                await second.ping()

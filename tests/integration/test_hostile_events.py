@@ -217,7 +217,7 @@ class Walk:
 
 
 @pytest.mark.parametrize(
-    ("walks", "steps"), [(4, 80), pytest.param(50, 150, marks=pytest.mark.slow)], ids=["short", "long"]
+    ("walks", "steps"), [(3, 80), pytest.param(50, 150, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 async def test_any_sequence_ends_with_every_event_once(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, walks: int, steps: int

@@ -93,8 +93,9 @@ class AuditWriter:
             answer = (await self._commit([row]))[0]
         except asyncio.CancelledError:
             # The caller is gone, its event is not. If it was committed all the same, it is found to be a duplicate.
-            self._queue.appendleft((row, asyncio.get_running_loop().create_future()))
-            self._queued_bytes += size_of(row)
+            future: asyncio.Future[WriteOutcome] = asyncio.get_running_loop().create_future()
+            future.cancel()
+            self._put_back([(row, future)])
             raise
         else:
             self.counters.queue_depth -= 1
@@ -118,6 +119,7 @@ class AuditWriter:
         """Wait until everything queued is acknowledged and try to empty the spool; return how many rows still wait."""
         until = self._queued + self._waiting_for_room
         while self._settled < until:
+            self._start_draining()
             await self._progress.wait()
         if self.spool is None or not self.spool.exists:
             return 0
@@ -129,6 +131,7 @@ class AuditWriter:
         """Acknowledge everything queued, then let go of the connections. What is in the spool stays there."""
         self._is_closed = True
         while self._settled < self._queued or self._waiting_for_room:
+            self._start_draining()
             await self._progress.wait()
         if self._recoverer is not None:
             self._recoverer.cancel()
@@ -172,6 +175,13 @@ class AuditWriter:
     def _start_draining(self) -> None:
         if self._queue and self._drainer is None and not self._is_leading:
             self._drainer = asyncio.get_running_loop().create_task(self._drain())
+            self._drainer.add_done_callback(self._stop_draining)
+
+    def _stop_draining(self, drainer: asyncio.Task[None]) -> None:
+        # A task that is cancelled before its first step has not run at all, not even its `finally`.
+        if self._drainer is drainer:
+            self._drainer = None
+        self._note_progress(0)
 
     def _note_progress(self, rows: int) -> None:
         self._settled += rows
@@ -182,7 +192,12 @@ class AuditWriter:
         try:
             while self._queue:
                 batch = self._next_batch()
-                outcomes = await self._commit([row for row, _ in batch])
+                try:
+                    outcomes = await self._commit([row for row, _ in batch])
+                except asyncio.CancelledError:
+                    # Somebody cancels every task there is; `flush` and `close` go on with what is left.
+                    self._put_back(batch)
+                    raise
                 self.counters.queue_depth -= len(batch)
                 for (_, future), outcome in zip(batch, outcomes, strict=True):
                     if future.done():
@@ -194,6 +209,10 @@ class AuditWriter:
                 self._note_progress(len(batch))
         finally:
             self._drainer = None
+
+    def _put_back(self, batch: Sequence[tuple[Record, asyncio.Future[WriteOutcome]]]) -> None:
+        self._queue.extendleft(reversed(batch))
+        self._queued_bytes += sum(size_of(row) for row, _ in batch)
 
     def _next_batch(self) -> list[tuple[Record, asyncio.Future[WriteOutcome]]]:
         batch: list[tuple[Record, asyncio.Future[WriteOutcome]]] = []
@@ -265,7 +284,7 @@ class AuditWriter:
         self._retry_at = asyncio.get_running_loop().time() + _RETRY_AFTER_S
 
     def _start_recovery(self, *, at_once: bool = False) -> None:
-        if self._recoverer is None:
+        if self._recoverer is None or self._recoverer.done():
             self._recoverer = asyncio.get_running_loop().create_task(self._recover(at_once=at_once))
 
     async def _recover(self, *, at_once: bool) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "dialect_of",
     "first_row",
     "get_db",
+    "reader_of",
 ]
 
 Executor: TypeAlias = AsyncConnection | AsyncSession
@@ -63,6 +64,11 @@ def dialect_of(executor: Runner) -> str:
     """Return `sqlite` or `postgresql`."""
     bind = executor.get_bind() if isinstance(executor, AsyncSession) else executor
     return bind.dialect.name
+
+
+def reader_of(engine: AsyncEngine) -> AsyncEngine:
+    """Return `engine` with transactions that only read: on SQLite they wait for no writer."""
+    return engine.execution_options(**{_READ_ONLY: True})
 
 
 async def first_row(executor: Executor, statement: Executable) -> Mapping[str, Any] | None:
@@ -180,7 +186,7 @@ class Database:
         self.owned = owned
         self.url = url
         self.sessions = async_sessionmaker(engine, expire_on_commit=False)
-        self._reader = engine.execution_options(**{_READ_ONLY: True})
+        self._reader = reader_of(engine)
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
         self._drivers: DriverPool | None = None

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
+from agent_gateway_store.storage.database import reader_of
 from agent_gateway_store.storage.faults import database_errors
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
@@ -83,7 +84,7 @@ def head() -> str:
 async def current(engine: AsyncEngine) -> str | None:
     """Return the revision of the database, or None for one without our tables."""
     with database_errors("tell its schema"):
-        async with engine.connect() as connection:
+        async with reader_of(engine).connect() as connection:
             return await connection.run_sync(_revision)
 
 
@@ -96,7 +97,7 @@ def _revision(connection: Connection) -> str | None:
 async def is_empty(engine: AsyncEngine) -> bool:
     """True if the database holds no table at all."""
     with database_errors("tell its tables"):
-        async with engine.connect() as connection:
+        async with reader_of(engine).connect() as connection:
             return not await connection.run_sync(lambda sync: inspect(sync).get_table_names())
 
 
@@ -222,7 +223,7 @@ async def differences(engine: AsyncEngine) -> list[str]:
         return [_describe(difference) for difference in compare_metadata(context, metadata)]
 
     with database_errors("be compared"):
-        async with engine.connect() as connection:
+        async with reader_of(engine).connect() as connection:
             return await connection.run_sync(compare)
 
 
