@@ -21,6 +21,7 @@
     ├── StoreNotOpenError
     ├── MissingExtraError (also ImportError)
     ├── PluginError
+    ├── NotDeliveredError
     └── InvalidCursorError (also ValueError)
 
 Facts sit in attributes; the text is one sentence that ends with the next step. No error text holds a token, a key
@@ -53,6 +54,7 @@ __all__ = [
     "InvalidCursorError",
     "InvalidUrlError",
     "MissingExtraError",
+    "NotDeliveredError",
     "PluginError",
     "SchemaOutOfDateError",
     "SelfApprovalError",
@@ -223,6 +225,20 @@ class PluginError(GatewayStoreError):
     def __init__(self, message: str, *, plugin: str) -> None:
         super().__init__(message)
         self.plugin = plugin
+
+
+class NotDeliveredError(GatewayStoreError):
+    """Raised by a notifier whose notice did not arrive. Any other exception of a notifier means the same.
+
+    Attributes:
+        retry_after_s: Seconds that the receiver asks to be left alone; None leaves it to the usual backoff.
+        is_permanent: True gives the notice up at once: trying again cannot help.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, is_permanent: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.is_permanent = is_permanent
 
 
 class InvalidCursorError(GatewayStoreError, ValueError):
