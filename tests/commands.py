@@ -12,8 +12,8 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from agent_gateway_store import AuditEvent
 from agent_gateway_store.cli.app import app
+from builders import event_fields
 
 _TIMEOUT_S = 30
 
@@ -73,22 +73,5 @@ def run_process(*args: str, input: str | None = None, **environment: str) -> Out
 
 def event_line(request_id: str, **fields: Any) -> str:
     """Return an audit event as a JSON line."""
-    return json.dumps(
-        {
-            "request_id": request_id,
-            "caller_id": "dev-agent",
-            "caller_role": "developer",
-            "environment": "dev",
-            "mcp_server": "files",
-            "tool_name": "read_file",
-            "raw_args_hash": AuditEvent.hash_args({"path": "a.txt"}),
-            "sanitized_args": {"path": "a.txt"},
-            "risk_score": 0.1,
-            "matched_policy_rule": "allow-reads",
-            "decision": "ALLOW",
-            "latency_ms": 12,
-            "execution_status": "SUCCESS",
-            "deterministic_rationale": "reads are allowed",
-        }
-        | fields
-    )
+    given = {"request_id": request_id, "execution_status": "SUCCESS"} | fields
+    return json.dumps(event_fields(**given))

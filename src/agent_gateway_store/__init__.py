@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         ToolCall,
         TrustLevel,
     )
-    from agent_gateway_store.results import Page
+    from agent_gateway_store.results import Page, Stats
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
     from agent_gateway_store.sync import SyncGatewayStore
@@ -59,6 +59,7 @@ _HOMES = {
     "OutputDecision": "models",
     "Page": "results",
     "RedactionFlag": "models",
+    "Stats": "results",
     "StoreSettings": "settings",
     "SyncGatewayStore": "sync",
     "ToolCall": "models",
@@ -89,6 +90,7 @@ __all__ = [
     "OutputDecision",
     "Page",
     "RedactionFlag",
+    "Stats",
     "StoreSettings",
     "SyncGatewayStore",
     "ToolCall",

@@ -16,6 +16,7 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url
 
+import builders
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore
 from agent_gateway_store.models import metadata
@@ -78,25 +79,7 @@ async def store(database_url: str, redis_setting: str) -> AsyncIterator[GatewayS
 def make_event() -> Callable[..., AuditEvent]:
     """Build an event; every field can be given, `request_id` is fresh unless given."""
 
-    def make(**fields: object) -> AuditEvent:
-        defaults: dict[str, object] = {
-            "request_id": uuid4().hex,
-            "caller_id": "dev-agent",
-            "caller_role": "developer",
-            "environment": "dev",
-            "mcp_server": "files",
-            "tool_name": "read_file",
-            "raw_args_hash": AuditEvent.hash_args({"path": "/etc/hosts"}),
-            "sanitized_args": {"path": "/etc/hosts"},
-            "risk_score": 0.1,
-            "matched_policy_rule": "allow-reads",
-            "decision": "ALLOW",
-            "latency_ms": 12,
-            "deterministic_rationale": "reads are allowed",
-        }
-        return AuditEvent(**(defaults | fields))
-
-    return make
+    return builders.make_event
 
 
 async def _migrate(url: str) -> None:

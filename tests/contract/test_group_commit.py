@@ -16,7 +16,8 @@ from sqlalchemy import inspect, make_url, text
 import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
-from proofs.harness import TRIGGERS, WatchedSink, make_event, migrated, stored_events, stored_ids
+from builders import make_event
+from proofs.harness import TRIGGERS, WatchedSink, migrated, stored_events, stored_ids
 
 pytestmark = pytest.mark.integration
 

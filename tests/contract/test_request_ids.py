@@ -10,7 +10,8 @@ import pytest
 
 from agent_gateway_store import AuditEvent, AuditLogger, GatewayStore, WriteOutcome
 from agent_gateway_store.audit.row import REUSED_LABEL, event_record, hash_of, key_of, under_derived_id
-from proofs.harness import WatchedSink, make_event, rehash, stored_events
+from builders import make_event
+from proofs.harness import WatchedSink, rehash, stored_events
 
 pytestmark = pytest.mark.integration
 

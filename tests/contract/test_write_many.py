@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import make_url, text
 
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
-from proofs.harness import WatchedSink, make_event, migrated, stored_events, stored_ids
+from builders import make_event
+from proofs.harness import WatchedSink, migrated, stored_events, stored_ids
 
 pytestmark = pytest.mark.integration
 

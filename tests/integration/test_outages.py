@@ -18,13 +18,13 @@ import pytest
 from sqlalchemy import make_url
 
 from agent_gateway_store import GatewayStore, WriteOutcome
+from builders import make_event
 from proofs.harness import (
     Load,
     Verdict,
     child,
     eventually,
     execute,
-    make_event,
     migrated,
     spool_is_empty,
     spooled_ids,

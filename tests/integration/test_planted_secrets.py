@@ -20,7 +20,8 @@ from sqlalchemy.exc import DBAPIError
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.keys.format import new_key
-from proofs.harness import execute, make_event, migrated
+from builders import make_event
+from proofs.harness import execute, migrated
 
 pytestmark = pytest.mark.integration
 

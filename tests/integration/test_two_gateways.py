@@ -22,7 +22,8 @@ import pytest_asyncio
 from sqlalchemy import make_url
 
 from agent_gateway_store import ApprovalRequest, AuditEvent, GatewayStore, ToolCall, WriteOutcome, clock, errors
-from proofs.harness import child, execute, make_event, migrated
+from builders import make_event
+from proofs.harness import child, execute, migrated
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 

@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import asyncpg
 from sqlalchemy import select
@@ -42,7 +41,7 @@ SPOOLING = """
 import asyncio, sys
 import agent_gateway_store.storage.database as database
 from agent_gateway_store import GatewayStore
-from proofs.harness import make_event
+from builders import make_event
 
 database._BUSY_TIMEOUT_MS = 150
 
@@ -62,28 +61,6 @@ async def main(url, count):
 asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """
 """A program for `child`: opens a store, and at each line of input goes on to write, then to replay."""
-
-_HASHED = AuditEvent.hash_args({"path": "/etc/hosts"})
-
-
-def make_event(**fields: Any) -> AuditEvent:
-    """Build an event; every field can be given, `request_id` is fresh unless given."""
-    defaults: dict[str, Any] = {
-        "request_id": uuid4().hex,
-        "caller_id": "dev-agent",
-        "caller_role": "developer",
-        "environment": "dev",
-        "mcp_server": "files",
-        "tool_name": "read_file",
-        "raw_args_hash": _HASHED,
-        "sanitized_args": {"path": "/etc/hosts"},
-        "risk_score": 0.1,
-        "matched_policy_rule": "allow-reads",
-        "decision": "ALLOW",
-        "latency_ms": 12,
-        "deterministic_rationale": "reads are allowed",
-    }
-    return AuditEvent(**(defaults | fields))
 
 
 def rehash(event: AuditEvent) -> str:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from agent_gateway_store import AuditEvent
 from agent_gateway_store.models import Decision, ExecutionStatus, OutputDecision, RedactionFlag
-from proofs.harness import make_event
+from builders import make_event
 
 _ALPHABETS = (
     "abc",

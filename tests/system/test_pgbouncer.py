@@ -19,7 +19,8 @@ import pytest
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, WriteOutcome
 from agent_gateway_store.errors import ApprovalAlreadyUsedError
-from proofs.harness import Load, Verdict, eventually, execute, make_event, migrated, spool_is_empty, stored_ids
+from builders import make_event
+from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty, stored_ids
 from servers import PostgresServer, _free_port
 
 pytestmark = pytest.mark.system

@@ -26,6 +26,7 @@ from agent_gateway_store.models import (
     TrustLevel,
     metadata,
 )
+from builders import make_event
 
 pytestmark = pytest.mark.unit
 
@@ -45,22 +46,8 @@ def session(engine: Engine) -> Iterator[Session]:
 
 
 def event(**fields: Any) -> AuditEvent:
-    given: dict[str, Any] = {
-        "request_id": uuid4().hex,
-        "caller_id": "dev-agent",
-        "caller_role": "developer",
-        "environment": "dev",
-        "mcp_server": "files",
-        "tool_name": "read_file",
-        "raw_args_hash": "ab" * 32,
-        "sanitized_args": {"path": "/etc/hosts", "nested": {"deep": {}}, "list": [{"n": 1}, 2]},
-        "risk_score": 0.1,
-        "matched_policy_rule": "allow-reads",
-        "decision": "ALLOW",
-        "latency_ms": 12,
-        "deterministic_rationale": "reads are allowed",
-    }
-    return AuditEvent(**(given | fields))
+    nested = {"path": "/etc/hosts", "nested": {"deep": {}}, "list": [{"n": 1}, 2]}
+    return make_event(**({"sanitized_args": nested} | fields))
 
 
 def request(**fields: Any) -> ApprovalRequest:

@@ -32,34 +32,13 @@ from agent_gateway_store.models import (
     TrustLevel,
     metadata,
 )
+from builders import event_fields, make_event
 
 pytestmark = pytest.mark.unit
 
 SECRET = "hunter2-do-not-repeat"
 TABLES = [ApiKey, AuditEvent, ApprovalRequest, ApprovalVote, NotificationDelivery]
 VALUES = [ApprovalResult, CallerIdentity, IssuedKey, Notice, RedactionFlag, ToolCall]
-
-
-def event_fields(**fields: Any) -> dict[str, Any]:
-    return {
-        "request_id": uuid4().hex,
-        "caller_id": "dev-agent",
-        "caller_role": "developer",
-        "environment": "dev",
-        "mcp_server": "files",
-        "tool_name": "read_file",
-        "raw_args_hash": "ab" * 32,
-        "sanitized_args": {"path": "/etc/hosts"},
-        "risk_score": 0.1,
-        "matched_policy_rule": "allow-reads",
-        "decision": "ALLOW",
-        "latency_ms": 12,
-        "deterministic_rationale": "reads are allowed",
-    } | fields
-
-
-def event(**fields: Any) -> AuditEvent:
-    return AuditEvent(**event_fields(**fields))
 
 
 def key(**fields: Any) -> ApiKey:
@@ -113,11 +92,11 @@ def request(**fields: Any) -> ApprovalRequest:
 )
 def test_wrong_values_are_refused_when_constructing_and_when_assigning(field: str, wrong: Any) -> None:
     """A refused value raises both ways, and assigning it leaves the instance as it was."""
-    good = event()
+    good = make_event()
     before = good.model_dump()
 
     with pytest.raises(ValidationError):
-        event(**{field: wrong})
+        make_event(**{field: wrong})
     with pytest.raises(ValidationError):
         setattr(good, field, wrong)
     assert good.model_dump() == before
@@ -130,9 +109,9 @@ def test_missing_and_unknown_fields_are_refused() -> None:
     with pytest.raises(ValidationError, match="caller_id"):
         AuditEvent(**incomplete)
     with pytest.raises(ValidationError, match="tool_nmae"):
-        event(tool_nmae="x")
+        make_event(tool_nmae="x")
     with pytest.raises(ValueError, match="tool_nmae"):
-        event().tool_nmae = "x"
+        make_event().tool_nmae = "x"
 
 
 @pytest.mark.parametrize("model", [*TABLES, *VALUES])
@@ -146,7 +125,7 @@ def test_every_model_refuses_unknown_fields(model: type[BaseModel]) -> None:
 
 def test_events_and_requests_have_the_documented_defaults() -> None:
     """What design leaves optional is None, and the rest starts as documented."""
-    made, asked = event(), request()
+    made, asked = make_event(), request()
 
     absent = ("trace_id", "session_id", "parent_request_id", "key_id", "policy_version", "approver_id")
     absent += ("execution_status", "output_hash", "output_policy_rationale", "llm_explanation", "content_hash", "id")
@@ -163,14 +142,14 @@ def test_events_and_requests_have_the_documented_defaults() -> None:
 @pytest.mark.parametrize(
     "refused",
     [
-        lambda: event(decision=SECRET),
-        lambda: event(raw_args_hash=SECRET),
-        lambda: event(sanitized_args=SECRET),
-        lambda: event(latency_ms=SECRET),
-        lambda: event(timestamp=SECRET),
-        lambda: event(risk_labels=[{"label": SECRET}]),
-        lambda: event(redaction_flags=[{"field": SECRET}]),
-        lambda: setattr(event(), "decision", SECRET),
+        lambda: make_event(decision=SECRET),
+        lambda: make_event(raw_args_hash=SECRET),
+        lambda: make_event(sanitized_args=SECRET),
+        lambda: make_event(latency_ms=SECRET),
+        lambda: make_event(timestamp=SECRET),
+        lambda: make_event(risk_labels=[{"label": SECRET}]),
+        lambda: make_event(redaction_flags=[{"field": SECRET}]),
+        lambda: setattr(make_event(), "decision", SECRET),
         lambda: key(trust_level=SECRET),
         lambda: request(tool_call=SECRET),
         lambda: request(tool_call={"server": "s", "tool": "t", "arguments": SECRET}),
@@ -195,13 +174,13 @@ def test_errors_never_repeat_the_input(refused: Any) -> None:
 @pytest.mark.parametrize("given", ["ab" * 32, "AB" * 32, "0" * 64])
 def test_raw_args_hash_is_kept_in_lower_case(given: str) -> None:
     """64 hex digits in either case are one hash."""
-    assert event(raw_args_hash=given).raw_args_hash == given.lower()
+    assert make_event(raw_args_hash=given).raw_args_hash == given.lower()
 
 
 @pytest.mark.parametrize(("given", "kept"), [(12, 12), (12.4, 12), (12.6, 13), (-0.4, 0), ("7", 7), (2**70, 2**70)])
 def test_latency_is_rounded_to_whole_milliseconds(given: Any, kept: int) -> None:
     """A float of a timer is taken and rounded."""
-    made = event(latency_ms=given)
+    made = make_event(latency_ms=given)
 
     assert made.latency_ms == kept
     assert type(made.latency_ms) is int
@@ -229,16 +208,16 @@ class _Undecided(tzinfo):
 )
 def test_times_are_aware_utc_and_clamped(given: Any, kept: datetime) -> None:
     """Naive is taken as UTC, every zone is turned into UTC, and what UTC cannot hold becomes its end."""
-    made = event()
+    made = make_event()
     made.timestamp = given
 
-    assert event(timestamp=given).timestamp == made.timestamp == kept
-    assert event(timestamp=given).timestamp.tzinfo is made.timestamp.tzinfo is UTC
+    assert make_event(timestamp=given).timestamp == made.timestamp == kept
+    assert make_event(timestamp=given).timestamp.tzinfo is made.timestamp.tzinfo is UTC
 
 
 def test_enums_come_from_their_text() -> None:
     """Text is turned into members, when constructing and when assigning."""
-    made = event(decision="DENY", execution_status="TIMEOUT", output_decision="REDACT")
+    made = make_event(decision="DENY", execution_status="TIMEOUT", output_decision="REDACT")
     made.decision = "SANITIZE_AND_ALLOW"  # type: ignore[assignment]
 
     assert made.decision is Decision.SANITIZE_AND_ALLOW
@@ -300,7 +279,7 @@ def test_equality_is_by_value() -> None:
 )
 def test_copies_share_no_orm_state(copied: Any) -> None:
     """A copy is equal, is a transient of its own, and assigning to it leaves the original alone."""
-    made = event()
+    made = make_event()
     twin = copied(made)
     before = made.tool_name
     twin.tool_name = "other"
@@ -314,7 +293,7 @@ def test_copies_share_no_orm_state(copied: Any) -> None:
 
 def test_a_copy_keeps_what_was_set_and_takes_updates() -> None:
     """`model_copy` knows which fields were given, and adds those that it changes."""
-    made = event()
+    made = make_event()
     twin = made.model_copy(update={"approver_id": "anna"})
 
     assert twin.approver_id == "anna"
@@ -325,7 +304,7 @@ def test_a_copy_keeps_what_was_set_and_takes_updates() -> None:
 
 def test_deep_copies_and_pickles_share_no_json() -> None:
     """A change inside the JSON of a deep copy stays there."""
-    made = event(sanitized_args={"a": {"b": [1]}})
+    made = make_event(sanitized_args={"a": {"b": [1]}})
     for twin in (made.model_copy(deep=True), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         twin.sanitized_args["a"]["b"].append(2)
 
@@ -334,7 +313,7 @@ def test_deep_copies_and_pickles_share_no_json() -> None:
 
 def test_validate_takes_mappings_instances_and_objects() -> None:
     """`model_validate` builds from each, with updates, and always validates."""
-    made = event()
+    made = make_event()
 
     class Row:
         def __init__(self) -> None:
@@ -352,7 +331,7 @@ def test_validate_takes_mappings_instances_and_objects() -> None:
 
 def test_json_and_type_adapters_build_whole_instances() -> None:
     """What comes from JSON or a TypeAdapter is validated and has an ORM state."""
-    made = event(redaction_flags=[RedactionFlag(field="a", reason="PII")])
+    made = make_event(redaction_flags=[RedactionFlag(field="a", reason="PII")])
     from_json = AuditEvent.model_validate_json(made.model_dump_json())
     adapted = TypeAdapter(list[AuditEvent]).validate_python([made.model_dump()])[0]
     adapted.tool_name = made.tool_name

@@ -12,7 +12,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from agent_gateway_store.audit.row import event_record, values_of
-from agent_gateway_store.models import AuditEvent, RedactionFlag
+from agent_gateway_store.models import RedactionFlag
 from agent_gateway_store.models.scrub import MAX_JSON_CHARS, MAX_KEY_BYTES, MAX_TEXT_BYTES, Scrubber, storable_key
+from builders import make_event
 
 pytestmark = pytest.mark.unit
 
@@ -32,25 +33,6 @@ def scrub(value: Any) -> tuple[Any, list[tuple[str, str | None]]]:
     scrubber = Scrubber()
     result = scrubber.json("args", value)
     return result, scrubber.replaced
-
-
-def event(**fields: Any) -> AuditEvent:
-    given: dict[str, Any] = {
-        "request_id": uuid4().hex,
-        "caller_id": "dev-agent",
-        "caller_role": "developer",
-        "environment": "dev",
-        "mcp_server": "files",
-        "tool_name": "read_file",
-        "raw_args_hash": "ab" * 32,
-        "sanitized_args": {},
-        "risk_score": 0.1,
-        "matched_policy_rule": "allow-reads",
-        "decision": "ALLOW",
-        "latency_ms": 12,
-        "deterministic_rationale": "reads are allowed",
-    }
-    return AuditEvent(**(given | fields))
 
 
 class Level(enum.Enum):
@@ -306,7 +288,7 @@ def test_long_keys_in_deep_objects_cost_little() -> None:
 )
 def test_scores_become_finite(given: float, kept: float) -> None:
     """A float column gets a number that every database holds."""
-    row = values_of(event_record(event(risk_score=given)))
+    row = values_of(event_record(make_event(risk_score=given)))
 
     assert repr(row["risk_score"]) == repr(kept)
     assert [flag.field for flag in row["redaction_flags"]] == ([] if given == 0.5 else ["risk_score"])
@@ -316,7 +298,7 @@ def test_flags_name_the_place_and_never_the_original() -> None:
     """Every field that was touched is flagged UNSTORABLE; nothing of what was cut or replaced is in a flag."""
     long = SECRET * 20_000
     record = event_record(
-        event(
+        make_event(
             request_id=f"{SECRET}\0" * 100,
             tool_name="\ud800",
             llm_explanation=long,
@@ -342,7 +324,7 @@ def test_flags_name_the_place_and_never_the_original() -> None:
 
 def test_the_event_is_not_changed() -> None:
     """Scrubbing makes a new row; the caller's event, and what it holds, stays."""
-    made = event(sanitized_args={"a": ["\0", {"b": math.inf}]}, tool_name="\0")
+    made = make_event(sanitized_args={"a": ["\0", {"b": math.inf}]}, tool_name="\0")
     before = repr(made)
     event_record(made)
 

@@ -49,7 +49,7 @@ async def page(
     rows = (await executor.execute(statement)).mappings().all()
     found = [request_of(row) for row in rows[:limit]]
     following = encode_cursor(found[-1].created_at, found[-1].id or 0) if len(rows) > limit else None
-    return Page(found, next_cursor=following, columns=COLUMNS)
+    return Page(found, next_cursor=following, columns=COLUMNS, record_type=ApprovalRequest)
 
 
 async def sweep(

@@ -82,7 +82,7 @@ class AuditQuery:
     async def _page(self, statement: Select[Any]) -> Page[AuditEvent]:
         async with self._work.read() as executor:
             rows = (await executor.execute(statement)).mappings().all()
-        return Page((AuditEvent.from_row(row) for row in rows), columns=COLUMNS)
+        return Page((AuditEvent.from_row(row) for row in rows), columns=COLUMNS, record_type=AuditEvent)
 
 
 def _at_least_zero(value: int, name: str) -> int:

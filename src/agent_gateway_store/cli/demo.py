@@ -6,8 +6,9 @@ import asyncio
 import tempfile
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +29,17 @@ DATABASE = "sqlite:///gateway-demo.db"
 _COLUMNS = ("tool", "arguments", "decision", "approver", "result", "ms")
 
 
-def demo(ctx: typer.Context, json: JsonOption = False) -> None:
+def demo(
+    ctx: typer.Context,
+    events: Annotated[
+        int | None, typer.Option(min=1, help="Fill the store with so many events of two made-up weeks instead.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --events: another seed gives another history.")] = 7,
+    until: Annotated[
+        datetime | None, typer.Option(help="With --events: end of the history, UTC; default: the last full hour.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Run tools on real files, audit each call, get one deletion approved and another one denied.
 
     Uses DATABASE_URL or --database-url if it is given, else the file gateway-demo.db in the current folder.
@@ -36,10 +47,29 @@ def demo(ctx: typer.Context, json: JsonOption = False) -> None:
     settings = settings_of(ctx)
     if "database_url" not in settings.model_fields_set:
         settings = settings.model_copy(update={"database_url": DATABASE})
+    if events is not None:
+        _fill(ctx, settings, events, seed, until, as_json=json)
+        return
     tell = (lambda text: None) if json else say
     summary = run(_demo(ctx, settings, tell))
     if json:
         print_json(summary)
+
+
+def _fill(
+    ctx: typer.Context, settings: StoreSettings, events: int, seed: int, until: datetime | None, *, as_json: bool
+) -> None:
+    from agent_gateway_store.cli.demo_events import fill, show_filled
+
+    async def work() -> dict[str, Any]:
+        async with open_store(ctx, settings=settings) as store:
+            return await fill(store, events, seed=seed, until=until.replace(tzinfo=UTC) if until else None)
+
+    summary = run(work())
+    if as_json:
+        print_json(summary)
+    else:
+        show_filled(summary, settings)
 
 
 async def _demo(ctx: typer.Context, settings: StoreSettings, tell: Any) -> dict[str, Any]:

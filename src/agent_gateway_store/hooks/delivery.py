@@ -24,12 +24,16 @@ class DeliveryReport:
         ok: True if the plugin returned in time and raised nothing.
         error: What went wrong, on one line of at most 500 characters, secrets masked; None if ok.
         seconds: How long it took.
+        retry_after_s: Seconds that the notifier asks to be left alone (`NotDeliveredError`); None if it does not say.
+        is_permanent: True if the notifier says that trying again cannot help (`NotDeliveredError`).
     """
 
     notifier: str
     ok: bool
     error: str | None
     seconds: float
+    retry_after_s: float | None = None
+    is_permanent: bool = False
 
 
 async def notify(notifier: Notifier, notice: Notice) -> None:

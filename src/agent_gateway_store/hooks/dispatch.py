@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from agent_gateway_store.hooks.delivery import DeliveryReport, announce, notify
+from agent_gateway_store.hooks.fault import Fault
 from agent_gateway_store.hooks.lane import Lane
 from agent_gateway_store.hooks.text import describe, one_line
 from agent_gateway_store.hooks.threads import in_thread
@@ -84,7 +85,7 @@ class Dispatcher:
             How it went.
         """
         if (notifier := (await self._opened()).get(notifier_name)) is None:
-            return self._reported(notifier_name, "no notifier of this name is loaded")
+            return self._reported(notifier_name, Fault("no notifier of this name is loaded"))
         return await self._run("notifier", notifier_name, partial(notify, notifier, notice))
 
     async def deliver_all(self, notice: Notice) -> list[DeliveryReport]:
@@ -140,10 +141,18 @@ class Dispatcher:
             if self._closed:
                 lane.stop()
         started = time.monotonic()
-        error = await lane.run(call, self._settings.plugin_timeout_seconds)
-        return self._reported(name, error, time.monotonic() - started)
+        fault = await lane.run(call, self._settings.plugin_timeout_seconds)
+        return self._reported(name, fault, time.monotonic() - started)
 
-    def _reported(self, name: str, error: str | None, seconds: float = 0.0) -> DeliveryReport:
-        if error is not None:
-            logger.warning("Plugin %s did not take a notice: %s", one_line(name), error)
-        return DeliveryReport(notifier=name, ok=error is None, error=error, seconds=seconds)
+    def _reported(self, name: str, fault: Fault | None, seconds: float = 0.0) -> DeliveryReport:
+        if fault is None:
+            return DeliveryReport(notifier=name, ok=True, error=None, seconds=seconds)
+        logger.warning("Plugin %s did not take a notice: %s", one_line(name), fault.text)
+        return DeliveryReport(
+            notifier=name,
+            ok=False,
+            error=fault.text,
+            seconds=seconds,
+            retry_after_s=fault.retry_after_s,
+            is_permanent=fault.is_permanent,
+        )

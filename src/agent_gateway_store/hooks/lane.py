@@ -6,7 +6,7 @@ import asyncio
 import threading
 
 from agent_gateway_store.errors import PluginError
-from agent_gateway_store.hooks.text import describe
+from agent_gateway_store.hooks.fault import Fault, fault_of
 from agent_gateway_store.hooks.worker import Call, Worker
 
 __all__ = ["MAX_ABANDONED", "Lane"]
@@ -39,20 +39,20 @@ class Lane:
         with self._lock:
             return len(self._stuck())
 
-    async def run(self, call: Call, timeout: float) -> str | None:
+    async def run(self, call: Call, timeout: float) -> Fault | None:
         """Run `call`; wait for it `timeout` seconds at most, and a quarter of a second for it to give way.
 
         Cancelling the wait cancels the call. Raises nothing else.
 
         Returns:
-            None if it went well, else what went wrong, fit for a log line.
+            None if it went well, else what went wrong.
         """
         try:
             with self._lock:
                 worker = self._current()
                 job = worker.submit(call)
         except Exception as exc:
-            return str(exc) if isinstance(exc, PluginError) else describe(exc)
+            return Fault(str(exc)) if isinstance(exc, PluginError) else fault_of(exc)
         waiter = asyncio.wrap_future(job.ended)
         try:
             if (await asyncio.wait({waiter}, timeout=timeout))[0]:
@@ -60,7 +60,7 @@ class Lane:
             job.cancel()
             if not (await asyncio.wait({waiter}, timeout=GRACE_SECONDS))[0]:
                 self._abandon(worker)
-            return f"TimeoutError: no answer within {timeout:g} seconds"
+            return Fault(f"TimeoutError: no answer within {timeout:g} seconds")
         finally:
             if not waiter.done():
                 job.cancel()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
+from agent_gateway_store.hooks.fault import Fault, fault_of
 from agent_gateway_store.hooks.text import describe, one_line
 from agent_gateway_store.hooks.threads import DaemonExecutor, wind_up
 
@@ -19,7 +20,8 @@ logger = logging.getLogger("agent_gateway_store.hooks")
 
 Call = Callable[[], Coroutine[Any, Any, None]]
 
-_CLOSED = "the dispatcher was closed before it was done"
+_CANCELLED = Fault("cancelled")
+_CLOSED = Fault("the dispatcher was closed before it was done")
 
 
 class Job:
@@ -33,8 +35,8 @@ class Job:
     def __init__(self, worker: Worker, call: Call) -> None:
         self.worker = worker
         self.call = call
-        self.ended: Future[str | None] = Future()
-        self.task: asyncio.Task[str | None] | None = None
+        self.ended: Future[Fault | None] = Future()
+        self.task: asyncio.Task[Fault | None] | None = None
         self.given_up = False
 
     def cancel(self) -> None:
@@ -96,11 +98,11 @@ class Worker:
     def _begin(self, job: Job) -> None:
         if job.ended.set_running_or_notify_cancel():
             job.task = self._loop.create_task(_outcome(job))
-            job.task.add_done_callback(lambda task: self._end(job, "cancelled" if task.cancelled() else task.result()))
+            job.task.add_done_callback(lambda task: self._end(job, _CANCELLED if task.cancelled() else task.result()))
         else:
             self._end(job, None)
 
-    def _end(self, job: Job, outcome: str | None) -> None:
+    def _end(self, job: Job, outcome: Fault | None) -> None:
         if self._stopped and outcome is not None:
             outcome = _CLOSED
         with contextlib.suppress(InvalidStateError):
@@ -141,10 +143,10 @@ class Worker:
         logger.warning("Plugin %s: stray error in its event loop: %s", one_line(self._name), text)
 
 
-async def _outcome(job: Job) -> str | None:
+async def _outcome(job: Job) -> Fault | None:
     try:
         if not job.given_up:  # its cancellation may be queued behind this
             await job.call()
     except BaseException as exc:  # SystemExit included: it would end the loop
-        return describe(exc)
+        return fault_of(exc)
     return None

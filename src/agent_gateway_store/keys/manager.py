@@ -275,7 +275,7 @@ class KeyManager:
             statement = statement.where(_keys.c.org_id == self._org_id)
         async with self._work.read() as executor:
             rows = (await executor.execute(statement)).mappings().all()
-        return Page((ApiKey.from_row(dict(row)) for row in rows), columns=COLUMNS)
+        return Page((ApiKey.from_row(dict(row)) for row in rows), columns=COLUMNS, record_type=ApiKey)
 
     def _organisation(self, org_id: str | None) -> str | None:
         """The organisation meant; None if it is not the one this store is bound to, in which nothing is found."""

@@ -21,6 +21,9 @@ from sqlmodel import SQLModel
 from agent_gateway_store.models.columns import JsonOf
 from agent_gateway_store.models.watched import plain, watch
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 __all__ = ["NAMING_CONVENTION", "StoreModel", "metadata"]
 
 NAMING_CONVENTION = {
@@ -150,6 +153,16 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
             new.__dict__.update(update)
             new.__pydantic_fields_set__.update(update)
         return new
+
+    def _repr_html_(self) -> str:
+        from agent_gateway_store.results.html import card_html
+
+        return card_html(self)
+
+    def __rich__(self) -> Table:
+        from agent_gateway_store.results.terminal import card
+
+        return card(self)
 
     def __getstate__(self) -> dict[Any, Any]:
         return {"values": self._values(), "fields_set": self.__pydantic_fields_set__}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["ApprovalStatus", "Notice", "ToolCall", "Value"]
 
@@ -32,6 +35,16 @@ class Value(BaseModel):
     """Frozen base of the values: refuses wrong and unknown fields, repeats no input in errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    def _repr_html_(self) -> str:
+        from agent_gateway_store.results.html import card_html
+
+        return card_html(self)
+
+    def __rich__(self) -> Table:
+        from agent_gateway_store.results.terminal import card
+
+        return card(self)
 
 
 class ToolCall(Value):

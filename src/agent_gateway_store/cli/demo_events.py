@@ -1,0 +1,173 @@
+"""`gateway-store demo --events N`: fill a store with two weeks of history, to explore in a notebook."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from agent_gateway_store.cli.output import say
+from agent_gateway_store.cli.running import sqlite_file
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from agent_gateway_store.audit import WriteOutcome
+    from agent_gateway_store.cli.demo_history import Approval, Call
+    from agent_gateway_store.models import ApprovalRequest, AuditEvent
+    from agent_gateway_store.settings import StoreSettings
+    from agent_gateway_store.store import GatewayStore
+
+__all__ = ["fill", "show_filled"]
+
+_CHUNK = 500
+_PENDING = (
+    ("payments.refund_payment", {"payment": "pay_918273", "amount_eur": 249.9}, "Refunds cannot be undone."),
+    ("kubernetes.restart_deployment", {"deployment": "checkout", "namespace": "production"}, "Touches production."),
+    ("crm.export_contacts", {"segment": "vip", "format": "csv"}, "Personal data of many customers."),
+    ("files.delete_file", {"path": "deploy/values.yaml"}, "The file is deleted for good."),
+)
+_ASKING = {"payments": "support-agent", "kubernetes": "oncall-agent", "crm": "support-agent", "files": "coding-agent"}
+
+
+async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | None = None) -> dict[str, Any]:
+    """Write `count` calls with their approvals, the callers' API keys, and four approvals that wait now.
+
+    The same seed, number and end written twice change nothing the second time.
+
+    Args:
+        store: An open store.
+        until: End of the history, UTC; None: the last full hour.
+
+    Returns:
+        What was written.
+    """
+    from agent_gateway_store.cli.demo_history import DAYS, history
+    from agent_gateway_store.clock import utc_now
+
+    started = time.perf_counter()
+    end = until.astimezone(UTC) if until else utc_now().replace(minute=0, second=0, microsecond=0)
+    keys = await _issue_keys(store)
+    with _progress() as progress:
+        task = progress.add_task("Writing events", total=count)
+        approvals: list[Approval] = []
+        calls = _ticking(history(count, seed=seed, end=end), progress, task)
+        outcomes: Counter[WriteOutcome] = await store.audit.write_many(_events(calls, approvals))
+    decided = await _write_approvals(store, approvals)
+    pending = await _ask(store, seed)
+    seconds = time.perf_counter() - started
+    return {
+        "events": {str(outcome): number for outcome, number in outcomes.items()},
+        "approvals": decided,
+        "pending": pending,
+        "keys": keys,
+        "since": (end - timedelta(days=DAYS)).isoformat(),
+        "until": end.isoformat(),
+        "seed": seed,
+        "seconds": round(seconds, 3),
+    }
+
+
+def show_filled(summary: dict[str, Any], settings: StoreSettings) -> None:
+    """Tell what was written, and how to look at it."""
+    from agent_gateway_store.settings import mask_url
+
+    url = mask_url(settings.database_url)
+    file = sqlite_file(settings.database_url)
+    stored = ", ".join(f"{number:,} {outcome}" for outcome, number in summary["events"].items())
+    say(f"Events    {stored}; from {summary['since'][:10]} to {summary['until'][:16].replace('T', ' ')} UTC.")
+    say(f"Approvals {summary['approvals']:,} in the history, {summary['pending']} waiting for a decision now.")
+    say(f"Keys      {summary['keys']} callers have API keys.")
+    say(f"Done in {summary['seconds']:.1f} s: {url if file is None else file}. In a notebook:")
+    say("")
+    say("    from agent_gateway_store import SyncGatewayStore")
+    say(f'    store = SyncGatewayStore("{url}").open()')
+    say("    store.audit.list_recent()")
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+def _ticking(calls: Iterator[Call], progress: Progress, task: Any) -> Iterator[Call]:
+    while some := list(islice(calls, _CHUNK)):
+        yield from some
+        progress.advance(task, len(some))
+
+
+def _events(calls: Iterable[Call], approvals: list[Approval]) -> Iterator[AuditEvent]:
+    for call in calls:
+        if call.approval is not None:
+            approvals.append(call.approval)
+        yield call.event
+
+
+async def _write_approvals(store: GatewayStore, approvals: Sequence[Approval]) -> int:
+    """Insert decided approvals as rows, which no method does: the store lets nobody decide in the past."""
+    from sqlalchemy import select
+    from sqlmodel import col
+
+    from agent_gateway_store.models import ApprovalRequest
+
+    for start in range(0, len(approvals), _CHUNK):
+        some = approvals[start : start + _CHUNK]
+        ids = [approval.request.approval_id for approval in some]
+        async with store.database.sessions() as session, session.begin():
+            found = await session.execute(
+                select(col(ApprovalRequest.approval_id)).where(col(ApprovalRequest.approval_id).in_(ids))
+            )
+            known: set[UUID] = set(found.scalars())
+            new = [approval for approval in some if approval.request.approval_id not in known]
+            session.add_all(_of_org(approval.request, store.org_id) for approval in new)
+            await session.flush()
+            session.add_all(_of_org(approval.vote, store.org_id) for approval in new if approval.vote is not None)
+    return len(approvals)
+
+
+def _of_org(row: Any, org_id: str | None) -> Any:
+    if org_id is not None:
+        row.org_id = org_id
+    return row
+
+
+async def _ask(store: GatewayStore, seed: int) -> int:
+    for number, asked in enumerate(_PENDING):
+        await store.approvals.issue_token(_request(seed, number, *asked))
+    return len(_PENDING)
+
+
+def _request(seed: int, number: int, tool: str, arguments: dict[str, Any], why: str) -> ApprovalRequest:
+    from agent_gateway_store.clock import utc_now
+    from agent_gateway_store.models import ApprovalRequest, ToolCall
+
+    server, _, name = tool.partition(".")
+    return ApprovalRequest(
+        request_id=f"req-pending-{seed}-{number}",
+        caller_id=_ASKING[server],
+        tool_call=ToolCall(server=server, tool=name, arguments=arguments),
+        risk_explanation=why,
+        expires_at=utc_now() + timedelta(days=1),
+    )
+
+
+async def _issue_keys(store: GatewayStore) -> int:
+    from agent_gateway_store.cli.demo_world import CALLERS
+    from agent_gateway_store.errors import ApiKeyExistsError
+
+    for caller in CALLERS:
+        try:
+            await store.keys.issue(
+                caller.name, role=caller.role, trust_level=caller.trust, environment=caller.environment
+            )
+        except ApiKeyExistsError:
+            continue
+    return len(CALLERS)

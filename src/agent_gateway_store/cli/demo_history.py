@@ -1,0 +1,250 @@
+"""Two weeks of a gateway's life, from a seed: the same seed, number and end give the same history, to the last digit.
+
+In it are office hours and nightly batches, latencies that are lognormal, and four things to find: a database that was
+slow for ninety minutes, a policy that began to ask about exports, a caller that probed for half an hour, and prompt
+injection in fetched pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import accumulate
+from random import Random
+from uuid import UUID
+
+from agent_gateway_store.cli.demo_world import APPROVERS, CALLERS, PROBES, TOOLS, TROUBLEMAKER, Caller, Tool
+from agent_gateway_store.models import (
+    ApprovalRequest,
+    ApprovalStatus,
+    ApprovalVote,
+    AuditEvent,
+    Decision,
+    ExecutionStatus,
+    OutputDecision,
+    RedactionFlag,
+    ToolCall,
+)
+from agent_gateway_store.models.approval import VoteDecision, hash_tool_call
+
+__all__ = ["DAYS", "Approval", "Call", "history"]
+
+DAYS = 14
+_PROBE_SHARE = 0.012
+_POLICY_CHANGED = timedelta(days=7)
+_SLOW = (timedelta(days=5, hours=4), timedelta(minutes=90))
+_PROBED = (timedelta(days=2, hours=9), timedelta(minutes=30))
+_WAIT_LIMIT = timedelta(hours=1)
+_HOUR_S = 3600
+
+
+@dataclass(frozen=True)
+class Approval:
+    """An approval that was decided, with the vote that decided it (None: nobody did in time)."""
+
+    request: ApprovalRequest
+    vote: ApprovalVote | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One tool call: its audit event, and its approval if a human was asked."""
+
+    event: AuditEvent
+    approval: Approval | None = None
+
+
+def history(count: int, *, seed: int, end: datetime) -> Iterator[Call]:
+    """Yield `count` calls of the two weeks before `end`, oldest first.
+
+    Args:
+        end: UTC; the newest call is less than a minute or so before it, for large counts.
+    """
+    random = Random(seed)  # noqa: S311  reproducible, and no secret comes of it
+    maker = _Maker(random, end, prefix=hashlib.sha256(f"{seed} {count} {end.isoformat()}".encode()).hexdigest()[:10])
+    probes = int(count * _PROBE_SHARE)
+    planned = [(_moment(random, caller, end), caller) for caller in _callers(random, count - probes)]
+    probing = [(end - _PROBED[0] + _PROBED[1] * random.random(), None) for _ in range(probes)]
+    for when, who in sorted([*planned, *probing], key=lambda plan: plan[0]):
+        yield maker.usual(when, who) if who is not None else maker.probe(when)
+
+
+def _callers(random: Random, count: int) -> list[Caller]:
+    return random.choices(CALLERS, [caller.share for caller in CALLERS], k=count)
+
+
+def _moment(random: Random, caller: Caller, end: datetime) -> datetime:
+    """A moment in the two weeks, by the caller's hours of the day and days of the week."""
+    while True:
+        start = end - timedelta(seconds=random.random() * DAYS * 24 * _HOUR_S)
+        weight = caller.hours[start.hour] * (caller.weekend if start.weekday() >= 5 else 1.0)
+        if random.random() * max(caller.hours) < weight:
+            return start
+
+
+class _Maker:
+    """Makes calls one after the other; remembers each caller's session."""
+
+    def __init__(self, random: Random, end: datetime, *, prefix: str) -> None:
+        self._random, self._end, self._prefix = random, end, prefix
+        self._number = 0
+        self._sessions: dict[str, tuple[str, datetime]] = {}
+        self._tools = {
+            caller.name: ([TOOLS[name] for name in caller.tools], list(accumulate(caller.tools.values())))
+            for caller in CALLERS
+        }
+
+    def usual(self, when: datetime, caller: Caller) -> Call:
+        tools, weights = self._tools[caller.name]
+        tool = self._random.choices(tools, cum_weights=weights)[0]
+        labels = [label for label, share in tool.labels.items() if self._random.random() < share]
+        decision = self._decide(tool, caller, labels, when)
+        rule = tool.rule
+        if tool.full_name == "crm.export_contacts" and when >= self._end - _POLICY_CHANGED:
+            rule = "exports-need-approval"
+        return self._call(when, caller, tool, tool.arguments(self._random), labels, decision, rule)
+
+    def probe(self, when: datetime) -> Call:
+        caller = next(each for each in CALLERS if each.name == TROUBLEMAKER)
+        name, arguments, rule, label = self._random.choice(PROBES)
+        return self._call(when, caller, TOOLS[name], arguments, [label, "PROBING"], Decision.DENY, rule)
+
+    def _decide(self, tool: Tool, caller: Caller, labels: list[str], when: datetime) -> Decision:
+        if "PROMPT_INJECTION" in labels:
+            return self._random.choice((Decision.DENY, Decision.SANITIZE_AND_ALLOW))
+        asks, denied = tool.asks, tool.denied
+        if tool.full_name == "crm.export_contacts" and when >= self._end - _POLICY_CHANGED:
+            asks = 0.95
+        if caller.name == TROUBLEMAKER:
+            denied = max(denied, 0.12)
+        drawn = self._random.random()
+        for share, decision in (
+            (asks, Decision.APPROVAL_REQUIRED),
+            (denied, Decision.DENY),
+            (tool.cleaned, Decision.SANITIZE_AND_ALLOW),
+        ):
+            if drawn < share:
+                return decision
+            drawn -= share
+        return Decision.ALLOW
+
+    def _call(
+        self,
+        when: datetime,
+        caller: Caller,
+        tool: Tool,
+        arguments: dict[str, object],
+        labels: list[str],
+        decision: Decision,
+        rule: str,
+    ) -> Call:
+        self._number += 1
+        request_id = f"req-{self._prefix}-{self._number:07}"
+        approval = None
+        if decision is Decision.APPROVAL_REQUIRED:
+            approval = self._approval(when, caller, tool, arguments, request_id)
+        is_run = decision in (Decision.ALLOW, Decision.SANITIZE_AND_ALLOW) or (
+            approval is not None and approval.request.status is ApprovalStatus.USED
+        )
+        status, latency_ms = self._run(tool, when) if is_run else (None, self._random.randrange(1, 6))
+        flags = []
+        if decision is Decision.SANITIZE_AND_ALLOW:
+            first = next(iter(arguments))
+            flags.append(RedactionFlag(field=f"sanitized_args.{first}", reason="PERSONAL_DATA"))
+        risk = min(1.0, max(0.0, self._random.gauss(tool.risk + 0.1 * ("PROBING" in labels), 0.06)))
+        event = AuditEvent(
+            request_id=request_id,
+            trace_id=f"{self._random.getrandbits(128):032x}",
+            session_id=self._session(caller, when),
+            timestamp=when,
+            caller_id=caller.name,
+            caller_role=caller.role,
+            environment=caller.environment,
+            mcp_server=tool.server,
+            tool_name=tool.name,
+            raw_args_hash=AuditEvent.hash_args({**arguments, "request": self._number}),
+            sanitized_args=arguments,
+            risk_labels=labels,
+            risk_score=round(risk, 3),
+            matched_policy_rule=rule,
+            policy_version="v42" if when >= self._end - _POLICY_CHANGED else "v41",
+            decision=decision,
+            approver_id=approval.request.approver_id if approval else None,
+            execution_status=status,
+            latency_ms=latency_ms,
+            output_decision=OutputDecision.REDACT if "PERSONAL_DATA" in labels and is_run else OutputDecision.ALLOW,
+            redaction_flags=flags,
+            deterministic_rationale=f"Rule {rule}: {tool.full_name} for {caller.role} is {decision.lower()}.",
+        )
+        return Call(event, approval)
+
+    def _run(self, tool: Tool, when: datetime) -> tuple[ExecutionStatus, int]:
+        latency, fails = self._random.lognormvariate(0.0, tool.spread) * tool.median_ms, tool.fails
+        slow_from = self._end - _SLOW[0]
+        if tool.server == "postgres" and slow_from <= when < slow_from + _SLOW[1]:
+            latency, fails = latency * 14, 0.35
+        drawn = self._random.random()
+        if drawn < fails * 0.6:
+            return ExecutionStatus.TOOL_ERROR, max(1, round(latency * 0.7))
+        if drawn < fails:
+            return ExecutionStatus.TIMEOUT, 30_000
+        return ExecutionStatus.SUCCESS, max(1, min(30_000, round(latency)))
+
+    def _session(self, caller: Caller, when: datetime) -> str:
+        name, last = self._sessions.get(caller.name, ("", when))
+        if not name or when - last > timedelta(minutes=20) or self._random.random() < 0.02:
+            name = f"ses-{self._random.getrandbits(48):012x}"
+        self._sessions[caller.name] = (name, when)
+        return name
+
+    def _approval(
+        self, when: datetime, caller: Caller, tool: Tool, arguments: dict[str, object], request_id: str
+    ) -> Approval:
+        approval_id = UUID(int=self._random.getrandbits(128), version=4)
+        call = ToolCall(server=tool.server, tool=tool.name, arguments=arguments)
+        by_night = 6.0 if not 7 <= when.hour < 18 or when.weekday() >= 5 else 1.0
+        wait = timedelta(seconds=self._random.lognormvariate(5.0, 1.1) * by_night)
+        drawn = self._random.random()
+        status = ApprovalStatus.USED if drawn < 0.8 else ApprovalStatus.DENIED if drawn < 0.97 else None
+        if when + _WAIT_LIMIT > self._end:
+            wait, status = min(wait, (self._end - when) / 2), status or ApprovalStatus.DENIED
+        elif wait > _WAIT_LIMIT or status is None:
+            status, wait = ApprovalStatus.EXPIRED, _WAIT_LIMIT
+        is_decided = status is not ApprovalStatus.EXPIRED
+        approver = self._random.choices([n for n, _ in APPROVERS], [w for _, w in APPROVERS])[0] if is_decided else None
+        note = "" if approver is None else self._random.choice(("", "", "ok", "as agreed", "checked with the team"))
+        if status is ApprovalStatus.DENIED:
+            note = self._random.choice(("not without a ticket", "wrong environment", "ask again with less data"))
+        request = ApprovalRequest(
+            approval_id=approval_id,
+            request_id=request_id,
+            caller_id=caller.name,
+            tool_call=call,
+            tool_call_hash=hash_tool_call(call),
+            risk_explanation=f"{tool.full_name} is not undone easily." if tool.risk > 0.7 else f"Rule {tool.rule}.",
+            created_at=when,
+            expires_at=when + _WAIT_LIMIT,
+            use_before=when + _WAIT_LIMIT,
+            status=status,
+            approver_id=approver,
+            decision_at=when + wait if is_decided else None,
+            approver_note=note,
+            used_at=when + wait + timedelta(seconds=1) if status is ApprovalStatus.USED else None,
+            outcome="success" if status is ApprovalStatus.USED else None,
+            version=3 if status is ApprovalStatus.USED else 2,
+        )
+        if approver is None:
+            return Approval(request, None)
+        voted = VoteDecision.DENIED if status is ApprovalStatus.DENIED else VoteDecision.APPROVED
+        channel = self._random.choice(("slack", "slack", "inbox", "cli"))
+        vote = ApprovalVote(
+            approval_id=approval_id,
+            approver_id=approver,
+            decision=voted,
+            note=note,
+            channel=channel,
+            voted_at=when + wait,
+        )
+        return Approval(request, vote)

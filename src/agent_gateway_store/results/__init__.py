@@ -1,0 +1,6 @@
+"""`Page`: what every listing returns. A list that renders in a notebook and in a terminal, and becomes a frame."""
+
+from agent_gateway_store.results.page import Page
+from agent_gateway_store.results.stats import Stats
+
+__all__ = ["Page", "Stats"]

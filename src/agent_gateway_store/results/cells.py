@@ -1,0 +1,109 @@
+"""A record as a dict, its fields as they are shown, and a value as the text of one cell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel
+
+from agent_gateway_store.results.frames import bare_type, columns_of
+
+if TYPE_CHECKING:
+    from agent_gateway_store.results.page import Page
+
+__all__ = ["SHOWN", "as_dict", "cell", "fields_of", "note", "shown", "time_text", "visible"]
+
+SHOWN = 200
+_CELL_CHARS = 120
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
+    code: f"\\u{code:04x}"
+    for code in (0x61C, *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+}
+
+
+def as_dict(item: Any) -> dict[str, Any]:
+    """Return a record as JSON values without what its repr, or that of a model inside it, hides."""
+    if not isinstance(item, BaseModel):
+        return dict(item)
+    return item.model_dump(mode="json", exclude=_hidden(type(item)))
+
+
+def fields_of(item: Any) -> dict[str, Any]:
+    """Return a record's fields as they are; hidden ones are left out, models inside it are dicts."""
+    if not isinstance(item, BaseModel):
+        return dict(item)
+    values = {column.name: getattr(item, column.name, None) for column in columns_of(type(item))}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def shown(page: Page[Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the names of the columns that a table shows, and its rows: at most 200."""
+    rows = [fields_of(item) for item in list.__getitem__(page, slice(SHOWN))]
+    if page.columns is not None:
+        return list(page.columns), rows
+    known = page.frame_columns()
+    names: Iterable[str] = (column.name for column in known) if known else (name for row in rows for name in row)
+    return list(dict.fromkeys(names)), rows
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """Return text with its control characters, bidi marks and lone surrogates shown rather than obeyed.
+
+    Args:
+        keep: Characters that stay as they are.
+    """
+    return text.translate(_CONTROL if not keep else {c: seen for c, seen in _CONTROL.items() if chr(c) not in keep})
+
+
+def time_text(value: datetime) -> str:
+    """Return an instant in UTC, to the second."""
+    utc = value if value.tzinfo is None else value.astimezone(UTC)
+    return utc.replace(tzinfo=None, microsecond=0).isoformat(sep=" ")
+
+
+def cell(value: Any) -> str:
+    """Return a value as one short line: None is empty, a time is in UTC to the second, JSON is compact."""
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        text = time_text(value)
+    elif isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        text = ", ".join(value)
+    elif isinstance(value, dict | list | tuple):
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    elif isinstance(value, float):
+        text = f"{value:.6g}"
+    else:
+        text = str(value)
+    return visible(f"{text[: _CELL_CHARS - 1]}…" if len(text) > _CELL_CHARS else text)
+
+
+def note(count: int) -> str:
+    """Return what a table says below itself."""
+    return f"first {SHOWN} of {count} rows" if count > SHOWN else f"{count} row{'' if count == 1 else 's'}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return as_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+@cache
+def _hidden(cls: type[BaseModel]) -> dict[str, Any]:
+    """What `model_dump` must leave out, models inside this one included."""
+    found: dict[str, Any] = {}
+    for name, field in cls.model_fields.items():
+        kind = bare_type(field.annotation)
+        inner = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+        if name not in {column.name for column in columns_of(cls)}:
+            found[name] = True
+        elif inner and (below := _hidden(inner[0])):
+            found[name] = below if inner[0] is kind else {"__all__": below}
+    return found

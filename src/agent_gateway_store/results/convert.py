@@ -1,0 +1,144 @@
+"""Turn records into Arrow, and Arrow into pandas and Polars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.results.cells import as_dict
+from agent_gateway_store.results.frames import Column, Kind, arrow, arrow_schema, settle
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+    import pyarrow as pa
+
+__all__ = ["as_pandas", "as_polars", "to_table"]
+
+_INT64 = range(-(2**63), 2**63)
+
+
+def to_table(records: Sequence[Any], columns: tuple[Column, ...] | None) -> pa.Table:
+    """Return records as an Arrow table.
+
+    Args:
+        records: Models or dicts.
+        columns: Its columns; None: those of the rows, each of the one kind that all of its values have, else text.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+    """
+    pa = arrow()
+    if columns is None:
+        records = [as_dict(item) for item in records]
+        columns = _guessed(records)
+    plain = tuple(Column(column.name, "text") if column.kind == "category" else column for column in columns)
+    schema = arrow_schema(plain)
+    arrays = [
+        pa.array([_value(_get(item, column.name), column.kind) for item in records], schema.field(column.name).type)
+        for column in columns
+    ]
+    return settle(pa.Table.from_arrays(arrays, schema=schema), columns)
+
+
+def as_pandas(table: pa.Table) -> pandas.DataFrame:
+    """Return an Arrow table as a pandas DataFrame; whole numbers and truth values with gaps keep their kind.
+
+    Raises:
+        MissingExtraError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as exc:
+        raise MissingExtraError("to_pandas()", extra="notebook") from exc
+    pa = arrow()
+    frame: pandas.DataFrame = table.to_pandas()
+    gaps = {pa.int64(): "Int64", pa.bool_(): "boolean"}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count and column.type in gaps:
+            frame[name] = pandas.array(column.to_pylist(), dtype=gaps[column.type])
+    return frame
+
+
+def as_polars(table: pa.Table) -> polars.DataFrame:
+    """Return an Arrow table as a Polars DataFrame.
+
+    Raises:
+        MissingExtraError: polars is not installed.
+    """
+    try:
+        import polars
+    except ImportError as exc:
+        raise MissingExtraError("to_polars()", extra="polars") from exc
+    return polars.DataFrame(table)
+
+
+def _get(item: Any, name: str) -> Any:
+    return item.get(name) if isinstance(item, dict) else getattr(item, name, None)
+
+
+def _value(value: Any, kind: Kind) -> Any:
+    if value is None:
+        return None
+    match kind:
+        case "json":
+            return _text(json.dumps(value, default=_json, ensure_ascii=False))
+        case "time":
+            return _utc(datetime.fromisoformat(value) if isinstance(value, str) else value)
+        case "text" | "category":
+            return _text(str(value.value if isinstance(value, Enum) else value))
+        case "integer":
+            return int(value)
+        case "number":
+            return float(value)
+    return bool(value)
+
+
+def _utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _text(value: str) -> str:
+    """Lone surrogates, which Arrow cannot hold, become visible."""
+    return value.encode("utf-8", "backslashreplace").decode()
+
+
+def _json(value: Any) -> Any:
+    return as_dict(value) if isinstance(value, BaseModel) else str(value)
+
+
+def _guessed(rows: Iterable[dict[str, Any]]) -> tuple[Column, ...]:
+    kinds: dict[str, set[Kind]] = {}
+    for row in rows:
+        for name, value in row.items():
+            found = kinds.setdefault(str(name), set())
+            if value is not None:
+                found.add(_kind(value))
+    return tuple(Column(name, _common(found)) for name, found in kinds.items())
+
+
+def _kind(value: Any) -> Kind:
+    match value:
+        case bool():
+            return "boolean"
+        case int():
+            return "integer" if value in _INT64 else "text"
+        case float():
+            return "number"
+        case datetime():
+            return "time"
+        case dict() | list() | tuple():
+            return "json"
+    return "text"
+
+
+def _common(kinds: set[Kind]) -> Kind:
+    if kinds == {"integer", "number"}:
+        return "number"
+    return kinds.pop() if len(kinds) == 1 else "text"

@@ -1,0 +1,132 @@
+"""A page as an HTML table, and one record as a card: every value and every name is escaped, and no script is in it.
+
+The style sheet is bound to one class, so that nothing of the host page changes. It follows the theme of JupyterLab,
+VS Code and the docs' site, and elsewhere that of the system, on a background of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from html import escape
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.results.cells import cell, fields_of, note, shown, time_text, visible
+from agent_gateway_store.results.tones import tone_of
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from agent_gateway_store.results.page import Page
+
+__all__ = ["card_html", "style", "table_html"]
+
+_JSON_CHARS = 4_000
+_TEXT_CHARS = 20_000
+_CHIPS = 20
+_GLANCE_CHARS = 48
+_TITLES = ("decision", "status", "execution_status")
+
+
+def style() -> str:
+    """Return the style element that every view carries."""
+    css = files(__package__).joinpath("view.css").read_text(encoding="utf-8")
+    return f"<style>{' '.join(css.split())}</style>"
+
+
+def table_html(page: Page[Any]) -> str:
+    """Return the table: at most 200 rows, and a line that says how many there are."""
+    columns, rows = shown(page)
+    times = {name for name in columns for row in rows if isinstance(row.get(name), datetime)}
+    head = "".join(f"<th>{_heading(name, name in times)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(_td(name, row.get(name)) for name in columns)}</tr>" for row in rows)
+    more = "; there is more: pass next_cursor" if page.next_cursor else ""
+    return (
+        f'{style()}<div class="ags-view"><div class="ags-wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div><p>{escape(note(len(page)) + more)}</p></div>"
+    )
+
+
+def card_html(record: BaseModel) -> str:
+    """Return one record: what it is and how it stands, then each field that is set, then the names of the others."""
+    fields = fields_of(record)
+    badges = "".join(_badge(name, fields[name]) for name in _TITLES if fields.get(name) is not None)
+    rows = "".join(
+        f"<tr><th>{_heading(name, isinstance(value, datetime))}</th>{_td(name, value, whole=True)}</tr>"
+        for name, value in fields.items()
+        if not _is_empty(value)
+    )
+    empty = ", ".join(name for name, value in fields.items() if _is_empty(value))
+    below = f"<p>empty: {escape(visible(empty))}</p>" if empty else ""
+    title = f"{escape(type(record).__name__)} <b>{escape(cell(_subject(fields)))}</b> {badges}"
+    return (
+        f'{style()}<div class="ags-view ags-card"><div class="ags-title">{title}</div>'
+        f"<table><tbody>{rows}</tbody></table>{below}</div>"
+    )
+
+
+def _subject(fields: dict[str, Any]) -> str:
+    if "tool_name" in fields:
+        return f"{fields['mcp_server']}.{fields['tool_name']}"
+    if "tool_call" in fields:
+        return f"{fields['tool_call']['server']}.{fields['tool_call']['tool']}"
+    return str(fields.get("caller_id") or "")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _heading(name: str, is_time: bool) -> str:
+    return escape(cell(name)) + (" <small>UTC</small>" if is_time else "")
+
+
+def _td(name: str, value: Any, *, whole: bool = False) -> str:
+    if value is None:
+        return "<td></td>"
+    if tone_of(name, value):
+        return f"<td>{_badge(name, value)}</td>"
+    if isinstance(value, datetime):
+        return f'<td class="ags-line">{escape(time_text(value))}</td>'
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f'<td class="ags-num">{escape(cell(value))}</td>'
+    if name == "tool_call" and isinstance(value, dict) and value.keys() >= {"server", "tool", "arguments"}:
+        call = escape(cell(f"{value['server']}.{value['tool']}"))
+        return f"<td>{call}{_json(value['arguments'], whole) if value['arguments'] else ''}</td>"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return f"<td>{_chips(value)}</td>"
+    if isinstance(value, dict | list):
+        return f"<td>{_json(value, whole) if value else ''}</td>"
+    if whole:
+        text = _cut(visible(str(value), keep="\n\t"), _TEXT_CHARS)
+        return f'<td class="ags-text">{escape(text)}</td>'
+    return f"<td>{escape(cell(value))}</td>"
+
+
+def _badge(name: str, value: Any) -> str:
+    return f'<span class="ags-badge ags-{tone_of(name, value) or "off"}">{escape(cell(value))}</span>'
+
+
+def _chips(words: list[str]) -> str:
+    more = f" … {len(words)} in all" if len(words) > _CHIPS else ""
+    return "".join(f'<span class="ags-chip">{escape(cell(word))}</span>' for word in words[:_CHIPS]) + more
+
+
+def _json(value: Any, whole: bool) -> str:
+    pretty = visible(json.dumps(value, indent=2, ensure_ascii=False, default=str), keep="\n")
+    pre = f"<pre>{escape(_cut(pretty, _TEXT_CHARS if whole else _JSON_CHARS))}</pre>"
+    return pre if whole else f"<details><summary>{escape(_glance(value))}</summary>{pre}</details>"
+
+
+def _glance(value: Any) -> str:
+    if isinstance(value, dict):
+        text = " ".join(f"{name}={each if isinstance(each, str) else cell(each)}" for name, each in value.items())
+    else:
+        text = f"{len(value)} item{'' if len(value) == 1 else 's'}"
+    text = cell(text)
+    return text if len(text) <= _GLANCE_CHARS else f"{text[:_GLANCE_CHARS]}…"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

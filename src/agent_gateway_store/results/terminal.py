@@ -1,0 +1,59 @@
+"""A page and one record as tables of rich, which show control bytes and obey none."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.results.cells import cell, fields_of, note, shown, visible
+from agent_gateway_store.results.tones import RICH, tone_of
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.table import Table
+    from rich.text import Text
+
+    from agent_gateway_store.results.page import Page
+
+__all__ = ["card", "table"]
+
+
+def table(page: Page[Any]) -> Table:
+    """Return the table: at most 200 rows, and a caption that counts all of them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    columns, rows = shown(page)
+    drawn = Table(caption=note(len(page)))
+    for name in columns:
+        numbers = [isinstance(row.get(name), int | float) for row in rows if row.get(name) is not None]
+        drawn.add_column(Text(cell(name)), overflow="fold", justify="right" if numbers and all(numbers) else "left")
+    for row in rows:
+        drawn.add_row(*(_text(name, row.get(name)) for name in columns))
+    return drawn
+
+
+def card(record: BaseModel) -> Table:
+    """Return one record: a line for each field that is set."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(type(record).__name__), show_header=False)
+    drawn.add_column(style="dim")
+    drawn.add_column(overflow="fold")
+    for name, value in fields_of(record).items():
+        if value is None or value in ("", [], {}):
+            continue
+        if isinstance(value, dict | list):
+            pretty = visible(json.dumps(value, indent=2, ensure_ascii=False, default=str), keep="\n")
+            drawn.add_row(Text(name), Text(pretty))
+        else:
+            drawn.add_row(Text(name), Text(visible(value)) if type(value) is str else _text(name, value))
+    return drawn
+
+
+def _text(name: str, value: Any) -> Text:
+    from rich.text import Text
+
+    tone = tone_of(name, value)
+    return Text(cell(value), style=RICH[tone] if tone else "")
