@@ -49,7 +49,7 @@ FORGETFUL = {
 WRITING = """
 import asyncio, os, sys
 from agent_gateway_store import GatewayStore
-from proofs.harness import make_event
+from builders import make_event
 
 async def main(url):
     async with GatewayStore(url, redis_url="") as store:

@@ -31,6 +31,7 @@ __all__ = [
     "TAKE",
     "VOTE",
     "Key",
+    "insert_request",
 ]
 
 Key: TypeAlias = Literal["token", "id"]
@@ -107,7 +108,8 @@ _GIVEN = (
 )
 
 
-def _insert(dialect: str) -> Any:
+def insert_request(dialect: str) -> Any:
+    """Return the statement that asks for an approval."""
     values: dict[str, Any] = {name: bindparam(f"p_{name}", type_=requests.c[name].type) for name in _GIVEN}
     deadline = bindparam("p_expires_at", type_=requests.c.expires_at.type)
     values |= {
@@ -121,7 +123,7 @@ def _insert(dialect: str) -> Any:
     return insert.values(values).on_conflict_do_nothing().returning(*returned(prepared_now))
 
 
-INSERT = Prepared(_insert, returned(prepared_now))
+INSERT = Prepared(insert_request, returned(prepared_now))
 
 _SAME_CALL = and_(
     *(

@@ -45,6 +45,10 @@ class Prepared:
         Raises:
             sqlalchemy.exc.IntegrityError: A constraint refuses the row.
         """
+        return next(iter(await self.rows(runner, values)), None)
+
+    async def rows(self, runner: Runner, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Do as `first`, and return every row."""
         dialect = (runner.get_bind() if isinstance(runner, AsyncSession) else runner).dialect
         compiled = self._compiled.get(dialect.name)
         if compiled is None:
@@ -54,8 +58,7 @@ class Prepared:
         if isinstance(runner, DriverConnection):
             return await compiled.run(runner.driver, given)
         named = {name: given[name] for name in compiled.names}
-        row = (await runner.execute(compiled.statement, named)).mappings().first()
-        return None if row is None else dict(row)
+        return [dict(row) for row in (await runner.execute(compiled.statement, named)).mappings()]
 
 
 class _Compiled:
@@ -73,15 +76,16 @@ class _Compiled:
             (column.name, column.type.dialect_impl(dialect).result_processor(dialect, None)) for column in columns
         ]
 
-    async def run(self, driver: asyncpg.Connection, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    async def run(self, driver: asyncpg.Connection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         parameters = [values[name] if process is None else process(values[name]) for name, process in self._parameters]
         try:
-            row = await driver.fetchrow(self._text, *parameters)
+            rows = await driver.fetch(self._text, *parameters)
         except asyncpg.IntegrityConstraintViolationError as exc:
             raise IntegrityError(None, None, exc) from exc
-        if row is None:
-            return None
-        return {
-            name: value if process is None else process(value)
-            for (name, process), value in zip(self._fields, row.values(), strict=True)
-        }
+        return [
+            {
+                name: value if process is None else process(value)
+                for (name, process), value in zip(self._fields, row.values(), strict=True)
+            }
+            for row in rows
+        ]
