@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 
 import servers
 from agent_gateway_store import clock, errors
+from agent_gateway_store.storage import database as database_module
 from agent_gateway_store.storage.database import Database, SessionWork, close_db, create_engine, db_now, get_db
 
 pytestmark = pytest.mark.integration
@@ -358,6 +359,30 @@ async def test_a_statement_timeout_is_an_outage(postgres_database: Callable[[], 
     error = await failing(postgres_database(), "SET statement_timeout = 50", "SELECT pg_sleep(5)")
 
     assert type(error) is errors.StoreUnavailableError
+
+
+@pytest.mark.parametrize("busy", ["the row's lock is held", "every connection is lent"])
+async def test_a_lent_connection_that_is_not_answered_in_time_is_an_outage(
+    postgres_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch, busy: str
+) -> None:
+    """Who waits for a lock, or for a connection, is told that the store is unavailable, and nothing else."""
+    monkeypatch.setattr(database_module, "_COMMAND_TIMEOUT_S", 0.3)
+    database = Database(create_engine(postgres_database()), owned=True)
+    database.bind()
+    async with database.write() as connection:
+        await connection.execute(text("CREATE TABLE counter (n INTEGER)"))
+    statement = "SELECT pg_sleep(5)" if busy.startswith("every") else "SELECT n FROM counter"
+
+    async def use() -> None:
+        async with database.lend("read") as runner:
+            await runner.driver.fetch(statement)  # type: ignore[union-attr]
+
+    async with database.write() as holder:
+        await holder.execute(text("LOCK TABLE counter IN ACCESS EXCLUSIVE MODE"))
+        told = await asyncio.gather(*(use() for _ in range(40)), return_exceptions=True)
+    await database.close()
+
+    assert {type(each) for each in told} == {errors.StoreUnavailableError}
 
 
 @pytest.fixture

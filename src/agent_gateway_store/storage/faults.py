@@ -20,7 +20,7 @@ __all__ = ["database_errors", "is_outage"]
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
 _ROW_FAULTS = (ValueError, TypeError, OverflowError, IntegrityError, sqlite3.IntegrityError, sqlite3.DataError)
-_DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy")
+_DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.storage.driver")
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
@@ -61,10 +61,10 @@ def database_errors(doing: str) -> Iterator[None]:
 
 
 def _from_driver(exc: BaseException) -> bool:
-    """True if the innermost frame outside the standard library is the driver's."""
-    frames = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(exc.__traceback__)]
-    foreign = [name for name in frames if name not in sys.stdlib_module_names]
-    return bool(foreign) and foreign[-1] in _DRIVER_MODULES
+    """True if the innermost frame outside the standard library is the driver's, or of those who lend it."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(exc.__traceback__)]
+    foreign = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+    return bool(foreign) and f"{foreign[-1]}.".startswith(tuple(f"{module}." for module in _DRIVER_MODULES))
 
 
 def is_outage(exc: BaseException) -> bool:
