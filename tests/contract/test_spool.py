@@ -22,13 +22,13 @@ from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.audit.row import REUSED_LABEL, event_record, values_of
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
 from agent_gateway_store.storage.spool import Spool
+from builders import make_event
 from proofs.harness import (
     SPOOLING,
     TRIGGERS,
     child,
     eventually,
     execute,
-    make_event,
     migrated,
     rehash,
     spool_is_empty,

@@ -15,10 +15,10 @@ from sqlalchemy import select
 import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
 from agent_gateway_store.audit.row import REUSED_LABEL, event_record, key_of, record_of
+from builders import make_event
 from proofs.harness import (
     WatchedSink,
     eventually,
-    make_event,
     migrated,
     rehash,
     spool_is_empty,
