@@ -139,7 +139,19 @@ class SelfApprovalError(ApprovalError):
 
 
 class DecisionVetoedError(ApprovalError):
-    """A plugin refused the decision."""
+    """A plugin refused the decision, or failed while it was asked, which counts as a refusal. Nothing was written.
+
+    Attributes:
+        plugin: Its name.
+        reason: Why, on one line, secrets masked.
+    """
+
+    def __init__(
+        self, message: str, *, approval_id: UUID | None = None, plugin: str | None = None, reason: str | None = None
+    ) -> None:
+        super().__init__(message, approval_id=approval_id)
+        self.plugin = plugin
+        self.reason = reason
 
 
 class InvalidApiKeyError(GatewayStoreError):

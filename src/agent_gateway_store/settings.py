@@ -56,6 +56,10 @@ class StoreSettings(BaseSettings):
         hash_key: Set, argument hashes are HMAC-SHA-256 under it; otherwise SHA-256.
         allow_self_approval: Whether the caller of a tool call may decide about it.
         otel_enabled: Whether OpenTelemetry metrics are kept (extra `otel`).
+        notification_worker: Whether an open store sends notices itself; off, `gateway-store notifications run` does.
+        notification_concurrency: How many notices one notifier is given at once.
+        notification_max_attempts: After how many failed tries a notice is given up.
+        notification_poll_seconds: How often a worker looks for notices that are due.
     """
 
     model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True)
@@ -74,6 +78,10 @@ class StoreSettings(BaseSettings):
     hash_key: SecretStr | None = None
     allow_self_approval: bool = False
     otel_enabled: bool = False
+    notification_worker: bool = True
+    notification_concurrency: int = Field(default=8, ge=1)
+    notification_max_attempts: int = Field(default=15, ge=1)
+    notification_poll_seconds: float = Field(default=1, gt=0, allow_inf_nan=False)
 
     @classmethod
     def settings_customise_sources(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
@@ -11,19 +10,23 @@ from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from agent_gateway_store.approval import ApprovalManager, ApprovalNotifier
+from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditLog
 from agent_gateway_store.audit.metrics import observe
+from agent_gateway_store.audit.preparing import Preparing
 from agent_gateway_store.audit.sinks import sink_for
+from agent_gateway_store.audit.telling import Telling
 from agent_gateway_store.audit.writer import AuditWriter
+from agent_gateway_store.delivery import Notifications, StoreOutbox
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.hooks.lanes import Lanes
+from agent_gateway_store.hooks.vetoes import Vetoes
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.scrub import storable_key
-from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.accelerator import Accelerator
@@ -83,11 +86,20 @@ class GatewayStore:
 
     def _bind(self, org_id: str | None) -> None:
         core, self._org_id = self._core, org_id
-        self._audit = AuditLog(core.database, core.get_writer, org_id=org_id)
+        self._audit = AuditLog(
+            core.database, core.get_writer, org_id=org_id, preparing=core.preparing, telling=core.telling
+        )
         self._approvals = ApprovalManager.over(
-            core.database, core.redis, self.settings, org_id=org_id, announce=core.announce, signals=core.signals
+            core.database,
+            core.redis,
+            self.settings,
+            org_id=org_id,
+            outbox=core.outbox,
+            signals=core.signals,
+            vetoes=core.vetoes,
         )
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, self.settings, org_id=org_id)
+        self._notifications = Notifications(core.database, core.outbox, org_id=org_id)
 
     @property
     def audit(self) -> AuditLog:
@@ -103,6 +115,11 @@ class GatewayStore:
     def keys(self) -> KeyManager:
         """Issue and verify API keys."""
         return self._keys
+
+    @property
+    def notifications(self) -> Notifications:
+        """What notifiers were told, and what they could not be told yet."""
+        return self._notifications
 
     @property
     def plugins(self) -> Plugins:
@@ -148,7 +165,8 @@ class GatewayStore:
     async def close(self) -> None:
         """Let notices under way arrive, then close what the store opened itself. A second call does nothing.
 
-        A closed store can be opened again.
+        It waits for them PLUGIN_TIMEOUT_SECONDS and a second at most; the rest stays in the outbox and is sent later. A
+        closed store can be opened again.
 
         Raises:
             StoreNotOpenError: The store is open in another process or event loop, which must close it.
@@ -212,12 +230,15 @@ class _Core:
             signals=self.signals,
             check_home=database.check_home,
         )
+        self.lanes = Lanes(settings.plugin_timeout_seconds)
+        self.vetoes = Vetoes(lambda: self.plugins, self.lanes)
+        self.preparing = Preparing(lambda: self.plugins, self.lanes)
+        self.telling = Telling(lambda: self.plugins, self.lanes)
+        self.outbox = StoreOutbox(database, settings)
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
-        self._notifier: ApprovalNotifier | None = None
         self._writer: AuditWriter | None = None
-        self._sending: set[asyncio.Task[object]] = set()
 
     @property
     def plugins(self) -> Plugins:
@@ -230,9 +251,10 @@ class _Core:
             return
         try:
             await self._prepare_schema()
-            notifier = ApprovalNotifier(Dispatcher(self.plugins, self.settings))
-            await notifier.open()
-            writer = AuditWriter(sink_for(self.database.engine), self._spool())
+            dispatcher = Dispatcher(self.plugins, self.settings)
+            notifiers = await dispatcher.open()
+            tell = self.telling.tell if self.telling.is_wanted else None
+            writer = AuditWriter(sink_for(self.database.engine), self._spool(), tell=tell)
             if self.settings.otel_enabled:
                 observe(writer)
         except BaseException:
@@ -241,7 +263,8 @@ class _Core:
         if self._is_open_here():
             return  # another task was faster
         self.database.bind()
-        self._notifier, self._writer = notifier, writer
+        self._writer = writer
+        self.outbox.open(dispatcher, notifiers)
         self.key_cache.open()
         await writer.open()
 
@@ -258,9 +281,9 @@ class _Core:
 
     def _is_open_here(self) -> bool:
         """True if open; raises StoreNotOpenError if that was done in another process or event loop."""
-        if self._notifier is not None:
+        if self.outbox.is_open:
             self.database.check_home()
-        return self._notifier is not None
+        return self.outbox.is_open
 
     async def migrate(self) -> None:
         is_open = self._is_open_here()
@@ -278,16 +301,6 @@ class _Core:
             await migrate.upgrade(engine)
         await migrate.require_current(engine)
 
-    def announce(self, notice: Notice) -> None:
-        """Send `notice` in the background; the caller's path waits for no delivery."""
-        if self._notifier is None:
-            # What it tells of is committed, so the caller must not be told otherwise.
-            _logger.warning("Approval %s: the store is closed, so its notice is not sent.", notice.approval_id)
-            return
-        task = asyncio.get_running_loop().create_task(self._notifier.send(notice))
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
-
     async def close(self) -> None:
         self._is_open_here()
         # Each step runs whatever becomes of those before it.
@@ -298,18 +311,12 @@ class _Core:
             steps.callback(self.signals.wake_all)
             steps.push_async_callback(self.database.close)
             steps.callback(self.hasher.close)
-            if self._notifier is not None:
-                steps.push_async_callback(self._close_notifier, self._notifier)
+            steps.push_async_callback(self.lanes.aclose)
+            steps.push_async_callback(self.outbox.close)
             if self._writer is not None:
                 writer, self._writer = self._writer, None
+                steps.push_async_callback(self.telling.close)
                 steps.push_async_callback(writer.close)
+                steps.push_async_callback(self.preparing.settle)
             steps.push_async_callback(self.signals.close)
             steps.push_async_callback(self.key_cache.close)
-
-    async def _close_notifier(self, notifier: ApprovalNotifier) -> None:
-        try:
-            if self._sending:
-                await asyncio.wait(self._sending, timeout=self.settings.plugin_timeout_seconds + 1)
-        finally:
-            self._notifier = None
-            await notifier.close()

@@ -10,7 +10,8 @@ from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store.approval.statements import EXPIRE_SAME_CALL, INSERT, REBIND
+from agent_gateway_store.approval.recording import Outbox, insert_and_tell
+from agent_gateway_store.approval.statements import EXPIRE_SAME_CALL, REBIND
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber
@@ -73,25 +74,27 @@ def _hash(request: ApprovalRequest, call: ToolCall | None, hash_key: str | None)
     return hash_tool_call(call or request.tool_call, key=hash_key)
 
 
-async def insert_or_rebind(runner: Runner, values: dict[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """Insert the row, or give the pending approval of the same call the new token.
+async def insert_or_rebind(
+    runner: Runner, values: dict[str, Any], outbox: Outbox
+) -> tuple[Mapping[str, Any], bool, dict[str, UUID]]:
+    """Insert the row and those of its notice, or give the pending approval of the same call the new token.
 
     Returns:
-        The row as it stands, and True if it is new.
+        The row as it stands; True if it is new; the deliveries kept for this process.
 
     Raises:
         ApprovalError: The request was issued before and has been decided since, or its token is another call's.
     """
     for _ in range(_TRIES):
-        row = await INSERT.first(runner, values)
+        row, mine = await insert_and_tell(runner, values, outbox)
         if row is not None:
-            return row, True
+            return row, True, mine
         try:
             row = await REBIND.first(runner, values)
         except IntegrityError:
             break  # the token belongs to the approval of another call
         if row is not None:
-            return row, False
+            return row, False, {}
         # What stands in the way is a pending approval whose deadline has passed and which no sweep has met yet.
         await EXPIRE_SAME_CALL.first(runner, values)
     approval_id: UUID = values["p_approval_id"]

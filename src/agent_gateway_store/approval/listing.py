@@ -19,13 +19,13 @@ __all__ = ["COLUMNS", "page", "sweep"]
 
 COLUMNS = (
     "created_at",
-    "approval_id",
     "caller_id",
     "tool_call",
     "risk_explanation",
     "status",
     "approver_id",
     "outcome",
+    "approval_id",
 )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Literal, Self
+from typing import Any, Self
 from uuid import UUID
 
 from sqlalchemy import ColumnElement
@@ -16,14 +16,17 @@ from agent_gateway_store.approval.entries import Entries
 from agent_gateway_store.approval.issuing import insert_or_rebind, issue_values
 from agent_gateway_store.approval.listing import COLUMNS
 from agent_gateway_store.approval.notifier import notice_of
+from agent_gateway_store.approval.recording import Later, Outbox, record
 from agent_gateway_store.approval.rows import Name, request_of, result_of, standing
 from agent_gateway_store.approval.statements import CANCEL, DENY, READ, Key
 from agent_gateway_store.approval.transitions import requests
+from agent_gateway_store.approval.vetoing import require_no_veto
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.errors import ApprovalNotFoundError
+from agent_gateway_store.hooks.vetoes import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
 from agent_gateway_store.models.scrub import Scrubber, storable_key
-from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.accelerator import Accelerator
@@ -48,6 +51,8 @@ class ApprovalManager:
         redis: A client of the caller's, or None.
         settings: Default: from the environment.
         org_id: See and change only this organisation; None: all.
+        notifiers: Names of notifiers for which a delivery is written with each change, in the session's transaction;
+            `gateway-store notifications run` sends them. Default: none.
     """
 
     def __init__(
@@ -57,8 +62,9 @@ class ApprovalManager:
         *,
         settings: StoreSettings | None = None,
         org_id: str | None = None,
+        notifiers: Iterable[str] = (),
     ) -> None:
-        self._set(SessionWork(session), Accelerator(redis), settings or StoreSettings(), org_id, None)
+        self._set(SessionWork(session), Accelerator(redis), settings or StoreSettings(), org_id, Later(notifiers))
 
     @classmethod
     def over(
@@ -68,15 +74,18 @@ class ApprovalManager:
         settings: StoreSettings,
         *,
         org_id: str | None = None,
-        announce: Callable[[Notice], None] | None = None,
+        outbox: Outbox | None = None,
         signals: Signals | None = None,
+        vetoes: Vetoes | None = None,
     ) -> Self:
         """Return a manager that opens its own transactions.
 
-        Each notice is handed to `announce` after the commit; waiters everywhere hear of a decision by `signals`.
+        Notices go through `outbox`; waiters everywhere hear of a decision by `signals`; before a vote
+        or a denial `vetoes` are asked.
         """
         manager = cls.__new__(cls)
-        manager._set(database, redis, settings, org_id, announce, signals)
+        manager._set(database, redis, settings, org_id, outbox or Later(()), signals)
+        manager._vetoes = vetoes
         # Redis would answer where the store is not open, too.
         manager._check_home = database.check_home
         return manager
@@ -87,13 +96,14 @@ class ApprovalManager:
         redis: Accelerator,
         settings: StoreSettings,
         org_id: str | None,
-        announce: Callable[[Notice], None] | None,
+        outbox: Outbox,
         signals: Signals | None = None,
     ) -> None:
         self._signals, self._waiting = signals, Waiting(signals)
-        self._work, self._settings, self._org_id, self._announce = work, settings, org_id, announce
+        self._work, self._settings, self._org_id, self._outbox = work, settings, org_id, outbox
         self._entries = Entries(redis, trust_s=settings.approval_cache_seconds)
         self._check_home: Callable[[], None] = lambda: None
+        self._vetoes: Vetoes | None = None
 
     @property
     def _hash_key(self) -> str | None:
@@ -118,14 +128,14 @@ class ApprovalManager:
         ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
         values = issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
         async with self._work.lend("one") as runner:
-            row, is_new = await insert_or_rebind(runner, values)
+            row, is_new, mine = await insert_or_rebind(runner, values, self._outbox)
         token: str = values["p_token"]
         old = None if is_new else await self._entries.token_of(row["approval_id"])
         asked = await self._remember(row, token)
         if old is not None and old != token:
             await self._entries.drop(old)
         if is_new:
-            self._tell(asked, "pending")
+            self._outbox.send(notice_of(asked, "pending"), mine)
         return token
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
@@ -174,13 +184,15 @@ class ApprovalManager:
             ApprovalAlreadyVotedError: This approver has voted before.
             ApprovalExpiredError: The deadline has passed.
             SelfApprovalError: The approver is the caller, and ALLOW_SELF_APPROVAL is off.
+            DecisionVetoedError: A plugin refuses this decision, or failed when it was asked.
         """
         name = self._name(token, approval_id)
         ballot = Ballot(approver_id, note, channel, VoteDecision.APPROVED)
+        await require_no_veto(self._vetoes, self._work, name, ballot)
         async with self._work.lend("several") as runner:
             row = await deciding.approve(runner, name, ballot, allow_self=self._settings.allow_self_approval)
-            await self._signal_with(runner, row)
-        return await self._decided(row, token)
+            mine = await self._record(runner, row)
+        return await self._decided(row, token, mine)
 
     async def deny(
         self,
@@ -192,8 +204,10 @@ class ApprovalManager:
         channel: str = "api",
     ) -> ApprovalResult:
         """Deny, once; one denial is enough. Arguments and errors as for `approve`."""
+        name = self._name(token, approval_id)
         ballot = Ballot(approver_id, note, channel, VoteDecision.DENIED)
-        return await self._end(DENY, self._name(token, approval_id), ballot, token)
+        await require_no_veto(self._vetoes, self._work, name, ballot)
+        return await self._end(DENY, name, ballot, token)
 
     async def cancel(
         self,
@@ -206,7 +220,7 @@ class ApprovalManager:
     ) -> ApprovalResult:
         """Withdraw an approval that is pending, or approved and not used. The caller may cancel, too.
 
-        Arguments and errors as for `approve`.
+        Arguments and errors as for `approve`; no plugin can refuse it.
         """
         ballot = Ballot(approver_id, note, channel, VoteDecision.CANCELLED)
         return await self._end(CANCEL, self._name(token, approval_id), ballot, token)
@@ -216,8 +230,8 @@ class ApprovalManager:
     ) -> ApprovalResult:
         async with self._work.lend("several") as runner:
             row = await deciding.end(runner, name, ballot, moves)
-            await self._signal_with(runner, row)
-        return await self._decided(row, token)
+            mine = await self._record(runner, row)
+        return await self._decided(row, token, mine)
 
     async def consume_token(
         self, token: str, *, caller_id: str, tool_call: ToolCall | Mapping[str, Any]
@@ -332,10 +346,9 @@ class ApprovalManager:
         while is_more:
             async with self._work.write() as executor:
                 rows, is_more = await listing.sweep(executor, *self._mine(), batch_size=batch_size)
-                for row in rows:
-                    await self._signal_with(executor, row)
+                mine = await self._record(executor, *rows)
             for row in rows:
-                await self._decided(row, None)
+                await self._decided(row, None, mine)
             swept += len(rows)
         return swept
 
@@ -353,17 +366,24 @@ class ApprovalManager:
         except (ValueError, AttributeError, TypeError):
             raise ApprovalNotFoundError from None
 
-    async def _signal_with(self, runner: Runner, row: Mapping[str, Any]) -> None:
+    async def _record(self, runner: Runner, *rows: Mapping[str, Any]) -> dict[UUID, dict[str, UUID]]:
+        """Write what others learn of these decisions; returns the deliveries kept for this process, by approval."""
         if self._signals is not None:
-            await self._signals.announce(runner, str(row["approval_id"]))
+            for row in rows:
+                await self._signals.announce(runner, str(row["approval_id"]))
+        notices = [notice_of(request_of(row), "decision") for row in rows if row["status"] is not _PENDING]
+        mine = await record(runner, notices, self._outbox)
+        return {notice.approval_id: each for notice, each in zip(notices, mine, strict=True)}
 
-    async def _decided(self, row: Mapping[str, Any], token: str | None) -> ApprovalResult:
+    async def _decided(
+        self, row: Mapping[str, Any], token: str | None, mine: Mapping[UUID, Mapping[str, UUID]]
+    ) -> ApprovalResult:
         known = token or await self._entries.token_of(row["approval_id"])
         request = await self._remember(row, known)
         if request.status is not _PENDING:
             if self._signals is not None:
                 await self._signals.publish(str(request.approval_id))
-            self._tell(request, "decision")
+            self._outbox.send(notice_of(request, "decision"), mine.get(request.approval_id, {}))
         return result_of(request, token)
 
     async def _remember(self, row: Mapping[str, Any], token: str | None) -> ApprovalRequest:
@@ -375,10 +395,6 @@ class ApprovalManager:
             digest = row["token_sha256"]
             await self._entries.put(request, token, token_sha256=digest, life_s=life_s, read_at=read_at)
         return request
-
-    def _tell(self, request: ApprovalRequest, event: Literal["pending", "decision"]) -> None:
-        if self._announce is not None:
-            self._announce(notice_of(request, event))
 
 
 def _require_text(token: Any) -> None:

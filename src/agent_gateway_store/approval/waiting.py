@@ -1,10 +1,12 @@
-"""Wait for decisions: any number of tasks, one read for all who wait for the same approval."""
+"""Wait for decisions: any number of tasks, which the signal of a decision tells how it went, or else one read for all
+who wait for the same approval."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from agent_gateway_store.approval.told import Look, believed
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
@@ -21,42 +23,44 @@ class Waiting:
 
     Args:
         signals: Tells of decisions made elsewhere; None: they are found by polling.
+        trust_s: How old news may be that can still change, in seconds.
     """
 
-    def __init__(self, signals: Signals | None) -> None:
+    def __init__(self, signals: Signals | None, *, trust_s: float) -> None:
         self._signals = signals
-        self._reads: dict[tuple[str, int], asyncio.Task[ApprovalResult]] = {}
+        self._trust_s = trust_s
+        self._reads: dict[tuple[str, int], asyncio.Task[Look]] = {}
 
-    async def until_decided(
-        self, token: str, read: Callable[[], Awaitable[ApprovalResult]], *, timeout_s: float
-    ) -> ApprovalResult:
-        """Return what `read` says once that is not PENDING, or at the timeout (seconds)."""
+    async def until_decided(self, token: str, look: Callable[[], Awaitable[Look]], *, timeout_s: float) -> ApprovalResult:
+        """Return what `look` or a signal says once that is not PENDING, or at the timeout (seconds)."""
         end = asyncio.get_running_loop().time() + timeout_s
-        result = await read()
+        result = (await look()).result
         if not _is_open(result) or timeout_s <= 0:
             return result
         if self._signals is None:
-            return await self._until(token, read, Topic(), end)
+            return await self._until(token, look, Topic(), end)
         with self._signals.listening(str(result.approval_id)) as topic:
-            return await self._until(token, read, topic, end)
+            return await self._until(token, look, topic, end)
 
     async def _until(
-        self, token: str, read: Callable[[], Awaitable[ApprovalResult]], topic: Topic, end: float
+        self, token: str, look: Callable[[], Awaitable[Look]], topic: Topic, end: float
     ) -> ApprovalResult:
         loop = asyncio.get_running_loop()
         while True:
-            # Before the read, so that a decision between the two is noticed.
+            # Before the look, so that a decision between the two is noticed.
             seen = topic.generation
-            result = await self._shared(token, seen, read)
+            last = await self._shared(token, seen, look)
             left = end - loop.time()
-            if not _is_open(result) or left <= 0:
-                return result
+            if not _is_open(last.result) or left <= 0:
+                return last.result
             poll_s = _POLL_S if self._signals is None else self._signals.poll_s
-            await topic.wait(seen, min(left, poll_s, _until_deadline(result)))
+            await topic.wait(seen, min(left, poll_s, _until_deadline(last.result)))
+            if topic.generation != seen and topic.news:
+                told = believed(topic.news, token, last, trust_s=self._trust_s)
+                if told is not None:
+                    return told
 
-    async def _shared(
-        self, token: str, generation: int, read: Callable[[], Awaitable[ApprovalResult]]
-    ) -> ApprovalResult:
+    async def _shared(self, token: str, generation: int, read: Callable[[], Awaitable[Look]]) -> Look:
         """Join the read that is under way since the same signal, or begin one."""
         key = (token, generation)
         task = self._reads.get(key)

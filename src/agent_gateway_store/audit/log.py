@@ -14,8 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from agent_gateway_store.audit.inserting import insert_event
 from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
+from agent_gateway_store.audit.preparing import Preparing
 from agent_gateway_store.audit.query import AuditQuery
 from agent_gateway_store.audit.row import Record, event_record
+from agent_gateway_store.audit.telling import Telling
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import Database, SessionWork
@@ -60,13 +62,25 @@ class AuditLog(AuditQuery):
         database: Where they are kept.
         writer: Gives the group-commit writer of the open store.
         org_id: Stamp this organisation on what is written and see only it; None takes the event's own and sees all.
+        preparing: The plugins that see events before they are stored.
+        telling: The plugins that hear of them afterwards.
     """
 
-    def __init__(self, database: Database, writer: Callable[[], AuditWriter], *, org_id: str | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        writer: Callable[[], AuditWriter],
+        *,
+        org_id: str | None = None,
+        preparing: Preparing,
+        telling: Telling,
+    ) -> None:
         self._database = database
         self._work = database
         self._writer = writer
         self._org_id = org_id
+        self._preparing = preparing
+        self._telling = telling
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit, together with whatever else is being written. In the default mode never raises.
@@ -79,7 +93,14 @@ class AuditLog(AuditQuery):
             StoreNotOpenError: The store is not open here.
         """
         self._database.check_home()
-        return await self._writer().write(event_record(event, org_id=self._org_id))
+        writer, record = self._writer(), event_record(event, org_id=self._org_id)
+        if self._preparing.is_wanted:
+            return await self._preparing.detached(self._write_prepared(writer, record))
+        return await writer.write(record)
+
+    async def _write_prepared(self, writer: AuditWriter, record: Record) -> WriteOutcome:
+        (prepared,) = await self._preparing.prepare([record])
+        return await writer.write(prepared)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
@@ -100,7 +121,8 @@ class AuditLog(AuditQuery):
         outcomes: Counter[WriteOutcome] = Counter()
         under_way: asyncio.Task[list[WriteOutcome]] | None = None
         try:
-            async for rows in self._batches(events):
+            async for batch in self._batches(events):
+                rows = await self._preparing.prepare(batch) if self._preparing.is_wanted else batch
                 # While one batch is committed the next one is made ready.
                 if under_way is not None:
                     await asyncio.wait([under_way])  # cancelling the caller does not cancel what was begun
@@ -137,8 +159,11 @@ class AuditLog(AuditQuery):
         Raises:
             StoreUnavailableError: The database could not take it.
         """
+        record = event_record(event, org_id=self._org_id)
+        if self._preparing.is_wanted:
+            (record,) = await self._preparing.prepare([record])
         with database_errors("record the event"):
-            return await insert_event(session, event_record(event, org_id=self._org_id))
+            return await insert_event(session, record)
 
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.
@@ -147,12 +172,14 @@ class AuditLog(AuditQuery):
             How many events still wait in the spool: 0 unless the database is away.
         """
         self._database.check_home()
+        await self._preparing.settle()
         return await self._writer().flush()
 
     @property
     def counters(self) -> AuditCounters:
         """What became of the events written in this process since the store was opened; a copy."""
-        return replace(self._writer().counters)
+        told = {"withheld": self._preparing.withheld, "untold": self._telling.untold}
+        return replace(self._writer().counters, **told)
 
 
 async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[Sequence[AuditEvent]]:

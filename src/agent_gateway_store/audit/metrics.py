@@ -34,7 +34,7 @@ def observe(writer: AuditWriter) -> None:
     def events(_options: Any) -> Iterable[metrics.Observation]:
         if (measured := alive()) is not None:
             for outcome, count in asdict(measured.counters).items():
-                if outcome != "queue_depth":
+                if outcome not in ("queue_depth", "withheld", "untold"):
                     yield metrics.Observation(count, {"outcome": outcome})
 
     def queue_depth(_options: Any) -> Iterable[metrics.Observation]:

@@ -31,6 +31,8 @@ class AuditCounters:
         spooled: Kept in the local spool.
         replayed: Brought from the spool to the database.
         lost: Logged at CRITICAL, kept nowhere else.
+        withheld: Stored without arguments and texts, because a plugin failed before the write.
+        untold: Stored, but not told to a plugin that wants to hear of events; once for each plugin.
         queue_depth: Waiting for a commit now.
     """
 
@@ -39,6 +41,8 @@ class AuditCounters:
     spooled: int = 0
     replayed: int = 0
     lost: int = 0
+    withheld: int = 0
+    untold: int = 0
     queue_depth: int = 0
 
     def count(self, outcome: WriteOutcome, number: int = 1) -> None:

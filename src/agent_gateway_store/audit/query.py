@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import datetime
+from typing import Unpack
 
-from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from agent_gateway_store.audit.filters import Criteria, Filters, criteria
+from agent_gateway_store.audit.reading import events_of
+from agent_gateway_store.audit.statements import newest, parameters
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import SessionWork, Work
+from agent_gateway_store.storage.keyset import decode_cursor, encode_cursor
+from agent_gateway_store.storage.selecting import dialect_object, fetch
 
 __all__ = ["COLUMNS", "AuditQuery"]
 
 COLUMNS = (
     "timestamp",
-    "request_id",
     "caller_id",
     "mcp_server",
     "tool_name",
+    "sanitized_args",
     "decision",
     "execution_status",
     "latency_ms",
     "risk_labels",
+    "request_id",
 )
-_table = AuditEvent.__table__  # type: ignore[attr-defined]
+_MOST = 100_000
+_NEVER = 2**62
 
 
 class AuditQuery:
@@ -52,15 +59,12 @@ class AuditQuery:
 
         Across organisations the id may be used several times; the newest is returned.
         """
-        found = await self._page(self._newest().where(_table.c.request_id == storable_key(request_id)).limit(1))
+        found = await self._newest({"request_id": storable_key(request_id)}, limit=1)
         return found[0] if found else None
 
     async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
         """Return up to `limit` events of one caller, after skipping `offset`."""
-        statement = self._newest().where(_table.c.caller_id == storable_key(caller_id))
-        return await self._page(
-            statement.limit(_at_least_zero(limit, "limit")).offset(_at_least_zero(offset, "offset"))
-        )
+        return await self._newest({"caller_id": caller_id}, limit=limit, offset=offset)
 
     async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
         """Return up to `limit` events with this decision.
@@ -68,24 +72,57 @@ class AuditQuery:
         Raises:
             ValueError: There is no such decision.
         """
-        statement = self._newest().where(_table.c.decision == Decision(decision))
-        return await self._page(statement.limit(_at_least_zero(limit, "limit")))
+        return await self._newest({"decision": decision}, limit=limit)
 
     async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
         """Return the `limit` newest events."""
-        return await self._page(self._newest().limit(_at_least_zero(limit, "limit")))
+        return await self._newest({}, limit=limit)
 
-    def _newest(self) -> Select[Any]:
-        statement = select(_table).order_by(_table.c.timestamp.desc(), _table.c.id.desc())
-        return statement if self._org_id is None else statement.where(_table.c.org_id == self._org_id)
+    async def search(
+        self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]
+    ) -> Page[AuditEvent]:
+        """Return events that match every filter (see `Filters`), newest first, ties broken by id.
 
-    async def _page(self, statement: Select[Any]) -> Page[AuditEvent]:
-        async with self._work.read() as executor:
-            rows = (await executor.execute(statement)).mappings().all()
-        return Page((AuditEvent.from_row(row) for row in rows), columns=COLUMNS, record_type=AuditEvent)
+        `next_cursor` leads on to older ones; events that are added meanwhile do not move it.
+
+        Args:
+            limit: At most so many, 1 to 100,000.
+            cursor: `next_cursor` of the page before; the filters must be the same.
+            filters: See `Filters`; a filter that is None does not narrow.
+
+        Raises:
+            InvalidCursorError: The cursor did not come from this search.
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: There is no such decision, status or time, or `limit` is out of range.
+        """
+        if not 1 <= limit <= _MOST:
+            raise ValueError(f"limit must be 1 to {_MOST:,}, not {limit:,}: for more, use stream() or to_arrow().")
+        found = criteria(filters, org_id=self._org_id)
+        place = None if cursor is None else decode_cursor(found.scope, cursor)
+        events = await self._read(found, limit=limit + 1, after=place)
+        if len(events) <= limit:
+            return _page(events)
+        last = events[limit - 1]
+        return _page(events[:limit], encode_cursor(found.scope, last.timestamp, last.id or 0))
+
+    async def _newest(self, filters: Filters, *, limit: int, offset: int = 0) -> Page[AuditEvent]:
+        for name, value in (("limit", limit), ("offset", offset)):
+            if not 0 <= value < _NEVER:
+                raise ValueError(f"{name} must be zero or more, not {value}.")
+        return _page(await self._read(criteria(filters, org_id=self._org_id), limit=limit, offset=offset))
+
+    async def _read(
+        self, found: Criteria, *, limit: int, offset: int = 0, after: tuple[datetime, int] | None = None
+    ) -> list[AuditEvent]:
+        async with self._work.lend("read") as runner:
+            dialect = dialect_object(runner)
+            query = newest(dialect, found, limit=limit, offset=offset, is_after=after is not None)
+            values = parameters(dialect, found.values)
+            if after is not None:
+                values["p_at"], values["p_id"] = after
+            rows = await fetch(runner, query, values)
+        return events_of(rows)
 
 
-def _at_least_zero(value: int, name: str) -> int:
-    if value < 0:
-        raise ValueError(f"{name} must be zero or more, not {value}.")
-    return value
+def _page(events: list[AuditEvent], following: str | None = None) -> Page[AuditEvent]:
+    return Page(events, next_cursor=following, columns=COLUMNS, record_type=AuditEvent)

@@ -15,6 +15,7 @@ from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, is_storabl
 
 __all__ = [
     "COLUMNS",
+    "PLUGIN_FAILED",
     "REUSED_LABEL",
     "UNSTORABLE",
     "Record",
@@ -25,9 +26,12 @@ __all__ = [
     "size_of",
     "under_derived_id",
     "values_of",
+    "withheld",
 ]
 
 UNSTORABLE = "UNSTORABLE"
+PLUGIN_FAILED = "PLUGIN_FAILED"
+WITHHELD = "[WITHHELD]"
 REUSED_LABEL = "REQUEST_ID_REUSED"
 
 COLUMNS = tuple(name for name in AuditEvent.model_fields if name != "id")
@@ -56,6 +60,7 @@ _LONG = (
     "deterministic_rationale",
 )
 _TEXTS = (*_SHORT, *_LONG)
+_QUOTING = ("output_policy_rationale", "llm_explanation", "deterministic_rationale")
 _LARGEST_BIGINT = 2**63 - 1
 
 _text = json.encoder.encode_basestring
@@ -134,6 +139,19 @@ def under_derived_id(record: Record) -> Record:
     if REUSED_LABEL not in row["risk_labels"]:
         row["risk_labels"] = [*row["risk_labels"], REUSED_LABEL]
     return _sealed(row)
+
+
+def withheld(record: Record) -> Record:
+    """Return the record without its arguments and free texts, each flagged: a plugin that might redact them failed."""
+    row = values_of(record)
+    replaced: dict[str, Any] = {name: WITHHELD for name in _QUOTING if row[name]}
+    if row["sanitized_args"]:
+        replaced["sanitized_args"] = {WITHHELD: PLUGIN_FAILED}
+    known = {(flag.field, flag.reason) for flag in row["redaction_flags"]}
+    row["redaction_flags"] += [
+        RedactionFlag(field=name, reason=PLUGIN_FAILED) for name in replaced if (name, PLUGIN_FAILED) not in known
+    ]
+    return _sealed(row | replaced)
 
 
 _REQUEST_ID, _ORG_ID, _CONTENT_HASH = map(COLUMNS.index, ("request_id", "org_id", "content_hash"))

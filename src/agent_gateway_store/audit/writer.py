@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
@@ -41,12 +41,16 @@ class AuditWriter:
     Args:
         sink: Where they are committed; closed with this.
         spool: Where they are kept while the database is away; None is the strict mode, in which writes raise.
+        tell: Hears of what was committed; must not raise. None: nobody wants to.
     """
 
-    def __init__(self, sink: Sink, spool: Spool | None) -> None:
+    def __init__(
+        self, sink: Sink, spool: Spool | None, *, tell: Callable[[Sequence[Record]], None] | None = None
+    ) -> None:
         self.counters = AuditCounters()
         self.spool = spool
         self._sink = sink
+        self._tell = tell
         self._queue: deque[tuple[Record, asyncio.Future[WriteOutcome]]] = deque()
         self._queued_bytes = 0
         self._room = asyncio.Event()
@@ -250,6 +254,7 @@ class AuditWriter:
             answers += await self._keep([row], outcome, quarantined_for=name)
         for outcome in (WriteOutcome.STORED, WriteOutcome.DUPLICATE):
             self.counters.count(outcome, settled.count(outcome))
+        self._tell_stored(rows, settled)
         return answers
 
     async def _keep(
@@ -340,7 +345,14 @@ class AuditWriter:
                     done.append(row_id)
             await self.spool.remove(done)
         self.counters.replayed += len(done)
+        if self._tell is not None:
+            self._tell_stored([record_of(values) for _, values in waiting], settled)
         return len(waiting)
+
+    def _tell_stored(self, rows: Sequence[Record], settled: Sequence[Settled]) -> None:
+        if self._tell is not None:
+            stored = [row for row, outcome in zip(rows, settled, strict=True) if outcome is WriteOutcome.STORED]
+            self._tell(stored)
 
     @contextmanager
     def _spool_at_fault(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["fill", "show_filled"]
 
 _CHUNK = 500
-_PENDING = (
+_PENDING: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("payments.refund_payment", {"payment": "pay_918273", "amount_eur": 249.9}, "Refunds cannot be undone."),
     ("kubernetes.restart_deployment", {"deployment": "checkout", "namespace": "production"}, "Touches production."),
     ("crm.export_contacts", {"segment": "vip", "format": "csv"}, "Personal data of many customers."),

@@ -176,7 +176,7 @@ class _Maker:
             latency_ms=latency_ms,
             output_decision=OutputDecision.REDACT if "PERSONAL_DATA" in labels and is_run else OutputDecision.ALLOW,
             redaction_flags=flags,
-            deterministic_rationale=f"Rule {rule}: {tool.full_name} for {caller.role} is {decision.lower()}.",
+            deterministic_rationale=f"Rule {rule} says {decision} to {tool.full_name} for the role {caller.role}.",
         )
         return Call(event, approval)
 

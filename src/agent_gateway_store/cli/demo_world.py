@@ -78,7 +78,9 @@ def _pick(*words: str) -> Callable[[Random], str]:
 
 
 _repo = _pick("shop-web", "shop-api", "infra", "data-models", "mobile-app")
-_file = _pick("src/cart.py", "src/checkout.py", "README.md", "tests/test_cart.py", "deploy/values.yaml", "notes/plan.md")
+_file = _pick(
+    "src/cart.py", "src/checkout.py", "README.md", "tests/test_cart.py", "deploy/values.yaml", "notes/plan.md"
+)
 _table = _pick("orders", "customers", "invoices", "shipments", "sessions")
 _channel = _pick("#releases", "#support", "#incidents", "#data")
 _site = _pick("docs.python.org/3", "status.example.com", "blog.example.org/post/81", "wiki.example.com/Returns")
@@ -88,8 +90,8 @@ _service = _pick("checkout", "catalogue", "search", "mailer")
 def _query(random: Random) -> dict[str, Any]:
     table = _table(random)
     return {
-        "sql": f"SELECT * FROM {table} WHERE created_at > $1 LIMIT {random.choice((50, 500, 5000))}",
-        "parameters": ["2026-01-01"],
+        "sql": f"SELECT * FROM {table} WHERE created_at > $1 LIMIT $2",  # noqa: S608  shown, never run
+        "parameters": ["2026-01-01", random.choice((50, 500, 5000))],
     }
 
 
@@ -117,7 +119,11 @@ TOOLS: dict[str, Tool] = {
         ),
         Tool(
             *("github", "create_pull_request", 880, 0.4, 0.02, 0.3, "pull-requests-are-allowed"),
-            lambda r: {"repository": _repo(r), "title": r.choice(("Fix rounding", "Bump pins", "Add retry")), "files": 3},
+            lambda r: {
+                "repository": _repo(r),
+                "title": r.choice(("Fix rounding", "Bump pins", "Add retry")),
+                "files": 3,
+            },
             labels={"CODE_CHANGE": 1.0},
         ),
         Tool(

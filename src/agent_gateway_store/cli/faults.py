@@ -7,12 +7,14 @@ import sys
 import traceback
 from contextlib import suppress
 from enum import IntEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
 from agent_gateway_store.cli.output import complain
+from agent_gateway_store.cli.plugin_commands import plugin_commands
 from agent_gateway_store.hooks.text import describe, mask_tokens
 
 if TYPE_CHECKING:
@@ -95,7 +97,22 @@ def _lower_first(text: str) -> str:
 
 
 class RootGroup(TyperGroup):
-    """The root command: whatever fails below ends here. Usage errors are left to Typer."""
+    """The root command: whatever fails below ends here. Usage errors are left to Typer.
+
+    Plugins are loaded where their commands may be meant: for the list of all, and for a name that is none of ours.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of our commands, then those of plugins."""
+        return [*super().list_commands(ctx), *self._plugin_commands]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by name, ours or a plugin's; None if there is none."""
+        return super().get_command(ctx, cmd_name) or self._plugin_commands.get(cmd_name)
+
+    @cached_property
+    def _plugin_commands(self) -> dict[str, Any]:
+        return plugin_commands(self.commands)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an error becomes one sentence and an exit code."""

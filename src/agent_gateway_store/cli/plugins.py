@@ -1,49 +1,99 @@
-"""`gateway-store plugins`: what is installed, and what is wrong with it."""
+"""`gateway-store plugins`: what is installed, what is wrong with it, and whether it works."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent_gateway_store.cli.faults import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, print_page
-from agent_gateway_store.cli.running import settings_of
+from agent_gateway_store.cli.running import run, settings_of
 
 if TYPE_CHECKING:
+    from agent_gateway_store.hooks import Plugins
+    from agent_gateway_store.hooks.configuration import SettingsState
     from agent_gateway_store.settings import StoreSettings
 
 __all__ = ["app", "plugin_records"]
 
-app = typer.Typer(no_args_is_help=True, help="Look at the installed plugins.")
+app = typer.Typer(no_args_is_help=True, help="Look at the installed plugins, and try them.")
 
 _COLUMNS = {
     "name": "name",
     "version": "version",
     "distribution": "distribution",
     "hooks": "hooks",
+    "settings": "settings",
     "state": "state",
     "error": "why",
 }
+_CHECKED = {"name": "name", "settings": "settings", "notifiers": "notifiers", "ok": "ok", "problems": "problems"}
 
 
-@app.callback()
-def group() -> None:
-    """Keep `list` a command of its own, though it is the only one."""
-
-
-def plugin_records(settings: StoreSettings) -> list[dict[str, Any]]:
-    """Load the plugins, ask them for their notifiers, and return what is known of each. Connects nothing."""
+def _load(settings: StoreSettings) -> tuple[Plugins, dict[str, SettingsState]]:
+    """Load the plugins and ask them for their notifiers and settings. Connects nothing."""
     from agent_gateway_store.hooks import Plugins
 
     plugins = Plugins()
     plugins.notifiers(settings)
-    return [{**asdict(record), "hooks": list(record.hooks)} for record in plugins.records]
+    return plugins, plugins.settings(settings.plugin_timeout_seconds)
+
+
+def plugin_records(settings: StoreSettings) -> list[dict[str, Any]]:
+    """Return what is known of each plugin, its settings included. Connects nothing."""
+    plugins, configured = _load(settings)
+    return [
+        {**asdict(record), "settings": asdict(configured[record.name]) if record.name in configured else None}
+        for record in plugins.records
+    ]
 
 
 @app.command("list")
 def list_plugins(ctx: typer.Context, json: JsonOption = False) -> None:
-    """List plugins with their hooks and their state; needs no database."""
+    """List plugins with their hooks, settings and state; needs no database."""
     from agent_gateway_store.results import Page
 
-    print_page(Page(plugin_records(settings_of(ctx))), columns=_COLUMNS, as_json=json)
+    items = plugin_records(settings_of(ctx))
+    if not json:
+        items = [item | {"settings": _spelt(item["settings"])} for item in items]
+    print_page(Page(items), columns=_COLUMNS, as_json=json)
+
+
+@app.command()
+def check(
+    ctx: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these; default: all.")] = None,
+    send: Annotated[bool, typer.Option("--send/--no-send", help="Send a test notice through each notifier.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Check the settings of plugins and send a test notice. Exit code 1 if anything fails.
+
+    The notice is that of a made-up approval, which is then withdrawn; it says that it is a test.
+    """
+    from agent_gateway_store.cli.plugin_checks import check_plugins
+    from agent_gateway_store.results import Page
+
+    settings = settings_of(ctx)
+    plugins, configured = _load(settings)
+    known = {record.name for record in plugins.records}
+    if unknown := [name for name in names or () if name not in known]:
+        raise CommandError(
+            f"There is no plugin {', '.join(unknown)}: see `gateway-store plugins list`.", ExitCode.NOT_FOUND
+        )
+    checked = run(check_plugins(plugins, configured, settings, only=names or (), send=send))
+    items = [asdict(each) for each in checked]
+    if not json:
+        items = [item | {"settings": _spelt(item["settings"])} for item in items]
+    print_page(Page(items), columns=_CHECKED, as_json=json)
+    if not all(each.ok for each in checked):
+        raise typer.Exit(ExitCode.ERROR)
+
+
+def _spelt(settings: dict[str, Any] | None) -> str:
+    if settings is None:
+        return ""
+    return (
+        ": ".join([settings["state"], "; ".join(settings["problems"])]) if settings["problems"] else settings["state"]
+    )

@@ -9,6 +9,7 @@ from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from agent_gateway_store.hooks.configuration import SETTINGS, SettingsState
 from agent_gateway_store.hooks.discovery import identity, installed, name_of, names_in
 from agent_gateway_store.hooks.notifiers import REGISTER
 from agent_gateway_store.hooks.plugin import Plugin, PluginRecord
@@ -107,7 +108,31 @@ class Plugins:
             for name, notifier in offer.fitting:
                 if notifiers.setdefault(name, notifier) is not notifier:
                     plugin.fault(f"a notifier named {name} is already there", of_notifier=True)
+                else:
+                    plugin.notifiers.append(name)
         return notifiers
+
+    def settings(self, timeout_s: float) -> dict[str, SettingsState]:
+        """Look at the settings that plugins declare, as they stand in the environment. Raises nothing.
+
+        Args:
+            timeout_s: Seconds that each plugin has to tell.
+
+        Returns:
+            By plugin name, for those that declare settings. What went wrong is recorded.
+        """
+        found: dict[str, SettingsState] = {}
+        for plugin in self._plugins:
+            if plugin.caller(SETTINGS) is None:
+                continue
+            try:
+                state = in_thread(plugin.settings, name=f"gateway-store {plugin.name}").result(timeout_s)
+            except BaseException as exc:
+                plugin.fault(f"{SETTINGS}: {describe(exc)}")
+            else:
+                if state is not None:
+                    found[plugin.name] = state
+        return found
 
     def _new(self, name: str, *, origin: tuple[str, str] | None = None) -> Plugin:
         plugin = Plugin(name, origin=origin)

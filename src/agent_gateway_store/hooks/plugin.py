@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import pluggy
 
 from agent_gateway_store.hooks import specs
+from agent_gateway_store.hooks.configuration import SETTINGS, SettingsState, examine_settings
 from agent_gateway_store.hooks.markers import PROJECT
 from agent_gateway_store.hooks.notifiers import REGISTER, Offer, examine
 from agent_gateway_store.hooks.text import describe, one_line
@@ -34,6 +35,7 @@ class PluginRecord:
         hooks: Hooks it implements, sorted. Empty for a bare notifier, and for what was not loaded.
         state: `active`; `blocked`: not loaded, on request; `broken`: something is wrong, what works is still used.
         error: Why it is blocked or broken; None if active. One line, secrets masked.
+        notifiers: Names of the notifiers it gave when it was last asked.
     """
 
     name: str
@@ -42,6 +44,7 @@ class PluginRecord:
     hooks: tuple[str, ...]
     state: Literal["active", "blocked", "broken"]
     error: str | None
+    notifiers: tuple[str, ...] = ()
 
 
 class Plugin:
@@ -59,6 +62,7 @@ class Plugin:
         self.object: object = None
         self.blocked: str | None = None
         self._bare = False
+        self.notifiers: list[str] = []
         self._faults: list[str] = []
         self._notifier_faults: list[str] = []
         self._manager = pluggy.PluginManager(PROJECT)
@@ -77,6 +81,7 @@ class Plugin:
             hooks=tuple(sorted(name for name in self._specs if self.caller(name) is not None)),
             state="blocked" if self.blocked else "broken" if faults else "active",
             error=self.blocked or "; ".join(faults) or None,
+            notifiers=tuple(self.notifiers),
         )
 
     @property
@@ -90,8 +95,11 @@ class Plugin:
         return caller if caller.get_hookimpls() else None
 
     def fault(self, text: str, *, of_notifier: bool = False) -> None:
-        """Note what is wrong, and log it."""
-        (self._notifier_faults if of_notifier else self._faults).append(text)
+        """Note what is wrong, and log it; the same once."""
+        faults = self._notifier_faults if of_notifier else self._faults
+        if text in faults:
+            return
+        faults.append(text)
         logger.warning("Plugin %s is broken: %s", one_line(self.name), text)
 
     def adopt(self, load: Callable[[], object]) -> None:
@@ -121,9 +129,21 @@ class Plugin:
         register = self.caller(REGISTER)
         return examine(lambda: register(settings=settings) if register else [])
 
+    def settings(self) -> SettingsState | None:
+        """Look at its settings; None if it declares none. May take as long as the plugin likes.
+
+        Raises:
+            TypeError: What it declares is no settings class. Whatever the plugin raises.
+        """
+        if (tell := self.caller(SETTINGS)) is None:
+            return None
+        told = tell()
+        return examine_settings(told[0] if told else None)
+
     def forget_offer(self) -> None:
-        """Drop the faults found when it was last asked for notifiers."""
+        """Forget what came of it when it was last asked for notifiers."""
         self._notifier_faults.clear()
+        self.notifiers.clear()
 
     def _unknown_hooks(self) -> list[str]:
         relay: dict[str, pluggy.HookCaller] = vars(self._manager.hook)

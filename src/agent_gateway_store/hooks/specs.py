@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from agent_gateway_store.hooks.markers import hookspec
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models.values import Notice
+    from pydantic_settings import BaseSettings
+    from typer import Typer
+
+    from agent_gateway_store.models import AuditEvent
+    from agent_gateway_store.models.values import Notice, PendingApproval
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["Notifier", "gateway_store_approval_event", "gateway_store_register_notifiers"]
+__all__ = [
+    "Notifier",
+    "gateway_store_approval_event",
+    "gateway_store_audit_written",
+    "gateway_store_before_audit_write",
+    "gateway_store_plugin_settings",
+    "gateway_store_register_commands",
+    "gateway_store_register_notifiers",
+    "gateway_store_veto_decision",
+]
 
 
 @runtime_checkable
@@ -70,4 +83,101 @@ def gateway_store_approval_event(notice: Notice) -> Awaitable[None] | None:
 
     Returns:
         Nothing that is looked at.
+    """
+
+
+@hookspec
+def gateway_store_veto_decision(
+    request: PendingApproval,
+    decision: Literal["APPROVED", "DENIED"],
+    approver_id: str,
+    note: str,
+    channel: str,
+) -> str | Awaitable[str | None] | None:
+    """Object to a decision before it is made. One objection refuses it: `DecisionVetoedError`, and nothing is written.
+
+    May be sync or async. Called for each vote to approve and for each denial, whichever way it comes (code, command
+    line, Slack, ...); not for cancelling, so that a call can always be withdrawn. Runs before the transaction, so
+    no lock is held meanwhile, in a thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`. A plugin that raises,
+    takes longer, or returns anything but text or None has refused, too. `ApprovalManager(session)` on its own knows no
+    plugins.
+
+    Args:
+        request: What is decided, arguments sanitised. A copy of its own.
+        decision: `APPROVED` or `DENIED`.
+        approver_id: Who decides.
+        note: What the approver wrote.
+        channel: How the decision came: `api`, `cli`, `slack`, ...
+
+    Returns:
+        None or "" for no objection, else the reason in a few words; the approver reads it.
+    """
+
+
+@hookspec
+def gateway_store_before_audit_write(event: AuditEvent) -> AuditEvent | Awaitable[AuditEvent | None] | None:
+    """Enrich or redact an event before it is stored, also before it waits in the spool.
+
+    May be sync or async. Called for every event that goes through `store.audit` (not `AuditLogger(session)`), in a
+    thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`. With several plugins each sees what the one before it
+    made. The same event must give the same result each time, or a repeated write is no duplicate.
+
+    Changed may be `sanitized_args`, `risk_labels`, `risk_score`, `matched_policy_rule`, `policy_version`,
+    `output_policy_rationale`, `llm_explanation`, `deterministic_rationale`, `trace_id`, `session_id` and
+    `parent_request_id`; to `redaction_flags` can be added. Who called what, when, in which organisation, and what was
+    decided stands.
+
+    A plugin that raises, takes too long, or changes what stands must not let through what it was to redact: the event
+    is stored without its texts and arguments, each marked `[WITHHELD]` and flagged `PLUGIN_FAILED`. After a timeout
+    the plugin is left alone for as long, and events are withheld meanwhile.
+
+    Args:
+        event: As it would be stored. A copy of its own, which may be changed.
+
+    Returns:
+        The event to store, or None for no change. Changing `event` and returning None changes nothing.
+    """
+
+
+@hookspec
+def gateway_store_audit_written(events: Sequence[AuditEvent]) -> Awaitable[None] | None:
+    """Hear of events after their commit, in batches, in the order of the commits.
+
+    May be sync or async. Called in the background, in a thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS` for
+    a batch; no write waits for it. Not repeated: what a slow plugin leaves waiting beyond 10,000 events, what a failing
+    one was told, and what was not told when the process died is gone (and counted: `store.audit.counters.untold`).
+    What must not miss an event reads it from the store.
+
+    Args:
+        events: Up to 500, as stored. Duplicates are not among them; events that waited in the spool are. Copies.
+
+    Returns:
+        Nothing that is looked at.
+    """
+
+
+@hookspec
+def gateway_store_register_commands(app: Typer) -> None:
+    """Add commands to `gateway-store`. Called in a thread when the command line needs to know them; must not be async.
+
+    A command or group whose name is taken is left out, with a line on standard error; so are all commands of a plugin
+    that raises here. A command opens the store that the global options name by
+    `agent_gateway_store.cli.running.open_store(ctx)`.
+
+    Args:
+        app: An empty Typer application: `@app.command("export-tickets")`, or `app.add_typer(group, name="tickets")`.
+
+    Returns:
+        Nothing that is looked at.
+    """
+
+
+@hookspec
+def gateway_store_plugin_settings() -> type[BaseSettings]:
+    """Tell which settings the plugin reads. `gateway-store plugins list` and `plugins check` look at them.
+
+    Must not be async. The plugin itself builds the model, as a rule in `gateway_store_register_notifiers`.
+
+    Returns:
+        A class of `pydantic_settings.BaseSettings` with an `env_prefix`, by which its variables are told from others.
     """

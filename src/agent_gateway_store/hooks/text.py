@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 
-__all__ = ["MAX_ERROR", "describe", "mask_tokens", "one_line"]
+__all__ = ["MAX_ERROR", "describe", "mask_tokens", "one_line", "spoken"]
 
 MAX_ERROR = 500
 
@@ -41,11 +42,26 @@ def describe(error: BaseException) -> str:
     webhook URL is a password. Never raises an `Exception`, whatever the exception's own `__str__` does.
     """
     try:
-        text = " ".join(str(error)[: 10 * MAX_ERROR].split())
+        text = _text_of(error)[: 10 * MAX_ERROR]
     except Exception:
         text = "(its text cannot be read)"
-    text = _LABELLED.sub(r"\1***", _BEARER.sub(r"\1 ***", mask_tokens(_URL.sub(_host_only, text))))
-    text = one_line(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    name = type(error).__name__
+    return spoken(f"{name}: {text}" if text.strip() else name)
+
+
+def _text_of(error: BaseException) -> str:
+    core = sys.modules.get("pydantic_core")
+    if core is None or not isinstance(error, core.ValidationError):
+        return str(error)
+    # Its own text repeats the input, which may be a secret.
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return "; ".join(f"{'.'.join(map(str, each['loc'])) or error.title}: {each['msg']}" for each in found)
+
+
+def spoken(text: str) -> str:
+    """Return what a plugin says on one line of at most 500 characters, what looks like a secret masked."""
+    text = " ".join(text[: 10 * MAX_ERROR].split())
+    text = one_line(_LABELLED.sub(r"\1***", _BEARER.sub(r"\1 ***", mask_tokens(_URL.sub(_host_only, text)))))
     return text if len(text) <= MAX_ERROR else f"{text[: MAX_ERROR - 1]}…"
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.base import StoreModel, metadata
     from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
     from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
-    from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+    from agent_gateway_store.models.values import ApprovalStatus, Notice, PendingApproval, ToolCall
 
 _HOMES = {
     "ApiKey": "identity",
@@ -29,6 +29,7 @@ _HOMES = {
     "NotificationDelivery": "delivery",
     "Notice": "values",
     "OutputDecision": "audit",
+    "PendingApproval": "values",
     "RedactionFlag": "audit",
     "StoreModel": "base",
     "ToolCall": "values",
@@ -52,6 +53,7 @@ __all__ = [
     "Notice",
     "NotificationDelivery",
     "OutputDecision",
+    "PendingApproval",
     "RedactionFlag",
     "StoreModel",
     "ToolCall",

@@ -83,10 +83,15 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
         Args:
             row: Column name to value, as the column types return them; every column of the table.
         """
-        new = cls.__new__(cls)
-        new._adopt(row, set(cls.model_fields))
-        state = new.__dict__[_STATE]
-        state.key = state.mapper.identity_key_from_primary_key((row["id"],))
+        new: Self = object.__new__(cls)
+        manager = _manager(cls)
+        state = manager._state_constructor(new, manager)
+        # What the mapper's `identity_key_from_primary_key` gives, which costs as much as the rest.
+        state.key = (cls, (row["id"],), None)
+        values = new.__dict__
+        values.update(row)
+        values[_STATE] = state
+        _set_private(new, set(_fields(cls)))
         return new
 
     @classmethod
@@ -199,6 +204,11 @@ def _manager(cls: type[StoreModel]) -> Any:
     if (manager := cls.__dict__.get("_sa_class_manager")) is not None:
         manager.registry.configure()
     return manager
+
+
+@cache
+def _fields(cls: type[StoreModel]) -> frozenset[str]:
+    return frozenset(cls.model_fields)
 
 
 def _set_private(target: StoreModel, fields_set: set[str]) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ApprovalStatus", "Notice", "ToolCall", "Value"]
+__all__ = ["ApprovalStatus", "Notice", "PendingApproval", "ToolCall", "Value"]
 
 
 class ApprovalStatus(StrEnum):
@@ -97,3 +97,33 @@ class Notice(Value):
     approver_id: str | None = None
     note: str = ""
     decided_at: datetime | None = None
+
+
+class PendingApproval(Value):
+    """An approval that somebody is about to decide, as a plugin sees it. Holds no token; fields are only ever added.
+
+    Attributes:
+        version: Version of this shape, 1.
+        approval_id: The handle by which approvers decide.
+        org_id: Organisation of the approval.
+        request_id: The gateway's id of the tool call.
+        caller_id: Who wants to make the call.
+        tool_call: The call, arguments sanitised.
+        risk_explanation: Why a human is asked.
+        scope: `EXECUTION` (the call may run) or `OUTPUT_RELEASE` (its output may be handed out).
+        required_approvals: How many distinct approvers must approve.
+        created_at: When it was asked (UTC).
+        expires_at: Until when it can be decided (UTC).
+    """
+
+    version: Literal[1] = 1
+    approval_id: UUID
+    org_id: str
+    request_id: str
+    caller_id: str
+    tool_call: ToolCall
+    risk_explanation: str
+    scope: Literal["EXECUTION", "OUTPUT_RELEASE"] = "EXECUTION"
+    required_approvals: int = 1
+    created_at: datetime
+    expires_at: datetime | None = None

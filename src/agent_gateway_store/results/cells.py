@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from enum import IntEnum
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -75,6 +76,8 @@ def cell(value: Any) -> str:
         text = ", ".join(value)
     elif isinstance(value, dict | list | tuple):
         text = json.dumps(value, ensure_ascii=False, default=str)
+    elif isinstance(value, IntEnum):
+        text = value.name
     elif isinstance(value, float):
         text = f"{value:.6g}"
     else:

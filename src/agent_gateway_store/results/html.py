@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from enum import Enum
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ __all__ = ["card_html", "style", "table_html"]
 _JSON_CHARS = 4_000
 _TEXT_CHARS = 20_000
 _CHIPS = 20
+_ID_CHARS = 36
 _GLANCE_CHARS = 48
 _TITLES = ("decision", "status", "execution_status")
 
@@ -38,8 +40,7 @@ def style() -> str:
 def table_html(page: Page[Any]) -> str:
     """Return the table: at most 200 rows, and a line that says how many there are."""
     columns, rows = shown(page)
-    times = {name for name in columns for row in rows if isinstance(row.get(name), datetime)}
-    head = "".join(f"<th>{_heading(name, name in times)}</th>" for name in columns)
+    head = "".join(_th(name, [row[name] for row in rows if row.get(name) is not None]) for name in columns)
     body = "".join(f"<tr>{''.join(_td(name, row.get(name)) for name in columns)}</tr>" for row in rows)
     more = "; there is more: pass next_cursor" if page.next_cursor else ""
     return (
@@ -78,6 +79,16 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
+def _th(name: str, values: list[Any]) -> str:
+    is_time = bool(values) and all(isinstance(value, datetime) for value in values)
+    is_number = bool(values) and all(map(_is_number, values))
+    return f"<th{' class=ags-num' if is_number else ''}>{_heading(name, is_time)}</th>"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool | Enum)
+
+
 def _heading(name: str, is_time: bool) -> str:
     return escape(cell(name)) + (" <small>UTC</small>" if is_time else "")
 
@@ -89,7 +100,7 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
         return f"<td>{_badge(name, value)}</td>"
     if isinstance(value, datetime):
         return f'<td class="ags-line">{escape(time_text(value))}</td>'
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if _is_number(value):
         return f'<td class="ags-num">{escape(cell(value))}</td>'
     if name == "tool_call" and isinstance(value, dict) and value.keys() >= {"server", "tool", "arguments"}:
         call = escape(cell(f"{value['server']}.{value['tool']}"))
@@ -101,7 +112,9 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
     if whole:
         text = _cut(visible(str(value), keep="\n\t"), _TEXT_CHARS)
         return f'<td class="ags-text">{escape(text)}</td>'
-    return f"<td>{escape(cell(value))}</td>"
+    text = cell(value)
+    is_id = len(text) <= _ID_CHARS and " " not in text and any(map(str.isdigit, text))
+    return f"<td{' class=ags-id' if is_id else ''}>{escape(text)}</td>"
 
 
 def _badge(name: str, value: Any) -> str:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Awaitable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
-from agent_gateway_store.storage.cache import RedisClient, delete, milliseconds
+from agent_gateway_store.storage.cache import RedisClient, milliseconds
+from agent_gateway_store.storage.exchange import Command, exchange
 
-__all__ = ["Accelerator"]
+__all__ = ["Accelerator", "Entry"]
 
-T = TypeVar("T")
 _logger = logging.getLogger("agent_gateway_store.redis")
 _FAULTS = (RedisError, OSError, TimeoutError, EOFError)
 
-# An older version never replaces a newer one; what is no JSON of ours counts as absent.
+# An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent.
 _PUT_NEWER = """
-local held = redis.call('GET', KEYS[1])
-if held then
+local held = redis.pcall('GET', KEYS[1])
+if type(held) == 'string' then
   local ok, entry = pcall(cjson.decode, held)
   if ok and type(entry) == 'table' and type(entry.version) == 'number' and entry.version > tonumber(ARGV[2]) then
     return 0
@@ -30,6 +29,15 @@ end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
 return 1
 """
+
+
+class Entry(NamedTuple):
+    """What is to stand under a key: JSON with a `version`, for `ttl_s` seconds."""
+
+    key: str
+    text: str
+    version: int
+    ttl_s: float
 
 
 class Accelerator:
@@ -46,50 +54,63 @@ class Accelerator:
         self.client = client
         self._pause_s = pause_s
         self._resume_at = 0.0
-        self._put_newer = None if client is None else client.register_script(_PUT_NEWER)
 
     @property
     def is_available(self) -> bool:
         """False without a client, and for a while after a fault."""
         return self.client is not None and time.monotonic() >= self._resume_at
 
-    async def get(self, key: str) -> tuple[dict[str, Any], int] | None:
-        """Return the JSON object under `key` and the milliseconds it has left, in one round trip."""
-        if not self.is_available or self.client is None:
+    async def get(self, key: str) -> tuple[bytes | str, int] | None:
+        """Return what stands under `key` and the milliseconds it has left, in one round trip; None if it is no text."""
+        replies = await self._ask([("GET", key), ("PTTL", key)])
+        if replies is None or not isinstance(replies[0], bytes | str) or not isinstance(replies[1], int):
             return None
-        pipeline = self.client.pipeline(transaction=False)
-        pipeline.get(key)
-        pipeline.pttl(key)
-        answer = await self._guarded(pipeline.execute())
-        if answer is None or answer[0] is None:
-            return None
-        try:
-            entry = json.loads(answer[0])
-        except (ValueError, RecursionError):
-            return None
-        return (entry, int(answer[1])) if isinstance(entry, dict) else None
+        return replies[0], replies[1]
 
-    async def put_newer(self, key: str, entry: Mapping[str, Any], *, version: int, ttl_s: float) -> bool:
-        """Store `entry` under `key` for `ttl_s` seconds, unless a newer version is there; both in one step."""
-        if not self.is_available or self._put_newer is None:
-            return False
-        text = json.dumps(entry, separators=(",", ":"))
-        return bool(await self._guarded(self._put_newer(keys=[key], args=[text, version, milliseconds(ttl_s)])))
+    async def put_newer(self, entries: Sequence[Entry], *, message: tuple[str, str] | None = None) -> bool:
+        """Store each entry unless a newer version is there, each in one step, then publish; all in one round trip.
+
+        Args:
+            entries: What to store. What stands there and has no version is replaced, of whatever type it is.
+            message: A channel and what to publish on it, after the entries.
+
+        Returns:
+            True if everything was sent and every entry was stored.
+        """
+        commands: list[Command] = [
+            ("EVAL", _PUT_NEWER, 1, key, text, version, milliseconds(ttl_s)) for key, text, version, ttl_s in entries
+        ]
+        if message is not None:
+            commands.append(("PUBLISH", *message))
+        replies = await self._ask(commands)
+        return replies is not None and all(replies[: len(entries)])
 
     async def delete(self, key: str) -> None:
         """Delete `key`."""
-        if self.is_available and self.client is not None:
-            await self._guarded(delete(self.client, key))
+        await self._ask([("DEL", key)])
 
-    async def publish(self, channel: str, message: str) -> None:
-        """Publish `message`; lost where Redis does not answer."""
-        if self.is_available and self.client is not None:
-            await self._guarded(self.client.publish(channel, message))
+    async def publish(self, channel: str, message: str) -> bool:
+        """Publish `message`; False if Redis does not answer, and it is lost."""
+        return await self._ask([("PUBLISH", channel, message)]) is not None
 
-    async def _guarded(self, answer: Awaitable[T]) -> T | None:
-        try:
-            return await answer
-        except _FAULTS as exc:
-            self._resume_at = time.monotonic() + self._pause_s
-            _logger.warning("Redis does not answer (%s): going on without it.", type(exc).__name__)
+    async def _ask(self, commands: Sequence[Command]) -> list[Any] | None:
+        if not self.is_available or self.client is None:
             return None
+        try:
+            replies = await exchange(self.client, commands)
+        except UnicodeDecodeError:
+            return None  # from a client that decodes: what stands there is no text
+        except _FAULTS as exc:
+            return self._fault(exc)
+        for reply in replies:
+            if isinstance(reply, RedisError) and not _is_about_one_key(reply):
+                return self._fault(reply)
+        return replies
+
+    def _fault(self, exc: BaseException) -> None:
+        self._resume_at = time.monotonic() + self._pause_s
+        _logger.warning("Redis does not answer (%s): going on without it.", type(exc).__name__)
+
+
+def _is_about_one_key(error: RedisError) -> bool:
+    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")

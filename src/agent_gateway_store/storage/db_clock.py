@@ -46,10 +46,12 @@ def db_now(*, plus: timedelta = timedelta()) -> ColumnElement[datetime]:
     return _DbNow(bindparam(None, seconds, type_=Float(53)))
 
 
-def prepared_now(*, plus: str | None = None) -> ColumnElement[datetime]:
+def prepared_now(*, plus: str | ColumnElement[float] | None = None) -> ColumnElement[datetime]:
     """Return the same for a statement that is written once.
 
-    The parameter CLOCK_OFFSET takes the place of the offset, the parameter named `plus` (seconds) of what is added.
+    The parameter CLOCK_OFFSET takes the place of the offset; `plus` (seconds) is the name of another, or a column.
     """
     seconds: ColumnElement[float] = bindparam(CLOCK_OFFSET, type_=Float(53))
-    return _DbNow(seconds if plus is None else seconds + bindparam(plus, type_=Float(53)))
+    if plus is None:
+        return _DbNow(seconds)
+    return _DbNow(seconds + (bindparam(plus, type_=Float(53)) if isinstance(plus, str) else plus))

@@ -1,8 +1,9 @@
 """Signals between processes: "the thing of this key has changed, look again".
 
 One subscription per process, whatever the number of waiting tasks: Redis pub/sub where there is Redis, else PostgreSQL
-LISTEN/NOTIFY in the transaction that makes the change, else none. A signal carries no state and may be missed, so
-whoever waits looks again from time to time by itself.
+LISTEN/NOTIFY in the transaction that makes the change, else none. A signal may be missed, so whoever waits looks again
+from time to time by itself. Through Redis it may carry news, which its receiver checks before it believes them; through
+PostgreSQL it never does, because there every user of the database may listen and send.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ class Topic:
 
     Attributes:
         generation: Grows with each signal.
+        news: What the last signal said; empty if it only said that something has changed.
     """
 
-    __slots__ = ("_waiting", "generation", "listeners")
+    __slots__ = ("_waiting", "generation", "listeners", "news")
 
     def __init__(self) -> None:
         self.generation = 0
+        self.news = ""
         self.listeners = 0
         self._waiting: set[asyncio.Future[None]] = set()
 
@@ -66,9 +69,10 @@ class Topic:
             alarm.cancel()
             self._waiting.discard(future)
 
-    def wake(self) -> None:
+    def wake(self, news: str = "") -> None:
         """Signal."""
         self.generation += 1
+        self.news = news
         for future in self._waiting:
             _settle(future)
 
@@ -126,10 +130,26 @@ class Signals:
         if self._notifies:
             await _NOTIFY.first(runner, {"p_key": key})
 
-    async def publish(self, key: str) -> None:
-        """Signal a change that was committed: to this process at once, to others through Redis."""
-        self._wake(key)
-        await self._redis.publish(_CHANNEL, key)
+    async def publish(self, key: str) -> bool:
+        """Signal a change that was committed: to this process at once, to others through Redis.
+
+        Returns:
+            False if Redis does not answer, so that others may not hear of it.
+        """
+        self.wake(key)
+        return self._redis.client is None or await self._redis.publish(_CHANNEL, key)
+
+    def message(self, key: str, news: str) -> tuple[str, str]:
+        """Return the channel and the message of a signal, for whoever sends it along with other commands."""
+        return _CHANNEL, f"{key}\n{news}" if news else key
+
+    def wake(self, key: str, news: str = "") -> None:
+        """Signal a change to this process alone."""
+        if (topic := self._topics.get(key)) is not None:
+            topic.wake(news)
+        for prefix, heard in self._ears.items():
+            if key.startswith(prefix):
+                heard(key[len(prefix) :])
 
     async def close(self) -> None:
         """End the subscription."""
@@ -148,13 +168,6 @@ class Signals:
     @property
     def _notifies(self) -> bool:
         return self._redis.client is None and self._database.can_listen
-
-    def _wake(self, key: str) -> None:
-        if (topic := self._topics.get(key)) is not None:
-            topic.wake()
-        for prefix, heard in self._ears.items():
-            if key.startswith(prefix):
-                heard(key[len(prefix) :])
 
     async def _subscribe(self) -> None:
         listen = self._listen_to_redis if self._redis.client is not None else self._listen_to_postgres
@@ -183,7 +196,8 @@ class Signals:
             while True:
                 message = await pubsub.get_message(timeout=_LOOK_ALIVE_S)
                 if message is not None:
-                    self._wake(_text(message["data"]))
+                    key, _, news = _text(message["data"]).partition("\n")
+                    self.wake(key, news)
 
     async def _listen_to_postgres(self) -> None:
         # A connection of its own for as long as it listens, so a pool of one that is closed with it.
@@ -198,7 +212,7 @@ class Signals:
             await pool.close()
 
     def _heard(self, _connection: object, _pid: int, _channel: str, key: object) -> None:
-        self._wake(str(key))
+        self.wake(str(key))
 
 
 def _text(data: object) -> str:

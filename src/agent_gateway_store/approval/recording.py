@@ -1,0 +1,254 @@
+"""Write to the outbox: one row for each notifier, in the transaction that makes the change it tells of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+from uuid import UUID, uuid4
+
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    Text,
+    Uuid,
+    and_,
+    bindparam,
+    case,
+    cast,
+    column,
+    func,
+    insert,
+    literal_column,
+    not_,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from agent_gateway_store.approval.statements import INSERT, insert_request
+from agent_gateway_store.approval.transitions import returned
+from agent_gateway_store.models.delivery import NotificationDelivery
+from agent_gateway_store.models.values import ApprovalStatus, Notice
+from agent_gateway_store.storage.database import Runner, dialect_of
+from agent_gateway_store.storage.db_clock import prepared_now
+from agent_gateway_store.storage.prepared import Prepared
+
+__all__ = ["Later", "Outbox", "insert_and_tell", "record"]
+
+deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
+_PLACEHOLDER = UUID(int=0)
+_COLUMNS = (
+    *("delivery_id", "org_id", "approval_id", "notifier", "event", "payload"),
+    *("status", "attempts", "next_attempt_at", "created_at"),
+)
+
+
+class Outbox(Protocol):
+    """To whom notices go, and who sends them."""
+
+    @property
+    def notifiers(self) -> Sequence[str]:
+        """Names of the notifiers that get a row each."""
+        ...
+
+    @property
+    def lease_s(self) -> float | None:
+        """For how many seconds a new row is kept for `send`; None: any worker may send it at once."""
+        ...
+
+    def send(self, notice: Notice, mine: Mapping[str, UUID]) -> None:
+        """Hear of a notice whose rows are committed.
+
+        Args:
+            notice: Without a `delivery_id` that means anything.
+            mine: Notifier to delivery id, of the rows kept for this process.
+        """
+        ...
+
+
+class Later:
+    """An outbox whose rows are sent by a worker somewhere else."""
+
+    lease_s = None
+
+    def __init__(self, notifiers: Iterable[str]) -> None:
+        self.notifiers = tuple(notifiers)
+
+    def send(self, notice: Notice, mine: Mapping[str, UUID]) -> None:
+        """Leave it to the worker."""
+
+
+def _utc_text(moment: ColumnElement[Any]) -> ColumnElement[str]:
+    # Spelt out, for the JSON of a timestamp is in the time zone of the session.
+    return func.to_char(
+        func.timezone(literal_column("'UTC'"), moment), literal_column("""'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'""")
+    )
+
+
+def _insert_and_tell(dialect: str) -> Any:
+    new = insert_request(dialect).cte("new")
+    told = func.jsonb_each_text(bindparam("p_deliveries", type_=JSONB())).table_valued("key", "value", name="told")
+    lease_s: ColumnElement[Any] = bindparam("p_lease_s", type_=Float(53))
+    facts = func.jsonb_build_object(
+        *(literal_column("'created_at'"), _utc_text(new.c.created_at)),
+        *(literal_column("'expires_at'"), _utc_text(new.c.expires_at)),
+        *(literal_column("'delivery_id'"), told.c.value),
+    )
+    rows = select(
+        cast(told.c.value, Uuid()),
+        *(new.c.org_id, new.c.approval_id, told.c.key, literal_column("'pending'")),
+        bindparam("p_notice", type_=JSONB()).op("||")(facts),
+        literal_column("'DUE'"),
+        case((lease_s.is_(None), literal_column("0")), else_=literal_column("1")),
+        case((lease_s.is_(None), prepared_now()), else_=prepared_now(plus="p_lease_s")),
+        prepared_now(),
+    ).select_from(new.join(told, true()))
+    writing = insert(deliveries).from_select(_COLUMNS, rows).cte("writing")
+    return select(*new.c).add_cte(writing)
+
+
+_INSERT_AND_TELL = Prepared(_insert_and_tell, returned(prepared_now))
+
+
+def _sources(dialect: str) -> tuple[Any, dict[str, Any]]:
+    """Return the FROM clause over the parameter `p_notices`, and its values by column."""
+    if dialect == "postgresql":
+        notices = (
+            func.jsonb_to_recordset(bindparam("p_notices", type_=JSONB()))
+            .table_valued(
+                *(column("approval_id", Uuid()), column("org_id", Text()), column("event", Text())),
+                *(column("payload", JSONB()), column("deliveries", JSONB())),
+            )
+            .render_derived(name="notices", with_types=True)
+        )
+        told = func.jsonb_each_text(notices.c.deliveries).table_valued("key", "value", name="told")
+        return notices.join(told, true()), {
+            **{name: notices.c[name] for name in ("org_id", "approval_id", "event")},
+            "delivery_id": cast(told.c.value, Uuid()),
+            "notifier": told.c.key,
+            "payload": notices.c.payload.op("||")(
+                func.jsonb_build_object(literal_column("'delivery_id'"), told.c.value)
+            ),
+        }
+    notices = func.json_each(bindparam("p_notices", type_=deliveries.c.payload.type)).table_valued(
+        "value", name="notices"
+    )
+    told = func.json_each(notices.c.value, literal_column("'$.deliveries'")).table_valued("key", "value", name="told")
+
+    def of(name: str) -> ColumnElement[Any]:
+        return func.json_extract(notices.c.value, literal_column(f"'$.{name}'"))
+
+    def bare(text: ColumnElement[Any]) -> ColumnElement[Any]:
+        return func.replace(text, literal_column("'-'"), literal_column("''"))  # as a UUID is stored there
+
+    return notices.join(told, true()), {
+        **{name: of(name) for name in ("org_id", "event")},
+        "approval_id": bare(of("approval_id")),
+        "delivery_id": bare(told.c.value),
+        "notifier": told.c.key,
+        "payload": func.json_set(of("payload"), literal_column("'$.delivery_id'"), told.c.value),
+    }
+
+
+def _record(dialect: str) -> Any:
+    source, values = _sources(dialect)
+    lease_s: ColumnElement[Any] = bindparam("p_lease_s", type_=Float(53))
+    before = deliveries.alias("before")
+    # A notice that waits for an earlier one about the same approval is sent by whoever delivers that.
+    is_held_up = (
+        select(literal_column("1"))
+        .select_from(before)
+        .where(
+            before.c.approval_id == values["approval_id"],
+            before.c.notifier == values["notifier"],
+            before.c.status == literal_column("'DUE'"),
+        )
+        .exists()
+    )
+    is_mine = and_(lease_s.is_not(None), not_(is_held_up))
+    values |= {
+        "status": literal_column("'DUE'"),
+        "attempts": case((is_mine, literal_column("1")), else_=literal_column("0")),
+        "next_attempt_at": case((is_mine, prepared_now(plus="p_lease_s")), else_=prepared_now()),
+        "created_at": prepared_now(),
+    }
+    rows = select(*(values[name] for name in _COLUMNS)).select_from(source)
+    return insert(deliveries).from_select(_COLUMNS, rows).returning(deliveries.c.delivery_id, deliveries.c.attempts)
+
+
+_RECORD = Prepared(_record, (deliveries.c.delivery_id, deliveries.c.attempts))
+
+
+async def insert_and_tell(
+    runner: Runner, values: Mapping[str, Any], outbox: Outbox
+) -> tuple[Mapping[str, Any] | None, dict[str, UUID]]:
+    """Insert an approval and the rows of its notice; in one statement on PostgreSQL.
+
+    Args:
+        runner: In a transaction, unless one statement is enough.
+        values: As `issue_values` gives them.
+        outbox: Who is told.
+
+    Returns:
+        The approval, or None if it stands already, and then nothing is written; notifier to delivery id of the rows
+        kept for this process.
+    """
+    told = {name: uuid4() for name in outbox.notifiers}
+    if not told:
+        return await INSERT.first(runner, values), {}
+    notice = _pending(values)
+    if dialect_of(runner) == "postgresql":
+        shown = notice.model_dump(mode="json", exclude={"created_at", "expires_at", "delivery_id"})
+        to = {name: str(delivery_id) for name, delivery_id in told.items()}
+        given = {**values, "p_notice": shown, "p_deliveries": to, "p_lease_s": outbox.lease_s}
+        row = await _INSERT_AND_TELL.first(runner, given)
+    else:
+        row = await INSERT.first(runner, values)
+        if row is not None:
+            asked = notice.model_copy(update={"created_at": row["created_at"], "expires_at": row["expires_at"]})
+            await _write(runner, [(asked, told)], outbox.lease_s)
+    return row, told if row is not None and outbox.lease_s is not None else {}
+
+
+def _pending(values: Mapping[str, Any]) -> Notice:
+    return Notice(
+        event="pending",
+        delivery_id=_PLACEHOLDER,
+        approval_id=values["p_approval_id"],
+        org_id=values["p_org_id"],
+        request_id=values["p_request_id"],
+        caller_id=values["p_caller_id"],
+        tool_call=values["p_tool_call"],
+        risk_explanation=values["p_risk_explanation"],
+        status=ApprovalStatus.PENDING,
+    )
+
+
+async def record(runner: Runner, notices: Sequence[Notice], outbox: Outbox) -> list[dict[str, UUID]]:
+    """Write the rows of `notices`; does not commit.
+
+    Returns:
+        For each notice: notifier to delivery id of the rows kept for this process.
+    """
+    told = [(notice, {name: uuid4() for name in outbox.notifiers}) for notice in notices]
+    if not told or not outbox.notifiers:
+        return [{} for _ in notices]
+    mine = await _write(runner, told, outbox.lease_s)
+    return [{name: each for name, each in to.items() if each in mine} for _, to in told]
+
+
+async def _write(
+    runner: Runner, told: Sequence[tuple[Notice, Mapping[str, UUID]]], lease_s: float | None
+) -> frozenset[UUID]:
+    rows = [
+        {
+            "approval_id": str(notice.approval_id),
+            "org_id": notice.org_id,
+            "event": notice.event,
+            "payload": notice.model_dump(mode="json", exclude={"delivery_id"}),
+            "deliveries": {name: str(delivery_id) for name, delivery_id in to.items()},
+        }
+        for notice, to in told
+    ]
+    written = await _RECORD.rows(runner, {"p_notices": rows, "p_lease_s": lease_s})
+    return frozenset(row["delivery_id"] for row in written if row["attempts"])

@@ -1,0 +1,117 @@
+"""Tries plugins: are their settings complete, does a notice get through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import uuid4
+
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.hooks import Dispatcher, PluginRecord, Plugins
+from agent_gateway_store.hooks.configuration import SettingsState
+from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+from agent_gateway_store.settings import StoreSettings
+
+__all__ = ["CheckedPlugin", "check_plugins", "sample_notices"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPlugin:
+    """What the check of one plugin came to.
+
+    Attributes:
+        name: Its name.
+        settings: How its settings stand; None if it declares none.
+        notifiers: Names of its notifiers that took the test notices, or would have been sent them.
+        ok: True if nothing is wrong with it.
+        problems: What is wrong. Holds no secret.
+    """
+
+    name: str
+    settings: SettingsState | None
+    notifiers: tuple[str, ...]
+    ok: bool
+    problems: tuple[str, ...]
+
+
+async def check_plugins(
+    plugins: Plugins,
+    configured: Mapping[str, SettingsState],
+    settings: StoreSettings,
+    *,
+    only: Container[str] = (),
+    send: bool = True,
+) -> list[CheckedPlugin]:
+    """Check plugins, all but the blocked ones, and send two test notices through each of their notifiers.
+
+    Args:
+        plugins: Loaded, and asked for their notifiers.
+        configured: Their settings.
+        settings: Of the store.
+        only: Names of those to check; what is not ready to work is then a failure. Empty: all.
+        send: Whether to send.
+    """
+    dispatcher = Dispatcher(plugins, settings)
+    try:
+        if send:
+            await dispatcher.open()
+        chosen = [each for each in plugins.records if (each.name in only if only else each.state != "blocked")]
+        return list(
+            await asyncio.gather(
+                *(_check(each, configured.get(each.name), dispatcher if send else None, bool(only)) for each in chosen)
+            )
+        )
+    finally:
+        await dispatcher.aclose()
+
+
+async def _check(
+    record: PluginRecord, settings: SettingsState | None, dispatcher: Dispatcher | None, is_named: bool
+) -> CheckedPlugin:
+    problems = [record.error] if record.error else []
+    if settings is not None and (settings.state == "wrong" or (is_named and settings.state == "missing")):
+        problems += settings.problems
+    reached = []
+    for notifier in record.notifiers:
+        error = await _send(dispatcher, notifier) if dispatcher is not None else None
+        if error is None:
+            reached.append(notifier)
+        else:
+            problems.append(f"{notifier}: {error}")
+    return CheckedPlugin(record.name, settings, tuple(reached), not problems, tuple(problems))
+
+
+async def _send(dispatcher: Dispatcher, notifier: str) -> str | None:
+    for notice in sample_notices():
+        if (report := await dispatcher.deliver(notifier, notice)).error is not None:
+            return report.error
+    return None
+
+
+def sample_notices() -> Sequence[Notice]:
+    """Return the notices of one made-up approval: that it waits, then that it was withdrawn."""
+    now = utc_now()
+    pending = Notice(
+        event="pending",
+        delivery_id=uuid4(),
+        approval_id=uuid4(),
+        org_id="default",
+        request_id="plugins-check",
+        caller_id="gateway-store",
+        tool_call=ToolCall(server="gateway-store", tool="plugins_check", arguments={"test": True}),
+        risk_explanation="This is a test by `gateway-store plugins check`. Nobody needs to decide.",
+        created_at=now,
+        expires_at=now + timedelta(minutes=1),
+        status=ApprovalStatus.PENDING,
+    )
+    decided = {
+        "event": "decision",
+        "delivery_id": uuid4(),
+        "status": ApprovalStatus.CANCELLED,
+        "approver_id": "gateway-store",
+        "note": "The test is over.",
+        "decided_at": now,
+    }
+    return pending, pending.model_copy(update=decided)

@@ -1,0 +1,183 @@
+"""Write down how tries went, many in one statement."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Float, Integer, Text, Uuid, and_, bindparam, case, column, func, literal_column, or_, update
+from sqlalchemy.dialects.postgresql import JSONB
+
+from agent_gateway_store.delivery.claims import Delivery, deliveries
+from agent_gateway_store.models.columns import Json
+from agent_gateway_store.models.delivery import DeliveryStatus
+from agent_gateway_store.storage.database import Work
+from agent_gateway_store.storage.db_clock import prepared_now
+from agent_gateway_store.storage.prepared import Prepared
+
+__all__ = ["Mark", "Marks"]
+
+_LINGER_S = 0.02
+_RETRY_S = 1.0
+_MOST = 500
+
+_logger = logging.getLogger("agent_gateway_store.notifications")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What became of one try.
+
+    Attributes:
+        delivery: The row.
+        status: Where it stands now.
+        delay_s: Seconds until it is due again, if it is DUE.
+        error: What went wrong, if anything did.
+        attempts: How many tries count from now on.
+    """
+
+    delivery: Delivery
+    status: DeliveryStatus
+    attempts: int
+    delay_s: float = 0.0
+    error: str | None = None
+
+    @classmethod
+    def untried(cls, delivery: Delivery) -> Mark:
+        """A row that goes back as if it had not been claimed."""
+        return cls(delivery, DeliveryStatus.DUE, delivery.attempt - 1)
+
+
+_FIELDS: dict[str, Callable[[], Any]] = {
+    "delivery_id": Uuid,
+    "attempt": Integer,
+    "attempts": Integer,
+    "status": Text,
+    "error": Text,
+    "delay_s": Float,
+}
+
+
+def _mark(dialect: str) -> Any:
+    if dialect == "postgresql":
+        marks = (
+            func.jsonb_to_recordset(bindparam("p_marks", type_=JSONB()))
+            .table_valued(*(column(name, kind()) for name, kind in _FIELDS.items()))
+            .render_derived(name="marks", with_types=True)
+        )
+        given: dict[str, Any] = {name: marks.c[name] for name in _FIELDS}
+    else:
+        marks = func.json_each(bindparam("p_marks", type_=Json())).table_valued("value", name="marks")
+        given = {name: func.json_extract(marks.c.value, literal_column(f"'$.{name}'")) for name in _FIELDS}
+        given["delivery_id"] = func.replace(given["delivery_id"], literal_column("'-'"), literal_column("''"))
+    is_delivered = given["status"] == literal_column("'DELIVERED'")
+    return (
+        update(deliveries)
+        .where(
+            deliveries.c.delivery_id == given["delivery_id"],
+            # What has arrived has arrived, whoever holds the row now; all else is for the holder to say.
+            or_(
+                and_(is_delivered, deliveries.c.status != literal_column("'DELIVERED'")),
+                and_(deliveries.c.status == literal_column("'DUE'"), deliveries.c.attempts == given["attempt"]),
+            ),
+        )
+        .values(
+            status=given["status"],
+            attempts=given["attempts"],
+            last_error=given["error"],
+            delivered_at=case((is_delivered, prepared_now())),
+            next_attempt_at=case(
+                (given["status"] == literal_column("'DUE'"), prepared_now(plus=given["delay_s"])),
+                else_=deliveries.c.next_attempt_at,
+            ),
+        )
+        .returning(deliveries.c.delivery_id)
+    )
+
+
+_MARK = Prepared(_mark, (deliveries.c.delivery_id,))
+
+
+class Marks:
+    """Collects marks and writes those that came meanwhile together; while the database is away it keeps them.
+
+    Args:
+        work: Where the rows are.
+        written: Is called with the marks of each transaction, after it.
+    """
+
+    def __init__(self, work: Work, written: Callable[[Sequence[Mark]], None]) -> None:
+        self._work = work
+        self._written = written
+        self._waiting: list[Mark] = []
+        self._task: asyncio.Task[None] | None = None
+        self._delivered: dict[UUID, None] = {}
+
+    def add(self, mark: Mark) -> None:
+        """Write it down soon."""
+        self._waiting.append(mark)
+        if mark.status is DeliveryStatus.DELIVERED:
+            self._delivered[mark.delivery.delivery_id] = None
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._write())
+
+    def is_delivered(self, delivery_id: UUID) -> bool:
+        """True if it has arrived and the database has not heard of it yet."""
+        return delivery_id in self._delivered
+
+    @property
+    def is_empty(self) -> bool:
+        """True if everything is written."""
+        return self._task is None
+
+    async def flush(self) -> None:
+        """Wait until what has been added so far is written."""
+        while self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def drop(self) -> None:
+        """Stop writing; what is left is sent again when its lease ends."""
+        if (task := self._task) is not None:
+            task.cancel()
+            await asyncio.wait({task})
+            self._task = None
+
+    async def _write(self) -> None:
+        await asyncio.sleep(_LINGER_S)
+        is_down = False
+        while self._waiting:
+            batch = self._waiting[:_MOST]
+            try:
+                await _write(self._work, batch)
+            except Exception as exc:
+                if not is_down:
+                    _logger.warning("How %d notices went could not be written yet: %s", len(self._waiting), exc)
+                is_down = True
+                await asyncio.sleep(_RETRY_S)
+                continue
+            is_down = False
+            del self._waiting[: len(batch)]
+            for mark in batch:
+                self._delivered.pop(mark.delivery.delivery_id, None)
+            self._written(batch)
+        self._task = None
+
+
+async def _write(work: Work, marks: Sequence[Mark]) -> None:
+    rows = [
+        {
+            "delivery_id": str(mark.delivery.delivery_id),
+            "attempt": mark.delivery.attempt,
+            "attempts": mark.attempts,
+            "status": mark.status.value,
+            "error": mark.error,
+            "delay_s": mark.delay_s,
+        }
+        for mark in marks
+    ]
+    async with work.lend("one") as runner:
+        await _MARK.rows(runner, {"p_marks": rows})

@@ -1,0 +1,106 @@
+"""What approvals are told of the outbox of their store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from uuid import UUID, uuid4
+
+from agent_gateway_store.delivery.worker import DeliveryWorker
+from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.hooks import Dispatcher
+from agent_gateway_store.models.values import Notice
+from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.database import Database
+
+__all__ = ["StoreOutbox"]
+
+_logger = logging.getLogger("agent_gateway_store.notifications")
+
+
+class StoreOutbox:
+    """The outbox of one store: knows the notifiers while the store is open, and sends what was committed.
+
+    Args:
+        database: Where the rows are.
+        settings: NOTIFICATION_WORKER says whether this process sends.
+    """
+
+    def __init__(self, database: Database, settings: StoreSettings) -> None:
+        self._database, self._settings = database, settings
+        self._dispatcher: Dispatcher | None = None
+        self._worker: DeliveryWorker | None = None
+        self._telling: set[asyncio.Task[object]] = set()
+
+    @property
+    def worker(self) -> DeliveryWorker:
+        """The worker of the open store.
+
+        Raises:
+            StoreNotOpenError: It is not open.
+        """
+        if self._worker is None:
+            raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
+        return self._worker
+
+    @property
+    def is_open(self) -> bool:
+        """True between `open` and the end of `close`."""
+        return self._worker is not None
+
+    @property
+    def notifiers(self) -> tuple[str, ...]:
+        """Names of the notifiers that are loaded; none while the store is closed."""
+        return () if self._worker is None else self._worker.names
+
+    @property
+    def lease_s(self) -> float | None:
+        """For how long a new row is kept for this process; None if it does not send."""
+        if self._worker is None or not self._settings.notification_worker:
+            return None
+        return self._worker.policy.lease_s
+
+    def open(self, dispatcher: Dispatcher, names: tuple[str, ...]) -> None:
+        """Send from now on.
+
+        Args:
+            dispatcher: To the notifiers; open. `close` closes it.
+            names: Of the notifiers.
+        """
+        self._dispatcher = dispatcher
+        self._worker = DeliveryWorker(self._database, dispatcher, names, self._settings)
+        if self._settings.notification_worker:
+            self._worker.start()
+
+    def send(self, notice: Notice, mine: Mapping[str, UUID]) -> None:
+        """Tell the event hooks and, if this process sends, the notifiers, in the background.
+
+        Args:
+            notice: Of a change that is committed.
+            mine: Notifier to delivery id, of the rows kept for this process.
+        """
+        if self._worker is None or self._dispatcher is None:
+            # What it tells of is committed, so the caller must not be told otherwise.
+            _logger.warning("Approval %s: the store is closed, so its notice is sent later.", notice.approval_id)
+            return
+        telling = self._dispatcher.emit(notice.model_copy(update={"delivery_id": uuid4()}))
+        task: asyncio.Task[object] = asyncio.get_running_loop().create_task(telling)
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+        if self._settings.notification_worker:
+            self._worker.send(notice, mine)
+
+    async def close(self) -> None:
+        """Let notices under way arrive, at most PLUGIN_TIMEOUT_SECONDS and a second; the rest stays DUE."""
+        worker, dispatcher = self._worker, self._dispatcher
+        timeout_s = self._settings.plugin_timeout_seconds + 1
+        try:
+            if worker is not None:
+                await worker.close(timeout_s)
+            if self._telling:
+                await asyncio.wait(self._telling, timeout=timeout_s)
+        finally:
+            self._worker = self._dispatcher = None
+            if dispatcher is not None:
+                await dispatcher.aclose()

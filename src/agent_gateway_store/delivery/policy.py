@@ -1,0 +1,72 @@
+"""When a notice is tried again, and when it is given up."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from agent_gateway_store.hooks.delivery import DeliveryReport
+from agent_gateway_store.models.delivery import DeliveryStatus
+from agent_gateway_store.settings import StoreSettings
+
+__all__ = ["FIRST_WAIT_S", "LONGEST_ASKED_S", "LONGEST_WAIT_S", "Policy", "backoff_s"]
+
+FIRST_WAIT_S = 2.0
+LONGEST_WAIT_S = 3600.0
+JITTER_S = 2.0
+LONGEST_ASKED_S = 86_400.0
+_SHORTEST_S = 1.0
+_LEASE_MARGIN_S = 10.0
+_GIVE_WAY_S = 1.5
+
+
+def backoff_s(attempt: int) -> float:
+    """Return the seconds to wait after try number `attempt` (from 1) has failed.
+
+    The formula of stamina's `retry`: min(longest, first * 2 ** (attempt - 1) + random(0, jitter)). stamina computes it
+    only inside its own loop of tries, which a process that dies would take with it.
+    """
+    jitter = random.uniform(0, JITTER_S)  # noqa: S311
+    return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt - 1, 60) + jitter)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a worker goes by.
+
+    Attributes:
+        concurrency: How many notices one notifier is given at once.
+        max_attempts: After how many tries a notice is given up.
+        poll_s: How often due rows are looked for, in seconds.
+        lease_s: For how long a claimed row is nobody else's, in seconds.
+        send_within_s: How long after its claim a row may still be sent, so that the try ends before the lease.
+    """
+
+    concurrency: int
+    max_attempts: int
+    poll_s: float
+    lease_s: float
+    send_within_s: float
+
+    @classmethod
+    def of(cls, settings: StoreSettings) -> Policy:
+        """Return what the settings say."""
+        timeout_s = settings.plugin_timeout_seconds
+        lease_s = 2 * timeout_s + _LEASE_MARGIN_S
+        return cls(
+            concurrency=settings.notification_concurrency,
+            max_attempts=settings.notification_max_attempts,
+            poll_s=settings.notification_poll_seconds,
+            lease_s=lease_s,
+            send_within_s=lease_s - timeout_s - _GIVE_WAY_S,
+        )
+
+    def after(self, report: DeliveryReport, attempt: int) -> tuple[DeliveryStatus, float]:
+        """Return where a row stands after a try, and in how many seconds the next one is due."""
+        if report.ok:
+            return DeliveryStatus.DELIVERED, 0.0
+        if report.is_permanent or attempt >= self.max_attempts:
+            return DeliveryStatus.DEAD, 0.0
+        if report.retry_after_s is None:
+            return DeliveryStatus.DUE, backoff_s(attempt)
+        return DeliveryStatus.DUE, min(max(report.retry_after_s, _SHORTEST_S), LONGEST_ASKED_S)

@@ -1,0 +1,210 @@
+"""The worker of an open store: first tries at once, and whatever is due."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from agent_gateway_store.delivery.claims import Delivery, claim, notifiers_with_due_rows
+from agent_gateway_store.delivery.marks import Mark, Marks
+from agent_gateway_store.delivery.policy import Policy
+from agent_gateway_store.delivery.target import Target
+from agent_gateway_store.errors import GatewayStoreError
+from agent_gateway_store.hooks import Dispatcher
+from agent_gateway_store.models.delivery import DeliveryStatus
+from agent_gateway_store.models.values import Notice
+from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.database import Work
+
+__all__ = ["DeliveryWorker"]
+
+_LAST_MARKS_S = 2.0
+
+_logger = logging.getLogger("agent_gateway_store.notifications")
+
+
+class DeliveryWorker:
+    """Sends the rows of the outbox. Any number of workers, in any number of processes, share the work.
+
+    A notice arrives at least once, always under the same `delivery_id`. To one notifier, the decision about an approval
+    is not sent before the notice that asked for it has arrived or was given up; beyond that there is no order.
+
+    Args:
+        work: Where the rows are.
+        dispatcher: To the notifiers; open.
+        names: Of the notifiers that are loaded here; the rows of others are left alone.
+        settings: The NOTIFICATION settings, and PLUGIN_TIMEOUT_SECONDS.
+    """
+
+    def __init__(self, work: Work, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings) -> None:
+        self.policy = Policy.of(settings)
+        self.delivered = 0
+        self._work = work
+        self._marks = Marks(work, self._written)
+        self._targets = {name: Target(name, dispatcher, self._marks, self.policy) for name in names}
+        self._feeding: dict[str, asyncio.Task[None]] = {}
+        self._others: set[asyncio.Task[None]] = set()
+        self._is_down = False
+        self._closing = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The notifiers that are loaded here."""
+        return tuple(self._targets)
+
+    def start(self) -> None:
+        """Look for due rows from now on, in the background."""
+        if self._targets:
+            self._begin(self._poll(None))
+
+    def send(self, notice: Notice, mine: Mapping[str, UUID]) -> None:
+        """Try to deliver a notice at once, in the background.
+
+        Args:
+            notice: What to tell; its `delivery_id` means nothing.
+            mine: Notifier to delivery id, of rows that were just committed with a lease. What another notifier of this
+                process is to be told waits for an earlier notice about the same approval.
+        """
+        send_before = time.monotonic() + self.policy.send_within_s
+        for name, target in self._targets.items():
+            if (delivery_id := mine.get(name)) is not None:
+                told = notice.model_copy(update={"delivery_id": delivery_id})
+                target.put([Delivery(delivery_id, name, notice.approval_id, 1, told, send_before)])
+            elif target.has_in_hand(notice.approval_id):
+                target.held.add(notice.approval_id)
+            else:
+                self._begin(self._follow(target, {notice.approval_id}))
+
+    async def run(self, *, once: bool, org_id: str | None = None) -> int:
+        """Send what is due.
+
+        Args:
+            once: True returns when nothing is due any more; False goes on until it is cancelled.
+            org_id: Only this organisation's; None: all.
+
+        Returns:
+            How many notices arrived meanwhile.
+
+        Raises:
+            StoreUnavailableError: With `once`: the database is away.
+        """
+        before = self.delivered
+        if once:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for target in self._targets.values():
+                        tasks.create_task(self._feed(target, org_id))
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from None
+        else:
+            await self._poll(org_id)
+        return self.delivered - before
+
+    async def close(self, timeout_s: float) -> None:
+        """Claim no more, let what is here arrive, and put back what has not within `timeout_s` seconds.
+
+        Notices that wait for one of those are sent, too. If the database cannot be told, rows are sent again when their
+        lease ends.
+        """
+        self._closing = True
+        await _end(list(self._feeding.values()))
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._is_quiet:
+                    for target in self._targets.values():
+                        await target.idle()
+                    await self._marks.flush()
+                    if self._others:
+                        await asyncio.wait(self._others)
+        except TimeoutError:
+            pass
+        finally:
+            await _end(list(self._others))
+            for target in self._targets.values():
+                await target.close()
+            try:
+                async with asyncio.timeout(_LAST_MARKS_S):
+                    await self._marks.flush()
+            except TimeoutError:
+                await self._marks.drop()
+
+    @property
+    def _is_quiet(self) -> bool:
+        return self._marks.is_empty and not self._others and all(each.is_idle for each in self._targets.values())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+
+    async def _poll(self, org_id: str | None) -> None:
+        while not self._closing:
+            try:
+                for name in await notifiers_with_due_rows(self._work, org_id):
+                    if name in self._targets and name not in self._feeding:
+                        self._start_feeding(name, org_id)
+                self._note_database(None)
+            except GatewayStoreError as exc:
+                self._note_database(exc)
+            await asyncio.sleep(self.policy.poll_s)
+
+    def _start_feeding(self, name: str, org_id: str | None) -> None:
+        async def feed() -> None:
+            try:
+                await self._feed(self._targets[name], org_id)
+            except GatewayStoreError as exc:
+                self._note_database(exc)
+            finally:
+                del self._feeding[name]
+
+        self._feeding[name] = asyncio.get_running_loop().create_task(feed())
+
+    async def _feed(self, target: Target, org_id: str | None) -> None:
+        """Claim and send until nothing is due for this notifier."""
+        is_last = False
+        while not self._closing:
+            await target.ease()
+            room = target.room
+            claimed = await claim(self._work, target.name, room, self.policy, org_id=org_id)
+            target.put(claimed)
+            if len(claimed) == room:
+                is_last = False
+                continue
+            await target.idle()
+            await self._marks.flush()
+            # Those that waited for what has just arrived may be due now.
+            if not claimed and is_last:
+                return
+            is_last = not claimed
+
+    async def _follow(self, target: Target, approval_ids: set[UUID]) -> None:
+        """Claim what waited for notices of these approvals."""
+        try:
+            target.put(await claim(self._work, target.name, len(approval_ids), self.policy, approval_ids=approval_ids))
+        except GatewayStoreError as exc:
+            self._note_database(exc)
+
+    def _written(self, marks: Sequence[Mark]) -> None:
+        by_notifier: dict[str, list[Mark]] = {}
+        for mark in marks:
+            self.delivered += mark.status is DeliveryStatus.DELIVERED
+            by_notifier.setdefault(mark.delivery.notifier, []).append(mark)
+        for name, written in by_notifier.items():
+            if freed := self._targets[name].written(written):
+                self._begin(self._follow(self._targets[name], freed))
+
+    def _note_database(self, error: GatewayStoreError | None) -> None:
+        if error is not None and not self._is_down:
+            _logger.warning("Notices wait: %s", error)
+        self._is_down = error is not None
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)

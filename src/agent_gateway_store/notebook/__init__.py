@@ -1,0 +1,6 @@
+"""For notebooks: `plot` draws what the store answers, `inbox` is the desk of an approver. Needs the extra `notebook`."""
+
+from agent_gateway_store.notebook import plot
+from agent_gateway_store.notebook.desk import inbox
+
+__all__ = ["inbox", "plot"]

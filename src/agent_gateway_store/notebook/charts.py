@@ -1,0 +1,82 @@
+"""What the plots have in common: fields with names of our own, text that no renderer takes for markup, one look."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.results.cells import visible
+from agent_gateway_store.results.tones import HEX
+
+if TYPE_CHECKING:
+    import altair as alt
+
+__all__ = ["DECISION_COLOURS", "WIDTH", "altair", "finish", "nothing", "safe", "safe_column"]
+
+WIDTH = 640
+_LABEL_CHARS = 60
+DECISION_COLOURS = {
+    "ALLOW": HEX["good"],
+    "SANITIZE_AND_ALLOW": HEX["info"],
+    "APPROVAL_REQUIRED": HEX["wait"],
+    "DENY": HEX["bad"],
+}
+_INK, _DIM, _GRID = "#24292f", "#59636e", "#e3e7eb"
+
+
+def altair() -> Any:
+    """Return the module `altair`.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import altair
+    except ImportError as exc:
+        raise MissingExtraError("plot", extra="notebook") from exc
+    return altair
+
+
+def safe(value: Any, *, most: int = _LABEL_CHARS) -> str:
+    """Return text that may stand in a chart.
+
+    Altair writes its HTML with the data inside a script element, unescaped: `</script>` in the name of a tool would
+    end it. So the less-than sign becomes its full-width form; control characters become visible, long text is cut.
+    """
+    text = visible(str(value)).replace("<", "\uff1c")
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def safe_column(values: Any) -> list[str]:
+    """Return a column's values as such texts."""
+    return [safe(value) for value in values]
+
+
+def nothing(title: str | None, default: str, what: str) -> alt.Chart:
+    """Return a chart that says that there is nothing to draw."""
+    alt = altair()
+    frame = {"values": [{"said": f"No {what} in this result."}]}
+    chart = alt.Chart(alt.Data(**frame)).mark_text(size=14, color=_DIM).encode(text="said:N")
+    return finish(chart.properties(width=WIDTH, height=80), title or default, "")
+
+
+def finish(chart: Any, title: str, subtitle: str) -> Any:
+    """Return the chart with its title and the look of all of them."""
+    alt = altair()
+    lines = alt.TitleParams(
+        text=safe(title, most=120),
+        subtitle=[safe(subtitle, most=160)] if subtitle else [],
+        anchor="start",
+        fontSize=15,
+        subtitleFontSize=12,
+        color=_INK,
+        subtitleColor=_DIM,
+        offset=12,
+    )
+    axis = {"gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID, "labelColor": _INK, "titleColor": _DIM}
+    return (
+        chart.properties(title=lines, background="white", padding=12)
+        .configure_view(stroke=None)
+        .configure_axis(**axis, labelFontSize=11, titleFontSize=11, titleFontWeight="normal", labelLimit=220)
+        .configure_legend(orient="top", title=None, labelFontSize=11, labelColor=_INK, symbolType="square", offset=4)
+    )

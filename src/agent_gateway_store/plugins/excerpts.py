@@ -1,0 +1,54 @@
+"""Parts of a notice made fit for a message of limited size. What is cut is cut visibly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["MARK", "cut", "fit_arguments"]
+
+MARK = "…"
+MAX_DEPTH = 20
+"""How deep arguments are shown."""
+
+
+def cut(text: str, limit: int) -> str:
+    """Return at most `limit` characters of `text`; what was cut ends in an ellipsis."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}{MARK}"
+
+
+def fit_arguments(arguments: Mapping[str, Any], max_bytes: int) -> tuple[dict[str, Any], bool]:
+    """Return arguments whose JSON is at most `max_bytes` long, and whether anything was cut.
+
+    Long texts are cut first, ever shorter; then long lists and objects; last of all everything.
+    """
+    for limit in (None, 2000, 400, 80, 20):
+        shown: dict[str, Any] = _shown(arguments, limit, 0)
+        if len(json.dumps(shown).encode()) <= max_bytes:
+            return shown, shown != arguments
+    return {MARK: "too long to be shown"}, True
+
+
+def _shown(value: Any, limit: int | None, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        return MARK
+    if isinstance(value, str):
+        return value if limit is None else cut(value, limit)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        # Python refuses to write out integers of more than 4300 digits, and JSON readers round long before.
+        return value if abs(value) < 2**63 else cut(hex(value), limit or 2000)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+        kept = pairs if limit is None else pairs[:limit]
+        shown = {_shown(str(key), limit, depth): _shown(each, limit, depth + 1) for key, each in kept}
+        return shown if len(kept) == len(pairs) else shown | {MARK: f"{len(pairs) - len(kept)} more"}
+    if isinstance(value, list | tuple):
+        items = [_shown(each, limit, depth + 1) for each in (value if limit is None else value[:limit])]
+        return items if len(items) == len(value) else [*items, f"{MARK} {len(value) - len(items)} more"]
+    return str(value)

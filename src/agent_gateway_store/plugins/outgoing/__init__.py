@@ -1,0 +1,1 @@
+"""HTTP from the bundled notifiers to the outside: which addresses, how long, how much."""

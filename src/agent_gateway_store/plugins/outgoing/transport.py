@@ -1,0 +1,231 @@
+"""One POST: to judged addresses only, within a deadline, reading little."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.parse import unquote
+
+import httpcore
+
+from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.plugins.outgoing.addresses import AddressPolicy
+from agent_gateway_store.plugins.outgoing.targets import Target, target_of
+
+__all__ = ["Answer", "Resolve", "Transport", "resolve"]
+
+DRAIN_SECONDS = 0.25
+"""How long the rest of an answer may take whose body nobody asked for."""
+
+ATTEMPT_SECONDS = 2.0
+"""How long one of several addresses may take to accept a connection."""
+
+KEEP_ALIVE_SECONDS = 15.0
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back.
+
+    Attributes:
+        status: HTTP status.
+        headers: By lower-case name; of several of one name, the last.
+        body: At most as much as was asked for.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """Return the addresses of a host name, as the machine's resolver gives them."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+class Transport:
+    """Posts over HTTP/1.1. Follows no redirect, keeps no cookie, reads no proxy variable, decompresses nothing.
+
+    A name is resolved once for a connection, every address is judged, and the connection goes to a judged address:
+    between the look and the leap there is no second look-up. TLS and the `Host` header keep the name. Connections are
+    kept for 15 seconds and closed when the event loop winds up; it may be used from one event loop after another.
+
+    Args:
+        policy: Which addresses are allowed. None: any, for URLs that the operator gave.
+        proxy: `http://[user:password@]host:port` of an HTTP proxy, which then resolves names and connects; only its own
+            address is connected to, unjudged.
+        ca_file: Certificates to trust in place of the well-known ones.
+        resolver: How names are resolved.
+        max_connections: At most this many at a time.
+    """
+
+    def __init__(
+        self,
+        policy: AddressPolicy | None,
+        *,
+        proxy: str | None = None,
+        ca_file: str | None = None,
+        resolver: Resolve = resolve,
+        max_connections: int = 20,
+    ) -> None:
+        self._policy = policy
+        self._proxy = _proxy_of(proxy) if proxy else None
+        self._ca_file = ca_file
+        self._backend = _JudgingBackend(None if proxy else policy, resolver)
+        self._max_connections = max_connections
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pool: httpcore.AsyncConnectionPool | None = None
+        self._ssl_context: ssl.SSLContext | None = None
+
+    async def post(
+        self, target: Target, *, body: bytes, headers: Mapping[str, str], timeout_s: float, max_body: int = 0
+    ) -> Answer:
+        """Send `body` and return the answer, whatever its status.
+
+        Args:
+            target: Where to.
+            body: Sent as it is.
+            headers: Besides `Host`, `Content-Length`, `User-Agent` and `Accept`.
+            timeout_s: Seconds for everything: look-up, connection, request, answer.
+            max_body: Bytes of the answer to return. 0: it is only taken off the line, for a quarter of a second.
+
+        Raises:
+            NotDeliveredError: No answer came, or a longer one than asked for.
+            RefusedAddressError: The host leads to an address that is not allowed.
+        """
+        if target.address is not None and self._policy is not None:
+            self._policy.judge([str(target.address)])
+        try:
+            async with asyncio.timeout(timeout_s) as deadline:
+                return await self._post(target, body, headers, max_body, deadline)
+        except TimeoutError:
+            raise NotDeliveredError(f"{target.host} did not answer within {timeout_s:g} seconds.") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, httpcore.ProxyError) as exc:
+            raise NotDeliveredError(f"{target.host} gave no answer ({type(exc).__name__}).") from exc
+        except (OSError, UnicodeError) as exc:
+            raise NotDeliveredError(f"{target.host} cannot be reached ({type(exc).__name__}).") from exc
+
+    async def _post(
+        self, target: Target, body: bytes, headers: Mapping[str, str], max_body: int, deadline: asyncio.Timeout
+    ) -> Answer:
+        sent = {"Host": target.authority, "User-Agent": "agent-gateway-store", "Accept": "*/*"}
+        url = httpcore.URL(
+            scheme=target.scheme.encode(), host=target.host.encode(), port=target.port, target=target.path.encode()
+        )
+        async with self._open().stream("POST", url, headers=list((sent | dict(headers)).items()), content=body) as got:
+            found = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in got.headers}
+            if not max_body:
+                # What was answered is known: a slow rest must not turn it into "no answer".
+                deadline.reschedule(None)
+            return Answer(got.status, found, await _body(got, max_body))
+
+    def _open(self) -> httpcore.AsyncConnectionPool:
+        loop = asyncio.get_running_loop()
+        if self._pool is None or self._loop is not loop:
+            self._loop, self._pool = loop, self._new_pool()
+            # Held by its own attribute: the loop keeps only a weak reference to a task.
+            self._keeper = loop.create_task(_keep(self._pool), name="gateway-store connections")
+        return self._pool
+
+    def _new_pool(self) -> httpcore.AsyncConnectionPool:
+        if self._ssl_context is None:
+            own = self._ca_file
+            self._ssl_context = ssl.create_default_context(cafile=own) if own else httpcore.default_ssl_context()
+        return httpcore.AsyncConnectionPool(
+            ssl_context=self._ssl_context,
+            proxy=self._proxy,
+            max_connections=self._max_connections,
+            keepalive_expiry=KEEP_ALIVE_SECONDS,
+            network_backend=self._backend,
+        )
+
+
+def _proxy_of(url: str) -> httpcore.Proxy:
+    scheme, _, rest = url.partition("://")
+    credentials, at, place = rest.rpartition("@")
+    target = target_of(f"{scheme}://{place}", allow_http=True)
+    user, _, password = (unquote(part) for part in credentials.partition(":"))
+    return httpcore.Proxy(f"{target.scheme}://{target.authority}", auth=(user, password) if at else None)
+
+
+async def _keep(pool: httpcore.AsyncConnectionPool) -> None:
+    # An event loop that ends cancels its tasks: then, and only there, the connections can be closed.
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await pool.aclose()
+
+
+async def _body(response: httpcore.Response, max_body: int) -> bytes:
+    read = bytearray()
+    try:
+        async with asyncio.timeout(None if max_body else DRAIN_SECONDS):
+            async for chunk in response.aiter_stream():
+                read += chunk
+                if len(read) > max(max_body, 16_384):
+                    break
+    except (TimeoutError, httpcore.NetworkError, httpcore.ProtocolError):
+        if max_body:
+            raise
+    if max_body and len(read) > max_body:
+        raise NotDeliveredError("The answer is longer than it can be.")
+    return bytes(read) if max_body else b""
+
+
+class _JudgingBackend(httpcore.AsyncNetworkBackend):
+    def __init__(self, policy: AddressPolicy | None, resolver: Resolve) -> None:
+        self._policy = policy
+        self._resolve = resolver
+        self._inner = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            answers = [str(ip_address(host))]
+        except ValueError:
+            answers = await self._resolve(host, port)
+        addresses = list(dict.fromkeys(answers))
+        if self._policy is not None:
+            addresses = [str(address) for address in self._policy.judge(answers)]
+        return await self._connect(addresses, port, timeout, local_address, socket_options)
+
+    async def _connect(
+        self,
+        addresses: list[str],
+        port: int,
+        timeout: float | None,
+        local_address: str | None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None,
+    ) -> httpcore.AsyncNetworkStream:
+        failure: Exception = httpcore.ConnectError("no address")
+        started = time.monotonic()
+        for index, address in enumerate(addresses):
+            # One that does not answer must not use up the time of the next; the last may take what the caller gives.
+            share = timeout if index == len(addresses) - 1 else ATTEMPT_SECONDS
+            if timeout is not None and share is not None:
+                share = min(share, max(0.0, timeout - (time.monotonic() - started)))
+            try:
+                return await self._inner.connect_tcp(address, port, share, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
+                failure = exc
+        raise failure
+
+    async def connect_unix_socket(self, *_: object, **__: object) -> httpcore.AsyncNetworkStream:
+        raise httpcore.ConnectError("sockets in the file system are not used")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

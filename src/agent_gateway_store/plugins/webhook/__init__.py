@@ -1,0 +1,34 @@
+"""Notifier `webhook`: signed posts to receivers of your own, and the check for the receiving end.
+
+Contributes one notifier for each receiver in the settings; none while nothing is configured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agent_gateway_store.hooks import hookimpl
+from agent_gateway_store.plugins.webhook.notifier import WebhookNotifier
+from agent_gateway_store.plugins.webhook.receiver import Received, WebhookReceiver
+from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings
+
+if TYPE_CHECKING:
+    from agent_gateway_store.settings import StoreSettings
+
+__all__ = [
+    "Received",
+    "WebhookEndpoint",
+    "WebhookNotifier",
+    "WebhookReceiver",
+    "WebhookSettings",
+    "gateway_store_register_notifiers",
+]
+
+
+@hookimpl
+def gateway_store_register_notifiers(settings: StoreSettings) -> list[WebhookNotifier]:
+    """Contribute a notifier for each receiver that `AGENT_GATEWAY_STORE_WEBHOOK_...` names."""
+    own = WebhookSettings()
+    # A little less than the plugin has, so that the reason is told by us.
+    timeout_s = max(settings.plugin_timeout_seconds - 0.5, settings.plugin_timeout_seconds / 2)
+    return [WebhookNotifier(endpoint, own, name=name, timeout_s=timeout_s) for name, endpoint in own.receivers.items()]

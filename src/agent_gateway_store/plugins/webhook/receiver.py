@@ -1,0 +1,112 @@
+"""The other end: checks a webhook before it is believed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import SecretStr
+
+from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.plugins.webhook.settings import key_of
+
+__all__ = ["Received", "WebhookReceiver"]
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A webhook whose signature is right.
+
+    Attributes:
+        id: `webhook-id`: the delivery id. Stable over tries, so it tells a repetition.
+        type: `approval.requested` or `approval.decided`.
+        timestamp: When it happened, as ISO 8601 text.
+        data: The notice.
+        is_repeat: True if this receiver has had this id before: answer 2xx, and do nothing.
+    """
+
+    id: str
+    type: str
+    timestamp: str
+    data: dict[str, Any]
+    is_repeat: bool
+
+
+class WebhookReceiver:
+    """Verifies webhooks of this package, and remembers their ids. May be used from several threads.
+
+    The memory is this process's, and bounded: with several processes, or across restarts, keep the id in a column with
+    a unique constraint. A captured webhook is refused when it is five minutes old.
+
+    Args:
+        secrets: The secrets of the sender; any of them will do.
+        remember: How many ids to keep.
+
+    Raises:
+        MissingExtraError: The extra `webhook` is not installed.
+        ValueError: A secret has the wrong form, or there is none.
+    """
+
+    def __init__(self, secrets: Iterable[str | SecretStr], *, remember: int = 10_000) -> None:
+        try:
+            from standardwebhooks import Webhook
+        except ImportError as exc:
+            raise MissingExtraError("Verifying webhooks", extra="webhook") from exc
+        texts = [secret.get_secret_value() if isinstance(secret, SecretStr) else secret for secret in secrets]
+        if not texts:
+            raise ValueError("A receiver needs at least one secret.")
+        self._verifiers = [Webhook(key_of(text)) for text in texts]
+        self._remember = remember
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def verify(self, body: bytes, headers: Mapping[str, str]) -> Received | None:
+        """Return what was received; None if its signature, its age or its form is wrong. Raises nothing.
+
+        An id is remembered by this call; if handling it fails, `forget` it, and the sender's next try is taken.
+
+        Args:
+            body: The bytes as they came: not parsed and written again.
+            headers: In any case of letters.
+        """
+        try:
+            own = {name.lower(): value for name, value in headers.items()}
+            if not any(_is_valid(verifier, body, own) for verifier in self._verifiers):
+                return None
+            content, delivery_id = json.loads(body), own["webhook-id"]
+            parts = content["type"], content["timestamp"], content["data"]
+            if not (isinstance(parts[0], str) and isinstance(parts[1], str) and isinstance(parts[2], dict)):
+                return None
+            return Received(delivery_id, *parts, is_repeat=self._is_repeat(delivery_id))
+        except Exception:
+            return None
+
+    def forget(self, delivery_id: str) -> None:
+        """Take the next try of `delivery_id` as new."""
+        with self._lock:
+            self._seen.pop(delivery_id, None)
+
+    def _is_repeat(self, delivery_id: str) -> bool:
+        with self._lock:
+            known = delivery_id in self._seen
+            self._seen[delivery_id] = None
+            self._seen.move_to_end(delivery_id)
+            while len(self._seen) > self._remember:
+                self._seen.popitem(last=False)
+            return known
+
+
+def _is_valid(verifier: Any, body: bytes, headers: dict[str, str]) -> bool:
+    # The library raises errors of many types on hostile headers, and gives up at the first odd entry of the signature
+    # header; each entry is shown to it alone.
+    for signature in headers["webhook-signature"].split(" ")[:16]:
+        try:
+            verifier.verify(body, headers | {"webhook-signature": signature}, json_parse=False)
+        except Exception:  # noqa: S112 - any error means: not valid
+            continue
+        return True
+    return False

@@ -1,0 +1,63 @@
+"""Several Redis commands in one round trip, on one connection of redis-py's pool.
+
+redis-py's own pipeline costs half as much again as the round trip itself. Where a client's connections are not plain
+ones of redis-py (a sentinel's, or a double for tests) the pipeline is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.exceptions import ResponseError
+
+from agent_gateway_store.storage.cache import RedisClient
+
+__all__ = ["Command", "exchange"]
+
+Command: TypeAlias = Sequence[Any]
+
+
+async def exchange(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
+    """Send `commands` together and return one reply for each; an error that a command met is its reply.
+
+    Text in replies is bytes, or `str` from some clients that decode. A task that is cancelled leaves no unread reply to
+    whoever uses the connection next.
+
+    Raises:
+        RedisError, OSError: The server did not answer, or not in time.
+    """
+    pool = client.connection_pool
+    if not _is_plain(pool):
+        pipeline = client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return list(await pipeline.execute(raise_on_error=False))
+    connection = await pool.get_connection()
+    try:
+        await connection.send_packed_command(connection.pack_commands(commands))
+        return [await _reply(connection) for _ in commands]
+    except BaseException:
+        await connection.disconnect(nowait=True)
+        raise
+    finally:
+        await pool.release(connection)
+
+
+async def _reply(connection: Any) -> Any:
+    try:
+        return await connection.read_response(disable_decoding=True)
+    except ResponseError as exc:
+        return exc
+
+
+def _is_plain(pool: Any) -> bool:
+    kind = getattr(pool, "connection_class", None)
+    return (
+        isinstance(pool, ConnectionPool)
+        and isinstance(kind, type)
+        and issubclass(kind, AbstractConnection)
+        and kind.send_packed_command is AbstractConnection.send_packed_command
+        and kind.read_response is AbstractConnection.read_response
+    )

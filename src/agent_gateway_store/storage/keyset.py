@@ -1,0 +1,88 @@
+"""Opaque keyset cursors: where a page ended, so that rows added since do not shift the next one.
+
+A cursor holds a position and the digest of the listing that it belongs to: its filters and its organisation. A position
+gives nothing away and releases nothing, so it is not signed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import struct
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from agent_gateway_store.errors import InvalidCursorError
+
+__all__ = ["decode_cursor", "encode_cursor", "foreign_cursor", "pack", "scope_of", "unpack"]
+
+_VERSION = 1
+_POSITION = struct.Struct(">QQ")
+_FIRST = datetime.min.replace(tzinfo=UTC)
+_TICK = timedelta(microseconds=1)
+_SCOPE_BYTES = 8
+_LONGEST = 8_192
+
+
+def scope_of(listing: str, org_id: str | None, filters: Any) -> bytes:
+    """Return what binds a cursor to its listing.
+
+    Args:
+        listing: Its name.
+        org_id: The organisation that the store is bound to.
+        filters: JSON value, or something whose text tells it apart.
+    """
+    text = json.dumps([listing, org_id, filters], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).digest()[:_SCOPE_BYTES]
+
+
+def encode_cursor(scope: bytes, at: datetime, row_id: int) -> str:
+    """Return the cursor behind the row with this time and id."""
+    return pack(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id))
+
+
+def decode_cursor(scope: bytes, cursor: str) -> tuple[datetime, int]:
+    """Return the time and id that `cursor` stands for.
+
+    Raises:
+        InvalidCursorError: It did not come from this listing.
+    """
+    try:
+        ticks, row_id = _POSITION.unpack(unpack(scope, cursor))
+        if row_id < 2**63:
+            return _FIRST + ticks * _TICK, row_id
+    except (struct.error, OverflowError):
+        pass
+    raise foreign_cursor()
+
+
+def pack(scope: bytes, payload: bytes) -> str:
+    """Return an opaque text that holds `payload` for this listing."""
+    return base64.urlsafe_b64encode(bytes([_VERSION]) + scope + payload).rstrip(b"=").decode()
+
+
+def unpack(scope: bytes, cursor: str) -> bytes:
+    """Return the payload of `cursor`.
+
+    Raises:
+        InvalidCursorError: It did not come from this listing.
+    """
+    start = bytes([_VERSION]) + scope
+    try:
+        if len(cursor) <= _LONGEST:
+            data = base64.b64decode(cursor.encode() + b"=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+            payload = data[len(start) :]
+            if data.startswith(start) and pack(scope, payload) == cursor:
+                return payload
+    except (ValueError, TypeError, binascii.Error, AttributeError):
+        pass
+    raise foreign_cursor()
+
+
+def foreign_cursor() -> InvalidCursorError:
+    """Return the error for a cursor that a listing did not hand out."""
+    return InvalidCursorError(
+        "This cursor is not of this listing with these filters: start again without one, or give the same filters."
+    )
