@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from sqlalchemy import make_url, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker
@@ -320,9 +321,11 @@ async def failing(url: str, *statements: str) -> BaseException:
     return caught.value
 
 
-async def test_a_refused_port_is_an_outage() -> None:
-    """Nobody listens there."""
-    error = await failing(f"postgresql://user:{PASSWORD}@127.0.0.1:1/db")
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_refused_port_is_an_outage(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """Nobody listens there, whichever event loop says so."""
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        error = runner.run(failing(f"postgresql://user:{PASSWORD}@127.0.0.1:1/db"))
 
     assert type(error) is errors.StoreUnavailableError
     assert "check that it runs" in str(error)

@@ -21,6 +21,7 @@ _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClient
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
 _ROW_FAULTS = (ValueError, TypeError, OverflowError, IntegrityError, sqlite3.IntegrityError, sqlite3.DataError)
 _DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.storage.driver")
+_PLUMBING = sys.stdlib_module_names | {"uvloop", "winloop"}
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
@@ -61,9 +62,9 @@ def database_errors(doing: str) -> Iterator[None]:
 
 
 def _from_driver(exc: BaseException) -> bool:
-    """True if the innermost frame outside the standard library is the driver's, or of those who lend it."""
+    """True if the innermost frame outside the event loop is the driver's, or of those who lend it."""
     names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(exc.__traceback__)]
-    foreign = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+    foreign = [name for name in names if name.partition(".")[0] not in _PLUMBING]
     return bool(foreign) and f"{foreign[-1]}.".startswith(tuple(f"{module}." for module in _DRIVER_MODULES))
 
 
