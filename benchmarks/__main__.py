@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import servers  # noqa: E402
-from benchmarks import approvals, audit_writes, building, keys, memory  # noqa: E402
+from benchmarks import approvals, audit_writes, building, deliveries, keys, memory  # noqa: E402
 from benchmarks.report import Figure, as_json, print_table  # noqa: E402
 
 
@@ -46,6 +46,8 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
     if "approvals" in arguments.only:
         with servers.RedisServer() as redis:
             figures += asyncio.run(approvals.measure(url, redis.url, repeat=repeat, scale=scale))
+    if "deliveries" in arguments.only:
+        figures += asyncio.run(deliveries.measure(url, repeat=repeat, scale=scale))
     if "keys" in arguments.only:
         figures += asyncio.run(keys.measure(url, repeat=repeat, scale=scale))
     if "memory" in arguments.only:
@@ -55,7 +57,7 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
 
 def main() -> None:
     """Read the arguments, find a server, measure, print."""
-    parts = ["building", "audit", "sqlite", "approvals", "keys", "memory"]
+    parts = ["building", "audit", "sqlite", "approvals", "deliveries", "keys", "memory"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--postgres-url", help="an empty database on a server with fsync=on")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)

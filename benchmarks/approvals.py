@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -45,7 +46,8 @@ async def rate(work: Callable[[Any], Awaitable[Any]], items: Sequence[Any], call
 
 
 async def measure(url: str, redis_url: str, *, repeat: int, scale: float) -> list[Figure]:
-    """Measure on PostgreSQL and Redis, in turn with the limits."""
+    """Measure on PostgreSQL and Redis, in turn with the limits. There is no notifier, so no step writes to the outbox."""
+    os.environ["AGENT_GATEWAY_STORE_LOAD_PLUGINS"] = ""
     hits = [
         Figure(f"check_token, Redis hit, {callers} callers", "checks/s", "redis GET + json.loads", 0.7)
         for callers in (1, CALLERS)
@@ -152,37 +154,40 @@ async def _text_json(connection: asyncpg.Connection) -> None:
 
 
 async def _wake(waiting: GatewayStore, deciding: GatewayStore, redis_url: str, figure: Figure, count: int) -> None:
-    """From the end of the commit in one store to the end of the wait in another."""
+    """From the end of the commit in one store to the end of the wait in another; in turn with publishing.
+
+    One task waits for each of `count` approvals; a hundred of them are decided, one at a time. Both stores and the
+    limit share one process and one event loop.
+    """
     tokens = [await waiting.approvals.issue_token(ask()) for _ in range(count)]
     woken: dict[str, float] = {}
     committed: list[float] = []
-    signals = deciding._core.signals
-    publish = signals.publish
+    publishing: list[float] = []
+    decided = deciding.approvals._decided
 
-    async def noting(key: str) -> None:
+    async def noting(*args: Any) -> Any:
         committed.append(time.perf_counter())
-        await publish(key)
+        return await decided(*args)
 
     async def wait(token: str) -> None:
         await waiting.approvals.wait_for_decision(token, timeout_s=60)
         woken[token] = time.perf_counter()
 
-    tasks = [asyncio.create_task(wait(token)) for token in tokens]
-    await asyncio.sleep(1.5)
-    signals.publish = noting  # type: ignore[method-assign]
-    for token in tokens[:100]:
-        await deciding.approvals.approve(token, "alice")
-        await asyncio.sleep(0.01)
-    signals.publish = publish  # type: ignore[method-assign]
+    async with redis.asyncio.from_url(redis_url) as client:
+        tasks = [asyncio.create_task(wait(token)) for token in tokens]
+        await asyncio.sleep(1.5)
+        subscribed = await client.client_list(_type="pubsub")
+        figure.facts = {"waiters": count, "connections subscribed": len(subscribed)}
+        deciding.approvals._decided = noting  # type: ignore[method-assign]
+        for token in tokens[:100]:
+            await deciding.approvals.approve(token, "alice")
+            await asyncio.sleep(0.01)
+            start = time.perf_counter()
+            await client.publish("benchmark", "x")
+            publishing.append(time.perf_counter() - start)
+        deciding.approvals._decided = decided  # type: ignore[method-assign]
     delays = [woken[token] - at for token, at in zip(tokens, committed, strict=False) if token in woken]
-    client = redis.asyncio.from_url(redis_url)
-    publishing = []
-    for _ in range(200):
-        start = time.perf_counter()
-        await client.publish("benchmark", "x")
-        publishing.append(time.perf_counter() - start)
-    figure.facts = {"waiters": count, "woken": len(delays)}
-    await client.aclose()
+    figure.facts["woken"] = len(delays)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -32,7 +32,7 @@ store = await GatewayStore().open()
 page = await store.audit.list_recent(limit=20)
 page  # the last line of a cell is shown as a table
 # --8<-- [end:look]
-assert "<td>read_file</td>" in page._repr_html_()
+assert ">read_file</td>" in page._repr_html_()
 
 # --8<-- [start:frame]
 import pandas

@@ -30,7 +30,7 @@ or a password.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -64,7 +64,18 @@ __all__ = [
 
 
 class GatewayStoreError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Root of every error this package raises on purpose. Every one can be pickled, with its attributes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What an error is built from is not what it says: the usual way would call its class with its text.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[GatewayStoreError], args: tuple[Any, ...], facts: dict[str, Any]) -> GatewayStoreError:
+    error = kind.__new__(kind, *args)
+    super(GatewayStoreError, error).__init__(*args)
+    error.__dict__.update(facts)
+    return error
 
 
 class ApprovalError(GatewayStoreError, ValueError):

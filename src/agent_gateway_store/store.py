@@ -11,6 +11,7 @@ from typing import Any, Self
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.approval.shared import Shared
 from agent_gateway_store.audit import AuditLog
 from agent_gateway_store.audit.metrics import observe
 from agent_gateway_store.audit.preparing import Preparing
@@ -97,6 +98,7 @@ class GatewayStore:
             outbox=core.outbox,
             signals=core.signals,
             vetoes=core.vetoes,
+            shared=core.shared,
         )
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, self.settings, org_id=org_id)
         self._notifications = Notifications(core.database, core.outbox, org_id=org_id)
@@ -223,6 +225,7 @@ class _Core:
         )
         self.redis = Accelerator(redis or self._own_redis)
         self.signals = Signals(self.redis, database)
+        self.shared = Shared(self.signals, trust_s=settings.approval_cache_seconds)
         self.hasher = Hasher(rounds=settings.bcrypt_rounds)
         self.key_cache = KeyCache(
             self.hasher,

@@ -19,12 +19,13 @@ from typing import Any, Self, TypeVar
 
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditLog
+from agent_gateway_store.delivery import Notifications
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["SyncApprovalManager", "SyncAuditLog", "SyncGatewayStore", "SyncKeyManager"]
+__all__ = ["SyncApprovalManager", "SyncAuditLog", "SyncGatewayStore", "SyncKeyManager", "SyncNotifications"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -183,6 +184,7 @@ def twin_of(cls: type[Any]) -> type[Any]:
 SyncAuditLog: Any = twin_of(AuditLog)
 SyncApprovalManager: Any = twin_of(ApprovalManager)
 SyncKeyManager: Any = twin_of(KeyManager)
+SyncNotifications: Any = twin_of(Notifications)
 _StoreTwin: Any = twin_of(GatewayStore)
 
 
@@ -198,6 +200,7 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
         self._audit = SyncAuditLog(store.audit, portal)
         self._approvals = SyncApprovalManager(store.approvals, portal)
         self._keys = SyncKeyManager(store.keys, portal)
+        self._notifications = SyncNotifications(store.notifications, portal)
 
     @property
     def audit(self) -> Any:
@@ -213,6 +216,11 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
     def keys(self) -> Any:
         """Issue and verify API keys."""
         return self._keys
+
+    @property
+    def notifications(self) -> Any:
+        """What notifiers were told, and what they could not be told yet."""
+        return self._notifications
 
     @property
     def settings(self) -> StoreSettings:

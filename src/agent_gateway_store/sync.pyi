@@ -4,16 +4,18 @@ from collections import Counter
 from collections.abc import AsyncIterable, Iterable, Mapping
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 from uuid import UUID
 
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision
+from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page
@@ -26,6 +28,7 @@ __all__ = [
     "SyncAuditLog",
     "SyncGatewayStore",
     "SyncKeyManager",
+    "SyncNotifications",
 ]
 
 class SyncAuditLog:
@@ -56,6 +59,9 @@ class SyncAuditLog:
 
     def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
         """Return the `limit` newest events."""
+
+    def search(self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]) -> Page[AuditEvent]:
+        """Return events that match every filter (see `Filters`), newest first, ties broken by id."""
 
 class SyncApprovalManager:
     def issue_token(self, request: ApprovalRequest, *, call: ToolCall | None = None) -> str:
@@ -145,6 +151,30 @@ class SyncKeyManager:
     def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
         """Return key rows, newest first by id."""
 
+class SyncNotifications:
+    def list(
+        self,
+        status: DeliveryStatus | str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+        *,
+        notifier: str | None = None,
+        approval_id: UUID | str | None = None,
+    ) -> Page[NotificationDelivery]:
+        """Return deliveries, newest first. `next_cursor` leads on; new deliveries do not move it."""
+
+    def counts(self) -> Page[dict[str, Any]]:
+        """Count what has not arrived, a line for each notifier."""
+
+    def redrive(self, delivery_id: UUID | str | None = None, *, notifier: str | None = None) -> int:
+        """Send dead letters again: one, or all. They keep their delivery id and have all their tries before them."""
+
+    def run(self, *, once: bool = False) -> int:
+        """Send what is due to the notifiers of this process. Any number of processes may do so at once."""
+
+    def prune(self, older_than: timedelta) -> int:
+        """Delete the record of notices that arrived longer ago than `older_than`; returns how many."""
+
 class SyncGatewayStore:
     @property
     def settings(self) -> StoreSettings:
@@ -172,6 +202,10 @@ class SyncGatewayStore:
     @property
     def keys(self) -> SyncKeyManager:
         """Issue and verify API keys."""
+
+    @property
+    def notifications(self) -> SyncNotifications:
+        """What notifiers were told, and what they could not be told yet."""
 
     @property
     def plugins(self) -> Plugins:

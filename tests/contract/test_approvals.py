@@ -228,10 +228,13 @@ async def test_wrong_use_is_refused(store: GatewayStore) -> None:
         await store.approvals.approve(token)
     with pytest.raises(ValueError, match="MAYBE"):
         await store.approvals.list_requests(status="MAYBE")
-    with pytest.raises(ValueError, match="limit must be 1 or more"):
-        await store.approvals.list_requests(limit=0)
-    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
-        await store.approvals.expire_stale(batch_size=0)
+    for limit in (0, -1, 2**31, 2**63, 10**5000):
+        with pytest.raises(ValueError, match="limit must be 1 to 2,147,483,647: for more approvals"):
+            await store.approvals.list_requests(limit=limit)
+    for batch_size in (0, 10_001, 2**63):
+        with pytest.raises(ValueError, match="batch_size must be 1 to 10,000: "):
+            await store.approvals.expire_stale(batch_size=batch_size)
+    assert len(await store.approvals.list_requests(limit=2**31 - 1)) == len(await store.approvals.list_requests())
     for cursor in ("x", "", "é", "MDAwMS0wMS0wMVQwMDowMDowMCsyMzowMHwx", "MjAyNi0wMS0wMVQwMDowMDowMHwx"):
         with pytest.raises(errors.InvalidCursorError, match="start again without one"):
             await store.approvals.list_requests(cursor=cursor)

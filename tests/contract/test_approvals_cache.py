@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -15,7 +15,7 @@ from contract_helpers import CALL, approved, counted_statements, make_request
 
 import servers
 from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, errors
-from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.accelerator import Accelerator, Entry
 
 pytestmark = pytest.mark.integration
 
@@ -152,10 +152,10 @@ class GatedRedis(Accelerator):
         super().__init__(client)
         self.gate, self.waits = asyncio.Event(), asyncio.Event()
 
-    async def put_newer(self, key: str, entry: Mapping[str, Any], *, version: int, ttl_s: float) -> bool:
+    async def put_newer(self, entries: Sequence[Entry], *, message: tuple[str, str] | None = None) -> bool:
         self.waits.set()
         await self.gate.wait()
-        return await super().put_newer(key, entry, version=version, ttl_s=ttl_s)
+        return await super().put_newer(entries, message=message)
 
 
 async def test_older_version_never_replaces_a_newer_one(store: GatewayStore, client: redis.asyncio.Redis) -> None:
@@ -237,14 +237,20 @@ async def test_garbage_in_redis_is_no_answer(store: GatewayStore, client: redis.
     assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)).status == "USED"
 
 
-async def test_entry_of_another_kind_is_no_answer(store: GatewayStore, client: redis.asyncio.Redis) -> None:
-    """A key that holds a list rather than text is a miss."""
+async def test_entry_of_another_kind_is_no_answer_and_is_replaced(
+    store: GatewayStore, client: redis.asyncio.Redis
+) -> None:
+    """A key that holds a list rather than text is a miss, which the next read of SQL mends; Redis stays in use."""
     token = await store.approvals.issue_token(make_request())
-    await client.delete(f"approval:{token}")
-    await client.lpush(f"approval:{token}", "x")
+    for key in (f"approval:{token}", f"approval-token:{await id_of(store, token)}"):
+        await client.delete(key)
+        await client.lpush(key, "x")
 
     assert (await store.approvals.check_token(token)).status == "PENDING"
-    assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
+    assert store._core.redis.is_available
+    assert (await entry(client, token))["status"] == "PENDING"
+    assert (await store.approvals.approve(approval_id=await id_of(store, token), approver_id="a")).status == "APPROVED"
+    assert (await entry(client, token))["status"] == "APPROVED"
 
 
 @pytest.mark.parametrize("token", ["\ud800-unspeakable", "t" * 10_000], ids=["surrogate", "long"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import threading
 import time
@@ -302,9 +303,10 @@ async def test_keys_are_listed_from_the_newest(store: GatewayStore) -> None:
     shown = f"{page.to_dicts()}{page._repr_html_()}{page!r}"
     assert "$2b$" not in shown
     assert not any(key.plaintext.get_secret_value() in shown for key in issued)
-    for wrong in ({"limit": -1}, {"offset": -1}):
-        with pytest.raises(ValueError, match="limit and offset must be zero or more"):
-            await store.keys.list(**wrong)
+    for name, value in itertools.product(("limit", "offset"), (-1, 2**31, 2**63, 10**5000)):
+        with pytest.raises(ValueError, match=f"{name} must be 0 to 2,147,483,647: "):
+            await store.keys.list(**{name: value})
+    assert len(await store.keys.list(limit=2**31 - 1)) == 3
 
 
 async def test_event_loop_runs_on_while_bcrypt_works(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:

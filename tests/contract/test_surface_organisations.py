@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.integration
 
 MARK = "belongs-to-globex"
 """Stands in everything that the other organisation has written."""
-TABLES = ("audit_events", "api_keys", "approval_requests", "approval_votes")
+TABLES = ("audit_events", "api_keys", "approval_requests", "approval_votes", "notification_deliveries")
 
 SameNames = {"request_id": "r-1", "caller_id": "dev-agent"}
 
@@ -36,6 +37,8 @@ class Other:
     tokens: dict[str, str] = field(default_factory=dict)
     ids: dict[str, UUID] = field(default_factory=dict)
     cursor: str | None = None
+    deliveries: list[UUID] = field(default_factory=list)
+    delivery_cursor: str | None = None
 
 
 async def settle(view: GatewayStore, mark: str, make_event: Callable[..., AuditEvent]) -> Other:
@@ -54,7 +57,26 @@ async def settle(view: GatewayStore, mark: str, make_event: Callable[..., AuditE
             await view.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
         other.ids[status] = (await view.approvals.check_token(token)).approval_id
     other.cursor = (await view.approvals.list_requests(limit=1)).next_cursor
+    await settle_deliveries(other)
     return other
+
+
+async def settle_deliveries(other: Other) -> None:
+    """Let its notices arrive; then some are dead letters, and some wait for a notifier that is not here."""
+    notifications = other.view.notifications
+    while await notifications.list("DUE"):
+        await asyncio.sleep(0.01)
+    async with other.view.database.write() as connection:
+        for status, notifier, event in (("DEAD", "log", "decision"), ("DUE", MARK, "pending")):
+            await connection.execute(
+                text(
+                    "UPDATE notification_deliveries SET status = :status, notifier = :notifier, last_error = :mark "
+                    "WHERE org_id = 'globex' AND event = :event AND id % 2 = 0"
+                ),
+                {"status": status, "notifier": notifier, "event": event, "mark": MARK},
+            )
+    first = await notifications.list(limit=1)
+    other.deliveries, other.delivery_cursor = [row.delivery_id for row in await notifications.list()], first.next_cursor
 
 
 Case = Callable[[GatewayStore, Other, Callable[..., AuditEvent]], Any]
@@ -135,15 +157,31 @@ CASES: dict[str, Case] = {
     "keys.list": lambda view, other, _: [view.keys.list(limit=1000), view.keys.list(offset=0)],
 }
 
+CASES |= {
+    "notifications.list": lambda view, other, _: [
+        view.notifications.list(limit=1000),
+        *(view.notifications.list(status) for status in ("DUE", "DELIVERED", "DEAD")),
+        *(view.notifications.list(approval_id=each) for each in other.ids.values()),
+        view.notifications.list(cursor=other.delivery_cursor),
+    ],
+    "notifications.counts": lambda view, other, _: [view.notifications.counts()],
+    "notifications.redrive": lambda view, other, _: [
+        view.notifications.redrive(),
+        *(view.notifications.redrive(each) for each in other.deliveries),
+    ],
+    "notifications.run": lambda view, other, _: [view.notifications.run(once=True)],
+    "notifications.prune": lambda view, other, _: [view.notifications.prune(timedelta())],
+}
+
 PROPERTIES = {"audit.counters"}
 """What a process counts of itself; numbers only."""
 
 
 def surface() -> set[str]:
-    """Every public method and property of the three services."""
+    """Every public method and property of the four services."""
     store = GatewayStore("sqlite://", redis_url="")
     found = set()
-    for service in ("audit", "approvals", "keys"):
+    for service in ("audit", "approvals", "keys", "notifications"):
         kind = type(getattr(store, service))
         public = [name for name in dir(kind) if not name.startswith("_")]
         found |= {
@@ -215,6 +253,7 @@ async def test_nothing_of_the_other_organisation_is_shown_or_changed(
         if name != "approvals.issue_token":  # which is told of the id and the token that it brings itself
             assert not [each for each in other.ids.values() if str(each) in everything], name
         assert other.key.api_key.key_id not in everything, name
+        assert not [each for each in other.deliveries if str(each) in everything], name
         assert await rows(store) == before, name
 
 

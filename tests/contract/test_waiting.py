@@ -100,7 +100,7 @@ async def test_cancelled_waiters_leave_nothing_and_disturb_nobody(store: Gateway
 async def test_waiters_of_one_approval_share_their_reads(
     store: GatewayStore, other: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decision costs one read, not one for each of a hundred waiters."""
+    """A decision costs one read at most, not one for each of a hundred waiters."""
     token = await store.approvals.issue_token(ask())
     waiting = [asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=20)) for _ in range(100)]
     await until(lambda: topics(store) == 1)
@@ -118,7 +118,7 @@ async def test_waiters_of_one_approval_share_their_reads(
     await asyncio.gather(*waiting)
 
     # A poll may fall into the same moment.
-    assert 1 <= reads <= 3
+    assert reads <= 3
 
 
 async def test_a_deadline_that_passes_ends_the_wait(store: GatewayStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections import Counter
@@ -56,7 +57,7 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
     async def watched(self: Accelerator, key: str) -> Any:
         found = await get(self, key)
         kind, _, name = key.partition(":")
-        if found is not None and kind == "approval" and found[0]["token_sha256"] != token_digest(name):
+        if found is not None and kind == "approval" and json.loads(found[0])["token_sha256"] != token_digest(name):
             mixed_up.append(key)
         return found
 

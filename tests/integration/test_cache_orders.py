@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -13,7 +13,7 @@ import pytest
 import redis.asyncio
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
-from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.accelerator import Accelerator, Entry
 from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
@@ -37,13 +37,13 @@ class Held(Accelerator):
         self.arrived.set()
         await self.may_go.wait()
 
-    async def get(self, key: str) -> tuple[dict[str, Any], int] | None:
+    async def get(self, key: str) -> tuple[bytes | str, int] | None:
         await self._wait()
         return await super().get(key)
 
-    async def put_newer(self, key: str, entry: Mapping[str, Any], *, version: int, ttl_s: float) -> bool:
+    async def put_newer(self, entries: Sequence[Entry], *, message: tuple[str, str] | None = None) -> bool:
         await self._wait()
-        return await super().put_newer(key, entry, version=version, ttl_s=ttl_s)
+        return await super().put_newer(entries, message=message)
 
     async def delete(self, key: str) -> None:
         await self._wait()

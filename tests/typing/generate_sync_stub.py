@@ -16,13 +16,14 @@ from pathlib import Path
 from agent_gateway_store import sync
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditLog
+from agent_gateway_store.delivery import Notifications
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.store import GatewayStore
 
 STUB = Path(sync.__file__).with_suffix(".pyi")
-TWINS = {cls.__name__: f"Sync{cls.__name__}" for cls in (ApprovalManager, AuditLog, GatewayStore, KeyManager)}
+TWINS = {cls.__name__: f"Sync{cls.__name__}" for cls in (ApprovalManager, AuditLog, GatewayStore, KeyManager, Notifications)}
 
-_CLASSES = (AuditLog, ApprovalManager, KeyManager, GatewayStore)
+_CLASSES = (AuditLog, ApprovalManager, KeyManager, Notifications, GatewayStore)
 _ATTRIBUTES = {
     GatewayStore: (
         "    @property\n    def settings(self) -> StoreSettings:\n",

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from agent_gateway_store.keys.flight import SingleFlight
+from agent_gateway_store.storage.flight import SingleFlight
 from agent_gateway_store.keys.lru import Lru
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Self
@@ -18,10 +19,11 @@ from agent_gateway_store.approval.listing import COLUMNS
 from agent_gateway_store.approval.notifier import notice_of
 from agent_gateway_store.approval.recording import Later, Outbox, record
 from agent_gateway_store.approval.rows import Name, request_of, result_of, standing
+from agent_gateway_store.approval.shared import Shared
 from agent_gateway_store.approval.statements import CANCEL, DENY, READ, Key
+from agent_gateway_store.approval.told import Look, news_of
 from agent_gateway_store.approval.transitions import requests
 from agent_gateway_store.approval.vetoing import require_no_veto
-from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.hooks.vetoes import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
@@ -30,6 +32,7 @@ from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import Database, Runner, SessionWork, Work
 from agent_gateway_store.storage.prepared import Prepared
@@ -38,6 +41,7 @@ from agent_gateway_store.storage.signals import Signals
 __all__ = ["COLUMNS", "ApprovalManager"]
 
 _PENDING = ApprovalStatus.PENDING
+_LARGEST_BATCH = 10_000
 
 
 class ApprovalManager:
@@ -77,14 +81,16 @@ class ApprovalManager:
         outbox: Outbox | None = None,
         signals: Signals | None = None,
         vetoes: Vetoes | None = None,
+        shared: Shared | None = None,
     ) -> Self:
         """Return a manager that opens its own transactions.
 
         Notices go through `outbox`; waiters everywhere hear of a decision by `signals`; before a vote
-        or a denial `vetoes` are asked.
+        or a denial `vetoes` are asked. `shared` is what the views of one store have in common.
         """
         manager = cls.__new__(cls)
-        manager._set(database, redis, settings, org_id, outbox or Later(()), signals)
+        shared = shared or Shared(signals, trust_s=settings.approval_cache_seconds)
+        manager._set(database, redis, settings, org_id, outbox or Later(()), shared)
         manager._vetoes = vetoes
         # Redis would answer where the store is not open, too.
         manager._check_home = database.check_home
@@ -97,9 +103,10 @@ class ApprovalManager:
         settings: StoreSettings,
         org_id: str | None,
         outbox: Outbox,
-        signals: Signals | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        self._signals, self._waiting = signals, Waiting(signals)
+        self._shared = shared or Shared(None, trust_s=settings.approval_cache_seconds)
+        self._signals = self._shared.signals
         self._work, self._settings, self._org_id, self._outbox = work, settings, org_id, outbox
         self._entries = Entries(redis, trust_s=settings.approval_cache_seconds)
         self._check_home: Callable[[], None] = lambda: None
@@ -143,7 +150,8 @@ class ApprovalManager:
 
         Args:
             token: As returned by `issue_token`.
-            fresh: True reads SQL; otherwise the answer may be APPROVAL_CACHE_SECONDS old.
+            fresh: True reads SQL, by itself; otherwise the answer may be APPROVAL_CACHE_SECONDS old, and any number of
+                tasks that find nothing in Redis share their reads of SQL.
 
         Raises:
             ApprovalNotFoundError: No approval has this token.
@@ -153,12 +161,22 @@ class ApprovalManager:
         self._check_home()
         if not fresh and (known := await self._entries.get(token, org_id=self._org_id)) is not None:
             return known
+        if fresh:
+            found = await self._look_up(token)
+        else:
+            found = await self._shared.checks.run((self._org_id, token), lambda: self._look_up(token))
+        if found is None:
+            raise ApprovalNotFoundError
+        return result_of(found, token)
+
+    async def _look_up(self, token: str) -> ApprovalRequest | None:
+        row = await self._row(token)
+        return None if row is None else await self._remember(row, token)
+
+    async def _row(self, token: str) -> Mapping[str, Any] | None:
         name = Name(token, None, self._org_id)
         async with self._work.lend("read") as runner:
-            row = await READ[name.by].first(runner, name.values)
-        if row is None:
-            raise ApprovalNotFoundError
-        return result_of(await self._remember(row, token), token)
+            return await READ[name.by].first(runner, name.values)
 
     async def approve(
         self,
@@ -287,14 +305,16 @@ class ApprovalManager:
         """
         _require_text(token)
         self._check_home()
-        return await self._waiting.until_decided(token, lambda: self._read(token), timeout_s=timeout_s)
+        return await self._shared.waiting.until_decided(
+            self._org_id, token, lambda: self._read(token), timeout_s=timeout_s
+        )
 
-    async def _read(self, token: str) -> ApprovalResult:
-        async with self._work.lend("read") as runner:
-            found = await standing(runner, Name(token, None, self._org_id))
-        if found is None:
+    async def _read(self, token: str) -> Look:
+        asked_at = time.monotonic()
+        row = await self._row(token)
+        if row is None:
             raise ApprovalNotFoundError
-        return result_of(found, token)
+        return Look.at(result_of(request_of(row), token), read_at=row["read_at"], asked_at=asked_at)
 
     async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
         """Return the approval of this id, without its token.
@@ -316,15 +336,14 @@ class ApprovalManager:
 
         Args:
             status: Only these, as a reader sees them (EXPIRED from the deadline on). None: all.
-            limit: At most so many.
+            limit: At most so many, 1 to 2^31 - 1.
             cursor: `next_cursor` of the page before.
 
         Raises:
             InvalidCursorError: The cursor did not come from this listing.
-            ValueError: There is no such status, or `limit` is below 1.
+            ValueError: There is no such status, or `limit` is out of range.
         """
-        if limit < 1:
-            raise ValueError(f"limit must be 1 or more, not {limit}.")
+        require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
         wanted = None if status is None else ApprovalStatus(status)
         async with self._work.read() as executor:
             return await listing.page(executor, *self._mine(), status=wanted, limit=limit, cursor=cursor)
@@ -335,13 +354,12 @@ class ApprovalManager:
         Any number of processes may sweep at once; each approval is swept by one.
 
         Args:
-            batch_size: How many are written in one transaction.
+            batch_size: How many are written in one transaction, 1 to 10,000.
 
         Raises:
-            ValueError: `batch_size` is below 1.
+            ValueError: `batch_size` is out of range.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, not {batch_size}.")
+        require_between("batch_size", batch_size, 1, _LARGEST_BATCH, hint="every batch is swept until none is left")
         swept, is_more = 0, True
         while is_more:
             async with self._work.write() as executor:
@@ -379,22 +397,41 @@ class ApprovalManager:
         self, row: Mapping[str, Any], token: str | None, mine: Mapping[UUID, Mapping[str, UUID]]
     ) -> ApprovalResult:
         known = token or await self._entries.token_of(row["approval_id"])
-        request = await self._remember(row, known)
+        request = request_of(row)
+        if request.status is _PENDING or self._signals is None:
+            await self._keep(row, request, known)
+        else:
+            key = str(request.approval_id)
+            news = news_of(request, token_sha256=row["token_sha256"], read_at=row["read_at"])
+            await self._keep(row, request, known, message=self._signals.message(key, news))
+            self._signals.wake(key, news)
         if request.status is not _PENDING:
-            if self._signals is not None:
-                await self._signals.publish(str(request.approval_id))
             self._outbox.send(notice_of(request, "decision"), mine.get(request.approval_id, {}))
         return result_of(request, token)
 
-    async def _remember(self, row: Mapping[str, Any], token: str | None) -> ApprovalRequest:
+    async def _remember(self, row: Mapping[str, Any], token: str) -> ApprovalRequest:
         request = request_of(row)
+        await self._keep(row, request, token)
+        return request
+
+    async def _keep(
+        self,
+        row: Mapping[str, Any],
+        request: ApprovalRequest,
+        token: str | None,
+        *,
+        message: tuple[str, str] | None = None,
+    ) -> None:
         read_at: datetime = row["read_at"]
         ends = max(filter(None, (request.expires_at, request.use_before)), default=read_at)
-        if token is not None:
-            life_s = (ends - read_at).total_seconds()
-            digest = row["token_sha256"]
-            await self._entries.put(request, token, token_sha256=digest, life_s=life_s, read_at=read_at)
-        return request
+        await self._entries.put(
+            request,
+            token,
+            token_sha256=row["token_sha256"],
+            life_s=(ends - read_at).total_seconds(),
+            read_at=read_at,
+            message=message,
+        )
 
 
 def _require_text(token: Any) -> None:

@@ -23,7 +23,7 @@ from sqlalchemy import (
     select,
     true,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from agent_gateway_store.approval.statements import INSERT, insert_request
 from agent_gateway_store.approval.transitions import returned
@@ -87,16 +87,18 @@ def _utc_text(moment: ColumnElement[Any]) -> ColumnElement[str]:
 
 def _insert_and_tell(dialect: str) -> Any:
     new = insert_request(dialect).cte("new")
-    told = func.jsonb_each_text(bindparam("p_deliveries", type_=JSONB())).table_valued("key", "value", name="told")
+    told = func.unnest(
+        bindparam("p_notifiers", type_=ARRAY(Text())), bindparam("p_delivery_ids", type_=ARRAY(Uuid()))
+    ).table_valued(column("notifier", Text()), column("delivery_id", Uuid()), name="told")
+    told = told.render_derived()
     lease_s: ColumnElement[Any] = bindparam("p_lease_s", type_=Float(53))
     facts = func.jsonb_build_object(
         *(literal_column("'created_at'"), _utc_text(new.c.created_at)),
         *(literal_column("'expires_at'"), _utc_text(new.c.expires_at)),
-        *(literal_column("'delivery_id'"), told.c.value),
+        *(literal_column("'delivery_id'"), told.c.delivery_id),
     )
     rows = select(
-        cast(told.c.value, Uuid()),
-        *(new.c.org_id, new.c.approval_id, told.c.key, literal_column("'pending'")),
+        *(told.c.delivery_id, new.c.org_id, new.c.approval_id, told.c.notifier, literal_column("'pending'")),
         bindparam("p_notice", type_=JSONB()).op("||")(facts),
         literal_column("'DUE'"),
         case((lease_s.is_(None), literal_column("0")), else_=literal_column("1")),
@@ -199,8 +201,8 @@ async def insert_and_tell(
     notice = _pending(values)
     if dialect_of(runner) == "postgresql":
         shown = notice.model_dump(mode="json", exclude={"created_at", "expires_at", "delivery_id"})
-        to = {name: str(delivery_id) for name, delivery_id in told.items()}
-        given = {**values, "p_notice": shown, "p_deliveries": to, "p_lease_s": outbox.lease_s}
+        to = {"p_notifiers": list(told), "p_delivery_ids": list(told.values())}
+        given = {**values, **to, "p_notice": shown, "p_lease_s": outbox.lease_s}
         row = await _INSERT_AND_TELL.first(runner, given)
     else:
         row = await INSERT.first(runner, values)

@@ -4,12 +4,14 @@ who wait for the same approval."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
 
 from agent_gateway_store.approval.told import Look, believed
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.storage.flight import NextFlight, SingleFlight
 from agent_gateway_store.storage.signals import Signals, Topic
 
 __all__ = ["Waiting"]
@@ -18,8 +20,11 @@ _POLL_S = 0.25
 _AFTER_DEADLINE_S = 0.01
 
 
+_Looking: TypeAlias = Callable[[], Coroutine[Any, Any, Look]]
+
+
 class Waiting:
-    """The waiting tasks of one manager.
+    """The waiting tasks of one store.
 
     Args:
         signals: Tells of decisions made elsewhere; None: they are found by polling.
@@ -29,27 +34,31 @@ class Waiting:
     def __init__(self, signals: Signals | None, *, trust_s: float) -> None:
         self._signals = signals
         self._trust_s = trust_s
-        self._reads: dict[tuple[str, int], asyncio.Task[Look]] = {}
+        self._first_looks: NextFlight[Look] = NextFlight()
+        self._looks: SingleFlight[Look] = SingleFlight()
 
-    async def until_decided(self, token: str, look: Callable[[], Awaitable[Look]], *, timeout_s: float) -> ApprovalResult:
-        """Return what `look` or a signal says once that is not PENDING, or at the timeout (seconds)."""
+    async def until_decided(
+        self, org_id: str | None, token: str, look: _Looking, *, timeout_s: float
+    ) -> ApprovalResult:
+        """Return what `look` or a signal says once that is not PENDING, or at the timeout (seconds).
+
+        Tasks that wait for the same token on behalf of the same organisation share what they see.
+        """
         end = asyncio.get_running_loop().time() + timeout_s
-        result = (await look()).result
+        result = (await self._first_looks.run((org_id, token), look)).result
         if not _is_open(result) or timeout_s <= 0:
             return result
         if self._signals is None:
-            return await self._until(token, look, Topic(), end)
+            return await self._until(org_id, token, look, Topic(), end)
         with self._signals.listening(str(result.approval_id)) as topic:
-            return await self._until(token, look, topic, end)
+            return await self._until(org_id, token, look, topic, end)
 
-    async def _until(
-        self, token: str, look: Callable[[], Awaitable[Look]], topic: Topic, end: float
-    ) -> ApprovalResult:
+    async def _until(self, org_id: str | None, token: str, look: _Looking, topic: Topic, end: float) -> ApprovalResult:
         loop = asyncio.get_running_loop()
         while True:
-            # Before the look, so that a decision between the two is noticed.
+            # Before the look, so that a decision between the two is noticed; who joins a look joins one since then.
             seen = topic.generation
-            last = await self._shared(token, seen, look)
+            last = await self._looks.run((org_id, token, seen), look)
             left = end - loop.time()
             if not _is_open(last.result) or left <= 0:
                 return last.result
@@ -59,16 +68,6 @@ class Waiting:
                 told = believed(topic.news, token, last, trust_s=self._trust_s)
                 if told is not None:
                     return told
-
-    async def _shared(self, token: str, generation: int, read: Callable[[], Awaitable[Look]]) -> Look:
-        """Join the read that is under way since the same signal, or begin one."""
-        key = (token, generation)
-        task = self._reads.get(key)
-        if task is None:
-            task = self._reads[key] = asyncio.ensure_future(read())
-            task.add_done_callback(lambda _: self._reads.pop(key, None))
-        # Shielded, because others may have joined.
-        return await asyncio.shield(task)
 
 
 def _is_open(result: ApprovalResult) -> bool:

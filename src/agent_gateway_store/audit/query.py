@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Unpack
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Unpack
 
+from sqlalchemy import Dialect
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.filters import Criteria, Filters, criteria
+from agent_gateway_store.audit.grouping import bucket_of, columns_of, grouped, stats_of
 from agent_gateway_store.audit.reading import events_of
 from agent_gateway_store.audit.statements import newest, parameters
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.scrub import storable_key
-from agent_gateway_store.results import Page
+from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.storage.database import SessionWork, Work
 from agent_gateway_store.storage.keyset import decode_cursor, encode_cursor
-from agent_gateway_store.storage.selecting import dialect_object, fetch
+from agent_gateway_store.storage.selecting import Query, dialect_object, fetch
 
 __all__ = ["COLUMNS", "AuditQuery"]
 
@@ -33,6 +36,7 @@ COLUMNS = (
 )
 _MOST = 100_000
 _NEVER = 2**62
+_SECOND = timedelta(seconds=1)
 
 
 class AuditQuery:
@@ -104,6 +108,45 @@ class AuditQuery:
             return _page(events)
         last = events[limit - 1]
         return _page(events[:limit], encode_cursor(found.scope, last.timestamp, last.id or 0))
+
+    async def stats(
+        self,
+        by: str | Sequence[str] | None = None,
+        bucket: timedelta | str | None = None,
+        **filters: Unpack[Filters],
+    ) -> Stats:
+        """Count events and their latencies, aggregated by the database.
+
+        Each row has the columns of its group, then `calls`, `denials` (DENY), `approvals` (APPROVAL_REQUIRED),
+        `errors` (TOOL_ERROR and TIMEOUT) and the latency percentiles 50, 95 and 99 in milliseconds: a latency that
+        occurred, the first whose rank is at least that share (SQL's `percentile_disc`; the same on both databases).
+        Rows come by time, then the largest group first.
+
+        Args:
+            by: Columns to group by: caller_id, tool_name, mcp_server, decision, risk_label, environment, ... An event
+                counts once for each of its risk labels, and under None without one. None: one row over everything.
+            bucket: Length of time buckets, such as "1h" or a timedelta of whole seconds; they begin with the UTC hour,
+                day or (Monday) week.
+            filters: See `Filters`.
+
+        Raises:
+            TypeError: There is no such filter, or a value has the wrong type.
+            ValueError: There is no such column, decision, status or time.
+        """
+        names, length = columns_of(by), bucket_of(bucket)
+        found = criteria(filters, org_id=self._org_id)
+        rows = await self._fetch_long(
+            lambda dialect: grouped(dialect, found, names, in_buckets=length is not None),
+            {**found.values, **({} if length is None else {"p_bucket": length, "p_bucket_s": length // _SECOND})},
+        )
+        return stats_of(rows, names, length)
+
+    async def _fetch_long(
+        self, query: Callable[[Dialect], Query], values: Mapping[str, Any]
+    ) -> Sequence[Sequence[Any]]:
+        async with self._work.lend("read") as runner:
+            dialect = dialect_object(runner)
+            return await fetch(runner, query(dialect), parameters(dialect, values))
 
     async def _newest(self, filters: Filters, *, limit: int, offset: int = 0) -> Page[AuditEvent]:
         for name, value in (("limit", limit), ("offset", offset)):

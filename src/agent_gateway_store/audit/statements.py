@@ -33,7 +33,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import JsonOf, UtcDateTime
 from agent_gateway_store.storage.selecting import Query, compiled
 
-__all__ = ["FIELDS", "JSON_FIELDS", "conditions", "newest", "parameters", "selected", "table"]
+__all__ = ["FIELDS", "JSON_FIELDS", "SameDialect", "conditions", "newest", "oldest", "parameters", "selected", "table"]
 
 table = AuditEvent.__table__  # type: ignore[attr-defined]
 
@@ -62,7 +62,7 @@ def newest(dialect: Dialect, found: Criteria, *, limit: int | None, offset: int 
         offset: Rows to pass by.
         is_after: Whether the page begins behind `p_at` and `p_id`.
     """
-    return _newest(dialect.name, found.shape, limit, offset, is_after, _Same(dialect))
+    return _newest(dialect.name, found.shape, limit, offset, is_after, SameDialect(dialect))
 
 
 def parameters(dialect: Dialect, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,21 +77,27 @@ def conditions(dialect: str, shape: _Shape) -> list[ColumnElement[bool]]:
     return [_condition(dialect, name, several) for name, several in shape]
 
 
-class _Same:
-    """Lets a dialect ride along in a cached call without being part of its key: its name is."""
+class SameDialect:
+    """A dialect that rides along in a cached call without being part of its key: its name is."""
 
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same)
+        return isinstance(other, SameDialect)
 
     def __hash__(self) -> int:
         return 0
 
 
+def oldest(dialect: Dialect, found: Criteria) -> Query:
+    """Return the SELECT of everything that matches, oldest first."""
+    statement = selected(dialect.name).where(*conditions(dialect.name, found.shape))
+    return compiled(statement.order_by(table.c.timestamp, table.c.id), dialect)
+
+
 @lru_cache(maxsize=512)
-def _newest(dialect: str, shape: _Shape, limit: int | None, offset: int, is_after: bool, same: _Same) -> Query:
+def _newest(dialect: str, shape: _Shape, limit: int | None, offset: int, is_after: bool, same: SameDialect) -> Query:
     statement = selected(dialect).where(*conditions(dialect, shape))
     statement = statement.order_by(table.c.timestamp.desc(), table.c.id.desc())
     if is_after:

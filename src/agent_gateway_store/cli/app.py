@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from agent_gateway_store.cli import approvals, audit, db, keys, plugins
+from agent_gateway_store.cli import approvals, audit, db, keys, notifications, plugins
 from agent_gateway_store.cli.demo import demo
 from agent_gateway_store.cli.doctor import doctor
 from agent_gateway_store.cli.faults import RootGroup
@@ -33,6 +33,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(audit.app, name="audit")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(plugins.app, name="plugins")
+app.add_typer(notifications.app, name="notifications")
 app.command("doctor")(doctor)
 
 

@@ -50,6 +50,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     if report.schema_is_current:
         try:
             await _check_approvals(report, ctx, settings)
+            await _check_notifications(report, ctx, settings)
         except Exception as exc:
             report.problem(*explain(exc))
     try:
@@ -103,4 +104,31 @@ async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSe
     if unknown:
         report.warning(
             f"{unknown} of the newest {len(used)} used approvals have no outcome: find out what became of their calls."
+        )
+
+
+async def _check_notifications(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
+    from agent_gateway_store.delivery import Notifications, StoreOutbox
+    from agent_gateway_store.hooks import Plugins
+    from agent_gateway_store.storage.database import Database
+
+    loaded = Plugins().notifiers(settings)
+    async with engine_for(settings.database_url) as engine:
+        database = Database(engine, owned=False)
+        database.bind()
+        outbox = StoreOutbox(database, settings)
+        counts = await Notifications(database, outbox, org_id=options_of(ctx).org).counts()
+    away = {row["notifier"]: row["waiting"] for row in counts if row["waiting"] and row["notifier"] not in loaded}
+    dead = sum(row["dead"] for row in counts)
+    report.facts["notifications"] = {
+        "waiting": sum(row["waiting"] for row in counts),
+        "due": sum(row["due"] for row in counts),
+        "dead": dead,
+        "not_loaded_here": sorted(away),
+    }
+    if dead:
+        report.warning(f"{dead} notices were given up: see `gateway-store notifications list --status DEAD`.")
+    for name, waiting in sorted(away.items()):
+        report.warning(
+            f"{waiting} notices wait for the notifier {name}, which is not loaded here: run a worker that has it."
         )

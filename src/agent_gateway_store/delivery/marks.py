@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -21,7 +22,7 @@ from agent_gateway_store.storage.prepared import Prepared
 
 __all__ = ["Mark", "Marks"]
 
-_LINGER_S = 0.02
+_LINGER_S = 0.2
 _RETRY_S = 1.0
 _MOST = 500
 
@@ -115,11 +116,14 @@ class Marks:
         self._written = written
         self._waiting: list[Mark] = []
         self._task: asyncio.Task[None] | None = None
+        self._urgent = asyncio.Event()
         self._delivered: dict[UUID, None] = {}
 
     def add(self, mark: Mark) -> None:
-        """Write it down soon."""
+        """Write it down soon: each commit costs the disk as much as one of the gateway's own."""
         self._waiting.append(mark)
+        if len(self._waiting) >= _MOST:
+            self._urgent.set()
         if mark.status is DeliveryStatus.DELIVERED:
             self._delivered[mark.delivery.delivery_id] = None
         if self._task is None:
@@ -134,9 +138,14 @@ class Marks:
         """True if everything is written."""
         return self._task is None
 
+    def hurry(self) -> None:
+        """Write what there is at once: somebody waits for it."""
+        self._urgent.set()
+
     async def flush(self) -> None:
-        """Wait until what has been added so far is written."""
+        """Write at once, and wait until it is done."""
         while self._task is not None:
+            self._urgent.set()
             await asyncio.wait({self._task})
 
     async def drop(self) -> None:
@@ -147,7 +156,9 @@ class Marks:
             self._task = None
 
     async def _write(self) -> None:
-        await asyncio.sleep(_LINGER_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                await self._urgent.wait()
         is_down = False
         while self._waiting:
             batch = self._waiting[:_MOST]
@@ -164,6 +175,7 @@ class Marks:
             for mark in batch:
                 self._delivered.pop(mark.delivery.delivery_id, None)
             self._written(batch)
+        self._urgent.clear()
         self._task = None
 
 

@@ -89,12 +89,14 @@ class StoreOutbox:
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
         if self._settings.notification_worker:
-            self._worker.send(notice, mine)
+            # Once the caller has its answer: preparing twenty tries takes as long as a fast commit.
+            asyncio.get_running_loop().call_soon(self._worker.send, notice, mine)
 
     async def close(self) -> None:
         """Let notices under way arrive, at most PLUGIN_TIMEOUT_SECONDS and a second; the rest stays DUE."""
         worker, dispatcher = self._worker, self._dispatcher
         timeout_s = self._settings.plugin_timeout_seconds + 1
+        await asyncio.sleep(0)  # what was handed over last is on its way now
         try:
             if worker is not None:
                 await worker.close(timeout_s)

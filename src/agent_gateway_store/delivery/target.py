@@ -141,3 +141,5 @@ class Target:
             self._usual_s += (report.seconds - self._usual_s) / 8
         finally:
             self._marks.add(mark)
+            if delivery.approval_id in self.held:
+                self._marks.hurry()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -42,14 +44,14 @@ class DeliveryWorker:
 
     def __init__(self, work: Work, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings) -> None:
         self.policy = Policy.of(settings)
-        self.delivered = 0
+        self._arrived: Counter[str] = Counter()
         self._work = work
         self._marks = Marks(work, self._written)
         self._targets = {name: Target(name, dispatcher, self._marks, self.policy) for name in names}
-        self._feeding: dict[str, asyncio.Task[None]] = {}
-        self._others: set[asyncio.Task[None]] = set()
+        self._fed: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_down = False
-        self._closing = False
+        self._closing = asyncio.Event()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,7 +61,7 @@ class DeliveryWorker:
     def start(self) -> None:
         """Look for due rows from now on, in the background."""
         if self._targets:
-            self._begin(self._poll(None))
+            self._begin(self._poll(None, at_once=False))
 
     def send(self, notice: Notice, mine: Mapping[str, UUID]) -> None:
         """Try to deliver a notice at once, in the background.
@@ -76,6 +78,7 @@ class DeliveryWorker:
                 target.put([Delivery(delivery_id, name, notice.approval_id, 1, told, send_before)])
             elif target.has_in_hand(notice.approval_id):
                 target.held.add(notice.approval_id)
+                self._marks.hurry()
             else:
                 self._begin(self._follow(target, {notice.approval_id}))
 
@@ -92,7 +95,7 @@ class DeliveryWorker:
         Raises:
             StoreUnavailableError: With `once`: the database is away.
         """
-        before = self.delivered
+        before = self._arrivals(org_id)
         if once:
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -101,8 +104,8 @@ class DeliveryWorker:
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
         else:
-            await self._poll(org_id)
-        return self.delivered - before
+            await self._poll(org_id, at_once=True)
+        return self._arrivals(org_id) - before
 
     async def close(self, timeout_s: float) -> None:
         """Claim no more, let what is here arrive, and put back what has not within `timeout_s` seconds.
@@ -110,64 +113,73 @@ class DeliveryWorker:
         Notices that wait for one of those are sent, too. If the database cannot be told, rows are sent again when their
         lease ends.
         """
-        self._closing = True
-        await _end(list(self._feeding.values()))
+        self._closing.set()
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._is_quiet:
                     for target in self._targets.values():
                         await target.idle()
                     await self._marks.flush()
-                    if self._others:
-                        await asyncio.wait(self._others)
+                    if self._tasks:
+                        await asyncio.wait(self._tasks)
         except TimeoutError:
             pass
         finally:
-            await _end(list(self._others))
             for target in self._targets.values():
                 await target.close()
+            await _end(list(self._tasks))
             try:
                 async with asyncio.timeout(_LAST_MARKS_S):
                     await self._marks.flush()
             except TimeoutError:
                 await self._marks.drop()
 
+    def _arrivals(self, org_id: str | None) -> int:
+        return self._arrived.total() if org_id is None else self._arrived[org_id]
+
     @property
     def _is_quiet(self) -> bool:
-        return self._marks.is_empty and not self._others and all(each.is_idle for each in self._targets.values())
+        return self._marks.is_empty and not self._tasks and all(each.is_idle for each in self._targets.values())
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._others.add(task)
-        task.add_done_callback(self._others.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _poll(self, org_id: str | None) -> None:
-        while not self._closing:
+    async def _poll(self, org_id: str | None, *, at_once: bool) -> None:
+        if not at_once:
+            await self._pause()
+        while not self._closing.is_set():
             try:
                 for name in await notifiers_with_due_rows(self._work, org_id):
-                    if name in self._targets and name not in self._feeding:
-                        self._start_feeding(name, org_id)
+                    if name in self._targets and name not in self._fed:
+                        self._fed.add(name)
+                        self._begin(self._feed_once(self._targets[name], org_id))
                 self._note_database(None)
             except GatewayStoreError as exc:
                 self._note_database(exc)
-            await asyncio.sleep(self.policy.poll_s)
+            await self._pause()
 
-    def _start_feeding(self, name: str, org_id: str | None) -> None:
-        async def feed() -> None:
-            try:
-                await self._feed(self._targets[name], org_id)
-            except GatewayStoreError as exc:
-                self._note_database(exc)
-            finally:
-                del self._feeding[name]
+    async def _pause(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.policy.poll_s):
+                await self._closing.wait()
 
-        self._feeding[name] = asyncio.get_running_loop().create_task(feed())
+    async def _feed_once(self, target: Target, org_id: str | None) -> None:
+        try:
+            await self._feed(target, org_id)
+        except GatewayStoreError as exc:
+            self._note_database(exc)
+        finally:
+            self._fed.discard(target.name)
 
     async def _feed(self, target: Target, org_id: str | None) -> None:
         """Claim and send until nothing is due for this notifier."""
         is_last = False
-        while not self._closing:
+        while True:
             await target.ease()
+            if self._closing.is_set():
+                return
             room = target.room
             claimed = await claim(self._work, target.name, room, self.policy, org_id=org_id)
             target.put(claimed)
@@ -191,7 +203,8 @@ class DeliveryWorker:
     def _written(self, marks: Sequence[Mark]) -> None:
         by_notifier: dict[str, list[Mark]] = {}
         for mark in marks:
-            self.delivered += mark.status is DeliveryStatus.DELIVERED
+            if mark.status is DeliveryStatus.DELIVERED and mark.delivery.notice is not None:
+                self._arrived[mark.delivery.notice.org_id] += 1
             by_notifier.setdefault(mark.delivery.notifier, []).append(mark)
         for name, written in by_notifier.items():
             if freed := self._targets[name].written(written):

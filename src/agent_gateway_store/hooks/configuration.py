@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from agent_gateway_store.hooks.text import describe, spoken
+from agent_gateway_store.hooks.text import MAX_ERROR, describe, mask_tokens, one_line
 
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
@@ -86,4 +86,4 @@ def _hidden(problem: str, given: Mapping[str, str]) -> str:
     for value in sorted(given.values(), key=len, reverse=True):
         if len(value) >= _SHORTEST_SECRET:
             problem = problem.replace(value, "***")
-    return spoken(problem)
+    return one_line(mask_tokens(problem))[:MAX_ERROR]

@@ -138,7 +138,7 @@ class Plugin:
         if (tell := self.caller(SETTINGS)) is None:
             return None
         told = tell()
-        return examine_settings(told[0] if told else None)
+        return examine_settings(told[0]) if told else None
 
     def forget_offer(self) -> None:
         """Forget what came of it when it was last asked for notifiers."""

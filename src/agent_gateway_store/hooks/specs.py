@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from agent_gateway_store.hooks.markers import hookspec
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from pydantic_settings import BaseSettings
     from typer import Typer
 
@@ -20,6 +22,7 @@ __all__ = [
     "gateway_store_approval_event",
     "gateway_store_audit_written",
     "gateway_store_before_audit_write",
+    "gateway_store_map_approver",
     "gateway_store_plugin_settings",
     "gateway_store_register_commands",
     "gateway_store_register_notifiers",
@@ -173,11 +176,33 @@ def gateway_store_register_commands(app: Typer) -> None:
 
 
 @hookspec
-def gateway_store_plugin_settings() -> type[BaseSettings]:
+def gateway_store_plugin_settings() -> type[BaseSettings] | None:
     """Tell which settings the plugin reads. `gateway-store plugins list` and `plugins check` look at them.
 
     Must not be async. The plugin itself builds the model, as a rule in `gateway_store_register_notifiers`.
 
     Returns:
-        A class of `pydantic_settings.BaseSettings` with an `env_prefix`, by which its variables are told from others.
+        A class of `pydantic_settings.BaseSettings` with an `env_prefix`, by which its variables are told from others;
+        None if there are none.
+    """
+
+
+@hookspec
+def gateway_store_map_approver(
+    channel: str, user_id: str, user_name: str, approval_id: UUID
+) -> str | Awaitable[str | None] | None:
+    """Say under which approver id somebody who clicked in a chat decides. Nobody's answer is a refusal.
+
+    May be sync or async; runs in a thread of the plugin's own, within a second and a half. The first plugin with an
+    answer counts, in the order of loading; one before it that raises, takes longer, or answers with anything but text
+    or None refuses the click.
+
+    Args:
+        channel: Where the click came from: `slack`.
+        user_id: The chat's id of the user, as in `U024BE7LH`; proven by the chat's signature.
+        user_name: What the chat calls the user. Chosen by the user: prove nothing by it.
+        approval_id: What is to be decided.
+
+    Returns:
+        The approver id that is written to the record, or None if the plugin does not know the user.
     """

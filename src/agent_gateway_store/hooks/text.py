@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator, Mapping
 
 __all__ = ["MAX_ERROR", "describe", "mask_tokens", "one_line", "spoken"]
 
 MAX_ERROR = 500
+_SHORTEST_SECRET = 4
 
 _API_KEY = re.compile(r"\bagw_[\w-]+")
 # The form of secrets.token_urlsafe(32). Demanding mixed case and a digit spares long names of tools.
@@ -53,9 +55,25 @@ def _text_of(error: BaseException) -> str:
     core = sys.modules.get("pydantic_core")
     if core is None or not isinstance(error, core.ValidationError):
         return str(error)
-    # Its own text repeats the input, which may be a secret.
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    return "; ".join(f"{'.'.join(map(str, each['loc'])) or error.title}: {each['msg']}" for each in found)
+    # Its own text repeats the input, which may be a secret; what a validator says may quote it.
+    told = []
+    for each in error.errors(include_url=False, include_context=False):
+        message = each["msg"]
+        for value in sorted(_texts_in(each["input"]), key=len, reverse=True):
+            message = message.replace(value, "***")
+        told.append(f"{message} ({'.'.join(map(str, each['loc'])) or error.title})")
+    return "; ".join(told)
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    if isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts_in(each)
 
 
 def spoken(text: str) -> str:

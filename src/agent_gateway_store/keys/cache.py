@@ -2,7 +2,8 @@
 
 Entries go by a keyed digest of the key, so no key is in memory after the call. An answer is trusted for a set time from
 before its row was read, and never beyond the key's own end; a change made here, or signalled by another process, ends
-the trust at once. Who signals are lost to, because Redis is away, hears late: after that time, not later.
+the trust at once. A signal that Redis does not take is sent again until it does; who hears none all the same, because
+they were cut off, trusts no longer than that time.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from agent_gateway_store.keys.checking import MOST_GOOD, MOST_WRONG, Checker, now
-from agent_gateway_store.keys.flight import SingleFlight
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.keys.lru import Lru
 from agent_gateway_store.models.identity import CallerIdentity
 from agent_gateway_store.storage.database import Executor
+from agent_gateway_store.storage.flight import SingleFlight
 from agent_gateway_store.storage.signals import Signals
 
 __all__ = ["REFUSED", "Good", "KeyCache", "Reading", "Refused"]
@@ -28,6 +29,7 @@ __all__ = ["REFUSED", "Good", "KeyCache", "Reading", "Refused"]
 _TOPIC = "api-key:"
 _UNKNOWN_S = 1.0
 _LAST_WRITES_S = 2.0
+_TELL_AGAIN_S = 0.25
 
 
 class Reading(NamedTuple):
@@ -174,10 +176,19 @@ class KeyCache:
             await self._signals.announce(executor, _TOPIC + key_id)
 
     async def publish(self, key_id: str) -> None:
-        """Drop `key_id` here, then tell every other process that it has changed."""
+        """Drop `key_id` here, then tell every other process that it has changed.
+
+        Where Redis does not answer they are told when it does, in the background, while any of them may trust the key.
+        """
         self.drop(key_id)
-        if self._signals is not None:
-            await self._signals.publish(_TOPIC + key_id)
+        if self._signals is not None and not await self._signals.publish(_TOPIC + key_id):
+            self.in_background(self._tell_late(self._signals, key_id, until=now() + self.trusted_s))
+
+    async def _tell_late(self, signals: Signals, key_id: str, *, until: float) -> None:
+        while self._is_open and now() < until:
+            await asyncio.sleep(_TELL_AGAIN_S)
+            if await signals.send(_TOPIC + key_id):
+                return
 
     def _heard(self, key_id: str | None) -> None:
         if key_id is None:

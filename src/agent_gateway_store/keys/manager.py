@@ -28,6 +28,7 @@ from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKe
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, storable_key
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import Executor, Work, db_now, first_row
 
 __all__ = ["COLUMNS", "KeyManager"]
@@ -266,10 +267,10 @@ class KeyManager:
         """Return key rows, newest first by id.
 
         Raises:
-            ValueError: `limit` or `offset` is negative.
+            ValueError: `limit` or `offset` is negative, or beyond what a database can count.
         """
-        if limit < 0 or offset < 0:
-            raise ValueError("limit and offset must be zero or more.")
+        require_between("limit", limit, 0, hint="for more keys, call again with offset")
+        require_between("offset", offset, 0, hint="count from the newest key")
         statement = select(_keys).order_by(_keys.c.id.desc()).limit(limit).offset(offset)
         if self._org_id is not None:
             statement = statement.where(_keys.c.org_id == self._org_id)

@@ -21,6 +21,7 @@ from agent_gateway_store.models.values import ApprovalStatus, ToolCall, Value
 
 __all__ = ["ApprovalRequest", "ApprovalResult", "ApprovalScope", "ApprovalVote", "VoteDecision", "hash_tool_call"]
 
+_MOST_APPROVERS = 2**31 - 1  # what the column holds
 _PENDING = text("status = 'PENDING'")
 
 
@@ -118,7 +119,7 @@ class ApprovalRequest(StoreModel, table=True):
     )
     output_payload: Any = Field(default=None, sa_type=Json(), nullable=True)
     output_hash: str | None = Field(default=None, sa_type=Text)
-    required_approvals: PositiveInt = Field(default=1, sa_type=Integer)
+    required_approvals: PositiveInt = Field(default=1, le=_MOST_APPROVERS, sa_type=Integer)
     approver_id: str | None = Field(default=None, sa_type=Text)
     decision_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
     approver_note: str = Field(default="", sa_type=Text)

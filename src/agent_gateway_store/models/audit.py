@@ -8,7 +8,9 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PlainValidator, StringConstraints
-from sqlalchemy import BigInteger, CheckConstraint, Float, Index, Text, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, Column, Float, Index, Text, UniqueConstraint
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import ColumnElement
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
@@ -161,3 +163,31 @@ class AuditEvent(StoreModel, table=True):
             key: Secret that keeps low-entropy arguments from being guessed; default: the setting HASH_KEY.
         """
         return hash_json(args, key=key)
+
+
+class _CurrentTransaction(ColumnElement[int]):
+    """The id of the transaction that inserts, which tells the rows of a snapshot. SQLite has one writer at a time."""
+
+    inherit_cache = True
+    type = BigInteger()
+
+
+@compiles(_CurrentTransaction)
+def _nothing(_element: _CurrentTransaction, _compiler: Any, **_options: Any) -> str:
+    return "NULL"
+
+
+@compiles(_CurrentTransaction, "postgresql")
+def _current(_element: _CurrentTransaction, _compiler: Any, **_options: Any) -> str:
+    return "(pg_current_xact_id()::text::bigint)"
+
+
+# A column of the table and no field of the event: it says when a row was committed, not what happened.
+_table = AuditEvent.__table__  # type: ignore[attr-defined]
+_table.append_column(Column("transaction_id", BigInteger, server_default=_CurrentTransaction()))
+Index(
+    None,
+    _table.c.transaction_id,
+    postgresql_where=_table.c.transaction_id.is_not(None),
+    sqlite_where=_table.c.transaction_id.is_not(None),
+)

@@ -1,4 +1,4 @@
-"""Put numbers and times into bins, before a chart is made of them: a chart gets a few hundred rows, whatever there was."""
+"""Put numbers and times into bins before a chart is made: it gets a few hundred rows, however many there were."""
 
 from __future__ import annotations
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.results.cells import visible
 from agent_gateway_store.results.tones import HEX
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import altair as alt
+
+    Chart: TypeAlias = alt.Chart | alt.LayerChart
 
 __all__ = ["DECISION_COLOURS", "WIDTH", "altair", "finish", "nothing", "safe", "safe_column"]
 
@@ -41,9 +45,9 @@ def safe(value: Any, *, most: int = _LABEL_CHARS) -> str:
     """Return text that may stand in a chart.
 
     Altair writes its HTML with the data inside a script element, unescaped: `</script>` in the name of a tool would
-    end it. So the less-than sign becomes its full-width form; control characters become visible, long text is cut.
+    end it. So the less-than sign becomes a single angle quotation mark; control characters are shown, long text is cut.
     """
-    text = visible(str(value)).replace("<", "\uff1c")
+    text = visible(str(value)).replace("<", "\u2039")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -52,15 +56,18 @@ def safe_column(values: Any) -> list[str]:
     return [safe(value) for value in values]
 
 
-def nothing(title: str | None, default: str, what: str) -> alt.Chart:
+def nothing(title: str | None, default: str, what: str) -> Chart:
     """Return a chart that says that there is nothing to draw."""
     alt = altair()
-    frame = {"values": [{"said": f"No {what} in this result."}]}
-    chart = alt.Chart(alt.Data(**frame)).mark_text(size=14, color=_DIM).encode(text="said:N")
+    chart = (
+        alt.Chart(alt.Data(values=[{"said": f"No {what} in this result."}]))
+        .mark_text(size=14, color=_DIM)
+        .encode(text="said:N")
+    )
     return finish(chart.properties(width=WIDTH, height=80), title or default, "")
 
 
-def finish(chart: Any, title: str, subtitle: str) -> Any:
+def finish(chart: Any, title: str, subtitle: str) -> Chart:
     """Return the chart with its title and the look of all of them."""
     alt = altair()
     lines = alt.TitleParams(
@@ -74,9 +81,10 @@ def finish(chart: Any, title: str, subtitle: str) -> Any:
         offset=12,
     )
     axis = {"gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID, "labelColor": _INK, "titleColor": _DIM}
-    return (
+    drawn = (
         chart.properties(title=lines, background="white", padding=12)
         .configure_view(stroke=None)
         .configure_axis(**axis, labelFontSize=11, titleFontSize=11, titleFontWeight="normal", labelLimit=220)
         .configure_legend(orient="top", title=None, labelFontSize=11, labelColor=_INK, symbolType="square", offset=4)
     )
+    return cast("Chart", drawn)

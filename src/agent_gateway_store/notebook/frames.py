@@ -1,4 +1,4 @@
-"""What a plot is drawn from, as a pandas DataFrame: a result, a frame of the user's, or the answer of a blocking store."""
+"""What a plot is drawn from, as a pandas DataFrame: a result, a frame, or the answer of a blocking store."""
 
 from __future__ import annotations
 

@@ -17,14 +17,13 @@ from agent_gateway_store.notebook.charts import (
     altair,
     finish,
     nothing,
-    safe,
     safe_column,
 )
 from agent_gateway_store.notebook.frames import OTHERS, counted, frame_of, labels_exploded, need, pandas, top
 from agent_gateway_store.results.tones import HEX
 
 if TYPE_CHECKING:
-    import altair as alt
+    from agent_gateway_store.notebook.charts import Chart
 
 __all__ = ["calls", "latency", "risk", "timeline", "waiting"]
 
@@ -36,12 +35,12 @@ _ANSWERS = {"APPROVED": "approved", "USED": "approved", "DENIED": "denied", "CAN
 _ANSWER_COLOURS = {"approved": HEX["good"], "denied": HEX["bad"], "cancelled": HEX["off"]}
 _MS_AXIS: dict[str, Any] = {"values": [1, 10, 100, 1_000, 10_000, 100_000], "format": ",d"}
 _SECONDS = (
-    "datum.value < 60 ? datum.value + ' s' : datum.value < 3600 ? datum.value / 60 + ' min' : "
-    "datum.value < 86400 ? datum.value / 3600 + ' h' : datum.value / 86400 + ' d'"
+    "datum.value >= 86400 ? datum.value / 86400 + ' d' : datum.value >= 3600 ? datum.value / 3600 + ' h' : "
+    "datum.value >= 60 ? datum.value / 60 + ' min' : datum.value + ' s'"
 )
 
 
-def timeline(source: Any, *, title: str | None = None, **filters: Any) -> alt.Chart:
+def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     """Draw calls over time, stacked by decision.
 
     Args:
@@ -84,7 +83,9 @@ def timeline(source: Any, *, title: str | None = None, **filters: Any) -> alt.Ch
         .encode(
             x=alt.X("start:T", title="time (UTC)", scale=alt.Scale(type="utc"), axis=alt.Axis(grid=False)),
             x2="end:T",
-            y=alt.Y("bottom:Q", title=f"calls per {_span(step.total_seconds())}", axis=alt.Axis(format=",d")),
+            y=alt.Y(
+                "bottom:Q", title=f"calls per {_span(step.total_seconds())}", axis=alt.Axis(tickMinStep=1, format=",d")
+            ),
             y2="top:Q",
             color=_colours("decision", data, DECISION_COLOURS),
             tooltip=[alt.Tooltip("when:N", title="from"), "decision:N", alt.Tooltip("calls:Q", format=",")],
@@ -95,7 +96,7 @@ def timeline(source: Any, *, title: str | None = None, **filters: Any) -> alt.Ch
     return finish(chart, title or "Calls by decision", f"{data['calls'].sum():,} calls, {first} to {last} UTC")
 
 
-def calls(source: Any, *, title: str | None = None, **filters: Any) -> alt.Chart:
+def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     """Draw how often each tool was called and by whom: the 20 busiest tools, the 8 busiest callers and the others.
 
     Args:
@@ -126,7 +127,7 @@ def calls(source: Any, *, title: str | None = None, **filters: Any) -> alt.Chart
         .mark_bar()
         .encode(
             y=alt.Y("tool:N", title=None, sort=tools),
-            x=alt.X("calls:Q", title="calls", stack="zero", axis=alt.Axis(tickCount=6, format=",d")),
+            x=alt.X("calls:Q", title="calls", stack="zero", axis=alt.Axis(tickCount=6, tickMinStep=1, format=",d")),
             color=alt.Color(
                 "caller:N",
                 sort=[*callers, OTHERS],
@@ -141,7 +142,7 @@ def calls(source: Any, *, title: str | None = None, **filters: Any) -> alt.Chart
     return finish(chart, title or "Calls by tool and caller", f"{total:,} calls{more}")
 
 
-def latency(source: Any, *, by: str | None = None, title: str | None = None, **filters: Any) -> alt.Chart:
+def latency(source: Any, *, by: str | None = None, title: str | None = None, **filters: Any) -> Chart:
     """Draw how long calls took: the distribution of events, or the percentiles of groups.
 
     Events make a histogram of those that ran, with p50, p95 and p99. `Stats`, or events with `by`, make a line for
@@ -177,7 +178,7 @@ def latency(source: Any, *, by: str | None = None, title: str | None = None, **f
     return _histogram(frame["latency_ms"].astype("float64"), title)
 
 
-def risk(source: Any, *, title: str | None = None, **filters: Any) -> alt.Chart:
+def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     """Draw which tools carry which risk labels: a heat map of the number of calls.
 
     Args:
@@ -219,7 +220,7 @@ def risk(source: Any, *, title: str | None = None, **filters: Any) -> alt.Chart:
     return finish(chart, title or "Risk labels by tool", "number of calls; a call counts under each of its labels")
 
 
-def waiting(source: Any, *, title: str | None = None, status: str | None = None) -> alt.Chart:
+def waiting(source: Any, *, title: str | None = None, status: str | None = None) -> Chart:
     """Draw how long approvals waited for their decision.
 
     Args:
@@ -311,7 +312,7 @@ def _group_of(frame: Any) -> str:
 _METRICS = frozenset({"bucket", "calls", "denials", "approvals", "errors", *_PERCENTILES})
 
 
-def _percentiles(frame: Any, by: str, title: str | None) -> Any:
+def _percentiles(frame: Any, by: str, title: str | None) -> Chart:
     alt = altair()
     need(frame, by)
     frame = frame.dropna(subset=[by, *_PERCENTILES])
@@ -336,7 +337,7 @@ def _percentiles(frame: Any, by: str, title: str | None) -> Any:
     return finish(chart, title or f"Latency by {by}", "p50, p95 and p99 in milliseconds; the slowest first")
 
 
-def _histogram(values: Any, title: str | None) -> Any:
+def _histogram(values: Any, title: str | None) -> Chart:
     alt, pd = altair(), pandas()
     data = pd.DataFrame(log_bins(values, least=1.0))
     marks = {name: float(values.quantile(share)) for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
@@ -353,7 +354,7 @@ def _histogram(values: Any, title: str | None) -> Any:
                 axis=alt.Axis(**_MS_AXIS, grid=False),
             ),
             x2="end:Q",
-            y=alt.Y("count:Q", title="calls", axis=alt.Axis(format=",d")),
+            y=alt.Y("count:Q", title="calls", axis=alt.Axis(tickMinStep=1, format=",d")),
             y2=alt.datum(0),
             tooltip=[
                 alt.Tooltip("start:Q", format=",.0f", title="from (ms)"),

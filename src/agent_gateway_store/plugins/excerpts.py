@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 __all__ = ["MARK", "cut", "fit_arguments"]
@@ -24,31 +25,31 @@ def fit_arguments(arguments: Mapping[str, Any], max_bytes: int) -> tuple[dict[st
 
     Long texts are cut first, ever shorter; then long lists and objects; last of all everything.
     """
-    for limit in (None, 2000, 400, 80, 20):
+    # A text, list or object longer than all there is room for cannot fit whole.
+    for limit in (max_bytes, 2000, 400, 80, 20):
         shown: dict[str, Any] = _shown(arguments, limit, 0)
-        if len(json.dumps(shown).encode()) <= max_bytes:
+        if len(json.dumps(shown)) <= max_bytes:
             return shown, shown != arguments
     return {MARK: "too long to be shown"}, True
 
 
-def _shown(value: Any, limit: int | None, depth: int) -> Any:
+def _shown(value: Any, limit: int, depth: int) -> Any:
     if depth > MAX_DEPTH:
         return MARK
     if isinstance(value, str):
-        return value if limit is None else cut(value, limit)
+        return cut(value, limit)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
         # Python refuses to write out integers of more than 4300 digits, and JSON readers round long before.
-        return value if abs(value) < 2**63 else cut(hex(value), limit or 2000)
+        return value if abs(value) < 2**63 else cut(hex(value), limit)
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        pairs = list(value.items())
-        kept = pairs if limit is None else pairs[:limit]
-        shown = {_shown(str(key), limit, depth): _shown(each, limit, depth + 1) for key, each in kept}
-        return shown if len(kept) == len(pairs) else shown | {MARK: f"{len(pairs) - len(kept)} more"}
+        kept = list(islice(value.items(), limit))
+        shown = {cut(str(key), limit): _shown(each, limit, depth + 1) for key, each in kept}
+        return shown if len(kept) == len(value) else shown | {MARK: f"{len(value) - len(kept)} more"}
     if isinstance(value, list | tuple):
-        items = [_shown(each, limit, depth + 1) for each in (value if limit is None else value[:limit])]
+        items = [_shown(each, limit, depth + 1) for each in value[:limit]]
         return items if len(items) == len(value) else [*items, f"{MARK} {len(value) - len(items)} more"]
-    return str(value)
+    return cut(str(value), limit)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.results.page import Page
 
-__all__ = ["card_html", "style", "table_html"]
+__all__ = ["card_html", "pretty_json", "style", "table_html"]
 
 _JSON_CHARS = 4_000
 _TEXT_CHARS = 20_000
@@ -113,8 +113,9 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
         text = _cut(visible(str(value), keep="\n\t"), _TEXT_CHARS)
         return f'<td class="ags-text">{escape(text)}</td>'
     text = cell(value)
-    is_id = len(text) <= _ID_CHARS and " " not in text and any(map(str.isdigit, text))
-    return f"<td{' class=ags-id' if is_id else ''}>{escape(text)}</td>"
+    if len(text) > _ID_CHARS or not text or any(map(str.isspace, text)):
+        return f"<td>{escape(text)}</td>"
+    return f'<td class="{"ags-id" if any(map(str.isdigit, text)) else "ags-line"}">{escape(text)}</td>'
 
 
 def _badge(name: str, value: Any) -> str:
@@ -126,9 +127,13 @@ def _chips(words: list[str]) -> str:
     return "".join(f'<span class="ags-chip">{escape(cell(word))}</span>' for word in words[:_CHIPS]) + more
 
 
+def pretty_json(value: Any, *, most: int = _JSON_CHARS) -> str:
+    """Return JSON over several lines, cut after `most` characters; control characters are shown."""
+    return _cut(visible(json.dumps(value, indent=2, ensure_ascii=False, default=str), keep="\n"), most)
+
+
 def _json(value: Any, whole: bool) -> str:
-    pretty = visible(json.dumps(value, indent=2, ensure_ascii=False, default=str), keep="\n")
-    pre = f"<pre>{escape(_cut(pretty, _TEXT_CHARS if whole else _JSON_CHARS))}</pre>"
+    pre = f"<pre>{escape(pretty_json(value, most=_TEXT_CHARS if whole else _JSON_CHARS))}</pre>"
     return pre if whole else f"<details><summary>{escape(_glance(value))}</summary>{pre}</details>"
 
 

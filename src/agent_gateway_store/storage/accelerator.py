@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
 
 from agent_gateway_store.storage.cache import RedisClient, milliseconds
 from agent_gateway_store.storage.exchange import Command, exchange
@@ -15,6 +16,7 @@ from agent_gateway_store.storage.exchange import Command, exchange
 __all__ = ["Accelerator", "Entry"]
 
 _logger = logging.getLogger("agent_gateway_store.redis")
+_PLACES = 32
 _FAULTS = (RedisError, OSError, TimeoutError, EOFError)
 
 # An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent.
@@ -43,7 +45,8 @@ class Entry(NamedTuple):
 class Accelerator:
     """What the store does with Redis. No method raises because of Redis; None and False mean "ask SQL".
 
-    After a fault Redis is left alone for `pause_s`, so that a server that hangs costs one timeout in that time.
+    After a fault Redis is left alone for `pause_s`, so that a server that hangs costs one timeout in that time. At most
+    32 connections of the client's pool are in use at once; who comes then waits for one.
 
     Args:
         client: A client of the caller's, or None for no Redis at all.
@@ -54,6 +57,8 @@ class Accelerator:
         self.client = client
         self._pause_s = pause_s
         self._resume_at = 0.0
+        self._home: asyncio.AbstractEventLoop | None = None
+        self._places = asyncio.Semaphore(_PLACES)
 
     @property
     def is_available(self) -> bool:
@@ -96,18 +101,25 @@ class Accelerator:
     async def _ask(self, commands: Sequence[Command]) -> list[Any] | None:
         if not self.is_available or self.client is None:
             return None
+        if self._home is not (home := asyncio.get_running_loop()):
+            self._home, self._places = home, asyncio.Semaphore(_PLACES)
         try:
-            replies = await exchange(self.client, commands)
-        except UnicodeDecodeError:
-            return None  # from a client that decodes: what stands there is no text
+            async with self._places:
+                if not self.is_available:
+                    return None  # it failed those before us
+                replies = await exchange(self.client, commands)
+        except (UnicodeDecodeError, MaxConnectionsError):
+            return None  # no fault: a client that decodes met what is no text, or the host itself uses all of its pool
         except _FAULTS as exc:
-            return self._fault(exc)
+            self._note_fault(exc)
+            return None
         for reply in replies:
             if isinstance(reply, RedisError) and not _is_about_one_key(reply):
-                return self._fault(reply)
+                self._note_fault(reply)
+                return None
         return replies
 
-    def _fault(self, exc: BaseException) -> None:
+    def _note_fault(self, exc: BaseException) -> None:
         self._resume_at = time.monotonic() + self._pause_s
         _logger.warning("Redis does not answer (%s): going on without it.", type(exc).__name__)
 

@@ -257,6 +257,19 @@ class Database:
                 async with driver.transaction():
                     yield runner
 
+    @asynccontextmanager
+    async def driver(self) -> AsyncIterator[Any]:
+        """Lend the driver's own connection for a read that may take long. One whose use raised is not used again."""
+        with self._counted(), database_errors("be read"):
+            async with self._reader.connect() as connection:
+                try:
+                    yield (await connection.get_raw_connection()).driver_connection
+                except GeneratorExit:  # a reader that has seen enough
+                    raise
+                except BaseException:
+                    await connection.invalidate()
+                    raise
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         self.check_home()

@@ -22,10 +22,12 @@ class Query:
 
     text: str
     _parameters: tuple[tuple[str, Any], ...]
+    _own: Mapping[str, Any]
 
     def arguments(self, values: Mapping[str, Any]) -> list[Any]:
         """Return the parameters in their order, spelt as the driver takes them."""
-        return [values[name] if process is None else process(values[name]) for name, process in self._parameters]
+        given = {**self._own, **values}
+        return [given[name] if process is None else process(given[name]) for name, process in self._parameters]
 
 
 def compiled(statement: Executable, dialect: Dialect) -> Query:
@@ -36,6 +38,8 @@ def compiled(statement: Executable, dialect: Dialect) -> Query:
         tuple(
             (name, sql.binds[name].type.dialect_impl(dialect).bind_processor(dialect)) for name in sql.positiontup or ()
         ),
+        # What a dialect adds by itself, such as the OFFSET 0 that SQLite's compiler writes behind each LIMIT.
+        {name: value for name, value in sql.params.items() if value is not None},
     )
 
 

@@ -137,6 +137,10 @@ class Signals:
             False if Redis does not answer, so that others may not hear of it.
         """
         self.wake(key)
+        return await self.send(key)
+
+    async def send(self, key: str) -> bool:
+        """Signal a change to other processes through Redis, if there is Redis. Returns as `publish`."""
         return self._redis.client is None or await self._redis.publish(_CHANNEL, key)
 
     def message(self, key: str, news: str) -> tuple[str, str]:

@@ -27,7 +27,11 @@ _PAGE_BYTES = 4096
 _events = Table(
     "spooled_events",
     MetaData(),
-    *(Column(column.name, column.type, nullable=True) for column in AuditEvent.__table__.c if column.name != "id"),  # type: ignore[attr-defined]
+    *(
+        Column(name, AuditEvent.__table__.c[name].type, nullable=True)  # type: ignore[attr-defined]
+        for name in AuditEvent.model_fields
+        if name != "id"
+    ),
     Column("target", Text, nullable=False),
     Column("spooled_at", UtcDateTime, nullable=False),
     Column("error", Text),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address
 
 from agent_gateway_store.plugins.outgoing.addresses import Address
 
@@ -77,10 +77,11 @@ def target_of(url: str, *, allow_http: bool = False) -> Target:
 
 
 def _address(host: str) -> Address | None:
-    if not host.startswith("[") and not _NUMBER.fullmatch(host.rpartition(".")[2]):
+    is_bracketed = host.startswith("[")
+    if not is_bracketed and not _NUMBER.fullmatch(host.rpartition(".")[2]):
         return None
     try:
-        return ip_address(host.strip("[]"))
+        return IPv6Address(host.strip("[]")) if is_bracketed else IPv4Address(host)
     except ValueError:
         raise ValueError("the URL's host is not an address in its usual form") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
 import time
@@ -26,6 +27,8 @@ ATTEMPT_SECONDS = 2.0
 """How long one of several addresses may take to accept a connection."""
 
 KEEP_ALIVE_SECONDS = 15.0
+
+_keepers: set[asyncio.Task[None]] = set()
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -83,7 +86,6 @@ class Transport:
         self._max_connections = max_connections
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pool: httpcore.AsyncConnectionPool | None = None
-        self._ssl_context: ssl.SSLContext | None = None
 
     async def post(
         self, target: Target, *, body: bytes, headers: Mapping[str, str], timeout_s: float, max_body: int = 0
@@ -127,25 +129,36 @@ class Transport:
                 deadline.reschedule(None)
             return Answer(got.status, found, await _body(got, max_body))
 
+    async def aclose(self) -> None:
+        """Close the connections. Further posts open new ones."""
+        if self._pool is not None and self._loop is asyncio.get_running_loop():
+            self._pool = None
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
+
     def _open(self) -> httpcore.AsyncConnectionPool:
         loop = asyncio.get_running_loop()
         if self._pool is None or self._loop is not loop:
             self._loop, self._pool = loop, self._new_pool()
-            # Held by its own attribute: the loop keeps only a weak reference to a task.
             self._keeper = loop.create_task(_keep(self._pool), name="gateway-store connections")
+            _keepers.add(self._keeper)  # a loop has only weak references to its tasks
+            self._keeper.add_done_callback(_keepers.discard)
         return self._pool
 
     def _new_pool(self) -> httpcore.AsyncConnectionPool:
-        if self._ssl_context is None:
-            own = self._ca_file
-            self._ssl_context = ssl.create_default_context(cafile=own) if own else httpcore.default_ssl_context()
         return httpcore.AsyncConnectionPool(
-            ssl_context=self._ssl_context,
+            ssl_context=_ssl_context(self._ca_file),
             proxy=self._proxy,
             max_connections=self._max_connections,
             keepalive_expiry=KEEP_ALIVE_SECONDS,
             network_backend=self._backend,
         )
+
+
+@functools.cache
+def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
+    # Reading the certificates takes tens of milliseconds.
+    return ssl.create_default_context(cafile=ca_file) if ca_file else httpcore.default_ssl_context()
 
 
 def _proxy_of(url: str) -> httpcore.Proxy:

@@ -21,6 +21,7 @@ __all__ = [
     "WebhookNotifier",
     "WebhookReceiver",
     "WebhookSettings",
+    "gateway_store_plugin_settings",
     "gateway_store_register_notifiers",
 ]
 
@@ -32,3 +33,9 @@ def gateway_store_register_notifiers(settings: StoreSettings) -> list[WebhookNot
     # A little less than the plugin has, so that the reason is told by us.
     timeout_s = max(settings.plugin_timeout_seconds - 0.5, settings.plugin_timeout_seconds / 2)
     return [WebhookNotifier(endpoint, own, name=name, timeout_s=timeout_s) for name, endpoint in own.receivers.items()]
+
+
+@hookimpl
+def gateway_store_plugin_settings() -> type[WebhookSettings]:
+    """Tell what can be set."""
+    return WebhookSettings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.plugins.recent import Recent
 from agent_gateway_store.plugins.webhook.settings import key_of
 
 __all__ = ["Received", "WebhookReceiver"]
@@ -60,8 +60,7 @@ class WebhookReceiver:
         if not texts:
             raise ValueError("A receiver needs at least one secret.")
         self._verifiers = [Webhook(key_of(text)) for text in texts]
-        self._remember = remember
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._seen: Recent[str, bool] = Recent(remember)
         self._lock = threading.Lock()
 
     def verify(self, body: bytes, headers: Mapping[str, str]) -> Received | None:
@@ -88,15 +87,12 @@ class WebhookReceiver:
     def forget(self, delivery_id: str) -> None:
         """Take the next try of `delivery_id` as new."""
         with self._lock:
-            self._seen.pop(delivery_id, None)
+            self._seen.pop(delivery_id)
 
     def _is_repeat(self, delivery_id: str) -> bool:
         with self._lock:
-            known = delivery_id in self._seen
-            self._seen[delivery_id] = None
-            self._seen.move_to_end(delivery_id)
-            while len(self._seen) > self._remember:
-                self._seen.popitem(last=False)
+            known = self._seen.get(delivery_id) is not None
+            self._seen.put(delivery_id, True)
             return known
 
 

@@ -96,7 +96,10 @@ class WebhookSettings(BaseSettings):
     @field_validator("allowed_networks", mode="before")
     @classmethod
     def _networks(cls, value: Any) -> Any:
-        return [ip_network(word) if isinstance(word, str) else word for word in _words(value)]
+        try:
+            return [ip_network(word) if isinstance(word, str) else word for word in _words(value)]
+        except ValueError:
+            raise ValueError("networks are written as in 10.1.0.0/16, with no bits set beyond the prefix") from None
 
     @model_validator(mode="after")
     def _usable(self) -> Self:

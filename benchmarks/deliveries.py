@@ -1,0 +1,251 @@
+"""Sending notices beside bare httpx, and what the outbox and bad plugins cost whoever asks for an approval."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx
+
+from agent_gateway_store import GatewayStore, Notice, StoreSettings
+from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.hooks import Dispatcher, Plugins
+from benchmarks.approvals import CALLERS, ask, rate
+from benchmarks.report import Figure
+
+CONCURRENCY = 16
+PACE_S = 0.05
+_ANSWER = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            fields = dict(line.split(b": ", 1) for line in head.lower().split(b"\r\n")[1:] if b": " in line)
+            await reader.readexactly(int(fields[b"content-length"]))
+            writer.write(_ANSWER)
+
+
+def _serve(port: Any) -> None:
+    async def serve() -> None:
+        server = await asyncio.start_server(_answer, "127.0.0.1", 0)
+        port.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+@contextmanager
+def http_server() -> Iterator[str]:
+    """A server in a process of its own that takes every POST."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(sending,), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{receiving.recv()}/"
+    finally:
+        process.terminate()
+        process.join()
+
+
+class Posting:
+    """Posts notices as JSON."""
+
+    name = "posting"
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._client: httpx.AsyncClient | None = None
+
+    async def notify_pending(self, notice: Notice) -> None:
+        """Post it."""
+        if self._client is None:
+            self._client = httpx.AsyncClient(trust_env=False)
+        body = notice.model_dump_json()
+        (await self._client.post(self._url, content=body)).raise_for_status()
+
+    async def notify_decision(self, notice: Notice) -> None:
+        """Post it."""
+        await self.notify_pending(notice)
+
+
+class Heard:
+    """Takes everything."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def notify_pending(self, notice: Notice) -> None:
+        """Take it."""
+
+    async def notify_decision(self, notice: Notice) -> None:
+        """Take it."""
+
+
+class Raising(Heard):
+    """Takes nothing."""
+
+    async def notify_pending(self, notice: Notice) -> None:
+        """Fail."""
+        raise OSError("nobody there")
+
+
+class Hanging(Heard):
+    """Does not come back."""
+
+    async def notify_pending(self, notice: Notice) -> None:
+        """Hang."""
+        await asyncio.sleep(3600)
+
+
+class Blocking(Heard):
+    """Blocks its thread."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.done = threading.Event()
+
+    async def notify_pending(self, notice: Notice) -> None:
+        """Block."""
+        self.done.wait(3600)
+
+
+class Garbage(Heard):
+    """Returns what nobody asked for."""
+
+    async def notify_pending(self, notice: Notice) -> Any:
+        """Return garbage."""
+        return b"\x00" * 1000
+
+
+def twenty() -> list[object]:
+    """Twenty notifiers: most are bad, two have a name that is taken, one is nothing of the kind."""
+    kinds: list[type[Heard]] = [Raising, Hanging, Blocking, Garbage]
+    bad: list[object] = [kind(f"{kind.__name__}-{number}") for kind in kinds for number in range(3)]
+    good: list[object] = [Heard(f"good-{number}") for number in range(5)]
+    return [*bad, *good, Heard("good-0"), Heard("good-1"), object()]
+
+
+@asynccontextmanager
+async def opened(url: str, plugins: Sequence[object] = (), **fields: Any) -> AsyncIterator[GatewayStore]:
+    """Open a store with an empty outbox and no installed plugin."""
+    os.environ["AGENT_GATEWAY_STORE_LOAD_PLUGINS"] = ""
+    try:
+        store = GatewayStore(url, redis_url="", settings=StoreSettings(**fields), plugins=plugins, auto_migrate=True)
+        async with store:
+            async with store.database.write() as connection:
+                await connection.exec_driver_sql("TRUNCATE notification_deliveries")
+            yield store
+    finally:
+        del os.environ["AGENT_GATEWAY_STORE_LOAD_PLUGINS"]
+
+
+async def measure(url: str, *, repeat: int, scale: float) -> list[Figure]:
+    """Measure on PostgreSQL, in turn with the limits."""
+    sent = Figure(f"deliveries by one worker, {CONCURRENCY} at once", "notices/s", "bare httpx, same concurrency", 0.6)
+    outbox = Figure(
+        "issue_token with the outbox, median", "ms", "notifier told directly, no outbox", 1.25, more_is_better=False
+    )
+    busy = Figure(
+        f"issue_token with the outbox, {CALLERS} callers",
+        "ms",
+        "notifier told directly, no outbox",
+        1.25,
+        more_is_better=False,
+    )
+    bad = Figure("issue_token with 20 plugins, median", "ms", "no plugin", 1.2, more_is_better=False)
+    logging.getLogger("agent_gateway_store.hooks").setLevel(logging.CRITICAL)
+    with http_server() as server:
+        for _ in range(repeat):
+            await _sending(url, server, sent, int(3_000 * scale))
+    for _ in range(repeat):
+        await _outbox(url, outbox, busy, int(600 * scale))
+        await _plugins(url, bad, int(200 * scale))
+    return [sent, outbox, busy, bad]
+
+
+async def _sending(url: str, server: str, figure: Figure, count: int) -> None:
+    settings = {"notification_worker": False, "notification_concurrency": CONCURRENCY}
+    async with opened(url, [Posting(server)], **settings) as store:
+        await rate(store.approvals.issue_token, [ask() for _ in range(count)], CALLERS)
+        start = time.perf_counter()
+        assert await store.notifications.run(once=True) == count
+        figure.ours.append(count / (time.perf_counter() - start))
+        body = Notice.model_validate((await store.notifications.list(limit=1))[0].payload).model_dump_json()
+    async with httpx.AsyncClient(trust_env=False) as client:
+
+        async def post(content: str) -> None:
+            (await client.post(server, content=content)).raise_for_status()
+
+        figure.limit.append(await rate(post, [body] * count, CONCURRENCY))
+    figure.facts = {"notices": count, "at once": CONCURRENCY}
+
+
+class Direct:
+    """Tells the notifiers after the commit, without a row."""
+
+    notifiers = ()
+    lease_s = None
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self.telling: set[asyncio.Task[Any]] = set()
+
+    def send(self, notice: Notice, mine: object) -> None:
+        """Tell them in the background."""
+        task = asyncio.get_running_loop().create_task(self._dispatcher.deliver_all(notice))
+        self.telling.add(task)
+        task.add_done_callback(self.telling.discard)
+
+
+async def _outbox(url: str, lone: Figure, busy: Figure, count: int) -> None:
+    async with opened(url, [Heard("heard")]) as store:
+        lone.ours.append(await _median_ms(store.approvals, count))
+        busy.ours.append(1000 / await rate(store.approvals.issue_token, [ask() for _ in range(count)], CALLERS))
+    async with opened(url) as store:
+        dispatcher = Dispatcher(Plugins([Heard("heard")]), store.settings)
+        await dispatcher.open()
+        direct = ApprovalManager.over(store.database, store._core.redis, store.settings, outbox=Direct(dispatcher))
+        lone.limit.append(await _median_ms(direct, count))
+        busy.limit.append(1000 / await rate(direct.issue_token, [ask() for _ in range(count)], CALLERS))
+        await dispatcher.aclose()
+    lone.facts = {"approvals": count}
+    busy.facts = {"approvals": count, "callers": CALLERS}
+
+
+async def _plugins(url: str, figure: Figure, count: int) -> None:
+    plugins = twenty()
+    async with opened(url, plugins, plugin_timeout_seconds=1) as store:
+        figure.facts = {"approvals": count, "seconds between": PACE_S, "notifiers with rows": len(_names(store))}
+        figure.ours.append(await _median_ms(store.approvals, count, pause_s=PACE_S))
+        for plugin in plugins:
+            if isinstance(plugin, Blocking):
+                plugin.done.set()
+    async with opened(url) as store:
+        figure.limit.append(await _median_ms(store.approvals, count, pause_s=PACE_S))
+
+
+def _names(store: GatewayStore) -> Sequence[str]:
+    return store._core.outbox.notifiers
+
+
+async def _median_ms(approvals: Any, count: int, *, pause_s: float = 0) -> float:
+    """Return the median time of `issue_token` of one caller, in ms."""
+    taken = []
+    for _ in range(count):
+        request = ask()
+        start = time.perf_counter()
+        await approvals.issue_token(request)
+        taken.append(time.perf_counter() - start)
+        await asyncio.sleep(pause_s)
+    return statistics.median(taken) * 1000

@@ -1,0 +1,29 @@
+"""What the organisation-bound views of one store share, so that many tasks cost few reads."""
+
+from __future__ import annotations
+
+from agent_gateway_store.approval.waiting import Waiting
+from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.storage.flight import NextFlight
+from agent_gateway_store.storage.signals import Signals
+
+__all__ = ["Shared"]
+
+
+class Shared:
+    """The tasks that check and wait, whichever view they came by.
+
+    Args:
+        signals: As for `Waiting`.
+        trust_s: As for `Waiting`.
+
+    Attributes:
+        signals: As given.
+        waiting: Those who wait.
+        checks: Reads of approvals that Redis did not know, by organisation and token.
+    """
+
+    def __init__(self, signals: Signals | None, *, trust_s: float) -> None:
+        self.signals = signals
+        self.waiting = Waiting(signals, trust_s=trust_s)
+        self.checks: NextFlight[ApprovalRequest | None] = NextFlight()

@@ -1,0 +1,95 @@
+"""Events as Arrow tables, block by block, without an object for each: by COPY on PostgreSQL, by rows on SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.audit.filters import Criteria
+from agent_gateway_store.audit.statements import newest, oldest, parameters
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.results.frames import arrow, arrow_schema, columns_of, settle
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.streaming import Rows, copied, streamed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["blocks", "in_thread", "whole_table"]
+
+_BATCH_ROWS = 10_000
+
+
+async def blocks(database: Database, found: Criteria, take: Callable[[pa.Table], None], *, oldest_first: bool) -> None:
+    """Hand the events that match to `take`, in a thread, one table after the other, in one snapshot.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+    """
+    arrow("Reading events into Arrow")
+    dialect = database.engine.dialect
+    query = oldest(dialect, found) if oldest_first else newest(dialect, found, limit=None)
+    values = parameters(dialect, found.values)
+    if dialect.name == "postgresql":
+        await copied(database, query, values, lambda block: take(_from_csv(block)))
+        return
+    async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS)) as batches:
+        async for rows in batches:
+            await in_thread(partial(lambda rows: take(_from_rows(rows)), rows))
+
+
+async def whole_table(database: Database, found: Criteria) -> pa.Table:
+    """Return everything that matches as one table, newest first."""
+    pa = arrow()
+    tables: list[Any] = []
+    await blocks(database, found, tables.append, oldest_first=False)
+    return pa.concat_tables(tables) if tables else arrow_schema(AuditEvent).empty_table()
+
+
+async def in_thread(function: Callable[[], Any]) -> Any:
+    """Run `function` in a thread; a caller who is cancelled still waits for its end, so that it can tidy up."""
+    task = asyncio.create_task(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def _from_csv(block: bytes) -> pa.Table:
+    pa = arrow()
+    from pyarrow import csv
+
+    columns, schema = columns_of(AuditEvent), arrow_schema(AuditEvent)
+    types = {
+        column.name: pa.string() if column.kind == "category" else schema.field(column.name).type for column in columns
+    }
+    # One block of the parser: a row that is longer than a block would be refused.
+    table = csv.read_csv(
+        pa.BufferReader(block),
+        read_options=csv.ReadOptions(column_names=list(types), block_size=len(block)),
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(
+            column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+        ),
+    )
+    return settle(table, AuditEvent)
+
+
+def _from_rows(rows: Rows) -> pa.Table:
+    pa = arrow()
+    import pyarrow.compute as pc
+
+    columns, schema = columns_of(AuditEvent), arrow_schema(AuditEvent)
+    arrays = []
+    for column, values in zip(columns, zip(*rows, strict=True), strict=True):
+        target = schema.field(column.name).type
+        if column.kind == "time":
+            array = pc.assume_timezone(pa.array(values, pa.string()).cast(pa.timestamp("us")), "UTC")
+        else:
+            array = pa.array(values, pa.string() if column.kind == "category" else target)
+        arrays.append(array)
+    return settle(pa.Table.from_arrays(arrays, names=[column.name for column in columns]), AuditEvent)

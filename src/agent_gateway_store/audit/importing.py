@@ -1,0 +1,96 @@
+"""Events from the files that an export wrote, or that others write alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from agent_gateway_store.audit.statements import FIELDS, JSON_FIELDS
+from agent_gateway_store.audit.targets import Format, format_of, read_opened
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.results.frames import arrow
+
+__all__ = ["events_in", "importable"]
+
+_BATCH_ROWS = 500
+# Given anew by the store that the event comes to.
+_OURS = ("id", "content_hash")
+
+
+def importable(path: Path, given: str | None) -> Format:
+    """Return the format of a file (or of a dataset's folder) to import.
+
+    Raises:
+        FileNotFoundError: There is nothing at `path`.
+        ValueError: The format is not known, or cannot be read back.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}: check the name.")
+    found = "parquet" if given is None and path.is_dir() else format_of(path, given, None)[0]
+    if found == "csv":
+        raise ValueError("CSV cannot be read back exactly: export JSONL or Parquet to import it elsewhere.")
+    return found
+
+
+def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
+    """Yield the events of a file or a dataset, in its order.
+
+    Raises:
+        ValueError: A record is malformed; the text names it and repeats nothing of it.
+        MissingExtraError: Parquet or zstd, and pyarrow is not installed.
+    """
+    records = _lines(path) if format == "jsonl" else _rows(path)
+    for number, record in enumerate(records, start=1):
+        if record is None:
+            continue
+        try:
+            yield AuditEvent(**{name: value for name, value in record.items() if name not in _OURS})
+        except ValidationError as exc:
+            faults = "; ".join(
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+                for fault in exc.errors(include_input=False, include_url=False, include_context=False)
+            )
+            raise _malformed(path, number, faults) from None
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    with read_opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                yield None
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                raise _malformed(path, number, "not JSON") from None
+            if not isinstance(record, dict):
+                raise _malformed(path, number, "not a JSON object")
+            yield record
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    pa = arrow("Reading Parquet")
+    from pyarrow import dataset
+
+    try:
+        source = dataset.dataset(path, format="parquet", exclude_invalid_files=False)
+        names = [name for name in FIELDS if name in source.schema.names]
+        for batch in source.to_batches(columns=names, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
+            for number, record in enumerate(batch.to_pylist(), start=1):
+                for name in JSON_FIELDS:
+                    if isinstance(text := record.get(name), str):
+                        try:
+                            record[name] = json.loads(text)
+                        except (ValueError, RecursionError):
+                            raise _malformed(path, number, f"{name}: not JSON") from None
+                yield record
+    except pa.ArrowInvalid as exc:
+        raise ValueError(f"{path} is not Parquet: check that the file is whole.") from exc
+
+
+def _malformed(path: Path, number: int, fault: str) -> ValueError:
+    return ValueError(f"Record {number} of {path} is malformed ({fault}): correct it and import again.")

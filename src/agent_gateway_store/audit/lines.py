@@ -1,0 +1,78 @@
+"""Rows of the audit log as lines of JSON or CSV, made without an object for each event."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from agent_gateway_store.audit.statements import FIELDS, JSON_FIELDS
+
+__all__ = ["csv_head", "csv_line", "defused", "json_line"]
+
+_quoted = json.encoder.encode_basestring
+_JSON = frozenset(map(FIELDS.index, JSON_FIELDS))
+_TIMESTAMP = FIELDS.index("timestamp")
+
+# What a spreadsheet takes for the beginning of a formula (the list of OWASP's "CSV Injection", with the full-width
+# signs that some fold), also behind blanks, and also where a reader that minds no quotes would begin a new line.
+_BLANKS = r"[\s\x00-\x20\u00ad\u180e\u200b-\u200f\u2060\ufeff]*"
+_SIGNS = r"[=+\-@\uff1d\uff0b\uff0d\uff20]"
+_FORMULA = re.compile(rf"\A(?=[\t\r\n]|{_BLANKS}{_SIGNS})|(?<=[\r\n])(?={_BLANKS}{_SIGNS})")
+
+
+def json_line(row: Sequence[Any]) -> str:
+    """Return a row that holds `FIELDS` as a line of JSON: what `AuditEvent.model_dump(mode="json")` gives."""
+    return "{" + ",".join([_NAMES[index] + _json(index, value) for index, value in enumerate(row)]) + "}\n"
+
+
+_NAMES = tuple(f"{_quoted(name)}:" for name in FIELDS)
+
+
+def _json(index: int, value: Any) -> str:
+    if value is None:
+        return "null"
+    if index in _JSON:
+        return value  # type: ignore[no-any-return]
+    if index == _TIMESTAMP:
+        return f'"{_utc(value)}"'
+    return _quoted(value) if isinstance(value, str) else repr(value)
+
+
+def _utc(value: Any) -> str:
+    moment = datetime.fromisoformat(value).replace(tzinfo=UTC) if isinstance(value, str) else value
+    return f"{moment.isoformat()[:-6]}Z"
+
+
+def csv_head() -> str:
+    """Return the line of names."""
+    return ",".join(f'"{name}"' for name in FIELDS) + "\r\n"
+
+
+def csv_line(*, raw: bool) -> Callable[[Sequence[Any]], str]:
+    """Return what makes a line of CSV (RFC 4180) of a row.
+
+    Text is in quotes; None is an empty field without.
+
+    Args:
+        raw: True keeps text as it is; False keeps it from being taken for a formula, see `defused`.
+    """
+    tame: Callable[[str], str] = (lambda text: text) if raw else defused
+
+    def field(index: int, value: Any) -> str:
+        if value is None:
+            return ""
+        if index == _TIMESTAMP:
+            value = _utc(value)
+        elif not isinstance(value, str):
+            return repr(value)
+        return '"' + tame(value).replace('"', '""') + '"'
+
+    return lambda row: ",".join([field(index, value) for index, value in enumerate(row)]) + "\r\n"
+
+
+def defused(text: str) -> str:
+    """Return `text` with an apostrophe wherever a spreadsheet could take it for the beginning of a formula."""
+    return _FORMULA.sub("'", text)

@@ -1,0 +1,163 @@
+"""Where an export is written: under another name in the same folder, on disk, and only then under its own."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from agent_gateway_store.results.frames import arrow
+
+__all__ = ["Compression", "Format", "format_of", "opened", "partial", "read_opened", "sync"]
+
+Format = Literal["jsonl", "csv", "parquet"]
+Compression = Literal["gzip", "zstd"]
+
+_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+_GZIP_LEVEL = 6
+
+
+def format_of(path: Path, given: str | None, compression: str | None) -> tuple[Format, Compression | None]:
+    """Return the format and compression that the arguments or else the suffixes of `path` name.
+
+    Raises:
+        ValueError: Neither names one, or there is no such format or compression.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression is not None and compression not in _COMPRESSIONS.values():
+        raise ValueError(f'compression must be "gzip" or "zstd", not {compression!r}.')
+    if given is None:
+        last = suffixes[-2:-1] if packed else suffixes[-1:]
+        given = _FORMATS.get(last[0]) if last else None
+        if given is None:
+            raise ValueError(
+                f"The name {path.name!r} tells no format: let it end in .jsonl, .csv or .parquet (and .gz or .zst), "
+                'or give format="jsonl", "csv" or "parquet".'
+            )
+    if given not in ("jsonl", "csv", "parquet"):
+        raise ValueError(f'format must be "jsonl", "csv" or "parquet", not {given!r}.')
+    return given, compression or packed  # type: ignore[return-value]
+
+
+@contextmanager
+def partial(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a name beside `path` to write a file or a folder under; at the end it becomes `path`, at once and whole.
+
+    If the body raises, what was written is removed. A process that is killed leaves it behind as
+    `.<name>.<random>.partial`, never under `path`.
+
+    Raises:
+        FileExistsError: There is something at `path`, and `overwrite` is False.
+    """
+    if not overwrite and os.path.lexists(path):
+        raise _exists(path)
+    written = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.partial")
+    try:
+        yield written
+        if written.is_dir():
+            _place_folder(written, path, overwrite=overwrite)
+        else:
+            _place_file(written, path, overwrite=overwrite)
+        sync(path.parent)
+    except BaseException:
+        if written.is_dir():
+            shutil.rmtree(written, ignore_errors=True)
+        else:
+            written.unlink(missing_ok=True)
+        raise
+
+
+def _place_file(written: Path, path: Path, *, overwrite: bool) -> None:
+    sync(written)
+    if overwrite:
+        written.replace(path)
+        return
+    try:
+        # Unlike a rename this fails if somebody else was faster.
+        path.hardlink_to(written)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError:  # a file system without links
+        written.rename(path)
+    else:
+        written.unlink()
+
+
+def _place_folder(written: Path, path: Path, *, overwrite: bool) -> None:
+    sync(written)
+    old = None
+    if overwrite and os.path.lexists(path):
+        old = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.old")
+        path.rename(old)
+    try:
+        written.rename(path)
+    except OSError:
+        if old is not None:
+            old.rename(path)
+        raise
+    if old is not None:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+
+
+def sync(path: Path) -> None:
+    """Have what is at `path` written to disk; a folder's names too, where the system can."""
+    if path.is_dir():
+        with suppress(OSError):
+            _fsync(path)
+        return
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exists(path: Path) -> FileExistsError:
+    return FileExistsError(f"{path} is there already: choose another name, or overwrite it on purpose.")
+
+
+@contextmanager
+def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[bytes], object]]:
+    """Open a new file and give what writes to it.
+
+    Raises:
+        MissingExtraError: zstd, and pyarrow is not installed.
+    """
+    if compression == "zstd":
+        pa = arrow("Compressing by zstd")
+        with pa.OSFile(str(path), "wb") as file, pa.CompressedOutputStream(file, "zstd") as stream:
+            yield stream.write
+    elif compression == "gzip":
+        # No time in the head, so that the same events give the same file.
+        with path.open("xb") as file, gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
+            yield packed.write
+    else:
+        with path.open("xb") as file:
+            yield file.write
+
+
+@contextmanager
+def read_opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, unpacked if its suffix says so."""
+    packed: Any = _COMPRESSIONS.get(path.suffix.lower())
+    if packed == "gzip":
+        with gzip.open(path, "rb") as unpacked:
+            yield unpacked  # type: ignore[misc]
+    elif packed == "zstd":
+        pa = arrow("Reading zstd")
+        with pa.OSFile(str(path), "rb") as file, pa.CompressedInputStream(file, "zstd") as stream:
+            yield stream
+    else:
+        with path.open("rb") as plain:
+            yield plain

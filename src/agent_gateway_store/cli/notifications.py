@@ -1,0 +1,163 @@
+"""`gateway-store notifications`: what was sent and what was not, and a worker that sends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agent_gateway_store.cli.faults import CommandError, ExitCode
+from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, say
+from agent_gateway_store.cli.running import choose, duration, open_store, run, settings_of
+
+if TYPE_CHECKING:
+    from agent_gateway_store.store import GatewayStore
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Look after the notices to notifiers.")
+
+NotifierOption = Annotated[str | None, typer.Option(help="Only those to this notifier.")]
+_COLUMNS = {
+    "delivery_id": "delivery id",
+    "created_at": "written",
+    "notifier": "notifier",
+    "event": "event",
+    "status": "status",
+    "attempts": "tries",
+    "last_error": "last error",
+}
+
+
+def _still(ctx: typer.Context) -> dict[str, Any]:
+    """Options of a store that sends nothing by itself."""
+    return {"settings": settings_of(ctx).model_copy(update={"notification_worker": False})}
+
+
+@app.command("list")
+def list_deliveries(
+    ctx: typer.Context,
+    status: Annotated[str | None, typer.Option(help="DUE, DELIVERED or DEAD; default: all.")] = None,
+    notifier: NotifierOption = None,
+    approval: Annotated[str | None, typer.Option(help="Only those about this approval, by its id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List notices, newest first, and count what has not arrived."""
+    from agent_gateway_store.models import DeliveryStatus
+
+    wanted = None if status is None else choose(DeliveryStatus, status, "--status")
+
+    async def work() -> Any:
+        async with open_store(ctx, **_still(ctx)) as store:
+            page = await store.notifications.list(
+                wanted, limit=limit, cursor=cursor, notifier=notifier, approval_id=_id(approval)
+            )
+            return page, await store.notifications.counts()
+
+    page, counts = run(work())
+    if json:
+        print_json({"items": page.to_dicts(), "next_cursor": page.next_cursor, "notifiers": list(counts)})
+        return
+    print_page(page, columns=_COLUMNS, whole={"delivery_id", "status"}, optional={"created_at"}, as_json=False)
+    for count in counts:
+        if count["waiting"] or count["dead"]:
+            where = "" if count["is_loaded"] else "; not loaded here, left to a process that has it"
+            complain(f"{count['notifier']}: {count['waiting']} wait ({count['due']} due), {count['dead']} dead{where}")
+
+
+@app.command("run")
+def run_worker(
+    ctx: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="End when nothing is due any more.")] = False,
+) -> None:
+    """Send what is due, until Ctrl-C or SIGTERM; any number of workers share the work.
+
+    Notices under way at the end are waited for, a few seconds at most; the rest is left to others.
+    """
+    # Failures, and what the notifier `log` logs, belong on the terminal of a worker.
+    logger = logging.getLogger("agent_gateway_store")
+    logger.addHandler(logging.StreamHandler())
+    logging.getLogger("agent_gateway_store.notifications").setLevel(logging.INFO)
+
+    async def work() -> int:
+        async with open_store(ctx, **_still(ctx)) as store:
+            loaded = [row["notifier"] for row in await store.notifications.counts() if row["is_loaded"]]
+            complain(f"Sending notices to: {', '.join(loaded) or 'nobody, for no notifier is loaded'}.")
+            return await _until_told(store, once=once)
+
+    arrived = run(work())
+    if once:
+        say(f"{arrived} notices arrived.")
+
+
+async def _until_told(store: GatewayStore, *, once: bool) -> int:
+    """Run the worker until it ends or a signal ends it; returns how many notices arrived."""
+    loop = asyncio.get_running_loop()
+    working = loop.create_task(store.notifications.run(once=once))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError):  # on Windows Ctrl-C interrupts the whole run
+            loop.add_signal_handler(number, working.cancel)
+    with suppress(asyncio.CancelledError):
+        return await working
+    return 0
+
+
+@app.command()
+def redrive(
+    ctx: typer.Context,
+    delivery_id: Annotated[
+        str | None, typer.Argument(metavar="[DELIVERY_ID]", help="As `notifications list` shows it; default: all.")
+    ] = None,
+    notifier: NotifierOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Send dead letters again: one, or all."""
+
+    async def work() -> int:
+        async with open_store(ctx, **_still(ctx)) as store:
+            return await store.notifications.redrive(_id(delivery_id), notifier=notifier)
+
+    count = run(work())
+    if delivery_id is not None and count == 0:
+        raise CommandError(
+            "No dead letter has this id: see `gateway-store notifications list --status DEAD`.", ExitCode.NOT_FOUND
+        )
+    if json:
+        print_json({"redriven": count})
+    else:
+        say(f"{count} dead letters are due again.")
+
+
+@app.command()
+def prune(
+    ctx: typer.Context,
+    older_than: Annotated[str, typer.Option(help="90s, 15m, 24h or 30d.")],
+    json: JsonOption = False,
+) -> None:
+    """Delete the record of notices that arrived long ago; what has not arrived stays."""
+    age = duration(older_than, "--older-than")
+
+    async def work() -> int:
+        async with open_store(ctx, **_still(ctx)) as store:
+            return await store.notifications.prune(age)
+
+    count = run(work())
+    if json:
+        print_json({"pruned": count})
+    else:
+        say(f"{count} records of delivered notices are deleted.")
+
+
+def _id(text: str | None) -> str | None:
+    from uuid import UUID
+
+    try:
+        return None if text is None else str(UUID(text))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not an id: it has the form of a UUID.") from None

@@ -1,0 +1,141 @@
+"""Notifier `apprise`: any of the services that https://appriseit.com knows, by URL."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
+from agent_gateway_store.hooks import hookimpl, mask_tokens, one_line
+from agent_gateway_store.plugins.excerpts import cut
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models import Notice
+
+__all__ = [
+    "AppriseNotifier",
+    "AppriseSettings",
+    "gateway_store_plugin_settings",
+    "gateway_store_register_notifiers",
+]
+
+PREFIX = "AGENT_GATEWAY_STORE_APPRISE_"
+MAX_TEXT = 500
+
+
+def _words(value: Any) -> Any:
+    return value.split() if isinstance(value, str) else value
+
+
+class AppriseSettings(BaseSettings):
+    """Settings for Apprise, each from `AGENT_GATEWAY_STORE_APPRISE_<NAME>`. A repr shows no secret.
+
+    Attributes:
+        urls: Where to send, as Apprise writes it, separated by blanks. They hold passwords.
+    """
+
+    model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True, frozen=True)
+
+    urls: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_words)] = ()
+
+
+class AppriseNotifier:
+    """Sends a title and a few lines of plain text to every service that is set.
+
+    Apprise says for all of them together whether it went well; if one failed, the notice comes again to all. Arguments
+    are not sent, for who reads along in these services is not known. Approvers decide elsewhere.
+    """
+
+    name = "apprise"
+
+    def __init__(self, settings: AppriseSettings | None = None) -> None:
+        """Read the URLs; connect nothing.
+
+        Args:
+            settings: Default: from the environment.
+
+        Raises:
+            MissingExtraError: The extra `apprise` is not installed.
+            ValueError: Apprise knows no service for one of the URLs; it says which one, not what it is.
+        """
+        try:
+            import apprise
+        except ImportError as exc:
+            raise MissingExtraError("The Apprise notifier", extra="apprise") from exc
+        settings = settings or AppriseSettings()
+        # Text of a notice must not be taken for escapes, emojis or markup.
+        asset = apprise.AppriseAsset(interpret_escapes=False, interpret_emojis=False)
+        self._apprise = apprise.Apprise(asset=asset)
+        self._text = apprise.NotifyFormat.TEXT
+        with _Hushed():
+            for number, url in enumerate(settings.urls, 1):
+                if not self._apprise.add(url.get_secret_value()):
+                    raise ValueError(f"Apprise does not know what to do with URL number {number} in {PREFIX}URLS.")
+
+    async def notify_pending(self, notice: Notice) -> None:
+        """Tell who wants what, why it is asked, and until when.
+
+        Raises:
+            NotDeliveredError: At least one service failed.
+        """
+        await self._send(
+            f"Approval needed: {_shown(notice.tool_call.tool)}",
+            f"Caller: {_shown(notice.caller_id)}",
+            f"Call: {_shown(notice.tool_call.server)} / {_shown(notice.tool_call.tool)}",
+            f"Why: {_shown(notice.risk_explanation)}",
+            f"Decide by: {f'{notice.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC' if notice.expires_at else '-'}",
+            f"Approval: {notice.approval_id}",
+        )
+
+    async def notify_decision(self, notice: Notice) -> None:
+        """Tell how it ended, and by whom.
+
+        Raises:
+            NotDeliveredError: At least one service failed.
+        """
+        await self._send(
+            f"Approval {notice.status.value.lower()}: {_shown(notice.tool_call.tool)}",
+            f"Caller: {_shown(notice.caller_id)}",
+            f"By: {_shown(notice.approver_id) if notice.approver_id else '-'}",
+            f"Note: {_shown(notice.note) or '-'}",
+            f"Approval: {notice.approval_id}",
+        )
+
+    async def _send(self, title: str, *lines: str) -> None:
+        went_well = await self._apprise.async_notify(title=title, body="\n".join(lines), body_format=self._text)
+        if not went_well:
+            raise NotDeliveredError("At least one Apprise service did not take it; see the logger `apprise`.")
+
+
+class _Hushed(logging.Filter):
+    """While entered, keeps back what Apprise logs: of a URL it cannot read it logs all, with the password."""
+
+    def __enter__(self) -> None:
+        logging.getLogger("apprise").addFilter(self)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("apprise").removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
+
+
+@hookimpl
+def gateway_store_register_notifiers() -> list[AppriseNotifier]:
+    """Contribute the notifier, if `AGENT_GATEWAY_STORE_APPRISE_URLS` names a service."""
+    settings = AppriseSettings()
+    return [AppriseNotifier(settings)] if settings.urls else []
+
+
+@hookimpl
+def gateway_store_plugin_settings() -> type[AppriseSettings]:
+    """Tell what can be set."""
+    return AppriseSettings
+
+
+def _shown(text: str) -> str:
+    return cut(one_line(mask_tokens(text)), MAX_TEXT)

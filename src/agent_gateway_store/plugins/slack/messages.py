@@ -1,0 +1,162 @@
+"""What an approval looks like in Slack: https://docs.slack.dev/reference/block-kit"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from slack_sdk.models.blocks import (
+    ActionsBlock,
+    Block,
+    ButtonElement,
+    ConfirmObject,
+    ContextBlock,
+    HeaderBlock,
+    MarkdownTextObject,
+    PlainTextObject,
+    SectionBlock,
+)
+
+from agent_gateway_store.hooks import mask_tokens, one_line
+from agent_gateway_store.plugins.excerpts import MARK, fit_arguments
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models import Notice
+
+__all__ = ["APPROVE", "DENY", "EVENT_TYPE", "decided_message", "escape", "pending_message"]
+
+APPROVE = "gateway_store_approve"
+DENY = "gateway_store_deny"
+EVENT_TYPE = "gateway_store_approval"
+
+# Slack's limit for the text of a section is 3000 characters, as written: `&amp;` counts as five.
+_MAX_NAME, _MAX_TEXT, _MAX_ARGUMENTS = 200, 2000, 2700
+_ENDINGS = {
+    "APPROVED": ":white_check_mark: Approved",
+    "DENIED": ":no_entry: Denied",
+    "USED": ":white_check_mark: Approved",
+}
+
+
+def escape(text: str) -> str:
+    """Return `text` so that Slack shows it as it is: no mention, no link (`&`, `<`, `>` escaped, on one line)."""
+    return one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def pending_message(notice: Notice) -> dict[str, Any]:
+    """Return text, blocks and metadata of the question, with two buttons."""
+    approval_id = str(notice.approval_id)
+    buttons = ActionsBlock(
+        block_id=f"gateway_store_{approval_id}",
+        elements=[
+            _button(APPROVE, "Approve", approval_id, "primary", "The call runs once, as shown."),
+            _button(DENY, "Deny", approval_id, "danger", "The call does not run."),
+        ],
+    )
+    text = f"Approval needed: {_name(notice.caller_id)} wants {_name(notice.tool_call.tool)}"
+    return _message(notice, text, [HeaderBlock(text="Approval needed"), *_facts(notice), buttons])
+
+
+def decided_message(notice: Notice) -> dict[str, Any]:
+    """Return text, blocks and metadata of the answer; nothing in it can be clicked."""
+    ending = _ENDINGS.get(notice.status.value, f":grey_exclamation: {notice.status.value.capitalize()}")
+    if notice.approver_id:
+        ending += f" by {_name(notice.approver_id)}"
+    if notice.decided_at:
+        ending += f" {_time(notice.decided_at)}"
+    told = [_section(f"*{ending}*" if not notice.note else f"*{ending}*\n{_prose(notice.note)}")]
+    text = f"{notice.status.value.capitalize()}: {_name(notice.tool_call.tool)} for {_name(notice.caller_id)}"
+    return _message(notice, text, [HeaderBlock(text="Approval decided"), *_facts(notice), *told])
+
+
+def _message(notice: Notice, text: str, blocks: list[Block]) -> dict[str, Any]:
+    return {
+        "text": text,
+        "blocks": [block.to_dict() for block in blocks],
+        "metadata": {
+            "event_type": EVENT_TYPE,
+            "event_payload": {"approval_id": str(notice.approval_id), "event": notice.event},
+        },
+    }
+
+
+def _facts(notice: Notice) -> list[Block]:
+    call = notice.tool_call
+    lines = [
+        f"*Call* {_name(call.server)} / {_name(call.tool)}",
+        f"*Caller* {_name(notice.caller_id)} ({_name(notice.org_id)})",
+    ]
+    if notice.event == "pending":
+        lines.append(f"*Decide by* {_time(notice.expires_at) if notice.expires_at else 'no deadline'}")
+    facts: list[Block] = [
+        _section("\n".join(lines)),
+        _section(f"*Why you are asked*\n{_prose(notice.risk_explanation)}"),
+    ]
+    if call.arguments:
+        facts.append(_section(f"*Arguments*\n```{_arguments(notice)}```"))
+    request = f"Approval {notice.approval_id}, request {_name(notice.request_id)}"
+    return [*facts, ContextBlock(elements=[_mrkdwn(request)])]
+
+
+def _arguments(notice: Notice) -> str:
+    shown, was_cut = fit_arguments(notice.tool_call.arguments, _MAX_ARGUMENTS)
+    lines, room = [], _MAX_ARGUMENTS
+    for line in json.dumps(shown, indent=2, ensure_ascii=False).split("\n"):
+        lines.append(_inert(line, room))
+        room -= len(lines[-1]) + 1
+        if room <= 1:
+            was_cut = True
+            break
+    return "\n".join([*lines, f"{MARK} cut to fit"] if was_cut else lines)
+
+
+def _button(action: str, label: str, approval_id: str, style: str, consequence: str) -> ButtonElement:
+    return ButtonElement(
+        action_id=action,
+        text=PlainTextObject(text=label),
+        value=approval_id,
+        style=style,
+        confirm=ConfirmObject(title=f"{label}?", text=PlainTextObject(text=consequence), confirm=label, deny="Back"),
+    )
+
+
+def _section(text: str) -> SectionBlock:
+    return SectionBlock(text=_mrkdwn(text))
+
+
+def _mrkdwn(text: str) -> MarkdownTextObject:
+    # Verbatim: a bare URL, #channel or @name in somebody's text stays text.
+    return MarkdownTextObject(text=text, verbatim=True)
+
+
+def _name(text: str) -> str:
+    return f"`{_inert(text, _MAX_NAME) or ' '}`"
+
+
+def _prose(text: str) -> str:
+    # As code, so that nobody's text can look like ours.
+    return f"```{_inert(text, _MAX_TEXT) or ' '}```"
+
+
+def _inert(text: str, limit: int) -> str:
+    """Return `text` as the inside of code, at most `limit` characters with its escapes."""
+    pieces, size = [], 0
+    for character in mask_tokens(text[: limit + 100]):
+        # A look-alike stands for the backtick, which would end the code.
+        piece = "\u02cb" if character == "`" else escape(character)
+        size += len(piece)
+        pieces.append(piece)
+        if size > limit:
+            break
+    if size <= limit and len(text) <= limit + 100:
+        return "".join(pieces)
+    while pieces and size > limit - 1:
+        size -= len(pieces.pop())
+    return "".join(pieces) + MARK
+
+
+def _time(moment: datetime) -> str:
+    moment = moment.astimezone(UTC)
+    spoken = f"{moment:%Y-%m-%d %H:%M} UTC"
+    return f"<!date^{int(moment.timestamp())}^{{date_short_pretty}} {{time}}|{spoken}>"

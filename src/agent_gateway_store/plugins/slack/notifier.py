@@ -1,0 +1,182 @@
+"""Notifier `slack`: one message for an approval, with buttons while it waits."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
+from agent_gateway_store.plugins.recent import Recent
+from agent_gateway_store.plugins.slack.settings import SlackSettings
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models import Notice
+
+__all__ = ["SlackNotifier"]
+
+logger = logging.getLogger("agent_gateway_store.notifications")
+
+REMEMBERED = 10_000
+OLD = timedelta(seconds=20)
+"""A notice this old may have been posted by a process that died before it could say so."""
+
+PAGES, PER_PAGE = 5, 200
+
+_NOT_CHANGEABLE = frozenset({"message_not_found", "cant_update_message", "edit_window_closed"})
+
+
+class SlackNotifier:
+    """Posts each approval to a channel, and replaces the message once it is decided.
+
+    Where the message stands is remembered in this process. After a restart, and where another process posted it, it is
+    looked up in the channel by its metadata (scope `channels:history` or `groups:history`); without that right, or when
+    it is further up than 1000 messages, the decision is a message of its own. The same look-up comes before a message
+    that may have been posted already, so a repeated delivery shows once where Slack lets that be known.
+    """
+
+    name = "slack"
+
+    def __init__(self, settings: SlackSettings | None = None) -> None:
+        """Remember; connect nothing.
+
+        Args:
+            settings: Default: from the environment.
+
+        Raises:
+            MissingExtraError: The extra `slack` is not installed.
+            ValueError: There is no bot token and channel.
+        """
+        settings = settings or SlackSettings()
+        if settings.channel is None:
+            raise ValueError("The Slack notifier needs a bot token and a channel.")
+        try:
+            from agent_gateway_store.plugins.slack import messages
+            from agent_gateway_store.plugins.slack.api import SlackApi
+        except ImportError as exc:
+            raise MissingExtraError("The Slack notifier", extra="slack") from exc
+        self._channel = settings.channel
+        self._api, self._messages = SlackApi(settings), messages
+        self._posted: Recent[UUID, str] = Recent(REMEMBERED)
+        self._decided: Recent[UUID, Notice] = Recent(REMEMBERED)
+        self._unsure: Recent[UUID, bool] = Recent(REMEMBERED)
+        self._may_search = True
+
+    async def notify_pending(self, notice: Notice) -> None:
+        """Post the question, unless it is known to have been posted, or decided.
+
+        Raises:
+            NotDeliveredError: Slack was not reached, or did not take it.
+        """
+        approval_id = notice.approval_id
+        if self._posted.get(approval_id) or self._decided.get(approval_id):
+            return
+        if self._may_be_there(notice) and await self._find(notice):
+            return
+        await self._post(notice, self._messages.pending_message(notice))
+        if (decision := self._decided.get(approval_id)) is not None:
+            await self.notify_decision(decision)  # it was decided while the question was under way
+
+    async def notify_decision(self, notice: Notice) -> None:
+        """Replace the question by the answer; post the answer where the question is not found.
+
+        Raises:
+            NotDeliveredError: Slack was not reached, or did not take it.
+        """
+        self._decided.put(notice.approval_id, notice)
+        message = self._messages.decided_message(notice)
+        timestamp = self._posted.get(notice.approval_id) or await self._find(notice)
+        if timestamp is not None and await self._update(timestamp, message):
+            return
+        await self._post(notice, message)
+
+    def _may_be_there(self, notice: Notice) -> bool:
+        is_old = notice.created_at is not None and datetime.now(UTC) - notice.created_at > OLD
+        return is_old or self._unsure.get(notice.approval_id) is not None
+
+    async def _post(self, notice: Notice, message: dict[str, Any]) -> None:
+        from agent_gateway_store.plugins.slack.api import SlackRefusedError
+
+        self._unsure.put(notice.approval_id, True)
+        try:
+            answer = await self._api.call(
+                "chat.postMessage",
+                channel=self._channel,
+                parse="none",
+                link_names="false",
+                unfurl_links="false",
+                unfurl_media="false",
+                **message,
+            )
+        except SlackRefusedError:
+            self._unsure.pop(notice.approval_id)
+            raise
+        self._posted.put(notice.approval_id, str(answer.get("ts")))
+        self._unsure.pop(notice.approval_id)
+
+    async def _update(self, timestamp: str, message: dict[str, Any]) -> bool:
+        from agent_gateway_store.plugins.slack.api import SlackRefusedError
+
+        try:
+            await self._api.call("chat.update", channel=self._channel, ts=timestamp, parse="none", **message)
+        except SlackRefusedError as exc:
+            if exc.code in _NOT_CHANGEABLE:
+                return False
+            raise
+        return True
+
+    async def _find(self, notice: Notice) -> str | None:
+        """Look for the message in the channel, remember where it stands, and return that."""
+        from agent_gateway_store.plugins.slack.api import SlackRefusedError
+
+        if not self._may_search:
+            return None
+        oldest = None if notice.created_at is None else f"{(notice.created_at - OLD).timestamp():.6f}"
+        cursor: str | None = None
+        for _ in range(PAGES):
+            try:
+                page = await self._api.call(
+                    "conversations.history",
+                    channel=self._channel,
+                    oldest=oldest,
+                    limit=str(PER_PAGE),
+                    include_all_metadata="true",
+                    cursor=cursor,
+                )
+            except SlackRefusedError as exc:
+                self._may_search = False
+                logger.warning(
+                    "Notifier slack: the channel's history cannot be read (%s), so a message of another process is not "
+                    "found again. Give the bot the scope channels:history or groups:history.",
+                    exc.code,
+                )
+                return None
+            timestamp = _timestamp_in(page, notice)
+            if timestamp is not None:
+                self._posted.put(notice.approval_id, timestamp)
+                return timestamp
+            cursor = _next_cursor(page)
+            if cursor is None:
+                return None
+        return None
+
+
+def _timestamp_in(page: dict[str, Any], notice: Notice) -> str | None:
+    from agent_gateway_store.plugins.slack.messages import EVENT_TYPE
+
+    try:
+        for message in page["messages"]:
+            metadata = message.get("metadata") or {}
+            told = metadata.get("event_payload") or {}
+            if metadata.get("event_type") == EVENT_TYPE and told.get("approval_id") == str(notice.approval_id):
+                return str(message["ts"])
+    except (AttributeError, KeyError, TypeError):
+        raise NotDeliveredError("Slack's answer to conversations.history cannot be read.") from None
+    return None
+
+
+def _next_cursor(page: dict[str, Any]) -> str | None:
+    metadata = page.get("response_metadata")
+    cursor = metadata.get("next_cursor") if isinstance(metadata, dict) else None
+    return cursor if isinstance(cursor, str) and cursor else None

@@ -1,0 +1,96 @@
+"""Rows of a SELECT of any size, a batch at a time, with memory that does not grow: one snapshot, one statement."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import aiosqlite
+
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.selecting import Query
+from agent_gateway_store.storage.urls import is_memory
+
+__all__ = ["LONGEST_S", "copied", "fetched", "streamed"]
+
+LONGEST_S = 24 * 3600.0
+"""Seconds that one command of a long read may take."""
+
+Rows: TypeAlias = Sequence[Sequence[Any]]
+_BATCH_ROWS = 1_000
+_BLOCK_BYTES = 8 * 2**20
+
+
+async def fetched(database: Database, query: Query, values: Mapping[str, Any]) -> Rows:
+    """Return all rows of a query that may take long."""
+    arguments = query.arguments(values)
+    async with database.driver() as driver:
+        if isinstance(driver, aiosqlite.Connection):
+            return list(await driver.execute_fetchall(query.text, arguments))
+        return await driver.fetch(query.text, *arguments, timeout=LONGEST_S)  # type: ignore[no-any-return]
+
+
+async def streamed(
+    database: Database, query: Query, values: Mapping[str, Any], *, batch: int = _BATCH_ROWS
+) -> AsyncGenerator[Rows, None]:
+    """Yield the rows of `query` in batches, by a server-side cursor. Close it (`aclosing`) if it is left early."""
+    arguments = query.arguments(values)
+    if is_memory(database.engine.url):
+        # There is one connection, which whoever reads these rows may need.
+        rows = await fetched(database, query, values)
+        for start in range(0, len(rows), batch):
+            yield rows[start : start + batch]
+        return
+    async with database.driver() as driver:
+        if isinstance(driver, aiosqlite.Connection):
+            async with driver.execute(query.text, arguments) as cursor:
+                while found := list(await cursor.fetchmany(batch)):
+                    yield found
+            return
+        async with driver.transaction(readonly=True):
+            cursor = await driver.cursor(query.text, *arguments, timeout=LONGEST_S)
+            while found := await cursor.fetch(batch, timeout=LONGEST_S):
+                yield found
+
+
+async def copied(database: Database, query: Query, values: Mapping[str, Any], take: Callable[[bytes], None]) -> None:
+    """Hand the rows of `query` to `take`, in a thread, as blocks of CSV of whole rows. PostgreSQL only.
+
+    COPY is much faster than a cursor: no row becomes a Python object. NULL is an empty field without quotes, and an
+    empty text one with quotes. While one block is taken the next one arrives, and no more.
+    """
+    arguments = query.arguments(values)
+    parts: list[bytes] = []
+    size = 0
+    under_way: asyncio.Task[None] | None = None
+
+    async def flush() -> None:
+        nonlocal size, under_way
+        block = b"".join(parts)
+        parts.clear()
+        size = 0
+        if under_way is not None:
+            await under_way
+        under_way = asyncio.create_task(asyncio.to_thread(take, block)) if block else None
+
+    async def receive(data: bytes) -> None:
+        # The server sends one message for each row, and the driver whole messages, so a block ends with a row.
+        nonlocal size
+        parts.append(bytes(data))
+        size += len(data)
+        if size >= _BLOCK_BYTES:
+            await flush()
+
+    try:
+        async with database.driver() as driver, driver.transaction(readonly=True):
+            await driver.execute(
+                "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1"
+            )
+            await driver.copy_from_query(query.text, *arguments, output=receive, format="csv", timeout=LONGEST_S)
+        await flush()
+    finally:
+        if under_way is not None:
+            await asyncio.wait([under_way])
+    if under_way is not None:
+        under_way.result()

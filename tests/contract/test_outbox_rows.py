@@ -1,0 +1,148 @@
+"""Which rows the outbox gets: one for each notifier with the change it tells of, and never without it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from contract_helpers import counted_statements, make_request
+from delivery_helpers import Post, quiet, rows
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from agent_gateway_store import ApprovalManager, GatewayStore, Notice, clock, errors
+from agent_gateway_store.storage.database import create_engine
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+
+
+def quiet_store(url: str, *notifiers: Post) -> GatewayStore:
+    """A store that writes rows and sends nothing."""
+    return GatewayStore(url, redis_url="", settings=quiet(), plugins=notifiers)
+
+
+async def test_each_change_that_is_told_writes_one_row_for_each_notifier(database_url: str) -> None:
+    """Asking, approving, denying, cancelling and expiring; not using, nor recording the outcome."""
+    async with quiet_store(database_url, Post("a"), Post("b")) as store:
+        tokens = [await store.approvals.issue_token(make_request()) for _ in range(4)]
+        await store.approvals.approve(tokens[0], "alice")
+        await store.approvals.deny(tokens[1], "alice")
+        await store.approvals.cancel(tokens[2], "alice")
+        clock.move(timedelta(hours=2))
+        assert await store.approvals.expire_stale() == 2  # the approved one was not used in time
+        found = await rows(store, "notifier, event, attempts")
+
+        assert found[:8] == [(name, "pending", 0) for _ in tokens for name in ("a", "b")]
+        assert sorted(found[8:]) == sorted((name, "decision", 0) for _ in range(5) for name in ("a", "b"))
+
+
+async def test_payload_is_the_notice(database_url: str) -> None:
+    """A row holds the notice as JSON, under its own delivery id, with times by the database's clock and no token."""
+    post = Post()
+    async with quiet_store(database_url, post) as store:
+        request = make_request(risk_explanation="drops \x00 the table: 'é' \u202e")
+        token = await store.approvals.issue_token(request)
+        await store.approvals.deny(token, "alice", "no")
+        stored = await store.approvals.get(approval_id=request.approval_id)
+        decision, pending = await store.notifications.list()
+        notices = [Notice.model_validate(each.payload) for each in (pending, decision)]
+
+        assert [notice.delivery_id for notice in notices] == [pending.delivery_id, decision.delivery_id]
+        for notice in notices:
+            assert (notice.approval_id, notice.request_id) == (request.approval_id, request.request_id)
+            assert (notice.created_at, notice.expires_at) == (stored.created_at, stored.expires_at)
+            assert notice.risk_explanation == stored.risk_explanation
+            assert notice.tool_call == stored.tool_call
+        assert (notices[0].event, notices[0].status, notices[0].decided_at) == ("pending", "PENDING", None)
+        assert (notices[1].status, notices[1].approver_id, notices[1].note) == ("DENIED", "alice", "no")
+        assert notices[1].decided_at == stored.decision_at
+        assert token not in str(await rows(store, "*"))
+
+
+async def test_no_notifier_costs_nothing(database_url: str) -> None:
+    """Without notifiers no row is written, and issuing takes one statement."""
+    async with quiet_store(database_url) as store:
+        await store.approvals.issue_token(make_request())
+        with counted_statements(store) as statements:
+            await store.approvals.issue_token(make_request())
+
+        assert len(statements) == 1
+        assert await rows(store) == []
+
+
+async def test_issuing_is_one_round_trip_on_postgresql(contract_postgres: str) -> None:
+    """The approval and its rows go to the server as one statement, which commits itself."""
+    async with quiet_store(contract_postgres, Post("a"), Post("b")) as store:
+        await store.approvals.issue_token(make_request())
+        with counted_statements(store) as statements:
+            await store.approvals.issue_token(make_request())
+
+        assert len(statements) == 1
+
+
+async def test_asking_again_and_votes_that_do_not_decide_tell_nobody(database_url: str) -> None:
+    """A rebind writes no row; of two voices needed the second writes them."""
+    async with quiet_store(database_url, Post()) as store:
+        request = make_request(required_approvals=2)
+        await store.approvals.issue_token(request)
+        token = await store.approvals.issue_token(make_request(request_id=request.request_id, required_approvals=2))
+        await store.approvals.approve(token, "alice")
+        assert await rows(store, "event") == [("pending",)]
+        await store.approvals.approve(token, "bob")
+
+        assert await rows(store, "event") == [("pending",), ("decision",)]
+
+
+async def test_a_change_that_does_not_happen_writes_no_row(database_url: str) -> None:
+    """Refused decisions, and transactions that are rolled back, leave none."""
+    async with quiet_store(database_url, Post()) as store:
+        token = await store.approvals.issue_token(make_request())
+        with pytest.raises(errors.SelfApprovalError):
+            await store.approvals.approve(token, "dev-agent")
+        await store.approvals.deny(token, "alice")
+        for again in (store.approvals.approve, store.approvals.deny):
+            with pytest.raises(errors.ApprovalAlreadyDecidedError):
+                await again(token, "bob")
+        assert await rows(store, "event") == [("pending",), ("decision",)]
+
+
+async def test_row_and_change_are_one_transaction(database_url: str) -> None:
+    """Where the row cannot be written the decision is not made either, and the other way round."""
+    async with quiet_store(database_url, Post()) as store:
+        token = await store.approvals.issue_token(make_request())
+        async with store.database.write() as connection:
+            await connection.exec_driver_sql("ALTER TABLE notification_deliveries RENAME TO elsewhere")
+        try:
+            with pytest.raises(errors.GatewayStoreError):
+                await store.approvals.approve(token, "alice")
+            with pytest.raises(errors.GatewayStoreError):
+                await store.approvals.issue_token(make_request())
+        finally:
+            async with store.database.write() as connection:
+                await connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO notification_deliveries")
+
+        assert (await store.approvals.check_token(token)).status == "PENDING"
+        assert len(await store.approvals.list_requests()) == 1
+        assert await rows(store, "event") == [("pending",)]
+
+
+async def test_session_of_the_callers_writes_rows_only_if_told_to_whom(database_url: str) -> None:
+    """Without `notifiers` there is no outbox; with them the rows are in the caller's transaction, due at once."""
+    engine = create_engine(database_url)
+    try:
+        async with quiet_store(database_url) as store:
+            async with AsyncSession(engine) as session:
+                await ApprovalManager(session).issue_token(make_request())
+            assert await rows(store) == []
+            async with AsyncSession(engine) as session:
+                manager = ApprovalManager(session, notifiers=["webhook"])
+                token = await manager.issue_token(make_request())
+                await manager.approve(token, "alice")
+
+            assert await rows(store) == [("webhook", "pending", "DUE", 0), ("webhook", "decision", "DUE", 0)]
+    finally:
+        await engine.dispose()

@@ -1,0 +1,116 @@
+"""The notifier `apprise`: one adapter, its secrets kept."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from notifier_helpers import OK, Server, decided, make_notice, serving, status
+
+from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.plugins import apprise as plugin
+from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
+from agent_gateway_store.settings import StoreSettings
+
+# Apprise loads PGPy, which loads a module that Python is about to remove.
+pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("ignore:.imghdr. is deprecated:DeprecationWarning")]
+
+PASSWORD = "planted-password"
+NASTY = "a\nTo: all\r\n\x1b[2J\u202e <b>bold</b> \\n :smile: @everyone"
+
+
+def notifier_for(*servers: Server) -> AppriseNotifier:
+    """A notifier that posts JSON to tests' servers, by Apprise's own plugin for that."""
+    urls = [f"json://user:{PASSWORD}@127.0.0.1:{server.port}/path" for server in servers]
+    return AppriseNotifier(AppriseSettings(urls=urls))  # type: ignore[arg-type]
+
+
+async def test_tells_of_question_and_answer() -> None:
+    """In plain text, with all that is needed to act on it."""
+    notice = make_notice()
+    async with serving(OK) as server:
+        notifier = notifier_for(server)
+        await notifier.notify_pending(notice)
+        await notifier.notify_decision(decided(notice))
+
+    asked, answered = (request.json for request in server.requests)
+    assert asked["title"] == "Approval needed: delete_file"
+    for text in (
+        "dev-agent",
+        "files / delete_file",
+        "Deletes a file.",
+        "2031-01-01 12:00 UTC",
+        str(notice.approval_id),
+    ):
+        assert text in asked["message"]
+    assert answered["title"] == "Approval denied: delete_file"
+    assert "By: ann" in answered["message"]
+
+
+async def test_texts_stay_one_line_and_plain() -> None:
+    """Nobody's text adds a line, an escape or an emoji."""
+    async with serving(OK) as server:
+        await notifier_for(server).notify_pending(make_notice(caller_id=NASTY, risk_explanation=NASTY))
+
+    message = server.requests[0].json["message"]
+    assert len(message.splitlines()) == 5
+    assert message.replace("\n", "").isprintable()
+    assert "<b>bold</b>" in message
+    assert ":smile:" in message
+
+
+async def test_arguments_are_not_sent() -> None:
+    """Who reads along is not known."""
+    async with serving(OK) as server:
+        await notifier_for(server).notify_pending(make_notice())
+
+    assert "old.log" not in server.requests[0].body.decode()
+
+
+async def test_one_failure_is_not_delivered() -> None:
+    """Apprise tells of all services at once: the notice comes again."""
+    async with serving(OK) as good, serving(status("500 Oops")) as bad:
+        with pytest.raises(NotDeliveredError):
+            await notifier_for(good, bad).notify_pending(make_notice())
+
+    assert len(good.requests) == 1
+
+
+@pytest.mark.parametrize("url", [f"nosuch://{PASSWORD}@host", f"json://:{PASSWORD}@", f"{PASSWORD}"])
+async def test_unknown_urls_are_told_by_number(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Apprise itself logs such a URL with all that is in it; that is kept back."""
+    settings = AppriseSettings(urls=["json://127.0.0.1", url])  # type: ignore[list-item]
+    with caplog.at_level(logging.DEBUG), pytest.raises(ValueError, match="URL number 2") as caught:
+        AppriseNotifier(settings)
+
+    assert PASSWORD not in str(caught.value) + caplog.text + repr(settings)
+
+
+@pytest.mark.parametrize("answer", [OK, status("500 Oops"), status("401 No")])
+async def test_password_is_in_no_log(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """Not at WARNING, not at DEBUG, whether it goes well or not."""
+    async with serving(answer) as server:
+        with caplog.at_level(logging.DEBUG):
+            notifier = notifier_for(server)
+            with suppress(NotDeliveredError):
+                await notifier.notify_pending(make_notice())
+
+    assert PASSWORD not in caplog.text + repr(notifier) + repr(vars(notifier))
+
+
+async def test_as_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing while nothing is set; a notifier once it is."""
+    plugins = Plugins([plugin], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
+    assert plugins.notifiers(StoreSettings()) == {}
+    reports: list[Any]
+    async with serving(OK) as server:
+        monkeypatch.setenv("AGENT_GATEWAY_STORE_APPRISE_URLS", f"json://127.0.0.1:{server.port}")
+        dispatcher = Dispatcher(plugins, StoreSettings())
+        reports = await dispatcher.deliver_all(make_notice())
+        await dispatcher.aclose(5)
+
+    assert [(report.notifier, report.ok) for report in reports] == [("apprise", True)]
+    assert len(server.requests) == 1

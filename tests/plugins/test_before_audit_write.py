@@ -1,0 +1,214 @@
+"""Plugins enrich and redact events before they are stored; one that fails lets no secret through."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import pytest
+from audit_helpers import Editor, open_with
+
+from agent_gateway_store import AuditEvent, RedactionFlag, WriteOutcome
+from builders import make_event
+
+pytestmark = pytest.mark.unit
+
+SECRET = "hunter2-in-an-argument"
+QUOTING = {
+    "sanitized_args": {"path": SECRET},
+    "llm_explanation": f"It reads {SECRET}.",
+    "output_policy_rationale": SECRET,
+    "deterministic_rationale": SECRET,
+}
+
+
+def redact(event: AuditEvent) -> AuditEvent:
+    """Do as a redactor does: replace, and say so."""
+    flag = RedactionFlag(field="sanitized_args.path", reason="SECRET")
+    return event.model_copy(
+        update={"sanitized_args": {"path": "***"}, "redaction_flags": [*event.redaction_flags, flag]}
+    )
+
+
+def file_text() -> str:
+    """Everything in the database file, and in its log."""
+    with closing(sqlite3.connect("gateway.db")) as connection:
+        return "\n".join(connection.iterdump())
+
+
+async def test_what_a_plugin_returns_is_stored_and_sealed() -> None:
+    """The redacted event is stored, its content hash is its own, and the caller's object is untouched."""
+    event = make_event(sanitized_args={"path": SECRET})
+    async with open_with(Editor("redactor", redact)) as store:
+        outcome = await store.audit.write(event)
+        stored = await store.audit.get_by_request_id(event.request_id)
+
+    assert outcome is WriteOutcome.STORED
+    assert stored is not None
+    assert stored.sanitized_args == {"path": "***"}
+    assert [flag.reason for flag in stored.redaction_flags] == ["SECRET"]
+    document = stored.model_dump(mode="json", exclude={"id", "content_hash"})
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert stored.content_hash == hashlib.sha256(text.encode()).hexdigest()
+    assert event.sanitized_args == {"path": SECRET}
+    assert SECRET not in file_text()
+
+
+async def test_each_plugin_sees_what_the_one_before_made() -> None:
+    """In the order of loading; None leaves the event as it is, and so does changing the copy in place."""
+
+    async def enrich(event: AuditEvent) -> AuditEvent:
+        await asyncio.sleep(0)
+        event.risk_labels = [*event.risk_labels, "pii"]
+        return event
+
+    def spoil(event: AuditEvent) -> None:
+        event.sanitized_args["path"] = "spoilt"
+
+    editors = Editor("redactor", redact), Editor("spoiler", spoil), Editor("enricher", enrich)
+    async with open_with(*editors) as store:
+        await store.audit.write(make_event(request_id="r-1"))
+        stored = await store.audit.get_by_request_id("r-1")
+
+    assert stored is not None
+    assert (stored.sanitized_args, stored.risk_labels) == ({"path": "***"}, ["pii"])
+    assert editors[2].seen[0].sanitized_args == {"path": "***"}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda _: 1 / 0,
+        lambda _: {"sanitized_args": {}},
+        lambda _: asyncio.sleep(30),
+        lambda _: threading.Event().wait(1.5),
+        lambda _: exec("raise SystemExit(3)"),
+        lambda event: event.model_copy(update={"sanitized_args": "no mapping"}),
+        lambda event: event.model_copy(update={"org_id": "another"}),
+        lambda event: event.model_copy(update={"request_id": "another"}),
+        lambda event: event.model_copy(update={"caller_id": "another"}),
+        lambda event: event.model_copy(update={"decision": "DENY"}),
+        lambda event: event.model_copy(update={"redaction_flags": []}),
+    ],
+    ids=["raises", "garbage", "hangs", "blocks", "exits", "invalid", "org", "id", "caller", "decision", "flags"],
+)
+async def test_a_failing_plugin_withholds_what_it_might_have_redacted(
+    edit: Callable[[AuditEvent], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The call is recorded with who, what and when; texts and arguments are withheld, visibly; nothing raises."""
+    flag = RedactionFlag(field="sanitized_args.x", reason="GATEWAY")
+    async with open_with(Editor("broken", edit)) as store:
+        outcome = await store.audit.write(make_event(request_id="r-1", redaction_flags=[flag], **QUOTING))
+        stored = await store.audit.get_by_request_id("r-1")
+        counters = store.audit.counters
+
+    assert outcome is WriteOutcome.STORED
+    assert stored is not None
+    assert (stored.org_id, stored.caller_id, stored.tool_name) == ("default", "dev-agent", "read_file")
+    assert (stored.decision, stored.matched_policy_rule) == ("ALLOW", "allow-reads")
+    assert stored.sanitized_args == {"[WITHHELD]": "PLUGIN_FAILED"}
+    assert {stored.llm_explanation, stored.output_policy_rationale, stored.deterministic_rationale} == {"[WITHHELD]"}
+    flags = {(each.field, each.reason) for each in stored.redaction_flags}
+    assert flags == {("sanitized_args.x", "GATEWAY"), *((name, "PLUGIN_FAILED") for name in QUOTING)}
+    assert (counters.stored, counters.withheld) == (1, 1)
+    assert "Plugin broken failed before the write" in caplog.text
+    assert SECRET not in file_text() + caplog.text
+
+
+async def test_after_a_timeout_the_plugin_is_left_alone_for_as_long() -> None:
+    """A plugin that hangs costs one bounded wait, not one for each write."""
+    plugin = Editor("hung", lambda _: asyncio.sleep(30))
+    async with open_with(plugin) as store:
+        for _ in range(20):
+            assert await store.audit.write(make_event(**QUOTING)) is WriteOutcome.STORED
+        counters = store.audit.counters
+
+    assert counters.withheld == 20
+    assert len(plugin.seen) < 20
+
+
+async def test_every_way_in_goes_through_the_plugin() -> None:
+    """`write`, `write_many` and `record` of the store; one bad event of a bulk is withheld alone."""
+
+    def picky(event: AuditEvent) -> AuditEvent:
+        if event.request_id == "bad":
+            raise ValueError("cannot")
+        return redact(event)
+
+    async with open_with(Editor("picky", picky)) as store:
+        await store.audit.write(make_event(request_id="one", sanitized_args={"path": SECRET}))
+        many = [make_event(request_id=name, sanitized_args={"path": SECRET}) for name in ("two", "bad", "three")]
+        outcomes = await store.audit.write_many(many)
+        async with store.database.sessions() as session, session.begin():
+            await store.audit.record(make_event(request_id="own", sanitized_args={"path": SECRET}), session=session)
+        found = {event.request_id: event.sanitized_args for event in await store.audit.list_recent()}
+
+    assert outcomes == {WriteOutcome.STORED: 3}
+    assert found.pop("bad") == {"[WITHHELD]": "PLUGIN_FAILED"}
+    assert found == {name: {"path": "***"} for name in ("one", "two", "three", "own")}
+    assert SECRET not in file_text()
+
+
+async def test_the_same_event_again_is_a_duplicate() -> None:
+    """Redacting the same way twice gives the same content hash."""
+    event = make_event(sanitized_args={"path": SECRET})
+    async with open_with(Editor("redactor", redact)) as store:
+        outcomes = [await store.audit.write(event), await store.audit.write(event)]
+
+    assert outcomes == [WriteOutcome.STORED, WriteOutcome.DUPLICATE]
+
+
+async def test_cancelling_the_caller_does_not_cancel_the_write() -> None:
+    """Also while a plugin looks at the event; `flush` and `close` wait for it."""
+    begun = threading.Event()
+
+    async def slow(_event: AuditEvent) -> None:
+        begun.set()
+        await asyncio.sleep(0.1)
+
+    async with open_with(Editor("slow", slow), timeout_s=5) as store:
+        for index in range(2):
+            begun.clear()
+            task = asyncio.create_task(store.audit.write(make_event(request_id=f"r-{index}")))
+            await asyncio.to_thread(begun.wait, 5)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            if index == 0:
+                await store.audit.flush()
+                assert await store.audit.get_by_request_id("r-0") is not None
+    async with open_with() as store:
+        assert await store.audit.get_by_request_id("r-1") is not None
+
+
+async def test_the_plugin_sees_what_can_be_stored() -> None:
+    """NUL, lone surrogates, NaN and deep nesting have been replaced before a plugin sees them; none makes it fail."""
+    deep: list[Any] = []
+    for _ in range(3000):
+        deep = [deep]
+    hostile = make_event(
+        request_id="r\0",
+        tool_name="\ud800",
+        sanitized_args={"nan": float("nan"), "deep": deep, "big": 2**200, "nul": "\0"},
+        risk_score=float("inf"),
+        latency_ms=2**70,
+    )
+    plugin = Editor("witness", redact)
+    async with open_with(plugin) as store:
+        outcome = await store.audit.write(hostile)
+        counters = store.audit.counters
+
+    assert (outcome, counters.withheld) == (WriteOutcome.STORED, 0)
+    assert "\0" not in plugin.seen[0].request_id
+
+
+async def test_the_strict_mode_stores_withheld_events_too() -> None:
+    """A broken plugin is no reason to stop calls: the call is on record."""
+    async with open_with(Editor("broken", lambda _: 1 / 0), audit_mode="strict") as store:
+        assert await store.audit.write(make_event()) is WriteOutcome.STORED

@@ -1,0 +1,377 @@
+"""The notifier `slack` against a stand-in for Slack's API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from notifier_helpers import decided, make_notice
+from slack_sdk import WebClient
+from slack_sdk.models.blocks import ActionsBlock, Block, ButtonElement
+from slack_server import CHANNEL, TOKEN, Slack, fault_in, slack_running
+
+from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.plugins import slack as plugin
+from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
+from agent_gateway_store.plugins.slack.messages import decided_message, escape, pending_message
+from agent_gateway_store.settings import StoreSettings
+
+pytestmark = pytest.mark.unit
+
+NASTY = "<!channel> <@U1> <#C1> <https://evil.example|Approve> & `code` ```block``` *b* _i_ ~s~ > q\n# h\r\x1b[2J\u202e"
+NASTY += " @here"
+
+
+def notifier_for(slack: Slack, **fields: Any) -> SlackNotifier:
+    """A notifier of another process, for all that it knows."""
+    values = {"bot_token": TOKEN, "channel": CHANNEL, "api_url": slack.api_url, "timeout_seconds": 5} | fields
+    return SlackNotifier(SlackSettings(**values))
+
+
+def texts_of(message: dict[str, Any]) -> str:
+    return json.dumps(message, ensure_ascii=False)
+
+
+def methods(slack: Slack) -> list[str]:
+    return [method for method, _ in slack.calls]
+
+
+class TestMessage:
+    async def test_question_has_all_an_approver_needs(self) -> None:
+        """The call, its arguments, the risk, the deadline in the reader's own time, and two buttons that ask back."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            await notifier_for(slack).notify_pending(notice)
+
+        (message,) = slack.messages.values()
+        shown = texts_of(message)
+        for text in (
+            "`files` / `delete_file`",
+            "`dev-agent`",
+            "Deletes a file.",
+            "/tmp/old.log",
+            "2031-01-01 12:00 UTC",
+        ):
+            assert text in shown
+        assert f"<!date^{int(notice.expires_at.timestamp())}^" in shown  # type: ignore[union-attr]
+        blocks = Block.parse_all(message["blocks"])
+        (actions,) = [block for block in blocks if isinstance(block, ActionsBlock)]
+        buttons = [element for element in actions.elements if isinstance(element, ButtonElement)]
+        assert [button.action_id for button in buttons] == ["gateway_store_approve", "gateway_store_deny"]
+        assert {button.value for button in buttons} == {str(notice.approval_id)}
+        assert all(button.confirm is not None for button in buttons)
+        assert message["metadata"]["event_payload"]["approval_id"] == str(notice.approval_id)
+
+    def test_text_of_others_stays_text(self) -> None:
+        """It mentions nobody, links nowhere, and does not get out of its code."""
+        call = ToolCall(server=NASTY, tool=NASTY, arguments={NASTY: NASTY})
+        names = dict.fromkeys(("caller_id", "org_id", "request_id", "risk_explanation"), NASTY)
+        notice = make_notice(tool_call=call, **names)
+
+        for message in (pending_message(notice), decided_message(decided(notice, approver_id=NASTY, note=NASTY))):
+            assert fault_in(message["blocks"]) is None
+            for text in re.findall(r'"text": "((?:[^"\\]|\\.)*)"', json.dumps(message["blocks"])):
+                plain = json.loads(f'"{text}"')
+                assert all(tag.startswith("<!date^") for tag in re.findall(r"<[^>]*", plain))
+                outside = re.sub(r"```.*?```|`[^`]*`", "", plain, flags=re.DOTALL)
+                assert "evil" not in outside
+                assert "@here" not in outside
+                assert plain.replace("\n", "").isprintable()
+            assert "<" not in message["text"]
+            assert all(b["text"]["verbatim"] for b in message["blocks"] if b["type"] == "section")
+
+    @pytest.mark.parametrize("unit", ["x", "&", "\x00", "文", "`", "\U000e0001", "\ud800"])
+    def test_limits_of_slack_are_kept(self, unit: str) -> None:
+        """Whatever the texts grow to when they are escaped."""
+        long = unit * 100_000
+        call = ToolCall(server=long, tool=long, arguments={"a": long, **{f"{unit}{n}": [long] * 3 for n in range(20)}})
+        names = dict.fromkeys(("caller_id", "org_id", "request_id", "risk_explanation"), long)
+        notice = make_notice(tool_call=call, **names)
+
+        for message in (pending_message(notice), decided_message(decided(notice, approver_id=long, note=long))):
+            assert fault_in(message["blocks"]) is None
+            assert len(message["text"]) < 4000
+            assert "…" in texts_of(message)
+
+    @pytest.mark.parametrize("status", ["APPROVED", "DENIED", "EXPIRED", "CANCELLED"])
+    def test_answer_has_no_buttons(self, status: str) -> None:
+        """It says how it ended and by whom."""
+        approver = "ann" if status in ("APPROVED", "DENIED") else None
+        message = decided_message(decided(make_notice(), status=status, approver_id=approver))
+
+        assert "actions" not in {block["type"] for block in message["blocks"]}
+        assert status.capitalize() in texts_of(message)
+        assert ("`ann`" in texts_of(message)) is (approver is not None)
+
+    def test_approval_tokens_are_masked(self) -> None:
+        """What looks like a token or an API key of ours is not shown."""
+        token = "Abc123xyz-Abc123xyz_Abc123xyz-Abc123xyz_Abc"
+        notice = make_notice(risk_explanation=token, tool_call=ToolCall(server="s", tool="t", arguments={"k": token}))
+
+        assert token not in texts_of(pending_message(notice))
+
+    def test_escape(self) -> None:
+        """As Slack asks."""
+        assert escape("a & b < c > d\n") == "a &amp; b &lt; c &gt; d\\n"
+
+
+class TestUpdate:
+    async def test_question_becomes_the_answer(self) -> None:
+        """One message from first to last."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            notifier = notifier_for(slack)
+            await notifier.notify_pending(notice)
+            await notifier.notify_decision(decided(notice))
+
+        (message,) = slack.messages.values()
+        assert "Denied by `ann`" in texts_of(message)
+        assert "gateway_store_approve" not in texts_of(message)
+        assert methods(slack) == ["chat.postMessage", "chat.update"]
+
+    async def test_message_of_another_process_is_found(self) -> None:
+        """By its metadata, among many others, over several pages."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            await notifier_for(slack).notify_pending(notice)
+            for number in range(450):
+                other = f"{datetime.now(UTC).timestamp() + number:.6f}"
+                slack.messages[other] = {"type": "message", "ts": other, "text": "chat"}
+            await notifier_for(slack).notify_decision(decided(notice))
+
+        assert methods(slack) == ["chat.postMessage", *["conversations.history"] * 3, "chat.update"]
+        assert sum("Denied by" in texts_of(message) for message in slack.messages.values()) == 1
+
+    async def test_without_the_right_to_read_the_answer_is_its_own_message(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """And the log says, once, what is missing."""
+        async with slack_running() as slack:
+            slack.scopes = {"chat:write"}
+            notifier = notifier_for(slack)
+            for _ in range(2):
+                await notifier.notify_decision(decided(make_notice()))
+
+        assert len(slack.messages) == 2
+        assert caplog.text.count("channels:history") == 1
+
+    async def test_deleted_message(self) -> None:
+        """The answer is posted anew."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            notifier = notifier_for(slack)
+            await notifier.notify_pending(notice)
+            slack.messages.clear()
+            await notifier.notify_decision(decided(notice))
+
+        assert len(slack.messages) == 1
+
+    async def test_late_question_is_not_posted(self) -> None:
+        """Once decided, there is nothing to click."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            notifier = notifier_for(slack)
+            await notifier.notify_decision(decided(notice))
+            await notifier.notify_pending(notice)
+
+        (message,) = slack.messages.values()
+        assert "actions" not in {block["type"] for block in message["blocks"]}
+
+    async def test_decided_while_the_question_is_under_way(self) -> None:
+        """No buttons stay behind."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            notifier = notifier_for(slack)
+            await asyncio.gather(notifier.notify_pending(notice), notifier.notify_decision(decided(notice)))
+
+        assert "gateway_store_approve" not in texts_of(slack.messages)
+
+
+class TestRepeats:
+    async def test_repeated_delivery_posts_once(self) -> None:
+        """In one process it is remembered."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            notifier = notifier_for(slack)
+            for _ in range(3):
+                await notifier.notify_pending(notice)
+
+        assert len(slack.messages) == 1
+
+    async def test_lost_answer(self) -> None:
+        """Slack took it and the line broke: the next try looks first."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            slack.lose_answers = 1
+            notifier = notifier_for(slack)
+            with pytest.raises(NotDeliveredError):
+                await notifier.notify_pending(notice)
+            await notifier.notify_pending(notice)
+
+        assert len(slack.messages) == 1
+
+    async def test_process_that_died(self) -> None:
+        """An old notice may have been posted by another: it is looked for first."""
+        notice = make_notice(created_at=datetime.now(UTC) - timedelta(seconds=21))
+        async with slack_running() as slack:
+            await notifier_for(slack).notify_pending(notice)
+            await notifier_for(slack).notify_pending(notice)
+            await notifier_for(slack).notify_decision(decided(notice))
+
+        assert len(slack.messages) == 1
+        assert methods(slack).count("chat.postMessage") == 1
+
+
+class TestFailures:
+    async def test_rate_limit(self) -> None:
+        """429 with Retry-After is passed on."""
+        async with slack_running() as slack:
+            slack.answers = [(429, {"Retry-After": "30"}, b"")]
+            with pytest.raises(NotDeliveredError) as caught:
+                await notifier_for(slack).notify_pending(make_notice())
+
+        assert (caught.value.retry_after_s, caught.value.is_permanent) == (30, False)
+
+    @pytest.mark.parametrize(
+        ("answer", "is_permanent"),
+        [
+            ((500, {}, b"oops"), False),
+            ((302, {"Location": "http://127.0.0.1:1/"}, b""), False),
+            ((200, {}, b"<html>"), False),
+            ((200, {}, b"[]"), False),
+            ((200, {}, b"[" * 100_000), False),
+            ((200, {}, b'{"ok": "yes"}'), False),
+            ((200, {}, b'{"ok": false, "error": "invalid_auth"}'), False),
+            ((200, {}, b'{"ok": false, "error": "invalid_blocks"}'), True),
+            ((200, {}, b'{"ok": false, "error": {"a": "\\n"}}'), False),
+        ],
+    )
+    async def test_refusals(self, answer: Any, is_permanent: bool) -> None:
+        """Tried again, unless the same message can never be taken."""
+        async with slack_running() as slack:
+            slack.answers = [answer]
+            with pytest.raises(NotDeliveredError) as caught:
+                await notifier_for(slack).notify_pending(make_notice())
+
+        assert caught.value.is_permanent is is_permanent
+        assert str(caught.value).isprintable()
+
+    async def test_gigabyte(self) -> None:
+        """An answer without end is cut off."""
+        sent = 0
+
+        async def flood(writer: asyncio.StreamWriter) -> None:
+            nonlocal sent
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1073741824\r\n\r\n")
+            for _ in range(16_384):
+                writer.write(b"x" * 65_536)
+                await writer.drain()
+                sent += 65_536
+
+        async with slack_running() as slack:
+            slack.answers = [flood]
+            with pytest.raises(NotDeliveredError, match="longer"):
+                await notifier_for(slack).notify_pending(make_notice())
+
+        assert sent < 100_000_000
+
+    async def test_hangs(self) -> None:
+        """The timeout holds."""
+
+        async def hang(_: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(60)
+
+        async with slack_running() as slack:
+            slack.answers = [hang]
+            with pytest.raises(NotDeliveredError, match=r"within 0.2 seconds"):
+                await notifier_for(slack, timeout_seconds=0.2).notify_pending(make_notice())
+
+
+class TestAsPlugin:
+    async def test_delivers_by_the_dispatcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing while nothing is set; a notifier once token and channel are."""
+        plugins = Plugins([plugin], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
+        assert plugins.notifiers(StoreSettings()) == {}
+        async with slack_running() as slack:
+            monkeypatch.setenv("AGENT_GATEWAY_STORE_SLACK_BOT_TOKEN", TOKEN)
+            monkeypatch.setenv("AGENT_GATEWAY_STORE_SLACK_CHANNEL", CHANNEL)
+            monkeypatch.setenv("AGENT_GATEWAY_STORE_SLACK_API_URL", slack.api_url)
+            dispatcher = Dispatcher(plugins, StoreSettings())
+            reports = await dispatcher.deliver_all(make_notice())
+            await dispatcher.aclose(5)
+
+        assert [(report.notifier, report.ok) for report in reports] == [("slack", True)]
+        assert len(slack.messages) == 1
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"BOT_TOKEN": "planted"},
+            {"CHANNEL": CHANNEL},
+            {"BOT_TOKEN": "planted", "CHANNEL": "#planted"},
+            {"BOT_TOKEN": "planted\u00e9", "CHANNEL": CHANNEL},
+            {"SIGNING_SECRET": ""},
+            {"API_URL": "ftp://planted/"},
+            {"APPROVERS": '["planted"]'},
+        ],
+    )
+    def test_wrong_settings(self, monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+        """The plugin is broken, and says so without what was set."""
+        for name, value in values.items():
+            monkeypatch.setenv(f"AGENT_GATEWAY_STORE_SLACK_{name}", value)
+        plugins = Plugins([plugin], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
+        plugins.notifiers(StoreSettings())
+
+        assert plugins.records[0].state == "broken"
+        assert "planted" not in (plugins.records[0].error or "")
+
+    async def test_token_is_in_no_log(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Not at DEBUG, in no repr and no error."""
+        said = []
+        async with slack_running() as slack:
+            slack.answers = [None, (500, {}, b""), (200, {}, b'{"ok": false, "error": "invalid_auth"}')]
+            with caplog.at_level(logging.DEBUG):
+                notifier = notifier_for(slack)
+                for _ in range(3):
+                    try:
+                        await notifier.notify_pending(make_notice())
+                    except NotDeliveredError as exc:
+                        said.append(f"{exc!r}{exc.__cause__!r}")
+        said += [
+            repr(notifier),
+            repr(vars(notifier)),
+            repr(vars(notifier._api)),
+            repr(SlackSettings(signing_secret=TOKEN)),
+        ]  # type: ignore
+
+        assert len(said) == 6
+        for text in (caplog.text, *said, *(repr(vars(record)) for record in caplog.records)):
+            assert TOKEN not in text
+
+
+async def test_the_stand_in_is_slack_to_slack_sdk() -> None:
+    """Slack's own client posts, reads and updates there; what we post, it reads as its own models."""
+    notice = make_notice(approval_id=uuid4())
+    async with slack_running() as slack:
+        client = WebClient(token=TOKEN, base_url=slack.api_url, proxy=None)
+        await notifier_for(slack).notify_pending(notice)
+        page = await asyncio.to_thread(client.conversations_history, channel=CHANNEL, include_all_metadata=True)
+        (message,) = page["messages"]
+        posted = await asyncio.to_thread(
+            client.chat_postMessage, channel=CHANNEL, text="x", blocks=message["blocks"], metadata=message["metadata"]
+        )
+        await asyncio.to_thread(
+            client.chat_update, channel=CHANNEL, ts=posted["ts"], text="y", blocks=message["blocks"]
+        )
+
+    assert message["metadata"]["event_payload"]["approval_id"] == str(notice.approval_id)
+    assert [block.type for block in Block.parse_all(message["blocks"])][-1] == "actions"
+    assert slack.messages[posted["ts"]]["text"] == "y"

@@ -1,0 +1,179 @@
+"""The pytest plugin as an author's project uses it: run by a pytest of its own, with warnings as errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+
+def run_pytest(folder: Path, tests: str, *options: str, ini: str = "") -> str:
+    """Run tests in a folder as in a project of its own; return what pytest said. They must pass."""
+    if "no:asyncio" not in options:
+        ini = f"asyncio_default_fixture_loop_scope = function\n{ini}"  # pytest-asyncio warns where it is not set
+    (folder / "pytest.ini").write_text(f"[pytest]\nfilterwarnings = error\n{ini}")
+    (folder / "test_it.py").write_text(textwrap.dedent(tests))
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:valkey", *options],
+        cwd=folder,
+        # What is set on the machine must not matter.
+        env=os.environ | {"DATABASE_URL": "postgresql://nowhere/x", "AUDIT_MODE": "strict", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+USE = """
+    from datetime import timedelta
+
+    import pytest
+    from agent_gateway_store import ApprovalRequest, ToolCall
+    from agent_gateway_store.errors import ApprovalExpiredError
+
+    def request():
+        call = ToolCall(server="files", tool="delete_file")
+        return ApprovalRequest(request_id="r-1", caller_id="dev", tool_call=call, risk_explanation="Deletes.")
+
+    MARK
+    async def test_store(gateway_store, recorded_notifications, tmp_path):
+        token = await gateway_store.approvals.issue_token(request())
+        await gateway_store.approvals.approve(token, "approver-1")
+        pending, decision = await recorded_notifications.wait_for(2)
+        assert {pending.event, decision.event} == {"pending", "decision"}
+        assert gateway_store.settings.audit_mode == "spool"
+        states = {record.name: record.state for record in gateway_store.plugins.records}
+        assert states.pop("recording") == "active"
+        assert set(states.values()) == {"blocked"}
+
+    MARK
+    async def test_clock(gateway_store, gateway_clock):
+        before = gateway_clock.now
+        token = await gateway_store.approvals.issue_token(request())
+        gateway_clock.move(timedelta(hours=2))
+        assert gateway_clock.now - before >= timedelta(hours=2)
+        with pytest.raises(ApprovalExpiredError):
+            await gateway_store.approvals.approve(token, "approver-1")
+
+    MARK
+    async def test_store_is_empty_again(gateway_store, recorded_notifications):
+        assert await gateway_store.approvals.list_requests() == []
+        assert recorded_notifications.notices == []
+"""
+
+
+@pytest.mark.parametrize(
+    ("mark", "ini", "options"),
+    [
+        ("@pytest.mark.asyncio", "", ()),
+        ("", "asyncio_mode = auto", ()),
+        ("@pytest.mark.asyncio(loop_scope='module')", "", ()),
+        ("", "asyncio_mode = auto\nasyncio_default_test_loop_scope = session", ()),
+        ("@pytest.mark.anyio", "", ()),
+        ("@pytest.mark.anyio", "", ("-p", "no:asyncio")),
+    ],
+    ids=["asyncio-strict", "asyncio-auto", "module-loop", "session-loop", "anyio", "anyio-alone"],
+)
+def test_store_clock_and_recorder_under_each_async_plugin(
+    tmp_path: Path, mark: str, ini: str, options: tuple[str, ...]
+) -> None:
+    """The store opens in the loop of the test, whichever plugin and loop scope it has; nothing warns."""
+    anyio = '\n    @pytest.fixture\n    def anyio_backend():\n        return "asyncio"\n' if "anyio" in mark else ""
+    said = run_pytest(tmp_path, USE.replace("MARK", mark) + anyio, *options, ini=ini)
+
+    assert "3 passed" in said
+
+
+def test_blocking_store_needs_no_async_plugin(tmp_path: Path) -> None:
+    """A test without `async` gets the blocking store; the recorder can be waited for, too."""
+    said = run_pytest(
+        tmp_path,
+        """
+        import pytest
+        from agent_gateway_store import ApprovalRequest, ToolCall
+
+        def test_it(sync_gateway_store, recorded_notifications):
+            call = ToolCall(server="files", tool="delete_file")
+            sync_gateway_store.approvals.issue_token(
+                ApprovalRequest(request_id="r-1", caller_id="dev", tool_call=call, risk_explanation="Deletes.")
+            )
+            (notice,) = recorded_notifications.wait(event="pending")
+            assert notice.tool_call == call
+            assert recorded_notifications.pending == [notice]
+            with pytest.raises(AssertionError, match="0 of 1 decision notices came in time"):
+                recorded_notifications.wait(event="decision", timeout_s=0.05)
+        """,
+        *("-p", "no:asyncio", "-p", "no:anyio"),
+    )
+
+    assert "1 passed" in said
+
+
+def test_plugins_and_settings_can_be_overridden(tmp_path: Path) -> None:
+    """An author gives the store their own plugin and settings."""
+    said = run_pytest(
+        tmp_path,
+        """
+        import pytest
+        from agent_gateway_store.testing import RecordingNotifier
+
+        @pytest.fixture
+        def gateway_store_plugins(recorded_notifications):
+            return [RecordingNotifier("mine"), recorded_notifications]
+
+        @pytest.fixture
+        def gateway_store_settings(gateway_store_settings):
+            return gateway_store_settings.model_copy(update={"environment": "test"})
+
+        @pytest.mark.asyncio
+        async def test_it(gateway_store):
+            assert gateway_store.settings.environment == "test"
+            names = [record.name for record in gateway_store.plugins.records if record.state == "active"]
+            assert names == ["mine", "recording"]
+        """,
+    )
+
+    assert "1 passed" in said
+
+
+def test_loading_the_plugin_costs_no_orm(tmp_path: Path) -> None:
+    """A test run that uses none of it loads neither SQLModel nor pydantic for it."""
+    said = run_pytest(
+        tmp_path,
+        """
+        import sys
+
+        def test_it(pytestconfig):
+            assert pytestconfig.pluginmanager.hasplugin("agent_gateway_store")
+            loaded = {name.partition(".")[0] for name in sys.modules}
+            assert not loaded & {"sqlmodel", "sqlalchemy", "pydantic"}
+        """,
+        *("-p", "no:asyncio", "-p", "no:anyio", "-p", "no:hypothesispytest"),
+    )
+
+    assert "1 passed" in said
+
+
+def test_without_an_async_plugin_the_fixture_says_what_it_needs(tmp_path: Path) -> None:
+    """No cryptic error about a coroutine."""
+    said = run_pytest(
+        tmp_path,
+        """
+        import pytest
+
+        @pytest.mark.xfail(strict=True)
+        def test_it(gateway_store): ...
+        """,
+        *("-p", "no:asyncio", "-p", "no:anyio", "-rx"),
+    )
+
+    assert "1 xfailed" in said

@@ -1,0 +1,450 @@
+"""The notifier `webhook` against real sockets: what is sent, and the right action for every answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import re
+import secrets
+import struct
+import tracemalloc
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from notifier_helpers import OK, Server, decided, make_notice, serving, status
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.plugins import webhook
+from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookSettings
+from agent_gateway_store.plugins.webhook.notifier import retry_after_s
+from agent_gateway_store.plugins.webhook.payload import MAX_BYTES, body_of
+from agent_gateway_store.settings import StoreSettings
+
+pytestmark = pytest.mark.unit
+
+
+def new_secret() -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+SECRET, OLD_SECRET = new_secret(), new_secret()
+
+
+def notifier_for(server: Server, *keys: str, **fields: Any) -> WebhookNotifier:
+    """A notifier that posts to a test's server."""
+    endpoint = WebhookEndpoint(url=server.url, secrets=keys or (SECRET,))  # type: ignore[arg-type]
+    settings = {"allow_http": True, "allow_private": True, "timeout_seconds": 5} | fields
+    return WebhookNotifier(endpoint, WebhookSettings(**settings))
+
+
+class TestWhatIsSent:
+    async def test_official_library_verifies_it(self) -> None:
+        """Signature, id and time are those of Standard Webhooks; the raw bytes are signed."""
+        notice = make_notice(risk_explanation="Löscht 文件 ✂ & <b>")
+        async with serving(OK) as server:
+            await notifier_for(server).notify_pending(notice)
+
+        (request,) = server.requests
+        content = Webhook(SECRET).verify(request.body, request.headers)
+        assert request.line == "POST /hook?key=in-the-url HTTP/1.1"
+        assert request.headers["webhook-id"] == str(notice.delivery_id)
+        assert request.headers["content-type"] == "application/json"
+        assert request.headers["host"] == f"127.0.0.1:{server.port}"
+        assert content["type"] == "approval.requested"
+        assert content["data"]["risk_explanation"] == "Löscht 文件 ✂ & <b>"
+        assert content["data"]["tool_call"]["arguments"] == {"path": "/tmp/old.log"}
+        with pytest.raises(WebhookVerificationError):
+            Webhook(OLD_SECRET).verify(request.body, request.headers)
+
+    async def test_either_secret_verifies_during_rotation(self) -> None:
+        """One signature for each secret, so that a receiver may have the old one or the new."""
+        async with serving(OK) as server:
+            await notifier_for(server, SECRET, OLD_SECRET).notify_pending(make_notice())
+
+        (request,) = server.requests
+        assert len(request.headers["webhook-signature"].split(" ")) == 2
+        for secret in (SECRET, OLD_SECRET):
+            Webhook(secret).verify(request.body, request.headers)
+
+    async def test_retry_keeps_id_and_body_and_renews_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Receivers drop by id what they have seen, and refuse what is old."""
+        notice = make_notice()
+        async with serving(status("500 Oops"), OK) as server:
+            notifier = notifier_for(server)
+            with pytest.raises(NotDeliveredError):
+                await notifier.notify_pending(notice)
+            _move_clock(monkeypatch, seconds=3)
+            await notifier.notify_pending(notice)
+
+        first, second = server.requests
+        assert first.headers["webhook-id"] == second.headers["webhook-id"]
+        assert first.body == second.body
+        assert int(second.headers["webhook-timestamp"]) - int(first.headers["webhook-timestamp"]) in (3, 4)
+
+    async def test_decision(self) -> None:
+        """It has a type of its own, and says who decided."""
+        async with serving(OK) as server:
+            await notifier_for(server).notify_decision(decided(make_notice()))
+
+        content = server.requests[0].json
+        assert content["type"] == "approval.decided"
+        assert (content["data"]["status"], content["data"]["approver_id"]) == ("DENIED", "ann")
+
+    async def test_connection_is_used_again(self) -> None:
+        """Many notices cost one connection."""
+        async with serving(OK) as server:
+            notifier = notifier_for(server)
+            for _ in range(5):
+                await notifier.notify_pending(make_notice())
+
+        assert (len(server.requests), server.connections) == (5, 1)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"text": "x" * 1_000_000},
+            {"text": "\x01文" * 100_000},
+            {f"key-{number}": ["v" * 50] * 50 for number in range(1000)},
+            {"list": list(range(100_000))},
+            {"number": 10**5000, "nan": float("nan"), "surrogate": "\ud800"},
+            {"deep": json.loads("[" * 500 + "]" * 500)},
+        ],
+        ids=["long", "escapes", "wide", "list", "odd", "deep"],
+    )
+    def test_stays_below_20_kb_and_says_what_was_cut(self, arguments: dict[str, Any]) -> None:
+        """Whatever the arguments and texts are, the body is short JSON, and what is missing can be seen."""
+        long = "\x01é" * 100_000
+        notice = make_notice(
+            tool_call=ToolCall(server=long, tool=long, arguments=arguments),
+            **dict.fromkeys(("org_id", "caller_id", "request_id", "risk_explanation", "note", "approver_id"), long),
+        )
+
+        body = body_of(notice)
+
+        assert len(body) <= MAX_BYTES
+        content = json.loads(body)["data"]
+        assert content["arguments_cut"] is True
+        assert content["caller_id"].endswith("…")
+
+    def test_short_arguments_are_untouched(self) -> None:
+        """Nothing is cut that fits."""
+        arguments = {"a": [1, 2.5, None, True, {"b": "c"}], "text": "x" * 3000}
+        content = json.loads(body_of(make_notice(tool_call=ToolCall(server="s", tool="t", arguments=arguments))))
+
+        assert content["data"]["tool_call"]["arguments"] == arguments
+        assert content["data"]["arguments_cut"] is False
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("line", ["200 OK", "201 Created", "202 Accepted", "204 No Content", "299 Odd"])
+    async def test_2xx_is_delivered(self, line: str) -> None:
+        """Any of them."""
+        async with serving(f"HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n".encode()) as server:
+            await notifier_for(server).notify_pending(make_notice())
+
+        assert len(server.requests) == 1
+
+    @pytest.mark.parametrize("line", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
+    async def test_redirect_is_a_failure_and_not_followed(self, line: str) -> None:
+        """The place it names sees no connection."""
+        async with serving(OK) as other, serving(status(line, f"Location: {other.url}")) as server:
+            with pytest.raises(NotDeliveredError, match="redirects are not followed") as caught:
+                await notifier_for(server).notify_pending(make_notice())
+
+        assert (len(server.requests), other.connections) == (1, 0)
+        assert not caught.value.is_permanent
+
+    async def test_410_ends_it(self, caplog: pytest.LogCaptureFixture) -> None:
+        """The notice is given up, the log says so, and nothing more is sent."""
+        async with serving(status("410 Gone"), OK) as server:
+            notifier = notifier_for(server)
+            with caplog.at_level(logging.WARNING), pytest.raises(NotDeliveredError) as caught:
+                await notifier.notify_pending(make_notice())
+            with pytest.raises(NotDeliveredError) as later:
+                await notifier.notify_pending(make_notice())
+
+        assert caught.value.is_permanent
+        assert later.value.is_permanent
+        assert len(server.requests) == 1
+        assert "410 Gone" in caplog.text
+        assert "in-the-url" not in caplog.text
+
+    @pytest.mark.parametrize("line", ["429 Too Many Requests", "503 Unavailable", "502 Bad Gateway", "504 Timeout"])
+    async def test_retry_after_is_honoured(self, line: str) -> None:
+        """In seconds, or as a date."""
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+        async with serving(status(line, "Retry-After: 17"), status(line, f"Retry-After: {date}")) as server:
+            notifier = notifier_for(server)
+            with pytest.raises(NotDeliveredError) as seconds:
+                await notifier.notify_pending(make_notice())
+            with pytest.raises(NotDeliveredError) as moment:
+                await notifier.notify_pending(make_notice())
+
+        assert seconds.value.retry_after_s == 17
+        assert 80 < (moment.value.retry_after_s or 0) <= 90
+
+    @pytest.mark.parametrize(
+        "line", ["400 Bad", "401 No", "403 No", "404 Not", "405 No", "409 Conflict", "413 Large", "500 Oops", "599 Odd"]
+    )
+    async def test_other_failures_are_tried_again(self, line: str) -> None:
+        """They can be put right at the other end while the notice waits."""
+        async with serving(status(line, body=b"secret words of the receiver")) as server:
+            with pytest.raises(NotDeliveredError) as caught:
+                await notifier_for(server).notify_pending(make_notice())
+
+        assert (caught.value.is_permanent, caught.value.retry_after_s) == (False, None)
+        assert "secret words" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("header", "seconds"),
+        [
+            (None, None),
+            ("", None),
+            ("soon", None),
+            ("-5", None),
+            ("1.5", None),
+            ("٣", None),
+            ("0", 0),
+            ("120", 120),
+            ("9" * 5000, 86_400),
+            ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+            ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400),
+            ("Fri, 99 Dec 2026 23:59:59 GMT", None),
+        ],
+    )
+    def test_retry_after_is_read_with_care(self, header: str | None, seconds: float | None) -> None:
+        """Nonsense is none, the past is now, and nobody is put off for more than a day."""
+        assert retry_after_s(header) == seconds
+
+
+class TestBadServers:
+    async def test_reset(self) -> None:
+        """A connection that is reset is a failure."""
+
+        async def reset(writer: asyncio.StreamWriter) -> None:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(1, 13, linger)  # SOL_SOCKET, SO_LINGER
+            writer.transport.abort()
+            raise ConnectionResetError
+
+        async with serving(reset) as server:
+            with pytest.raises(NotDeliveredError, match="gave no answer"):
+                await notifier_for(server).notify_pending(make_notice())
+
+    async def test_nobody_listens(self) -> None:
+        """Nor can a closed port take anything."""
+        async with serving(OK) as server:
+            pass
+        with pytest.raises(NotDeliveredError):
+            await notifier_for(server).notify_pending(make_notice())
+
+    @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/1.1 banana\r\n\r\n", b"\x00" * 2000])
+    async def test_no_http(self, answer: bytes) -> None:
+        """What is no HTTP is no delivery."""
+        async with serving(answer) as server:
+            with pytest.raises(NotDeliveredError):
+                await notifier_for(server).notify_pending(make_notice())
+
+    async def test_hangs(self) -> None:
+        """A server that says nothing costs the timeout and no more."""
+
+        async def hang(_: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(60)
+
+        async with serving(hang) as server:
+            with pytest.raises(NotDeliveredError, match=r"within 0.2 seconds"):
+                async with asyncio.timeout(5):
+                    await notifier_for(server, timeout_seconds=0.2).notify_pending(make_notice())
+
+    async def test_headers_trickle(self) -> None:
+        """The deadline is for all of it, not for each byte."""
+
+        async def trickle(writer: asyncio.StreamWriter) -> None:
+            for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000:
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0.02)
+
+        async with serving(trickle) as server:
+            with pytest.raises(NotDeliveredError, match=r"within 0.3 seconds"):
+                async with asyncio.timeout(5):
+                    await notifier_for(server, timeout_seconds=0.3).notify_pending(make_notice())
+
+    async def test_body_trickles(self) -> None:
+        """A 2xx is delivered, however long the rest takes."""
+
+        async def trickle(writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(1000):
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+
+        async with serving(trickle) as server:
+            async with asyncio.timeout(3):
+                await notifier_for(server, timeout_seconds=0.1).notify_pending(make_notice())
+
+        assert len(server.requests) == 1
+
+    @pytest.mark.parametrize("head", [b"Content-Length: 1073741824", b"Content-Encoding: gzip\r\nConnection: close"])
+    async def test_gigabyte(self, head: bytes) -> None:
+        """A body without end is not read: neither memory nor time."""
+        sent = 0
+
+        async def flood(writer: asyncio.StreamWriter) -> None:
+            nonlocal sent
+            writer.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")
+            block = b"\x1f\x8b" * 32_768
+            for _ in range(16_384):
+                writer.write(block)
+                await writer.drain()
+                sent += len(block)
+
+        async with serving(flood) as server:
+            notifier = notifier_for(server)
+            await notifier.notify_pending(make_notice())  # what is loaded once is loaded
+            tracemalloc.start()
+            await notifier.notify_pending(make_notice())
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+
+        assert peak < 4_000_000
+        assert sent < 100_000_000
+
+    async def test_headers_without_end(self) -> None:
+        """Nor are headers without end."""
+
+        async def flood(writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                writer.write(b"X-Filler: " + b"x" * 1000 + b"\r\n")
+                await writer.drain()
+
+        async with serving(flood) as server:
+            tracemalloc.start()
+            with pytest.raises(NotDeliveredError):
+                await notifier_for(server, timeout_seconds=3).notify_pending(make_notice())
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+
+        assert peak < 8_000_000
+
+
+class TestAsPlugin:
+    def test_contributes_nothing_unconfigured(self) -> None:
+        """It is installed with the package, and silent."""
+        plugins = Plugins([webhook], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
+
+        assert plugins.notifiers(StoreSettings()) == {}
+        assert plugins.records[0].state == "active"
+
+    def test_a_notifier_for_each_receiver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`webhook` for the one URL, `webhook-<name>` for each endpoint."""
+        endpoints = {"ops": {"url": "https://ops.example/x", "secrets": [SECRET]}}
+        monkeypatch.setenv("AGENT_GATEWAY_STORE_WEBHOOK_URL", "https://example.com/hook")
+        monkeypatch.setenv("AGENT_GATEWAY_STORE_WEBHOOK_SECRETS", f"{SECRET}, {OLD_SECRET}")
+        monkeypatch.setenv("AGENT_GATEWAY_STORE_WEBHOOK_ENDPOINTS", json.dumps(endpoints))
+        plugins = Plugins([webhook], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
+
+        assert set(plugins.notifiers(StoreSettings())) == {"webhook", "webhook-ops"}
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"SECRETS": SECRET},
+            {"URL": "https://example.com/planted-path"},
+            {"URL": "https://example.com/planted-path", "SECRETS": "whsec_planted"},
+            {"URL": "https://example.com/planted-path", "SECRETS": "planted-secret-without-prefix"},
+            {"URL": "http://example.com/planted-path", "SECRETS": SECRET},
+            {"URL": "https://user:planted@example.com/", "SECRETS": SECRET},
+            {"URL": "https://127.0.0.1/planted-path", "SECRETS": SECRET},
+            {"URL": "https://example.com/planted-path", "SECRETS": SECRET, "ALLOWED_NETWORKS": "planted"},
+            {"URL": "https://example.com/planted-path", "SECRETS": SECRET, "PROXY": "socks5://planted:1"},
+            {"ENDPOINTS": '{"Bad Name": {"url": "https://example.com/planted", "secrets": "' + SECRET + '"}}'},
+        ],
+    )
+    def test_wrong_settings_are_told_without_their_values(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, values: dict[str, str]
+    ) -> None:
+        """The plugin is broken, and neither its record nor the log repeats what was set."""
+        for name, value in values.items():
+            monkeypatch.setenv(f"AGENT_GATEWAY_STORE_WEBHOOK_{name}", value)
+        plugins = Plugins([webhook], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
+
+        assert plugins.notifiers(StoreSettings()) == {}
+        record = plugins.records[0]
+        assert record.state == "broken"
+        for text in (record.error or "", caplog.text):
+            assert "planted" not in text
+            assert SECRET not in text
+
+    async def test_delivers_by_the_dispatcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In its own thread and event loop; nothing is left open when that ends."""
+        async with serving(OK) as server:
+            monkeypatch.setenv("AGENT_GATEWAY_STORE_WEBHOOK_URL", server.url)
+            monkeypatch.setenv("AGENT_GATEWAY_STORE_WEBHOOK_SECRETS", SECRET)
+            monkeypatch.setenv("AGENT_GATEWAY_STORE_WEBHOOK_ALLOW_HTTP", "true")
+            monkeypatch.setenv("AGENT_GATEWAY_STORE_WEBHOOK_ALLOWED_NETWORKS", "127.0.0.0/8")
+            plugins = Plugins([webhook], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
+            dispatcher = Dispatcher(plugins, StoreSettings())
+            reports = await dispatcher.deliver_all(make_notice())
+            await dispatcher.aclose(5)
+
+        assert [(report.notifier, report.ok) for report in reports] == [("webhook", True)]
+        assert len(server.requests) == 1
+
+    async def test_one_event_loop_after_another(self) -> None:
+        """A notifier outlives the loop it was first used in: a stuck one is replaced."""
+        async with serving(OK) as server:
+            notifier = notifier_for(server)
+            for _ in range(3):
+                await asyncio.to_thread(lambda: asyncio.run(notifier.notify_pending(make_notice())))
+
+        assert len(server.requests) == 3
+
+    async def test_no_secret_in_any_log(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Also at DEBUG, and in no repr and no error: neither the secret nor the URL, which is one, too."""
+        said = []
+        answers = (OK, status("500 Oops"), status("410 Gone"))
+        async with serving(*answers) as server:
+            with caplog.at_level(logging.DEBUG):
+                notifier = notifier_for(server)
+                for _ in answers:
+                    try:
+                        await notifier.notify_pending(make_notice())
+                    except NotDeliveredError as exc:
+                        said.append(f"{exc!r}{exc}{exc.__cause__!r}")
+        endpoint = WebhookEndpoint(url=server.url, secrets=(SECRET,))  # type: ignore[arg-type]
+        settings = WebhookSettings(url=server.url, secrets=[SECRET], allow_http=True, allow_private=True)  # type: ignore
+        said += [repr(endpoint), repr(settings), repr(notifier), repr(vars(notifier)), str(settings)]
+
+        for text in (caplog.text, *said, *(repr(vars(record)) for record in caplog.records)):
+            assert SECRET not in text
+            assert SECRET.removeprefix("whsec_") not in text
+            assert "in-the-url" not in text
+
+
+def test_uses_only_what_a_stranger_could_use() -> None:
+    """Of this package, outside `plugins`, it imports models, hooks and errors; `settings` for annotations only."""
+    folder = Path(webhook.__file__).parents[1]
+    for file in folder.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        ours = set(re.findall(r"from agent_gateway_store\.(\w+)", text))
+        assert ours <= {"models", "hooks", "errors", "plugins", "settings"}, file.name
+        outside = re.sub(r"if TYPE_CHECKING:\n((?:    .*\n|\n)+)", "", text)
+        assert "from agent_gateway_store.settings" not in outside, file.name
+
+
+def _move_clock(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Later:
+            return super().now(tz) + timedelta(seconds=seconds)  # type: ignore[return-value]
+
+    monkeypatch.setattr("agent_gateway_store.plugins.webhook.notifier.datetime", Later)
