@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from agent_gateway_store import GatewayStore, Notice, StoreSettings
+from agent_gateway_store import GatewayStore, Notice, StoreSettings, hookimpl
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.hooks import Dispatcher, Plugins
 from benchmarks.approvals import CALLERS, ask, rate
@@ -120,20 +120,35 @@ class Blocking(Heard):
         self.done.wait(3600)
 
 
-class Garbage(Heard):
-    """Returns what nobody asked for."""
+class Garbage:
+    """A plugin that offers no notifier, but something else."""
 
-    async def notify_pending(self, notice: Notice) -> Any:
-        """Return garbage."""
-        return b"\x00" * 1000
+    @hookimpl
+    def gateway_store_register_notifiers(self) -> Any:
+        """Offer it."""
+        return ["nonsense", 7, object()]
+
+
+class Broken:
+    """A plugin that fails when it is asked."""
+
+    @hookimpl
+    def gateway_store_register_notifiers(self) -> Any:
+        """Fail."""
+        raise ImportError("no module named nowhere")
 
 
 def twenty() -> list[object]:
-    """Twenty notifiers: most are bad, two have a name that is taken, one is nothing of the kind."""
-    kinds: list[type[Heard]] = [Raising, Hanging, Blocking, Garbage]
-    bad: list[object] = [kind(f"{kind.__name__}-{number}") for kind in kinds for number in range(3)]
-    good: list[object] = [Heard(f"good-{number}") for number in range(5)]
-    return [*bad, *good, Heard("good-0"), Heard("good-1"), object()]
+    """Twenty plugins: three are good, two have a name that is taken, all others are bad in one way or another."""
+    kinds: list[type[Heard]] = [Raising, Hanging, Blocking, Heard]
+    notifiers = [kind(f"{kind.__name__}-{number}") for kind in kinds for number in range(3)]
+    return [
+        *notifiers,
+        Heard("Heard-0"),
+        Heard("Raising-0"),
+        *(Garbage() for _ in range(3)),
+        *(Broken() for _ in range(3)),
+    ]
 
 
 @asynccontextmanager

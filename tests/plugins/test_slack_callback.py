@@ -9,7 +9,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode
 from uuid import UUID, uuid4
 
 import pytest
@@ -394,7 +394,7 @@ def mutated(rng: random.Random, good: bytes) -> tuple[bytes, dict[Any, Any]]:
             [rng.randbytes(40).decode("latin-1").encode(), b"payload=" + rng.randbytes(20).hex().encode()]
         )
         return body, signed(body)
-    payload = json.loads(__import__("urllib.parse").parse.parse_qs(good.decode())["payload"][0])
+    payload = json.loads(parse_qs(good.decode())["payload"][0])
     _damage(rng, payload)
     body = urlencode({"payload": json.dumps(payload)}).encode()
     return body, signed(body)

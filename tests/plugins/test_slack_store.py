@@ -26,8 +26,9 @@ async def store_with_slack(url: str, slack: Slack) -> AsyncIterator[tuple[Gatewa
     settings = SlackSettings(  # type: ignore[call-arg]
         bot_token=TOKEN, channel=CHANNEL, signing_secret=SIGNING_SECRET, api_url=slack.api_url, approvers={"U1": "ann"}
     )
-    async with GatewayStore(url, plugins=[SlackNotifier(settings)], settings=StoreSettings(redis_url="")) as store:
-        await store.migrate()
+    notifier = SlackNotifier(settings)
+    own = StoreSettings(redis_url="")
+    async with GatewayStore(url, plugins=[notifier], settings=own, auto_migrate=True) as store:
         hook = SlackCallback(store.approvals, store.plugins, settings)
         try:
             yield store, hook
@@ -93,21 +94,24 @@ async def test_approval_that_does_not_exist() -> None:
 
 async def replay(url: str, count: int) -> None:
     """Send one signed click `count` times to two callbacks, as two processes behind one address would get it."""
-    async with slack_running() as slack:
-        async with store_with_slack(url, slack) as (store, hook), store_with_slack(url, slack) as (_, other):
-            _, approval_id = await ask(store)
-            body = click(slack, approval_id, user="U1")
-            headers = signed(body)
-            durations = []
+    async with (
+        slack_running() as slack,
+        store_with_slack(url, slack) as (store, hook),
+        store_with_slack(url, slack) as (_, other),
+    ):
+        _, approval_id = await ask(store)
+        body = click(slack, approval_id, user="U1")
+        headers = signed(body)
+        durations = []
 
-            async def send(number: int) -> int:
-                started = time.monotonic()
-                reply = await (hook, other)[number % 2].handle(body, headers)
-                durations.append(time.monotonic() - started)
-                return reply.status
+        async def send(number: int) -> int:
+            started = time.monotonic()
+            reply = await (hook, other)[number % 2].handle(body, headers)
+            durations.append(time.monotonic() - started)
+            return reply.status
 
-            statuses = Counter(await asyncio.gather(*(send(number) for number in range(count))))
-            history = await store.approvals.list_requests()
+        statuses = Counter(await asyncio.gather(*(send(number) for number in range(count))))
+        history = await store.approvals.list_requests()
 
     assert statuses == {200: count}
     assert max(durations) < 3

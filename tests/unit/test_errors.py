@@ -50,7 +50,7 @@ def build(kind: type[errors.GatewayStoreError], *, full: bool) -> errors.Gateway
     if not inspect.isfunction(kind.__init__):
         return kind(FACTS["message"])
     taken = inspect.signature(kind).parameters.items()
-    return kind(**{name: FACTS[name] for name, given in taken if full or given.default is given.empty})
+    return kind(**{name: FACTS.get(name, f"a {name}") for name, given in taken if full or given.default is given.empty})
 
 
 def pickled(error: errors.GatewayStoreError) -> errors.GatewayStoreError:

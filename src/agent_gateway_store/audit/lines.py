@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from operator import add
 from typing import Any
 
 from agent_gateway_store.audit.statements import FIELDS, JSON_FIELDS
@@ -13,7 +14,7 @@ from agent_gateway_store.audit.statements import FIELDS, JSON_FIELDS
 __all__ = ["csv_head", "csv_line", "defused", "json_line"]
 
 _quoted = json.encoder.encode_basestring
-_JSON = frozenset(map(FIELDS.index, JSON_FIELDS))
+_JSON = tuple(map(FIELDS.index, JSON_FIELDS))
 _TIMESTAMP = FIELDS.index("timestamp")
 
 # What a spreadsheet takes for the beginning of a formula (the list of OWASP's "CSV Injection", with the full-width
@@ -25,19 +26,19 @@ _FORMULA = re.compile(rf"\A(?=[\t\r\n]|{_BLANKS}{_SIGNS})|(?<=[\r\n])(?={_BLANKS
 
 def json_line(row: Sequence[Any]) -> str:
     """Return a row that holds `FIELDS` as a line of JSON: what `AuditEvent.model_dump(mode="json")` gives."""
-    return "{" + ",".join([_NAMES[index] + _json(index, value) for index, value in enumerate(row)]) + "}\n"
+    fields = list(map(_json, row))
+    fields[_TIMESTAMP] = f'"{_utc(row[_TIMESTAMP])}"'
+    for index in _JSON:
+        fields[index] = row[index]
+    return "{" + ",".join(map(add, _NAMES, fields)) + "}\n"
 
 
 _NAMES = tuple(f"{_quoted(name)}:" for name in FIELDS)
 
 
-def _json(index: int, value: Any) -> str:
+def _json(value: Any) -> str:
     if value is None:
         return "null"
-    if index in _JSON:
-        return value  # type: ignore[no-any-return]
-    if index == _TIMESTAMP:
-        return f'"{_utc(value)}"'
     return _quoted(value) if isinstance(value, str) else repr(value)
 
 
@@ -61,18 +62,24 @@ def csv_line(*, raw: bool) -> Callable[[Sequence[Any]], str]:
     """
     tame: Callable[[str], str] = (lambda text: text) if raw else defused
 
-    def field(index: int, value: Any) -> str:
+    def field(value: Any) -> str:
         if value is None:
             return ""
-        if index == _TIMESTAMP:
-            value = _utc(value)
-        elif not isinstance(value, str):
-            return repr(value)
-        return '"' + tame(value).replace('"', '""') + '"'
+        if isinstance(value, str):
+            text = tame(value)
+            return '"' + (text.replace('"', '""') if '"' in text else text) + '"'
+        return repr(value)
 
-    return lambda row: ",".join([field(index, value) for index, value in enumerate(row)]) + "\r\n"
+    def line(row: Sequence[Any]) -> str:
+        fields = list(map(field, row))
+        fields[_TIMESTAMP] = f'"{_utc(row[_TIMESTAMP])}"'
+        return ",".join(fields) + "\r\n"
+
+    return line
 
 
 def defused(text: str) -> str:
     """Return `text` with an apostrophe wherever a spreadsheet could take it for the beginning of a formula."""
+    if text.isascii() and text[:1].isalnum() and "\n" not in text and "\r" not in text:
+        return text
     return _FORMULA.sub("'", text)

@@ -11,6 +11,7 @@ from uuid import uuid4
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.hooks import Dispatcher, PluginRecord, Plugins
 from agent_gateway_store.hooks.configuration import SettingsState
+from agent_gateway_store.hooks.notifiers import REGISTER
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings
 
@@ -73,6 +74,9 @@ async def _check(
     problems = [record.error] if record.error else []
     if settings is not None and (settings.state == "wrong" or (is_named and settings.state == "missing")):
         problems += settings.problems
+    if is_named and record.state == "active" and REGISTER in record.hooks and not record.notifiers:
+        reads = f": see the variables {settings.prefix}..." if settings is not None else ""
+        problems.append(f"it offers no notifier, so it is not set up{reads}")
     reached = []
     for notifier in record.notifiers:
         error = await _send(dispatcher, notifier) if dispatcher is not None else None

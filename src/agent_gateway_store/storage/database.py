@@ -25,6 +25,7 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.driver import DriverConnection, DriverPool
 from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.sqlite import SettledConnection
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
 __all__ = [
@@ -136,14 +137,22 @@ def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     return engine
 
 
+async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
+    return await connection
+
+
 async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
-    connection = aiosqlite.connect(*args, **options)
+    connection = aiosqlite.connect(*args, factory=SettledConnection, **options)
     # Its thread must not keep the process alive, as SQLAlchemy sees to where it connects itself.
     thread = connection._thread
     thread.daemon = True
+    opening = asyncio.ensure_future(_opened(connection))
     try:
-        return await connection
+        return await asyncio.shield(opening)
     except BaseException:
+        # Who is cancelled meanwhile leaves a connection that is open all the same.
+        with suppress(Exception, asyncio.CancelledError):
+            await (await opening).close()
         # The thread answers this loop once more; were the loop closed by then, it would print a traceback.
         while thread.is_alive():
             await asyncio.sleep(0.001)

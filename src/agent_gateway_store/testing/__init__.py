@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from agent_gateway_store.testing.moving import MovableClock
     from agent_gateway_store.testing.notices import make_notice
     from agent_gateway_store.testing.recording import RecordingNotifier
+    from agent_gateway_store.testing.waiting import wait_until
 
 _HOMES = {
     "MovableClock": "moving",
     "NotifierConformance": "conformance",
     "RecordingNotifier": "recording",
     "make_notice": "notices",
+    "wait_until": "waiting",
 }
 
-__all__ = ["MovableClock", "NotifierConformance", "RecordingNotifier", "make_notice"]
+__all__ = ["MovableClock", "NotifierConformance", "RecordingNotifier", "make_notice", "wait_until"]
 
 
 def __getattr__(name: str) -> Any:

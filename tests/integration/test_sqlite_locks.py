@@ -1,0 +1,86 @@
+"""A task that is cancelled in the middle of a statement leaves no lock on the SQLite file."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import aiosqlite
+import pytest
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def _no_collection() -> Iterator[None]:
+    """Python's garbage collector, which would end a forgotten statement at some time, stands still."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def ask() -> ApprovalRequest:
+    call = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/x"})
+    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=call, risk_explanation="deletes")
+
+
+def take_the_write_lock(path: Path) -> None:
+    """Write as another process would; fail unless that is possible within a second."""
+    connection = sqlite3.connect(path, timeout=1, isolation_level=None)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+async def test_a_cancelled_statement_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
+) -> None:
+    """Whether its rows were fetched or not when the task was cancelled: others write at once, and so does the store."""
+    path = tmp_path / "gateway.db"
+    arrived = asyncio.Event()
+    fetch = aiosqlite.Cursor.fetchall
+
+    async def stand_still(cursor: aiosqlite.Cursor) -> Any:
+        if is_read:
+            await fetch(cursor)
+        arrived.set()
+        await asyncio.sleep(60)
+
+    async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
+        token = await store.approvals.issue_token(ask())
+        monkeypatch.setattr(aiosqlite.Cursor, "fetchall", stand_still)
+        deciding = asyncio.create_task(store.approvals.approve(token, "approver-1"))
+        await arrived.wait()
+        deciding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await deciding
+        monkeypatch.undo()
+        await asyncio.to_thread(take_the_write_lock, path)
+        async with asyncio.timeout(5):
+            result = await store.approvals.approve(token, "approver-2")
+
+        assert (result.status, result.approver_id) == ("APPROVED", "approver-2")
+
+
+async def test_tasks_cancelled_at_any_moment_leave_no_lock(tmp_path: Path) -> None:
+    """Deciders are cancelled after every number of turns of the loop; after each the file can be written."""
+    path = tmp_path / "gateway.db"
+    async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
+        for turns in range(60):
+            token = await store.approvals.issue_token(ask())
+            deciding = asyncio.create_task(store.approvals.approve(token, "approver-1"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            deciding.cancel()
+            await asyncio.wait([deciding])
+            await asyncio.to_thread(take_the_write_lock, path)
