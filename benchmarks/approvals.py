@@ -46,7 +46,7 @@ async def rate(work: Callable[[Any], Awaitable[Any]], items: Sequence[Any], call
 
 
 async def measure(url: str, redis_url: str, *, repeat: int, scale: float) -> list[Figure]:
-    """Measure on PostgreSQL and Redis, in turn with the limits. There is no notifier, so no step writes to the outbox."""
+    """Measure on PostgreSQL and Redis, in turn with the limits; without notifiers, so no step writes to the outbox."""
     os.environ["AGENT_GATEWAY_STORE_LOAD_PLUGINS"] = ""
     hits = [
         Figure(f"check_token, Redis hit, {callers} callers", "checks/s", "redis GET + json.loads", 0.7)

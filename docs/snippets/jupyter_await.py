@@ -35,10 +35,8 @@ page  # the last line of a cell is shown as a table
 assert ">read_file</td>" in page._repr_html_()
 
 # --8<-- [start:frame]
-import pandas
-
-frame = pandas.DataFrame(page.to_dicts())
-frame.groupby(["caller_id", "decision"]).size()
+frame = page.to_pandas()
+frame.groupby(["caller_id", "decision"], observed=True).size()
 # --8<-- [end:frame]
 assert list(frame["tool_name"]) == ["read_file"]
 

@@ -267,6 +267,7 @@ class _Core:
             return  # another task was faster
         self.database.bind()
         self._writer = writer
+        self.preparing.withheld = self.telling.untold = 0
         self.outbox.open(dispatcher, notifiers)
         self.key_cache.open()
         await writer.open()

@@ -1,24 +1,27 @@
 """Blocking twins of the async classes; made by `tests/typing/generate_sync_stub.py`, do not edit."""
 
 from collections import Counter
-from collections.abc import AsyncIterable, Iterable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from os import PathLike
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 from uuid import UUID
 
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+from agent_gateway_store.audit.exporting import ExportResult
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
+from agent_gateway_store.audit.reader import pa, pandas, polars
 from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
-from agent_gateway_store.results import Page
+from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import Database
@@ -38,6 +41,15 @@ class SyncAuditLog:
     def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory."""
 
+    def import_file(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: Literal['jsonl', 'parquet'] | None = None,
+        progress: bool | Callable[[int], None] = False,
+    ) -> Counter[WriteOutcome]:
+        """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store."""
+
     def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work."""
 
@@ -47,6 +59,38 @@ class SyncAuditLog:
     @property
     def counters(self) -> AuditCounters:
         """What became of the events written in this process since the store was opened; a copy."""
+
+    def stream(self, **filters: Unpack[Filters]) -> Iterator[AuditEvent]:
+        """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for."""
+
+    def changes(self, cursor: str = "now", *, limit: int = 1000, **filters: Unpack[Filters]) -> Page[AuditEvent]:
+        """Return the events that were committed since `cursor`, in the order of their commits."""
+
+    def follow(self, *, start: str = "now", poll_s: float = 0.5, **filters: Unpack[Filters]) -> Iterator[AuditEvent]:
+        """Yield new events as they are committed, without end; what `changes` promises holds."""
+
+    def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
+        """Return every event that matches as an Arrow table, newest first; no event object is made."""
+
+    def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
+        """Return what `to_arrow` does as a pandas DataFrame. Raises what it raises, also where pandas is missing."""
+
+    def to_polars(self, **filters: Unpack[Filters]) -> polars.DataFrame:
+        """Return what `to_arrow` does as a Polars DataFrame. Raises what it raises, also where Polars is missing."""
+
+    def export(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: Literal['jsonl', 'csv', 'parquet'] | None = None,
+        compression: Literal['gzip', 'zstd'] | None = None,
+        partition_by: Literal['day'] | None = None,
+        raw: bool = False,
+        overwrite: bool = False,
+        progress: bool | Callable[[int], None] = False,
+        **filters: Unpack[Filters],
+    ) -> ExportResult:
+        """Write every event that matches to a file, oldest first, as the log was at one moment."""
 
     def get_by_request_id(self, request_id: str) -> AuditEvent | None:
         """Return the event with this `request_id`, or None."""
@@ -62,6 +106,11 @@ class SyncAuditLog:
 
     def search(self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]) -> Page[AuditEvent]:
         """Return events that match every filter (see `Filters`), newest first, ties broken by id."""
+
+    def stats(
+        self, by: str | Sequence[str] | None = None, bucket: timedelta | str | None = None, **filters: Unpack[Filters]
+    ) -> Stats:
+        """Count events and their latencies, aggregated by the database."""
 
 class SyncApprovalManager:
     def issue_token(self, request: ApprovalRequest, *, call: ToolCall | None = None) -> str:

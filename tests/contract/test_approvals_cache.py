@@ -20,6 +20,12 @@ from agent_gateway_store.storage.accelerator import Accelerator, Entry
 pytestmark = pytest.mark.integration
 
 
+@pytest.fixture(autouse=True)
+def _no_notifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only statements are those of the approvals."""
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+
+
 @pytest.fixture
 def redis_setting(fresh_redis_url: str) -> str:
     """There is always Redis here."""

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.integration
 DOCS = Path(__file__).parents[2] / "docs"
 SNIPPETS = sorted((DOCS / "snippets").glob("*.py"))
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
+EXAMPLE = re.compile(r'--8<-- "(?P<file>gateway-store-notify-file/[\w./-]+)"')
 INCLUDE = re.compile(r'--8<-- "snippets/(?P<file>\w+\.py)(?::(?P<section>[\w-]+))?"')
 
 # Runs a file like the cells of a notebook: `await` at top level, in a loop that runs already.
@@ -64,6 +65,9 @@ def test_python_comes_from_snippets(page: Path) -> None:
     blocks = re.findall(r"^ *```python.*\n((?:.*\n)*?) *```$", page.read_text(), re.MULTILINE)
 
     for line in (line.strip() for block in blocks for line in block.splitlines() if line.strip()):
+        if example := EXAMPLE.fullmatch(line):  # its own tests run it
+            assert (DOCS.parent / "examples" / example["file"]).is_file(), line
+            continue
         found = INCLUDE.fullmatch(line)
         assert found is not None, f"{page.name} holds Python that no test runs: {line}"
         source = (DOCS / "snippets" / found["file"]).read_text()

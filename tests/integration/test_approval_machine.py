@@ -377,8 +377,8 @@ def server() -> Iterator[RedisServer]:
     [
         ("sqlite", 4, 80),
         ("postgres", 4, 80),
-        pytest.param("sqlite", 60, 200, marks=pytest.mark.slow),
-        pytest.param("postgres", 60, 200, marks=pytest.mark.slow),
+        pytest.param("sqlite", 80, 200, marks=pytest.mark.slow),
+        pytest.param("postgres", 80, 200, marks=pytest.mark.slow),
     ],
 )
 def test_gateways_never_leave_the_model(
@@ -421,3 +421,4 @@ def test_gateways_never_leave_the_model(
         ),
     )
     print(f"{backend}: {Approvals.steps} steps, {Approvals.calls} calls, {time.monotonic() - start:.1f} s")
+    assert Approvals.steps >= (10_000 if examples > 4 else 100)

@@ -104,7 +104,8 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert "License-Expression: MIT" in info["METADATA"]
     assert "Provides-Extra: all" in info["METADATA"]
     assert "gateway-store = agent_gateway_store.cli:main" in info["entry_points.txt"]
-    assert "[agent_gateway_store]\nlog = agent_gateway_store.plugins.log" in info["entry_points.txt"]
+    assert "log = agent_gateway_store.plugins.log" in info["entry_points.txt"]
+    assert "[pytest11]\nagent_gateway_store = agent_gateway_store.testing.fixtures" in info["entry_points.txt"]
     assert "LICENSE" in info
 
 

@@ -33,6 +33,8 @@ class Slack(Server):
         said: What was posted to response URLs.
         answers: Used for a call before the ordinary answer; None is the ordinary one.
         scopes: What the bot may do.
+        lose_answers: How many posts are taken and then not answered.
+        hold: If given, the next post is not looked at before it is set.
     """
 
     answers: list[Any] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Slack(Server):
     said: list[dict[str, Any]] = field(default_factory=list)
     scopes: set[str] = field(default_factory=lambda: {"chat:write", "channels:history"})
     lose_answers: int = 0
+    hold: asyncio.Event | None = None
 
     @property
     def api_url(self) -> str:
@@ -58,6 +61,9 @@ class Slack(Server):
         try:
             while (request := await read_request(reader)) is not None:
                 self.requests.append(request)
+                if self.hold is not None and "chat.postMessage" in request.line:
+                    hold, self.hold = self.hold, None
+                    await hold.wait()
                 answer = self._answer(request)
                 if callable(answer):
                     await answer(writer)

@@ -1,13 +1,47 @@
-"""Every bundled notifier passes the conformance suite, and the suite finds what is wrong with bad ones."""
+"""Every bundled notifier passes the conformance suite, against servers of its kind."""
 
 from __future__ import annotations
 
-import pytest
+import base64
+import json
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Any, TypeVar
 
+import pytest
+from anyio.from_thread import start_blocking_portal
+from notifier_helpers import OK, Server, serving
+from slack_server import CHANNEL, TOKEN, Slack, slack_running
+
+from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
 from agent_gateway_store.plugins.log import LogNotifier
+from agent_gateway_store.plugins.slack import SlackNotifier
+from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookSettings
 from agent_gateway_store.testing import NotifierConformance, RecordingNotifier
 
 pytestmark = pytest.mark.unit
+
+KEY = f"whsec_{base64.b64encode(b'planted-key-of-the-webhook').decode()}"
+PASSWORD = "planted-password"
+
+T = TypeVar("T")
+
+
+@contextmanager
+def in_thread(server: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """Run a server of the tests in an event loop of its own."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(server) as running:
+        yield running
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
 
 class TestLog(NotifierConformance):
@@ -18,6 +52,12 @@ class TestLog(NotifierConformance):
         """It needs nothing."""
         return LogNotifier()
 
+    @pytest.fixture
+    def sent_text(self, caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+        """What it logs."""
+        caplog.set_level("INFO")
+        return lambda: caplog.text
+
 
 class TestRecording(NotifierConformance):
     """The notifier of the kit itself."""
@@ -26,3 +66,110 @@ class TestRecording(NotifierConformance):
     def notifier(self) -> RecordingNotifier:
         """A fresh one."""
         return RecordingNotifier()
+
+
+class TestWebhook(NotifierConformance):
+    """The notifier `webhook`."""
+
+    @pytest.fixture
+    def server(self) -> Iterator[Server]:
+        """A receiver that takes everything."""
+        with in_thread(serving(OK)) as server:
+            yield server
+
+    @pytest.fixture
+    def notifier(self, server: Server) -> WebhookNotifier:
+        """On that receiver."""
+        return self.at(server.url)
+
+    @pytest.fixture
+    def unreachable_notifier(self, free_port: int) -> WebhookNotifier:
+        """On a receiver that is down."""
+        return self.at(f"http://127.0.0.1:{free_port}/{PASSWORD}")
+
+    @pytest.fixture
+    def sent_text(self, server: Server) -> Callable[[], str]:
+        """The bodies."""
+        return lambda: b"\n".join(request.body for request in server.requests).decode()
+
+    @pytest.fixture
+    def secret_values(self) -> Sequence[str]:
+        """The key, and the path of the URL."""
+        return KEY, PASSWORD, "in-the-url"
+
+    def at(self, url: str) -> WebhookNotifier:
+        """A notifier on `url`."""
+        settings = WebhookSettings(allow_http=True, allow_private=True, timeout_seconds=4)
+        return WebhookNotifier(WebhookEndpoint(url=url, secrets=(KEY,)), settings)  # type: ignore[arg-type]
+
+
+class TestSlack(NotifierConformance):
+    """The notifier `slack`."""
+
+    @pytest.fixture
+    def slack(self) -> Iterator[Slack]:
+        """A stand-in for Slack."""
+        with in_thread(slack_running()) as slack:
+            yield slack
+
+    @pytest.fixture
+    def notifier(self, slack: Slack) -> SlackNotifier:
+        """On the stand-in."""
+        return self.at(slack.api_url)
+
+    @pytest.fixture
+    def unreachable_notifier(self, free_port: int) -> SlackNotifier:
+        """On a Slack that is down."""
+        return self.at(f"http://127.0.0.1:{free_port}/api/")
+
+    @pytest.fixture
+    def sent_text(self, slack: Slack) -> Callable[[], str]:
+        """The messages of the channel."""
+        return lambda: json.dumps(slack.messages, ensure_ascii=False)
+
+    @pytest.fixture
+    def secret_values(self) -> Sequence[str]:
+        """The bot's token."""
+        return (TOKEN,)
+
+    def at(self, url: str) -> SlackNotifier:
+        """A notifier on an API."""
+        fields: dict[str, Any] = {"bot_token": TOKEN, "channel": CHANNEL, "api_url": url, "timeout_seconds": 4}
+        return SlackNotifier(SlackSettings(**fields))
+
+
+# Apprise loads PGPy, which loads a module that Python is about to remove.
+@pytest.mark.filterwarnings("ignore:.imghdr. is deprecated:DeprecationWarning")
+class TestApprise(NotifierConformance):
+    """The notifier `apprise`, on Apprise's plugin that posts JSON."""
+
+    @pytest.fixture
+    def server(self) -> Iterator[Server]:
+        """A receiver that takes everything."""
+        with in_thread(serving(OK)) as server:
+            yield server
+
+    @pytest.fixture
+    def notifier(self, server: Server) -> AppriseNotifier:
+        """On that receiver."""
+        return self.at(server.port)
+
+    @pytest.fixture
+    def unreachable_notifier(self, free_port: int) -> AppriseNotifier:
+        """On a receiver that is down."""
+        return self.at(free_port)
+
+    @pytest.fixture
+    def sent_text(self, server: Server) -> Callable[[], str]:
+        """The messages."""
+        return lambda: "\n".join(json.dumps(request.json, ensure_ascii=False) for request in server.requests)
+
+    @pytest.fixture
+    def secret_values(self) -> Sequence[str]:
+        """The password in the URL."""
+        return (PASSWORD,)
+
+    def at(self, port: int) -> AppriseNotifier:
+        """A notifier on a port."""
+        urls = [f"json://user:{PASSWORD}@127.0.0.1:{port}/path"]
+        return AppriseNotifier(AppriseSettings(urls=urls))  # type: ignore[arg-type]

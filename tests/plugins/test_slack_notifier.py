@@ -189,9 +189,16 @@ class TestUpdate:
         """No buttons stay behind."""
         notice = make_notice()
         async with slack_running() as slack:
-            notifier = notifier_for(slack)
-            await asyncio.gather(notifier.notify_pending(notice), notifier.notify_decision(decided(notice)))
+            notifier, slack.hold = notifier_for(slack), asyncio.Event()
+            hold = slack.hold
+            question = asyncio.create_task(notifier.notify_pending(notice))
+            while slack.hold is not None:
+                await asyncio.sleep(0.01)
+            await notifier.notify_decision(decided(notice))
+            hold.set()
+            await question
 
+        assert len(slack.messages) == 2
         assert "gateway_store_approve" not in texts_of(slack.messages)
 
 
@@ -232,12 +239,17 @@ class TestRepeats:
 
 class TestFailures:
     async def test_rate_limit(self) -> None:
-        """429 with Retry-After is passed on."""
+        """429 with Retry-After is passed on, and nothing is sent meanwhile."""
         async with slack_running() as slack:
             slack.answers = [(429, {"Retry-After": "30"}, b"")]
+            notifier = notifier_for(slack)
             with pytest.raises(NotDeliveredError) as caught:
-                await notifier_for(slack).notify_pending(make_notice())
+                await notifier.notify_pending(make_notice())
+            with pytest.raises(NotDeliveredError, match="left alone") as later:
+                await notifier.notify_pending(make_notice())
 
+        assert len(slack.requests) == 1
+        assert 29 < (later.value.retry_after_s or 0) <= 30
         assert (caught.value.retry_after_s, caught.value.is_permanent) == (30, False)
 
     @pytest.mark.parametrize(

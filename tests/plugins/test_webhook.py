@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
+import hmac
 import json
 import logging
 import re
 import secrets
 import struct
+import time
 import tracemalloc
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -63,6 +66,18 @@ class TestWhatIsSent:
         assert content["data"]["tool_call"]["arguments"] == {"path": "/tmp/old.log"}
         with pytest.raises(WebhookVerificationError):
             Webhook(OLD_SECRET).verify(request.body, request.headers)
+
+    async def test_signature_by_hand(self) -> None:
+        """HMAC-SHA-256 of `id.timestamp.body` under the decoded secret, as the specification has it."""
+        async with serving(OK) as server:
+            await notifier_for(server).notify_pending(make_notice())
+
+        (request,) = server.requests
+        sent = f"{request.headers['webhook-id']}.{request.headers['webhook-timestamp']}.".encode() + request.body
+        key = base64.b64decode(SECRET.removeprefix("whsec_"))
+        signature = base64.b64encode(hmac.new(key, sent, hashlib.sha256).digest()).decode()
+        assert request.headers["webhook-signature"] == f"v1,{signature}"
+        assert abs(int(request.headers["webhook-timestamp"]) - time.time()) < 60
 
     async def test_either_secret_verifies_during_rotation(self) -> None:
         """One signature for each secret, so that a receiver may have the old one or the new."""
@@ -182,14 +197,32 @@ class TestAnswers:
         """In seconds, or as a date."""
         date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
         async with serving(status(line, "Retry-After: 17"), status(line, f"Retry-After: {date}")) as server:
-            notifier = notifier_for(server)
             with pytest.raises(NotDeliveredError) as seconds:
-                await notifier.notify_pending(make_notice())
+                await notifier_for(server).notify_pending(make_notice())
             with pytest.raises(NotDeliveredError) as moment:
-                await notifier.notify_pending(make_notice())
+                await notifier_for(server).notify_pending(make_notice())
 
         assert seconds.value.retry_after_s == 17
         assert 80 < (moment.value.retry_after_s or 0) <= 90
+
+    @pytest.mark.parametrize(("line", "sent"), [("429 Too Many Requests", 2), ("503 Unavailable", 2), ("502 Bad", 3)])
+    async def test_a_receiver_that_asks_for_it_is_left_alone(
+        self, line: str, sent: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """429 and 503 speak for all notices; and a minute at most, then one is tried again."""
+        async with serving(status(line, "Retry-After: 3000")) as server:
+            notifier = notifier_for(server)
+            for _ in range(2):
+                with pytest.raises(NotDeliveredError) as caught:
+                    await notifier.notify_pending(make_notice())
+                assert caught.value.retry_after_s is not None
+            now = time.monotonic()
+            monkeypatch.setattr("agent_gateway_store.plugins.outgoing.pause.time.monotonic", lambda: now + 61)
+            with pytest.raises(NotDeliveredError):
+                await notifier.notify_pending(make_notice())
+            monkeypatch.undo()
+
+        assert len(server.requests) == sent
 
     @pytest.mark.parametrize(
         "line", ["400 Bad", "401 No", "403 No", "404 Not", "405 No", "409 Conflict", "413 Large", "500 Oops", "599 Odd"]

@@ -9,14 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-import plugin_helpers
 import pytest
-from plugin_helpers import GOOD, Install, Notifier, load, record
 
+import plugin_helpers
 from agent_gateway_store import hookimpl
 from agent_gateway_store.hooks import PluginRecord, Plugins
 from agent_gateway_store.hooks.loading import LOAD_VARIABLE
 from agent_gateway_store.settings import StoreSettings
+from plugin_helpers import GOOD, Install, Notifier, load, record
 
 pytestmark = pytest.mark.unit
 

@@ -6,12 +6,12 @@ import threading
 import time
 from typing import Any
 
-import plugin_helpers
 import pytest
-from plugin_helpers import Notifier, load, record
 
+import plugin_helpers
 from agent_gateway_store import hookimpl
 from agent_gateway_store.settings import StoreSettings
+from plugin_helpers import Notifier, load, record
 
 pytestmark = pytest.mark.unit
 

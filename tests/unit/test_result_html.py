@@ -86,7 +86,7 @@ def approval(**fields: Any) -> ApprovalRequest:
         make_event(tool_name=NASTY, sanitized_args={NASTY: NASTY}, risk_labels=[NASTY], llm_explanation=NASTY),
         approval(caller_id=NASTY, risk_explanation=NASTY),
     ],
-    ids=["cells", "call", "json", "columns", "event", "approval"],
+    ids=["cells", "json", "columns", "event", "approval"],
 )
 def test_nothing_of_the_data_becomes_markup(view: Any) -> None:
     """The elements are ours, each closed, and none has an attribute besides its class."""
@@ -149,13 +149,13 @@ def test_a_cell_for_each_column() -> None:
     """The chosen columns in their order, None as an empty cell, and a count that says when there is more."""
     page = Page([{"a": 1, "b": None, "c": 3}, {"a": "x y"}], columns=("b", "a"), next_cursor="abc")
 
-    table = re.search(r"<table>.*</table>", page._repr_html_())
+    table = re.search(r"<table .*</table>", page._repr_html_())
     assert table is not None
     assert table[0] == (
-        "<table><thead><tr><th>b</th><th>a</th></tr></thead><tbody>"
+        '<table class="ags-table"><thead><tr><th>b</th><th>a</th></tr></thead><tbody>'
         '<tr><td></td><td class="ags-num">1</td></tr><tr><td></td><td>x y</td></tr></tbody></table>'
     )
-    assert "<p>2 rows; there is more: pass next_cursor</p>" in page._repr_html_()
+    assert '<p class="ags-foot">2 rows; there is more: pass next_cursor</p>' in page._repr_html_()
 
 
 def test_an_empty_page_shows_its_columns() -> None:

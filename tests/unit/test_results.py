@@ -65,7 +65,7 @@ def test_a_cut_table_says_so(count: int) -> None:
     note = "200 rows" if count == 200 else f"first 200 of {count} rows"
 
     assert html.count("<tr>") == 201
-    assert html.count('<td class="ags-id">row') == 200
+    assert html.count('<td class="ags-line">row') == 200
     assert "row199" in text
     assert "row200" not in html + text
     assert note in html

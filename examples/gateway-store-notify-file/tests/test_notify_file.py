@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from gateway_store_notify_file import FileNotifier
+
 from agent_gateway_store import ApprovalRequest, ToolCall
 from agent_gateway_store.testing import NotifierConformance, wait_until
-
-from gateway_store_notify_file import FileNotifier
 
 
 class TestConformance(NotifierConformance):

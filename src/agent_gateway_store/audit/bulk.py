@@ -21,10 +21,25 @@ if TYPE_CHECKING:
 __all__ = ["blocks", "in_thread", "whole_table"]
 
 _BATCH_ROWS = 10_000
+_BLOCK_BYTES = 8 * 2**20
 
 
-async def blocks(database: Database, found: Criteria, take: Callable[[pa.Table], None], *, oldest_first: bool) -> None:
+async def blocks(
+    database: Database,
+    found: Criteria,
+    take: Callable[[pa.Table], None],
+    *,
+    oldest_first: bool,
+    block_bytes: int = _BLOCK_BYTES,
+) -> None:
     """Hand the events that match to `take`, in a thread, one table after the other, in one snapshot.
+
+    Args:
+        database: Where they are.
+        found: Which.
+        take: Is given each table.
+        oldest_first: Else newest first.
+        block_bytes: About how large a table may be; large ones are read faster and take more memory.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -34,7 +49,7 @@ async def blocks(database: Database, found: Criteria, take: Callable[[pa.Table],
     query = oldest(dialect, found) if oldest_first else newest(dialect, found, limit=None)
     values = parameters(dialect, found.values)
     if dialect.name == "postgresql":
-        await copied(database, query, values, lambda block: take(_from_csv(block)))
+        await copied(database, query, values, lambda block: take(_from_csv(block)), block_bytes=block_bytes)
         return
     async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS)) as batches:
         async for rows in batches:

@@ -20,6 +20,7 @@ from agent_gateway_store.storage.streaming import Rows, streamed
 __all__ = ["ExportResult", "export"]
 
 _BATCH_ROWS = 2_000
+_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ async def _parquet(
             rows += table.num_rows  # type: ignore[attr-defined]
             tell(rows)
 
-        await blocks(database, found, take, oldest_first=True)
+        await blocks(database, found, take, oldest_first=True, block_bytes=_BLOCK_BYTES)
     return rows, target.files
 
 

@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 
 from agent_gateway_store.audit.filters import Criteria, period
-from agent_gateway_store.audit.statements import SameDialect, conditions, table
+from agent_gateway_store.audit.statements import SameDialect, conditions, finite, table
 from agent_gateway_store.results import Stats
 from agent_gateway_store.storage.selecting import Query, compiled
 
@@ -159,7 +159,7 @@ def _with_labels(dialect: str) -> tuple[Any, ColumnElement[Any]]:
 def _bucket(dialect: str) -> ColumnElement[Any]:
     if dialect == "postgresql":
         length = bindparam("p_bucket", type_=Interval())
-        return func.date_bin(length, table.c.timestamp, literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'"))
+        return func.date_bin(length, finite(), literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'"))
     # Without the fraction, which SQLite rounds.
     seconds = cast(func.strftime("%s", func.substr(type_coerce(table.c.timestamp, Text()), 1, 19)), Integer)
     return (seconds + literal_column(str(_ORIGIN_SECONDS), Integer())) // bindparam("p_bucket_s", type_=Integer())

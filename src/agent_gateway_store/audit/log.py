@@ -8,6 +8,9 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Se
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Literal
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -15,7 +18,8 @@ from agent_gateway_store.audit.inserting import insert_event
 from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.preparing import Preparing
-from agent_gateway_store.audit.query import AuditQuery
+from agent_gateway_store.audit.progress import counted, told
+from agent_gateway_store.audit.reader import AuditReader
 from agent_gateway_store.audit.row import Record, event_record
 from agent_gateway_store.audit.telling import Telling
 from agent_gateway_store.audit.writer import AuditWriter
@@ -55,7 +59,7 @@ class AuditLogger:
             return WriteOutcome.LOST
 
 
-class AuditLog(AuditQuery):
+class AuditLog(AuditReader):
     """`store.audit`: writes and reads audit events.
 
     Args:
@@ -133,6 +137,38 @@ class AuditLog(AuditQuery):
                 await asyncio.wait([under_way])
                 outcomes.update(under_way.result())
         return outcomes
+
+    async def import_file(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: Literal["jsonl", "parquet"] | None = None,  # noqa: A002  as `export` has it
+        progress: bool | Callable[[int], None] = False,
+    ) -> Counter[WriteOutcome]:
+        """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store.
+
+        Safe to repeat: what is stored already is a DUPLICATE. A store that is bound to an organisation stamps its own.
+
+        Args:
+            path: A JSONL file (also .gz or .zst), a Parquet file, or the folder of a dataset.
+            format: None: by the suffix; a folder is Parquet.
+            progress: True shows a progress bar; a function is called with the events read so far.
+
+        Returns:
+            How many events came to which outcome.
+
+        Raises:
+            FileNotFoundError: There is nothing at `path`.
+            ValueError: The format is not known, or a record is malformed; those before it are stored.
+            MissingExtraError: Parquet or zstd, and pyarrow is not installed.
+            AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
+        """
+        from agent_gateway_store.audit.importing import events_in, importable
+
+        source = Path(path)
+        kind = importable(source, format)
+        with told(progress, f"Importing {source.name}") as tell:
+            return await self.write_many(counted(events_in(source, kind), tell))
 
     async def _batches(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[list[Record]]:
         rows: list[Record] = []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["ParquetFiles"]
 
 _GROUP_ROWS = 100_000
-_GROUP_BYTES = 24 * 2**20
+_GROUP_BYTES = 8 * 2**20
 
 
 class ParquetFiles:
@@ -92,6 +92,7 @@ class ParquetFiles:
             self._writer.write_table(arrow().concat_tables(self._waiting), row_group_size=self._rows)
             self._waiting.clear()
             self._rows = self._bytes = 0
+            arrow().default_memory_pool().release_unused()
 
     def _open(self, path: Path) -> None:
         from pyarrow import parquet

@@ -20,15 +20,15 @@ from agent_gateway_store.storage.database import SessionWork, Work
 from agent_gateway_store.storage.keyset import decode_cursor, encode_cursor
 from agent_gateway_store.storage.selecting import Query, dialect_object, fetch
 
-__all__ = ["COLUMNS", "AuditQuery"]
+__all__ = ["COLUMNS", "AuditQuery", "check_limit"]
 
 COLUMNS = (
     "timestamp",
     "caller_id",
     "mcp_server",
     "tool_name",
-    "sanitized_args",
     "decision",
+    "sanitized_args",
     "execution_status",
     "latency_ms",
     "risk_labels",
@@ -99,8 +99,7 @@ class AuditQuery:
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such decision, status or time, or `limit` is out of range.
         """
-        if not 1 <= limit <= _MOST:
-            raise ValueError(f"limit must be 1 to {_MOST:,}, not {limit:,}: for more, use stream() or to_arrow().")
+        check_limit(limit)
         found = criteria(filters, org_id=self._org_id)
         place = None if cursor is None else decode_cursor(found.scope, cursor)
         events = await self._read(found, limit=limit + 1, after=place)
@@ -165,6 +164,17 @@ class AuditQuery:
                 values["p_at"], values["p_id"] = after
             rows = await fetch(runner, query, values)
         return events_of(rows)
+
+
+def check_limit(limit: int) -> int:
+    """Return `limit`.
+
+    Raises:
+        ValueError: It is not 1 to 100,000.
+    """
+    if not 1 <= limit <= _MOST:
+        raise ValueError(f"limit must be 1 to {_MOST:,}, not {limit:,}: for more, use stream() or to_arrow().")
+    return limit
 
 
 def _page(events: list[AuditEvent], following: str | None = None) -> Page[AuditEvent]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -30,10 +31,21 @@ from sqlalchemy.dialects import postgresql
 
 from agent_gateway_store.audit.filters import Criteria
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.models.columns import JsonOf, UtcDateTime
+from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
 from agent_gateway_store.storage.selecting import Query, compiled
 
-__all__ = ["FIELDS", "JSON_FIELDS", "SameDialect", "conditions", "newest", "oldest", "parameters", "selected", "table"]
+__all__ = [
+    "FIELDS",
+    "JSON_FIELDS",
+    "SameDialect",
+    "conditions",
+    "finite",
+    "newest",
+    "oldest",
+    "parameters",
+    "selected",
+    "table",
+]
 
 table = AuditEvent.__table__  # type: ignore[attr-defined]
 
@@ -48,8 +60,16 @@ _ENUMS = ("decision", "execution_status", "output_decision")
 
 def selected(dialect: str) -> Select[Any]:
     """Select every column of an event, JSON as text."""
-    as_text = JSON_FIELDS if dialect == "postgresql" else ()
-    return select(*(cast(table.c[name], Text()).label(name) if name in as_text else table.c[name] for name in FIELDS))
+    if dialect != "postgresql":
+        return select(*(table.c[name] for name in FIELDS))
+    spelt = {name: cast(table.c[name], Text()) for name in JSON_FIELDS} | {"timestamp": finite()}
+    return select(*(spelt[name].label(name) if name in spelt else table.c[name] for name in FIELDS))
+
+
+def finite() -> ColumnElement[datetime]:
+    """The timestamp on PostgreSQL; its driver stores the first and the last instant of UTC as infinities."""
+    edges: list[Any] = [literal_column(f"TIMESTAMPTZ '{edge.isoformat()}'") for edge in (UTC_MIN, UTC_MAX)]
+    return func.least(func.greatest(table.c.timestamp, edges[0]), edges[1])
 
 
 def newest(dialect: Dialect, found: Criteria, *, limit: int | None, offset: int = 0, is_after: bool = False) -> Query:

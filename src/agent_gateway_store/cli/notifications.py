@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -80,10 +81,6 @@ def run_worker(
 
     Notices under way at the end are waited for, a few seconds at most; the rest is left to others.
     """
-    # Failures, and what the notifier `log` logs, belong on the terminal of a worker.
-    logger = logging.getLogger("agent_gateway_store")
-    logger.addHandler(logging.StreamHandler())
-    logging.getLogger("agent_gateway_store.notifications").setLevel(logging.INFO)
 
     async def work() -> int:
         async with open_store(ctx, **_still(ctx)) as store:
@@ -91,9 +88,25 @@ def run_worker(
             complain(f"Sending notices to: {', '.join(loaded) or 'nobody, for no notifier is loaded'}.")
             return await _until_told(store, once=once)
 
-    arrived = run(work())
+    with _logging():
+        arrived = run(work())
     if once:
         say(f"{arrived} notices arrived.")
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """Show failures, and what the notifier `log` logs, on the worker's terminal."""
+    root, notices = (logging.getLogger(f"agent_gateway_store{name}") for name in ("", ".notifications"))
+    handler = logging.StreamHandler()
+    root.addHandler(handler)
+    level = notices.level
+    notices.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        notices.setLevel(level)
 
 
 async def _until_told(store: GatewayStore, *, once: bool) -> int:

@@ -113,9 +113,10 @@ class Desk:
         )
         note = f"{len(self.waiting)} waiting" if self._is_loaded else "not loaded: await refresh()"
         who = f"Approvals for <b>{escape(visible(self._approver))}</b>"
+        table = f'<table class="ags-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         return (
-            f'{style()}<div class="ags-view"><div class="ags-title">{who}</div><div class="ags-wide"><table>'
-            f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><p>{note}</p></div>"
+            f'{style()}<div class="ags-view"><div class="ags-title">{who}</div>'
+            f'<div class="ags-wide">{table}</div><p class="ags-foot">{note}</p></div>'
         )
 
     def _row(self, request: ApprovalRequest) -> str:
@@ -126,7 +127,7 @@ class Desk:
             f"<td>{escape(text['caller'])}</td>",
             f"<td>{escape(text['call'])}<pre>{escape(text['arguments'])}</pre></td>",
             f"<td>{escape(text['why'])}</td>",
-            f"<td><pre>{escape(visible(calls, keep=chr(10)))}</pre></td>",
+            f'<td class="ags-calls"><pre>{escape(visible(calls, keep=chr(10)))}</pre></td>',
         )
         return f"<tr>{''.join(cells)}</tr>"
 

@@ -203,18 +203,18 @@ def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     tools, labels = top(counts, "tool", _TOOLS), top(counts, "label", _LABELS)
     kept = counts[counts["tool"].isin(tools) & counts["label"].isin(labels)]
     data = kept.groupby(["tool", "label"], observed=True)["calls"].sum().reset_index()
-    half = float(data["calls"].max()) ** 0.5 / 1.6
+    most = int(data["calls"].max())
     base = alt.Chart(data).encode(
         x=alt.X("label:N", title=None, sort=labels, axis=alt.Axis(labelAngle=-35, orient="bottom")),
         y=alt.Y("tool:N", title=None, sort=tools),
         tooltip=["tool:N", "label:N", alt.Tooltip("calls:Q", format=",")],
     )
     tiles = base.mark_rect(cornerRadius=2, stroke="white", strokeWidth=2).encode(
-        color=alt.Color("calls:Q", scale=alt.Scale(scheme="orangered", type="sqrt"), legend=None)
+        color=alt.Color("calls:Q", scale=alt.Scale(scheme="orangered", type="sqrt", domain=[0, most]), legend=None)
     )
     numbers = base.mark_text(fontSize=11).encode(
         text=alt.Text("calls:Q", format=","),
-        color=alt.condition(f"sqrt(datum.calls) > {half!r}", alt.value("white"), alt.value("#24292f")),
+        color=alt.condition(f"datum.calls > {most / 2}", alt.value("white"), alt.value("#24292f")),
     )
     chart = (tiles + numbers).properties(width=WIDTH - 60, height=alt.Step(24))
     return finish(chart, title or "Risk labels by tool", "number of calls; a call counts under each of its labels")

@@ -26,7 +26,7 @@ __all__ = ["card_html", "pretty_json", "style", "table_html"]
 _JSON_CHARS = 4_000
 _TEXT_CHARS = 20_000
 _CHIPS = 20
-_ID_CHARS = 36
+_ID_LEAST, _ID_CHARS = 12, 36
 _GLANCE_CHARS = 48
 _TITLES = ("decision", "status", "execution_status")
 
@@ -44,8 +44,8 @@ def table_html(page: Page[Any]) -> str:
     body = "".join(f"<tr>{''.join(_td(name, row.get(name)) for name in columns)}</tr>" for row in rows)
     more = "; there is more: pass next_cursor" if page.next_cursor else ""
     return (
-        f'{style()}<div class="ags-view"><div class="ags-wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div><p>{escape(note(len(page)) + more)}</p></div>"
+        f'{style()}<div class="ags-view"><div class="ags-wide"><table class="ags-table"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(note(len(page)) + more)}</p></div>'
     )
 
 
@@ -59,11 +59,11 @@ def card_html(record: BaseModel) -> str:
         if not _is_empty(value)
     )
     empty = ", ".join(name for name, value in fields.items() if _is_empty(value))
-    below = f"<p>empty: {escape(visible(empty))}</p>" if empty else ""
+    below = f'<p class="ags-foot">empty: {escape(visible(empty))}</p>' if empty else ""
     title = f"{escape(type(record).__name__)} <b>{escape(cell(_subject(fields)))}</b> {badges}"
     return (
         f'{style()}<div class="ags-view ags-card"><div class="ags-title">{title}</div>'
-        f"<table><tbody>{rows}</tbody></table>{below}</div>"
+        f'<table class="ags-table"><tbody>{rows}</tbody></table>{below}</div>'
     )
 
 
@@ -115,7 +115,8 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
     text = cell(value)
     if len(text) > _ID_CHARS or not text or any(map(str.isspace, text)):
         return f"<td>{escape(text)}</td>"
-    return f'<td class="{"ags-id" if any(map(str.isdigit, text)) else "ags-line"}">{escape(text)}</td>'
+    is_id = len(text) >= _ID_LEAST and any(map(str.isdigit, text))
+    return f'<td class="{"ags-id" if is_id else "ags-line"}">{escape(text)}</td>'
 
 
 def _badge(name: str, value: Any) -> str:

@@ -34,11 +34,11 @@ class Stats(Page[dict[str, Any]]):
         self,
         items: Iterable[Mapping[str, Any]] = (),
         *,
-        by: Iterable[str] = (),
+        by: str | Iterable[str] = (),
         bucket: timedelta | None = None,
         next_cursor: str | None = None,
     ) -> None:
-        self.by = tuple(by)
+        self.by = (by,) if isinstance(by, str) else tuple(by)
         self.bucket = bucket
         super().__init__(map(dict, items), next_cursor=next_cursor, columns=tuple(c.name for c in self.frame_columns()))
 

@@ -23,7 +23,7 @@ _POSITION = struct.Struct(">QQ")
 _FIRST = datetime.min.replace(tzinfo=UTC)
 _TICK = timedelta(microseconds=1)
 _SCOPE_BYTES = 8
-_LONGEST = 8_192
+_LONGEST = 65_536
 
 
 def scope_of(listing: str, org_id: str | None, filters: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import aiosqlite
@@ -19,7 +20,7 @@ LONGEST_S = 24 * 3600.0
 
 Rows: TypeAlias = Sequence[Sequence[Any]]
 _BATCH_ROWS = 1_000
-_BLOCK_BYTES = 8 * 2**20
+_SPELLING = "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1"
 
 
 async def fetched(database: Database, query: Query, values: Mapping[str, Any]) -> Rows:
@@ -54,7 +55,9 @@ async def streamed(
                 yield found
 
 
-async def copied(database: Database, query: Query, values: Mapping[str, Any], take: Callable[[bytes], None]) -> None:
+async def copied(
+    database: Database, query: Query, values: Mapping[str, Any], take: Callable[[bytes], None], *, block_bytes: int
+) -> None:
     """Hand the rows of `query` to `take`, in a thread, as blocks of CSV of whole rows. PostgreSQL only.
 
     COPY is much faster than a cursor: no row becomes a Python object. NULL is an empty field without quotes, and an
@@ -63,7 +66,8 @@ async def copied(database: Database, query: Query, values: Mapping[str, Any], ta
     arguments = query.arguments(values)
     parts: list[bytes] = []
     size = 0
-    under_way: asyncio.Task[None] | None = None
+    under_way: asyncio.Future[None] | None = None
+    loop = asyncio.get_running_loop()
 
     async def flush() -> None:
         nonlocal size, under_way
@@ -72,25 +76,25 @@ async def copied(database: Database, query: Query, values: Mapping[str, Any], ta
         size = 0
         if under_way is not None:
             await under_way
-        under_way = asyncio.create_task(asyncio.to_thread(take, block)) if block else None
+        under_way = loop.run_in_executor(thread, take, block) if block else None
 
     async def receive(data: bytes) -> None:
         # The server sends one message for each row, and the driver whole messages, so a block ends with a row.
         nonlocal size
         parts.append(bytes(data))
         size += len(data)
-        if size >= _BLOCK_BYTES:
+        if size >= block_bytes:
             await flush()
 
-    try:
-        async with database.driver() as driver, driver.transaction(readonly=True):
-            await driver.execute(
-                "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1"
-            )
-            await driver.copy_from_query(query.text, *arguments, output=receive, format="csv", timeout=LONGEST_S)
-        await flush()
-    finally:
+    # One thread: the allocators of C libraries keep memory for each that they meet.
+    with ThreadPoolExecutor(1, thread_name_prefix="gateway-store bulk") as thread:
+        try:
+            async with database.driver() as driver, driver.transaction(readonly=True):
+                await driver.execute(_SPELLING)
+                await driver.copy_from_query(query.text, *arguments, output=receive, format="csv", timeout=LONGEST_S)
+            await flush()
+        finally:
+            if under_way is not None:
+                await asyncio.wait([under_way])
         if under_way is not None:
-            await asyncio.wait([under_way])
-    if under_way is not None:
-        under_way.result()
+            under_way.result()

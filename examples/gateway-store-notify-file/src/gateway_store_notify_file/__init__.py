@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent_gateway_store import Notice, hookimpl
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from agent_gateway_store import Notice, hookimpl
 
 if TYPE_CHECKING:
     import typer

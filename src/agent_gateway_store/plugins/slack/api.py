@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.hooks import one_line
+from agent_gateway_store.plugins.outgoing.pause import Pause
 from agent_gateway_store.plugins.outgoing.transport import Answer, Transport
 from agent_gateway_store.plugins.slack.settings import SlackSettings
 
@@ -44,6 +45,7 @@ class SlackApi:
         assert settings.bot_token is not None  # noqa: S101
         self._settings = settings
         self._token = settings.bot_token
+        self._pause = Pause()
         self._transport = Transport(
             None,
             proxy=settings.proxy.get_secret_value() if settings.proxy else None,
@@ -61,6 +63,7 @@ class SlackApi:
             SlackRefusedError: Slack said no.
             NotDeliveredError: No answer, or none that makes sense; with `retry_after_s` where Slack limits the rate.
         """
+        self._pause.require_over()
         fields = {name: _text(value) for name, value in arguments.items() if value is not None}
         answer = await self._transport.post(
             self._settings.target(method),
@@ -72,7 +75,15 @@ class SlackApi:
             timeout_s=self._settings.timeout_seconds,
             max_body=MAX_ANSWER,
         )
+        if answer.status == 429:
+            wait_s = _seconds(answer.headers.get("retry-after", ""))
+            self._pause.begin(wait_s)
+            raise NotDeliveredError("Slack limits the rate (429).", retry_after_s=wait_s)
         return _content(method, answer)
+
+
+def _seconds(header: str) -> float | None:
+    return float(header) if header.isascii() and header.isdecimal() and len(header) < 6 else None
 
 
 def _text(value: Any) -> str:
@@ -81,10 +92,6 @@ def _text(value: Any) -> str:
 
 
 def _content(method: str, answer: Answer) -> dict[str, Any]:
-    if answer.status == 429:
-        wait = answer.headers.get("retry-after", "")
-        seconds = float(wait) if wait.isascii() and wait.isdecimal() and len(wait) < 6 else None
-        raise NotDeliveredError("Slack limits the rate (429).", retry_after_s=seconds)
     if answer.status != 200:
         raise NotDeliveredError(f"Slack answered {answer.status} to {method}.")
     try:

@@ -8,6 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NoReturn
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
+from agent_gateway_store.plugins.outgoing.pause import Pause
 from agent_gateway_store.plugins.outgoing.targets import target_of
 from agent_gateway_store.plugins.webhook.payload import body_of
 from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings
@@ -29,7 +30,8 @@ class WebhookNotifier:
 
     `webhook-id` is the delivery id and stays the same over tries, `webhook-timestamp` is the time of the try, and
     `webhook-signature` holds one `v1` signature for each secret. Only 2xx is delivered. A redirect is a failure and is
-    never followed; `Retry-After` is honoured; after a 410 nothing more is sent until the process starts again.
+    never followed. `Retry-After` is honoured; after 429 and 503 it holds back all notices, a minute at most. After a
+    410 nothing more is sent until the process starts again.
 
     Attributes:
         name: `webhook`, or `webhook-<name>` of an endpoint.
@@ -69,6 +71,7 @@ class WebhookNotifier:
         self._signers = [Webhook(secret.get_secret_value()) for secret in endpoint.secrets]
         self._timeout_s = min(settings.timeout_seconds, timeout_s or settings.timeout_seconds)
         self._is_gone = False
+        self._pause = Pause()
         self._transport = Transport(
             settings.policy,
             proxy=settings.proxy.get_secret_value() if settings.proxy else None,
@@ -96,6 +99,7 @@ class WebhookNotifier:
     async def _send(self, notice: Notice) -> None:
         if self._is_gone:
             raise NotDeliveredError("The receiver said earlier that it is gone (410).", is_permanent=True)
+        self._pause.require_over()
         body = body_of(notice)
         headers = {"Content-Type": "application/json", **self._signed(str(notice.delivery_id), body)}
         answer = await self._transport.post(self._target, body=body, headers=headers, timeout_s=self._timeout_s)
@@ -123,9 +127,10 @@ class WebhookNotifier:
             raise NotDeliveredError("The receiver is gone (410).", is_permanent=True)
         if 300 <= answer.status < 400:
             raise NotDeliveredError(f"The receiver answered {answer.status}, a redirect; redirects are not followed.")
-        raise NotDeliveredError(
-            f"The receiver answered {answer.status}.", retry_after_s=retry_after_s(answer.headers.get("retry-after"))
-        )
+        wait_s = retry_after_s(answer.headers.get("retry-after"))
+        if answer.status in (429, 503):
+            self._pause.begin(wait_s)  # it speaks for all of the receiver, not for this notice
+        raise NotDeliveredError(f"The receiver answered {answer.status}.", retry_after_s=wait_s)
 
 
 def retry_after_s(header: str | None) -> float | None:

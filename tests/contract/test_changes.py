@@ -1,0 +1,220 @@
+"""Following the log: every event once, in the order of commits, whatever stays open meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from agent_gateway_store import AuditEvent, GatewayStore, errors
+from agent_gateway_store.storage.keyset import pack, unpack
+
+pytestmark = pytest.mark.integration
+
+MakeEvent = Callable[..., AuditEvent]
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """Redis has no part in reading the audit log."""
+    return ""
+
+
+def ids(events: list[AuditEvent]) -> list[str]:
+    return [event.request_id for event in events]
+
+
+async def test_what_commits_late_is_not_missed(store: GatewayStore, make_event: MakeEvent) -> None:
+    """An event whose transaction stays open over several looks comes when it is committed, and those after it do not
+    wait; one that is rolled back never comes."""
+    start = (await store.audit.changes()).next_cursor or ""
+    slow = AsyncSession(store.database.engine)
+    is_sqlite = store.database.dialect == "sqlite"
+    await store.audit.record(make_event(request_id="slow"), session=slow)
+    if is_sqlite:
+        await slow.commit()  # one writer at a time
+    await store.audit.write(make_event(request_id="fast-1"))
+    first = await store.audit.changes(start)
+    await store.audit.write(make_event(request_id="fast-2"))
+    second = await store.audit.changes(first.next_cursor or "")
+    await slow.commit()
+    await store.audit.record(make_event(request_id="undone"), session=slow)
+    await slow.rollback()
+    await slow.close()
+    third = await store.audit.changes(second.next_cursor or "")
+    fourth = await store.audit.changes(third.next_cursor or "")
+
+    assert ids(first) + ids(second) + ids(third) == (
+        ["slow", "fast-1", "fast-2"] if is_sqlite else ["fast-1", "fast-2", "slow"]
+    )
+    assert (list(fourth), bool(fourth.next_cursor)) == ([], True)
+
+
+async def test_pages_of_changes_lead_on(store: GatewayStore, make_event: MakeEvent) -> None:
+    """In pages of any size, from the beginning or from now, filtered or not: each once; a cursor can be used twice."""
+    await store.audit.write_many(
+        make_event(request_id=f"old-{n}", decision="DENY" if n % 2 else "ALLOW") for n in range(9)
+    )
+    now = (await store.audit.changes(decision="DENY")).next_cursor or ""
+    await store.audit.write_many(
+        make_event(request_id=f"new-{n}", decision="DENY" if n % 2 else "ALLOW") for n in range(9)
+    )
+
+    async def walk(cursor: str) -> list[str]:
+        seen: list[str] = []
+        for _ in range(30):
+            page = await store.audit.changes(cursor, limit=2, decision="DENY")
+            seen += ids(page)
+            cursor = page.next_cursor or ""
+        return seen
+
+    new = [f"new-{n}" for n in (1, 3, 5, 7)]
+    assert await walk(now) == await walk(now) == new
+    assert await walk("beginning") == [f"old-{n}" for n in (1, 3, 5, 7)] + new
+
+
+async def test_rows_from_before_the_column_are_history(store: GatewayStore, make_event: MakeEvent) -> None:
+    """An event without a transaction id (from before migration 0002) comes from the beginning, and is never new."""
+    await store.audit.write(make_event(request_id="old"))
+    async with store.database.engine.begin() as connection:
+        await connection.exec_driver_sql("UPDATE audit_events SET transaction_id = NULL")
+    now = (await store.audit.changes()).next_cursor or ""
+    await store.audit.write(make_event(request_id="new"))
+
+    assert ids(await store.audit.changes(now)) == ["new"]
+    assert ids(await store.audit.changes("beginning")) == ["old", "new"]
+
+
+async def test_forged_places_are_refused(store: GatewayStore) -> None:
+    """Whatever stands in a cursor: InvalidCursorError, no error of the database."""
+    cursor = (await store.audit.changes()).next_cursor or ""
+    scope_bytes = __import__("base64").urlsafe_b64decode(cursor + "==")[1:9]
+    assert unpack(scope_bytes, cursor)
+    forged: list[Any] = [
+        *(b"", b"{}", b"[]", b"\xff", b'{"since":"x"}', b'{"since":"1:2:x","until":null,"transaction":null,"id":0}'),
+        b'{"since":"1:2:3","until":"1:2:","transaction":null,"id":-1}',
+        b'{"since":"1:99999999999999999999:","until":null,"transaction":0,"id":0}',
+        b'{"since":null,"until":null,"transaction":null,"id":true}',
+        b'{"nothing":1}',
+    ]
+    for payload in forged:
+        if store.database.dialect == "sqlite" and payload == b"{}":
+            continue  # the place before the first event
+        with pytest.raises(errors.InvalidCursorError):
+            await store.audit.changes(pack(scope_bytes, payload))
+    for other in ("", "Now", cursor + "A"):
+        with pytest.raises(errors.InvalidCursorError):
+            await anext(store.audit.follow(start=other))
+    with pytest.raises(errors.InvalidCursorError):
+        await store.for_org("acme").audit.changes(cursor)
+    with pytest.raises(ValueError, match="poll_s must be more than zero"):
+        await anext(store.audit.follow(poll_s=0))
+
+
+async def _write_slowly(
+    store: GatewayStore, make_event: MakeEvent, seed: int, rounds: int, longest_s: float, waiting: asyncio.Semaphore
+) -> list[str]:
+    """Write through transactions of the caller's that stay open at random; returns what was committed."""
+    rng, done = random.Random(seed), []
+    for number in range(rounds):
+        mine = [f"w-{seed}-{number}-{each}" for each in range(rng.randrange(1, 4))]
+        async with waiting, AsyncSession(store.database.engine) as session:
+            for request_id in mine:
+                await store.audit.record(make_event(request_id=request_id), session=session)
+                await asyncio.sleep(rng.random() * longest_s / len(mine))
+            if rng.random() < 0.1:
+                await session.rollback()
+            else:
+                await session.commit()
+                done += mine
+        await store.audit.write(make_event(request_id=f"w-{seed}-{number}"))
+        done.append(f"w-{seed}-{number}")
+    return done
+
+
+async def follow_writers(
+    store: GatewayStore, make_event: MakeEvent, *, writers: int, rounds: int, longest_s: float
+) -> tuple[list[str], list[str]]:
+    """Let writers with open transactions race a follower; returns what was committed and what was seen."""
+    seen: list[str] = []
+    began = asyncio.Event()
+
+    async def read() -> None:
+        cursor = (await store.audit.changes()).next_cursor or ""
+        began.set()
+        async for event in store.audit.follow(start=cursor, poll_s=0.01):
+            seen.append(event.request_id)
+            if event.request_id == "end":
+                return
+
+    reader = asyncio.create_task(read())
+    await began.wait()
+    # SQLite has one writer; the pool of PostgreSQL holds twenty connections.
+    at_once = asyncio.Semaphore(1 if store.database.dialect == "sqlite" else 16)
+    tasks = [_write_slowly(store, make_event, seed, rounds, longest_s, at_once) for seed in range(writers)]
+    committed = [each for done in await asyncio.gather(*tasks) for each in done]
+    await store.audit.write(make_event(request_id="end"))
+    await asyncio.wait_for(reader, 60)
+    return committed, seen[:-1]
+
+
+async def test_a_follower_misses_nothing_and_sees_nothing_twice(store: GatewayStore, make_event: MakeEvent) -> None:
+    """Writers whose transactions stay open at random, some rolled back, beside group commits: each event once."""
+    sizes = {"writers": 12, "rounds": 8, "longest_s": 0.002}
+    if store.database.dialect == "postgresql":
+        sizes = {"writers": 50, "rounds": 14, "longest_s": 0.1}
+    committed, seen = await follow_writers(store, make_event, **sizes)  # type: ignore[arg-type]
+
+    assert len(committed) == len(set(committed)) > 100
+    assert len(seen) == len(set(seen)), "twice"
+    assert set(seen) == set(committed)
+    own = [each for each in seen if each.count("-") == 2]
+    assert [own[place] for place in range(len(own))] == sorted(own, key=own.index)
+    for seed in range(sizes["writers"]):  # type: ignore[arg-type]
+        mine = [int(each.split("-")[2]) for each in own if each.startswith(f"w-{seed}-")]
+        assert mine == sorted(mine), "what one writer wrote one after the other came in another order"
+
+
+@pytest.mark.slow
+async def test_a_hundred_thousand_events_with_slow_transactions(
+    request: pytest.FixtureRequest, make_event: MakeEvent
+) -> None:
+    """50 writers with transactions open for up to half a second, 100,000 events: none missed, none doubled."""
+    url = request.getfixturevalue("contract_postgres")
+    async with GatewayStore(url, redis_url="") as store:
+        committed, seen = await follow_writers(store, make_event, writers=50, rounds=700, longest_s=0.5)
+
+    assert len(committed) >= 90_000
+    assert len(seen) == len(set(seen))
+    assert set(seen) == set(committed)
+
+
+async def test_a_follower_outlives_an_outage(
+    store: GatewayStore, make_event: MakeEvent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits for a database that is away, says so, and goes on where it was."""
+    lend = store.database.lend
+    failing = 0
+
+    def faulty(purpose: Any) -> Any:
+        nonlocal failing
+        if purpose == "read" and failing:
+            failing -= 1
+            raise errors.StoreUnavailableError("The database could not be read.")
+        return lend(purpose)
+
+    monkeypatch.setattr(store.database, "lend", faulty)
+    events = store.audit.follow(start="beginning", poll_s=0.01)
+    await store.audit.write(make_event(request_id="r-1"))
+    assert (await anext(events)).request_id == "r-1"
+    failing = 2
+    await store.audit.write(make_event(request_id="r-2"))
+    assert (await anext(events)).request_id == "r-2"
+    await events.aclose()  # type: ignore[attr-defined]
+
+    assert failing == 0
+    assert caplog.text.count("waits for the database") == 2

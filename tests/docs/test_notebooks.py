@@ -1,0 +1,75 @@
+"""The notebooks of the docs run from top to bottom on a demo store, and show tables and charts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+DOCS = Path(__file__).parents[2] / "docs"
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+EVENTS = 5_000
+# Of each notebook: tables of ours with rows, charts, frames of pandas.
+SHOWN = {
+    "01-first-look": (5, 2, 1),
+    "02-incident-review": (3, 4, 1),
+    "03-approvals-review": (4, 1, 2),
+    "04-weekly-report": (2, 5, 1),
+}
+
+
+def rendering() -> ModuleType:
+    """The hook of the docs."""
+    spec = importlib.util.spec_from_file_location("render_notebooks", DOCS / "render_notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path, str]:
+    """The hook, a folder, and the URL of a demo store in it."""
+    module, folder = rendering(), tmp_path_factory.mktemp("notebooks")
+    return module, folder, module.demo_store(folder, EVENTS)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(notebook: Path, demo: tuple[ModuleType, Path, str]) -> None:
+    """Without an error or a warning; its tables have rows, its charts are drawings without a script."""
+    module, folder, url = demo
+
+    node = module.execute(notebook, folder, url)
+
+    markdown, outputs = module.page_of(node, notebook.stem)
+    html = module.fill(markdown, outputs)
+    kinds: list[Any] = [output for cell in node.cells for output in cell.get("outputs", [])]
+    assert [output for output in kinds if output.output_type in ("stream", "error")] == []
+    tables, charts, frames = SHOWN[notebook.stem]
+    assert len(re.findall(r"<tbody><tr>", html)) >= tables
+    assert len(re.findall(r"<svg ", html)) == charts
+    assert len(re.findall(r'<table border="1" class="dataframe">', html)) >= frames
+    assert "<script" not in html
+    assert "in this result." not in html
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs(notebook: Path) -> None:
+    """What is in git is what people wrote: no output, no count, ids that do not change."""
+    content = json.loads(notebook.read_text())
+
+    assert notebook.stem in SHOWN
+    for at, cell in enumerate(content["cells"]):
+        assert cell["id"] == f"cell-{at:02}"
+        assert cell.get("outputs", []) == []
+        assert cell.get("execution_count") is None
+    assert content["cells"][0]["source"][0].startswith("# ")

@@ -1,0 +1,76 @@
+"""The pages for authors of plugins: generated from the specs, naming every fixture, and runnable from top to bottom."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from generate_hooks_page import EXAMPLES, PAGE, generate, hooks
+
+from agent_gateway_store import testing
+from wheels import ROOT, build_wheel, dependencies, offline, run
+
+DOCS = ROOT / "docs"
+HOW_TO = DOCS / "how-to" / "write-a-notifier.md"
+FENCE = re.compile(r'^```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<body>(?:.*\n)*?)```$', re.MULTILINE)
+
+
+@pytest.mark.unit
+def test_hooks_page_is_generated_from_the_specs() -> None:
+    """Page and specs agree; if not, run `python tests/docs/generate_hooks_page.py`."""
+    assert PAGE.read_text(encoding="utf-8") == generate()
+    assert set(EXAMPLES) <= set(hooks())
+
+
+@pytest.mark.unit
+def test_every_fixture_and_name_of_the_kit_is_on_its_page() -> None:
+    """And no other fixture is."""
+    page = (DOCS / "how-to" / "testing-plugins.md").read_text()
+    module = ast.parse((ROOT / "src/agent_gateway_store/testing/fixtures.py").read_text())
+    fixtures = {
+        node.name
+        for node in module.body
+        if isinstance(node, ast.FunctionDef)
+        and any("fixture" in ast.unparse(each) for each in node.decorator_list)
+        and not node.name.startswith("_")
+    }
+
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == fixtures
+    for name in testing.__all__:
+        assert f"::: agent_gateway_store.testing.{name}\n" in page
+
+
+def script_of(page: Path) -> str:
+    """Return the page as a script: its files written where they are shown, its commands run as they stand."""
+    parts = ["set -euo pipefail"]
+    for found in FENCE.finditer(page.read_text(encoding="utf-8")):
+        if found["title"]:
+            included = re.fullmatch(r'--8<-- "(.+)"\n', found["body"])
+            body = (ROOT / "examples" / included[1]).read_text(encoding="utf-8") if included else found["body"]
+            parts.append(f"cat > {found['title']} <<'END_OF_FILE'\n{body.rstrip()}\nEND_OF_FILE")
+        elif found["kind"] == "bash":
+            parts.append(found["body"])
+    return "\n".join(parts)
+
+
+@pytest.mark.integration
+def test_a_stranger_who_follows_the_page_has_a_tested_plugin(tmp_path: Path) -> None:
+    """Every command of *Write a notifier*, in an empty folder, with our wheel as it would be installed."""
+    wheel = build_wheel(ROOT, tmp_path / "build")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    script = script_of(HOW_TO)
+
+    said = run("bash", "-c", script, cwd=folder, **offline(dependencies(tmp_path / "deps"), wheel.parent)).stdout
+
+    project = folder / "notify-file"
+    assert re.search(r"^\d\d passed", said, re.MULTILINE), said
+    assert "failed" not in said
+    assert re.search(r"notify-file.*active", said), said
+    assert said.count("decision CANCELLED 'plugins_check'") == 2
+    told = re.findall(r"^decision (\w+) 'delete_file'", said, re.MULTILINE)
+    assert sorted(told) == ["APPROVED", "DENIED"]
+    assert len(list((project / "dist").glob("gateway_store_notify_file-0.1.0-*.whl"))) == 1
+    assert script.count("cat > ") == 3

@@ -1,0 +1,142 @@
+"""`gateway-store notifications`: a worker, dead letters, old records."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from uuid import UUID
+
+import cli_helpers
+import pytest
+from cli_helpers import ask
+
+import servers
+from agent_gateway_store import GatewayStore
+from commands import Outcome, process
+
+pytestmark = pytest.mark.integration
+
+url, cli = cli_helpers.url, cli_helpers.cli
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores send nothing by themselves; the installed notifier is `log` alone."""
+    monkeypatch.setenv("NOTIFICATION_WORKER", "false")
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "log")
+
+
+def execute(url: str, statement: str) -> None:
+    async def work() -> None:
+        async with GatewayStore(url, redis_url="") as store, store.database.write() as connection:
+            await connection.exec_driver_sql(statement)
+
+    servers.run(work())
+
+
+def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcome]) -> None:
+    """`run --once` sends it; `list` shows it before and after; a second run has nothing to do."""
+    approval_id = ask(url, "r-1")
+    before = cli("notifications", "list", "--json").json
+    sent = cli("notifications", "run", "--once")
+    after = cli("notifications", "list", "--json", "--approval", approval_id).json
+
+    assert [(row["notifier"], row["status"], row["attempts"]) for row in before["items"]] == [("log", "DUE", 0)]
+    assert [(count["notifier"], count["due"], count["is_loaded"]) for count in before["notifiers"]] == [
+        ("log", 1, True)
+    ]
+    assert (sent.code, sent.out) == (0, "1 notices arrived.\n")
+    assert "APPROVAL_REQUIRED" in sent.err
+    assert [(row["status"], row["attempts"]) for row in after["items"]] == [("DELIVERED", 1)]
+    assert after["items"][0]["delivery_id"] == before["items"][0]["delivery_id"]
+    assert cli("notifications", "run", "--once").out == "0 notices arrived.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome], number: signal.Signals) -> None:
+    """It sends what comes until then, and ends with 0 and no traceback."""
+    with process("--database-url", url, "notifications", "run") as worker:
+        assert worker.stderr is not None
+        assert worker.stderr.readline() == "Sending notices to: log.\n"
+        ask(url, "r-1")
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if found := cli("notifications", "list", "--status", "delivered", "--json").json["items"]:
+                break
+        worker.send_signal(number)
+        try:
+            out, err = worker.communicate(timeout=20)
+        finally:
+            worker.kill()
+
+    assert len(found) == 1
+    assert (worker.returncode, out) == (0, "")
+    assert "Traceback" not in err
+
+
+def test_dead_letters_are_shown_and_redriven(url: str, cli: Callable[..., Outcome]) -> None:
+    """One by its id, or all; an id that is none of theirs ends with 4, and text that is no id with 2."""
+    for number in range(3):
+        ask(url, f"r-{number}")
+    execute(url, "UPDATE notification_deliveries SET status = 'DEAD', attempts = 15, last_error = 'OSError: gone'")
+    listed = cli("notifications", "list", "--status", "DEAD")
+    first = cli("notifications", "list", "--json", "--limit", "1").json["items"][0]["delivery_id"]
+    one = cli("notifications", "redrive", first)
+    again = cli("notifications", "redrive", first)
+    rest = cli("notifications", "redrive", "--notifier", "log", "--json")
+
+    assert listed.out.count("OSError: gone") == 3
+    assert "log: 0 wait (0 due), 3 dead" in listed.err
+    assert (one.code, one.out) == (0, "1 dead letters are due again.\n")
+    again.assert_fails(4, "No dead letter has this id")
+    assert rest.json == {"redriven": 2}
+    assert cli("notifications", "redrive", "nonsense").code == 2
+    assert cli("notifications", "run", "--once").out == "3 notices arrived.\n"
+
+
+def test_doctor_tells_of_dead_letters_and_of_notifiers_that_are_nowhere(
+    url: str,
+    cli: Callable[..., Outcome],
+) -> None:
+    """Both are warnings that say what to do; nothing is sent by looking."""
+    for number in range(2):
+        ask(url, f"r-{number}")
+    execute(url, "UPDATE notification_deliveries SET status = 'DEAD' WHERE id % 2 = 0")
+    execute(url, "UPDATE notification_deliveries SET notifier = 'pager' WHERE id % 2 = 1")
+    examined = cli("doctor", "--json").json
+    listed = cli("notifications", "list")
+
+    assert examined["notifications"] == {"waiting": 1, "due": 1, "dead": 1, "not_loaded_here": ["pager"]}
+    assert [text for text in examined["warnings"] if "notice" in text] == [
+        "1 notices were given up: see `gateway-store notifications list --status DEAD`.",
+        "1 notices wait for the notifier pager, which is not loaded here: run a worker that has it.",
+    ]
+    assert "pager: 1 wait (1 due), 0 dead; not loaded here" in listed.err
+
+
+def test_old_records_are_pruned(url: str, cli: Callable[..., Outcome]) -> None:
+    """Of what has arrived, what is old enough; another age, or none, is refused."""
+    ask(url, "r-1")
+    cli("notifications", "run", "--once")
+
+    assert cli("notifications", "prune", "--older-than", "1h", "--json").json == {"pruned": 0}
+    assert cli("notifications", "prune", "--older-than", "0s").out == "1 records of delivered notices are deleted.\n"
+    assert cli("notifications", "prune").code == 2
+    assert cli("notifications", "prune", "--older-than", "soon").code == 2
+
+
+def test_a_decision_on_the_command_line_is_told_before_the_command_ends(
+    url: str,
+    cli: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`approvals deny` makes the first try itself, and waits for it."""
+    approval_id = ask(url, "r-1")
+    cli("notifications", "run", "--once")
+    monkeypatch.setenv("NOTIFICATION_WORKER", "true")
+    assert cli("approvals", "deny", approval_id, "--approver", "alice").code == 0
+    rows = cli("notifications", "list", "--json").json["items"]
+
+    assert [(row["event"], row["status"]) for row in rows] == [("decision", "DELIVERED"), ("pending", "DELIVERED")]
+    assert UUID(rows[0]["approval_id"]) == UUID(approval_id)

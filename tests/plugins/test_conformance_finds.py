@@ -1,0 +1,190 @@
+"""The conformance suite finds what is wrong: each bad notifier fails the test that is meant for it, and no good one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+BAD = """
+    import asyncio
+    import threading
+    import pytest
+    from agent_gateway_store.testing import NotifierConformance
+
+    SECRET = "planted-secret"
+
+    class Base:
+        name = "mine"
+        def __init__(self, down=False):
+            self.down, self.sent = down, []
+        async def notify_pending(self, notice):
+            await self.send(notice)
+        async def notify_decision(self, notice):
+            await self.send(notice)
+        async def send(self, notice):
+            if self.down:
+                raise ConnectionError("down")
+            self.sent.append(notice.model_dump_json())
+
+    class Good(Base):
+        pass
+
+    class Unnamed(Base):
+        name = "two\\nlines"
+
+    class NotAsync(Base):
+        def notify_pending(self, notice):
+            self.sent.append("x")
+
+    class NeedsAnApprover(Base):
+        async def notify_decision(self, notice):
+            self.sent.append(notice.approver_id.upper())
+
+    class Fussy(Base):
+        async def send(self, notice):
+            self.sent.append(f"{notice.created_at:%H:%M}")
+
+    class OnceOnly(Base):
+        seen = frozenset()
+        async def send(self, notice):
+            if notice.delivery_id in self.seen:
+                raise ValueError("again")
+            self.seen |= {notice.delivery_id}
+            await super().send(notice)
+
+    class OneAtATime(Base):
+        busy = False
+        async def send(self, notice):
+            assert not self.busy
+            self.busy = True
+            await asyncio.sleep(0)
+            self.busy = False
+            await super().send(notice)
+
+    class BoundToALoop(Base):
+        loop = None
+        async def send(self, notice):
+            self.loop = self.loop or asyncio.get_running_loop()
+            assert self.loop is asyncio.get_running_loop()
+            await super().send(notice)
+
+    class BrokenByCancelling(Base):
+        broken = False
+        async def send(self, notice):
+            assert not self.broken
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                self.broken = True
+                raise
+            await super().send(notice)
+
+    class ShortOnly(Base):
+        async def send(self, notice):
+            assert len(notice.caller_id) < 1000
+            await super().send(notice)
+
+    class Formats(Base):
+        async def send(self, notice):
+            self.sent.append(("%s " + notice.caller_id) % notice.risk_explanation + notice.model_dump_json())
+
+    class Changes(Base):
+        async def send(self, notice):
+            notice.tool_call.arguments["seen"] = True
+            await super().send(notice)
+
+    class Swallows(Base):
+        async def send(self, notice):
+            if not self.down:
+                await super().send(notice)
+
+    class Hangs(Base):
+        async def send(self, notice):
+            if self.down:
+                await asyncio.sleep(60)
+            await super().send(notice)
+
+    class Vague(Base):
+        async def send(self, notice):
+            if self.down:
+                raise ConnectionError
+            self.sent.append("something waits")
+
+    class Leaks(Base):
+        def __repr__(self):
+            return f"Leaks({SECRET})"
+
+    class TestIt(NotifierConformance):
+        timeout_s = 1.0
+
+        @pytest.fixture
+        def notifier(self):
+            return KIND()
+
+        @pytest.fixture
+        def unreachable_notifier(self):
+            return KIND(down=True)
+
+        @pytest.fixture
+        def sent_text(self, notifier):
+            return lambda: " ".join(notifier.sent)
+
+        @pytest.fixture
+        def secret_values(self):
+            return [SECRET]
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "test"),
+    [
+        ("Unnamed", "test_has_a_name"),
+        ("NotAsync", "test_is_accepted_by_a_store"),
+        ("NeedsAnApprover", "test_tells_each_decision"),
+        ("Fussy", "test_does_with_the_least"),
+        ("OnceOnly", "test_takes_the_same_notice_again"),
+        ("OneAtATime", "test_takes_many_at_once"),
+        ("BoundToALoop", "test_works_in_a_second_event_loop"),
+        ("BrokenByCancelling", "test_works_after_a_cancelled_call"),
+        ("ShortOnly", "test_takes_hostile_text[huge]"),
+        ("Formats", "test_takes_hostile_text[markup]"),
+        ("Changes", "test_leaves_the_notice_as_it_is"),
+        ("Swallows", "test_raises_if_the_target_is_down"),
+        ("Hangs", "test_raises_if_the_target_is_down"),
+        ("Vague", "test_tells_what_an_approver_needs"),
+        ("Leaks", "test_keeps_its_secrets"),
+    ],
+)
+def test_a_bad_notifier_fails_its_test(tmp_path: Path, kind: str, test: str) -> None:
+    """And with it the build of its author."""
+    assert test in failures(tmp_path, kind)
+
+
+def test_a_good_notifier_fails_none(tmp_path: Path) -> None:
+    """Nothing is skipped where every fixture is given."""
+    assert failures(tmp_path, "Good") == set()
+
+
+def failures(folder: Path, kind: str) -> set[str]:
+    """Run the suite on a notifier in a pytest of its own; return the names of the tests that failed."""
+    (folder / "test_it.py").write_text(textwrap.dedent(BAD).replace("KIND", kind))
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-p", "no:valkey", "-W", "error", "-rfEs", "--tb=no"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-c", "/dev/null", "--rootdir", folder, "test_it.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode in (0, 1), ended.stdout + ended.stderr
+    assert "SKIPPED" not in ended.stdout
+    assert not re.search(r"^ERROR", ended.stdout, re.MULTILINE), ended.stdout
+    return set(re.findall(r"^FAILED \S+::TestIt::(\S+)", ended.stdout, re.MULTILINE))

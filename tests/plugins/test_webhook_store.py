@@ -1,0 +1,85 @@
+"""The notifier `webhook` and a real store: the outbox does what the receiver asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+import pytest
+from notifier_helpers import OK, Server, serving, status
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
+from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookReceiver, WebhookSettings
+
+pytestmark = pytest.mark.integration
+
+SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
+
+
+def store_with(server: Server) -> GatewayStore:
+    """A store that tells a test's server."""
+    endpoint = WebhookEndpoint(url=server.url, secrets=(SECRET,))  # type: ignore[arg-type]
+    notifier = WebhookNotifier(endpoint, WebhookSettings(allow_http=True, allow_private=True))
+    settings = StoreSettings(redis_url="", notification_poll_seconds=0.1)
+    return GatewayStore("sqlite:///gateway.db", plugins=[notifier], settings=settings)
+
+
+async def ask(store: GatewayStore, request_id: str = "r-1") -> str:
+    """Ask for an approval; return its token."""
+    call = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/old.log"})
+    return await store.approvals.issue_token(
+        ApprovalRequest(request_id=request_id, caller_id="agent", tool_call=call, risk_explanation="Deletes a file.")
+    )
+
+
+async def settled(store: GatewayStore, count: int) -> list[Any]:
+    """Wait until no delivery to the webhook is due."""
+    async with asyncio.timeout(20):
+        while True:
+            rows = [row for row in await store.notifications.list() if row.notifier == "webhook"]
+            if len(rows) == count and all(row.status != "DUE" for row in rows):
+                return rows
+            await asyncio.sleep(0.02)
+
+
+async def test_comes_again_when_the_receiver_says_so() -> None:
+    """503 and Retry-After: sent again after that time, under the same id, and counted once by the receiver."""
+    async with serving(status("503 Unavailable", "Retry-After: 1"), OK) as server, store_with(server) as store:
+        await ask(store)
+        (row,) = await settled(store, 1)
+
+    first, second = server.requests
+    receiver = WebhookReceiver([SECRET])
+    received = [receiver.verify(request.body, request.headers) for request in (first, second)]
+    assert (row.status, row.attempts) == ("DELIVERED", 2)
+    assert {request.headers["webhook-id"] for request in server.requests} == {str(row.delivery_id)}
+    assert int(second.headers["webhook-timestamp"]) - int(first.headers["webhook-timestamp"]) >= 1
+    assert [each.is_repeat for each in received if each] == [False, True]
+
+
+async def test_gone_is_a_dead_letter_at_once() -> None:
+    """410: given up after one try, and the next notice without a connection."""
+    async with serving(status("410 Gone"), OK) as server, store_with(server) as store:
+        await ask(store, "r-1")
+        await settled(store, 1)
+        await ask(store, "r-2")
+        rows = await settled(store, 2)
+
+    assert [(row.status, row.attempts) for row in rows] == [("DEAD", 1), ("DEAD", 1)]
+    assert len(server.requests) == 1
+    assert all("in-the-url" not in (row.last_error or "") for row in rows)
+
+
+async def test_request_and_decision() -> None:
+    """Both arrive, as what they are."""
+    async with serving(OK) as server, store_with(server) as store:
+        token = await ask(store)
+        await store.approvals.approve(token, approver_id="ann", note="fine")
+        await settled(store, 2)
+
+    told = {request.json["type"]: request.json["data"] for request in server.requests}
+    assert told["approval.requested"]["status"] == "PENDING"
+    assert (told["approval.decided"]["status"], told["approval.decided"]["approver_id"]) == ("APPROVED", "ann")
+    assert told["approval.requested"]["approval_id"] == told["approval.decided"]["approval_id"]
+    assert token not in str([request.body for request in server.requests])

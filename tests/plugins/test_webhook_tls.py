@@ -1,0 +1,139 @@
+"""TLS of the webhook: the name is asked for and checked, by certificates that are trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from notifier_helpers import OK, Server, make_notice
+
+from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookSettings
+
+pytestmark = pytest.mark.unit
+
+SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
+NAME = "hooks.example"
+
+Serve = Callable[..., AbstractAsyncContextManager[tuple[Server, list[str | None]]]]
+
+
+@pytest.fixture
+def ca_file(tmp_path: Path) -> Path:
+    return tmp_path / "certificate.pem"
+
+
+@pytest.fixture
+def serve(ca_file: Path) -> Serve:
+    """Run a server with a certificate for `name`, written to `ca_file`; tell which names it was asked for."""
+
+    @asynccontextmanager
+    async def run(name: str = NAME, *, age: timedelta = timedelta(0)) -> AsyncIterator[tuple[Server, list[str | None]]]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        ca_file.write_bytes(certificate(name, key, age))
+        (key_file := ca_file.with_name("key.pem")).write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        asked: list[str | None] = []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(ca_file, key_file)
+        context.sni_callback = lambda _socket, wanted, _context: asked.append(wanted)
+        server = Server([OK])
+        listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=context)
+        server.port = listener.sockets[0].getsockname()[1]
+        try:
+            yield server, asked
+        finally:
+            listener.close()
+            for task in list(server.handling):
+                task.cancel()
+            await asyncio.sleep(0)
+
+    return run
+
+
+def certificate(name: str, key: ec.EllipticCurvePrivateKey, age: timedelta) -> bytes:
+    """A self-signed certificate of a day."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    start = datetime.now(UTC) - timedelta(hours=1) - age
+    try:
+        alternative: x509.GeneralName = x509.IPAddress(ip_address(name))
+    except ValueError:
+        alternative = x509.DNSName(name)
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(start).not_valid_after(start + timedelta(days=1))
+    builder = builder.add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def notifier_for(server: Server, host: str = NAME, **fields: Any) -> WebhookNotifier:
+    """A notifier for which every name is 127.0.0.1."""
+
+    async def resolver(_host: str, _port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    endpoint = WebhookEndpoint(url=f"https://{host}:{server.port}/hook", secrets=(SECRET,))  # type: ignore[arg-type]
+    settings = WebhookSettings(**({"allow_private": True, "timeout_seconds": 5} | fields))
+    return WebhookNotifier(endpoint, settings, resolver=resolver)
+
+
+async def test_trusted_certificate_of_the_name(serve: Serve, ca_file: Path) -> None:
+    """Delivered; the server was asked for the name, though the connection went to an address."""
+    async with serve() as (server, asked):
+        await notifier_for(server, ca_file=str(ca_file)).notify_pending(make_notice())
+
+    assert asked == [NAME]
+    assert server.requests[0].headers["host"] == f"{NAME}:{server.port}"
+
+
+async def test_unknown_issuer(serve: Serve) -> None:
+    """A certificate nobody vouches for is refused, and nothing is sent."""
+    async with serve() as (server, _):
+        with pytest.raises(NotDeliveredError):
+            await notifier_for(server).notify_pending(make_notice())
+
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("name", ["other.example", "example", "127.0.0.1"])
+async def test_certificate_of_another_name(serve: Serve, ca_file: Path, name: str) -> None:
+    """Not even that of the address the connection goes to."""
+    async with serve(name) as (server, _):
+        with pytest.raises(NotDeliveredError):
+            await notifier_for(server, ca_file=str(ca_file)).notify_pending(make_notice())
+
+    assert server.requests == []
+
+
+async def test_certificate_that_has_run_out(serve: Serve, ca_file: Path) -> None:
+    """Nor one of last week."""
+    async with serve(age=timedelta(days=7)) as (server, _):
+        with pytest.raises(NotDeliveredError):
+            await notifier_for(server, ca_file=str(ca_file)).notify_pending(make_notice())
+
+    assert server.requests == []
+
+
+async def test_ca_file_replaces_the_well_known_ones(serve: Serve, ca_file: Path, tmp_path: Path) -> None:
+    """What is not in it is not trusted."""
+    async with serve() as (server, _):
+        (other := tmp_path / "other.pem").write_bytes(
+            certificate(NAME, ec.generate_private_key(ec.SECP256R1()), timedelta(0))
+        )
+        with pytest.raises(NotDeliveredError):
+            await notifier_for(server, ca_file=str(other)).notify_pending(make_notice())

@@ -1,0 +1,211 @@
+"""The desk of an approver, without a browser: what it shows, what a click does, what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall
+from agent_gateway_store.errors import ApprovalAlreadyDecidedError, MissingExtraError
+from agent_gateway_store.notebook import inbox
+
+pytestmark = pytest.mark.unit
+
+NASTY = "<b>x</b>\u202e"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SyncGatewayStore]:
+    """A blocking store."""
+    with SyncGatewayStore(f"sqlite:///{tmp_path}/gateway.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+async def awaited(tmp_path: Path) -> AsyncIterator[GatewayStore]:
+    """An asynchronous store."""
+    async with GatewayStore(f"sqlite:///{tmp_path}/awaited.db") as opened:
+        yield opened
+
+
+def request(name: str = "a.txt", **fields: Any) -> ApprovalRequest:
+    """An approval to ask for."""
+    given = {"caller_id": "dev-agent", "risk_explanation": "Deletes."} | fields
+    call = ToolCall(server="files", tool="delete_file", arguments={"path": name})
+    return ApprovalRequest(request_id=uuid4().hex, tool_call=call, **given)
+
+
+def click(desk: Any, **message: Any) -> list[dict[str, Any]]:
+    """Send what the browser sends; returns what it is told."""
+    told: list[dict[str, Any]] = []
+    desk.send = told.append
+    desk._handle_custom_msg(message, [])
+    return told
+
+
+def test_a_click_decides_under_the_approvers_name(store: SyncGatewayStore) -> None:
+    """With the note and the channel, and the item goes; a name in the message counts for nothing."""
+    token = store.approvals.issue_token(request())
+    desk: Any = inbox(store, approver="alice")
+    [item] = desk.items
+
+    told = click(desk, do="approve", approval_id=item["id"], note="ok", approver_id="mallory", approver="mallory")
+
+    result = store.approvals.check_token(token, fresh=True)
+    assert (result.status, result.approver_id, result.note) == ("APPROVED", "alice", "ok")
+    assert told == [{"answered": "approve", "approval_id": item["id"]}]
+    assert desk.items == []
+    assert [(each["text"], each["tone"]) for each in desk.said] == [("Approved: files.delete_file", "good")]
+
+
+def test_who_was_slower_is_told_who_won(store: SyncGatewayStore) -> None:
+    """The decision stands, the item goes, the browser is answered."""
+    token = store.approvals.issue_token(request())
+    desk: Any = inbox(store, approver="alice")
+    store.approvals.deny(token, approver_id="bob")
+
+    told = click(desk, do="approve", approval_id=desk.items[0]["id"])
+
+    assert "bob" in desk.said[0]["text"]
+    assert desk.said[0]["tone"] == "wait"
+    assert desk.items == []
+    assert told[-1]["answered"] == "approve"
+    assert store.approvals.check_token(token, fresh=True).approver_id == "bob"
+
+
+def test_a_refresh_shows_what_came(store: SyncGatewayStore) -> None:
+    """The newest first."""
+    desk: Any = inbox(store, approver="alice")
+    assert desk.items == []
+    for name in ("a.txt", "b.txt"):
+        store.approvals.issue_token(request(name))
+
+    click(desk, do="refresh")
+
+    assert [item["arguments"] for item in desk.items] == ['{\n  "path": "b.txt"\n}', '{\n  "path": "a.txt"\n}']
+    assert desk.looked_at
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{}, {"do": "drop"}, {"do": "approve"}, {"do": "approve", "approval_id": "x"}, {"do": "deny", "approval_id": [1]}],
+)
+def test_a_strange_message_decides_nothing(message: dict[str, Any], store: SyncGatewayStore) -> None:
+    """And the browser does not wait for ever."""
+    token = store.approvals.issue_token(request())
+    desk: Any = inbox(store, approver="alice")
+
+    told = click(desk, **message)
+
+    assert told
+    assert store.approvals.check_token(token, fresh=True).status == "PENDING"
+
+
+def test_a_message_that_is_no_object_is_harmless(store: SyncGatewayStore) -> None:
+    """It counts as a look."""
+    desk: Any = inbox(store, approver="alice")
+    desk.send = lambda _: None
+
+    desk._handle_custom_msg("approve", [])
+
+    assert desk.said == []
+
+
+async def test_an_asynchronous_store_is_awaited_in_its_own_loop(awaited: GatewayStore) -> None:
+    """JupyterLab delivers a widget's messages in another thread, with another loop: the store is not used there."""
+    token = await awaited.approvals.issue_token(request())
+    desk: Any = inbox(awaited, approver="alice")
+    assert desk.items == []
+    await desk.refresh()
+    told: list[Any] = []
+    desk.send = told.append
+
+    async def elsewhere() -> None:
+        desk._handle_custom_msg({"do": "deny", "approval_id": desk.items[0]["id"], "note": "no"}, [])
+
+    await asyncio.to_thread(asyncio.run, elsewhere())
+    async with asyncio.timeout(5):
+        while not told:
+            await asyncio.sleep(0.01)
+
+    result = await awaited.approvals.check_token(token, fresh=True)
+    assert (result.status, result.approver_id, result.note) == ("DENIED", "alice", "no")
+    assert desk.items == []
+
+
+async def test_its_methods_work_without_a_browser(awaited: GatewayStore, store: SyncGatewayStore) -> None:
+    """Blocking or awaited like the store; errors are raised."""
+    first, second = request(), request("b.txt")
+    for asked in (first, second):
+        store.approvals.issue_token(asked)
+        await awaited.approvals.issue_token(asked.model_copy())
+    plain, waiting = (inbox(each, approver="alice", widgets=False) for each in (store, awaited))
+
+    plain.approve(str(first.approval_id), "fine")
+    await waiting.deny(str(first.approval_id))
+
+    assert [each.approval_id for each in plain.waiting] == [each.approval_id for each in waiting.waiting]
+    assert [each.approval_id for each in plain.waiting] == [second.approval_id]
+    with pytest.raises(ApprovalAlreadyDecidedError, match="alice"):
+        plain.deny(str(first.approval_id))
+
+
+def test_the_plain_table_has_calls_to_copy(store: SyncGatewayStore) -> None:
+    """They run as they stand, whatever the approver is called; nothing is markup."""
+    asked = request(caller_id=NASTY, risk_explanation=NASTY)
+    token = store.approvals.issue_token(asked)
+    desk = inbox(store, approver="o'neil", widgets=False)
+
+    html, text = desk._repr_html_(), repr(desk)
+
+    assert "<b>x" not in html
+    assert "\u202e" not in html + text
+    [line] = text.splitlines()[1:]
+    exec(line, {"store": store})
+    result = store.approvals.check_token(token, fresh=True)
+    assert (result.status, result.approver_id) == ("APPROVED", "o'neil")
+    assert f"store.approvals.deny(approval_id=&quot;{asked.approval_id}&quot;" in html
+
+
+def test_a_widget_carries_the_table_for_where_widgets_are_off(store: SyncGatewayStore) -> None:
+    """One output, three forms: the view, the table, the text."""
+    store.approvals.issue_token(request())
+    data, _ = inbox(store, approver="alice")._repr_mimebundle_()  # type: ignore[attr-defined]
+
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert "store.approvals.approve(" in data["text/html"]
+    assert data["text/plain"].startswith("1 waiting for alice\nstore.approvals.approve(")
+
+
+def test_a_bound_store_shows_its_own_organisation(store: SyncGatewayStore) -> None:
+    """Nothing of another leaks onto the desk."""
+    store.approvals.issue_token(request("a.txt", org_id="acme"))
+    store.approvals.issue_token(request("b.txt", org_id="other"))
+
+    desk: Any = inbox(store.for_org("acme"), approver="alice")
+
+    assert [item["arguments"] for item in desk.items] == ['{\n  "path": "a.txt"\n}']
+
+
+def test_a_nameless_approver_is_refused(store: SyncGatewayStore) -> None:
+    """A decision has a name on it."""
+    with pytest.raises(ValueError, match="approver must not be empty"):
+        inbox(store, approver="")
+
+
+def test_without_widgets_the_extra_is_named(store: SyncGatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the table works."""
+    from agent_gateway_store.notebook import widget
+
+    widget.widget_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+
+    with pytest.raises(MissingExtraError, match=r"agent-gateway-store\[notebook\]"):
+        inbox(store, approver="alice")
+    assert inbox(store, approver="alice", widgets=False)._repr_html_()

@@ -1,0 +1,299 @@
+"""Plots count before they draw, name their units, take every form of a result, and say so when there is nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import pytest
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, Page, Stats
+from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.models import AuditEvent
+from agent_gateway_store.notebook import plot
+from agent_gateway_store.notebook.buckets import step_for
+from builders import make_event
+
+pytestmark = pytest.mark.unit
+
+START = datetime(2026, 5, 1, tzinfo=UTC)
+LATENCIES = {"latency_p50_ms": 10.0, "latency_p95_ms": 50.0, "latency_p99_ms": 90.0}
+
+
+def events(count: int = 48) -> Page[AuditEvent]:
+    """An event each hour; every sixth is denied and did not run."""
+    return Page(
+        make_event(
+            timestamp=START + timedelta(hours=number),
+            decision="ALLOW" if number % 6 else "DENY",
+            execution_status="SUCCESS" if number % 6 else None,
+            tool_name=f"tool_{number % 3}",
+            caller_id=f"caller_{number % 2}",
+            risk_labels=["A", "B"][: number % 3],
+            latency_ms=number,
+        )
+        for number in range(count)
+    )
+
+
+def approval(status: str, waited_s: float | None) -> ApprovalRequest:
+    """An approval that was decided after so long."""
+    return ApprovalRequest(
+        request_id="r",
+        caller_id="c",
+        tool_call={"server": "files", "tool": "delete_file"},
+        risk_explanation="",
+        status=status,
+        created_at=START,
+        decision_at=None if waited_s is None else START + timedelta(seconds=waited_s),
+    )
+
+
+def rows_of(chart: Any) -> list[dict[str, Any]]:
+    """Everything that a chart holds."""
+    return [row for rows in chart.to_dict().get("datasets", {}).values() for row in rows]
+
+
+def said(chart: Any) -> str:
+    """A chart's title and subtitle."""
+    title = chart.to_dict()["title"]
+    return " | ".join([title["text"], *title["subtitle"]])
+
+
+FORMS = {
+    "page": lambda page: page,
+    "pandas": lambda page: page.to_pandas(),
+    "polars": lambda page: page.to_polars(),
+    "arrow": lambda page: page.to_arrow(),
+    "list": list,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_plot_takes_every_form_of_a_result(form: str) -> None:
+    """All give the same chart."""
+    page = events()
+    source = FORMS[form](page)
+
+    for draw in (plot.timeline, plot.calls, plot.latency, plot.risk):
+        assert draw(source).to_dict() == draw(page).to_dict(), draw.__name__
+
+
+def test_the_timeline_counts_each_decision_in_each_bucket() -> None:
+    """The sums are those of the data, layers lie on each other, axes are UTC and name the bucket."""
+    chart = plot.timeline(events())
+
+    rows = rows_of(chart)
+    assert sum(row["calls"] for row in rows if row["decision"] == "DENY") == 8
+    assert sum(row["calls"] for row in rows) == 48
+    assert all(row["top"] - row["bottom"] == row["calls"] for row in rows)
+    spec = chart.to_dict()["encoding"]
+    assert spec["x"]["scale"]["type"] == "utc"
+    assert (spec["x"]["title"], spec["y"]["title"]) == ("time (UTC)", "calls per 1 h")
+    assert said(chart) == "Calls by decision | 48 calls, 2026-05-01 00:00 to 2026-05-02 23:00 UTC"
+
+
+def test_the_timeline_of_stats_keeps_their_buckets() -> None:
+    """Buckets that are there are added up where there are too many, and never split."""
+    rows = [
+        {"bucket": START + timedelta(hours=6 * number), "decision": "ALLOW", "calls": 2, "denials": 0} | LATENCIES
+        for number in range(1_000)
+    ]
+    few, many = (plot.timeline(Stats(part, by="decision", bucket=timedelta(hours=6))) for part in (rows[:3], rows))
+
+    assert few.to_dict()["encoding"]["y"]["title"] == "calls per 6 h"
+    assert many.to_dict()["encoding"]["y"]["title"] == "calls per 7 d"
+    assert sum(row["calls"] for row in rows_of(many)) == 2_000
+    assert len(rows_of(many)) < 130
+
+
+@pytest.mark.parametrize(
+    ("span", "least", "step"),
+    [
+        (timedelta(), None, timedelta(seconds=1)),
+        (timedelta(hours=2), None, timedelta(minutes=1)),
+        (timedelta(days=14), None, timedelta(hours=3)),
+        (timedelta(days=14), timedelta(hours=1), timedelta(hours=3)),
+        (timedelta(days=1), timedelta(hours=2), timedelta(hours=6)),
+        (timedelta(days=3_000), None, timedelta(days=28)),
+        (timedelta(days=60_000), None, timedelta(days=364)),
+        (timedelta(minutes=5), timedelta(minutes=7), timedelta(days=7)),
+    ],
+)
+def test_a_bucket_suits_the_span(span: timedelta, least: timedelta | None, step: timedelta) -> None:
+    """About a hundred of them, of a length that people use, and a multiple of what there is."""
+    assert step_for(span, least) == step
+
+
+def test_calls_are_counted_by_tool_and_caller() -> None:
+    """The 20 busiest tools and the 8 busiest callers; the others are one, and what is left out is told."""
+    page = Page(
+        make_event(tool_name=f"tool_{tool:02}", caller_id=f"caller_{caller:02}")
+        for tool in range(25)
+        for caller in range(12)
+        for _ in range(2 if tool < 20 and caller < 8 else 1)
+    )
+    chart = plot.calls(page)
+
+    rows = rows_of(chart)
+    assert {row["tool"] for row in rows} == {f"tool_{number:02}" for number in range(20)}
+    assert {row["caller"] for row in rows} == {f"caller_{number:02}" for number in range(8)} | {"others"}
+    assert sum(row["calls"] for row in rows if row["caller"] == "others") == 20 * 4
+    assert said(chart) == f"Calls by tool and caller | {len(page)} calls; 5 rarer tools left out"
+
+
+def test_latency_draws_what_ran() -> None:
+    """Calls that were refused took no time; every other is in one bin; the percentiles are in the subtitle."""
+    chart = plot.latency(events())
+
+    assert sum(row["count"] for row in rows_of(chart) if "count" in row) == 40
+    ran = pd.Series([number for number in range(48) if number % 6])
+    assert f"40 calls that ran: p50 {ran.quantile(0.5):,.0f} ms, p95 {ran.quantile(0.95):,.0f} ms" in said(chart)
+
+
+@pytest.mark.parametrize(
+    "chart",
+    [
+        lambda: plot.latency(events(), by="tool_name"),
+        lambda: plot.latency(
+            Stats([{"tool_name": f"tool_{n}", "calls": 3} | LATENCIES for n in range(3)], by="tool_name"),
+        ),
+    ],
+    ids=["events", "stats"],
+)
+def test_latency_of_groups(chart: Any) -> None:
+    """Three percentiles of each group."""
+    rows = [row for row in rows_of(chart()) if "percentile" in row]
+
+    assert {(row["group"], row["percentile"]) for row in rows} == {
+        (f"tool_{number}", name) for number in range(3) for name in ("p50", "p95", "p99")
+    }
+    assert said(chart()).startswith("Latency by tool_name | p50, p95 and p99 in milliseconds")
+
+
+def test_risk_counts_a_call_under_each_of_its_labels() -> None:
+    """From events, whose labels are lists or JSON, and from stats, where a row without a label falls out."""
+    from_events = plot.risk(events())
+    stats = Stats(
+        [{"tool_name": "t", "risk_label": label, "calls": 5} | LATENCIES for label in ("A", None)],
+        by=("tool_name", "risk_label"),
+    )
+
+    assert {(row["tool"], row["label"], row["calls"]) for row in rows_of(from_events)} == {
+        ("tool_1", "A", 16),
+        ("tool_2", "A", 16),
+        ("tool_2", "B", 16),
+    }
+    assert [(row["label"], row["calls"]) for row in rows_of(plot.risk(stats))] == [("A", 5)]
+
+
+def test_waiting_draws_what_was_decided() -> None:
+    """An approval that was used had been approved; one that expired is told, not drawn."""
+    page = Page(
+        [approval("USED", 60), approval("APPROVED", 90), approval("DENIED", 5), approval("PENDING", None)]
+        + [approval("EXPIRED", None)] * 2
+    )
+    chart = plot.waiting(page)
+
+    counts: dict[str, int] = {}
+    for row in rows_of(chart):
+        counts[row["answer"]] = counts.get(row["answer"], 0) + row["approvals"]
+    assert counts == {"approved": 2, "denied": 1}
+    assert said(chart) == "Waiting for approval | 3 decided: median 1 min, 95 % within 1.45 min; 2 expired undecided"
+
+
+@pytest.mark.parametrize("draw", [plot.timeline, plot.calls, plot.latency, plot.risk])
+@pytest.mark.parametrize("kind", ["page", "frame"])
+def test_nothing_to_draw_is_said(draw: Any, kind: str) -> None:
+    """Not an empty frame, and no error."""
+    empty: Any = Page([], record_type=AuditEvent)
+    chart = draw(empty if kind == "page" else empty.to_pandas(), title="Mine")
+
+    assert said(chart) == "Mine"
+    assert "in this result." in json.dumps(chart.to_dict())
+
+
+def test_no_decided_approval_is_said() -> None:
+    """The same for approvals, none or none decided."""
+    for page in (Page([], record_type=ApprovalRequest), Page([approval("PENDING", None)])):
+        assert "No decided approvals in this result." in json.dumps(plot.waiting(page).to_dict())
+
+
+def test_many_events_make_a_small_chart() -> None:
+    """Altair refuses more than 5,000 rows of its own: what is drawn was counted before."""
+    count = 20_000
+    frame = pd.DataFrame(
+        {
+            "timestamp": [START + timedelta(seconds=37 * number) for number in range(count)],
+            "decision": "ALLOW",
+            "caller_id": [f"caller_{number % 300}" for number in range(count)],
+            "tool_name": [f"tool_{number % 700}" for number in range(count)],
+            "risk_labels": [[f"label_{number % 90}"] for number in range(count)],
+            "latency_ms": range(count),
+        }
+    )
+
+    for draw in (plot.timeline, plot.calls, plot.latency, plot.risk):
+        assert len(rows_of(draw(frame))) <= 300, draw.__name__
+
+
+def test_one_event_is_enough() -> None:
+    """No plot needs two."""
+    one = Page([make_event(execution_status="SUCCESS", risk_labels=["A"], latency_ms=0)])
+
+    for draw in (plot.timeline, plot.calls, plot.latency, plot.risk):
+        assert rows_of(draw(one)), draw.__name__
+
+
+def test_charts_are_altair_charts() -> None:
+    """They can be changed and layered on."""
+    chart = plot.timeline(events()).properties(width=900)
+
+    assert isinstance(chart, alt.Chart)
+    assert chart.to_dict()["width"] == 900
+
+
+def test_text_of_the_data_is_neither_markup_nor_a_field_name() -> None:
+    """Altair writes data into a script element as it is, so no less-than sign may be in it."""
+    nasty = "</script><b>datum['x']\x1b\u202e"
+    page = Page([make_event(tool_name=nasty, caller_id=nasty, risk_labels=[nasty], execution_status="SUCCESS")])
+
+    for draw in (plot.calls, plot.risk, plot.timeline, plot.latency):
+        text = draw(page, title=nasty).to_json()
+        assert "<" not in text
+        assert "\\u001b" not in text
+        assert "\u2039/script>" in text
+
+
+def test_what_is_missing_is_named() -> None:
+    """The error says which column a plot needs, and which there are."""
+    with pytest.raises(ValueError, match="needs decision; the result has timestamp"):
+        plot.timeline(events().to_pandas()[["timestamp"]])
+    with pytest.raises(ValueError, match=r"needs groups: store\.audit\.stats"):
+        plot.latency(Stats([{"calls": 1} | LATENCIES]))
+
+
+async def test_an_asynchronous_store_must_be_awaited() -> None:
+    """A plot cannot wait, so it says what to write, for the store and for what was not awaited."""
+    store = GatewayStore("sqlite://")
+
+    with pytest.raises(TypeError, match=r"write: plot\.calls\(await store\.audit\.stats"):
+        plot.calls(store)
+    with pytest.raises(TypeError, match=r"not awaited; write: plot\.timeline\(await"):
+        plot.timeline(store.audit.list_recent())
+    with pytest.raises(TypeError, match="cannot be drawn from int"):
+        plot.risk(5)
+
+
+@pytest.mark.parametrize("missing", ["altair", "pandas"])
+def test_a_missing_library_names_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everywhere."""
+    page = events()
+    monkeypatch.setitem(sys.modules, missing, None)
+
+    with pytest.raises(MissingExtraError, match=r"agent-gateway-store\[notebook\]"):
+        plot.calls(page)
