@@ -7,7 +7,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -22,6 +23,7 @@ from agent_gateway_store.models.approval import VoteDecision, hash_tool_call
 from benchmarks.report import Figure
 
 CALLERS = 20
+TURNS = 20
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/srv/data/report.csv", "force": True})
 
 
@@ -43,6 +45,23 @@ async def rate(work: Callable[[Any], Awaitable[Any]], items: Sequence[Any], call
     start = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(callers)))
     return len(items) / (time.perf_counter() - start)
+
+
+Work = tuple[Callable[[Any], Awaitable[Any]], Sequence[Any]]
+"""What is done, and to what."""
+
+
+async def in_turns(figure: Figure, ours: Work, limit: Work, callers: int) -> None:
+    """Measure both in small turns, since what else the machine does comes and goes."""
+    seconds = [0.0, 0.0]
+    size = -(-len(ours[1]) // TURNS)
+    for turn in range(TURNS):
+        for side, (work, items) in enumerate((ours, limit)):
+            part = items[turn * size : (turn + 1) * size]
+            if part:
+                seconds[side] += len(part) / await rate(work, part, callers)
+    figure.ours.append(len(ours[1]) / seconds[0])
+    figure.limit.append(len(limit[1]) / seconds[1])
 
 
 async def measure(url: str, redis_url: str, *, repeat: int, scale: float) -> list[Figure]:
@@ -77,8 +96,8 @@ async def _hits(store: GatewayStore, redis_url: str, figures: list[Figure], coun
         json.loads(await client.get(f"approval:{name}"))
 
     for figure, callers in zip(figures, (1, CALLERS), strict=True):
-        figure.ours.append(await rate(store.approvals.check_token, [token] * count, callers))
-        figure.limit.append(await rate(bare, [token] * count, callers))
+        items = [token] * count
+        await in_turns(figure, (store.approvals.check_token, items), (bare, items), callers)
         figure.facts = {"checks": count, "callers": callers}
     await client.aclose()
 
@@ -89,20 +108,25 @@ async def _steps(store: GatewayStore, url: str, figures: list[Figure], count: in
     async def issue(request: ApprovalRequest) -> None:
         tokens.append(await store.approvals.issue_token(request))
 
-    issued, approved, consumed = figures
-    issued.ours.append(await rate(issue, [ask() for _ in range(count)], CALLERS))
-    approved.ours.append(await rate(lambda token: store.approvals.approve(token, "alice", "ok"), tokens, CALLERS))
-    consumed.ours.append(
-        await rate(
-            lambda token: store.approvals.consume_token(token, caller_id="agent-1", tool_call=CALL), tokens, CALLERS
-        )
-    )
-    await _bare_steps(url, figures, count)
-    for figure in figures:
-        figure.facts = {"approvals": count, "callers": CALLERS}
+    async def approve(token: str) -> None:
+        await store.approvals.approve(token, "alice", "ok")
+
+    async def use(token: str) -> None:
+        await store.approvals.consume_token(token, caller_id="agent-1", tool_call=CALL)
+
+    await issue(ask())
+    for step in (approve, use):
+        await step(tokens[0])
+    tokens.clear()
+    async with _bare_steps(url, count) as bare:
+        ours: list[Work] = [(issue, [ask() for _ in range(count)]), (approve, tokens), (use, tokens)]
+        for figure, step, limit in zip(figures, ours, bare, strict=True):
+            await in_turns(figure, step, limit, CALLERS)
+            figure.facts = {"approvals": count, "callers": CALLERS}
 
 
-async def _bare_steps(url: str, figures: list[Figure], count: int) -> None:
+@asynccontextmanager
+async def _bare_steps(url: str, count: int) -> AsyncIterator[list[Work]]:
     insert, approve, vote, consume = (
         statements.INSERT._compiled["postgresql"],
         statements.APPROVE["token"]._compiled["postgresql"],
@@ -140,13 +164,15 @@ async def _bare_steps(url: str, figures: list[Figure], count: int) -> None:
         use_values = {"p_caller_id": "agent-1", "p_tool_call_hash": hash_tool_call(CALL)}
         names = [{"p_token": row["p_token"], "p_org_id": None} for row in asked]
         votes = [{"p_approval_id": row["p_approval_id"], "p_org_id": "default"} for row in asked]
-        figures[0].limit.append(await rate(issue, [ready(insert, row) for row in asked], CALLERS))
         decisions = [
             (ready(approve, name | ballot), ready(vote, voter | ballot))
             for name, voter in zip(names, votes, strict=True)
         ]
-        figures[1].limit.append(await rate(decide, decisions, CALLERS))
-        figures[2].limit.append(await rate(use, [ready(consume, name | use_values) for name in names], CALLERS))
+        yield [
+            (issue, [ready(insert, row) for row in asked]),
+            (decide, decisions),
+            (use, [ready(consume, name | use_values) for name in names]),
+        ]
 
 
 async def _text_json(connection: asyncpg.Connection) -> None:

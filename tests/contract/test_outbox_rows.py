@@ -97,6 +97,24 @@ async def test_asking_again_and_votes_that_do_not_decide_tell_nobody(database_ur
         assert await rows(store, "event") == [("pending",), ("decision",)]
 
 
+async def test_asking_again_after_the_deadline_tells_of_the_end_first(database_url: str) -> None:
+    """The overdue approval in the way, which no sweep has met, is told as expired; then the new one is asked."""
+    async with quiet_store(database_url, Post()) as store:
+        first = make_request()
+        await store.approvals.issue_token(first)
+        clock.move(timedelta(hours=2))
+        second = make_request(request_id=first.request_id)
+        await store.approvals.issue_token(second)
+        told = [Notice.model_validate(row.payload) for row in reversed(await store.notifications.list())]
+
+        assert [(notice.event, notice.status, notice.approval_id) for notice in told] == [
+            ("pending", "PENDING", first.approval_id),
+            ("decision", "EXPIRED", first.approval_id),
+            ("pending", "PENDING", second.approval_id),
+        ]
+        assert await store.approvals.expire_stale() == 0
+
+
 async def test_a_change_that_does_not_happen_writes_no_row(database_url: str) -> None:
     """Refused decisions, and transactions that are rolled back, leave none."""
     async with quiet_store(database_url, Post()) as store:

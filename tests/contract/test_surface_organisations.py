@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from contract_helpers import CALL, make_request
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import AuditEvent, GatewayStore, IssuedKey, clock, errors
+from agent_gateway_store import AuditEvent, GatewayStore, IssuedKey, Page, clock, errors
 
 pytestmark = pytest.mark.integration
 
@@ -56,6 +57,9 @@ async def settle(view: GatewayStore, mark: str, make_event: Callable[..., AuditE
         if status == "USED":
             await view.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
         other.ids[status] = (await view.approvals.check_token(token)).approval_id
+    await view.audit.write(make_event(request_id="r-2", deterministic_rationale=mark))
+    other.audit_cursor = (await view.audit.search(limit=1)).next_cursor
+    other.changes_cursor = (await view.audit.changes()).next_cursor or ""
     other.cursor = (await view.approvals.list_requests(limit=1)).next_cursor
     await settle_deliveries(other)
     return other
@@ -110,6 +114,42 @@ async def _recorded(view: GatewayStore, event: AuditEvent) -> Any:
     return outcome
 
 
+async def _all(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
+    return [event async for event in events]
+
+
+async def _first(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
+    """What comes within a moment; a follower never ends."""
+    try:
+        return [await asyncio.wait_for(anext(events), 0.1)]
+    except TimeoutError:
+        return []
+
+
+async def _without_cursor(page: Awaitable[Page[AuditEvent]]) -> list[AuditEvent]:
+    """The cursor tells how far the whole database is, and differs from one to the other."""
+    return list(await page)
+
+
+async def _texts(frame: Awaitable[Any]) -> list[Any]:
+    found = await frame
+    if hasattr(found, "to_pylist"):
+        return list(found.to_pylist())
+    return list(found.to_dict("records") if hasattr(found, "to_numpy") and hasattr(found, "iloc") else found.to_dicts())
+
+
+async def _exported(view: GatewayStore, name: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        result = await view.audit.export(Path(folder) / name)
+        return result.rows, (Path(folder) / name).read_bytes() if name != "e.parquet" else b""
+
+
+async def _imported(view: GatewayStore, event: AuditEvent) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "e.jsonl").write_text(event.model_dump_json())
+        return await view.audit.import_file(Path(folder) / "e.jsonl")
+
+
 CASES: dict[str, Case] = {
     "audit.write": lambda view, other, make: [
         view.audit.write(make(**SameNames)),
@@ -124,6 +164,30 @@ CASES: dict[str, Case] = {
     "audit.list_by_caller": lambda view, other, _: [view.audit.list_by_caller("dev-agent", limit=1000)],
     "audit.list_by_decision": lambda view, other, _: [view.audit.list_by_decision("ALLOW", limit=1000)],
     "audit.list_recent": lambda view, other, _: [view.audit.list_recent(limit=1000)],
+    "audit.search": lambda view, other, _: [
+        view.audit.search(limit=1000),
+        view.audit.search(org_id="globex"),
+        view.audit.search(org_id=["globex", "acme"], session_id=MARK),
+        view.audit.search(text=MARK),
+        view.audit.search(limit=1, cursor=other.audit_cursor),
+    ],
+    "audit.stream": lambda view, other, _: [_all(view.audit.stream()), _all(view.audit.stream(org_id="globex"))],
+    "audit.stats": lambda view, other, _: [
+        view.audit.stats(),
+        view.audit.stats("org_id", "1h"),
+        view.audit.stats(["session_id"], org_id="globex"),
+    ],
+    "audit.changes": lambda view, other, _: [
+        _without_cursor(view.audit.changes("beginning")),
+        _without_cursor(view.audit.changes("beginning", org_id="globex")),
+        view.audit.changes(other.changes_cursor),
+    ],
+    "audit.follow": lambda view, other, _: [_first(view.audit.follow(start="beginning", poll_s=0.01))],
+    "audit.to_arrow": lambda view, other, _: [_texts(view.audit.to_arrow()), _texts(view.audit.to_arrow(text=MARK))],
+    "audit.to_pandas": lambda view, other, _: [_texts(view.audit.to_pandas())],
+    "audit.to_polars": lambda view, other, _: [_texts(view.audit.to_polars())],
+    "audit.export": lambda view, other, _: [_exported(view, name) for name in ("e.jsonl", "e.csv", "e.parquet")],
+    "audit.import_file": lambda view, other, make: [_imported(view, make(**SameNames, org_id="globex"))],
     "approvals.issue_token": lambda view, other, _: [
         *(view.approvals.issue_token(make_request(request_id=f"r-{status}")) for status in other.tokens),
         view.approvals.issue_token(make_request(org_id="globex")),
@@ -257,7 +321,9 @@ async def test_nothing_of_the_other_organisation_is_shown_or_changed(
         assert await rows(store) == before, name
 
 
-WRITING = {"approvals.issue_token", "keys.issue", "audit.write", "audit.write_many", "audit.record"}
+WRITING = {"approvals.issue_token", "keys.issue"} | {
+    f"audit.{name}" for name in ("write", "write_many", "record", "import_file")
+}
 
 
 async def test_answers_are_those_of_a_store_without_the_other(

@@ -262,6 +262,24 @@ async def test_a_client_of_the_hosts_own_kind_serves_as_well(redis_url: str, dec
         await pool.aclose()
 
 
+@pytest.mark.parametrize("most", [1_000, 8])
+async def test_a_crowd_waits_for_a_connection(redis_url: str, caplog: pytest.LogCaptureFixture, most: int) -> None:
+    """A thousand readers use 32 connections at most; where the host's pool has fewer some are told to ask SQL, and
+    neither is taken for a fault of Redis."""
+    pool = redis.asyncio.ConnectionPool.from_url(redis_url, max_connections=most)
+    async with redis.asyncio.Redis(connection_pool=pool) as host:
+        await host.set("key", "value", px=60_000)
+        accelerator = Accelerator(host)
+        answers = await asyncio.gather(*(accelerator.get("key") for _ in range(1_000)))
+        opened = len(pool._available_connections)
+    await pool.aclose()
+
+    assert opened <= min(most, 32)
+    assert sum(answer is not None for answer in answers) == 1_000 if most > 32 else any(answers)
+    assert accelerator.is_available
+    assert caplog.records == []
+
+
 async def test_a_cancelled_reader_leaves_no_reply_to_the_next(client: RedisClient) -> None:
     """Readers of a hundred keys are cancelled at every moment; who reads next is given the value of their own key."""
     accelerator = Accelerator(client)

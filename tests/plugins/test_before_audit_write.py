@@ -7,6 +7,7 @@ import hashlib
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from audit_helpers import Editor, open_with
 
-from agent_gateway_store import AuditEvent, RedactionFlag, WriteOutcome
+from agent_gateway_store import AuditEvent, GatewayStore, RedactionFlag, WriteOutcome
 from builders import make_event
 
 pytestmark = pytest.mark.unit
@@ -185,6 +186,61 @@ async def test_cancelling_the_caller_does_not_cancel_the_write() -> None:
                 assert await store.audit.get_by_request_id("r-0") is not None
     async with open_with() as store:
         assert await store.audit.get_by_request_id("r-1") is not None
+
+
+async def test_an_event_survives_the_cancelling_of_every_task() -> None:
+    """What a plugin was looking at is stored withheld."""
+    begun = threading.Event()
+
+    async def slow(_event: AuditEvent) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    async with open_with(Editor("slow", slow), timeout_s=60) as store:
+        writing = asyncio.create_task(store.audit.write(make_event(request_id="r-1", **QUOTING)))
+        await asyncio.to_thread(begun.wait, 5)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others, timeout=5)
+        await store.audit.flush()
+        stored = await store.audit.get_by_request_id("r-1")
+
+    assert writing.cancelled()
+    assert stored is not None
+    assert stored.sanitized_args == {"[WITHHELD]": "PLUGIN_FAILED"}
+
+
+async def test_a_burst_does_not_count_as_a_timeout() -> None:
+    """A plugin that is slow but works gets a burst in small parts: waiting for its turn is not its time."""
+
+    def slow(event: AuditEvent) -> AuditEvent:
+        time.sleep(0.002)
+        return redact(event)
+
+    async with open_with(Editor("slow", slow)) as store:
+        outcomes = await asyncio.gather(*(store.audit.write(make_event()) for _ in range(400)))
+        counters = store.audit.counters
+
+    assert set(outcomes) == {WriteOutcome.STORED}
+    assert counters.withheld == 0
+
+
+async def test_many_writers_at_once_are_all_redacted() -> None:
+    """Whenever a write comes, before, during or just after a call of the plugin, the plugin sees its event."""
+    left = iter(range(2000))
+
+    async def write(store: GatewayStore) -> None:
+        for index in left:
+            await store.audit.write(make_event(request_id=f"r-{index}", sanitized_args={"path": SECRET}))
+            await asyncio.sleep(0)
+
+    async with open_with(Editor("redactor", redact), timeout_s=20) as store:
+        await asyncio.gather(*(write(store) for _ in range(16)))
+        counters = store.audit.counters
+
+    assert (counters.stored, counters.withheld) == (2000, 0)
+    assert SECRET not in file_text()
 
 
 async def test_the_plugin_sees_what_can_be_stored() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import plugin_helpers
-from commands import Outcome
+from commands import gateway_store
 from plugin_helpers import Install
 
 pytestmark = pytest.mark.integration
@@ -46,19 +43,6 @@ ONE = """
     def gateway_store_register_commands(app):
         BODY
 """
-
-
-def gateway_store(*args: str, **environment: str) -> Outcome:
-    """Run a command in a process of its own, which finds what the test has installed."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "agent_gateway_store.cli", *args],
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
 
 def test_a_command_of_a_plugin_works_on_the_store_of_the_options(install: Install, tmp_path: Path) -> None:

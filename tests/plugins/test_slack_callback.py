@@ -375,6 +375,8 @@ async def fuzz(make: Make, approvals: RecordedApprovals, slack: Slack, count: in
 
     assert statuses == {200, 401}
     assert approvals.decisions == []
+    assert (await hook.handle(good, signed(good))).status == 200
+    assert len(approvals.decisions) == 1  # the request they were made from is a good one
 
 
 def mutated(rng: random.Random, good: bytes) -> tuple[bytes, dict[Any, Any]]:

@@ -21,7 +21,8 @@ from agent_gateway_store.hooks import Dispatcher, Plugins
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.plugins import slack as plugin
 from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
-from agent_gateway_store.plugins.slack.messages import decided_message, escape, pending_message
+from agent_gateway_store.plugins.slack.messages import decided_message, pending_message
+from agent_gateway_store.plugins.slack.words import escape
 from agent_gateway_store.settings import StoreSettings
 
 pytestmark = pytest.mark.unit
@@ -100,6 +101,19 @@ class TestMessage:
             assert fault_in(message["blocks"]) is None
             assert len(message["text"]) < 4000
             assert "…" in texts_of(message)
+
+    def test_approving_what_is_not_all_shown_says_so(self) -> None:
+        """Nobody approves a call as shown whose arguments were cut."""
+
+        def consequence(arguments: dict[str, Any]) -> str:
+            call = ToolCall(server="files", tool="delete_file", arguments=arguments)
+            blocks = pending_message(make_notice(tool_call=call))["blocks"]
+            assert ("(cut to fit)" in texts_of(blocks)) is (len(str(arguments)) > 2000)  # type: ignore[arg-type]
+            return str(blocks[-1]["elements"][0]["confirm"]["text"]["text"])
+
+        assert consequence({"path": "/tmp/old.log"}) == "The call runs once, as shown."
+        for hidden in ({"note": "x" * 5000, "path": "/"}, {"note": "&" * 2600}, {f"k{n}": "v" * 50 for n in range(99)}):
+            assert consequence(hidden) == "The call runs once. Not all of its arguments are shown here!"
 
     @pytest.mark.parametrize("status", ["APPROVED", "DENIED", "EXPIRED", "CANCELLED"])
     def test_answer_has_no_buttons(self, status: str) -> None:
@@ -200,6 +214,51 @@ class TestUpdate:
 
         assert len(slack.messages) == 2
         assert "gateway_store_approve" not in texts_of(slack.messages)
+
+    async def test_update_that_failed_is_made_up_for(self) -> None:
+        """A question that was overtaken, and could not be changed then, is changed when it comes again."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            notifier, slack.hold = notifier_for(slack), asyncio.Event()
+            hold = slack.hold
+            question = asyncio.create_task(notifier.notify_pending(notice))
+            while slack.hold is not None:
+                await asyncio.sleep(0.01)
+            await notifier.notify_decision(decided(notice))
+            slack.answers = [None, (500, {}, b"")]
+            hold.set()
+            with pytest.raises(NotDeliveredError):
+                await question
+            assert "gateway_store_approve" in texts_of(slack.messages)
+            await notifier.notify_pending(notice)
+
+        assert "gateway_store_approve" not in texts_of(slack.messages)
+
+    async def test_earlier_decision_that_comes_late(self) -> None:
+        """Approved, then cancelled: the message says the latter, in whatever order they arrive."""
+        notice = make_notice()
+        approved = decided(notice, status="APPROVED")
+        cancelled = decided(notice, status="CANCELLED", approver_id="bob")
+        async with slack_running() as slack:
+            notifier = notifier_for(slack)
+            for each in (notice, cancelled, approved):
+                await (notifier.notify_pending if each is notice else notifier.notify_decision)(each)
+
+        (message,) = slack.messages.values()
+        assert "Cancelled by `bob`" in texts_of(message)
+
+    async def test_trouble_with_the_history_is_tried_again(self) -> None:
+        """Only a missing right ends the looking."""
+        notice = make_notice()
+        async with slack_running() as slack:
+            await notifier_for(slack).notify_pending(notice)
+            slack.answers = [(200, {}, b'{"ok": false, "error": "internal_error"}')]
+            other = notifier_for(slack)
+            with pytest.raises(NotDeliveredError):
+                await other.notify_decision(decided(notice))
+            await other.notify_decision(decided(notice))
+
+        assert len(slack.messages) == 1
 
 
 class TestRepeats:

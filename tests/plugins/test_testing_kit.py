@@ -75,13 +75,12 @@ USE = """
     ("mark", "ini", "options"),
     [
         ("@pytest.mark.asyncio", "", ()),
-        ("", "asyncio_mode = auto", ()),
         ("@pytest.mark.asyncio(loop_scope='module')", "", ()),
         ("", "asyncio_mode = auto\nasyncio_default_test_loop_scope = session", ()),
         ("@pytest.mark.anyio", "", ()),
         ("@pytest.mark.anyio", "", ("-p", "no:asyncio")),
     ],
-    ids=["asyncio-strict", "asyncio-auto", "module-loop", "session-loop", "anyio", "anyio-alone"],
+    ids=["asyncio-strict", "module-loop", "auto-session-loop", "anyio", "anyio-alone"],
 )
 def test_store_clock_and_recorder_under_each_async_plugin(
     tmp_path: Path, mark: str, ini: str, options: tuple[str, ...]

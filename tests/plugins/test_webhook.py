@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import secrets
+import socket
 import struct
 import time
 import tracemalloc
@@ -264,7 +265,7 @@ class TestBadServers:
 
         async def reset(writer: asyncio.StreamWriter) -> None:
             linger = struct.pack("ii", 1, 0)
-            writer.get_extra_info("socket").setsockopt(1, 13, linger)  # SOL_SOCKET, SO_LINGER
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
             raise ConnectionResetError
 

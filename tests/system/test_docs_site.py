@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from browser import browser, picture, show
 pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).parents[2]
+# What the theme itself asks for: the stars of the repository, and, where pages are files, a helper of its search.
+THEME = ("https://api.github.com/repos/", "https://unpkg.com/iframe-worker/")
 # Of each page: tables with at least one row, charts.
 PAGES = {
-    "01-first-look": (6, 2),
-    "02-incident-review": (5, 4),
-    "03-approvals-review": (5, 1),
-    "04-weekly-report": (3, 5),
+    "01-first-look": (5, 2),
+    "02-incident-review": (4, 4),
+    "03-approvals-review": (4, 1),
+    "04-weekly-report": (2, 5),
 }
 
 
@@ -56,6 +59,7 @@ def test_notebook_pages_show_tables_and_charts(site: Path, dark: bool) -> None:
                 assert page.locator("details[open] pre").first.is_visible()
             page.close()
 
-    # The page's own search index cannot be read from a file.
-    errors = [error for error in seen.errors if "file:" not in error]
-    assert (errors, seen.tried, seen.requests) == ([], [], [])
+    assert [url for url in seen.tried if not url.startswith(THEME)] == []
+    hosts = {re.sub(r"^CONNECT (.+):443 .*", r"\1", line) for line in seen.requests}
+    assert hosts <= {url.split("/")[2] for url in THEME}
+    assert [error for error in seen.errors if not error.startswith("Failed to load resource: net::")] == []

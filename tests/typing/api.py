@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import assert_type
 from uuid import UUID
@@ -24,6 +25,7 @@ from agent_gateway_store import (
     Decision,
     GatewayStore,
     IssuedKey,
+    Notice,
     Page,
     StoreSettings,
     SyncGatewayStore,
@@ -31,9 +33,16 @@ from agent_gateway_store import (
     TrustLevel,
     WriteOutcome,
     errors,
+    hookimpl,
 )
+from agent_gateway_store.hooks import Notifier
+from agent_gateway_store.models import PendingApproval
+from agent_gateway_store.plugins.apprise import AppriseNotifier
+from agent_gateway_store.plugins.slack import SlackCallback, SlackNotifier, SlackReply
+from agent_gateway_store.plugins.webhook import Received, WebhookNotifier, WebhookReceiver, WebhookSettings
 from agent_gateway_store.storage.cache import get_json, get_redis, set_json
 from agent_gateway_store.storage.database import get_db
+from agent_gateway_store.testing import MovableClock, RecordingNotifier, make_notice
 
 
 async def asynchronous(event: AuditEvent, request: ApprovalRequest, session: AsyncSession) -> None:
@@ -100,6 +109,26 @@ def blocking(event: AuditEvent, request: ApprovalRequest, call: ToolCall) -> Non
         store.open().close()
     except errors.ApprovalAlreadyDecidedError as error:
         assert_type(error.approver_id, str | None)
+
+
+async def kit(notifier: RecordingNotifier, clock: MovableClock) -> None:
+    told: Notifier = notifier
+    await told.notify_pending(make_notice())
+    assert_type(await notifier.wait_for(2, event="pending"), list[Notice])
+    clock.move(timedelta(hours=1))
+
+
+async def bundled(store: GatewayStore, body: bytes, headers: Mapping[str, str]) -> None:
+    endpoint = WebhookSettings().receivers["webhook"]
+    notifiers: list[Notifier] = [AppriseNotifier(), SlackNotifier(), WebhookNotifier(endpoint)]
+    assert_type(await SlackCallback(store.approvals, store.plugins).handle(body, headers), SlackReply)
+    assert_type(WebhookReceiver(["whsec_"]).verify(body, headers), Received | None)
+    assert_type(await notifiers[0].notify_decision(make_notice("decision")), None)
+
+
+@hookimpl
+def gateway_store_veto_decision(request: PendingApproval, decision: str) -> str | None:
+    return f"not {request.tool_call.tool}" if decision == "APPROVED" else None
 
 
 def wrong_uses_are_found(store: SyncGatewayStore, event: AuditEvent) -> None:

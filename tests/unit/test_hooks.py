@@ -53,6 +53,21 @@ def test_log_plugin_loads_no_orm() -> None:
     assert not {"sqlmodel", "sqlalchemy"} & {name.partition(".")[0] for name in done.stdout.split()}
 
 
+def test_what_an_author_imports_loads_no_orm() -> None:
+    """The marker, the values that hooks are given, and the error by which a notice comes again."""
+    code = (
+        "import sys; from agent_gateway_store import Notice, StoreSettings, ToolCall, hookimpl; "
+        "from agent_gateway_store.models import PendingApproval; from agent_gateway_store.errors import "
+        "DecisionVetoedError, NotDeliveredError; from agent_gateway_store.testing import make_notice; "
+        "print(make_notice().event, *sys.modules)"
+    )
+
+    done = run_python(code)
+
+    assert done.stdout.startswith("pending "), done.stderr
+    assert not {"sqlmodel", "sqlalchemy"} & {name.partition(".")[0] for name in done.stdout.split()}
+
+
 def test_root_and_hooks_hand_out_one_marker() -> None:
     """`hookimpl` of the root is the one that the manager looks for."""
     assert agent_gateway_store.hookimpl is hooks.hookimpl

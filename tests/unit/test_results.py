@@ -20,6 +20,7 @@ from agent_gateway_store.models import (
     IssuedKey,
     TrustLevel,
 )
+from builders import make_event
 
 pytestmark = pytest.mark.unit
 
@@ -172,3 +173,24 @@ def test_events_render() -> None:
 
     assert ">&lt;b&gt;dev&lt;/b&gt;</td>" in page._repr_html_()
     assert "<b>dev</b>" in rendered(page)
+
+
+def test_a_terminal_shows_decisions_in_their_colour() -> None:
+    """A word that decides is coloured and whole, arguments are one line, one record is a list of what is set."""
+    event = make_event(decision="DENY", sanitized_args={"path": "a.txt", "n": [1]})
+    page, card = rendered(Page([event], columns=("decision", "tool_name", "sanitized_args"))), rendered(event)
+
+    assert "\x1b[1;31mDENY" in page
+    assert "path=a.txt n=[1]" in page
+    assert "\x1b[1;31mDENY" in card
+    assert '"path": "a.txt"' in card
+    assert "approver_id" not in card
+
+
+def test_a_tool_call_is_one_line_in_a_terminal() -> None:
+    """Server, tool and arguments; without arguments nothing follows."""
+    calls = [{"server": "files", "tool": "delete", "arguments": arguments} for arguments in ({"path": "a.txt"}, {})]
+
+    text = rendered(Page([{"tool_call": call} for call in calls]))
+    assert "files.delete path=a.txt" in text
+    assert re.search(r"files\.delete +│", text)

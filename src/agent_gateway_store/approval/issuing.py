@@ -10,8 +10,8 @@ from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store.approval.recording import Outbox, insert_and_tell
-from agent_gateway_store.approval.statements import EXPIRE_SAME_CALL, REBIND
+from agent_gateway_store.approval.recording import Outbox, expire_and_tell, insert_and_tell
+from agent_gateway_store.approval.statements import REBIND
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber
@@ -96,7 +96,7 @@ async def insert_or_rebind(
         if row is not None:
             return row, False, {}
         # What stands in the way is a pending approval whose deadline has passed and which no sweep has met yet.
-        await EXPIRE_SAME_CALL.first(runner, values)
+        await expire_and_tell(runner, values, outbox)
     approval_id: UUID = values["p_approval_id"]
     raise ApprovalError(
         "This request (or its token) was issued before, and its approval is decided or is another call's: "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 from uuid import UUID, uuid4
 
@@ -25,15 +26,18 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from agent_gateway_store.approval.statements import INSERT, insert_request
+from agent_gateway_store.approval.notifier import notice_of
+from agent_gateway_store.approval.rows import request_of
+from agent_gateway_store.approval.statements import EXPIRE_SAME_CALL, INSERT, insert_request
 from agent_gateway_store.approval.transitions import returned
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import Runner, dialect_of
 from agent_gateway_store.storage.db_clock import prepared_now
+from agent_gateway_store.storage.driver import DriverConnection
 from agent_gateway_store.storage.prepared import Prepared
 
-__all__ = ["Later", "Outbox", "insert_and_tell", "record"]
+__all__ = ["Later", "Outbox", "expire_and_tell", "insert_and_tell", "record"]
 
 deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
 _PLACEHOLDER = UUID(int=0)
@@ -224,6 +228,23 @@ def _pending(values: Mapping[str, Any]) -> Notice:
         risk_explanation=values["p_risk_explanation"],
         status=ApprovalStatus.PENDING,
     )
+
+
+async def expire_and_tell(runner: Runner, values: Mapping[str, Any], outbox: Outbox) -> None:
+    """Write EXPIRED to the overdue approval of the same call, and the rows of that notice, which a worker sends."""
+    async with _transaction(runner):
+        expired = await EXPIRE_SAME_CALL.rows(runner, values)
+        await record(runner, [notice_of(request_of(row), "decision") for row in expired], Later(outbox.notifiers))
+
+
+@asynccontextmanager
+async def _transaction(runner: Runner) -> AsyncIterator[None]:
+    """Hold statements together where each would commit itself."""
+    if isinstance(runner, DriverConnection):
+        async with runner.driver.transaction():
+            yield
+    else:
+        yield
 
 
 async def record(runner: Runner, notices: Sequence[Notice], outbox: Outbox) -> list[dict[str, UUID]]:

@@ -24,6 +24,7 @@ from sqlalchemy import (
     Select,
     Text,
     and_,
+    any_,
     bindparam,
     func,
     literal_column,
@@ -155,7 +156,7 @@ def _new(dialect: str, shape: _Shape, count: int) -> Select[Any]:
     later = and_(
         bindparam("p_open", type_=BigInteger()) <= _TRANSACTION, bindparam("p_end", type_=BigInteger()) > _TRANSACTION
     )
-    in_progress = func.any(bindparam("p_in_progress", type_=ARRAY(BigInteger())))
+    in_progress = any_(bindparam("p_in_progress", type_=ARRAY(BigInteger())))
     arms = [
         selected(dialect)
         .add_columns(_TRANSACTION)

@@ -17,8 +17,6 @@ from agent_gateway_store.results.frames import arrow
 __all__ = ["events_in", "importable"]
 
 _BATCH_ROWS = 500
-# Given anew by the store that the event comes to.
-_OURS = ("id", "content_hash")
 
 
 def importable(path: Path, given: str | None) -> Format:
@@ -48,7 +46,7 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
         if record is None:
             continue
         try:
-            yield AuditEvent(**{name: value for name, value in record.items() if name not in _OURS})
+            yield AuditEvent(**{name: value for name, value in record.items() if name != "id"})
         except ValidationError as exc:
             faults = "; ".join(
                 f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"

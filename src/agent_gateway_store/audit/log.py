@@ -20,7 +20,7 @@ from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.preparing import Preparing
 from agent_gateway_store.audit.progress import counted, told
 from agent_gateway_store.audit.reader import AuditReader
-from agent_gateway_store.audit.row import Record, event_record
+from agent_gateway_store.audit.row import Record, event_record, withheld
 from agent_gateway_store.audit.telling import Telling
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
@@ -103,7 +103,12 @@ class AuditLog(AuditReader):
         return await writer.write(record)
 
     async def _write_prepared(self, writer: AuditWriter, record: Record) -> WriteOutcome:
-        (prepared,) = await self._preparing.prepare([record])
+        try:
+            (prepared,) = await self._preparing.prepare([record])
+        except asyncio.CancelledError:
+            # Somebody cancels every task there is; the event is kept all the same.
+            writer.take(withheld(record))
+            raise
         return await writer.write(prepared)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
@@ -188,6 +193,9 @@ class AuditLog(AuditReader):
 
     async def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.
+
+        Plugins see it before (`gateway_store_before_audit_write`); none is told of it afterwards, since only the caller
+        knows of the commit.
 
         Returns:
             STORED or DUPLICATE.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeAlias, TypeVar
@@ -28,7 +29,7 @@ CHANGEABLE = (
 
 _Caller: TypeAlias = Callable[..., list[object]]
 _T = TypeVar("_T")
-_SLICE_ROWS = 50
+_BATCH_ROWS = 50
 _STANDING = tuple(
     (name, index) for index, name in enumerate(COLUMNS) if name not in (*CHANGEABLE, "redaction_flags", "content_hash")
 )
@@ -48,17 +49,16 @@ class Preparing:
         self.withheld = 0
         self._plugins = plugins
         self._lanes = lanes
-        self._resting_until: dict[str, float] = {}
         self._under_way: set[asyncio.Task[Any]] = set()
 
     @cached_property
-    def _callers(self) -> dict[str, _Caller]:
-        return self._plugins().callers(BEFORE)
+    def _lines(self) -> list[_Line]:
+        return [_Line(name, caller, self._lanes) for name, caller in self._plugins().callers(BEFORE).items()]
 
     @property
     def is_wanted(self) -> bool:
         """True if some plugin wants to see events. Costs next to nothing."""
-        return bool(self._callers)
+        return bool(self._lines)
 
     async def prepare(self, records: Sequence[Record]) -> list[Record]:
         """Return the records as they are to be stored. Raises nothing but a cancellation.
@@ -66,12 +66,10 @@ class Preparing:
         Each plugin sees what the one before it made. What one could not look at goes on without its texts and
         arguments, so that nothing that was to be redacted gets through.
         """
-        prepared: list[Record] = []
-        for start in range(0, len(records), _SLICE_ROWS):
-            some = list(records[start : start + _SLICE_ROWS])
-            for name, caller in self._callers.items():
-                some = await self._through(name, caller, some)
-            prepared += some
+        prepared = list(records)
+        for line in self._lines:
+            made = await line.through(prepared)
+            prepared = [self._withhold(old) if new is None else new for old, new in zip(prepared, made, strict=True)]
         return prepared
 
     async def detached(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -82,32 +80,82 @@ class Preparing:
         return await asyncio.shield(task)
 
     async def settle(self) -> None:
-        """Wait until nothing that was begun is under way."""
-        while self._under_way:
-            await asyncio.wait(self._under_way)
-
-    async def _through(self, name: str, caller: _Caller, records: list[Record]) -> list[Record]:
-        if time.monotonic() < self._resting_until.get(name, 0):
-            return [self._withhold(record) for record in records]
-        started = time.monotonic()
-        answer = await self._lanes.ask("before", name, partial(_change, caller, records))
-        if answer.value is None:
-            if time.monotonic() - started >= self._lanes.timeout_s:
-                self._resting_until[name] = time.monotonic() + self._lanes.timeout_s
-            _warn(name, answer.error, len(records))
-            return [self._withhold(record) for record in records]
-        changed = []
-        for record, made in zip(records, answer.value, strict=True):
-            if isinstance(made, str):
-                _warn(name, made, 1)
-                changed.append(self._withhold(record))
-            else:
-                changed.append(made)
-        return changed
+        """Wait for everything that was begun so far."""
+        if self._under_way:
+            await asyncio.wait(set(self._under_way))
 
     def _withhold(self, record: Record) -> Record:
         self.withheld += 1
         return withheld(record)
+
+
+class _Line:
+    """The way through one plugin: what arrives while it is busy goes together in its next call."""
+
+    def __init__(self, name: str, caller: _Caller, lanes: Lanes) -> None:
+        self._name = name
+        self._caller = caller
+        self._lanes = lanes
+        self._queue: deque[tuple[Record, asyncio.Future[Record | None]]] = deque()
+        self._drainer: asyncio.Task[None] | None = None
+        self._resting_until = 0.0
+
+    async def through(self, records: Sequence[Record]) -> list[Record | None]:
+        """Return what the plugin made of each record, None where it failed."""
+        loop = asyncio.get_running_loop()
+        waiting = [(record, loop.create_future()) for record in records]
+        self._queue.extend(waiting)
+        if self._drainer is None:
+            self._drainer = loop.create_task(self._drain())
+            self._drainer.add_done_callback(self._stop)
+        return list(await asyncio.gather(*(future for _, future in waiting)))
+
+    def _stop(self, drainer: asyncio.Task[None]) -> None:
+        # A task that is cancelled before its first step has not run at all, not even its `finally`.
+        if self._drainer is drainer:
+            self._drainer = None
+            self._give_up()
+
+    def _give_up(self) -> None:
+        while self._queue:
+            _settle(self._queue.popleft()[1], None)
+
+    async def _drain(self) -> None:
+        try:
+            while self._queue:
+                batch = [self._queue.popleft() for _ in range(min(_BATCH_ROWS, len(self._queue)))]
+                made: list[Record | None] = [None] * len(batch)
+                try:
+                    made = await self._ask([record for record, _ in batch])
+                finally:
+                    for (_, future), each in zip(batch, made, strict=True):
+                        _settle(future, each)
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            self._drainer = None
+
+    async def _ask(self, records: list[Record]) -> list[Record | None]:
+        nothing: list[Record | None] = [None] * len(records)
+        if time.monotonic() < self._resting_until:
+            return nothing
+        started = time.monotonic()
+        answer = await self._lanes.ask("before", self._name, partial(_change, self._caller, records))
+        if answer.value is None:
+            if time.monotonic() - started >= self._lanes.timeout_s:
+                self._resting_until = time.monotonic() + self._lanes.timeout_s
+            _warn(self._name, answer.error, len(records))
+            return nothing
+        for made in answer.value:
+            if isinstance(made, str):
+                _warn(self._name, made, 1)
+        return [None if isinstance(made, str) else made for made in answer.value]
+
+
+def _settle(future: asyncio.Future[Record | None], made: Record | None) -> None:
+    if not future.done():
+        future.set_result(made)
 
 
 def _warn(name: str, error: str | None, count: int) -> None:

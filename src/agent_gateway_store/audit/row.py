@@ -229,7 +229,8 @@ def _is_plain(row: dict[str, Any]) -> bool:
 
 
 def _scrub(row: dict[str, Any]) -> None:
-    scrubber = Scrubber()
+    # An event with its hash was stored before, and must stay the same event when it is stored elsewhere.
+    scrubber = Scrubber(is_second=row["content_hash"] is not None)
     for name in _SHORT:
         if row[name] is not None:
             row[name] = scrubber.text(name, row[name], limit=MAX_KEY_BYTES)

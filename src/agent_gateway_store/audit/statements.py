@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     Select,
     Text,
+    any_,
     bindparam,
     cast,
     exists,
@@ -166,7 +167,7 @@ def _labelled(dialect: str, several: bool) -> ColumnElement[bool]:
 
 
 def _any(dialect: str, name: str) -> Any:
-    return func.any(bindparam(f"p_{name}", type_=ARRAY(Text())))
+    return any_(bindparam(f"p_{name}", type_=ARRAY(Text())))
 
 
 def _each(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import secrets
 import shutil
@@ -157,7 +158,7 @@ def read_opened(path: Path) -> Iterator[IO[bytes]]:
     elif packed == "zstd":
         pa = arrow("Reading zstd")
         with pa.OSFile(str(path), "rb") as file, pa.CompressedInputStream(file, "zstd") as stream:
-            yield stream
+            yield io.BufferedReader(stream)
     else:
         with path.open("rb") as plain:
             yield plain

@@ -109,6 +109,10 @@ class AuditWriter:
             self._start_draining()
         return _accepted(answer)
 
+    def take(self, row: Record) -> None:
+        """Have `row` committed for a caller that is gone; `flush` and `close` wait for it."""
+        self._enqueue(row).cancel()
+
     async def write_batch(self, rows: Sequence[Record]) -> list[WriteOutcome]:
         """Commit `rows` as one batch, past the queue; for bulk.
 
@@ -161,7 +165,7 @@ class AuditWriter:
                 await self._room.wait()
         except asyncio.CancelledError:
             # The caller is gone, its event is not.
-            self._enqueue(row).cancel()
+            self.take(row)
             raise
         finally:
             self._waiting_for_room -= 1

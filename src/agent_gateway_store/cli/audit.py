@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent_gateway_store.cli.filters import filtered
 from agent_gateway_store.cli.ingest import Line, ingest
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, record, say, tidy, to_json
-from agent_gateway_store.cli.running import choose, open_store, run
+from agent_gateway_store.cli.running import open_store, run
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import AuditEvent
-    from agent_gateway_store.results import Page
-    from agent_gateway_store.store import GatewayStore
+    from agent_gateway_store.results import Page, Stats
 
-__all__ = ["app"]
+__all__ = ["app", "print_events"]
 
 app = typer.Typer(no_args_is_help=True, help="Write, find and follow audit events.")
 
+_HEADINGS = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms", "latency_p99_ms": "p99 ms"}
 _COLUMNS = {
     "timestamp": "time",
     "caller_id": "caller",
@@ -49,37 +51,30 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
 
 
 @app.command()
+@filtered
 def search(
     ctx: typer.Context,
-    caller: Annotated[str | None, typer.Option(help="Events of this caller.")] = None,
-    decision: Annotated[
-        str | None, typer.Option(help="Events with this decision: ALLOW, DENY, APPROVAL_REQUIRED, SANITIZE_AND_ALLOW.")
-    ] = None,
+    filters: dict[str, Any],
     request_id: Annotated[str | None, typer.Option(help="The one event with this request id, whole.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000)] = 50,
+    cursor: Annotated[
+        str | None, typer.Option(help="Where the page before ended; the filters must be the same.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Find audit events, newest first; takes one filter at a time."""
-    from agent_gateway_store.models import Decision
-
-    if sum(given is not None for given in (caller, decision, request_id)) > 1:
-        raise typer.BadParameter("Use one of --caller, --decision and --request-id.")
-    wanted = None if decision is None else choose(Decision, decision, "--decision")
+    """Find audit events that match every filter, newest first."""
+    if request_id is not None:
+        if filters or cursor:
+            raise typer.BadParameter("Use --request-id alone.")
+        filters, limit = {"request_id": request_id}, 1
 
     async def work() -> Page[AuditEvent]:
-        from agent_gateway_store.results import Page
-
         async with open_store(ctx) as store:
-            if caller is not None:
-                return await store.audit.list_by_caller(caller, limit=limit)
-            if wanted is not None:
-                return await store.audit.list_by_decision(wanted, limit=limit)
-            if request_id is None:
-                return await store.audit.list_recent(limit)
-            found = await store.audit.get_by_request_id(request_id)
-            return Page([] if found is None else [found])
+            return await store.audit.search(limit=limit, cursor=cursor, **filters)
 
     found = run(work())
+    if request_id is not None:
+        found.next_cursor = None
     if json:
         print_json({"items": found.to_dicts(), "next_cursor": found.next_cursor})
     elif request_id is not None and found:
@@ -88,12 +83,42 @@ def search(
         print_events(found)
 
 
+@app.command()
+@filtered
+def stats(
+    ctx: typer.Context,
+    filters: dict[str, Any],
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="caller_id, tool_name, mcp_server, decision, risk_label, ... (may be given several times)."),
+    ] = None,
+    bucket: Annotated[str | None, typer.Option(help="Length of time buckets: 15m, 1h, 1d, 1w.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Count calls, denials, approvals and errors, with latency percentiles in milliseconds."""
+
+    from agent_gateway_store.audit.grouping import bucket_of, columns_of
+
+    try:
+        names, length = columns_of(by), bucket_of(bucket)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None
+
+    async def work() -> Stats:
+        async with open_store(ctx) as store:
+            return await store.audit.stats(names, length, **filters)
+
+    found = run(work())
+    columns = {name: _HEADINGS.get(name, name) for name in found.columns or ()}
+    print_page(found, columns=columns, as_json=json)
+
+
 def print_events(events: Page[AuditEvent]) -> None:
     """Print events as a table."""
     from agent_gateway_store.results import Page
 
     print_page(
-        Page([_with_call(event) for event in events]),
+        Page([_with_call(event) for event in events], next_cursor=events.next_cursor),
         columns=_COLUMNS,
         whole={"timestamp", "decision", "execution_status", "request_id"},
         optional={"execution_status", "latency_ms", "request_id"},
@@ -107,25 +132,29 @@ def _with_call(event: AuditEvent) -> dict[str, Any]:
 
 
 @app.command()
+@filtered
 def tail(
     ctx: typer.Context,
+    filters: dict[str, Any],
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=10_000, help="Events to show at first.")] = 10,
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
-    follow: Annotated[bool, typer.Option(help="Go on until Ctrl-C.")] = True,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Go on until Ctrl-C.")] = True,
     json: JsonOption = False,
 ) -> None:
-    """Show the newest audit events, then those that are added, oldest first; Ctrl-C ends it."""
+    """Show the newest audit events, then new ones in the order of their commits, each once; Ctrl-C ends it."""
 
     async def work() -> None:
-        import asyncio
-
         async with open_store(ctx) as store:
-            window = _Window(store)
-            first = await window.advance(at_least=lines)
-            _print_lines(first[-lines:] if lines else [], as_json=json)
-            while follow:
-                await asyncio.sleep(interval)
-                _print_lines(await window.advance(), as_json=json)
+            # First the place, then the list: what is committed between the two is in both.
+            start = (await store.audit.changes(**filters)).next_cursor
+            first = await store.audit.search(limit=lines, **filters) if lines else []
+            _print_lines(first[::-1], as_json=json)
+            if not follow or start is None:
+                return
+            shown = {event.id for event in first}
+            async for event in store.audit.follow(start=start, poll_s=interval, **filters):
+                if event.id not in shown:
+                    _print_lines([event], as_json=json)
 
     try:
         run(work())
@@ -133,7 +162,7 @@ def tail(
         return
 
 
-def _print_lines(events: list[AuditEvent], *, as_json: bool) -> None:
+def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:
     for event in events:
         if as_json:
             typer.echo(to_json(record(event)))
@@ -143,37 +172,3 @@ def _print_lines(events: list[AuditEvent], *, as_json: bool) -> None:
             call = f"{event.mcp_server}.{event.tool_name}"
             say("  ".join((stamp, event.decision, event.caller_id, call, ran, event.request_id)))
     sys.stdout.flush()
-
-
-class _Window:
-    """The newest events, by which those added since the last look are told.
-
-    An event whose timestamp lies before the last 200 of the look before is not noticed.
-    """
-
-    _SIZE = 200
-
-    def __init__(self, store: GatewayStore) -> None:
-        self._store = store
-        self._seen: set[int | None] | None = None
-        self._floor: tuple[Any, int] | None = None
-
-    async def advance(self, *, at_least: int = 0) -> list[AuditEvent]:
-        """Return what is new since the last call (at the first: what is there), oldest first."""
-        size = max(self._SIZE, at_least)
-        while True:
-            page = await self._store.audit.list_recent(size)
-            above = [event for event in page if self._floor is None or _place(event) > self._floor]
-            if self._seen is None or len(above) < size:
-                break
-            # All of them are new, so there may be more behind them.
-            size *= 2
-        new = [event for event in above if self._seen is None or event.id not in self._seen]
-        if len(page) >= self._SIZE:
-            self._floor = _place(page[self._SIZE - 1])
-        self._seen = {event.id for event in page}
-        return new[::-1]
-
-
-def _place(event: AuditEvent) -> tuple[Any, int]:
-    return event.timestamp, event.id or 0

@@ -14,6 +14,7 @@ from sqlalchemy import Float, Integer, Text, Uuid, and_, bindparam, case, column
 from sqlalchemy.dialects.postgresql import JSONB
 
 from agent_gateway_store.delivery.claims import Delivery, deliveries
+from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.columns import Json
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.storage.database import Work
@@ -166,7 +167,9 @@ class Marks:
                 await _write(self._work, batch)
             except Exception as exc:
                 if not is_down:
-                    _logger.warning("How %d notices went could not be written yet: %s", len(self._waiting), exc)
+                    _logger.warning(
+                        "How %d notices went could not be written yet: %s", len(self._waiting), describe(exc)
+                    )
                 is_down = True
                 await asyncio.sleep(_RETRY_S)
                 continue

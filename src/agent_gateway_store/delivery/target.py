@@ -66,7 +66,7 @@ class Target:
                 self._marks.add(Mark.untried(delivery))
             else:
                 self._queue.append(delivery)
-        while self._queue and len(self._tasks) < min(self._policy.concurrency, len(self._queue) + len(self._tasks)):
+        for _ in range(min(len(self._queue), self._policy.concurrency - len(self._tasks))):
             task = asyncio.get_running_loop().create_task(self._work())
             self._tasks.add(task)
             task.add_done_callback(self._leave)

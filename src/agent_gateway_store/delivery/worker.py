@@ -15,8 +15,8 @@ from agent_gateway_store.delivery.claims import Delivery, claim, notifiers_with_
 from agent_gateway_store.delivery.marks import Mark, Marks
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.delivery.target import Target
-from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.hooks import Dispatcher
+from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
@@ -50,7 +50,7 @@ class DeliveryWorker:
         self._targets = {name: Target(name, dispatcher, self._marks, self.policy) for name in names}
         self._fed: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_down = False
+        self._is_faulty = False
         self._closing = asyncio.Event()
 
     @property
@@ -100,7 +100,7 @@ class DeliveryWorker:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     for target in self._targets.values():
-                        tasks.create_task(self._feed(target, org_id))
+                        tasks.create_task(self._empty(target, org_id))
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
         else:
@@ -155,9 +155,9 @@ class DeliveryWorker:
                     if name in self._targets and name not in self._fed:
                         self._fed.add(name)
                         self._begin(self._feed_once(self._targets[name], org_id))
-                self._note_database(None)
-            except GatewayStoreError as exc:
-                self._note_database(exc)
+                self._note_fault(None)
+            except Exception as exc:
+                self._note_fault(exc)
             await self._pause()
 
     async def _pause(self) -> None:
@@ -168,37 +168,40 @@ class DeliveryWorker:
     async def _feed_once(self, target: Target, org_id: str | None) -> None:
         try:
             await self._feed(target, org_id)
-        except GatewayStoreError as exc:
-            self._note_database(exc)
+        except Exception as exc:
+            self._note_fault(exc)
         finally:
             self._fed.discard(target.name)
 
-    async def _feed(self, target: Target, org_id: str | None) -> None:
-        """Claim and send until nothing is due for this notifier."""
-        is_last = False
-        while True:
+    async def _feed(self, target: Target, org_id: str | None) -> int:
+        """Claim and send until nothing more is due for this notifier; returns how many were claimed."""
+        total, is_more = 0, True
+        while is_more:
             await target.ease()
             if self._closing.is_set():
-                return
+                break
             room = target.room
             claimed = await claim(self._work, target.name, room, self.policy, org_id=org_id)
             target.put(claimed)
-            if len(claimed) == room:
-                is_last = False
-                continue
+            total, is_more = total + len(claimed), len(claimed) == room
+        return total
+
+    async def _empty(self, target: Target, org_id: str | None) -> None:
+        """Feed, wait until all is sent and written down, and look again: a notice may have waited for another one."""
+        has_claimed = True
+        while has_claimed:
+            # Also what this process tries just now can have kept a row from being due.
+            was_busy = not target.is_idle
+            has_claimed = await self._feed(target, org_id) > 0 or was_busy
             await target.idle()
             await self._marks.flush()
-            # Those that waited for what has just arrived may be due now.
-            if not claimed and is_last:
-                return
-            is_last = not claimed
 
     async def _follow(self, target: Target, approval_ids: set[UUID]) -> None:
         """Claim what waited for notices of these approvals."""
         try:
             target.put(await claim(self._work, target.name, len(approval_ids), self.policy, approval_ids=approval_ids))
-        except GatewayStoreError as exc:
-            self._note_database(exc)
+        except Exception as exc:
+            self._note_fault(exc)
 
     def _written(self, marks: Sequence[Mark]) -> None:
         by_notifier: dict[str, list[Mark]] = {}
@@ -210,10 +213,11 @@ class DeliveryWorker:
             if freed := self._targets[name].written(written):
                 self._begin(self._follow(self._targets[name], freed))
 
-    def _note_database(self, error: GatewayStoreError | None) -> None:
-        if error is not None and not self._is_down:
-            _logger.warning("Notices wait: %s", error)
-        self._is_down = error is not None
+    def _note_fault(self, error: Exception | None) -> None:
+        """Log the first of a row of faults; the worker goes on after any."""
+        if error is not None and not self._is_faulty:
+            _logger.warning("Notices wait: %s", describe(error))
+        self._is_faulty = error is not None
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -122,8 +122,9 @@ def gateway_store_before_audit_write(event: AuditEvent) -> AuditEvent | Awaitabl
     """Enrich or redact an event before it is stored, also before it waits in the spool.
 
     May be sync or async. Called for every event that goes through `store.audit` (not `AuditLogger(session)`), in a
-    thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`. With several plugins each sees what the one before it
-    made. The same event must give the same result each time, or a repeated write is no duplicate.
+    thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`; by `record`, while the caller's transaction is open.
+    Several events may be under way at once. With several plugins each sees what the one before it made. The same event
+    must give the same result each time, or a repeated write is no duplicate.
 
     Changed may be `sanitized_args`, `risk_labels`, `risk_score`, `matched_policy_rule`, `policy_version`,
     `output_policy_rationale`, `llm_explanation`, `deterministic_rationale`, `trace_id`, `session_id` and

@@ -122,12 +122,17 @@ def _plain_cost(value: Any, depth: int) -> int:
 class Scrubber:
     """Makes the values of one row storable and remembers what it replaced.
 
+    Args:
+        is_second: The row was stored before. What was cut then is not cut again elsewhere, where a database keeps the
+            names of a mapping in another order.
+
     Attributes:
         replaced: (place, hash of the original or None), in the order found; at most 64, the last place being `...`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_second: bool = False) -> None:
         self.replaced: list[tuple[str, str | None]] = []
+        self.json_chars = MAX_JSON_CHARS * 2 if is_second else MAX_JSON_CHARS
 
     def text(self, place: str, text: str, *, limit: int = MAX_TEXT_BYTES) -> str:
         """Return `text` without NUL and lone surrogates, at most `limit` bytes of UTF-8."""
@@ -164,7 +169,7 @@ class _JsonWalk:
 
     def __init__(self, scrubber: Scrubber, place: str) -> None:
         self.scrubber = scrubber
-        self.left = MAX_JSON_CHARS
+        self.left = scrubber.json_chars
         self.above: set[int] = set()
         self.repeats: dict[tuple[int, str], int] = {}
 

@@ -16,10 +16,11 @@ from agent_gateway_store.results.frames import bare_type, columns_of
 if TYPE_CHECKING:
     from agent_gateway_store.results.page import Page
 
-__all__ = ["SHOWN", "as_dict", "cell", "fields_of", "note", "shown", "time_text", "visible"]
+__all__ = ["SHOWN", "as_dict", "cell", "fields_of", "glance", "is_call", "note", "shown", "time_text", "visible"]
 
 SHOWN = 200
 _CELL_CHARS = 120
+_GLANCE_CHARS = 48
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
     code: f"\\u{code:04x}"
     for code in (0x61C, *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
@@ -83,6 +84,21 @@ def cell(value: Any) -> str:
     else:
         text = str(value)
     return visible(f"{text[: _CELL_CHARS - 1]}…" if len(text) > _CELL_CHARS else text)
+
+
+def glance(value: Any) -> str:
+    """Return JSON as one short line: an object as `name=value`, a list as its length."""
+    if isinstance(value, dict):
+        text = " ".join(f"{name}={each if isinstance(each, str) else cell(each)}" for name, each in value.items())
+    else:
+        text = f"{len(value)} item{'' if len(value) == 1 else 's'}"
+    text = cell(text)
+    return text if len(text) <= _GLANCE_CHARS else f"{text[:_GLANCE_CHARS]}…"
+
+
+def is_call(field: str, value: Any) -> bool:
+    """Return True for a tool call, as `fields_of` gives it."""
+    return field == "tool_call" and isinstance(value, dict) and value.keys() >= {"server", "tool", "arguments"}
 
 
 def note(count: int) -> str:

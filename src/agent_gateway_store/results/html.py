@@ -13,7 +13,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.results.cells import cell, fields_of, note, shown, time_text, visible
+from agent_gateway_store.results.cells import cell, fields_of, glance, is_call, note, shown, time_text, visible
 from agent_gateway_store.results.tones import tone_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ _JSON_CHARS = 4_000
 _TEXT_CHARS = 20_000
 _CHIPS = 20
 _ID_LEAST, _ID_CHARS = 12, 36
-_GLANCE_CHARS = 48
 _TITLES = ("decision", "status", "execution_status")
 
 
@@ -102,7 +101,7 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
         return f'<td class="ags-line">{escape(time_text(value))}</td>'
     if _is_number(value):
         return f'<td class="ags-num">{escape(cell(value))}</td>'
-    if name == "tool_call" and isinstance(value, dict) and value.keys() >= {"server", "tool", "arguments"}:
+    if is_call(name, value):
         call = escape(cell(f"{value['server']}.{value['tool']}"))
         return f"<td>{call}{_json(value['arguments'], whole) if value['arguments'] else ''}</td>"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
@@ -135,16 +134,7 @@ def pretty_json(value: Any, *, most: int = _JSON_CHARS) -> str:
 
 def _json(value: Any, whole: bool) -> str:
     pre = f"<pre>{escape(pretty_json(value, most=_TEXT_CHARS if whole else _JSON_CHARS))}</pre>"
-    return pre if whole else f"<details><summary>{escape(_glance(value))}</summary>{pre}</details>"
-
-
-def _glance(value: Any) -> str:
-    if isinstance(value, dict):
-        text = " ".join(f"{name}={each if isinstance(each, str) else cell(each)}" for name, each in value.items())
-    else:
-        text = f"{len(value)} item{'' if len(value) == 1 else 's'}"
-    text = cell(text)
-    return text if len(text) <= _GLANCE_CHARS else f"{text[:_GLANCE_CHARS]}…"
+    return pre if whole else f"<details><summary>{escape(glance(value))}</summary>{pre}</details>"
 
 
 def _cut(text: str, most: int) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.results.cells import cell, fields_of, note, shown, visible
+from agent_gateway_store.results.cells import cell, fields_of, glance, is_call, note, shown, visible
 from agent_gateway_store.results.tones import RICH, tone_of
 
 if TYPE_CHECKING:
@@ -26,8 +27,12 @@ def table(page: Page[Any]) -> Table:
     columns, rows = shown(page)
     drawn = Table(caption=note(len(page)))
     for name in columns:
-        numbers = [isinstance(row.get(name), int | float) for row in rows if row.get(name) is not None]
-        drawn.add_column(Text(cell(name)), overflow="fold", justify="right" if numbers and all(numbers) else "left")
+        values = [row[name] for row in rows if row.get(name) is not None]
+        is_number = bool(values) and all(isinstance(value, int | float) for value in values)
+        is_whole = any(isinstance(value, datetime) or tone_of(name, value) for value in values)
+        drawn.add_column(
+            Text(cell(name)), overflow="fold", justify="right" if is_number else "left", no_wrap=is_number or is_whole
+        )
     for row in rows:
         drawn.add_row(*(_text(name, row.get(name)) for name in columns))
     return drawn
@@ -56,4 +61,8 @@ def _text(name: str, value: Any) -> Text:
     from rich.text import Text
 
     tone = tone_of(name, value)
-    return Text(cell(value), style=RICH[tone] if tone else "")
+    if is_call(name, value):
+        text = cell(f"{value['server']}.{value['tool']} {glance(value['arguments'])}".rstrip())
+    else:
+        text = glance(value) if isinstance(value, dict) else cell(value)
+    return Text(text, style=RICH[tone] if tone else "")

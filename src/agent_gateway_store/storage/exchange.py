@@ -7,6 +7,7 @@ ones of redis-py (a sentinel's, or a double for tests) the pipeline is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
@@ -29,7 +30,7 @@ async def exchange(client: RedisClient, commands: Sequence[Command]) -> list[Any
         RedisError, OSError: The server did not answer, or not in time.
     """
     pool = client.connection_pool
-    if not _is_plain(pool):
+    if not _is_plain(type(pool), getattr(pool, "connection_class", None)):
         pipeline = client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
@@ -63,10 +64,10 @@ async def _reply(connection: Any) -> Any:
         return exc
 
 
-def _is_plain(pool: Any) -> bool:
-    kind = getattr(pool, "connection_class", None)
+@cache
+def _is_plain(pool: type, kind: Any) -> bool:
     return (
-        isinstance(pool, ConnectionPool)
+        issubclass(pool, ConnectionPool)
         and isinstance(kind, type)
         and issubclass(kind, AbstractConnection)
         and kind.send_packed_command is AbstractConnection.send_packed_command

@@ -6,45 +6,32 @@ import json
 from typing import Any
 from urllib.parse import urlencode
 
+from pydantic import SecretStr
+
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.hooks import one_line
 from agent_gateway_store.plugins.outgoing.pause import Pause
 from agent_gateway_store.plugins.outgoing.transport import Answer, Transport
 from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.slack.words import SlackRefusedError
 
-__all__ = ["SlackApi", "SlackRefusedError"]
+__all__ = ["SlackApi"]
 
 MAX_ANSWER = 8_000_000
 """Bytes; 200 messages of a busy channel are below a megabyte or two."""
-
-# The same message again would be refused again. Other errors (a revoked token, a bot that is not in the channel) can
-# be put right while the notice waits.
-_HOPELESS = frozenset({"invalid_blocks", "invalid_blocks_format", "invalid_metadata_format", "msg_too_long", "no_text"})
-
-
-class SlackRefusedError(NotDeliveredError):
-    """Slack answered, and said no.
-
-    Attributes:
-        code: Slack's word for it, as in `channel_not_found`.
-    """
-
-    def __init__(self, method: str, code: str) -> None:
-        super().__init__(f"Slack refused {method}: {code}.", is_permanent=code in _HOPELESS)
-        self.code = code
 
 
 class SlackApi:
     """Calls methods as the bot. Holds the token, and tells it nobody but Slack.
 
     Args:
-        settings: With a bot token.
+        settings: Where Slack is, and how to get there.
+        token: Of the bot.
     """
 
-    def __init__(self, settings: SlackSettings) -> None:
-        assert settings.bot_token is not None  # noqa: S101
+    def __init__(self, settings: SlackSettings, token: SecretStr) -> None:
         self._settings = settings
-        self._token = settings.bot_token
+        self._token = token
         self._pause = Pause()
         self._transport = Transport(
             None,

@@ -18,6 +18,7 @@ from agent_gateway_store.plugins.recent import Recent
 from agent_gateway_store.plugins.slack.clicks import Click, Signatures, click_in
 from agent_gateway_store.plugins.slack.mapping import Approvers
 from agent_gateway_store.plugins.slack.settings import PREFIX, SlackSettings
+from agent_gateway_store.plugins.slack.words import escape
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks import Plugins
@@ -192,8 +193,8 @@ class SlackCallback:
     async def _say(self, click: Click, text: str) -> None:
         if click.response_url is None:
             return
-        text = one_line(mask_tokens(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        content = {"response_type": "ephemeral", "replace_original": False, "text": cut(text, 3000)}
+        text = escape(cut(mask_tokens(text), 1000))
+        content = {"response_type": "ephemeral", "replace_original": False, "text": text}
         try:
             answer = await self._transport.post(
                 target_of(click.response_url.get_secret_value(), allow_http=True),

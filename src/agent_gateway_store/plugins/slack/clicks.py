@@ -13,10 +13,11 @@ from pydantic import SecretStr
 
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.slack.words import APPROVE, DENY
 
 __all__ = ["Click", "Signatures", "click_in"]
 
-_DECISIONS = {"gateway_store_approve": True, "gateway_store_deny": False}
+_DECISIONS = {APPROVE: True, DENY: False}
 _REPLY_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
 
 

@@ -18,17 +18,14 @@ from slack_sdk.models.blocks import (
     SectionBlock,
 )
 
-from agent_gateway_store.hooks import mask_tokens, one_line
+from agent_gateway_store.hooks import mask_tokens
 from agent_gateway_store.plugins.excerpts import MARK, fit_arguments
+from agent_gateway_store.plugins.slack.words import APPROVE, DENY, EVENT_TYPE, escape
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import Notice
 
-__all__ = ["APPROVE", "DENY", "EVENT_TYPE", "decided_message", "escape", "pending_message"]
-
-APPROVE = "gateway_store_approve"
-DENY = "gateway_store_deny"
-EVENT_TYPE = "gateway_store_approval"
+__all__ = ["decided_message", "pending_message"]
 
 # Slack's limit for the text of a section is 3000 characters, as written: `&amp;` counts as five.
 _MAX_NAME, _MAX_TEXT, _MAX_ARGUMENTS = 200, 2000, 2700
@@ -39,23 +36,22 @@ _ENDINGS = {
 }
 
 
-def escape(text: str) -> str:
-    """Return `text` so that Slack shows it as it is: no mention, no link (`&`, `<`, `>` escaped, on one line)."""
-    return one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
 def pending_message(notice: Notice) -> dict[str, Any]:
     """Return text, blocks and metadata of the question, with two buttons."""
     approval_id = str(notice.approval_id)
+    facts, was_cut = _facts(notice)
+    consequence = (
+        "The call runs once. Not all of its arguments are shown here!" if was_cut else "The call runs once, as shown."
+    )
     buttons = ActionsBlock(
         block_id=f"gateway_store_{approval_id}",
         elements=[
-            _button(APPROVE, "Approve", approval_id, "primary", "The call runs once, as shown."),
+            _button(APPROVE, "Approve", approval_id, "primary", consequence),
             _button(DENY, "Deny", approval_id, "danger", "The call does not run."),
         ],
     )
     text = f"Approval needed: {_name(notice.caller_id)} wants {_name(notice.tool_call.tool)}"
-    return _message(notice, text, [HeaderBlock(text="Approval needed"), *_facts(notice), buttons])
+    return _message(notice, text, [HeaderBlock(text="Approval needed"), *facts, buttons])
 
 
 def decided_message(notice: Notice) -> dict[str, Any]:
@@ -65,9 +61,10 @@ def decided_message(notice: Notice) -> dict[str, Any]:
         ending += f" by {_name(notice.approver_id)}"
     if notice.decided_at:
         ending += f" {_time(notice.decided_at)}"
+    facts, _ = _facts(notice)
     told = [_section(f"*{ending}*" if not notice.note else f"*{ending}*\n{_prose(notice.note)}")]
     text = f"{notice.status.value.capitalize()}: {_name(notice.tool_call.tool)} for {_name(notice.caller_id)}"
-    return _message(notice, text, [HeaderBlock(text="Approval decided"), *_facts(notice), *told])
+    return _message(notice, text, [HeaderBlock(text="Approval decided"), *facts, *told])
 
 
 def _message(notice: Notice, text: str, blocks: list[Block]) -> dict[str, Any]:
@@ -81,7 +78,8 @@ def _message(notice: Notice, text: str, blocks: list[Block]) -> dict[str, Any]:
     }
 
 
-def _facts(notice: Notice) -> list[Block]:
+def _facts(notice: Notice) -> tuple[list[Block], bool]:
+    """Return what is asked, and whether arguments were cut."""
     call = notice.tool_call
     lines = [
         f"*Call* {_name(call.server)} / {_name(call.tool)}",
@@ -93,13 +91,14 @@ def _facts(notice: Notice) -> list[Block]:
         _section("\n".join(lines)),
         _section(f"*Why you are asked*\n{_prose(notice.risk_explanation)}"),
     ]
+    arguments, was_cut = _arguments(notice)
     if call.arguments:
-        facts.append(_section(f"*Arguments*\n```{_arguments(notice)}```"))
+        facts.append(_section(f"*Arguments*{' (cut to fit)' if was_cut else ''}\n```{arguments}```"))
     request = f"Approval {notice.approval_id}, request {_name(notice.request_id)}"
-    return [*facts, ContextBlock(elements=[_mrkdwn(request)])]
+    return [*facts, ContextBlock(elements=[_mrkdwn(request)])], was_cut
 
 
-def _arguments(notice: Notice) -> str:
+def _arguments(notice: Notice) -> tuple[str, bool]:
     shown, was_cut = fit_arguments(notice.tool_call.arguments, _MAX_ARGUMENTS)
     lines, room = [], _MAX_ARGUMENTS
     for line in json.dumps(shown, indent=2, ensure_ascii=False).split("\n"):
@@ -108,7 +107,7 @@ def _arguments(notice: Notice) -> str:
         if room <= 1:
             was_cut = True
             break
-    return "\n".join([*lines, f"{MARK} cut to fit"] if was_cut else lines)
+    return "\n".join(lines), was_cut
 
 
 def _button(action: str, label: str, approval_id: str, style: str, consequence: str) -> ButtonElement:

@@ -10,6 +10,7 @@ from uuid import UUID
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
 from agent_gateway_store.plugins.recent import Recent
 from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.slack.words import EVENT_TYPE, SlackRefusedError
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import Notice
@@ -22,8 +23,14 @@ REMEMBERED = 10_000
 OLD = timedelta(seconds=20)
 """A notice this old may have been posted by a process that died before it could say so."""
 
+LOOK_BACK = timedelta(minutes=10)
+"""By how much Slack's clock and the database's may differ."""
+
 PAGES, PER_PAGE = 5, 200
 
+_UNREADABLE = frozenset(
+    {"channel_not_found", "method_not_supported_for_channel_type", "missing_scope", "no_permission", "not_in_channel"}
+)
 _NOT_CHANGEABLE = frozenset({"message_not_found", "cant_update_message", "edit_window_closed"})
 
 
@@ -49,7 +56,7 @@ class SlackNotifier:
             ValueError: There is no bot token and channel.
         """
         settings = settings or SlackSettings()
-        if settings.channel is None:
+        if settings.channel is None or settings.bot_token is None:
             raise ValueError("The Slack notifier needs a bot token and a channel.")
         try:
             from agent_gateway_store.plugins.slack import messages
@@ -57,7 +64,7 @@ class SlackNotifier:
         except ImportError as exc:
             raise MissingExtraError("The Slack notifier", extra="slack") from exc
         self._channel = settings.channel
-        self._api, self._messages = SlackApi(settings), messages
+        self._api, self._messages = SlackApi(settings, settings.bot_token), messages
         self._posted: Recent[UUID, str] = Recent(REMEMBERED)
         self._decided: Recent[UUID, Notice] = Recent(REMEMBERED)
         self._unsure: Recent[UUID, bool] = Recent(REMEMBERED)
@@ -70,13 +77,14 @@ class SlackNotifier:
             NotDeliveredError: Slack was not reached, or did not take it.
         """
         approval_id = notice.approval_id
-        if self._posted.get(approval_id) or self._decided.get(approval_id):
-            return
-        if self._may_be_there(notice) and await self._find(notice):
-            return
-        await self._post(notice, self._messages.pending_message(notice))
-        if (decision := self._decided.get(approval_id)) is not None:
-            await self.notify_decision(decision)  # it was decided while the question was under way
+        if self._posted.get(approval_id) is None and self._decided.get(approval_id) is None:
+            if self._may_be_there(notice) and await self._find(notice):
+                return
+            await self._post(notice, self._messages.pending_message(notice))
+        # It may have been decided while the question was under way, now or when it was last tried.
+        decision = self._decided.get(approval_id)
+        if decision is not None and self._posted.get(approval_id) is not None:
+            await self.notify_decision(decision)
 
     async def notify_decision(self, notice: Notice) -> None:
         """Replace the question by the answer; post the answer where the question is not found.
@@ -84,6 +92,9 @@ class SlackNotifier:
         Raises:
             NotDeliveredError: Slack was not reached, or did not take it.
         """
+        known = self._decided.get(notice.approval_id)
+        if known is not None and known.decided_at and notice.decided_at and known.decided_at > notice.decided_at:
+            notice = known  # an earlier one that comes late: approved, then cancelled
         self._decided.put(notice.approval_id, notice)
         message = self._messages.decided_message(notice)
         timestamp = self._posted.get(notice.approval_id) or await self._find(notice)
@@ -96,8 +107,6 @@ class SlackNotifier:
         return is_old or self._unsure.get(notice.approval_id) is not None
 
     async def _post(self, notice: Notice, message: dict[str, Any]) -> None:
-        from agent_gateway_store.plugins.slack.api import SlackRefusedError
-
         self._unsure.put(notice.approval_id, True)
         try:
             answer = await self._api.call(
@@ -116,8 +125,6 @@ class SlackNotifier:
         self._unsure.pop(notice.approval_id)
 
     async def _update(self, timestamp: str, message: dict[str, Any]) -> bool:
-        from agent_gateway_store.plugins.slack.api import SlackRefusedError
-
         try:
             await self._api.call("chat.update", channel=self._channel, ts=timestamp, parse="none", **message)
         except SlackRefusedError as exc:
@@ -128,11 +135,9 @@ class SlackNotifier:
 
     async def _find(self, notice: Notice) -> str | None:
         """Look for the message in the channel, remember where it stands, and return that."""
-        from agent_gateway_store.plugins.slack.api import SlackRefusedError
-
         if not self._may_search:
             return None
-        oldest = None if notice.created_at is None else f"{(notice.created_at - OLD).timestamp():.6f}"
+        oldest = None if notice.created_at is None else f"{(notice.created_at - LOOK_BACK).timestamp():.6f}"
         cursor: str | None = None
         for _ in range(PAGES):
             try:
@@ -145,6 +150,8 @@ class SlackNotifier:
                     cursor=cursor,
                 )
             except SlackRefusedError as exc:
+                if exc.code not in _UNREADABLE:
+                    raise
                 self._may_search = False
                 logger.warning(
                     "Notifier slack: the channel's history cannot be read (%s), so a message of another process is not "
@@ -163,8 +170,6 @@ class SlackNotifier:
 
 
 def _timestamp_in(page: dict[str, Any], notice: Notice) -> str | None:
-    from agent_gateway_store.plugins.slack.messages import EVENT_TYPE
-
     try:
         for message in page["messages"]:
             metadata = message.get("metadata") or {}

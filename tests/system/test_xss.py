@@ -21,7 +21,7 @@ from browser import Seen, browser, picture
 from builders import make_event
 from xss import PAYLOADS
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.system
 
 FOREIGN = "script, img, svg, iframe, object, embed, link, meta, base, a, video, audio, form, input, style"
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)

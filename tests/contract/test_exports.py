@@ -1,0 +1,276 @@
+"""Exports and frames: the same events out, in, and out again; safe cells; files whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import dataset, parquet
+
+from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
+from agent_gateway_store.audit import exporting
+from agent_gateway_store.audit.lines import defused
+from agent_gateway_store.results import Page
+from proofs.hostile import Hostile
+
+pytestmark = pytest.mark.integration
+
+MakeEvent = Callable[..., AuditEvent]
+JSON_COLUMNS = ("sanitized_args", "risk_labels", "redaction_flags")
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """Redis has no part in reading the audit log."""
+    return ""
+
+
+async def fill(store: GatewayStore, count: int = 120) -> Page[AuditEvent]:
+    """Write hostile events; returns them as they are stored, newest first."""
+    hostile = Hostile(23)
+    await store.audit.write_many(hostile.event() for _ in range(count))
+    return await store.audit.list_recent(1_000)
+
+
+def values(events: Any) -> dict[tuple[str, str], dict[str, Any]]:
+    """Everything of events but their ids."""
+    return {(event.request_id, event.org_id): event.model_dump(exclude={"id"}) for event in events}
+
+
+def comparable(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows, JSON text read."""
+    return [
+        {name: json.loads(value) if name in JSON_COLUMNS else value for name, value in row.items()}
+        for row in table.to_pylist()
+    ]
+
+
+async def test_bulk_frames_are_those_of_a_page(store: GatewayStore) -> None:
+    """Columns, types and values of `to_arrow` are those of the listing's, for hostile events and for none."""
+    events = await fill(store)
+    table = await store.audit.to_arrow()
+    none = await store.audit.to_arrow(caller_id="nobody")
+    frames = [await store.audit.to_pandas(), await store.audit.to_polars()]
+
+    assert table.schema.equals(events.to_arrow().schema)
+    assert comparable(table) == comparable(events.to_arrow())
+    assert (none.num_rows, none.schema) == (0, table.schema)
+    assert list(frames[0].dtypes) == list(events.to_pandas().dtypes)
+    assert frames[1].schema == events.to_polars().schema
+    assert [len(frame) for frame in frames] == [120, 120]
+
+
+@pytest.mark.parametrize("name", ["e.jsonl", "e.jsonl.gz", "e.ndjson.zst", "e.parquet", "by_day"])
+async def test_export_import_export_gives_the_same_events(store: GatewayStore, tmp_path: Path, name: str) -> None:
+    """Hostile events included, ids aside; importing again changes nothing."""
+    events = await fill(store)
+    by_day: Any = "day" if name == "by_day" else None
+    first = await store.audit.export(tmp_path / name, partition_by=by_day)
+    async with GatewayStore(f"sqlite:///{tmp_path}/other.db", redis_url="") as other:
+        outcomes = await other.audit.import_file(tmp_path / name)
+        again = await other.audit.import_file(tmp_path / name)
+        second = await other.audit.export(tmp_path / f"2-{name}", partition_by=by_day)
+        moved = await other.audit.list_recent(1_000)
+
+    assert (first.rows, second.rows) == (120, 120)
+    assert (outcomes, again) == ({WriteOutcome.STORED: 120}, {WriteOutcome.DUPLICATE: 120})
+    assert values(moved) == values(events)
+    written = tmp_path / name
+    assert first.bytes == sum(each.stat().st_size for each in [written, *written.rglob("*")] if each.is_file())
+    if name == "e.parquet":
+        tables = [comparable(parquet.read_table(each)) for each in (written, tmp_path / f"2-{name}")]
+        rows = [{(row["request_id"], row["org_id"]): row | {"id": None} for row in table} for table in tables]
+        assert rows[0] == rows[1]
+
+
+async def test_jsonl_is_what_the_models_dump(store: GatewayStore, tmp_path: Path) -> None:
+    """Each line is `model_dump(mode="json")` of an event, oldest first; gzip is the same, packed."""
+    events = await fill(store)
+    told: list[int] = []
+    result = await store.audit.export(tmp_path / "e.jsonl", progress=told.append)
+    await store.audit.export(tmp_path / "e.jsonl.gz")
+    text = (tmp_path / "e.jsonl").read_bytes()
+
+    assert [json.loads(line) for line in text.split(b"\n")[:-1]] == [
+        each.model_dump(mode="json") for each in events[::-1]
+    ]
+    assert gzip.decompress((tmp_path / "e.jsonl.gz").read_bytes()) == text
+    assert (result.bytes, result.files, result.format, told[-1]) == (len(text), 1, "jsonl", 120)
+
+
+async def test_parquet_is_read_by_others(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
+    """One file, and a dataset with a folder for each UTC day, hold the same; the types are those of the frames."""
+    start = datetime(2026, 5, 1, 22, tzinfo=UTC)
+    await store.audit.write_many(make_event(timestamp=start + timedelta(hours=hour)) for hour in range(30))
+    await store.audit.export(tmp_path / "e.parquet", decision="ALLOW")
+    result = await store.audit.export(tmp_path / "days", partition_by="day", compression="gzip")
+    one = parquet.read_table(tmp_path / "e.parquet")
+    days = dataset.dataset(tmp_path / "days", partitioning="hive")
+
+    assert one.schema.equals((await store.audit.to_arrow()).schema)
+    assert sorted(each.name for each in (tmp_path / "days").iterdir()) == [f"day=2026-05-0{n}" for n in (1, 2, 3)]
+    assert (result.rows, result.files) == (30, 3)
+    assert days.to_table(filter=dataset.field("day") == "2026-05-01").num_rows == 2
+    assert days.to_table().drop_columns("day").select(one.column_names).to_pylist() == one.to_pylist()
+
+
+HOSTILE_STARTS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\u00a0=1", "\ufeff=1", "\u200b+1")
+HOSTILE_STARTS += (
+    "\uff1d1",
+    "\uff0b1",
+    "\uff0d1",
+    "\uff201",
+    "\x0b=1",
+    "|x",
+    "a\n=1",
+    "a\r\n \t@x",
+    '"=1',
+    "=cmd|' /C calc'!A0",
+)
+
+
+_SIGNS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+
+
+def begins_formula(cell: str) -> bool:
+    """OWASP's list, full-width signs, behind blanks, in every line of the cell."""
+    if cell[:1] in ("\t", "\r", "\n"):
+        return True
+    lines = re.split(r"[\r\n]", cell)
+    invisible = "".join(map(chr, (*range(0x21), 0xA0, 0xAD, 0x180E, *range(0x200B, 0x2010), 0x2060, 0x3000, 0xFEFF)))
+    return any(line.lstrip(invisible).strip()[:1] in _SIGNS for line in lines if line.strip(invisible))
+
+
+async def test_five_thousand_hostile_cells_are_no_formula(
+    store: GatewayStore, make_event: MakeEvent, tmp_path: Path
+) -> None:
+    """None begins a formula by OWASP's list; raw leaves every cell as it is; both are RFC 4180."""
+    hostile = Hostile(5)
+    names = (
+        "caller_id",
+        "caller_role",
+        "mcp_server",
+        "tool_name",
+        "matched_policy_rule",
+        "environment",
+        "llm_explanation",
+    )
+    names += ("session_id", "policy_version", "deterministic_rationale")
+    cells = [start + hostile.text()[:50] for start in HOSTILE_STARTS for _ in range(25)]
+    events = [make_event(**dict(zip(names, cells[number:] + cells[:number], strict=False))) for number in range(500)]
+    await store.audit.write_many(events)
+    await store.audit.export(tmp_path / "safe.csv")
+    await store.audit.export(tmp_path / "raw.csv", raw=True)
+    safe, raw = (
+        list(csv.DictReader(io.StringIO((tmp_path / name).read_bytes().decode(), newline="")))
+        for name in ("safe.csv", "raw.csv")
+    )
+    stored = [event.model_dump(mode="json") for event in (await store.audit.list_recent(1_000))[::-1]]
+    checked = [row[name] for row in safe for name in names]
+
+    assert len(checked) == 5_000
+    assert sum(map(begins_formula, (row[name] for row in raw for name in names))) > 4_000
+    assert [cell for cell in checked if begins_formula(cell)] == []
+    assert [{name: row[name] for name in names} for row in raw] == [
+        {name: row[name] for name in names} for row in stored
+    ]
+    assert [[defused(row[name]) for name in names] for row in raw] == [[row[name] for name in names] for row in safe]
+
+
+async def test_none_and_empty_text_differ_in_csv(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
+    """None is an empty field without quotes, and an empty text one with quotes."""
+    await store.audit.write(make_event(session_id=None, trace_id=""))
+    await store.audit.export(tmp_path / "e.csv")
+    head, line = (tmp_path / "e.csv").read_text().splitlines()
+    fields = dict(zip(head.split(","), line.split(","), strict=False))
+
+    assert (fields['"session_id"'], fields['"trace_id"']) == ("", '""')
+
+
+async def test_a_failed_export_leaves_nothing(
+    store: GatewayStore, make_event: MakeEvent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither under the name nor beside it; what was there before stays, unless it is to be replaced."""
+    await store.audit.write(make_event())
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "there.jsonl").write_text("before")
+
+    def broken(_rows: int) -> None:
+        raise RuntimeError("no")
+
+    for name in ("a.jsonl", "a.csv", "a.parquet", "there.jsonl"):
+        with pytest.raises(RuntimeError, match="no"):
+            await store.audit.export(folder / name, progress=broken, overwrite=True)
+    with pytest.raises(RuntimeError, match="no"):
+        await store.audit.export(folder / "days", partition_by="day", progress=broken)
+    with pytest.raises(FileExistsError, match=r"there\.jsonl is there already"):
+        await store.audit.export(folder / "there.jsonl")
+    assert [each.name for each in folder.iterdir()] == ["there.jsonl"]
+    assert (folder / "there.jsonl").read_text() == "before"
+    await store.audit.export(folder / "there.jsonl", overwrite=True)
+    await store.audit.export(folder / "there.jsonl", overwrite=True, partition_by="day", format="parquet")
+    await store.audit.export(folder / "there.jsonl", overwrite=True, partition_by="day", format="parquet")
+
+    assert [each.name for each in folder.iterdir()] == ["there.jsonl"]
+    assert dataset.dataset(folder / "there.jsonl", partitioning="hive").count_rows() == 1
+    assert exporting.ExportResult.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"path": "x"}, "tells no format"),
+        ({"path": "x.xlsx"}, "tells no format"),
+        ({"path": "x.jsonl", "format": "xml"}, "format must be"),
+        ({"path": "x.jsonl", "compression": "rar"}, "compression must be"),
+        ({"path": "x.jsonl", "partition_by": "week"}, "partition_by must be"),
+        ({"path": "x.jsonl", "format": "csv", "partition_by": "day"}, "needs format"),
+        ({"path": "x.jsonl", "raw": True}, "raw=True is for"),
+        ({"path": "x.jsonl", "decision": "MAYBE"}, "decision must be one of"),
+    ],
+)
+async def test_wrong_arguments_write_nothing(
+    store: GatewayStore, tmp_path: Path, arguments: dict[str, Any], says: str
+) -> None:
+    """One sentence, and no file."""
+    out = tmp_path / "out"
+    out.mkdir()
+    given = dict(arguments)
+    with pytest.raises(ValueError, match=says):
+        await store.audit.export(out / given.pop("path"), **given)
+
+    assert list(out.iterdir()) == []
+
+
+async def test_malformed_files_are_one_sentence(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
+    """The record is named, its content is not repeated, and what stood before it is stored."""
+    good = make_event(request_id="good").model_dump_json()
+    for content, says in (
+        (f"{good}\n\n{{secret", "Record 3 of .*not JSON"),
+        (f"{good}\n[1]", "Record 2 of .*not a JSON object"),
+        (f'{good}\n{{"secret": 1}}', r"Record 2 of .*request_id: Field required"),
+        ("[" * 100_000, "Record 1 of .*not JSON"),
+    ):
+        (tmp_path / "e.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=says) as caught:
+            await store.audit.import_file(tmp_path / "e.jsonl")
+        assert 'secret"' not in str(caught.value)
+    (tmp_path / "e.parquet").write_bytes(b"PAR1 this is none")
+    with pytest.raises(ValueError, match="is not Parquet"):
+        await store.audit.import_file(tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match="CSV cannot be read back"):
+        await store.audit.import_file(tmp_path / "e.jsonl", format="csv")  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="There is no"):
+        await store.audit.import_file(tmp_path / "none.jsonl")
+
+    assert await store.audit.get_by_request_id("good") is not None
