@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import servers  # noqa: E402
-from benchmarks import approvals, audit_writes, building, deliveries, keys, memory  # noqa: E402
+from benchmarks import approvals, audit_writes, building, deliveries, exports, keys, memory, queries  # noqa: E402
 from benchmarks.report import Figure, as_json, print_table  # noqa: E402
 
 
@@ -50,6 +50,11 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
         figures += asyncio.run(deliveries.measure(url, repeat=repeat, scale=scale))
     if "keys" in arguments.only:
         figures += asyncio.run(keys.measure(url, repeat=repeat, scale=scale))
+    if "queries" in arguments.only:
+        figures += asyncio.run(queries.measure(url, repeat=repeat, rows=int(arguments.rows * scale)))
+    if "exports" in arguments.only:
+        rows = int(min(arguments.rows, 1_000_000) * scale)
+        figures += asyncio.run(exports.measure(url, repeat=repeat, rows=rows, folder=arguments.folder))
     if "memory" in arguments.only:
         figures += memory.measure(url, scale=scale)
     return figures
@@ -57,12 +62,13 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
 
 def main() -> None:
     """Read the arguments, find a server, measure, print."""
-    parts = ["building", "audit", "sqlite", "approvals", "deliveries", "keys", "memory"]
+    parts = ["building", "audit", "sqlite", "approvals", "deliveries", "keys", "queries", "exports", "memory"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--postgres-url", help="an empty database on a server with fsync=on")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--repeat", type=int, default=3, help="repetitions; medians are shown")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full row counts")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="events that queries read; 10,000,000 takes long")
     parser.add_argument("--json", type=Path, help="write the JSON here and not to the terminal")
     parser.add_argument("--folder", type=Path, help="where SQLite files are put, on the disk to measure")
     arguments = parser.parse_args()

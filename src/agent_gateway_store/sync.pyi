@@ -8,13 +8,16 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 from uuid import UUID
 
+import pandas
+import polars
+import pyarrow as pa
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+from agent_gateway_store.approval.searching import ApprovalFilters
 from agent_gateway_store.audit.exporting import ExportResult
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.reader import pa, pandas, polars
 from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision
@@ -164,13 +167,21 @@ class SyncApprovalManager:
     def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
         """Return the approval of this id, without its token."""
 
+    def expire_stale(self, *, batch_size: int = 500) -> int:
+        """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were."""
+
     def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
     ) -> Page[ApprovalRequest]:
         """Return approvals, newest first, ties broken by id. `next_cursor` leads on; new approvals do not move it."""
 
-    def expire_stale(self, *, batch_size: int = 500) -> int:
-        """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were."""
+    def search(
+        self, *, limit: int = 50, cursor: str | None = None, **filters: Unpack[ApprovalFilters]
+    ) -> Page[ApprovalRequest]:
+        """Return approvals that match every filter (see `ApprovalFilters`), newest first, ties broken by id."""
+
+    def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
+        """Return what happened to an approval, in the order of time."""
 
 class SyncKeyManager:
     def issue(

@@ -209,6 +209,13 @@ CASES: dict[str, Case] = {
         view.approvals.list_requests(limit=1000, cursor=other.cursor),
         *(view.approvals.list_requests(status) for status in other.tokens),
     ],
+    "approvals.search": lambda view, other, _: [
+        view.approvals.search(limit=1000),
+        view.approvals.search(org_id="globex"),
+        view.approvals.search(text=MARK, cursor=other.cursor),
+        view.approvals.search(approver_id=f"by-{MARK}"),
+    ],
+    "approvals.history": lambda view, other, _: [view.approvals.history(each) for each in other.ids.values()],
     "approvals.expire_stale": lambda view, other, _: [view.approvals.expire_stale()],
     "keys.issue": lambda view, other, _: [
         view.keys.issue("only-there", role="r"),

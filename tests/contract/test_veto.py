@@ -18,7 +18,7 @@ from agent_gateway_store.settings import StoreSettings
 
 pytestmark = pytest.mark.integration
 
-TIMEOUT_S = 0.3
+SHORT_S = 0.3
 
 
 class Objector:
@@ -39,9 +39,9 @@ class Objector:
 
 
 @asynccontextmanager
-async def open_with(database_url: str, *plugins: object) -> AsyncIterator[GatewayStore]:
-    """Open a store with these plugins and a short patience."""
-    settings = StoreSettings(plugin_timeout_seconds=TIMEOUT_S)
+async def open_with(database_url: str, *plugins: object, timeout_s: float = 20) -> AsyncIterator[GatewayStore]:
+    """Open a store with these plugins."""
+    settings = StoreSettings(plugin_timeout_seconds=timeout_s)
     async with GatewayStore(database_url, redis_url="", settings=settings, plugins=plugins) as store:
         yield store
 
@@ -100,7 +100,7 @@ async def test_what_is_decided_is_told_without_its_token(database_url: str) -> N
 )
 async def test_a_failure_is_a_refusal(database_url: str, answer: Callable[[Any], Any], reason: str) -> None:
     """Whatever a plugin does instead of answering, nothing is decided, and the loop is not held up."""
-    async with open_with(database_url, Objector("broken", answer)) as store:
+    async with open_with(database_url, Objector("broken", answer), timeout_s=SHORT_S) as store:
         token = await store.approvals.issue_token(make_request())
         error = await refuses(store, token)
         with pytest.raises(DecisionVetoedError):

@@ -1,8 +1,8 @@
 """A gateway's process that asks for approvals and dies, or a worker's that sends what is due. Run by the proofs.
 
 `die URL FILE MOMENT` asks until it kills itself with SIGKILL: `committed`, before the notice of a committed approval is
-sent; `sending`, in the notifier before it told anybody; `sent`, in the notifier just after. `work URL FILE` sends what is
-due and ends. Each notice that arrives is a line of FILE: delivery id, approval id, event.
+sent; `sending`, in the notifier before it told anybody; `sent`, in the notifier just after. `work URL FILE` sends what
+is due and ends. Each notice that arrives is a line of FILE: delivery id, approval id, event.
 """
 
 from __future__ import annotations

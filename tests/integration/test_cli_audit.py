@@ -29,7 +29,7 @@ def test_audit_write_stores_json_lines_and_search_finds_them(cli: Callable[..., 
     assert written.code == 0
     assert written.out.splitlines() == ["1 STORED r0", "2 STORED r1", "3 STORED r2", "4 STORED r3", "6 DUPLICATE r0"]
     assert ids(cli("audit", "search", "--json")) == ["r3", "r2", "r1", "r0"]
-    assert ids(cli("audit", "search", "--json", "--limit", "1")) == ["r3"]
+    assert [item["request_id"] for item in cli("audit", "search", "--json", "--limit", "1").json["items"]] == ["r3"]
     assert ids(cli("audit", "search", "--json", "--caller", "agent-0")) == ["r2", "r0"]
     assert ids(cli("audit", "search", "--json", "--decision", "deny")) == ["r3"]
     assert ids(cli("audit", "search", "--json", "--request-id", "r1")) == ["r1"]

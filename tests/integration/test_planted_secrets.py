@@ -307,6 +307,7 @@ async def test_the_search_finds_what_may_be_seen(trail: Trail) -> None:
     """The places are not empty: what may be shown is found in each of them."""
     seen = {name for name, _ in trail.found("[redacted]", "dev-agent", "approver-1", "approval_requests", "approval")}
 
-    assert {"reprs", "errors", "notices", "logs", "table approval_requests", "table api_keys"} <= seen
+    tables = {"table approval_requests", "table api_keys", "table notification_deliveries"}
+    assert {"reprs", "errors", "notices", "logs", *tables} <= seen
     assert trail.texts["signals"]
     assert "sqlalchemy.engine" in trail.texts["logs"]

@@ -145,6 +145,23 @@ asyncio.run(main())
     assert Path(file).is_relative_to(python.parents[1] / "lib")
 
 
+def test_the_installed_package_renders(python: Path, elsewhere: Path) -> None:
+    """Tables, cards and the plain desk with the core dependencies alone; the widget's files are there."""
+    script = """
+from importlib.resources import files
+from agent_gateway_store import Page, SyncGatewayStore, ToolCall
+from agent_gateway_store.notebook import inbox
+
+call = ToolCall(server="files", tool="read_file")
+with SyncGatewayStore("sqlite:///rendering.db", auto_migrate=True) as store:
+    desk = inbox(store, approver="alice", widgets=False)._repr_html_()
+shown = [Page([call])._repr_html_(), call._repr_html_(), desk]
+assets = [files("agent_gateway_store.notebook").joinpath(name).is_file() for name in ("inbox.js", "inbox.css")]
+print(all("--ags-bg" in html for html in shown), all(assets))
+"""
+    assert run(python, "-W", "error", "-c", script, cwd=elsewhere).split() == ["True", "True"]
+
+
 def test_the_installed_demo_runs(python: Path, elsewhere: Path) -> None:
     """The main job, end to end, in an empty folder."""
     shown = run(python.with_name("gateway-store"), "demo", cwd=elsewhere)

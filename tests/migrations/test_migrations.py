@@ -350,3 +350,36 @@ def test_contributors_can_run_alembic(url: str) -> None:
         assert ended.returncode == 0, ended.stderr
 
     assert f"{migrate.head()} (head)" in ended.stdout
+
+
+async def test_rows_outlive_the_way_to_0002_and_back(engine: AsyncEngine) -> None:
+    """Old rows keep all they hold, without a transaction; rows written since have one, on PostgreSQL."""
+    columns = "id, request_id, org_id, timestamp, caller_id, caller_role, environment, mcp_server, tool_name, "
+    columns += "raw_args_hash, sanitized_args, risk_labels, risk_score, matched_policy_rule, decision, latency_ms, "
+    columns += "output_decision, redaction_flags, deterministic_rationale"
+
+    def insert(number: int) -> str:
+        values = (
+            f"{number}, 'r-{number}', 'acme', '2026-05-01 00:00:00', 'c', 'r', 'e', 's', 't', '{'0' * 64}', '{{}}', "
+        )
+        return f"INSERT INTO audit_events ({columns}) VALUES ({values} '[]', 0.5, 'p', 'ALLOW', 1, 'ALLOW', '[]', 'd')"
+
+    async def read(names: str) -> list[Any]:
+        async with engine.begin() as connection:
+            return [
+                tuple(row) for row in await connection.execute(text(f"SELECT {names} FROM audit_events ORDER BY id"))
+            ]
+
+    await migrate.upgrade(engine, "0001_initial")
+    await execute(engine, insert(1))
+    before = await read(columns)
+    await migrate.upgrade(engine)
+    await execute(engine, insert(2))
+    transactions = [row[0] for row in await read("transaction_id")]
+    after = await read(columns)
+    await migrate.downgrade(engine, "0001_initial")
+    back = await read(columns)
+
+    assert (transactions[0], transactions[1] is not None) == (None, engine.dialect.name == "postgresql")
+    assert after[:1] == before
+    assert back == after

@@ -9,7 +9,8 @@ from typing import Any
 from agent_gateway_store import AuditEvent, GatewayStore, hookimpl
 from agent_gateway_store.settings import StoreSettings
 
-TIMEOUT_S = 0.3
+SHORT_S = 0.3
+"""The patience for plugins that are meant to run out of time."""
 
 
 class Editor:
@@ -46,8 +47,8 @@ class Listener:
 
 
 @asynccontextmanager
-async def open_with(*plugins: object, timeout_s: float = TIMEOUT_S, **settings: Any) -> AsyncIterator[GatewayStore]:
-    """Open a SQLite store in the current folder with these plugins and a short patience."""
+async def open_with(*plugins: object, timeout_s: float = 20, **settings: Any) -> AsyncIterator[GatewayStore]:
+    """Open a SQLite store in the current folder with these plugins."""
     chosen = StoreSettings(plugin_timeout_seconds=timeout_s, **settings)
     async with GatewayStore("sqlite:///gateway.db", redis_url="", settings=chosen, plugins=plugins) as store:
         yield store

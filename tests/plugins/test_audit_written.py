@@ -6,7 +6,7 @@ import asyncio
 import threading
 
 import pytest
-from audit_helpers import Listener, open_with
+from audit_helpers import SHORT_S, Listener, open_with
 
 from agent_gateway_store import WriteOutcome, hookimpl
 from agent_gateway_store.audit import telling
@@ -69,7 +69,7 @@ async def test_a_slow_plugin_loses_events_and_holds_up_nobody(
     monkeypatch.setattr(telling, "_MAX_WAITING", 10)
     gate = threading.Event()
     slow = Listener("slow", lambda: gate.wait(10))
-    async with open_with(slow, timeout_s=20) as store:
+    async with open_with(slow) as store:
         for index in range(40):
             assert await store.audit.write(make_event(request_id=f"r-{index}")) is WriteOutcome.STORED
             await asyncio.sleep(0.002)
@@ -83,7 +83,7 @@ async def test_a_slow_plugin_loses_events_and_holds_up_nobody(
 
 async def test_closing_waits_a_bounded_time_for_a_hung_plugin() -> None:
     """The store closes; what was not told is counted."""
-    async with open_with(Listener("hung", lambda: asyncio.sleep(60)), timeout_s=0.2) as store:
+    async with open_with(Listener("hung", lambda: asyncio.sleep(60)), timeout_s=SHORT_S) as store:
         await store.audit.write(make_event())
         async with asyncio.timeout(5):
             await store.close()

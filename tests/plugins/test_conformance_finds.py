@@ -123,7 +123,7 @@ BAD = """
             return f"Leaks({SECRET})"
 
     class Suite(NotifierConformance):
-        timeout_s = 1.0
+        timeout_s = 3.0
 
         @pytest.fixture
         def notifier(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import ipaddress
+import logging
 import ssl
 import sys
 from collections.abc import Iterator
@@ -351,9 +352,10 @@ async def test_proxy_variables_are_not_read(monkeypatch: pytest.MonkeyPatch) -> 
     assert (proxy.connections, len(server.requests)) == (0, 1)
 
 
-async def test_a_given_proxy_is_used(connects: list[Any]) -> None:
-    """It resolves and connects; credentials go to it alone."""
+async def test_a_given_proxy_is_used(connects: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    """It resolves and connects; credentials go to it alone, and into no log."""
     async with serving(OK) as proxy:
+        caplog.set_level(logging.DEBUG)
         given = f"http://user:p%40ss@127.0.0.1:{proxy.port}"
         await notifier_for("http://hooks.example/x", None, allow_http=True, proxy=given).notify_pending(make_notice())
 
@@ -361,6 +363,7 @@ async def test_a_given_proxy_is_used(connects: list[Any]) -> None:
     assert request.line == "POST http://hooks.example:80/x HTTP/1.1"
     assert base64.b64decode(request.headers["proxy-authorization"].removeprefix("Basic ")) == b"user:p@ss"
     assert {address[1] for address in connects} == {proxy.port}
+    assert not any(secret in caplog.text for secret in ("p@ss", "p%40ss", "dXNlcjpwQHNz"))
 
 
 async def test_addresses_are_judged_before_a_proxy(connects: list[Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page as Tab
+from playwright.sync_api import TimeoutError as TimedOutError
 from playwright.sync_api import expect
 
 from agent_gateway_store import ApprovalRequest, SyncGatewayStore, ToolCall
@@ -54,12 +55,17 @@ def run_all(tab: Tab, address: str, name: str) -> None:
     """Open a notebook and run its cells."""
     tab.goto(address.format(name), wait_until="domcontentloaded")
     tab.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    tab.locator(
-        'jp-button[data-command="notebook:restart-run-all"], [data-jp-item-name="restart-and-run"]'
-    ).first.click()
-    tab.locator(".jp-Dialog .jp-mod-accept").click()
+    tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+    cells = tab.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor")
+    for at in range(cells.count()):
+        cells.nth(at).click()
+        tab.keyboard.press("Control+Enter")
     failed = "[data-mime-type='application/vnd.jupyter.error']"
-    tab.wait_for_selector(f".ags-inbox .ags-item, {failed}", timeout=60_000)
+    try:
+        tab.wait_for_selector(f".ags-inbox .ags-item, {failed}", timeout=60_000)
+    except TimedOutError:
+        picture(tab, f"inbox-{name}-failed")
+        raise
     assert tab.locator(failed).all_inner_texts() == []
 
 

@@ -157,6 +157,9 @@ def _note_import(name: str, module: ast.Module, imports: _Imports) -> None:
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
             imports[node.module or ""].add(_RENAMED.get(name, name))
             return
+        if isinstance(node, ast.Import) and any((alias.asname or alias.name) == name for alias in node.names):
+            imports[ast.unparse(node)] = set()
+            return
     own = module.body[-1]
     assert isinstance(own, ast.Expr)
     imports[ast.literal_eval(own.value)].add(name)
@@ -164,10 +167,11 @@ def _note_import(name: str, module: ast.Module, imports: _Imports) -> None:
 
 def _import_lines(imports: _Imports) -> str:
     groups: list[list[str]] = [[], [], []]
-    for module, names in sorted(imports.items()):
-        top = module.partition(".")[0]
+    # Whole modules (`import x as y`, which bring no names) come first in their group.
+    for module, names in sorted(imports.items(), key=lambda item: (bool(item[1]), item[0])):
+        top = module.removeprefix("import ").partition(" ")[0].partition(".")[0]
         group = 0 if top in sys.stdlib_module_names else 2 if top == "agent_gateway_store" else 1
-        groups[group].append(f"from {module} import {', '.join(sorted(names))}\n")
+        groups[group].append(f"from {module} import {', '.join(sorted(names))}\n" if names else f"{module}\n")
     return "\n".join("".join(group) for group in groups if group)
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, select, tuple_
 
-from agent_gateway_store.approval.cursors import decode_cursor, encode_cursor
 from agent_gateway_store.approval.rows import request_of
-from agent_gateway_store.approval.transitions import expire, overdue, read, requests, seen_status
+from agent_gateway_store.approval.transitions import expire, overdue, read, requests
 from agent_gateway_store.models.approval import ApprovalRequest
-from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Executor
+from agent_gateway_store.storage.keyset import decode_cursor, encode_cursor
 
 __all__ = ["COLUMNS", "page", "sweep"]
 
@@ -32,7 +31,7 @@ COLUMNS = (
 async def page(
     executor: Executor,
     *conditions: ColumnElement[bool],
-    status: ApprovalStatus | None,
+    scope: bytes,
     limit: int,
     cursor: str | None,
 ) -> Page[ApprovalRequest]:
@@ -42,13 +41,13 @@ async def page(
         InvalidCursorError: The cursor did not come from this listing.
     """
     statement = read(*conditions).order_by(requests.c.created_at.desc(), requests.c.id.desc()).limit(limit + 1)
-    if status is not None:
-        statement = statement.where(seen_status() == status)
     if cursor is not None:
-        statement = statement.where(tuple_(requests.c.created_at, requests.c.id) < tuple_(*decode_cursor(cursor)))
+        statement = statement.where(
+            tuple_(requests.c.created_at, requests.c.id) < tuple_(*decode_cursor(scope, cursor))
+        )
     rows = (await executor.execute(statement)).mappings().all()
     found = [request_of(row) for row in rows[:limit]]
-    following = encode_cursor(found[-1].created_at, found[-1].id or 0) if len(rows) > limit else None
+    following = encode_cursor(scope, found[-1].created_at, found[-1].id or 0) if len(rows) > limit else None
     return Page(found, next_cursor=following, columns=COLUMNS, record_type=ApprovalRequest)
 
 

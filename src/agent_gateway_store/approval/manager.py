@@ -8,7 +8,6 @@ from datetime import datetime, timedelta
 from typing import Any, Self
 from uuid import UUID
 
-from sqlalchemy import ColumnElement
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.approval import deciding, listing, using
@@ -16,20 +15,19 @@ from agent_gateway_store.approval.deciding import Ballot
 from agent_gateway_store.approval.entries import Entries
 from agent_gateway_store.approval.issuing import insert_or_rebind, issue_values
 from agent_gateway_store.approval.listing import COLUMNS
+from agent_gateway_store.approval.lookup import ApprovalLookup
 from agent_gateway_store.approval.notifier import notice_of
 from agent_gateway_store.approval.recording import Later, Outbox, record
 from agent_gateway_store.approval.rows import Name, request_of, result_of, standing
 from agent_gateway_store.approval.shared import Shared
 from agent_gateway_store.approval.statements import CANCEL, DENY, READ, Key
 from agent_gateway_store.approval.told import Look, news_of
-from agent_gateway_store.approval.transitions import requests
 from agent_gateway_store.approval.vetoing import require_no_veto
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.hooks.vetoes import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
 from agent_gateway_store.models.scrub import Scrubber, storable_key
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
-from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.bounds import require_between
@@ -44,7 +42,7 @@ _PENDING = ApprovalStatus.PENDING
 _LARGEST_BATCH = 10_000
 
 
-class ApprovalManager:
+class ApprovalManager(ApprovalLookup):
     """One decision per approval, one use per approval, in any number of processes.
 
     SQL decides everything; Redis only makes reads fast, and may be absent, down, flushed or wrong. An approval of
@@ -329,25 +327,6 @@ class ApprovalManager:
             raise ApprovalNotFoundError
         return found
 
-    async def list_requests(
-        self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
-    ) -> Page[ApprovalRequest]:
-        """Return approvals, newest first, ties broken by id. `next_cursor` leads on; new approvals do not move it.
-
-        Args:
-            status: Only these, as a reader sees them (EXPIRED from the deadline on). None: all.
-            limit: At most so many, 1 to 2^31 - 1.
-            cursor: `next_cursor` of the page before.
-
-        Raises:
-            InvalidCursorError: The cursor did not come from this listing.
-            ValueError: There is no such status, or `limit` is out of range.
-        """
-        require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
-        wanted = None if status is None else ApprovalStatus(status)
-        async with self._work.read() as executor:
-            return await listing.page(executor, *self._mine(), status=wanted, limit=limit, cursor=cursor)
-
     async def expire_stale(self, *, batch_size: int = 500) -> int:
         """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were.
 
@@ -369,9 +348,6 @@ class ApprovalManager:
                 await self._decided(row, None, mine)
             swept += len(rows)
         return swept
-
-    def _mine(self) -> tuple[ColumnElement[bool], ...]:
-        return () if self._org_id is None else (requests.c.org_id == self._org_id,)
 
     def _name(self, token: str | None, approval_id: UUID | str | None) -> Name:
         if (token is None) == (approval_id is None):

@@ -24,9 +24,10 @@ from sqlalchemy import (
     type_coerce,
 )
 
-from agent_gateway_store.audit.filters import Criteria, period
+from agent_gateway_store.audit.filters import Criteria
 from agent_gateway_store.audit.statements import SameDialect, conditions, finite, table
 from agent_gateway_store.results import Stats
+from agent_gateway_store.storage.narrowing import period
 from agent_gateway_store.storage.selecting import Query, compiled
 
 __all__ = ["GROUPS", "bucket_of", "columns_of", "grouped", "stats_of"]

@@ -20,7 +20,7 @@ from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.preparing import Preparing
 from agent_gateway_store.audit.progress import counted, told
 from agent_gateway_store.audit.reader import AuditReader
-from agent_gateway_store.audit.row import Record, event_record, withheld
+from agent_gateway_store.audit.row import Record, event_record
 from agent_gateway_store.audit.telling import Telling
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
@@ -107,7 +107,7 @@ class AuditLog(AuditReader):
             (prepared,) = await self._preparing.prepare([record])
         except asyncio.CancelledError:
             # Somebody cancels every task there is; the event is kept all the same.
-            writer.take(withheld(record))
+            writer.take(self._preparing.give_up(record))
             raise
         return await writer.write(prepared)
 

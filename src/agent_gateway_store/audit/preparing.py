@@ -66,11 +66,20 @@ class Preparing:
         Each plugin sees what the one before it made. What one could not look at goes on without its texts and
         arguments, so that nothing that was to be redacted gets through.
         """
-        prepared = list(records)
+        prepared, failed = list(records), set[int]()
         for line in self._lines:
-            made = await line.through(prepared)
-            prepared = [self._withhold(old) if new is None else new for old, new in zip(prepared, made, strict=True)]
+            for index, made in enumerate(await line.through(prepared)):
+                if made is None:
+                    failed.add(index)
+                    made = withheld(prepared[index])
+                prepared[index] = made
+        self.withheld += len(failed)
         return prepared
+
+    def give_up(self, record: Record) -> Record:
+        """Return the record as it is kept when nobody can wait for the plugins any more."""
+        self.withheld += 1
+        return withheld(record)
 
     async def detached(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run `work` to its end even if the caller is cancelled; `settle` waits for it."""
@@ -83,10 +92,6 @@ class Preparing:
         """Wait for everything that was begun so far."""
         if self._under_way:
             await asyncio.wait(set(self._under_way))
-
-    def _withhold(self, record: Record) -> Record:
-        self.withheld += 1
-        return withheld(record)
 
 
 class _Line:

@@ -198,7 +198,7 @@ class AuditReader(AuditQuery):
         if partition_by not in (None, "day"):
             raise ValueError(f'partition_by must be "day" or None, not {partition_by!r}.')
         by_day = partition_by == "day"
-        kind, packed = ("parquet", compression) if by_day and format is None else format_of(target, format, compression)
+        kind, packed = format_of(target, format, compression, default="parquet" if by_day else None)
         if by_day and kind != "parquet":
             raise ValueError('partition_by="day" needs format="parquet".')
         if raw and kind != "csv":
@@ -209,7 +209,7 @@ class AuditReader(AuditQuery):
                 self._database,
                 found,
                 target,
-                format=kind,  # type: ignore[arg-type]  # narrowed above
+                format=kind,
                 compression=packed,
                 by_day=by_day,
                 raw=raw,

@@ -24,8 +24,12 @@ _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _GZIP_LEVEL = 6
 
 
-def format_of(path: Path, given: str | None, compression: str | None) -> tuple[Format, Compression | None]:
+def format_of(
+    path: Path, given: str | None, compression: str | None, *, default: Format | None = None
+) -> tuple[Format, Compression | None]:
     """Return the format and compression that the arguments or else the suffixes of `path` name.
+
+    With neither, it is `default`.
 
     Raises:
         ValueError: Neither names one, or there is no such format or compression.
@@ -36,7 +40,7 @@ def format_of(path: Path, given: str | None, compression: str | None) -> tuple[F
         raise ValueError(f'compression must be "gzip" or "zstd", not {compression!r}.')
     if given is None:
         last = suffixes[-2:-1] if packed else suffixes[-1:]
-        given = _FORMATS.get(last[0]) if last else None
+        given = _FORMATS.get(last[0], default) if last else default
         if given is None:
             raise ValueError(
                 f"The name {path.name!r} tells no format: let it end in .jsonl, .csv or .parquet (and .gz or .zst), "

@@ -33,20 +33,43 @@ _COLUMNS = {
 def list_approvals(
     ctx: typer.Context,
     status: Annotated[
-        str | None, typer.Option(help="PENDING, APPROVED, DENIED, EXPIRED, CANCELLED or USED; default: all.")
+        list[str] | None, typer.Option(help="PENDING, APPROVED, DENIED, EXPIRED, CANCELLED or USED; default: all.")
     ] = None,
+    caller: Annotated[list[str] | None, typer.Option(help="Asked by this caller.")] = None,
+    tool: Annotated[list[str] | None, typer.Option(help="Calls of this tool.")] = None,
+    server: Annotated[list[str] | None, typer.Option(help="Calls to this server.")] = None,
+    approver: Annotated[list[str] | None, typer.Option(help="Decided by this approver.")] = None,
+    request_id: Annotated[list[str] | None, typer.Option(help="For this request id.")] = None,
+    since: Annotated[str | None, typer.Option(help="Asked from this time on: 24h ago, or 2026-05-01T12:00Z.")] = None,
+    until: Annotated[str | None, typer.Option(help="Asked before this time.")] = None,
+    text: Annotated[str | None, typer.Option(help="Stands in the tool, the risk explanation or the note.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    cursor: Annotated[str | None, typer.Option(help="Where the page before ended; with the same filters.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List approvals, newest first."""
+    """List the approvals that match every filter, newest first."""
+    from agent_gateway_store.approval.searching import narrowed
     from agent_gateway_store.models import ApprovalStatus
 
-    wanted = None if status is None else choose(ApprovalStatus, status, "--status")
+    given: dict[str, Any] = {
+        "status": [choose(ApprovalStatus, each, "--status") for each in status or ()] or None,
+        "caller_id": caller or None,
+        "tool": tool or None,
+        "server": server or None,
+        "approver_id": approver or None,
+        "request_id": request_id or None,
+        "since": since,
+        "until": until,
+        "text": text,
+    }
+    try:
+        narrowed(given, "sqlite", None)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None
 
     async def work() -> Any:
         async with open_store(ctx) as store:
-            return await store.approvals.list_requests(wanted, limit=limit, cursor=cursor)
+            return await store.approvals.search(limit=limit, cursor=cursor, **given)
 
     print_page(
         run(work()),
@@ -54,6 +77,22 @@ def list_approvals(
         whole={"approval_id", "status"},
         optional={"created_at", "approver_id"},
         as_json=json,
+    )
+
+
+@app.command()
+def history(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) -> None:
+    """Tell what happened to an approval: who asked, voted, decided, what came of it, who was told."""
+
+    async def work() -> Any:
+        async with open_store(ctx) as store:
+            return await store.approvals.history(approval_id)
+
+    from agent_gateway_store.results import Page
+
+    rows = [{**row, "at": f"{row['at'].isoformat().removesuffix('+00:00')}Z"} for row in run(work())]
+    print_page(
+        Page(rows), columns={name: name for name in ("at", "event", "by", "status", "note", "channel")}, as_json=json
     )
 
 

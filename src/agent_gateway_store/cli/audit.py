@@ -98,6 +98,7 @@ def stats(
     """Count calls, denials, approvals and errors, with latency percentiles in milliseconds."""
 
     from agent_gateway_store.audit.grouping import bucket_of, columns_of
+    from agent_gateway_store.results import Page
 
     try:
         names, length = columns_of(by), bucket_of(bucket)
@@ -109,8 +110,9 @@ def stats(
             return await store.audit.stats(names, length, **filters)
 
     found = run(work())
+    rows = [{**row, "bucket": f"{row['bucket'].isoformat()[:-6]}Z"} if "bucket" in row else row for row in found]
     columns = {name: _HEADINGS.get(name, name) for name in found.columns or ()}
-    print_page(found, columns=columns, as_json=json)
+    print_page(Page(rows), columns=columns, as_json=json)
 
 
 def print_events(events: Page[AuditEvent]) -> None:

@@ -52,16 +52,12 @@ def filtered(command: Callable[..., None]) -> Callable[..., None]:
 
     signature = inspect.signature(command, eval_str=True)
     own = [each for each in signature.parameters.values() if each.name != "filters"]
+    only = inspect.Parameter.KEYWORD_ONLY
     options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[kind, typer.Option(flag, help=text)],
-        )
+        inspect.Parameter(name, only, default=None, annotation=Annotated[kind, typer.Option(flag, help=text)])
         for name, (kind, flag, text) in _OPTIONS.items()
     ]
     with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own), *options]
+        parameters=[*(each.replace(kind=only) for each in own), *options]
     )
     return with_options

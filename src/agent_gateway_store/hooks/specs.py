@@ -132,8 +132,9 @@ def gateway_store_before_audit_write(event: AuditEvent) -> AuditEvent | Awaitabl
     decided stands.
 
     A plugin that raises, takes too long, or changes what stands must not let through what it was to redact: the event
-    is stored without its texts and arguments, each marked `[WITHHELD]` and flagged `PLUGIN_FAILED`. After a timeout
-    the plugin is left alone for as long, and events are withheld meanwhile.
+    is stored without its texts and arguments, each marked `[WITHHELD]` and flagged `PLUGIN_FAILED`
+    (`store.audit.counters.withheld`). After a timeout the plugin is left alone for as long, and events are withheld
+    meanwhile. A plugin that only enriches catches its own errors.
 
     Args:
         event: As it would be stored. A copy of its own, which may be changed.

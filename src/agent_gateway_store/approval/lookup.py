@@ -1,0 +1,88 @@
+"""The part of `ApprovalManager` that only reads lists and histories."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+from uuid import UUID
+
+from sqlalchemy import ColumnElement
+
+from agent_gateway_store.approval import listing
+from agent_gateway_store.approval.rows import Name, standing
+from agent_gateway_store.approval.searching import ApprovalFilters, history, narrowed
+from agent_gateway_store.approval.transitions import requests
+from agent_gateway_store.errors import ApprovalNotFoundError
+from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.results import Page
+from agent_gateway_store.storage.bounds import require_between
+from agent_gateway_store.storage.database import Work, dialect_of
+
+__all__ = ["ApprovalLookup"]
+
+
+class ApprovalLookup:
+    """Finds approvals and tells their story."""
+
+    _work: Work
+    _org_id: str | None
+
+    async def list_requests(
+        self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
+    ) -> Page[ApprovalRequest]:
+        """Return approvals, newest first, ties broken by id. `next_cursor` leads on; new approvals do not move it.
+
+        Args:
+            status: Only these, as a reader sees them (EXPIRED from the deadline on). None: all.
+            limit: At most so many, 1 to 2^31 - 1.
+            cursor: `next_cursor` of the page before.
+
+        Raises:
+            InvalidCursorError: The cursor did not come from this listing.
+            ValueError: There is no such status, or `limit` is out of range.
+        """
+        return await self.search(limit=limit, cursor=cursor, status=status)
+
+    async def search(
+        self, *, limit: int = 50, cursor: str | None = None, **filters: Unpack[ApprovalFilters]
+    ) -> Page[ApprovalRequest]:
+        """Return approvals that match every filter (see `ApprovalFilters`), newest first, ties broken by id.
+
+        `next_cursor` leads on to older ones; approvals that are asked for meanwhile do not move it.
+
+        Args:
+            limit: At most so many, 1 to 2^31 - 1.
+            cursor: `next_cursor` of the page before; the filters must be the same.
+            filters: caller_id, request_id, org_id, tool, server, status, approver_id, since, until, text.
+
+        Raises:
+            InvalidCursorError: The cursor did not come from this search.
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: There is no such status or time, or `limit` is out of range.
+        """
+        require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
+        async with self._work.read() as executor:
+            found, scope = narrowed(filters, dialect_of(executor), self._org_id)
+            return await listing.page(executor, *self._mine(), *found, scope=scope, limit=limit, cursor=cursor)
+
+    async def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
+        """Return what happened to an approval, in the order of time.
+
+        Each row has `at`, `event` (asked, vote, decided, expired, used, outcome, notice), `by` (caller, approver or
+        notifier), `status`, `note` and `channel`. A used approval without an outcome shows it as unknown.
+
+        Raises:
+            ApprovalNotFoundError: There is no such approval.
+        """
+        try:
+            name = Name(None, approval_id if isinstance(approval_id, UUID) else UUID(approval_id), self._org_id)
+        except (ValueError, AttributeError, TypeError):
+            raise ApprovalNotFoundError from None
+        async with self._work.read() as executor:
+            found = await standing(executor, name)
+            if found is None:
+                raise ApprovalNotFoundError
+            return await history(executor, found)
+
+    def _mine(self) -> tuple[ColumnElement[bool], ...]:
+        return () if self._org_id is None else (requests.c.org_id == self._org_id,)

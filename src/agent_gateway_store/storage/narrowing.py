@@ -1,0 +1,126 @@
+"""Values that listings are narrowed by, as callers give them: checked, and made what a column holds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, as_utc
+from agent_gateway_store.models.scrub import Scrubber, storable_key
+
+__all__ = ["Moment", "OneOrMore", "key", "label", "moment", "pattern", "period", "score", "several", "word"]
+
+OneOrMore: TypeAlias = str | Sequence[str] | set[str] | frozenset[str]
+"""A value, or several of which any may match."""
+
+Moment: TypeAlias = datetime | timedelta | str
+"""A time; a timedelta or "24h" is so long ago; other text is an ISO 8601 time (UTC unless it names a zone)."""
+
+_LONGEST_TEXT = 1_000
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_PERIOD = re.compile(r"\s*(\d{1,9})\s*([smhdw])\s*", re.ASCII)
+
+
+def moment(name: str, given: Any) -> datetime:
+    """Return the time that a caller means, in UTC.
+
+    Raises:
+        TypeError: `given` is neither a datetime, nor a timedelta, nor text.
+        ValueError: The text is no time.
+    """
+    if isinstance(given, datetime):
+        return as_utc(given)
+    if isinstance(given, str) and not _PERIOD.fullmatch(given.lower()):
+        try:
+            return as_utc(datetime.fromisoformat(given.strip()))
+        except ValueError:
+            raise ValueError(
+                f'{name} must be a time such as "2026-05-01T12:00Z" or a period such as "24h" or "7d", not {given!r}.'
+            ) from None
+    if not isinstance(given, str | timedelta):
+        raise TypeError(f'{name} must be a datetime, a timedelta or text such as "24h", not {type(given).__name__}.')
+    ago = period(name, given)
+    try:
+        return utc_now() - ago
+    except OverflowError:
+        return UTC_MIN if ago > timedelta() else UTC_MAX
+
+
+def period(name: str, given: Any) -> timedelta:
+    """Return a length of time: a timedelta, or text such as "90s", "15m", "24h", "7d", "2w".
+
+    Raises:
+        TypeError: `given` is neither.
+        ValueError: The text is no period.
+    """
+    if isinstance(given, timedelta):
+        return given
+    if not isinstance(given, str):
+        raise TypeError(f'{name} must be a timedelta or text such as "1h", not {type(given).__name__}.')
+    found = _PERIOD.fullmatch(given.lower())
+    if found is None:
+        raise ValueError(f'{name} must be a number with a unit, such as "90s", "15m", "24h" or "7d", not {given!r}.')
+    try:
+        return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    except OverflowError:
+        return timedelta.max
+
+
+def several(check: Callable[[str, Any], Any], name: str, given: Any) -> Any:
+    """Check a value, or each of several; several come sorted and once."""
+    if isinstance(given, str) or not isinstance(given, Sequence | set | frozenset):
+        return check(name, given)
+    found = sorted({check(name, each) for each in given})
+    return found[0] if len(found) == 1 else found
+
+
+def key(name: str, given: Any) -> str:
+    """Return text as an indexed column holds it; TypeError for anything else."""
+    return storable_key(_text(name, given))
+
+
+def word(kind: type[StrEnum], name: str, given: Any) -> StrEnum:
+    """Return a member of `kind`; ValueError names those that there are, TypeError is for what is no text."""
+    try:
+        return kind(_text(name, given))
+    except ValueError:
+        raise ValueError(f"{name} must be one of {', '.join(kind)}, not {given!r}.") from None
+
+
+def label(name: str, given: Any) -> str:
+    """Return text as JSON columns hold it; TypeError for anything else."""
+    return Scrubber().text(name, _text(name, given))
+
+
+def _text(name: str, given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError(f"{name} must be text, not {type(given).__name__}.")
+    return given
+
+
+def score(name: str, given: Any) -> float:
+    """Return a float; TypeError for what is no number, ValueError for NaN."""
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise TypeError(f"{name} must be a number, not {type(given).__name__}.")
+    try:
+        found = float(given)
+    except OverflowError:
+        found = math.copysign(math.inf, given)
+    if math.isnan(found):
+        raise ValueError(f"{name} must be a number, not NaN.")
+    return found
+
+
+def pattern(name: str, given: Any) -> str:
+    """Return the LIKE pattern (escaped by a backslash) of what contains a text; ValueError if that is empty or long."""
+    text = Scrubber().text(name, _text(name, given))
+    if not 0 < len(text) <= _LONGEST_TEXT:
+        raise ValueError(f"{name} must have 1 to {_LONGEST_TEXT:,} characters, not {len(text):,}.")
+    for special in ("\\", "%", "_"):
+        text = text.replace(special, f"\\{special}")
+    return f"%{text}%"

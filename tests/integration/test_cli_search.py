@@ -1,0 +1,107 @@
+"""`gateway-store audit`: filters, pages, statistics, exports and imports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cli_helpers
+import pytest
+from cli_helpers import ids
+
+from commands import Outcome, event_line, gateway_store
+
+pytestmark = pytest.mark.integration
+
+url, cli = cli_helpers.url, cli_helpers.cli
+
+
+@pytest.fixture
+def filled(cli: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """A database with ten events."""
+    lines = [
+        event_line(
+            f"r{n}", caller_id=f"agent-{n % 2}", tool_name=f"tool_{n % 3}", decision="DENY" if n > 6 else "ALLOW",
+            latency_ms=n, risk_labels=["PII"] if n % 2 else [], timestamp=f"2026-05-0{1 + n // 5}T00:00:0{n}Z",
+        )
+        for n in range(10)
+    ]  # fmt: skip
+    assert cli("audit", "write", input="\n".join(lines)).code == 0
+    return cli
+
+
+def test_filters_are_combined_and_pages_lead_on(filled: Callable[..., Outcome]) -> None:
+    """An option that is given twice takes either; times and words are taken as people write them."""
+
+    def found(*options: str) -> list[str]:
+        return ids(filled("audit", "search", "--json", *options))
+
+    assert found("--caller", "agent-1", "--decision", "deny") == ["r9", "r7"]
+    assert found("--caller", "agent-1", "--caller", "agent-0", "--limit", "20") == [f"r{n}" for n in range(9, -1, -1)]
+    assert found("--since", "2026-05-02", "--until", "2026-05-02T00:00:07Z", "--label", "PII") == ["r5"]
+    assert found("--text", "TOOL\\_2") == []
+    assert found("--text", "TOOL_2") == ["r8", "r5", "r2"]
+    first = filled("audit", "search", "--tool", "tool_0", "--limit", "3")
+    cursor = first.err.split()[-1]
+    assert found("--tool", "tool_0", "--cursor", cursor) == ["r0"]
+    other = filled("audit", "search", "--tool", "tool_1", "--cursor", cursor)
+    assert (other.code, "not of this listing" in other.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["search", "--since", "soon"], "since must be a time"),
+        (["search", "--decision", "maybe"], "decision must be one of"),
+        (["search", "--request-id", "r1", "--caller", "a"], "--request-id alone"),
+        (["stats", "--by", "weather"], "by must name one or more"),
+        (["stats", "--bucket", "1y"], "bucket must be a number"),
+        (["tail", "--status", "FINE"], "execution_status must be one of"),
+        (["export", "x"], "tells no format"),
+        (["export", "x.jsonl", "--partition-by", "day"], "needs format"),
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(tmp_path: Path, arguments: list[str], says: str) -> None:
+    """Exit code 2 and what is wrong."""
+    found = gateway_store("--database-url", f"sqlite:///{tmp_path}/cli.db", "audit", *arguments)
+
+    assert found.code == 2
+    assert says in " ".join(found.err.replace("│", " ").split())
+    assert "Traceback" not in found.err
+
+
+def test_stats_are_a_table_or_json(filled: Callable[..., Outcome]) -> None:
+    """Grouped by several columns and by time, narrowed by filters."""
+    rows = filled("audit", "stats", "--json", "--by", "caller_id", "--bucket", "1d", "--label", "PII").json["items"]
+    table = filled("audit", "stats", "--by", "decision")
+
+    assert [(row["bucket"], row["calls"], row["denials"], row["latency_p95_ms"]) for row in rows] == [
+        ("2026-05-01T00:00:00Z", 2, 0, 3),
+        ("2026-05-02T00:00:00Z", 3, 2, 9),
+    ]
+    assert all(word in table.out for word in ("DENY", "ALLOW", "p99 ms"))
+
+
+def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], tmp_path: Path) -> None:
+    """JSONL, which `audit write` reads, too, and Parquet; nothing is stored twice or overwritten unasked."""
+    exported = filled("audit", "export", str(tmp_path / "e.jsonl.gz"), "--json", "--decision", "ALLOW")
+    filled("audit", "export", str(tmp_path / "days"), "--partition-by", "day")
+    again = filled("audit", "export", str(tmp_path / "e.jsonl.gz"))
+
+    def other(*arguments: str) -> Outcome:
+        return gateway_store("--database-url", f"sqlite:///{tmp_path}/other.db", *arguments)
+
+    assert (exported.code, exported.json["rows"], exported.json["files"]) == (0, 7, 1)
+    assert (again.code, again.err) == (
+        1,
+        f"{tmp_path}/e.jsonl.gz is there already: choose another name, or overwrite it on purpose.\n",
+    )
+    assert other("audit", "import", str(tmp_path / "e.jsonl.gz")).out == "7 STORED\n"
+    assert other("audit", "import", str(tmp_path / "days"), "--json").json == {"DUPLICATE": 7, "STORED": 3}
+    assert len(ids(other("audit", "search", "--json"))) == 10
+    missing, malformed = other("audit", "import", "none.jsonl"), tmp_path / "bad.jsonl"
+    malformed.write_text(json.dumps({"secret": 1}))
+    bad = other("audit", "import", str(malformed))
+    assert (missing.code, missing.err) == (1, "There is no none.jsonl: check the name.\n")
+    assert (bad.code, "Record 1 of" in bad.err, "Traceback" in bad.err) == (1, True, False)
