@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["jupyter_environment", "lab", "write_notebook"]
+from playwright.sync_api import Page as Tab
+
+__all__ = ["jupyter_environment", "lab", "run_all", "write_notebook"]
 
 _START_S = 60
 
@@ -30,6 +32,17 @@ def write_notebook(path: Path, *cells: str) -> None:
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     path.write_text(json.dumps({"cells": code, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+
+
+def run_all(tab: Tab, address: str, name: str) -> None:
+    """Open a notebook in a browser and run its cells, once its kernel has started."""
+    tab.goto(address.format(name), wait_until="domcontentloaded")
+    tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+    cells = tab.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor")
+    cells.first.wait_for(timeout=60_000)
+    for at in range(cells.count()):
+        cells.nth(at).click()
+        tab.keyboard.press("Control+Enter")
 
 
 @contextmanager

@@ -57,7 +57,8 @@ assert Path("week.svg").read_text().startswith("<svg")
 # --8<-- [start:offline]
 import altair
 
-altair.renderers.enable("svg")
+altair.renderers.enable("jupyter", offline=True)  # live, with tooltips
+altair.renderers.enable("svg")  # still; also for pages made of notebooks
 # --8<-- [end:offline]
 assert "image/svg+xml" in chart._repr_mimebundle_()
 store.close()

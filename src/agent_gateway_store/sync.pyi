@@ -48,7 +48,7 @@ class SyncAuditLog:
         self,
         path: str | PathLike[str],
         *,
-        format: Literal['jsonl', 'parquet'] | None = None,
+        format: Literal["jsonl", "parquet"] | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> Counter[WriteOutcome]:
         """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store."""
@@ -85,9 +85,9 @@ class SyncAuditLog:
         self,
         path: str | PathLike[str],
         *,
-        format: Literal['jsonl', 'csv', 'parquet'] | None = None,
-        compression: Literal['gzip', 'zstd'] | None = None,
-        partition_by: Literal['day'] | None = None,
+        format: Literal["jsonl", "csv", "parquet"] | None = None,
+        compression: Literal["gzip", "zstd"] | None = None,
+        partition_by: Literal["day"] | None = None,
         raw: bool = False,
         overwrite: bool = False,
         progress: bool | Callable[[int], None] = False,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import gzip
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -226,6 +228,49 @@ async def test_a_failed_export_leaves_nothing(
     assert exporting.ExportResult.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
+async def test_a_cancelled_read_leaves_nothing_behind(
+    store: GatewayStore, make_event: MakeEvent, tmp_path: Path
+) -> None:
+    """No file and no connection in use, at whatever moment it is cancelled; the store goes on."""
+    await store.audit.write_many(make_event() for _ in range(3_000))
+    reads: list[Callable[[], Any]] = [
+        lambda: store.audit.export(tmp_path / "e.jsonl"),
+        lambda: store.audit.export(tmp_path / "e.parquet"),
+        lambda: store.audit.export(tmp_path / "days", partition_by="day"),
+        store.audit.to_arrow,
+        store.audit.stats,
+    ]
+    for number in range(30):
+        task = asyncio.create_task(reads[number % len(reads)]())
+        await asyncio.sleep(0.001 * (number // len(reads)) ** 2)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or task.exception() is None
+        assert [each for each in tmp_path.iterdir() if each.suffix == ".partial"] == []
+        for each in (tmp_path / "e.jsonl", tmp_path / "e.parquet"):
+            each.unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "days", ignore_errors=True)
+
+    assert (await store.audit.stats())[0]["calls"] == 3_000
+
+
+async def test_a_database_in_memory_survives_a_broken_read(make_event: MakeEvent, tmp_path: Path) -> None:
+    """It lives in one connection, which an export that fails must not take with it."""
+
+    def broken(_rows: int) -> None:
+        raise RuntimeError("no")
+
+    async with GatewayStore("sqlite://", redis_url="") as memory:
+        await memory.audit.write(make_event())
+        for name in ("e.jsonl", "e.parquet"):
+            with pytest.raises(RuntimeError, match="no"):
+                await memory.audit.export(tmp_path / name, progress=broken)
+        async for event in memory.audit.stream():
+            await memory.audit.write(make_event(caller_id=f"after-{event.caller_id}"))
+
+        assert len(await memory.audit.list_recent()) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -265,6 +310,12 @@ async def test_malformed_files_are_one_sentence(store: GatewayStore, make_event:
         with pytest.raises(ValueError, match=says) as caught:
             await store.audit.import_file(tmp_path / "e.jsonl")
         assert 'secret"' not in str(caught.value)
+    await store.audit.export(tmp_path / f"{'é' * 120}.parquet")
+    table = parquet.read_table(tmp_path / f"{'é' * 120}.parquet")
+    place = table.column_names.index("sanitized_args")
+    parquet.write_table(table.set_column(place, "sanitized_args", pa.array(["{secret"])), tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"Record 1 of .*sanitized_args: not JSON"):
+        await store.audit.import_file(tmp_path / "e.parquet")
     (tmp_path / "e.parquet").write_bytes(b"PAR1 this is none")
     with pytest.raises(ValueError, match="is not Parquet"):
         await store.audit.import_file(tmp_path / "e.parquet")

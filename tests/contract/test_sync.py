@@ -331,3 +331,28 @@ def test_async_iterator_becomes_an_iterator(store: SyncGatewayStore) -> None:
     assert not service.closed.is_set()
     items.close()
     assert service.closed.is_set()
+
+
+def test_streams_and_followers_are_plain_iterators(
+    store: SyncGatewayStore, make_event: Callable[..., AuditEvent], tmp_path: Path
+) -> None:
+    """Also beside a running loop: search, stream, statistics, exports, and a follower that is left early."""
+
+    async def notebook() -> None:
+        store.audit.write_many(make_event(request_id=f"r-{number}") for number in range(30))
+        streamed = [event.request_id for event in store.audit.stream(caller_id="dev-agent")]
+        assert streamed == [event.request_id for event in store.audit.search(limit=50)]
+        assert store.audit.stats("caller_id")[0]["calls"] == 30
+        assert store.audit.export(tmp_path / "e.jsonl").rows == 30
+        assert store.audit.import_file(tmp_path / "e.jsonl") == Counter({WriteOutcome.DUPLICATE: 30})
+        assert len(store.audit.to_pandas()) == 30
+        cursor = store.audit.changes().next_cursor
+        followed = store.audit.follow(start=cursor, poll_s=0.01)
+        store.audit.write(make_event(request_id="new"))
+        assert next(followed).request_id == "new"
+        followed.close()
+        for event in store.audit.stream():
+            assert event.request_id == "new"
+            break
+
+    asyncio.run(notebook())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cli_helpers
 import pytest
-from cli_helpers import ids
+from cli_helpers import ask, ids
 
 from commands import Outcome, event_line, gateway_store
 
@@ -105,3 +105,26 @@ def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], 
     bad = other("audit", "import", str(malformed))
     assert (missing.code, missing.err) == (1, "There is no none.jsonl: check the name.\n")
     assert (bad.code, "Record 1 of" in bad.err, "Traceback" in bad.err) == (1, True, False)
+
+
+def test_approvals_are_found_by_filters_and_tell_their_story(url: str, cli: Callable[..., Outcome]) -> None:
+    """Filters are combined; the history names who asked and who decided; an unknown id is not found."""
+    first, second = ask(url, "r-1", caller_id="agent-1"), ask(url, "r-2", caller_id="agent-2")
+    cli("approvals", "approve", first, "--approver", "carla", "--note", "go ahead")
+
+    def found(*options: str) -> list[str]:
+        return ids(cli("approvals", "list", "--json", *options))
+
+    assert found("--status", "approved", "--status", "PENDING") == ["r-2", "r-1"]
+    assert found("--caller", "agent-1", "--tool", "delete_file", "--since", "1h", "--approver", "carla") == ["r-1"]
+    assert found("--text", "AHEAD") == ["r-1"]
+    assert found("--until", "1h") == []
+    story = cli("approvals", "history", first, "--json").json["items"]
+    assert [(row["event"], row["by"]) for row in story if row["event"] != "notice"] == [
+        ("asked", "agent-1"),
+        ("vote", "carla"),
+        ("decided", "carla"),
+    ]
+    assert "asked" in cli("approvals", "history", second).out
+    assert cli("approvals", "history", "none").code == 4
+    assert cli("approvals", "list", "--since", "soon").code == 2

@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from agent_gateway_store import ApprovalRequest, SyncGatewayStore, ToolCall
 from browser import browser, picture
-from jupyter import lab, write_notebook
+from jupyter import lab, run_all, write_notebook
 
 pytestmark = pytest.mark.system
 
@@ -51,15 +51,9 @@ def ask(store: SyncGatewayStore, name: str, **fields: str) -> str:
     return token
 
 
-def run_all(tab: Tab, address: str, name: str) -> None:
-    """Open a notebook and run its cells."""
-    tab.goto(address.format(name), wait_until="domcontentloaded")
-    tab.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    tab.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
-    cells = tab.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-editor")
-    for at in range(cells.count()):
-        cells.nth(at).click()
-        tab.keyboard.press("Control+Enter")
+def open_desk(tab: Tab, address: str, name: str) -> None:
+    """Run a notebook until its desk shows something."""
+    run_all(tab, address, name)
     failed = "[data-mime-type='application/vnd.jupyter.error']"
     try:
         tab.wait_for_selector(f".ags-inbox .ags-item, {failed}", timeout=60_000)
@@ -88,7 +82,7 @@ def test_an_approver_decides_in_a_notebook(
 
     with browser(local=True, width=1300) as (context, seen):
         tab = context.new_page()
-        run_all(tab, address, f"{kind}.ipynb")
+        open_desk(tab, address, f"{kind}.ipynb")
         items = tab.locator(".ags-inbox .ags-item")
         expect(items).to_have_count(3)
         picture(tab, f"inbox-{kind}-waiting")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import assert_type
+from typing import Any, assert_type
 from uuid import UUID
 
 from pydantic import SecretStr
@@ -40,6 +40,7 @@ from agent_gateway_store.models import PendingApproval
 from agent_gateway_store.plugins.apprise import AppriseNotifier
 from agent_gateway_store.plugins.slack import SlackCallback, SlackNotifier, SlackReply
 from agent_gateway_store.plugins.webhook import Received, WebhookNotifier, WebhookReceiver, WebhookSettings
+from agent_gateway_store.results import Stats
 from agent_gateway_store.storage.cache import get_json, get_redis, set_json
 from agent_gateway_store.storage.database import get_db
 from agent_gateway_store.testing import MovableClock, RecordingNotifier, make_notice
@@ -129,6 +130,19 @@ async def bundled(store: GatewayStore, body: bytes, headers: Mapping[str, str]) 
 @hookimpl
 def gateway_store_veto_decision(request: PendingApproval, decision: str) -> str | None:
     return f"not {request.tool_call.tool}" if decision == "APPROVED" else None
+
+
+async def queries(store: GatewayStore, twin: SyncGatewayStore) -> None:
+    assert_type(await store.audit.search(caller_id="a", decision=["DENY"], since="24h"), Page[AuditEvent])
+    assert_type(await store.audit.stats("caller_id", bucket="1h"), Stats)
+    async for event in store.audit.follow(tool_name="t"):
+        assert_type(event, AuditEvent)
+    for event in twin.audit.stream(min_risk_score=0.5):
+        assert_type(event, AuditEvent)
+    assert_type((await store.audit.export("events.jsonl")).rows, int)
+    assert_type(await store.approvals.history("id"), Page[dict[str, Any]])
+    await store.audit.search(callerid="a")  # type: ignore[call-arg]
+    await store.approvals.search(status=5)  # type: ignore[arg-type]
 
 
 def wrong_uses_are_found(store: SyncGatewayStore, event: AuditEvent) -> None:

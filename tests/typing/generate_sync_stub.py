@@ -21,9 +21,9 @@ from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.store import GatewayStore
 
 STUB = Path(sync.__file__).with_suffix(".pyi")
-TWINS = {cls.__name__: f"Sync{cls.__name__}" for cls in (ApprovalManager, AuditLog, GatewayStore, KeyManager, Notifications)}
-
 _CLASSES = (AuditLog, ApprovalManager, KeyManager, Notifications, GatewayStore)
+TWINS = {cls.__name__: f"Sync{cls.__name__}" for cls in _CLASSES}
+
 _ATTRIBUTES = {
     GatewayStore: (
         "    @property\n    def settings(self) -> StoreSettings:\n",
@@ -136,7 +136,7 @@ def _arguments(arguments: ast.arguments) -> Iterator[str]:
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:
-    text = ast.unparse(argument)
+    text = ast.unparse(argument).replace("'", '"')
     if default is None:
         return text
     value = ast.unparse(default).replace("'", '"')

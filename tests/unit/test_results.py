@@ -194,3 +194,19 @@ def test_a_tool_call_is_one_line_in_a_terminal() -> None:
     text = rendered(Page([{"tool_call": call} for call in calls]))
     assert "files.delete path=a.txt" in text
     assert re.search(r"files\.delete +│", text)
+
+
+def test_a_page_of_anything_renders() -> None:
+    """What is no record has one column; a notebook shows no traceback in place of a list."""
+    page = Page(range(2))
+
+    assert ">1</td>" in page._repr_html_()
+    assert "value" in rendered(page)
+    assert page.to_arrow().to_pydict() == {"value": [0, 1]}
+
+
+def test_what_cannot_be_seen_is_shown() -> None:
+    """Zero-width characters and bidi marks could make one name look like another."""
+    html = Page([{"a": "ad\u200bmin\u2066\ufeff"}])._repr_html_()
+
+    assert "ad\\u200bmin\\u2066\\ufeff" in html

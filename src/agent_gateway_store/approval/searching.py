@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypedDict
 from uuid import UUID
 
@@ -116,19 +117,21 @@ async def history(executor: Executor, request: ApprovalRequest) -> Page[dict[str
     if request.used_at is not None:
         rows.append(_step(request.used_at, "used", by=request.caller_id, status=ApprovalStatus.USED))
         rows.append(_step(request.used_at, "outcome", note=request.outcome or "unknown"))
+    # A decision is stamped microseconds before the vote that it follows from, so the story's own order comes first.
+    reached = list(accumulate((row["at"] for row in rows), max))
     for delivery in await _rows(executor, _deliveries, _deliveries.c.created_at, request.approval_id):
-        done = delivery["delivered_at"]
+        reached.append(delivery["delivered_at"] or delivery["created_at"])
         rows.append(
             _step(
-                done or delivery["created_at"],
+                reached[-1],
                 "notice",
                 by=delivery["notifier"],
                 status=delivery["status"],
                 note=delivery["last_error"] or f"{delivery['event']}, {delivery['attempts']} attempts",
             )
         )
-    # Sorting keeps the order of what happened at one instant: a vote, and what it decided.
-    return Page(sorted(rows, key=lambda row: row["at"]), columns=_STORY)
+    order = sorted(range(len(rows)), key=reached.__getitem__)
+    return Page((rows[index] for index in order), columns=_STORY)
 
 
 _DECIDED = {ApprovalStatus.CANCELLED: "CANCELLED"}

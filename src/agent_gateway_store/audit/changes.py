@@ -81,14 +81,16 @@ async def changes(runner: Runner, found: Criteria, cursor: str, limit: int) -> t
 async def _sqlite_step(
     runner: Runner, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
+    # Both statements read one snapshot: what no filter lets through is not looked at again.
+    newest = (await fetch(runner, compiled(select(func.max(table.c.id)), dialect), {}))[0][0] or 0
     if place is None and is_now:
-        last = await fetch(runner, compiled(select(func.max(table.c.id)), dialect), {})
-        return [], _Place(id=last[0][0] or 0), False
+        return [], _Place(id=newest), False
     last_id = place.id if place else 0
     values = parameters(dialect, found.values) | {"p_id": last_id}
     rows = await fetch(runner, _query("added", dialect, found, limit + 1), values)
-    is_more, rows = len(rows) > limit, rows[:limit]
-    return rows, _Place(id=rows[-1][0] if rows else last_id), is_more
+    if len(rows) <= limit:
+        return rows, _Place(id=max(newest, last_id)), False
+    return rows[:limit], _Place(id=rows[limit - 1][0]), True
 
 
 async def _postgres_step(

@@ -77,17 +77,24 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
     try:
         source = dataset.dataset(path, format="parquet", exclude_invalid_files=False)
         names = [name for name in FIELDS if name in source.schema.names]
+        number = 0
         for batch in source.to_batches(columns=names, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
-            for number, record in enumerate(batch.to_pylist(), start=1):
-                for name in JSON_FIELDS:
-                    if isinstance(text := record.get(name), str):
-                        try:
-                            record[name] = json.loads(text)
-                        except (ValueError, RecursionError):
-                            raise _malformed(path, number, f"{name}: not JSON") from None
+            for record in batch.to_pylist():
+                number += 1
+                for name in record.keys() & set(JSON_FIELDS):
+                    record[name] = _read(record[name], path, number, name)
                 yield record
     except pa.ArrowInvalid as exc:
         raise ValueError(f"{path} is not Parquet: check that the file is whole.") from exc
+
+
+def _read(text: Any, path: Path, number: int, name: str) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise _malformed(path, number, f"{name}: not JSON") from None
 
 
 def _malformed(path: Path, number: int, fault: str) -> ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -54,7 +55,9 @@ class ParquetFiles:
         if kind is not None:
             self._waiting.clear()
             if self._writer is not None:
-                self._writer.close()
+                # Where the disk is full this fails, too, and would hide why the body failed.
+                with suppress(Exception):
+                    self._writer.close()
             return
         self._close()
         if self._by_day:

@@ -63,7 +63,7 @@ def partial(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     if not overwrite and os.path.lexists(path):
         raise _exists(path)
-    written = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.partial")
+    written = _beside(path, "partial")
     try:
         yield written
         if written.is_dir():
@@ -77,6 +77,12 @@ def partial(path: Path, *, overwrite: bool) -> Iterator[Path]:
         else:
             written.unlink(missing_ok=True)
         raise
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    # Within what a file system takes for one name, 255 bytes.
+    name = path.name.encode()[:200].decode("utf-8", "ignore")
+    return path.with_name(f".{name}.{secrets.token_hex(6)}.{suffix}")
 
 
 def _place_file(written: Path, path: Path, *, overwrite: bool) -> None:
@@ -99,7 +105,7 @@ def _place_folder(written: Path, path: Path, *, overwrite: bool) -> None:
     sync(written)
     old = None
     if overwrite and os.path.lexists(path):
-        old = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.old")
+        old = _beside(path, "old")
         path.rename(old)
     try:
         written.rename(path)

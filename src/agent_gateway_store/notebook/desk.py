@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Desk", "inbox", "shown"]
 
+_ARGUMENT_CHARS = 20_000
+
 
 def inbox(store: Any, *, approver: str, limit: int = 50, interval_s: float = 2.0, widgets: bool = True) -> Desk:
     """Show the approvals that wait, live, with buttons to approve and deny them and a note.
@@ -137,13 +139,16 @@ async def _awaited(answer: Any) -> Any:
 
 
 def shown(request: ApprovalRequest) -> dict[str, str]:
-    """An approval as text, with nothing in it that could reorder or hide what an approver reads."""
+    """Return an approval as text, with nothing in it that could reorder or hide what an approver reads.
+
+    Arguments of more than 20,000 characters are cut, which is said with their length.
+    """
     call = request.tool_call
     return {
         "id": str(request.approval_id),
         "caller": visible(request.caller_id),
         "call": visible(f"{call.server}.{call.tool}"),
-        "arguments": pretty_json(call.arguments),
+        "arguments": pretty_json(call.arguments, most=_ARGUMENT_CHARS),
         "why": visible(request.risk_explanation),
         "asked": request.created_at.isoformat(),
         "expires": request.expires_at.isoformat() if request.expires_at else "",

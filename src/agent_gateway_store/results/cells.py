@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum
 from functools import cache
@@ -23,21 +23,24 @@ _CELL_CHARS = 120
 _GLANCE_CHARS = 48
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
     code: f"\\u{code:04x}"
-    for code in (0x61C, *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+    for code in (
+        *(0x61C, 0x200B, *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x206A), 0xFEFF),
+        *range(0xD800, 0xE000),
+    )
 }
 
 
 def as_dict(item: Any) -> dict[str, Any]:
     """Return a record as JSON values without what its repr, or that of a model inside it, hides."""
     if not isinstance(item, BaseModel):
-        return dict(item)
+        return dict(item) if isinstance(item, Mapping) else {"value": item}
     return item.model_dump(mode="json", exclude=_hidden(type(item)))
 
 
 def fields_of(item: Any) -> dict[str, Any]:
     """Return a record's fields as they are; hidden ones are left out, models inside it are dicts."""
     if not isinstance(item, BaseModel):
-        return dict(item)
+        return dict(item) if isinstance(item, Mapping) else {"value": item}
     values = {column.name: getattr(item, column.name, None) for column in columns_of(type(item))}
     return {name: _plain(value) for name, value in values.items()}
 
@@ -53,7 +56,7 @@ def shown(page: Page[Any]) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """Return text with its control characters, bidi marks and lone surrogates shown rather than obeyed.
+    """Return text with control characters, bidi marks, invisible characters and lone surrogates shown, not obeyed.
 
     Args:
         keep: Characters that stay as they are.

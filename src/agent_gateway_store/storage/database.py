@@ -268,15 +268,24 @@ class Database:
 
     @asynccontextmanager
     async def driver(self) -> AsyncIterator[Any]:
-        """Lend the driver's own connection for a read that may take long. One whose use raised is not used again."""
+        """Lend the driver's own connection for a read that may take long.
+
+        One of PostgreSQL whose use raised is not used again. SQLite's is: a database in memory would go with it.
+        """
+        task = asyncio.current_task()
+        cancelled_before = task.cancelling() if task else 0
         with self._counted(), database_errors("be read"):
             async with self._reader.connect() as connection:
                 try:
                     yield (await connection.get_raw_connection()).driver_connection
                 except GeneratorExit:  # a reader that has seen enough
                     raise
-                except BaseException:
-                    await connection.invalidate()
+                except BaseException as exc:
+                    if self.dialect != "sqlite":
+                        await connection.invalidate()
+                    if task and task.cancelling() > cancelled_before and isinstance(exc, Exception):
+                        # The driver answers a COPY that is cancelled with errors of its own.
+                        raise asyncio.CancelledError from exc
                     raise
 
     @contextmanager
