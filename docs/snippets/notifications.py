@@ -5,10 +5,7 @@ import logging
 from datetime import timedelta
 from uuid import uuid4
 
-# --8<-- [start:imports]
 from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, ToolCall, errors
-
-# --8<-- [end:imports]
 
 logging.getLogger("agent_gateway_store.hooks").setLevel(logging.CRITICAL)
 
