@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, case, delete, func, select, update
 
 from agent_gateway_store.delivery.claims import deliveries
-from agent_gateway_store.errors import InvalidCursorError
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Executor, db_now
+from agent_gateway_store.storage.keyset import foreign_cursor, pack, unpack
 
 __all__ = ["COLUMNS", "counts", "page", "prune", "redrive"]
 
@@ -27,34 +25,32 @@ _COUNTED = ("notifier", "is_loaded", "waiting", "due", "dead", "oldest")
 async def page(
     executor: Executor,
     *conditions: ColumnElement[bool],
+    scope: bytes,
     limit: int,
     cursor: str | None,
 ) -> Page[NotificationDelivery]:
-    """Read one page, newest first.
+    """Read one page, newest first; `scope` binds its cursor to the listing.
 
     Raises:
         InvalidCursorError: The cursor did not come from this listing.
     """
     statement = select(deliveries).where(*conditions).order_by(deliveries.c.id.desc()).limit(limit + 1)
     if cursor is not None:
-        statement = statement.where(deliveries.c.id < _decode(cursor))
+        statement = statement.where(deliveries.c.id < _decode(scope, cursor))
     rows = (await executor.execute(statement)).mappings().all()
     found = [NotificationDelivery.from_row(dict(row)) for row in rows[:limit]]
-    return Page(found, next_cursor=_encode(found[-1].id or 0) if len(rows) > limit else None, columns=COLUMNS)
+    return Page(found, next_cursor=_encode(scope, found[-1].id or 0) if len(rows) > limit else None, columns=COLUMNS)
 
 
-def _encode(row_id: int) -> str:
-    return base64.urlsafe_b64encode(f"delivery|{row_id}".encode()).decode()
+def _encode(scope: bytes, row_id: int) -> str:
+    return pack(scope, row_id.to_bytes(8))
 
 
-def _decode(cursor: str) -> int:
-    try:
-        kind, _, row_id = base64.b64decode(cursor.encode(), altchars=b"-_", validate=True).decode().partition("|")
-        if kind == "delivery" and row_id.isascii() and row_id.isdigit() and int(row_id) < 2**63:
-            return int(row_id)
-    except (ValueError, binascii.Error, AttributeError):
-        pass
-    raise InvalidCursorError("This cursor is not of this listing: start again without one.")
+def _decode(scope: bytes, cursor: str) -> int:
+    payload = unpack(scope, cursor)
+    if len(payload) != 8 or (row_id := int.from_bytes(payload)) >= 2**63:
+        raise foreign_cursor()
+    return row_id
 
 
 async def counts(executor: Executor, *conditions: ColumnElement[bool], loaded: tuple[str, ...]) -> Page[dict[str, Any]]:

@@ -14,7 +14,9 @@ from agent_gateway_store.delivery.outbox import StoreOutbox
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.results import Page
+from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.keyset import scope_of
 
 __all__ = ["Notifications"]
 
@@ -51,15 +53,15 @@ class Notifications:
 
         Raises:
             InvalidCursorError: The cursor did not come from this listing.
-            ValueError: There is no such status, the id is none, or `limit` is below 1.
+            ValueError: There is no such status, the id is none, or `limit` is below 1 or above 2^31 - 1.
         """
-        if limit < 1:
-            raise ValueError(f"limit must be 1 or more, not {limit}.")
+        require_between("limit", limit, 1, hint="for more deliveries, go on with next_cursor")
         wanted = None if status is None else DeliveryStatus(status)
         about = None if approval_id is None else _uuid(approval_id)
         conditions = self._mine(notifier=notifier, status=wanted, approval_id=about)
+        scope = scope_of("notifications.list", self._org_id, [wanted, notifier, about])
         async with self._database.read() as executor:
-            return await queries.page(executor, *conditions, limit=limit, cursor=cursor)
+            return await queries.page(executor, *conditions, scope=scope, limit=limit, cursor=cursor)
 
     async def counts(self) -> Page[dict[str, Any]]:
         """Count what has not arrived, a line for each notifier.

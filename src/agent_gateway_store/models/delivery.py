@@ -50,6 +50,7 @@ class NotificationDelivery(StoreModel, table=True):
         CheckConstraint("status IN ('DUE', 'DELIVERED', 'DEAD')", name="status"),
         CheckConstraint("attempts >= 0", name="attempts"),
         Index(None, "status", "next_attempt_at", "id"),
+        Index(None, "status", "notifier", "next_attempt_at", "id"),
         Index(None, "approval_id"),
         Index(None, "org_id", "created_at", "id"),
     )
