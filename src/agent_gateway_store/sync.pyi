@@ -69,7 +69,9 @@ class SyncAuditLog:
     def changes(self, cursor: str = "now", *, limit: int = 1000, **filters: Unpack[Filters]) -> Page[AuditEvent]:
         """Return the events that were committed since `cursor`, in the order of their commits."""
 
-    def follow(self, *, start: str = "now", poll_s: float = 0.5, **filters: Unpack[Filters]) -> Iterator[AuditEvent]:
+    def follow(
+        self, *, start: str = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
+    ) -> Iterator[AuditEvent]:
         """Yield new events as they are committed, without end; what `changes` promises holds."""
 
     def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:

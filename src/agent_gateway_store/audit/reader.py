@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["AuditReader"]
 
 _FOLLOWED = 1_000
-_PATIENCE_S = 60.0
 _LONGEST_PAUSE_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.audit")
 
@@ -85,21 +84,22 @@ class AuditReader(AuditQuery):
         return page
 
     async def follow(
-        self, *, start: str = "now", poll_s: float = 0.5, **filters: Unpack[Filters]
+        self, *, start: str = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
     ) -> AsyncIterator[AuditEvent]:
         """Yield new events as they are committed, without end; what `changes` promises holds.
 
-        A database that is away is waited for, for a minute. No connection is held between two looks.
+        A database that is away is waited for. No connection is held between two looks.
 
         Args:
             start: "now": what is committed from the first iteration on; "beginning": everything; or a cursor of
                 `changes` with the same filters.
             poll_s: Seconds between two looks at the database.
+            patience_s: For how many seconds a database that is away is waited for.
             filters: See `Filters`.
 
         Raises:
             InvalidCursorError: `start` is no cursor of `changes`.
-            StoreUnavailableError: The database was away for a minute.
+            StoreUnavailableError: The database was away for longer than `patience_s`.
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such decision, status or time, or `poll_s` is not above zero.
         """
@@ -107,17 +107,19 @@ class AuditReader(AuditQuery):
             raise ValueError(f"poll_s must be more than zero, not {poll_s}.")
         cursor = start
         loop = asyncio.get_running_loop()
-        answered = loop.time()
+        answered, is_away = loop.time(), False
         while True:
             try:
                 page, is_more = await self._changes(cursor, _FOLLOWED, filters)
             except StoreUnavailableError as exc:
-                if loop.time() - answered > _PATIENCE_S:
+                if loop.time() - answered > patience_s:
                     raise
-                _logger.warning("Following the audit log waits for the database: %s", exc)
+                if not is_away:
+                    _logger.warning("Following the audit log waits for the database: %s", exc)
+                is_away = True
                 await asyncio.sleep(min(max(poll_s, 0.1), _LONGEST_PAUSE_S))
                 continue
-            answered, cursor = loop.time(), page.next_cursor or cursor
+            answered, is_away, cursor = loop.time(), False, page.next_cursor or cursor
             for event in page:
                 yield event
             answered = loop.time()

@@ -140,6 +140,7 @@ def tail(
     filters: dict[str, Any],
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=10_000, help="Events to show at first.")] = 10,
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a database that is away.")] = 60.0,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Go on until Ctrl-C.")] = True,
     json: JsonOption = False,
 ) -> None:
@@ -154,7 +155,7 @@ def tail(
             if not follow or start is None:
                 return
             shown = {event.id for event in first}
-            async for event in store.audit.follow(start=start, poll_s=interval, **filters):
+            async for event in store.audit.follow(start=start, poll_s=interval, patience_s=patience, **filters):
                 if event.id not in shown:
                     _print_lines([event], as_json=json)
 
