@@ -127,7 +127,8 @@ def test_setting_is_documented(name: str) -> None:
     """Every setting has its row, with its default."""
     [row] = [line for line in reference("settings").splitlines() if line.startswith(f"| `{name.upper()}` |")]
     default = StoreSettings.model_fields[name].default
-    shown = {None: "none", True: "`true`", False: "`false`"}.get(default) if default in (None, True, False) else None
+    words = ((None, "none"), (True, "`true`"), (False, "`false`"))
+    shown = next((word for value, word in words if default is value), None)
 
     if StoreSettings.model_fields[name].default_factory is None:
         assert row.split(" | ")[1] == (shown or f"`{default}`")
