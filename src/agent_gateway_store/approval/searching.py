@@ -19,7 +19,7 @@ from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Executor
 from agent_gateway_store.storage.keyset import scope_of
-from agent_gateway_store.storage.narrowing import Moment, OneOrMore, key, moment, pattern, several, word
+from agent_gateway_store.storage.narrowing import Moment, OneOrMore, checked, key, moment, pattern, several, word
 
 __all__ = ["ApprovalFilters", "history", "narrowed"]
 
@@ -64,13 +64,8 @@ def narrowed(filters: Mapping[str, Any], dialect: str, org_id: str | None) -> tu
     """
     found: list[ColumnElement[bool]] = []
     spelt: dict[str, Any] = {}
-    for name, given in filters.items():
-        if name not in _CHECKS:
-            raise TypeError(f"There is no filter {name!r}: use one of {', '.join(_CHECKS)}.")
-        if given is None:
-            continue
-        value = _CHECKS[name](name, given)
-        spelt[name] = str(given) if name in ("since", "until") else value
+    for name, value, spelling in checked(filters, _CHECKS):
+        spelt[name] = spelling
         found.append(_condition(name, value, dialect))
     return found, scope_of("approvals", org_id, spelt)
 

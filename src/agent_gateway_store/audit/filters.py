@@ -9,7 +9,18 @@ from typing import Any, TypedDict
 
 from agent_gateway_store.models.audit import Decision, ExecutionStatus, OutputDecision
 from agent_gateway_store.storage.keyset import scope_of
-from agent_gateway_store.storage.narrowing import Moment, OneOrMore, key, label, moment, pattern, score, several, word
+from agent_gateway_store.storage.narrowing import (
+    Moment,
+    OneOrMore,
+    checked,
+    key,
+    label,
+    moment,
+    pattern,
+    score,
+    several,
+    word,
+)
 
 __all__ = ["Criteria", "Filters", "criteria"]
 
@@ -82,16 +93,9 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None, listing: str = "
     if org_id is not None:
         shape.append(("bound", False))
         values["p_bound"] = org_id
-    for name, given in filters.items():
-        if name not in _CHECKS:
-            raise TypeError(f"There is no filter {name!r}: use one of {', '.join(_CHECKS)}.")
-        if given is None:
-            continue
-        value = _CHECKS[name](name, given)
-        several = isinstance(value, list)
-        shape.append((name, several))
-        values[f"p_{name}"] = value
-        spelt[name] = str(given) if name in ("since", "until") else value
+    for name, value, spelling in checked(filters, _CHECKS):
+        shape.append((name, isinstance(value, list)))
+        values[f"p_{name}"], spelt[name] = value, spelling
     return Criteria(tuple(sorted(shape)), values, scope_of(listing, org_id, spelt))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.delivery import DeliveryReport
     from agent_gateway_store.hooks.dispatch import Dispatcher
+    from agent_gateway_store.hooks.lanes import Lanes, gathered
     from agent_gateway_store.hooks.loading import Plugins
     from agent_gateway_store.hooks.markers import hookimpl, hookspec
     from agent_gateway_store.hooks.plugin import PluginRecord
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "DeliveryReport": "delivery",
     "Dispatcher": "dispatch",
+    "Lanes": "lanes",
     "Notifier": "specs",
     "PluginRecord": "plugin",
     "Plugins": "loading",
     "describe": "text",
+    "gathered": "lanes",
     "hookimpl": "markers",
     "hookspec": "markers",
     "mask_tokens": "text",
@@ -33,10 +36,12 @@ _HOMES = {
 __all__ = [
     "DeliveryReport",
     "Dispatcher",
+    "Lanes",
     "Notifier",
     "PluginRecord",
     "Plugins",
     "describe",
+    "gathered",
     "hookimpl",
     "hookspec",
     "mask_tokens",

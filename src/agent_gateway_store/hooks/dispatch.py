@@ -6,13 +6,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
 from agent_gateway_store.hooks.delivery import DeliveryReport, announce, notify
 from agent_gateway_store.hooks.fault import Fault
-from agent_gateway_store.hooks.lane import Lane
+from agent_gateway_store.hooks.lanes import Lanes
 from agent_gateway_store.hooks.text import describe, one_line
 from agent_gateway_store.hooks.threads import in_thread
 
@@ -46,10 +45,8 @@ class Dispatcher:
         self._plugins = plugins
         self._settings = settings
         self._notifiers: dict[str, Notifier] | None = None
-        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._lanes = Lanes(settings.plugin_timeout_seconds, reopens=False)
         self._collecting = threading.Lock()
-        self._lock = threading.Lock()
-        self._closed = False
 
     async def open(self) -> tuple[str, ...]:
         """Ask the plugins for their notifiers, once; later calls return at once. Does not block the event loop.
@@ -67,12 +64,7 @@ class Dispatcher:
     @property
     def abandoned(self) -> dict[str, int]:
         """How many threads have not come back, by notifier (or plugin) name; those without any are left out."""
-        with self._lock:
-            lanes = list(self._lanes.items())
-        counts: Counter[str] = Counter()
-        for (_kind, name), lane in lanes:
-            counts[name] += lane.abandoned
-        return dict(+counts)
+        return self._lanes.abandoned
 
     async def deliver(self, notifier_name: str, notice: Notice) -> DeliveryReport:
         """Hand one notice to one notifier. Raises nothing; cancelling it cancels the call.
@@ -108,16 +100,11 @@ class Dispatcher:
         Args:
             timeout: Seconds to wait for them in all. A thread that is blocked is left behind: it is a daemon.
         """
-        with self._lock:
-            self._closed = True
-            lanes = list(self._lanes.values())
-        deadline = time.monotonic() + timeout
-        for worker in [worker for lane in lanes if (worker := lane.stop())]:
-            worker.join(max(0.0, deadline - time.monotonic()))
+        self._lanes.close(timeout)
 
     async def aclose(self, timeout: float = 1.0) -> None:
         """Do as `close`, without blocking the event loop."""
-        await asyncio.wrap_future(in_thread(lambda: self.close(timeout), name="gateway-store close"))
+        await self._lanes.aclose(timeout)
 
     def _collect(self) -> dict[str, Notifier]:
         with self._collecting:
@@ -136,12 +123,8 @@ class Dispatcher:
         return await asyncio.wrap_future(collected)
 
     async def _run(self, kind: str, name: str, call: Call) -> DeliveryReport:
-        with self._lock:
-            lane = self._lanes.setdefault((kind, name), Lane(name))
-            if self._closed:
-                lane.stop()
         started = time.monotonic()
-        fault = await lane.run(call, self._settings.plugin_timeout_seconds)
+        fault = await self._lanes.run(kind, name, call)
         return self._reported(name, fault, time.monotonic() - started)
 
     def _reported(self, name: str, fault: Fault | None, seconds: float = 0.0) -> DeliveryReport:

@@ -11,8 +11,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from agent_gateway_store.hooks.fault import Fault
 from agent_gateway_store.hooks.lane import Lane
 from agent_gateway_store.hooks.threads import in_thread
+from agent_gateway_store.hooks.worker import Call
 
 __all__ = ["Answer", "Lanes", "gathered"]
 
@@ -39,10 +41,13 @@ class Lanes:
 
     Args:
         timeout_s: Longest wait for one call, plus a quarter of a second to give way.
+        reopens: False refuses the calls that come after `close`; True starts new lanes for them.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, *, reopens: bool = True) -> None:
         self.timeout_s = timeout_s
+        self._reopens = reopens
+        self._is_closed = False
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._lock = threading.Lock()
 
@@ -64,33 +69,43 @@ class Lanes:
             name: Name of the plugin.
             call: Runs the plugin's code, copying included.
         """
-        with self._lock:
-            lane = self._lanes.setdefault((kind, name), Lane(name))
         values: list[T] = []
 
         async def keep() -> None:
             values.append(await call())
 
-        fault = await lane.run(keep, self.timeout_s)
+        fault = await self.run(kind, name, keep)
         if fault is not None:
             return Answer(None, fault.text)
         return Answer(values[0], None) if values else Answer(None, "it returned nothing")
 
+    async def run(self, kind: str, name: str, call: Call) -> Fault | None:
+        """Do as `ask` with a call that answers nothing. Returns what went wrong; None if nothing did."""
+        with self._lock:
+            lane = self._lanes.setdefault((kind, name), Lane(name))
+            if self._is_closed:
+                lane.stop()
+        return await lane.run(call, self.timeout_s)
+
     def close(self, timeout: float = 1.0) -> None:
-        """End the threads; calls under way are cancelled. A later `ask` starts new ones.
+        """End the threads; calls under way are cancelled.
 
         Args:
             timeout: Seconds to wait for them in all. A thread that is blocked is left behind: it is a daemon.
         """
         with self._lock:
-            lanes, self._lanes = list(self._lanes.values()), {}
+            lanes = list(self._lanes.values())
+            if self._reopens:
+                self._lanes = {}
+            else:
+                self._is_closed = True
         deadline = time.monotonic() + timeout
         for worker in [worker for lane in lanes if (worker := lane.stop())]:
             worker.join(max(0.0, deadline - time.monotonic()))
 
     async def aclose(self, timeout: float = 1.0) -> None:
         """Do as `close`, without blocking the event loop."""
-        if self._lanes:
+        if self._lanes or not self._reopens:
             await asyncio.wrap_future(in_thread(lambda: self.close(timeout), name="gateway-store close"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, as_utc
 from agent_gateway_store.models.scrub import Scrubber, storable_key
 
-__all__ = ["Moment", "OneOrMore", "key", "label", "moment", "pattern", "period", "score", "several", "word"]
+__all__ = ["Moment", "OneOrMore", "checked", "key", "label", "moment", "pattern", "period", "score", "several", "word"]
 
 OneOrMore: TypeAlias = str | Sequence[str] | set[str] | frozenset[str]
 """A value, or several of which any may match."""
@@ -24,6 +24,22 @@ Moment: TypeAlias = datetime | timedelta | str
 _LONGEST_TEXT = 1_000
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _PERIOD = re.compile(r"\s*(\d{1,9})\s*([smhdw])\s*", re.ASCII)
+
+
+def checked(
+    filters: Mapping[str, Any], checks: Mapping[str, Callable[[str, Any], Any]]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, checked value and spelling of each filter that was given; the spelling binds a cursor.
+
+    Raises:
+        TypeError: There is no such filter. Besides, what the checks raise.
+    """
+    for name, given in filters.items():
+        if name not in checks:
+            raise TypeError(f"There is no filter {name!r}: use one of {', '.join(checks)}.")
+        if given is not None:
+            value = checks[name](name, given)
+            yield name, value, str(given) if name in ("since", "until") else value
 
 
 def moment(name: str, given: Any) -> datetime:

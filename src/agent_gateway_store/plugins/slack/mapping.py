@@ -8,8 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from agent_gateway_store.hooks import one_line
-from agent_gateway_store.hooks.lanes import Lanes, gathered
+from agent_gateway_store.hooks import Lanes, gathered, one_line
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks import Plugins
