@@ -154,7 +154,8 @@ def gateway_store_audit_written(events: Sequence[AuditEvent]) -> Awaitable[None]
     What must not miss an event reads it from the store.
 
     Args:
-        events: Up to 500, as stored. Duplicates are not among them; events that waited in the spool are. Copies.
+        events: Up to 500, scrubbed as they are stored; one under a used request id names that id, not the one it was
+            given. Duplicates are not among them; events that waited in the spool are. Copies.
 
     Returns:
         Nothing that is looked at.
