@@ -14,6 +14,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import polars
 import pyarrow as pa
 import pytest
 from pyarrow import dataset, parquet
@@ -123,6 +125,26 @@ async def test_parquet_is_read_by_others(store: GatewayStore, make_event: MakeEv
     assert (result.rows, result.files) == (30, 3)
     assert days.to_table(filter=dataset.field("day") == "2026-05-01").num_rows == 2
     assert days.to_table().drop_columns("day").select(one.column_names).to_pylist() == one.to_pylist()
+
+
+async def test_duckdb_and_polars_read_a_dataset(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
+    """Both find the day in the folders' names, and the events as they were written."""
+    start = datetime(2026, 5, 1, 22, tzinfo=UTC)
+    await store.audit.write_many(
+        make_event(request_id=f"r-{hour:02}", timestamp=start + timedelta(hours=hour)) for hour in range(30)
+    )
+    await store.audit.export(tmp_path / "days", partition_by="day", compression="zstd")
+    source = f"read_parquet('{tmp_path}/days/*/*.parquet', hive_partitioning = true)"
+    query = f"SELECT CAST(day AS VARCHAR), request_id, timestamp, decision FROM {source} ORDER BY request_id"
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        rows = connection.execute(query).fetchall()
+    frame = polars.read_parquet(tmp_path / "days", hive_partitioning=True).sort("request_id")
+    columns = frame.select(polars.col("day").cast(polars.String), "request_id", "timestamp", "decision")
+
+    expected = [start + timedelta(hours=hour) for hour in range(30)]
+    assert rows == [(f"{at:%Y-%m-%d}", f"r-{hour:02}", at, "ALLOW") for hour, at in enumerate(expected)]
+    assert columns.rows() == rows
 
 
 HOSTILE_STARTS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\u00a0=1", "\ufeff=1", "\u200b+1")
