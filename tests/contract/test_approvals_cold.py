@@ -56,8 +56,8 @@ async def cold(store: GatewayStore, redis_setting: str) -> str:
 async def test_a_thousand_checkers_read_one_at_a_time(
     store: GatewayStore, cold: str, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A thousand tasks, through views made for each of them: one read under way at any moment, and no more in all than the
-    waves in which the tasks get a connection of Redis; and the crowd is no fault of Redis."""
+    """A thousand tasks, through views made for each of them: one read under way at any moment, and no more in all than
+    the waves in which the tasks get a connection of Redis; and the crowd is no fault of Redis."""
     results = await asyncio.gather(*(store.for_org("default").approvals.check_token(cold) for _ in range(1_000)))
 
     assert {result.status for result in results} == {"PENDING"}
