@@ -255,8 +255,10 @@ class PostgresServer(_Server):
         return command, {"cwd": work / "run", **self._user}
 
     def _ready(self, work: Path) -> bool:
-        pid_file = work / "run/data/postmaster.pid"
-        lines = pid_file.read_text().splitlines() if pid_file.exists() else []
+        try:
+            lines = (work / "run/data/postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:  # not there yet, or the one of a killed server was just removed
+            lines = []
         ready = lines[:1] == [str(self.pid)] and "ready" in "".join(lines[7:])
         self._segment = int(lines[6].split()[1]) if ready else None
         return ready
