@@ -85,17 +85,23 @@ class Server:
         try:
             while (request := await read_request(reader)) is not None:
                 self.requests.append(request)
-                answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-                if isinstance(answer, bytes):
-                    writer.write(answer)
-                    await writer.drain()
-                else:
-                    await answer(writer)
+                if not await self.respond(request, writer):
+                    return
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self.handling.discard(task)
             writer.transport.abort()
+
+    async def respond(self, request: Request, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request. Returns False to end the connection."""
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, bytes):
+            writer.write(answer)
+            await writer.drain()
+        else:
+            await answer(writer)
+        return True
 
 
 async def read_request(reader: asyncio.StreamReader) -> Request | None:

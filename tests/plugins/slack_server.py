@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from notifier_helpers import Request, Respond, Server, read_request
+from notifier_helpers import Request, Respond, Server
 from slack_sdk.models.blocks import Block
 from slack_sdk.signature import SignatureVerifier
 
@@ -53,33 +53,22 @@ class Slack(Server):
     def response_url(self) -> str:
         return f"http://127.0.0.1:{self.port}/actions/planted-response-url"
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        task = asyncio.current_task()
-        assert task is not None
-        self.handling.add(task)
-        try:
-            while (request := await read_request(reader)) is not None:
-                self.requests.append(request)
-                if self.hold is not None and "chat.postMessage" in request.line:
-                    hold, self.hold = self.hold, None
-                    await hold.wait()
-                answer = self._answer(request)
-                if callable(answer):
-                    await answer(writer)
-                    continue
-                if self.lose_answers and "chat.postMessage" in request.line:
-                    self.lose_answers -= 1
-                    return
-                code, headers, body = answer
-                fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-                writer.write(f"HTTP/1.1 {code} X\r\n{fields}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            self.handling.discard(task)
-            writer.transport.abort()
+    async def respond(self, request: Request, writer: asyncio.StreamWriter) -> bool:
+        if self.hold is not None and "chat.postMessage" in request.line:
+            hold, self.hold = self.hold, None
+            await hold.wait()
+        answer = self._answer(request)
+        if callable(answer):
+            await answer(writer)
+            return True
+        if self.lose_answers and "chat.postMessage" in request.line:
+            self.lose_answers -= 1
+            return False
+        code, headers, body = answer
+        fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        writer.write(f"HTTP/1.1 {code} X\r\n{fields}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+        return True
 
     def _answer(self, request: Request) -> tuple[int, dict[str, str], bytes] | Respond:
         path = request.line.split(" ")[1]
