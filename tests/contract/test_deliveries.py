@@ -13,6 +13,7 @@ from contract_helpers import make_request
 from delivery_helpers import Post, quiet, raising, rows, settled, until
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock, errors
+from agent_gateway_store.delivery import worker
 
 pytestmark = pytest.mark.integration
 
@@ -167,6 +168,38 @@ async def test_a_decision_stays_behind_the_notice_before_it(database_url: str) -
             about = [each.event for each in post.taken if each.approval_id == notice.approval_id]
             assert about == ["pending", "decision"]
         assert len(dead.tried) == 10
+
+
+async def test_two_notices_behind_one_are_both_sent_at_once(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that comes late, and finds the first of them taken, leaves the second to whoever sends the first."""
+    claim, claims = worker.claim, 0
+    late, passed = asyncio.Event(), threading.Event()
+
+    async def claim_in_turn(*args: Any, **options: Any) -> Any:
+        nonlocal claims
+        claims += 1
+        if claims == 1:
+            await late.wait()
+        return await claim(*args, **options)
+
+    async def hold_the_first(notice: Notice) -> None:
+        if notice.status == "APPROVED":
+            await asyncio.to_thread(passed.wait, 10)
+
+    post = Post(act=hold_the_first)
+    monkeypatch.setattr(worker, "claim", claim_in_turn)
+    async with store_with(database_url, post, settings=StoreSettings(notification_poll_seconds=600)) as store:
+        token = await store.approvals.issue_token(make_request())
+        await store.approvals.approve(token, "alice")
+        await until(lambda: claims == 1)
+        await store.approvals.cancel(token, "bob")
+        await until(lambda: len(post.tried) == 2)
+        late.set()
+        await asyncio.sleep(0.1)
+        passed.set()
+        await settled(store, 3)
+
+    assert post.events == [("pending", "PENDING"), ("decision", "APPROVED"), ("decision", "CANCELLED")]
 
 
 async def test_a_row_whose_notifier_is_not_here_is_left_alone(database_url: str) -> None:

@@ -72,7 +72,7 @@ class Target:
             task.add_done_callback(self._leave)
 
     def written(self, marks: Iterable[Mark]) -> set[UUID]:
-        """Take note of what was written; returns the approvals whose next notice may go now."""
+        """Take note of what was written; returns the approvals whose next notice may go now, none once it is closed."""
         freed = set()
         for mark in marks:
             approval_id = mark.delivery.approval_id
@@ -82,7 +82,7 @@ class Target:
                 if approval_id in self.held:
                     self.held.discard(approval_id)
                     freed.add(approval_id)
-        return freed
+        return set() if self._closed else freed
 
     @property
     def _is_hungry(self) -> bool:

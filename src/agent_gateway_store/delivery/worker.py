@@ -197,11 +197,14 @@ class DeliveryWorker:
             await self._marks.flush()
 
     async def _follow(self, target: Target, approval_ids: set[UUID]) -> None:
-        """Claim what waited for notices of these approvals."""
+        """Claim what waited for notices of these approvals, and once that has arrived what waits behind it."""
         try:
-            target.put(await claim(self._work, target.name, len(approval_ids), self.policy, approval_ids=approval_ids))
+            claimed = await claim(self._work, target.name, len(approval_ids), self.policy, approval_ids=approval_ids)
         except Exception as exc:
             self._note_fault(exc)
+        else:
+            target.held.update(delivery.approval_id for delivery in claimed)
+            target.put(claimed)
 
     def _written(self, marks: Sequence[Mark]) -> None:
         by_notifier: dict[str, list[Mark]] = {}
