@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -19,6 +20,13 @@ _SETTINGS = (
     *("AGENT_GATEWAY_STORE_", "ALLOW_SELF_APPROVAL", "API_KEY_", "APPROVAL_", "AUDIT_", "BCRYPT_", "DATABASE_"),
     *("ENVIRONMENT", "HASH_KEY", "NOTIFICATION_", "OTEL_", "PLUGIN_", "REDIS_"),
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_are_heard() -> None:
+    """A shell starts what runs in its background with SIGINT ignored; tests and their processes would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
