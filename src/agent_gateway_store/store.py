@@ -223,7 +223,7 @@ class _Core:
         self._own_redis = (
             create_redis(redis_url, timeout_s=settings.redis_timeout_seconds) if redis is None and redis_url else None
         )
-        self.redis = Accelerator(redis or self._own_redis)
+        self.redis = Accelerator(redis or self._own_redis, timeout_s=settings.redis_timeout_seconds)
         self.signals = Signals(self.redis, database)
         self.shared = Shared(self.signals, trust_s=settings.approval_cache_seconds)
         self.hasher = Hasher(rounds=settings.bcrypt_rounds)

@@ -82,7 +82,7 @@ async def test_an_entry_without_an_end_is_refused(client: RedisClient, ttl: Any)
         await set_json(client, "key", 1, ttl)
     if not isinstance(ttl, timedelta):
         with pytest.raises(ValueError, match="ttl must be above zero"):
-            await put(Accelerator(client), {}, version=1, ttl_s=ttl)
+            await put(Accelerator(client, timeout_s=5), {}, version=1, ttl_s=ttl)
 
     assert await client.exists("key") == 0
 
@@ -169,7 +169,7 @@ async def test_without_a_client_everything_is_a_miss() -> None:
 
 async def test_an_entry_comes_back_with_its_remaining_life(client: RedisClient) -> None:
     """In one round trip."""
-    accelerator = Accelerator(client)
+    accelerator = Accelerator(client, timeout_s=5)
     entry = {"version": 1, "text": "\u20ac"}
 
     assert await put(accelerator, entry, version=1, ttl_s=60) is True
@@ -183,7 +183,7 @@ async def test_an_entry_comes_back_with_its_remaining_life(client: RedisClient) 
 
 async def test_an_older_version_never_replaces_a_newer_one(client: RedisClient) -> None:
     """The same version may be written again; in whatever order fifty writers come, the newest stays."""
-    accelerator = Accelerator(client)
+    accelerator = Accelerator(client, timeout_s=5)
     for version, stored in ((5, True), (4, False), (5, True), (6, True), (1, False)):
         entry = {"version": version}
         assert await put(accelerator, entry, version=version, ttl_s=60) is stored
@@ -199,7 +199,7 @@ async def test_an_older_version_never_replaces_a_newer_one(client: RedisClient) 
 async def test_garbage_is_replaced(client: RedisClient, garbage: Any) -> None:
     """What is no entry of ours has no version, so it stands in nobody's way."""
     await client.set("key", garbage)
-    accelerator = Accelerator(client)
+    accelerator = Accelerator(client, timeout_s=5)
 
     assert await put(accelerator, {"version": 1}, version=1, ttl_s=60) is True
     assert await accelerator.get("key") == (b'{"version": 1}', pytest.approx(60_000, abs=500))
@@ -210,7 +210,7 @@ async def test_a_key_of_another_type_is_a_miss_and_replaced(
 ) -> None:
     """Redis answers with an error, which is the key's and no fault of the server: it stays in use."""
     await client.hset("key", "field", "value")
-    accelerator = Accelerator(client)
+    accelerator = Accelerator(client, timeout_s=5)
 
     assert await accelerator.get("key") is None
     assert accelerator.is_available
@@ -221,7 +221,7 @@ async def test_a_key_of_another_type_is_a_miss_and_replaced(
 
 async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -> None:
     """Whoever hears the message finds the entries."""
-    accelerator = Accelerator(client)
+    accelerator = Accelerator(client, timeout_s=5)
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe("channel")
         entries = [Entry(f"key-{number}", '{"version": 1}', 1, 60) for number in range(3)]
@@ -233,6 +233,41 @@ async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -
                 pass
         assert message["data"] == b"hello"
         assert await client.exists("key-0", "key-1", "key-2") == 3
+
+
+async def test_a_message_goes_out_beside_an_entry_that_is_too_old(client: RedisClient) -> None:
+    """What it tells of happened, whatever stands there by now."""
+    accelerator = Accelerator(client, timeout_s=5)
+    assert await accelerator.put_newer([Entry("late", '{"version": 2}', 2, 60)]) is True
+    async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        await pubsub.subscribe("channel")
+        old = Entry("late", '{"version": 1}', 1, 60)
+        assert await accelerator.put_newer([old], message=("channel", "hello")) is False
+        assert await accelerator.put_newer([], message=("channel", "again")) is True
+        heard: list[bytes] = []
+        async with asyncio.timeout(5):
+            while len(heard) < 2:
+                if (message := await pubsub.get_message(timeout=5)) is not None:
+                    heard.append(message["data"])
+    assert heard == [b"hello", b"again"]
+    assert await client.get("late") == b'{"version": 2}'
+
+
+@pytest.mark.parametrize("connected", [True, False])
+async def test_a_patient_client_of_the_host_is_not_waited_for(pausable: servers.RedisServer, connected: bool) -> None:
+    """A server that hangs costs our timeout, not the five seconds and ten retries of redis-py's default client."""
+    async with redis.asyncio.Redis.from_url(pausable.url) as host:
+        if connected:
+            await host.ping()
+        accelerator = Accelerator(host, timeout_s=0.2)
+        pausable.pause()
+        found, seconds = await timed(accelerator.get("key"))
+        pausable.resume()
+
+        assert found is None
+        assert not accelerator.is_available
+        assert await host.ping()
+    assert 0.15 < seconds < 1.5
 
 
 @pytest.mark.parametrize("decode_responses", [False, True])
@@ -247,7 +282,7 @@ async def test_a_client_of_the_hosts_own_kind_serves_as_well(redis_url: str, dec
         options = {"decode_responses": decode_responses, "connection_class": kind}
         pool = redis.asyncio.ConnectionPool.from_url(redis_url, **options)
         async with redis.asyncio.Redis(connection_pool=pool) as host:
-            accelerator = Accelerator(host)
+            accelerator = Accelerator(host, timeout_s=5)
             assert await put(accelerator, {"version": 1}, version=1, ttl_s=60) is True
             found = await accelerator.get("key")
             assert found is not None
@@ -269,7 +304,7 @@ async def test_a_crowd_waits_for_a_connection(redis_url: str, caplog: pytest.Log
     pool = redis.asyncio.ConnectionPool.from_url(redis_url, max_connections=most)
     async with redis.asyncio.Redis(connection_pool=pool) as host:
         await host.set("key", "value", px=60_000)
-        accelerator = Accelerator(host)
+        accelerator = Accelerator(host, timeout_s=5)
         answers = await asyncio.gather(*(accelerator.get("key") for _ in range(1_000)))
         opened = len(pool._available_connections)
     await pool.aclose()
@@ -282,7 +317,7 @@ async def test_a_crowd_waits_for_a_connection(redis_url: str, caplog: pytest.Log
 
 async def test_a_cancelled_reader_leaves_no_reply_to_the_next(client: RedisClient) -> None:
     """Readers of a hundred keys are cancelled at every moment; who reads next is given the value of their own key."""
-    accelerator = Accelerator(client)
+    accelerator = Accelerator(client, timeout_s=5)
     for number in range(100):
         await client.set(f"key-{number}", str(number), px=60_000)
     rng = random.Random(7)
@@ -337,7 +372,7 @@ async def test_an_outage_costs_one_timeout_per_interval(
 async def test_a_cancelled_caller_is_cancelled(pausable: servers.RedisServer) -> None:
     """A cancellation is no fault of Redis: it passes, and Redis stays in use."""
     async with create_redis(pausable.url, timeout_s=5) as client:
-        accelerator = Accelerator(client)
+        accelerator = Accelerator(client, timeout_s=5)
         await client.ping()
         pausable.pause()
         with pytest.raises(TimeoutError):

@@ -81,9 +81,10 @@ class Entries:
         token_sha256: str,
         life_s: float,
         read_at: datetime,
+        is_known: bool,
         message: tuple[str, str] | None = None,
     ) -> None:
-        """Write both entries for `life_s` seconds, then publish; an older version never replaces a newer one.
+        """Write the entry for `life_s` seconds, then publish; an older version never replaces a newer one.
 
         Args:
             request: As SQL has it.
@@ -91,6 +92,7 @@ class Entries:
             token_sha256: The digest that SQL holds.
             life_s: Until neither deadline is ahead, in seconds.
             read_at: When SQL said so, by its clock.
+            is_known: Redis has the entry that leads to this token, or can do without it until somebody asks again.
             message: A channel and what goes out on it, in the same round trip and after the entries.
         """
         if not self._redis.is_available:
@@ -99,11 +101,10 @@ class Entries:
         if token is not None and life_s > 0 and _is_cached(token) and token_digest(token) == token_sha256:
             held = request.model_dump(mode="json", exclude={"token", "id"})
             held |= {"token_sha256": token_sha256, "life_ms": int(life_s * 1000), "read_at": read_at.isoformat()}
-            pointer = {"token": token, "version": request.version}
-            entries = [
-                Entry(_key(token), _text(held), request.version, life_s),
-                Entry(_id_key(request.approval_id), _text(pointer), request.version, life_s),
-            ]
+            if not is_known:
+                pointer = {"token": token, "version": request.version}
+                entries.append(Entry(_id_key(request.approval_id), _text(pointer), request.version, life_s))
+            entries.append(Entry(_key(token), _text(held), request.version, life_s))
         if entries or message is not None:
             await self._redis.put_newer(entries, message=message)
 

@@ -66,7 +66,9 @@ class ApprovalManager(ApprovalLookup):
         org_id: str | None = None,
         notifiers: Iterable[str] = (),
     ) -> None:
-        self._set(SessionWork(session), Accelerator(redis), settings or StoreSettings(), org_id, Later(notifiers))
+        settings = settings or StoreSettings()
+        accelerator = Accelerator(redis, timeout_s=settings.redis_timeout_seconds)
+        self._set(SessionWork(session), accelerator, settings, org_id, Later(notifiers))
 
     @classmethod
     def over(
@@ -136,7 +138,7 @@ class ApprovalManager(ApprovalLookup):
             row, is_new, mine = await insert_or_rebind(runner, values, self._outbox)
         token: str = values["p_token"]
         old = None if is_new else await self._entries.token_of(row["approval_id"])
-        asked = await self._remember(row, token)
+        asked = await self._remember(row, token, is_known=False)
         if old is not None and old != token:
             await self._entries.drop(old)
         if is_new:
@@ -169,7 +171,7 @@ class ApprovalManager(ApprovalLookup):
 
     async def _look_up(self, token: str) -> ApprovalRequest | None:
         row = await self._row(token)
-        return None if row is None else await self._remember(row, token)
+        return None if row is None else await self._remember(row, token, is_known=False)
 
     async def _row(self, token: str) -> Mapping[str, Any] | None:
         name = Name(token, None, self._org_id)
@@ -385,9 +387,9 @@ class ApprovalManager(ApprovalLookup):
             self._outbox.send(notice_of(request, "decision"), mine.get(request.approval_id, {}))
         return result_of(request, token)
 
-    async def _remember(self, row: Mapping[str, Any], token: str) -> ApprovalRequest:
+    async def _remember(self, row: Mapping[str, Any], token: str, *, is_known: bool = True) -> ApprovalRequest:
         request = request_of(row)
-        await self._keep(row, request, token)
+        await self._keep(row, request, token, is_known=is_known)
         return request
 
     async def _keep(
@@ -396,6 +398,7 @@ class ApprovalManager(ApprovalLookup):
         request: ApprovalRequest,
         token: str | None,
         *,
+        is_known: bool = True,
         message: tuple[str, str] | None = None,
     ) -> None:
         read_at: datetime = row["read_at"]
@@ -406,6 +409,7 @@ class ApprovalManager(ApprovalLookup):
             token_sha256=row["token_sha256"],
             life_s=(ends - read_at).total_seconds(),
             read_at=read_at,
+            is_known=is_known,
             message=message,
         )
 

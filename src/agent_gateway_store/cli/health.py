@@ -133,7 +133,7 @@ async def check_redis(report: Report, settings: StoreSettings) -> None:
         report.problem(*explain(exc))
         return
     try:
-        redis = Accelerator(client)
+        redis = Accelerator(client, timeout_s=settings.redis_timeout_seconds)
         await redis.get("agent-gateway-store:doctor")
         if redis.is_available:
             facts["state"] = "reachable"

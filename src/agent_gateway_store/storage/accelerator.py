@@ -21,15 +21,16 @@ _FAULTS = (RedisError, OSError, TimeoutError, EOFError)
 
 # An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent.
 _PUT_NEWER = """
-local held = redis.pcall('GET', KEYS[1])
+local held, is_newer = redis.pcall('GET', KEYS[1]), true
 if type(held) == 'string' then
   local ok, entry = pcall(cjson.decode, held)
   if ok and type(entry) == 'table' and type(entry.version) == 'number' and entry.version > tonumber(ARGV[2]) then
-    return 0
+    is_newer = false
   end
 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
-return 1
+if is_newer then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]) end
+if ARGV[4] then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
+return is_newer and 1 or 0
 """
 
 
@@ -50,11 +51,14 @@ class Accelerator:
 
     Args:
         client: A client of the caller's, or None for no Redis at all.
+        timeout_s: Longest wait for an answer in seconds, whatever the client's own timeouts are; a connection that is
+            made for it may take as long again.
         pause_s: Seconds without Redis after a fault.
     """
 
-    def __init__(self, client: RedisClient | None, *, pause_s: float = 1.0) -> None:
+    def __init__(self, client: RedisClient | None, *, timeout_s: float = 0.2, pause_s: float = 1.0) -> None:
         self.client = client
+        self._timeout_s = timeout_s
         self._pause_s = pause_s
         self._resume_at = 0.0
         self._home: asyncio.AbstractEventLoop | None = None
@@ -86,7 +90,8 @@ class Accelerator:
             ("EVAL", _PUT_NEWER, 1, key, text, version, milliseconds(ttl_s)) for key, text, version, ttl_s in entries
         ]
         if message is not None:
-            commands.append(("PUBLISH", *message))
+            # A reply less is a tenth of the time until those who wait hear of it.
+            commands[-1:] = [(*commands[-1], *message)] if entries else [("PUBLISH", *message)]
         replies = await self._ask(commands)
         return replies is not None and all(replies[: len(entries)])
 
@@ -107,7 +112,7 @@ class Accelerator:
             async with self._places:
                 if not self.is_available:
                     return None  # it failed those before us
-                replies = await exchange(self.client, commands)
+                replies = await exchange(self.client, commands, timeout_s=self._timeout_s)
         except (UnicodeDecodeError, MaxConnectionsError):
             return None  # no fault: a client that decodes met what is no text, or the host itself uses all of its pool
         except _FAULTS as exc:

@@ -6,6 +6,7 @@ ones of redis-py (a sentinel's, or a double for tests) the pipeline is used.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeAlias
@@ -20,29 +21,43 @@ __all__ = ["Command", "exchange"]
 Command: TypeAlias = Sequence[str | int]
 
 
-async def exchange(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
+async def exchange(client: RedisClient, commands: Sequence[Command], *, timeout_s: float) -> list[Any]:
     """Send `commands` together and return one reply for each; an error that a command met is its reply.
 
     Text in replies is bytes, or `str` from some clients that decode. A task that is cancelled leaves no unread reply to
     whoever uses the connection next.
 
+    Args:
+        client: Whose pool is used. Its own timeouts hold for making a connection.
+        commands: What to send.
+        timeout_s: Longest wait for the replies, in seconds; as long again is left to making a connection.
+
     Raises:
-        RedisError, OSError: The server did not answer, or not in time.
+        RedisError, OSError, TimeoutError: The server did not answer, or not in time.
     """
-    pool = client.connection_pool
-    if not _is_plain(type(pool), getattr(pool, "connection_class", None)):
+    async with asyncio.timeout(2 * timeout_s):
+        pool = client.connection_pool
+        if _is_plain(type(pool), getattr(pool, "connection_class", None)):
+            return await _exchange(pool, _packed(commands), len(commands), timeout_s)
         pipeline = client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
         return list(await pipeline.execute(raise_on_error=False))
-    connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # redis gives it no hints
+
+
+async def _exchange(pool: Any, packet: bytes, count: int, timeout_s: float) -> list[Any]:
+    connection = await pool.get_connection()
+    # One timeout for all of it: redis-py's would make a task to send, and count anew for each reply.
+    socket_timeout, connection.socket_timeout = connection.socket_timeout, None
     try:
-        await connection.send_packed_command(_packed(commands))
-        return [await _reply(connection) for _ in commands]
+        async with asyncio.timeout(timeout_s):
+            await connection.send_packed_command(packet)
+            return [await _reply(connection) for _ in range(count)]
     except BaseException:
         await connection.disconnect(nowait=True)
         raise
     finally:
+        connection.socket_timeout = socket_timeout
         await pool.release(connection)
 
 
