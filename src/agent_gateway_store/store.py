@@ -311,6 +311,7 @@ class _Core:
         async with AsyncExitStack() as steps:
             if self._own_redis is not None:
                 steps.push_async_callback(self._own_redis.aclose)
+            steps.push_async_callback(self.redis.close)
             # Who still waits for a decision looks once more, and finds the store closed.
             steps.callback(self.signals.wake_all)
             steps.push_async_callback(self.database.close)

@@ -12,11 +12,11 @@ from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
 
 from agent_gateway_store.storage.cache import RedisClient, milliseconds
 from agent_gateway_store.storage.exchange import Command, exchange
+from agent_gateway_store.storage.pipelining import AutoPipeline
 
 __all__ = ["Accelerator", "Entry"]
 
 _logger = logging.getLogger("agent_gateway_store.redis")
-_PLACES = 32
 _FAULTS = (RedisError, OSError, TimeoutError, EOFError)
 
 # An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent.
@@ -46,8 +46,8 @@ class Entry(NamedTuple):
 class Accelerator:
     """What the store does with Redis. No method raises because of Redis; None and False mean "ask SQL".
 
-    After a fault Redis is left alone for `pause_s`, so that a server that hangs costs one timeout in that time. At most
-    32 connections of the client's pool are in use at once; who comes then waits for one.
+    After a fault Redis is left alone for `pause_s`, so that a server that hangs costs one timeout in that time. What
+    many tasks ask at the same time goes out together, so that one connection of the client's pool is enough.
 
     Args:
         client: A client of the caller's, or None for no Redis at all.
@@ -62,7 +62,7 @@ class Accelerator:
         self._pause_s = pause_s
         self._resume_at = 0.0
         self._home: asyncio.AbstractEventLoop | None = None
-        self._places = asyncio.Semaphore(_PLACES)
+        self._pipeline: AutoPipeline[Command] = AutoPipeline(self._send)
 
     @property
     def is_available(self) -> bool:
@@ -103,26 +103,33 @@ class Accelerator:
         """Publish `message`; False if Redis does not answer, and it is lost."""
         return await self._ask([("PUBLISH", channel, message)]) is not None
 
+    async def close(self) -> None:
+        """Wait for what cancelled tasks have left under way; the client is not closed."""
+        await self._pipeline.close()
+
     async def _ask(self, commands: Sequence[Command]) -> list[Any] | None:
-        if not self.is_available or self.client is None:
+        if not self.is_available:
             return None
         if self._home is not (home := asyncio.get_running_loop()):
-            self._home, self._places = home, asyncio.Semaphore(_PLACES)
+            self._home, self._pipeline = home, AutoPipeline(self._send)
+        size = sum(len(argument) for command in commands for argument in command if isinstance(argument, str))
+        replies = await self._pipeline.ask(commands, size)
+        for reply in replies or ():
+            if isinstance(reply, RedisError) and not _is_about_one_key(reply):
+                self._note_fault(reply)
+                return None
+        return replies
+
+    async def _send(self, commands: Sequence[Command]) -> list[Any] | None:
+        if not self.is_available or self.client is None:
+            return None  # it failed those before
         try:
-            async with self._places:
-                if not self.is_available:
-                    return None  # it failed those before us
-                replies = await exchange(self.client, commands, timeout_s=self._timeout_s)
+            return await exchange(self.client, commands, timeout_s=self._timeout_s)
         except (UnicodeDecodeError, MaxConnectionsError):
             return None  # no fault: a client that decodes met what is no text, or the host itself uses all of its pool
         except _FAULTS as exc:
             self._note_fault(exc)
             return None
-        for reply in replies:
-            if isinstance(reply, RedisError) and not _is_about_one_key(reply):
-                self._note_fault(reply)
-                return None
-        return replies
 
     def _note_fault(self, exc: BaseException) -> None:
         self._resume_at = time.monotonic() + self._pause_s
