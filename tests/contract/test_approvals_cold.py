@@ -16,6 +16,12 @@ from agent_gateway_store import GatewayStore, StoreSettings, errors
 pytestmark = pytest.mark.integration
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crowd keeps a slow machine busy for longer than Redis is usually waited for."""
+    monkeypatch.setenv("REDIS_TIMEOUT_SECONDS", "5")
+
+
 class Reads:
     """The reads of SQL by token, counted."""
 
@@ -57,13 +63,13 @@ async def test_a_thousand_checkers_read_one_at_a_time(
     store: GatewayStore, cold: str, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A thousand tasks, through views made for each of them: one read under way at any moment, and no more in all than
-    the waves in which the tasks get a connection of Redis; and the crowd is no fault of Redis."""
+    the packets in which Redis is asked; and the crowd is no fault of Redis."""
     results = await asyncio.gather(*(store.for_org("default").approvals.check_token(cold) for _ in range(1_000)))
 
     assert {result.status for result in results} == {"PENDING"}
     assert {result.token for result in results} == {cold}
     assert reads.most_at_once == 1
-    assert reads.number <= 1_000 // 32 + 1
+    assert reads.number <= 1_000 // 128 + 2
     assert caplog.records == []
 
 

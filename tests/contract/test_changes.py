@@ -59,17 +59,17 @@ async def test_pages_of_changes_lead_on(store: GatewayStore, make_event: MakeEve
     await store.audit.write_many(
         make_event(request_id=f"old-{n}", decision="DENY" if n % 2 else "ALLOW") for n in range(9)
     )
-    now = (await store.audit.changes(decision="DENY")).next_cursor or ""
+    now = (await store.audit.changes(None, decision="DENY")).next_cursor
     await store.audit.write_many(
         make_event(request_id=f"new-{n}", decision="DENY" if n % 2 else "ALLOW") for n in range(9)
     )
 
-    async def walk(cursor: str) -> list[str]:
+    async def walk(cursor: str | None) -> list[str]:
         seen: list[str] = []
         for _ in range(30):
             page = await store.audit.changes(cursor, limit=2, decision="DENY")
             seen += ids(page)
-            cursor = page.next_cursor or ""
+            cursor = page.next_cursor
         return seen
 
     new = [f"new-{n}" for n in (1, 3, 5, 7)]
@@ -109,6 +109,8 @@ async def test_forged_places_are_refused(store: GatewayStore) -> None:
     for other in ("", "Now", cursor + "A"):
         with pytest.raises(errors.InvalidCursorError):
             await anext(store.audit.follow(start=other))
+        with pytest.raises(errors.InvalidCursorError):
+            await store.audit.changes(other)
     with pytest.raises(errors.InvalidCursorError):
         await store.for_org("acme").audit.changes(cursor)
     with pytest.raises(ValueError, match="poll_s must be more than zero"):
@@ -173,7 +175,6 @@ async def test_a_follower_misses_nothing_and_sees_nothing_twice(store: GatewaySt
     assert len(seen) == len(set(seen)), "twice"
     assert set(seen) == set(committed)
     own = [each for each in seen if each.count("-") == 2]
-    assert [own[place] for place in range(len(own))] == sorted(own, key=own.index)
     for seed in range(sizes["writers"]):  # type: ignore[arg-type]
         mine = [int(each.split("-")[2]) for each in own if each.startswith(f"w-{seed}-")]
         assert mine == sorted(mine), "what one writer wrote one after the other came in another order"
@@ -186,9 +187,9 @@ async def test_a_hundred_thousand_events_with_slow_transactions(
     """50 writers with transactions open for up to half a second, 100,000 events: none missed, none doubled."""
     url = request.getfixturevalue("contract_postgres")
     async with GatewayStore(url, redis_url="") as store:
-        committed, seen = await follow_writers(store, make_event, writers=50, rounds=700, longest_s=0.5)
+        committed, seen = await follow_writers(store, make_event, writers=50, rounds=780, longest_s=0.5)
 
-    assert len(committed) >= 90_000
+    assert len(committed) >= 100_000
     assert len(seen) == len(set(seen))
     assert set(seen) == set(committed)
 

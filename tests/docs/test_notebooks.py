@@ -19,7 +19,7 @@ EVENTS = 5_000
 # Of each notebook: tables of ours with rows, charts, frames of pandas.
 SHOWN = {
     "01-first-look": (5, 2, 1),
-    "02-incident-review": (3, 4, 1),
+    "02-incident-review": (4, 4, 1),
     "03-approvals-review": (4, 1, 2),
     "04-weekly-report": (2, 5, 1),
 }

@@ -14,6 +14,7 @@ import pytest
 
 from agent_gateway_store import AuditEvent, SyncGatewayStore
 from agent_gateway_store.cli.demo_history import DAYS, Call, history
+from agent_gateway_store.cli.demo_incidents import SLOW
 from agent_gateway_store.cli.demo_world import TROUBLEMAKER
 from commands import gateway_store
 
@@ -89,8 +90,8 @@ def test_there_is_something_to_find(calls: list[Call]) -> None:
     assert sum(event.caller_id == TROUBLEMAKER for event in probing) > 0.9 * len(probing)
 
     queries = [e for e in events if e.tool_name == "run_query" and e.execution_status == "SUCCESS"]
-    slow_from = END - timedelta(days=5, hours=4)
-    slow = [e.latency_ms for e in queries if slow_from <= e.timestamp < slow_from + timedelta(minutes=90)]
+    slow_from = SLOW.start(END)
+    slow = [e.latency_ms for e in queries if slow_from <= e.timestamp < slow_from + SLOW.length]
     assert median(slow) > 4 * median(e.latency_ms for e in queries)
 
     exports = [e for e in events if e.tool_name == "export_contacts" and "PROBING" not in e.risk_labels]
@@ -161,3 +162,54 @@ def test_it_tells_people_what_to_do_next() -> None:
 def test_a_wrong_number_is_refused(number: str) -> None:
     """As every wrong option."""
     assert gateway_store("demo", "--events", number).code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [
+        ("2026-03-02T18:00Z", "2026-03-02T18:00:00+00:00"),
+        ("2026-03-02T18:00+02:00", "2026-03-02T16:00:00+00:00"),
+        ("2026-03-02", "2026-03-02T00:00:00+00:00"),
+    ],
+)
+def test_the_end_may_be_a_time(given: str, end: str) -> None:
+    """Of any zone; UTC if it names none."""
+    assert gateway_store("demo", "--events", "10", "--until", given, "--json").json["until"] == end
+
+
+def test_the_end_may_be_so_long_ago() -> None:
+    """As `since` and `until` are everywhere."""
+    before = datetime.now(UTC)
+
+    said = gateway_store("demo", "--events", "10", "--until", "2d", "--json").json
+
+    assert before <= datetime.fromisoformat(said["until"]) + timedelta(days=2) <= datetime.now(UTC)
+
+
+def test_the_history_ends_with_the_last_full_hour() -> None:
+    """If nobody says when."""
+    before = datetime.now(UTC)
+
+    end = datetime.fromisoformat(gateway_store("demo", "--events", "10", "--json").json["until"])
+
+    assert (end.minute, end.second, end.microsecond) == (0, 0, 0)
+    assert before - timedelta(hours=1) < end <= datetime.now(UTC)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--events", "10", "--until", "soon"), ("--until", "2026-05-01T12:00Z", "24h")),
+        (("--events", "10", "--until", "0001-01-01"), ("--until", "1970")),
+        (("--events", "10", "--until", "99999999w"), ("--until", "1970")),
+        (("--events", "10", "--until", "9999-12-31T23:59"), ("--until", "9998")),
+        (("--until", "24h"), ("--until", "--events")),
+    ],
+)
+def test_a_wrong_end_is_refused(options: tuple[str, ...], words: tuple[str, ...]) -> None:
+    """With what to give instead; nothing is written."""
+    outcome = gateway_store("demo", *options)
+
+    assert outcome.code == 2
+    assert [word for word in words if word not in outcome.err] == []
+    assert not Path("gateway-demo.db").exists()

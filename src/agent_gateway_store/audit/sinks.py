@@ -7,7 +7,8 @@ its place in the answer holds the error instead of an outcome.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
@@ -85,23 +86,50 @@ class SqliteSink(RowSink):
     """`executemany` in one transaction on the driver's own connection."""
 
     async def store(self, rows: Sequence[Record]) -> list[Settled]:
-        """Commit `rows` together; where a key is taken or a row refused, settle them one by one."""
+        """Commit `rows` together; where a key is taken, look all of them up; where a row is refused, one by one."""
         async with self._engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert isinstance(driver, aiosqlite.Connection)  # noqa: S101
-            try:
-                await driver.execute("BEGIN IMMEDIATE")
-                await driver.executemany(_SQLITE_INSERT, [_sqlite_record(row) for row in rows])
-                await driver.commit()
-            except aiosqlite.IntegrityError:
-                await driver.rollback()
-            except BaseException:
-                if driver.in_transaction:
+            for insert in (self._insert_all, self._insert_free):
+                try:
+                    await driver.execute("BEGIN IMMEDIATE")
+                    settled = await insert(driver, rows)
+                    await driver.commit()
+                except aiosqlite.IntegrityError:
                     await driver.rollback()
-                raise
-            else:
-                return [_STORED] * len(rows)
+                except BaseException:
+                    if driver.in_transaction:
+                        await driver.rollback()
+                    raise
+                else:
+                    return settled
         return await super().store(rows)
+
+    async def _insert_all(self, driver: aiosqlite.Connection, rows: Sequence[Record]) -> list[Settled]:
+        await driver.executemany(_SQLITE_INSERT, [_sqlite_record(row) for row in rows])
+        return [_STORED] * len(rows)
+
+    async def _insert_free(self, driver: aiosqlite.Connection, rows: Sequence[Record]) -> list[Settled]:
+        """Insert what has a free key; then settle the others under the ids that they find taken.
+
+        Nobody writes between the look-up and the insert: the transaction holds the database's one write lock.
+        """
+        outcomes: dict[int, Settled] = {}
+        open_rows = dict(enumerate(rows))
+        while open_rows:
+            held = await self._held(driver, open_rows.values())
+            free = {index: row for index, row in open_rows.items() if key_of(row) not in held}
+            await self._insert_all(driver, list(free.values()))
+            outcomes |= dict.fromkeys(free, _STORED)
+            taken = {index: row for index, row in open_rows.items() if index not in free}
+            same = {index for index, row in taken.items() if held[key_of(row)] == hash_of(row)}
+            outcomes |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
+            open_rows = {index: under_derived_id(row) for index, row in taken.items() if index not in same}
+        return [outcomes[index] for index in range(len(rows))]
+
+    async def _held(self, driver: aiosqlite.Connection, rows: Iterable[Record]) -> dict[tuple[str, str], str | None]:
+        found = await driver.execute_fetchall(_SQLITE_HELD, [json.dumps([key_of(row) for row in rows])])
+        return {(request_id, org_id): digest for request_id, org_id, digest in found}
 
 
 class PostgresSink:
@@ -172,7 +200,7 @@ class PostgresSink:
             open_rows = {index: under_derived_id(row) for index, row in taken.items() if index not in same}
         return [outcomes[index] for index in range(len(rows))]
 
-    async def _held(self, driver: asyncpg.Connection, rows: Any) -> dict[tuple[str, str], str | None]:
+    async def _held(self, driver: asyncpg.Connection, rows: Iterable[Record]) -> dict[tuple[str, str], str | None]:
         request_ids, org_ids = zip(*(key_of(row) for row in rows), strict=True)
         found = await driver.fetch(_HELD, request_ids, org_ids)
         return {(request_id, org_id): digest for request_id, org_id, digest in found}
@@ -193,6 +221,11 @@ def _sqlite_record(row: Record) -> tuple[Any, ...]:
 _TIMESTAMP = COLUMNS.index("timestamp")
 _NAMES = ", ".join(COLUMNS)
 _SQLITE_INSERT = f"INSERT INTO {table.name} ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+# A CROSS JOIN, which SQLite never turns round: it looks each key up, and does not read the table.
+_SQLITE_HELD = (
+    f"SELECT request_id, org_id, content_hash FROM json_each(?) AS key CROSS JOIN {table.name} "  # noqa: S608
+    "ON request_id = json_extract(key.value, '$[0]') AND org_id = json_extract(key.value, '$[1]')"
+)
 _TYPES = [table.c[name].type.compile(postgresql.dialect()) for name in COLUMNS]  # type: ignore[no-untyped-call]
 _ON_CONFLICT = "ON CONFLICT (request_id, org_id) DO NOTHING"
 _INSERT_ONE = (

@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,7 @@ __all__ = ["CALLER", "DATABASE", "demo"]
 
 CALLER = "demo-agent"
 DATABASE = "sqlite:///gateway-demo.db"
+_YEARS = range(1970, 9999)
 _COLUMNS = ("tool", "arguments", "decision", "approver", "result", "ms")
 
 
@@ -36,7 +37,10 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="With --events: another seed gives another history.")] = 7,
     until: Annotated[
-        datetime | None, typer.Option(help="With --events: end of the history, UTC; default: the last full hour.")
+        str | None,
+        typer.Option(
+            help="With --events: end of the history, 2026-03-02T18:00Z or 24h ago; default: the last full hour."
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -44,11 +48,12 @@ def demo(
 
     Uses DATABASE_URL or --database-url if it is given, else the file gateway-demo.db in the current folder.
     """
+    end = None if until is None else _end(until, events)
     settings = settings_of(ctx)
     if "database_url" not in settings.model_fields_set:
         settings = settings.model_copy(update={"database_url": DATABASE})
     if events is not None:
-        _fill(ctx, settings, events, seed, until, as_json=json)
+        _fill(ctx, settings, events, seed, end, as_json=json)
         return
     tell = (lambda text: None) if json else say
     summary = run(_demo(ctx, settings, tell))
@@ -56,14 +61,28 @@ def demo(
         print_json(summary)
 
 
+def _end(until: str, events: int | None) -> datetime:
+    from agent_gateway_store.storage.narrowing import moment
+
+    if events is None:
+        raise typer.BadParameter("--until is the end of a made-up history: give --events, too.")
+    try:
+        end = moment("--until", until)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None
+    if end.year not in _YEARS:
+        raise typer.BadParameter(f"--until must be in a year from {_YEARS[0]} to {_YEARS[-1]}.")
+    return end
+
+
 def _fill(
-    ctx: typer.Context, settings: StoreSettings, events: int, seed: int, until: datetime | None, *, as_json: bool
+    ctx: typer.Context, settings: StoreSettings, events: int, seed: int, end: datetime | None, *, as_json: bool
 ) -> None:
     from agent_gateway_store.cli.demo_events import fill, show_filled
 
     async def work() -> dict[str, Any]:
         async with open_store(ctx, settings=settings) as store:
-            return await fill(store, events, seed=seed, until=until.replace(tzinfo=UTC) if until else None)
+            return await fill(store, events, seed=seed, until=end)
 
     summary = run(work())
     if as_json:

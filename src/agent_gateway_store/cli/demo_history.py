@@ -1,8 +1,9 @@
 """Two weeks of a gateway's life, from a seed: the same seed, number and end give the same history, to the last digit.
 
 In it are office hours and nightly batches, latencies that are lognormal, and four things to find: a database that was
-slow for ninety minutes, a policy that began to ask about exports, a caller that probed for half an hour, and prompt
-injection in fetched pages.
+slow during a nightly batch, a policy that began to ask about exports, a caller that probed for half an hour, and prompt
+injection in fetched pages. What happened once did so at its own hour of the day, so that the end's hour changes nothing
+of it, and in the last four days, so that whoever asks about a week finds it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from itertools import accumulate
 from random import Random
 from uuid import UUID
 
+from agent_gateway_store.cli.demo_incidents import PROBED, SLOW
 from agent_gateway_store.cli.demo_world import APPROVERS, CALLERS, PROBES, TOOLS, TROUBLEMAKER, Caller, Tool
 from agent_gateway_store.models import (
     ApprovalRequest,
@@ -33,11 +35,11 @@ __all__ = ["DAYS", "Approval", "Call", "history"]
 
 DAYS = 14
 _PROBE_SHARE = 0.012
+_PROBE_COVER = 0.12
 _POLICY_CHANGED = timedelta(days=7)
-_SLOW = (timedelta(days=5, hours=4), timedelta(minutes=90))
-_PROBED = (timedelta(days=2, hours=9), timedelta(minutes=30))
 _WAIT_LIMIT = timedelta(hours=1)
 _HOUR_S = 3600
+_TROUBLEMAKER = next(caller for caller in CALLERS if caller.name == TROUBLEMAKER)
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,26 @@ def history(count: int, *, seed: int, end: datetime) -> Iterator[Call]:
     """Yield `count` calls of the two weeks before `end`, oldest first.
 
     Args:
-        end: UTC; the newest call is less than a minute or so before it, for large counts.
+        end: UTC; the newest call is a few minutes before it at most, for large counts.
     """
     random = Random(seed)  # noqa: S311  reproducible, and no secret comes of it
     maker = _Maker(random, end, prefix=hashlib.sha256(f"{seed} {count} {end.isoformat()}".encode()).hexdigest()[:10])
     probes = int(count * _PROBE_SHARE)
-    planned = [(_moment(random, caller, end), caller) for caller in _callers(random, count - probes)]
-    probing = [(end - _PROBED[0] + _PROBED[1] * random.random(), None) for _ in range(probes)]
-    for when, who in sorted([*planned, *probing], key=lambda plan: plan[0]):
+    cover = round(probes * _PROBE_COVER)
+    planned = [(_moment(random, caller, end), caller) for caller in _callers(random, count - probes - cover)]
+    hidden = [(_probing(random, end), _TROUBLEMAKER) for _ in range(cover)]
+    probing = [(_probing(random, end), None) for _ in range(probes)]
+    for when, who in sorted([*planned, *hidden, *probing], key=lambda plan: plan[0]):
         yield maker.usual(when, who) if who is not None else maker.probe(when)
 
 
 def _callers(random: Random, count: int) -> list[Caller]:
     return random.choices(CALLERS, [caller.share for caller in CALLERS], k=count)
+
+
+def _probing(random: Random, end: datetime) -> datetime:
+    """A moment in the bad half-hour, in which the usual work of the one that probes goes on."""
+    return PROBED.start(end) + PROBED.length * random.random()
 
 
 def _moment(random: Random, caller: Caller, end: datetime) -> datetime:
@@ -89,6 +98,7 @@ class _Maker:
 
     def __init__(self, random: Random, end: datetime, *, prefix: str) -> None:
         self._random, self._end, self._prefix = random, end, prefix
+        self._slow_from = SLOW.start(end)
         self._number = 0
         self._sessions: dict[str, tuple[str, datetime]] = {}
         self._tools = {
@@ -107,9 +117,8 @@ class _Maker:
         return self._call(when, caller, tool, tool.arguments(self._random), labels, decision, rule)
 
     def probe(self, when: datetime) -> Call:
-        caller = next(each for each in CALLERS if each.name == TROUBLEMAKER)
         name, arguments, rule, label = self._random.choice(PROBES)
-        return self._call(when, caller, TOOLS[name], arguments, [label, "PROBING"], Decision.DENY, rule)
+        return self._call(when, _TROUBLEMAKER, TOOLS[name], arguments, [label, "PROBING"], Decision.DENY, rule)
 
     def _decide(self, tool: Tool, caller: Caller, labels: list[str], when: datetime) -> Decision:
         if "PROMPT_INJECTION" in labels:
@@ -182,8 +191,7 @@ class _Maker:
 
     def _run(self, tool: Tool, when: datetime) -> tuple[ExecutionStatus, int]:
         latency, fails = self._random.lognormvariate(0.0, tool.spread) * tool.median_ms, tool.fails
-        slow_from = self._end - _SLOW[0]
-        if tool.server == "postgres" and slow_from <= when < slow_from + _SLOW[1]:
+        if tool.server == "postgres" and self._slow_from <= when < self._slow_from + SLOW.length:
             latency, fails = latency * 14, 0.35
         drawn = self._random.random()
         if drawn < fails * 0.6:

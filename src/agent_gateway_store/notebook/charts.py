@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Chart: TypeAlias = alt.Chart | alt.LayerChart
 
-__all__ = ["DECISION_COLOURS", "WIDTH", "altair", "finish", "nothing", "safe", "safe_column"]
+__all__ = ["DECISION_COLOURS", "WIDTH", "altair", "colours", "finish", "nothing", "safe", "safe_column", "span"]
 
 WIDTH = 640
 _LABEL_CHARS = 60
@@ -88,3 +88,20 @@ def finish(chart: Any, title: str, subtitle: str) -> Chart:
         .configure_legend(orient="top", title=None, labelFontSize=11, labelColor=_INK, symbolType="square", offset=4)
     )
     return cast("Chart", drawn)
+
+
+def colours(field: str, data: Any, palette: dict[str, str]) -> Any:
+    """Return the colour of a field: by the palette, in its order; a value that is not in it is grey."""
+    alt = altair()
+    domain = [word for word in palette if word in set(data[field])]
+    extra = sorted(set(data[field]) - set(domain))
+    shades = [*(palette[word] for word in domain), *(HEX["off"] for _ in extra)]
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=[*domain, *extra], range=shades))
+
+
+def span(seconds: float) -> str:
+    """Return a length of time as text, in the largest unit that fits."""
+    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.3g} s"

@@ -1,0 +1,185 @@
+"""Charts of how many calls there were: over time, by tool and caller, by tool and risk label."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.notebook.buckets import stacked, step_for
+from agent_gateway_store.notebook.charts import (
+    DECISION_COLOURS,
+    WIDTH,
+    altair,
+    colours,
+    finish,
+    nothing,
+    safe_column,
+    span,
+)
+from agent_gateway_store.notebook.frames import OTHERS, counted, frame_of, labels_exploded, need, pandas, top
+
+if TYPE_CHECKING:
+    from agent_gateway_store.notebook.charts import Chart
+
+__all__ = ["calls", "risk", "timeline"]
+
+_TOOLS, _CALLERS, _LABELS = 20, 8, 12
+
+
+def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
+    """Draw calls over time, stacked by decision.
+
+    Args:
+        source: Audit events, `store.audit.stats(by="decision", bucket="1h")`, or a `SyncGatewayStore`.
+        title: In place of the usual one.
+        filters: With a store: what to draw, as for `store.audit.search`; `bucket` sets the buckets' length.
+
+    Raises:
+        ValueError: The result lacks a column that is needed.
+        TypeError: `source` is none of these.
+        MissingExtraError: The extra `notebook` is not installed.
+    """
+    alt, pd = altair(), pandas()
+    filters = {"bucket": "1h", **filters}
+    frame = frame_of(
+        source,
+        lambda store: store.audit.stats(by="decision", **filters),
+        instead='plot.timeline(await store.audit.stats(by="decision", bucket="1h"))',
+    )
+    when = "bucket" if "bucket" in frame.columns else "timestamp"
+    need(frame, when, "decision")
+    frame = frame.dropna(subset=[when])
+    if frame.empty:
+        return nothing(title, "Calls by decision", "events")
+    times = pd.to_datetime(frame[when], utc=True)
+    step = step_for((times.max() - times.min()).to_pytimedelta(), _bucket_of(source, times, when))
+    counts = counted(frame.assign(start=times.dt.floor(pd.Timedelta(step))), "start", "decision")
+    data = pd.DataFrame(
+        {
+            "start": counts["start"].dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "end": (counts["start"] + step).dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "decision": safe_column(counts["decision"]),
+            "calls": counts["calls"],
+            "when": counts["start"].dt.strftime("%Y-%m-%d %H:%M:%S UTC"),
+        }
+    )
+    chart = (
+        alt.Chart(stacked(data, "start", "decision", "calls", list(DECISION_COLOURS)))
+        .mark_bar(binSpacing=0)
+        .encode(
+            x=alt.X("start:T", title="time (UTC)", scale=alt.Scale(type="utc"), axis=alt.Axis(grid=False)),
+            x2="end:T",
+            y=alt.Y(
+                "bottom:Q", title=f"calls per {span(step.total_seconds())}", axis=alt.Axis(tickMinStep=1, format=",d")
+            ),
+            y2="top:Q",
+            color=colours("decision", data, DECISION_COLOURS),
+            tooltip=[alt.Tooltip("when:N", title="from"), "decision:N", alt.Tooltip("calls:Q", format=",")],
+        )
+        .properties(width=WIDTH, height=220)
+    )
+    first, last = times.min().strftime("%Y-%m-%d %H:%M"), times.max().strftime("%Y-%m-%d %H:%M")
+    return finish(chart, title or "Calls by decision", f"{data['calls'].sum():,} calls, {first} to {last} UTC")
+
+
+def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
+    """Draw how often each tool was called and by whom: the 20 busiest tools, the 8 busiest callers and the others.
+
+    Args:
+        source: Audit events, `store.audit.stats(by=("caller_id", "tool_name"))`, or a `SyncGatewayStore`.
+        title: In place of the usual one.
+        filters: With a store: what to draw, as for `store.audit.search`.
+
+    Raises:
+        ValueError, TypeError, MissingExtraError: As for `timeline`.
+    """
+    alt = altair()
+    frame = frame_of(
+        source,
+        lambda store: store.audit.stats(by=("caller_id", "tool_name"), **filters),
+        instead='plot.calls(await store.audit.stats(by=("caller_id", "tool_name")))',
+    )
+    need(frame, "caller_id", "tool_name")
+    counts = _by_tool(frame, "caller_id", name="caller")
+    if counts.empty:
+        return nothing(title, "Calls by tool and caller", "events")
+    tools, callers = top(counts, "tool", _TOOLS), top(counts, "caller", _CALLERS)
+    total, left_out = int(counts["calls"].sum()), counts["tool"].nunique() - len(tools)
+    counts["caller"] = counts["caller"].where(counts["caller"].isin(callers), OTHERS)
+    data = counted(counts[counts["tool"].isin(tools)], "tool", "caller")
+    chart = (
+        alt.Chart(data)
+        .mark_bar()
+        .encode(
+            y=alt.Y("tool:N", title=None, sort=tools),
+            x=alt.X("calls:Q", title="calls", stack="zero", axis=alt.Axis(tickCount=6, tickMinStep=1, format=",d")),
+            color=alt.Color(
+                "caller:N",
+                sort=[*callers, OTHERS],
+                scale=alt.Scale(scheme="tableau10"),
+                legend=alt.Legend(columns=5, labelLimit=140),
+            ),
+            tooltip=["tool:N", "caller:N", alt.Tooltip("calls:Q", format=",")],
+        )
+        .properties(width=WIDTH - 60, height=alt.Step(19))
+    )
+    more = f"; {left_out} rarer tools left out" if left_out else ""
+    return finish(chart, title or "Calls by tool and caller", f"{total:,} calls{more}")
+
+
+def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
+    """Draw which tools carry which risk labels: a heat map of the number of calls.
+
+    Args:
+        source: Audit events, `store.audit.stats(by=("tool_name", "risk_label"))`, or a `SyncGatewayStore`.
+        title: In place of the usual one.
+        filters: With a store: what to draw, as for `store.audit.search`.
+
+    Raises:
+        ValueError, TypeError, MissingExtraError: As for `timeline`.
+    """
+    alt = altair()
+    frame = frame_of(
+        source,
+        lambda store: store.audit.stats(by=("tool_name", "risk_label"), **filters),
+        instead='plot.risk(await store.audit.stats(by=("tool_name", "risk_label")))',
+    )
+    need(frame, "tool_name")
+    counts = _by_tool(labels_exploded(frame), "risk_label", name="label")
+    if counts.empty:
+        return nothing(title, "Risk labels by tool", "risk labels")
+    tools, labels = top(counts, "tool", _TOOLS), top(counts, "label", _LABELS)
+    data = counted(counts[counts["tool"].isin(tools) & counts["label"].isin(labels)], "tool", "label")
+    most = int(data["calls"].max())
+    base = alt.Chart(data).encode(
+        x=alt.X("label:N", title=None, sort=labels, axis=alt.Axis(labelAngle=-35, orient="bottom")),
+        y=alt.Y("tool:N", title=None, sort=tools),
+        tooltip=["tool:N", "label:N", alt.Tooltip("calls:Q", format=",")],
+    )
+    tiles = base.mark_rect(cornerRadius=2, stroke="white", strokeWidth=2).encode(
+        color=alt.Color("calls:Q", scale=alt.Scale(scheme="orangered", type="sqrt", domain=[0, most]), legend=None)
+    )
+    numbers = base.mark_text(fontSize=11).encode(
+        text=alt.Text("calls:Q", format=","),
+        color=alt.condition(f"datum.calls > {most / 2}", alt.value("white"), alt.value("#24292f")),
+    )
+    chart = (tiles + numbers).properties(width=WIDTH - 60, height=alt.Step(24))
+    return finish(chart, title or "Risk labels by tool", "number of calls; a call counts under each of its labels")
+
+
+def _by_tool(frame: Any, column: str, *, name: str) -> Any:
+    """The calls of each tool with each value of a column, as `tool`, `name` and `calls`, safe to draw."""
+    counts = counted(frame, "tool_name", column)
+    return counts.assign(tool=safe_column(counts["tool_name"]), **{name: safe_column(counts[column])})
+
+
+def _bucket_of(source: Any, times: Any, when: str) -> timedelta | None:
+    """The length of the buckets that there are; None for events."""
+    if when != "bucket":
+        return None
+    known = getattr(source, "bucket", None)
+    if isinstance(known, timedelta):
+        return known
+    gaps = times.drop_duplicates().sort_values().diff().dropna()
+    found: timedelta = gaps.min().to_pytimedelta() if len(gaps) else timedelta(hours=1)
+    return found

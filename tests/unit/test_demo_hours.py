@@ -1,0 +1,57 @@
+"""`gateway-store demo --events N` has the same things to find, whatever hour of whatever day its history ends."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from datetime import UTC, datetime, timedelta
+from statistics import median
+
+import pytest
+
+from agent_gateway_store import AuditEvent
+from agent_gateway_store.cli.demo_history import history
+from agent_gateway_store.cli.demo_incidents import PROBED, SLOW, Incident
+from agent_gateway_store.cli.demo_world import TROUBLEMAKER
+
+pytestmark = pytest.mark.unit
+
+MONDAY = datetime(2026, 5, 18, tzinfo=UTC)
+HOUR, DAY, WEEK = timedelta(hours=1), timedelta(days=1), timedelta(days=7)
+# Each three hours later than the one before, and a day: every weekday, and every third hour of the day.
+ENDS = [MONDAY + number * (DAY + 3 * HOUR) for number in range(8)]
+
+
+def hour_of(event: AuditEvent) -> datetime:
+    """The hour in which it was."""
+    return event.timestamp.replace(minute=0, second=0, microsecond=0)
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: f"{end:%a-%H}")
+def test_the_incident_review_finds_its_incidents(end: datetime) -> None:
+    """In the week before the end: the hour of the denials, calls of the same caller that ran, and the slow queries."""
+    week = [call.event for call in history(3_000, seed=7, end=end) if call.event.timestamp >= end - WEEK]
+
+    [(worst, most), (_, second)] = Counter(hour_of(each) for each in week if each.decision == "DENY").most_common(2)
+    assert worst == PROBED.start(end)
+    assert most > 5 * second
+    around = [each for each in week if each.caller_id == TROUBLEMAKER and worst <= each.timestamp < worst + 2 * HOUR]
+    assert sum(each.decision != "DENY" for each in around) >= 3
+    queries = defaultdict(list)
+    for each in week:
+        if each.tool_name == "run_query" and each.execution_status is not None:
+            queries[hour_of(each)].append(each.latency_ms)
+    latencies = {hour: median(found) for hour, found in queries.items() if len(found) >= 5}
+    slowest = max(latencies, key=lambda hour: latencies[hour])
+    assert slowest - SLOW.start(end) in (timedelta(), HOUR)
+
+
+@pytest.mark.parametrize("incident", [PROBED, SLOW], ids=["probed", "slow"])
+def test_an_incident_begins_at_its_hour(incident: Incident) -> None:
+    """On the latest day that is old enough, be the end to the second or the microsecond before."""
+    for number in range(7 * 24):
+        for end in (MONDAY + number * HOUR, MONDAY + number * HOUR - timedelta(microseconds=1)):
+            start = incident.start(end)
+
+            assert (start.hour, start.minute, start.second, start.microsecond) == (incident.hour, 0, 0, 0)
+            assert incident.age <= end - start < incident.age + DAY
+            assert start + incident.length < end
