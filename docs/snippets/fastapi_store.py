@@ -1,39 +1,13 @@
-"""How-to: one store for a FastAPI application."""
+"""How-to: one store for a FastAPI application, callers with keys, and the desk of the approvers."""
 
 # --8<-- [start:app]
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Annotated
+from fastapi import FastAPI
 
-from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from agent_gateway_store import AuditEvent, CallerIdentity
+from agent_gateway_store.integrations.fastapi import CallerDep, CallerStoreDep, install_error_handlers, lifespan
 
-from agent_gateway_store import CallerIdentity, GatewayStore, errors
-
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with GatewayStore() as store:
-        app.state.store = store
-        yield
-
-
-def get_store(request: Request) -> GatewayStore:
-    return request.app.state.store
-
-
-StoreDep = Annotated[GatewayStore, Depends(get_store)]
-
-
-async def get_caller(store: StoreDep, x_api_key: Annotated[str, Header()]) -> CallerIdentity:
-    try:
-        return await store.keys.verify(x_api_key)
-    except errors.InvalidApiKeyError as refusal:
-        raise HTTPException(401, str(refusal)) from None
-
-
-CallerDep = Annotated[CallerIdentity, Depends(get_caller)]
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=lifespan())
+install_error_handlers(app)
 
 
 @app.get("/whoami")
@@ -41,21 +15,76 @@ async def whoami(caller: CallerDep) -> CallerIdentity:
     return caller
 
 
+@app.get("/events")
+async def events(store: CallerStoreDep) -> list[AuditEvent]:
+    return await store.audit.list_recent(limit=20)  # of the caller's organisation
+
+
 # --8<-- [end:app]
+
+# --8<-- [start:approvals]
+from fastapi import HTTPException
+
+from agent_gateway_store.integrations.fastapi import Approver, approvals_router
+
+
+async def get_approver(caller: CallerDep) -> Approver:
+    if caller.role != "approver":
+        raise HTTPException(403, "Only approvers decide.")
+    return Approver(approver_id=caller.caller_id, org_id=caller.org_id)
+
+
+app.include_router(approvals_router(get_approver, prefix="/approvals"))
+# --8<-- [end:approvals]
+
+# --8<-- [start:lifespan]
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from agent_gateway_store import GatewayStore
+
+store = GatewayStore("sqlite:///own.db")
+
+
+@asynccontextmanager
+async def own(app: FastAPI) -> AsyncIterator[dict[str, str]]:
+    await store.keys.list()  # the store is open here
+    yield {"greeting": "hello"}  # and still is after this line
+
+
+other_app = FastAPI(lifespan=lifespan(store, inner=own))
+# --8<-- [end:lifespan]
 
 import asyncio
 
 import httpx
 
+from agent_gateway_store import ApprovalRequest, ToolCall
+
 
 async def main() -> None:
+    call = ToolCall(server="files", tool="delete_file", arguments={"path": "a.txt"})
+    asked = ApprovalRequest(request_id="r-1", caller_id="dev-agent", tool_call=call, risk_explanation="Deletes.")
+    async with GatewayStore() as gateway:  # beside the application, on the same file
+        agent = (await gateway.keys.issue("dev-agent", role="developer")).plaintext.get_secret_value()
+        alice = (await gateway.keys.issue("alice", role="approver")).plaintext.get_secret_value()
+        await gateway.approvals.issue_token(asked)
     transport = httpx.ASGITransport(app)
-    async with lifespan(app), httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-        issued = await app.state.store.keys.issue("dev-agent", role="developer")
-        good = await client.get("/whoami", headers={"x-api-key": issued.plaintext.get_secret_value()})
-        bad = await client.get("/whoami", headers={"x-api-key": "agw_wrong"})
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://gw") as client:
+        good = await client.get("/whoami", headers={"Authorization": f"Bearer {agent}"})
+        bad = await client.get("/whoami", headers={"X-API-Key": "agw_wrong"})
+        recent = await client.get("/events", headers={"X-API-Key": agent})
+        pending = await client.get("/approvals?status=PENDING", headers={"X-API-Key": alice})
+        path = f"/approvals/{pending.json()['items'][0]['approval_id']}/decision"
+        refused = await client.post(path, headers={"X-API-Key": agent}, json={"decision": "approve"})
+        decided = await client.post(path, headers={"X-API-Key": alice}, json={"decision": "approve"})
+        late = await client.post(path, headers={"X-API-Key": alice}, json={"decision": "deny"})
     assert (good.status_code, good.json()["caller_id"]) == (200, "dev-agent")
     assert (bad.status_code, bad.json()["detail"]) == (401, "Invalid API key: ask the operator for a new one.")
+    assert recent.json() == []
+    assert (refused.status_code, decided.json()["status"], late.status_code) == (403, "APPROVED", 409)
+    async with other_app.router.lifespan_context(other_app) as state:
+        assert state["greeting"] == "hello"
 
 
 asyncio.run(main())

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Depends, Request, Security
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Depends, Request
 
 from agent_gateway_store import CallerIdentity, GatewayStore
-from agent_gateway_store.errors import InvalidApiKeyError
+from agent_gateway_store.integrations.fastapi import Approver, CallerDep
 from fastapi_gateway.policy import Policy
 from fastapi_gateway.problems import RefusalError
 
-__all__ = ["Approver", "Auditor", "Caller", "Gateway", "Parts", "gateway_of"]
+__all__ = ["Auditor", "Gateway", "Parts", "gateway_of", "require_approver"]
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,10 @@ def gateway_of(request: Request) -> Gateway:
 
 
 Parts = Annotated[Gateway, Depends(gateway_of)]
-_Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
-_Header = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
-
-
-async def _authenticate(gateway: Parts, bearer: _Bearer, header: _Header) -> CallerIdentity:
-    key = bearer.credentials if bearer else header
-    if not key:
-        raise InvalidApiKeyError
-    return await gateway.store.keys.verify(key)
-
-
-Caller = Annotated[CallerIdentity, Depends(_authenticate)]
 
 
 def _with_role(*roles: str) -> Callable[[CallerIdentity], Awaitable[CallerIdentity]]:
-    async def check(caller: Caller) -> CallerIdentity:
+    async def check(caller: CallerDep) -> CallerIdentity:
         if caller.role not in roles:
             raise RefusalError(403, "forbidden", f"This needs a key with the role {' or '.join(roles)}.")
         return caller
@@ -58,5 +45,9 @@ def _with_role(*roles: str) -> Callable[[CallerIdentity], Awaitable[CallerIdenti
     return check
 
 
-Approver = Annotated[CallerIdentity, Depends(_with_role("approver"))]
 Auditor = Annotated[CallerIdentity, Depends(_with_role("approver", "admin"))]
+
+
+async def require_approver(caller: Annotated[CallerIdentity, Depends(_with_role("approver"))]) -> Approver:
+    """Return who decides: the caller, if the key has that role."""
+    return Approver(approver_id=caller.caller_id, org_id=caller.org_id)

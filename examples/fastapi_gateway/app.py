@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
 from agent_gateway_store import GatewayStore
-from agent_gateway_store.errors import GatewayStoreError
+from agent_gateway_store.integrations.fastapi import approvals_router, lifespan
 from fastapi_gateway import approvals, calls
-from fastapi_gateway.access import Gateway, Parts
+from fastapi_gateway.access import Gateway, Parts, require_approver
 from fastapi_gateway.config import GatewaySettings
 from fastapi_gateway.policy import load_policy
 from fastapi_gateway.problems import RefusalError, install_handlers
@@ -21,7 +19,6 @@ from fastapi_gateway.problems import RefusalError, install_handlers
 __all__ = ["create_app"]
 
 _HEALTH_TIMEOUT_S = 3
-_TOKEN_IN_PATH = re.compile(r"(/v1/approvals/)[^/?]+(?=\?|$)")
 
 
 def create_app(settings: GatewaySettings | None = None) -> FastAPI:
@@ -40,24 +37,17 @@ def create_app(settings: GatewaySettings | None = None) -> FastAPI:
     store = GatewayStore(auto_migrate=True)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def parts(app: FastAPI) -> AsyncIterator[None]:
         settings.sandbox.mkdir(parents=True, exist_ok=True)
-        try:
-            await store.open()
-        except GatewayStoreError as exc:
-            raise RuntimeError(f"The gateway cannot open its store: {exc}") from None
-        try:
-            app.state.gateway = Gateway(store, policy, settings.sandbox, settings.tool_timeout_seconds)
-            yield
-        finally:
-            await store.close()
+        app.state.gateway = Gateway(store, policy, settings.sandbox, settings.tool_timeout_seconds)
+        yield
 
-    app = FastAPI(title="Tool gateway", lifespan=lifespan)
+    app = FastAPI(title="Tool gateway", lifespan=lifespan(store, inner=parts))
     install_handlers(app)
     app.include_router(calls.router)
     app.include_router(approvals.router)
+    app.include_router(approvals_router(require_approver, prefix="/v1/approvals"))
     app.add_api_route("/healthz", check_health, methods=["GET"])
-    logging.getLogger("uvicorn.access").addFilter(_hide_token)
     return app
 
 
@@ -65,14 +55,7 @@ async def check_health(gateway: Parts) -> dict[str, str]:
     """Answer 200 if the database answers, else 503. Redis is no part of it: the gateway works without."""
     try:
         async with asyncio.timeout(_HEALTH_TIMEOUT_S):
-            await gateway.store.audit.list_recent(limit=0)
+            await gateway.store.ping()
     except TimeoutError:
         raise RefusalError(503, "store_unavailable", "The database does not answer in time.") from None
     return {"status": "ok", "policy": gateway.policy.label}
-
-
-def _hide_token(record: logging.LogRecord) -> bool:
-    """Mask the approval token in a line of uvicorn's access log."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(_TOKEN_IN_PATH.sub(r"\1***", arg) if isinstance(arg, str) else arg for arg in record.args)
-    return True

@@ -21,7 +21,8 @@ from agent_gateway_store import (
     ToolCall,
 )
 from agent_gateway_store.errors import ApprovalNotFoundError, GatewayStoreError
-from fastapi_gateway.access import Caller, Parts
+from agent_gateway_store.integrations.fastapi import CallerDep
+from fastapi_gateway.access import Parts
 from fastapi_gateway.problems import RefusalError
 from fastapi_gateway.redaction import redact
 from fastapi_gateway.tools import BoundTool, bind
@@ -46,7 +47,7 @@ class ToolCallBody(BaseModel):
     session_id: str | None = Field(default=None, max_length=128)
 
 
-async def _read_call(request: Request, caller: Caller, record: Record) -> ToolCallBody:
+async def _read_call(request: Request, caller: CallerDep, record: Record) -> ToolCallBody:
     """Read the body, after the key was checked: nothing of a stranger's body is looked at."""
     record.caller = caller
     data = bytearray()
@@ -71,7 +72,7 @@ router = APIRouter(route_class=AuditedRoute)
 async def call_tool(
     gateway: Parts,
     record: Record,
-    caller: Caller,
+    caller: CallerDep,
     body: Annotated[ToolCallBody, Depends(_read_call)],
     x_approval_token: Annotated[str | None, Header()] = None,
 ) -> JSONResponse:

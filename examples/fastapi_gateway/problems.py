@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -10,10 +11,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from agent_gateway_store import errors
+from agent_gateway_store.integrations.fastapi import http_exception_of
 from fastapi_gateway.tools import InvalidArgumentsError, SandboxError, ToolError, UnknownToolError
 
 __all__ = ["RefusalError", "install_handlers", "refusal_of"]
 
+_WORD_START = re.compile("(?<!^)(?=[A-Z])")
 _logger = logging.getLogger("fastapi_gateway")
 
 
@@ -33,18 +36,6 @@ class RefusalError(Exception):
 
 # The first class that fits counts, so the derived ones stand first.
 _KINDS: tuple[tuple[type[Exception], int, str], ...] = (
-    (errors.InvalidApiKeyError, 401, "invalid_api_key"),
-    (errors.ApprovalNotFoundError, 404, "approval_not_found"),
-    (errors.ApprovalMismatchError, 403, "approval_mismatch"),
-    (errors.ApprovalExpiredError, 410, "approval_expired"),
-    (errors.ApprovalAlreadyUsedError, 409, "approval_already_used"),
-    (errors.ApprovalAlreadyDecidedError, 409, "approval_already_decided"),
-    (errors.ApprovalAlreadyVotedError, 409, "approval_already_voted"),
-    (errors.ApprovalNotApprovedError, 409, "approval_not_approved"),
-    (errors.SelfApprovalError, 403, "self_approval"),
-    (errors.DecisionVetoedError, 403, "decision_vetoed"),
-    (errors.ApprovalError, 409, "approval_conflict"),
-    (errors.InvalidCursorError, 400, "invalid_cursor"),
     (UnknownToolError, 404, "unknown_tool"),
     (InvalidArgumentsError, 422, "invalid_arguments"),
     (SandboxError, 403, "path_refused"),
@@ -56,21 +47,32 @@ def refusal_of(exc: Exception) -> RefusalError:
     """Return the refusal that `exc` stands for; whatever is not known is a 500 that tells nothing."""
     if isinstance(exc, RefusalError):
         return exc
-    if isinstance(exc, errors.ApprovalNotApprovedError) and exc.status in ("DENIED", "CANCELLED"):
-        return RefusalError(403, f"approval_{exc.status.lower()}", str(exc))
+    if isinstance(exc, HTTPException) and isinstance(exc.__cause__, errors.GatewayStoreError):
+        exc = exc.__cause__  # as the dependencies and routes of the store's integration raise it
+    if isinstance(exc, errors.GatewayStoreError):
+        return _refusal_of_store(exc)
     for kind, status, error in _KINDS:
         if isinstance(exc, kind):
-            return RefusalError(status, error, str(exc), {"WWW-Authenticate": "Bearer"} if status == 401 else None)
-    if isinstance(exc, errors.AuditUnavailableError):
-        return RefusalError(503, "audit_unavailable", "The call could not be recorded, so its result is withheld.")
-    if isinstance(exc, errors.GatewayStoreError):
-        # The operator's hint (which server, which setting) goes to the log, not to the caller.
-        return RefusalError(503, "store_unavailable", "The gateway cannot reach its records: try again later.")
+            return RefusalError(status, error, str(exc))
     if isinstance(exc, RequestValidationError):
         return RefusalError(422, "malformed_request", _what_is_wrong(exc))
     if isinstance(exc, HTTPException):
         return RefusalError(exc.status_code, "http_error", f"{exc.detail}.".replace("..", "."), dict(exc.headers or {}))
     return RefusalError(500, "internal_error", "The gateway failed: tell its operator the request id.")
+
+
+def _refusal_of_store(exc: errors.GatewayStoreError) -> RefusalError:
+    if isinstance(exc, errors.ApprovalNotApprovedError) and exc.status in ("DENIED", "CANCELLED"):
+        return RefusalError(403, f"approval_{exc.status.lower()}", str(exc))
+    if isinstance(exc, errors.AuditUnavailableError):
+        return RefusalError(503, "audit_unavailable", "The call could not be recorded, so its result is withheld.")
+    answer = http_exception_of(exc)
+    word = (
+        "store_unavailable"
+        if answer.status_code == 503
+        else _WORD_START.sub("_", type(exc).__name__.removesuffix("Error"))
+    )
+    return RefusalError(answer.status_code, word.lower(), answer.detail, dict(answer.headers or {}))
 
 
 def _what_is_wrong(exc: RequestValidationError) -> str:

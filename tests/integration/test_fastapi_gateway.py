@@ -235,7 +235,7 @@ async def test_every_request_leaves_one_event_and_no_secret(bench: Bench) -> Non
     await bench.agent.call("write_file", written, token=asked["token"])
     await bench.agent.call("shell/run", {"token": SECRET, "headers": {"Authorization": SECRET}})
     await bench.agent.call("hash_file", {"path": "kept.txt"})
-    await bench.agent.send("GET", f"/v1/approvals/{asked['token']}")
+    await bench.agent.send("GET", "/v1/approval", headers={"X-Approval-Token": asked["token"]})
     events = await bench.events()
 
     assert Counter(event.decision.value for event in events) == {"APPROVAL_REQUIRED": 1, "ALLOW": 2, "DENY": 2}

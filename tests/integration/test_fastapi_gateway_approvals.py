@@ -145,10 +145,10 @@ async def test_expired_approval_is_gone(bench: Bench) -> None:
 async def test_caller_follows_its_approval(bench: Bench) -> None:
     """The status is PENDING at once, and `wait` returns as soon as somebody decides at the other gateway."""
     asked = await _ask(bench, f"{uuid4().hex}.txt")
-    path = f"/v1/approvals/{asked['token']}"
+    token = {"X-Approval-Token": asked["token"]}
 
-    pending = await bench.agent.send("GET", path)
-    waiting = asyncio.create_task(bench.agent.send("GET", path, params={"wait": 15}))
+    pending = await bench.agent.send("GET", "/v1/approval", headers=token)
+    waiting = asyncio.create_task(bench.agent.send("GET", "/v1/approval", headers=token, params={"wait": 15}))
     started = time.monotonic()
     await bench.approver.decide(asked["approval_id"], "approve", at=1)
     decided = await waiting
@@ -161,8 +161,10 @@ async def test_caller_follows_its_approval(bench: Bench) -> None:
 
 async def test_status_of_an_unknown_token_is_404(bench: Bench) -> None:
     """Nothing is told about tokens that do not exist, and waits are bounded."""
-    unknown = await bench.agent.send("GET", "/v1/approvals/no-such-token")
-    too_long = await bench.agent.send("GET", "/v1/approvals/no-such-token", params={"wait": 31})
+    token = {"X-Approval-Token": "no-such-token"}
+
+    unknown = await bench.agent.send("GET", "/v1/approval", headers=token)
+    too_long = await bench.agent.send("GET", "/v1/approval", headers=token, params={"wait": 31})
 
     assert (unknown.status_code, unknown.json()["error"]) == (404, "approval_not_found")
     assert too_long.status_code == 422
@@ -203,7 +205,8 @@ async def test_only_approvers_decide_and_read(bench: Bench) -> None:
 
     assert [answer.status_code for answer in refused] == [403] * 4
     assert [(answer.status_code, len(answer.json()["items"])) for answer in read] == [(200, 3)] * 2
-    assert (await bench.agent.send("GET", f"/v1/approvals/{asked['token']}")).json()["status"] == "PENDING"
+    token = {"X-Approval-Token": asked["token"]}
+    assert (await bench.agent.send("GET", "/v1/approval", headers=token)).json()["status"] == "PENDING"
 
 
 async def test_decision_about_nothing_is_404(bench: Bench) -> None:

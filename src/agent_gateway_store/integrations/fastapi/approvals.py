@@ -1,0 +1,135 @@
+"""The desk of the approvers over HTTP. Tokens and hashes never leave by it."""
+
+# Without postponed annotations: FastAPI must see the dependency that `approvals_router` is given.
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from agent_gateway_store.integrations.fastapi.lifetime import StoreDep
+from agent_gateway_store.integrations.fastapi.problems import http_errors
+from agent_gateway_store.models.approval import ApprovalScope
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall, Value
+
+__all__ = ["ApprovalView", "Approver", "DecisionView", "approvals_router"]
+
+_MAX_BODY_BYTES = 65_536
+_SHOWN = ConfigDict(from_attributes=True)
+
+
+class Approver(Value):
+    """Who decides, as the application knows them.
+
+    Attributes:
+        approver_id: As written to the record.
+        org_id: The organisation whose approvals they see and decide.
+    """
+
+    approver_id: str = Field(min_length=1)
+    org_id: str = Field(min_length=1)
+
+
+class ApprovalView(BaseModel):
+    """One approval as approvers see it; the fields are those of `ApprovalRequest`."""
+
+    model_config = _SHOWN
+
+    approval_id: UUID
+    request_id: str
+    caller_id: str
+    tool_call: ToolCall
+    risk_explanation: str
+    created_at: datetime
+    expires_at: datetime | None
+    status: ApprovalStatus
+    scope: ApprovalScope
+    required_approvals: int
+    approver_id: str | None
+    decision_at: datetime | None
+    approver_note: str
+    used_at: datetime | None
+    outcome: str | None
+
+
+class ApprovalPage(BaseModel):
+    """Approvals, newest first.
+
+    Attributes:
+        next_cursor: Gives the next page; None at the end.
+    """
+
+    items: list[ApprovalView]
+    next_cursor: str | None
+
+
+class DecisionBody(BaseModel):
+    """What an approver says; `reject` and `decline` mean deny."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    decision: Literal["approve", "deny", "reject", "decline"]
+    note: str = Field(default="", max_length=2_000)
+
+
+class DecisionView(BaseModel):
+    """Where an approval stands after a decision; the fields are those of `ApprovalResult`."""
+
+    model_config = _SHOWN
+
+    approval_id: UUID
+    status: ApprovalStatus
+    approver_id: str | None
+    note: str
+    decided_at: datetime | None
+    expires_at: datetime | None
+
+
+def approvals_router(
+    approver: Callable[..., Approver | Awaitable[Approver]], *, prefix: str = "/approvals"
+) -> APIRouter:
+    """Return a router by which approvers list, see and decide the approvals of their organisation.
+
+    `GET /approvals?status=PENDING&limit=&cursor=`, `GET /approvals/{approval_id}`, and
+    `POST /approvals/{approval_id}/decision` with `{"decision": "approve" | "deny", "note": ""}`. A decision needs a
+    JSON body, which no form of a foreign page can send. What the store objects to is answered as `http_exception_of`
+    says: 404 for an unknown approval and for one of another organisation, 409 naming the standing decision, 410 after
+    the deadline.
+
+    Args:
+        approver: A dependency of the application that returns who decides, or raises an `HTTPException`.
+        prefix: Path of the list.
+    """
+    who_decides = Annotated[Approver, Depends(approver)]
+    router = APIRouter(prefix=prefix, tags=["approvals"], max_body_size=_MAX_BODY_BYTES)
+
+    @router.get("", response_model=ApprovalPage)
+    async def list_approvals(
+        store: StoreDep,
+        who: who_decides,
+        status: ApprovalStatus | None = None,
+        limit: Annotated[int, Query(ge=1, le=500)] = 50,
+        cursor: str | None = None,
+    ) -> dict[str, Any]:
+        """List approvals of the approver's organisation, newest first."""
+        with http_errors():
+            page = await store.for_org(who.org_id).approvals.list_requests(status, limit, cursor)
+        return {"items": page, "next_cursor": page.next_cursor}
+
+    @router.get("/{approval_id}", response_model=ApprovalView)
+    async def show_approval(store: StoreDep, who: who_decides, approval_id: str) -> Any:
+        """Show one approval."""
+        with http_errors():
+            return await store.for_org(who.org_id).approvals.get(approval_id=approval_id)
+
+    @router.post("/{approval_id}/decision", response_model=DecisionView)
+    async def decide_approval(store: StoreDep, who: who_decides, approval_id: str, body: DecisionBody) -> Any:
+        """Approve or deny, once."""
+        approvals = store.for_org(who.org_id).approvals
+        decide = approvals.approve if body.decision == "approve" else approvals.deny
+        with http_errors():
+            return await decide(approval_id=approval_id, approver_id=who.approver_id, note=body.note)
+
+    return router

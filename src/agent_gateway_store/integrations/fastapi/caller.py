@@ -1,0 +1,42 @@
+"""Who calls: the owner of the API key."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from agent_gateway_store.integrations.credentials import key_in
+from agent_gateway_store.integrations.fastapi.lifetime import StoreDep
+from agent_gateway_store.integrations.fastapi.problems import http_errors
+from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.store import GatewayStore
+
+__all__ = ["CallerDep", "CallerStoreDep", "get_caller", "get_caller_store"]
+
+# They describe the API in OpenAPI. Of two headers they would take the first, so they are not what is read.
+_Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
+_ApiKey = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
+
+
+async def get_caller(request: Request, store: StoreDep, _bearer: _Bearer, _api_key: _ApiKey) -> CallerIdentity:
+    """Return who the API key in `Authorization: Bearer` or `X-API-Key` belongs to; a dependency.
+
+    Raises:
+        HTTPException: 401, always the same one, if there is not exactly one key or it is not accepted; 503 if the
+            store cannot tell. The store's error is its cause.
+    """
+    with http_errors():
+        return await store.keys.verify(key_in(request.headers))
+
+
+CallerDep = Annotated[CallerIdentity, Depends(get_caller)]
+
+
+def get_caller_store(store: StoreDep, caller: CallerDep) -> GatewayStore:
+    """Return the store bound to the caller's organisation; a dependency."""
+    return store.for_org(caller.org_id)
+
+
+CallerStoreDep = Annotated[GatewayStore, Depends(get_caller_store)]

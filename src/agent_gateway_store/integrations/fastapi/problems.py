@@ -1,0 +1,76 @@
+"""The errors of the store as HTTP answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exception_handlers import http_exception_handler
+from starlette.responses import Response
+
+from agent_gateway_store import errors
+
+__all__ = ["RETRY_AFTER_S", "http_errors", "http_exception_of", "install_error_handlers"]
+
+RETRY_AFTER_S = 5
+
+# The first class that fits counts, so the derived ones stand first.
+_STATUSES: tuple[tuple[type[errors.GatewayStoreError], int], ...] = (
+    (errors.InvalidApiKeyError, 401),
+    (errors.ApprovalNotFoundError, 404),
+    (errors.ApprovalExpiredError, 410),
+    (errors.ApprovalMismatchError, 403),
+    (errors.SelfApprovalError, 403),
+    (errors.DecisionVetoedError, 403),
+    (errors.ApprovalError, 409),
+    (errors.ApiKeyNotFoundError, 404),
+    (errors.ApiKeyExistsError, 409),
+    (errors.InvalidCursorError, 400),
+    (errors.StoreUnavailableError, 503),
+    (errors.StoreNotOpenError, 503),
+    (errors.SchemaOutOfDateError, 503),
+)
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(RETRY_AFTER_S)}}
+_FAULTS = {500: "The gateway failed: tell its operator.", 503: "The gateway cannot reach its records: try again later."}
+_logger = logging.getLogger("agent_gateway_store.integrations")
+
+
+def http_exception_of(error: errors.GatewayStoreError) -> HTTPException:
+    """Return `error` as FastAPI answers it: `{"detail": sentence}`.
+
+    401 (with `WWW-Authenticate`) for an API key, 404, 409 and 410 for an approval that is not found, decided or used
+    already, or expired, 403 for one that is not for this caller, call or approver, 400 for a cursor, 503 (with
+    `Retry-After`) for a store that cannot answer, 500 for the rest. The sentence is the error's own below 500, and a
+    general one above: which server and which setting are the operator's business.
+    """
+    status = next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
+    detail = _FAULTS.get(status) or str(error).encode("utf-8", "replace").decode()
+    return HTTPException(status, detail, _HEADERS.get(status))
+
+
+@contextmanager
+def http_errors() -> Iterator[None]:
+    """Raise the errors of the store as FastAPI's, whether or not the application has our handlers."""
+    try:
+        yield
+    except errors.GatewayStoreError as exc:
+        raise _logged(exc) from exc
+
+
+def _logged(error: errors.GatewayStoreError) -> HTTPException:
+    answer = http_exception_of(error)
+    if answer.status_code in _FAULTS:
+        _logger.error("%s: %s", type(error).__name__, error)
+    return answer
+
+
+async def _answer(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, errors.GatewayStoreError)  # noqa: S101  it is installed for nothing else
+    return await http_exception_handler(request, _logged(exc))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Have every error of the store that an endpoint of `app` lets out answered as `http_exception_of` says."""
+    app.add_exception_handler(errors.GatewayStoreError, _answer)

@@ -1,0 +1,89 @@
+"""A human decides about one call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable
+
+import anyio
+from fastmcp.exceptions import ToolError
+
+from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.errors import ApprovalError, GatewayStoreError
+from agent_gateway_store.integrations.fastmcp.record import CallRecord
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.audit import Decision
+from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
+
+__all__ = ["ask", "note_outcome"]
+
+_TIDY_TIMEOUT_S = 5.0
+_logger = logging.getLogger("agent_gateway_store.integrations")
+
+
+async def ask(
+    approvals: ApprovalManager, record: CallRecord, caller: CallerIdentity, *, required: int, timeout_s: float
+) -> str:
+    """Ask for an approval of the call, wait for it, use it up, and return its token. From then on the call may run.
+
+    An approval for which nobody waits any more, because of the timeout or because the caller went away, is cancelled.
+
+    Raises:
+        ToolError: It was denied, cancelled or has expired, or nobody decided in time.
+        ApprovalError: It was approved and does not release the call all the same.
+        StoreUnavailableError: The store cannot tell.
+    """
+    call = record.call
+    record.decision = Decision.APPROVAL_REQUIRED
+    token = await approvals.issue_token(
+        ApprovalRequest(
+            request_id=record.request_id,
+            caller_id=caller.caller_id,
+            org_id=caller.org_id,
+            tool_call=ToolCall(server=call.server, tool=call.tool, arguments=record.shown),
+            risk_explanation=record.reason,
+            required_approvals=required,
+        ),
+        call=call,
+    )
+    is_open = True
+    try:
+        decided = await approvals.wait_for_decision(token, timeout_s=timeout_s)
+        is_open = decided.status in (ApprovalStatus.PENDING, ApprovalStatus.APPROVED)
+        if decided.status is not ApprovalStatus.APPROVED:
+            raise _refusal(record, decided, timeout_s)
+        used = await approvals.consume_token(token, caller_id=caller.caller_id, tool_call=call)
+        is_open = False
+    finally:
+        if is_open:
+            await _tidy(approvals.cancel(token, caller.caller_id, "Nobody waits for it any more.", channel="fastmcp"))
+    record.approver_id = used.approver_id
+    return token
+
+
+def _refusal(record: CallRecord, decided: ApprovalResult, timeout_s: float) -> ToolError:
+    if decided.status is ApprovalStatus.PENDING:
+        return ToolError(
+            f"Nobody decided about this call within {timeout_s:g} seconds, so it was not run: call again later."
+        )
+    record.decision, record.approver_id = Decision.DENY, decided.approver_id
+    by = f" by {decided.approver_id}" if decided.approver_id else ""
+    note = f" Note: {decided.note}" if decided.note else ""
+    return ToolError(f"The approval of this call is {decided.status}{by}, so it was not run.{note}")
+
+
+async def note_outcome(approvals: ApprovalManager, token: str, record: CallRecord) -> None:
+    """Note how the approved call ended; where that fails, its outcome reads as unknown."""
+    await _tidy(approvals.record_outcome(token, str(record.execution_status or "NOT_RUN")))
+
+
+async def _tidy(step: Awaitable[object]) -> None:
+    """Do what must be tried even for a caller that went away, and must not keep it for long."""
+    with anyio.move_on_after(_TIDY_TIMEOUT_S, shield=True):
+        try:
+            await step
+        except ApprovalError:
+            pass  # somebody decided meanwhile, or the deadline passed: nothing is left to tidy
+        except GatewayStoreError as exc:
+            _logger.warning("An approval could not be brought up to date: %s", exc)

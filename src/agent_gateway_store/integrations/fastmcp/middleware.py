@@ -1,0 +1,186 @@
+"""The middleware: no tool runs unjudged, unapproved or unrecorded."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any
+
+from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
+from fastmcp.server.dependencies import get_http_request
+from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.tools import ToolResult
+from mcp_types import CallToolRequestParams
+
+from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
+from agent_gateway_store.integrations.credentials import key_in
+from agent_gateway_store.integrations.fastmcp.asking import ask, note_outcome
+from agent_gateway_store.integrations.fastmcp.record import CallRecord
+from agent_gateway_store.integrations.fastmcp.verdict import Identify, Policy, Sanitize, Verdict, argument_names
+from agent_gateway_store.models.audit import Decision, ExecutionStatus
+from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.store import GatewayStore
+
+__all__ = ["GatewayMiddleware"]
+
+_AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
+_BROKEN = "The gateway failed, so the call was not run: tell its operator."
+_WITHHELD = "The call could not be recorded, so its result is withheld: tell the operator."
+_logger = logging.getLogger("agent_gateway_store.integrations")
+
+
+class GatewayMiddleware(Middleware):
+    """Judges each tool call, asks a human where the policy says so, runs it, and writes one audit event.
+
+    Add it last, so that nothing behind it changes a call that was approved. Fails closed: where the caller is not
+    known, a callback raises, or the store cannot be asked, nothing runs, and the caller gets a `ToolError` of one
+    sentence. With AUDIT_MODE=strict the database must answer before a tool runs, and a result whose event cannot be
+    written is withheld. Raw arguments go to the tool and to the callbacks, and into the store as a hash.
+
+    Args:
+        store: Opened and closed by the host, in the lifespan of the server.
+        policy: Called with the caller and the call, sync or async; returns the `Verdict`.
+        identify: Async; returns who calls, given the context of the middleware. None verifies the API key in
+            `Authorization: Bearer` or `X-API-Key` of the HTTP request, of which stdio has none.
+        sanitize: Returns the arguments as approvers and the audit log may see them. Default: their names only.
+        server: Name of the MCP server in the record; None takes the name of the FastMCP server.
+        approval_timeout_s: Seconds that a call waits for a human; then its approval is cancelled.
+    """
+
+    def __init__(
+        self,
+        store: GatewayStore,
+        policy: Policy,
+        *,
+        identify: Identify | None = None,
+        sanitize: Sanitize = argument_names,
+        server: str | None = None,
+        approval_timeout_s: float = 300.0,
+    ) -> None:
+        self._store, self._policy, self._sanitize = store, policy, sanitize
+        self._identify = identify or self._verify_http_key
+        self._server, self._approval_timeout_s = server, approval_timeout_s
+
+    async def _verify_http_key(self, _context: MiddlewareContext[Any]) -> CallerIdentity:
+        try:
+            headers = get_http_request().headers
+        except RuntimeError:
+            raise InvalidApiKeyError from None
+        return await self._store.keys.verify(key_in(headers))
+
+    async def on_call_tool(
+        self,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        """Let one tool call through, or refuse it.
+
+        Raises:
+            ToolError: It was refused, or could not be recorded. What the tool itself raises goes through unchanged.
+        """
+        message = context.message
+        record = CallRecord(ToolCall(server=self._name(context), tool=message.name, arguments=message.arguments or {}))
+        try:
+            token = await self._release(record, context)
+            return await self._run(record, token, context, call_next)
+        finally:
+            await self._write(record)
+
+    def _name(self, context: MiddlewareContext[Any]) -> str:
+        if self._server is not None:
+            return self._server
+        return context.fastmcp_context.fastmcp.name if context.fastmcp_context is not None else "unknown"
+
+    async def _release(self, record: CallRecord, context: MiddlewareContext[Any]) -> str | None:
+        """Return once the call may run, with the token of the approval if there was one."""
+        try:
+            return await self._judge(record, context)
+        except ToolError as refusal:
+            record.refused("refused", str(refusal), decision=record.decision)
+            raise
+        except (InvalidApiKeyError, ApprovalError) as exc:
+            record.refused("invalid_api_key" if isinstance(exc, InvalidApiKeyError) else "not_approved", str(exc))
+            raise ToolError(str(exc)) from exc
+        except GatewayStoreError as exc:
+            _logger.error("%s: %s", type(exc).__name__, exc)
+            record.refused("store_unavailable", _AWAY)
+            raise ToolError(_AWAY) from exc
+        except Exception as exc:
+            # Its text may hold what the callback was given: raw arguments.
+            at = traceback.extract_tb(exc.__traceback__)[-1]
+            _logger.error("%s at %s:%s", type(exc).__name__, at.filename, at.lineno)
+            record.refused("failure", _BROKEN)
+            raise ToolError(_BROKEN) from None
+        except BaseException:
+            record.refused("cancelled", "The call was cancelled before it ran.")
+            raise
+
+    async def _judge(self, record: CallRecord, context: MiddlewareContext[Any]) -> str | None:
+        record.shown = dict(self._sanitize(_copy(record.call)))
+        caller = await self._identify(context)
+        if not isinstance(caller, CallerIdentity):
+            raise TypeError("identify must return a CallerIdentity.")
+        record.caller = caller
+        answer = self._policy(caller, _copy(record.call))
+        verdict = answer if isinstance(answer, Verdict) else await answer
+        record.judged(verdict)
+        if verdict.decision == Decision.APPROVAL_REQUIRED:
+            approvals = self._store.for_org(caller.org_id).approvals
+            required, timeout_s = verdict.required_approvals, self._approval_timeout_s
+            return await ask(approvals, record, caller, required=required, timeout_s=timeout_s)
+        if verdict.decision != Decision.ALLOW:
+            raise ToolError(verdict.reason)
+        self._store.database.check_home()
+        if self._store.settings.audit_mode == "strict":
+            await self._store.ping()
+        return None
+
+    async def _run(
+        self,
+        record: CallRecord,
+        token: str | None,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        record.decision = Decision.ALLOW
+        try:
+            result = await call_next(context)
+            record.execution_status = ExecutionStatus.TOOL_ERROR if _is_error(result) else ExecutionStatus.SUCCESS
+            record.output_hash = self._store.hash_args(result.model_dump(mode="json", exclude={"meta"}))
+        except (NotFoundError, DisabledError):
+            record.refused("unknown_tool", "There is no such tool.")
+            raise
+        except BaseException as exc:
+            record.execution_status = ExecutionStatus.TIMEOUT if _is_timeout(exc) else ExecutionStatus.TOOL_ERROR
+            raise
+        finally:
+            if token is not None and record.caller is not None:
+                await note_outcome(self._store.for_org(record.caller.org_id).approvals, token, record)
+        return result
+
+    async def _write(self, record: CallRecord) -> None:
+        store = self._store if record.caller is None else self._store.for_org(record.caller.org_id)
+        try:
+            await store.audit.write(record.event(store))
+        except GatewayStoreError as exc:
+            _logger.error("Request %s: %s: %s", record.request_id, type(exc).__name__, exc)
+            raise ToolError(_WITHHELD if record.execution_status else _AWAY) from exc
+
+
+def _copy(call: ToolCall) -> ToolCall:
+    """For a callback, which may do with it as it likes: what runs stays what was hashed."""
+    return call.model_copy(deep=True)
+
+
+def _is_error(result: object) -> bool:
+    # Extensions of FastMCP answer with results of their own kind, which have no such field.
+    return bool(getattr(result, "is_error", False))
+
+
+def _is_timeout(exc: BaseException) -> bool:
+    """True for what FastMCP makes of a tool that overran its `timeout`: it hides the TimeoutError behind its own."""
+    seen: BaseException | None = exc
+    while seen is not None and not isinstance(seen, TimeoutError):
+        seen = seen.__cause__ or seen.__context__
+    return seen is not None

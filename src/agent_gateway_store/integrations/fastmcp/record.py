@@ -1,0 +1,79 @@
+"""One tool call from its arrival to its audit event."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.integrations.fastmcp.verdict import Verdict
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
+from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.store import GatewayStore
+
+__all__ = ["CallRecord"]
+
+_UNKNOWN = "unknown"
+
+
+@dataclass
+class CallRecord:
+    """What is known of one call so far. It starts as a refusal; only the last step before the tool makes it ALLOW.
+
+    Attributes:
+        call: The call as it will run; it gets into the store as a hash only.
+        shown: Its arguments as the host's sanitiser shows them.
+    """
+
+    call: ToolCall
+    request_id: str = field(default_factory=lambda: uuid4().hex)
+    started: float = field(default_factory=time.perf_counter)
+    timestamp: datetime = field(default_factory=utc_now)
+    caller: CallerIdentity | None = None
+    verdict: Verdict | None = None
+    shown: dict[str, Any] = field(default_factory=dict)
+    decision: Decision = Decision.DENY
+    rule: str = ""
+    reason: str = ""
+    approver_id: str | None = None
+    execution_status: ExecutionStatus | None = None
+    output_hash: str | None = None
+
+    def judged(self, verdict: Verdict) -> None:
+        """Note what the policy says."""
+        self.verdict, self.rule, self.reason = verdict, verdict.rule, verdict.reason
+
+    def refused(self, word: str, reason: str, *, decision: Decision = Decision.DENY) -> None:
+        """Note why the call does not run; `word` stands for a rule where the policy has not spoken."""
+        self.decision, self.rule, self.reason = decision, self.rule or f"gateway.{word}", reason
+
+    def event(self, store: GatewayStore) -> AuditEvent:
+        """Return the event as it stands now. Its latency includes the wait for a human."""
+        caller, verdict = self.caller, self.verdict
+        return AuditEvent(
+            request_id=self.request_id,
+            org_id=caller.org_id if caller else store.org_id or "default",
+            timestamp=self.timestamp,
+            caller_id=caller.caller_id if caller else _UNKNOWN,
+            caller_role=caller.role if caller else _UNKNOWN,
+            key_id=caller.key_id if caller else None,
+            environment=caller.environment if caller else store.settings.environment,
+            mcp_server=self.call.server,
+            tool_name=self.call.tool,
+            raw_args_hash=store.hash_args(self.call.arguments),
+            sanitized_args=self.shown,
+            risk_labels=list(verdict.risk_labels) if verdict else [],
+            risk_score=verdict.risk_score if verdict else 0.0,
+            matched_policy_rule=self.rule,
+            policy_version=verdict.policy_version if verdict else None,
+            decision=self.decision,
+            approver_id=self.approver_id,
+            execution_status=self.execution_status,
+            latency_ms=round((time.perf_counter() - self.started) * 1000),
+            output_hash=self.output_hash,
+            deterministic_rationale=self.reason,
+        )

@@ -1,0 +1,259 @@
+"""The FastMCP middleware, by FastMCP's own client in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fastmcp_helpers
+import pytest
+from fastmcp import Client
+from fastmcp.exceptions import ToolError
+from fastmcp_helpers import SECRET, Bench, judge
+
+from agent_gateway_store import ApprovalStatus, AuditEvent, CallerIdentity, Decision, ToolCall, errors
+from agent_gateway_store.integrations.fastmcp import Verdict
+
+pytestmark = pytest.mark.integration
+
+bench = fastmcp_helpers.bench
+
+
+async def test_allowed_call_runs_and_is_recorded(bench: Bench) -> None:
+    """The event says all that is known of the call; of the arguments it has the names and the hash."""
+    result = await bench.call(bench.server(), "read_file", path="a.txt", password=SECRET)
+    event = await bench.event()
+
+    assert (result.data, bench.ran) == ("content of a.txt", ["a.txt"])
+    assert (event.decision, event.execution_status, event.approver_id) == ("ALLOW", "SUCCESS", None)
+    assert (event.caller_id, event.caller_role, event.key_id) == ("dev-agent", "developer", "k-1")
+    assert (event.org_id, event.environment) == ("acme", "test")
+    assert (event.mcp_server, event.tool_name) == ("files", "read_file")
+    assert event.raw_args_hash == AuditEvent.hash_args({"path": "a.txt", "password": SECRET})
+    assert event.sanitized_args == {"path": "[hidden]", "password": "[hidden]"}
+    assert (event.matched_policy_rule, event.policy_version) == ("reads", "7")
+    assert (event.risk_score, event.risk_labels) == (0.2, ["READ"])
+    assert event.output_hash is not None
+    assert event.deterministic_rationale == "Reads are allowed."
+
+
+async def test_denied_call_does_not_run(bench: Bench) -> None:
+    """The caller reads the policy's reason."""
+    refusal = await bench.refusal(bench.server(), "format_disk")
+    event = await bench.event()
+
+    assert (refusal, bench.ran) == ("Disks are out of bounds.", [])
+    assert (event.decision, event.execution_status, event.matched_policy_rule) == ("DENY", None, "no-disks")
+    assert event.deterministic_rationale == refusal
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "status"),
+    [
+        ("read_badly", {}, "TOOL_ERROR"),
+        ("read_slowly", {}, "TIMEOUT"),
+        ("read_file", {"paths": 7}, "TOOL_ERROR"),
+    ],
+)
+async def test_failed_call_is_recorded(bench: Bench, tool: str, arguments: dict[str, Any], status: str) -> None:
+    """What FastMCP says of a failure is passed on; the event tells the kind."""
+    await bench.refusal(bench.server(), tool, **arguments)
+    event = await bench.event()
+
+    assert (event.decision, event.execution_status, event.output_hash) == ("ALLOW", status, None)
+
+
+async def test_unknown_tool_is_recorded_as_not_run(bench: Bench) -> None:
+    """A name that no tool has leaves an event, too."""
+    await bench.refusal(bench.server(), "no_such_tool")
+    event = await bench.event()
+
+    assert (event.decision, event.execution_status, event.tool_name) == ("DENY", None, "no_such_tool")
+
+
+async def test_approved_call_runs_once(bench: Bench) -> None:
+    """The approver sees the sanitised call; the approval is used, with its outcome; the event names who approved."""
+    server = bench.server(sanitize=lambda call: {"path": call.arguments["path"]})
+    waiting = asyncio.create_task(bench.call(server, "delete_file", path="a.txt", password=SECRET))
+    asked = await bench.pending()
+    assert bench.ran == []
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    result = await waiting
+    stored = await bench.store.approvals.get(approval_id=asked.approval_id)
+    event = await bench.event()
+
+    assert (result.data, bench.ran) == (True, ["a.txt"])
+    assert asked.tool_call == ToolCall(server="files", tool="delete_file", arguments={"path": "a.txt"})
+    assert (asked.caller_id, asked.org_id, asked.risk_explanation) == ("dev-agent", "acme", "A deleted file is gone.")
+    assert (stored.status, stored.outcome) == ("USED", "SUCCESS")
+    assert (event.decision, event.execution_status, event.approver_id) == ("ALLOW", "SUCCESS", "alice")
+    assert event.request_id == asked.request_id
+    assert event.sanitized_args == {"path": "a.txt"}
+
+
+async def test_denied_approval_releases_nothing(bench: Bench) -> None:
+    """The caller learns who denied it and why."""
+    waiting = asyncio.create_task(bench.refusal(bench.server(), "delete_file", path="a.txt"))
+    asked = await bench.pending()
+    await bench.store.approvals.deny(approval_id=asked.approval_id, approver_id="alice", note="Not today.")
+    event_reason = await waiting
+    event = await bench.event()
+
+    assert event_reason == "The approval of this call is DENIED by alice, so it was not run. Note: Not today."
+    assert bench.ran == []
+    assert (event.decision, event.execution_status, event.approver_id) == ("DENY", None, "alice")
+    assert event.deterministic_rationale == event_reason
+
+
+async def test_call_that_nobody_decides_is_withdrawn(bench: Bench) -> None:
+    """After the timeout a late approver learns that the approval was cancelled, and nothing runs."""
+    refusal = await bench.refusal(bench.server(approval_timeout_s=0.2), "delete_file", path="a.txt")
+    (asked,) = await bench.store.approvals.list_requests()
+    event = await bench.event()
+
+    assert refusal == "Nobody decided about this call within 0.2 seconds, so it was not run: call again later."
+    assert (asked.status, bench.ran) == ("CANCELLED", [])
+    assert (event.decision, event.execution_status) == ("APPROVAL_REQUIRED", None)
+    with pytest.raises(errors.ApprovalAlreadyDecidedError):
+        await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+
+
+async def test_caller_that_goes_away_leaves_no_open_approval(bench: Bench) -> None:
+    """Its approval is cancelled and its event written."""
+    async with Client(bench.server()) as client:
+        waiting = asyncio.create_task(client.call_tool("delete_file", {"path": "a.txt"}))
+        asked = await bench.pending()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    async with asyncio.timeout(10):
+        while not await bench.store.audit.list_recent():
+            await asyncio.sleep(0.01)
+    stored = await bench.store.approvals.get(approval_id=asked.approval_id)
+    event = await bench.event()
+
+    assert (stored.status, bench.ran) == (ApprovalStatus.CANCELLED, [])
+    assert (event.decision, event.execution_status) == ("DENY", None)
+    assert event.deterministic_rationale == "The call was cancelled before it ran."
+
+
+async def test_several_approvers_may_be_asked_for(bench: Bench) -> None:
+    """The call runs once as many have approved as the policy wants."""
+
+    async def two(_caller: CallerIdentity, _call: ToolCall) -> Verdict:
+        return Verdict(decision=Decision.APPROVAL_REQUIRED, rule="two", reason="Two must agree.", required_approvals=2)
+
+    waiting = asyncio.create_task(bench.call(bench.server(two), "delete_file", path="a.txt"))
+    asked = await bench.pending()
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    assert (await bench.store.approvals.get(approval_id=asked.approval_id)).status == "PENDING"
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="bob")
+    await waiting
+
+    assert bench.ran == ["a.txt"]
+
+
+async def test_callbacks_cannot_change_what_runs(bench: Bench) -> None:
+    """They are given copies: the call that was hashed is the call that runs."""
+
+    def meddle(caller: CallerIdentity, call: ToolCall) -> Verdict:
+        call.arguments["path"] = "other.txt"
+        return judge(caller, call)
+
+    def sanitize(call: ToolCall) -> dict[str, Any]:
+        call.arguments.clear()
+        return {}
+
+    await bench.call(bench.server(meddle, sanitize=sanitize), "read_file", path="a.txt")
+
+    assert bench.ran == ["a.txt"]
+    assert (await bench.event()).raw_args_hash == AuditEvent.hash_args({"path": "a.txt"})
+
+
+async def _failing(*_: Any) -> Any:
+    raise ValueError(SECRET)
+
+
+async def _nobody(*_: Any) -> Any:
+    return None
+
+
+def _failing_now(*_: Any) -> Any:
+    raise KeyError(SECRET)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"identify": _failing},
+        {"identify": _nobody},
+        {"identify": lambda _: None},
+        {"policy": _failing},
+        {"policy": _failing_now},
+        {"policy": lambda *_: None},
+        {"policy": lambda *_: True},
+        {"sanitize": _failing_now},
+        {"sanitize": lambda _: 7},
+    ],
+    ids=["identify", "nobody", "not-async", "policy", "policy-now", "no-verdict", "true", "sanitize", "no-arguments"],
+)
+async def test_broken_callback_runs_nothing(
+    bench: Bench, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller is told that the gateway failed; what the callback said stays out of the log."""
+    refusal = await bench.refusal(bench.server(**options), "read_file", path=SECRET)
+    event = await bench.event()
+
+    assert refusal == "The gateway failed, so the call was not run: tell its operator."
+    assert (event.decision, event.execution_status, bench.ran) == ("DENY", None, [])
+    logged = [record.getMessage() for record in caplog.records if record.name.startswith("agent_gateway_store")]
+    assert len(logged) == 1
+    assert SECRET not in caplog.text
+
+
+async def test_many_calls_at_once_leave_one_event_each(bench: Bench) -> None:
+    """Allowed, denied and approved ones by one client."""
+    async with Client(bench.server()) as client:
+
+        async def call(tool: str, **arguments: str) -> None:
+            try:
+                await client.call_tool(tool, arguments)
+            except ToolError:
+                assert tool == "format_disk"
+
+        calls = [asyncio.create_task(call("delete_file", path=f"{number}")) for number in range(5)]
+        calls += [asyncio.create_task(call("read_file", path="a.txt")) for _ in range(20)]
+        calls += [asyncio.create_task(call("format_disk")) for _ in range(5)]
+        for _ in range(5):
+            asked = await bench.pending()
+            await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+        await asyncio.gather(*calls)
+    counted = Counter((str(event.decision), event.tool_name) for event in await bench.store.audit.list_recent())
+
+    assert counted == {("ALLOW", "delete_file"): 5, ("ALLOW", "read_file"): 20, ("DENY", "format_disk"): 5}
+    assert sorted(bench.ran) == [*map(str, range(5)), *["a.txt"] * 20]
+
+
+async def test_no_raw_argument_is_stored(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither the database file nor the log holds one, however the call ends."""
+    server = bench.server(approval_timeout_s=0.1)
+    await bench.call(server, "read_file", path=SECRET, password=SECRET)
+    await bench.refusal(server, "delete_file", path=SECRET)
+    await bench.refusal(server, "no_such_tool", path=SECRET)
+
+    held = b"".join(path.read_bytes() for path in tmp_path.glob("gateway.db*"))
+    assert b"delete_file" in held
+    assert SECRET.encode() not in held
+    assert SECRET not in "".join(record.getMessage() for record in caplog.records if "agent_gateway" in record.name)
+
+
+def test_missing_library_is_told_by_the_extra() -> None:
+    """Without FastMCP the module names what to install."""
+    code = "import sys; sys.modules['fastmcp'] = None; import agent_gateway_store.integrations.fastmcp"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert "MissingExtraError" in done.stderr
+    assert "pip install 'agent-gateway-store[fastmcp]'" in done.stderr

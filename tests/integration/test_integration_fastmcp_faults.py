@@ -1,0 +1,112 @@
+"""The FastMCP middleware when the store is away or says no: nothing runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from fastmcp_helpers import Bench
+from sqlalchemy import text
+
+from agent_gateway_store import GatewayStore, StoreSettings
+from servers import PostgresServer
+
+pytestmark = pytest.mark.integration
+
+AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
+
+
+@pytest.mark.parametrize("tool", ["read_file", "delete_file"])
+async def test_closed_store_runs_nothing(tool: str) -> None:
+    """Also what the policy allows."""
+    bench = Bench(GatewayStore())
+
+    refusal = await bench.refusal(bench.server(), tool, path="a.txt")
+
+    assert (refusal, bench.ran) == (AWAY, [])
+
+
+async def test_database_killed_during_the_wait_runs_nothing() -> None:
+    """The approval can be neither read nor used; the event comes from the spool once the database is back."""
+    with PostgresServer(durable=True) as server:
+        async with GatewayStore(server.url, auto_migrate=True) as store:
+            bench = Bench(store)
+            waiting = asyncio.create_task(
+                bench.refusal(bench.server(approval_timeout_s=2), "delete_file", path="a.txt")
+            )
+            await bench.pending()
+            server.kill()
+            refusal = await waiting
+            server.start()
+            async with asyncio.timeout(30):
+                while not await store.audit.list_recent():
+                    await asyncio.sleep(0.1)
+            event = await bench.event()
+
+    assert (refusal, bench.ran) == (AWAY, [])
+    assert (event.decision, event.execution_status) == ("DENY", None)
+
+
+@pytest.mark.parametrize("mode", ["spool", "strict"])
+async def test_allowed_call_without_database_runs_only_where_it_can_be_recorded(mode: str) -> None:
+    """With the spool the event is kept, so the tool runs; in strict mode it does not run at all."""
+    with PostgresServer(durable=True) as server:
+        settings = StoreSettings.model_validate({"audit_mode": mode})
+        async with GatewayStore(server.url, auto_migrate=True, settings=settings) as store:
+            bench = Bench(store)
+            server.kill()
+            if mode == "strict":
+                refusal = await bench.refusal(bench.server(), "read_file", path="a.txt")
+                assert (refusal, bench.ran) == (AWAY, [])
+            else:
+                await bench.call(bench.server(), "read_file", path="a.txt")
+                assert (bench.ran, store.audit.counters.spooled) == (["a.txt"], 1)
+
+
+async def test_result_that_cannot_be_recorded_is_withheld(postgres_database: Callable[[], str]) -> None:
+    """In strict mode, where the audit table goes away while the tool runs."""
+    settings = StoreSettings(audit_mode="strict")
+    async with GatewayStore(postgres_database(), auto_migrate=True, settings=settings) as store:
+        server = Bench(store).server()
+
+        @server.tool
+        async def read_secret() -> str:
+            async with store.database.write() as connection:
+                await connection.execute(text("ALTER TABLE audit_events RENAME TO away"))
+            return "the secret"
+
+        refusal = await Bench(store).refusal(server, "read_secret")
+
+    assert refusal == "The call could not be recorded, so its result is withheld: tell the operator."
+
+
+async def test_refusal_at_the_last_step_runs_nothing(postgres_database: Callable[[], str]) -> None:
+    """Approved, but the store does not let it be used: the call does not run, and its approval is withdrawn."""
+    skip = "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$"
+    when = "CREATE TRIGGER no_use BEFORE UPDATE ON approval_requests FOR EACH ROW WHEN (NEW.status = 'USED')"
+    async with GatewayStore(postgres_database(), auto_migrate=True) as store:
+        bench = Bench(store)
+        async with store.database.write() as connection:
+            await connection.execute(text(skip))
+            await connection.execute(text(f"{when} EXECUTE FUNCTION skip()"))
+        waiting = asyncio.create_task(bench.refusal(bench.server(approval_timeout_s=20), "delete_file", path="a.txt"))
+        asked = await bench.pending()
+        await store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+        refusal = await waiting
+        event = await bench.event()
+        stored = await store.approvals.get(approval_id=asked.approval_id)
+
+    assert refusal.startswith("The approval is not approved: it stands at APPROVED by alice")
+    assert (bench.ran, event.decision, event.execution_status) == ([], "DENY", None)
+    assert stored.status == "CANCELLED"
+
+
+async def test_expired_approval_runs_nothing(postgres_database: Callable[[], str]) -> None:
+    """Approved in time and called for too late."""
+    settings = StoreSettings(approval_token_ttl_seconds=0.3)
+    async with GatewayStore(postgres_database(), auto_migrate=True, settings=settings) as store:
+        bench = Bench(store)
+        refusal = await bench.refusal(bench.server(approval_timeout_s=20), "delete_file", path="a.txt")
+
+    assert (refusal, bench.ran) == ("The approval of this call is EXPIRED, so it was not run.", [])

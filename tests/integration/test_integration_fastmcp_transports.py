@@ -1,0 +1,129 @@
+"""The FastMCP middleware over HTTP, where the caller has a key, and over stdio in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import fastmcp_helpers
+import pytest
+import uvicorn
+from fastmcp import Client, FastMCP
+from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
+from fastmcp.exceptions import ToolError
+from fastmcp_helpers import Bench
+
+from agent_gateway_store import GatewayStore
+
+pytestmark = pytest.mark.integration
+
+bench = fastmcp_helpers.bench
+SERVER = Path(__file__).with_name("fastmcp_server.py")
+
+
+@asynccontextmanager
+async def serving(server: FastMCP[Any]) -> AsyncIterator[str]:
+    """Serve on a free port; yields the URL."""
+    web = uvicorn.Server(uvicorn.Config(server.http_app(), port=0, log_level="warning", ws="none"))
+    task = asyncio.create_task(web.serve())
+    try:
+        async with asyncio.timeout(20):
+            while not web.started:
+                await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}/mcp"
+    finally:
+        web.should_exit = True
+        await task
+
+
+async def test_key_of_the_http_request_names_the_caller(bench: Bench) -> None:
+    """Either header will do; the event names the organisation and the public id of the key."""
+    issued = await bench.store.keys.issue("web-agent", role="developer", org_id="acme")
+    key = issued.plaintext.get_secret_value()
+
+    async with serving(bench.server(identify=None)) as url:
+        for headers in ({"Authorization": f"Bearer {key}"}, {"X-API-Key": key}):
+            async with Client(StreamableHttpTransport(url, headers=headers)) as client:
+                await client.call_tool("read_file", {"path": "a.txt"})
+    events = await bench.store.audit.list_recent()
+
+    assert [(event.caller_id, event.org_id, event.key_id) for event in events] == [
+        ("web-agent", "acme", issued.api_key.key_id)
+    ] * 2
+    assert bench.ran == ["a.txt"] * 2
+
+
+async def test_bad_keys_run_nothing(bench: Bench) -> None:
+    """No key, garbage, a revoked one, two at once: one answer, one event each, under `unknown`."""
+    issued = await bench.store.keys.issue("gone", role="developer")
+    await bench.store.keys.revoke("gone")
+    good = (await bench.store.keys.issue("web-agent", role="developer")).plaintext.get_secret_value()
+    gone = issued.plaintext.get_secret_value()
+    both = {"Authorization": f"Bearer {good}", "X-API-Key": good}
+    given: list[dict[str, str]] = [{}, {"X-API-Key": "x"}, {"Authorization": f"Bearer {gone}"}, both]
+
+    refusals = []
+    async with serving(bench.server(identify=None)) as url:
+        for headers in given:
+            async with Client(StreamableHttpTransport(url, headers=headers)) as client:
+                with pytest.raises(ToolError) as refused:
+                    await client.call_tool("read_file", {"path": "a.txt"})
+                refusals.append(str(refused.value))
+    events = await bench.store.audit.list_recent()
+
+    assert set(refusals) == {"Invalid API key: ask the operator for a new one."}
+    assert bench.ran == []
+    assert [(event.caller_id, event.decision, event.matched_policy_rule) for event in events] == [
+        ("unknown", "DENY", "gateway.invalid_api_key")
+    ] * 4
+
+
+async def test_call_without_http_has_no_key(bench: Bench) -> None:
+    """In memory and over stdio the host must say who calls."""
+    refusal = await bench.refusal(bench.server(identify=None), "read_file", path="a.txt")
+
+    assert (refusal, bench.ran) == ("Invalid API key: ask the operator for a new one.", [])
+
+
+@pytest.mark.parametrize("word", ["approve", "deny"])
+async def test_server_over_stdio_waits_for_an_approver_elsewhere(
+    word: str, postgres_database: Callable[[], str], tmp_path: Path
+) -> None:
+    """The server is a process of its own; the decision is made here, on the same database."""
+    url = postgres_database()
+    async with GatewayStore(url, auto_migrate=True) as store:
+        bench = Bench(store)
+        issued = await store.keys.issue("desk-agent", role="developer", org_id="acme")
+        environment = {
+            "PATH": os.defpath,
+            "PYTHONWARNINGS": "error",
+            "DATABASE_URL": url,
+            "AUDIT_SPOOL_PATH": str(tmp_path / "server-spool.db"),
+            "BCRYPT_ROUNDS": "4",
+            "HOME": str(tmp_path),
+            "AGENT_KEY": issued.plaintext.get_secret_value(),
+        }
+        transport = StdioTransport(sys.executable, [str(SERVER)], env=environment, cwd=str(tmp_path), keep_alive=False)
+        async with Client(transport) as client:
+            waiting = asyncio.create_task(client.call_tool("delete_file", {"path": "a.txt"}, raise_on_error=False))
+            asked = await bench.pending()
+            decide = store.approvals.approve if word == "approve" else store.approvals.deny
+            await decide(approval_id=asked.approval_id, approver_id="alice")
+            result = await waiting
+        event = await bench.event()
+        stored = await store.approvals.get(approval_id=asked.approval_id)
+
+    assert result.is_error is (word == "deny")
+    assert (event.caller_id, event.org_id, event.mcp_server) == ("desk-agent", "acme", "files")
+    assert (asked.tool_call.arguments, event.approver_id) == ({"path": "[hidden]"}, "alice")
+    if word == "approve":
+        assert result.data.startswith("deleted a.txt in ")
+        assert result.data != f"deleted a.txt in {os.getpid()}"
+        assert (event.decision, event.execution_status, stored.status) == ("ALLOW", "SUCCESS", "USED")
+    else:
+        assert (event.decision, event.execution_status, stored.status) == ("DENY", None, "DENIED")
