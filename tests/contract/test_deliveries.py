@@ -31,7 +31,8 @@ def _failures_are_not_printed(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def store_with(url: str, *notifiers: Post, settings: StoreSettings | None = None, **options: Any) -> GatewayStore:
-    return GatewayStore(url, redis_url="", settings=settings or StoreSettings(), plugins=notifiers, **options)
+    often = StoreSettings(notification_poll_seconds=0.05)
+    return GatewayStore(url, redis_url="", settings=settings or often, plugins=notifiers, **options)
 
 
 async def test_first_try_is_made_at_once(database_url: str) -> None:
@@ -159,7 +160,7 @@ async def test_a_decision_stays_behind_the_notice_before_it(database_url: str) -
         for _ in range(5):
             token = await store.approvals.issue_token(make_request())
             await store.approvals.deny(token, "alice")
-        await settled(store, 8 + 10)
+        await settled(store, 6 + 10)
         assert len(await rows(store)) == 20
         clock.move(timedelta(seconds=10))
         await settled(store, 20)

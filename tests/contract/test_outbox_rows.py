@@ -6,10 +6,10 @@ from datetime import timedelta
 
 import pytest
 from contract_helpers import counted_statements, make_request
-from delivery_helpers import Post, quiet, rows
+from delivery_helpers import Post, quiet, rows, settled
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import ApprovalManager, GatewayStore, Notice, clock, errors
+from agent_gateway_store import ApprovalManager, GatewayStore, Notice, StoreSettings, clock, errors, hookimpl
 from agent_gateway_store.storage.database import create_engine
 
 pytestmark = pytest.mark.integration
@@ -113,6 +113,35 @@ async def test_asking_again_after_the_deadline_tells_of_the_end_first(database_u
             ("pending", "PENDING", second.approval_id),
         ]
         assert await store.approvals.expire_stale() == 0
+
+
+async def test_asking_again_after_the_deadline_tells_everybody_once(database_url: str) -> None:
+    """Event hooks and notifiers hear of the end at once, as of any other, though no sweep has met it."""
+    heard: list[tuple[str, str]] = []
+
+    class Listener:
+        name = "listener"
+
+        @hookimpl
+        def gateway_store_approval_event(self, notice: Notice) -> None:
+            heard.append((str(notice.approval_id), notice.status.value))
+
+    post = Post()
+    settings = StoreSettings(notification_poll_seconds=600)
+    async with GatewayStore(database_url, redis_url="", settings=settings, plugins=[post, Listener()]) as store:
+        first = make_request()
+        await store.approvals.issue_token(first)
+        await settled(store, 1)
+        clock.move(timedelta(hours=2))
+        with pytest.raises(errors.ApprovalError, match="build a new ApprovalRequest"):
+            await store.approvals.issue_token(first)
+        second = make_request(request_id=first.request_id)
+        await store.approvals.issue_token(second)
+        await settled(store, 3)
+
+    told = [(first.approval_id, "PENDING"), (first.approval_id, "EXPIRED"), (second.approval_id, "PENDING")]
+    assert sorted(heard) == sorted((str(approval_id), status) for approval_id, status in told)
+    assert sorted((each.approval_id, each.status.value) for each in post.taken) == sorted(told)
 
 
 async def test_a_change_that_does_not_happen_writes_no_row(database_url: str) -> None:

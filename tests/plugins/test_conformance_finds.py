@@ -101,6 +101,20 @@ BAD = """
             notice.tool_call.arguments["seen"] = True
             await super().send(notice)
 
+    class ChangesDecisions(Base):
+        async def notify_decision(self, notice):
+            notice.tool_call.arguments.clear()
+            await super().notify_decision(notice)
+
+    class LocksInALoop(Base):
+        def __init__(self, down=False):
+            super().__init__(down)
+            self.lock = asyncio.Lock()
+        async def send(self, notice):
+            async with self.lock:
+                await asyncio.sleep(0.001)
+                await super().send(notice)
+
     class Swallows(Base):
         async def send(self, notice):
             if not self.down:
@@ -157,6 +171,8 @@ MEANT = {
     "ShortOnly": "test_takes_hostile_text[huge]",
     "Formats": "test_takes_hostile_text[markup]",
     "Changes": "test_leaves_the_notice_as_it_is",
+    "ChangesDecisions": "test_leaves_the_notice_as_it_is",
+    "LocksInALoop": "test_works_in_a_second_event_loop",
     "Swallows": "test_raises_if_the_target_is_down",
     "Hangs": "test_raises_if_the_target_is_down",
     "Vague": "test_tells_what_an_approver_needs",

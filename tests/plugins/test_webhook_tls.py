@@ -104,7 +104,7 @@ async def test_trusted_certificate_of_the_name(serve: Serve, ca_file: Path) -> N
 async def test_unknown_issuer(serve: Serve) -> None:
     """A certificate nobody vouches for is refused, and nothing is sent."""
     async with serve() as (server, _):
-        with pytest.raises(NotDeliveredError):
+        with pytest.raises(NotDeliveredError, match=rf"{NAME} is not to be trusted \(self.signed .*CA_FILE"):
             await notifier_for(server).notify_pending(make_notice())
 
     assert server.requests == []
@@ -123,7 +123,7 @@ async def test_certificate_of_another_name(serve: Serve, ca_file: Path, name: st
 async def test_certificate_that_has_run_out(serve: Serve, ca_file: Path) -> None:
     """Nor one of last week."""
     async with serve(age=timedelta(days=7)) as (server, _):
-        with pytest.raises(NotDeliveredError):
+        with pytest.raises(NotDeliveredError, match="certificate has expired"):
             await notifier_for(server, ca_file=str(ca_file)).notify_pending(make_notice())
 
     assert server.requests == []
@@ -137,3 +137,21 @@ async def test_ca_file_replaces_the_well_known_ones(serve: Serve, ca_file: Path,
         )
         with pytest.raises(NotDeliveredError):
             await notifier_for(server, ca_file=str(other)).notify_pending(make_notice())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate"])
+async def test_ca_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+    """The setting is named, not the receiver; put right, it works without a new start."""
+    path = tmp_path / "planted-ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    endpoint = WebhookEndpoint(url="https://127.0.0.1:9/hook", secrets=(SECRET,))  # type: ignore[arg-type]
+    notifier = WebhookNotifier(endpoint, WebhookSettings(allow_private=True, ca_file=str(path)))
+    with pytest.raises(NotDeliveredError, match="CA_FILE cannot be read") as caught:
+        await notifier.notify_pending(make_notice())
+    path.write_bytes(certificate(NAME, ec.generate_private_key(ec.SECP256R1()), timedelta(0)))
+    with pytest.raises(NotDeliveredError, match="gave no answer"):
+        await notifier.notify_pending(make_notice())
+
+    assert not caught.value.is_permanent
+    assert "planted-ca" not in str(caught.value)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store.approval.recording import Outbox, expire_and_tell, insert_and_tell
+from agent_gateway_store.approval.recording import Outbox, insert_and_tell
 from agent_gateway_store.approval.statements import REBIND
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
@@ -18,9 +18,10 @@ from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.storage.database import Runner
 
-__all__ = ["insert_or_rebind", "issue_values"]
+__all__ = ["Asked", "already_issued", "insert_or_rebind", "issue_values"]
 
-_TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
+Asked: TypeAlias = tuple[Mapping[str, Any], bool, dict[str, UUID]]
+"""The row as it stands; True if it is new; the deliveries kept for this process."""
 
 
 def issue_values(
@@ -74,31 +75,30 @@ def _hash(request: ApprovalRequest, call: ToolCall | None, hash_key: str | None)
     return hash_tool_call(call or request.tool_call, key=hash_key)
 
 
-async def insert_or_rebind(
-    runner: Runner, values: dict[str, Any], outbox: Outbox
-) -> tuple[Mapping[str, Any], bool, dict[str, UUID]]:
+async def insert_or_rebind(runner: Runner, values: dict[str, Any], outbox: Outbox) -> Asked | None:
     """Insert the row and those of its notice, or give the pending approval of the same call the new token.
 
     Returns:
-        The row as it stands; True if it is new; the deliveries kept for this process.
+        What was asked; None if another approval is in the way, as a rule one of the same call that is overdue and that
+        no sweep has met yet.
 
     Raises:
-        ApprovalError: The request was issued before and has been decided since, or its token is another call's.
+        ApprovalError: The token belongs to the approval of another call.
     """
-    for _ in range(_TRIES):
-        row, mine = await insert_and_tell(runner, values, outbox)
-        if row is not None:
-            return row, True, mine
-        try:
-            row = await REBIND.first(runner, values)
-        except IntegrityError:
-            break  # the token belongs to the approval of another call
-        if row is not None:
-            return row, False, {}
-        # What stands in the way is a pending approval whose deadline has passed and which no sweep has met yet.
-        await expire_and_tell(runner, values, outbox)
+    row, mine = await insert_and_tell(runner, values, outbox)
+    if row is not None:
+        return row, True, mine
+    try:
+        row = await REBIND.first(runner, values)
+    except IntegrityError:
+        raise already_issued(values) from None
+    return None if row is None else (row, False, {})
+
+
+def already_issued(values: Mapping[str, Any]) -> ApprovalError:
+    """Return what to raise for a request that cannot be asked (again)."""
     approval_id: UUID = values["p_approval_id"]
-    raise ApprovalError(
+    return ApprovalError(
         "This request (or its token) was issued before, and its approval is decided or is another call's: "
         "build a new ApprovalRequest.",
         approval_id=approval_id,

@@ -13,14 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from agent_gateway_store.approval import deciding, listing, using
 from agent_gateway_store.approval.deciding import Ballot
 from agent_gateway_store.approval.entries import Entries
-from agent_gateway_store.approval.issuing import insert_or_rebind, issue_values
+from agent_gateway_store.approval.issuing import Asked, already_issued, insert_or_rebind, issue_values
 from agent_gateway_store.approval.listing import COLUMNS
 from agent_gateway_store.approval.lookup import ApprovalLookup
 from agent_gateway_store.approval.notifier import notice_of
 from agent_gateway_store.approval.recording import Later, Outbox, record
 from agent_gateway_store.approval.rows import Name, request_of, result_of, standing
 from agent_gateway_store.approval.shared import Shared
-from agent_gateway_store.approval.statements import CANCEL, DENY, READ, Key
+from agent_gateway_store.approval.statements import CANCEL, DENY, EXPIRE_SAME_CALL, READ, Key
 from agent_gateway_store.approval.told import Look, news_of
 from agent_gateway_store.approval.vetoing import require_no_veto
 from agent_gateway_store.errors import ApprovalNotFoundError
@@ -40,6 +40,7 @@ __all__ = ["COLUMNS", "ApprovalManager"]
 
 _PENDING = ApprovalStatus.PENDING
 _LARGEST_BATCH = 10_000
+_TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
 
 class ApprovalManager(ApprovalLookup):
@@ -134,8 +135,7 @@ class ApprovalManager(ApprovalLookup):
         """
         ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
         values = issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
-        async with self._work.lend("one") as runner:
-            row, is_new, mine = await insert_or_rebind(runner, values, self._outbox)
+        row, is_new, mine = await self._ask(values)
         token: str = values["p_token"]
         old = None if is_new else await self._entries.token_of(row["approval_id"])
         asked = await self._remember(row, token, is_known=False)
@@ -144,6 +144,19 @@ class ApprovalManager(ApprovalLookup):
         if is_new:
             self._outbox.send(notice_of(asked, "pending"), mine)
         return token
+
+    async def _ask(self, values: dict[str, Any]) -> Asked:
+        for _ in range(_TRIES):
+            async with self._work.lend("one") as runner:
+                asked = await insert_or_rebind(runner, values, self._outbox)
+            if asked is not None:
+                return asked
+            async with self._work.lend("several") as runner:
+                rows = await EXPIRE_SAME_CALL.rows(runner, values)
+                mine = await self._record(runner, *rows)
+            for row in rows:
+                await self._decided(row, None, mine)
+        raise already_issued(values)
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
         """Return where the approval of `token` stands.

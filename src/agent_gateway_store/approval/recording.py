@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 from uuid import UUID, uuid4
 
@@ -26,18 +25,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from agent_gateway_store.approval.notifier import notice_of
-from agent_gateway_store.approval.rows import request_of
-from agent_gateway_store.approval.statements import EXPIRE_SAME_CALL, INSERT, insert_request
+from agent_gateway_store.approval.statements import INSERT, insert_request
 from agent_gateway_store.approval.transitions import returned
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import Runner, dialect_of
 from agent_gateway_store.storage.db_clock import prepared_now
-from agent_gateway_store.storage.driver import DriverConnection
 from agent_gateway_store.storage.prepared import Prepared
 
-__all__ = ["Later", "Outbox", "expire_and_tell", "insert_and_tell", "record"]
+__all__ = ["Later", "Outbox", "insert_and_tell", "record"]
 
 deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
 _PLACEHOLDER = UUID(int=0)
@@ -156,6 +152,11 @@ def _sources(dialect: str) -> tuple[Any, dict[str, Any]]:
     }
 
 
+def _unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
+    # The index over status and notifier holds a whole backlog, the one over approval_id a few rows.
+    return cast(text, Text()).op("||")(literal_column("''"))
+
+
 def _record(dialect: str) -> Any:
     source, values = _sources(dialect)
     lease_s: ColumnElement[Any] = bindparam("p_lease_s", type_=Float(53))
@@ -166,9 +167,11 @@ def _record(dialect: str) -> Any:
         .select_from(before)
         .where(
             before.c.approval_id == values["approval_id"],
-            before.c.notifier == values["notifier"],
-            before.c.status == literal_column("'DUE'"),
+            _unindexed(before.c.notifier) == values["notifier"],
+            _unindexed(before.c.status) == literal_column("'DUE'"),
         )
+        .limit(literal_column("1"))
+        .offset(literal_column("0"))
         .exists()
     )
     is_mine = and_(lease_s.is_not(None), not_(is_held_up))
@@ -228,23 +231,6 @@ def _pending(values: Mapping[str, Any]) -> Notice:
         risk_explanation=values["p_risk_explanation"],
         status=ApprovalStatus.PENDING,
     )
-
-
-async def expire_and_tell(runner: Runner, values: Mapping[str, Any], outbox: Outbox) -> None:
-    """Write EXPIRED to the overdue approval of the same call, and the rows of that notice, which a worker sends."""
-    async with _transaction(runner):
-        expired = await EXPIRE_SAME_CALL.rows(runner, values)
-        await record(runner, [notice_of(request_of(row), "decision") for row in expired], Later(outbox.notifiers))
-
-
-@asynccontextmanager
-async def _transaction(runner: Runner) -> AsyncIterator[None]:
-    """Hold statements together where each would commit itself."""
-    if isinstance(runner, DriverConnection):
-        async with runner.driver.transaction():
-            yield
-    else:
-        yield
 
 
 async def record(runner: Runner, notices: Sequence[Notice], outbox: Outbox) -> list[dict[str, UUID]]:

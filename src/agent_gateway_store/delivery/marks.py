@@ -14,6 +14,7 @@ from sqlalchemy import Float, Integer, Text, Uuid, and_, bindparam, case, column
 from sqlalchemy.dialects.postgresql import JSONB
 
 from agent_gateway_store.delivery.claims import Delivery, deliveries
+from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.columns import Json
 from agent_gateway_store.models.delivery import DeliveryStatus
@@ -118,6 +119,8 @@ class Marks:
         self._waiting: list[Mark] = []
         self._task: asyncio.Task[None] | None = None
         self._urgent = asyncio.Event()
+        self._tried = asyncio.Event()
+        self._fault: Exception | None = None
         self._delivered: dict[UUID, None] = {}
 
     def add(self, mark: Mark) -> None:
@@ -127,8 +130,7 @@ class Marks:
             self._urgent.set()
         if mark.status is DeliveryStatus.DELIVERED:
             self._delivered[mark.delivery.delivery_id] = None
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._write())
+        self._start()
 
     def is_delivered(self, delivery_id: UUID) -> bool:
         """True if it has arrived and the database has not heard of it yet."""
@@ -137,49 +139,72 @@ class Marks:
     @property
     def is_empty(self) -> bool:
         """True if everything is written."""
-        return self._task is None
+        return not self._waiting and not self._is_writing
 
     def hurry(self) -> None:
         """Write what there is at once: somebody waits for it."""
         self._urgent.set()
 
-    async def flush(self) -> None:
-        """Write at once, and wait until it is done."""
-        while self._task is not None:
+    async def flush(self, *, patient: bool = True) -> None:
+        """Write at once, and wait until it is done.
+
+        Args:
+            patient: Also while the database is away.
+
+        Raises:
+            StoreUnavailableError: Unless `patient`: the database is away. What there is to write stays.
+        """
+        while not self.is_empty:
+            self._start()  # one that was cancelled has left its marks
             self._urgent.set()
-            await asyncio.wait({self._task})
+            self._tried.clear()
+            await self._tried.wait()
+            if self._fault is not None and not patient:
+                raise self._fault
 
     async def drop(self) -> None:
         """Stop writing; what is left is sent again when its lease ends."""
+        self._waiting.clear()
         if (task := self._task) is not None:
             task.cancel()
             await asyncio.wait({task})
-            self._task = None
+
+    @property
+    def _is_writing(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def _start(self) -> None:
+        if not self._is_writing:
+            self._task = asyncio.get_running_loop().create_task(self._write())
+            self._task.add_done_callback(lambda _: self._tried.set())
 
     async def _write(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(_LINGER_S):
                 await self._urgent.wait()
-        is_down = False
         while self._waiting:
             batch = self._waiting[:_MOST]
             try:
                 await _write(self._work, batch)
+            except StoreNotOpenError:
+                self._waiting.clear()  # it was closed meanwhile: these are sent again when their lease ends
+                break
             except Exception as exc:
-                if not is_down:
+                if self._fault is None:
                     _logger.warning(
                         "How %d notices went could not be written yet: %s", len(self._waiting), describe(exc)
                     )
-                is_down = True
+                self._fault = exc
+                self._tried.set()
                 await asyncio.sleep(_RETRY_S)
                 continue
-            is_down = False
+            self._fault = None
             del self._waiting[: len(batch)]
             for mark in batch:
                 self._delivered.pop(mark.delivery.delivery_id, None)
             self._written(batch)
+            self._tried.set()
         self._urgent.clear()
-        self._task = None
 
 
 async def _write(work: Work, marks: Sequence[Mark]) -> None:

@@ -31,6 +31,8 @@ class StoreOutbox:
         self._database, self._settings = database, settings
         self._dispatcher: Dispatcher | None = None
         self._worker: DeliveryWorker | None = None
+        self._names: tuple[str, ...] = ()
+        self._is_closing = False
         self._telling: set[asyncio.Task[object]] = set()
 
     @property
@@ -51,13 +53,13 @@ class StoreOutbox:
 
     @property
     def notifiers(self) -> tuple[str, ...]:
-        """Names of the notifiers that are loaded; none while the store is closed."""
-        return () if self._worker is None else self._worker.names
+        """Names of the notifiers that are loaded; while the store closes, of those that were."""
+        return self._names
 
     @property
     def lease_s(self) -> float | None:
-        """For how long a new row is kept for this process; None if it does not send."""
-        if self._worker is None or not self._settings.notification_worker:
+        """For how long a new row is kept for this process; None if it does not send, or is about to end."""
+        if self._worker is None or self._is_closing or not self._settings.notification_worker:
             return None
         return self._worker.policy.lease_s
 
@@ -68,7 +70,7 @@ class StoreOutbox:
             dispatcher: To the notifiers; open. `close` closes it.
             names: Of the notifiers.
         """
-        self._dispatcher = dispatcher
+        self._dispatcher, self._names, self._is_closing = dispatcher, names, False
         self._worker = DeliveryWorker(self._database, dispatcher, names, self._settings)
         if self._settings.notification_worker:
             self._worker.start()
@@ -94,7 +96,7 @@ class StoreOutbox:
 
     async def close(self) -> None:
         """Let notices under way arrive, at most PLUGIN_TIMEOUT_SECONDS and a second; the rest stays DUE."""
-        worker, dispatcher = self._worker, self._dispatcher
+        worker, dispatcher, self._is_closing = self._worker, self._dispatcher, True
         timeout_s = self._settings.plugin_timeout_seconds + 1
         await asyncio.sleep(0)  # what was handed over last is on its way now
         try:

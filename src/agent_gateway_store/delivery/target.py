@@ -66,10 +66,7 @@ class Target:
                 self._marks.add(Mark.untried(delivery))
             else:
                 self._queue.append(delivery)
-        for _ in range(min(len(self._queue), self._policy.concurrency - len(self._tasks))):
-            task = asyncio.get_running_loop().create_task(self._work())
-            self._tasks.add(task)
-            task.add_done_callback(self._leave)
+        self._take_places()
 
     def written(self, marks: Iterable[Mark]) -> set[UUID]:
         """Take note of what was written; returns the approvals whose next notice may go now, none once it is closed."""
@@ -79,9 +76,10 @@ class Target:
             self._in_hand[approval_id] -= 1
             if self._in_hand[approval_id] <= 0:
                 del self._in_hand[approval_id]
-                if approval_id in self.held:
-                    self.held.discard(approval_id)
+                # Behind one that goes back nothing may go yet: a claim would bring that very one, again and again.
+                if approval_id in self.held and mark.status is not DeliveryStatus.DUE:
                     freed.add(approval_id)
+                self.held.discard(approval_id)
         return set() if self._closed else freed
 
     @property
@@ -110,8 +108,17 @@ class Target:
         while self._queue:
             self._marks.add(Mark.untried(self._queue.popleft()))
 
+    def _take_places(self) -> None:
+        for _ in range(min(len(self._queue), self._policy.concurrency - len(self._tasks))):
+            task = asyncio.get_running_loop().create_task(self._work())
+            self._tasks.add(task)
+            task.add_done_callback(self._leave)
+
     def _leave(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        if not self._closed:
+            # What was put after the last step of this task found its place taken.
+            self._take_places()
         self._eased.set()
 
     async def _work(self) -> None:

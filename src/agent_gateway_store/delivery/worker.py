@@ -52,6 +52,7 @@ class DeliveryWorker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_faulty = False
         self._closing = asyncio.Event()
+        self._is_closed = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,8 +70,11 @@ class DeliveryWorker:
         Args:
             notice: What to tell; its `delivery_id` means nothing.
             mine: Notifier to delivery id, of rows that were just committed with a lease. What another notifier of this
-                process is to be told waits for an earlier notice about the same approval.
+                process is to be told waits for an earlier notice about the same approval. After `close` they are sent
+                when their lease ends.
         """
+        if self._is_closed:
+            return
         send_before = time.monotonic() + self.policy.send_within_s
         for name, target in self._targets.items():
             if (delivery_id := mine.get(name)) is not None:
@@ -125,6 +129,7 @@ class DeliveryWorker:
         except TimeoutError:
             pass
         finally:
+            self._is_closed = True
             for target in self._targets.values():
                 await target.close()
             await _end(list(self._tasks))
@@ -194,7 +199,7 @@ class DeliveryWorker:
             was_busy = not target.is_idle
             has_claimed = await self._feed(target, org_id) > 0 or was_busy
             await target.idle()
-            await self._marks.flush()
+            await self._marks.flush(patient=False)
 
     async def _follow(self, target: Target, approval_ids: set[UUID]) -> None:
         """Claim what waited for notices of these approvals, and once that has arrived what waits behind it."""

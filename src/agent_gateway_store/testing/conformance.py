@@ -143,7 +143,8 @@ class NotifierConformance:
     def test_works_in_a_second_event_loop(self, notifier: Notifier) -> None:
         """A thread that got stuck is replaced: nothing may be bound to the event loop of the first notice."""
         for _ in range(3):
-            self._delivers(notifier, make_notice())
+            # Several at once: a lock of asyncio is bound to a loop only when somebody has to wait for it.
+            self._delivers(notifier, *(make_notice() for _ in range(5)))
 
     def test_works_after_a_cancelled_call(self, notifier: Notifier) -> None:
         """A call that is over time is cancelled, wherever it stands; the next one is well again."""
@@ -181,15 +182,17 @@ class NotifierConformance:
 
     def test_leaves_the_notice_as_it_is(self, notifier: Notifier) -> None:
         """A notice is to be read."""
-        notice = make_notice()
-        before = notice.model_dump_json()
+        pending = make_notice()
+        decided = make_notice("decision", approval_id=pending.approval_id)
+        before = [notice.model_dump_json() for notice in (pending, decided)]
 
         async def run() -> None:
             async with asyncio.timeout(self.timeout_s):
-                await notifier.notify_pending(notice)
+                await notifier.notify_pending(pending)
+                await notifier.notify_decision(decided)
 
         _run(run)
-        assert notice.model_dump_json() == before
+        assert [notice.model_dump_json() for notice in (pending, decided)] == before
 
     def test_raises_if_the_target_is_down(
         self,

@@ -111,6 +111,10 @@ class Transport:
         except TimeoutError:
             raise NotDeliveredError(f"{target.host} did not answer within {timeout_s:g} seconds.") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, httpcore.ProxyError) as exc:
+            if (why := _why_untrusted(exc)) is not None:
+                raise NotDeliveredError(
+                    f"The certificate of {target.host} is not to be trusted ({why}): renew it, or set CA_FILE."
+                ) from exc
             raise NotDeliveredError(f"{target.host} gave no answer ({type(exc).__name__}).") from exc
         except (OSError, UnicodeError) as exc:
             raise NotDeliveredError(f"{target.host} cannot be reached ({type(exc).__name__}).") from exc
@@ -158,7 +162,21 @@ class Transport:
 @functools.cache
 def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
     # Reading the certificates takes tens of milliseconds.
-    return ssl.create_default_context(cafile=ca_file) if ca_file else httpcore.default_ssl_context()
+    try:
+        return ssl.create_default_context(cafile=ca_file) if ca_file else httpcore.default_ssl_context()
+    except OSError as exc:
+        raise NotDeliveredError(
+            f"CA_FILE cannot be read ({type(exc).__name__}): it must name a file of certificates in PEM."
+        ) from exc
+
+
+def _why_untrusted(error: BaseException | None) -> str | None:
+    """Return what is wrong with the certificate, if that is the reason somewhere behind `error`."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message.rstrip(".")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _proxy_of(url: str) -> httpcore.Proxy:

@@ -1,0 +1,75 @@
+"""With a backlog, the outbox looks for earlier notices by approval, not once through the whole backlog for each row."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+from contract_helpers import make_request
+from delivery_helpers import Post, quiet
+from sqlalchemy import event
+
+from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.storage import prepared
+
+pytestmark = pytest.mark.integration
+
+_LOOKS_BACK = re.compile(r'AS "?before\b')
+_BY_APPROVAL = "ix_notification_deliveries_approval_id"
+
+
+@pytest.fixture(autouse=True)
+def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+
+
+async def quiet_times(store: GatewayStore) -> None:
+    """Let the planner of PostgreSQL know of nothing but an empty table."""
+    if store.database.dialect == "postgresql":
+        async with store.database.write() as connection:
+            await connection.exec_driver_sql("ANALYZE notification_deliveries")
+
+
+def explained(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The plans of the statements on deliveries that look for earlier ones, as they are run."""
+    plans: list[str] = []
+    run = prepared._Compiled.run
+
+    async def explaining(compiled: prepared._Compiled, driver: Any, values: Any) -> Any:
+        if _LOOKS_BACK.search(compiled._text):
+            given = [values[name] if do is None else do(values[name]) for name, do in compiled._parameters]
+            plans.append("\n".join(row[0] for row in await driver.fetch(f"EXPLAIN {compiled._text}", *given)))
+        return await run(compiled, driver, values)
+
+    def explain(_connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if _LOOKS_BACK.search(statement):
+            cursor.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            plans.append("\n".join(row[3] for row in cursor.fetchall()))
+
+    if store.database.dialect == "postgresql":
+        monkeypatch.setattr(prepared._Compiled, "run", explaining)
+    else:
+        event.listen(store.database.engine.sync_engine, "before_cursor_execute", explain)
+    return plans
+
+
+async def test_earlier_notices_are_looked_for_by_approval(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claiming and deciding, also when the backlog has come since the planner last looked."""
+    async with GatewayStore(database_url, redis_url="", plugins=[Post()], settings=quiet()) as asking:
+        await quiet_times(asking)
+        tokens = []
+        for _ in range(20):
+            tokens += await asyncio.gather(*(asking.approvals.issue_token(make_request()) for _ in range(20)))
+    sends = StoreSettings(notification_poll_seconds=600)
+    async with GatewayStore(database_url, redis_url="", plugins=[Post()], settings=sends) as store:
+        plans = explained(store, monkeypatch)
+        await store.approvals.approve(tokens[0], "alice")
+        assert await store.notifications.run(once=True) == 401
+
+    assert len(plans) >= 3  # as the row is written, as its own approval is looked at, and as all are
+    for plan in plans:
+        about_earlier = [line for line in plan.splitlines() if " before" in line or f"on {_BY_APPROVAL}" in line]
+        assert any(_BY_APPROVAL in line for line in about_earlier), plan
+        assert not any("status_notifier" in line or "Seq Scan" in line for line in about_earlier), plan

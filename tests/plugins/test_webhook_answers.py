@@ -1,0 +1,232 @@
+"""The notifier `webhook` against real sockets: the right action for every answer, also of a hostile receiver."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+import time
+import tracemalloc
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from notifier_helpers import OK, make_notice, serving, status
+from webhook_helpers import notifier_for
+
+from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.plugins.webhook.notifier import retry_after_s
+
+pytestmark = pytest.mark.unit
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("line", ["200 OK", "201 Created", "202 Accepted", "204 No Content", "299 Odd"])
+    async def test_2xx_is_delivered(self, line: str) -> None:
+        """Any of them."""
+        async with serving(f"HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n".encode()) as server:
+            await notifier_for(server).notify_pending(make_notice())
+
+        assert len(server.requests) == 1
+
+    @pytest.mark.parametrize("line", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
+    async def test_redirect_is_a_failure_and_not_followed(self, line: str) -> None:
+        """The place it names sees no connection."""
+        async with serving(OK) as other, serving(status(line, f"Location: {other.url}")) as server:
+            with pytest.raises(NotDeliveredError, match="redirects are not followed") as caught:
+                await notifier_for(server).notify_pending(make_notice())
+
+        assert (len(server.requests), other.connections) == (1, 0)
+        assert not caught.value.is_permanent
+
+    async def test_410_ends_it(self, caplog: pytest.LogCaptureFixture) -> None:
+        """The notice is given up, the log says so, and nothing more is sent."""
+        async with serving(status("410 Gone"), OK) as server:
+            notifier = notifier_for(server)
+            with caplog.at_level(logging.WARNING), pytest.raises(NotDeliveredError) as caught:
+                await notifier.notify_pending(make_notice())
+            with pytest.raises(NotDeliveredError) as later:
+                await notifier.notify_pending(make_notice())
+
+        assert caught.value.is_permanent
+        assert later.value.is_permanent
+        assert len(server.requests) == 1
+        assert "410 Gone" in caplog.text
+        assert "in-the-url" not in caplog.text
+
+    @pytest.mark.parametrize("line", ["429 Too Many Requests", "503 Unavailable", "502 Bad Gateway", "504 Timeout"])
+    async def test_retry_after_is_honoured(self, line: str) -> None:
+        """In seconds, or as a date."""
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+        async with serving(status(line, "Retry-After: 17"), status(line, f"Retry-After: {date}")) as server:
+            with pytest.raises(NotDeliveredError) as seconds:
+                await notifier_for(server).notify_pending(make_notice())
+            with pytest.raises(NotDeliveredError) as moment:
+                await notifier_for(server).notify_pending(make_notice())
+
+        assert seconds.value.retry_after_s == 17
+        assert 80 < (moment.value.retry_after_s or 0) <= 90
+
+    @pytest.mark.parametrize(("line", "sent"), [("429 Too Many Requests", 2), ("503 Unavailable", 2), ("502 Bad", 3)])
+    async def test_a_receiver_that_asks_for_it_is_left_alone(
+        self, line: str, sent: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """429 and 503 speak for all notices; and a minute at most, then one is tried again."""
+        async with serving(status(line, "Retry-After: 3000")) as server:
+            notifier = notifier_for(server)
+            for _ in range(2):
+                with pytest.raises(NotDeliveredError) as caught:
+                    await notifier.notify_pending(make_notice())
+                assert caught.value.retry_after_s is not None
+            now = time.monotonic()
+            monkeypatch.setattr("agent_gateway_store.plugins.outgoing.pause.time.monotonic", lambda: now + 61)
+            with pytest.raises(NotDeliveredError):
+                await notifier.notify_pending(make_notice())
+            monkeypatch.undo()
+
+        assert len(server.requests) == sent
+
+    @pytest.mark.parametrize(
+        "line", ["400 Bad", "401 No", "403 No", "404 Not", "405 No", "409 Conflict", "413 Large", "500 Oops", "599 Odd"]
+    )
+    async def test_other_failures_are_tried_again(self, line: str) -> None:
+        """They can be put right at the other end while the notice waits."""
+        async with serving(status(line, body=b"secret words of the receiver")) as server:
+            with pytest.raises(NotDeliveredError) as caught:
+                await notifier_for(server).notify_pending(make_notice())
+
+        assert (caught.value.is_permanent, caught.value.retry_after_s) == (False, None)
+        assert "secret words" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("header", "seconds"),
+        [
+            (None, None),
+            ("", None),
+            ("soon", None),
+            ("-5", None),
+            ("1.5", None),
+            ("٣", None),
+            ("0", 0),
+            ("120", 120),
+            ("9" * 5000, 86_400),
+            ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+            ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400),
+            ("Fri, 99 Dec 2026 23:59:59 GMT", None),
+        ],
+    )
+    def test_retry_after_is_read_with_care(self, header: str | None, seconds: float | None) -> None:
+        """Nonsense is none, the past is now, and nobody is put off for more than a day."""
+        assert retry_after_s(header) == seconds
+
+
+class TestBadServers:
+    async def test_reset(self) -> None:
+        """A connection that is reset is a failure."""
+
+        async def reset(writer: asyncio.StreamWriter) -> None:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+            raise ConnectionResetError
+
+        async with serving(reset) as server:
+            with pytest.raises(NotDeliveredError, match="gave no answer"):
+                await notifier_for(server).notify_pending(make_notice())
+
+    async def test_nobody_listens(self) -> None:
+        """Nor can a closed port take anything."""
+        async with serving(OK) as server:
+            pass
+        with pytest.raises(NotDeliveredError):
+            await notifier_for(server).notify_pending(make_notice())
+
+    @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/1.1 banana\r\n\r\n", b"\x00" * 2000])
+    async def test_no_http(self, answer: bytes) -> None:
+        """What is no HTTP is no delivery."""
+        async with serving(answer) as server:
+            with pytest.raises(NotDeliveredError):
+                await notifier_for(server).notify_pending(make_notice())
+
+    async def test_hangs(self) -> None:
+        """A server that says nothing costs the timeout and no more."""
+
+        async def hang(_: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(60)
+
+        async with serving(hang) as server:
+            with pytest.raises(NotDeliveredError, match=r"within 0.2 seconds"):
+                async with asyncio.timeout(5):
+                    await notifier_for(server, timeout_seconds=0.2).notify_pending(make_notice())
+
+    async def test_headers_trickle(self) -> None:
+        """The deadline is for all of it, not for each byte."""
+
+        async def trickle(writer: asyncio.StreamWriter) -> None:
+            for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000:
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0.02)
+
+        async with serving(trickle) as server:
+            with pytest.raises(NotDeliveredError, match=r"within 0.3 seconds"):
+                async with asyncio.timeout(5):
+                    await notifier_for(server, timeout_seconds=0.3).notify_pending(make_notice())
+
+    async def test_body_trickles(self) -> None:
+        """A 2xx is delivered, however long the rest takes."""
+
+        async def trickle(writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(1000):
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+
+        async with serving(trickle) as server:
+            async with asyncio.timeout(3):
+                await notifier_for(server, timeout_seconds=0.1).notify_pending(make_notice())
+
+        assert len(server.requests) == 1
+
+    @pytest.mark.parametrize("head", [b"Content-Length: 1073741824", b"Content-Encoding: gzip\r\nConnection: close"])
+    async def test_gigabyte(self, head: bytes) -> None:
+        """A body without end is not read: neither memory nor time."""
+        sent = 0
+
+        async def flood(writer: asyncio.StreamWriter) -> None:
+            nonlocal sent
+            writer.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")
+            block = b"\x1f\x8b" * 32_768
+            for _ in range(16_384):
+                writer.write(block)
+                await writer.drain()
+                sent += len(block)
+
+        async with serving(flood) as server:
+            notifier = notifier_for(server)
+            await notifier.notify_pending(make_notice())  # what is loaded once is loaded
+            tracemalloc.start()
+            await notifier.notify_pending(make_notice())
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+
+        assert peak < 4_000_000
+        assert sent < 100_000_000
+
+    async def test_headers_without_end(self) -> None:
+        """Nor are headers without end."""
+
+        async def flood(writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                writer.write(b"X-Filler: " + b"x" * 1000 + b"\r\n")
+                await writer.drain()
+
+        async with serving(flood) as server:
+            tracemalloc.start()
+            with pytest.raises(NotDeliveredError):
+                await notifier_for(server, timeout_seconds=3).notify_pending(make_notice())
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+
+        assert peak < 8_000_000
