@@ -39,7 +39,7 @@ async def delete_file(store: GatewayStore, caller: CallerIdentity, path: Path) -
 
     started = time.perf_counter()
     path.unlink()
-    latency_ms = (time.perf_counter() - started) * 1000
+    latency_ms = round((time.perf_counter() - started) * 1000)
     await store.approvals.record_outcome(token, "deleted")
 
     await store.audit.write(

@@ -4,7 +4,7 @@ import asyncio
 
 from sqlalchemy import text
 
-from agent_gateway_store import AuditEvent, GatewayStore
+from agent_gateway_store import AuditEvent, Decision, GatewayStore
 
 
 def make_event(request_id: str) -> AuditEvent:
@@ -19,7 +19,7 @@ def make_event(request_id: str) -> AuditEvent:
         sanitized_args={"path": "notes.txt"},
         risk_score=0.1,
         matched_policy_rule="reads-are-allowed",
-        decision="ALLOW",
+        decision=Decision.ALLOW,
         latency_ms=3,
         deterministic_rationale="Reads are allowed.",
     )

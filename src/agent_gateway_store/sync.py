@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from functools import update_wrapper
 from types import TracebackType
@@ -131,7 +131,7 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.isasyncgenfunction(method):
 
         @_like(method)
-        def iterate(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        def iterate(self: Any, *args: Any, **kwargs: Any) -> Generator[Any]:
             items = getattr(self._twin, name)(*args, **kwargs)
             try:
                 while True:

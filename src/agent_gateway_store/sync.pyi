@@ -1,7 +1,7 @@
 """Blocking twins of the async classes; made by `tests/typing/generate_sync_stub.py`, do not edit."""
 
 from collections import Counter
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from os import PathLike
 from types import TracebackType
@@ -63,15 +63,15 @@ class SyncAuditLog:
     def counters(self) -> AuditCounters:
         """What became of the events written in this process since the store was opened; a copy."""
 
-    def stream(self, **filters: Unpack[Filters]) -> Iterator[AuditEvent]:
+    def stream(self, **filters: Unpack[Filters]) -> Generator[AuditEvent]:
         """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for."""
 
-    def changes(self, cursor: str = "now", *, limit: int = 1000, **filters: Unpack[Filters]) -> Page[AuditEvent]:
+    def changes(self, cursor: str | None = "now", *, limit: int = 1000, **filters: Unpack[Filters]) -> Page[AuditEvent]:
         """Return the events that were committed since `cursor`, in the order of their commits."""
 
     def follow(
-        self, *, start: str = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
-    ) -> Iterator[AuditEvent]:
+        self, *, start: str | None = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
+    ) -> Generator[AuditEvent]:
         """Yield new events as they are committed, without end; what `changes` promises holds."""
 
     def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:

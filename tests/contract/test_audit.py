@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -170,6 +171,22 @@ async def test_wrong_arguments_are_refused(store: GatewayStore) -> None:
         with pytest.raises(ValueError, match=r"MAYBE|must be zero or more"):
             await wrong
     assert await store.audit.list_recent(limit=0) == []
+
+
+async def test_what_is_no_event_is_a_type_error(store: GatewayStore, make_event: MakeEvent) -> None:
+    """A dict, an event where many are expected (Pydantic yields its fields), one that was built without validation."""
+    audit: Any = store.audit
+    for given, says in (
+        (make_event().model_dump(), "not dict"),
+        (None, "not NoneType"),
+        (AuditEvent.model_construct(request_id="r"), "not AuditEvent without 'caller_id'"),
+    ):
+        with pytest.raises(TypeError, match=f"Hand over a whole AuditEvent, {says}"):
+            await audit.write(given)
+    with pytest.raises(TypeError, match="not tuple"):
+        await audit.write_many(make_event())
+
+    assert await store.audit.list_recent() == []
 
 
 async def test_recorded_event_shares_the_fate_of_the_transaction(store: GatewayStore, make_event: MakeEvent) -> None:

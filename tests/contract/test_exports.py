@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import dataset, parquet
 
-from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
+from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome, errors
 from agent_gateway_store.audit import exporting
 from agent_gateway_store.audit.lines import defused
 from agent_gateway_store.results import Page
@@ -68,6 +69,7 @@ async def test_bulk_frames_are_those_of_a_page(store: GatewayStore) -> None:
     assert table.schema.equals(events.to_arrow().schema)
     assert comparable(table) == comparable(events.to_arrow())
     assert (none.num_rows, none.schema) == (0, table.schema)
+    assert list(none.to_pandas()["decision"].cat.categories) == list(events.to_pandas()["decision"].cat.categories)
     assert list(frames[0].dtypes) == list(events.to_pandas().dtypes)
     assert frames[1].schema == events.to_polars().schema
     assert [len(frame) for frame in frames] == [120, 120]
@@ -158,6 +160,10 @@ HOSTILE_STARTS += (
     "a\n=1",
     "a\r\n \t@x",
     '"=1',
+    "x;=1",
+    'x; "=1',
+    "x\t@1",
+    ";\uff1d1",
     "=cmd|' /C calc'!A0",
 )
 
@@ -172,6 +178,20 @@ def begins_formula(cell: str) -> bool:
     lines = re.split(r"[\r\n]", cell)
     invisible = "".join(map(chr, (*range(0x21), 0xA0, 0xAD, 0x180E, *range(0x200B, 0x2010), 0x2060, 0x3000, 0xFEFF)))
     return any(line.lstrip(invisible).strip()[:1] in _SIGNS for line in lines if line.strip(invisible))
+
+
+def split_by(separator: str, path: Path) -> list[str]:
+    """The cells that a program with another list separator finds; our quotes stand inside of them."""
+    rows = csv.reader(io.StringIO(path.read_bytes().decode(), newline=""), delimiter=separator)
+    return [cell.lstrip('"\t') for row in rows for cell in row]
+
+
+def test_long_runs_of_blanks_take_linear_time() -> None:
+    """What an attacker could fill a text with."""
+    for run in ("\n", " ", ";", '"', "\t;"):
+        for text in ("x" + run * 200_000, run * 200_000):
+            assert len(defused(f"{text}x")) <= len(text) + 2
+            assert len(defused(f"{text}=1")) <= len(text) + 4
 
 
 async def test_five_thousand_hostile_cells_are_no_formula(
@@ -204,6 +224,9 @@ async def test_five_thousand_hostile_cells_are_no_formula(
     assert len(checked) == 5_000
     assert sum(map(begins_formula, (row[name] for row in raw for name in names))) > 4_000
     assert [cell for cell in checked if begins_formula(cell)] == []
+    for separator in ";\t":
+        assert sum(map(begins_formula, split_by(separator, tmp_path / "raw.csv"))) > 100
+        assert [cell for cell in split_by(separator, tmp_path / "safe.csv") if begins_formula(cell)] == []
     assert [{name: row[name] for name in names} for row in raw] == [
         {name: row[name] for name in names} for row in stored
     ]
@@ -347,3 +370,16 @@ async def test_malformed_files_are_one_sentence(store: GatewayStore, make_event:
         await store.audit.import_file(tmp_path / "none.jsonl")
 
     assert await store.audit.get_by_request_id("good") is not None
+
+
+async def test_without_pyarrow_parquet_says_what_to_install(
+    store: GatewayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing and reading; no file is left."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(errors.MissingExtraError, match=r"Writing Parquet needs .*\[notebook\]"):
+        await store.audit.export(tmp_path / "e.parquet")
+    assert list(tmp_path.glob("*e.parquet*")) == []
+    (tmp_path / "e.parquet").touch()
+    with pytest.raises(errors.MissingExtraError, match=r"Reading Parquet needs .*\[notebook\]"):
+        await store.audit.import_file(tmp_path / "e.parquet")

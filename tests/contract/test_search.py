@@ -146,6 +146,7 @@ async def test_times_are_told_in_many_ways(store: GatewayStore, make_event: Make
         ({"min_risk_score": float("nan")}, ValueError, "not NaN"),
         ({"text": ""}, ValueError, "text must have 1 to 1,000 characters"),
         ({"text": "x" * 1_001}, ValueError, "text must have 1 to 1,000 characters"),
+        ({"limit": "5"}, TypeError, "limit must be a whole number, not str"),
         ({"limit": 0}, ValueError, "limit must be 1 to 100,000"),
         ({"limit": 2**70}, ValueError, "limit must be 1 to 100,000"),
     ],
@@ -171,7 +172,8 @@ async def test_hostile_filters_find_nothing_and_break_nothing(store: GatewayStor
             await store.audit.search(**{name: [text, "x"]})  # type: ignore[arg-type]
         if 0 < len(text) < 900:
             await store.audit.search(text=text)
-        await store.audit.search(min_risk_score=float("inf"))
+    for score in (float("inf"), 10**400, -(10**400)):
+        assert len(await store.audit.search(min_risk_score=score)) == (score < 0)
 
     found = await store.audit.search(caller_id="a\0b", tool_name="nul\ud800", risk_label="c\0", text="L\ud800")
     assert len(found) == 1

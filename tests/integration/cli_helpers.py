@@ -21,10 +21,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty, migrated database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'cli.db'}"
-    create: Callable[[], str] = request.getfixturevalue("postgres_database")
-    made = create()
-    assert gateway_store("--database-url", made, "db", "upgrade").code == 0
-    return made
+    create: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
+    return create()
 
 
 @pytest.fixture

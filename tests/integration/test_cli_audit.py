@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +36,9 @@ def test_audit_write_stores_json_lines_and_search_finds_them(cli: Callable[..., 
     assert ids(cli("audit", "search", "--json", "--caller", "agent-0")) == ["r2", "r0"]
     assert ids(cli("audit", "search", "--json", "--decision", "deny")) == ["r3"]
     assert ids(cli("audit", "search", "--json", "--request-id", "r1")) == ["r1"]
-    assert ids(cli("audit", "search", "--json", "--request-id", "other")) == []
+    unknown = cli("audit", "search", "--json", "--request-id", "other")
+    assert (ids(unknown), unknown.code, unknown.err.startswith("No event has this request id")) == ([], 4, True)
+    assert cli("audit", "search", "--request-id", "other").out == ""
     assert "agent-0" in cli("audit", "search").out
     assert "deterministic_rationale" in cli("audit", "search", "--request-id", "r1").out
 
@@ -131,3 +136,15 @@ def test_a_reader_that_goes_away_is_no_error_to_shout_about(tmp_path: Path) -> N
         err = searching.stderr.read()
 
     assert (searching.wait(10), err) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("target", "code", "says"), [(">&-", 0, ""), (">/dev/full", 1, "The disk is full: make room and try again.\n")]
+)
+def test_an_output_that_cannot_be_written_is_no_traceback(tmp_path: Path, target: str, code: int, says: str) -> None:
+    """One that the caller closed is what was asked for; a full disk is an error."""
+    command = f"{shlex.quote(sys.executable)} -m agent_gateway_store.cli audit search {target}"
+    ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=30)
+
+    assert (ended.returncode, ended.stderr) == (code, says)

@@ -405,3 +405,15 @@ def _tables(file: Path) -> list[str]:
         return [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     finally:
         connection.close()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("", "--role", "r"), ("a", "--role", ""), ("a", "--role", "r", "--environment", "")]
+)
+def test_a_key_needs_names(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """As an unset variable of a script gives them: no key is made, and no database."""
+    outcome = gateway_store("keys", "issue", *arguments)
+
+    assert outcome.code == 2
+    assert "must not be empty" in outcome.err
+    assert list(tmp_path.iterdir()) == []

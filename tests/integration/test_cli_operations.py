@@ -10,7 +10,7 @@ from cli_helpers import KEY
 
 import servers
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, TrustLevel
-from commands import Outcome, gateway_store
+from commands import Outcome, event_line, gateway_store
 
 pytestmark = pytest.mark.integration
 
@@ -106,6 +106,30 @@ def test_doctor_warns_of_a_postgresql_that_may_lose_commits(postgres_database: C
     assert outcome.code == 0
     assert outcome.json["database"]["synchronous_commit"] == "off"
     assert "synchronous_commit" in outcome.json["warnings"][0]
+
+
+def test_doctor_finds_a_restored_dump(postgres_database: Callable[[], str]) -> None:
+    """Events that hold transaction ids which this server has not given out are a problem; its own are none."""
+    url = postgres_database()
+    gateway_store("--database-url", url, "db", "upgrade")
+    gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
+
+    def doctor() -> Outcome:
+        return gateway_store("--database-url", url, "doctor", "--json")
+
+    own = doctor()
+    assert (own.code, own.json["problems"]) == (0, [])
+    assert own.json["database"]["foreign_transactions"] is False
+    ahead = "pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 1000"
+    servers.run(_execute(url, f"UPDATE audit_events SET transaction_id = {ahead}"))
+    restored = doctor()
+    assert restored.code == 1
+    (problem,) = restored.json["problems"]
+    advised = problem.split("`")[7]
+    assert advised == "UPDATE audit_events SET transaction_id = NULL"
+    servers.run(_execute(url, advised))
+
+    assert doctor().code == 0
 
 
 def test_doctor_reports_on_sqlite_and_on_approvals_without_outcome(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import cli_helpers
 import pytest
 from cli_helpers import ask, ids
 
+from agent_gateway_store.audit import targets
 from commands import Outcome, event_line, gateway_store
 
 pytestmark = pytest.mark.integration
@@ -105,6 +107,24 @@ def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], 
     bad = other("audit", "import", str(malformed))
     assert (missing.code, missing.err) == (1, "There is no none.jsonl: check the name.\n")
     assert (bad.code, "Record 1 of" in bad.err, "Traceback" in bad.err) == (1, True, False)
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(
+    filled: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is missing; a disk that is full. It names what the user named, and leaves nothing."""
+
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, "of the system")
+
+    out = tmp_path / "out"
+    filled("audit", "export", str(out / "e.csv")).assert_fails(1, f"There is no folder {out}: make it first.")
+    out.mkdir()
+    monkeypatch.setattr(targets, "_fsync", full)
+    for name in ("e.csv", "e.jsonl", "e.parquet"):
+        filled("audit", "export", str(out / name)).assert_fails(1, f"{out / name}: No space left", "make room")
+
+    assert list(out.iterdir()) == []
 
 
 def test_approvals_are_found_by_filters_and_tell_their_story(url: str, cli: Callable[..., Outcome]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import aclosing, closing
 from datetime import timedelta
 from typing import Any, assert_type
 from uuid import UUID
@@ -139,6 +140,12 @@ async def queries(store: GatewayStore, twin: SyncGatewayStore) -> None:
         assert_type(event, AuditEvent)
     for event in twin.audit.stream(min_risk_score=0.5):
         assert_type(event, AuditEvent)
+    async with aclosing(store.audit.stream()) as events:
+        assert_type(await anext(events), AuditEvent)
+    with closing(twin.audit.follow()) as followed:
+        assert_type(next(followed), AuditEvent)
+    page = await store.audit.changes()
+    assert_type(await store.audit.changes(page.next_cursor), Page[AuditEvent])
     assert_type((await store.audit.export("events.jsonl")).rows, int)
     assert_type(await store.approvals.history("id"), Page[dict[str, Any]])
     await store.audit.search(callerid="a")  # type: ignore[call-arg]

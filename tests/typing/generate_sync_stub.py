@@ -1,6 +1,6 @@
 """Write `src/agent_gateway_store/sync.pyi` from the async classes: run this file after changing one of them.
 
-The stub holds their public methods and properties with full signatures, less `async`; async iterators become iterators.
+The stub holds their public methods and properties with full signatures, less `async`, also of generators.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ATTRIBUTES = {
     )
 }
 _WIDTH = 120
-_RENAMED = TWINS | {"AsyncIterator": "Iterator", "__aenter__": "__enter__", "__aexit__": "__exit__"}
+_RENAMED = TWINS | {"AsyncGenerator": "Generator", "__aenter__": "__enter__", "__aexit__": "__exit__"}
 _DUNDERS = ("__init__", "__aenter__", "__aexit__")
 _Method = ast.FunctionDef | ast.AsyncFunctionDef
 _Imports = defaultdict[str, set[str]]

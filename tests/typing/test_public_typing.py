@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,24 @@ def test_twin_has_the_same_signatures(cls: type, twin: type) -> None:
 
 def test_mypy_accepts_the_public_api() -> None:
     """`api.py` beside this file uses the async and the blocking API; mypy --strict finds nothing wrong with it."""
+    assert_typed(Path(__file__).with_name("api.py"))
+
+
+def test_mypy_accepts_the_first_examples(tmp_path: Path) -> None:
+    """That of the README and that of the tutorial, which users begin with, and the one for a transaction."""
+    [readme] = re.findall(r"^```python\n((?:.*\n)*?)```$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (tmp_path / "readme.py").write_text(readme)
+    for example in (
+        tmp_path / "readme.py",
+        *(ROOT / "docs/snippets" / name for name in ("first_store.py", "record.py")),
+    ):
+        assert_typed(example)
+
+
+def assert_typed(path: Path) -> None:
+    """mypy --strict finds nothing wrong with the file."""
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml")]
-    command += ["--cache-dir", str(ROOT / ".mypy_cache"), str(Path(__file__).with_name("api.py"))]
+    command += ["--cache-dir", str(ROOT / ".mypy_cache"), str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr

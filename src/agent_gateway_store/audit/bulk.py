@@ -61,7 +61,7 @@ async def whole_table(database: Database, found: Criteria) -> pa.Table:
     pa = arrow()
     tables: list[Any] = []
     await blocks(database, found, tables.append, oldest_first=False)
-    return pa.concat_tables(tables) if tables else arrow_schema(AuditEvent).empty_table()
+    return pa.concat_tables(tables) if tables else settle(arrow_schema(AuditEvent).empty_table(), AuditEvent)
 
 
 async def in_thread(function: Callable[[], Any]) -> Any:

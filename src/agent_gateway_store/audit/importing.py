@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from agent_gateway_store.audit.row import event_record, hash_of
 from agent_gateway_store.audit.statements import FIELDS, JSON_FIELDS
 from agent_gateway_store.audit.targets import Format, format_of, read_opened
 from agent_gateway_store.models.audit import AuditEvent
@@ -17,6 +18,7 @@ from agent_gateway_store.results.frames import arrow
 __all__ = ["events_in", "importable"]
 
 _BATCH_ROWS = 500
+_INDEX = "__index_level_"  # of pandas
 
 
 def importable(path: Path, given: str | None) -> Format:
@@ -38,7 +40,8 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
     """Yield the events of a file or a dataset, in its order.
 
     Raises:
-        ValueError: A record is malformed; the text names it and repeats nothing of it.
+        ValueError: The file is not whole; or a record is malformed, or is not what its content_hash says: the text
+            names it and repeats nothing of it.
         MissingExtraError: Parquet or zstd, and pyarrow is not installed.
     """
     records = _lines(path) if format == "jsonl" else _rows(path)
@@ -46,13 +49,19 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
         if record is None:
             continue
         try:
-            yield AuditEvent(**{name: value for name, value in record.items() if name != "id"})
+            event = AuditEvent(**{name: value for name, value in record.items() if name != "id"})
         except ValidationError as exc:
             faults = "; ".join(
                 f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
                 for fault in exc.errors(include_input=False, include_url=False, include_context=False)
             )
             raise _malformed(path, number, faults) from None
+        if event.content_hash is not None and hash_of(event_record(event)) != event.content_hash:
+            raise ValueError(
+                f"Record {number} of {path} is not what its content_hash says, so it was changed after its export: "
+                "import the file as it was, or leave content_hash out."
+            )
+        yield event
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
@@ -77,6 +86,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
     try:
         source = dataset.dataset(path, format="parquet", exclude_invalid_files=False)
         names = [name for name in FIELDS if name in source.schema.names]
+        unknown = [name for name in source.schema.names if name not in names and not name.startswith(_INDEX)]
+        if unknown:
+            raise ValueError(f"{path} has columns that no event has ({', '.join(unknown)}): leave them out.")
         number = 0
         for batch in source.to_batches(columns=names, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
             for record in batch.to_pylist():

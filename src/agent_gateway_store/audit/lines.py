@@ -18,10 +18,13 @@ _JSON = tuple(map(FIELDS.index, JSON_FIELDS))
 _TIMESTAMP = FIELDS.index("timestamp")
 
 # What a spreadsheet takes for the beginning of a formula (the list of OWASP's "CSV Injection", with the full-width
-# signs that some fold), also behind blanks, and also where a reader that minds no quotes would begin a new line.
-_BLANKS = r"[\s\x00-\x20\u00ad\u180e\u200b-\u200f\u2060\ufeff]*"
+# signs that some fold), also behind blanks. It begins a cell at the beginning of ours; and inside of it, behind a line
+# end, a tab or a semicolon, where it minds no quotes since its list separator is another one (in much of Europe `;`).
+_BLANKS = r"\s\x00-\x20\u00ad\u180e\u200b-\u200f\u2060\ufeff"
 _SIGNS = r"[=+\-@\uff1d\uff0b\uff0d\uff20]"
-_FORMULA = re.compile(rf"\A(?=[\t\r\n]|{_BLANKS}{_SIGNS})|(?<=[\r\n])(?={_BLANKS}{_SIGNS})")
+_FIRST = re.compile(rf"\A(?=[\t\r\n]|[{_BLANKS}]*{_SIGNS})")
+# Possessive, and only from the beginning of a run: otherwise a long run without a sign takes quadratic time.
+_LATER = re.compile(rf'(?<![{_BLANKS}";])[{_BLANKS}";]++(?={_SIGNS})')
 
 
 def json_line(row: Sequence[Any]) -> str:
@@ -80,6 +83,13 @@ def csv_line(*, raw: bool) -> Callable[[Sequence[Any]], str]:
 
 def defused(text: str) -> str:
     """Return `text` with an apostrophe wherever a spreadsheet could take it for the beginning of a formula."""
-    if text.isascii() and text[:1].isalnum() and "\n" not in text and "\r" not in text:
-        return text
-    return _FORMULA.sub("'", text)
+    tame = text if text.isascii() and text[:1].isalnum() else _FIRST.sub("'", text)
+    if ";" in text or "\n" in text or "\r" in text or "\t" in text:
+        return _LATER.sub(_split, tame)
+    return tame
+
+
+def _split(found: re.Match[str]) -> str:
+    run = found[0]
+    place = max(map(run.rfind, ";\t\r\n")) + 1
+    return f"{run[:place]}'{run[place:]}" if place else run

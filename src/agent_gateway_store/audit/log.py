@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.inserting import insert_event
@@ -93,11 +94,17 @@ class AuditLog(AuditReader):
         event again is a DUPLICATE. Cancelling the caller does not cancel the write. `event` itself is not changed.
 
         Raises:
-            AuditUnavailableError: With AUDIT_MODE=strict, if the event could not be stored.
+            AuditUnavailableError: With AUDIT_MODE=strict, if the event could not be stored, or is not valid since a
+                field was set past the validation; in the default mode that is LOST.
             StoreNotOpenError: The store is not open here.
+            TypeError: It is no AuditEvent.
         """
         self._database.check_home()
-        writer, record = self._writer(), event_record(event, org_id=self._org_id)
+        writer = self._writer()
+        try:
+            record = event_record(event, org_id=self._org_id)
+        except ValidationError as exc:
+            return writer.refuse(event, exc)
         if self._preparing.is_wanted:
             return await self._preparing.detached(self._write_prepared(writer, record))
         return await writer.write(record)
@@ -124,6 +131,8 @@ class AuditLog(AuditReader):
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
             StoreNotOpenError: The store is not open here.
+            TypeError: One is no AuditEvent.
+            ValidationError: A field of one was set past the validation, and is not valid.
         """
         self._database.check_home()
         writer = self._writer()
@@ -164,7 +173,8 @@ class AuditLog(AuditReader):
 
         Raises:
             FileNotFoundError: There is nothing at `path`.
-            ValueError: The format is not known, or a record is malformed; those before it are stored.
+            ValueError: The format is not known; or the file is not whole, or a record is malformed or is not what its
+                content_hash says: those before it are stored.
             MissingExtraError: Parquet or zstd, and pyarrow is not installed.
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
         """
@@ -202,6 +212,7 @@ class AuditLog(AuditReader):
 
         Raises:
             StoreUnavailableError: The database could not take it.
+            ValidationError: A field was set past the validation, and is not valid.
         """
         record = event_record(event, org_id=self._org_id)
         if self._preparing.is_wanted:

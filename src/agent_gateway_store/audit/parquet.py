@@ -35,6 +35,7 @@ class ParquetFiles:
     def __init__(self, path: Path, *, compression: Compression | None, by_day: bool) -> None:
         self.files = 0
         self._path, self._compression, self._by_day = path, compression or "zstd", by_day
+        arrow("Writing Parquet")
         self._schema = arrow_schema(AuditEvent)
         self._day: str | None = None
         self._file: Path | None = None

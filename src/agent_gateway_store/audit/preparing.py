@@ -111,35 +111,31 @@ class _Line:
         waiting = [(record, loop.create_future()) for record in records]
         self._queue.extend(waiting)
         if self._drainer is None:
-            self._drainer = loop.create_task(self._drain())
-            self._drainer.add_done_callback(self._stop)
+            self._start()
         return list(await asyncio.gather(*(future for _, future in waiting)))
 
-    def _stop(self, drainer: asyncio.Task[None]) -> None:
-        # A task that is cancelled before its first step has not run at all, not even its `finally`.
-        if self._drainer is drainer:
-            self._drainer = None
-            self._give_up()
+    def _start(self) -> None:
+        self._drainer = asyncio.get_running_loop().create_task(self._drain())
+        self._drainer.add_done_callback(self._stop)
 
-    def _give_up(self) -> None:
-        while self._queue:
-            _settle(self._queue.popleft()[1], None)
+    def _stop(self, drainer: asyncio.Task[None]) -> None:
+        self._drainer = None
+        if drainer.cancelled():
+            # Somebody cancels every task there is; one that has not begun runs no `finally` of its own.
+            while self._queue:
+                _settle(self._queue.popleft()[1], None)
+        elif self._queue:
+            self._start()  # what came after its last step
 
     async def _drain(self) -> None:
-        try:
-            while self._queue:
-                batch = [self._queue.popleft() for _ in range(min(_BATCH_ROWS, len(self._queue)))]
-                made: list[Record | None] = [None] * len(batch)
-                try:
-                    made = await self._ask([record for record, _ in batch])
-                finally:
-                    for (_, future), each in zip(batch, made, strict=True):
-                        _settle(future, each)
-        except BaseException:
-            self._give_up()
-            raise
-        finally:
-            self._drainer = None
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(_BATCH_ROWS, len(self._queue)))]
+            made: list[Record | None] = [None] * len(batch)
+            try:
+                made = await self._ask([record for record, _ in batch])
+            finally:
+                for (_, future), each in zip(batch, made, strict=True):
+                    _settle(future, each)
 
     async def _ask(self, records: list[Record]) -> list[Record | None]:
         nothing: list[Record | None] = [None] * len(records)

@@ -170,8 +170,11 @@ def check_limit(limit: int) -> int:
     """Return `limit`.
 
     Raises:
+        TypeError: It is no whole number.
         ValueError: It is not 1 to 100,000.
     """
+    if not isinstance(limit, int):
+        raise TypeError(f"limit must be a whole number, not {type(limit).__name__}.")
     if not 1 <= limit <= _MOST:
         raise ValueError(f"limit must be 1 to {_MOST:,}, not {limit:,}: for more, use stream() or to_arrow().")
     return limit

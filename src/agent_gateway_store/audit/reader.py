@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from os import PathLike
 from pathlib import Path
@@ -44,7 +44,7 @@ class AuditReader(AuditQuery):
 
     _database: Database
 
-    async def stream(self, **filters: Unpack[Filters]) -> AsyncIterator[AuditEvent]:
+    async def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[AuditEvent]:
         """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for.
 
         Takes constant memory: the database is read by a server-side cursor, which holds a connection until the end.
@@ -62,7 +62,9 @@ class AuditReader(AuditQuery):
                 for event in events_of(rows):
                     yield event
 
-    async def changes(self, cursor: str = "now", *, limit: int = 1_000, **filters: Unpack[Filters]) -> Page[AuditEvent]:
+    async def changes(
+        self, cursor: str | None = "now", *, limit: int = 1_000, **filters: Unpack[Filters]
+    ) -> Page[AuditEvent]:
         """Return the events that were committed since `cursor`, in the order of their commits.
 
         `next_cursor` is always there and leads on; kept somewhere, it survives a restart. However long transactions
@@ -70,8 +72,8 @@ class AuditReader(AuditQuery):
         committed after it; within one call the order is that of the transactions' beginnings.
 
         Args:
-            cursor: `next_cursor` of the call before; "now" returns none and the cursor to begin with; "beginning" goes
-                through what there is first, by id.
+            cursor: `next_cursor` of the call before; "now" or None returns no event and the cursor to begin with;
+                "beginning" goes through what there is first, by id.
             limit: At most so many, 1 to 100,000.
             filters: See `Filters`; the same at each call.
 
@@ -80,18 +82,18 @@ class AuditReader(AuditQuery):
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such decision, status or time, or `limit` is out of range.
         """
-        page, _ = await self._changes(cursor, check_limit(limit), filters)
+        page, _ = await self._changes("now" if cursor is None else cursor, check_limit(limit), filters)
         return page
 
     async def follow(
-        self, *, start: str = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
-    ) -> AsyncIterator[AuditEvent]:
+        self, *, start: str | None = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
+    ) -> AsyncGenerator[AuditEvent]:
         """Yield new events as they are committed, without end; what `changes` promises holds.
 
         A database that is away is waited for. No connection is held between two looks.
 
         Args:
-            start: "now": what is committed from the first iteration on; "beginning": everything; or a cursor of
+            start: "now" or None: what is committed from the first iteration on; "beginning": everything; or a cursor of
                 `changes` with the same filters.
             poll_s: Seconds between two looks at the database.
             patience_s: For how many seconds a database that is away is waited for.
@@ -105,7 +107,7 @@ class AuditReader(AuditQuery):
         """
         if not poll_s > 0:
             raise ValueError(f"poll_s must be more than zero, not {poll_s}.")
-        cursor = start
+        cursor = "now" if start is None else start
         loop = asyncio.get_running_loop()
         answered, is_away = loop.time(), False
         while True:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, is_storable
 
@@ -87,11 +87,51 @@ def event_record(event: AuditEvent, *, org_id: str | None = None) -> Record:
     Args:
         event: Any event that could be constructed.
         org_id: Organisation to stamp; None keeps the event's own.
+
+    Raises:
+        TypeError: It is not an event, or one that `model_construct` left incomplete.
+        ValidationError: A field was set past the validation, as `model_copy(update=...)` does, and is not valid.
     """
-    given: Mapping[str, Any] = event.__dict__
-    row = {name: given[name] for name in COLUMNS}
+    row = _row_of(event, org_id)
+    if _is_typed(row):
+        try:
+            return _stored(row)
+        except (TypeError, ValueError):  # a text that is none
+            row = _row_of(event, org_id)
+    return _stored(_row_of(AuditEvent.model_validate(row), org_id))
+
+
+def _row_of(event: AuditEvent, org_id: str | None) -> dict[str, Any]:
+    try:
+        given: Mapping[str, Any] = event.__dict__
+        row = {name: given[name] for name in COLUMNS}
+    except (AttributeError, KeyError) as exc:
+        lacking = f" without {exc}" if isinstance(exc, KeyError) else ""
+        raise TypeError(f"Hand over a whole AuditEvent, not {type(event).__name__}{lacking}.") from None
     if org_id is not None:
         row["org_id"] = org_id
+    return row
+
+
+def _is_typed(row: dict[str, Any]) -> bool:
+    """True if what is no text has the types that the validation gives; else one row could fail a whole batch."""
+    return (
+        type(row["decision"]) is Decision
+        and type(row["output_decision"]) is OutputDecision
+        and (row["execution_status"] is None or type(row["execution_status"]) is ExecutionStatus)
+        and type(row["latency_ms"]) is int
+        and row["latency_ms"] >= 0
+        and type(row["risk_score"]) is float
+        and isinstance(row["timestamp"], datetime)
+        and row["timestamp"].tzinfo is UTC
+        and isinstance(row["sanitized_args"], dict)
+        and isinstance(row["risk_labels"], list)
+        and isinstance(row["redaction_flags"], list)
+        and (not row["redaction_flags"] or all(isinstance(flag, RedactionFlag) for flag in row["redaction_flags"]))
+    )
+
+
+def _stored(row: dict[str, Any]) -> Record:
     if not _is_plain(row):
         _scrub(row)
     return _sealed(row)

@@ -7,6 +7,7 @@ import io
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,7 +61,10 @@ def partial(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         FileExistsError: There is something at `path`, and `overwrite` is False.
+        FileNotFoundError: There is no folder to write to.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent}: make it first.")
     if not overwrite and os.path.lexists(path):
         raise _exists(path)
     written = _beside(path, "partial")
@@ -160,15 +164,32 @@ def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[by
 
 @contextmanager
 def read_opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, unpacked if its suffix says so."""
-    packed: Any = _COMPRESSIONS.get(path.suffix.lower())
-    if packed == "gzip":
-        with gzip.open(path, "rb") as unpacked:
-            yield unpacked  # type: ignore[misc]
-    elif packed == "zstd":
-        pa = arrow("Reading zstd")
-        with pa.OSFile(str(path), "rb") as file, pa.CompressedInputStream(file, "zstd") as stream:
-            yield io.BufferedReader(stream)
-    else:
+    """Open a file for reading, unpacked if its suffix says so.
+
+    Raises:
+        ValueError: It cannot be unpacked; also while it is read.
+        MissingExtraError: zstd, and pyarrow is not installed.
+    """
+    packed = _COMPRESSIONS.get(path.suffix.lower())
+    if packed is None:
         with path.open("rb") as plain:
             yield plain
+        return
+    try:
+        with _unpacked(path, packed) as file:
+            yield file
+    except (EOFError, zlib.error, OSError) as exc:
+        if getattr(exc, "errno", None) is not None:  # the system's word, not the unpacker's
+            raise
+        raise ValueError(f"{path} cannot be unpacked to its end: check that the file is whole.") from exc
+
+
+@contextmanager
+def _unpacked(path: Path, packed: Compression) -> Iterator[Any]:
+    if packed == "gzip":
+        with gzip.open(path, "rb") as file:
+            yield file
+        return
+    pa = arrow("Reading zstd")
+    with pa.OSFile(str(path), "rb") as whole, pa.CompressedInputStream(whole, "zstd") as stream:
+        yield io.BufferedReader(stream)

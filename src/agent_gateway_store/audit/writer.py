@@ -16,9 +16,11 @@ from typing import TypeAlias
 from agent_gateway_store.audit.batch import store_batch
 from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.row import Record, record_of, size_of, values_of
+from agent_gateway_store.audit.row import COLUMNS, Record, record_of, size_of, values_of
 from agent_gateway_store.audit.sinks import Settled, Sink
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
+from agent_gateway_store.hooks.text import describe
+from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.spool import Spool
 
 __all__ = ["AuditWriter"]
@@ -108,6 +110,21 @@ class AuditWriter:
             self._is_leading = False
             self._start_draining()
         return _accepted(answer)
+
+    def refuse(self, event: AuditEvent, cause: Exception) -> WriteOutcome:
+        """Count and log an event that is not valid as LOST.
+
+        Raises:
+            AuditUnavailableError: In the strict mode.
+        """
+        if self.spool is None:
+            raise AuditUnavailableError(
+                "The event is not valid, so the call must not go through: see the cause for what is wrong."
+            ) from cause
+        _logger.error("An audit event is not valid: %s", describe(cause))
+        log_lost({name: getattr(event, name) for name in COLUMNS}, cause, request_id=str(event.request_id))
+        self.counters.count(WriteOutcome.LOST, 1)
+        return WriteOutcome.LOST
 
     def take(self, row: Record) -> None:
         """Have `row` committed for a caller that is gone; `flush` and `close` wait for it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -13,6 +15,8 @@ def main() -> NoReturn:
     """Run the command line on `sys.argv` and exit: the console entry point."""
     from agent_gateway_store.cli.app import app
 
+    if sys.stdout is None:  # closed by who started us, as `>&-` does
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  it stays open
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             # A terminal that cannot show a character gets its escape, not a traceback.

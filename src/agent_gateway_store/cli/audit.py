@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent_gateway_store.cli.faults import CommandError, ExitCode
 from agent_gateway_store.cli.filters import filtered
 from agent_gateway_store.cli.ingest import Line, ingest
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, record, say, tidy, to_json
@@ -77,10 +78,12 @@ def search(
         found.next_cursor = None
     if json:
         print_json({"items": found.to_dicts(), "next_cursor": found.next_cursor})
-    elif request_id is not None and found:
-        print_fields((name, value) for name, value in record(found[0]).items() if value not in (None, []))
-    else:
+    elif request_id is None:
         print_events(found)
+    elif found:
+        print_fields((name, value) for name, value in record(found[0]).items() if value not in (None, []))
+    if request_id is not None and not found:
+        raise CommandError("No event has this request id: check it, and --org if you gave one.", ExitCode.NOT_FOUND)
 
 
 @app.command()

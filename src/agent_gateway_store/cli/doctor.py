@@ -8,7 +8,7 @@ import typer
 
 from agent_gateway_store.cli.db import engine_for
 from agent_gateway_store.cli.faults import ExitCode, explain
-from agent_gateway_store.cli.health import Report, check_database, check_redis
+from agent_gateway_store.cli.health import Report, check_database, check_redis, check_transactions
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
 from agent_gateway_store.cli.running import options_of, run, settings_of
 
@@ -49,6 +49,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     _check_plugins(report, settings)
     if report.schema_is_current:
         try:
+            await check_transactions(report, settings.database_url)
             await _check_approvals(report, ctx, settings)
             await _check_notifications(report, ctx, settings)
         except Exception as exc:

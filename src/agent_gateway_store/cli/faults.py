@@ -7,6 +7,7 @@ import sys
 import traceback
 from contextlib import suppress
 from enum import IntEnum
+from errno import ENOSPC
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
         if error.title == "StoreSettings":
             return f"A setting is wrong: {spell_validation(error)}. Correct it and try again.", ExitCode.USAGE
         return f"{error.title} was refused: {spell_validation(error)}.", ExitCode.ERROR
+    if isinstance(error, OSError) and error.errno == ENOSPC:
+        return "The disk is full: make room and try again.", ExitCode.ERROR
     return f"Unexpected error, {describe(error)}: run with --debug for the traceback.", ExitCode.ERROR
 
 

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["Report", "check_database", "check_redis"]
+__all__ = ["Report", "check_database", "check_redis", "check_transactions"]
 
 _SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+# What a snapshot shows was committed by transactions that began before its end.
+_FOREIGN_TRANSACTIONS = """
+SELECT EXISTS (
+    SELECT FROM audit_events WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+)
+"""
 
 
 @dataclass
@@ -109,6 +115,26 @@ async def _read_facts(report: Report, facts: dict[str, Any], connecting: Any) ->
             facts["synchronous_commit"] = await _scalar(connection, "SHOW synchronous_commit")
     if facts["synchronous_commit"] == "off":
         report.warning("synchronous_commit is off: a crash of the server may lose what it acknowledged; set it to on.")
+
+
+async def check_transactions(report: Report, url: str) -> None:
+    """Look for events with transaction ids that this PostgreSQL server has not given out: those of a restored dump."""
+    from agent_gateway_store.storage.faults import database_errors
+
+    async with engine_for(url) as engine:
+        if engine.dialect.name != "postgresql":
+            return
+        with database_errors("be examined"):
+            async with engine.connect() as connection:
+                is_foreign = await _scalar(connection, _FOREIGN_TRANSACTIONS)
+    report.facts["database"]["foreign_transactions"] = is_foreign
+    if is_foreign:
+        report.problem(
+            "Audit events hold transaction ids of another server, as after restoring a dump, so that `audit tail`, "
+            "`follow` and `changes` would miss events: while nothing writes, run `UPDATE audit_events SET "
+            "transaction_id = NULL` once as the owner of the table, and begin with new cursors.",
+            ExitCode.ERROR,
+        )
 
 
 async def _scalar(connection: AsyncConnection, statement: str) -> Any:

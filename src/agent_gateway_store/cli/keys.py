@@ -57,6 +57,9 @@ def issue(
     from agent_gateway_store.clock import utc_now
     from agent_gateway_store.models import TrustLevel
 
+    for name, value in (("CALLER_ID", caller_id), ("--role", role), ("--environment", environment)):
+        if value == "":
+            raise typer.BadParameter(f"{name} must not be empty.")
     level = choose(TrustLevel, trust_level, "--trust-level")
     expires_at = None if expires_in is None else utc_now() + duration(expires_in, "--expires-in")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from errno import EDQUOT, ENOSPC
+from os import strerror
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +56,7 @@ def export_events(
     except GatewayStoreError:
         raise
     except OSError as exc:
-        raise CommandError(_said(exc)) from exc
+        raise CommandError(_said(exc, path)) from exc
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
     if json:
@@ -84,7 +86,7 @@ def import_events(
     except GatewayStoreError:
         raise
     except (OSError, ValueError) as exc:
-        raise CommandError(_said(exc)) from exc
+        raise CommandError(_said(exc, path)) from exc
     if json:
         print_json({str(outcome): number for outcome, number in sorted(outcomes.items())})
     else:
@@ -96,10 +98,12 @@ def import_events(
         )
 
 
-def _said(exc: Exception) -> str:
-    if isinstance(exc, OSError) and exc.strerror and exc.filename:
-        return f"{exc.filename}: {exc.strerror}."
-    return str(exc)
+def _said(exc: Exception, path: Path) -> str:
+    """Return what is wrong; of the system's own errors the one name that the user gave."""
+    if not isinstance(exc, OSError) or exc.errno is None:
+        return str(exc)
+    step = "make room" if exc.errno in (ENOSPC, EDQUOT) else "check the path and its permissions"
+    return f"{path}: {strerror(exc.errno)}: {step} and try again."
 
 
 def _count(number: int, noun: str) -> str:

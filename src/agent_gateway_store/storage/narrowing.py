@@ -126,7 +126,7 @@ def score(name: str, given: Any) -> float:
     try:
         found = float(given)
     except OverflowError:
-        found = math.copysign(math.inf, given)
+        found = math.inf if given > 0 else -math.inf
     if math.isnan(found):
         raise ValueError(f"{name} must be a number, not NaN.")
     return found

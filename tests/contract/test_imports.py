@@ -1,0 +1,131 @@
+"""`store.audit.import_file` on files that other programs wrote, cut off or changed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from agent_gateway_store import AuditEvent, GatewayStore
+
+pytestmark = pytest.mark.integration
+
+MakeEvent = Callable[..., AuditEvent]
+
+
+@pytest.fixture
+def redis_setting() -> str:
+    """Redis has no part in the audit log."""
+    return ""
+
+
+async def _exported(store: GatewayStore, make_event: MakeEvent, path: Path) -> list[AuditEvent]:
+    await store.audit.write_many(
+        make_event(request_id=f"r-{number}", risk_labels=["pii"], trace_id=None, sanitized_args={"n": "é"})
+        for number in range(3)
+    )
+    await store.audit.export(path)
+    return list(await store.audit.search())
+
+
+def _by_pandas(path: Path) -> None:
+    frame = pd.read_parquet(path)
+    frame[frame["request_id"] != "none"].to_parquet(path, index=True)
+
+
+def _by_polars(path: Path) -> None:
+    pl.read_parquet(path).write_parquet(path)
+
+
+def _by_duckdb(path: Path) -> None:
+    with duckdb.connect() as connection:
+        connection.execute(f"COPY (FROM '{path}') TO '{path}.copy' (FORMAT parquet)")
+    Path(f"{path}.copy").replace(path)
+
+
+@pytest.mark.parametrize("rewritten", [_by_pandas, _by_polars, _by_duckdb])
+async def test_what_another_program_copied_is_the_same_events(
+    store: GatewayStore, make_event: MakeEvent, tmp_path: Path, rewritten: Callable[[Path], None]
+) -> None:
+    """Types of columns may differ, and pandas may add its index."""
+    await _exported(store, make_event, tmp_path / "e.parquet")
+    rewritten(tmp_path / "e.parquet")
+
+    assert await store.audit.import_file(tmp_path / "e.parquet") == {"DUPLICATE": 3}
+
+
+@pytest.mark.parametrize("name", ["e.jsonl", "e.parquet"])
+async def test_an_event_that_was_changed_is_refused(
+    store: GatewayStore, make_event: MakeEvent, tmp_path: Path, name: str
+) -> None:
+    """By its content_hash; without one it comes in as a new event."""
+    path = tmp_path / name
+    await _exported(store, make_event, path)
+    table = parquet.read_table(path) if name == "e.parquet" else None
+
+    def change(**values: Any) -> None:
+        if table is None:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            lines[1] |= values
+            path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            return
+        rows = table.to_pylist()
+        rows[1] |= values
+        parquet.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+    change(caller_id="somebody-else")
+    with pytest.raises(ValueError, match=r"Record 2 of .* is not what its content_hash says") as caught:
+        await store.audit.import_file(path)
+    assert "somebody-else" not in str(caught.value)
+    change(caller_id="somebody-else", content_hash=None)
+
+    assert await store.audit.import_file(path) == {"DUPLICATE": 2, "STORED": 1}
+
+
+async def test_an_event_of_another_organisation_keeps_its_content(
+    store: GatewayStore, make_event: MakeEvent, tmp_path: Path
+) -> None:
+    """A store that is bound stamps its own organisation on events whose hash names another one."""
+    await _exported(store, make_event, tmp_path / "e.jsonl")
+
+    assert await store.for_org("acme").audit.import_file(tmp_path / "e.jsonl") == {"STORED": 3}
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+async def test_a_packed_file_that_is_not_whole_is_one_sentence(
+    store: GatewayStore, make_event: MakeEvent, tmp_path: Path, packing: str
+) -> None:
+    """Cut off, not packed at all, or (gzip) with a wrong checksum."""
+    path = tmp_path / f"e.jsonl{packing}"
+    await _exported(store, make_event, path)
+    whole = path.read_bytes()
+    broken = [whole[:-12], b"{}\n"]
+    if packing == ".gz":
+        broken.append(gzip.compress(b"\n")[:-8] + bytes(8))
+
+    for content in broken:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be unpacked to its end: check that the file is whole"):
+            await store.audit.import_file(path)
+
+
+async def test_a_column_that_no_event_has_is_refused(
+    store: GatewayStore, make_event: MakeEvent, tmp_path: Path
+) -> None:
+    """As an unknown name in JSONL is: nothing of a file is left out silently."""
+    path = tmp_path / "e.parquet"
+    await _exported(store, make_event, path)
+    table = parquet.read_table(path)
+    parquet.write_table(table.append_column("source", pa.array(["x"] * 3)), path)
+
+    with pytest.raises(ValueError, match=r"has columns that no event has \(source\)"):
+        await store.audit.import_file(path)
