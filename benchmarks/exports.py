@@ -16,15 +16,16 @@ from benchmarks.report import Figure
 
 LIMIT_MB = 250.0
 _EXPORT = """
-import asyncio, resource, sys
+import asyncio, sys
 from agent_gateway_store import GatewayStore
+from benchmarks.memory import own_peak_mb
 
 async def main():
     async with GatewayStore(sys.argv[1], redis_url="") as store:
         await store.audit.export(sys.argv[2])
 
 asyncio.run(main())
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(own_peak_mb())
 """
 
 

@@ -35,7 +35,8 @@ def measure(url: str, *, scale: float) -> list[Figure]:
     return [figure]
 
 
-def _peak_mb() -> float:
+def own_peak_mb() -> float:
+    """Return the peak resident memory of this process so far, in MB."""
     # Not getrusage: its peak is inherited from the process that started this one.
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
@@ -43,4 +44,4 @@ def _peak_mb() -> float:
 
 if __name__ == "__main__":
     asyncio.run(_write(sys.argv[1], int(sys.argv[2])))
-    print(_peak_mb())
+    print(own_peak_mb())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,6 +22,12 @@ _SETTINGS = (
     *("AGENT_GATEWAY_STORE_", "ALLOW_SELF_APPROVAL", "API_KEY_", "APPROVAL_", "AUDIT_", "BCRYPT_", "DATABASE_"),
     *("ENVIRONMENT", "HASH_KEY", "NOTIFICATION_", "OTEL_", "PLUGIN_", "REDIS_"),
 )
+
+
+def pytest_collection_finish() -> None:
+    """Hide what was imported from the garbage collector: to collect after a test then costs next to nothing."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,7 +89,29 @@ def fresh_redis_url(redis_url: str) -> str:
 @pytest.fixture
 def postgres_database(postgres_url: str) -> Iterator[Callable[[], str]]:
     """Make an empty database with each call and return its URL; all are dropped after the test."""
-    url = make_url(postgres_url)
+    with _databases(postgres_url, "template0") as create:
+        yield create
+
+
+@pytest.fixture(scope="session")
+def _migrated_template(postgres_url: str) -> Iterator[str]:
+    """The name of a migrated, empty database: a clone of it costs a tenth of a migration."""
+    from proofs.harness import migrated
+
+    with _databases(postgres_url, "template0") as create:
+        yield make_url(migrated(create())).database or ""
+
+
+@pytest.fixture
+def migrated_postgres_database(postgres_url: str, _migrated_template: str) -> Iterator[Callable[[], str]]:
+    """Make a migrated, empty database with each call and return its URL; all are dropped after the test."""
+    with _databases(postgres_url, _migrated_template) as create:
+        yield create
+
+
+@contextmanager
+def _databases(server_url: str, template: str) -> Iterator[Callable[[], str]]:
+    url = make_url(server_url)
     made: list[str] = []
 
     def execute(*statements: str) -> None:
@@ -97,10 +127,12 @@ def postgres_database(postgres_url: str) -> Iterator[Callable[[], str]]:
 
     def create() -> str:
         name = f"test_{uuid4().hex}"
-        execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         made.append(name)
         return url.set(database=name).render_as_string(hide_password=False)
 
-    yield create
-    if made:
-        execute(*(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)" for name in made))
+    try:
+        yield create
+    finally:
+        if made:
+            execute(*(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)" for name in made))

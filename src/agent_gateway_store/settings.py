@@ -44,7 +44,7 @@ class StoreSettings(BaseSettings):
         database_url: Where the store lives: `sqlite:///file.db`, `postgresql://user:password@host/name`.
         redis_url: Redis that makes reads and waiting fast; None or "" does without.
         environment: Name of this deployment, stamped on API keys.
-        approval_token_ttl_seconds: How long an approval waits for a decision by default.
+        approval_token_ttl_seconds: How long an approval waits for a decision by default; a million days at most.
         approval_cache_seconds: How old a status read through Redis may be at most.
         audit_mode: `spool`: `write` never raises, and keeps events locally while the database is away; `strict`: it
             raises.
@@ -67,7 +67,7 @@ class StoreSettings(BaseSettings):
     database_url: str = "sqlite+aiosqlite:///gateway.db"
     redis_url: str | None = None
     environment: str = "dev"
-    approval_token_ttl_seconds: float = Field(default=3600, gt=0, allow_inf_nan=False)
+    approval_token_ttl_seconds: float = Field(default=3600, gt=0, le=1_000_000 * 86_400, allow_inf_nan=False)
     approval_cache_seconds: float = Field(default=2, ge=0, allow_inf_nan=False)
     audit_mode: Literal["spool", "strict"] = "spool"
     audit_spool_path: Path = Field(default_factory=lambda: user_state_path("agent-gateway-store") / "spool.db")

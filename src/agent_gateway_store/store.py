@@ -60,6 +60,7 @@ class GatewayStore:
 
     Raises:
         InvalidUrlError: A URL that cannot be used as it stands.
+        ValueError: The engine lends one connection to several tasks at once (StaticPool).
     """
 
     def __init__(

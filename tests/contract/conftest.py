@@ -18,7 +18,7 @@ from sqlalchemy import make_url
 
 import builders
 import servers
-from agent_gateway_store import AuditEvent, GatewayStore
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
 from agent_gateway_store.models import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
@@ -67,7 +67,7 @@ def redis_setting(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 async def store(database_url: str, redis_setting: str) -> AsyncIterator[GatewayStore]:
     """An open store; it ends with no connection checked out."""
-    async with GatewayStore(database_url, redis_url=redis_setting) as opened:
+    async with _store(database_url, redis_setting) as opened:
         yield opened
         # What runs in the background (LISTEN that connects, a late notice) may hold one for a moment.
         async with asyncio.timeout(5):
@@ -76,10 +76,22 @@ async def store(database_url: str, redis_setting: str) -> AsyncIterator[GatewayS
 
 
 @pytest.fixture
+async def other(store: GatewayStore, database_url: str, redis_setting: str) -> AsyncIterator[GatewayStore]:
+    """A second store on the same database and Redis: what another process would be."""
+    async with _store(database_url, redis_setting) as opened:
+        yield opened
+
+
+@pytest.fixture
 def make_event() -> Callable[..., AuditEvent]:
     """Build an event; every field can be given, `request_id` is fresh unless given."""
 
     return builders.make_event
+
+
+def _store(database_url: str, redis_url: str) -> GatewayStore:
+    # On a busy machine the default of a fifth of a second would at times be a fault of Redis.
+    return GatewayStore(database_url, redis_url=redis_url, settings=StoreSettings(redis_timeout_seconds=5))
 
 
 async def _migrate(url: str) -> None:

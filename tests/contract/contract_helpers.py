@@ -14,6 +14,8 @@ from sqlalchemy import event, text
 from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, ToolCall
 from agent_gateway_store.storage import prepared
 
+SOON_S = 4.0
+"""More than a signal takes on a busy machine, and less than the poll of a store that hears signals."""
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 
 

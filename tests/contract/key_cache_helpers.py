@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -22,13 +22,6 @@ BOTH = pytest.mark.parametrize("redis_setting", ["no-redis", "redis"], indirect=
 def redis_setting(request: pytest.FixtureRequest) -> str:
     """No Redis, but where a test asks for both."""
     return request.getfixturevalue("fresh_redis_url") if getattr(request, "param", "") == "redis" else ""
-
-
-@pytest.fixture
-async def other(store: GatewayStore, database_url: str, redis_setting: str) -> AsyncIterator[GatewayStore]:
-    """A second store on the same database and Redis: what another process would be."""
-    async with GatewayStore(database_url, redis_url=redis_setting) as opened:
-        yield opened
 
 
 @pytest.fixture

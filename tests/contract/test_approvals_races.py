@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 
 import pytest
 from contract_helpers import CALL, approved, column, make_request
@@ -15,10 +14,9 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-async def stores(store: GatewayStore, database_url: str, redis_setting: str) -> AsyncIterator[list[GatewayStore]]:
+def stores(store: GatewayStore, other: GatewayStore) -> list[GatewayStore]:
     """Two stores on one database, as two gateway processes have them."""
-    async with GatewayStore(database_url, redis_url=redis_setting) as second:
-        yield [store, second]
+    return [store, other]
 
 
 async def test_one_of_fifty_deciders_wins(stores: list[GatewayStore]) -> None:

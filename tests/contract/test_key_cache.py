@@ -19,7 +19,6 @@ from agent_gateway_store.keys.format import new_key, new_key_id
 pytestmark = pytest.mark.integration
 
 redis_setting = key_cache_helpers.redis_setting
-other = key_cache_helpers.other
 bcrypt_calls = key_cache_helpers.bcrypt_calls
 gate = key_cache_helpers.gate
 

@@ -329,7 +329,7 @@ async def test_event_loop_runs_on_while_bcrypt_works(store: GatewayStore, monkey
     release.set()
 
     assert (await verifying).caller_id == "dev-agent"
-    assert stalled < 1
+    assert stalled < 5
 
 
 async def hold(

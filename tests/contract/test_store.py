@@ -348,7 +348,7 @@ async def test_broken_and_hanging_notifiers_hold_nothing_up(database_url: str) -
         await store.approvals.issue_token(make_request())
         started = time.monotonic()
 
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert recorder.seen == [("pending", "PENDING")]
 
 

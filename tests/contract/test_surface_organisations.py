@@ -121,7 +121,7 @@ async def _all(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
 async def _first(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
     """What comes within a moment; a follower never ends."""
     try:
-        return [await asyncio.wait_for(anext(events), 0.1)]
+        return [await asyncio.wait_for(anext(events), 0.5)]
     except TimeoutError:
         return []
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import CALL, make_request
+from contract_helpers import CALL, SOON_S, make_request
 
 from agent_gateway_store import ApprovalResult, GatewayStore, clock, errors
 
@@ -23,13 +23,6 @@ CHANNEL = "agent_gateway_store_changed"
 def redis_setting(fresh_redis_url: str) -> str:
     """There is always Redis here."""
     return fresh_redis_url
-
-
-@pytest.fixture
-async def other(store: GatewayStore, database_url: str, redis_setting: str) -> AsyncIterator[GatewayStore]:
-    """A second store on the same database and Redis: what another process would be."""
-    async with GatewayStore(database_url, redis_url=redis_setting) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -87,7 +80,7 @@ async def test_a_waiter_is_told_without_a_read(
     waiter = await begin(store, token)
     before = len(reads)
     await getattr(other.approvals, move)(token, "approver-1", "because \u20ac")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON_S):
         result = await waiter
 
     assert len(reads) == before
@@ -104,7 +97,7 @@ async def test_a_decision_by_id_is_told_as_well(store: GatewayStore, other: Gate
     await store._core.redis.client.flushdb()
     before = len(reads)
     await other.approvals.approve(approval_id=approval_id, approver_id="approver-1")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON_S):
         result = await waiter
 
     assert len(reads) == before
@@ -117,7 +110,7 @@ async def test_a_long_note_is_read_from_sql(store: GatewayStore, other: GatewayS
     waiter = await begin(store, token)
     before = len(reads)
     await other.approvals.deny(token, "approver-1", "x" * 50_000)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON_S):
         result = await waiter
 
     assert result.note == "x" * 50_000
@@ -177,7 +170,7 @@ async def test_a_waiter_that_was_lied_to_releases_nothing(
     waiter = await begin(store, token)
     lie = json.loads(text) | {"approval_id": approval_id, "token_sha256": own["token_sha256"]}
     await client.publish(CHANNEL, f"{approval_id}\n{json.dumps(lie)}")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON_S):
         assert (await waiter).status == "APPROVED"
 
     with pytest.raises(errors.ApprovalNotApprovedError):
@@ -215,5 +208,5 @@ async def test_a_sweep_tells_those_who_wait(store: GatewayStore, other: GatewayS
     clock.move(timedelta(hours=2))
     assert await other.approvals.expire_stale() == 1
     clock.reset()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON_S):
         assert (await waiter).status == "EXPIRED"

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import redis.asyncio
 import redis.exceptions
 
 import servers
+from agent_gateway_store.storage import accelerator as accelerator_module
 from agent_gateway_store.storage.accelerator import Accelerator, Entry
 from agent_gateway_store.storage.cache import RedisClient, create_redis, delete, get_json, get_redis, set_json
 
@@ -59,12 +61,12 @@ async def test_json_comes_back(client: RedisClient, value: Any) -> None:
     assert await get_json(client, "key") is None
 
 
-@pytest.mark.parametrize(("ttl", "milliseconds"), [(60, 60_000), (0.5, 500), (timedelta(minutes=2), 120_000)])
+@pytest.mark.parametrize(("ttl", "milliseconds"), [(60, 60_000), (7.5, 7_500), (timedelta(minutes=2), 120_000)])
 async def test_every_entry_has_an_end(client: RedisClient, ttl: Any, milliseconds: int) -> None:
     """The TTL is set with the value, in the unit given."""
     await set_json(client, "key", 1, ttl)
 
-    assert milliseconds - 400 < await client.pttl("key") <= milliseconds
+    assert milliseconds - 5_000 < await client.pttl("key") <= milliseconds
 
 
 async def test_an_entry_ends(client: RedisClient) -> None:
@@ -145,7 +147,7 @@ async def test_a_server_that_hangs_costs_one_timeout(pausable: servers.RedisServ
         assert await get_json(client, "key") == 2
     for error, seconds in answers:
         assert isinstance(error, redis.exceptions.TimeoutError)
-        assert 0.15 < seconds < 0.8
+        assert 0.15 < seconds < 2  # with redis-py's own ten retries it would be more
 
 
 async def test_a_refused_port_costs_nothing() -> None:
@@ -154,7 +156,7 @@ async def test_a_refused_port_costs_nothing() -> None:
         error, seconds = await timed(get_json(client, "key"))
 
     assert isinstance(error, redis.exceptions.ConnectionError)
-    assert seconds < 0.3
+    assert seconds < 2  # with redis-py's own ten retries it would be more
 
 
 async def test_without_a_client_everything_is_a_miss() -> None:
@@ -267,7 +269,7 @@ async def test_a_patient_client_of_the_host_is_not_waited_for(pausable: servers.
         assert found is None
         assert not accelerator.is_available
         assert await host.ping()
-    assert 0.15 < seconds < 1.5
+    assert 0.15 < seconds < 5
 
 
 @pytest.mark.parametrize("decode_responses", [False, True])
@@ -341,11 +343,14 @@ async def test_a_cancelled_reader_leaves_no_reply_to_the_next(client: RedisClien
 
 
 async def test_an_outage_costs_one_timeout_per_interval(
-    pausable: servers.RedisServer, caplog: pytest.LogCaptureFixture
+    pausable: servers.RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a fault Redis is left alone for a while, then tried again, and used when it is back."""
-    async with create_redis(pausable.url, timeout_s=0.2) as client:
-        accelerator = Accelerator(client, pause_s=0.6)
+    intervals = 0
+    moved = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * intervals)
+    monkeypatch.setattr(accelerator_module, "time", moved)
+    async with create_redis(pausable.url, timeout_s=0.5) as client:
+        accelerator = Accelerator(client, timeout_s=0.5, pause_s=60)
         assert await put(accelerator, {"version": 1}, version=1, ttl_s=60)
         pausable.pause()
         found, first = await timed(accelerator.get("key"))
@@ -355,18 +360,18 @@ async def test_an_outage_costs_one_timeout_per_interval(
             await timed(accelerator.delete("key")),
         ]
         assert not accelerator.is_available
-        await asyncio.sleep(0.65)
+        intervals = 1
         assert accelerator.is_available
         again, second = await timed(accelerator.get("key"))
         pausable.resume()
-        await asyncio.sleep(0.65)
+        intervals = 2
         back = await accelerator.get("key")
 
     assert found is again is None
-    assert 0.15 < first < 0.8
-    assert 0.15 < second < 0.8
+    assert 0.4 < first < 5
+    assert 0.4 < second < 5
     assert [result for result, _ in meanwhile] == [None, False, None]
-    assert sum(seconds for _, seconds in meanwhile) < 0.1
+    assert sum(seconds for _, seconds in meanwhile) < 0.5
     assert back is not None
     assert json.loads(back[0]) == {"version": 1}
     assert len(caplog.records) == 2

@@ -35,8 +35,8 @@ from servers import PostgresServer
 pytestmark = pytest.mark.integration
 
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
-LONGEST_CALL_S = 6.5
-BACK_WITHIN_S = 3.0
+LONGEST_CALL_S = 10.0
+BACK_WITHIN_S = 10.0
 
 FORGETFUL = {
     "synchronous_commit": "off",
@@ -239,7 +239,7 @@ async def test_a_server_that_hangs_holds_nobody_up(server: PostgresServer, url: 
     assert bulk == {SPOOLED: 2_000}
     assert took < 2 * LONGEST_CALL_S
     assert waiting >= 2_000
-    assert flushed < 2.5
+    assert flushed < 4.5  # a probe of a second, not a commit of five
     assert recovered < BACK_WITHIN_S
 
 

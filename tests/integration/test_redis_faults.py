@@ -23,8 +23,8 @@ pytestmark = pytest.mark.integration
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 BOUND_S = 0.3
 """APPROVAL_CACHE_SECONDS of these tests."""
-LONGEST_CALL_S = 1.0  # 0.3 on a machine of our own
-P99_OPEN_S = 0.3  # 0.05 on a machine of our own
+REDIS_TIMEOUT_S = 1.0
+LONGEST_CALL_S = 10.0  # 0.3 on a machine of our own, with a timeout of 0.2; redis-py alone would take a minute
 CALLERS = 8
 
 
@@ -254,7 +254,7 @@ async def test_no_fault_of_redis_makes_an_answer_wrong(
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     make: Callable[[], str] = request.getfixturevalue("postgres_database")
     url = migrated(make()) if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
-    settings = StoreSettings(approval_cache_seconds=BOUND_S)
+    settings = StoreSettings(approval_cache_seconds=BOUND_S, redis_timeout_seconds=REDIS_TIMEOUT_S)
     async with GatewayStore(url, redis_url=server.url, settings=settings) as store:
         truth = Truth(store)
         tally = Checks(truth, seed=checks)
@@ -279,7 +279,7 @@ async def test_no_fault_of_redis_makes_an_answer_wrong(
     assert tally.answered >= checks
     assert final == {token: history[-1][0] for token, history in truth.history.items()}
     assert slowest < LONGEST_CALL_S
-    assert p99 < P99_OPEN_S
+    assert p99 < 0.9 * REDIS_TIMEOUT_S  # 0.05 on a machine of our own
 
 
 async def test_what_a_hung_redis_did_late_is_not_believed(server: RedisServer, tmp_path: Any) -> None:

@@ -11,9 +11,11 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.integration
 
@@ -56,11 +58,35 @@ def wheel(work: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, work: Path) -> Path:
-    """The interpreter of a fresh environment that holds the wheel and what it depends on."""
-    run(sys.executable, "-m", "venv", work / "venv", cwd=work)
+    """The interpreter of a fresh environment that holds the wheel and, linked from here, what it says it depends on."""
+    run(sys.executable, "-m", "venv", "--without-pip", work / "venv", cwd=work)
     python = work / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, cwd=work)
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=work)
+    (site,) = (work / "venv" / "lib").glob("python*/site-packages")
+    (own,) = metadata.distributions(path=[str(site)], name="agent-gateway-store")
+    for found in dependencies_of(own):
+        for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            (site / top).exists() or (site / top).symlink_to(Path(str(found.locate_file(top))))
+    run(*pip, "check", cwd=work)
     return python
+
+
+def dependencies_of(own: metadata.Distribution) -> list[metadata.Distribution]:
+    """What is installed here of that which a distribution needs without its extras, and what that needs in turn."""
+    found: dict[str, metadata.Distribution] = {}
+    open_ = [(own, "")]
+    seen = set()
+    while open_:
+        distribution, extra = open_.pop()
+        for requirement in map(Requirement, distribution.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                for wanted in ("", *requirement.extras):
+                    if (requirement.name, wanted) not in seen:
+                        seen.add((requirement.name, wanted))
+                        found[requirement.name] = metadata.distribution(requirement.name)
+                        open_.append((found[requirement.name], wanted))
+    return list(found.values())
 
 
 @pytest.fixture

@@ -81,6 +81,13 @@ class Blocker(Doing):
         super().__init__(name, lambda: self.release.wait(20))
 
 
+async def until_heard(recorder: Recorder) -> None:
+    """Wait until a notifier was called."""
+    async with asyncio.timeout(10):
+        while not recorder.heard:
+            await asyncio.sleep(0.005)
+
+
 def raising(error: BaseException) -> Callable[[], None]:
     """Return a function that raises `error`."""
 

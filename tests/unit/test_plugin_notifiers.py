@@ -111,9 +111,9 @@ class TestNotifiers:
         assert record(plugins, "Source").state == "active"
 
     def test_hanging_plugins_share_one_bounded_wait(self, settings: StoreSettings) -> None:
-        """Three that never answer cost one timeout, and the others' notifiers."""
+        """Twenty that never answer cost one timeout, and the others' notifiers come."""
         release = threading.Event()
-        hanging = [Source(lambda: release.wait(20) and []) for _ in range(3)]
+        hanging = [Source(lambda: release.wait(20) and []) for _ in range(20)]
         plugins = load(given=(Notifier("before"), *hanging, Notifier("after")))
         started = time.monotonic()
 

@@ -210,3 +210,11 @@ def test_what_cannot_be_seen_is_shown() -> None:
     html = Page([{"a": "ad\u200bmin\u2066\ufeff"}])._repr_html_()
 
     assert "ad\\u200bmin\\u2066\\ufeff" in html
+
+
+def test_only_numbers_are_aligned_as_numbers() -> None:
+    """Truth values and words of an enum stand on the left, as in a notebook."""
+    page = Page([{"calls": 7, "p50": 1.5, "is_active": True, "trust_level": TrustLevel.LOW}])
+
+    assert [column.justify for column in page.__rich__().columns] == ["right", "right", "left", "left"]
+    assert page._repr_html_().count("<th class=ags-num>") == 2

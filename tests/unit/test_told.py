@@ -6,7 +6,6 @@ import json
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -93,7 +92,7 @@ def test_garbled_news_are_not_believed(text: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"approval_id": str(uuid4())},
+        {"approval_id": "11111111-1111-4111-8111-111111111111"},
         {"approval_id": None},
         {"token_sha256": "0" * 64},
         {"token_sha256": None},

@@ -33,6 +33,7 @@ from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import Database, Runner, SessionWork, Work
+from agent_gateway_store.storage.narrowing import number
 from agent_gateway_store.storage.prepared import Prepared
 from agent_gateway_store.storage.signals import Signals
 
@@ -311,15 +312,18 @@ class ApprovalManager(ApprovalLookup):
 
         Args:
             token: As returned by `issue_token`.
-            timeout_s: Seconds. At the timeout the result is returned as it stands, still PENDING; nothing is decided.
+            timeout_s: Seconds; `math.inf` waits without end. At the timeout the result is returned as it stands, still
+                PENDING; nothing is decided.
 
         Raises:
             ApprovalNotFoundError: No approval has this token.
+            StoreUnavailableError: The database is away.
+            TypeError, ValueError: `timeout_s` is no number.
         """
         _require_text(token)
         self._check_home()
         return await self._shared.waiting.until_decided(
-            self._org_id, token, lambda: self._read(token), timeout_s=timeout_s
+            self._org_id, token, lambda: self._read(token), timeout_s=number("timeout_s", timeout_s)
         )
 
     async def _read(self, token: str) -> Look:

@@ -16,8 +16,8 @@ from agent_gateway_store.storage.narrowing import (
     key,
     label,
     moment,
+    number,
     pattern,
-    score,
     several,
     word,
 )
@@ -120,7 +120,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "execution_status": partial(several, partial(word, ExecutionStatus)),
     "output_decision": partial(several, partial(word, OutputDecision)),
     "risk_label": partial(several, label),
-    "min_risk_score": score,
+    "min_risk_score": number,
     "since": moment,
     "until": moment,
     "text": pattern,

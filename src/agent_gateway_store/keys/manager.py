@@ -36,6 +36,7 @@ __all__ = ["COLUMNS", "KeyManager"]
 COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
 _DEFAULT_ORG = "default"
 _LAST_USED_EVERY = timedelta(minutes=1)
+_LONGEST_OVERLAP = timedelta(days=1_000_000)
 _NOTE_WAIT_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.keys")
 _keys = ApiKey.__table__  # type: ignore[attr-defined]
@@ -187,15 +188,15 @@ class KeyManager:
 
         Args:
             caller_id: Whose key.
-            overlap: How long the key before it is still accepted; zero ends it at once.
+            overlap: How long the key before it is still accepted, up to a million days; zero ends it at once.
             org_id: Organisation; default: the one this store is bound to, else "default".
 
         Raises:
             ApiKeyNotFoundError: The caller has no active key.
-            ValueError: `overlap` is negative.
+            ValueError: `overlap` is negative, or too long for a database to hold its end.
         """
-        if overlap < timedelta():
-            raise ValueError("overlap must be zero or more.")
+        if not timedelta() <= overlap <= _LONGEST_OVERLAP:
+            raise ValueError("overlap must be zero or more, and a million days at most.")
         mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         held = await self.get(caller_id, org_id=org_id)
         plaintext = new_key(held.key_id)

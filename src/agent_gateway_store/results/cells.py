@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from enum import IntEnum
+from enum import Enum, IntEnum
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,11 +16,23 @@ from agent_gateway_store.results.frames import bare_type, columns_of
 if TYPE_CHECKING:
     from agent_gateway_store.results.page import Page
 
-__all__ = ["SHOWN", "as_dict", "cell", "fields_of", "glance", "is_call", "note", "shown", "time_text", "visible"]
+__all__ = [
+    "SHOWN",
+    "as_dict",
+    "caption",
+    "cell",
+    "fields_of",
+    "is_call",
+    "is_number",
+    "shown",
+    "summary",
+    "time_text",
+    "visible",
+]
 
 SHOWN = 200
 _CELL_CHARS = 120
-_GLANCE_CHARS = 48
+_SUMMARY_CHARS = 48
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
     code: f"\\u{code:04x}"
     for code in (
@@ -89,14 +101,19 @@ def cell(value: Any) -> str:
     return visible(f"{text[: _CELL_CHARS - 1]}…" if len(text) > _CELL_CHARS else text)
 
 
-def glance(value: Any) -> str:
+def summary(value: Any) -> str:
     """Return JSON as one short line: an object as `name=value`, a list as its length."""
     if isinstance(value, dict):
         text = " ".join(f"{name}={each if isinstance(each, str) else cell(each)}" for name, each in value.items())
     else:
         text = f"{len(value)} item{'' if len(value) == 1 else 's'}"
     text = cell(text)
-    return text if len(text) <= _GLANCE_CHARS else f"{text[:_GLANCE_CHARS]}…"
+    return text if len(text) <= _SUMMARY_CHARS else f"{text[:_SUMMARY_CHARS]}…"
+
+
+def is_number(value: Any) -> bool:
+    """Return True for what is shown as a number: neither a truth value nor a word of an enum."""
+    return isinstance(value, int | float) and not isinstance(value, bool | Enum)
 
 
 def is_call(field: str, value: Any) -> bool:
@@ -104,8 +121,8 @@ def is_call(field: str, value: Any) -> bool:
     return field == "tool_call" and isinstance(value, dict) and value.keys() >= {"server", "tool", "arguments"}
 
 
-def note(count: int) -> str:
-    """Return what a table says below itself."""
+def caption(count: int) -> str:
+    """Return the line below a table: how many rows there are, and how many of them it shows."""
     return f"first {SHOWN} of {count} rows" if count > SHOWN else f"{count} row{'' if count == 1 else 's'}"
 
 

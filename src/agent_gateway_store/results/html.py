@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from enum import Enum
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.results.cells import cell, fields_of, glance, is_call, note, shown, time_text, visible
+from agent_gateway_store.results.cells import (
+    caption,
+    cell,
+    fields_of,
+    is_call,
+    is_number,
+    shown,
+    summary,
+    time_text,
+    visible,
+)
 from agent_gateway_store.results.tones import tone_of
 
 if TYPE_CHECKING:
@@ -44,7 +53,7 @@ def table_html(page: Page[Any]) -> str:
     more = "; there is more: pass next_cursor" if page.next_cursor else ""
     return (
         f'{style()}<div class="ags-view"><div class="ags-wide"><table class="ags-table"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(note(len(page)) + more)}</p></div>'
+        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(caption(len(page)) + more)}</p></div>'
     )
 
 
@@ -80,12 +89,8 @@ def _is_empty(value: Any) -> bool:
 
 def _th(name: str, values: list[Any]) -> str:
     is_time = bool(values) and all(isinstance(value, datetime) for value in values)
-    is_number = bool(values) and all(map(_is_number, values))
-    return f"<th{' class=ags-num' if is_number else ''}>{_heading(name, is_time)}</th>"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool | Enum)
+    is_numeric = bool(values) and all(map(is_number, values))
+    return f"<th{' class=ags-num' if is_numeric else ''}>{_heading(name, is_time)}</th>"
 
 
 def _heading(name: str, is_time: bool) -> str:
@@ -99,7 +104,7 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
         return f"<td>{_badge(name, value)}</td>"
     if isinstance(value, datetime):
         return f'<td class="ags-line">{escape(time_text(value))}</td>'
-    if _is_number(value):
+    if is_number(value):
         return f'<td class="ags-num">{escape(cell(value))}</td>'
     if is_call(name, value):
         call = escape(cell(f"{value['server']}.{value['tool']}"))
@@ -134,7 +139,7 @@ def pretty_json(value: Any, *, most: int = _JSON_CHARS) -> str:
 
 def _json(value: Any, whole: bool) -> str:
     pre = f"<pre>{escape(pretty_json(value, most=_TEXT_CHARS if whole else _JSON_CHARS))}</pre>"
-    return pre if whole else f"<details><summary>{escape(glance(value))}</summary>{pre}</details>"
+    return pre if whole else f"<details><summary>{escape(summary(value))}</summary>{pre}</details>"
 
 
 def _cut(text: str, most: int) -> str:

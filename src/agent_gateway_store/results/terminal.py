@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.results.cells import cell, fields_of, glance, is_call, note, shown, visible
+from agent_gateway_store.results.cells import caption, cell, fields_of, is_call, is_number, shown, summary, visible
 from agent_gateway_store.results.tones import RICH, tone_of
 
 if TYPE_CHECKING:
@@ -25,13 +26,13 @@ def table(page: Page[Any]) -> Table:
     from rich.text import Text
 
     columns, rows = shown(page)
-    drawn = Table(caption=note(len(page)))
+    drawn = Table(caption=caption(len(page)))
     for name in columns:
         values = [row[name] for row in rows if row.get(name) is not None]
-        is_number = bool(values) and all(isinstance(value, int | float) for value in values)
-        is_whole = any(isinstance(value, datetime) or tone_of(name, value) for value in values)
+        is_numeric = bool(values) and all(map(is_number, values))
+        is_whole = any(isinstance(value, datetime | bool | Enum) or tone_of(name, value) for value in values)
         drawn.add_column(
-            Text(cell(name)), overflow="fold", justify="right" if is_number else "left", no_wrap=is_number or is_whole
+            Text(cell(name)), overflow="fold", justify="right" if is_numeric else "left", no_wrap=is_numeric or is_whole
         )
     for row in rows:
         drawn.add_row(*(_text(name, row.get(name)) for name in columns))
@@ -62,7 +63,7 @@ def _text(name: str, value: Any) -> Text:
 
     tone = tone_of(name, value)
     if is_call(name, value):
-        text = cell(f"{value['server']}.{value['tool']} {glance(value['arguments'])}".rstrip())
+        text = cell(f"{value['server']}.{value['tool']} {summary(value['arguments'])}".rstrip())
     else:
-        text = glance(value) if isinstance(value, dict) else cell(value)
+        text = summary(value) if isinstance(value, dict) else cell(value)
     return Text(text, style=RICH[tone] if tone else "")

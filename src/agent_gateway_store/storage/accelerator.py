@@ -17,20 +17,21 @@ from agent_gateway_store.storage.pipelining import AutoPipeline
 __all__ = ["Accelerator", "Entry"]
 
 _logger = logging.getLogger("agent_gateway_store.redis")
-_FAULTS = (RedisError, OSError, TimeoutError, EOFError)
+# redis-py answers a reply that is no RESP with ValueError or RecursionError, and a connection of another event loop
+# with RuntimeError.
+_FAULTS = (RedisError, OSError, EOFError, ValueError, RuntimeError)
 
 # An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent.
 _PUT_NEWER = """
-local held, is_newer = redis.pcall('GET', KEYS[1]), true
+local held = redis.pcall('GET', KEYS[1])
 if type(held) == 'string' then
   local ok, entry = pcall(cjson.decode, held)
   if ok and type(entry) == 'table' and type(entry.version) == 'number' and entry.version > tonumber(ARGV[2]) then
-    is_newer = false
+    return 0
   end
 end
-if is_newer then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]) end
-if ARGV[4] then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
-return is_newer and 1 or 0
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+return 1
 """
 
 
@@ -90,8 +91,7 @@ class Accelerator:
             ("EVAL", _PUT_NEWER, 1, key, text, version, milliseconds(ttl_s)) for key, text, version, ttl_s in entries
         ]
         if message is not None:
-            # A reply less is a tenth of the time until those who wait hear of it.
-            commands[-1:] = [(*commands[-1], *message)] if entries else [("PUBLISH", *message)]
+            commands.append(("PUBLISH", *message))  # not by the script: a Redis that takes no entry still sends it
         replies = await self._ask(commands)
         return replies is not None and all(replies[: len(entries)])
 

@@ -18,12 +18,12 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool, StaticPool
 
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.driver import DriverConnection, DriverPool
+from agent_gateway_store.storage.driver import DriverConnection, DriverPool, hang_up, idle_connections
 from agent_gateway_store.storage.faults import database_errors
 from agent_gateway_store.storage.sqlite import SettledConnection
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
@@ -181,6 +181,13 @@ def _begin_sqlite(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
+def _most_drivers(pool: Pool) -> int:
+    """Return how many connections of the driver itself there may be: no more than a host allows for its own pool."""
+    if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:
+        return _DRIVERS
+    return min(_DRIVERS, pool.size() + pool._max_overflow)
+
+
 class Database:
     """One engine, the sessions over it, and the process and event loop it belongs to.
 
@@ -188,9 +195,17 @@ class Database:
         engine: An engine that stays the caller's, or one made from a URL that `close` disposes of.
         owned: Whether `close` disposes of it.
         url: Where the engine came from; None for the caller's.
+
+    Raises:
+        ValueError: The engine lends one connection to several tasks at once, which would end each other's transactions.
     """
 
     def __init__(self, engine: AsyncEngine, *, owned: bool, url: str | None = None) -> None:
+        if isinstance(engine.pool, StaticPool):
+            raise ValueError(
+                "This engine lends one connection to several tasks at once (StaticPool, SQLAlchemy's default for "
+                "SQLite in memory): give the URL sqlite:// in its place."
+            )
         self.engine = engine
         self.owned = owned
         self.url = url
@@ -199,6 +214,7 @@ class Database:
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
         self._drivers: DriverPool | None = None
+        self._idle = idle_connections(engine) if owned and engine.dialect.driver == "asyncpg" else ()
 
     @property
     def dialect(self) -> str:
@@ -255,7 +271,7 @@ class Database:
                 yield connection
             return
         if self._drivers is None:
-            self._drivers = DriverPool(self.engine, size=_DRIVERS)
+            self._drivers = DriverPool(self.engine, size=_most_drivers(self.engine.pool))
         doing = "be read" if purpose == "read" else "be written"
         with self._counted(), database_errors(doing):
             async with self._drivers.lend(_COMMAND_TIMEOUT_S) as driver:
@@ -311,6 +327,8 @@ class Database:
             await self._drivers.close()
             self._drivers = None
         if self.owned:
+            # The pool would close one after the other, and wait for a server that hangs as long as for a command.
+            await hang_up(self._idle)
             await self.engine.dispose()
 
     async def abandon(self) -> None:

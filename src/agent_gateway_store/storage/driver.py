@@ -6,17 +6,19 @@ They are made by the engine (so its URL, TLS, codecs and events hold) and then t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
 
 import asyncpg
-from sqlalchemy import Dialect
+from sqlalchemy import Dialect, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import GatewayStoreError
 
-__all__ = ["DriverConnection", "DriverPool"]
+__all__ = ["DriverConnection", "DriverPool", "hang_up", "idle_connections"]
 
 _CLOSE_TIMEOUT_S = 1.0
 _GRACE_S = 0.25
@@ -43,6 +45,7 @@ class DriverPool:
         self._places = asyncio.Semaphore(size)
         self._idle: list[tuple[asyncpg.Connection, AsyncConnection]] = []
         self._dead: list[tuple[asyncpg.Connection, AsyncConnection]] = []
+        self._is_closed = False
 
     @asynccontextmanager
     async def lend(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
@@ -77,7 +80,7 @@ class DriverPool:
                 if driver.is_closed() or driver.is_in_transaction():
                     await _drop(driver, connection)
                 else:
-                    self._idle.append((driver, connection))
+                    await self._take_back(driver, connection)
                 raise
             except BaseException as exc:
                 await _drop(driver, connection)
@@ -86,7 +89,7 @@ class DriverPool:
                     raise TimeoutError("The database did not answer in time.") from exc
                 raise
             else:
-                self._idle.append((driver, connection))
+                await self._take_back(driver, connection)
             finally:
                 watchdog.cancel()
         finally:
@@ -105,6 +108,12 @@ class DriverPool:
             self._dead.append((driver, connection))
         return None
 
+    async def _take_back(self, driver: asyncpg.Connection, connection: AsyncConnection) -> None:
+        if self._is_closed:
+            await _drop(driver, connection)
+        else:
+            self._idle.append((driver, connection))
+
     async def _connect(self) -> tuple[asyncpg.Connection, AsyncConnection]:
         while self._dead:
             await _drop(*self._dead.pop())
@@ -120,15 +129,35 @@ class DriverPool:
         return driver, connection
 
     async def close(self) -> None:
-        """Close what is idle."""
-        while self._idle:
-            driver, connection = self._idle.pop()
-            if not driver.is_closed():
-                with suppress(Exception):
-                    await driver.close(timeout=_CLOSE_TIMEOUT_S)
+        """Close what is idle, and what is lent when it comes back."""
+        self._is_closed = True
+        idle, self._idle = self._idle, []
+        await hang_up(driver for driver, _ in idle)
+        for driver, connection in (*idle, *self._dead):
             await _drop(driver, connection)
-        while self._dead:
-            await _drop(*self._dead.pop())
+        self._dead.clear()
+
+
+def idle_connections(engine: AsyncEngine) -> WeakSet[asyncpg.Connection]:
+    """Return the connections that lie idle in the engine's pool: a set that is kept up to date from now on."""
+    idle: WeakSet[asyncpg.Connection] = WeakSet()
+
+    @event.listens_for(engine.sync_engine, "checkin")
+    def add(connection: Any, _record: Any) -> None:
+        if connection is not None:
+            idle.add(connection.driver_connection)
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def discard(connection: Any, _record: Any, _lent: Any) -> None:
+        idle.discard(connection.driver_connection)
+
+    return idle
+
+
+async def hang_up(drivers: Iterable[asyncpg.Connection]) -> None:
+    """Close connections that nobody uses, all at once: a server that hangs keeps us waiting for a second, not each."""
+    still_open = [driver for driver in drivers if not driver.is_closed()]
+    await asyncio.gather(*(driver.close(timeout=_CLOSE_TIMEOUT_S) for driver in still_open), return_exceptions=True)
 
 
 async def _drop(driver: asyncpg.Connection, connection: AsyncConnection) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from traceback import walk_tb
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from agent_gateway_store.errors import GatewayStoreError, SchemaOutOfDateError, StoreUnavailableError
@@ -28,9 +28,11 @@ _HINTS = (
     ("invalidauthorization", "the database refuses the user: check DATABASE_URL"),
     ("invalidcatalogname", "the database does not exist: create it or check DATABASE_URL"),
     ("readonly", "the database is read-only: check the file's folder or the server's role"),
+    ("insufficientprivilege", "the database user may not do this: grant it the rights to our tables"),
     ("toomanyconnections", "the database has no connection left: raise max_connections or lower the pool"),
     ("unable to open database file", "the file cannot be opened: check that its folder exists and is writable"),
     ("file is not a database", "the file is not a SQLite database: check DATABASE_URL"),
+    ("is malformed", "the file is damaged: restore it from a backup"),
     ("database is locked", "the file is locked by another process: try again"),
     ("database or disk is full", "the disk is full: make room"),
     ("diskfull", "the disk is full: make room"),
@@ -85,7 +87,7 @@ def _translated(exc: BaseException, doing: str) -> GatewayStoreError:
     if isinstance(exc, NoSuchModuleError):
         return StoreUnavailableError(f"The database could not {doing}: no driver for this kind of URL.")
     name, text = _kind(exc)
-    if isinstance(exc, ProgrammingError | DBAPIError) and any(word in name or word in text for word in _MISSING_SCHEMA):
+    if isinstance(exc, (DBAPIError, *_DRIVER)) and any(word in name or word in text for word in _MISSING_SCHEMA):
         return SchemaOutOfDateError(
             f"The database could not {doing}: a table or column is missing. Run `gateway-store db upgrade`."
         )

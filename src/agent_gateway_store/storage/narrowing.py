@@ -13,7 +13,7 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, as_utc
 from agent_gateway_store.models.scrub import Scrubber, storable_key
 
-__all__ = ["Moment", "OneOrMore", "checked", "key", "label", "moment", "pattern", "period", "score", "several", "word"]
+__all__ = ["Moment", "OneOrMore", "checked", "key", "label", "moment", "number", "pattern", "period", "several", "word"]
 
 OneOrMore: TypeAlias = str | Sequence[str] | set[str] | frozenset[str]
 """A value, or several of which any may match."""
@@ -119,7 +119,7 @@ def _text(name: str, given: Any) -> str:
     return given
 
 
-def score(name: str, given: Any) -> float:
+def number(name: str, given: Any) -> float:
     """Return a float; TypeError for what is no number, ValueError for NaN."""
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"{name} must be a number, not {type(given).__name__}.")

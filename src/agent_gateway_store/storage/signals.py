@@ -28,6 +28,8 @@ _CHANNEL = "agent_gateway_store_changed"
 _RETRY_S = 1.0
 _LOOK_ALIVE_S = 5.0
 _SLOW_POLL_S = 5.0
+_CANCEL_AGAIN_S = 0.1
+_FAULTS = (RedisError, OSError, EOFError, ValueError, RuntimeError)
 _FAST_POLL_S = 0.25
 _FOREVER_S = 10 * 365 * 86_400.0
 
@@ -158,8 +160,10 @@ class Signals:
     async def close(self) -> None:
         """End the subscription."""
         if self._subscription is not None:
-            self._subscription.cancel()
-            await asyncio.wait([self._subscription])
+            # redis-py swallows a cancellation that comes while it connects: asyncio.wait_for does before Python 3.12.
+            while not self._subscription.done():
+                self._subscription.cancel()
+                await asyncio.wait([self._subscription], timeout=_CANCEL_AGAIN_S)
             self._subscription = None
         self._is_live = False
         self._ears.clear()
@@ -178,7 +182,7 @@ class Signals:
         while True:
             try:
                 await listen()
-            except (RedisError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, EOFError) as exc:
+            except (*_FAULTS, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
                 _logger.info("No signals for now (%s): polling.", type(exc).__name__)
             except Exception:
                 _logger.exception("No signals for now: polling.")

@@ -1,0 +1,176 @@
+"""Faults of a database become our errors, in a sentence that says what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import database_helpers
+import pytest
+import uvloop
+from database_helpers import write
+from sqlalchemy import make_url, text
+
+import servers
+from agent_gateway_store import errors
+from agent_gateway_store.storage import database as database_module
+from agent_gateway_store.storage.database import Database, create_engine
+
+pytestmark = pytest.mark.integration
+
+PASSWORD = "s3cr3t-word"
+
+url = database_helpers.url
+
+
+async def failing(url: str, *statements: str) -> BaseException:
+    """The error that `statements` end in, and check that it is one sentence without a password."""
+    database = Database(create_engine(url), owned=True)
+    database.bind()
+    with pytest.raises(errors.GatewayStoreError) as caught:
+        await write(database, *(statements or ["SELECT 1"]))
+    await database.close()
+    assert "\n" not in str(caught.value)
+    assert PASSWORD not in f"{caught.value}{caught.value!r}"
+    assert caught.value.__cause__ is not None
+    return caught.value
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_refused_port_is_an_outage(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """Nobody listens there, whichever event loop says so."""
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        error = runner.run(failing(f"postgresql://user:{PASSWORD}@127.0.0.1:1/db"))
+
+    assert type(error) is errors.StoreUnavailableError
+    assert "check that it runs" in str(error)
+
+
+async def test_an_unknown_host_is_an_outage() -> None:
+    """No such name."""
+    assert type(await failing(f"postgresql://user:{PASSWORD}@no-such-host.invalid/db")) is errors.StoreUnavailableError
+
+
+async def test_unknown_role_and_database_are_named(postgres_database: Callable[[], str]) -> None:
+    """The hint says which part of the URL to check."""
+    url = make_url(postgres_database())
+    shown = {"hide_password": False}
+    role = await failing(url.set(username="nobody_of_that_name", password=PASSWORD).render_as_string(**shown))
+    missing = await failing(url.set(database="no_such_database").render_as_string(**shown))
+
+    assert {type(role), type(missing)} == {errors.StoreUnavailableError}
+    assert "refuses the" in str(role)
+    assert "does not exist" in str(missing)
+
+
+async def test_a_missing_table_or_column_asks_for_a_migration(url: str) -> None:
+    """The next step is `db upgrade`."""
+    for statements in (["SELECT n FROM absent"], ["CREATE TABLE t (n INTEGER)", "SELECT m FROM t"]):
+        error = await failing(url, *statements)
+
+        assert isinstance(error, errors.SchemaOutOfDateError)
+        assert "gateway-store db upgrade" in str(error)
+
+
+async def test_a_statement_timeout_is_an_outage(postgres_database: Callable[[], str]) -> None:
+    """The server's own limit counts as "cannot answer now"."""
+    error = await failing(postgres_database(), "SET statement_timeout = 50", "SELECT pg_sleep(5)")
+
+    assert type(error) is errors.StoreUnavailableError
+
+
+@pytest.mark.parametrize("busy", ["the row's lock is held", "every connection is lent"])
+async def test_a_lent_connection_that_is_not_answered_in_time_is_an_outage(
+    postgres_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch, busy: str
+) -> None:
+    """Who waits for a lock, or for a connection, is told that the store is unavailable, and nothing else."""
+    monkeypatch.setattr(database_module, "_COMMAND_TIMEOUT_S", 0.3)
+    database = Database(create_engine(postgres_database()), owned=True)
+    database.bind()
+    async with database.write() as connection:
+        await connection.execute(text("CREATE TABLE counter (n INTEGER)"))
+    statement = "SELECT pg_sleep(5)" if busy.startswith("every") else "SELECT n FROM counter"
+
+    async def use() -> None:
+        async with database.lend("read") as runner:
+            await runner.driver.fetch(statement)  # type: ignore[union-attr]
+
+    async with database.write() as holder:
+        await holder.execute(text("LOCK TABLE counter IN ACCESS EXCLUSIVE MODE"))
+        told = await asyncio.gather(*(use() for _ in range(40)), return_exceptions=True)
+    await database.close()
+
+    assert {type(each) for each in told} == {errors.StoreUnavailableError}
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[str]:
+    with closing(sqlite3.connect(tmp_path / "locked.db", isolation_level=None)) as holder:
+        holder.execute("PRAGMA journal_mode=WAL")
+        holder.execute("BEGIN IMMEDIATE")
+        yield f"sqlite:///{tmp_path}/locked.db"
+
+
+async def test_faults_of_a_sqlite_file_are_named(tmp_path: Path) -> None:
+    """A missing folder, a file of another kind, and a read-only file."""
+    (tmp_path / "text.db").write_text("this is no database, but long enough to have a header of its own" * 20)
+    with closing(sqlite3.connect(tmp_path / "read.db")) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE t (n INTEGER)")
+    folder = await failing(f"sqlite:///{tmp_path}/none/test.db")
+    kind = await failing(f"sqlite:///{tmp_path}/text.db")
+    read_only = await failing(f"sqlite:///file:{tmp_path}/read.db?mode=ro&uri=true", "INSERT INTO t VALUES (1)")
+
+    assert {type(error) for error in (folder, kind, read_only)} == {errors.StoreUnavailableError}
+    assert "folder exists" in str(folder)
+    assert "not a SQLite database" in str(kind)
+    assert "read-only" in str(read_only)
+
+
+async def test_a_locked_file_is_named(locked: str) -> None:
+    """After the busy timeout, here a short one, the sentence says that another process holds the file."""
+    database = Database(create_engine(locked), owned=True)
+    database.bind()
+    async with database.read() as connection:
+        await connection.exec_driver_sql("PRAGMA busy_timeout=50")
+    with pytest.raises(errors.StoreUnavailableError, match="locked by another process"):
+        await write(database, "CREATE TABLE t (n INTEGER)")
+    await database.close()
+
+
+async def test_a_killed_server_surfaces_only_as_unavailable() -> None:
+    """In a query, in a transaction, idle in the pool or connecting: always our error; it is back when the server is."""
+    with servers.PostgresServer() as server:
+        database = Database(create_engine(server.url), owned=True)
+        database.bind()
+        inside = asyncio.Event()
+
+        async def use(statement: str, *, wait: bool = False) -> Any:
+            async with database.write() as connection:
+                await connection.execute(text("SELECT 1"))
+                inside.set()
+                if wait:
+                    await gone.wait()
+                return (await connection.execute(text(statement))).scalar_one()
+
+        gone = asyncio.Event()
+        await asyncio.gather(*(use("SELECT pg_sleep(0.05)") for _ in range(5)))
+        tasks = [asyncio.create_task(use("SELECT pg_sleep(60)")) for _ in range(3)]
+        tasks += [asyncio.create_task(use("SELECT 2", wait=True)) for _ in range(3)]
+        await inside.wait()
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(server.kill)
+        gone.set()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        ended += await asyncio.gather(*(use("SELECT 3") for _ in range(5)), return_exceptions=True)
+        await asyncio.to_thread(server.start)
+        after = [await use("SELECT 4") for _ in range(3)]
+        with suppress(errors.StoreUnavailableError):
+            await database.close()
+
+    assert {type(error) for error in ended} == {errors.StoreUnavailableError}
+    assert after == [4, 4, 4]

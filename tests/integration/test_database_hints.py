@@ -1,0 +1,56 @@
+"""What an operator is told to do about a database that refuses or is damaged."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import make_url, text
+
+from agent_gateway_store import errors
+from agent_gateway_store.storage.database import Database, create_engine
+
+pytestmark = pytest.mark.integration
+
+
+def opened(url: str) -> Database:
+    database = Database(create_engine(url), owned=True)
+    database.bind()
+    return database
+
+
+async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Callable[[], str]) -> None:
+    """The server answers and the URL is right: what is missing is a GRANT."""
+    url, role = make_url(postgres_database()), f"reader_{uuid4().hex}"
+    admin = opened(url.render_as_string(hide_password=False))
+    async with admin.write() as connection:
+        await connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'"))
+        await connection.execute(text("CREATE TABLE t (n INTEGER)"))
+    user = opened(url.set(username=role, password="secret").render_as_string(hide_password=False))
+    with pytest.raises(errors.StoreUnavailableError, match="may not do this: grant it the rights"):
+        async with user.lend("one") as runner:
+            await runner.driver.execute("INSERT INTO t VALUES (1)")  # type: ignore[union-attr]
+    await user.close()
+    async with admin.write() as connection:
+        await connection.execute(text(f"DROP ROLE {role}"))
+    await admin.close()
+
+
+async def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    """It runs, and the URL is right: what helps is a backup."""
+    path = tmp_path / "damaged.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE t (n INTEGER)")
+        connection.executemany("INSERT INTO t VALUES (?)", [(number,) for number in range(5_000)])
+        connection.commit()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\xee" * (len(whole) - 4096))
+    database = opened(f"sqlite:///{path}")
+    with pytest.raises(errors.StoreUnavailableError, match="damaged: restore it from a backup"):
+        async with database.read() as connection:
+            await connection.execute(text("SELECT sum(n) FROM t"))
+    await database.close()

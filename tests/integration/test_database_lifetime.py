@@ -1,0 +1,148 @@
+"""Whose an engine is and when it ends: `get_db`, processes that exit or fork, other loops, closed databases."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import aclosing, closing
+from pathlib import Path
+
+import database_helpers
+import pytest
+from database_helpers import write
+from sqlalchemy import text
+
+from agent_gateway_store import errors
+from agent_gateway_store.storage.database import Database, close_db, create_engine, get_db
+
+pytestmark = pytest.mark.integration
+
+url = database_helpers.url
+
+
+async def test_get_db_yields_a_session_and_closes_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was committed stays, what was not is gone, and the connection goes back."""
+    monkeypatch.setenv("DATABASE_URL", url)
+    for statement, commit in (("CREATE TABLE t (n INTEGER)", True), ("INSERT INTO t VALUES (1)", False)):
+        async with aclosing(get_db()) as sessions:
+            session = await anext(sessions)
+            await session.execute(text(statement))
+            if commit:
+                await session.commit()
+    async for session in get_db():
+        assert (await session.execute(text("SELECT count(*) FROM t"))).scalar_one() == 0
+        pool = session.get_bind().pool
+    assert pool.checkedout() == 0
+    await close_db()
+    await close_db()
+
+    assert pool.checkedin() == 0
+
+
+async def test_get_db_follows_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another DATABASE_URL is another engine, and the connections of the one before are closed."""
+    pools = []
+    for name in ("one", "two"):
+        monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/{name}.db")
+        async for session in get_db():
+            await session.execute(text("CREATE TABLE t (n INTEGER)"))
+            await session.commit()
+            pools.append(session.get_bind().engine.pool)
+    assert pools[0] is not pools[1]
+    assert [pool.checkedin() for pool in pools] == [0, 1]
+    await close_db()
+
+    assert not [link for link in Path("/proc/self/fd").iterdir() if "two.db" in os.path.realpath(link)]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("mine"), TimeoutError("mine"), EOFError("mine"), KeyError("mine")])
+async def test_errors_of_the_handler_are_not_taken_for_the_databases(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A request handler that loses a file of its own sees that, not "the database could not be used"."""
+    monkeypatch.setenv("DATABASE_URL", "sqlite://")
+    sessions = get_db()
+    session = await anext(sessions)
+    await session.execute(text("SELECT 1"))
+
+    with pytest.raises(type(error), match="mine"):
+        await sessions.athrow(error)
+    await close_db()
+
+
+@pytest.mark.parametrize("closing_line", ["", "await close_db()"])
+def test_a_process_that_used_get_db_ends_promptly(tmp_path: Path, closing_line: str) -> None:
+    """Twenty event loops one after another leave no thread, no file, and nothing that holds the process back."""
+    script = f"""
+import asyncio, os, threading
+from sqlalchemy import text
+from agent_gateway_store.storage.database import close_db, get_db
+
+async def use():
+    async for session in get_db():
+        await session.execute(text("CREATE TABLE IF NOT EXISTS t (n INTEGER)"))
+        await session.execute(text("INSERT INTO t VALUES (1)"))
+        await session.commit()
+    {closing_line}
+
+for _ in range(20):
+    asyncio.run(use())
+print(threading.active_count(), len(os.listdir("/proc/self/fd")))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    environment = {**os.environ, "DATABASE_URL": f"sqlite:///{tmp_path}/test.db"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    threads, files = map(int, ended.stdout.split())
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert threads <= 2
+    assert files < 20
+    with closing(sqlite3.connect(tmp_path / "test.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (20,)
+
+
+def test_a_forked_child_is_told_to_open_its_own(tmp_path: Path) -> None:
+    """After a fork every use raises StoreNotOpenError, and the parent goes on."""
+    script = """
+import asyncio, os, sys
+from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.storage.database import Database, create_engine
+
+async def main():
+    database = Database(create_engine("sqlite:///test.db"), owned=True)
+    database.bind()
+    database.check_home()
+    if (child := os.fork()) == 0:
+        try:
+            database.check_home()
+        except StoreNotOpenError as exc:
+            os._exit(42 if "another process" in str(exc) else 1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    database.check_home()
+    await database.close()
+    sys.exit(status)
+
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, timeout=30)
+
+    assert ended.returncode == 42
+
+
+async def test_another_loop_and_a_closed_store_are_told_so(tmp_path: Path) -> None:
+    """Each loop opens its own; before `bind` and after `close` nothing works."""
+    database = Database(create_engine(f"sqlite:///{tmp_path}/test.db"), owned=True)
+    with pytest.raises(errors.StoreNotOpenError, match="not open"):
+        database.check_home()
+    database.bind()
+
+    await write(database)
+    with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
+        await asyncio.to_thread(asyncio.run, write(database))
+    await database.close()
+    with pytest.raises(errors.StoreNotOpenError, match="not open"):
+        await write(database)

@@ -1,0 +1,75 @@
+"""No event waits for ever on its way through the plugins, whatever moment it comes or its task is cancelled at."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from agent_gateway_store import AuditEvent, hookimpl
+from agent_gateway_store.audit.preparing import Preparing
+from agent_gateway_store.audit.row import Record, event_record, values_of
+from agent_gateway_store.hooks import Plugins
+from agent_gateway_store.hooks.lanes import Answer, Lanes
+from agent_gateway_store.hooks.loading import LOAD_VARIABLE
+from builders import make_event
+
+pytestmark = pytest.mark.unit
+
+GIVEN, CHANGED, WITHHELD = {"path": "/home/alice"}, {"path": "***"}, {"[WITHHELD]": "PLUGIN_FAILED"}
+
+
+class Editor:
+    """Hides the arguments."""
+
+    @hookimpl
+    def gateway_store_before_audit_write(self, event: AuditEvent) -> AuditEvent:
+        return event.model_copy(update={"sanitized_args": CHANGED})
+
+
+class SwiftLanes(Lanes):
+    """Runs the call in this loop, so that it may end on any turn."""
+
+    async def ask(self, kind: str, name: str, call: Any) -> Answer[Any]:
+        return Answer(await call(), None)
+
+
+def make_preparing() -> Preparing:
+    return Preparing(lambda: Plugins([Editor()], environ={LOAD_VARIABLE: ""}), SwiftLanes(5))
+
+
+async def come(preparing: Preparing, turn: int) -> list[Record]:
+    for _ in range(turn):
+        await asyncio.sleep(0)
+    return await preparing.prepare([event_record(make_event(sanitized_args=GIVEN))])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_the_last_event_needs_none_behind_it(is_first: bool) -> None:
+    """It comes on any turn of the event loop after the one before it, also on that on which the plugin is done."""
+
+    async def pair(late: int) -> list[list[Record]]:
+        preparing = make_preparing()
+        turns = (0, late) if is_first else (late, 0)
+        return await asyncio.gather(*(come(preparing, turn) for turn in turns))
+
+    async with asyncio.timeout(10):
+        pairs = await asyncio.gather(*map(pair, range(40)))
+
+    assert all(values_of(record)["sanitized_args"] == CHANGED for both in pairs for (record,) in both)
+
+
+@pytest.mark.parametrize("turn", range(12))
+async def test_an_event_whose_call_is_cancelled_is_withheld(turn: int) -> None:
+    """Somebody cancels every other task on any turn of the event loop, also before the first step of the call."""
+    preparing = make_preparing()
+    preparing.is_wanted  # noqa: B018  # the plugins are loaded
+    writing = asyncio.create_task(come(preparing, 0))
+    for _ in range(turn):
+        await asyncio.sleep(0)
+    for task in asyncio.all_tasks() - {asyncio.current_task(), writing}:
+        task.cancel()
+    (record,) = await asyncio.wait_for(writing, 10)
+
+    assert values_of(record)["sanitized_args"] in (CHANGED, WITHHELD)
