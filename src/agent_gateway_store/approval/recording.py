@@ -31,6 +31,7 @@ from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import Runner, dialect_of
 from agent_gateway_store.storage.db_clock import prepared_now
+from agent_gateway_store.storage.planning import unindexed
 from agent_gateway_store.storage.prepared import Prepared
 
 __all__ = ["Later", "Outbox", "insert_and_tell", "record"]
@@ -152,11 +153,6 @@ def _sources(dialect: str) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def _unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
-    # The index over status and notifier holds a whole backlog, the one over approval_id a few rows.
-    return cast(text, Text()).op("||")(literal_column("''"))
-
-
 def _record(dialect: str) -> Any:
     source, values = _sources(dialect)
     lease_s: ColumnElement[Any] = bindparam("p_lease_s", type_=Float(53))
@@ -167,8 +163,9 @@ def _record(dialect: str) -> Any:
         .select_from(before)
         .where(
             before.c.approval_id == values["approval_id"],
-            _unindexed(before.c.notifier) == values["notifier"],
-            _unindexed(before.c.status) == literal_column("'DUE'"),
+            # The index over status and notifier holds a whole backlog, the one over approval_id a few rows.
+            unindexed(before.c.notifier) == values["notifier"],
+            unindexed(before.c.status) == literal_column("'DUE'"),
         )
         .limit(literal_column("1"))
         .offset(literal_column("0"))

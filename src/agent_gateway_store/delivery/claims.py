@@ -37,6 +37,7 @@ from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.storage.database import Work
 from agent_gateway_store.storage.db_clock import prepared_now
+from agent_gateway_store.storage.planning import unindexed
 from agent_gateway_store.storage.prepared import Prepared
 
 __all__ = ["Delivery", "claim", "deliveries", "notifiers_with_due_rows"]
@@ -86,18 +87,14 @@ def _is_first() -> ColumnElement[bool]:
         .select_from(before)
         .where(
             before.c.approval_id == deliveries.c.approval_id,
-            _unindexed(before.c.notifier) == deliveries.c.notifier,
-            _unindexed(before.c.status) == _IS_DUE,
+            unindexed(before.c.notifier) == deliveries.c.notifier,
+            unindexed(before.c.status) == _IS_DUE,
             before.c.id + literal_column("0") < deliveries.c.id,
         )
         .limit(literal_column("1"))
         .offset(literal_column("0"))
         .exists()
     )
-
-
-def _unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
-    return cast(text, Text()).op("||")(literal_column("''"))
 
 
 def _members(name: str, dialect: str) -> Any:
