@@ -17,6 +17,7 @@ from agent_gateway_store.storage.signals import Signals, Topic
 __all__ = ["Waiting"]
 
 _POLL_S = 0.25
+_LAST_LOOK_S = 1.0
 _AFTER_DEADLINE_S = 0.01
 
 
@@ -42,23 +43,30 @@ class Waiting:
     ) -> ApprovalResult:
         """Return what `look` or a signal says once that is not PENDING, or at the timeout (seconds).
 
+        The last look may take a second longer; if it does not answer by then, what was seen before is returned.
         Tasks that wait for the same token on behalf of the same organisation share what they see.
         """
         end = asyncio.get_running_loop().time() + timeout_s
-        result = (await self._first_looks.run((org_id, token), look)).result
-        if not _is_open(result) or timeout_s <= 0:
-            return result
+        last = await self._first_looks.run((org_id, token), look)
+        if not _is_open(last.result) or timeout_s <= 0:
+            return last.result
         if self._signals is None:
-            return await self._until(org_id, token, look, Topic(), end)
-        with self._signals.listening(str(result.approval_id)) as topic:
-            return await self._until(org_id, token, look, topic, end)
+            return await self._until(org_id, token, look, Topic(), last, end)
+        with self._signals.listening(str(last.result.approval_id)) as topic:
+            return await self._until(org_id, token, look, topic, last, end)
 
-    async def _until(self, org_id: str | None, token: str, look: _Looking, topic: Topic, end: float) -> ApprovalResult:
+    async def _until(
+        self, org_id: str | None, token: str, look: _Looking, topic: Topic, last: Look, end: float
+    ) -> ApprovalResult:
         loop = asyncio.get_running_loop()
         while True:
             # Before the look, so that a decision between the two is noticed; who joins a look joins one since then.
             seen = topic.generation
-            last = await self._looks.run((org_id, token, seen), look)
+            try:
+                async with asyncio.timeout(max(end - loop.time(), 0) + _LAST_LOOK_S):
+                    last = await self._looks.run((org_id, token, seen), look)
+            except TimeoutError:
+                return last.result
             left = end - loop.time()
             if not _is_open(last.result) or left <= 0:
                 return last.result
