@@ -134,8 +134,16 @@ class RootGroup(TyperGroup):
                 complain("".join(traceback.format_exception(exc)).rstrip(), lines=True)
             sentence, code = explain(exc)
             complain(sentence)
+            _drop_unwritable()
             raise typer.Exit(code) from None
         return result
+
+
+def _drop_unwritable() -> None:
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _drop_stdout()
 
 
 def _drop_stdout() -> None:
