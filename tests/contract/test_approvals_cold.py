@@ -16,12 +16,6 @@ from agent_gateway_store import GatewayStore, StoreSettings, errors
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(autouse=True)
-def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crowd keeps a slow machine busy for longer than Redis is usually waited for."""
-    monkeypatch.setenv("REDIS_TIMEOUT_SECONDS", "5")
-
-
 class Reads:
     """The reads of SQL by token, counted."""
 

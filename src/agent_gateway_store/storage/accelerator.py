@@ -10,16 +10,13 @@ from typing import Any, NamedTuple
 
 from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
 
-from agent_gateway_store.storage.cache import RedisClient, milliseconds
+from agent_gateway_store.storage.cache import REDIS_FAULTS, RedisClient, milliseconds
 from agent_gateway_store.storage.exchange import Command, exchange
 from agent_gateway_store.storage.pipelining import AutoPipeline
 
 __all__ = ["Accelerator", "Entry"]
 
 _logger = logging.getLogger("agent_gateway_store.redis")
-# redis-py answers a reply that is no RESP with ValueError or RecursionError, and a connection of another event loop
-# with RuntimeError.
-_FAULTS = (RedisError, OSError, EOFError, ValueError, RuntimeError)
 
 # An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent.
 _PUT_NEWER = """
@@ -127,7 +124,7 @@ class Accelerator:
             return await exchange(self.client, commands, timeout_s=self._timeout_s)
         except (UnicodeDecodeError, MaxConnectionsError):
             return None  # no fault: a client that decodes met what is no text, or the host itself uses all of its pool
-        except _FAULTS as exc:
+        except REDIS_FAULTS as exc:
             self._note_fault(exc)
             return None
 

@@ -10,13 +10,19 @@ from typing import Any, TypeAlias
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 from agent_gateway_store.errors import InvalidUrlError
 from agent_gateway_store.settings import StoreSettings, mask_url
 
-__all__ = ["RedisClient", "create_redis", "delete", "get_json", "get_redis", "milliseconds", "set_json"]
+__all__ = ["REDIS_FAULTS", "RedisClient", "create_redis", "delete", "get_json", "get_redis", "milliseconds", "set_json"]
 
 RedisClient: TypeAlias = Redis
+
+# redis-py answers a reply that is no RESP with ValueError or RecursionError, and a connection of another event loop
+# with RuntimeError.
+REDIS_FAULTS = (RedisError, OSError, EOFError, ValueError, RuntimeError)
+"""What a Redis that is away, hangs or talks nonsense raises."""
 
 
 def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:

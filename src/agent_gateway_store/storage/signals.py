@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import asyncpg
-from redis.exceptions import RedisError
 from sqlalchemy import Text, bindparam, func, literal_column, select
 
 from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.cache import REDIS_FAULTS
 from agent_gateway_store.storage.database import Database, Runner
 from agent_gateway_store.storage.driver import DriverPool
 from agent_gateway_store.storage.prepared import Prepared
@@ -29,7 +29,6 @@ _RETRY_S = 1.0
 _LOOK_ALIVE_S = 5.0
 _SLOW_POLL_S = 5.0
 _CANCEL_AGAIN_S = 0.1
-_FAULTS = (RedisError, OSError, EOFError, ValueError, RuntimeError)
 _FAST_POLL_S = 0.25
 _FOREVER_S = 10 * 365 * 86_400.0
 
@@ -182,7 +181,7 @@ class Signals:
         while True:
             try:
                 await listen()
-            except (*_FAULTS, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+            except (*REDIS_FAULTS, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
                 _logger.info("No signals for now (%s): polling.", type(exc).__name__)
             except Exception:
                 _logger.exception("No signals for now: polling.")
