@@ -13,7 +13,7 @@ import asyncpg
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from agent_gateway_store import AuditEvent, GatewayStore
-from agent_gateway_store.audit.row import COLUMNS, event_record
+from agent_gateway_store.audit.record import COLUMNS, encode_event
 from agent_gateway_store.storage.database import create_engine
 from benchmarks.events import events
 from benchmarks.report import Figure
@@ -58,7 +58,7 @@ def count_batches(store: GatewayStore) -> list[int]:
 
 def records(count: int) -> list[tuple[Any, ...]]:
     """Return tuples that the driver takes as they are."""
-    return [event_record(event) for event in events(count)]
+    return [encode_event(event) for event in events(count)]
 
 
 async def measure(url: str, *, repeat: int, scale: float) -> list[Figure]:

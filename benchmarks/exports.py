@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from agent_gateway_store import GatewayStore
-from agent_gateway_store.audit.statements import FIELDS
+from agent_gateway_store.audit.selects import FIELDS
 from benchmarks.filling import database, fill
 from benchmarks.report import Figure
 

@@ -11,8 +11,8 @@ import asyncpg
 
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.audit.filters import criteria
-from agent_gateway_store.audit.row import COLUMNS
-from agent_gateway_store.audit.statements import newest, parameters
+from agent_gateway_store.audit.record import COLUMNS
+from agent_gateway_store.audit.selects import newest, parameters
 from benchmarks.audit_writes import records
 from benchmarks.filling import database, fill
 from benchmarks.report import Figure

@@ -4,7 +4,7 @@
 import typer
 
 from agent_gateway_store import hookimpl
-from agent_gateway_store.cli.running import open_store, run
+from agent_gateway_store.cli.context import open_store, run
 
 
 @hookimpl

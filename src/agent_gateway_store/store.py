@@ -12,13 +12,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.approval.shared import Shared
-from agent_gateway_store.audit import AuditLog
+from agent_gateway_store.audit import AuditManager
+from agent_gateway_store.audit.backends import sink_for
 from agent_gateway_store.audit.metrics import observe
 from agent_gateway_store.audit.preparing import Preparing
-from agent_gateway_store.audit.sinks import sink_for
+from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.telling import Telling
 from agent_gateway_store.audit.writer import AuditWriter
-from agent_gateway_store.delivery import Notifications, StoreOutbox
+from agent_gateway_store.delivery import NotificationManager, StoreOutbox
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks import Dispatcher, Plugins
 from agent_gateway_store.hooks.lanes import Lanes
@@ -30,11 +31,10 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage import migrate
-from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
-from agent_gateway_store.storage.signals import Signals
-from agent_gateway_store.storage.spool import Spool
+from agent_gateway_store.storage.pubsub import PubSub
+from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
 
 __all__ = ["GatewayStore"]
@@ -88,7 +88,7 @@ class GatewayStore:
 
     def _bind(self, org_id: str | None) -> None:
         core, self._org_id = self._core, org_id
-        self._audit = AuditLog(
+        self._audit = AuditManager(
             core.database, core.get_writer, org_id=org_id, preparing=core.preparing, telling=core.telling
         )
         self._approvals = ApprovalManager.over(
@@ -97,15 +97,15 @@ class GatewayStore:
             self.settings,
             org_id=org_id,
             outbox=core.outbox,
-            signals=core.signals,
+            pubsub=core.pubsub,
             vetoes=core.vetoes,
             shared=core.shared,
         )
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, self.settings, org_id=org_id)
-        self._notifications = Notifications(core.database, core.outbox, org_id=org_id)
+        self._notifications = NotificationManager(core.database, core.outbox, org_id=org_id)
 
     @property
-    def audit(self) -> AuditLog:
+    def audit(self) -> AuditManager:
         """Write and find audit events."""
         return self._audit
 
@@ -120,7 +120,7 @@ class GatewayStore:
         return self._keys
 
     @property
-    def notifications(self) -> Notifications:
+    def notifications(self) -> NotificationManager:
         """What notifiers were told, and what they could not be told yet."""
         return self._notifications
 
@@ -224,15 +224,15 @@ class _Core:
         self._own_redis = (
             create_redis(redis_url, timeout_s=settings.redis_timeout_seconds) if redis is None and redis_url else None
         )
-        self.redis = Accelerator(redis or self._own_redis, timeout_s=settings.redis_timeout_seconds)
-        self.signals = Signals(self.redis, database)
-        self.shared = Shared(self.signals, trust_s=settings.approval_cache_seconds)
+        self.redis = RedisCache(redis or self._own_redis, timeout_s=settings.redis_timeout_seconds)
+        self.pubsub = PubSub(self.redis, database)
+        self.shared = Shared(self.pubsub, trust_s=settings.approval_cache_seconds)
         self.hasher = Hasher(rounds=settings.bcrypt_rounds)
         self.key_cache = KeyCache(
             self.hasher,
             trusted_s=settings.api_key_cache_seconds,
-            signals=self.signals,
-            check_home=database.check_home,
+            pubsub=self.pubsub,
+            check_owner=database.check_owner,
         )
         self.lanes = Lanes(settings.plugin_timeout_seconds)
         self.vetoes = Vetoes(lambda: self.plugins, self.lanes)
@@ -266,7 +266,7 @@ class _Core:
             raise
         if self._is_open_here():
             return  # another task was faster
-        self.database.bind()
+        self.database.bind_to_loop()
         self._writer = writer
         self.preparing.withheld = self.telling.untold = 0
         self.outbox.open(dispatcher, notifiers)
@@ -287,7 +287,7 @@ class _Core:
     def _is_open_here(self) -> bool:
         """True if open; raises StoreNotOpenError if that was done in another process or event loop."""
         if self.outbox.is_open:
-            self.database.check_home()
+            self.database.check_owner()
         return self.outbox.is_open
 
     async def migrate(self) -> None:
@@ -314,7 +314,7 @@ class _Core:
                 steps.push_async_callback(self._own_redis.aclose)
             steps.push_async_callback(self.redis.close)
             # Who still waits for a decision looks once more, and finds the store closed.
-            steps.callback(self.signals.wake_all)
+            steps.callback(self.pubsub.wake_all)
             steps.push_async_callback(self.database.close)
             steps.callback(self.hasher.close)
             steps.push_async_callback(self.lanes.aclose)
@@ -324,5 +324,5 @@ class _Core:
                 steps.push_async_callback(self.telling.close)
                 steps.push_async_callback(writer.close)
                 steps.push_async_callback(self.preparing.settle)
-            steps.push_async_callback(self.signals.close)
+            steps.push_async_callback(self.pubsub.close)
             steps.push_async_callback(self.key_cache.close)

@@ -18,14 +18,14 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from agent_gateway_store.approval import ApprovalManager
-from agent_gateway_store.audit import AuditLog
-from agent_gateway_store.delivery import Notifications
+from agent_gateway_store.audit import AuditManager
+from agent_gateway_store.delivery import NotificationManager
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["SyncApprovalManager", "SyncAuditLog", "SyncGatewayStore", "SyncKeyManager", "SyncNotifications"]
+__all__ = ["SyncApprovalManager", "SyncAuditManager", "SyncGatewayStore", "SyncKeyManager", "SyncNotificationManager"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -181,10 +181,10 @@ def twin_of(cls: type[Any]) -> type[Any]:
     return type(f"Sync{cls.__name__}", (_Twin,), members)
 
 
-SyncAuditLog: Any = twin_of(AuditLog)
+SyncAuditManager: Any = twin_of(AuditManager)
 SyncApprovalManager: Any = twin_of(ApprovalManager)
 SyncKeyManager: Any = twin_of(KeyManager)
-SyncNotifications: Any = twin_of(Notifications)
+SyncNotificationManager: Any = twin_of(NotificationManager)
 _StoreTwin: Any = twin_of(GatewayStore)
 
 
@@ -197,10 +197,10 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
 
     def _bind(self, store: GatewayStore, portal: _Portal) -> None:
         self._twin, self._portal = store, portal
-        self._audit = SyncAuditLog(store.audit, portal)
+        self._audit = SyncAuditManager(store.audit, portal)
         self._approvals = SyncApprovalManager(store.approvals, portal)
         self._keys = SyncKeyManager(store.keys, portal)
-        self._notifications = SyncNotifications(store.notifications, portal)
+        self._notifications = SyncNotificationManager(store.notifications, portal)
 
     @property
     def audit(self) -> Any:

@@ -31,13 +31,13 @@ from agent_gateway_store.storage.database import Database
 
 __all__ = [
     "SyncApprovalManager",
-    "SyncAuditLog",
+    "SyncAuditManager",
     "SyncGatewayStore",
     "SyncKeyManager",
-    "SyncNotifications",
+    "SyncNotificationManager",
 ]
 
-class SyncAuditLog:
+class SyncAuditManager:
     def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit, together with whatever else is being written. In the default mode never raises."""
 
@@ -213,7 +213,7 @@ class SyncKeyManager:
     def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
         """Return key rows, newest first by id."""
 
-class SyncNotifications:
+class SyncNotificationManager:
     def list(
         self,
         status: DeliveryStatus | str | None = None,
@@ -254,7 +254,7 @@ class SyncGatewayStore:
         auto_migrate: bool | None = None,
     ) -> None: ...
     @property
-    def audit(self) -> SyncAuditLog:
+    def audit(self) -> SyncAuditManager:
         """Write and find audit events."""
 
     @property
@@ -266,7 +266,7 @@ class SyncGatewayStore:
         """Issue and verify API keys."""
 
     @property
-    def notifications(self) -> SyncNotifications:
+    def notifications(self) -> SyncNotificationManager:
         """What notifiers were told, and what they could not be told yet."""
 
     @property

@@ -12,7 +12,7 @@ from uuid import uuid4
 from sqlalchemy import event, text
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, ToolCall
-from agent_gateway_store.storage import prepared
+from agent_gateway_store.storage import statements
 
 SOON_S = 4.0
 """More than a signal takes on a busy machine, and less than the poll of a store that hears signals."""
@@ -53,24 +53,24 @@ async def idle(store: GatewayStore) -> None:
 @contextmanager
 def counted_statements(store: GatewayStore) -> Iterator[list[str]]:
     """Collect the SQL statements that go through the store's engine, or past it to the driver."""
-    statements: list[str] = []
-    run = prepared._Compiled.run
+    collected: list[str] = []
+    run = statements.CompiledStatement.run
 
-    async def noting(compiled: prepared._Compiled, *args: Any) -> Any:
-        statements.append(compiled._text)
+    async def noting(compiled: statements.CompiledStatement, *args: Any) -> Any:
+        collected.append(compiled.text)
         return await run(compiled, *args)
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if not statement.startswith("BEGIN"):
-            statements.append(statement)
+            collected.append(statement)
 
     engine = store.database.engine.sync_engine
     event.listen(engine, "before_cursor_execute", note)
-    prepared._Compiled.run = noting  # type: ignore[method-assign]
+    statements.CompiledStatement.run = noting  # type: ignore[method-assign]
     try:
-        yield statements
+        yield collected
     finally:
-        prepared._Compiled.run = run  # type: ignore[method-assign]
+        statements.CompiledStatement.run = run  # type: ignore[method-assign]
         event.remove(engine, "before_cursor_execute", note)
 
 

@@ -83,6 +83,6 @@ async def hears(store: GatewayStore) -> None:
     """Wait until a store hears other processes, and has forgotten what it knew before."""
 
     async def is_live() -> bool:
-        return store._core.signals._is_live
+        return store._core.pubsub._is_live
 
     await until(is_live)

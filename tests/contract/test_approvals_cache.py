@@ -15,7 +15,7 @@ from contract_helpers import CALL, approved, counted_statements, make_request
 
 import servers
 from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, errors
-from agent_gateway_store.storage.accelerator import Accelerator, Entry
+from agent_gateway_store.storage.redis_cache import Entry, RedisCache
 
 pytestmark = pytest.mark.integration
 
@@ -151,7 +151,7 @@ async def test_stale_approval_releases_nothing(store: GatewayStore, client: redi
         await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
 
 
-class GatedRedis(Accelerator):
+class GatedRedis(RedisCache):
     """Holds every write back until the gate opens."""
 
     def __init__(self, client: redis.asyncio.Redis) -> None:

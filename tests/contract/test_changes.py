@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import AuditEvent, GatewayStore, errors
-from agent_gateway_store.storage.keyset import pack, unpack
+from agent_gateway_store.storage.pagination import decode, encode
 
 pytestmark = pytest.mark.integration
 
@@ -93,7 +93,7 @@ async def test_forged_places_are_refused(store: GatewayStore) -> None:
     """Whatever stands in a cursor: InvalidCursorError, no error of the database."""
     cursor = (await store.audit.changes()).next_cursor or ""
     scope_bytes = __import__("base64").urlsafe_b64decode(cursor + "==")[1:9]
-    assert unpack(scope_bytes, cursor)
+    assert decode(scope_bytes, cursor)
     forged: list[Any] = [
         *(b"", b"{}", b"[]", b"\xff", b'{"since":"x"}', b'{"since":"1:2:x","until":null,"transaction":null,"id":0}'),
         b'{"since":"1:2:3","until":"1:2:","transaction":null,"id":-1}',
@@ -105,7 +105,7 @@ async def test_forged_places_are_refused(store: GatewayStore) -> None:
         if store.database.dialect == "sqlite" and payload == b"{}":
             continue  # the place before the first event
         with pytest.raises(errors.InvalidCursorError):
-            await store.audit.changes(pack(scope_bytes, payload))
+            await store.audit.changes(encode(scope_bytes, payload))
     for other in ("", "Now", cursor + "A"):
         with pytest.raises(errors.InvalidCursorError):
             await anext(store.audit.follow(start=other))
@@ -198,7 +198,7 @@ async def test_a_follower_outlives_an_outage(
     store: GatewayStore, make_event: MakeEvent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It waits for a database that is away, says so once, and goes on where it was."""
-    lend = store.database.lend
+    connection = store.database.connection
     failing = 0
 
     def faulty(purpose: Any) -> Any:
@@ -206,9 +206,9 @@ async def test_a_follower_outlives_an_outage(
         if purpose == "read" and failing:
             failing -= 1
             raise errors.StoreUnavailableError("The database could not be read.")
-        return lend(purpose)
+        return connection(purpose)
 
-    monkeypatch.setattr(store.database, "lend", faulty)
+    monkeypatch.setattr(store.database, "connection", faulty)
     events = store.audit.follow(start="beginning", poll_s=0.01)
     await store.audit.write(make_event(request_id="r-1"))
     assert (await anext(events)).request_id == "r-1"

@@ -393,21 +393,21 @@ async def test_the_worker_lives_through_an_outage(database_url: str) -> None:
     async with store_with(database_url, post, settings=quiet()) as other:
         await other.approvals.issue_token(make_request())
         async with store_with(database_url, post, settings=settings) as store:
-            lend, failed = store.database.lend, 0
+            connection, failed = store.database.connection, 0
 
             def away(purpose: Any) -> Any:
                 nonlocal failed
                 failed += 1
                 raise errors.StoreUnavailableError("The database is away.")
 
-            store.database.lend = away  # type: ignore[method-assign]
+            store.database.connection = away  # type: ignore[method-assign]
             await until(lambda: failed > 3)
             assert post.tried == []
-            store.database.lend = lend  # type: ignore[method-assign]
+            store.database.connection = connection  # type: ignore[method-assign]
             await until(lambda: len(post.taken) == 1)
-            store.database.lend = away  # type: ignore[method-assign]
+            store.database.connection = away  # type: ignore[method-assign]
             await asyncio.sleep(0.1)
-            store.database.lend = lend  # type: ignore[method-assign]
+            store.database.connection = connection  # type: ignore[method-assign]
             await settled(other, 1)
 
     assert len(post.taken) == 1

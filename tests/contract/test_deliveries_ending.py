@@ -58,16 +58,16 @@ async def test_running_once_says_that_the_database_is_away(database_url: str) ->
     post = Post()
     async with store_with(database_url, post, settings=quiet()) as store:
         await store.approvals.issue_token(make_request())
-        lend = store.database.lend
+        connection = store.database.connection
 
         async def cut_off(_: Notice) -> None:
-            store.database.lend = away  # type: ignore[method-assign]
+            store.database.connection = away  # type: ignore[method-assign]
 
         post.act = cut_off
         async with asyncio.timeout(5):
             with pytest.raises(errors.StoreUnavailableError):
                 await store.notifications.run(once=True)
-        store.database.lend = lend  # type: ignore[method-assign]
+        store.database.connection = connection  # type: ignore[method-assign]
 
     assert await what_is_left(database_url) == [("pending", "DELIVERED", 1)]
     assert len(post.tried) == 1

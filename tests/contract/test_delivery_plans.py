@@ -12,7 +12,7 @@ from delivery_helpers import Post, quiet
 from sqlalchemy import event
 
 from agent_gateway_store import GatewayStore, StoreSettings
-from agent_gateway_store.storage import prepared
+from agent_gateway_store.storage import statements
 
 pytestmark = pytest.mark.integration
 
@@ -35,12 +35,12 @@ async def quiet_times(store: GatewayStore) -> None:
 def explained(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The plans of the statements on deliveries that look for earlier ones, as they are run."""
     plans: list[str] = []
-    run = prepared._Compiled.run
+    run = statements.CompiledStatement.run
 
-    async def explaining(compiled: prepared._Compiled, driver: Any, values: Any) -> Any:
-        if _LOOKS_BACK.search(compiled._text):
-            given = [values[name] if do is None else do(values[name]) for name, do in compiled._parameters]
-            plans.append("\n".join(row[0] for row in await driver.fetch(f"EXPLAIN {compiled._text}", *given)))
+    async def explaining(compiled: statements.CompiledStatement, driver: Any, values: Any) -> Any:
+        if _LOOKS_BACK.search(compiled.text):
+            given = compiled.arguments(values)
+            plans.append("\n".join(row[0] for row in await driver.fetch(f"EXPLAIN {compiled.text}", *given)))
         return await run(compiled, driver, values)
 
     def explain(_connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -49,7 +49,7 @@ def explained(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> list[str]
             plans.append("\n".join(row[3] for row in cursor.fetchall()))
 
     if store.database.dialect == "postgresql":
-        monkeypatch.setattr(prepared._Compiled, "run", explaining)
+        monkeypatch.setattr(statements.CompiledStatement, "run", explaining)
     else:
         event.listen(store.database.engine.sync_engine, "before_cursor_execute", explain)
     return plans

@@ -207,7 +207,7 @@ async def main():
             while True:
                 await store.keys.verify(key)
                 # What it hears before it has subscribed is nothing, and the first key makes it subscribe.
-                if not is_told and store._core.signals._is_live == has_redis:
+                if not is_told and store._core.pubsub._is_live == has_redis:
                     print("good", flush=True)
                     is_told = True
                 await asyncio.sleep(0.01)

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import event, text
 
 from agent_gateway_store import GatewayStore, WriteOutcome
-from agent_gateway_store.audit.row import REUSED_LABEL
+from agent_gateway_store.audit.record import REUSED_LABEL
 from builders import make_event
 from proofs.harness import TRIGGERS, rehash, stored_events
 

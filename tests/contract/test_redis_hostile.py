@@ -43,10 +43,10 @@ async def test_closing_while_the_subscription_begins_ends(tmp_path: Path, redis_
         token = await store.approvals.issue_token(make_request())
         waiting = asyncio.ensure_future(store.approvals.wait_for_decision(token, timeout_s=0.01))
         await asyncio.sleep(0)
-        while store._core.signals._subscription is None:
+        while store._core.pubsub._subscription is None:
             await asyncio.sleep(0)
         for _ in range(ticks):
             await asyncio.sleep(0)
         async with asyncio.timeout(5):
-            await store._core.signals.close()
+            await store._core.pubsub.close()
         await waiting

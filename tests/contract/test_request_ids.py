@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from agent_gateway_store import AuditEvent, AuditLogger, GatewayStore, WriteOutcome
-from agent_gateway_store.audit.row import REUSED_LABEL, event_record, hash_of, key_of, under_derived_id
+from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, hash_of, key_of, with_derived_id
 from builders import make_event
 from proofs.harness import WatchedSink, rehash, stored_events
 
@@ -26,13 +26,13 @@ def redis_setting() -> str:
 
 def derived_id(event: AuditEvent) -> str:
     """The id under which an event is kept when its own is taken."""
-    return key_of(under_derived_id(event_record(event)))[0]
+    return key_of(with_derived_id(encode_event(event)))[0]
 
 
 async def in_one_batch(store: GatewayStore, events: list[AuditEvent]) -> list[WriteOutcome]:
     """Write events as one batch; give their outcomes, in order."""
     sink = WatchedSink.within(store)
-    outcomes = await store._core.get_writer().write_batch([event_record(event) for event in events])
+    outcomes = await store._core.get_writer().write_batch([encode_event(event) for event in events])
     assert sink.batches[0] == len({event.request_id for event in events})
     return outcomes
 
@@ -85,7 +85,7 @@ async def test_another_event_under_a_used_id_is_kept_beside_it(store: GatewaySto
     assert outcomes == [STORED] * 3 + [DUPLICATE] * 3
     assert len(found) == 3
     assert (found["read_file"].request_id, found["read_file"].risk_labels) == ("used", [])
-    assert found["delete_file"].request_id == derived_id(second) == f"used~{hash_of(event_record(second))}"
+    assert found["delete_file"].request_id == derived_id(second) == f"used~{hash_of(encode_event(second))}"
     assert found["delete_file"].risk_labels == ["destructive", REUSED_LABEL]
     assert found["send_mail"].risk_labels == [REUSED_LABEL]
     assert all(event.content_hash == rehash(event) for event in found.values())
@@ -104,8 +104,8 @@ async def test_a_used_id_in_another_organisation_is_free(store: GatewayStore) ->
 async def test_an_attacker_who_takes_the_derived_id_hides_nothing(store: GatewayStore, together: bool) -> None:
     """Whoever knows an event to come can take its derived ids beforehand: it is still kept, with a valid hash."""
     victim = make_event(request_id="used", tool_name="exfiltrate")
-    once = under_derived_id(event_record(victim))
-    taken = ["used", key_of(once)[0], key_of(under_derived_id(once))[0]]
+    once = with_derived_id(encode_event(victim))
+    taken = ["used", key_of(once)[0], key_of(with_derived_id(once))[0]]
     events = [*(make_event(request_id=request_id, tool_name="decoy") for request_id in taken), victim, victim]
 
     if together:

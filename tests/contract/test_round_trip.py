@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert, select
 
-from agent_gateway_store.audit.row import event_record, hash_of, values_of
+from agent_gateway_store.audit.record import encode_event, hash_of, to_values
 from agent_gateway_store.models import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.storage.database import create_engine
 
@@ -75,7 +75,7 @@ def rehash(event: AuditEvent) -> str:
 
 async def assert_round_trip(url: str, events: list[AuditEvent]) -> None:
     """Store `events` in batches, read them over a new connection, compare each with the row it was stored as."""
-    rows = [values_of(event_record(event)) for event in events]
+    rows = [to_values(encode_event(event)) for event in events]
     writer, reader = create_engine(url), create_engine(url)
     try:
         async with writer.begin() as connection:
@@ -97,7 +97,7 @@ async def assert_round_trip(url: str, events: list[AuditEvent]) -> None:
         }
         assert rehash(event) == event.content_hash
         # Written again it is the same event; what was flagged may gain a flag.
-        assert event.redaction_flags or hash_of(event_record(event)) == event.content_hash
+        assert event.redaction_flags or hash_of(encode_event(event)) == event.content_hash
 
 
 def spelt(value: Any) -> str:

@@ -15,13 +15,13 @@ from typing import Protocol
 import pytest
 from sqlalchemy import make_url
 
+import agent_gateway_store.audit.spool as spool_module
 import agent_gateway_store.storage.database as database_module
-import agent_gateway_store.storage.spool as spool_module
 import servers
 from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
-from agent_gateway_store.audit.row import REUSED_LABEL, event_record, values_of
+from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, to_values
+from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
-from agent_gateway_store.storage.spool import Spool
 from builders import make_event
 from proofs.harness import (
     SPOOLING,
@@ -159,7 +159,7 @@ async def test_events_wait_on_disk_and_come_back_once_and_in_order(place: Place,
 async def test_every_connection_to_the_file_syncs_and_has_the_size_limit(path: Path) -> None:
     """WAL with synchronous=FULL, so that a commit is on disk; and each connection knows how large the file may be."""
     spool = Spool(path, HERE)
-    await spool.add([values_of(event_record(make_event()))])
+    await spool.add([to_values(encode_event(make_event()))])
     engine = await spool._opened()
     found = []
     async with engine.connect() as first, engine.connect() as second:
@@ -211,7 +211,7 @@ async def test_several_processes_share_one_spool(place: Place, path: Path) -> No
 async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:
     """One process replays rows that another has replayed already, while a third spools: the new row stays."""
     slow, fast = Spool(path, HERE), Spool(path, HERE)
-    old, new = (values_of(event_record(make_event(request_id=name))) for name in ("old", "new"))
+    old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
     await slow.add([old])
     seen = [row_id for row_id, _ in await slow.waiting(10)]
     await fast.remove(seen)
@@ -297,7 +297,7 @@ async def test_a_full_spool_loses_loudly(
         for event, record in zip(lost, logged, strict=True):
             text = record.getMessage()
             assert json.loads(text[text.index("{") :]) == json.loads(
-                json.dumps(values_of(event_record(event)), default=lambda value: getattr(value, "__dict__", str(value)))
+                json.dumps(to_values(encode_event(event)), default=lambda value: getattr(value, "__dict__", str(value)))
             )
         await place.come_back()
         await eventually(lambda: spool_is_empty(store))

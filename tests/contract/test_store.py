@@ -206,7 +206,7 @@ async def test_closing_amid_work_leaves_nothing_open(database_url: str) -> None:
     await store.open()
     async with store.database.write() as connection:
         closing = asyncio.create_task(store.close())
-        while store.database.is_home:
+        while store.database.is_owner:
             await asyncio.sleep(0.001)
         await connection.execute(text("DELETE FROM api_keys"))
         assert not closing.done()

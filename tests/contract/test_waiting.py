@@ -28,7 +28,7 @@ def ask(**fields: object) -> ApprovalRequest:
 
 
 def topics(store: GatewayStore) -> int:
-    return len(store._core.signals._topics)
+    return len(store._core.pubsub._topics)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -54,7 +54,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def begin(store: GatewayStore, token: str) -> asyncio.Task[ApprovalResult]:
     """Begin to wait, and return once nothing but a signal or a poll moves the waiter."""
-    signals = store._core.signals
+    signals = store._core.pubsub
     waiter = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=20))
     await until(lambda: signals._is_live and any(topic._waiting for topic in signals._topics.values()))
     return waiter

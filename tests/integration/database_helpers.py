@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from agent_gateway_store.storage.database import Database, SessionWork
+from agent_gateway_store.storage.database import Database, SessionTransactions
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -19,7 +19,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return made
 
 
-async def write(work: Database | SessionWork, *statements: str, error: Exception | None = None) -> None:
+async def write(work: Database | SessionTransactions, *statements: str, error: Exception | None = None) -> None:
     async with work.write() as executor:
         for statement in statements:
             await executor.execute(text(statement))

@@ -15,7 +15,7 @@ import pytest
 
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, StoreSettings, ToolCall, errors
 from agent_gateway_store.models.columns import token_digest
-from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.redis_cache import RedisCache
 from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
@@ -52,16 +52,16 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
     make: Callable[[], str] = request.getfixturevalue("postgres_database")
     url = migrated(make()) if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     rng, met, mixed_up = random.Random(seed), Counter[str](), []
-    get = Accelerator.get
+    get = RedisCache.get
 
-    async def watched(self: Accelerator, key: str) -> Any:
+    async def watched(self: RedisCache, key: str) -> Any:
         found = await get(self, key)
         kind, _, name = key.partition(":")
         if found is not None and kind == "approval" and json.loads(found[0])["token_sha256"] != token_digest(name):
             mixed_up.append(key)
         return found
 
-    monkeypatch.setattr(Accelerator, "get", watched)
+    monkeypatch.setattr(RedisCache, "get", watched)
     start = time.monotonic()
     settings = StoreSettings(approval_cache_seconds=60)
     async with GatewayStore(url, redis_url=fresh_redis_url, settings=settings) as store:
@@ -111,7 +111,7 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
                 await asyncio.sleep(0.01)
 
         assert mixed_up == []
-        assert store._core.signals._topics == {}
+        assert store._core.pubsub._topics == {}
         for token in tokens:
             cached, fresh = [await approvals.check_token(token), await approvals.check_token(token, fresh=True)]
             assert cached.approval_id == fresh.approval_id == ids[token]

@@ -18,16 +18,16 @@ import redis.asyncio
 import redis.exceptions
 
 import servers
-from agent_gateway_store.storage import accelerator as accelerator_module
-from agent_gateway_store.storage.accelerator import Accelerator, Entry
+from agent_gateway_store.storage import redis_cache as redis_cache_module
 from agent_gateway_store.storage.cache import RedisClient, create_redis, delete, get_json, get_redis, set_json
+from agent_gateway_store.storage.redis_cache import Entry, RedisCache
 
 pytestmark = pytest.mark.integration
 
 NESTED: Any = "[" * 100_000
 
 
-async def put(accelerator: Accelerator, entry: Any, *, version: int, ttl_s: float) -> bool:
+async def put(accelerator: RedisCache, entry: Any, *, version: int, ttl_s: float) -> bool:
     return await accelerator.put_newer([Entry("key", json.dumps(entry), version, ttl_s)])
 
 
@@ -84,7 +84,7 @@ async def test_an_entry_without_an_end_is_refused(client: RedisClient, ttl: Any)
         await set_json(client, "key", 1, ttl)
     if not isinstance(ttl, timedelta):
         with pytest.raises(ValueError, match="ttl must be above zero"):
-            await put(Accelerator(client, timeout_s=5), {}, version=1, ttl_s=ttl)
+            await put(RedisCache(client, timeout_s=5), {}, version=1, ttl_s=ttl)
 
     assert await client.exists("key") == 0
 
@@ -161,7 +161,7 @@ async def test_a_refused_port_costs_nothing() -> None:
 
 async def test_without_a_client_everything_is_a_miss() -> None:
     """The store works with no Redis at all."""
-    accelerator = Accelerator(None)
+    accelerator = RedisCache(None)
     await accelerator.delete("key")
 
     assert not accelerator.is_available
@@ -171,7 +171,7 @@ async def test_without_a_client_everything_is_a_miss() -> None:
 
 async def test_an_entry_comes_back_with_its_remaining_life(client: RedisClient) -> None:
     """In one round trip."""
-    accelerator = Accelerator(client, timeout_s=5)
+    accelerator = RedisCache(client, timeout_s=5)
     entry = {"version": 1, "text": "\u20ac"}
 
     assert await put(accelerator, entry, version=1, ttl_s=60) is True
@@ -185,7 +185,7 @@ async def test_an_entry_comes_back_with_its_remaining_life(client: RedisClient) 
 
 async def test_an_older_version_never_replaces_a_newer_one(client: RedisClient) -> None:
     """The same version may be written again; in whatever order fifty writers come, the newest stays."""
-    accelerator = Accelerator(client, timeout_s=5)
+    accelerator = RedisCache(client, timeout_s=5)
     for version, stored in ((5, True), (4, False), (5, True), (6, True), (1, False)):
         entry = {"version": version}
         assert await put(accelerator, entry, version=version, ttl_s=60) is stored
@@ -201,7 +201,7 @@ async def test_an_older_version_never_replaces_a_newer_one(client: RedisClient) 
 async def test_garbage_is_replaced(client: RedisClient, garbage: Any) -> None:
     """What is no entry of ours has no version, so it stands in nobody's way."""
     await client.set("key", garbage)
-    accelerator = Accelerator(client, timeout_s=5)
+    accelerator = RedisCache(client, timeout_s=5)
 
     assert await put(accelerator, {"version": 1}, version=1, ttl_s=60) is True
     assert await accelerator.get("key") == (b'{"version": 1}', pytest.approx(60_000, abs=500))
@@ -212,7 +212,7 @@ async def test_a_key_of_another_type_is_a_miss_and_replaced(
 ) -> None:
     """Redis answers with an error, which is the key's and no fault of the server: it stays in use."""
     await client.hset("key", "field", "value")
-    accelerator = Accelerator(client, timeout_s=5)
+    accelerator = RedisCache(client, timeout_s=5)
 
     assert await accelerator.get("key") is None
     assert accelerator.is_available
@@ -223,7 +223,7 @@ async def test_a_key_of_another_type_is_a_miss_and_replaced(
 
 async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -> None:
     """Whoever hears the message finds the entries."""
-    accelerator = Accelerator(client, timeout_s=5)
+    accelerator = RedisCache(client, timeout_s=5)
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe("channel")
         entries = [Entry(f"key-{number}", '{"version": 1}', 1, 60) for number in range(3)]
@@ -239,7 +239,7 @@ async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -
 
 async def test_a_message_goes_out_beside_an_entry_that_is_too_old(client: RedisClient) -> None:
     """What it tells of happened, whatever stands there by now."""
-    accelerator = Accelerator(client, timeout_s=5)
+    accelerator = RedisCache(client, timeout_s=5)
     assert await accelerator.put_newer([Entry("late", '{"version": 2}', 2, 60)]) is True
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe("channel")
@@ -261,7 +261,7 @@ async def test_a_patient_client_of_the_host_is_not_waited_for(pausable: servers.
     async with redis.asyncio.Redis.from_url(pausable.url) as host:
         if connected:
             await host.ping()
-        accelerator = Accelerator(host, timeout_s=0.2)
+        accelerator = RedisCache(host, timeout_s=0.2)
         pausable.pause()
         found, seconds = await timed(accelerator.get("key"))
         pausable.resume()
@@ -284,7 +284,7 @@ async def test_a_client_of_the_hosts_own_kind_serves_as_well(redis_url: str, dec
         options = {"decode_responses": decode_responses, "connection_class": kind}
         pool = redis.asyncio.ConnectionPool.from_url(redis_url, **options)
         async with redis.asyncio.Redis(connection_pool=pool) as host:
-            accelerator = Accelerator(host, timeout_s=5)
+            accelerator = RedisCache(host, timeout_s=5)
             assert await put(accelerator, {"version": 1}, version=1, ttl_s=60) is True
             found = await accelerator.get("key")
             assert found is not None
@@ -305,7 +305,7 @@ async def test_a_crowd_shares_one_connection(redis_url: str, caplog: pytest.LogC
     pool = redis.asyncio.ConnectionPool.from_url(redis_url, max_connections=1)
     async with redis.asyncio.Redis(connection_pool=pool) as host:
         await host.set("key", "value", px=60_000)
-        accelerator = Accelerator(host, timeout_s=5)
+        accelerator = RedisCache(host, timeout_s=5)
         before = (await host.info("stats"))["total_reads_processed"]
         answers = await asyncio.gather(*(accelerator.get("key") for _ in range(1_000)))
         packets = (await host.info("stats"))["total_reads_processed"] - before
@@ -323,7 +323,7 @@ async def test_a_crowd_shares_one_connection(redis_url: str, caplog: pytest.LogC
 
 async def test_a_cancelled_reader_leaves_no_reply_to_the_next(client: RedisClient) -> None:
     """Readers of a hundred keys are cancelled at every moment; who reads next is given the value of their own key."""
-    accelerator = Accelerator(client, timeout_s=5)
+    accelerator = RedisCache(client, timeout_s=5)
     for number in range(100):
         await client.set(f"key-{number}", str(number), px=60_000)
     rng = random.Random(7)
@@ -348,9 +348,9 @@ async def test_an_outage_costs_one_timeout_per_interval(
     """After a fault Redis is left alone for a while, then tried again, and used when it is back."""
     intervals = 0
     moved = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * intervals)
-    monkeypatch.setattr(accelerator_module, "time", moved)
+    monkeypatch.setattr(redis_cache_module, "time", moved)
     async with create_redis(pausable.url, timeout_s=0.5) as client:
-        accelerator = Accelerator(client, timeout_s=0.5, pause_s=60)
+        accelerator = RedisCache(client, timeout_s=0.5, pause_s=60)
         assert await put(accelerator, {"version": 1}, version=1, ttl_s=60)
         pausable.pause()
         found, first = await timed(accelerator.get("key"))
@@ -381,7 +381,7 @@ async def test_an_outage_costs_one_timeout_per_interval(
 async def test_a_cancelled_caller_is_cancelled(pausable: servers.RedisServer) -> None:
     """A cancellation is no fault of Redis: it passes, and Redis stays in use."""
     async with create_redis(pausable.url, timeout_s=5) as client:
-        accelerator = Accelerator(client, timeout_s=5)
+        accelerator = RedisCache(client, timeout_s=5)
         await client.ping()
         pausable.pause()
         with pytest.raises(TimeoutError):

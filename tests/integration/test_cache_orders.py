@@ -13,7 +13,7 @@ import pytest
 import redis.asyncio
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
-from agent_gateway_store.storage.accelerator import Accelerator, Entry
+from agent_gateway_store.storage.redis_cache import Entry, RedisCache
 from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
@@ -26,7 +26,7 @@ LOST = "delete cache"
 MOVES = {"deny": "DENIED", "approve": "APPROVED", "cancel": "CANCELLED", "ask again": "gone"}
 
 
-class Held(Accelerator):
+class Held(RedisCache):
     """Redis as one actor has it: what it does after its transaction waits for `go_on`."""
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
@@ -96,7 +96,7 @@ class Round:
 
     def __init__(self, store: GatewayStore, client: redis.asyncio.Redis, move: str) -> None:
         self.store, self.client, self.move = store, client, move
-        self.sql = ApprovalManager.over(store.database, Accelerator(None), store.settings)
+        self.sql = ApprovalManager.over(store.database, RedisCache(None), store.settings)
         self.request = ApprovalRequest(
             request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes"
         )

@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import make_url
 
 import servers
-from agent_gateway_store.cli.faults import ExitCode, explain
+from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage import migrate
-from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.errors import translate_errors
 from commands import event_line, gateway_store, run_process
 
 pytestmark = pytest.mark.integration
@@ -78,7 +78,7 @@ def test_a_user_or_database_that_does_not_exist_is_exit_code_5(postgres_url: str
 
 def test_a_wrong_password_is_exit_code_5() -> None:
     """As the driver reports it; the servers of the tests trust everybody."""
-    with pytest.raises(StoreUnavailableError) as caught, database_errors("be read"):
+    with pytest.raises(StoreUnavailableError) as caught, translate_errors("be read"):
         raise asyncpg.InvalidPasswordError("password authentication failed for user hunter2")
 
     sentence, code = explain(caught.value)
@@ -357,12 +357,12 @@ def test_what_becomes_of_events_that_the_database_does_not_take_is_told(
 ) -> None:
     """Each line says it; the command ends with 5 if an event is gone."""
     from agent_gateway_store import WriteOutcome
-    from agent_gateway_store.audit import AuditLog
+    from agent_gateway_store.audit import AuditManager
 
     async def write(*_: object) -> WriteOutcome:
         return WriteOutcome(outcome)
 
-    monkeypatch.setattr(AuditLog, "write", write)
+    monkeypatch.setattr(AuditManager, "write", write)
 
     written = gateway_store("audit", "write", input=event_line("r1"))
 

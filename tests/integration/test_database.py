@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from agent_gateway_store import clock
-from agent_gateway_store.storage.database import Database, SessionWork, create_engine, db_now
+from agent_gateway_store.storage.database import Database, SessionTransactions, create_engine, db_now
 
 pytestmark = pytest.mark.integration
 
@@ -110,7 +110,7 @@ async def test_a_failed_body_is_rolled_back(database: Database) -> None:
 async def test_a_database_in_memory_serves_concurrent_tasks(url: str) -> None:
     """All tasks see the one database, in turn, and it stays while the engine does."""
     database = Database(create_engine(url), owned=True)
-    database.bind()
+    database.bind_to_loop()
     await write(database, "CREATE TABLE counter (n INTEGER)", "INSERT INTO counter VALUES (0)")
 
     async def add_one() -> None:
@@ -166,9 +166,9 @@ async def test_integrity_errors_pass_unchanged(database: Database) -> None:
 
 
 async def test_a_session_of_the_caller_is_committed_or_rolled_back(database: Database) -> None:
-    """`SessionWork.write` commits what its body did, or takes it back and leaves the session usable."""
+    """`SessionTransactions.write` commits what its body did, or takes it back and leaves the session usable."""
     async with database.sessions() as session:
-        work = SessionWork(session)
+        work = SessionTransactions(session)
         await write(work, "UPDATE counter SET n = 1")
         with pytest.raises(RuntimeError):
             await write(work, "UPDATE counter SET n = 2", error=RuntimeError())

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 def opened(url: str) -> Database:
     database = Database(create_engine(url), owned=True)
-    database.bind()
+    database.bind_to_loop()
     return database
 
 
@@ -32,7 +32,7 @@ async def test_a_server_that_hangs_does_not_hold_up_the_close() -> None:
                 await all_lent.wait()
 
         async def use_driver() -> None:
-            async with database.lend("read") as runner:
+            async with database.connection("read") as runner:
                 await runner.driver.fetch("SELECT 1")  # type: ignore[union-attr]
                 await all_lent.wait()
 
@@ -54,7 +54,7 @@ async def test_what_is_lent_at_the_close_is_closed_when_it_comes_back(
     lent, closed = asyncio.Event(), asyncio.Event()
 
     async def use() -> object:
-        async with database.lend("read") as runner:
+        async with database.connection("read") as runner:
             lent.set()
             await closed.wait()
             driver = runner.driver  # type: ignore[union-attr]

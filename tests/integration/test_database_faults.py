@@ -30,7 +30,7 @@ url = database_helpers.url
 async def failing(url: str, *statements: str) -> BaseException:
     """The error that `statements` end in, and check that it is one sentence without a password."""
     database = Database(create_engine(url), owned=True)
-    database.bind()
+    database.bind_to_loop()
     with pytest.raises(errors.GatewayStoreError) as caught:
         await write(database, *(statements or ["SELECT 1"]))
     await database.close()
@@ -90,13 +90,13 @@ async def test_a_lent_connection_that_is_not_answered_in_time_is_an_outage(
     """Who waits for a lock, or for a connection, is told that the store is unavailable, and nothing else."""
     monkeypatch.setattr(database_module, "_COMMAND_TIMEOUT_S", 0.3)
     database = Database(create_engine(postgres_database()), owned=True)
-    database.bind()
+    database.bind_to_loop()
     async with database.write() as connection:
         await connection.execute(text("CREATE TABLE counter (n INTEGER)"))
     statement = "SELECT pg_sleep(5)" if busy.startswith("every") else "SELECT n FROM counter"
 
     async def use() -> None:
-        async with database.lend("read") as runner:
+        async with database.connection("read") as runner:
             await runner.driver.fetch(statement)  # type: ignore[union-attr]
 
     async with database.write() as holder:
@@ -134,7 +134,7 @@ async def test_faults_of_a_sqlite_file_are_named(tmp_path: Path) -> None:
 async def test_a_locked_file_is_named(locked: str) -> None:
     """After the busy timeout, here a short one, the sentence says that another process holds the file."""
     database = Database(create_engine(locked), owned=True)
-    database.bind()
+    database.bind_to_loop()
     async with database.read() as connection:
         await connection.exec_driver_sql("PRAGMA busy_timeout=50")
     with pytest.raises(errors.StoreUnavailableError, match="locked by another process"):
@@ -146,7 +146,7 @@ async def test_a_killed_server_surfaces_only_as_unavailable() -> None:
     """In a query, in a transaction, idle in the pool or connecting: always our error; it is back when the server is."""
     with servers.PostgresServer() as server:
         database = Database(create_engine(server.url), owned=True)
-        database.bind()
+        database.bind_to_loop()
         inside = asyncio.Event()
 
         async def use(statement: str, *, wait: bool = False) -> Any:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 def opened(url: str) -> Database:
     database = Database(create_engine(url), owned=True)
-    database.bind()
+    database.bind_to_loop()
     return database
 
 
@@ -32,7 +32,7 @@ async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Call
         await connection.execute(text("CREATE TABLE t (n INTEGER)"))
     user = opened(url.set(username=role, password="secret").render_as_string(hide_password=False))
     with pytest.raises(errors.StoreUnavailableError, match="may not do this: grant it the rights"):
-        async with user.lend("one") as runner:
+        async with user.connection("autocommit") as runner:
             await runner.driver.execute("INSERT INTO t VALUES (1)")  # type: ignore[union-attr]
     await user.close()
     async with admin.write() as connection:

@@ -113,16 +113,16 @@ from agent_gateway_store.storage.database import Database, create_engine
 
 async def main():
     database = Database(create_engine("sqlite:///test.db"), owned=True)
-    database.bind()
-    database.check_home()
+    database.bind_to_loop()
+    database.check_owner()
     if (child := os.fork()) == 0:
         try:
-            database.check_home()
+            database.check_owner()
         except StoreNotOpenError as exc:
             os._exit(42 if "another process" in str(exc) else 1)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    database.check_home()
+    database.check_owner()
     await database.close()
     sys.exit(status)
 
@@ -137,8 +137,8 @@ async def test_another_loop_and_a_closed_store_are_told_so(tmp_path: Path) -> No
     """Each loop opens its own; before `bind` and after `close` nothing works."""
     database = Database(create_engine(f"sqlite:///{tmp_path}/test.db"), owned=True)
     with pytest.raises(errors.StoreNotOpenError, match="not open"):
-        database.check_home()
-    database.bind()
+        database.check_owner()
+    database.bind_to_loop()
 
     await write(database)
     with pytest.raises(errors.StoreNotOpenError, match="another event loop"):

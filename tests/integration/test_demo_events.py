@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from agent_gateway_store import AuditEvent, SyncGatewayStore
-from agent_gateway_store.cli.demo_history import DAYS, Call, history
-from agent_gateway_store.cli.demo_incidents import SLOW
-from agent_gateway_store.cli.demo_world import TROUBLEMAKER
+from agent_gateway_store.demo.history import DAYS, Call, history
+from agent_gateway_store.demo.incidents import SLOW
+from agent_gateway_store.demo.world import TROUBLEMAKER
 from commands import gateway_store
 
 pytestmark = pytest.mark.integration

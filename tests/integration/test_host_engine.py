@@ -30,12 +30,12 @@ async def test_the_size_of_its_pool_limits_the_drivers_connections_too(
     """A host that gives the store three connections does not find twenty in use."""
     engine = create_async_engine(postgres_database(), **limits)
     database = Database(engine, owned=False)
-    database.bind()
+    database.bind_to_loop()
     in_use: set[object] = set()
     seen: list[int] = []
 
     async def use() -> None:
-        async with database.lend("read") as runner:
+        async with database.connection("read") as runner:
             in_use.add(runner)
             seen.append(len(in_use))
             await runner.driver.fetch("SELECT pg_sleep(0.02)")  # type: ignore[union-attr]

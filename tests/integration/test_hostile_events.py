@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
-from agent_gateway_store.audit.row import REUSED_LABEL, event_record, key_of, record_of
+from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, from_values, key_of
 from builders import make_event
 from proofs.harness import (
     WatchedSink,
@@ -58,14 +58,14 @@ async def test_every_hostile_event_is_stored_as_scrubbed(url: str, count: int) -
             singles = Counter(await asyncio.gather(*map(store.audit.write, events[:half])))
             assert singles + await store.audit.write_many(events[half:]) == {STORED: len(events)}
 
-            sent = {key_of(record): record for record in map(event_record, events)}
+            sent = {key_of(record): record for record in map(encode_event, events)}
             table = AuditEvent.__table__  # type: ignore[attr-defined]
             newest = select(table).order_by(table.c.id.desc()).limit(len(events))
             async with store.database.read() as connection:
                 rows = (await connection.execute(newest)).mappings().all()
             for row in rows:
                 read = AuditEvent.from_row(row)
-                assert record_of(row) == sent.pop((read.request_id, read.org_id))
+                assert from_values(row) == sent.pop((read.request_id, read.org_id))
                 assert read.content_hash == rehash(read)
                 flagged += any(flag.reason == "UNSTORABLE" for flag in read.redaction_flags)
             assert not sent
@@ -90,7 +90,7 @@ async def test_every_hostile_event_survives_the_spool(url: str) -> None:
         async with store.database.read() as connection:
             rows = (await connection.execute(select(table))).mappings().all()
 
-    assert sorted(map(record_of, rows), key=key_of) == sorted(map(event_record, events), key=key_of)
+    assert sorted(map(from_values, rows), key=key_of) == sorted(map(encode_event, events), key=key_of)
     assert len(found) == 300
 
 

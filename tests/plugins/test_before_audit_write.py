@@ -16,7 +16,7 @@ from audit_helpers import SHORT_S, Editor, open_with
 
 from agent_gateway_store import AuditEvent, RedactionFlag, WriteOutcome
 from agent_gateway_store.audit.preparing import Preparing
-from agent_gateway_store.audit.row import Record, event_record
+from agent_gateway_store.audit.record import EncodedRow, encode_event
 from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.hooks.lanes import Answer, Lanes
 from agent_gateway_store.hooks.loading import LOAD_VARIABLE
@@ -247,9 +247,9 @@ async def test_whenever_an_event_comes_the_plugin_sees_it() -> None:
 
     editor = Editor("redactor", redact)
     preparing = Preparing(lambda: Plugins([editor], environ={LOAD_VARIABLE: ""}), SwiftLanes(5))
-    record = event_record(make_event(sanitized_args={"path": SECRET}))
+    record = encode_event(make_event(sanitized_args={"path": SECRET}))
 
-    async def come(turn: int) -> list[Record]:
+    async def come(turn: int) -> list[EncodedRow]:
         for _ in range(turn):
             await asyncio.sleep(0)
         return await preparing.prepare([record])

@@ -17,7 +17,7 @@ install = plugin_helpers.install
 TICKETS = """
     import typer
     from agent_gateway_store import hookimpl
-    from agent_gateway_store.cli.running import open_store, run
+    from agent_gateway_store.cli.context import open_store, run
 
     @hookimpl
     def gateway_store_register_commands(app):

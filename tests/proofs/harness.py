@@ -22,8 +22,8 @@ from sqlalchemy import select
 
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
-from agent_gateway_store.audit.row import Record
-from agent_gateway_store.audit.sinks import Settled, Sink
+from agent_gateway_store.audit.backends import RowResult, Sink
+from agent_gateway_store.audit.record import EncodedRow
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 
@@ -153,7 +153,7 @@ class WatchedSink:
         writer._sink = watched = cls(writer._sink)
         return watched
 
-    async def store(self, rows: Sequence[Record]) -> list[Settled]:
+    async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         self.batches.append(len(rows))
         await self.gate.wait()
         if self.fault == "away":

@@ -13,7 +13,7 @@ import pytest
 
 from agent_gateway_store import sync
 from agent_gateway_store.approval import ApprovalManager
-from agent_gateway_store.audit import AuditLog
+from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.store import GatewayStore
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 PAIRS = [
-    (AuditLog, sync.SyncAuditLog),
+    (AuditManager, sync.SyncAuditManager),
     (ApprovalManager, sync.SyncApprovalManager),
     (KeyManager, sync.SyncKeyManager),
     (GatewayStore, sync.SyncGatewayStore),

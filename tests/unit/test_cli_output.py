@@ -11,9 +11,9 @@ import pytest
 import typer
 
 from agent_gateway_store import Page, StoreSettings, TrustLevel, errors
-from agent_gateway_store.cli.faults import CommandError, ExitCode, explain
+from agent_gateway_store.cli.context import choose, duration, sqlite_file
+from agent_gateway_store.cli.errors import CommandError, ExitCode, explain
 from agent_gateway_store.cli.output import print_fields, print_page, say, tidy, to_json
-from agent_gateway_store.cli.running import choose, duration, sqlite_file
 
 pytestmark = pytest.mark.unit
 

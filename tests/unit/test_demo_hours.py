@@ -9,9 +9,9 @@ from statistics import median
 import pytest
 
 from agent_gateway_store import AuditEvent
-from agent_gateway_store.cli.demo_history import history
-from agent_gateway_store.cli.demo_incidents import PROBED, SLOW, Incident
-from agent_gateway_store.cli.demo_world import TROUBLEMAKER
+from agent_gateway_store.demo.history import history
+from agent_gateway_store.demo.incidents import PROBED, SLOW, Incident
+from agent_gateway_store.demo.world import TROUBLEMAKER
 
 pytestmark = pytest.mark.unit
 

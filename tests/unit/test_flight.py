@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import pytest
 
-from agent_gateway_store.storage import flight
-from agent_gateway_store.storage.flight import NextFlight
+from agent_gateway_store import _concurrency
+from agent_gateway_store._concurrency import NextFlight
 
 pytestmark = pytest.mark.unit
 
@@ -100,7 +100,7 @@ async def test_work_that_hangs_does_not_hold_up_what_comes_after_it(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who came while it hung goes on alone after a while."""
-    monkeypatch.setattr(flight, "_PATIENCE_S", 0.02)
+    monkeypatch.setattr(_concurrency, "_PATIENCE_S", 0.02)
     flights: NextFlight[int] = NextFlight()
     source.gate = asyncio.Event()
     hung = asyncio.ensure_future(flights.run("key", source.work))

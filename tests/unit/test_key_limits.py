@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.keys.lru import Lru
-from agent_gateway_store.storage.flight import SingleFlight
 
 
 def test_what_was_longest_not_asked_for_goes_first() -> None:

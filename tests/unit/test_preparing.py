@@ -9,7 +9,7 @@ import pytest
 
 from agent_gateway_store import AuditEvent, hookimpl
 from agent_gateway_store.audit.preparing import Preparing
-from agent_gateway_store.audit.row import Record, event_record, values_of
+from agent_gateway_store.audit.record import EncodedRow, encode_event, to_values
 from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.hooks.lanes import Answer, Lanes
 from agent_gateway_store.hooks.loading import LOAD_VARIABLE
@@ -39,17 +39,17 @@ def make_preparing() -> Preparing:
     return Preparing(lambda: Plugins([Editor()], environ={LOAD_VARIABLE: ""}), SwiftLanes(5))
 
 
-async def come(preparing: Preparing, turn: int) -> list[Record]:
+async def come(preparing: Preparing, turn: int) -> list[EncodedRow]:
     for _ in range(turn):
         await asyncio.sleep(0)
-    return await preparing.prepare([event_record(make_event(sanitized_args=GIVEN))])
+    return await preparing.prepare([encode_event(make_event(sanitized_args=GIVEN))])
 
 
 @pytest.mark.parametrize("is_first", [True, False])
 async def test_the_last_event_needs_none_behind_it(is_first: bool) -> None:
     """It comes on any turn of the event loop after the one before it, also on that on which the plugin is done."""
 
-    async def pair(late: int) -> list[list[Record]]:
+    async def pair(late: int) -> list[list[EncodedRow]]:
         preparing = make_preparing()
         turns = (0, late) if is_first else (late, 0)
         return await asyncio.gather(*(come(preparing, turn) for turn in turns))
@@ -57,7 +57,7 @@ async def test_the_last_event_needs_none_behind_it(is_first: bool) -> None:
     async with asyncio.timeout(10):
         pairs = await asyncio.gather(*map(pair, range(40)))
 
-    assert all(values_of(record)["sanitized_args"] == CHANGED for both in pairs for (record,) in both)
+    assert all(to_values(record)["sanitized_args"] == CHANGED for both in pairs for (record,) in both)
 
 
 @pytest.mark.parametrize("turn", range(12))
@@ -72,4 +72,4 @@ async def test_an_event_whose_call_is_cancelled_is_withheld(turn: int) -> None:
         task.cancel()
     (record,) = await asyncio.wait_for(writing, 10)
 
-    assert values_of(record)["sanitized_args"] in (CHANGED, WITHHELD)
+    assert to_values(record)["sanitized_args"] in (CHANGED, WITHHELD)

@@ -10,8 +10,8 @@ from agent_gateway_store.approval.rows import Name, request_of, standing
 from agent_gateway_store.approval.statements import APPROVE, APPROVE_LAST, COUNT_APPROVALS, TAKE, VOTE, Key
 from agent_gateway_store.models.approval import VoteDecision
 from agent_gateway_store.models.scrub import Scrubber, storable_key
-from agent_gateway_store.storage.database import Runner
-from agent_gateway_store.storage.prepared import Prepared
+from agent_gateway_store.storage.database import AnyConnection
+from agent_gateway_store.storage.statements import Statement
 
 __all__ = ["Ballot", "approve", "end"]
 
@@ -42,7 +42,7 @@ class Ballot:
         }
 
 
-async def approve(runner: Runner, name: Name, ballot: Ballot, *, allow_self: bool) -> Mapping[str, Any]:
+async def approve(connection: AnyConnection, name: Name, ballot: Ballot, *, allow_self: bool) -> Mapping[str, Any]:
     """Cast a vote to approve, and approve where it is the last one needed; does not commit.
 
     Returns:
@@ -52,29 +52,31 @@ async def approve(runner: Runner, name: Name, ballot: Ballot, *, allow_self: boo
         ApprovalError: As `ApprovalManager.approve` says; what was written must be rolled back.
     """
     values = name.values | ballot.values | {"p_allow_self": allow_self}
-    row = await APPROVE[name.by].first(runner, values)
+    row = await APPROVE[name.by].first(connection, values)
     if row is not None:
-        await _vote(runner, row, ballot)
+        await _vote(connection, row, ballot)
         return row
     # Taking the row first makes voters wait for each other; each then counts what is really there.
-    row = await TAKE[name.by].first(runner, values)
+    row = await TAKE[name.by].first(connection, values)
     if row is None:
-        raise await _refused(runner, name, ballot, allow_self=allow_self)
-    await _vote(runner, row, ballot)
-    counted = await COUNT_APPROVALS.first(runner, {"p_approval_id": row["approval_id"]})
+        raise await _refused(connection, name, ballot, allow_self=allow_self)
+    await _vote(connection, row, ballot)
+    counted = await COUNT_APPROVALS.first(connection, {"p_approval_id": row["approval_id"]})
     if counted is not None and counted["approvals"] < row["required_approvals"]:
         return row
-    decided = await APPROVE_LAST[name.by].first(runner, values)
+    decided = await APPROVE_LAST[name.by].first(connection, values)
     if decided is None:
-        raise await _refused(runner, name, ballot, allow_self=allow_self)
+        raise await _refused(connection, name, ballot, allow_self=allow_self)
     return decided
 
 
-async def end(runner: Runner, name: Name, ballot: Ballot, moves: Mapping[Key, Prepared]) -> Mapping[str, Any]:
+async def end(
+    connection: AnyConnection, name: Name, ballot: Ballot, moves: Mapping[Key, Statement]
+) -> Mapping[str, Any]:
     """Deny or cancel by this one voice; does not commit. Returns the row.
 
     Args:
-        runner: In a transaction.
+        connection: In a transaction.
         name: Which approval.
         ballot: Who says so.
         moves: `DENY` or `CANCEL`.
@@ -82,21 +84,21 @@ async def end(runner: Runner, name: Name, ballot: Ballot, moves: Mapping[Key, Pr
     Raises:
         ApprovalError: As `ApprovalManager.deny` says; what was written must be rolled back.
     """
-    row = await moves[name.by].first(runner, name.values | ballot.values)
+    row = await moves[name.by].first(connection, name.values | ballot.values)
     if row is None:
-        raise await _refused(runner, name, ballot, allow_self=True)
-    await _vote(runner, row, ballot)
+        raise await _refused(connection, name, ballot, allow_self=True)
+    await _vote(connection, row, ballot)
     return row
 
 
-async def _vote(runner: Runner, row: Mapping[str, Any], ballot: Ballot) -> None:
+async def _vote(connection: AnyConnection, row: Mapping[str, Any], ballot: Ballot) -> None:
     values = ballot.values | {"p_approval_id": row["approval_id"], "p_org_id": row["org_id"]}
-    is_first = await VOTE.first(runner, values) is not None
+    is_first = await VOTE.first(connection, values) is not None
     if not is_first and ballot.says is not VoteDecision.CANCELLED:
         raise refusals.already_voted(request_of(row).approval_id, ballot.approver_id)
 
 
-async def _refused(runner: Runner, name: Name, ballot: Ballot, *, allow_self: bool) -> Exception:
+async def _refused(connection: AnyConnection, name: Name, ballot: Ballot, *, allow_self: bool) -> Exception:
     return refusals.cannot_decide(
-        await standing(runner, name), approver_id=ballot.approver_id, self_refused=not allow_self
+        await standing(connection, name), approver_id=ballot.approver_id, self_refused=not allow_self
     )

@@ -19,7 +19,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.canonical import is_text
 from agent_gateway_store.models.columns import token_digest
 from agent_gateway_store.models.values import Value
-from agent_gateway_store.storage.accelerator import Accelerator, Entry
+from agent_gateway_store.storage.redis_cache import Entry, RedisCache
 
 __all__ = ["Entries"]
 
@@ -48,7 +48,7 @@ class Entries:
         trust_s: How long a status that can still change is trusted, in seconds.
     """
 
-    def __init__(self, redis: Accelerator, *, trust_s: float) -> None:
+    def __init__(self, redis: RedisCache, *, trust_s: float) -> None:
         self._redis = redis
         self._trust_s = trust_s
 

@@ -16,7 +16,7 @@ from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.models.values import ToolCall
-from agent_gateway_store.storage.database import Runner
+from agent_gateway_store.storage.database import AnyConnection
 
 __all__ = ["Asked", "already_issued", "insert_or_rebind", "issue_values"]
 
@@ -75,7 +75,7 @@ def _hash(request: ApprovalRequest, call: ToolCall | None, hash_key: str | None)
     return hash_tool_call(call or request.tool_call, key=hash_key)
 
 
-async def insert_or_rebind(runner: Runner, values: dict[str, Any], outbox: Outbox) -> Asked | None:
+async def insert_or_rebind(connection: AnyConnection, values: dict[str, Any], outbox: Outbox) -> Asked | None:
     """Insert the row and those of its notice, or give the pending approval of the same call the new token.
 
     Returns:
@@ -85,11 +85,11 @@ async def insert_or_rebind(runner: Runner, values: dict[str, Any], outbox: Outbo
     Raises:
         ApprovalError: The token belongs to the approval of another call.
     """
-    row, mine = await insert_and_tell(runner, values, outbox)
+    row, mine = await insert_and_tell(connection, values, outbox)
     if row is not None:
         return row, True, mine
     try:
-        row = await REBIND.first(runner, values)
+        row = await REBIND.first(connection, values)
     except IntegrityError:
         raise already_issued(values) from None
     return None if row is None else (row, False, {})

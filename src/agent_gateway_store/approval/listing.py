@@ -11,8 +11,8 @@ from agent_gateway_store.approval.rows import request_of
 from agent_gateway_store.approval.transitions import expire, overdue, read, requests
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.database import Executor
-from agent_gateway_store.storage.keyset import decode_cursor, encode_cursor
+from agent_gateway_store.storage.database import SqlConnection
+from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor
 
 __all__ = ["COLUMNS", "page", "sweep"]
 
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 async def page(
-    executor: Executor,
+    connection: SqlConnection,
     *conditions: ColumnElement[bool],
     scope: bytes,
     limit: int,
@@ -45,14 +45,14 @@ async def page(
         statement = statement.where(
             tuple_(requests.c.created_at, requests.c.id) < tuple_(*decode_cursor(scope, cursor))
         )
-    rows = (await executor.execute(statement)).mappings().all()
+    rows = (await connection.execute(statement)).mappings().all()
     found = [request_of(row) for row in rows[:limit]]
     following = encode_cursor(scope, found[-1].created_at, found[-1].id or 0) if len(rows) > limit else None
     return Page(found, next_cursor=following, columns=COLUMNS, record_type=ApprovalRequest)
 
 
 async def sweep(
-    executor: Executor, *conditions: ColumnElement[bool], batch_size: int
+    connection: SqlConnection, *conditions: ColumnElement[bool], batch_size: int
 ) -> tuple[list[Mapping[str, Any]], bool]:
     """Write EXPIRED to one batch of what is overdue; does not commit.
 
@@ -68,6 +68,6 @@ async def sweep(
         .limit(batch_size)
         .with_for_update(skip_locked=True)
     )
-    ids = (await executor.execute(batch)).scalars().all()
-    rows = (await executor.execute(expire(requests.c.id.in_(ids)))).mappings().all() if ids else []
+    ids = (await connection.execute(batch)).scalars().all()
+    rows = (await connection.execute(expire(requests.c.id.in_(ids)))).mappings().all() if ids else []
     return [dict(row) for row in rows], len(ids) == batch_size

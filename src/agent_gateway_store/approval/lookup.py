@@ -16,7 +16,7 @@ from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.bounds import require_between
-from agent_gateway_store.storage.database import Work, dialect_of
+from agent_gateway_store.storage.database import Transactions, dialect_of
 
 __all__ = ["ApprovalLookup"]
 
@@ -24,7 +24,7 @@ __all__ = ["ApprovalLookup"]
 class ApprovalLookup:
     """Finds approvals and tells their story."""
 
-    _work: Work
+    _transactions: Transactions
     _org_id: str | None
 
     async def list_requests(
@@ -61,9 +61,9 @@ class ApprovalLookup:
             ValueError: There is no such status or time, or `limit` is out of range.
         """
         require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
-        async with self._work.read() as executor:
-            found, scope = narrowed(filters, dialect_of(executor), self._org_id)
-            return await listing.page(executor, *self._mine(), *found, scope=scope, limit=limit, cursor=cursor)
+        async with self._transactions.read() as connection:
+            found, scope = narrowed(filters, dialect_of(connection), self._org_id)
+            return await listing.page(connection, *self._mine(), *found, scope=scope, limit=limit, cursor=cursor)
 
     async def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
         """Return what happened to an approval, in the order of time.
@@ -78,11 +78,11 @@ class ApprovalLookup:
             name = Name(None, approval_id if isinstance(approval_id, UUID) else UUID(approval_id), self._org_id)
         except (ValueError, AttributeError, TypeError):
             raise ApprovalNotFoundError from None
-        async with self._work.read() as executor:
-            found = await standing(executor, name)
+        async with self._transactions.read() as connection:
+            found = await standing(connection, name)
             if found is None:
                 raise ApprovalNotFoundError
-            return await history(executor, found)
+            return await history(connection, found)
 
     def _mine(self) -> tuple[ColumnElement[bool], ...]:
         return () if self._org_id is None else (requests.c.org_id == self._org_id,)

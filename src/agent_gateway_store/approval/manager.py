@@ -29,13 +29,13 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult,
 from agent_gateway_store.models.scrub import Scrubber, storable_key
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.accelerator import Accelerator
 from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import Database, Runner, SessionWork, Work
-from agent_gateway_store.storage.narrowing import number
-from agent_gateway_store.storage.prepared import Prepared
-from agent_gateway_store.storage.signals import Signals
+from agent_gateway_store.storage.database import AnyConnection, Database, SessionTransactions, Transactions
+from agent_gateway_store.storage.filters import number
+from agent_gateway_store.storage.pubsub import PubSub
+from agent_gateway_store.storage.redis_cache import RedisCache
+from agent_gateway_store.storage.statements import Statement
 
 __all__ = ["COLUMNS", "ApprovalManager"]
 
@@ -69,49 +69,49 @@ class ApprovalManager(ApprovalLookup):
         notifiers: Iterable[str] = (),
     ) -> None:
         settings = settings or StoreSettings()
-        accelerator = Accelerator(redis, timeout_s=settings.redis_timeout_seconds)
-        self._set(SessionWork(session), accelerator, settings, org_id, Later(notifiers))
+        accelerator = RedisCache(redis, timeout_s=settings.redis_timeout_seconds)
+        self._set(SessionTransactions(session), accelerator, settings, org_id, Later(notifiers))
 
     @classmethod
     def over(
         cls,
         database: Database,
-        redis: Accelerator,
+        redis: RedisCache,
         settings: StoreSettings,
         *,
         org_id: str | None = None,
         outbox: Outbox | None = None,
-        signals: Signals | None = None,
+        pubsub: PubSub | None = None,
         vetoes: Vetoes | None = None,
         shared: Shared | None = None,
     ) -> Self:
         """Return a manager that opens its own transactions.
 
-        Notices go through `outbox`; waiters everywhere hear of a decision by `signals`; before a vote
+        Notices go through `outbox`; waiters everywhere hear of a decision by `pubsub`; before a vote
         or a denial `vetoes` are asked. `shared` is what the views of one store have in common.
         """
         manager = cls.__new__(cls)
-        shared = shared or Shared(signals, trust_s=settings.approval_cache_seconds)
+        shared = shared or Shared(pubsub, trust_s=settings.approval_cache_seconds)
         manager._set(database, redis, settings, org_id, outbox or Later(()), shared)
         manager._vetoes = vetoes
         # Redis would answer where the store is not open, too.
-        manager._check_home = database.check_home
+        manager._check_owner = database.check_owner
         return manager
 
     def _set(
         self,
-        work: Work,
-        redis: Accelerator,
+        transactions: Transactions,
+        redis: RedisCache,
         settings: StoreSettings,
         org_id: str | None,
         outbox: Outbox,
         shared: Shared | None = None,
     ) -> None:
         self._shared = shared or Shared(None, trust_s=settings.approval_cache_seconds)
-        self._signals = self._shared.signals
-        self._work, self._settings, self._org_id, self._outbox = work, settings, org_id, outbox
+        self._pubsub = self._shared.pubsub
+        self._transactions, self._settings, self._org_id, self._outbox = transactions, settings, org_id, outbox
         self._entries = Entries(redis, trust_s=settings.approval_cache_seconds)
-        self._check_home: Callable[[], None] = lambda: None
+        self._check_owner: Callable[[], None] = lambda: None
         self._vetoes: Vetoes | None = None
 
     @property
@@ -148,13 +148,13 @@ class ApprovalManager(ApprovalLookup):
 
     async def _ask(self, values: dict[str, Any]) -> Asked:
         for _ in range(_TRIES):
-            async with self._work.lend("one") as runner:
-                asked = await insert_or_rebind(runner, values, self._outbox)
+            async with self._transactions.connection("autocommit") as connection:
+                asked = await insert_or_rebind(connection, values, self._outbox)
             if asked is not None:
                 return asked
-            async with self._work.lend("several") as runner:
-                rows = await EXPIRE_SAME_CALL.rows(runner, values)
-                mine = await self._record(runner, *rows)
+            async with self._transactions.connection("transaction") as connection:
+                rows = await EXPIRE_SAME_CALL.rows(connection, values)
+                mine = await self._record(connection, *rows)
             for row in rows:
                 await self._decided(row, None, mine)
         raise already_issued(values)
@@ -172,7 +172,7 @@ class ApprovalManager(ApprovalLookup):
             StoreUnavailableError: Neither Redis nor the database answers.
         """
         _require_text(token)
-        self._check_home()
+        self._check_owner()
         if not fresh and (known := await self._entries.get(token, org_id=self._org_id)) is not None:
             return known
         if fresh:
@@ -189,8 +189,8 @@ class ApprovalManager(ApprovalLookup):
 
     async def _row(self, token: str) -> Mapping[str, Any] | None:
         name = Name(token, None, self._org_id)
-        async with self._work.lend("read") as runner:
-            return await READ[name.by].first(runner, name.values)
+        async with self._transactions.connection("read") as connection:
+            return await READ[name.by].first(connection, name.values)
 
     async def approve(
         self,
@@ -220,10 +220,10 @@ class ApprovalManager(ApprovalLookup):
         """
         name = self._name(token, approval_id)
         ballot = Ballot(approver_id, note, channel, VoteDecision.APPROVED)
-        await require_no_veto(self._vetoes, self._work, name, ballot)
-        async with self._work.lend("several") as runner:
-            row = await deciding.approve(runner, name, ballot, allow_self=self._settings.allow_self_approval)
-            mine = await self._record(runner, row)
+        await require_no_veto(self._vetoes, self._transactions, name, ballot)
+        async with self._transactions.connection("transaction") as connection:
+            row = await deciding.approve(connection, name, ballot, allow_self=self._settings.allow_self_approval)
+            mine = await self._record(connection, row)
         return await self._decided(row, token, mine)
 
     async def deny(
@@ -238,7 +238,7 @@ class ApprovalManager(ApprovalLookup):
         """Deny, once; one denial is enough. Arguments and errors as for `approve`."""
         name = self._name(token, approval_id)
         ballot = Ballot(approver_id, note, channel, VoteDecision.DENIED)
-        await require_no_veto(self._vetoes, self._work, name, ballot)
+        await require_no_veto(self._vetoes, self._transactions, name, ballot)
         return await self._end(DENY, name, ballot, token)
 
     async def cancel(
@@ -258,11 +258,11 @@ class ApprovalManager(ApprovalLookup):
         return await self._end(CANCEL, self._name(token, approval_id), ballot, token)
 
     async def _end(
-        self, moves: Mapping[Key, Prepared], name: Name, ballot: Ballot, token: str | None
+        self, moves: Mapping[Key, Statement], name: Name, ballot: Ballot, token: str | None
     ) -> ApprovalResult:
-        async with self._work.lend("several") as runner:
-            row = await deciding.end(runner, name, ballot, moves)
-            mine = await self._record(runner, row)
+        async with self._transactions.connection("transaction") as connection:
+            row = await deciding.end(connection, name, ballot, moves)
+            mine = await self._record(connection, row)
         return await self._decided(row, token, mine)
 
     async def consume_token(
@@ -285,9 +285,9 @@ class ApprovalManager(ApprovalLookup):
         _require_text(token)
         call = tool_call if isinstance(tool_call, ToolCall) else ToolCall.model_validate(tool_call)
         caller, digest = storable_key(caller_id), hash_tool_call(call, key=self._hash_key)
-        async with self._work.lend("one") as runner:
+        async with self._transactions.connection("autocommit") as connection:
             name = Name(token, None, self._org_id)
-            row = await using.consume(runner, name, caller_id=caller, tool_call_hash=digest)
+            row = await using.consume(connection, name, caller_id=caller, tool_call_hash=digest)
         return result_of(await self._remember(row, token), token)
 
     async def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
@@ -300,8 +300,8 @@ class ApprovalManager(ApprovalLookup):
         """
         _require_text(token)
         text = Scrubber().text("outcome", outcome)
-        async with self._work.lend("one") as runner:
-            row = await using.record(runner, Name(token, None, self._org_id), text)
+        async with self._transactions.connection("autocommit") as connection:
+            row = await using.record(connection, Name(token, None, self._org_id), text)
         return result_of(await self._remember(row, token), token)
 
     async def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
@@ -321,7 +321,7 @@ class ApprovalManager(ApprovalLookup):
             TypeError, ValueError: `timeout_s` is no number.
         """
         _require_text(token)
-        self._check_home()
+        self._check_owner()
         return await self._shared.waiting.until_decided(
             self._org_id, token, lambda: self._read(token), timeout_s=number("timeout_s", timeout_s)
         )
@@ -340,8 +340,8 @@ class ApprovalManager(ApprovalLookup):
             ApprovalNotFoundError: There is none.
         """
         name = self._name(None, approval_id)
-        async with self._work.lend("read") as runner:
-            found = await standing(runner, name)
+        async with self._transactions.connection("read") as connection:
+            found = await standing(connection, name)
         if found is None:
             raise ApprovalNotFoundError
         return found
@@ -360,9 +360,9 @@ class ApprovalManager(ApprovalLookup):
         require_between("batch_size", batch_size, 1, _LARGEST_BATCH, hint="every batch is swept until none is left")
         swept, is_more = 0, True
         while is_more:
-            async with self._work.write() as executor:
-                rows, is_more = await listing.sweep(executor, *self._mine(), batch_size=batch_size)
-                mine = await self._record(executor, *rows)
+            async with self._transactions.write() as connection:
+                rows, is_more = await listing.sweep(connection, *self._mine(), batch_size=batch_size)
+                mine = await self._record(connection, *rows)
             for row in rows:
                 await self._decided(row, None, mine)
             swept += len(rows)
@@ -379,13 +379,13 @@ class ApprovalManager(ApprovalLookup):
         except (ValueError, AttributeError, TypeError):
             raise ApprovalNotFoundError from None
 
-    async def _record(self, runner: Runner, *rows: Mapping[str, Any]) -> dict[UUID, dict[str, UUID]]:
+    async def _record(self, connection: AnyConnection, *rows: Mapping[str, Any]) -> dict[UUID, dict[str, UUID]]:
         """Write what others learn of these decisions; returns the deliveries kept for this process, by approval."""
-        if self._signals is not None:
+        if self._pubsub is not None:
             for row in rows:
-                await self._signals.announce(runner, str(row["approval_id"]))
+                await self._pubsub.announce(connection, str(row["approval_id"]))
         notices = [notice_of(request_of(row), "decision") for row in rows if row["status"] is not _PENDING]
-        mine = await record(runner, notices, self._outbox)
+        mine = await record(connection, notices, self._outbox)
         return {notice.approval_id: each for notice, each in zip(notices, mine, strict=True)}
 
     async def _decided(
@@ -393,13 +393,13 @@ class ApprovalManager(ApprovalLookup):
     ) -> ApprovalResult:
         known = token or await self._entries.token_of(row["approval_id"])
         request = request_of(row)
-        if request.status is _PENDING or self._signals is None:
+        if request.status is _PENDING or self._pubsub is None:
             await self._keep(row, request, known)
         else:
             key = str(request.approval_id)
             news = news_of(request, token_sha256=row["token_sha256"], read_at=row["read_at"])
-            await self._keep(row, request, known, message=self._signals.message(key, news))
-            self._signals.wake(key, news)
+            await self._keep(row, request, known, message=self._pubsub.message(key, news))
+            self._pubsub.wake(key, news)
         if request.status is not _PENDING:
             self._outbox.send(notice_of(request, "decision"), mine.get(request.approval_id, {}))
         return result_of(request, token)

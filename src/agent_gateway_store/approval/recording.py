@@ -26,13 +26,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from agent_gateway_store.approval.statements import INSERT, insert_request
-from agent_gateway_store.approval.transitions import returned
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
-from agent_gateway_store.storage.database import Runner, dialect_of
-from agent_gateway_store.storage.db_clock import prepared_now
-from agent_gateway_store.storage.planning import unindexed
-from agent_gateway_store.storage.prepared import Prepared
+from agent_gateway_store.storage.database import AnyConnection, dialect_of
+from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.statements import Statement, unindexed
 
 __all__ = ["Later", "Outbox", "insert_and_tell", "record"]
 
@@ -103,14 +101,14 @@ def _insert_and_tell(dialect: str) -> Any:
         bindparam("p_notice", type_=JSONB()).op("||")(facts),
         literal_column("'DUE'"),
         case((lease_s.is_(None), literal_column("0")), else_=literal_column("1")),
-        case((lease_s.is_(None), prepared_now()), else_=prepared_now(plus="p_lease_s")),
-        prepared_now(),
+        case((lease_s.is_(None), db_now()), else_=db_now(plus="p_lease_s")),
+        db_now(),
     ).select_from(new.join(told, true()))
     writing = insert(deliveries).from_select(_COLUMNS, rows).cte("writing")
     return select(*new.c).add_cte(writing)
 
 
-_INSERT_AND_TELL = Prepared(_insert_and_tell, returned(prepared_now))
+_INSERT_AND_TELL = Statement(_insert_and_tell)
 
 
 def _sources(dialect: str) -> tuple[Any, dict[str, Any]]:
@@ -175,23 +173,23 @@ def _record(dialect: str) -> Any:
     values |= {
         "status": literal_column("'DUE'"),
         "attempts": case((is_mine, literal_column("1")), else_=literal_column("0")),
-        "next_attempt_at": case((is_mine, prepared_now(plus="p_lease_s")), else_=prepared_now()),
-        "created_at": prepared_now(),
+        "next_attempt_at": case((is_mine, db_now(plus="p_lease_s")), else_=db_now()),
+        "created_at": db_now(),
     }
     rows = select(*(values[name] for name in _COLUMNS)).select_from(source)
     return insert(deliveries).from_select(_COLUMNS, rows).returning(deliveries.c.delivery_id, deliveries.c.attempts)
 
 
-_RECORD = Prepared(_record, (deliveries.c.delivery_id, deliveries.c.attempts))
+_RECORD = Statement(_record)
 
 
 async def insert_and_tell(
-    runner: Runner, values: Mapping[str, Any], outbox: Outbox
+    connection: AnyConnection, values: Mapping[str, Any], outbox: Outbox
 ) -> tuple[Mapping[str, Any] | None, dict[str, UUID]]:
     """Insert an approval and the rows of its notice; in one statement on PostgreSQL.
 
     Args:
-        runner: In a transaction, unless one statement is enough.
+        connection: In a transaction, unless one statement is enough.
         values: As `issue_values` gives them.
         outbox: Who is told.
 
@@ -201,18 +199,18 @@ async def insert_and_tell(
     """
     told = {name: uuid4() for name in outbox.notifiers}
     if not told:
-        return await INSERT.first(runner, values), {}
+        return await INSERT.first(connection, values), {}
     notice = _pending(values)
-    if dialect_of(runner) == "postgresql":
+    if dialect_of(connection) == "postgresql":
         shown = notice.model_dump(mode="json", exclude={"created_at", "expires_at", "delivery_id"})
         to = {"p_notifiers": list(told), "p_delivery_ids": list(told.values())}
         given = {**values, **to, "p_notice": shown, "p_lease_s": outbox.lease_s}
-        row = await _INSERT_AND_TELL.first(runner, given)
+        row = await _INSERT_AND_TELL.first(connection, given)
     else:
-        row = await INSERT.first(runner, values)
+        row = await INSERT.first(connection, values)
         if row is not None:
             asked = notice.model_copy(update={"created_at": row["created_at"], "expires_at": row["expires_at"]})
-            await _write(runner, [(asked, told)], outbox.lease_s)
+            await _write(connection, [(asked, told)], outbox.lease_s)
     return row, told if row is not None and outbox.lease_s is not None else {}
 
 
@@ -230,7 +228,7 @@ def _pending(values: Mapping[str, Any]) -> Notice:
     )
 
 
-async def record(runner: Runner, notices: Sequence[Notice], outbox: Outbox) -> list[dict[str, UUID]]:
+async def record(connection: AnyConnection, notices: Sequence[Notice], outbox: Outbox) -> list[dict[str, UUID]]:
     """Write the rows of `notices`; does not commit.
 
     Returns:
@@ -239,12 +237,12 @@ async def record(runner: Runner, notices: Sequence[Notice], outbox: Outbox) -> l
     told = [(notice, {name: uuid4() for name in outbox.notifiers}) for notice in notices]
     if not told or not outbox.notifiers:
         return [{} for _ in notices]
-    mine = await _write(runner, told, outbox.lease_s)
+    mine = await _write(connection, told, outbox.lease_s)
     return [{name: each for name, each in to.items() if each in mine} for _, to in told]
 
 
 async def _write(
-    runner: Runner, told: Sequence[tuple[Notice, Mapping[str, UUID]]], lease_s: float | None
+    connection: AnyConnection, told: Sequence[tuple[Notice, Mapping[str, UUID]]], lease_s: float | None
 ) -> frozenset[UUID]:
     rows = [
         {
@@ -256,5 +254,5 @@ async def _write(
         }
         for notice, to in told
     ]
-    written = await _RECORD.rows(runner, {"p_notices": rows, "p_lease_s": lease_s})
+    written = await _RECORD.rows(connection, {"p_notices": rows, "p_lease_s": lease_s})
     return frozenset(row["delivery_id"] for row in written if row["attempts"])

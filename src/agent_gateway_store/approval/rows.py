@@ -9,7 +9,7 @@ from uuid import UUID
 from agent_gateway_store.approval.statements import READ, Key
 from agent_gateway_store.approval.transitions import ASIDE
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
-from agent_gateway_store.storage.database import Runner
+from agent_gateway_store.storage.database import AnyConnection
 
 __all__ = ["Name", "request_of", "result_of", "standing"]
 
@@ -43,7 +43,7 @@ def result_of(request: ApprovalRequest, token: str | None) -> ApprovalResult:
     )
 
 
-async def standing(runner: Runner, name: Name) -> ApprovalRequest | None:
+async def standing(connection: AnyConnection, name: Name) -> ApprovalRequest | None:
     """Read the approval that `name` names as a reader sees it, or None."""
-    row = await READ[name.by].first(runner, name.values)
+    row = await READ[name.by].first(connection, name.values)
     return None if row is None else request_of(row)

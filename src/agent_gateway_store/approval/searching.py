@@ -17,9 +17,18 @@ from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.database import Executor
-from agent_gateway_store.storage.keyset import scope_of
-from agent_gateway_store.storage.narrowing import Moment, OneOrMore, checked, key, moment, pattern, several, word
+from agent_gateway_store.storage.database import SqlConnection
+from agent_gateway_store.storage.filters import (
+    Moment,
+    OneOrMore,
+    check_filters,
+    identifier,
+    instant,
+    one_or_many,
+    pattern,
+    word,
+)
+from agent_gateway_store.storage.pagination import listing_fingerprint
 
 __all__ = ["ApprovalFilters", "history", "narrowed"]
 
@@ -64,10 +73,10 @@ def narrowed(filters: Mapping[str, Any], dialect: str, org_id: str | None) -> tu
     """
     found: list[ColumnElement[bool]] = []
     spelt: dict[str, Any] = {}
-    for name, value, spelling in checked(filters, _CHECKS):
+    for name, value, spelling in check_filters(filters, _CHECKS):
         spelt[name] = spelling
         found.append(_condition(name, value, dialect))
-    return found, scope_of("approvals", org_id, spelt)
+    return found, listing_fingerprint("approvals", org_id, spelt)
 
 
 def _condition(name: str, value: Any, dialect: str) -> ColumnElement[bool]:
@@ -87,17 +96,17 @@ def _condition(name: str, value: Any, dialect: str) -> ColumnElement[bool]:
     return column.in_(value) if isinstance(value, list) else column == value  # type: ignore[no-any-return]
 
 
-async def history(executor: Executor, request: ApprovalRequest) -> Page[dict[str, Any]]:
+async def history(connection: SqlConnection, request: ApprovalRequest) -> Page[dict[str, Any]]:
     """Return what happened to an approval, in the order of time.
 
     Args:
-        executor: Where to read.
+        connection: Where to read.
         request: The approval as a reader sees it.
     """
     rows: list[dict[str, Any]] = [
         _step(request.created_at, "asked", by=request.caller_id, note=request.risk_explanation)
     ]
-    cast = await _rows(executor, votes, votes.c.voted_at, request.approval_id)
+    cast = await _rows(connection, votes, votes.c.voted_at, request.approval_id)
     rows += [
         _step(vote["voted_at"], "vote", vote["approver_id"], vote["decision"], vote["note"], vote["channel"])
         for vote in cast
@@ -114,7 +123,7 @@ async def history(executor: Executor, request: ApprovalRequest) -> Page[dict[str
         rows.append(_step(request.used_at, "outcome", note=request.outcome or "unknown"))
     # A decision is stamped microseconds before the vote that it follows from, so the story's own order comes first.
     reached = list(accumulate((row["at"] for row in rows), max))
-    for delivery in await _rows(executor, _deliveries, _deliveries.c.created_at, request.approval_id):
+    for delivery in await _rows(connection, _deliveries, _deliveries.c.created_at, request.approval_id):
         reached.append(delivery["delivered_at"] or delivery["created_at"])
         rows.append(
             _step(
@@ -132,9 +141,9 @@ async def history(executor: Executor, request: ApprovalRequest) -> Page[dict[str
 _DECIDED = {ApprovalStatus.CANCELLED: "CANCELLED"}
 
 
-async def _rows(executor: Executor, table: Any, at: Any, approval_id: UUID) -> list[Mapping[str, Any]]:
+async def _rows(connection: SqlConnection, table: Any, at: Any, approval_id: UUID) -> list[Mapping[str, Any]]:
     statement = select(table).where(table.c.approval_id == approval_id).order_by(at, table.c.id)
-    return [dict(row) for row in (await executor.execute(statement)).mappings().all()]
+    return [dict(row) for row in (await connection.execute(statement)).mappings().all()]
 
 
 def _step(
@@ -145,9 +154,12 @@ def _step(
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **{name: partial(several, key) for name in ("caller_id", "request_id", "org_id", "tool", "server", "approver_id")},
-    "status": partial(several, partial(word, ApprovalStatus)),
-    "since": moment,
-    "until": moment,
+    **{
+        name: partial(one_or_many, identifier)
+        for name in ("caller_id", "request_id", "org_id", "tool", "server", "approver_id")
+    },
+    "status": partial(one_or_many, partial(word, ApprovalStatus)),
+    "since": instant,
+    "until": instant,
     "text": pattern,
 }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from agent_gateway_store._concurrency import NextFlight
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.models.approval import ApprovalRequest
-from agent_gateway_store.storage.flight import NextFlight
-from agent_gateway_store.storage.signals import Signals
+from agent_gateway_store.storage.pubsub import PubSub
 
 __all__ = ["Shared"]
 
@@ -14,16 +14,16 @@ class Shared:
     """The tasks that check and wait, whichever view they came by.
 
     Args:
-        signals: As for `Waiting`.
+        pubsub: As for `Waiting`.
         trust_s: As for `Waiting`.
 
     Attributes:
-        signals: As given.
+        pubsub: As given.
         waiting: Those who wait.
         checks: Reads of approvals that Redis did not know, by organisation and token.
     """
 
-    def __init__(self, signals: Signals | None, *, trust_s: float) -> None:
-        self.signals = signals
-        self.waiting = Waiting(signals, trust_s=trust_s)
+    def __init__(self, pubsub: PubSub | None, *, trust_s: float) -> None:
+        self.pubsub = pubsub
+        self.waiting = Waiting(pubsub, trust_s=trust_s)
         self.checks: NextFlight[ApprovalRequest | None] = NextFlight()

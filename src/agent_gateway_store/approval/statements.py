@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeAlias
 from sqlalchemy import Boolean, ColumnElement, Text, Uuid, and_, bindparam, func, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from agent_gateway_store.approval.transitions import expire, move, read, requests, returned, seen, votes
+from agent_gateway_store.approval.transitions import expire, move, read, requests, returned, votes
 from agent_gateway_store.models.columns import TokenDigest
 from agent_gateway_store.models.values import ApprovalStatus
-from agent_gateway_store.storage.db_clock import prepared_now
-from agent_gateway_store.storage.prepared import Prepared
+from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.statements import Statement
 
 __all__ = [
     "APPROVE",
@@ -54,20 +54,20 @@ def _moving(
     target: ApprovalStatus,
     *conditions: ColumnElement[bool],
     **values: Any,
-) -> Prepared:
-    statement = move(sources, target, _named(by), *conditions, now=prepared_now, **values)
-    return Prepared(lambda _: statement, returned(prepared_now))
+) -> Statement:
+    statement = move(sources, target, _named(by), *conditions, now=db_now, **values)
+    return Statement(statement)
 
 
-def _reading(by: Key) -> Prepared:
-    return Prepared(lambda _: read(_named(by), now=prepared_now), seen(prepared_now))
+def _reading(by: Key) -> Statement:
+    return Statement(read(_named(by), now=db_now))
 
 
 def _decision() -> dict[str, Any]:
     return {
         "approver_id": bindparam("p_approver_id", type_=Text()),
         "approver_note": bindparam("p_note", type_=Text()),
-        "decision_at": prepared_now(),
+        "decision_at": db_now(),
     }
 
 
@@ -90,16 +90,13 @@ CONSUME = _moving(
     ApprovalStatus.USED,
     requests.c.caller_id == bindparam("p_caller_id", type_=Text()),
     requests.c.tool_call_hash == bindparam("p_tool_call_hash", type_=Text()),
-    used_at=prepared_now(),
+    used_at=db_now(),
 )
-NOTE_OUTCOME = Prepared(
-    lambda _: (
-        update(requests)
-        .where(_named("token"), requests.c.status == literal_column("'USED'"), requests.c.outcome.is_(None))
-        .values(outcome=bindparam("p_outcome", type_=Text()), version=requests.c.version + literal_column("1"))
-        .returning(*returned(prepared_now))
-    ),
-    returned(prepared_now),
+NOTE_OUTCOME = Statement(
+    update(requests)
+    .where(_named("token"), requests.c.status == literal_column("'USED'"), requests.c.outcome.is_(None))
+    .values(outcome=bindparam("p_outcome", type_=Text()), version=requests.c.version + literal_column("1"))
+    .returning(*returned(db_now))
 )
 
 _GIVEN = (
@@ -113,17 +110,17 @@ def insert_request(dialect: str) -> Any:
     values: dict[str, Any] = {name: bindparam(f"p_{name}", type_=requests.c[name].type) for name in _GIVEN}
     deadline = bindparam("p_expires_at", type_=requests.c.expires_at.type)
     values |= {
-        "created_at": prepared_now(),
-        "expires_at": func.coalesce(deadline, prepared_now(plus="p_ttl_s"), type_=requests.c.expires_at.type),
+        "created_at": db_now(),
+        "expires_at": func.coalesce(deadline, db_now(plus="p_ttl_s"), type_=requests.c.expires_at.type),
         "status": literal_column("'PENDING'"),
         "approver_note": literal_column("''"),
         "version": literal_column("1"),
     }
     insert = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(requests)
-    return insert.values(values).on_conflict_do_nothing().returning(*returned(prepared_now))
+    return insert.values(values).on_conflict_do_nothing().returning(*returned(db_now))
 
 
-INSERT = Prepared(insert_request, returned(prepared_now))
+INSERT = Statement(insert_request)
 
 _SAME_CALL = and_(
     *(
@@ -131,29 +128,23 @@ _SAME_CALL = and_(
         for name in ("org_id", "caller_id", "request_id", "tool_call_hash")
     )
 )
-REBIND = Prepared(
-    lambda _: move(
-        (_PENDING,), _PENDING, _SAME_CALL, now=prepared_now, token=bindparam("p_token", type_=TokenDigest())
-    ),
-    returned(prepared_now),
-)
-EXPIRE_SAME_CALL = Prepared(lambda _: expire(_SAME_CALL, now=prepared_now), returned(prepared_now))
+REBIND = Statement(move((_PENDING,), _PENDING, _SAME_CALL, now=db_now, token=bindparam("p_token", type_=TokenDigest())))
+EXPIRE_SAME_CALL = Statement(expire(_SAME_CALL, now=db_now))
 
 
 def _vote(dialect: str) -> Any:
     names = ("approval_id", "org_id", "approver_id", "decision", "note", "channel")
     values: dict[str, Any] = {name: bindparam(f"p_{name}", type_=votes.c[name].type) for name in names}
     insert = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(votes)
-    return insert.values(values | {"voted_at": prepared_now()}).on_conflict_do_nothing().returning(votes.c.id)
+    return insert.values(values | {"voted_at": db_now()}).on_conflict_do_nothing().returning(votes.c.id)
 
 
-VOTE = Prepared(_vote, (votes.c.id,))
+VOTE = Statement(_vote)
 
 _COUNTED = func.count().label("approvals")
-COUNT_APPROVALS = Prepared(
-    lambda _: select(_COUNTED).where(
+COUNT_APPROVALS = Statement(
+    select(_COUNTED).where(
         votes.c.approval_id == bindparam("p_approval_id", type_=Uuid()),
         votes.c.decision == literal_column("'APPROVED'"),
-    ),
-    (_COUNTED,),
+    )
 )

@@ -1,4 +1,4 @@
-"""How an approval stood when SQL was read, as it is told beside SQL: in Redis entries and in signals.
+"""How an approval stood when SQL was read, as it is told beside SQL: in Redis entries and in pubsub.
 
 What is told is validated as any input and belongs to one token. It releases nothing.
 """

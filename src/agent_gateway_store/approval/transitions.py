@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Now: TypeAlias = Callable[[], ColumnElement[datetime]]
-"""Which spelling of the database's clock a statement uses: `db_now`, or `prepared_now` where it is written once."""
+"""Which spelling of the database's clock a statement uses: `db_now`, or `db_now` where it is written once."""
 
 requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
 votes = ApprovalVote.__table__  # type: ignore[attr-defined]

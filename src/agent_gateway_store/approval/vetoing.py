@@ -9,12 +9,12 @@ from agent_gateway_store.approval.rows import Name, standing
 from agent_gateway_store.hooks.vetoes import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.values import ApprovalStatus, PendingApproval
-from agent_gateway_store.storage.database import Work
+from agent_gateway_store.storage.database import Transactions
 
 __all__ = ["require_no_veto"]
 
 
-async def require_no_veto(vetoes: Vetoes | None, work: Work, name: Name, ballot: Ballot) -> None:
+async def require_no_veto(vetoes: Vetoes | None, transactions: Transactions, name: Name, ballot: Ballot) -> None:
     """Return if no plugin objects to `ballot`. Where no plugin wants to be asked, this reads nothing.
 
     What is not there, or not pending, is left to the decision itself, which says so.
@@ -24,8 +24,8 @@ async def require_no_veto(vetoes: Vetoes | None, work: Work, name: Name, ballot:
     """
     if vetoes is None or not vetoes.is_wanted:
         return
-    async with work.lend("read") as runner:
-        request = await standing(runner, name)
+    async with transactions.connection("read") as connection:
+        request = await standing(connection, name)
     if request is None or request.status is not ApprovalStatus.PENDING:
         return
     await vetoes.require_none(

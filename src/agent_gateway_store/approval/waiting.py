@@ -7,12 +7,12 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
+from agent_gateway_store._concurrency import NextFlight, SingleFlight
 from agent_gateway_store.approval.told import Look, believed
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
-from agent_gateway_store.storage.flight import NextFlight, SingleFlight
-from agent_gateway_store.storage.signals import Signals, Topic
+from agent_gateway_store.storage.pubsub import PubSub, Topic
 
 __all__ = ["Waiting"]
 
@@ -28,12 +28,12 @@ class Waiting:
     """The waiting tasks of one store.
 
     Args:
-        signals: Tells of decisions made elsewhere; None: they are found by polling.
+        pubsub: Tells of decisions made elsewhere; None: they are found by polling.
         trust_s: How old news may be that can still change, in seconds.
     """
 
-    def __init__(self, signals: Signals | None, *, trust_s: float) -> None:
-        self._signals = signals
+    def __init__(self, pubsub: PubSub | None, *, trust_s: float) -> None:
+        self._pubsub = pubsub
         self._trust_s = trust_s
         self._first_looks: NextFlight[Look] = NextFlight()
         self._looks: SingleFlight[Look] = SingleFlight()
@@ -50,9 +50,9 @@ class Waiting:
         last = await self._first_looks.run((org_id, token), look)
         if not _is_open(last.result) or timeout_s <= 0:
             return last.result
-        if self._signals is None:
+        if self._pubsub is None:
             return await self._until(org_id, token, look, Topic(), last, end)
-        with self._signals.listening(str(last.result.approval_id)) as topic:
+        with self._pubsub.listening(str(last.result.approval_id)) as topic:
             return await self._until(org_id, token, look, topic, last, end)
 
     async def _until(
@@ -70,7 +70,7 @@ class Waiting:
             left = end - loop.time()
             if not _is_open(last.result) or left <= 0:
                 return last.result
-            poll_s = _POLL_S if self._signals is None else self._signals.poll_s
+            poll_s = _POLL_S if self._pubsub is None else self._pubsub.poll_s
             await topic.wait(seen, min(left, poll_s, _until_deadline(last.result)))
             if topic.generation != seen and topic.news:
                 told = believed(topic.news, token, last, trust_s=self._trust_s)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from agent_gateway_store.audit.backends import RowResult, Sink
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.row import Record, hash_of, key_of
-from agent_gateway_store.audit.sinks import Settled, Sink
+from agent_gateway_store.audit.record import EncodedRow, hash_of, key_of
 
 __all__ = ["store_batch"]
 
 
-async def store_batch(sink: Sink, rows: Sequence[Record]) -> list[Settled]:
+async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]:
     """Commit `rows` and return what became of each, in order. Raises what the sink raises.
 
     The same event twice is stored once; different events under one id go one after the other, as if each had come in

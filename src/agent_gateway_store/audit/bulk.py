@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.audit.statements import newest, oldest, parameters
+from agent_gateway_store.audit.selects import newest, oldest, parameters
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.frames import arrow, arrow_schema, columns_of, settle
 from agent_gateway_store.storage.database import Database

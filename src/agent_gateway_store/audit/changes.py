@@ -36,11 +36,11 @@ from sqlalchemy import (
 
 from agent_gateway_store.audit.filters import Criteria
 from agent_gateway_store.audit.reading import events_of
-from agent_gateway_store.audit.statements import FIELDS, SameDialect, conditions, parameters, selected, table
+from agent_gateway_store.audit.selects import FIELDS, SameDialect, conditions, parameters, selected, table
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.storage.database import Runner
-from agent_gateway_store.storage.keyset import foreign_cursor, pack, unpack
-from agent_gateway_store.storage.selecting import Query, compiled, dialect_object, fetch
+from agent_gateway_store.storage.database import AnyConnection
+from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
+from agent_gateway_store.storage.statements import CompiledStatement, compiled, dialect_of, fetch
 
 __all__ = ["changes"]
 
@@ -65,39 +65,41 @@ class _Place:
     id: int = 0
 
 
-async def changes(runner: Runner, found: Criteria, cursor: str, limit: int) -> tuple[list[AuditEvent], str, bool]:
+async def changes(
+    connection: AnyConnection, found: Criteria, cursor: str, limit: int
+) -> tuple[list[AuditEvent], str, bool]:
     """Return the next events behind `cursor` (or "now", or "beginning"), the cursor behind them, and if there are more.
 
     Raises:
         InvalidCursorError: The cursor is not of this listing.
     """
-    dialect = dialect_object(runner)
+    dialect = dialect_of(connection)
     step = _postgres_step if dialect.name == "postgresql" else _sqlite_step
     place = None if cursor in ("now", "beginning") else _decoded(found.scope, cursor, dialect.name)
-    rows, place, is_more = await step(runner, dialect, found, place, cursor == "now", limit)
-    return events_of(rows), pack(found.scope, json.dumps(asdict(place), separators=(",", ":")).encode()), is_more
+    rows, place, is_more = await step(connection, dialect, found, place, cursor == "now", limit)
+    return events_of(rows), encode(found.scope, json.dumps(asdict(place), separators=(",", ":")).encode()), is_more
 
 
 async def _sqlite_step(
-    runner: Runner, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
+    connection: AnyConnection, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     # Both statements read one snapshot: what no filter lets through is not looked at again.
-    newest = (await fetch(runner, compiled(select(func.max(table.c.id)), dialect), {}))[0][0] or 0
+    newest = (await fetch(connection, compiled(select(func.max(table.c.id)), dialect), {}))[0][0] or 0
     if place is None and is_now:
         return [], _Place(id=newest), False
     last_id = place.id if place else 0
     values = parameters(dialect, found.values) | {"p_id": last_id}
-    rows = await fetch(runner, _query("added", dialect, found, limit + 1), values)
+    rows = await fetch(connection, _query("added", dialect, found, limit + 1), values)
     if len(rows) <= limit:
         return rows, _Place(id=max(newest, last_id)), False
     return rows[:limit], _Place(id=rows[limit - 1][0]), True
 
 
 async def _postgres_step(
-    runner: Runner, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
+    connection: AnyConnection, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     if place is None or place.until is None:
-        now = str((await fetch(runner, compiled(select(_NOW), dialect), {}))[0][0])
+        now = str((await fetch(connection, compiled(select(_NOW), dialect), {}))[0][0])
         if place is None:
             place = _Place(since=now) if is_now else _Place(until=now)
         else:
@@ -111,7 +113,7 @@ async def _postgres_step(
         values |= {"p_open": first_open, "p_in_progress": in_progress, "p_transaction": place.transaction or 0}
         values["p_end"] = _unseen(place.until)[0]
     query = _query("history" if is_history else "new", dialect, found, limit + 1)
-    rows = await fetch(runner, query, values)
+    rows = await fetch(connection, query, values)
     is_more, rows = len(rows) > limit, [tuple(row) for row in rows[:limit]]
     events = [row[:-1] for row in rows]
     if not is_more:
@@ -125,12 +127,12 @@ _NOW: ColumnElement[str] = literal_column("pg_current_snapshot()::text")
 _TRANSACTION = table.c.transaction_id
 
 
-def _query(kind: str, dialect: Dialect, found: Criteria, count: int) -> Query:
+def _query(kind: str, dialect: Dialect, found: Criteria, count: int) -> CompiledStatement:
     return _compiled(kind, dialect.name, found.shape, count, SameDialect(dialect))
 
 
 @lru_cache(maxsize=128)
-def _compiled(kind: str, dialect: str, shape: _Shape, count: int, same: SameDialect) -> Query:
+def _compiled(kind: str, dialect: str, shape: _Shape, count: int, same: SameDialect) -> CompiledStatement:
     make = {"added": _added, "history": _history, "new": _new}[kind]
     return compiled(make(dialect, shape, count), same.dialect)
 
@@ -186,7 +188,7 @@ def _unseen(snapshot: str) -> tuple[int, list[int]]:
 
 
 def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
-    payload = unpack(scope, cursor)
+    payload = decode(scope, cursor)
     try:
         place = _Place(**json.loads(payload))
         numbers = [place.id, place.transaction or 0]
@@ -200,4 +202,4 @@ def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
             return place
     except (ValueError, TypeError, AttributeError):
         pass
-    raise foreign_cursor()
+    raise invalid_cursor()

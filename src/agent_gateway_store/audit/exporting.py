@@ -12,7 +12,7 @@ from agent_gateway_store.audit.bulk import blocks, in_thread
 from agent_gateway_store.audit.filters import Criteria
 from agent_gateway_store.audit.lines import csv_head, csv_line, json_line
 from agent_gateway_store.audit.parquet import ParquetFiles
-from agent_gateway_store.audit.statements import oldest, parameters
+from agent_gateway_store.audit.selects import oldest, parameters
 from agent_gateway_store.audit.targets import Compression, Format, opened, partial
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.streaming import Rows, streamed

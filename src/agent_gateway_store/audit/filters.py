@@ -1,4 +1,4 @@
-"""The filters of the audit log: what a caller gives, checked, and what the database is asked."""
+"""The filters of the audit log: what a caller gives, check_filters, and what the database is asked."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from functools import partial
 from typing import Any, TypedDict
 
 from agent_gateway_store.models.audit import Decision, ExecutionStatus, OutputDecision
-from agent_gateway_store.storage.keyset import scope_of
-from agent_gateway_store.storage.narrowing import (
+from agent_gateway_store.storage.filters import (
     Moment,
     OneOrMore,
-    checked,
-    key,
+    check_filters,
+    identifier,
+    instant,
     label,
-    moment,
     number,
+    one_or_many,
     pattern,
-    several,
     word,
 )
+from agent_gateway_store.storage.pagination import listing_fingerprint
 
 __all__ = ["Criteria", "Filters", "criteria"]
 
@@ -93,15 +93,15 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None, listing: str = "
     if org_id is not None:
         shape.append(("bound", False))
         values["p_bound"] = org_id
-    for name, value, spelling in checked(filters, _CHECKS):
+    for name, value, spelling in check_filters(filters, _CHECKS):
         shape.append((name, isinstance(value, list)))
         values[f"p_{name}"], spelt[name] = value, spelling
-    return Criteria(tuple(sorted(shape)), values, scope_of(listing, org_id, spelt))
+    return Criteria(tuple(sorted(shape)), values, listing_fingerprint(listing, org_id, spelt))
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **{
-        name: partial(several, key)
+        name: partial(one_or_many, identifier)
         for name in (
             "caller_id",
             "tool_name",
@@ -116,12 +116,12 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
             "parent_request_id",
         )
     },
-    "decision": partial(several, partial(word, Decision)),
-    "execution_status": partial(several, partial(word, ExecutionStatus)),
-    "output_decision": partial(several, partial(word, OutputDecision)),
-    "risk_label": partial(several, label),
+    "decision": partial(one_or_many, partial(word, Decision)),
+    "execution_status": partial(one_or_many, partial(word, ExecutionStatus)),
+    "output_decision": partial(one_or_many, partial(word, OutputDecision)),
+    "risk_label": partial(one_or_many, label),
     "min_risk_score": number,
-    "since": moment,
-    "until": moment,
+    "since": instant,
+    "until": instant,
     "text": pattern,
 }

@@ -25,10 +25,10 @@ from sqlalchemy import (
 )
 
 from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.audit.statements import SameDialect, conditions, finite, table
+from agent_gateway_store.audit.selects import SameDialect, conditions, finite, table
 from agent_gateway_store.results import Stats
-from agent_gateway_store.storage.narrowing import period
-from agent_gateway_store.storage.selecting import Query, compiled
+from agent_gateway_store.storage.filters import duration
+from agent_gateway_store.storage.statements import CompiledStatement, compiled
 
 __all__ = ["GROUPS", "bucket_of", "columns_of", "grouped", "stats_of"]
 
@@ -84,13 +84,13 @@ def bucket_of(bucket: timedelta | str | None) -> timedelta | None:
     """
     if bucket is None:
         return None
-    found = period("bucket", bucket)
+    found = duration("bucket", bucket)
     if found % _SECOND or not _SECOND <= found <= timedelta(days=365_000):
         raise ValueError(f"bucket must be whole seconds, one or more, and at most 365,000 days, not {bucket!r}.")
     return found
 
 
-def grouped(dialect: Dialect, found: Criteria, by: tuple[str, ...], *, in_buckets: bool) -> Query:
+def grouped(dialect: Dialect, found: Criteria, by: tuple[str, ...], *, in_buckets: bool) -> CompiledStatement:
     """Return the SELECT of the groups: their columns, the bucket if there is one, counts, latencies."""
     return _grouped(dialect.name, found.shape, by, in_buckets, SameDialect(dialect))
 
@@ -123,7 +123,7 @@ def _place(row: Mapping[str, Any], by: tuple[str, ...]) -> tuple[Any, ...]:
 @lru_cache(maxsize=128)
 def _grouped(
     dialect: str, shape: tuple[tuple[str, bool], ...], by: tuple[str, ...], in_buckets: bool, same: SameDialect
-) -> Query:
+) -> CompiledStatement:
     base = _base(dialect, shape, by, in_buckets).subquery("base")
     groups = [base.c[f"g_{name}"] for name in by] + ([base.c.bucket] if in_buckets else [])
     if dialect == "postgresql":

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from agent_gateway_store.audit.row import event_record, hash_of
-from agent_gateway_store.audit.statements import FIELDS, JSON_FIELDS
+from agent_gateway_store.audit.record import encode_event, hash_of
+from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS
 from agent_gateway_store.audit.targets import Format, format_of, read_opened
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.frames import arrow
@@ -56,7 +56,7 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
                 for fault in exc.errors(include_input=False, include_url=False, include_context=False)
             )
             raise _malformed(path, number, faults) from None
-        if event.content_hash is not None and hash_of(event_record(event)) != event.content_hash:
+        if event.content_hash is not None and hash_of(encode_event(event)) != event.content_hash:
             raise ValueError(
                 f"Record {number} of {path} is not what its content_hash says, so it was changed after its export: "
                 "import the file as it was, or leave content_hash out."

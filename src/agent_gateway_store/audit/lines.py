@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from operator import add
 from typing import Any
 
-from agent_gateway_store.audit.statements import FIELDS, JSON_FIELDS
+from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS
 
 __all__ = ["csv_head", "csv_line", "defused", "json_line"]
 

@@ -9,17 +9,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from agent_gateway_store.audit.row import Record, values_of
+from agent_gateway_store.audit.record import EncodedRow, to_values
 
 __all__ = ["log_lost"]
 
 _logger = logging.getLogger("agent_gateway_store.audit.lost")
 
 
-def log_lost(record: Record | Mapping[str, Any] | None, cause: BaseException, *, request_id: str = "") -> None:
+def log_lost(record: EncodedRow | Mapping[str, Any] | None, cause: BaseException, *, request_id: str = "") -> None:
     """Log an event as one line of JSON: its scrubbed record or its values, else its request id. Never raises."""
     try:
-        values = values_of(record) if isinstance(record, tuple) else record or {"request_id": request_id}
+        values = to_values(record) if isinstance(record, tuple) else record or {"request_id": request_id}
         text = json.dumps(values, default=_spelt, ensure_ascii=True)
         _logger.critical("LOST audit event (%s): %s", type(cause).__name__, text)
     except Exception:

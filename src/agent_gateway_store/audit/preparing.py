@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeAlias, TypeVar
 
-from agent_gateway_store.audit.row import COLUMNS, Record, event_record, values_of, withheld
+from agent_gateway_store.audit.record import COLUMNS, EncodedRow, encode_event, to_values, without_payload
 from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.hooks.lanes import Lanes, gathered
 from agent_gateway_store.hooks.text import describe, one_line
@@ -60,7 +60,7 @@ class Preparing:
         """True if some plugin wants to see events. Costs next to nothing."""
         return bool(self._lines)
 
-    async def prepare(self, records: Sequence[Record]) -> list[Record]:
+    async def prepare(self, records: Sequence[EncodedRow]) -> list[EncodedRow]:
         """Return the records as they are to be stored. Raises nothing but a cancellation.
 
         Each plugin sees what the one before it made. What one could not look at goes on without its texts and
@@ -71,15 +71,15 @@ class Preparing:
             for index, made in enumerate(await line.through(prepared)):
                 if made is None:
                     failed.add(index)
-                    made = withheld(prepared[index])
+                    made = without_payload(prepared[index])
                 prepared[index] = made
         self.withheld += len(failed)
         return prepared
 
-    def give_up(self, record: Record) -> Record:
+    def give_up(self, record: EncodedRow) -> EncodedRow:
         """Return the record as it is kept when nobody can wait for the plugins any more."""
         self.withheld += 1
-        return withheld(record)
+        return without_payload(record)
 
     async def detached(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run `work` to its end even if the caller is cancelled; `settle` waits for it."""
@@ -101,11 +101,11 @@ class _Line:
         self._name = name
         self._caller = caller
         self._lanes = lanes
-        self._queue: deque[tuple[Record, asyncio.Future[Record | None]]] = deque()
+        self._queue: deque[tuple[EncodedRow, asyncio.Future[EncodedRow | None]]] = deque()
         self._drainer: asyncio.Task[None] | None = None
         self._resting_until = 0.0
 
-    async def through(self, records: Sequence[Record]) -> list[Record | None]:
+    async def through(self, records: Sequence[EncodedRow]) -> list[EncodedRow | None]:
         """Return what the plugin made of each record, None where it failed."""
         loop = asyncio.get_running_loop()
         waiting = [(record, loop.create_future()) for record in records]
@@ -130,15 +130,15 @@ class _Line:
     async def _drain(self) -> None:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(_BATCH_ROWS, len(self._queue)))]
-            made: list[Record | None] = [None] * len(batch)
+            made: list[EncodedRow | None] = [None] * len(batch)
             try:
                 made = await self._ask([record for record, _ in batch])
             finally:
                 for (_, future), each in zip(batch, made, strict=True):
                     _settle(future, each)
 
-    async def _ask(self, records: list[Record]) -> list[Record | None]:
-        nothing: list[Record | None] = [None] * len(records)
+    async def _ask(self, records: list[EncodedRow]) -> list[EncodedRow | None]:
+        nothing: list[EncodedRow | None] = [None] * len(records)
         if time.monotonic() < self._resting_until:
             return nothing
         started = time.monotonic()
@@ -154,7 +154,7 @@ class _Line:
         return [None if isinstance(made, str) else made for made in answer.value]
 
 
-def _settle(future: asyncio.Future[Record | None], made: Record | None) -> None:
+def _settle(future: asyncio.Future[EncodedRow | None], made: EncodedRow | None) -> None:
     if not future.done():
         future.set_result(made)
 
@@ -163,12 +163,12 @@ def _warn(name: str, error: str | None, count: int) -> None:
     _logger.warning("Plugin %s failed before the write of %d audit events: %s", one_line(name), count, error)
 
 
-async def _change(caller: _Caller, records: list[Record]) -> list[Record | str]:
+async def _change(caller: _Caller, records: list[EncodedRow]) -> list[EncodedRow | str]:
     """Run in the plugin's thread: return what it made of each record, or what went wrong with that one."""
     return list(await asyncio.gather(*(_change_one(caller, record) for record in records)))
 
 
-async def _change_one(caller: _Caller, record: Record) -> Record | str:
+async def _change_one(caller: _Caller, record: EncodedRow) -> EncodedRow | str:
     try:
         for made in await gathered(caller(event=_event_of(record))):
             if made is not None:
@@ -178,19 +178,19 @@ async def _change_one(caller: _Caller, record: Record) -> Record | str:
     return record
 
 
-def _event_of(record: Record) -> AuditEvent:
-    return AuditEvent.model_validate(values_of(record) | {"content_hash": None})
+def _event_of(record: EncodedRow) -> AuditEvent:
+    return AuditEvent.model_validate(to_values(record) | {"content_hash": None})
 
 
-def _accepted(record: Record, made: object) -> Record:
+def _accepted(record: EncodedRow, made: object) -> EncodedRow:
     if not isinstance(made, AuditEvent):
         raise TypeError(f"{BEFORE} returned {type(made).__name__}, not an AuditEvent or None")
     # Validated again: `model_copy(update=...)` takes anything.
     event = AuditEvent.model_validate(made)
-    new = event_record(event)
+    new = encode_event(event)
     if touched := [name for name, index in _STANDING if new[index] != record[index]]:
         raise ValueError(f"{BEFORE} changed {', '.join(touched)}, which no plugin may change")
-    before: list[RedactionFlag] = values_of(record)["redaction_flags"]
+    before: list[RedactionFlag] = to_values(record)["redaction_flags"]
     if not all(flag in event.redaction_flags for flag in before):
         raise ValueError(f"{BEFORE} removed a redaction flag")
     return new

@@ -12,13 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from agent_gateway_store.audit.filters import Criteria, Filters, criteria
 from agent_gateway_store.audit.grouping import bucket_of, columns_of, grouped, stats_of
 from agent_gateway_store.audit.reading import events_of
-from agent_gateway_store.audit.statements import newest, parameters
+from agent_gateway_store.audit.selects import newest, parameters
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.results import Page, Stats
-from agent_gateway_store.storage.database import SessionWork, Work
-from agent_gateway_store.storage.keyset import decode_cursor, encode_cursor
-from agent_gateway_store.storage.selecting import Query, dialect_object, fetch
+from agent_gateway_store.storage.database import SessionTransactions, Transactions
+from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor
+from agent_gateway_store.storage.statements import CompiledStatement, dialect_of, fetch
 
 __all__ = ["COLUMNS", "AuditQuery", "check_limit"]
 
@@ -48,14 +48,14 @@ class AuditQuery:
     """
 
     def __init__(self, session: AsyncSession, *, org_id: str | None = None) -> None:
-        self._work: Work = SessionWork(session)
+        self._transactions: Transactions = SessionTransactions(session)
         self._org_id = org_id
 
     @classmethod
-    def over(cls, work: Work, *, org_id: str | None = None) -> AuditQuery:
+    def over(cls, transactions: Transactions, *, org_id: str | None = None) -> AuditQuery:
         """Return a query that opens its own transactions."""
         query = cls.__new__(cls)
-        query._work, query._org_id = work, org_id
+        query._transactions, query._org_id = transactions, org_id
         return query
 
     async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
@@ -141,11 +141,11 @@ class AuditQuery:
         return stats_of(rows, names, length)
 
     async def _fetch_long(
-        self, query: Callable[[Dialect], Query], values: Mapping[str, Any]
+        self, query: Callable[[Dialect], CompiledStatement], values: Mapping[str, Any]
     ) -> Sequence[Sequence[Any]]:
-        async with self._work.lend("read") as runner:
-            dialect = dialect_object(runner)
-            return await fetch(runner, query(dialect), parameters(dialect, values))
+        async with self._transactions.connection("read") as connection:
+            dialect = dialect_of(connection)
+            return await fetch(connection, query(dialect), parameters(dialect, values))
 
     async def _newest(self, filters: Filters, *, limit: int, offset: int = 0) -> Page[AuditEvent]:
         for name, value in (("limit", limit), ("offset", offset)):
@@ -156,13 +156,13 @@ class AuditQuery:
     async def _read(
         self, found: Criteria, *, limit: int, offset: int = 0, after: tuple[datetime, int] | None = None
     ) -> list[AuditEvent]:
-        async with self._work.lend("read") as runner:
-            dialect = dialect_object(runner)
+        async with self._transactions.connection("read") as connection:
+            dialect = dialect_of(connection)
             query = newest(dialect, found, limit=limit, offset=offset, is_after=after is not None)
             values = parameters(dialect, found.values)
             if after is not None:
                 values["p_at"], values["p_id"] = after
-            rows = await fetch(runner, query, values)
+            rows = await fetch(connection, query, values)
         return events_of(rows)
 
 

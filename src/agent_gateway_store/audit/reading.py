@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from agent_gateway_store.audit.statements import FIELDS
+from agent_gateway_store.audit.selects import FIELDS
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 
 __all__ = ["events_of"]

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any, TypeAlias
 
-from agent_gateway_store.audit.row import Record, values_of
+from agent_gateway_store.audit.record import EncodedRow, to_values
 from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.hooks.lanes import Lanes, gathered
 from agent_gateway_store.hooks.text import one_line
@@ -39,7 +39,7 @@ class Telling:
         self.untold = 0
         self._plugins = plugins
         self._lanes = lanes
-        self._waiting: dict[str, deque[Record]] = {}
+        self._waiting: dict[str, deque[EncodedRow]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     @cached_property
@@ -51,7 +51,7 @@ class Telling:
         """True if some plugin wants to hear of events."""
         return bool(self._callers)
 
-    def tell(self, records: Sequence[Record]) -> None:
+    def tell(self, records: Sequence[EncodedRow]) -> None:
         """Queue committed records for every plugin that wants them; what a slow one has no room for is dropped."""
         for name in self._callers:
             waiting = self._waiting.setdefault(name, deque())
@@ -81,7 +81,7 @@ class Telling:
     def _forget(self, name: str, _task: asyncio.Task[None]) -> None:
         self._tasks.pop(name, None)
 
-    async def _drain(self, name: str, waiting: deque[Record]) -> None:
+    async def _drain(self, name: str, waiting: deque[EncodedRow]) -> None:
         while waiting:
             batch = [waiting.popleft() for _ in range(min(_BATCH_ROWS, len(waiting)))]
             try:
@@ -95,9 +95,9 @@ class Telling:
                 _logger.warning(text, one_line(name), len(batch), answer.error)
 
 
-async def _hand_over(caller: _Caller, batch: Sequence[Record]) -> bool:
+async def _hand_over(caller: _Caller, batch: Sequence[EncodedRow]) -> bool:
     """Run in the plugin's thread, the copying included."""
-    events = [AuditEvent.model_validate(values_of(record)) for record in batch]
+    events = [AuditEvent.model_validate(to_values(record)) for record in batch]
     results: list[Any] = caller(events=events)
     await gathered(results)
     return True

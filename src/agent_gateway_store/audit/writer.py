@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
+from agent_gateway_store.audit.backends import RowResult, Sink
 from agent_gateway_store.audit.batch import store_batch
 from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.row import COLUMNS, Record, record_of, size_of, values_of
-from agent_gateway_store.audit.sinks import Settled, Sink
+from agent_gateway_store.audit.record import COLUMNS, EncodedRow, from_values, size_of, to_values
+from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
 from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.storage.spool import Spool
 
 __all__ = ["AuditWriter"]
 
@@ -47,13 +47,13 @@ class AuditWriter:
     """
 
     def __init__(
-        self, sink: Sink, spool: Spool | None, *, tell: Callable[[Sequence[Record]], None] | None = None
+        self, sink: Sink, spool: Spool | None, *, tell: Callable[[Sequence[EncodedRow]], None] | None = None
     ) -> None:
         self.counters = AuditCounters()
         self.spool = spool
         self._sink = sink
         self._tell = tell
-        self._queue: deque[tuple[Record, asyncio.Future[WriteOutcome]]] = deque()
+        self._queue: deque[tuple[EncodedRow, asyncio.Future[WriteOutcome]]] = deque()
         self._queued_bytes = 0
         self._room = asyncio.Event()
         self._waiting_for_room = 0
@@ -74,7 +74,7 @@ class AuditWriter:
         if self.spool is not None and self.spool.exists:
             self._start_recovery(at_once=True)
 
-    async def write(self, row: Record) -> WriteOutcome:
+    async def write(self, row: EncodedRow) -> WriteOutcome:
         """Have `row` committed and return what became of it.
 
         While too much is queued this waits. Cancelling the caller does not cancel the write.
@@ -90,7 +90,7 @@ class AuditWriter:
             return await self._lead(row)
         return await self._enqueue(row)
 
-    async def _lead(self, row: Record) -> WriteOutcome:
+    async def _lead(self, row: EncodedRow) -> WriteOutcome:
         """Commit a row that waits for nobody in the caller's own task: a task of its own would cost a lone writer."""
         self._is_leading = True
         self._queued += 1
@@ -126,11 +126,11 @@ class AuditWriter:
         self.counters.count(WriteOutcome.LOST, 1)
         return WriteOutcome.LOST
 
-    def take(self, row: Record) -> None:
+    def take(self, row: EncodedRow) -> None:
         """Have `row` committed for a caller that is gone; `flush` and `close` wait for it."""
         self._enqueue(row).cancel()
 
-    async def write_batch(self, rows: Sequence[Record]) -> list[WriteOutcome]:
+    async def write_batch(self, rows: Sequence[EncodedRow]) -> list[WriteOutcome]:
         """Commit `rows` as one batch, past the queue; for bulk.
 
         Raises:
@@ -174,7 +174,7 @@ class AuditWriter:
     def _is_full(self) -> bool:
         return len(self._queue) >= _MAX_QUEUED_ROWS or self._queued_bytes >= _MAX_QUEUED_BYTES
 
-    async def _wait_for_room(self, row: Record) -> None:
+    async def _wait_for_room(self, row: EncodedRow) -> None:
         self._waiting_for_room += 1
         try:
             while self._is_full:
@@ -187,7 +187,7 @@ class AuditWriter:
         finally:
             self._waiting_for_room -= 1
 
-    def _enqueue(self, row: Record) -> asyncio.Future[WriteOutcome]:
+    def _enqueue(self, row: EncodedRow) -> asyncio.Future[WriteOutcome]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[WriteOutcome] = loop.create_future()
         self._queue.append((row, future))
@@ -235,12 +235,12 @@ class AuditWriter:
         finally:
             self._drainer = None
 
-    def _put_back(self, batch: Sequence[tuple[Record, asyncio.Future[WriteOutcome]]]) -> None:
+    def _put_back(self, batch: Sequence[tuple[EncodedRow, asyncio.Future[WriteOutcome]]]) -> None:
         self._queue.extendleft(reversed(batch))
         self._queued_bytes += sum(size_of(row) for row, _ in batch)
 
-    def _next_batch(self) -> list[tuple[Record, asyncio.Future[WriteOutcome]]]:
-        batch: list[tuple[Record, asyncio.Future[WriteOutcome]]] = []
+    def _next_batch(self) -> list[tuple[EncodedRow, asyncio.Future[WriteOutcome]]]:
+        batch: list[tuple[EncodedRow, asyncio.Future[WriteOutcome]]] = []
         size = 0
         while self._queue and len(batch) < _MAX_BATCH_ROWS and size < _MAX_BATCH_BYTES:
             item = self._queue.popleft()
@@ -251,7 +251,7 @@ class AuditWriter:
             self._room.set()
         return batch
 
-    async def _commit(self, rows: Sequence[Record]) -> list[_Answer]:
+    async def _commit(self, rows: Sequence[EncodedRow]) -> list[_Answer]:
         """Settle `rows` one way or another. Raises nothing but a cancellation of this very task."""
         async with self._committing:
             if self._is_away and (self.spool is not None or asyncio.get_running_loop().time() < self._retry_at):
@@ -264,7 +264,7 @@ class AuditWriter:
             self._is_away = False
             return await self._answers(rows, settled)
 
-    async def _answers(self, rows: Sequence[Record], settled: Sequence[Settled]) -> list[_Answer]:
+    async def _answers(self, rows: Sequence[EncodedRow], settled: Sequence[RowResult]) -> list[_Answer]:
         answers: list[_Answer] = []
         for row, outcome in zip(rows, settled, strict=True):
             if isinstance(outcome, WriteOutcome):
@@ -279,7 +279,7 @@ class AuditWriter:
         return answers
 
     async def _keep(
-        self, rows: Sequence[Record], cause: Exception | None, *, quarantined_for: str | None = None
+        self, rows: Sequence[EncodedRow], cause: Exception | None, *, quarantined_for: str | None = None
     ) -> list[_Answer]:
         if self.spool is not None:
             return [await self._spooled(rows, quarantined_for)] * len(rows)
@@ -289,10 +289,10 @@ class AuditWriter:
         error.__cause__ = cause
         return [error] * len(rows)
 
-    async def _spooled(self, rows: Sequence[Record], error: str | None) -> WriteOutcome:
+    async def _spooled(self, rows: Sequence[EncodedRow], error: str | None) -> WriteOutcome:
         assert self.spool is not None  # noqa: S101
         try:
-            await self.spool.add([values_of(row) for row in rows], error=error)
+            await self.spool.add([to_values(row) for row in rows], error=error)
             outcome = WriteOutcome.SPOOLED
         except Exception as exc:
             for row in rows:
@@ -356,7 +356,7 @@ class AuditWriter:
             waiting = await self.spool.waiting(_REPLAY_ROWS)
         if not waiting:
             return 0
-        settled = await store_batch(self._sink, [record_of(values) for _, values in waiting])
+        settled = await store_batch(self._sink, [from_values(values) for _, values in waiting])
         done = []
         with self._spool_at_fault():
             for (row_id, _), outcome in zip(waiting, settled, strict=True):
@@ -367,10 +367,10 @@ class AuditWriter:
             await self.spool.remove(done)
         self.counters.replayed += len(done)
         if self._tell is not None:
-            self._tell_stored([record_of(values) for _, values in waiting], settled)
+            self._tell_stored([from_values(values) for _, values in waiting], settled)
         return len(waiting)
 
-    def _tell_stored(self, rows: Sequence[Record], settled: Sequence[Settled]) -> None:
+    def _tell_stored(self, rows: Sequence[EncodedRow], settled: Sequence[RowResult]) -> None:
         if self._tell is not None:
             stored = [row for row, outcome in zip(rows, settled, strict=True) if outcome is WriteOutcome.STORED]
             self._tell(stored)

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from agent_gateway_store.cli import approvals, audit, db, keys, notifications, plugins, transfer
+from agent_gateway_store.cli import approvals, audit, db, export_import, keys, notifications, plugins
+from agent_gateway_store.cli.context import Options
 from agent_gateway_store.cli.demo import demo
 from agent_gateway_store.cli.doctor import doctor
-from agent_gateway_store.cli.faults import RootGroup
-from agent_gateway_store.cli.running import Options
+from agent_gateway_store.cli.errors import RootGroup
 from agent_gateway_store.cli.seed import seed
 
 __all__ = ["app"]
@@ -30,7 +30,7 @@ app.command("demo")(demo)
 app.command("seed")(seed)
 app.add_typer(db.app, name="db")
 app.add_typer(keys.app, name="keys")
-transfer.add_to(audit.app)
+export_import.add_to(audit.app)
 app.add_typer(audit.app, name="audit")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(plugins.app, name="plugins")

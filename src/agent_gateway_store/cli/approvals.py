@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agent_gateway_store.cli.context import choose, open_store, run
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, record, say
-from agent_gateway_store.cli.running import choose, open_store, run
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import ApprovalResult

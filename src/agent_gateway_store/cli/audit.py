@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.faults import CommandError, ExitCode
+from agent_gateway_store.cli.context import open_store, run
+from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.filters import filtered
 from agent_gateway_store.cli.ingest import Line, ingest
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, record, say, tidy, to_json
-from agent_gateway_store.cli.running import open_store, run
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import AuditEvent

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from agent_gateway_store.cli.faults import CommandError
+from agent_gateway_store.cli.context import run, settings_of, sqlite_file
+from agent_gateway_store.cli.errors import CommandError
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, say
-from agent_gateway_store.cli.running import run, settings_of, sqlite_file
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.faults import CommandError
+from agent_gateway_store.cli.context import open_store, run, settings_of, sqlite_file
+from agent_gateway_store.cli.errors import CommandError
 from agent_gateway_store.cli.output import JsonOption, console, print_json, record, say, tidy
-from agent_gateway_store.cli.running import open_store, run, settings_of, sqlite_file
 
 if TYPE_CHECKING:
-    from agent_gateway_store.cli.demo_gateway import Gateway
+    from agent_gateway_store.demo.gateway import Gateway
     from agent_gateway_store.models import AuditEvent, IssuedKey
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
@@ -62,12 +62,12 @@ def demo(
 
 
 def _end(until: str, events: int | None) -> datetime:
-    from agent_gateway_store.storage.narrowing import moment
+    from agent_gateway_store.storage.filters import instant
 
     if events is None:
         raise typer.BadParameter("--until is the end of a made-up history: give --events, too.")
     try:
-        end = moment("--until", until)
+        end = instant("--until", until)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
     if end.year not in _YEARS:
@@ -78,7 +78,7 @@ def _end(until: str, events: int | None) -> datetime:
 def _fill(
     ctx: typer.Context, settings: StoreSettings, events: int, seed: int, end: datetime | None, *, as_json: bool
 ) -> None:
-    from agent_gateway_store.cli.demo_events import fill, show_filled
+    from agent_gateway_store.demo.events import fill, show_filled
 
     async def work() -> dict[str, Any]:
         async with open_store(ctx, settings=settings) as store:
@@ -92,8 +92,8 @@ def _fill(
 
 
 async def _demo(ctx: typer.Context, settings: StoreSettings, tell: Any) -> dict[str, Any]:
-    from agent_gateway_store.cli.demo_gateway import Approver, Gateway
-    from agent_gateway_store.cli.demo_tools import Toolbox
+    from agent_gateway_store.demo.gateway import Approver, Gateway
+    from agent_gateway_store.demo.tools import Toolbox
 
     started = time.perf_counter()
     async with open_store(ctx, settings=settings) as store:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from agent_gateway_store.cli.context import options_of, run, settings_of
 from agent_gateway_store.cli.db import engine_for
-from agent_gateway_store.cli.faults import ExitCode, explain
+from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.health import Report, check_database, check_redis, check_transactions
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
-from agent_gateway_store.cli.running import options_of, run, settings_of
 
 if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
@@ -62,7 +62,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
 
 
 async def _check_spool(report: Report, settings: StoreSettings) -> None:
-    from agent_gateway_store.storage.spool import Spool
+    from agent_gateway_store.audit.spool import Spool
     from agent_gateway_store.storage.urls import parse_database_url
 
     facts: dict[str, Any] = {"mode": settings.audit_mode, "spool_path": str(settings.audit_spool_path)}
@@ -91,14 +91,14 @@ def _check_plugins(report: Report, settings: StoreSettings) -> None:
 
 async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
     from agent_gateway_store.approval import ApprovalManager
-    from agent_gateway_store.storage.accelerator import Accelerator
     from agent_gateway_store.storage.database import Database
+    from agent_gateway_store.storage.redis_cache import RedisCache
 
     # Not through an open store, which would bring spooled events in: this command changes nothing.
     async with engine_for(settings.database_url) as engine:
         database = Database(engine, owned=False)
-        database.bind()
-        approvals = ApprovalManager.over(database, Accelerator(None), settings, org_id=options_of(ctx).org)
+        database.bind_to_loop()
+        approvals = ApprovalManager.over(database, RedisCache(None), settings, org_id=options_of(ctx).org)
         used = await approvals.list_requests("USED", limit=_MAX_USED)
     unknown = sum(request.outcome is None for request in used)
     report.facts["approvals"] = {"used_without_outcome": unknown, "used_examined": len(used)}
@@ -109,16 +109,16 @@ async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSe
 
 
 async def _check_notifications(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
-    from agent_gateway_store.delivery import Notifications, StoreOutbox
+    from agent_gateway_store.delivery import NotificationManager, StoreOutbox
     from agent_gateway_store.hooks import Plugins
     from agent_gateway_store.storage.database import Database
 
     loaded = Plugins().notifiers(settings)
     async with engine_for(settings.database_url) as engine:
         database = Database(engine, owned=False)
-        database.bind()
+        database.bind_to_loop()
         outbox = StoreOutbox(database, settings)
-        counts = await Notifications(database, outbox, org_id=options_of(ctx).org).counts()
+        counts = await NotificationManager(database, outbox, org_id=options_of(ctx).org).counts()
     away = {row["notifier"]: row["waiting"] for row in counts if row["waiting"] and row["notifier"] not in loaded}
     dead = sum(row["dead"] for row in counts)
     report.facts["notifications"] = {

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from agent_gateway_store.cli.context import sqlite_file
 from agent_gateway_store.cli.db import engine_for, explain_state, schema_state
-from agent_gateway_store.cli.faults import ExitCode, explain
-from agent_gateway_store.cli.running import sqlite_file
+from agent_gateway_store.cli.errors import ExitCode, explain
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -103,9 +103,9 @@ async def _compare(report: Report, engine: Any) -> None:
 
 
 async def _read_facts(report: Report, facts: dict[str, Any], connecting: Any) -> None:
-    from agent_gateway_store.storage.faults import database_errors
+    from agent_gateway_store.storage.errors import translate_errors
 
-    with database_errors("be examined"):
+    with translate_errors("be examined"):
         async with connecting as connection:
             if facts["kind"] == "sqlite":
                 facts["journal_mode"] = await _scalar(connection, "PRAGMA journal_mode")
@@ -119,12 +119,12 @@ async def _read_facts(report: Report, facts: dict[str, Any], connecting: Any) ->
 
 async def check_transactions(report: Report, url: str) -> None:
     """Look for events with transaction ids that this PostgreSQL server has not given out: those of a restored dump."""
-    from agent_gateway_store.storage.faults import database_errors
+    from agent_gateway_store.storage.errors import translate_errors
 
     async with engine_for(url) as engine:
         if engine.dialect.name != "postgresql":
             return
-        with database_errors("be examined"):
+        with translate_errors("be examined"):
             async with engine.connect() as connection:
                 is_foreign = await _scalar(connection, _FOREIGN_TRANSACTIONS)
     report.facts["database"]["foreign_transactions"] = is_foreign
@@ -146,8 +146,8 @@ async def _scalar(connection: AsyncConnection, statement: str) -> Any:
 async def check_redis(report: Report, settings: StoreSettings) -> None:
     """Ask Redis for a key that nobody writes."""
     from agent_gateway_store.settings import mask_url
-    from agent_gateway_store.storage.accelerator import Accelerator
     from agent_gateway_store.storage.cache import create_redis
+    from agent_gateway_store.storage.redis_cache import RedisCache
 
     if not settings.redis_url:
         report.facts["redis"] = {"state": "off"}
@@ -159,7 +159,7 @@ async def check_redis(report: Report, settings: StoreSettings) -> None:
         report.problem(*explain(exc))
         return
     try:
-        redis = Accelerator(client, timeout_s=settings.redis_timeout_seconds)
+        redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
         await redis.get("agent-gateway-store:doctor")
         if redis.is_available:
             facts["state"] = "reachable"

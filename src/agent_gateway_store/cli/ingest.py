@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from agent_gateway_store.cli.faults import CommandError, ExitCode, spell_validation
+from agent_gateway_store.cli.context import new_store
+from agent_gateway_store.cli.errors import CommandError, ExitCode, spell_validation
 from agent_gateway_store.cli.output import complain
-from agent_gateway_store.cli.running import new_store
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import AuditEvent

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent_gateway_store.cli.context import choose, duration, open_store, run
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, record, say, tidy
-from agent_gateway_store.cli.running import choose, duration, open_store, run
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import IssuedKey

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.faults import CommandError, ExitCode
+from agent_gateway_store.cli.context import choose, duration, open_store, run, settings_of
+from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, say
-from agent_gateway_store.cli.running import choose, duration, open_store, run, settings_of
 
 if TYPE_CHECKING:
     from agent_gateway_store.store import GatewayStore

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.faults import CommandError, ExitCode
+from agent_gateway_store.cli.context import run, settings_of
+from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, print_page
-from agent_gateway_store.cli.running import run, settings_of
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks import Plugins

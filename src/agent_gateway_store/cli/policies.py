@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from agent_gateway_store.cli.faults import CommandError, spell_validation
+from agent_gateway_store.cli.errors import CommandError, spell_validation
 from agent_gateway_store.models import TrustLevel
 
 __all__ = ["PolicyFile", "read_policies"]

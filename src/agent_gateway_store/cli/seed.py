@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent_gateway_store.cli.faults import CommandError
+from agent_gateway_store.cli.context import open_store, run, settings_of
+from agent_gateway_store.cli.errors import CommandError
 from agent_gateway_store.cli.keys import print_issued
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, record
-from agent_gateway_store.cli.running import open_store, run, settings_of
 
 if TYPE_CHECKING:
     from agent_gateway_store.models import ApiKey, IssuedKey, TrustLevel

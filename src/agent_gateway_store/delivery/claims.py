@@ -35,10 +35,9 @@ from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.models.columns import Json
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import Notice
-from agent_gateway_store.storage.database import Work
-from agent_gateway_store.storage.db_clock import prepared_now
-from agent_gateway_store.storage.planning import unindexed
-from agent_gateway_store.storage.prepared import Prepared
+from agent_gateway_store.storage.database import Transactions
+from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.statements import Statement, unindexed
 
 __all__ = ["Delivery", "claim", "deliveries", "notifiers_with_due_rows"]
 
@@ -67,7 +66,7 @@ class Delivery:
 
 def _due() -> ColumnElement[bool]:
     # As a subquery the time is taken once, so that the index finds the rows.
-    now = select(prepared_now()).scalar_subquery()
+    now = select(db_now()).scalar_subquery()
     org_id: ColumnElement[Any] = bindparam("p_org_id", type_=Text())
     return and_(
         deliveries.c.status == _IS_DUE,
@@ -125,28 +124,28 @@ def _claim(dialect: str, *, of_approvals: bool) -> Any:
     return (
         update(deliveries)
         .where(deliveries.c.id.in_(select(due.c.id)))
-        .values(attempts=deliveries.c.attempts + literal_column("1"), next_attempt_at=prepared_now(plus="p_lease_s"))
+        .values(attempts=deliveries.c.attempts + literal_column("1"), next_attempt_at=db_now(plus="p_lease_s"))
         .returning(*_TAKEN)
     )
 
 
-_CLAIM = Prepared(lambda dialect: _claim(dialect, of_approvals=False), _TAKEN)
-_CLAIM_OF = Prepared(lambda dialect: _claim(dialect, of_approvals=True), _TAKEN)
-_NAMES = Prepared(lambda _: select(deliveries.c.notifier).where(_due()).distinct(), (deliveries.c.notifier,))
+_CLAIM = Statement(lambda dialect: _claim(dialect, of_approvals=False))
+_CLAIM_OF = Statement(lambda dialect: _claim(dialect, of_approvals=True))
+_NAMES = Statement(select(deliveries.c.notifier).where(_due()).distinct())
 
 
-async def notifiers_with_due_rows(work: Work, org_id: str | None = None) -> set[str]:
+async def notifiers_with_due_rows(transactions: Transactions, org_id: str | None = None) -> set[str]:
     """Return the names of notifiers for which a row is due.
 
     Raises:
         StoreUnavailableError: The database is away.
     """
-    async with work.lend("read") as runner:
-        return {row["notifier"] for row in await _NAMES.rows(runner, {"p_org_id": org_id})}
+    async with transactions.connection("read") as connection:
+        return {row["notifier"] for row in await _NAMES.rows(connection, {"p_org_id": org_id})}
 
 
 async def claim(
-    work: Work,
+    transactions: Transactions,
     notifier: str,
     limit: int,
     policy: Policy,
@@ -157,7 +156,7 @@ async def claim(
     """Claim due rows of one notifier, the longest overdue first; a decision stays behind the notice before it.
 
     Args:
-        work: Where the rows are.
+        transactions: Where the rows are.
         notifier: Whose.
         limit: At most so many.
         policy: How long they are kept.
@@ -172,8 +171,8 @@ async def claim(
     statement = _CLAIM
     if approval_ids is not None:
         statement, values = _CLAIM_OF, values | {"p_approval_ids": [str(each) for each in approval_ids]}
-    async with work.lend("one") as runner:
-        rows = await statement.rows(runner, values)
+    async with transactions.connection("autocommit") as connection:
+        rows = await statement.rows(connection, values)
     rows.sort(key=lambda row: row["id"])
     return [
         Delivery(

@@ -18,9 +18,9 @@ from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.columns import Json
 from agent_gateway_store.models.delivery import DeliveryStatus
-from agent_gateway_store.storage.database import Work
-from agent_gateway_store.storage.db_clock import prepared_now
-from agent_gateway_store.storage.prepared import Prepared
+from agent_gateway_store.storage.database import Transactions
+from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.statements import Statement
 
 __all__ = ["Mark", "Marks"]
 
@@ -92,9 +92,9 @@ def _mark(dialect: str) -> Any:
             status=given["status"],
             attempts=given["attempts"],
             last_error=given["error"],
-            delivered_at=case((is_delivered, prepared_now())),
+            delivered_at=case((is_delivered, db_now())),
             next_attempt_at=case(
-                (given["status"] == literal_column("'DUE'"), prepared_now(plus=given["delay_s"])),
+                (given["status"] == literal_column("'DUE'"), db_now(plus=given["delay_s"])),
                 else_=deliveries.c.next_attempt_at,
             ),
         )
@@ -102,19 +102,19 @@ def _mark(dialect: str) -> Any:
     )
 
 
-_MARK = Prepared(_mark, (deliveries.c.delivery_id,))
+_MARK = Statement(_mark)
 
 
 class Marks:
     """Collects marks and writes those that came meanwhile together; while the database is away it keeps them.
 
     Args:
-        work: Where the rows are.
+        transactions: Where the rows are.
         written: Is called with the marks of each transaction, after it.
     """
 
-    def __init__(self, work: Work, written: Callable[[Sequence[Mark]], None]) -> None:
-        self._work = work
+    def __init__(self, transactions: Transactions, written: Callable[[Sequence[Mark]], None]) -> None:
+        self._transactions = transactions
         self._written = written
         self._waiting: list[Mark] = []
         self._task: asyncio.Task[None] | None = None
@@ -185,7 +185,7 @@ class Marks:
         while self._waiting:
             batch = self._waiting[:_MOST]
             try:
-                await _write(self._work, batch)
+                await _write(self._transactions, batch)
             except StoreNotOpenError:
                 self._waiting.clear()  # it was closed meanwhile: these are sent again when their lease ends
                 break
@@ -207,7 +207,7 @@ class Marks:
         self._urgent.clear()
 
 
-async def _write(work: Work, marks: Sequence[Mark]) -> None:
+async def _write(transactions: Transactions, marks: Sequence[Mark]) -> None:
     rows = [
         {
             "delivery_id": str(mark.delivery.delivery_id),
@@ -219,5 +219,5 @@ async def _write(work: Work, marks: Sequence[Mark]) -> None:
         }
         for mark in marks
     ]
-    async with work.lend("one") as runner:
-        await _MARK.rows(runner, {"p_marks": rows})
+    async with transactions.connection("autocommit") as connection:
+        await _MARK.rows(connection, {"p_marks": rows})

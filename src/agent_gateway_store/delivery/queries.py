@@ -10,8 +10,8 @@ from sqlalchemy import ColumnElement, and_, case, delete, func, select, update
 from agent_gateway_store.delivery.claims import deliveries
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.database import Executor, db_now
-from agent_gateway_store.storage.keyset import foreign_cursor, pack, unpack
+from agent_gateway_store.storage.database import SqlConnection, db_now
+from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
 
 __all__ = ["COLUMNS", "counts", "page", "prune", "redrive"]
 
@@ -23,7 +23,7 @@ _COUNTED = ("notifier", "is_loaded", "waiting", "due", "dead", "oldest")
 
 
 async def page(
-    executor: Executor,
+    connection: SqlConnection,
     *conditions: ColumnElement[bool],
     scope: bytes,
     limit: int,
@@ -37,23 +37,25 @@ async def page(
     statement = select(deliveries).where(*conditions).order_by(deliveries.c.id.desc()).limit(limit + 1)
     if cursor is not None:
         statement = statement.where(deliveries.c.id < _decode(scope, cursor))
-    rows = (await executor.execute(statement)).mappings().all()
+    rows = (await connection.execute(statement)).mappings().all()
     found = [NotificationDelivery.from_row(dict(row)) for row in rows[:limit]]
     return Page(found, next_cursor=_encode(scope, found[-1].id or 0) if len(rows) > limit else None, columns=COLUMNS)
 
 
 def _encode(scope: bytes, row_id: int) -> str:
-    return pack(scope, row_id.to_bytes(8))
+    return encode(scope, row_id.to_bytes(8))
 
 
 def _decode(scope: bytes, cursor: str) -> int:
-    payload = unpack(scope, cursor)
+    payload = decode(scope, cursor)
     if len(payload) != 8 or (row_id := int.from_bytes(payload)) >= 2**63:
-        raise foreign_cursor()
+        raise invalid_cursor()
     return row_id
 
 
-async def counts(executor: Executor, *conditions: ColumnElement[bool], loaded: tuple[str, ...]) -> Page[dict[str, Any]]:
+async def counts(
+    connection: SqlConnection, *conditions: ColumnElement[bool], loaded: tuple[str, ...]
+) -> Page[dict[str, Any]]:
     """Count what is not delivered, by notifier; every loaded notifier has a line."""
     is_waiting = deliveries.c.status == DeliveryStatus.DUE
     statement = (
@@ -67,7 +69,7 @@ async def counts(executor: Executor, *conditions: ColumnElement[bool], loaded: t
         .where(deliveries.c.status.in_([DeliveryStatus.DUE, DeliveryStatus.DEAD]), *conditions)
         .group_by(deliveries.c.notifier)
     )
-    found = {row["notifier"]: dict(row) for row in (await executor.execute(statement)).mappings()}
+    found = {row["notifier"]: dict(row) for row in (await connection.execute(statement)).mappings()}
     nothing = {"waiting": 0, "due": 0, "dead": 0, "oldest": None}
     return Page(
         [
@@ -78,17 +80,17 @@ async def counts(executor: Executor, *conditions: ColumnElement[bool], loaded: t
     )
 
 
-async def redrive(executor: Executor, *conditions: ColumnElement[bool]) -> int:
+async def redrive(connection: SqlConnection, *conditions: ColumnElement[bool]) -> int:
     """Make dead letters due at once, with all their tries before them; returns how many. Does not commit."""
     statement = (
         update(deliveries)
         .where(deliveries.c.status == DeliveryStatus.DEAD, *conditions)
         .values(status=DeliveryStatus.DUE, attempts=0, next_attempt_at=db_now())
     )
-    return int((await executor.execute(statement)).rowcount)  # type: ignore[attr-defined]
+    return int((await connection.execute(statement)).rowcount)  # type: ignore[attr-defined]
 
 
-async def prune(executor: Executor, *conditions: ColumnElement[bool], older_than: timedelta, limit: int) -> int:
+async def prune(connection: SqlConnection, *conditions: ColumnElement[bool], older_than: timedelta, limit: int) -> int:
     """Delete at most `limit` rows that were delivered longer ago than `older_than`; returns how many."""
     old = (
         select(deliveries.c.id)
@@ -100,7 +102,7 @@ async def prune(executor: Executor, *conditions: ColumnElement[bool], older_than
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    ids = (await executor.execute(old)).scalars().all()
+    ids = (await connection.execute(old)).scalars().all()
     if not ids:
         return 0
-    return int((await executor.execute(delete(deliveries).where(deliveries.c.id.in_(ids)))).rowcount)  # type: ignore[attr-defined]
+    return int((await connection.execute(delete(deliveries).where(deliveries.c.id.in_(ids)))).rowcount)  # type: ignore[attr-defined]

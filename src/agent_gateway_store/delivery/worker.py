@@ -20,7 +20,7 @@ from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import Work
+from agent_gateway_store.storage.database import Transactions
 
 __all__ = ["DeliveryWorker"]
 
@@ -36,17 +36,19 @@ class DeliveryWorker:
     is not sent before the notice that asked for it has arrived or was given up; beyond that there is no order.
 
     Args:
-        work: Where the rows are.
+        transactions: Where the rows are.
         dispatcher: To the notifiers; open.
         names: Of the notifiers that are loaded here; the rows of others are left alone.
         settings: The NOTIFICATION settings, and PLUGIN_TIMEOUT_SECONDS.
     """
 
-    def __init__(self, work: Work, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings) -> None:
+    def __init__(
+        self, transactions: Transactions, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings
+    ) -> None:
         self.policy = Policy.of(settings)
         self._arrived: Counter[str] = Counter()
-        self._work = work
-        self._marks = Marks(work, self._written)
+        self._transactions = transactions
+        self._marks = Marks(transactions, self._written)
         self._targets = {name: Target(name, dispatcher, self._marks, self.policy) for name in names}
         self._fed: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -156,7 +158,7 @@ class DeliveryWorker:
             await self._pause()
         while not self._closing.is_set():
             try:
-                for name in await notifiers_with_due_rows(self._work, org_id):
+                for name in await notifiers_with_due_rows(self._transactions, org_id):
                     if name in self._targets and name not in self._fed:
                         self._fed.add(name)
                         self._begin(self._feed_once(self._targets[name], org_id))
@@ -186,7 +188,7 @@ class DeliveryWorker:
             if self._closing.is_set():
                 break
             room = target.room
-            claimed = await claim(self._work, target.name, room, self.policy, org_id=org_id)
+            claimed = await claim(self._transactions, target.name, room, self.policy, org_id=org_id)
             target.put(claimed)
             total, is_more = total + len(claimed), len(claimed) == room
         return total
@@ -204,7 +206,9 @@ class DeliveryWorker:
     async def _follow(self, target: Target, approval_ids: set[UUID]) -> None:
         """Claim what waited for notices of these approvals, and once that has arrived what waits behind it."""
         try:
-            claimed = await claim(self._work, target.name, len(approval_ids), self.policy, approval_ids=approval_ids)
+            claimed = await claim(
+                self._transactions, target.name, len(approval_ids), self.policy, approval_ids=approval_ids
+            )
         except Exception as exc:
             self._note_fault(exc)
         else:

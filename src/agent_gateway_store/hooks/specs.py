@@ -168,7 +168,7 @@ def gateway_store_register_commands(app: Typer) -> None:
 
     A command or group whose name is taken is left out, with a line on standard error; so are all commands of a plugin
     that raises here. A command opens the store that the global options name by
-    `agent_gateway_store.cli.running.open_store(ctx)`.
+    `agent_gateway_store.cli.context.open_store(ctx)`.
 
     Args:
         app: An empty Typer application: `@app.command("export-tickets")`, or `app.add_typer(group, name="tickets")`.

@@ -16,13 +16,13 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.keys.checking import MOST_GOOD, MOST_WRONG, Checker, now
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.keys.lru import Lru
 from agent_gateway_store.models.identity import CallerIdentity
-from agent_gateway_store.storage.database import Executor
-from agent_gateway_store.storage.flight import SingleFlight
-from agent_gateway_store.storage.signals import Signals
+from agent_gateway_store.storage.database import SqlConnection
+from agent_gateway_store.storage.pubsub import PubSub
 
 __all__ = ["REFUSED", "Good", "KeyCache", "Reading", "Refused"]
 
@@ -73,8 +73,8 @@ class KeyCache:
     Args:
         hasher: bcrypt in its threads; stays the caller's.
         trusted_s: How long an answer is trusted; zero: nothing is remembered.
-        signals: Tell of changes to other processes and hear of theirs; None: the time alone ends trust.
-        check_home: Raises where the store is not open.
+        pubsub: Tell of changes to other processes and hear of theirs; None: the time alone ends trust.
+        check_owner: Raises where the store is not open.
 
     Attributes:
         checker: bcrypt, remembered and limited.
@@ -83,13 +83,13 @@ class KeyCache:
     """
 
     def __init__(
-        self, hasher: Hasher, *, trusted_s: float, signals: Signals | None, check_home: Callable[[], None]
+        self, hasher: Hasher, *, trusted_s: float, pubsub: PubSub | None, check_owner: Callable[[], None]
     ) -> None:
         self.trusted_s = trusted_s
         self.is_on = trusted_s > 0
         self.checker = Checker(hasher, remembers=self.is_on)
-        self.check_home = check_home
-        self._signals = signals
+        self.check_owner = check_owner
+        self._pubsub = pubsub
         self._is_open = self._hears = False
         self._secret = secrets.token_bytes(32)
         # By key id, so that a change finds them; a key id has few keys that were ever good.
@@ -106,7 +106,7 @@ class KeyCache:
 
     def find(self, org_id: str | None, key_id: str, name: bytes) -> Good | Refused | None:
         """Return the answer that is trusted now, or None. Costs no I/O."""
-        self.check_home()
+        self.check_owner()
         if not self.is_on:
             return None
         moment = now()
@@ -137,8 +137,8 @@ class KeyCache:
             return
         left_s = self.trusted_s if end is None else min(self.trusted_s, (end - read_at).total_seconds())
         good.until = reading.at + left_s
-        if self._signals is not None and not self._hears:
-            self._signals.hear(_TOPIC, self._heard)
+        if self._pubsub is not None and not self._hears:
+            self._pubsub.hear(_TOPIC, self._heard)
             self._hears = True
         key_id = good.identity.key_id
         held = self._good.get(key_id) or {}
@@ -170,10 +170,10 @@ class KeyCache:
         self._wrong.clear()
         self._unknown.clear()
 
-    async def announce(self, executor: Executor, key_id: str) -> None:
-        """Have the change go out with the transaction, where signals go through the database."""
-        if self._signals is not None:
-            await self._signals.announce(executor, _TOPIC + key_id)
+    async def announce(self, connection: SqlConnection, key_id: str) -> None:
+        """Have the change go out with the transaction, where pubsub go through the database."""
+        if self._pubsub is not None:
+            await self._pubsub.announce(connection, _TOPIC + key_id)
 
     async def publish(self, key_id: str) -> None:
         """Drop `key_id` here, then tell every other process that it has changed.
@@ -181,13 +181,13 @@ class KeyCache:
         Where Redis does not answer they are told when it does, in the background, while any of them may trust the key.
         """
         self.drop(key_id)
-        if self._signals is not None and not await self._signals.publish(_TOPIC + key_id):
-            self.in_background(self._tell_late(self._signals, key_id, until=now() + self.trusted_s))
+        if self._pubsub is not None and not await self._pubsub.publish(_TOPIC + key_id):
+            self.in_background(self._tell_late(self._pubsub, key_id, until=now() + self.trusted_s))
 
-    async def _tell_late(self, signals: Signals, key_id: str, *, until: float) -> None:
+    async def _tell_late(self, pubsub: PubSub, key_id: str, *, until: float) -> None:
         while self._is_open and now() < until:
             await asyncio.sleep(_TELL_AGAIN_S)
-            if await signals.send(_TOPIC + key_id):
+            if await pubsub.send(_TOPIC + key_id):
                 return
 
     def _heard(self, key_id: str | None) -> None:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 
 from agent_gateway_store import clock
+from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.keys.lru import Lru
-from agent_gateway_store.storage.flight import SingleFlight
 
 __all__ = ["MOST_GOOD", "MOST_WRONG", "Checker", "now"]
 

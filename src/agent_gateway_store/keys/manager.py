@@ -29,7 +29,7 @@ from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, storable_k
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.bounds import require_between
-from agent_gateway_store.storage.database import Executor, Work, db_now, first_row
+from agent_gateway_store.storage.database import SqlConnection, Transactions, db_now, first_row
 
 __all__ = ["COLUMNS", "KeyManager"]
 
@@ -46,7 +46,7 @@ class KeyManager:
     """API keys: stored as bcrypt, shown once, at most one per caller and organisation.
 
     Args:
-        work: Where they are kept.
+        transactions: Where they are kept.
         hasher: bcrypt in its threads; stays the caller's.
         cache: What is known of keys; shared by the views of a store.
         settings: `environment` is stamped on keys that name none.
@@ -54,9 +54,21 @@ class KeyManager:
     """
 
     def __init__(
-        self, work: Work, hasher: Hasher, cache: KeyCache, settings: StoreSettings, *, org_id: str | None = None
+        self,
+        transactions: Transactions,
+        hasher: Hasher,
+        cache: KeyCache,
+        settings: StoreSettings,
+        *,
+        org_id: str | None = None,
     ) -> None:
-        self._work, self._hasher, self._cache, self._settings, self._org_id = work, hasher, cache, settings, org_id
+        self._transactions, self._hasher, self._cache, self._settings, self._org_id = (
+            transactions,
+            hasher,
+            cache,
+            settings,
+            org_id,
+        )
 
     async def issue(
         self,
@@ -106,10 +118,10 @@ class KeyManager:
         values["created_at"] = db_now()
         mine = self._of_caller(checked.caller_id, organisation)
         try:
-            async with self._work.write() as executor:
+            async with self._transactions.write() as connection:
                 again = update(_keys).where(mine, _keys.c.is_active.is_(False)).values(values).returning(*_keys.c)
-                row = await first_row(executor, again) or await first_row(
-                    executor, insert(_keys).values(values).returning(*_keys.c)
+                row = await first_row(connection, again) or await first_row(
+                    connection, insert(_keys).values(values).returning(*_keys.c)
                 )
         except IntegrityError as exc:
             raise ApiKeyExistsError(checked.caller_id) from exc
@@ -148,15 +160,15 @@ class KeyManager:
         cache = self._cache
         cache.checker.admit(key_id, name)
         reading = cache.begin()
-        async with self._work.read() as executor:
-            row = await first_row(executor, select(_keys, *_timely()).where(self._seen(_keys.c.key_id == key_id)))
+        async with self._transactions.read() as connection:
+            row = await first_row(connection, select(_keys, *_timely()).where(self._seen(_keys.c.key_id == key_id)))
         if row is None or not row["is_active"] or row["is_expired"]:
             cache.put_unknown(reading, key_id, self._org_id)
             return REFUSED
         hashes = [row["key_hash"], *([row["previous_key_hash"]] if row["has_previous"] else [])]
         matched = await cache.checker.matching(key_id, name, digest(plaintext), hashes)
         # The store may have closed meanwhile.
-        cache.check_home()
+        cache.check_owner()
         if matched is None:
             cache.put_wrong(reading, name, self._org_id)
             return REFUSED
@@ -175,8 +187,8 @@ class KeyManager:
     async def _note_use(self, row_id: int) -> None:
         statement = update(_keys).where(_keys.c.id == row_id, _is_use_due()).values(last_used_at=db_now())
         try:
-            async with self._work.write() as executor:
-                await executor.execute(statement)
+            async with self._transactions.write() as connection:
+                await connection.execute(statement)
         except (StoreUnavailableError, StoreNotOpenError) as exc:
             # A database that only reads still tells good keys from bad ones.
             _logger.warning("The last use of an API key could not be noted: %s", exc)
@@ -211,10 +223,10 @@ class KeyManager:
             )
             .returning(*_keys.c)
         )
-        async with self._change() as executor:
-            row = await first_row(executor, statement)
+        async with self._change() as connection:
+            row = await first_row(connection, statement)
             if row is not None:
-                await self._cache.announce(executor, row["key_id"])
+                await self._cache.announce(connection, row["key_id"])
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         await self._cache.publish(row["key_id"])
@@ -231,22 +243,22 @@ class KeyManager:
         """
         mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         ended = {"is_active": False, "revoked_at": db_now(), "previous_key_hash": None, "previous_key_expires_at": None}
-        async with self._change() as executor:
+        async with self._change() as connection:
             statement = update(_keys).where(mine, _keys.c.is_active).values(ended).returning(*_keys.c)
-            row = await first_row(executor, statement) or await first_row(executor, select(_keys).where(mine))
+            row = await first_row(connection, statement) or await first_row(connection, select(_keys).where(mine))
             if row is not None:
-                await self._cache.announce(executor, row["key_id"])
+                await self._cache.announce(connection, row["key_id"])
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         await self._cache.publish(row["key_id"])
         return ApiKey.from_row(row)
 
     @asynccontextmanager
-    async def _change(self) -> AsyncIterator[Executor]:
+    async def _change(self) -> AsyncIterator[SqlConnection]:
         """Write. Where it stays unknown whether the commit arrived, nothing that was read before is trusted."""
         try:
-            async with self._work.write() as executor:
-                yield executor
+            async with self._transactions.write() as connection:
+                yield connection
         except BaseException:
             self._cache.drop_all()
             raise
@@ -258,8 +270,8 @@ class KeyManager:
             ApiKeyNotFoundError: The caller has no key.
         """
         mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
-        async with self._work.read() as executor:
-            row = await first_row(executor, select(_keys).where(mine))
+        async with self._transactions.read() as connection:
+            row = await first_row(connection, select(_keys).where(mine))
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         return ApiKey.from_row(row)
@@ -275,8 +287,8 @@ class KeyManager:
         statement = select(_keys).order_by(_keys.c.id.desc()).limit(limit).offset(offset)
         if self._org_id is not None:
             statement = statement.where(_keys.c.org_id == self._org_id)
-        async with self._work.read() as executor:
-            rows = (await executor.execute(statement)).mappings().all()
+        async with self._transactions.read() as connection:
+            rows = (await connection.execute(statement)).mappings().all()
         return Page((ApiKey.from_row(dict(row)) for row in rows), columns=COLUMNS, record_type=ApiKey)
 
     def _organisation(self, org_id: str | None) -> str | None:

@@ -63,7 +63,7 @@ def widget_class() -> type[Any]:
         def __init__(self, store: Any, *, approver: str, limit: int, interval_s: float) -> None:
             self._set_up(store, approver, limit)
             self._tasks: set[Any] = set()
-            self._home = _running_loop() if self.is_async else None
+            self._owner = _running_loop() if self.is_async else None
             anywidget.AnyWidget.__init__(self, interval_ms=max(200, round(interval_s * 1000)))
             self.set_trait("approver", visible(approver))
             self.on_msg(self._heard)
@@ -80,7 +80,7 @@ def widget_class() -> type[Any]:
                 return
             # JupyterLab delivers what a widget sends in a thread of its own (a subshell), where no store was opened.
             running = asyncio.get_running_loop()
-            home = self._home or running
+            home = self._owner or running
             task = running.create_task(work) if home is running else asyncio.run_coroutine_threadsafe(work, home)
             self._tasks.add(task)  # kept until it is done: a loop holds its tasks weakly
             task.add_done_callback(self._tasks.discard)

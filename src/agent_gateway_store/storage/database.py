@@ -22,19 +22,19 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool, StaticPool
 
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.driver import DriverConnection, DriverPool, hang_up, idle_connections
-from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.sqlite import SettledConnection
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
 __all__ = [
+    "Access",
+    "AnyConnection",
     "Database",
-    "Executor",
-    "Purpose",
-    "Runner",
-    "SessionWork",
-    "Work",
+    "SessionTransactions",
+    "SqlConnection",
+    "Transactions",
     "close_db",
     "create_engine",
     "db_now",
@@ -44,24 +44,24 @@ __all__ = [
     "reader_of",
 ]
 
-Executor: TypeAlias = AsyncConnection | AsyncSession
-"""What statements run on; both take Core statements by `await executor.execute(...)`."""
+SqlConnection: TypeAlias = AsyncConnection | AsyncSession
+"""What Core statements run on, by `await connection.execute(...)`."""
 
-Runner: TypeAlias = Executor | DriverConnection
-"""What prepared statements run on."""
+AnyConnection: TypeAlias = SqlConnection | RawConnection
+"""What a `Statement` runs on."""
 
-Purpose: TypeAlias = Literal["read", "one", "several"]
-"""To read; to write by one statement, which commits itself; by several, which commit together."""
+Access: TypeAlias = Literal["read", "autocommit", "transaction"]
+"""To read; to write, each statement committing itself; to write by several, which commit together."""
 
 _READ_ONLY = "agent_gateway_store_read_only"
 _BUSY_TIMEOUT_MS = 10_000
 _CONNECT_TIMEOUT_S = 10.0
 _COMMAND_TIMEOUT_S = 30.0
 _LAST_TRANSACTIONS_S = 5.0
-_DRIVERS = 20
+_MOST_RAW_CONNECTIONS = 20
 
 
-def dialect_of(executor: Runner) -> str:
+def dialect_of(executor: AnyConnection) -> str:
     """Return `sqlite` or `postgresql`."""
     bind = executor.get_bind() if isinstance(executor, AsyncSession) else executor
     return bind.dialect.name
@@ -72,25 +72,25 @@ def reader_of(engine: AsyncEngine) -> AsyncEngine:
     return engine.execution_options(**{_READ_ONLY: True})
 
 
-async def first_row(executor: Executor, statement: Executable) -> Mapping[str, Any] | None:
+async def first_row(executor: SqlConnection, statement: Executable) -> Mapping[str, Any] | None:
     """Run `statement` and return its first row by column name, or None."""
     row = (await executor.execute(statement)).mappings().first()
     return None if row is None else dict(row)
 
 
-class Work(Protocol):
+class Transactions(Protocol):
     """Where a service gets its transactions from: a whole database, or one session of the caller's."""
 
-    def read(self) -> AbstractAsyncContextManager[Executor]:
+    def read(self) -> AbstractAsyncContextManager[SqlConnection]:
         """Open a transaction that only reads."""
         ...
 
-    def write(self) -> AbstractAsyncContextManager[Executor]:
+    def write(self) -> AbstractAsyncContextManager[SqlConnection]:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
         ...
 
-    def lend(self, purpose: Purpose) -> AbstractAsyncContextManager[Runner]:
-        """Lend the fastest thing that prepared statements run on."""
+    def connection(self, access: Access) -> AbstractAsyncContextManager[AnyConnection]:
+        """Acquire the fastest connection that a `Statement` runs on."""
         ...
 
 
@@ -181,11 +181,11 @@ def _begin_sqlite(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
-def _most_drivers(pool: Pool) -> int:
-    """Return how many connections of the driver itself there may be: no more than a host allows for its own pool."""
+def _raw_pool_size(pool: Pool) -> int:
+    """Return how many of the driver's own connections there may be: no more than a host allows for its own pool."""
     if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:
-        return _DRIVERS
-    return min(_DRIVERS, pool.size() + pool._max_overflow)
+        return _MOST_RAW_CONNECTIONS
+    return min(_MOST_RAW_CONNECTIONS, pool.size() + pool._max_overflow)
 
 
 class Database:
@@ -211,9 +211,9 @@ class Database:
         self.url = url
         self.sessions = async_sessionmaker(engine, expire_on_commit=False)
         self._reader = reader_of(engine)
-        self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
-        self._drivers: DriverPool | None = None
+        self._raw_pool: AsyncpgPool | None = None
         self._idle = idle_connections(engine) if owned and engine.dialect.driver == "asyncpg" else ()
 
     @property
@@ -226,20 +226,20 @@ class Database:
         """True if LISTEN and NOTIFY work: on PostgreSQL, not through PgBouncer's transaction mode."""
         return self.engine.dialect.driver == "asyncpg" and "pgbouncer=" not in (self.url or "")
 
-    def bind(self) -> None:
+    def bind_to_loop(self) -> None:
         """Bind to this process and event loop; from elsewhere every use raises."""
-        self._home = (os.getpid(), asyncio.get_running_loop())
+        self._owner = (os.getpid(), asyncio.get_running_loop())
 
     @property
-    def is_home(self) -> bool:
+    def is_owner(self) -> bool:
         """True in the process and event loop that opened it."""
-        return self._home == (os.getpid(), asyncio.get_running_loop())
+        return self._owner == (os.getpid(), asyncio.get_running_loop())
 
-    def check_home(self) -> None:
+    def check_owner(self) -> None:
         """Raise StoreNotOpenError outside the process and event loop that opened the store."""
-        if self._home is None:
+        if self._owner is None:
             raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
-        pid, loop = self._home
+        pid, loop = self._owner
         if pid != os.getpid():
             raise StoreNotOpenError("The store was opened in another process: open one in each process, after forking.")
         if loop is not asyncio.get_running_loop():
@@ -248,49 +248,49 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that only reads."""
-        with self._counted(), database_errors("be read"):
+        with self._counted(), translate_errors("be read"):
             async with self._reader.connect() as connection:
                 yield connection
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
-        with self._counted(), database_errors("be written"):
+        with self._counted(), translate_errors("be written"):
             async with self.engine.begin() as connection:
                 yield connection
 
     @asynccontextmanager
-    async def lend(self, purpose: Purpose) -> AsyncIterator[Runner]:
-        """Lend the fastest thing that prepared statements run on: the driver itself on PostgreSQL.
+    async def connection(self, access: Access) -> AsyncIterator[AnyConnection]:
+        """Acquire the fastest connection that a `Statement` runs on: the driver's own on PostgreSQL.
 
-        There the bound of a unit of work is the one of a command. With "several" everything is committed at the end,
-        or rolled back if the body raises; with "one" each statement commits itself.
+        There the bound of a unit of work is the one of a command. With "transaction" everything is committed at the
+        end, or rolled back if the body raises; with "autocommit" each statement commits itself.
         """
         if self.engine.dialect.driver != "asyncpg":
-            async with self.read() if purpose == "read" else self.write() as connection:
-                yield connection
+            async with self.read() if access == "read" else self.write() as sql_connection:
+                yield sql_connection
             return
-        if self._drivers is None:
-            self._drivers = DriverPool(self.engine, size=_most_drivers(self.engine.pool))
-        doing = "be read" if purpose == "read" else "be written"
-        with self._counted(), database_errors(doing):
-            async with self._drivers.lend(_COMMAND_TIMEOUT_S) as driver:
-                runner = DriverConnection(driver, self.engine.dialect)
-                if purpose != "several":
-                    yield runner
+        if self._raw_pool is None:
+            self._raw_pool = AsyncpgPool(self.engine, size=_raw_pool_size(self.engine.pool))
+        doing = "be read" if access == "read" else "be written"
+        with self._counted(), translate_errors(doing):
+            async with self._raw_pool.connection(_COMMAND_TIMEOUT_S) as driver:
+                connection = RawConnection(driver, self.engine.dialect)
+                if access != "transaction":
+                    yield connection
                     return
                 async with driver.transaction():
-                    yield runner
+                    yield connection
 
     @asynccontextmanager
-    async def driver(self) -> AsyncIterator[Any]:
-        """Lend the driver's own connection for a read that may take long.
+    async def raw_connection(self) -> AsyncIterator[Any]:
+        """Acquire the driver's own connection for a read that may take long.
 
         One of PostgreSQL whose use raised is not used again. SQLite's is: a database in memory would go with it.
         """
         task = asyncio.current_task()
         cancelled_before = task.cancelling() if task else 0
-        with self._counted(), database_errors("be read"):
+        with self._counted(), translate_errors("be read"):
             async with self._reader.connect() as connection:
                 try:
                     yield (await connection.get_raw_connection()).driver_connection
@@ -306,7 +306,7 @@ class Database:
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        self.check_home()
+        self.check_owner()
         self._under_way += 1
         try:
             yield
@@ -318,29 +318,29 @@ class Database:
 
         Safe to call twice. What takes longer than five seconds is left to itself.
         """
-        self._home = None
+        self._owner = None
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_TRANSACTIONS_S):
                 while self._under_way:
                     await asyncio.sleep(0.005)
-        if self._drivers is not None:
-            await self._drivers.close()
-            self._drivers = None
+        if self._raw_pool is not None:
+            await self._raw_pool.close()
+            self._raw_pool = None
         if self.owned:
             # The pool would close one after the other, and wait for a server that hangs as long as for a command.
-            await hang_up(self._idle)
+            await close_all(self._idle)
             await self.engine.dispose()
 
-    async def abandon(self) -> None:
+    async def dispose_detached(self) -> None:
         """Close what can be closed from here of a database whose process or event loop may be gone."""
-        pid, loop = self._home or (os.getpid(), asyncio.get_running_loop())
-        self._home = None
+        pid, loop = self._owner or (os.getpid(), asyncio.get_running_loop())
+        self._owner = None
         # SQLite's connections live in threads and answer any loop; others are left to the garbage collector.
         here = loop is asyncio.get_running_loop() or (loop.is_closed() and self.dialect == "sqlite")
         await self.engine.dispose(close=here and pid == os.getpid())
 
 
-class SessionWork:
+class SessionTransactions:
     """The transactions of one session that the caller owns: `write` commits it, and rolls it back on an error."""
 
     def __init__(self, session: AsyncSession) -> None:
@@ -349,19 +349,19 @@ class SessionWork:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
         """Read in the session's transaction, which is left as it is."""
-        with database_errors("be read"):
+        with translate_errors("be read"):
             yield self._session
 
     @asynccontextmanager
-    async def lend(self, purpose: Purpose) -> AsyncIterator[Runner]:
-        """Lend the session: to read, or to write and commit it."""
-        async with self.read() if purpose == "read" else self.write() as session:
+    async def connection(self, access: Access) -> AsyncIterator[AnyConnection]:
+        """Give the session: to read, or to write and commit it."""
+        async with self.read() if access == "read" else self.write() as session:
             yield session
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
         """Write in the session's transaction and commit it."""
-        with database_errors("be written"):
+        with translate_errors("be written"):
             try:
                 yield self._session
                 await self._session.commit()
@@ -382,14 +382,14 @@ async def get_db() -> AsyncIterator[AsyncSession]:
     """
     loop, url = asyncio.get_running_loop(), StoreSettings().database_url
     database = _environment.get(loop)
-    if database is None or not database.is_home or database.url != url:
+    if database is None or not database.is_owner or database.url != url:
         past = {None if database is None else loop, *(other for other in _environment if other.is_closed())}
         retired = [_environment.pop(other) for other in past if other is not None]
         database = _environment[loop] = Database(create_engine(url), owned=True, url=url)
-        database.bind()
+        database.bind_to_loop()
         for left_behind in retired:
-            await left_behind.abandon()
-    with database_errors("be used"):
+            await left_behind.dispose_detached()
+    with translate_errors("be used"):
         async with database.sessions() as session:
             yield session
 

@@ -12,10 +12,10 @@ from sqlalchemy.sql import expression
 from agent_gateway_store import clock
 from agent_gateway_store.models.columns import UtcDateTime
 
-__all__ = ["CLOCK_OFFSET", "db_now", "prepared_now"]
+__all__ = ["CLOCK_OFFSET", "db_now"]
 
 CLOCK_OFFSET = "p_clock_offset"
-"""Parameter of prepared statements: the offset of `clock`, in seconds."""
+"""Name of the parameter that holds the offset of `clock`, in seconds, in every statement that asks for the time."""
 
 
 class _DbNow(expression.FunctionElement[datetime]):
@@ -37,21 +37,19 @@ def _sqlite_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
 
 
-def db_now(*, plus: timedelta = timedelta()) -> ColumnElement[datetime]:
-    """Return the SQL expression of the database's clock, moved by the offset of `clock` and by `plus`.
+def db_now(*, plus: timedelta | str | ColumnElement[float] | None = None) -> ColumnElement[datetime]:
+    """Return the SQL expression of the database's clock, moved by the offset of `clock` when the statement runs.
 
     `clock_timestamp()` on PostgreSQL, time in milliseconds on SQLite. Deadlines are set and judged by it alone.
+
+    Args:
+        plus: What to add: a timedelta, or seconds as a column or as the name of a parameter.
     """
-    seconds = (clock.offset() + plus).total_seconds()
-    return _DbNow(bindparam(None, seconds, type_=Float(53)))
-
-
-def prepared_now(*, plus: str | ColumnElement[float] | None = None) -> ColumnElement[datetime]:
-    """Return the same for a statement that is written once.
-
-    The parameter CLOCK_OFFSET takes the place of the offset; `plus` (seconds) is the name of another, or a column.
-    """
-    seconds: ColumnElement[float] = bindparam(CLOCK_OFFSET, type_=Float(53))
+    seconds: ColumnElement[float] = bindparam(
+        CLOCK_OFFSET, callable_=lambda: clock.offset().total_seconds(), type_=Float(53)
+    )
     if plus is None:
         return _DbNow(seconds)
+    if isinstance(plus, timedelta):
+        return _DbNow(seconds + bindparam(None, plus.total_seconds(), type_=Float(53)))
     return _DbNow(seconds + (bindparam(plus, type_=Float(53)) if isinstance(plus, str) else plus))

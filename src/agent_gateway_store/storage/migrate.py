@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
 from agent_gateway_store.storage.database import reader_of
-from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def head() -> str:
 
 async def current(engine: AsyncEngine) -> str | None:
     """Return the revision of the database, or None for one without our tables."""
-    with database_errors("tell its schema"):
+    with translate_errors("tell its schema"):
         async with reader_of(engine).connect() as connection:
             return await connection.run_sync(_revision)
 
@@ -96,7 +96,7 @@ def _revision(connection: Connection) -> str | None:
 
 async def is_empty(engine: AsyncEngine) -> bool:
     """True if the database holds no table at all."""
-    with database_errors("tell its tables"):
+    with translate_errors("tell its tables"):
         async with reader_of(engine).connect() as connection:
             return not await connection.run_sync(lambda sync: inspect(sync).get_table_names())
 
@@ -156,7 +156,7 @@ async def downgrade(engine: AsyncEngine, revision: str) -> None:
 @asynccontextmanager
 async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """Open the one transaction in which nobody else migrates this database, here or in another process."""
-    with database_errors("be migrated"):
+    with translate_errors("be migrated"):
         async with _process_lock(), _file_lock(engine), engine.begin() as connection:
             if connection.dialect.name == "postgresql":
                 # Held to the end of the transaction, so that it works through PgBouncer, too.
@@ -222,7 +222,7 @@ async def differences(engine: AsyncEngine) -> list[str]:
         )
         return [_describe(difference) for difference in compare_metadata(context, metadata)]
 
-    with database_errors("be compared"):
+    with translate_errors("be compared"):
         async with reader_of(engine).connect() as connection:
             return await connection.run_sync(compare)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import aiosqlite
 
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.selecting import Query
+from agent_gateway_store.storage.statements import CompiledStatement
 from agent_gateway_store.storage.urls import is_memory
 
 __all__ = ["LONGEST_S", "copied", "fetched", "streamed"]
@@ -23,17 +23,17 @@ _BATCH_ROWS = 1_000
 _SPELLING = "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1"
 
 
-async def fetched(database: Database, query: Query, values: Mapping[str, Any]) -> Rows:
+async def fetched(database: Database, query: CompiledStatement, values: Mapping[str, Any]) -> Rows:
     """Return all rows of a query that may take long."""
     arguments = query.arguments(values)
-    async with database.driver() as driver:
+    async with database.raw_connection() as driver:
         if isinstance(driver, aiosqlite.Connection):
             return list(await driver.execute_fetchall(query.text, arguments))
         return await driver.fetch(query.text, *arguments, timeout=LONGEST_S)  # type: ignore[no-any-return]
 
 
 async def streamed(
-    database: Database, query: Query, values: Mapping[str, Any], *, batch: int = _BATCH_ROWS
+    database: Database, query: CompiledStatement, values: Mapping[str, Any], *, batch: int = _BATCH_ROWS
 ) -> AsyncGenerator[Rows, None]:
     """Yield the rows of `query` in batches, by a server-side cursor. Close it (`aclosing`) if it is left early."""
     arguments = query.arguments(values)
@@ -43,7 +43,7 @@ async def streamed(
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch]
         return
-    async with database.driver() as driver:
+    async with database.raw_connection() as driver:
         if isinstance(driver, aiosqlite.Connection):
             async with driver.execute(query.text, arguments) as cursor:
                 while found := list(await cursor.fetchmany(batch)):
@@ -56,7 +56,12 @@ async def streamed(
 
 
 async def copied(
-    database: Database, query: Query, values: Mapping[str, Any], take: Callable[[bytes], None], *, block_bytes: int
+    database: Database,
+    query: CompiledStatement,
+    values: Mapping[str, Any],
+    take: Callable[[bytes], None],
+    *,
+    block_bytes: int,
 ) -> None:
     """Hand the rows of `query` to `take`, in a thread, as blocks of CSV of whole rows. PostgreSQL only.
 
@@ -89,7 +94,7 @@ async def copied(
     # One thread: the allocators of C libraries keep memory for each that they meet.
     with ThreadPoolExecutor(1, thread_name_prefix="gateway-store bulk") as thread:
         try:
-            async with database.driver() as driver, driver.transaction(readonly=True):
+            async with database.raw_connection() as driver, driver.transaction(readonly=True):
                 await driver.execute(_SPELLING)
                 await driver.copy_from_query(query.text, *arguments, output=receive, format="csv", timeout=LONGEST_S)
             await flush()

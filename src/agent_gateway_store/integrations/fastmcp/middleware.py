@@ -131,7 +131,7 @@ class GatewayMiddleware(Middleware):
             return await ask(approvals, record, caller, required=required, timeout_s=timeout_s)
         if verdict.decision != Decision.ALLOW:
             raise ToolError(verdict.reason)
-        self._store.database.check_home()
+        self._store.database.check_owner()
         if self._store.settings.audit_mode == "strict":
             await self._store.ping()
         return None

@@ -20,15 +20,15 @@ from agent_gateway_store.audit.lost import log_lost
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.preparing import Preparing
 from agent_gateway_store.audit.progress import counted, told
-from agent_gateway_store.audit.reader import AuditReader
-from agent_gateway_store.audit.row import Record, event_record
+from agent_gateway_store.audit.record import EncodedRow, encode_event
+from agent_gateway_store.audit.streams import AuditReader
 from agent_gateway_store.audit.telling import Telling
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.storage.database import Database, SessionWork
-from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.database import Database, SessionTransactions
+from agent_gateway_store.storage.errors import translate_errors
 
-__all__ = ["AuditLog", "AuditLogger"]
+__all__ = ["AuditLogger", "AuditManager"]
 
 _BULK_ROWS = 2_000
 _SLICE_ROWS = 50
@@ -42,7 +42,7 @@ class AuditLogger:
     """
 
     def __init__(self, session: AsyncSession) -> None:
-        self._work = SessionWork(session)
+        self._transactions = SessionTransactions(session)
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit the session. Never raises: what cannot be stored is logged as LOST.
@@ -50,17 +50,17 @@ class AuditLogger:
         Returns:
             STORED, DUPLICATE or LOST.
         """
-        record: Record | None = None
+        record: EncodedRow | None = None
         try:
-            record = event_record(event)
-            async with self._work.write() as session:
+            record = encode_event(event)
+            async with self._transactions.write() as session:
                 return await insert_event(session, record)
         except Exception as exc:
             log_lost(record, exc, request_id=event.request_id)
             return WriteOutcome.LOST
 
 
-class AuditLog(AuditReader):
+class AuditManager(AuditReader):
     """`store.audit`: writes and reads audit events.
 
     Args:
@@ -81,7 +81,7 @@ class AuditLog(AuditReader):
         telling: Telling,
     ) -> None:
         self._database = database
-        self._work = database
+        self._transactions = database
         self._writer = writer
         self._org_id = org_id
         self._preparing = preparing
@@ -99,17 +99,17 @@ class AuditLog(AuditReader):
             StoreNotOpenError: The store is not open here.
             TypeError: It is no AuditEvent.
         """
-        self._database.check_home()
+        self._database.check_owner()
         writer = self._writer()
         try:
-            record = event_record(event, org_id=self._org_id)
+            record = encode_event(event, org_id=self._org_id)
         except ValidationError as exc:
             return writer.refuse(event, exc)
         if self._preparing.is_wanted:
             return await self._preparing.detached(self._write_prepared(writer, record))
         return await writer.write(record)
 
-    async def _write_prepared(self, writer: AuditWriter, record: Record) -> WriteOutcome:
+    async def _write_prepared(self, writer: AuditWriter, record: EncodedRow) -> WriteOutcome:
         try:
             (prepared,) = await self._preparing.prepare([record])
         except asyncio.CancelledError:
@@ -134,7 +134,7 @@ class AuditLog(AuditReader):
             TypeError: One is no AuditEvent.
             ValidationError: A field of one was set past the validation, and is not valid.
         """
-        self._database.check_home()
+        self._database.check_owner()
         writer = self._writer()
         outcomes: Counter[WriteOutcome] = Counter()
         under_way: asyncio.Task[list[WriteOutcome]] | None = None
@@ -185,9 +185,11 @@ class AuditLog(AuditReader):
         with told(progress, f"Importing {source.name}") as tell:
             return await self.write_many(counted(events_in(source, kind), tell))
 
-    async def _batches(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[list[Record]]:
-        rows: list[Record] = []
-        record = partial(event_record, org_id=self._org_id)
+    async def _batches(
+        self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]
+    ) -> AsyncIterator[list[EncodedRow]]:
+        rows: list[EncodedRow] = []
+        record = partial(encode_event, org_id=self._org_id)
         try:
             async for some in _slices(events):
                 rows.extend(map(record, some))
@@ -214,10 +216,10 @@ class AuditLog(AuditReader):
             StoreUnavailableError: The database could not take it.
             ValidationError: A field was set past the validation, and is not valid.
         """
-        record = event_record(event, org_id=self._org_id)
+        record = encode_event(event, org_id=self._org_id)
         if self._preparing.is_wanted:
             (record,) = await self._preparing.prepare([record])
-        with database_errors("record the event"):
+        with translate_errors("record the event"):
             return await insert_event(session, record)
 
     async def flush(self) -> int:
@@ -226,7 +228,7 @@ class AuditLog(AuditReader):
         Returns:
             How many events still wait in the spool: 0 unless the database is away.
         """
-        self._database.check_home()
+        self._database.check_owner()
         await self._preparing.settle()
         return await self._writer().flush()
 

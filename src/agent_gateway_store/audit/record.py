@@ -18,15 +18,15 @@ __all__ = [
     "PLUGIN_FAILED",
     "REUSED_LABEL",
     "UNSTORABLE",
-    "Record",
-    "event_record",
+    "EncodedRow",
+    "encode_event",
+    "from_values",
     "hash_of",
     "key_of",
-    "record_of",
     "size_of",
-    "under_derived_id",
-    "values_of",
-    "withheld",
+    "to_values",
+    "with_derived_id",
+    "without_payload",
 ]
 
 UNSTORABLE = "UNSTORABLE"
@@ -74,12 +74,12 @@ def _encode(value: Any) -> str:
     return "".join(_chunks(value, 0)) if _chunks else _encoder.encode(value)
 
 
-Record: TypeAlias = tuple[Any, ...]
+EncodedRow: TypeAlias = tuple[Any, ...]
 """One row as the drivers take it: values in the order of `COLUMNS`, JSON as text. A tuple of plain values, because the
 garbage collector passes those by, and it would otherwise cost as much as everything else here."""
 
 
-def event_record(event: AuditEvent, *, org_id: str | None = None) -> Record:
+def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
     """Return the record for `event`, which itself is not changed.
 
     What no database can hold is replaced and noted in `redaction_flags`.
@@ -131,28 +131,28 @@ def _is_typed(row: dict[str, Any]) -> bool:
     )
 
 
-def _stored(row: dict[str, Any]) -> Record:
+def _stored(row: dict[str, Any]) -> EncodedRow:
     if not _is_plain(row):
         _scrub(row)
-    return _sealed(row)
+    return _with_hash(row)
 
 
-def key_of(record: Record) -> tuple[str, str]:
+def key_of(record: EncodedRow) -> tuple[str, str]:
     """Return what must be unique: request_id and org_id."""
     return record[_REQUEST_ID], record[_ORG_ID]
 
 
-def hash_of(record: Record) -> str:
+def hash_of(record: EncodedRow) -> str:
     """Return the content_hash, by which two events are the same one."""
     return record[_CONTENT_HASH]  # type: ignore[no-any-return]
 
 
-def size_of(record: Record) -> int:
+def size_of(record: EncodedRow) -> int:
     """Return about how many bytes of memory the record takes."""
     return 2_000 + sum(map(len, filter(None, _large(record))))
 
 
-def values_of(record: Record) -> dict[str, Any]:
+def to_values(record: EncodedRow) -> dict[str, Any]:
     """Return the record as column name to value, as SQLAlchemy's column types take it."""
     values = dict(zip(COLUMNS, record, strict=True))
     for name in ("sanitized_args", "risk_labels"):
@@ -161,29 +161,29 @@ def values_of(record: Record) -> dict[str, Any]:
     return values
 
 
-def record_of(values: Mapping[str, Any]) -> Record:
+def from_values(values: Mapping[str, Any]) -> EncodedRow:
     """Return the record of a row that was stored elsewhere before, as it was."""
     row = {name: values[name] for name in COLUMNS}
     _spell_json(row)
     return tuple(row.values())
 
 
-def under_derived_id(record: Record) -> Record:
+def with_derived_id(record: EncodedRow) -> EncodedRow:
     """Return the record as it is kept when its request_id belongs to another event already.
 
     The id is derived from the content, so that the same event under the same used id gives the same record again.
     """
-    row, digest = values_of(record), hash_of(record)
+    row, digest = to_values(record), hash_of(record)
     base = row["request_id"].encode()[: MAX_KEY_BYTES - len(digest) - 1].decode("utf-8", "ignore")
     row["request_id"] = f"{base}~{digest}"
     if REUSED_LABEL not in row["risk_labels"]:
         row["risk_labels"] = [*row["risk_labels"], REUSED_LABEL]
-    return _sealed(row)
+    return _with_hash(row)
 
 
-def withheld(record: Record) -> Record:
+def without_payload(record: EncodedRow) -> EncodedRow:
     """Return the record without its arguments and free texts, each flagged: a plugin that might redact them failed."""
-    row = values_of(record)
+    row = to_values(record)
     replaced: dict[str, Any] = {name: WITHHELD for name in _QUOTING if row[name]}
     if row["sanitized_args"]:
         replaced["sanitized_args"] = {WITHHELD: PLUGIN_FAILED}
@@ -191,7 +191,7 @@ def withheld(record: Record) -> Record:
     row["redaction_flags"] += [
         RedactionFlag(field=name, reason=PLUGIN_FAILED) for name in replaced if (name, PLUGIN_FAILED) not in known
     ]
-    return _sealed(row | replaced)
+    return _with_hash(row | replaced)
 
 
 _REQUEST_ID, _ORG_ID, _CONTENT_HASH = map(COLUMNS.index, ("request_id", "org_id", "content_hash"))
@@ -205,7 +205,7 @@ def _spell_json(row: dict[str, Any]) -> None:
     row["redaction_flags"] = _encode([flag.__dict__ for flag in flags]) if flags else "[]"
 
 
-def _sealed(row: dict[str, Any]) -> Record:
+def _with_hash(row: dict[str, Any]) -> EncodedRow:
     """Spell the JSON and set `content_hash`: SHA-256 (64 hex digits) of the canonical event.
 
     It is taken over `json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` in UTF-8, where

@@ -1,4 +1,4 @@
-"""Signals between processes: "the thing of this key has changed, look again".
+"""PubSub between processes: "the thing of this key has changed, look again".
 
 One subscription per process, whatever the number of waiting tasks: Redis pub/sub where there is Redis, else PostgreSQL
 LISTEN/NOTIFY in the transaction that makes the change, else none. A signal may be missed, so whoever waits looks again
@@ -16,13 +16,13 @@ from contextlib import contextmanager
 import asyncpg
 from sqlalchemy import Text, bindparam, func, literal_column, select
 
-from agent_gateway_store.storage.accelerator import Accelerator
+from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.cache import REDIS_FAULTS
-from agent_gateway_store.storage.database import Database, Runner
-from agent_gateway_store.storage.driver import DriverPool
-from agent_gateway_store.storage.prepared import Prepared
+from agent_gateway_store.storage.database import AnyConnection, Database
+from agent_gateway_store.storage.redis_cache import RedisCache
+from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["Signals", "Topic"]
+__all__ = ["PubSub", "Topic"]
 
 _CHANNEL = "agent_gateway_store_changed"
 _RETRY_S = 1.0
@@ -35,9 +35,9 @@ _FOREVER_S = 10 * 365 * 86_400.0
 _NOTIFIED = (
     func.pg_notify(literal_column(f"'{_CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("notified")
 )
-_NOTIFY = Prepared(lambda _: select(_NOTIFIED), (_NOTIFIED,))
+_NOTIFY = Statement(select(_NOTIFIED))
 
-_logger = logging.getLogger("agent_gateway_store.signals")
+_logger = logging.getLogger("agent_gateway_store.pubsub")
 
 
 class Topic:
@@ -83,10 +83,10 @@ def _settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class Signals:
+class PubSub:
     """The subscription of one open store. Starts with the first task that waits; belongs to one event loop."""
 
-    def __init__(self, redis: Accelerator, database: Database) -> None:
+    def __init__(self, redis: RedisCache, database: Database) -> None:
         self._redis = redis
         self._database = database
         self._topics: dict[str, Topic] = {}
@@ -115,7 +115,7 @@ class Signals:
     def hear(self, prefix: str, heard: Callable[[str | None], None]) -> None:
         """Call `heard` with the rest of every signalled key that begins with `prefix`, until `close`.
 
-        None tells that signals may have been missed. Through the database they are heard only while somebody waits,
+        None tells that pubsub may have been missed. Through the database they are heard only while somebody waits,
         since that takes a connection.
         """
         self._ears[prefix] = heard
@@ -126,10 +126,10 @@ class Signals:
         if self._subscription is None and (self._redis.client is not None or self._notifies):
             self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
 
-    async def announce(self, runner: Runner, key: str) -> None:
-        """Have the signal go out with the transaction of `runner`, where signals go through the database."""
+    async def announce(self, connection: AnyConnection, key: str) -> None:
+        """Have the signal go out with the transaction of `connection`, where pubsub go through the database."""
         if self._notifies:
-            await _NOTIFY.first(runner, {"p_key": key})
+            await _NOTIFY.first(connection, {"p_key": key})
 
     async def publish(self, key: str) -> bool:
         """Signal a change that was committed: to this process at once, to others through Redis.
@@ -182,9 +182,9 @@ class Signals:
             try:
                 await listen()
             except (*REDIS_FAULTS, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-                _logger.info("No signals for now (%s): polling.", type(exc).__name__)
+                _logger.info("No pubsub for now (%s): polling.", type(exc).__name__)
             except Exception:
-                _logger.exception("No signals for now: polling.")
+                _logger.exception("No pubsub for now: polling.")
             self._is_live = False
             await asyncio.sleep(_RETRY_S)
 
@@ -208,9 +208,9 @@ class Signals:
 
     async def _listen_to_postgres(self) -> None:
         # A connection of its own for as long as it listens, so a pool of one that is closed with it.
-        pool = DriverPool(self._database.engine, size=1)
+        pool = AsyncpgPool(self._database.engine, size=1)
         try:
-            async with pool.lend(_FOREVER_S) as driver:
+            async with pool.connection(_FOREVER_S) as driver:
                 await driver.add_listener(_CHANNEL, self._heard)
                 self._begin()
                 while not driver.is_closed():

@@ -11,14 +11,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from agent_gateway_store.cli.context import sqlite_file
 from agent_gateway_store.cli.output import say
-from agent_gateway_store.cli.running import sqlite_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from agent_gateway_store.audit import WriteOutcome
-    from agent_gateway_store.cli.demo_history import Approval, Call
+    from agent_gateway_store.demo.history import Approval, Call
     from agent_gateway_store.models import ApprovalRequest, AuditEvent
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
@@ -47,8 +47,8 @@ async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | 
     Returns:
         What was written.
     """
-    from agent_gateway_store.cli.demo_history import DAYS, history
     from agent_gateway_store.clock import utc_now
+    from agent_gateway_store.demo.history import DAYS, history
 
     started = time.perf_counter()
     end = until.astimezone(UTC) if until else utc_now().replace(minute=0, second=0, microsecond=0)
@@ -160,7 +160,7 @@ def _request(seed: int, number: int, tool: str, arguments: dict[str, Any], why: 
 
 
 async def _issue_keys(store: GatewayStore) -> int:
-    from agent_gateway_store.cli.demo_world import CALLERS
+    from agent_gateway_store.demo.world import CALLERS
     from agent_gateway_store.errors import ApiKeyExistsError
 
     for caller in CALLERS:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from agent_gateway_store.cli.demo_tools import SERVER, Toolbox, sanitise
+from agent_gateway_store.demo.tools import SERVER, Toolbox, sanitise
 from agent_gateway_store.errors import ApprovalAlreadyUsedError, StoreUnavailableError
 from agent_gateway_store.models import (
     ApprovalRequest,

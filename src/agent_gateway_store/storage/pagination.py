@@ -16,7 +16,7 @@ from typing import Any
 
 from agent_gateway_store.errors import InvalidCursorError
 
-__all__ = ["decode_cursor", "encode_cursor", "foreign_cursor", "pack", "scope_of", "unpack"]
+__all__ = ["decode", "decode_cursor", "encode", "encode_cursor", "invalid_cursor", "listing_fingerprint"]
 
 _VERSION = 1
 _POSITION = struct.Struct(">QQ")
@@ -26,7 +26,7 @@ _SCOPE_BYTES = 8
 _LONGEST = 65_536
 
 
-def scope_of(listing: str, org_id: str | None, filters: Any) -> bytes:
+def listing_fingerprint(listing: str, org_id: str | None, filters: Any) -> bytes:
     """Return what binds a cursor to its listing.
 
     Args:
@@ -40,7 +40,7 @@ def scope_of(listing: str, org_id: str | None, filters: Any) -> bytes:
 
 def encode_cursor(scope: bytes, at: datetime, row_id: int) -> str:
     """Return the cursor behind the row with this time and id."""
-    return pack(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id))
+    return encode(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id))
 
 
 def decode_cursor(scope: bytes, cursor: str) -> tuple[datetime, int]:
@@ -50,20 +50,20 @@ def decode_cursor(scope: bytes, cursor: str) -> tuple[datetime, int]:
         InvalidCursorError: It did not come from this listing.
     """
     try:
-        ticks, row_id = _POSITION.unpack(unpack(scope, cursor))
+        ticks, row_id = _POSITION.unpack(decode(scope, cursor))
         if row_id < 2**63:
             return _FIRST + ticks * _TICK, row_id
     except (struct.error, OverflowError):
         pass
-    raise foreign_cursor()
+    raise invalid_cursor()
 
 
-def pack(scope: bytes, payload: bytes) -> str:
+def encode(scope: bytes, payload: bytes) -> str:
     """Return an opaque text that holds `payload` for this listing."""
     return base64.urlsafe_b64encode(bytes([_VERSION]) + scope + payload).rstrip(b"=").decode()
 
 
-def unpack(scope: bytes, cursor: str) -> bytes:
+def decode(scope: bytes, cursor: str) -> bytes:
     """Return the payload of `cursor`.
 
     Raises:
@@ -74,14 +74,14 @@ def unpack(scope: bytes, cursor: str) -> bytes:
         if len(cursor) <= _LONGEST:
             data = base64.b64decode(cursor.encode() + b"=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
             payload = data[len(start) :]
-            if data.startswith(start) and pack(scope, payload) == cursor:
+            if data.startswith(start) and encode(scope, payload) == cursor:
                 return payload
     except (ValueError, TypeError, binascii.Error, AttributeError):
         pass
-    raise foreign_cursor()
+    raise invalid_cursor()
 
 
-def foreign_cursor() -> InvalidCursorError:
+def invalid_cursor() -> InvalidCursorError:
     """Return the error for a cursor that a listing did not hand out."""
     return InvalidCursorError(
         "This cursor is not of this listing with these filters: start again without one, or give the same filters."

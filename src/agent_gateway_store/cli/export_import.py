@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.faults import CommandError, ExitCode
+from agent_gateway_store.cli.context import open_store, run
+from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.filters import filtered
 from agent_gateway_store.cli.output import JsonOption, print_json, say
-from agent_gateway_store.cli.running import open_store, run
 from agent_gateway_store.errors import GatewayStoreError
 
 if TYPE_CHECKING:

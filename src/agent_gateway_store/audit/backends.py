@@ -19,13 +19,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.audit.inserting import insert_event, table
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.row import COLUMNS, Record, hash_of, key_of, under_derived_id
-from agent_gateway_store.storage.driver import DriverPool
-from agent_gateway_store.storage.faults import is_outage
+from agent_gateway_store.audit.record import COLUMNS, EncodedRow, hash_of, key_of, with_derived_id
+from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
+from agent_gateway_store.storage.errors import is_outage
 
-__all__ = ["Settled", "Sink", "sink_for"]
+__all__ = ["RowResult", "Sink", "sink_for"]
 
-Settled: TypeAlias = WriteOutcome | Exception
+RowResult: TypeAlias = WriteOutcome | Exception
 _TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 1.0
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
@@ -35,7 +35,7 @@ _STORED = WriteOutcome.STORED
 class Sink(Protocol):
     """Commits batches. Not to be used by two tasks at once."""
 
-    async def store(self, rows: Sequence[Record]) -> list[Settled]:
+    async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows`, whose keys differ; return what became of each, in order."""
         ...
 
@@ -61,7 +61,7 @@ class RowSink:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
-    async def store(self, rows: Sequence[Record]) -> list[Settled]:
+    async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows` together; if one is refused, each on its own."""
         try:
             async with self._engine.begin() as connection:
@@ -85,7 +85,7 @@ class RowSink:
 class SqliteSink(RowSink):
     """`executemany` in one transaction on the driver's own connection."""
 
-    async def store(self, rows: Sequence[Record]) -> list[Settled]:
+    async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows` together; where a key is taken, look all of them up; where a row is refused, one by one."""
         async with self._engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
@@ -105,16 +105,16 @@ class SqliteSink(RowSink):
                     return settled
         return await super().store(rows)
 
-    async def _insert_all(self, driver: aiosqlite.Connection, rows: Sequence[Record]) -> list[Settled]:
+    async def _insert_all(self, driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
         await driver.executemany(_SQLITE_INSERT, [_sqlite_record(row) for row in rows])
         return [_STORED] * len(rows)
 
-    async def _insert_free(self, driver: aiosqlite.Connection, rows: Sequence[Record]) -> list[Settled]:
+    async def _insert_free(self, driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Insert what has a free key; then settle the others under the ids that they find taken.
 
         Nobody writes between the look-up and the insert: the transaction holds the database's one write lock.
         """
-        outcomes: dict[int, Settled] = {}
+        outcomes: dict[int, RowResult] = {}
         open_rows = dict(enumerate(rows))
         while open_rows:
             held = await self._held(driver, open_rows.values())
@@ -124,10 +124,12 @@ class SqliteSink(RowSink):
             taken = {index: row for index, row in open_rows.items() if index not in free}
             same = {index for index, row in taken.items() if held[key_of(row)] == hash_of(row)}
             outcomes |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
-            open_rows = {index: under_derived_id(row) for index, row in taken.items() if index not in same}
+            open_rows = {index: with_derived_id(row) for index, row in taken.items() if index not in same}
         return [outcomes[index] for index in range(len(rows))]
 
-    async def _held(self, driver: aiosqlite.Connection, rows: Iterable[Record]) -> dict[tuple[str, str], str | None]:
+    async def _held(
+        self, driver: aiosqlite.Connection, rows: Iterable[EncodedRow]
+    ) -> dict[tuple[str, str], str | None]:
         found = await driver.execute_fetchall(_SQLITE_HELD, [json.dumps([key_of(row) for row in rows])])
         return {(request_id, org_id): digest for request_id, org_id, digest in found}
 
@@ -140,9 +142,9 @@ class PostgresSink:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._rows = RowSink(engine)
-        self._pool = DriverPool(engine, size=1)
+        self._pool = AsyncpgPool(engine, size=1)
 
-    async def store(self, rows: Sequence[Record]) -> list[Settled]:
+    async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows`, or raise within five seconds. A connection that died idle is replaced once.
 
         A commit whose answer was cut off is settled by the second try: what it finds stored is the same event.
@@ -159,14 +161,14 @@ class PostgresSink:
 
     async def probe(self) -> None:
         """Have the connection answer within a second."""
-        async with self._pool.lend(_PROBE_TIMEOUT_S) as driver:
+        async with self._pool.connection(_PROBE_TIMEOUT_S) as driver:
             await driver.execute("SELECT 1")
 
-    async def _store(self, rows: Sequence[Record], timeout_s: float) -> list[Settled]:
-        async with self._pool.lend(timeout_s) as driver:
+    async def _store(self, rows: Sequence[EncodedRow], timeout_s: float) -> list[RowResult]:
+        async with self._pool.connection(timeout_s) as driver:
             return await self._copy(driver, rows)
 
-    async def _copy(self, driver: asyncpg.Connection, rows: Sequence[Record]) -> list[Settled]:
+    async def _copy(self, driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
         try:
             if len(rows) == 1:
                 if await driver.execute(_INSERT_ONE, *rows[0]) == "INSERT 0 1":
@@ -184,9 +186,9 @@ class PostgresSink:
                 raise
         return await self._rows.store(rows)
 
-    async def _insert(self, driver: asyncpg.Connection, rows: Sequence[Record]) -> list[Settled]:
+    async def _insert(self, driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Insert what has a free key; then settle the others under the ids that they find taken."""
-        outcomes: dict[int, Settled] = {}
+        outcomes: dict[int, RowResult] = {}
         open_rows = dict(enumerate(rows))
         while open_rows:
             stored = {
@@ -197,10 +199,10 @@ class PostgresSink:
             held = await self._held(driver, taken.values()) if taken else {}
             same = {index for index, row in taken.items() if held.get(key_of(row)) == hash_of(row)}
             outcomes |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
-            open_rows = {index: under_derived_id(row) for index, row in taken.items() if index not in same}
+            open_rows = {index: with_derived_id(row) for index, row in taken.items() if index not in same}
         return [outcomes[index] for index in range(len(rows))]
 
-    async def _held(self, driver: asyncpg.Connection, rows: Iterable[Record]) -> dict[tuple[str, str], str | None]:
+    async def _held(self, driver: asyncpg.Connection, rows: Iterable[EncodedRow]) -> dict[tuple[str, str], str | None]:
         request_ids, org_ids = zip(*(key_of(row) for row in rows), strict=True)
         found = await driver.fetch(_HELD, request_ids, org_ids)
         return {(request_id, org_id): digest for request_id, org_id, digest in found}
@@ -210,7 +212,7 @@ class PostgresSink:
         await self._pool.close()
 
 
-def _sqlite_record(row: Record) -> tuple[Any, ...]:
+def _sqlite_record(row: EncodedRow) -> tuple[Any, ...]:
     record = list(row)
     stamp: datetime = record[_TIMESTAMP]
     # The text that SQLAlchemy's own type writes, so that every row compares and reads back alike.

@@ -17,12 +17,12 @@ from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.progress import told
 from agent_gateway_store.audit.query import COLUMNS, AuditQuery, check_limit
 from agent_gateway_store.audit.reading import events_of
-from agent_gateway_store.audit.statements import newest, parameters
+from agent_gateway_store.audit.selects import newest, parameters
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.selecting import Query
+from agent_gateway_store.storage.statements import CompiledStatement
 from agent_gateway_store.storage.streaming import fetched, streamed
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ class AuditReader(AuditQuery):
 
     async def _changes(self, cursor: str, limit: int, filters: Filters) -> tuple[Page[AuditEvent], bool]:
         found = criteria(filters, org_id=self._org_id, listing="changes")
-        async with self._database.lend("read") as runner:
-            events, following, is_more = await changes(runner, found, cursor, limit)
+        async with self._database.connection("read") as connection:
+            events, following, is_more = await changes(connection, found, cursor, limit)
         return Page(events, next_cursor=following, columns=COLUMNS, record_type=AuditEvent), is_more
 
     async def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
@@ -222,7 +222,7 @@ class AuditReader(AuditQuery):
             )
 
     async def _fetch_long(
-        self, query: Callable[[Dialect], Query], values: Mapping[str, Any]
+        self, query: Callable[[Dialect], CompiledStatement], values: Mapping[str, Any]
     ) -> Sequence[Sequence[Any]]:
         dialect = self._database.engine.dialect
         return await fetched(self._database, query(dialect), parameters(dialect, values))

@@ -18,21 +18,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import GatewayStoreError
 
-__all__ = ["DriverConnection", "DriverPool", "hang_up", "idle_connections"]
+__all__ = ["AsyncpgPool", "RawConnection", "close_all", "idle_connections"]
 
 _CLOSE_TIMEOUT_S = 1.0
 _GRACE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class DriverConnection:
-    """A lent connection, with the dialect that says how values are spelt."""
+class RawConnection:
+    """A connection of the driver, with the dialect that says how values are encoded."""
 
     driver: asyncpg.Connection
     dialect: Dialect
 
 
-class DriverPool:
+class AsyncpgPool:
     """A few connections of asyncpg, made as they are needed and kept until `close`.
 
     Args:
@@ -48,8 +48,8 @@ class DriverPool:
         self._is_closed = False
 
     @asynccontextmanager
-    async def lend(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
-        """Lend a connection for at most `timeout_s` seconds, the time to get one included.
+    async def connection(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
+        """Acquire a connection for at most `timeout_s` seconds, the time to get one included.
 
         A connection whose use raised is not used again, unless it was an error of ours. When the time is up the line
         is cut, because a server that hangs does not answer a polite cancellation either.
@@ -132,7 +132,7 @@ class DriverPool:
         """Close what is idle, and what is lent when it comes back."""
         self._is_closed = True
         idle, self._idle = self._idle, []
-        await hang_up(driver for driver, _ in idle)
+        await close_all(driver for driver, _ in idle)
         for driver, connection in (*idle, *self._dead):
             await _drop(driver, connection)
         self._dead.clear()
@@ -154,7 +154,7 @@ def idle_connections(engine: AsyncEngine) -> WeakSet[asyncpg.Connection]:
     return idle
 
 
-async def hang_up(drivers: Iterable[asyncpg.Connection]) -> None:
+async def close_all(drivers: Iterable[asyncpg.Connection]) -> None:
     """Close connections that nobody uses, all at once: a server that hangs keeps us waiting for a second, not each."""
     still_open = [driver for driver in drivers if not driver.is_closed()]
     await asyncio.gather(*(driver.close(timeout=_CLOSE_TIMEOUT_S) for driver in still_open), return_exceptions=True)

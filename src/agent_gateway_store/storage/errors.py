@@ -14,13 +14,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from agent_gateway_store.errors import GatewayStoreError, SchemaOutOfDateError, StoreUnavailableError
 
-__all__ = ["database_errors", "is_outage"]
+__all__ = ["is_outage", "translate_errors"]
 
 # asyncpg raises InternalClientError, outside its own two roots, when a server is killed under it.
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
 _ROW_FAULTS = (ValueError, TypeError, OverflowError, IntegrityError, sqlite3.IntegrityError, sqlite3.DataError)
-_DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.storage.driver")
+_DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.storage.asyncpg_pool")
 _PLUMBING = sys.stdlib_module_names | {"uvloop", "winloop"}
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
 _HINTS = (
@@ -40,7 +40,7 @@ _HINTS = (
 
 
 @contextmanager
-def database_errors(doing: str) -> Iterator[None]:
+def translate_errors(doing: str) -> Iterator[None]:
     """Turn what SQLAlchemy, the drivers and the network raise into ours, with the cause kept.
 
     Ours, integrity errors and programming errors of Python pass unchanged, and so do errors of files and the network

@@ -8,8 +8,8 @@ from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from agent_gateway_store.integrations.credentials import key_in
-from agent_gateway_store.integrations.fastapi.lifetime import StoreDep
-from agent_gateway_store.integrations.fastapi.problems import http_errors
+from agent_gateway_store.integrations.fastapi.exception_handlers import http_errors
+from agent_gateway_store.integrations.fastapi.lifespan import StoreDep
 from agent_gateway_store.models.identity import CallerIdentity
 from agent_gateway_store.store import GatewayStore
 

@@ -16,8 +16,8 @@ from itertools import accumulate
 from random import Random
 from uuid import UUID
 
-from agent_gateway_store.cli.demo_incidents import PROBED, SLOW
-from agent_gateway_store.cli.demo_world import APPROVERS, CALLERS, PROBES, TOOLS, TROUBLEMAKER, Caller, Tool
+from agent_gateway_store.demo.incidents import PROBED, SLOW
+from agent_gateway_store.demo.world import APPROVERS, CALLERS, PROBES, TOOLS, TROUBLEMAKER, Caller, Tool
 from agent_gateway_store.models import (
     ApprovalRequest,
     ApprovalStatus,

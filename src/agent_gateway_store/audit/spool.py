@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, db_now
-from agent_gateway_store.storage.faults import database_errors
+from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.urls import is_memory
 
 __all__ = ["Spool"]
@@ -70,7 +70,7 @@ class Spool:
         Raises:
             StoreUnavailableError: The file cannot be written, or is full.
         """
-        with database_errors("spool the event"):
+        with translate_errors("spool the event"):
             engine = await self._opened()
             async with engine.begin() as connection:
                 extra = {"target": self._target, "error": error}
@@ -79,7 +79,7 @@ class Spool:
 
     async def waiting(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
         """Return up to `limit` rows to replay, oldest first, with their ids."""
-        with database_errors("read the spool"):
+        with translate_errors("read the spool"):
             engine = await self._opened()
             async with engine.connect() as connection:
                 found = await connection.execute(
@@ -90,14 +90,14 @@ class Spool:
 
     async def remove(self, ids: Sequence[int]) -> None:
         """Forget rows that the database holds now. Removing them twice does no harm."""
-        with database_errors("write the spool"):
+        with translate_errors("write the spool"):
             engine = await self._opened()
             async with engine.begin() as connection:
                 await connection.execute(delete(_events).where(_events.c.id.in_(ids)))
 
     async def quarantine(self, row_id: int, error: str) -> None:
         """Keep a row that the database refuses out of every further replay."""
-        with database_errors("write the spool"):
+        with translate_errors("write the spool"):
             engine = await self._opened()
             async with engine.begin() as connection:
                 await connection.execute(update(_events).where(_events.c.id == row_id).values(error=error))
@@ -106,7 +106,7 @@ class Spool:
         """Return how many rows wait, and how many are quarantined."""
         if not self.exists:
             return 0, 0
-        with database_errors("read the spool"):
+        with translate_errors("read the spool"):
             engine = await self._opened()
             async with engine.connect() as connection:
                 mine = _events.c.target == self._target

@@ -16,14 +16,14 @@ from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.keyset import scope_of
+from agent_gateway_store.storage.pagination import listing_fingerprint
 
-__all__ = ["Notifications"]
+__all__ = ["NotificationManager"]
 
 _PRUNE_BATCH = 1000
 
 
-class Notifications:
+class NotificationManager:
     """The outbox of an open store.
 
     A row is written for each notifier with the change it tells of, so either both exist or neither. It is DUE until the
@@ -59,9 +59,9 @@ class Notifications:
         wanted = None if status is None else DeliveryStatus(status)
         about = None if approval_id is None else _uuid(approval_id)
         conditions = self._mine(notifier=notifier, status=wanted, approval_id=about)
-        scope = scope_of("notifications.list", self._org_id, [wanted, notifier, about])
-        async with self._database.read() as executor:
-            return await queries.page(executor, *conditions, scope=scope, limit=limit, cursor=cursor)
+        scope = listing_fingerprint("notifications.list", self._org_id, [wanted, notifier, about])
+        async with self._database.read() as connection:
+            return await queries.page(connection, *conditions, scope=scope, limit=limit, cursor=cursor)
 
     async def counts(self) -> Page[dict[str, Any]]:
         """Count what has not arrived, a line for each notifier.
@@ -69,8 +69,8 @@ class Notifications:
         `waiting` are DUE, `due` those of them whose time has come, `dead` the dead letters, `oldest` when the oldest of
         all these was written. A notifier that is not `is_loaded` in this process is left to one that has it.
         """
-        async with self._database.read() as executor:
-            return await queries.counts(executor, *self._mine(), loaded=self._outbox.notifiers)
+        async with self._database.read() as connection:
+            return await queries.counts(connection, *self._mine(), loaded=self._outbox.notifiers)
 
     async def redrive(self, delivery_id: UUID | str | None = None, *, notifier: str | None = None) -> int:
         """Send dead letters again: one, or all. They keep their delivery id and have all their tries before them.
@@ -86,8 +86,8 @@ class Notifications:
             ValueError: `delivery_id` is no UUID.
         """
         named = None if delivery_id is None else _uuid(delivery_id)
-        async with self._database.write() as executor:
-            return await queries.redrive(executor, *self._mine(notifier=notifier, delivery_id=named))
+        async with self._database.write() as connection:
+            return await queries.redrive(connection, *self._mine(notifier=notifier, delivery_id=named))
 
     async def run(self, *, once: bool = False) -> int:
         """Send what is due to the notifiers of this process. Any number of processes may do so at once.
@@ -105,7 +105,7 @@ class Notifications:
             StoreNotOpenError: The store is not open.
             StoreUnavailableError: With `once`: the database is away.
         """
-        self._database.check_home()
+        self._database.check_owner()
         return await self._outbox.worker.run(once=once, org_id=self._org_id)
 
     async def prune(self, older_than: timedelta) -> int:
@@ -120,8 +120,8 @@ class Notifications:
             raise ValueError("older_than must not be negative.")
         total, found = 0, _PRUNE_BATCH
         while found == _PRUNE_BATCH:
-            async with self._database.write() as executor:
-                found = await queries.prune(executor, *self._mine(), older_than=older_than, limit=_PRUNE_BATCH)
+            async with self._database.write() as connection:
+                found = await queries.prune(connection, *self._mine(), older_than=older_than, limit=_PRUNE_BATCH)
             total += found
         return total
 

@@ -33,7 +33,7 @@ from sqlalchemy.dialects import postgresql
 from agent_gateway_store.audit.filters import Criteria
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
-from agent_gateway_store.storage.selecting import Query, compiled
+from agent_gateway_store.storage.statements import CompiledStatement, compiled
 
 __all__ = [
     "FIELDS",
@@ -73,7 +73,9 @@ def finite() -> ColumnElement[datetime]:
     return func.least(func.greatest(table.c.timestamp, edges[0]), edges[1])
 
 
-def newest(dialect: Dialect, found: Criteria, *, limit: int | None, offset: int = 0, is_after: bool = False) -> Query:
+def newest(
+    dialect: Dialect, found: Criteria, *, limit: int | None, offset: int = 0, is_after: bool = False
+) -> CompiledStatement:
     """Return the SELECT of a page: newest first, ties broken by id; its parameters are those of `parameters`.
 
     Args:
@@ -111,14 +113,16 @@ class SameDialect:
         return 0
 
 
-def oldest(dialect: Dialect, found: Criteria) -> Query:
+def oldest(dialect: Dialect, found: Criteria) -> CompiledStatement:
     """Return the SELECT of everything that matches, oldest first."""
     statement = selected(dialect.name).where(*conditions(dialect.name, found.shape))
     return compiled(statement.order_by(table.c.timestamp, table.c.id), dialect)
 
 
 @lru_cache(maxsize=512)
-def _newest(dialect: str, shape: _Shape, limit: int | None, offset: int, is_after: bool, same: SameDialect) -> Query:
+def _newest(
+    dialect: str, shape: _Shape, limit: int | None, offset: int, is_after: bool, same: SameDialect
+) -> CompiledStatement:
     statement = selected(dialect).where(*conditions(dialect, shape))
     statement = statement.order_by(table.c.timestamp.desc(), table.c.id.desc())
     if is_after:

@@ -14,7 +14,7 @@ from agent_gateway_store.storage.cache import REDIS_FAULTS, RedisClient, millise
 from agent_gateway_store.storage.exchange import Command, exchange
 from agent_gateway_store.storage.pipelining import AutoPipeline
 
-__all__ = ["Accelerator", "Entry"]
+__all__ = ["Entry", "RedisCache"]
 
 _logger = logging.getLogger("agent_gateway_store.redis")
 
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     ttl_s: float
 
 
-class Accelerator:
+class RedisCache:
     """What the store does with Redis. No method raises because of Redis; None and False mean "ask SQL".
 
     After a fault Redis is left alone for `pause_s`, so that a server that hangs costs one timeout in that time. What
@@ -59,7 +59,7 @@ class Accelerator:
         self._timeout_s = timeout_s
         self._pause_s = pause_s
         self._resume_at = 0.0
-        self._home: asyncio.AbstractEventLoop | None = None
+        self._owner: asyncio.AbstractEventLoop | None = None
         self._pipeline: AutoPipeline[Command] = AutoPipeline(self._send)
 
     @property
@@ -107,8 +107,8 @@ class Accelerator:
     async def _ask(self, commands: Sequence[Command]) -> list[Any] | None:
         if not self.is_available:
             return None
-        if self._home is not (home := asyncio.get_running_loop()):
-            self._home, self._pipeline = home, AutoPipeline(self._send)
+        if self._owner is not (home := asyncio.get_running_loop()):
+            self._owner, self._pipeline = home, AutoPipeline(self._send)
         size = sum(len(argument) for command in commands for argument in command if isinstance(argument, str))
         replies = await self._pipeline.ask(commands, size)
         for reply in replies or ():

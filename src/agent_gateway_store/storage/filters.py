@@ -1,4 +1,4 @@
-"""Values that listings are narrowed by, as callers give them: checked, and made what a column holds."""
+"""Values that listings are narrowed by, as callers give them: check_filters, and made what a column holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, as_utc
 from agent_gateway_store.models.scrub import Scrubber, storable_key
 
-__all__ = ["Moment", "OneOrMore", "checked", "key", "label", "moment", "number", "pattern", "period", "several", "word"]
+__all__ = [
+    "Moment",
+    "OneOrMore",
+    "check_filters",
+    "duration",
+    "identifier",
+    "instant",
+    "label",
+    "number",
+    "one_or_many",
+    "pattern",
+    "word",
+]
 
 OneOrMore: TypeAlias = str | Sequence[str] | set[str] | frozenset[str]
 """A value, or several of which any may match."""
@@ -26,7 +38,7 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 _PERIOD = re.compile(r"\s*(\d{1,9})\s*([smhdw])\s*", re.ASCII)
 
 
-def checked(
+def check_filters(
     filters: Mapping[str, Any], checks: Mapping[str, Callable[[str, Any], Any]]
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield name, checked value and spelling of each filter that was given; the spelling binds a cursor.
@@ -42,7 +54,7 @@ def checked(
             yield name, value, str(given) if name in ("since", "until") else value
 
 
-def moment(name: str, given: Any) -> datetime:
+def instant(name: str, given: Any) -> datetime:
     """Return the time that a caller means, in UTC.
 
     Raises:
@@ -60,14 +72,14 @@ def moment(name: str, given: Any) -> datetime:
             ) from None
     if not isinstance(given, str | timedelta):
         raise TypeError(f'{name} must be a datetime, a timedelta or text such as "24h", not {type(given).__name__}.')
-    ago = period(name, given)
+    ago = duration(name, given)
     try:
         return utc_now() - ago
     except OverflowError:
         return UTC_MIN if ago > timedelta() else UTC_MAX
 
 
-def period(name: str, given: Any) -> timedelta:
+def duration(name: str, given: Any) -> timedelta:
     """Return a length of time: a timedelta, or text such as "90s", "15m", "24h", "7d", "2w".
 
     Raises:
@@ -87,7 +99,7 @@ def period(name: str, given: Any) -> timedelta:
         return timedelta.max
 
 
-def several(check: Callable[[str, Any], Any], name: str, given: Any) -> Any:
+def one_or_many(check: Callable[[str, Any], Any], name: str, given: Any) -> Any:
     """Check a value, or each of several; several come sorted and once."""
     if isinstance(given, str) or not isinstance(given, Sequence | set | frozenset):
         return check(name, given)
@@ -95,7 +107,7 @@ def several(check: Callable[[str, Any], Any], name: str, given: Any) -> Any:
     return found[0] if len(found) == 1 else found
 
 
-def key(name: str, given: Any) -> str:
+def identifier(name: str, given: Any) -> str:
     """Return text as an indexed column holds it; TypeError for anything else."""
     return storable_key(_text(name, given))
 

@@ -1,0 +1,311 @@
+"""What tasks of one event loop share: one read for many of them, one commit for many items, tasks in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar
+
+__all__ = ["BackgroundTasks", "BatchQueue", "NextFlight", "SingleFlight"]
+
+T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741  # an item
+R = TypeVar("R")
+
+_PATIENCE_S = 1.0
+_Batch: TypeAlias = "list[tuple[I, asyncio.Future[R]]]"
+
+
+class BackgroundTasks:
+    """Tasks that run beside the one that started them, held here so that none is lost while it runs."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run `work` in a task of its own."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end even if the caller is cancelled, and return what it returns."""
+        return await asyncio.shield(self.start(work))
+
+    async def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the tasks started so far, for `timeout_s` seconds at most; None: without end."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=timeout_s)
+
+    async def cancel(self) -> None:
+        """Cancel every task and wait until each has ended."""
+        tasks = set(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+class SingleFlight(Generic[T]):
+    """Several tasks that want the same answer at the same time share one piece of work.
+
+    A task that is cancelled disturbs no other; when the last one leaves, the work is cancelled, and over before the
+    cancellation goes on. Where an answer that was begun before a change would be wrong, put a number that grows with
+    each change into the key. (The name is that of Go's package singleflight.)
+    """
+
+    def __init__(self) -> None:
+        self._flights: dict[Hashable, _Flight[T]] = {}
+
+    async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Join the work under way for `key`, or begin it; return or raise what comes of it."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Flight(asyncio.get_running_loop().create_task(work()))
+            flight.task.add_done_callback(lambda _: self._end(key, flight))
+        flight.waiting += 1
+        try:
+            await asyncio.wait([flight.task])
+        finally:
+            flight.waiting -= 1
+            if flight.waiting == 0 and not flight.task.done():
+                self._forget(key, flight)
+                flight.task.cancel()
+                await asyncio.wait([flight.task])
+        return flight.task.result()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._flights
+
+    def _end(self, key: Hashable, flight: _Flight[T]) -> None:
+        self._forget(key, flight)
+        if not flight.task.cancelled():
+            flight.task.exception()  # retrieved also where nobody is left to raise it to
+
+    def _forget(self, key: Hashable, flight: _Flight[T]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+
+
+class _Flight(Generic[T]):
+    __slots__ = ("task", "waiting")
+
+    def __init__(self, task: asyncio.Task[T]) -> None:
+        self.task = task
+        self.waiting = 0
+
+
+class BatchQueue(Generic[I, R]):
+    """Group commit: what arrives while a batch is under way goes together in the next one.
+
+    An item that finds nothing under way is processed at once, in its caller's own task, so that a lone one waits for
+    nobody; throughput comes from the batches that form by themselves. Items are processed in the order of arrival, one
+    batch at a time. Cancelling a caller does not withdraw its item.
+
+    Args:
+        process: Takes a batch and returns one result for each item, in order; raises nothing but a cancellation. An
+            exception in the place of a result is raised to the caller of that item.
+        max_items: Most items of a batch.
+        max_bytes: A batch is closed once it holds so much.
+        size: Bytes of an item, as `max_bytes` and `max_queued_bytes` count them.
+        max_queued: From so many waiting items on, `run` waits for room.
+        max_queued_bytes: Likewise, in bytes.
+        abandon: What an item comes to when the task that processes it is cancelled, as where somebody cancels every
+            task there is. None: it stays, and goes with the next batch; `join` sees to it.
+    """
+
+    def __init__(
+        self,
+        process: Callable[[Sequence[I]], Awaitable[Sequence[R | Exception]]],
+        *,
+        max_items: int,
+        max_bytes: int = sys.maxsize,
+        size: Callable[[I], int] = lambda _: 0,
+        max_queued: int = sys.maxsize,
+        max_queued_bytes: int = sys.maxsize,
+        abandon: Callable[[I], R] | None = None,
+    ) -> None:
+        self._process = process
+        self._max_items, self._max_bytes, self._size = max_items, max_bytes, size
+        self._max_queued, self._max_queued_bytes = max_queued, max_queued_bytes
+        self._abandon = abandon
+        self._queue: deque[tuple[I, asyncio.Future[R]]] = deque()
+        self._queued_bytes = 0
+        self._waiting_for_room = 0
+        self._added = self._done = 0
+        self._room, self._progress = asyncio.Event(), asyncio.Event()
+        self._drainer: asyncio.Task[None] | None = None
+        self._is_inline = False
+
+    def __len__(self) -> int:
+        """How many items wait or are under way."""
+        return self._added - self._done
+
+    @property
+    def is_full(self) -> bool:
+        """True if `run` waits for room."""
+        return len(self._queue) >= self._max_queued or self._queued_bytes >= self._max_queued_bytes
+
+    async def run(self, item: I) -> R:
+        """Have `item` processed and return its result; while the queue is full this waits first."""
+        if self.is_full:
+            await self._wait_for_room(item)
+        elif self._drainer is None and not self._is_inline and not self._queue:
+            return await self._run_inline(item)
+        return await self.add(item)
+
+    def add(self, item: I) -> asyncio.Future[R]:
+        """Queue `item`, full or not, and return the future of its result."""
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._queue.append((item, future))
+        self._queued_bytes += self._size(item)
+        self._added += 1
+        self._start()
+        return future
+
+    async def join(self) -> None:
+        """Wait until everything that has arrived so far is done."""
+        until = self._added + self._waiting_for_room
+        while self._done < until:
+            self._start()
+            await self._progress.wait()
+
+    async def _wait_for_room(self, item: I) -> None:
+        self._waiting_for_room += 1
+        try:
+            while self.is_full:
+                self._room.clear()
+                await self._room.wait()
+        except asyncio.CancelledError:
+            self.add(item).cancel()
+            raise
+        finally:
+            self._waiting_for_room -= 1
+
+    async def _run_inline(self, item: I) -> R:
+        # In a task of its own each item would cost a lone caller a switch there and back.
+        self._is_inline = True
+        self._added += 1
+        try:
+            result = (await self._process([item]))[0]
+        except asyncio.CancelledError:
+            future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+            future.cancel()
+            self._end_cancelled([(item, future)])
+            raise
+        else:
+            self._note_done(1)
+        finally:
+            self._is_inline = False
+            self._start()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _start(self) -> None:
+        if self._queue and self._drainer is None and not self._is_inline:
+            self._drainer = asyncio.get_running_loop().create_task(self._drain())
+            self._drainer.add_done_callback(self._stop)
+
+    def _stop(self, drainer: asyncio.Task[None]) -> None:
+        # A task that is cancelled before its first step has run nothing at all, not even a `finally`.
+        if self._drainer is drainer:
+            self._drainer = None
+        if drainer.cancelled() and self._abandon is not None:
+            self._end_cancelled([])
+        elif not drainer.cancelled():
+            self._start()
+        self._note_done(0)
+
+    async def _drain(self) -> None:
+        while self._queue:
+            batch = self._next_batch()
+            try:
+                results = await self._process([item for item, _ in batch])
+            except asyncio.CancelledError:
+                self._end_cancelled(batch)
+                raise
+            for (_, future), result in zip(batch, results, strict=True):
+                if future.done():
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+            self._note_done(len(batch))
+
+    def _next_batch(self) -> _Batch[I, R]:
+        batch: _Batch[I, R] = []
+        size = 0
+        while self._queue and len(batch) < self._max_items and size < self._max_bytes:
+            batch.append(self._queue.popleft())
+            size += self._size(batch[-1][0])
+        self._queued_bytes -= size
+        if not self.is_full:
+            self._room.set()
+        return batch
+
+    def _end_cancelled(self, batch: _Batch[I, R]) -> None:
+        self._queue.extendleft(reversed(batch))
+        self._queued_bytes += sum(self._size(item) for item, _ in batch)
+        if self._abandon is None:
+            return
+        while self._queue:
+            for item, future in (batch := self._next_batch()):
+                if not future.done():
+                    future.set_result(self._abandon(item))
+            self._note_done(len(batch))
+
+    def _note_done(self, count: int) -> None:
+        self._done += count
+        progress, self._progress = self._progress, asyncio.Event()
+        progress.set()
+
+
+class NextFlight(Generic[T]):
+    """Like `SingleFlight`, but nobody is given what was begun before they came.
+
+    Whoever comes while work is under way shares the next piece of it, which begins when this one ends, or after a
+    second. So there is one at a time, unless one hangs, and every answer is as new as if its asker had been alone.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: dict[Hashable, asyncio.Future[None]] = {}
+        self._next: SingleFlight[T] = SingleFlight()
+
+    async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Work for `key`, alone or shared with others who came meanwhile; return or raise what comes of it."""
+        current = self._under_way.get(key)
+        if current is not None:
+            return await self._next.run((key, current), lambda: self._after(current, key, work))
+        return await self._work(key, work)
+
+    async def _after(
+        self, current: asyncio.Future[None], key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]
+    ) -> T:
+        try:
+            await asyncio.wait([current], timeout=_PATIENCE_S)
+        except asyncio.CancelledError:
+            if current.done():
+                self._leave(key, current)
+            raise
+        return await self._work(key, work)
+
+    async def _work(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        own = self._under_way[key] = asyncio.get_running_loop().create_future()
+        try:
+            return await work()
+        finally:
+            own.set_result(None)
+            self._leave(key, own)
+
+    def _leave(self, key: Hashable, own: asyncio.Future[None]) -> None:
+        # Where others wait for this end, the first of them puts their own work in its place.
+        if self._under_way.get(key) is own and (key, own) not in self._next:
+            del self._under_way[key]

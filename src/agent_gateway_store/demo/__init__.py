@@ -1,0 +1,1 @@
+"""The demonstration: a small gateway with tools on real files, and the history of a made-up company."""

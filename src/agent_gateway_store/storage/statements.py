@@ -1,0 +1,149 @@
+"""Statements that are written once and run on either kind of connection: SQLAlchemy's, or the PostgreSQL driver's own.
+
+Building, caching and executing a Core statement costs several times what the server needs for it. A statement of this
+module is compiled once for each dialect; on the driver it is one call with its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import asyncpg
+from sqlalchemy import ColumnElement, Dialect, Executable, Text, cast, literal_column
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.compiler import SQLCompiler
+
+from agent_gateway_store import clock
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
+from agent_gateway_store.storage.database import AnyConnection
+from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
+
+__all__ = ["CompiledStatement", "Statement", "compiled", "dialect_of", "fetch", "unindexed"]
+
+_Processor: TypeAlias = Callable[[Any], Any] | None
+
+
+class Statement:
+    """One statement with named parameters, compiled at its first use on a dialect.
+
+    Args:
+        source: The Core statement, or what builds it for a dialect's name, `sqlite` or `postgresql`. Its parameters are
+            all `bindparam("p_...")`: a name of a column would be taken for a value to set.
+    """
+
+    def __init__(self, source: Executable | Callable[[str], Executable]) -> None:
+        self._source = source
+        self._compiled: dict[str, CompiledStatement] = {}
+
+    def compiled(self, dialect: Dialect) -> CompiledStatement:
+        """Return the statement as `dialect` spells it."""
+        found = self._compiled.get(dialect.name)
+        if found is None:
+            source = self._source(dialect.name) if callable(self._source) else self._source
+            found = self._compiled[dialect.name] = CompiledStatement(source, dialect)
+        return found
+
+    async def first(self, connection: AnyConnection, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Run with those of `values` that it names, and return the first row by column name, or None.
+
+        Raises:
+            sqlalchemy.exc.IntegrityError: A constraint refuses the row.
+        """
+        return next(iter(await self.rows(connection, values)), None)
+
+    async def rows(self, connection: AnyConnection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Do as `first`, and return every row."""
+        compiled = self.compiled(dialect_of(connection))
+        if isinstance(connection, RawConnection):
+            return await compiled.run(connection.driver, values)
+        result = await connection.execute(compiled.statement, compiled.named(values))
+        return [dict(row) for row in result.mappings()]
+
+    async def tuples(self, connection: AnyConnection, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        """Run and return every row as the driver gives it, no value converted."""
+        return await fetch(connection, self.compiled(dialect_of(connection)), values)
+
+
+class CompiledStatement:
+    """A statement in one dialect, with what turns values into parameters and a row into values.
+
+    Attributes:
+        statement: The Core statement.
+        text: Its SQL.
+    """
+
+    def __init__(self, statement: Executable, dialect: Dialect) -> None:
+        self.statement = statement
+        sql: SQLCompiler = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+        self.text = str(sql)
+        self._names = frozenset(sql.params)
+        # What a dialect adds by itself, such as the OFFSET 0 that SQLite's compiler writes behind each LIMIT.
+        self._own = {name: value for name, value in sql.params.items() if value is not None}
+        self._parameters: list[tuple[str, _Processor]] = [
+            (name, sql.binds[name].type.dialect_impl(dialect).bind_processor(dialect)) for name in sql.positiontup or ()
+        ]
+        self._dialect = dialect
+
+    @cached_property
+    def _fields(self) -> list[tuple[str, _Processor]]:
+        columns = getattr(self.statement, "exported_columns", ())
+        return [
+            (column.name, column.type.dialect_impl(self._dialect).result_processor(self._dialect, None))
+            for column in columns
+        ]
+
+    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of `values` that the statement names, the clock's offset among them."""
+        given = {**self._own, CLOCK_OFFSET: clock.offset().total_seconds(), **values}
+        return {name: given[name] for name in self._names}
+
+    def arguments(self, values: Mapping[str, Any]) -> list[Any]:
+        """Return the parameters in their order, encoded as the driver takes them."""
+        given = {**self._own, CLOCK_OFFSET: clock.offset().total_seconds(), **values}
+        return [given[name] if process is None else process(given[name]) for name, process in self._parameters]
+
+    async def run(self, driver: asyncpg.Connection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Run on the driver and return the rows by column name."""
+        try:
+            rows = await driver.fetch(self.text, *self.arguments(values))
+        except asyncpg.IntegrityConstraintViolationError as exc:
+            raise IntegrityError(None, None, exc) from exc
+        return [
+            {
+                name: value if process is None else process(value)
+                for (name, process), value in zip(self._fields, row.values(), strict=True)
+            }
+            for row in rows
+        ]
+
+
+def compiled(statement: Executable, dialect: Dialect) -> CompiledStatement:
+    """Compile a statement whose parameters are all `bindparam("p_...")`."""
+    return CompiledStatement(statement, dialect)
+
+
+async def fetch(
+    connection: AnyConnection, query: CompiledStatement, values: Mapping[str, Any]
+) -> Sequence[Sequence[Any]]:
+    """Run `query` and return its rows, no value converted."""
+    arguments = query.arguments(values)
+    if isinstance(connection, RawConnection):
+        return await connection.driver.fetch(query.text, *arguments)  # type: ignore[no-any-return]
+    raw = await connection.connection() if isinstance(connection, AsyncSession) else connection
+    return (await raw.exec_driver_sql(query.text, tuple(arguments))).all()
+
+
+def unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return a text column as an expression of the same value, for which the planner uses no index.
+
+    For columns whose index looks good by the statistics of quiet times, and holds a whole backlog in others.
+    """
+    return cast(text, Text()).op("||")(literal_column("''"))
+
+
+def dialect_of(connection: AnyConnection) -> Dialect:
+    """Return the dialect that a connection speaks."""
+    return (connection.get_bind() if isinstance(connection, AsyncSession) else connection).dialect
