@@ -15,7 +15,7 @@ from sqlalchemy import insert, text
 from agent_gateway_store import GatewayStore, IssuedKey, StoreSettings, errors
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.keys.format import digest, new_key, new_key_id
-from agent_gateway_store.models.identity import ApiKey, TrustLevel
+from agent_gateway_store.models.keys import ApiKey, TrustLevel
 from benchmarks.report import Figure
 
 STORED = 10_000

@@ -10,7 +10,7 @@ from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import JSON, Connection, DateTime
 from sqlalchemy.types import TypeDecorator
 
-from agent_gateway_store.models import metadata
+from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.migrate import VERSION_TABLE, include_object

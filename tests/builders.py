@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
-from agent_gateway_store.models import AuditEvent
+from agent_gateway_store.models.audit import AuditEvent
 
 __all__ = ["event_fields", "make_event"]
 

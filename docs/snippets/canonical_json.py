@@ -32,7 +32,7 @@ assert hash_tool_call(call) == hashlib.sha256(canonical).hexdigest()
 # --8<-- [end:call]
 
 # --8<-- [start:vectors]
-from agent_gateway_store.models.canonical import canonical_json
+from agent_gateway_store.encoding.canonical import canonical_json
 
 assert canonical_json({"b": 1, "a": [True, None]}) == b'{"a":[true,null],"b":1}'
 assert canonical_json({"n": 9007199254740991}) == b'{"n":9007199254740991}'

@@ -7,7 +7,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, MetaData
 
 # --8<-- [start:env]
-from agent_gateway_store.models import metadata as store_metadata
+from agent_gateway_store.models.tables import metadata as store_metadata
 from agent_gateway_store.storage.migrate import VERSION_TABLE
 
 STORE_TABLES = {*store_metadata.tables, VERSION_TABLE}

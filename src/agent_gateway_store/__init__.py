@@ -13,57 +13,43 @@ if TYPE_CHECKING:
     from agent_gateway_store.approval import ApprovalManager, ApprovalNotifier
     from agent_gateway_store.audit import AuditLogger, AuditQuery, WriteOutcome
     from agent_gateway_store.hooks import hookimpl
-    from agent_gateway_store.models import (
-        ApiKey,
-        ApprovalRequest,
-        ApprovalResult,
-        ApprovalScope,
-        ApprovalStatus,
-        ApprovalVote,
-        AuditEvent,
-        CallerIdentity,
-        Decision,
-        ExecutionStatus,
-        IssuedKey,
-        Notice,
-        NotificationDelivery,
-        OutputDecision,
-        RedactionFlag,
-        ToolCall,
-        TrustLevel,
-    )
+    from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, ApprovalVote
+    from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
+    from agent_gateway_store.models.delivery import NotificationDelivery
+    from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
+    from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
     from agent_gateway_store.results import Page, Stats
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
     from agent_gateway_store.sync import SyncGatewayStore
 
-_HOMES = {
-    "ApiKey": "models",
+_MODULES = {
+    "ApiKey": "models.keys",
     "ApprovalManager": "approval",
     "ApprovalNotifier": "approval",
-    "ApprovalRequest": "models",
-    "ApprovalResult": "models",
-    "ApprovalScope": "models",
-    "ApprovalStatus": "models",
-    "ApprovalVote": "models",
-    "AuditEvent": "models",
+    "ApprovalRequest": "models.approval",
+    "ApprovalResult": "models.approval",
+    "ApprovalScope": "models.approval",
+    "ApprovalStatus": "models.values",
+    "ApprovalVote": "models.approval",
+    "AuditEvent": "models.audit",
     "AuditLogger": "audit",
     "AuditQuery": "audit",
-    "CallerIdentity": "models",
-    "Decision": "models",
-    "ExecutionStatus": "models",
+    "CallerIdentity": "models.keys",
+    "Decision": "models.audit",
+    "ExecutionStatus": "models.audit",
     "GatewayStore": "store",
-    "IssuedKey": "models",
-    "NotificationDelivery": "models",
-    "Notice": "models",
-    "OutputDecision": "models",
+    "IssuedKey": "models.keys",
+    "NotificationDelivery": "models.delivery",
+    "Notice": "models.values",
+    "OutputDecision": "models.audit",
     "Page": "results",
-    "RedactionFlag": "models",
+    "RedactionFlag": "models.audit",
     "Stats": "results",
     "StoreSettings": "settings",
     "SyncGatewayStore": "sync",
-    "ToolCall": "models",
-    "TrustLevel": "models",
+    "ToolCall": "models.values",
+    "TrustLevel": "models.keys",
     "WriteOutcome": "audit",
     "hookimpl": "hooks",
 }
@@ -108,9 +94,9 @@ def __getattr__(name: str) -> Any:
         return version("agent-gateway-store")
     if name == "errors":
         return import_module("agent_gateway_store.errors")
-    if (home := _HOMES.get(name)) is None:
+    if (module := _MODULES.get(name)) is None:
         raise AttributeError(f"module 'agent_gateway_store' has no attribute {name!r}")
-    value = getattr(import_module(f"agent_gateway_store.{home}"), name)
+    value = getattr(import_module(f"agent_gateway_store.{module}"), name)
     globals()[name] = value
     return value
 

@@ -20,6 +20,7 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.telling import Telling
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
+from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks import Dispatcher, Plugins
 from agent_gateway_store.hooks.lanes import Lanes
@@ -28,7 +29,6 @@ from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis

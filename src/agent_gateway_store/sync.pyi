@@ -22,7 +22,7 @@ from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
-from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
+from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.settings import StoreSettings

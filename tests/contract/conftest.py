@@ -19,7 +19,7 @@ from sqlalchemy import make_url
 import builders
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
-from agent_gateway_store.models import metadata
+from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sqlalchemy import insert, select
 
 from agent_gateway_store.audit.record import encode_event, hash_of, to_values
-from agent_gateway_store.models import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.storage.database import create_engine
 
 pytestmark = pytest.mark.integration

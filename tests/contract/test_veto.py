@@ -13,7 +13,7 @@ from contract_helpers import CALL, column, counted_statements, make_request
 
 from agent_gateway_store import GatewayStore, hookimpl
 from agent_gateway_store.errors import ApprovalAlreadyDecidedError, ApprovalNotFoundError, DecisionVetoedError
-from agent_gateway_store.models import PendingApproval
+from agent_gateway_store.models.values import PendingApproval
 from agent_gateway_store.settings import StoreSettings
 
 pytestmark = pytest.mark.integration

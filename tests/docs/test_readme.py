@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from agent_gateway_store import errors, models
+import agent_gateway_store
+from agent_gateway_store import errors
 from agent_gateway_store.hooks import specs
 from agent_gateway_store.hooks.markers import PROJECT
 from agent_gateway_store.settings import StoreSettings
@@ -175,7 +176,7 @@ def test_fields_are_documented(name: str) -> None:
     found = re.search(rf"^## {name}\n((?:(?!## ).*\n)*)", reference("models"), re.MULTILINE)
 
     assert found is not None
-    for field in getattr(models, name).model_fields:
+    for field in getattr(agent_gateway_store, name).model_fields:
         assert f"`{field}`" in found[1], field
 
 

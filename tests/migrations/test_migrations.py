@@ -19,7 +19,7 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
-from agent_gateway_store.models import metadata
+from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from agent_gateway_store import AuditEvent
-from agent_gateway_store.models import Decision, ExecutionStatus, OutputDecision, RedactionFlag
+from agent_gateway_store.models.audit import Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from builders import make_event
 
 _ALPHABETS = (

@@ -13,7 +13,8 @@ import vl_convert
 from playwright.sync_api import Page as Tab
 
 from agent_gateway_store import ApprovalRequest, AuditEvent, Page, Stats, ToolCall
-from agent_gateway_store.models import ApiKey, ApprovalResult, TrustLevel
+from agent_gateway_store.models.approval import ApprovalResult
+from agent_gateway_store.models.keys import ApiKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.notebook import plot
 from agent_gateway_store.notebook.desk import Desk

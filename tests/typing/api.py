@@ -37,7 +37,7 @@ from agent_gateway_store import (
     hookimpl,
 )
 from agent_gateway_store.hooks import Notifier
-from agent_gateway_store.models import PendingApproval
+from agent_gateway_store.models.values import PendingApproval
 from agent_gateway_store.plugins.apprise import AppriseNotifier
 from agent_gateway_store.plugins.slack import SlackCallback, SlackNotifier, SlackReply
 from agent_gateway_store.plugins.webhook import Received, WebhookNotifier, WebhookReceiver, WebhookSettings

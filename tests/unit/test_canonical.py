@@ -22,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from agent_gateway_store.models import AuditEvent, ToolCall
+from agent_gateway_store.encoding.canonical import canonical_json, hash_json
 from agent_gateway_store.models.approval import hash_tool_call
-from agent_gateway_store.models.canonical import canonical_json, hash_json
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.values import ToolCall
 
 pytestmark = pytest.mark.unit
 

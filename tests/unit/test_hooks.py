@@ -57,7 +57,7 @@ def test_what_an_author_imports_loads_no_orm() -> None:
     """The marker, the values that hooks are given, and the error by which a notice comes again."""
     code = (
         "import sys; from agent_gateway_store import Notice, StoreSettings, ToolCall, hookimpl; "
-        "from agent_gateway_store.models import PendingApproval; from agent_gateway_store.errors import "
+        "from agent_gateway_store.models.values import PendingApproval; from agent_gateway_store.errors import "
         "DecisionVetoedError, NotDeliveredError; from agent_gateway_store.testing import make_notice; "
         "print(make_notice().event, *sys.modules)"
     )

@@ -13,25 +13,12 @@ from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 from sqlalchemy import inspect
 from sqlmodel import SQLModel
 
-from agent_gateway_store.models import (
-    ApiKey,
-    ApprovalRequest,
-    ApprovalResult,
-    ApprovalStatus,
-    ApprovalVote,
-    AuditEvent,
-    CallerIdentity,
-    Decision,
-    ExecutionStatus,
-    IssuedKey,
-    Notice,
-    NotificationDelivery,
-    OutputDecision,
-    RedactionFlag,
-    ToolCall,
-    TrustLevel,
-    metadata,
-)
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
+from agent_gateway_store.models.delivery import NotificationDelivery
+from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
+from agent_gateway_store.models.tables import metadata
+from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from builders import event_fields, make_event
 
 pytestmark = pytest.mark.unit

@@ -13,7 +13,7 @@ import pytest
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, Page, Stats
 from agent_gateway_store.errors import MissingExtraError
-from agent_gateway_store.models import AuditEvent
+from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.notebook import plot
 from agent_gateway_store.notebook.buckets import step_for
 from builders import make_event

@@ -14,7 +14,9 @@ import pyarrow as pa
 import pytest
 
 from agent_gateway_store import Page, Stats
-from agent_gateway_store.models import ApiKey, ApprovalRequest, AuditEvent, RedactionFlag
+from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
+from agent_gateway_store.models.keys import ApiKey
 from agent_gateway_store.results.frames import arrow_schema, settle
 from builders import make_event
 
@@ -210,7 +212,7 @@ def test_a_missing_library_names_its_extra(
 def test_a_page_loads_no_optional_library() -> None:
     """Neither the import nor the rendering does."""
     code = (
-        "import sys; from agent_gateway_store import Page, Stats; from agent_gateway_store.models import AuditEvent\n"
+        "import sys; from agent_gateway_store import AuditEvent, Page, Stats\n"
         "Page([], record_type=AuditEvent)._repr_html_()\n"
         "import agent_gateway_store.notebook\n"
         "names = ('pyarrow', 'pandas', 'polars', 'numpy', 'altair', 'anywidget')\n"

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from agent_gateway_store import Page
-from agent_gateway_store.models import ApprovalRequest, AuditEvent, Notice, TrustLevel
+from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.keys import TrustLevel
+from agent_gateway_store.models.values import Notice
 from agent_gateway_store.results.html import style
 from builders import make_event
 

@@ -11,15 +11,10 @@ import pytest
 from rich.console import Console
 
 from agent_gateway_store import Page
-from agent_gateway_store.models import (
-    ApiKey,
-    ApprovalRequest,
-    ApprovalResult,
-    ApprovalStatus,
-    AuditEvent,
-    IssuedKey,
-    TrustLevel,
-)
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.keys import ApiKey, IssuedKey, TrustLevel
+from agent_gateway_store.models.values import ApprovalStatus
 from builders import make_event
 
 pytestmark = pytest.mark.unit

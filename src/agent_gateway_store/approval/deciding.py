@@ -8,8 +8,8 @@ from typing import Any
 from agent_gateway_store.approval import refusals
 from agent_gateway_store.approval.rows import Name, request_of, standing
 from agent_gateway_store.approval.statements import APPROVE, APPROVE_LAST, COUNT_APPROVALS, TAKE, VOTE, Key
+from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.models.approval import VoteDecision
-from agent_gateway_store.models.scrub import Scrubber, storable_key
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.statements import Statement
 

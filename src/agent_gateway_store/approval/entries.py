@@ -15,10 +15,10 @@ from pydantic import ConfigDict, ValidationError
 
 from agent_gateway_store.approval.told import Told
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.encoding.canonical import is_text
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
-from agent_gateway_store.models.canonical import is_text
 from agent_gateway_store.models.columns import token_digest
-from agent_gateway_store.models.values import Value
+from agent_gateway_store.models.values import FrozenModel
 from agent_gateway_store.storage.redis_cache import Entry, RedisCache
 
 __all__ = ["Entries"]
@@ -32,7 +32,7 @@ class _Held(Told):
     life_ms: int
 
 
-class _Pointer(Value):
+class _Pointer(FrozenModel):
     """What is read of the entry that leads from an id to the token."""
 
     model_config = ConfigDict(extra="ignore")

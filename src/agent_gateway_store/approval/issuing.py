@@ -12,9 +12,9 @@ from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store.approval.recording import Outbox, insert_and_tell
 from agent_gateway_store.approval.statements import REBIND
+from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
-from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.storage.database import AnyConnection
 

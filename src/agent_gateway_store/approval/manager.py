@@ -23,10 +23,10 @@ from agent_gateway_store.approval.shared import Shared
 from agent_gateway_store.approval.statements import CANCEL, DENY, EXPIRE_SAME_CALL, READ, Key
 from agent_gateway_store.approval.told import Look, news_of
 from agent_gateway_store.approval.vetoing import require_no_veto
+from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.hooks.vetoes import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
-from agent_gateway_store.models.scrub import Scrubber, storable_key
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.bounds import require_between

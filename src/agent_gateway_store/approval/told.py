@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, ConfigDict, ValidationError
 
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope
 from agent_gateway_store.models.columns import token_digest
-from agent_gateway_store.models.values import ApprovalStatus, Value
+from agent_gateway_store.models.values import ApprovalStatus, FrozenModel
 
 __all__ = ["Look", "Told", "believed", "news_of"]
 
@@ -23,7 +23,7 @@ _MAX_NEWS_BYTES = 8_000
 _CLOCK_STEP_S = 0.01  # SQLite's clock counts milliseconds
 
 
-class Told(Value):
+class Told(FrozenModel):
     """What is read of an entry or of news."""
 
     model_config = ConfigDict(extra="ignore")

@@ -13,8 +13,8 @@ from agent_gateway_store.audit.filters import Criteria, Filters, criteria
 from agent_gateway_store.audit.grouping import bucket_of, columns_of, grouped, stats_of
 from agent_gateway_store.audit.reading import events_of
 from agent_gateway_store.audit.selects import newest, parameters
+from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.audit import AuditEvent, Decision
-from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.storage.database import SessionTransactions, Transactions
 from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor

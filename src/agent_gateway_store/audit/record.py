@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any, TypeAlias
 
+from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, is_storable
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
-from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, is_storable
 
 __all__ = [
     "COLUMNS",

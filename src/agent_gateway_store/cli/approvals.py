@@ -10,7 +10,7 @@ from agent_gateway_store.cli.context import choose, open_store, run
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, record, say
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import ApprovalResult
+    from agent_gateway_store.models.approval import ApprovalResult
 
 __all__ = ["app"]
 
@@ -49,7 +49,7 @@ def list_approvals(
 ) -> None:
     """List the approvals that match every filter, newest first."""
     from agent_gateway_store.approval.searching import narrowed
-    from agent_gateway_store.models import ApprovalStatus
+    from agent_gateway_store.models.values import ApprovalStatus
 
     given: dict[str, Any] = {
         "status": [choose(ApprovalStatus, each, "--status") for each in status or ()] or None,

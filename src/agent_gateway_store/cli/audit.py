@@ -15,7 +15,7 @@ from agent_gateway_store.cli.ingest import Line, ingest
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, record, say, tidy, to_json
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import AuditEvent
+    from agent_gateway_store.models.audit import AuditEvent
     from agent_gateway_store.results import Page, Stats
 
 __all__ = ["app", "print_events"]

@@ -18,7 +18,8 @@ from agent_gateway_store.cli.output import JsonOption, console, print_json, reco
 
 if TYPE_CHECKING:
     from agent_gateway_store.demo.gateway import Gateway
-    from agent_gateway_store.models import AuditEvent, IssuedKey
+    from agent_gateway_store.models.audit import AuditEvent
+    from agent_gateway_store.models.keys import IssuedKey
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
@@ -124,7 +125,7 @@ async def _issue(store: GatewayStore) -> IssuedKey:
     from datetime import timedelta
 
     from agent_gateway_store.errors import ApiKeyExistsError
-    from agent_gateway_store.models import TrustLevel
+    from agent_gateway_store.models.keys import TrustLevel
 
     try:
         return await store.keys.issue(CALLER, role="developer", trust_level=TrustLevel.MEDIUM, environment="demo")

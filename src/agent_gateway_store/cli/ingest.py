@@ -13,7 +13,7 @@ from agent_gateway_store.cli.errors import CommandError, ExitCode, spell_validat
 from agent_gateway_store.cli.output import complain
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import AuditEvent
+    from agent_gateway_store.models.audit import AuditEvent
 
 __all__ = ["Line", "ingest"]
 
@@ -83,7 +83,7 @@ def _count(number: int, noun: str) -> str:
 def _parse(text: bytes) -> tuple[AuditEvent | None, str]:
     from pydantic import ValidationError
 
-    from agent_gateway_store.models import AuditEvent
+    from agent_gateway_store.models.audit import AuditEvent
 
     try:
         fields: Any = json.loads(text)

@@ -10,7 +10,7 @@ from agent_gateway_store.cli.context import choose, duration, open_store, run
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, record, say, tidy
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import IssuedKey
+    from agent_gateway_store.models.keys import IssuedKey
 
 __all__ = ["app", "print_issued"]
 
@@ -55,7 +55,7 @@ def issue(
 ) -> None:
     """Give a caller an API key and print it, once."""
     from agent_gateway_store.clock import utc_now
-    from agent_gateway_store.models import TrustLevel
+    from agent_gateway_store.models.keys import TrustLevel
 
     for name, value in (("CALLER_ID", caller_id), ("--role", role), ("--environment", environment)):
         if value == "":

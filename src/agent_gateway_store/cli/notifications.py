@@ -50,7 +50,7 @@ def list_deliveries(
     json: JsonOption = False,
 ) -> None:
     """List notices, newest first, and count what has not arrived."""
-    from agent_gateway_store.models import DeliveryStatus
+    from agent_gateway_store.models.delivery import DeliveryStatus
 
     wanted = None if status is None else choose(DeliveryStatus, status, "--status")
 

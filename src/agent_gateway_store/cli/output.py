@@ -135,7 +135,7 @@ def tidy(name: str, value: Any) -> str:
     if value is None:
         return ""
     if name == "trust_level":
-        from agent_gateway_store.models import TrustLevel
+        from agent_gateway_store.models.keys import TrustLevel
 
         return TrustLevel(value).name
     if name == "tool_call":

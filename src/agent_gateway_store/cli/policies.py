@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agent_gateway_store.cli.errors import CommandError, spell_validation
-from agent_gateway_store.models import TrustLevel
+from agent_gateway_store.models.keys import TrustLevel
 
 __all__ = ["PolicyFile", "read_policies"]
 

@@ -13,7 +13,7 @@ from agent_gateway_store.cli.keys import print_issued
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, record
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import ApiKey, IssuedKey, TrustLevel
+    from agent_gateway_store.models.keys import ApiKey, IssuedKey, TrustLevel
     from agent_gateway_store.store import GatewayStore
 
 __all__ = ["CALLER", "ROLE", "seed"]
@@ -36,7 +36,7 @@ def seed(
     json: JsonOption = False,
 ) -> None:
     """Create the caller dev-agent (role developer) and print its API key, once. Safe to repeat."""
-    from agent_gateway_store.models import TrustLevel
+    from agent_gateway_store.models.keys import TrustLevel
 
     settings = settings_of(ctx)
     levels = {ROLE: TrustLevel.MEDIUM} if policies is None else _levels(policies)

@@ -11,8 +11,8 @@ from sqlalchemy import ColumnElement
 from agent_gateway_store.delivery import queries
 from agent_gateway_store.delivery.claims import deliveries
 from agent_gateway_store.delivery.outbox import StoreOutbox
+from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
-from agent_gateway_store.models.scrub import storable_key
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import Database

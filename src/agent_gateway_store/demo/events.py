@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.audit import WriteOutcome
     from agent_gateway_store.demo.history import Approval, Call
-    from agent_gateway_store.models import ApprovalRequest, AuditEvent
+    from agent_gateway_store.models.approval import ApprovalRequest
+    from agent_gateway_store.models.audit import AuditEvent
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
@@ -116,7 +117,7 @@ async def _write_approvals(store: GatewayStore, approvals: Sequence[Approval]) -
     from sqlalchemy import select
     from sqlmodel import col
 
-    from agent_gateway_store.models import ApprovalRequest
+    from agent_gateway_store.models.approval import ApprovalRequest
 
     for start in range(0, len(approvals), _CHUNK):
         some = approvals[start : start + _CHUNK]
@@ -147,7 +148,8 @@ async def _ask(store: GatewayStore, seed: int) -> int:
 
 def _request(seed: int, number: int, tool: str, arguments: dict[str, Any], why: str) -> ApprovalRequest:
     from agent_gateway_store.clock import utc_now
-    from agent_gateway_store.models import ApprovalRequest, ToolCall
+    from agent_gateway_store.models.approval import ApprovalRequest
+    from agent_gateway_store.models.values import ToolCall
 
     server, _, name = tool.partition(".")
     return ApprovalRequest(

@@ -13,17 +13,10 @@ from uuid import uuid4
 
 from agent_gateway_store.demo.tools import SERVER, Toolbox, sanitise
 from agent_gateway_store.errors import ApprovalAlreadyUsedError, StoreUnavailableError
-from agent_gateway_store.models import (
-    ApprovalRequest,
-    ApprovalResult,
-    ApprovalStatus,
-    AuditEvent,
-    CallerIdentity,
-    Decision,
-    ExecutionStatus,
-    RedactionFlag,
-    ToolCall,
-)
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, RedactionFlag
+from agent_gateway_store.models.keys import CallerIdentity
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
 
 __all__ = ["APPROVER", "Approver", "Gateway"]

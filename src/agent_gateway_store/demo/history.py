@@ -18,18 +18,9 @@ from uuid import UUID
 
 from agent_gateway_store.demo.incidents import PROBED, SLOW
 from agent_gateway_store.demo.world import APPROVERS, CALLERS, PROBES, TOOLS, TROUBLEMAKER, Caller, Tool
-from agent_gateway_store.models import (
-    ApprovalRequest,
-    ApprovalStatus,
-    ApprovalVote,
-    AuditEvent,
-    Decision,
-    ExecutionStatus,
-    OutputDecision,
-    RedactionFlag,
-    ToolCall,
-)
-from agent_gateway_store.models.approval import VoteDecision, hash_tool_call
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, VoteDecision, hash_tool_call
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 
 __all__ = ["DAYS", "Approval", "Call", "history"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from agent_gateway_store.models import TrustLevel
+from agent_gateway_store.models.keys import TrustLevel
 
 __all__ = ["APPROVERS", "CALLERS", "PROBES", "TOOLS", "TROUBLEMAKER", "Caller", "Tool"]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
     from typer import Typer
 
-    from agent_gateway_store.models import AuditEvent
+    from agent_gateway_store.models.audit import AuditEvent
     from agent_gateway_store.models.values import Notice, PendingApproval
     from agent_gateway_store.settings import StoreSettings
 

@@ -20,7 +20,7 @@ from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.keys.checking import MOST_GOOD, MOST_WRONG, Checker, now
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.keys.lru import Lru
-from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.storage.database import SqlConnection
 from agent_gateway_store.storage.pubsub import PubSub
 

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from sqlalchemy import ColumnElement, and_, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, storable_key
 from agent_gateway_store.errors import (
     ApiKeyExistsError,
     ApiKeyNotFoundError,
@@ -24,8 +25,7 @@ from agent_gateway_store.keys.cache import REFUSED, Good, KeyCache, Refused
 from agent_gateway_store.keys.checking import now
 from agent_gateway_store.keys.format import digest, new_key, new_key_id, parse_key_id
 from agent_gateway_store.keys.hashing import Hasher
-from agent_gateway_store.models.identity import ApiKey, CallerIdentity, IssuedKey, TrustLevel
-from agent_gateway_store.models.scrub import MAX_KEY_BYTES, Scrubber, storable_key
+from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.bounds import require_between

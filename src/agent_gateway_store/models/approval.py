@@ -13,11 +13,11 @@ from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, Text, Unique
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.models.audit import Instant, Sha256Hex
 from agent_gateway_store.models.base import StoreModel
-from agent_gateway_store.models.canonical import hash_json
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, TokenDigest, UtcDateTime
-from agent_gateway_store.models.values import ApprovalStatus, ToolCall, Value
+from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
 
 __all__ = ["ApprovalRequest", "ApprovalResult", "ApprovalScope", "ApprovalVote", "VoteDecision", "hash_tool_call"]
 
@@ -153,7 +153,7 @@ class ApprovalVote(StoreModel, table=True):
     voted_at: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
 
 
-class ApprovalResult(Value):
+class ApprovalResult(FrozenModel):
     """Where an approval stands, as told to a caller or an approver.
 
     Attributes:

@@ -14,10 +14,10 @@ from sqlalchemy.sql.expression import ColumnElement
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.models.base import StoreModel
-from agent_gateway_store.models.canonical import hash_json
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, UtcDateTime, as_utc
-from agent_gateway_store.models.values import Value
+from agent_gateway_store.models.values import FrozenModel
 
 __all__ = ["AuditEvent", "Decision", "ExecutionStatus", "OutputDecision", "RedactionFlag"]
 
@@ -48,7 +48,7 @@ class OutputDecision(StrEnum):
     DENY = "DENY"
 
 
-class RedactionFlag(Value):
+class RedactionFlag(FrozenModel):
     """One replacement in an event.
 
     Attributes:
@@ -156,7 +156,7 @@ class AuditEvent(StoreModel, table=True):
         """Return `raw_args_hash` for the raw arguments of a call: 64 lower-case hex digits.
 
         SHA-256 (with a key: HMAC-SHA-256) over RFC 8785 canonical JSON, so that other languages get the same.
-        What RFC 8785 cannot take is tagged first, never rounded: see `agent_gateway_store.models.canonical`.
+        What RFC 8785 cannot take is tagged first, never rounded: see `agent_gateway_store.encoding.canonical`.
 
         Args:
             args: The arguments exactly as they came.

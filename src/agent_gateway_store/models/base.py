@@ -1,8 +1,8 @@
 """`StoreModel`: one class that is both the validated Pydantic model and the ORM table.
 
-Stock SQLModel tables validate nothing when built, keep a refused value when assigned to (and commit it), share ORM
-state between copies, and lose changes made inside a JSON value. Here the Pydantic core validator fills the instance
-itself, assignments are validated before the ORM hears of them, and JSON values of persistent rows are watched.
+Stock SQLModel tables validate nothing when built, keep a refused value when assigned to (and commit it), and share ORM
+state between copies. Here the Pydantic core validator fills the instance itself, and an assignment is validated before
+the ORM sees it. As with any SQLAlchemy row, a change inside a JSON value is not seen: assign a new value.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel
-from sqlalchemy import JSON, MetaData, event
-from sqlalchemy.orm import Session, registry
-from sqlalchemy.orm.attributes import set_attribute
+from sqlalchemy import MetaData, event
+from sqlalchemy.orm import registry
+from sqlalchemy.orm.attributes import flag_modified, set_attribute
 from sqlmodel import SQLModel
-
-from agent_gateway_store.models.columns import JsonOf
-from agent_gateway_store.models.watched import plain, watch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +39,8 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
     """Base of the tables.
 
     Wrong values are refused with `pydantic.ValidationError` when constructing and when assigning; a refused value
-    leaves the instance as it was. Error texts never repeat the input. Nothing here does I/O.
+    leaves the instance as it was. Error texts never repeat the input. JSON values are plain: a session stores an
+    assigned one, and not what is edited in place. Nothing here does I/O.
     """
 
     model_config = {
@@ -106,7 +104,7 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
     ) -> Self:
         """Validate `obj` (a mapping, an instance, or any object with `from_attributes`) into a new instance."""
         if isinstance(obj, StoreModel):
-            obj = {name: plain(obj.__dict__[name]) for name in type(obj).model_fields if name in obj.__dict__}
+            obj = {name: obj.__dict__[name] for name in type(obj).model_fields if name in obj.__dict__}
         if update:
             if not isinstance(obj, Mapping):
                 obj = {name: getattr(obj, name) for name in cls.model_fields if hasattr(obj, name)}
@@ -127,6 +125,9 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
         if before is not _MISSING:
             values[name] = before
         set_attribute(self, name, accepted)
+        # The ORM compares with the value before, which may have been edited in place and then look the same.
+        if isinstance(accepted, dict | list | BaseModel):
+            flag_modified(self, name)
 
     def _clone(self, values: dict[str, Any]) -> Self:
         new = type(self).__new__(type(self))
@@ -183,19 +184,6 @@ metadata = StoreModel.metadata
 @event.listens_for(StoreModel, "refresh", propagate=True)
 def _loaded(target: StoreModel, *_: Any) -> None:
     _set_private(target, type(target).model_fields.keys() & target.__dict__.keys())
-    _watch_json(target)
-
-
-@event.listens_for(Session, "detached_to_persistent")
-def _attached(_session: Any, target: Any) -> None:
-    if isinstance(target, StoreModel):
-        _watch_json(target)
-
-
-@event.listens_for(StoreModel, "after_insert", propagate=True)
-@event.listens_for(StoreModel, "after_update", propagate=True)
-def _written(_mapper: Any, _connection: Any, target: StoreModel) -> None:
-    _watch_json(target)
 
 
 @cache
@@ -215,9 +203,3 @@ def _set_private(target: StoreModel, fields_set: set[str]) -> None:
     object.__setattr__(target, "__pydantic_fields_set__", fields_set)
     object.__setattr__(target, "__pydantic_extra__", None)
     object.__setattr__(target, "__pydantic_private__", None)
-
-
-def _watch_json(target: StoreModel) -> None:
-    for column in type(target).__table__.columns:  # type: ignore[attr-defined]
-        if isinstance(column.type, JSON | JsonOf) and column.key in target.__dict__:
-            target.__dict__[column.key] = watch(target.__dict__[column.key], target, column.key)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ApprovalStatus", "Notice", "PendingApproval", "ToolCall", "Value"]
+__all__ = ["ApprovalStatus", "FrozenModel", "Notice", "PendingApproval", "ToolCall"]
 
 
 class ApprovalStatus(StrEnum):
@@ -31,7 +31,7 @@ class ApprovalStatus(StrEnum):
         return self not in (ApprovalStatus.PENDING, ApprovalStatus.APPROVED)
 
 
-class Value(BaseModel):
+class FrozenModel(BaseModel):
     """Frozen base of the values: refuses wrong and unknown fields, repeats no input in errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -47,7 +47,7 @@ class Value(BaseModel):
         return card(self)
 
 
-class ToolCall(Value):
+class ToolCall(FrozenModel):
     """A tool call as approvers may see it.
 
     Attributes:
@@ -61,7 +61,7 @@ class ToolCall(Value):
     arguments: dict[str, Any] = {}
 
 
-class Notice(Value):
+class Notice(FrozenModel):
     """What a notifier is told about one approval. Holds no token and no raw argument; fields are only ever added.
 
     Attributes:
@@ -99,7 +99,7 @@ class Notice(Value):
     decided_at: datetime | None = None
 
 
-class PendingApproval(Value):
+class PendingApproval(FrozenModel):
     """An approval that somebody is about to decide, as a plugin sees it. Holds no token; fields are only ever added.
 
     Attributes:

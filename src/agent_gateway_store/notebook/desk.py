@@ -11,7 +11,7 @@ from agent_gateway_store.results.cells import time_text, visible
 from agent_gateway_store.results.html import pretty_json, style
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import ApprovalRequest
+    from agent_gateway_store.models.approval import ApprovalRequest
 
 __all__ = ["Desk", "inbox", "shown"]
 

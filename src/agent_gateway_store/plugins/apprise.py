@@ -14,7 +14,7 @@ from agent_gateway_store.hooks import hookimpl, mask_tokens, one_line
 from agent_gateway_store.plugins.excerpts import cut
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import Notice
+    from agent_gateway_store.models.values import Notice
 
 __all__ = [
     "AppriseNotifier",

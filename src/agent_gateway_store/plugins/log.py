@@ -11,7 +11,7 @@ from agent_gateway_store.hooks import hookimpl, mask_tokens, one_line
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from agent_gateway_store.models import Notice
+    from agent_gateway_store.models.values import Notice
 
 __all__ = ["LogNotifier", "gateway_store_register_notifiers"]
 

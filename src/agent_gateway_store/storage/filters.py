@@ -10,8 +10,8 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, as_utc
-from agent_gateway_store.models.scrub import Scrubber, storable_key
 
 __all__ = [
     "Moment",

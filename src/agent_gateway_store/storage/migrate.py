@@ -213,7 +213,7 @@ async def differences(engine: AsyncEngine) -> list[str]:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    from agent_gateway_store.models import metadata
+    from agent_gateway_store.models.tables import metadata
 
     def compare(connection: Connection) -> list[str]:
         context = MigrationContext.configure(
@@ -244,7 +244,7 @@ def _describe(difference: Any) -> str:
 
 def include_object(_object: Any, name: str | None, kind: str, reflected: bool, _compared_to: Any) -> bool:
     """Leave the host's tables alone: only a table of ours can be missing or superfluous."""
-    from agent_gateway_store.models import metadata
+    from agent_gateway_store.models.tables import metadata
 
     return not (kind == "table" and reflected and name not in metadata.tables)
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent_gateway_store.integrations.fastapi.exception_handlers import http_errors
 from agent_gateway_store.integrations.fastapi.lifespan import StoreDep
 from agent_gateway_store.models.approval import ApprovalScope
-from agent_gateway_store.models.values import ApprovalStatus, ToolCall, Value
+from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
 
 __all__ = ["ApprovalView", "Approver", "DecisionView", "approvals_router"]
 
@@ -20,7 +20,7 @@ _MAX_BODY_BYTES = 65_536
 _SHOWN = ConfigDict(from_attributes=True)
 
 
-class Approver(Value):
+class Approver(FrozenModel):
     """Who decides, as the application knows them.
 
     Attributes:

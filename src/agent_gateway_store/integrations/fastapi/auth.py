@@ -10,7 +10,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastapi.exception_handlers import http_errors
 from agent_gateway_store.integrations.fastapi.lifespan import StoreDep
-from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.store import GatewayStore
 
 __all__ = ["CallerDep", "CallerStoreDep", "get_caller", "get_caller_store"]

@@ -13,7 +13,7 @@ from agent_gateway_store.errors import ApprovalError, GatewayStoreError
 from agent_gateway_store.integrations.fastmcp.record import CallRecord
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import Decision
-from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 
 __all__ = ["ask", "note_outcome"]

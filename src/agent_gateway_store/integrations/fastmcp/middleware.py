@@ -18,7 +18,7 @@ from agent_gateway_store.integrations.fastmcp.asking import ask, note_outcome
 from agent_gateway_store.integrations.fastmcp.record import CallRecord
 from agent_gateway_store.integrations.fastmcp.verdict import Identify, Policy, Sanitize, Verdict, argument_names
 from agent_gateway_store.models.audit import Decision, ExecutionStatus
-from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.store import GatewayStore
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.integrations.fastmcp.verdict import Verdict
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
-from agent_gateway_store.models.identity import CallerIdentity
+from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.store import GatewayStore
 

@@ -9,15 +9,15 @@ from fastmcp.server.middleware import MiddlewareContext
 from pydantic import Field
 
 from agent_gateway_store.models.audit import Decision
-from agent_gateway_store.models.identity import CallerIdentity
-from agent_gateway_store.models.values import ToolCall, Value
+from agent_gateway_store.models.keys import CallerIdentity
+from agent_gateway_store.models.values import FrozenModel, ToolCall
 
 __all__ = ["HIDDEN", "Identify", "Policy", "Sanitize", "Verdict", "argument_names"]
 
 HIDDEN = "[hidden]"
 
 
-class Verdict(Value):
+class Verdict(FrozenModel):
     """Whether a call may run.
 
     Attributes:

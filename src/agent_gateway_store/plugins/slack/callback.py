@@ -22,7 +22,7 @@ from agent_gateway_store.plugins.slack.words import escape
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks import Plugins
-    from agent_gateway_store.models import ApprovalStatus
+    from agent_gateway_store.models.values import ApprovalStatus
 
 __all__ = ["Approvals", "Decided", "SlackCallback", "SlackReply"]
 

@@ -23,7 +23,7 @@ from agent_gateway_store.plugins.excerpts import MARK, fit_arguments
 from agent_gateway_store.plugins.slack.words import APPROVE, DENY, EVENT_TYPE, escape
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import Notice
+    from agent_gateway_store.models.values import Notice
 
 __all__ = ["decided_message", "pending_message"]
 

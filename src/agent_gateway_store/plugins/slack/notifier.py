@@ -13,7 +13,7 @@ from agent_gateway_store.plugins.slack.settings import SlackSettings
 from agent_gateway_store.plugins.slack.words import EVENT_TYPE, SlackRefusedError
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import Notice
+    from agent_gateway_store.models.values import Notice
 
 __all__ = ["SlackNotifier"]
 

@@ -14,7 +14,7 @@ from agent_gateway_store.plugins.webhook.payload import body_of
 from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import Notice
+    from agent_gateway_store.models.values import Notice
     from agent_gateway_store.plugins.outgoing.transport import Answer, Resolve
 
 __all__ = ["WebhookNotifier", "retry_after_s"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from agent_gateway_store.plugins.excerpts import cut, fit_arguments
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models import Notice
+    from agent_gateway_store.models.values import Notice
 
 __all__ = ["MAX_BYTES", "TYPES", "body_of"]
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from agent_gateway_store.models.canonical import MAX_SAFE_INTEGER, hash_bytes, is_text, opened, tag
+from agent_gateway_store.encoding.canonical import MAX_SAFE_INTEGER, hash_bytes, is_text, opened, tag
 
 __all__ = ["MAX_DEPTH", "MAX_JSON_CHARS", "MAX_KEY_BYTES", "MAX_TEXT_BYTES", "Scrubber", "is_storable", "storable_key"]
 

@@ -13,7 +13,7 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import Instant
 from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumNumber, UtcDateTime
-from agent_gateway_store.models.values import Value
+from agent_gateway_store.models.values import FrozenModel
 
 __all__ = ["ApiKey", "CallerIdentity", "IssuedKey", "TrustLevel"]
 
@@ -66,7 +66,7 @@ class ApiKey(StoreModel, table=True):
     previous_key_expires_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
 
 
-class CallerIdentity(Value):
+class CallerIdentity(FrozenModel):
     """Who a verified key belongs to.
 
     Attributes:
@@ -83,7 +83,7 @@ class CallerIdentity(Value):
     api_key_id: int
 
 
-class IssuedKey(Value):
+class IssuedKey(FrozenModel):
     """A key at the one moment its plaintext exists.
 
     Attributes:

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from agent_gateway_store.audit.record import encode_event, to_values
-from agent_gateway_store.models import RedactionFlag
-from agent_gateway_store.models.scrub import MAX_JSON_CHARS, MAX_KEY_BYTES, MAX_TEXT_BYTES, Scrubber, storable_key
+from agent_gateway_store.encoding.sanitize import MAX_JSON_CHARS, MAX_KEY_BYTES, MAX_TEXT_BYTES, Scrubber, storable_key
+from agent_gateway_store.models.audit import RedactionFlag
 from builders import make_event
 
 pytestmark = pytest.mark.unit
@@ -354,7 +354,7 @@ nasty_json = st.recursive(
 
 @settings(max_examples=250, deadline=None)
 @given(nasty_json)
-def test_scrubbing_twice_changes_nothing_more(value: Any) -> None:
+def test_sanitizebing_twice_changes_nothing_more(value: Any) -> None:
     """The result is plain JSON in UTF-8 without NUL, and a second pass returns it unflagged."""
     once, _ = scrub(value)
     twice, replaced = scrub(once)

@@ -1,0 +1,8 @@
+"""The whole schema: every table is in the `metadata` that is imported from here."""
+
+from __future__ import annotations
+
+from agent_gateway_store.models import approval, audit, delivery, keys  # noqa: F401  each adds its tables
+from agent_gateway_store.models.base import metadata
+
+__all__ = ["metadata"]
