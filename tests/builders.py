@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 from uuid import uuid4
 
-from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store import ApiKey, ApprovalRequest, AuditEvent, ToolCall
 
-__all__ = ["event_fields", "make_event"]
+__all__ = ["CALL", "event_fields", "make_event", "make_key", "make_request", "rehash"]
+
+CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 
 _HASHED = AuditEvent.hash_args({"path": "/etc/hosts"})
 
@@ -34,3 +38,34 @@ def event_fields(**fields: Any) -> dict[str, Any]:
 def make_event(**fields: Any) -> AuditEvent:
     """Build an audit event of these fields."""
     return AuditEvent(**event_fields(**fields))
+
+
+def make_request(**fields: Any) -> ApprovalRequest:
+    """Build a request; every field can be given, `request_id` is fresh unless given."""
+    defaults: dict[str, Any] = {
+        "request_id": uuid4().hex,
+        "caller_id": "dev-agent",
+        "tool_call": CALL,
+        "risk_explanation": "deletes a file",
+    }
+    return ApprovalRequest(**(defaults | fields))
+
+
+def make_key(**fields: Any) -> ApiKey:
+    """Build the row of an API key."""
+    defaults: dict[str, Any] = {
+        "key_id": "k1",
+        "caller_id": "dev-agent",
+        "key_hash": "$2b$10$hash",
+        "role": "developer",
+        "trust_level": 2,
+        "environment": "dev",
+    }
+    return ApiKey(**(defaults | fields))
+
+
+def rehash(event: AuditEvent) -> str:
+    """Anybody's way to the hash of a stored event, as the documentation gives it."""
+    document = event.model_dump(mode="json", exclude={"id", "content_hash"})
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

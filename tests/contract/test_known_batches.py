@@ -11,8 +11,8 @@ from sqlalchemy import event, text
 
 from agent_gateway_store import GatewayStore, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL
-from builders import make_event
-from proofs.harness import TRIGGERS, rehash, stored_events
+from builders import make_event, rehash
+from proofs.harness import TRIGGERS, stored_events
 
 pytestmark = pytest.mark.integration
 

@@ -10,8 +10,8 @@ import pytest
 
 from agent_gateway_store import AuditEvent, AuditLogger, GatewayStore, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, hash_of, key_of, with_derived_id
-from builders import make_event
-from proofs.harness import WatchedSink, rehash, stored_events
+from builders import make_event, rehash
+from proofs.harness import WatchedSink, stored_events
 
 pytestmark = pytest.mark.integration
 

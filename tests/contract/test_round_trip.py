@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -15,27 +13,18 @@ from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from sqlalchemy import insert, select
 
 from agent_gateway_store.audit.record import encode_event, hash_of, to_values
-from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
+from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 from agent_gateway_store.storage.database import create_engine
+from builders import rehash
+from oddities import Level, nested, odd_event_fields, odd_text
 
 pytestmark = pytest.mark.integration
 
 MakeEvent = Callable[..., AuditEvent]
 table = AuditEvent.__table__  # type: ignore[attr-defined]
-
-
-class Level(enum.Enum):
-    BIG = 1e20
-
-
-def nested(levels: int, bottom: Any) -> Any:
-    for level in range(levels):
-        bottom = [bottom] if level % 2 else {"a": bottom}
-    return {"args": bottom}
 
 
 CYCLE: dict[str, Any] = {}
@@ -49,9 +38,9 @@ NASTY_ARGUMENTS: list[dict[Any, Any]] = [
     {"floats": [0.1, 1 / 3, 123456789012345.6, 9999999999999998.0, 9007199254740993.0, 1.0, 100.0, 1.7e308]},
     {"integers": [0, -1, 2**53 - 1, -(2**53) + 1, 2**53, 2**63, 10**30, 10**5000]},
     {"booleans": [True, False, None], "types": [1, 1.0, "1", True]},
-    nested(98, "bottom"),
-    nested(101, "bottom"),
-    nested(5_000, "bottom"),
+    {"args": nested(98, "bottom")},
+    {"args": nested(101, "bottom")},
+    {"args": nested(5_000, "bottom")},
     CYCLE,
     {"text": "x" * 1_000_000, "euro": "\u20ac" * 100_000, "emoji": "\U0001f600" * 50_000},
     {"list": list(range(100_000)), "after": 1},
@@ -64,13 +53,6 @@ NASTY_ARGUMENTS: list[dict[Any, Any]] = [
     {"[cut]": 1, "more": ["x" * 60_000] * 10},
 ]
 NASTY_IDS = ["", " ", "x" * 512, "x" * 513, "\u20ac" * 171, "\0", "\ud800", "a" * 100_000, "\U0001f600" * 128]
-
-
-def rehash(event: AuditEvent) -> str:
-    """Anybody's way to the hash of a stored event."""
-    document = event.model_dump(mode="json", exclude={"id", "content_hash"})
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 async def assert_round_trip(url: str, events: list[AuditEvent]) -> None:
@@ -130,61 +112,6 @@ async def test_named_nasty_values_read_back_identical(database_url: str, make_ev
     await assert_round_trip(database_url, events)
 
 
-text = (
-    st.text(max_size=12)
-    | st.text(st.characters(), max_size=6)
-    | st.text(st.sampled_from("\0\ud800\udc00a~$\\"), max_size=6)
-)
-optional = st.none() | text
-leaf = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.floats(1e14, 1e17)
-    | st.builds(lambda base, step: base + step, st.sampled_from([2**53, -(2**53), 2**63]), st.integers(-2, 2))
-    | text
-    | st.binary(max_size=4)
-    | st.decimals()
-    | st.dates()
-    | st.uuids()
-)
-arguments = st.dictionaries(
-    text | st.integers() | st.none(),
-    st.recursive(
-        leaf,
-        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
-        max_leaves=8,
-    ),
-    max_size=5,
-)
-flags = st.builds(RedactionFlag, field=text, reason=text, original_hash=optional)
-zones = st.none() | st.builds(lambda minutes: timezone(timedelta(minutes=minutes)), st.integers(-1439, 1439))
-fields = st.fixed_dictionaries(
-    {
-        "org_id": text,
-        "sanitized_args": arguments,
-        "timestamp": st.datetimes(timezones=zones),
-        "risk_score": st.floats(),
-        "latency_ms": st.integers(0, 2**64),
-        "decision": st.sampled_from(Decision),
-    },
-    optional={
-        "trace_id": optional,
-        "session_id": optional,
-        "caller_id": text,
-        "caller_role": text,
-        "tool_name": text,
-        "execution_status": st.none() | st.sampled_from(ExecutionStatus),
-        "output_decision": st.sampled_from(OutputDecision),
-        "deterministic_rationale": text,
-        "llm_explanation": optional,
-        "risk_labels": st.lists(text, max_size=4),
-        "redaction_flags": st.lists(flags, max_size=3),
-    },
-)
-
-
 async def test_any_event_reads_back_identical(database_url: str, make_event: MakeEvent) -> None:
     """Hundreds of events made by hypothesis, stored in a few batches and compared one by one."""
     events: list[AuditEvent] = []
@@ -196,7 +123,7 @@ async def test_any_event_reads_back_identical(database_url: str, make_event: Mak
         phases=[Phase.generate],
         suppress_health_check=[HealthCheck.too_slow],
     )
-    @given(fields, text)
+    @given(odd_event_fields, odd_text)
     def collect(given: dict[str, Any], request_id: str) -> None:
         events.append(make_event(request_id=f"{len(events)} {request_id}", **given))
 

@@ -22,7 +22,7 @@ from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, to_values
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
-from builders import make_event
+from builders import make_event, rehash
 from proofs.harness import (
     SPOOLING,
     TRIGGERS,
@@ -30,7 +30,6 @@ from proofs.harness import (
     eventually,
     execute,
     migrated,
-    rehash,
     spool_is_empty,
     spooled_by,
     spooled_ids,

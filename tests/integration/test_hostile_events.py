@@ -15,12 +15,11 @@ from sqlalchemy import select
 import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, from_values, key_of
-from builders import make_event
+from builders import make_event, rehash
 from proofs.harness import (
     WatchedSink,
     eventually,
     migrated,
-    rehash,
     spool_is_empty,
     spooled_ids,
     stored_events,

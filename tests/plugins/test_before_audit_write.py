@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from agent_gateway_store.audit.record import EncodedRow, encode_event
 from agent_gateway_store.hooks import Plugins
 from agent_gateway_store.hooks.lanes import Answer, Lanes
 from agent_gateway_store.hooks.loading import LOAD_VARIABLE
-from builders import make_event
+from builders import make_event, rehash
 
 pytestmark = pytest.mark.unit
 
@@ -58,9 +56,7 @@ async def test_what_a_plugin_returns_is_stored_and_sealed() -> None:
     assert stored is not None
     assert stored.sanitized_args == {"path": "***"}
     assert [flag.reason for flag in stored.redaction_flags] == ["SECRET"]
-    document = stored.model_dump(mode="json", exclude={"id", "content_hash"})
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert stored.content_hash == hashlib.sha256(text.encode()).hexdigest()
+    assert stored.content_hash == rehash(stored)
     assert event.sanitized_args == {"path": SECRET}
     assert SECRET not in file_text()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import os
 import sqlite3
 import subprocess
@@ -61,13 +59,6 @@ async def main(url, count):
 asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """
 """A program for `child`: opens a store, and at each line of input goes on to write, then to replay."""
-
-
-def rehash(event: AuditEvent) -> str:
-    """Anybody's way to the hash of a stored event."""
-    document = event.model_dump(mode="json", exclude={"id", "content_hash"})
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def migrated(url: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import hashlib
 import hmac
 import json
@@ -20,12 +18,12 @@ import pytest
 import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict
 
 from agent_gateway_store.encoding.canonical import canonical_json, hash_json
 from agent_gateway_store.models.approval import hash_tool_call
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.values import ToolCall
+from oddities import Broken, Level, Model, Point, Unreadable, nested
 
 pytestmark = pytest.mark.unit
 
@@ -164,32 +162,6 @@ def test_a_tool_call_is_bound_by_server_tool_and_arguments() -> None:
     assert hash_tool_call(call, key="k") != hash_tool_call(call)
 
 
-class Colour(enum.Enum):
-    RED = "red"
-    PAIR = (1, 2)
-
-
-@dataclasses.dataclass
-class Point:
-    x: int
-    y: int = dataclasses.field(init=False)
-
-
-class Model(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    x: int
-
-
-class Broken:
-    def __repr__(self) -> str:
-        raise RuntimeError("no repr")
-
-
-class Unreadable(dict[str, Any]):
-    def items(self) -> Any:
-        raise RuntimeError("no items")
-
-
 NASTY: list[Any] = [
     *(None, True, False, 0, 1, -1, 5, 0.5, 1e16, 1e23, 5e-324, 1.5, math.nan, math.inf, -math.inf),
     *(2**53 - 1, 2**53, 2**53 + 1, 2**53 + 2, -(2**53), -(2**53) - 1, 2.0**53, 10**16, 10**23, 2**63, 2**64),
@@ -200,11 +172,11 @@ NASTY: list[Any] = [
     *(b"", b"abc", "abc", "$bytes:YWJj", "YWJj", [], {}, "[]", "{}", [[]], [{}], [None], [1, 2], ["1", 2], [[1], 2]),
     *({"a": 1}, {"a": "1"}, {"1": 0}, {1: 0}, {True: 0}, {None: 0}, {"null": 0}, {1.5: 0}, {"1.5": 0}, {"$int:1": 0}),
     *({"$bool:true": 0}, {b"abc": 0}, {"abc": 0}, {(1, 2): 0}, {"(1, 2)": 0}, {"\ud800": 0}, {"$again:2:a": 0}),
-    *({Colour.RED: 1, "red": 2}, {"red": 2}, {"red": 1}, {(10**5000,): 0}, {(10**5001,): 0}, {"$json:[1,2]": 0}),
+    *({Level.NAME: 1, "name": 2}, {"name": 2}, {"name": 1}, {(10**5000,): 0}, {(10**5001,): 0}, {"$json:[1,2]": 0}),
     *(frozenset(), {1}, {1, 2}, {"1"}, frozenset({frozenset()}), frozenset({frozenset({1})}), {(1, 2)}),
     *(date(2024, 5, 1), "2024-05-01", datetime(2024, 5, 1), datetime(2024, 5, 1, tzinfo=UTC), "$date:2024-05-01"),
     *(Decimal("1.0"), Decimal("1.00"), "1.0", "$decimal:1.0", UUID(int=1), str(UUID(int=1)), PurePosixPath("/x"), "/x"),
-    *(Point(3), Model(x=3, y=1), Model(x=3, y=2), Broken(), Unreadable(a=1), object, "red"),
+    *(Point(3), Model(x=3, y=1), Model(x=3, y=2), Broken(), Unreadable(a=1), object, "name"),
 ]
 
 
@@ -289,14 +261,8 @@ def test_forms_are_equal_exactly_if_the_values_are(values: list[Any]) -> None:
 
 def test_any_depth_is_told_apart() -> None:
     """50,000 levels take no recursion and little time, and a difference at the bottom shows at the top."""
-
-    def nest(bottom: Any) -> Any:
-        for level in range(50_000):
-            bottom = [bottom] if level % 2 else {"a": bottom}
-        return bottom
-
     started = time.monotonic()
-    forms = {canonical_json(nest(bottom)) for bottom in (1, "1", {})}
+    forms = {canonical_json(nested(50_000, bottom)) for bottom in (1, "1", {})}
 
     assert len(forms) == 3
     assert time.monotonic() - started < 10
@@ -329,8 +295,8 @@ def test_cycles_end() -> None:
 
 def test_objects_enter_by_their_fields() -> None:
     """Enums are their values, dataclasses and models their fields, extra ones too; an unset field is left out."""
-    assert canonical_json(Colour.RED) == b'"red"'
-    assert canonical_json([Colour.PAIR, (1, 2)]) == b"[[1,2],[1,2]]"
+    assert canonical_json(Level.NAME) == b'"name"'
+    assert canonical_json([Level.PAIR, (1, "\0")]) == b'[[1,"\\u0000"],[1,"\\u0000"]]'
     assert canonical_json(Point(3)) == b'{"x":3}'
     assert canonical_json(Model(x=1, extra="y")) == b'{"extra":"y","x":1}'
     assert canonical_json(ToolCall(server="s", tool="t")) == b'{"arguments":{},"server":"s","tool":"t"}'

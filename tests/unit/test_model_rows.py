@@ -19,8 +19,7 @@ from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.keys import ApiKey, TrustLevel
 from agent_gateway_store.models.tables import metadata
-from agent_gateway_store.models.values import ToolCall
-from builders import make_event
+from builders import make_event, make_key, make_request
 
 pytestmark = pytest.mark.unit
 
@@ -45,15 +44,8 @@ def event(**fields: Any) -> AuditEvent:
 
 
 def request(**fields: Any) -> ApprovalRequest:
-    given: dict[str, Any] = {
-        "request_id": uuid4().hex,
-        "caller_id": "dev-agent",
-        "tool_call": ToolCall(server="files", tool="delete", arguments={"path": "/tmp/x", "more": {"a": [1]}}),
-        "tool_call_hash": "cd" * 32,
-        "risk_explanation": "deletes a file",
-        "expires_at": datetime(2030, 1, 1, tzinfo=UTC),
-    }
-    return ApprovalRequest(**(given | fields))
+    """A request as the store completes it."""
+    return make_request(tool_call_hash="cd" * 32, expires_at=datetime(2030, 1, 1, tzinfo=UTC), **fields)
 
 
 def stored(session: Session, row: Any) -> Any:
@@ -294,16 +286,7 @@ def test_from_row_is_detached_and_merges(session: Session) -> None:
 def test_enums_are_text_and_levels_are_numbers(session: Session) -> None:
     """A StrEnum is stored by value; a trust level as a number, so that SQL compares it."""
     for level in TrustLevel:
-        session.add(
-            ApiKey(
-                key_id=level.name,
-                caller_id=level.name,
-                key_hash="x",
-                role="r",
-                trust_level=level,
-                environment="dev",
-            )
-        )
+        session.add(make_key(key_id=level.name, caller_id=level.name, trust_level=level))
     session.add(event(decision="SANITIZE_AND_ALLOW"))
     session.commit()
     trusted = session.scalars(select(ApiKey.caller_id).where(ApiKey.trust_level >= TrustLevel.HIGH))  # type: ignore[arg-type]

@@ -19,35 +19,13 @@ from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
-from builders import event_fields, make_event
+from builders import event_fields, make_event, make_key, make_request
 
 pytestmark = pytest.mark.unit
 
 SECRET = "hunter2-do-not-repeat"
 TABLES = [ApiKey, AuditEvent, ApprovalRequest, ApprovalVote, NotificationDelivery]
 VALUES = [ApprovalResult, CallerIdentity, IssuedKey, Notice, RedactionFlag, ToolCall]
-
-
-def key(**fields: Any) -> ApiKey:
-    given: dict[str, Any] = {
-        "key_id": "k1",
-        "caller_id": "dev-agent",
-        "key_hash": "$2b$10$hash",
-        "role": "developer",
-        "trust_level": 2,
-        "environment": "dev",
-    }
-    return ApiKey(**(given | fields))
-
-
-def request(**fields: Any) -> ApprovalRequest:
-    given: dict[str, Any] = {
-        "request_id": "r1",
-        "caller_id": "dev-agent",
-        "tool_call": {"server": "files", "tool": "delete", "arguments": {"path": "/tmp/x"}},
-        "risk_explanation": "deletes a file",
-    }
-    return ApprovalRequest(**(given | fields))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +90,7 @@ def test_every_model_refuses_unknown_fields(model: type[BaseModel]) -> None:
 
 def test_events_and_requests_have_the_documented_defaults() -> None:
     """What design leaves optional is None, and the rest starts as documented."""
-    made, asked = make_event(), request()
+    made, asked = make_event(), make_request()
 
     absent = ("trace_id", "session_id", "parent_request_id", "key_id", "policy_version", "approver_id")
     absent += ("execution_status", "output_hash", "output_policy_rationale", "llm_explanation", "content_hash", "id")
@@ -122,8 +100,8 @@ def test_events_and_requests_have_the_documented_defaults() -> None:
     assert (asked.expires_at, asked.use_before, asked.tool_call_hash, asked.approver_note) == (None, None, None, "")
     assert asked.token is not None
     assert len(asked.token) >= 43
-    assert asked.token != request().token
-    assert key().is_active
+    assert asked.token != make_request().token
+    assert make_key().is_active
 
 
 @pytest.mark.parametrize(
@@ -137,10 +115,10 @@ def test_events_and_requests_have_the_documented_defaults() -> None:
         lambda: make_event(risk_labels=[{"label": SECRET}]),
         lambda: make_event(redaction_flags=[{"field": SECRET}]),
         lambda: setattr(make_event(), "decision", SECRET),
-        lambda: key(trust_level=SECRET),
-        lambda: request(tool_call=SECRET),
-        lambda: request(tool_call={"server": "s", "tool": "t", "arguments": SECRET}),
-        lambda: request(token=[SECRET]),
+        lambda: make_key(trust_level=SECRET),
+        lambda: make_request(tool_call=SECRET),
+        lambda: make_request(tool_call={"server": "s", "tool": "t", "arguments": SECRET}),
+        lambda: make_request(token=[SECRET]),
         lambda: AuditEvent.model_validate({"request_id": SECRET}),
         lambda: AuditEvent.model_validate_json(f'{{"request_id": "{SECRET}"}}'),
         lambda: AuditEvent.model_validate_json(f'["{SECRET}"]'),
@@ -210,8 +188,8 @@ def test_enums_come_from_their_text() -> None:
     assert made.decision is Decision.SANITIZE_AND_ALLOW
     assert made.execution_status is ExecutionStatus.TIMEOUT
     assert made.output_decision is OutputDecision.REDACT
-    assert key(trust_level=3).trust_level is TrustLevel.HIGH
-    assert request(status="DENIED").status is ApprovalStatus.DENIED
+    assert make_key(trust_level=3).trust_level is TrustLevel.HIGH
+    assert make_request(status="DENIED").status is ApprovalStatus.DENIED
 
 
 def test_trust_levels_compare() -> None:
@@ -231,10 +209,10 @@ def test_only_pending_and_approved_are_not_final() -> None:
 
 def test_reprs_show_no_secret() -> None:
     """Neither token nor key hash nor plaintext is in the repr or str of anything."""
-    api_key = key(key_hash=SECRET, previous_key_hash=SECRET)
+    api_key = make_key(key_hash=SECRET, previous_key_hash=SECRET)
     shown = [
         api_key,
-        request(token=SECRET),
+        make_request(token=SECRET),
         ApprovalResult(approval_id=uuid4(), token=SECRET, status=ApprovalStatus.APPROVED),
         IssuedKey(plaintext=SecretStr(SECRET), api_key=api_key),
     ]
@@ -249,7 +227,7 @@ def test_equality_is_by_value() -> None:
 
     assert AuditEvent(**fields) == AuditEvent(**fields)
     assert AuditEvent(**fields) != AuditEvent(**(fields | {"tool_name": "other"}))
-    assert AuditEvent(**fields) != request()
+    assert AuditEvent(**fields) != make_request()
 
 
 @pytest.mark.parametrize(

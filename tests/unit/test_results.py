@@ -15,7 +15,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.keys import ApiKey, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus
-from builders import make_event
+from builders import make_event, make_key
 
 pytestmark = pytest.mark.unit
 
@@ -29,16 +29,7 @@ def rendered(page: object) -> str:
 
 
 def key(**fields: object) -> ApiKey:
-    given: dict[str, object] = {
-        "key_id": "k1",
-        "caller_id": "dev-agent",
-        "key_hash": SECRET,
-        "previous_key_hash": SECRET,
-        "role": "developer",
-        "trust_level": TrustLevel.MEDIUM,
-        "environment": "dev",
-    }
-    return ApiKey(**(given | fields))
+    return make_key(key_hash=SECRET, previous_key_hash=SECRET, **fields)
 
 
 def test_a_page_is_a_list() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import hashlib
 import json
 import math
@@ -17,12 +15,12 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict
 
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.encoding.sanitize import MAX_JSON_CHARS, MAX_KEY_BYTES, MAX_TEXT_BYTES, Scrubber, storable_key
 from agent_gateway_store.models.audit import RedactionFlag
 from builders import make_event
+from oddities import Broken, Level, Model, Point, Unreadable, nested
 
 pytestmark = pytest.mark.unit
 
@@ -33,34 +31,6 @@ def scrub(value: Any) -> tuple[Any, list[tuple[str, str | None]]]:
     scrubber = Scrubber()
     result = scrubber.json("args", value)
     return result, scrubber.replaced
-
-
-class Level(enum.Enum):
-    BIG = 1e20
-    ZERO = -0.0
-    NAME = "name"
-    PAIR = (1, "\0")
-
-
-@dataclasses.dataclass
-class Point:
-    x: int
-    y: int = dataclasses.field(init=False)
-
-
-class Model(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    x: int
-
-
-class Broken:
-    def __repr__(self) -> str:
-        raise RuntimeError("no repr")
-
-
-class Unreadable(dict[str, Any]):
-    def items(self) -> Any:
-        raise RuntimeError("no items")
 
 
 class Shouting(str):
@@ -146,10 +116,7 @@ def test_huge_integers_are_cut() -> None:
 @pytest.mark.parametrize("levels", [99, 100, 101, 5_000, 100_000])
 def test_nesting_is_cut_at_depth_100(levels: int) -> None:
     """A hundred containers are kept; what is below becomes a marker."""
-    value: Any = []
-    for level in range(levels - 1):
-        value = [value] if level % 2 else {"a": value}
-    result, replaced = scrub(value)
+    result, replaced = scrub(nested(levels - 1, []))
     depth, found = 0, result
     while isinstance(found, dict | list) and found:
         depth, found = depth + 1, found["a"] if isinstance(found, dict) else found[0]

@@ -48,7 +48,9 @@ from agent_gateway_store.settings import default_hash_key
 __all__ = ["MAX_SAFE_INTEGER", "canonical_json", "hash_bytes", "hash_json", "is_text", "opened", "tag"]
 
 MAX_SAFE_INTEGER = 2**53 - 1
-_COLLAPSE_EVERY = 64
+"""Largest integer that every reader of JSON takes exactly (RFC 7493)."""
+_COLLAPSE_EVERY = 64  # rfc8785 recurses; far from Python's limit of 1,000 frames
+_DECIMAL_BITS = 2048  # 617 digits: below 640, the lowest limit on decimal digits that Python can be set to
 _LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -179,14 +181,14 @@ def is_text(text: str) -> bool:
     return text.isascii() or _SURROGATE.search(text) is None
 
 
-def _spell_text(text: str) -> str:
-    r"""Return `text` with backslashes doubled and every lone surrogate spelt as `\udxxx`."""
+def _escape_surrogates(text: str) -> str:
+    r"""Return `text` with backslashes doubled and every lone surrogate as `\udxxx`."""
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\\", "\\\\"))
 
 
-def _spell_integer(value: int) -> str:
+def _digits(value: int) -> str:
     """Return the decimal digits of `value`, or hex ones where Python refuses to make decimal digits."""
-    return str(value) if value.bit_length() <= 2048 else hex(value)
+    return str(value) if value.bit_length() <= _DECIMAL_BITS else hex(value)
 
 
 def tag(value: Any, *, as_key: bool = False) -> Any:
@@ -196,12 +198,12 @@ def tag(value: Any, *, as_key: bool = False) -> Any:
     if isinstance(value, str):
         value = str.__str__(value)
         if not is_text(value):
-            return f"$text:{_spell_text(value)}"
+            return f"$text:{_escape_surrogates(value)}"
         return f"${value}" if _LIKE_A_TAG.match(value) else value
     if value is None or isinstance(value, bool):
         return f"${'null' if value is None else 'bool'}:{str(value).lower()}" if as_key else value
     if isinstance(value, int):
-        return f"$int:{_spell_integer(value)}" if as_key or abs(value) > MAX_SAFE_INTEGER else int(value)
+        return f"$int:{_digits(value)}" if as_key or abs(value) > MAX_SAFE_INTEGER else int(value)
     if isinstance(value, float):
         return f"$float:{float(value)}" if as_key or not math.isfinite(value) else float(value)
     if isinstance(value, bytes | bytearray | memoryview):
@@ -213,7 +215,7 @@ def tag(value: Any, *, as_key: bool = False) -> Any:
     return _tag_object(value)
 
 
-_SPELT: tuple[tuple[type[Any], str], ...] = (
+_TAGGED: tuple[tuple[type[Any], str], ...] = (
     (datetime, "datetime"),
     (date, "date"),
     (time, "time"),
@@ -225,10 +227,11 @@ _SPELT: tuple[tuple[type[Any], str], ...] = (
 
 def _tag_object(value: Any) -> str:
     try:
-        for type_, name in _SPELT:
+        for type_, name in _TAGGED:
             if isinstance(value, type_):
-                return f"${name}:{_spell_text(value.isoformat() if isinstance(value, date | time) else str(value))}"
+                text = value.isoformat() if isinstance(value, date | time) else str(value)
+                return f"${name}:{_escape_surrogates(text)}"
         text = repr(value)
     except Exception:
         text = "?"
-    return f"$object:{type(value).__module__}.{type(value).__qualname__}:{_spell_text(text)}"
+    return f"$object:{type(value).__module__}.{type(value).__qualname__}:{_escape_surrogates(text)}"

@@ -1,6 +1,6 @@
-"""The one scrubber: makes any text and any JSON storable, visibly, on SQLite and PostgreSQL alike.
+"""Sanitise: make any text and any JSON storable, visibly, on SQLite and PostgreSQL alike.
 
-What it lets through reads back identical from both databases, and scrubbing twice changes nothing more. Every
+What is let through reads back identical from both databases, and sanitising twice changes nothing more. Every
 replacement is reported with its place and the hash of the original, never with the original itself.
 
 | found | becomes |
@@ -8,7 +8,7 @@ replacement is reported with its place and the hash of the original, never with 
 | NUL in text | U+2400 (symbol for null) |
 | lone surrogate | U+FFFD (replacement character) |
 | text above the limit | its beginning, `~`, and the SHA-256 of the whole |
-| NaN, infinities, integers beyond ±(2^53 - 1), floats from 1e16 on (JSONB respells them) | the tags of `canonical` |
+| NaN, infinities, integers beyond ±(2^53 - 1), floats from 1e16 on (JSONB rewrites them) | the tags of `canonical` |
 | -0.0 | 0.0 |
 | what JSON does not know, keys that are no text | the tags of `canonical`, bounded |
 | JSON below depth 100, or inside itself, or beyond the size limit | a marker in brackets |
@@ -27,18 +27,18 @@ from agent_gateway_store.encoding.canonical import MAX_SAFE_INTEGER, hash_bytes,
 __all__ = ["MAX_DEPTH", "MAX_JSON_CHARS", "MAX_KEY_BYTES", "MAX_TEXT_BYTES", "Scrubber", "is_storable", "storable_key"]
 
 MAX_KEY_BYTES = 512
-"""Longest text in an indexed column; PostgreSQL refuses index rows above 2,704 bytes."""
+"""Longest text in an indexed column: an index row of PostgreSQL holds 2,704 bytes, and our widest has three of them."""
 MAX_TEXT_BYTES = 65_536
-"""Longest text anywhere else."""
-MAX_JSON_CHARS = 262_144
-"""Most characters of one JSON value, about."""
+"""Longest text anywhere else: chosen for those who read it, no database asks for it."""
+MAX_JSON_CHARS = 4 * MAX_TEXT_BYTES
+"""Most characters of one JSON value, about; chosen as well."""
 MAX_DEPTH = 100
-"""Deepest nesting kept."""
-_MAX_TAG_BYTES = 1_024
-_MAX_REPORTS = 64
-_DIGEST_CHARS = 65
-_NODE_CHARS = 4
-_FIRST_RESPELT_FLOAT = 1e16
+"""Deepest nesting kept: a tenth of what SQLite and Python's `json` can read."""
+_MAX_TAG_BYTES = 2 * MAX_KEY_BYTES
+_MAX_REPORTS = 64  # chosen: flags stay a small part of the row
+_DIGEST_CHARS = 1 + 64  # `~` and SHA-256 in hex
+_NODE_CHARS = 4  # quotes, colon and comma
+_FIRST_REWRITTEN_FLOAT = 1e16  # from here on Python writes an exponent, and JSONB does not
 
 
 def storable_key(text: str) -> str:
@@ -66,7 +66,7 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _is_marker(value: Any) -> bool:
-    # A marker costs nothing, so that a second scrubbing cuts at the same places.
+    # A marker costs nothing, so that sanitising again cuts at the same places.
     return type(value) is str and value.startswith("[cut: ") and len(value) < 64 and value.endswith("]")
 
 
@@ -81,7 +81,7 @@ def _cost(value: Any) -> int:
         return 0
     if kind is int:
         return 0 if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER else -1
-    return 0 if kind is float and 0 < abs(value) < _FIRST_RESPELT_FLOAT else -1
+    return 0 if kind is float and 0 < abs(value) < _FIRST_REWRITTEN_FLOAT else -1
 
 
 def is_storable(value: Any) -> bool:
@@ -190,7 +190,7 @@ class _JsonWalk:
     def leaf(self, value: Any, place: str) -> Any:
         if isinstance(value, str):
             return self.text(str.__str__(value), place)
-        if isinstance(value, float) and abs(value) < _FIRST_RESPELT_FLOAT:
+        if isinstance(value, float) and abs(value) < _FIRST_REWRITTEN_FLOAT:
             if not value and math.copysign(1.0, value) < 0:
                 self.scrubber.report(place, b"-0.0")
                 return 0.0
