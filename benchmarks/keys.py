@@ -106,7 +106,7 @@ def forget(store: GatewayStore) -> None:
     """Make a store as it was before it saw any key."""
     cache = store._core.key_cache
     cache.drop_all()
-    for known in (cache.checker._good, cache.checker._wrong, cache.checker._limits):
+    for known in (cache.verifier._matched, cache.verifier._refused, cache.verifier._limits):
         known.clear()
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
 
-__all__ = ["BackgroundTasks", "BatchQueue", "NextFlight", "SingleFlight"]
+__all__ = ["BackgroundTasks", "BatchQueue", "SingleFlight"]
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # an item
 R = TypeVar("R")
 
-_PATIENCE_S = 1.0
 _Batch: TypeAlias = "list[tuple[I, asyncio.Future[R]]]"
 
 
@@ -63,11 +63,18 @@ class SingleFlight(Generic[T]):
     def __init__(self) -> None:
         self._flights: dict[Hashable, _Flight[T]] = {}
 
-    async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Join the work under way for `key`, or begin it; return or raise what comes of it."""
+    async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]], *, max_age_s: float = math.inf) -> T:
+        """Join the work under way for `key`, or begin it; return or raise what comes of it.
+
+        Args:
+            key: What it is about.
+            work: Begins it.
+            max_age_s: Work that began longer ago, in seconds, is not joined.
+        """
+        loop = asyncio.get_running_loop()
         flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = _Flight(asyncio.get_running_loop().create_task(work()))
+        if flight is None or loop.time() - flight.begun_at >= max_age_s:
+            flight = self._flights[key] = _Flight(loop.create_task(work()), loop.time())
             flight.task.add_done_callback(lambda _: self._end(key, flight))
         flight.waiting += 1
         try:
@@ -80,9 +87,6 @@ class SingleFlight(Generic[T]):
                 await asyncio.wait([flight.task])
         return flight.task.result()
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._flights
-
     def _end(self, key: Hashable, flight: _Flight[T]) -> None:
         self._forget(key, flight)
         if not flight.task.cancelled():
@@ -94,10 +98,11 @@ class SingleFlight(Generic[T]):
 
 
 class _Flight(Generic[T]):
-    __slots__ = ("task", "waiting")
+    __slots__ = ("begun_at", "task", "waiting")
 
-    def __init__(self, task: asyncio.Task[T]) -> None:
+    def __init__(self, task: asyncio.Task[T], begun_at: float) -> None:
         self.task = task
+        self.begun_at = begun_at
         self.waiting = 0
 
 
@@ -266,46 +271,3 @@ class BatchQueue(Generic[I, R]):
         self._done += count
         progress, self._progress = self._progress, asyncio.Event()
         progress.set()
-
-
-class NextFlight(Generic[T]):
-    """Like `SingleFlight`, but nobody is given what was begun before they came.
-
-    Whoever comes while work is under way shares the next piece of it, which begins when this one ends, or after a
-    second. So there is one at a time, unless one hangs, and every answer is as new as if its asker had been alone.
-    """
-
-    def __init__(self) -> None:
-        self._under_way: dict[Hashable, asyncio.Future[None]] = {}
-        self._next: SingleFlight[T] = SingleFlight()
-
-    async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Work for `key`, alone or shared with others who came meanwhile; return or raise what comes of it."""
-        current = self._under_way.get(key)
-        if current is not None:
-            return await self._next.run((key, current), lambda: self._after(current, key, work))
-        return await self._work(key, work)
-
-    async def _after(
-        self, current: asyncio.Future[None], key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]
-    ) -> T:
-        try:
-            await asyncio.wait([current], timeout=_PATIENCE_S)
-        except asyncio.CancelledError:
-            if current.done():
-                self._leave(key, current)
-            raise
-        return await self._work(key, work)
-
-    async def _work(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        own = self._under_way[key] = asyncio.get_running_loop().create_future()
-        try:
-            return await work()
-        finally:
-            own.set_result(None)
-            self._leave(key, own)
-
-    def _leave(self, key: Hashable, own: asyncio.Future[None]) -> None:
-        # Where others wait for this end, the first of them puts their own work in its place.
-        if self._under_way.get(key) is own and (key, own) not in self._next:
-            del self._under_way[key]

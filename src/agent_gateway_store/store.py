@@ -11,7 +11,7 @@ from typing import Any, Self
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.approval import ApprovalManager
-from agent_gateway_store.approval.shared import Shared
+from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.audit.backends import sink_for
 from agent_gateway_store.audit.metrics import observe
@@ -97,9 +97,8 @@ class GatewayStore:
             self.settings,
             org_id=org_id,
             outbox=core.outbox,
-            pubsub=core.pubsub,
             vetoes=core.vetoes,
-            shared=core.shared,
+            waiting=core.waiting,
         )
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, self.settings, org_id=org_id)
         self._notifications = NotificationManager(core.database, core.outbox, org_id=org_id)
@@ -226,7 +225,7 @@ class _Core:
         )
         self.redis = RedisCache(redis or self._own_redis, timeout_s=settings.redis_timeout_seconds)
         self.pubsub = PubSub(self.redis, database)
-        self.shared = Shared(self.pubsub, trust_s=settings.approval_cache_seconds)
+        self.waiting = Waiting(self.pubsub, trust_s=settings.approval_cache_seconds)
         self.hasher = Hasher(rounds=settings.bcrypt_rounds)
         self.key_cache = KeyCache(
             self.hasher,
@@ -312,9 +311,8 @@ class _Core:
         async with AsyncExitStack() as steps:
             if self._own_redis is not None:
                 steps.push_async_callback(self._own_redis.aclose)
-            steps.push_async_callback(self.redis.close)
             # Who still waits for a decision looks once more, and finds the store closed.
-            steps.callback(self.pubsub.wake_all)
+            steps.callback(self.pubsub.notify_all)
             steps.push_async_callback(self.database.close)
             steps.callback(self.hasher.close)
             steps.push_async_callback(self.lanes.aclose)

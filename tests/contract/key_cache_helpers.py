@@ -38,13 +38,20 @@ def bcrypt_calls(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return calls
 
 
+class Gate(threading.Event):
+    """bcrypt stands still while this is not set; counts the checks that have begun."""
+
+    begun = 0
+
+
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """bcrypt stands still while this is not set."""
-    opened = threading.Event()
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """A gate before bcrypt, which is open."""
+    opened = Gate()
     opened.set()
 
     def held(secret: bytes, hashed: bytes) -> bool:
+        opened.begun += 1
         assert opened.wait(10)
         return check(secret, hashed)
 
@@ -68,6 +75,15 @@ async def answer(store: GatewayStore, key: IssuedKey | str) -> str:
     except errors.StoreUnavailableError:
         return "busy"
     return "good"
+
+
+async def checking(gate: Gate, count: int) -> None:
+    """Wait until bcrypt has begun so many checks since the start of the test."""
+
+    async def has_begun() -> bool:
+        return gate.begun >= count
+
+    await until(has_begun)
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 5) -> float:

@@ -15,7 +15,7 @@ from contract_helpers import CALL, approved, counted_statements, make_request
 
 import servers
 from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, errors
-from agent_gateway_store.storage.redis_cache import Entry, RedisCache
+from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 
 pytestmark = pytest.mark.integration
 
@@ -158,7 +158,7 @@ class GatedRedis(RedisCache):
         super().__init__(client)
         self.gate, self.waits = asyncio.Event(), asyncio.Event()
 
-    async def put_newer(self, entries: Sequence[Entry], *, message: tuple[str, str] | None = None) -> bool:
+    async def put_newer(self, entries: Sequence[CacheEntry], *, message: tuple[str, str] | None = None) -> bool:
         self.waits.set()
         await self.gate.wait()
         return await super().put_newer(entries, message=message)

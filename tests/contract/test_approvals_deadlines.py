@@ -188,7 +188,7 @@ async def test_wall_clock_of_the_gateway_decides_nothing(store: GatewayStore, mo
         return right_now() + 5 * HOUR
 
     right_now = clock.utc_now
-    for module in ("clock", "approval.entries", "models.approval"):
+    for module in ("clock", "approval.cache", "models.approval"):
         monkeypatch.setattr(f"agent_gateway_store.{module}.utc_now", wrong_now)
     token = await approved(store)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 from collections import Counter
 from datetime import timedelta
 
 import key_cache_helpers
 import pytest
 from contract_helpers import counted_statements
-from key_cache_helpers import BOTH, HOUR, TRUSTED, answer, hears, issue, until
+from key_cache_helpers import BOTH, HOUR, TRUSTED, Gate, answer, checking, hears, issue
 
 from agent_gateway_store import CallerIdentity, GatewayStore, StoreSettings, clock, errors
 from agent_gateway_store.keys.format import new_key, new_key_id
@@ -121,22 +120,22 @@ async def test_new_good_key_is_never_called_wrong(store: GatewayStore, other: Ga
     assert await answer(store, new) == "good"
 
 
-async def test_callers_that_hang_up_count(store: GatewayStore, gate: threading.Event) -> None:
+async def test_callers_that_hang_up_count(store: GatewayStore, gate: Gate) -> None:
     """Whoever leaves while bcrypt is at a wrong key has failed all the same."""
     issued = await issue(store)
-    gate.clear()
-    for _ in range(8):
-        task = asyncio.create_task(answer(store, new_key(issued.api_key.key_id)))
-        held = store.keys._hasher._room._value
-        await until(lambda held=held: asyncio.to_thread(lambda: store.keys._hasher._room._value < held))
-        task.cancel()
-        await asyncio.wait([task])
-    gate.set()
+    tasks = []
+    for number in range(8):
+        gate.clear()
+        tasks.append(asyncio.create_task(answer(store, new_key(issued.api_key.key_id))))
+        await checking(gate, number + 1)
+        tasks[-1].cancel()
+        await asyncio.wait(tasks)
+        gate.set()
 
     assert await answer(store, new_key(issued.api_key.key_id)) == "busy"
 
 
-async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: threading.Event) -> None:
+async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate) -> None:
     """Of fifty that share a check half leave; the others get their answer, and when all leave nothing is left."""
     issued = await issue(store)
     gate.clear()
@@ -245,7 +244,8 @@ async def test_cache_holds_no_key(store: GatewayStore) -> None:
         await answer(store, key)
     cache = store._core.key_cache
     seen: set[int] = set()
-    waiting: list[object] = [cache._good, cache._wrong, cache._unknown, cache.checker._good, cache.checker._wrong]
+    waiting: list[object] = [cache._verified, cache._refused, cache._unknown]
+    waiting += [cache.verifier._matched, cache.verifier._refused]
     held: list[str | bytes] = []
     while waiting:
         found = waiting.pop()

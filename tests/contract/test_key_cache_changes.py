@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,7 +12,7 @@ from typing import Any
 
 import key_cache_helpers
 import pytest
-from key_cache_helpers import BOTH, TRUSTED, answer, hears, issue, until
+from key_cache_helpers import BOTH, TRUSTED, Gate, answer, checking, hears, issue, until
 
 import servers
 from agent_gateway_store import GatewayStore, clock
@@ -99,12 +98,12 @@ async def test_no_key_is_trusted_beyond_its_end(store: GatewayStore) -> None:
     assert [await answer(store, key) for key in (expiring, old, new)] == ["invalid", "invalid", "good"]
 
 
-async def test_check_that_overlaps_a_revocation_leaves_no_trust(store: GatewayStore, gate: threading.Event) -> None:
+async def test_check_that_overlaps_a_revocation_leaves_no_trust(store: GatewayStore, gate: Gate) -> None:
     """What was read before a change is not remembered after it, and nobody joins a check that began before."""
     issued = await issue(store)
     gate.clear()
     early = asyncio.create_task(answer(store, issued))
-    await until(lambda: asyncio.to_thread(lambda: store.keys._hasher._room._value < 64))
+    await checking(gate, 1)
     await store.keys.revoke("dev-agent")
     late = asyncio.create_task(answer(store, issued))
     await asyncio.sleep(0.05)
@@ -179,7 +178,7 @@ async def test_a_revocation_that_redis_did_not_take_is_sent_again(database_url: 
             await until(is_refused)
 
             async def is_quiet() -> bool:
-                return not other._core.key_cache._writes
+                return not other._core.key_cache.background
 
             await until(is_quiet)
 

@@ -20,15 +20,15 @@ import redis.exceptions
 import servers
 from agent_gateway_store.storage import redis_cache as redis_cache_module
 from agent_gateway_store.storage.cache import RedisClient, create_redis, delete, get_json, get_redis, set_json
-from agent_gateway_store.storage.redis_cache import Entry, RedisCache
+from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 
 pytestmark = pytest.mark.integration
 
 NESTED: Any = "[" * 100_000
 
 
-async def put(accelerator: RedisCache, entry: Any, *, version: int, ttl_s: float) -> bool:
-    return await accelerator.put_newer([Entry("key", json.dumps(entry), version, ttl_s)])
+async def put(cache: RedisCache, entry: Any, *, version: int, ttl_s: float) -> bool:
+    return await cache.put_newer([CacheEntry("key", json.dumps(entry), version, ttl_s)])
 
 
 @pytest.fixture
@@ -161,37 +161,37 @@ async def test_a_refused_port_costs_nothing() -> None:
 
 async def test_without_a_client_everything_is_a_miss() -> None:
     """The store works with no Redis at all."""
-    accelerator = RedisCache(None)
-    await accelerator.delete("key")
+    cache = RedisCache(None)
+    await cache.delete("key")
 
-    assert not accelerator.is_available
-    assert await accelerator.get("key") is None
-    assert await put(accelerator, {}, version=1, ttl_s=1) is False
+    assert not cache.is_available
+    assert await cache.get("key") is None
+    assert await put(cache, {}, version=1, ttl_s=1) is False
 
 
 async def test_an_entry_comes_back_with_its_remaining_life(client: RedisClient) -> None:
     """In one round trip."""
-    accelerator = RedisCache(client, timeout_s=5)
+    cache = RedisCache(client, timeout_s=5)
     entry = {"version": 1, "text": "\u20ac"}
 
-    assert await put(accelerator, entry, version=1, ttl_s=60) is True
-    found = await accelerator.get("key")
+    assert await put(cache, entry, version=1, ttl_s=60) is True
+    found = await cache.get("key")
     assert found is not None
     assert json.loads(found[0]) == entry
     assert 59_000 < found[1] <= 60_000
-    await accelerator.delete("key")
-    assert await accelerator.get("key") is None
+    await cache.delete("key")
+    assert await cache.get("key") is None
 
 
 async def test_an_older_version_never_replaces_a_newer_one(client: RedisClient) -> None:
     """The same version may be written again; in whatever order fifty writers come, the newest stays."""
-    accelerator = RedisCache(client, timeout_s=5)
+    cache = RedisCache(client, timeout_s=5)
     for version, stored in ((5, True), (4, False), (5, True), (6, True), (1, False)):
         entry = {"version": version}
-        assert await put(accelerator, entry, version=version, ttl_s=60) is stored
+        assert await put(cache, entry, version=version, ttl_s=60) is stored
     versions = random.sample(range(10, 60), 50)
-    await asyncio.gather(*(put(accelerator, {"version": v}, version=v, ttl_s=60) for v in versions))
-    found = await accelerator.get("key")
+    await asyncio.gather(*(put(cache, {"version": v}, version=v, ttl_s=60) for v in versions))
+    found = await cache.get("key")
 
     assert found is not None
     assert json.loads(found[0]) == {"version": 59}
@@ -201,10 +201,10 @@ async def test_an_older_version_never_replaces_a_newer_one(client: RedisClient) 
 async def test_garbage_is_replaced(client: RedisClient, garbage: Any) -> None:
     """What is no entry of ours has no version, so it stands in nobody's way."""
     await client.set("key", garbage)
-    accelerator = RedisCache(client, timeout_s=5)
+    cache = RedisCache(client, timeout_s=5)
 
-    assert await put(accelerator, {"version": 1}, version=1, ttl_s=60) is True
-    assert await accelerator.get("key") == (b'{"version": 1}', pytest.approx(60_000, abs=500))
+    assert await put(cache, {"version": 1}, version=1, ttl_s=60) is True
+    assert await cache.get("key") == (b'{"version": 1}', pytest.approx(60_000, abs=500))
 
 
 async def test_a_key_of_another_type_is_a_miss_and_replaced(
@@ -212,40 +212,70 @@ async def test_a_key_of_another_type_is_a_miss_and_replaced(
 ) -> None:
     """Redis answers with an error, which is the key's and no fault of the server: it stays in use."""
     await client.hset("key", "field", "value")
-    accelerator = RedisCache(client, timeout_s=5)
+    cache = RedisCache(client, timeout_s=5)
 
-    assert await accelerator.get("key") is None
-    assert accelerator.is_available
-    assert await put(accelerator, {"version": 1}, version=1, ttl_s=60) is True
-    assert await accelerator.get("key") == (b'{"version": 1}', pytest.approx(60_000, abs=500))
+    assert await cache.get("key") is None
+    assert cache.is_available
+    assert await put(cache, {"version": 1}, version=1, ttl_s=60) is True
+    assert await cache.get("key") == (b'{"version": 1}', pytest.approx(60_000, abs=500))
     assert caplog.records == []
 
 
-async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -> None:
-    """Whoever hears the message finds the entries."""
-    accelerator = RedisCache(client, timeout_s=5)
+async def test_an_entry_and_a_message_go_in_one_round_trip(client: RedisClient) -> None:
+    """Whoever receives the message finds the entry."""
+    cache = RedisCache(client, timeout_s=5)
+    await cache.put_newer([CacheEntry("key-0", '{"version": 1}', 1, 60)])
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe("channel")
-        entries = [Entry(f"key-{number}", '{"version": 1}', 1, 60) for number in range(3)]
         before = (await client.info("stats"))["total_reads_processed"]
-        assert await accelerator.put_newer(entries, message=("channel", "hello")) is True
+        assert await cache.put_newer([CacheEntry("key-1", '{"version": 1}', 1, 60)], message=("channel", "hello"))
         assert (await client.info("stats"))["total_reads_processed"] - before == 2  # one of them is this `info`
         async with asyncio.timeout(5):
             while (message := await pubsub.get_message(timeout=5)) is None:
                 pass
         assert message["data"] == b"hello"
-        assert await client.exists("key-0", "key-1", "key-2") == 3
+        assert await client.exists("key-0", "key-1") == 2
+
+
+async def test_a_message_goes_out_from_a_redis_whose_memory_is_full(client: RedisClient) -> None:
+    """It takes no entry, and says so."""
+    cache = RedisCache(client, timeout_s=5)
+    limit = (await client.config_get("maxmemory"))["maxmemory"]
+    async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        await pubsub.subscribe("channel")
+        await client.config_set("maxmemory", 1)
+        try:
+            entry = CacheEntry("key", '{"version": 1}', 1, 60)
+            assert await cache.put_newer([entry], message=("channel", "hello")) is False
+        finally:
+            await client.config_set("maxmemory", limit)
+        async with asyncio.timeout(5):
+            while (message := await pubsub.get_message(timeout=5)) is None:
+                pass
+
+    assert message["data"] == b"hello"
+    assert cache.is_available
+
+
+async def test_a_redis_that_forgot_the_scripts_is_given_them_again(client: RedisClient) -> None:
+    """As after a restart."""
+    cache = RedisCache(client, timeout_s=5)
+    assert await cache.put_newer([CacheEntry("key", '{"version": 1}', 1, 60)])
+    await client.script_flush()
+
+    assert await cache.get("key") == (b'{"version": 1}', pytest.approx(60_000, abs=5_000))
+    assert await cache.put_newer([CacheEntry("key", '{"version": 2}', 2, 60)])
 
 
 async def test_a_message_goes_out_beside_an_entry_that_is_too_old(client: RedisClient) -> None:
     """What it tells of happened, whatever stands there by now."""
-    accelerator = RedisCache(client, timeout_s=5)
-    assert await accelerator.put_newer([Entry("late", '{"version": 2}', 2, 60)]) is True
+    cache = RedisCache(client, timeout_s=5)
+    assert await cache.put_newer([CacheEntry("late", '{"version": 2}', 2, 60)]) is True
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe("channel")
-        old = Entry("late", '{"version": 1}', 1, 60)
-        assert await accelerator.put_newer([old], message=("channel", "hello")) is False
-        assert await accelerator.put_newer([], message=("channel", "again")) is True
+        old = CacheEntry("late", '{"version": 1}', 1, 60)
+        assert await cache.put_newer([old], message=("channel", "hello")) is False
+        assert await cache.put_newer([], message=("channel", "again")) is True
         heard: list[bytes] = []
         async with asyncio.timeout(5):
             while len(heard) < 2:
@@ -261,20 +291,20 @@ async def test_a_patient_client_of_the_host_is_not_waited_for(pausable: servers.
     async with redis.asyncio.Redis.from_url(pausable.url) as host:
         if connected:
             await host.ping()
-        accelerator = RedisCache(host, timeout_s=0.2)
+        cache = RedisCache(host, timeout_s=0.2)
         pausable.pause()
-        found, seconds = await timed(accelerator.get("key"))
+        found, seconds = await timed(cache.get("key"))
         pausable.resume()
 
         assert found is None
-        assert not accelerator.is_available
+        assert not cache.is_available
         assert await host.ping()
     assert 0.15 < seconds < 5
 
 
 @pytest.mark.parametrize("decode_responses", [False, True])
 async def test_a_client_of_the_hosts_own_kind_serves_as_well(redis_url: str, decode_responses: bool) -> None:
-    """One that decodes, and one whose connections are not redis-py's plain ones and that goes by its pipeline."""
+    """One that decodes, and one whose connections are of a class of its own."""
 
     class Unusual(redis.asyncio.Connection):
         async def read_response(self, *args: Any, **options: Any) -> Any:
@@ -284,52 +314,53 @@ async def test_a_client_of_the_hosts_own_kind_serves_as_well(redis_url: str, dec
         options = {"decode_responses": decode_responses, "connection_class": kind}
         pool = redis.asyncio.ConnectionPool.from_url(redis_url, **options)
         async with redis.asyncio.Redis(connection_pool=pool) as host:
-            accelerator = RedisCache(host, timeout_s=5)
-            assert await put(accelerator, {"version": 1}, version=1, ttl_s=60) is True
-            found = await accelerator.get("key")
+            cache = RedisCache(host, timeout_s=5)
+            assert await put(cache, {"version": 1}, version=1, ttl_s=60) is True
+            found = await cache.get("key")
             assert found is not None
             assert json.loads(found[0]) == {"version": 1}
             await host.set("key", b"\xff\xfe")
-            await accelerator.get("key")
+            await cache.get("key")
             await host.delete("key")
             await host.lpush("key", "x")
-            assert await accelerator.get("key") is None
-            assert accelerator.is_available
-            await accelerator.delete("key")
+            assert await cache.get("key") is None
+            assert cache.is_available
+            await cache.delete("key")
         await pool.aclose()
 
 
-async def test_a_crowd_shares_one_connection(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A thousand readers at once go out together; where the host itself uses all of its pool they are told to ask SQL,
-    and that is not taken for a fault of Redis."""
-    pool = redis.asyncio.ConnectionPool.from_url(redis_url, max_connections=1)
-    async with redis.asyncio.Redis(connection_pool=pool) as host:
-        await host.set("key", "value", px=60_000)
-        accelerator = RedisCache(host, timeout_s=5)
-        before = (await host.info("stats"))["total_reads_processed"]
-        answers = await asyncio.gather(*(accelerator.get("key") for _ in range(1_000)))
-        packets = (await host.info("stats"))["total_reads_processed"] - before
-        taken = await pool.get_connection()
-        refused = await accelerator.get("key")
-        await pool.release(taken)
-    await pool.aclose()
+async def test_a_crowd_waits_in_line(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A thousand readers at once are answered through the connections that there may be, 32 of them at most; where the
+    host itself uses all of its pool they are told to ask SQL, and that is not taken for a fault of Redis."""
+    for allowed, most in ((1, 1), (1_000, 32)):
+        pool = redis.asyncio.ConnectionPool.from_url(redis_url, max_connections=allowed)
+        async with redis.asyncio.Redis(connection_pool=pool) as host:
+            await host.set("key", "value", px=60_000)
+            cache = RedisCache(host, timeout_s=5)
+            before = (await host.info("stats"))["total_connections_received"]
+            answers = await asyncio.gather(*(cache.get("key") for _ in range(1_000)))
+            opened = (await host.info("stats"))["total_connections_received"] - before
+            assert {answer and answer[0] for answer in answers} == {b"value"}
+            assert opened < most
+            if allowed == 1:
+                taken = await pool.get_connection()
+                assert await cache.get("key") is None
+                await pool.release(taken)
+            assert cache.is_available
+        await pool.aclose()
 
-    assert {answer and answer[0] for answer in answers} == {b"value"}
-    assert packets < 30
-    assert refused is None
-    assert accelerator.is_available
     assert caplog.records == []
 
 
 async def test_a_cancelled_reader_leaves_no_reply_to_the_next(client: RedisClient) -> None:
     """Readers of a hundred keys are cancelled at every moment; who reads next is given the value of their own key."""
-    accelerator = RedisCache(client, timeout_s=5)
+    cache = RedisCache(client, timeout_s=5)
     for number in range(100):
         await client.set(f"key-{number}", str(number), px=60_000)
     rng = random.Random(7)
 
     async def read(number: int) -> None:
-        task = asyncio.ensure_future(accelerator.get(f"key-{number}"))
+        task = asyncio.ensure_future(cache.get(f"key-{number}"))
         for _ in range(rng.randrange(8)):
             await asyncio.sleep(0)
         if rng.random() < 0.5:
@@ -339,7 +370,7 @@ async def test_a_cancelled_reader_leaves_no_reply_to_the_next(client: RedisClien
 
     for _ in range(10):
         await asyncio.gather(*map(read, range(100)))
-    assert accelerator.is_available
+    assert cache.is_available
 
 
 async def test_an_outage_costs_one_timeout_per_interval(
@@ -350,22 +381,22 @@ async def test_an_outage_costs_one_timeout_per_interval(
     moved = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * intervals)
     monkeypatch.setattr(redis_cache_module, "time", moved)
     async with create_redis(pausable.url, timeout_s=0.5) as client:
-        accelerator = RedisCache(client, timeout_s=0.5, pause_s=60)
-        assert await put(accelerator, {"version": 1}, version=1, ttl_s=60)
+        cache = RedisCache(client, timeout_s=0.5, pause_s=60)
+        assert await put(cache, {"version": 1}, version=1, ttl_s=60)
         pausable.pause()
-        found, first = await timed(accelerator.get("key"))
+        found, first = await timed(cache.get("key"))
         meanwhile = [
-            await timed(accelerator.get("key")),
-            await timed(put(accelerator, {}, version=2, ttl_s=60)),
-            await timed(accelerator.delete("key")),
+            await timed(cache.get("key")),
+            await timed(put(cache, {}, version=2, ttl_s=60)),
+            await timed(cache.delete("key")),
         ]
-        assert not accelerator.is_available
+        assert not cache.is_available
         intervals = 1
-        assert accelerator.is_available
-        again, second = await timed(accelerator.get("key"))
+        assert cache.is_available
+        again, second = await timed(cache.get("key"))
         pausable.resume()
         intervals = 2
-        back = await accelerator.get("key")
+        back = await cache.get("key")
 
     assert found is again is None
     assert 0.4 < first < 5
@@ -381,12 +412,12 @@ async def test_an_outage_costs_one_timeout_per_interval(
 async def test_a_cancelled_caller_is_cancelled(pausable: servers.RedisServer) -> None:
     """A cancellation is no fault of Redis: it passes, and Redis stays in use."""
     async with create_redis(pausable.url, timeout_s=5) as client:
-        accelerator = RedisCache(client, timeout_s=5)
+        cache = RedisCache(client, timeout_s=5)
         await client.ping()
         pausable.pause()
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(accelerator.get("key"), 0.05)
+            await asyncio.wait_for(cache.get("key"), 0.05)
         pausable.resume()
 
-        assert accelerator.is_available
-        assert await put(accelerator, {"version": 1}, version=1, ttl_s=60)
+        assert cache.is_available
+        assert await put(cache, {"version": 1}, version=1, ttl_s=60)

@@ -13,7 +13,7 @@ import pytest
 import redis.asyncio
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
-from agent_gateway_store.storage.redis_cache import Entry, RedisCache
+from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
@@ -41,7 +41,7 @@ class Held(RedisCache):
         await self._wait()
         return await super().get(key)
 
-    async def put_newer(self, entries: Sequence[Entry], *, message: tuple[str, str] | None = None) -> bool:
+    async def put_newer(self, entries: Sequence[CacheEntry], *, message: tuple[str, str] | None = None) -> bool:
         await self._wait()
         return await super().put_newer(entries, message=message)
 

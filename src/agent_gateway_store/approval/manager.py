@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Self
@@ -11,18 +10,17 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.approval import deciding, listing, using
+from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.deciding import Ballot
-from agent_gateway_store.approval.entries import Entries
 from agent_gateway_store.approval.issuing import Asked, already_issued, insert_or_rebind, issue_values
 from agent_gateway_store.approval.listing import COLUMNS
 from agent_gateway_store.approval.lookup import ApprovalLookup
 from agent_gateway_store.approval.notifier import notice_of
 from agent_gateway_store.approval.recording import Later, Outbox, record
 from agent_gateway_store.approval.rows import Name, request_of, result_of, standing
-from agent_gateway_store.approval.shared import Shared
 from agent_gateway_store.approval.statements import CANCEL, DENY, EXPIRE_SAME_CALL, READ, Key
-from agent_gateway_store.approval.told import Look, news_of
 from agent_gateway_store.approval.vetoing import require_no_veto
+from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.hooks.vetoes import Vetoes
@@ -33,7 +31,6 @@ from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import AnyConnection, Database, SessionTransactions, Transactions
 from agent_gateway_store.storage.filters import number
-from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.statements import Statement
 
@@ -81,18 +78,16 @@ class ApprovalManager(ApprovalLookup):
         *,
         org_id: str | None = None,
         outbox: Outbox | None = None,
-        pubsub: PubSub | None = None,
         vetoes: Vetoes | None = None,
-        shared: Shared | None = None,
+        waiting: Waiting | None = None,
     ) -> Self:
         """Return a manager that opens its own transactions.
 
-        Notices go through `outbox`; waiters everywhere hear of a decision by `pubsub`; before a vote
-        or a denial `vetoes` are asked. `shared` is what the views of one store have in common.
+        Notices go through `outbox`; before a vote or a denial `vetoes` are asked. `waiting`, which the views of one
+        store share, publishes decisions to the tasks that wait for them.
         """
         manager = cls.__new__(cls)
-        shared = shared or Shared(pubsub, trust_s=settings.approval_cache_seconds)
-        manager._set(database, redis, settings, org_id, outbox or Later(()), shared)
+        manager._set(database, redis, settings, org_id, outbox or Later(()), waiting)
         manager._vetoes = vetoes
         # Redis would answer where the store is not open, too.
         manager._check_owner = database.check_owner
@@ -105,12 +100,12 @@ class ApprovalManager(ApprovalLookup):
         settings: StoreSettings,
         org_id: str | None,
         outbox: Outbox,
-        shared: Shared | None = None,
+        waiting: Waiting | None = None,
     ) -> None:
-        self._shared = shared or Shared(None, trust_s=settings.approval_cache_seconds)
-        self._pubsub = self._shared.pubsub
+        self._waiting = waiting or Waiting(None, trust_s=settings.approval_cache_seconds)
+        self._pubsub = self._waiting.pubsub
         self._transactions, self._settings, self._org_id, self._outbox = transactions, settings, org_id, outbox
-        self._entries = Entries(redis, trust_s=settings.approval_cache_seconds)
+        self._cache = ApprovalCache(redis, trust_s=settings.approval_cache_seconds)
         self._check_owner: Callable[[], None] = lambda: None
         self._vetoes: Vetoes | None = None
 
@@ -137,11 +132,12 @@ class ApprovalManager(ApprovalLookup):
         ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
         values = issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
         row, is_new, mine = await self._ask(values)
+        self._waiting.note_change()
         token: str = values["p_token"]
-        old = None if is_new else await self._entries.token_of(row["approval_id"])
+        old = None if is_new else await self._cache.token_of(row["approval_id"])
         asked = await self._remember(row, token, is_known=False)
         if old is not None and old != token:
-            await self._entries.drop(old)
+            await self._cache.drop(old)
         if is_new:
             self._outbox.send(notice_of(asked, "pending"), mine)
         return token
@@ -173,24 +169,22 @@ class ApprovalManager(ApprovalLookup):
         """
         _require_text(token)
         self._check_owner()
-        if not fresh and (known := await self._entries.get(token, org_id=self._org_id)) is not None:
+        if not fresh and (known := await self._cache.get(token, org_id=self._org_id)) is not None:
             return known
         if fresh:
-            found = await self._look_up(token)
-        else:
-            found = await self._shared.checks.run((self._org_id, token), lambda: self._look_up(token))
-        if found is None:
-            raise ApprovalNotFoundError
-        return result_of(found, token)
+            return await self._read_and_cache(token)
+        return await self._waiting.read(self._org_id, token, lambda: self._read_and_cache(token))
 
-    async def _look_up(self, token: str) -> ApprovalRequest | None:
-        row = await self._row(token)
-        return None if row is None else await self._remember(row, token, is_known=False)
+    async def _read_and_cache(self, token: str) -> ApprovalResult:
+        return result_of(await self._remember(await self._row(token), token, is_known=False), token)
 
-    async def _row(self, token: str) -> Mapping[str, Any] | None:
+    async def _row(self, token: str) -> Mapping[str, Any]:
         name = Name(token, None, self._org_id)
         async with self._transactions.connection("read") as connection:
-            return await READ[name.by].first(connection, name.values)
+            row = await READ[name.by].first(connection, name.values)
+        if row is None:
+            raise ApprovalNotFoundError
+        return row
 
     async def approve(
         self,
@@ -322,16 +316,12 @@ class ApprovalManager(ApprovalLookup):
         """
         _require_text(token)
         self._check_owner()
-        return await self._shared.waiting.until_decided(
+        return await self._waiting.wait(
             self._org_id, token, lambda: self._read(token), timeout_s=number("timeout_s", timeout_s)
         )
 
-    async def _read(self, token: str) -> Look:
-        asked_at = time.monotonic()
-        row = await self._row(token)
-        if row is None:
-            raise ApprovalNotFoundError
-        return Look.at(result_of(request_of(row), token), read_at=row["read_at"], asked_at=asked_at)
+    async def _read(self, token: str) -> ApprovalResult:
+        return result_of(request_of(await self._row(token)), token)
 
     async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
         """Return the approval of this id, without its token.
@@ -383,7 +373,7 @@ class ApprovalManager(ApprovalLookup):
         """Write what others learn of these decisions; returns the deliveries kept for this process, by approval."""
         if self._pubsub is not None:
             for row in rows:
-                await self._pubsub.announce(connection, str(row["approval_id"]))
+                await self._pubsub.notify(connection, str(row["approval_id"]))
         notices = [notice_of(request_of(row), "decision") for row in rows if row["status"] is not _PENDING]
         mine = await record(connection, notices, self._outbox)
         return {notice.approval_id: each for notice, each in zip(notices, mine, strict=True)}
@@ -391,21 +381,23 @@ class ApprovalManager(ApprovalLookup):
     async def _decided(
         self, row: Mapping[str, Any], token: str | None, mine: Mapping[UUID, Mapping[str, UUID]]
     ) -> ApprovalResult:
-        known = token or await self._entries.token_of(row["approval_id"])
+        known = token or await self._cache.token_of(row["approval_id"])
         request = request_of(row)
+        self._waiting.note_change()
         if request.status is _PENDING or self._pubsub is None:
             await self._keep(row, request, known)
         else:
             key = str(request.approval_id)
-            news = news_of(request, token_sha256=row["token_sha256"], read_at=row["read_at"])
-            await self._keep(row, request, known, message=self._pubsub.message(key, news))
-            self._pubsub.wake(key, news)
+            await self._keep(row, request, known, message=self._pubsub.message(key))
+            self._pubsub.notify_local(key)
         if request.status is not _PENDING:
             self._outbox.send(notice_of(request, "decision"), mine.get(request.approval_id, {}))
         return result_of(request, token)
 
     async def _remember(self, row: Mapping[str, Any], token: str, *, is_known: bool = True) -> ApprovalRequest:
         request = request_of(row)
+        if is_known:
+            self._waiting.note_change()
         await self._keep(row, request, token, is_known=is_known)
         return request
 
@@ -420,7 +412,7 @@ class ApprovalManager(ApprovalLookup):
     ) -> None:
         read_at: datetime = row["read_at"]
         ends = max(filter(None, (request.expires_at, request.use_before)), default=read_at)
-        await self._entries.put(
+        await self._cache.put(
             request,
             token,
             token_sha256=row["token_sha256"],

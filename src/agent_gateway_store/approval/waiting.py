@@ -1,5 +1,4 @@
-"""Wait for decisions: any number of tasks, which the signal of a decision tells how it went, or else one read for all
-who wait for the same approval."""
+"""Wait for decisions: any number of tasks, which share one subscription and one read for each approval."""
 
 from __future__ import annotations
 
@@ -7,8 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
-from agent_gateway_store._concurrency import NextFlight, SingleFlight
-from agent_gateway_store.approval.told import Look, believed
+from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
@@ -16,70 +14,66 @@ from agent_gateway_store.storage.pubsub import PubSub, Topic
 
 __all__ = ["Waiting"]
 
-_POLL_S = 0.25
-_LAST_LOOK_S = 1.0
-_AFTER_DEADLINE_S = 0.01
+_POLL_S = 0.25  # without messages: what people notice, and four reads a second
+_LAST_READ_S = 1.0  # a database that hangs keeps nobody longer past the timeout
+_AFTER_DEADLINE_S = 0.01  # the database's clock counts milliseconds
 
-
-_Looking: TypeAlias = Callable[[], Coroutine[Any, Any, Look]]
+_Read: TypeAlias = Callable[[], Coroutine[Any, Any, ApprovalResult]]
 
 
 class Waiting:
-    """The waiting tasks of one store.
+    """The tasks of one store that read and wait, whichever view of an organisation they came by.
 
     Args:
-        pubsub: Tells of decisions made elsewhere; None: they are found by polling.
-        trust_s: How old news may be that can still change, in seconds.
+        pubsub: Says which approvals have changed; None: waiting tasks poll.
+        trust_s: How old a status that is read may be, in seconds: nobody is given a read that began before.
     """
 
     def __init__(self, pubsub: PubSub | None, *, trust_s: float) -> None:
-        self._pubsub = pubsub
+        self.pubsub = pubsub
         self._trust_s = trust_s
-        self._first_looks: NextFlight[Look] = NextFlight()
-        self._looks: SingleFlight[Look] = SingleFlight()
+        self._changes = 0
+        self._reads: SingleFlight[ApprovalResult] = SingleFlight()
 
-    async def until_decided(
-        self, org_id: str | None, token: str, look: _Looking, *, timeout_s: float
-    ) -> ApprovalResult:
-        """Return what `look` or a signal says once that is not PENDING, or at the timeout (seconds).
+    def note_change(self) -> None:
+        """Some approval was changed here: whoever reads from now on shares no read that began before."""
+        self._changes += 1
 
-        The last look may take a second longer; if it does not answer by then, what was seen before is returned.
-        Tasks that wait for the same token on behalf of the same organisation share what they see.
+    async def read(self, org_id: str | None, token: str, read: _Read) -> ApprovalResult:
+        """Return what `read` returns; tasks that ask for the same approval at the same time share one."""
+        return await self._reads.run((org_id, token, self._changes), read, max_age_s=self._trust_s)
+
+    async def wait(self, org_id: str | None, token: str, read: _Read, *, timeout_s: float) -> ApprovalResult:
+        """Return what `read` returns once that is not PENDING, or at the timeout (seconds).
+
+        The last read may take a second longer; if it does not answer by then, the one before it is returned.
         """
         end = asyncio.get_running_loop().time() + timeout_s
-        last = await self._first_looks.run((org_id, token), look)
-        if not _is_open(last.result) or timeout_s <= 0:
-            return last.result
-        if self._pubsub is None:
-            return await self._until(org_id, token, look, Topic(), last, end)
-        with self._pubsub.listening(str(last.result.approval_id)) as topic:
-            return await self._until(org_id, token, look, topic, last, end)
+        last = await self.read(org_id, token, read)
+        if last.status is not ApprovalStatus.PENDING or timeout_s <= 0:
+            return last
+        if self.pubsub is None:
+            return await self._wait(org_id, token, read, Topic(), last, end)
+        with self.pubsub.subscription(str(last.approval_id)) as topic:
+            return await self._wait(org_id, token, read, topic, last, end)
 
-    async def _until(
-        self, org_id: str | None, token: str, look: _Looking, topic: Topic, last: Look, end: float
+    async def _wait(
+        self, org_id: str | None, token: str, read: _Read, topic: Topic, last: ApprovalResult, end: float
     ) -> ApprovalResult:
         loop = asyncio.get_running_loop()
         while True:
-            # Before the look, so that a decision between the two is noticed; who joins a look joins one since then.
+            # Taken before the read, so that a decision between the two is noticed; who joins one joins one since then.
             seen = topic.generation
             try:
-                async with asyncio.timeout(max(end - loop.time(), 0) + _LAST_LOOK_S):
-                    last = await self._looks.run((org_id, token, seen), look)
+                async with asyncio.timeout(max(end - loop.time(), 0) + _LAST_READ_S):
+                    last = await self._reads.run((org_id, token, topic, seen), read)
             except TimeoutError:
-                return last.result
+                return last
             left = end - loop.time()
-            if not _is_open(last.result) or left <= 0:
-                return last.result
-            poll_s = _POLL_S if self._pubsub is None else self._pubsub.poll_s
-            await topic.wait(seen, min(left, poll_s, _until_deadline(last.result)))
-            if topic.generation != seen and topic.news:
-                told = believed(topic.news, token, last, trust_s=self._trust_s)
-                if told is not None:
-                    return told
-
-
-def _is_open(result: ApprovalResult) -> bool:
-    return result.status is ApprovalStatus.PENDING
+            if last.status is not ApprovalStatus.PENDING or left <= 0:
+                return last
+            poll_s = _POLL_S if self.pubsub is None else self.pubsub.poll_s
+            await topic.wait(seen, min(left, poll_s, _until_deadline(last)))
 
 
 def _until_deadline(result: ApprovalResult) -> float:

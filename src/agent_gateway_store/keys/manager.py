@@ -21,10 +21,9 @@ from agent_gateway_store.errors import (
     StoreNotOpenError,
     StoreUnavailableError,
 )
-from agent_gateway_store.keys.cache import REFUSED, Good, KeyCache, Refused
-from agent_gateway_store.keys.checking import now
+from agent_gateway_store.keys.cache import REFUSED, KeyCache, Refused, VerifiedKey
 from agent_gateway_store.keys.format import digest, new_key, new_key_id, parse_key_id
-from agent_gateway_store.keys.hashing import Hasher
+from agent_gateway_store.keys.hashing import Hasher, now
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
@@ -116,10 +115,10 @@ class KeyManager:
         )
         values = {column.name: getattr(checked, column.name) for column in _keys.c if column.name != "id"}
         values["created_at"] = db_now()
-        mine = self._of_caller(checked.caller_id, organisation)
+        is_own = self._of_caller(checked.caller_id, organisation)
         try:
             async with self._transactions.write() as connection:
-                again = update(_keys).where(mine, _keys.c.is_active.is_(False)).values(values).returning(*_keys.c)
+                again = update(_keys).where(is_own, _keys.c.is_active.is_(False)).values(values).returning(*_keys.c)
                 row = await first_row(connection, again) or await first_row(
                     connection, insert(_keys).values(values).returning(*_keys.c)
                 )
@@ -146,45 +145,45 @@ class KeyManager:
         if key_id is None:
             raise InvalidApiKeyError
         cache = self._cache
-        name = cache.name(plaintext)
-        answer = cache.find(self._org_id, key_id, name)
+        fingerprint = cache.fingerprint(plaintext)
+        answer = cache.find(self._org_id, key_id, fingerprint)
         if answer is None:
-            answer = await cache.shared(self._org_id, name, lambda: self._look(key_id, name, plaintext))
-        if not isinstance(answer, Good):
+            answer = await cache.shared(self._org_id, fingerprint, lambda: self._read(key_id, fingerprint, plaintext))
+        if not isinstance(answer, VerifiedKey):
             raise InvalidApiKeyError
         if answer.use_due <= now():
-            await self._use(answer)
+            await self._record_use(answer)
         return answer.identity
 
-    async def _look(self, key_id: str, name: bytes, plaintext: str) -> Good | Refused:
+    async def _read(self, key_id: str, fingerprint: bytes, plaintext: str) -> VerifiedKey | Refused:
         cache = self._cache
-        cache.checker.admit(key_id, name)
-        reading = cache.begin()
+        cache.verifier.admit(key_id, fingerprint)
+        version = cache.begin()
         async with self._transactions.read() as connection:
             row = await first_row(connection, select(_keys, *_timely()).where(self._seen(_keys.c.key_id == key_id)))
         if row is None or not row["is_active"] or row["is_expired"]:
-            cache.put_unknown(reading, key_id, self._org_id)
+            cache.put_unknown(version, key_id, self._org_id)
             return REFUSED
         hashes = [row["key_hash"], *([row["previous_key_hash"]] if row["has_previous"] else [])]
-        matched = await cache.checker.matching(key_id, name, digest(plaintext), hashes)
+        matched = await cache.verifier.matching(key_id, fingerprint, digest(plaintext), hashes)
         # The store may have closed meanwhile.
         cache.check_owner()
         if matched is None:
-            cache.put_wrong(reading, name, self._org_id)
+            cache.put_refused(version, fingerprint, self._org_id)
             return REFUSED
         ends = [row["expires_at"], None if matched == row["key_hash"] else row["previous_key_expires_at"]]
-        good = Good(_identity(row), use_due=0 if row["is_use_due"] else reading.at + _until_use_due(row))
+        good = VerifiedKey(_identity(row), use_due=0 if row["is_use_due"] else version.at + _until_use_due(row))
         end = min((end for end in ends if end is not None), default=None)
-        cache.put_good(reading, name, self._org_id, good, read_at=row["read_at"], end=end)
+        cache.put_verified(version, fingerprint, self._org_id, good, read_at=row["read_at"], end=end)
         return good
 
-    async def _use(self, good: Good) -> None:
+    async def _record_use(self, good: VerifiedKey) -> None:
         good.use_due = now() + _LAST_USED_EVERY.total_seconds()
         # Waited for, as a rule; a database that hangs over the write keeps nobody out.
-        note = self._cache.in_background(self._note_use(good.identity.api_key_id))
+        note = self._cache.background.start(self._write_use(good.identity.api_key_id))
         await asyncio.wait([note], timeout=_NOTE_WAIT_S)
 
-    async def _note_use(self, row_id: int) -> None:
+    async def _write_use(self, row_id: int) -> None:
         statement = update(_keys).where(_keys.c.id == row_id, _is_use_due()).values(last_used_at=db_now())
         try:
             async with self._transactions.write() as connection:
@@ -209,13 +208,13 @@ class KeyManager:
         """
         if not timedelta() <= overlap <= _LONGEST_OVERLAP:
             raise ValueError("overlap must be zero or more, and a million days at most.")
-        mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
-        held = await self.get(caller_id, org_id=org_id)
-        plaintext = new_key(held.key_id)
+        is_own = self._of_caller(storable_key(caller_id), self._organisation(org_id))
+        current = await self.get(caller_id, org_id=org_id)
+        plaintext = new_key(current.key_id)
         new_hash = await self._hasher.hash(digest(plaintext))
         statement = (
             update(_keys)
-            .where(mine, _keys.c.is_active, _keys.c.key_id == held.key_id)
+            .where(is_own, _keys.c.is_active, _keys.c.key_id == current.key_id)
             .values(
                 previous_key_hash=_keys.c.key_hash if overlap else None,
                 previous_key_expires_at=db_now(plus=overlap) if overlap else None,
@@ -223,10 +222,10 @@ class KeyManager:
             )
             .returning(*_keys.c)
         )
-        async with self._change() as connection:
+        async with self._write() as connection:
             row = await first_row(connection, statement)
             if row is not None:
-                await self._cache.announce(connection, row["key_id"])
+                await self._cache.notify(connection, row["key_id"])
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         await self._cache.publish(row["key_id"])
@@ -241,20 +240,20 @@ class KeyManager:
         Raises:
             ApiKeyNotFoundError: The caller has no key.
         """
-        mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
+        is_own = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         ended = {"is_active": False, "revoked_at": db_now(), "previous_key_hash": None, "previous_key_expires_at": None}
-        async with self._change() as connection:
-            statement = update(_keys).where(mine, _keys.c.is_active).values(ended).returning(*_keys.c)
-            row = await first_row(connection, statement) or await first_row(connection, select(_keys).where(mine))
+        async with self._write() as connection:
+            statement = update(_keys).where(is_own, _keys.c.is_active).values(ended).returning(*_keys.c)
+            row = await first_row(connection, statement) or await first_row(connection, select(_keys).where(is_own))
             if row is not None:
-                await self._cache.announce(connection, row["key_id"])
+                await self._cache.notify(connection, row["key_id"])
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         await self._cache.publish(row["key_id"])
         return ApiKey.from_row(row)
 
     @asynccontextmanager
-    async def _change(self) -> AsyncIterator[SqlConnection]:
+    async def _write(self) -> AsyncIterator[SqlConnection]:
         """Write. Where it stays unknown whether the commit arrived, nothing that was read before is trusted."""
         try:
             async with self._transactions.write() as connection:
@@ -269,9 +268,9 @@ class KeyManager:
         Raises:
             ApiKeyNotFoundError: The caller has no key.
         """
-        mine = self._of_caller(storable_key(caller_id), self._organisation(org_id))
+        is_own = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         async with self._transactions.read() as connection:
-            row = await first_row(connection, select(_keys).where(mine))
+            row = await first_row(connection, select(_keys).where(is_own))
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         return ApiKey.from_row(row)

@@ -1,9 +1,8 @@
-"""PubSub between processes: "the thing of this key has changed, look again".
+"""Publish and subscribe between processes: "what this key names has changed, look again".
 
 One subscription per process, whatever the number of waiting tasks: Redis pub/sub where there is Redis, else PostgreSQL
-LISTEN/NOTIFY in the transaction that makes the change, else none. A signal may be missed, so whoever waits looks again
-from time to time by itself. Through Redis it may carry news, which its receiver checks before it believes them; through
-PostgreSQL it never does, because there every user of the database may listen and send.
+LISTEN/NOTIFY in the transaction that makes the change, else none. A message may be lost, so a task that waits looks
+again from time to time by itself. A message carries nothing but the key, because others may be able to publish, too.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from agent_gateway_store.storage.statements import Statement
 __all__ = ["PubSub", "Topic"]
 
 _CHANNEL = "agent_gateway_store_changed"
-_RETRY_S = 1.0
-_LOOK_ALIVE_S = 5.0
-_SLOW_POLL_S = 5.0
+_RETRY_S = 1.0  # a server that restarts is back within seconds
+_LOOK_ALIVE_S = 5.0  # longest wait for a message before the connection is looked at
+_SLOW_POLL_S = 5.0  # behind a subscription, for a message that was lost
+_FAST_POLL_S = 0.25  # without one: what people notice
 _CANCEL_AGAIN_S = 0.1
-_FAST_POLL_S = 0.25
-_FOREVER_S = 10 * 365 * 86_400.0
+_FOREVER_S = 10 * 365 * 86_400.0  # the pool bounds every use of a connection; this one lasts as long as the store
 
 _NOTIFIED = (
     func.pg_notify(literal_column(f"'{_CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("notified")
@@ -44,20 +43,18 @@ class Topic:
     """One key that tasks of this process wait for.
 
     Attributes:
-        generation: Grows with each signal.
-        news: What the last signal said; empty if it only said that something has changed.
+        generation: Grows with each message.
     """
 
-    __slots__ = ("_waiting", "generation", "listeners", "news")
+    __slots__ = ("_waiting", "generation", "subscribers")
 
     def __init__(self) -> None:
         self.generation = 0
-        self.news = ""
-        self.listeners = 0
+        self.subscribers = 0
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def wait(self, seen: int, timeout_s: float) -> None:
-        """Return at the next signal after generation `seen`, or after `timeout_s` seconds. Leaves nothing behind."""
+        """Return at the next message after generation `seen`, or after `timeout_s` seconds. Leaves nothing behind."""
         if self.generation != seen:
             return
         loop = asyncio.get_running_loop()
@@ -70,10 +67,9 @@ class Topic:
             alarm.cancel()
             self._waiting.discard(future)
 
-    def wake(self, news: str = "") -> None:
-        """Signal."""
+    def notify(self) -> None:
+        """Let every task that waits go on."""
         self.generation += 1
-        self.news = news
         for future in self._waiting:
             _settle(future)
 
@@ -90,35 +86,35 @@ class PubSub:
         self._redis = redis
         self._database = database
         self._topics: dict[str, Topic] = {}
-        self._ears: dict[str, Callable[[str | None], None]] = {}
+        self._callbacks: dict[str, Callable[[str | None], None]] = {}
         self._subscription: asyncio.Task[None] | None = None
         self._is_live = False
 
     @property
     def poll_s(self) -> float:
-        """How many seconds a task may wait for a signal before it looks by itself."""
+        """How many seconds a task may wait for a message before it looks by itself."""
         return _SLOW_POLL_S if self._is_live else _FAST_POLL_S
 
     @contextmanager
-    def listening(self, key: str) -> Iterator[Topic]:
-        """Hear of changes of `key` inside the block."""
+    def subscription(self, key: str) -> Iterator[Topic]:
+        """Receive the messages about `key` inside the block."""
         topic = self._topics.setdefault(key, Topic())
-        topic.listeners += 1
+        topic.subscribers += 1
         self._start()
         try:
             yield topic
         finally:
-            topic.listeners -= 1
-            if topic.listeners == 0:
+            topic.subscribers -= 1
+            if topic.subscribers == 0:
                 del self._topics[key]
 
-    def hear(self, prefix: str, heard: Callable[[str | None], None]) -> None:
+    def subscribe(self, prefix: str, callback: Callable[[str | None], None]) -> None:
         """Call `heard` with the rest of every signalled key that begins with `prefix`, until `close`.
 
         None tells that pubsub may have been missed. Through the database they are heard only while somebody waits,
         since that takes a connection.
         """
-        self._ears[prefix] = heard
+        self._callbacks[prefix] = callback
         if self._redis.client is not None:
             self._start()
 
@@ -126,35 +122,35 @@ class PubSub:
         if self._subscription is None and (self._redis.client is not None or self._notifies):
             self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
 
-    async def announce(self, connection: AnyConnection, key: str) -> None:
+    async def notify(self, connection: AnyConnection, key: str) -> None:
         """Have the signal go out with the transaction of `connection`, where pubsub go through the database."""
         if self._notifies:
             await _NOTIFY.first(connection, {"p_key": key})
 
     async def publish(self, key: str) -> bool:
-        """Signal a change that was committed: to this process at once, to others through Redis.
+        """Publish a change that was committed: to this process at once, to others through Redis.
 
         Returns:
-            False if Redis does not answer, so that others may not hear of it.
+            False if Redis does not answer, so that others may not receive it.
         """
-        self.wake(key)
-        return await self.send(key)
+        self.notify_local(key)
+        return await self.publish_remote(key)
 
-    async def send(self, key: str) -> bool:
-        """Signal a change to other processes through Redis, if there is Redis. Returns as `publish`."""
+    async def publish_remote(self, key: str) -> bool:
+        """Publish a change to other processes through Redis, if there is Redis. Returns as `publish`."""
         return self._redis.client is None or await self._redis.publish(_CHANNEL, key)
 
-    def message(self, key: str, news: str) -> tuple[str, str]:
-        """Return the channel and the message of a signal, for whoever sends it along with other commands."""
-        return _CHANNEL, f"{key}\n{news}" if news else key
+    def message(self, key: str) -> tuple[str, str] | None:
+        """Return the channel and the text of the message about `key`, for whoever sends it along with a command."""
+        return None if self._redis.client is None else (_CHANNEL, key)
 
-    def wake(self, key: str, news: str = "") -> None:
-        """Signal a change to this process alone."""
+    def notify_local(self, key: str) -> None:
+        """Publish a change to this process alone."""
         if (topic := self._topics.get(key)) is not None:
-            topic.wake(news)
-        for prefix, heard in self._ears.items():
+            topic.notify()
+        for prefix, callback in self._callbacks.items():
             if key.startswith(prefix):
-                heard(key[len(prefix) :])
+                callback(key[len(prefix) :])
 
     async def close(self) -> None:
         """End the subscription."""
@@ -165,12 +161,12 @@ class PubSub:
                 await asyncio.wait([self._subscription], timeout=_CANCEL_AGAIN_S)
             self._subscription = None
         self._is_live = False
-        self._ears.clear()
+        self._callbacks.clear()
 
-    def wake_all(self) -> None:
-        """Have everybody who waits look once."""
+    def notify_all(self) -> None:
+        """Let every task that waits look once."""
         for topic in list(self._topics.values()):
-            topic.wake()
+            topic.notify()
 
     @property
     def _notifies(self) -> bool:
@@ -189,11 +185,11 @@ class PubSub:
             await asyncio.sleep(_RETRY_S)
 
     def _begin(self) -> None:
-        # What was signalled before is gone, so everybody looks once.
+        # What was published before is gone, so everybody looks once.
         self._is_live = True
-        self.wake_all()
-        for heard in self._ears.values():
-            heard(None)
+        self.notify_all()
+        for callback in self._callbacks.values():
+            callback(None)
 
     async def _listen_to_redis(self) -> None:
         assert self._redis.client is not None  # noqa: S101
@@ -203,23 +199,22 @@ class PubSub:
             while True:
                 message = await pubsub.get_message(timeout=_LOOK_ALIVE_S)
                 if message is not None:
-                    key, _, news = _text(message["data"]).partition("\n")
-                    self.wake(key, news)
+                    self.notify_local(_text(message["data"]))
 
     async def _listen_to_postgres(self) -> None:
         # A connection of its own for as long as it listens, so a pool of one that is closed with it.
         pool = AsyncpgPool(self._database.engine, size=1)
         try:
             async with pool.connection(_FOREVER_S) as driver:
-                await driver.add_listener(_CHANNEL, self._heard)
+                await driver.add_listener(_CHANNEL, self._on_notify)
                 self._begin()
                 while not driver.is_closed():
                     await asyncio.sleep(_RETRY_S)
         finally:
             await pool.close()
 
-    def _heard(self, _connection: object, _pid: int, _channel: str, key: object) -> None:
-        self.wake(str(key))
+    def _on_notify(self, _connection: object, _pid: int, _channel: str, key: object) -> None:
+        self.notify_local(str(key))
 
 
 def _text(data: object) -> str:

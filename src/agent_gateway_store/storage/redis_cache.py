@@ -5,34 +5,46 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
-from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
+from redis.exceptions import MaxConnectionsError
 
 from agent_gateway_store.storage.cache import REDIS_FAULTS, RedisClient, milliseconds
-from agent_gateway_store.storage.exchange import Command, exchange
-from agent_gateway_store.storage.pipelining import AutoPipeline
 
-__all__ = ["Entry", "RedisCache"]
+__all__ = ["CacheEntry", "RedisCache"]
+
+T = TypeVar("T")
+
+_MAX_CONNECTIONS = 32  # one event loop keeps no more busy; a crowd waits in line rather than open a thousand
 
 _logger = logging.getLogger("agent_gateway_store.redis")
 
-# An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent.
+# The value and the milliseconds it has left, in one round trip; what is no text counts as absent.
+_GET = """
+local value = redis.pcall('GET', KEYS[1])
+if type(value) ~= 'string' then return false end
+return {value, redis.call('PTTL', KEYS[1])}
+"""
+
+# An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent. The
+# message goes out also where Redis takes no entry because its memory is full.
 _PUT_NEWER = """
-local held = redis.pcall('GET', KEYS[1])
-if type(held) == 'string' then
-  local ok, entry = pcall(cjson.decode, held)
+local value, stored = redis.pcall('GET', KEYS[1]), 1
+if type(value) == 'string' then
+  local ok, entry = pcall(cjson.decode, value)
   if ok and type(entry) == 'table' and type(entry.version) == 'number' and entry.version > tonumber(ARGV[2]) then
-    return 0
+    stored = 0
   end
 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
-return 1
+if stored == 1 and redis.pcall('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]).err then stored = 0 end
+if ARGV[4] then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
+return stored
 """
 
 
-class Entry(NamedTuple):
+class CacheEntry(NamedTuple):
     """What is to stand under a key: JSON with a `version`, for `ttl_s` seconds."""
 
     key: str
@@ -44,8 +56,7 @@ class Entry(NamedTuple):
 class RedisCache:
     """What the store does with Redis. No method raises because of Redis; None and False mean "ask SQL".
 
-    After a fault Redis is left alone for `pause_s`, so that a server that hangs costs one timeout in that time. What
-    many tasks ask at the same time goes out together, so that one connection of the client's pool is enough.
+    After a fault Redis is left alone for `pause_s`, so that a server that hangs costs one timeout in that time.
 
     Args:
         client: A client of the caller's, or None for no Redis at all.
@@ -59,8 +70,11 @@ class RedisCache:
         self._timeout_s = timeout_s
         self._pause_s = pause_s
         self._resume_at = 0.0
-        self._owner: asyncio.AbstractEventLoop | None = None
-        self._pipeline: AutoPipeline[Command] = AutoPipeline(self._send)
+        if client is not None:
+            # A host's own pool may be smaller; a cluster's client has one for each node.
+            pool = getattr(client, "connection_pool", None)
+            self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, getattr(pool, "max_connections", _MAX_CONNECTIONS)))
+            self._get, self._put_newer = client.register_script(_GET), client.register_script(_PUT_NEWER)
 
     @property
     def is_available(self) -> bool:
@@ -69,69 +83,48 @@ class RedisCache:
 
     async def get(self, key: str) -> tuple[bytes | str, int] | None:
         """Return what stands under `key` and the milliseconds it has left, in one round trip; None if it is no text."""
-        replies = await self._ask([("GET", key), ("PTTL", key)])
-        if replies is None or not isinstance(replies[0], bytes | str) or not isinstance(replies[1], int):
-            return None
-        return replies[0], replies[1]
+        reply = await self._run(lambda _: self._get(keys=[key]))
+        return None if reply is None else (reply[0], reply[1])
 
-    async def put_newer(self, entries: Sequence[Entry], *, message: tuple[str, str] | None = None) -> bool:
-        """Store each entry unless a newer version is there, each in one step, then publish; all in one round trip.
+    async def put_newer(self, entries: Sequence[CacheEntry], *, message: tuple[str, str] | None = None) -> bool:
+        """Store each entry unless a newer version is there, one after the other, each in one step; then publish.
 
         Args:
             entries: What to store. What stands there and has no version is replaced, of whatever type it is.
-            message: A channel and what to publish on it, after the entries.
+            message: A channel and what to publish on it, in the same step as the last entry.
 
         Returns:
-            True if everything was sent and every entry was stored.
+            True if every entry was stored, and the message sent.
         """
-        commands: list[Command] = [
-            ("EVAL", _PUT_NEWER, 1, key, text, version, milliseconds(ttl_s)) for key, text, version, ttl_s in entries
-        ]
-        if message is not None:
-            commands.append(("PUBLISH", *message))  # not by the script: a Redis that takes no entry still sends it
-        replies = await self._ask(commands)
-        return replies is not None and all(replies[: len(entries)])
+        if not entries:
+            return message is None or await self.publish(*message)
+        is_stored = True
+        for index, (key, text, version, ttl_s) in enumerate(entries, 1):
+            args = [text, version, milliseconds(ttl_s), *(message or () if index == len(entries) else ())]
+            is_stored = bool(await self._run(partial(self._put_newer, keys=[key], args=args))) and is_stored
+        return is_stored
 
     async def delete(self, key: str) -> None:
         """Delete `key`."""
-        await self._ask([("DEL", key)])
+        await self._run(lambda client: client.delete(key))
 
     async def publish(self, channel: str, message: str) -> bool:
         """Publish `message`; False if Redis does not answer, and it is lost."""
-        return await self._ask([("PUBLISH", channel, message)]) is not None
+        return await self._run(lambda client: client.publish(channel, message)) is not None
 
-    async def close(self) -> None:
-        """Wait for what cancelled tasks have left under way; the client is not closed."""
-        await self._pipeline.close()
-
-    async def _ask(self, commands: Sequence[Command]) -> list[Any] | None:
-        if not self.is_available:
-            return None
-        if self._owner is not (home := asyncio.get_running_loop()):
-            self._owner, self._pipeline = home, AutoPipeline(self._send)
-        size = sum(len(argument) for command in commands for argument in command if isinstance(argument, str))
-        replies = await self._pipeline.ask(commands, size)
-        for reply in replies or ():
-            if isinstance(reply, RedisError) and not _is_about_one_key(reply):
-                self._note_fault(reply)
-                return None
-        return replies
-
-    async def _send(self, commands: Sequence[Command]) -> list[Any] | None:
+    async def _run(self, command: Callable[[RedisClient], Awaitable[T]]) -> T | None:
         if not self.is_available or self.client is None:
-            return None  # it failed those before
-        try:
-            return await exchange(self.client, commands, timeout_s=self._timeout_s)
-        except (UnicodeDecodeError, MaxConnectionsError):
-            return None  # no fault: a client that decodes met what is no text, or the host itself uses all of its pool
-        except REDIS_FAULTS as exc:
-            self._note_fault(exc)
             return None
-
-    def _note_fault(self, exc: BaseException) -> None:
-        self._resume_at = time.monotonic() + self._pause_s
-        _logger.warning("Redis does not answer (%s): going on without it.", type(exc).__name__)
-
-
-def _is_about_one_key(error: RedisError) -> bool:
-    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
+        async with self._places:
+            if not self.is_available:
+                return None  # it failed those before
+            try:
+                async with asyncio.timeout(2 * self._timeout_s):
+                    return await command(self.client)
+            except (UnicodeDecodeError, MaxConnectionsError):
+                # No fault: a client that decodes met what is no text, or the host itself uses all of its pool.
+                return None
+            except REDIS_FAULTS as exc:
+                self._resume_at = time.monotonic() + self._pause_s
+                _logger.warning("Redis does not answer (%s): going on without it.", type(exc).__name__)
+                return None

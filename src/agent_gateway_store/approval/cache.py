@@ -11,25 +11,67 @@ import json
 from datetime import datetime
 from uuid import UUID
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import AwareDatetime, ConfigDict, ValidationError
 
-from agent_gateway_store.approval.told import Told
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import is_text
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope
 from agent_gateway_store.models.columns import token_digest
-from agent_gateway_store.models.values import FrozenModel
-from agent_gateway_store.storage.redis_cache import Entry, RedisCache
+from agent_gateway_store.models.values import ApprovalStatus, FrozenModel
+from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 
-__all__ = ["Entries"]
+__all__ = ["ApprovalCache", "ApprovalSnapshot"]
 
-_MAX_TOKEN_CHARS = 512
+_MAX_TOKEN_CHARS = 512  # ours have 43; a caller's own longer ones are read from SQL
 
 
-class _Held(Told):
-    """What is read of an entry."""
+class ApprovalSnapshot(FrozenModel):
+    """How an approval stood when SQL was read, as its entry holds it. It releases nothing."""
 
+    model_config = ConfigDict(extra="ignore")
+
+    approval_id: UUID
+    org_id: str
+    status: ApprovalStatus
+    scope: ApprovalScope
+    approver_id: str | None
+    approver_note: str
+    decision_at: AwareDatetime | None
+    expires_at: AwareDatetime
+    use_before: AwareDatetime | None
+    token_sha256: str
+    read_at: AwareDatetime
     life_ms: int
+
+    def is_fresh(self, left_ms: int, *, trust_s: float) -> bool:
+        """True if its status may be believed: it is final, or was read less than `trust_s` ago and has not ended.
+
+        Args:
+            left_ms: Milliseconds that the entry has left, by Redis's clock.
+            trust_s: How long a status that can still change is trusted, in seconds.
+        """
+        if self.status.is_final:
+            return True
+        age_ms, now = self.life_ms - left_ms, utc_now()
+        deadline = self.expires_at if self.status is ApprovalStatus.PENDING else self.use_before or self.expires_at
+        return (
+            0 <= age_ms < trust_s * 1000
+            and (now - self.read_at).total_seconds() < trust_s
+            and now < deadline  # from then on the database's clock decides
+        )
+
+    def result(self, token: str) -> ApprovalResult:
+        """Where the approval stands."""
+        return ApprovalResult(
+            approval_id=self.approval_id,
+            token=token,
+            status=self.status,
+            scope=self.scope,
+            approver_id=self.approver_id,
+            note=self.approver_note,
+            decided_at=self.decision_at,
+            expires_at=self.expires_at,
+        )
 
 
 class _Pointer(FrozenModel):
@@ -40,7 +82,7 @@ class _Pointer(FrozenModel):
     token: str
 
 
-class Entries:
+class ApprovalCache:
     """Reads and writes the entries. Only ever makes reads faster: nothing here releases a call.
 
     Args:
@@ -58,20 +100,12 @@ class Entries:
             return None
         text, left_ms = found
         try:
-            held = _Held.model_validate_json(text)
+            snapshot = ApprovalSnapshot.model_validate_json(text)
         except ValidationError:
             return None
-        if held.token_sha256 != token_digest(token) or org_id not in (None, held.org_id) or left_ms <= 0:
+        if snapshot.token_sha256 != token_digest(token) or org_id not in (None, snapshot.org_id) or left_ms <= 0:
             return None
-        if not held.status.is_final:
-            age_ms, now = held.life_ms - left_ms, utc_now()
-            if (
-                not 0 <= age_ms < self._trust_s * 1000
-                or (now - held.read_at).total_seconds() >= self._trust_s
-                or held.deadline <= now
-            ):
-                return None
-        return held.result(token)
+        return snapshot.result(token) if snapshot.is_fresh(left_ms, trust_s=self._trust_s) else None
 
     async def put(
         self,
@@ -93,19 +127,17 @@ class Entries:
             life_s: Until neither deadline is ahead, in seconds.
             read_at: When SQL said so, by its clock.
             is_known: Redis has the entry that leads to this token, or can do without it until somebody asks again.
-            message: A channel and what goes out on it, in the same round trip and after the entries.
+            message: A channel and what to publish on it, in the same step as the entry.
         """
-        if not self._redis.is_available:
-            return
-        entries: list[Entry] = []
+        entries: list[CacheEntry] = []
         if token is not None and life_s > 0 and _is_cached(token) and token_digest(token) == token_sha256:
-            held = request.model_dump(mode="json", exclude={"token", "id"})
-            held |= {"token_sha256": token_sha256, "life_ms": int(life_s * 1000), "read_at": read_at.isoformat()}
+            values = request.model_dump(mode="json", exclude={"token", "id"})
+            values |= {"token_sha256": token_sha256, "life_ms": int(life_s * 1000), "read_at": read_at.isoformat()}
             if not is_known:
                 pointer = {"token": token, "version": request.version}
-                entries.append(Entry(_id_key(request.approval_id), _text(pointer), request.version, life_s))
-            entries.append(Entry(_key(token), _text(held), request.version, life_s))
-        if entries or message is not None:
+                entries.append(CacheEntry(_id_key(request.approval_id), _json(pointer), request.version, life_s))
+            entries.append(CacheEntry(_key(token), _json(values), request.version, life_s))
+        if self._redis.is_available and (entries or message is not None):
             await self._redis.put_newer(entries, message=message)
 
     async def token_of(self, approval_id: UUID) -> str | None:
@@ -134,5 +166,5 @@ def _id_key(approval_id: UUID) -> str:
     return f"approval-token:{approval_id}"
 
 
-def _text(value: object) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))

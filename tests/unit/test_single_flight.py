@@ -1,4 +1,4 @@
-"""The bounds of what is remembered of keys."""
+"""Tasks that share one piece of work."""
 
 from __future__ import annotations
 
@@ -7,19 +7,6 @@ import asyncio
 import pytest
 
 from agent_gateway_store._concurrency import SingleFlight
-from agent_gateway_store.keys.lru import Lru
-
-
-def test_what_was_longest_not_asked_for_goes_first() -> None:
-    """At most so many entries are held; asking for one keeps it."""
-    known: Lru[int, str] = Lru(3)
-    for number in range(3):
-        known.put(number, str(number))
-    assert known.get(0) == "0"
-    known.put(3, "3")
-
-    assert [known.get(number) for number in range(4)] == ["0", None, "2", "3"]
-    assert len(known) == 3
 
 
 async def test_flight_is_shared_and_its_error_too() -> None:
