@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import uvicorn
 from fastmcp import Client, FastMCP
 from fastmcp.client.client import CallToolResult
 from fastmcp.exceptions import ToolError
+from fastmcp.tools import Tool
 
 from agent_gateway_store import (
     ApprovalRequest,
@@ -117,6 +120,42 @@ class Bench:
         """The only event."""
         (event,) = await self.store.audit.list_recent()
         return event
+
+
+def denies_old(_caller: CallerIdentity, call: ToolCall) -> Verdict:
+    """Version 1 of anything is denied."""
+    is_old = call.arguments.get("@version") == "1"
+    return Verdict(decision=Decision.DENY if is_old else Decision.ALLOW, rule="age", reason="Version 1 is out of use.")
+
+
+def versioned(bench: Bench, server: FastMCP[Any], name: str = "read_log") -> None:
+    """Add two versions of a tool."""
+
+    def first(path: str) -> str:
+        bench.ran.append(f"1 {path}")
+        return "1"
+
+    def second(path: str) -> str:
+        bench.ran.append(f"2 {path}")
+        return "2"
+
+    server.add_tool(Tool.from_function(first, name=name, version="1"))
+    server.add_tool(Tool.from_function(second, name=name, version="2"))
+
+
+@asynccontextmanager
+async def serving(server: FastMCP[Any]) -> AsyncIterator[str]:
+    """Serve on a free port; yields the URL."""
+    web = uvicorn.Server(uvicorn.Config(server.http_app(), port=0, log_level="warning", ws="none"))
+    task = asyncio.create_task(web.serve())
+    try:
+        async with asyncio.timeout(20):
+            while not web.started:
+                await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}/mcp"
+    finally:
+        web.should_exit = True
+        await task
 
 
 @pytest.fixture

@@ -5,40 +5,26 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fastmcp_helpers
 import pytest
-import uvicorn
 from fastmcp import Client, FastMCP
 from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
 from fastmcp.exceptions import ToolError
-from fastmcp_helpers import Bench
+from fastmcp.server import create_proxy
+from fastmcp.tools import Tool
+from fastmcp_helpers import Bench, serving
 
-from agent_gateway_store import GatewayStore
+from agent_gateway_store import CallerIdentity, Decision, GatewayStore, ToolCall
+from agent_gateway_store.integrations.fastmcp import Verdict
 
 pytestmark = pytest.mark.integration
 
 bench = fastmcp_helpers.bench
 SERVER = Path(__file__).with_name("fastmcp_server.py")
-
-
-@asynccontextmanager
-async def serving(server: FastMCP[Any]) -> AsyncIterator[str]:
-    """Serve on a free port; yields the URL."""
-    web = uvicorn.Server(uvicorn.Config(server.http_app(), port=0, log_level="warning", ws="none"))
-    task = asyncio.create_task(web.serve())
-    try:
-        async with asyncio.timeout(20):
-            while not web.started:
-                await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}/mcp"
-    finally:
-        web.should_exit = True
-        await task
 
 
 async def test_key_of_the_http_request_names_the_caller(bench: Bench) -> None:
@@ -127,3 +113,35 @@ async def test_server_over_stdio_waits_for_an_approver_elsewhere(
         assert (event.decision, event.execution_status, stored.status) == ("ALLOW", "SUCCESS", "USED")
     else:
         assert (event.decision, event.execution_status, stored.status) == ("DENY", None, "DENIED")
+
+
+async def test_version_passed_on_by_a_proxy_is_judged(bench: Bench) -> None:
+    """The proxy lists no versions, and hands the caller's choice to the server behind it."""
+    behind: FastMCP[Any] = FastMCP("behind")
+    for version in ("1", "2"):
+
+        def look(version: str = version) -> str:
+            bench.ran.append(version)
+            return version
+
+        behind.add_tool(Tool.from_function(look, name="read_log", version=version))
+
+    def judged(caller: CallerIdentity, call: ToolCall) -> Verdict:
+        is_old = call.arguments.get("@version") == "1"
+        return Verdict(decision=Decision.DENY if is_old else Decision.ALLOW, rule="age", reason="Out of use.")
+
+    async with serving(behind) as url:
+        proxy = create_proxy(url, name="proxy")
+        front: FastMCP[Any] = FastMCP("front", middleware=list(bench.server(judged).middleware))
+        front.mount(proxy, namespace="x")
+        async with serving(front) as front_url, Client(front_url) as client:
+            await client.call_tool("x_read_log", {})
+            with pytest.raises(ToolError, match="Out of use"):
+                await client.call_tool("x_read_log", {}, version="1")
+    events = await bench.store.audit.list_recent()
+
+    assert bench.ran == ["2"]
+    assert [(event.mcp_server, event.tool_name, event.decision) for event in events] == [
+        ("proxy", "read_log", "DENY"),
+        ("proxy", "read_log", "ALLOW"),
+    ]

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 
 from agent_gateway_store import AuditEvent, RedactionFlag
-from agent_gateway_store.audit.record import encode_event, hash_of, to_values, with_derived_id, withheld
+from agent_gateway_store.audit.record import encode_event, hash_of, to_values, with_derived_id, without_payload
 from builders import make_event, rehash
 from oddities import odd_event_fields, odd_text
 
 pytestmark = pytest.mark.unit
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
-# The hashes of an event, of the same under a derived id, and of the same with arguments and texts withheld, as they
+# The hashes of an event, of the same under a derived id, and of the same with arguments and texts without_payload, as they
 # were when the document was written by hand. Stored events keep them for ever.
 GOLDEN: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "plain": (
@@ -101,7 +101,7 @@ def test_known_events_keep_their_hashes(fields: dict[str, Any], hashes: tuple[st
     """What is stored already goes on to verify, and a repeat of it to be known as one."""
     record = encode_event(make_event(**fields))
 
-    assert (hash_of(record), hash_of(with_derived_id(record)), hash_of(withheld(record))) == hashes
+    assert (hash_of(record), hash_of(with_derived_id(record)), hash_of(without_payload(record))) == hashes
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,6 +109,6 @@ def test_known_events_keep_their_hashes(fields: dict[str, Any], hashes: tuple[st
 def test_any_event_hashes_as_documented(fields: dict[str, Any], request_id: str) -> None:
     """SHA-256 over `json.dumps` of the stored event: sorted keys, compact, text not escaped to ASCII."""
     record = encode_event(make_event(request_id=request_id, **fields))
-    kept = [record, with_derived_id(record), withheld(record)]
+    kept = [record, with_derived_id(record), without_payload(record)]
 
     assert [hash_of(each) for each in kept] == [rehash(AuditEvent(**to_values(each))) for each in kept]

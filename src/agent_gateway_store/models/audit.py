@@ -91,7 +91,7 @@ class AuditEvent(StoreModel, table=True):
         timestamp: When (aware UTC; naive input is taken as UTC).
         risk_score: The gateway's own scale.
         latency_ms: Milliseconds, rounded to whole ones.
-        execution_status: None means that the tool was not executed.
+        execution_status: None means that the tool was not executed, or that its end is not known.
     """
 
     __tablename__ = "audit_events"

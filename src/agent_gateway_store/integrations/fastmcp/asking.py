@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 import anyio
 from fastmcp.exceptions import ToolError
@@ -23,11 +23,21 @@ _logger = logging.getLogger("agent_gateway_store.integrations")
 
 
 async def ask(
-    approvals: ApprovalManager, record: CallRecord, caller: CallerIdentity, *, required: int, timeout_s: float
+    approvals: ApprovalManager,
+    record: CallRecord,
+    caller: CallerIdentity,
+    *,
+    required: int,
+    timeout_s: float,
+    before_use: Callable[[], Awaitable[None]],
 ) -> str:
     """Ask for an approval of the call, wait for it, use it up, and return its token. From then on the call may run.
 
-    An approval for which nobody waits any more, because of the timeout or because the caller went away, is cancelled.
+    An approval for which nobody waits any more, because of the timeout, because the caller went away or because the
+    tool changed, is cancelled.
+
+    Args:
+        before_use: Awaited once it is approved; raises if what was asked for is not what would run now.
 
     Raises:
         ToolError: It was denied, cancelled or has expired, or nobody decided in time.
@@ -53,6 +63,7 @@ async def ask(
         is_open = decided.status in (ApprovalStatus.PENDING, ApprovalStatus.APPROVED)
         if decided.status is not ApprovalStatus.APPROVED:
             raise _refusal(record, decided, timeout_s)
+        await before_use()
         used = await approvals.consume_token(token, caller_id=caller.caller_id, tool_call=call)
         is_open = False
     finally:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import logging
 import traceback
+from functools import partial
 from typing import Any
 
 from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
 from fastmcp.server.dependencies import get_http_request
-from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.server.middleware import CallNext, MiddlewareContext
 from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastmcp.asking import ask, note_outcome
+from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
 from agent_gateway_store.integrations.fastmcp.record import CallRecord
-from agent_gateway_store.integrations.fastmcp.verdict import Identify, Policy, Sanitize, Verdict, argument_names
+from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
+from agent_gateway_store.integrations.fastmcp.verdict import (
+    HIDDEN,
+    Identify,
+    Policy,
+    Sanitize,
+    Verdict,
+    argument_names,
+)
 from agent_gateway_store.models.audit import Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
@@ -27,24 +37,30 @@ __all__ = ["GatewayMiddleware"]
 _AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
 _BROKEN = "The gateway failed, so the call was not run: tell its operator."
 _WITHHELD = "The call could not be recorded, so its result is withheld: tell the operator."
+_REPLACED = "The tool changed while the call waited, so it was not run: call again."
 _logger = logging.getLogger("agent_gateway_store.integrations")
 
 
-class GatewayMiddleware(Middleware):
+class GatewayMiddleware(PinningMiddleware):
     """Judges each tool call, asks a human where the policy says so, runs it, and writes one audit event.
 
-    Add it last, so that nothing behind it changes a call that was approved. Fails closed: where the caller is not
-    known, a callback raises, or the store cannot be asked, nothing runs, and the caller gets a `ToolError` of one
-    sentence. With AUDIT_MODE=strict the database must answer before a tool runs, and a result whose event cannot be
-    written is withheld. Raw arguments go to the tool and to the callbacks, and into the store as a hash.
+    Judges, shows and records the tool that really runs: aliases, mounts and transforms are followed to the tool's own
+    server and name, and `@version`, `@input_responses` and `@request_state` stand among its arguments where there are
+    any. That tool then runs, or nothing. Add it last, so that nothing behind it changes a call that was approved.
+    Fails closed: where the caller is not known, what would run cannot be told or would run as a background task, a
+    callback raises, or the store cannot be asked, nothing runs, and the caller gets a `ToolError` of one sentence.
+    With AUDIT_MODE=strict the database must answer before a tool runs, and a result whose event cannot be written is
+    withheld. Raw arguments go to the tool and to the callbacks, and into the store as a hash.
 
     Args:
         store: Opened and closed by the host, in the lifespan of the server.
         policy: Called with the caller and the call, sync or async; returns the `Verdict`.
         identify: Async; returns who calls, given the context of the middleware. None verifies the API key in
             `Authorization: Bearer` or `X-API-Key` of the HTTP request, of which stdio has none.
-        sanitize: Returns the arguments as approvers and the audit log may see them. Default: their names only.
-        server: Name of the MCP server in the record; None takes the name of the FastMCP server.
+        sanitize: Returns the arguments as approvers and the audit log may see them. Default: their names only. The
+            version is always shown, and that there are answers, whatever it returns.
+        server: Name of this server in the record; None takes the name of the FastMCP server. Mounted servers keep
+            their own names, each of which must be used once.
         approval_timeout_s: Seconds that a call waits for a human; then its approval is cancelled.
     """
 
@@ -58,6 +74,7 @@ class GatewayMiddleware(Middleware):
         server: str | None = None,
         approval_timeout_s: float = 300.0,
     ) -> None:
+        super().__init__()
         self._store, self._policy, self._sanitize = store, policy, sanitize
         self._identify = identify or self._verify_http_key
         self._server, self._approval_timeout_s = server, approval_timeout_s
@@ -78,12 +95,14 @@ class GatewayMiddleware(Middleware):
 
         Raises:
             ToolError: It was refused, or could not be recorded. What the tool itself raises goes through unchanged.
+            NotFoundError: There is no such tool.
         """
         message = context.message
         record = CallRecord(ToolCall(server=self._name(context), tool=message.name, arguments=message.arguments or {}))
+        record.shown = argument_names(record.call)
         try:
-            token = await self._release(record, context)
-            return await self._run(record, token, context, call_next)
+            resolved, token = await self._release(record, context)
+            return await self._run(record, resolved, token, context, call_next)
         finally:
             await self._write(record)
 
@@ -92,12 +111,17 @@ class GatewayMiddleware(Middleware):
             return self._server
         return context.fastmcp_context.fastmcp.name if context.fastmcp_context is not None else "unknown"
 
-    async def _release(self, record: CallRecord, context: MiddlewareContext[Any]) -> str | None:
-        """Return once the call may run, with the token of the approval if there was one."""
+    async def _release(
+        self, record: CallRecord, context: MiddlewareContext[CallToolRequestParams]
+    ) -> tuple[ResolvedTool, str | None]:
+        """Return once the call may run, with what will run and the token of the approval if there was one."""
         try:
             return await self._judge(record, context)
         except ToolError as refusal:
             record.refused("refused", str(refusal), decision=record.decision)
+            raise
+        except (NotFoundError, DisabledError):
+            record.refused("unknown_tool", "There is no such tool.")
             raise
         except (InvalidApiKeyError, ApprovalError) as exc:
             record.refused("invalid_api_key" if isinstance(exc, InvalidApiKeyError) else "not_approved", str(exc))
@@ -116,38 +140,80 @@ class GatewayMiddleware(Middleware):
             record.refused("cancelled", "The call was cancelled before it ran.")
             raise
 
-    async def _judge(self, record: CallRecord, context: MiddlewareContext[Any]) -> str | None:
-        record.shown = dict(self._sanitize(_copy(record.call)))
+    async def _judge(
+        self, record: CallRecord, context: MiddlewareContext[CallToolRequestParams]
+    ) -> tuple[ResolvedTool, str | None]:
         caller = await self._identify(context)
         if not isinstance(caller, CallerIdentity):
             raise TypeError("identify must return a CallerIdentity.")
         record.caller = caller
+        resolved = await self._resolve(context, context.message)
+        record.call = resolved.call
+        record.shown = self._shown(record.call)
         answer = self._policy(caller, _copy(record.call))
         verdict = answer if isinstance(answer, Verdict) else await answer
         record.judged(verdict)
         if verdict.decision == Decision.APPROVAL_REQUIRED:
             approvals = self._store.for_org(caller.org_id).approvals
             required, timeout_s = verdict.required_approvals, self._approval_timeout_s
-            return await ask(approvals, record, caller, required=required, timeout_s=timeout_s)
+            check = partial(self._require_unchanged, record, resolved, context)
+            return resolved, await ask(
+                approvals, record, caller, required=required, timeout_s=timeout_s, before_use=check
+            )
         if verdict.decision != Decision.ALLOW:
             raise ToolError(verdict.reason)
         self._store.database.check_owner()
         if self._store.settings.audit_mode == "strict":
             await self._store.ping()
-        return None
+        return resolved, None
+
+    async def _resolve(self, context: MiddlewareContext[Any], message: CallToolRequestParams) -> ResolvedTool:
+        if context.fastmcp_context is None:
+            raise RuntimeError("FastMCP gave no context, so what would run cannot be told.")
+        with unpinned():
+            return await resolve(context.fastmcp_context, message, server=self._name(context))
+
+    async def _require_unchanged(
+        self, record: CallRecord, resolved: ResolvedTool, context: MiddlewareContext[Any]
+    ) -> None:
+        try:
+            now = await self._resolve(context, resolved.message)
+            is_same = (now.call, now.code) == (resolved.call, resolved.code)
+        except (NotFoundError, DisabledError, ToolError):
+            is_same = False
+        if not is_same:
+            record.decision = Decision.DENY
+            raise ToolError(_REPLACED)
+
+    def _shown(self, call: ToolCall) -> dict[str, Any]:
+        shown = dict(self._sanitize(_copy(call)))
+        for name in RESERVED & call.arguments.keys():
+            shown.setdefault(name, HIDDEN)
+        if VERSION in call.arguments:
+            shown[VERSION] = call.arguments[VERSION]  # chosen by the caller, no secret, and approvers need it
+        return shown
 
     async def _run(
         self,
         record: CallRecord,
+        resolved: ResolvedTool,
         token: str | None,
         context: MiddlewareContext[CallToolRequestParams],
         call_next: CallNext[CallToolRequestParams, ToolResult],
     ) -> ToolResult:
-        record.decision = Decision.ALLOW
+        is_end_known = True
         try:
-            result = await call_next(context)
-            record.execution_status = ExecutionStatus.TOOL_ERROR if _is_error(result) else ExecutionStatus.SUCCESS
-            record.output_hash = self._store.hash_args(result.model_dump(mode="json", exclude={"meta"}))
+            record.decision = Decision.ALLOW
+            with pinned(resolved.message.name, resolved.tool):
+                result = await call_next(context.copy(message=resolved.message))
+            # An extension may answer for a tool that goes on in the background: how that ends is not known here.
+            is_end_known = isinstance(result, ToolResult)
+            if is_end_known:
+                record.execution_status = ExecutionStatus.TOOL_ERROR if result.is_error else ExecutionStatus.SUCCESS
+                record.output_hash = self._store.hash_args(result.model_dump(mode="json", exclude={"meta"}))
+        except CallChangedError as exc:
+            record.refused("changed", str(exc))
+            raise
         except (NotFoundError, DisabledError):
             record.refused("unknown_tool", "There is no such tool.")
             raise
@@ -155,7 +221,7 @@ class GatewayMiddleware(Middleware):
             record.execution_status = ExecutionStatus.TIMEOUT if _is_timeout(exc) else ExecutionStatus.TOOL_ERROR
             raise
         finally:
-            if token is not None and record.caller is not None:
+            if token is not None and record.caller is not None and is_end_known:
                 await note_outcome(self._store.for_org(record.caller.org_id).approvals, token, record)
         return result
 
@@ -165,17 +231,12 @@ class GatewayMiddleware(Middleware):
             await store.audit.write(record.event(store))
         except GatewayStoreError as exc:
             _logger.error("Request %s: %s: %s", record.request_id, type(exc).__name__, exc)
-            raise ToolError(_WITHHELD if record.execution_status else _AWAY) from exc
+            raise ToolError(_WITHHELD if record.decision is Decision.ALLOW else _AWAY) from exc
 
 
 def _copy(call: ToolCall) -> ToolCall:
     """For a callback, which may do with it as it likes: what runs stays what was hashed."""
     return call.model_copy(deep=True)
-
-
-def _is_error(result: object) -> bool:
-    # Extensions of FastMCP answer with results of their own kind, which have no such field.
-    return bool(getattr(result, "is_error", False))
 
 
 def _is_timeout(exc: BaseException) -> bool:

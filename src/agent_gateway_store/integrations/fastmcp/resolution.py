@@ -1,0 +1,156 @@
+"""Which tool a call really runs: through mounts, aliases and transforms, down to its own server, name and version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from fastmcp import FastMCP
+from fastmcp.exceptions import NotFoundError, ToolError
+from fastmcp.server.context import Context
+from fastmcp.server.dependencies import extract_version_spec
+from fastmcp.server.providers.addressing import parse_hashed_backend_name
+from fastmcp.server.providers.fastmcp_provider import FastMCPProviderTool
+from fastmcp.server.providers.proxy import ProxyTool
+from fastmcp.tools import Tool
+from fastmcp.tools.tool_transform import TransformedTool
+from fastmcp.utilities.tasks import TASKS_EXTENSION_ID
+from fastmcp.utilities.types import NotSet
+from fastmcp.utilities.versions import VersionSpec
+from mcp_types import CallToolRequestParams
+
+from agent_gateway_store.integrations.fastmcp.servers import (
+    is_alias,
+    own_name,
+    require_own_server_name,
+    require_seen_calls,
+)
+from agent_gateway_store.models.values import ToolCall
+
+__all__ = ["INPUT_RESPONSES", "REQUEST_STATE", "RESERVED", "VERSION", "ResolvedTool", "resolve"]
+
+VERSION = "@version"
+INPUT_RESPONSES = "@input_responses"
+REQUEST_STATE = "@request_state"
+RESERVED = frozenset({VERSION, INPUT_RESPONSES, REQUEST_STATE})
+
+_RESERVED_NAME = f"The arguments {', '.join(sorted(RESERVED))} belong to the gateway: call without them."
+_UNKNOWN_ARGUMENT = "The tool does not take one of the arguments, so the call was not run: read the tool's schema."
+_TASK = (
+    "This tool would run as a background task, whose end cannot be recorded, so it was not run: call it without the"
+    " tasks extension, or ask its operator to register it with task=False."
+)
+
+
+@dataclass(frozen=True)
+class ResolvedTool:
+    """What runs when a call is let through.
+
+    Attributes:
+        call: The call by the tool's own server and name. Its arguments are those that the tool gets; `@version`,
+            `@input_responses` and `@request_state` stand beside them where there are any.
+        tool: What the server's own lookup returned; running it runs the call.
+        code: Compares equal for two lookups that end in the same code and schema.
+        message: A copy of the message, to be run: whoever holds the original, and a tool that changes what it is
+            given, changes neither what runs nor `call`.
+    """
+
+    call: ToolCall
+    tool: Tool
+    code: object
+    message: CallToolRequestParams
+
+
+async def resolve(context: Context, message: CallToolRequestParams, *, server: str) -> ResolvedTool:
+    """Return what the call would run if it ran now.
+
+    Args:
+        context: Of the request; tells the server that was called and what its client answered.
+        message: The call as it came.
+        server: Name of the called server in the record.
+
+    Raises:
+        NotFoundError: There is no such tool, or the caller may not see it.
+        ToolError: What would run cannot be told in advance.
+    """
+    message = message.model_copy(deep=True)
+    arguments = deepcopy(message.arguments or {})
+    if arguments.keys() & RESERVED:
+        raise ToolError(_RESERVED_NAME)
+    # Names and versions are FastMCP's to interpret: the lookups are its own, in the order of `FastMCP.call_tool`.
+    asked, at = message.name, context.fastmcp
+    tool = top = await _look_up(at, asked, _requested_version(message))
+    while True:
+        if tool.task_config.mode == "required" or (
+            tool.task_config.supports_tasks() and context.client_extension_settings(TASKS_EXTENSION_ID) is not None
+        ):
+            raise ToolError(_TASK)
+        if isinstance(tool, TransformedTool) and is_alias(tool):
+            arguments = _parent_arguments(tool, arguments)
+            tool = tool.parent_tool
+        elif isinstance(tool, FastMCPProviderTool):
+            at, asked = tool._server, str(tool._original_name)
+            async with Context(fastmcp=at):
+                tool = await _look_up(at, asked, VersionSpec(eq=tool.version) if tool.version else None)
+        else:
+            break
+    version = tool.version
+    if isinstance(tool, ProxyTool):
+        # A proxy passes the `_meta` of the request on, so the version is chosen by the server behind it.
+        meta = context.request_context.meta if context.request_context else None
+        version = extract_version_spec(meta) or version
+    name = await own_name(at, tool, asked)
+    label = require_own_server_name(context.fastmcp, at, server)
+    await require_seen_calls(context.fastmcp, at, tool)
+    arguments.update(_inputs(context), **({VERSION: version} if version is not None else {}))
+    return ResolvedTool(ToolCall(server=label, tool=name, arguments=arguments), top, _code(tool), message)
+
+
+def _requested_version(message: CallToolRequestParams) -> VersionSpec | None:
+    ours = (message.meta or {}).get("fastmcp")
+    version = ours.get("version") if isinstance(ours, Mapping) else None
+    if isinstance(version, Mapping):
+        return VersionSpec(**version)
+    return VersionSpec(eq=version) if version else None
+
+
+async def _look_up(server: FastMCP[Any], name: str, version: VersionSpec | None) -> Tool:
+    tool = await server.get_tool(name, version)
+    hashed = parse_hashed_backend_name(name) if tool is None else None
+    if hashed is not None:
+        tool = await server.get_tool_by_hash(*hashed)
+    if tool is None:
+        raise NotFoundError(f"Unknown tool: {name!r}")
+    return tool
+
+
+def _parent_arguments(tool: TransformedTool, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments as the parent gets them. Defaults of the parent itself are left to it."""
+    if not arguments.keys() <= tool.parameters.get("properties", {}).keys():
+        raise ToolError(_UNKNOWN_ARGUMENT)
+    names, values = {}, {}
+    for name, change in (tool.transform_args or {}).items():
+        if not change.hide and change.name is not NotSet and change.name is not None:
+            names[change.name] = name
+        if change.default is not NotSet:
+            values[name] = change.default
+    return values | {names.get(name, name): value for name, value in arguments.items()}
+
+
+def _inputs(context: Context) -> dict[str, Any]:
+    """Return what the client answered to the tool, as the tool reads it: from the request, not from the message."""
+    answers, state = context.input_responses, context.request_state
+    inputs: dict[str, Any] = {} if state is None else {REQUEST_STATE: state}
+    if answers is not None:
+        inputs[INPUT_RESPONSES] = {
+            name: answer.model_dump(mode="json", by_alias=True) for name, answer in answers.items()
+        }
+    return inputs
+
+
+def _code(tool: Tool) -> object:
+    # Providers may build a tool, closure included, for each lookup: what stays the same is the code.
+    function = getattr(tool, "fn", None)
+    return type(tool), getattr(function, "__code__", type(function)), tool.parameters

@@ -1,0 +1,153 @@
+"""The FastMCP middleware, where the tool or the call changes after it was judged: what was judged runs, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import fastmcp_helpers
+import pytest
+from fastmcp import Client, Context, FastMCP
+from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.tools import Tool, ToolResult
+from fastmcp_helpers import Bench, denies_old, versioned
+from mcp_types import CallToolRequestParams
+
+from agent_gateway_store import AuditEvent
+
+pytestmark = pytest.mark.integration
+
+bench = fastmcp_helpers.bench
+
+
+async def test_version_added_while_the_call_waits_does_not_run(bench: Bench) -> None:
+    """The approval was for the version that was the highest when it was asked for."""
+    server = bench.server()
+    versioned(bench, server, "delete_log")
+    waiting = asyncio.create_task(bench.refusal(server, "delete_log", path="a"))
+    asked = await bench.pending()
+    server.add_tool(Tool.from_function(lambda path: bench.ran.append("3"), name="delete_log", version="3"))
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    refusal = await waiting
+    event = await bench.event()
+    stored = await bench.store.approvals.get(approval_id=asked.approval_id)
+
+    assert refusal == "The tool changed while the call waited, so it was not run: call again."
+    assert (event.decision, event.execution_status, event.matched_policy_rule) == ("DENY", None, "deletes")
+    assert (stored.status, bench.ran) == ("CANCELLED", [])
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+async def test_tool_replaced_while_the_call_waits_does_not_run(bench: Bench, mounted: bool) -> None:
+    """Neither the old code nor the new."""
+    server = child = bench.server()
+    if mounted:
+        server = FastMCP("front", middleware=list(child.middleware))
+        child.middleware.clear()
+        server.mount(child, namespace="x")
+    waiting = asyncio.create_task(bench.refusal(server, "x_delete_file" if mounted else "delete_file", path="a"))
+    asked = await bench.pending()
+    child.local_provider.remove_tool("delete_file")
+
+    def other(path: str, password: str = "") -> bool:
+        bench.ran.append("other")
+        return True
+
+    child.add_tool(Tool.from_function(other, name="delete_file"))
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    refusal = await waiting
+
+    assert refusal == "The tool changed while the call waited, so it was not run: call again."
+    assert bench.ran == []
+
+
+async def test_tool_replaced_in_the_last_moment_does_not_run(bench: Bench) -> None:
+    """After the last look, and before FastMCP's own: the object that was judged runs."""
+    server = bench.server()
+
+    class Replacing(Middleware):
+        async def on_call_tool(
+            self, context: MiddlewareContext[CallToolRequestParams], call_next: CallNext[Any, ToolResult]
+        ) -> ToolResult:
+            server.local_provider.remove_tool("read_file")
+            server.add_tool(Tool.from_function(lambda path: bench.ran.append("other"), name="read_file"))
+            return await call_next(context)
+
+    server.add_middleware(Replacing())
+    await bench.call(server, "read_file", path="a.txt")
+
+    assert bench.ran == ["a.txt"]
+
+
+async def test_call_renamed_by_a_middleware_behind_is_not_run(bench: Bench) -> None:
+    """What was judged is not what would run."""
+    server = bench.server()
+
+    class Renaming(Middleware):
+        async def on_call_tool(
+            self, context: MiddlewareContext[CallToolRequestParams], call_next: CallNext[Any, ToolResult]
+        ) -> ToolResult:
+            message = CallToolRequestParams(name="delete_file", arguments={"path": "a.txt"})
+            return await call_next(context.copy(message=message))
+
+    server.add_middleware(Renaming())
+    refusal = await bench.refusal(server, "read_file", path="a.txt")
+    event = await bench.event()
+
+    assert refusal.startswith("Another middleware changed the call")
+    assert (event.decision, event.execution_status, bench.ran) == ("DENY", None, [])
+
+
+async def test_tool_called_by_a_tool_of_its_own_name_is_judged(bench: Bench) -> None:
+    """The pinned tool of the outer call does not stand in for what the inner call asks for."""
+    server = bench.server(denies_old)
+
+    async def second(ctx: Context) -> str:
+        async with Client(ctx.fastmcp) as client:
+            await client.call_tool("read_log", {}, version="1")
+        return "never"
+
+    server.add_tool(Tool.from_function(lambda: bench.ran.append("1"), name="read_log", version="1"))
+    server.add_tool(Tool.from_function(second, name="read_log", version="2"))
+    await bench.refusal(server, "read_log")
+    events = await bench.store.audit.list_recent()
+
+    assert bench.ran == []
+    assert sorted(str(event.decision) for event in events) == ["ALLOW", "DENY"]
+
+
+async def test_mutated_arguments_are_recorded_as_they_were_judged(bench: Bench) -> None:
+    """A tool may do with its arguments as it likes."""
+    server = bench.server()
+
+    @server.tool
+    async def read_all(options: Any) -> str:
+        options.clear()
+        return "done"
+
+    await bench.call(server, "read_all", options={"path": "a.txt"})
+
+    assert (await bench.event()).raw_args_hash == AuditEvent.hash_args({"options": {"path": "a.txt"}})
+
+
+async def test_arguments_changed_while_the_call_waits_do_not_run(bench: Bench) -> None:
+    """By a middleware in front, which still holds the message."""
+    server = bench.server()
+    held: list[CallToolRequestParams] = []
+
+    class Holding(Middleware):
+        async def on_call_tool(
+            self, context: MiddlewareContext[CallToolRequestParams], call_next: CallNext[Any, ToolResult]
+        ) -> ToolResult:
+            held.append(context.message)
+            return await call_next(context)
+
+    server.middleware.insert(0, Holding())
+    waiting = asyncio.create_task(bench.call(server, "delete_file", path="a.txt"))
+    asked = await bench.pending()
+    assert held[0].arguments is not None
+    held[0].arguments["path"] = "other.txt"
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    await waiting
+
+    assert bench.ran == ["a.txt"]
