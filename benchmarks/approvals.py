@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import asyncpg
 import redis.asyncio
+from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.approval import statements
@@ -128,31 +129,30 @@ async def _steps(store: GatewayStore, url: str, figures: list[Figure], count: in
 @asynccontextmanager
 async def _bare_steps(url: str, count: int) -> AsyncIterator[list[Work]]:
     insert, approve, vote, consume = (
-        statements.INSERT._compiled["postgresql"],
-        statements.APPROVE["token"]._compiled["postgresql"],
-        statements.VOTE._compiled["postgresql"],
-        statements.CONSUME._compiled["postgresql"],
+        statements.INSERT.compiled(dialect()),
+        statements.APPROVE["token"].compiled(dialect()),
+        statements.VOTE.compiled(dialect()),
+        statements.CONSUME.compiled(dialect()),
     )
 
     def ready(compiled: Any, values: dict[str, Any]) -> list[Any]:
-        given = {"p_clock_offset": 0.0, **values}
-        return [given[name] if process is None else process(given[name]) for name, process in compiled._parameters]
+        return compiled.arguments(values)  # type: ignore[no-any-return]
 
     asked = [issue_values(ask(), call=None, org_id=None, ttl=timedelta(hours=1), hash_key=None) for _ in range(count)]
     async with asyncpg.create_pool(url, min_size=CALLERS, max_size=CALLERS, init=_text_json) as pool:
 
         async def issue(parameters: list[Any]) -> None:
             async with pool.acquire() as connection:
-                await connection.fetchrow(insert._text, *parameters)
+                await connection.fetchrow(insert.text, *parameters)
 
         async def decide(parameters: tuple[list[Any], list[Any]]) -> None:
             async with pool.acquire() as connection, connection.transaction():
-                await connection.fetchrow(approve._text, *parameters[0])
-                await connection.fetchrow(vote._text, *parameters[1])
+                await connection.fetchrow(approve.text, *parameters[0])
+                await connection.fetchrow(vote.text, *parameters[1])
 
         async def use(parameters: list[Any]) -> None:
             async with pool.acquire() as connection:
-                await connection.fetchrow(consume._text, *parameters)
+                await connection.fetchrow(consume.text, *parameters)
 
         ballot = {
             "p_approver_id": "alice",

@@ -1,4 +1,4 @@
-"""Blocking twins of the async classes; made by `tests/typing/generate_sync_stub.py`, do not edit."""
+"""Blocking twins of the async classes; made by `scripts/generate_sync_stub.py`, do not edit."""
 
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence

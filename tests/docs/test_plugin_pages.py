@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from generate_hooks_page import EXAMPLES, PAGE, generate, hooks
 
 from agent_gateway_store import testing
+from generate_hooks_page import EXAMPLES, PAGE, generate, hooks
 from wheels import ROOT, build_wheel, dependencies, offline, run
 
 DOCS = ROOT / "docs"
@@ -19,7 +19,7 @@ FENCE = re.compile(r'^```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<body>(
 
 @pytest.mark.unit
 def test_hooks_page_is_generated_from_the_specs() -> None:
-    """Page and specs agree; if not, run `python tests/docs/generate_hooks_page.py`."""
+    """Page and specs agree; if not, run `python scripts/generate_hooks_page.py`."""
     assert PAGE.read_text(encoding="utf-8") == generate()
     assert set(EXAMPLES) <= set(hooks())
 

@@ -23,7 +23,7 @@ from agent_gateway_store.settings import StoreSettings
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-WRITTEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+WRITTEN = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")), *PAGES]
 COMMANDS = (
     "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/gateway-store demo",
     "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest",
@@ -94,7 +94,7 @@ def test_relative_links_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_files_exist(page: Path) -> None:
     """Each file of the repository that a page names in passing is there."""
-    for path in re.findall(r"`((?:tests|docs|examples|src)/[\w./-]+)`", page.read_text()):
+    for path in re.findall(r"`((?:tests|docs|examples|scripts|src)/[\w./-]+)`", page.read_text()):
         assert (ROOT / path).exists(), path
 
 
@@ -178,6 +178,23 @@ def test_fields_are_documented(name: str) -> None:
     assert found is not None
     for field in getattr(agent_gateway_store, name).model_fields:
         assert f"`{field}`" in found[1], field
+
+
+@pytest.mark.unit
+def test_glossary_gives_each_word_one_sentence() -> None:
+    """No word stands twice, the words of a section are sorted, and each has one sentence."""
+    sections = [
+        re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE)[2:]
+        for text in reference("glossary").split("\n## ")[1:]
+    ]
+    words = [word.strip("`").lower() for entries in sections for word, _ in entries]
+
+    assert len(words) == len(set(words)) > 50
+    for entries in sections:
+        names = [word.strip("`").lower() for word, _ in entries]
+        assert names == sorted(names)
+        for word, meaning in entries:
+            assert re.fullmatch(r"[^.]*(?:\.\w[^.]*)*\.", meaning), word
 
 
 def commands_of(group: Any, prefix: str = "") -> Iterator[str]:

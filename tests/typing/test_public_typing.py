@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generate_sync_stub
 import pytest
 
+import generate_sync_stub
 from agent_gateway_store import sync
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditManager
@@ -38,7 +38,7 @@ def public(cls: type) -> dict[str, object]:
 
 
 def test_checked_in_stub_is_the_generated_one() -> None:
-    """`sync.pyi` says what the async classes say; if not: `python tests/typing/generate_sync_stub.py`."""
+    """`sync.pyi` says what the async classes say; if not: `python scripts/generate_sync_stub.py`."""
     assert generate_sync_stub.STUB.read_text(encoding="utf-8") == generate_sync_stub.generate()
 
 

@@ -17,7 +17,7 @@ from oddities import odd_event_fields, odd_text
 pytestmark = pytest.mark.unit
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
-# The hashes of an event, of the same under a derived id, and of the same with arguments and texts without_payload, as they
+# The hashes of an event, of the same under a derived id, and of the same with arguments and texts withheld, as they
 # were when the document was written by hand. Stored events keep them for ever.
 GOLDEN: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "plain": (

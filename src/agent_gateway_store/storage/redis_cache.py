@@ -83,7 +83,7 @@ class RedisCache:
 
     async def get(self, key: str) -> tuple[bytes | str, int] | None:
         """Return what stands under `key` and the milliseconds it has left, in one round trip; None if it is no text."""
-        reply = await self._run(lambda _: self._get(keys=[key]))
+        reply = await self._run(lambda client: self._get([key], client=client))
         return None if reply is None else (reply[0], reply[1])
 
     async def put_newer(self, entries: Sequence[CacheEntry], *, message: tuple[str, str] | None = None) -> bool:
@@ -101,7 +101,7 @@ class RedisCache:
         is_stored = True
         for index, (key, text, version, ttl_s) in enumerate(entries, 1):
             args = [text, version, milliseconds(ttl_s), *(message or () if index == len(entries) else ())]
-            is_stored = bool(await self._run(partial(self._put_newer, keys=[key], args=args))) and is_stored
+            is_stored = bool(await self._run(partial(self._put_newer, [key], args))) and is_stored
         return is_stored
 
     async def delete(self, key: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from agent_gateway_store.hooks import specs
 from agent_gateway_store.hooks.markers import PROJECT
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "hooks.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "hooks.md"
 
 HEAD = """# Plugin hooks
 

@@ -42,7 +42,7 @@ def generate() -> str:
     imports: _Imports = defaultdict(set)
     classes = [_stub_of(cls, imports) for cls in _CLASSES]
     names = "".join(f'    "{name}",\n' for name in sorted(TWINS.values()))
-    head = '"""Blocking twins of the async classes; made by `tests/typing/generate_sync_stub.py`, do not edit."""\n'
+    head = '"""Blocking twins of the async classes; made by `scripts/generate_sync_stub.py`, do not edit."""\n'
     return f"{head}\n{_import_lines(imports)}\n__all__ = [\n{names}]\n\n" + "\n".join(classes)
 
 

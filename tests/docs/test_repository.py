@@ -1,0 +1,120 @@
+"""What stands around the package: forms for issues, workflows, hosted docs, hooks of pre-commit, the source archive."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from wheels import ROOT
+
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
+
+
+def load(path: str) -> dict[Any, Any]:
+    """Return a YAML file of the repository."""
+    content: dict[Any, Any] = yaml.safe_load((ROOT / path).read_text())
+    return content
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
+def test_issue_form_is_valid(form: Path) -> None:
+    """GitHub shows the form: it has a name and a description, and fields of known types with their own ids."""
+    content = load(str(form.relative_to(ROOT)))
+    fields = [item for item in content["body"] if item["type"] != "markdown"]
+
+    assert all(isinstance(content[name], str) and content[name] for name in ("name", "description"))
+    assert set(content) <= {"name", "description", "title", "labels", "assignees", "body"}
+    assert fields
+    assert len({field["id"] for field in fields}) == len(fields)
+    for field in fields:
+        assert field["type"] in {"input", "textarea", "dropdown", "checkboxes"}
+        assert re.fullmatch(r"[\w-]+", field["id"])
+        assert field["attributes"]["label"]
+        assert set(field) <= {"type", "id", "attributes", "validations"}
+        options = field["attributes"].get("options", ["one"])
+        assert options
+        assert len(set(options)) == len(options)
+
+
+@pytest.mark.unit
+def test_issues_lead_vulnerabilities_to_the_private_form() -> None:
+    """There is a form for a bug and one for a feature, no blank issue, and the link of SECURITY.md."""
+    config = load(".github/ISSUE_TEMPLATE/config.yml")
+
+    assert [form.stem for form in FORMS] == ["bug", "feature"]
+    assert config["blank_issues_enabled"] is False
+    assert config["contact_links"][0]["url"] in (ROOT / "SECURITY.md").read_text()
+
+
+@pytest.mark.unit
+def test_release_checks_before_it_publishes() -> None:
+    """A tag runs all of CI, then builds, then publishes; the last job alone may ask PyPI to trust it."""
+    release, ci = load(".github/workflows/release.yml"), load(".github/workflows/ci.yml")
+    jobs = release["jobs"]
+
+    assert "workflow_call" in ci[True]  # YAML reads the key `on` as true
+    assert release[True] == {"push": {"tags": ["v*"]}}
+    assert release["permissions"] == {"contents": "read"}
+    assert jobs["check"] == {"uses": "./.github/workflows/ci.yml"}
+    assert (jobs["build"]["needs"], jobs["publish"]["needs"]) == ("check", "build")
+    assert [name for name, job in jobs.items() if "permissions" in job] == ["publish"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert jobs["publish"]["environment"]["name"] == "pypi"
+    assert jobs["publish"]["steps"][-1]["with"] == {"attestations": True}
+    assert "secrets." not in (ROOT / ".github/workflows/release.yml").read_text()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("workflow", ["ci", "release"])
+def test_actions_are_pinned(workflow: str) -> None:
+    """Each action is named by its commit, so that a moved tag runs nothing new."""
+    steps = [
+        step for job in load(f".github/workflows/{workflow}.yml")["jobs"].values() for step in job.get("steps", [])
+    ]
+
+    for step in steps:
+        assert "uses" not in step or re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", step["uses"]), step
+
+
+@pytest.mark.unit
+def test_hosted_docs_are_built_as_in_ci() -> None:
+    """Read the Docs installs the extra with MkDocs, builds the same site, and fails on a warning."""
+    config = load(".readthedocs.yaml")
+
+    assert config["version"] == 2
+    assert config["python"]["install"] == [{"method": "pip", "path": ".", "extra_requirements": ["dev"]}]
+    assert config["mkdocs"] == {"configuration": "mkdocs.yml", "fail_on_warning": True}
+
+
+@pytest.mark.unit
+def test_hooks_of_pre_commit_run_the_linters_of_ci() -> None:
+    """The local hooks are the programs of the environment, import-linter among them."""
+    [local] = [repo for repo in load(".pre-commit-config.yaml")["repos"] if repo["repo"] == "local"]
+
+    programs = {hook["entry"].split()[0] for hook in local["hooks"]}
+    assert programs == {"ruff", "mypy", "lint-imports"}
+    assert all(hook["language"] == "system" for hook in local["hooks"])
+
+
+@pytest.mark.integration
+def test_archive_holds_what_the_tests_read(tmp_path: Path) -> None:
+    """The source distribution has every file of the root that a test names, and nothing of this machine."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    named = {name for name in re.findall(r'ROOT / "([^"]+)"', sources) if (ROOT / name).is_file()}
+    assert {".ci/run", ".github/workflows/release.yml", "scripts/generate_floors.py", "benchmarks/report.py"} <= held
+    assert named <= held
+    assert not [name for name in held if re.search(r"\.venv|__pycache__|\.git/|gateway\.db", name)]
