@@ -18,7 +18,8 @@ import httpx
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, hookimpl
 from agent_gateway_store.approval import ApprovalManager
-from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.hooks.dispatch import Dispatcher
+from agent_gateway_store.hooks.manager import Plugins
 from benchmarks.approvals import CALLERS, ask, rate
 from benchmarks.report import Figure
 

@@ -56,13 +56,13 @@ settings stand.
       members: []
       merge_init_into_class: false
 
-::: agent_gateway_store.hooks.configuration.SettingsState
+::: agent_gateway_store.hooks.plugin.SettingsState
     options:
       heading_level: 3
       members: []
       merge_init_into_class: false
 
-::: agent_gateway_store.hooks.delivery.DeliveryReport
+::: agent_gateway_store.hooks.dispatch.DeliveryReport
     options:
       heading_level: 3
       members: []

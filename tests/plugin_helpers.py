@@ -1,4 +1,4 @@
-"""What the tests of plugins need: distributions to install, a notifier, a short patience."""
+"""What the tests of plugins need: distributions to install, a short patience."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from agent_gateway_store.hooks import PluginRecord, Plugins
-from agent_gateway_store.hooks.loading import BLOCK_VARIABLE, LOAD_VARIABLE
+from agent_gateway_store.hooks.manager import BLOCK_VARIABLE, LOAD_VARIABLE, Plugins
+from agent_gateway_store.hooks.plugin import PluginRecord
 from agent_gateway_store.settings import StoreSettings
 
 GOOD = """
@@ -27,17 +26,6 @@ GOOD = """
         return [Good()]
 """
 Install = Callable[..., None]
-
-
-class Notifier:
-    """A notifier that does nothing."""
-
-    def __init__(self, name: Any = "mine") -> None:
-        self.name = name
-
-    async def notify_pending(self, notice: object) -> None: ...
-
-    async def notify_decision(self, notice: object) -> None: ...
 
 
 @pytest.fixture

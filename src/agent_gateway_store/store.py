@@ -22,9 +22,9 @@ from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import StoreNotOpenError
-from agent_gateway_store.hooks import Dispatcher, Plugins
-from agent_gateway_store.hooks.lanes import Lanes
-from agent_gateway_store.hooks.vetoes import Vetoes
+from agent_gateway_store.hooks.dispatch import Dispatcher, Vetoes
+from agent_gateway_store.hooks.executor import PluginExecutor
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
@@ -233,10 +233,10 @@ class _Core:
             pubsub=self.pubsub,
             check_owner=database.check_owner,
         )
-        self.lanes = Lanes(settings.plugin_timeout_seconds)
-        self.vetoes = Vetoes(lambda: self.plugins, self.lanes)
-        self.preparing = Preparing(lambda: self.plugins, self.lanes)
-        self.telling = Telling(lambda: self.plugins, self.lanes)
+        self.executor = PluginExecutor(settings.plugin_timeout_seconds)
+        self.vetoes = Vetoes(lambda: self.plugins, self.executor)
+        self.preparing = Preparing(lambda: self.plugins, self.executor)
+        self.telling = Telling(lambda: self.plugins, self.executor)
         self.outbox = StoreOutbox(database, settings)
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
@@ -254,7 +254,7 @@ class _Core:
             return
         try:
             await self._prepare_schema()
-            dispatcher = Dispatcher(self.plugins, self.settings)
+            dispatcher = Dispatcher(self.plugins, self.settings, self.executor)
             notifiers = await dispatcher.open()
             tell = self.telling.tell if self.telling.is_wanted else None
             writer = AuditWriter(sink_for(self.database.engine), self._spool(), tell=tell)
@@ -315,7 +315,7 @@ class _Core:
             steps.callback(self.pubsub.notify_all)
             steps.push_async_callback(self.database.close)
             steps.callback(self.hasher.close)
-            steps.push_async_callback(self.lanes.aclose)
+            steps.push_async_callback(self.executor.aclose)
             steps.push_async_callback(self.outbox.close)
             if self._writer is not None:
                 writer, self._writer = self._writer, None

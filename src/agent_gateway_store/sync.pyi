@@ -18,7 +18,7 @@ from agent_gateway_store.approval.searching import ApprovalFilters
 from agent_gateway_store.audit.exporting import ExportResult
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.hooks import Plugins
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery

@@ -10,7 +10,8 @@ import pytest
 from notifier_helpers import OK, Server, decided, make_notice, serving, status
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.hooks.dispatch import Dispatcher
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.plugins import apprise as plugin
 from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
 from agent_gateway_store.settings import StoreSettings

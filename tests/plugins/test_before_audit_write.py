@@ -15,9 +15,8 @@ from audit_helpers import SHORT_S, Editor, open_with
 from agent_gateway_store import AuditEvent, RedactionFlag, WriteOutcome
 from agent_gateway_store.audit.preparing import Preparing
 from agent_gateway_store.audit.record import EncodedRow, encode_event
-from agent_gateway_store.hooks import Plugins
-from agent_gateway_store.hooks.lanes import Answer, Lanes
-from agent_gateway_store.hooks.loading import LOAD_VARIABLE
+from agent_gateway_store.hooks.executor import PluginExecutor
+from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
 from builders import make_event, rehash
 
 pytestmark = pytest.mark.unit
@@ -235,14 +234,14 @@ async def test_a_burst_reaches_the_plugin_in_small_parts() -> None:
 async def test_whenever_an_event_comes_the_plugin_sees_it() -> None:
     """Before, during or just after a call of the plugin, on any turn of the event loop."""
 
-    class SwiftLanes(Lanes):
+    class SwiftExecutor(PluginExecutor):
         """Runs the call in this loop, so that calls end at every turn, too."""
 
-        async def ask(self, kind: str, name: str, call: Any) -> Answer[Any]:
-            return Answer(await call(), None)
+        async def run(self, hook: str, name: str, function: Any) -> Any:
+            return await function()
 
     editor = Editor("redactor", redact)
-    preparing = Preparing(lambda: Plugins([editor], environ={LOAD_VARIABLE: ""}), SwiftLanes(5))
+    preparing = Preparing(lambda: Plugins([editor], environ={LOAD_VARIABLE: ""}), SwiftExecutor(5))
     record = encode_event(make_event(sanitized_args={"path": SECRET}))
 
     async def come(turn: int) -> list[EncodedRow]:

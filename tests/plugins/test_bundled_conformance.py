@@ -13,7 +13,7 @@ import pytest
 from notifier_helpers import OK, Server, serving
 from slack_server import CHANNEL, TOKEN, Slack, slack_running
 
-from agent_gateway_store.hooks import Notifier
+from agent_gateway_store.hooks.specs import Notifier
 from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
 from agent_gateway_store.plugins.log import LogNotifier
 from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings

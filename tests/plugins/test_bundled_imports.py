@@ -25,7 +25,7 @@ import json, sys
 for name in ("apprise", "httpcore", "slack_sdk", "standardwebhooks"):
     sys.modules[name] = None
 from agent_gateway_store import StoreSettings, errors
-from agent_gateway_store.hooks import Plugins
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.plugins import apprise, slack, webhook
 plugins = Plugins([apprise, slack, webhook], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
 assert plugins.notifiers(StoreSettings()) == {}

@@ -17,7 +17,7 @@ from notifier_helpers import OK, serving
 from slack_server import SIGNING_SECRET, Slack, click, signed, slack_running
 
 from agent_gateway_store import errors, hookimpl
-from agent_gateway_store.hooks import Plugins
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.plugins.slack import SlackCallback, SlackSettings, callback
 

@@ -17,7 +17,8 @@ from slack_sdk.models.blocks import ActionsBlock, Block, ButtonElement
 from slack_server import CHANNEL, TOKEN, Slack, fault_in, slack_running
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.hooks.dispatch import Dispatcher
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.plugins import slack as plugin
 from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings

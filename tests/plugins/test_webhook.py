@@ -20,7 +20,8 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from webhook_helpers import OLD_SECRET, SECRET, notifier_for
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.hooks.dispatch import Dispatcher
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.plugins import webhook
 from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookSettings

@@ -36,7 +36,7 @@ from agent_gateway_store import (
     errors,
     hookimpl,
 )
-from agent_gateway_store.hooks import Notifier
+from agent_gateway_store.hooks.specs import Notifier
 from agent_gateway_store.models.values import PendingApproval
 from agent_gateway_store.plugins.apprise import AppriseNotifier
 from agent_gateway_store.plugins.slack import SlackCallback, SlackNotifier, SlackReply

@@ -6,7 +6,7 @@ import pytest
 
 from agent_gateway_store import StoreSettings
 from agent_gateway_store.delivery.policy import LONGEST_ASKED_S, LONGEST_WAIT_S, Policy, backoff_s
-from agent_gateway_store.hooks import DeliveryReport
+from agent_gateway_store.hooks.dispatch import DeliveryReport
 
 pytestmark = pytest.mark.unit
 

@@ -15,7 +15,7 @@ from agent_gateway_store.delivery.claims import Delivery
 from agent_gateway_store.delivery.marks import Mark, Marks
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.delivery.target import Target
-from agent_gateway_store.hooks import DeliveryReport, Dispatcher
+from agent_gateway_store.hooks.dispatch import DeliveryReport, Dispatcher
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.models.values import ApprovalStatus
 

@@ -1,102 +1,211 @@
-"""Notices reach the good plugins, whatever the bad ones do."""
+"""Notices reach the notifiers, each in a thread of its own, from any event loop; a thread that is stuck is replaced."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextvars
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_helpers import (
-    BOUND,
-    Blocker,
-    Doing,
-    Recorder,
-    by_name,
-    dispatching,
-    make_notice,
-    raising,
-    stubborn,
-    until_heard,
-)
 
 import agent_gateway_store
-from agent_gateway_store import hookimpl
-from agent_gateway_store.hooks.lane import MAX_ABANDONED
+import dispatch_helpers
+from agent_gateway_store import ToolCall, errors, hookimpl
+from agent_gateway_store.hooks.dispatch import DeliveryReport
+from agent_gateway_store.hooks.executor import MAX_ABANDONED
 from agent_gateway_store.models.values import Notice
+from agent_gateway_store.testing import make_notice
+from dispatch_helpers import BOUND, Blocker, Doing, Recorder, dispatching, raising, until_called
 
 pytestmark = pytest.mark.unit
 
 
+class TestDelivery:
+    """A notifier that works."""
+
+    async def test_each_event_has_its_method(self) -> None:
+        """Pending and decision go to the method of that name, and are reported."""
+        recorder = Recorder()
+        pending, decision = make_notice(), make_notice("decision")
+
+        with dispatching(recorder) as dispatcher:
+            reports = [await dispatcher.deliver("recorder", notice) for notice in (pending, decision)]
+
+        assert recorder.received == [("pending", pending), ("decision", decision)]
+        assert [(report.notifier, report.ok, report.error) for report in reports] == [("recorder", True, None)] * 2
+        assert all(0 <= report.seconds < BOUND for report in reports)
+
+    async def test_one_thread_per_notifier(self) -> None:
+        """All notices of a notifier meet in one daemon thread, and no other notifier is in it."""
+        one, two = Recorder("one"), Recorder("two")
+
+        with dispatching(one, two, timeout=10) as dispatcher:
+            for _ in range(3):
+                await dispatcher.deliver_all(make_notice())
+
+        assert len({*one.threads}) == len({*two.threads}) == 1
+        assert not {*one.threads} & {*two.threads, threading.current_thread()}
+        assert one.threads[0].daemon
+
+    async def test_no_thread_before_the_first_notice(self) -> None:
+        """Construction starts nothing; close without use is fine, and so is closing twice."""
+        before = set(threading.enumerate())
+
+        with dispatching(Recorder()) as dispatcher:
+            assert not [thread for thread in set(threading.enumerate()) - before if "gateway-store" in thread.name]
+            dispatcher.close()
+
+    async def test_names(self) -> None:
+        """`open` and `names` tell who is there, in order."""
+        with dispatching(Recorder("b"), Recorder("a")) as dispatcher:
+            assert await dispatcher.open() == dispatcher.names == ("b", "a")
+
+    async def test_notifiers_are_collected_once(self) -> None:
+        """However many deliveries begin at once, a plugin is asked once."""
+        asked = []
+
+        class Source:
+            @hookimpl
+            def gateway_store_register_notifiers(self) -> list[Recorder]:
+                asked.append(self)
+                return [Recorder()]
+
+        with dispatching(Source()) as dispatcher:
+            await asyncio.gather(*(dispatcher.deliver_all(make_notice()) for _ in range(5)))
+
+        assert len(asked) == 1
+
+    async def test_many_notices_at_once(self) -> None:
+        """Notices of one notifier run side by side in its loop."""
+        sleeper = Doing("sleeper", lambda: asyncio.sleep(0.1))
+
+        with dispatching(sleeper, timeout=10) as dispatcher:
+            started = time.monotonic()
+            reports = await asyncio.gather(*(dispatcher.deliver("sleeper", make_notice()) for _ in range(50)))
+
+        assert all(report.ok for report in reports)
+        assert time.monotonic() - started < 4
+
+    async def test_every_plugin_has_its_own_copy(self) -> None:
+        """A plugin that changes what it was given changes it for nobody else."""
+
+        class Vandal(Recorder):
+            async def receive(self, event: str, notice: Notice) -> None:
+                notice.tool_call.arguments["path"].append("/etc")
+
+        call = ToolCall(server="files", tool="delete", arguments={"path": ["/tmp/x"]})
+        recorder, notice = Recorder("z"), make_notice(tool_call=call)
+
+        with dispatching(Vandal("a"), recorder, timeout=10) as dispatcher:
+            await dispatcher.deliver("a", notice)
+            await dispatcher.deliver("z", notice)
+
+        assert recorder.received[0][1].tool_call.arguments == notice.tool_call.arguments == {"path": ["/tmp/x"]}
+
+    async def test_context_reaches_the_notifier(self) -> None:
+        """Context variables, such as a trace, are those of the caller."""
+        variable: contextvars.ContextVar[str] = contextvars.ContextVar("trace", default="none")
+        seen: list[str] = []
+
+        with dispatching(Doing("doing", lambda: seen.append(variable.get())), timeout=10) as dispatcher:
+            variable.set("trace-1")
+            await dispatcher.deliver("doing", make_notice())
+
+        assert seen == ["trace-1"]
+
+    async def test_unknown_name_is_a_report(self) -> None:
+        """Nothing is raised for a notifier that is gone."""
+        with dispatching() as dispatcher:
+            report = await dispatcher.deliver("gone", make_notice())
+
+        assert report == DeliveryReport("gone", False, "no notifier of this name is loaded", 0.0)
+
+    def test_usable_from_one_loop_after_another(self) -> None:
+        """The dispatcher belongs to no event loop."""
+        recorder = Recorder()
+
+        with dispatching(recorder, timeout=10) as dispatcher:
+            for _ in range(3):
+                asyncio.run(dispatcher.deliver("recorder", make_notice()))
+
+        assert len(recorder.received) == 3
+        assert len({*recorder.threads}) == 1
+
+    def test_usable_from_several_loops_at_once(self) -> None:
+        """Threads with loops of their own share it."""
+        recorder = Recorder()
+
+        with dispatching(recorder, timeout=10) as dispatcher:
+            threads = [
+                threading.Thread(target=lambda: asyncio.run(dispatcher.deliver("recorder", make_notice())))
+                for _ in range(8)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+
+        assert len(recorder.received) == 8
+
+    async def test_listener_and_notifier_of_one_name_do_not_share_a_thread(self) -> None:
+        """A plugin whose hook blocks still notifies."""
+
+        class Both(Recorder):
+            release = threading.Event()
+
+            @hookimpl
+            def gateway_store_approval_event(self) -> None:
+                self.release.wait(20)
+
+        both = Both("both")
+        with dispatching(both) as dispatcher:
+            (by_hook,) = await dispatcher.emit(make_notice())
+            (by_method,) = await dispatcher.deliver_all(make_notice())
+            assert dispatcher.abandoned == {"both": 1}
+            both.release.set()
+
+        assert not by_hook.ok
+        assert by_method.ok
+
+
+@pytest.mark.parametrize(
+    ("error", "retry_after_s", "is_permanent"),
+    [
+        (errors.NotDeliveredError("429", retry_after_s=30), 30.0, False),
+        (errors.NotDeliveredError("429", retry_after_s=0.5), 0.5, False),
+        (errors.NotDeliveredError("410", is_permanent=True), None, True),
+        (errors.NotDeliveredError("503"), None, False),
+        (OSError("no route"), None, False),
+    ],
+)
+async def test_report_says_when_to_come_back_and_whether(
+    error: Exception, retry_after_s: float | None, is_permanent: bool
+) -> None:
+    """Both as the notifier gave them; any other exception says neither."""
+    with dispatching(Doing("n", raising(error))) as dispatcher:
+        report = await dispatcher.deliver("n", make_notice())
+
+    assert (report.ok, report.retry_after_s, report.is_permanent) == (False, retry_after_s, is_permanent)
+    assert report.error == f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("asked", [float("nan"), float("inf"), -1, 10**400, "soon", True, object()])
+async def test_a_time_that_is_none_is_left_out(asked: Any) -> None:
+    """A notifier may hand on what a stranger's server sent."""
+    error = errors.NotDeliveredError("429", retry_after_s=asked, is_permanent=asked)
+    with dispatching(Doing("n", raising(error))) as dispatcher:
+        report = await dispatcher.deliver("n", make_notice())
+
+    assert (report.retry_after_s, report.is_permanent) == (None, asked is True)
+
+
 class TestIsolation:
     """Notifiers that do not work."""
-
-    @pytest.mark.parametrize(
-        ("action", "error"),
-        [
-            (raising(ValueError("no\nway")), "ValueError: no way"),
-            (raising(SystemExit(1)), "SystemExit: 1"),
-            (raising(KeyboardInterrupt()), "KeyboardInterrupt"),
-            (raising(asyncio.CancelledError()), "CancelledError"),
-            (
-                raising(RuntimeError("https://hooks.slack.com/services/T/B/X")),
-                "RuntimeError: https://hooks.slack.com/***",
-            ),
-            (raising(RuntimeError("x" * 9999)), "RuntimeError: xxx"),
-            (lambda: asyncio.sleep(20), "TimeoutError: no answer within 0.2 seconds"),
-            (lambda: time.sleep(1), "TimeoutError: no answer within 0.2 seconds"),
-            (stubborn, "TimeoutError: no answer within 0.2 seconds"),
-        ],
-    )
-    async def test_bad_notifier_costs_a_report(
-        self, action: Callable[[], Any], error: str, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Every notice reaches the good ones; the bad one is reported and logged by name, in bounded time."""
-        good, bad, last = Recorder("good"), Doing("bad", action), Recorder("last")
-
-        with dispatching(good, bad, last) as dispatcher:
-            started = time.monotonic()
-            reports = [by_name(await dispatcher.deliver_all(make_notice())) for _ in range(2)]
-            waited = time.monotonic() - started
-
-        assert len(good.heard) == len(last.heard) == 2
-        assert waited < 2 * BOUND
-        for report in reports:
-            assert list(report) == ["good", "bad", "last"]
-            assert report["good"].ok
-            assert report["last"].ok
-            assert not report["bad"].ok
-            assert (report["bad"].error or "").startswith(error)
-            assert len(report["bad"].error or "") <= 500
-        warnings = [r for r in caplog.records if r.name == "agent_gateway_store.hooks"]
-        assert [r.levelno for r in warnings] == [logging.WARNING] * 2
-        assert "Plugin bad did not take a notice: " in warnings[0].getMessage()
-
-    async def test_all_kinds_of_bad_plugins_at_once(self) -> None:
-        """Good notifiers among twenty bad ones get every notice in one bounded wait."""
-        actions = [
-            raising(ValueError()),
-            raising(SystemExit()),
-            lambda: asyncio.sleep(20),
-            stubborn,
-            lambda: time.sleep(1),
-        ]
-        bad = [Doing(f"bad-{number}", actions[number % 5]) for number in range(20)]
-        good = [Recorder("good-1"), *bad, Recorder("good-2")]
-
-        with dispatching(*good, None, 7, object()) as dispatcher:
-            started = time.monotonic()
-            reports = await dispatcher.deliver_all(make_notice())
-            waited = time.monotonic() - started
-
-        assert [report.notifier for report in reports if report.ok] == ["good-1", "good-2"]
-        assert waited < BOUND
 
     async def test_blocked_notifier_stalls_neither_loop_nor_neighbours(self) -> None:
         """While one blocks its thread, the event loop turns and the others deliver at once."""
@@ -105,7 +214,7 @@ class TestIsolation:
         with dispatching(blocker, neighbour, timeout=20) as dispatcher:
             async with asyncio.timeout(10):  # half of what the blocker would take
                 blocked = asyncio.create_task(dispatcher.deliver("blocker", make_notice()))
-                await until_heard(blocker)
+                await until_called(blocker)
                 reports = [await dispatcher.deliver("neighbour", make_notice()) for _ in range(10)]
             assert not blocked.done()
             blocker.release.set()
@@ -124,7 +233,7 @@ class TestIsolation:
                 assert dispatcher.abandoned == {"blocker": count}
             refused = await dispatcher.deliver("blocker", make_notice())
             assert refused.error == f"still busy: {MAX_ABANDONED} earlier calls have not come back"
-            assert len(blocker.heard) == MAX_ABANDONED
+            assert len(blocker.received) == MAX_ABANDONED
 
             blocker.release.set()
             for thread in {*blocker.threads}:
@@ -152,7 +261,7 @@ class TestIsolation:
         assert cancelled == [True]
 
     async def test_notice_behind_a_blocked_one_is_withdrawn(self) -> None:
-        """What was given up while it waited for the thread is not told later."""
+        """What was given up while it waited for the thread is not delivered later."""
         blocker = Blocker()
 
         with dispatching(blocker) as dispatcher:
@@ -161,7 +270,7 @@ class TestIsolation:
 
         assert not first.ok
         assert not second.ok
-        assert len(blocker.heard) == 1
+        assert len(blocker.received) == 1
 
     async def test_cancelling_the_caller_cancels_the_call(self) -> None:
         """The only thing that gets out is the caller's own cancellation."""
@@ -176,7 +285,7 @@ class TestIsolation:
         sleeper = Doing("sleeper", sleep)
         with dispatching(sleeper, timeout=20) as dispatcher:
             task = asyncio.create_task(dispatcher.deliver("sleeper", make_notice()))
-            await until_heard(sleeper)
+            await until_called(sleeper)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -188,7 +297,7 @@ class TestIsolation:
 
         async def begin() -> None:
             asyncio.get_running_loop().create_task(dispatcher.deliver("blocker", make_notice()))
-            while not blocker.heard:
+            while not blocker.received:
                 await asyncio.sleep(0.01)
 
         with dispatching(blocker) as dispatcher:
@@ -257,14 +366,14 @@ class TestClosing:
             reports = await dispatcher.deliver_all(make_notice())
 
         assert [report.error for report in reports] == ["the dispatcher is closed"]
-        assert recorder.heard == []
+        assert recorder.received == []
 
     async def test_calls_under_way_are_cancelled_and_reported(self) -> None:
         """Whoever waits for a notifier learns that the dispatcher closed."""
         sleeper = Doing("sleeper", lambda: asyncio.sleep(20))
         with dispatching(sleeper, timeout=20) as dispatcher:
             task = asyncio.create_task(dispatcher.deliver("sleeper", make_notice()))
-            await until_heard(sleeper)
+            await until_called(sleeper)
             await dispatcher.aclose(5)
             report = await asyncio.wait_for(task, 5)
 
@@ -277,7 +386,7 @@ class TestClosing:
         with dispatching(blocker, fresh) as dispatcher:
             await dispatcher.deliver("blocker", make_notice())
             task = asyncio.create_task(dispatcher.deliver("fresh", make_notice()))
-            await until_heard(fresh)
+            await until_called(fresh)
             started = time.monotonic()
             dispatcher.close(0.1)
             waited = time.monotonic() - started
@@ -289,8 +398,9 @@ class TestClosing:
         """Neither a blocked thread nor a blocked `to_thread` holds up the end of the process."""
         code = f"""
 import asyncio, sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(dispatch_helpers.__file__).parent)!r})
 from dispatch_helpers import *
+from agent_gateway_store.testing import make_notice
 
 async def main():
     actions = [lambda: time.sleep(60), lambda: asyncio.to_thread(time.sleep, 60), stubborn]
@@ -312,72 +422,3 @@ asyncio.run(main())
 
         assert done.stdout == "[False, False, False]\n", done.stderr
         assert done.returncode == 0
-
-
-class Listener:
-    """Hears every notice."""
-
-    def __init__(self, name: str, action: Callable[[], Any] = lambda: None) -> None:
-        self.name = name
-        self.action = action
-        self.heard: list[Notice] = []
-
-    @hookimpl
-    def gateway_store_approval_event(self, notice: Notice) -> Any:
-        self.heard.append(notice)
-        return self.action()
-
-
-class TestEventHook:
-    """`gateway_store_approval_event`."""
-
-    async def test_sync_and_async_listeners_hear_everything(self) -> None:
-        """Whatever the bad ones do, in one bounded wait."""
-        done = []
-
-        async def note() -> None:
-            await asyncio.sleep(0)
-            done.append("async")
-
-        actions: dict[str, Callable[[], Any]] = {
-            "sync": lambda: None,
-            "raising": raising(ValueError("no")),
-            "exiting": raising(SystemExit()),
-            "garbage": lambda: 7,
-            "blocking": lambda: time.sleep(1),
-            "sleeping": lambda: asyncio.sleep(20),
-            "async": note,
-        }
-        listeners = [Listener(name, action) for name, action in actions.items()]
-        notice = make_notice("decision")
-
-        with dispatching(*listeners, Recorder()) as dispatcher:
-            started = time.monotonic()
-            reports = by_name(await dispatcher.emit(notice))
-            waited = time.monotonic() - started
-
-        assert {name for name, report in reports.items() if report.ok} == {"sync", "garbage", "async"}
-        assert reports["raising"].error == "ValueError: no"
-        assert [listener.heard for listener in listeners] == [[notice]] * 7
-        assert done == ["async"]
-        assert waited < BOUND
-
-    async def test_listener_and_notifier_of_one_name_do_not_share_a_thread(self) -> None:
-        """A plugin whose hook blocks still notifies."""
-
-        class Both(Recorder):
-            release = threading.Event()
-
-            @hookimpl
-            def gateway_store_approval_event(self) -> None:
-                self.release.wait(20)
-
-        both = Both("both")
-        with dispatching(both) as dispatcher:
-            (heard,) = await dispatcher.emit(make_notice())
-            (told,) = await dispatcher.deliver_all(make_notice())
-            assert dispatcher.abandoned == {"both": 1}
-            both.release.set()
-
-        assert not heard.ok
-        assert told.ok

@@ -14,7 +14,8 @@ from uuid import UUID
 
 import pytest
 
-from agent_gateway_store.hooks import Dispatcher, Plugins
+from agent_gateway_store.hooks.dispatch import Dispatcher
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.plugins import log
 from agent_gateway_store.settings import StoreSettings

@@ -13,10 +13,11 @@ import pytest
 
 import plugin_helpers
 from agent_gateway_store import hookimpl
-from agent_gateway_store.hooks import PluginRecord, Plugins
-from agent_gateway_store.hooks.loading import LOAD_VARIABLE
+from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
+from agent_gateway_store.hooks.plugin import PluginRecord
 from agent_gateway_store.settings import StoreSettings
-from plugin_helpers import GOOD, Install, Notifier, load, record
+from agent_gateway_store.testing import RecordingNotifier
+from plugin_helpers import GOOD, Install, load, record
 
 pytestmark = pytest.mark.unit
 
@@ -181,7 +182,7 @@ class TestGiven:
 
     def test_bare_notifier_is_taken_as_it_is(self, settings: StoreSettings) -> None:
         """An object with the two methods needs no hook."""
-        notifier = Notifier()
+        notifier = RecordingNotifier("mine")
 
         plugins = load(given=(notifier,))
 
@@ -193,12 +194,12 @@ class TestGiven:
 
         class Source:
             @hookimpl
-            def gateway_store_register_notifiers(self) -> list[Notifier]:
-                return [Notifier("from-object"), Notifier("second")]
+            def gateway_store_register_notifiers(self) -> list[RecordingNotifier]:
+                return [RecordingNotifier("from-object"), RecordingNotifier("second")]
 
         module = ModuleType("some_module")
         module.gateway_store_register_notifiers = hookimpl(  # type: ignore[attr-defined]
-            lambda settings: [Notifier("from-module")]
+            lambda settings: [RecordingNotifier("from-module")]
         )
 
         plugins = load(given=(Source(), module))
@@ -209,11 +210,11 @@ class TestGiven:
     def test_object_that_is_notifier_and_listener(self, settings: StoreSettings) -> None:
         """One object may have both the methods and an event hook."""
 
-        class Both(Notifier):
+        class Both(RecordingNotifier):
             @hookimpl
             def gateway_store_approval_event(self, notice: object) -> None: ...
 
-        plugins = load(given=(Both(),))
+        plugins = load(given=(Both("mine"),))
 
         assert list(plugins.notifiers(settings)) == ["mine"]
         assert list(plugins.callers("gateway_store_approval_event")) == ["mine"]
@@ -233,7 +234,7 @@ class TestGiven:
         """Code wins over what happens to be installed, also if it is the same module."""
         install("good")
         install("other")
-        mine = Notifier("good")
+        mine = RecordingNotifier("good")
 
         plugins = load("good", "other", given=(mine, import_module("fake_other")))
 
@@ -244,14 +245,14 @@ class TestGiven:
 
     def test_given_plugin_can_be_blocked(self, settings: StoreSettings) -> None:
         """The operator's list holds for these, too."""
-        plugins = load(given=(Notifier("one"), Notifier("one"), Notifier("two")), block="one")
+        plugins = load(given=tuple(map(RecordingNotifier, ("one", "one", "two"))), block="one")
 
         assert list(plugins.notifiers(settings)) == ["two"]
 
     @pytest.mark.parametrize("garbage", [None, 7, "slack", object(), lambda: None, Exception])
     def test_garbage_is_recorded(self, garbage: object, settings: StoreSettings) -> None:
         """What is no plugin is broken."""
-        plugins = load(given=(garbage, Notifier()))
+        plugins = load(given=(garbage, RecordingNotifier("mine")))
 
         assert [r.state for r in plugins.records if r.distribution is None] == ["broken", "active"]
         assert list(plugins.notifiers(settings)) == ["mine"]

@@ -11,7 +11,8 @@ import pytest
 import plugin_helpers
 from agent_gateway_store import hookimpl
 from agent_gateway_store.settings import StoreSettings
-from plugin_helpers import Notifier, load, record
+from agent_gateway_store.testing import RecordingNotifier
+from plugin_helpers import load, record
 
 pytestmark = pytest.mark.unit
 
@@ -36,7 +37,7 @@ class _SyncNotifier:
     def notify_decision(self, notice: object) -> None: ...
 
 
-class _RaisingName(Notifier):
+class _RaisingName(RecordingNotifier):
     def __init__(self) -> None: ...
 
     @property
@@ -57,8 +58,8 @@ class Source:
         return self.answer() if callable(self.answer) else self.answer
 
 
-async def _coroutine() -> list[Notifier]:
-    return [Notifier("never")]
+async def _coroutine() -> list[RecordingNotifier]:
+    return [RecordingNotifier("never")]
 
 
 class TestNotifiers:
@@ -72,24 +73,24 @@ class TestNotifiers:
             (KeyboardInterrupt(), "raised KeyboardInterrupt"),
             (7, "returned int, not a list of notifiers"),
             ("log", "returned str, not a list of notifiers"),
-            (Notifier("alone"), "returned Notifier, not a list of notifiers"),
+            (RecordingNotifier("alone"), "returned RecordingNotifier, not a list of notifiers"),
             (_coroutine, "returned coroutine, not a list of notifiers"),
             ([None], "NoneType has no name"),
-            ([Notifier("")], "Notifier has no name"),
-            ([Notifier("a\nb")], "Notifier has no name"),
-            ([Notifier("x" * 101)], "Notifier has no name"),
-            ([Notifier(7)], "Notifier has no name"),
-            ([Notifier], "Notifier is a class, not an object"),
+            ([RecordingNotifier("")], "RecordingNotifier has no name"),
+            ([RecordingNotifier("a\nb")], "RecordingNotifier has no name"),
+            ([RecordingNotifier("x" * 101)], "RecordingNotifier has no name"),
+            ([RecordingNotifier(7)], "RecordingNotifier has no name"),
+            ([RecordingNotifier], "RecordingNotifier is a class, not an object"),
             ([_NoNotify()], "_NoNotify has no async method notify_pending"),
             ([_HalfNotifier()], "_HalfNotifier has no async method notify_decision"),
             ([_SyncNotifier()], "_SyncNotifier has no async method notify_pending"),
             ([_RaisingName()], "SystemExit: no name"),
-            ([Notifier("before")], "a notifier named before is already there"),
+            ([RecordingNotifier("before")], "a notifier named before is already there"),
         ],
     )
     def test_bad_answer_costs_a_record(self, answer: Any, error: str, settings: StoreSettings) -> None:
         """Garbage is reported, the notifiers around it stay."""
-        plugins = load(given=(Notifier("before"), Source(answer), Notifier("after")))
+        plugins = load(given=(RecordingNotifier("before"), Source(answer), RecordingNotifier("after")))
 
         assert list(plugins.notifiers(settings)) == ["before", "after"]
         assert record(plugins, "Source").state == "broken"
@@ -97,7 +98,7 @@ class TestNotifiers:
 
     def test_good_notifier_beside_a_bad_one_stays(self, settings: StoreSettings) -> None:
         """Each notifier is looked at alone."""
-        plugins = load(given=(Source([None, Notifier("good"), _NoNotify()]),))
+        plugins = load(given=(Source([None, RecordingNotifier("good"), _NoNotify()]),))
 
         assert list(plugins.notifiers(settings)) == ["good"]
         assert record(plugins, "Source").state == "broken"
@@ -114,7 +115,7 @@ class TestNotifiers:
         """Twenty that never answer cost one timeout, and the others' notifiers come."""
         release = threading.Event()
         hanging = [Source(lambda: release.wait(20) and []) for _ in range(20)]
-        plugins = load(given=(Notifier("before"), *hanging, Notifier("after")))
+        plugins = load(given=(RecordingNotifier("before"), *hanging, RecordingNotifier("after")))
         started = time.monotonic()
 
         try:
@@ -132,7 +133,7 @@ class TestNotifiers:
         source = Source(7)
         plugins = load(given=(source,))
         plugins.notifiers(settings)
-        source.answer = [Notifier("now")]
+        source.answer = [RecordingNotifier("now")]
 
         assert list(plugins.notifiers(settings)) == ["now"]
         assert record(plugins, "Source").state == "active"

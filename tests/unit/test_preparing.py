@@ -10,9 +10,8 @@ import pytest
 from agent_gateway_store import AuditEvent, hookimpl
 from agent_gateway_store.audit.preparing import Preparing
 from agent_gateway_store.audit.record import EncodedRow, encode_event, to_values
-from agent_gateway_store.hooks import Plugins
-from agent_gateway_store.hooks.lanes import Answer, Lanes
-from agent_gateway_store.hooks.loading import LOAD_VARIABLE
+from agent_gateway_store.hooks.executor import PluginExecutor
+from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
 from builders import make_event
 
 pytestmark = pytest.mark.unit
@@ -28,15 +27,15 @@ class Editor:
         return event.model_copy(update={"sanitized_args": CHANGED})
 
 
-class SwiftLanes(Lanes):
+class SwiftExecutor(PluginExecutor):
     """Runs the call in this loop, so that it may end on any turn."""
 
-    async def ask(self, kind: str, name: str, call: Any) -> Answer[Any]:
-        return Answer(await call(), None)
+    async def run(self, hook: str, name: str, function: Any) -> Any:
+        return await function()
 
 
 def make_preparing() -> Preparing:
-    return Preparing(lambda: Plugins([Editor()], environ={LOAD_VARIABLE: ""}), SwiftLanes(5))
+    return Preparing(lambda: Plugins([Editor()], environ={LOAD_VARIABLE: ""}), SwiftExecutor(5))
 
 
 async def come(preparing: Preparing, turn: int) -> list[EncodedRow]:

@@ -23,7 +23,7 @@ from agent_gateway_store.approval.vetoing import require_no_veto
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.errors import ApprovalNotFoundError
-from agent_gateway_store.hooks.vetoes import Vetoes
+from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.settings import StoreSettings

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Literal
 from uuid import uuid4
 
-from agent_gateway_store.hooks import DeliveryReport, Dispatcher, Plugins
+from agent_gateway_store.hooks.dispatch import DeliveryReport, Dispatcher
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.values import Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings

@@ -6,7 +6,7 @@ from typing import Literal, cast
 
 from agent_gateway_store.approval.deciding import Ballot
 from agent_gateway_store.approval.rows import Name, standing
-from agent_gateway_store.hooks.vetoes import Vetoes
+from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.values import ApprovalStatus, PendingApproval
 from agent_gateway_store.storage.database import Transactions

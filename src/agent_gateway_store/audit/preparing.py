@@ -11,8 +11,8 @@ from functools import cached_property, partial
 from typing import Any, TypeAlias, TypeVar
 
 from agent_gateway_store.audit.record import COLUMNS, EncodedRow, encode_event, to_values, without_payload
-from agent_gateway_store.hooks import Plugins
-from agent_gateway_store.hooks.lanes import Lanes, gathered
+from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.hooks.text import describe, one_line
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 
@@ -42,18 +42,18 @@ class Preparing:
 
     Args:
         plugins: Gives the plugins, at the first event.
-        lanes: Where they run.
+        executor: Where they run.
     """
 
-    def __init__(self, plugins: Callable[[], Plugins], lanes: Lanes) -> None:
+    def __init__(self, plugins: Callable[[], Plugins], executor: PluginExecutor) -> None:
         self.withheld = 0
         self._plugins = plugins
-        self._lanes = lanes
+        self._executor = executor
         self._under_way: set[asyncio.Task[Any]] = set()
 
     @cached_property
     def _lines(self) -> list[_Line]:
-        return [_Line(name, caller, self._lanes) for name, caller in self._plugins().callers(BEFORE).items()]
+        return [_Line(name, caller, self._executor) for name, caller in self._plugins().callers(BEFORE).items()]
 
     @property
     def is_wanted(self) -> bool:
@@ -97,10 +97,10 @@ class Preparing:
 class _Line:
     """The way through one plugin: what arrives while it is busy goes together in its next call."""
 
-    def __init__(self, name: str, caller: _Caller, lanes: Lanes) -> None:
+    def __init__(self, name: str, caller: _Caller, executor: PluginExecutor) -> None:
         self._name = name
         self._caller = caller
-        self._lanes = lanes
+        self._executor = executor
         self._queue: deque[tuple[EncodedRow, asyncio.Future[EncodedRow | None]]] = deque()
         self._drainer: asyncio.Task[None] | None = None
         self._resting_until = 0.0
@@ -142,16 +142,16 @@ class _Line:
         if time.monotonic() < self._resting_until:
             return nothing
         started = time.monotonic()
-        answer = await self._lanes.ask("before", self._name, partial(_change, self._caller, records))
-        if answer.value is None:
-            if time.monotonic() - started >= self._lanes.timeout_s:
-                self._resting_until = time.monotonic() + self._lanes.timeout_s
-            _warn(self._name, answer.error, len(records))
+        changed = await self._executor.run("before", self._name, partial(_change, self._caller, records))
+        if isinstance(changed, PluginFailure):
+            if time.monotonic() - started >= self._executor.timeout_s:
+                self._resting_until = time.monotonic() + self._executor.timeout_s
+            _warn(self._name, changed.text, len(records))
             return nothing
-        for made in answer.value:
+        for made in changed:
             if isinstance(made, str):
                 _warn(self._name, made, 1)
-        return [None if isinstance(made, str) else made for made in answer.value]
+        return [None if isinstance(made, str) else made for made in changed]
 
 
 def _settle(future: asyncio.Future[EncodedRow | None], made: EncodedRow | None) -> None:
@@ -159,7 +159,7 @@ def _settle(future: asyncio.Future[EncodedRow | None], made: EncodedRow | None) 
         future.set_result(made)
 
 
-def _warn(name: str, error: str | None, count: int) -> None:
+def _warn(name: str, error: str, count: int) -> None:
     _logger.warning("Plugin %s failed before the write of %d audit events: %s", one_line(name), count, error)
 
 
@@ -170,7 +170,7 @@ async def _change(caller: _Caller, records: list[EncodedRow]) -> list[EncodedRow
 
 async def _change_one(caller: _Caller, record: EncodedRow) -> EncodedRow | str:
     try:
-        for made in await gathered(caller(event=_event_of(record))):
+        for made in await awaited(caller(event=_event_of(record))):
             if made is not None:
                 return _accepted(record, made)
     except Exception as exc:

@@ -11,8 +11,8 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from agent_gateway_store.audit.record import EncodedRow, to_values
-from agent_gateway_store.hooks import Plugins
-from agent_gateway_store.hooks.lanes import Lanes, gathered
+from agent_gateway_store.hooks.executor import PluginExecutor, awaited
+from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.hooks.text import one_line
 from agent_gateway_store.models.audit import AuditEvent
 
@@ -32,13 +32,13 @@ class Telling:
 
     Args:
         plugins: Gives the plugins, at the first commit.
-        lanes: Where they run.
+        executor: Where they run.
     """
 
-    def __init__(self, plugins: Callable[[], Plugins], lanes: Lanes) -> None:
+    def __init__(self, plugins: Callable[[], Plugins], executor: PluginExecutor) -> None:
         self.untold = 0
         self._plugins = plugins
-        self._lanes = lanes
+        self._executor = executor
         self._waiting: dict[str, deque[EncodedRow]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -68,7 +68,7 @@ class Telling:
     async def close(self) -> None:
         """Let what waits be told for as long as one call may take; the rest is counted as untold."""
         if tasks := list(self._tasks.values()):
-            _, late = await asyncio.wait(tasks, timeout=self._lanes.timeout_s)
+            _, late = await asyncio.wait(tasks, timeout=self._executor.timeout_s)
             for task in late:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -85,19 +85,18 @@ class Telling:
         while waiting:
             batch = [waiting.popleft() for _ in range(min(_BATCH_ROWS, len(waiting)))]
             try:
-                answer = await self._lanes.ask("written", name, partial(_hand_over, self._callers[name], batch))
+                failure = await self._executor.run("written", name, partial(_hand_over, self._callers[name], batch))
             except asyncio.CancelledError:
                 self.untold += len(batch)
                 raise
-            if answer.error is not None:
+            if failure is not None:
                 self.untold += len(batch)
                 text = "Plugin %s failed to hear of %d audit events: %s"
-                _logger.warning(text, one_line(name), len(batch), answer.error)
+                _logger.warning(text, one_line(name), len(batch), failure.text)
 
 
-async def _hand_over(caller: _Caller, batch: Sequence[EncodedRow]) -> bool:
+async def _hand_over(caller: _Caller, batch: Sequence[EncodedRow]) -> None:
     """Run in the plugin's thread, the copying included."""
     events = [AuditEvent.model_validate(to_values(record)) for record in batch]
     results: list[Any] = caller(events=events)
-    await gathered(results)
-    return True
+    await awaited(results)

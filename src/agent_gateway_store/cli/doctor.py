@@ -110,7 +110,7 @@ async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSe
 
 async def _check_notifications(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
     from agent_gateway_store.delivery import NotificationManager, StoreOutbox
-    from agent_gateway_store.hooks import Plugins
+    from agent_gateway_store.hooks.manager import Plugins
     from agent_gateway_store.storage.database import Database
 
     loaded = Plugins().notifiers(settings)

@@ -9,9 +9,9 @@ from datetime import timedelta
 from uuid import uuid4
 
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.hooks import Dispatcher, PluginRecord, Plugins
-from agent_gateway_store.hooks.configuration import SettingsState
-from agent_gateway_store.hooks.notifiers import REGISTER
+from agent_gateway_store.hooks.dispatch import Dispatcher
+from agent_gateway_store.hooks.manager import Plugins
+from agent_gateway_store.hooks.plugin import REGISTER, PluginRecord, SettingsState
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings
 

@@ -27,8 +27,8 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
     Args:
         taken: Names that no plugin can have.
     """
-    from agent_gateway_store.hooks import Plugins
-    from agent_gateway_store.hooks.threads import in_thread
+    from agent_gateway_store.hooks.executor import run_in_thread
+    from agent_gateway_store.hooks.manager import Plugins
 
     # Before any command runs: what is broken is told below, once.
     logging.getLogger("agent_gateway_store").addHandler(logging.NullHandler())
@@ -39,7 +39,7 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
     commands: dict[str, Any] = {}
     for plugin, caller in plugins.callers(COMMANDS).items():
         try:
-            made = in_thread(partial(_commands, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
+            made = run_in_thread(partial(_commands, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
         except KeyboardInterrupt:
             raise
         except BaseException as exc:

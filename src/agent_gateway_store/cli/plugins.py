@@ -12,8 +12,8 @@ from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, print_page
 
 if TYPE_CHECKING:
-    from agent_gateway_store.hooks import Plugins
-    from agent_gateway_store.hooks.configuration import SettingsState
+    from agent_gateway_store.hooks.manager import Plugins
+    from agent_gateway_store.hooks.plugin import SettingsState
     from agent_gateway_store.settings import StoreSettings
 
 __all__ = ["app", "plugin_records"]
@@ -34,7 +34,7 @@ _CHECKED = {"name": "name", "settings": "settings", "notifiers": "notifiers", "o
 
 def _load(settings: StoreSettings) -> tuple[Plugins, dict[str, SettingsState]]:
     """Load the plugins and ask them for their notifiers and settings. Connects nothing."""
-    from agent_gateway_store.hooks import Plugins
+    from agent_gateway_store.hooks.manager import Plugins
 
     plugins = Plugins()
     plugins.notifiers(settings)

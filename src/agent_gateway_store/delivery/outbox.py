@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 from agent_gateway_store.delivery.worker import DeliveryWorker
 from agent_gateway_store.errors import StoreNotOpenError
-from agent_gateway_store.hooks import Dispatcher
+from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
@@ -67,7 +67,7 @@ class StoreOutbox:
         """Send from now on.
 
         Args:
-            dispatcher: To the notifiers; open. `close` closes it.
+            dispatcher: To the notifiers; open. The store ends its threads after `close`.
             names: Of the notifiers.
         """
         self._dispatcher, self._names, self._is_closing = dispatcher, names, False
@@ -96,7 +96,7 @@ class StoreOutbox:
 
     async def close(self) -> None:
         """Let notices under way arrive, at most PLUGIN_TIMEOUT_SECONDS and a second; the rest stays DUE."""
-        worker, dispatcher, self._is_closing = self._worker, self._dispatcher, True
+        worker, self._is_closing = self._worker, True
         timeout_s = self._settings.plugin_timeout_seconds + 1
         await asyncio.sleep(0)  # what was handed over last is on its way now
         try:
@@ -106,5 +106,3 @@ class StoreOutbox:
                 await asyncio.wait(self._telling, timeout=timeout_s)
         finally:
             self._worker = self._dispatcher = None
-            if dispatcher is not None:
-                await dispatcher.aclose()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from agent_gateway_store.hooks.delivery import DeliveryReport
+from agent_gateway_store.hooks.dispatch import DeliveryReport
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.settings import StoreSettings
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from agent_gateway_store.delivery.claims import Delivery
 from agent_gateway_store.delivery.marks import Mark, Marks
 from agent_gateway_store.delivery.policy import Policy
-from agent_gateway_store.hooks import Dispatcher
+from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.models.delivery import DeliveryStatus
 
 __all__ = ["Target"]

@@ -15,7 +15,7 @@ from agent_gateway_store.delivery.claims import Delivery, claim, notifiers_with_
 from agent_gateway_store.delivery.marks import Mark, Marks
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.delivery.target import Target
-from agent_gateway_store.hooks import Dispatcher
+from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.models.values import Notice

@@ -1,30 +1,54 @@
-"""Notices on their way to plugins, each plugin apart from all others."""
+"""Notices on their way to plugins, and the question whether a plugin objects to a decision."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from agent_gateway_store.hooks.delivery import DeliveryReport, announce, notify
-from agent_gateway_store.hooks.fault import Fault
-from agent_gateway_store.hooks.lanes import Lanes
-from agent_gateway_store.hooks.text import describe, one_line
-from agent_gateway_store.hooks.threads import in_thread
+from agent_gateway_store.errors import DecisionVetoedError
+from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited, run_in_thread
+from agent_gateway_store.hooks.text import describe, one_line, spoken
 
 if TYPE_CHECKING:
-    from agent_gateway_store.hooks.loading import Plugins
+    from agent_gateway_store.hooks.manager import Plugins
     from agent_gateway_store.hooks.specs import Notifier
-    from agent_gateway_store.hooks.worker import Call
-    from agent_gateway_store.models.values import Notice
+    from agent_gateway_store.models.values import Notice, PendingApproval
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["DeliveryReport", "Dispatcher"]
+__all__ = ["DeliveryReport", "Dispatcher", "Vetoes"]
+
+_EVENT = "gateway_store_approval_event"
+_VETO = "gateway_store_veto_decision"
 
 logger = logging.getLogger("agent_gateway_store.hooks")
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryReport:
+    """How one notice fared with one plugin.
+
+    Attributes:
+        notifier: Name of the notifier; for an event hook, of the plugin.
+        ok: True if the plugin returned in time and raised nothing.
+        error: What went wrong, on one line of at most 500 characters, secrets masked; None if ok.
+        seconds: How long it took.
+        retry_after_s: Seconds that the notifier asks to be left alone (`NotDeliveredError`); None if it does not say.
+        is_permanent: True if the notifier says that trying again cannot help (`NotDeliveredError`).
+    """
+
+    notifier: str
+    ok: bool
+    error: str | None
+    seconds: float
+    retry_after_s: float | None = None
+    is_permanent: bool = False
 
 
 class Dispatcher:
@@ -35,18 +59,20 @@ class Dispatcher:
     reported, and logged at WARNING on `agent_gateway_store.hooks`. May be used from any event loop, and from several.
     """
 
-    def __init__(self, plugins: Plugins, settings: StoreSettings) -> None:
+    def __init__(self, plugins: Plugins, settings: StoreSettings, executor: PluginExecutor | None = None) -> None:
         """Remember; start no thread and call no plugin.
 
         Args:
-            plugins: Who is listening. May be shared.
+            plugins: Who receives notices. May be shared.
             settings: `plugin_timeout_seconds` is used; plugins are handed all of it.
+            executor: Where the plugins run; None: one of its own.
         """
         self._plugins = plugins
         self._settings = settings
+        self._executor = executor or PluginExecutor(settings.plugin_timeout_seconds)
         self._notifiers: dict[str, Notifier] | None = None
-        self._lanes = Lanes(settings.plugin_timeout_seconds, reopens=False)
         self._collecting = threading.Lock()
+        self._is_closed = False
 
     async def open(self) -> tuple[str, ...]:
         """Ask the plugins for their notifiers, once; later calls return at once. Does not block the event loop.
@@ -64,21 +90,21 @@ class Dispatcher:
     @property
     def abandoned(self) -> dict[str, int]:
         """How many threads have not come back, by notifier (or plugin) name; those without any are left out."""
-        return self._lanes.abandoned
+        return self._executor.abandoned
 
     async def deliver(self, notifier_name: str, notice: Notice) -> DeliveryReport:
         """Hand one notice to one notifier. Raises nothing; cancelling it cancels the call.
 
         Args:
             notifier_name: One of `names`; any other gives a report that is not ok.
-            notice: What to tell. The notifier gets a copy of its own.
+            notice: What to send. The notifier gets a copy of its own.
 
         Returns:
             How it went.
         """
         if (notifier := (await self._opened()).get(notifier_name)) is None:
-            return self._reported(notifier_name, Fault("no notifier of this name is loaded"))
-        return await self._run("notifier", notifier_name, partial(notify, notifier, notice))
+            return _report(notifier_name, PluginFailure("no notifier of this name is loaded"), 0.0)
+        return await self._run("notifier", notifier_name, partial(_notify, notifier, notice))
 
     async def deliver_all(self, notice: Notice) -> list[DeliveryReport]:
         """Hand one notice to every notifier, side by side. Raises nothing; one report each, in the order of `names`."""
@@ -90,21 +116,23 @@ class Dispatcher:
         Returns:
             One report per plugin.
         """
-        callers = self._plugins.callers("gateway_store_approval_event")
-        runs = [self._run("plugin", name, partial(announce, caller, notice)) for name, caller in callers.items()]
+        callers = self._plugins.callers(_EVENT)
+        runs = [self._run("plugin", name, partial(_emit, caller, notice)) for name, caller in callers.items()]
         return list(await asyncio.gather(*runs))
 
     def close(self, timeout: float = 1.0) -> None:
-        """End the threads; calls under way are cancelled and reported. A second call does nothing.
+        """End the threads of the executor; calls under way are cancelled and reported. A second call does nothing.
 
         Args:
             timeout: Seconds to wait for them in all. A thread that is blocked is left behind: it is a daemon.
         """
-        self._lanes.close(timeout)
+        self._is_closed = True
+        self._executor.close(timeout)
 
     async def aclose(self, timeout: float = 1.0) -> None:
         """Do as `close`, without blocking the event loop."""
-        await self._lanes.aclose(timeout)
+        self._is_closed = True
+        await self._executor.aclose(timeout)
 
     def _collect(self) -> dict[str, Notifier]:
         with self._collecting:
@@ -116,26 +144,107 @@ class Dispatcher:
         if self._notifiers is not None:
             return self._notifiers
         try:
-            collected = in_thread(self._collect, name="gateway-store plugins")
+            collected = run_in_thread(self._collect, name="gateway-store plugins")
         except RuntimeError as exc:
             logger.warning("Notifiers could not be collected: %s", describe(exc))
             return {}
         return await asyncio.wrap_future(collected)
 
-    async def _run(self, kind: str, name: str, call: Call) -> DeliveryReport:
+    async def _run(self, hook: str, name: str, function: Callable[[], Awaitable[None]]) -> DeliveryReport:
         started = time.monotonic()
-        fault = await self._lanes.run(kind, name, call)
-        return self._reported(name, fault, time.monotonic() - started)
+        if self._is_closed:
+            failure: PluginFailure | None = PluginFailure("the dispatcher is closed")
+        else:
+            failure = await self._executor.run(hook, name, function)
+        return _report(name, failure, time.monotonic() - started)
 
-    def _reported(self, name: str, fault: Fault | None, seconds: float = 0.0) -> DeliveryReport:
-        if fault is None:
-            return DeliveryReport(notifier=name, ok=True, error=None, seconds=seconds)
-        logger.warning("Plugin %s did not take a notice: %s", one_line(name), fault.text)
-        return DeliveryReport(
-            notifier=name,
-            ok=False,
-            error=fault.text,
-            seconds=seconds,
-            retry_after_s=fault.retry_after_s,
-            is_permanent=fault.is_permanent,
+
+class Vetoes:
+    """Everybody who may object to a decision. One objection, or one failure, is a refusal.
+
+    Args:
+        plugins: Gives the plugins, at the first decision.
+        executor: Where they run.
+    """
+
+    def __init__(self, plugins: Callable[[], Plugins], executor: PluginExecutor) -> None:
+        self._plugins = plugins
+        self._executor = executor
+
+    @property
+    def is_wanted(self) -> bool:
+        """True if some plugin wants to be asked. Costs next to nothing."""
+        return bool(self._plugins().callers(_VETO))
+
+    async def require_none(
+        self,
+        request: PendingApproval,
+        *,
+        decision: Literal["APPROVED", "DENIED"],
+        approver_id: str,
+        note: str,
+        channel: str,
+    ) -> None:
+        """Return if no plugin objects. All are asked side by side, each within PLUGIN_TIMEOUT_SECONDS.
+
+        Raises:
+            DecisionVetoedError: One objects, raised, hung, or returned neither text nor None; of several, the first in
+                the order of loading is named.
+        """
+        callers = self._plugins().callers(_VETO)
+        facts = {"decision": decision, "approver_id": approver_id, "note": note, "channel": channel}
+        objections = await asyncio.gather(
+            *(
+                self._executor.run("veto", name, partial(_objection, caller, request, facts))
+                for name, caller in callers.items()
+            )
         )
+        refusals = []
+        for name, objection in zip(callers, objections, strict=True):
+            if isinstance(objection, PluginFailure):
+                logger.warning("Plugin %s failed when asked about a decision: %s", one_line(name), objection.text)
+                refusals.append((name, f"it failed ({objection.text})"))
+            elif objection:
+                refusals.append((name, objection))
+        if refusals:
+            plugin, reason = refusals[0]
+            raise DecisionVetoedError(
+                f"Plugin {one_line(plugin)} refuses this decision: {reason.rstrip('. ')}. "
+                "Put that right and decide again, or cancel the approval.",
+                approval_id=request.approval_id,
+                plugin=plugin,
+                reason=reason,
+            )
+
+
+def _report(name: str, failure: PluginFailure | None, seconds: float) -> DeliveryReport:
+    if failure is None:
+        return DeliveryReport(notifier=name, ok=True, error=None, seconds=seconds)
+    logger.warning("Plugin %s did not take a notice: %s", one_line(name), failure.text)
+    return DeliveryReport(name, False, failure.text, seconds, failure.retry_after_s, failure.is_permanent)
+
+
+# What follows runs in the plugin's thread, the copying included.
+
+
+async def _notify(notifier: Notifier, notice: Notice) -> None:
+    method = notifier.notify_pending if notice.event == "pending" else notifier.notify_decision
+    result: object = method(notice.model_copy(deep=True))
+    if not inspect.isawaitable(result):
+        raise TypeError("the notifier's method is not async")
+    await result
+
+
+async def _emit(caller: Callable[..., list[object]], notice: Notice) -> None:
+    results = caller(notice=notice.model_copy(deep=True))
+    await asyncio.gather(*(result for result in results if inspect.isawaitable(result)))
+
+
+async def _objection(caller: Callable[..., list[object]], request: PendingApproval, facts: dict[str, str]) -> str:
+    """Return the objection of one plugin, "" for none."""
+    answers = await awaited(caller(request=request.model_copy(deep=True), **facts))
+    for answer in answers:
+        if answer is not None and not isinstance(answer, str):
+            raise TypeError(f"{_VETO} returned {type(answer).__name__}, not a text or None")
+    objections = [spoken(answer) or "no reason given" for answer in answers if isinstance(answer, str) and answer]
+    return "; ".join(objections)

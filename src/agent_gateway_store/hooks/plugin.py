@@ -1,25 +1,33 @@
-"""One plugin: what it is, what it implements, what is wrong with it."""
+"""One plugin: what it implements, the notifiers and settings it offers, what is wrong with it."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pluggy
 
 from agent_gateway_store.hooks import specs
-from agent_gateway_store.hooks.configuration import SETTINGS, SettingsState, examine_settings
 from agent_gateway_store.hooks.markers import PROJECT
-from agent_gateway_store.hooks.notifiers import REGISTER, Offer, examine
-from agent_gateway_store.hooks.text import describe, one_line
+from agent_gateway_store.hooks.text import MAX_ERROR, describe, mask_tokens, one_line
 
 if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
+
+    from agent_gateway_store.hooks.specs import Notifier
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["Plugin", "PluginRecord"]
+__all__ = ["REGISTER", "SETTINGS", "Offer", "Plugin", "PluginRecord", "SettingsState", "examine_settings"]
+
+REGISTER = "gateway_store_register_notifiers"
+SETTINGS = "gateway_store_plugin_settings"
+
+_MAX_NAME = 100  # fits a line of a log and a cell of a listing
+_SHORTEST_SECRET = 4  # a shorter one stands in any message by chance
 
 logger = logging.getLogger("agent_gateway_store.hooks")
 
@@ -47,8 +55,37 @@ class PluginRecord:
     notifiers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class SettingsState:
+    """How the settings of a plugin stand.
+
+    Attributes:
+        prefix: What its variables begin with.
+        state: `configured`; `defaults`: nothing is set, and nothing must be; `missing`: nothing is set, and something
+            must be; `wrong`: what is set does not do.
+        problems: What is missing or wrong, by variable. Holds no value.
+    """
+
+    prefix: str
+    state: Literal["configured", "defaults", "missing", "wrong"]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one plugin offers as notifiers.
+
+    Attributes:
+        fitting: Names and notifiers of the right shape.
+        problems: What is wrong with the rest.
+    """
+
+    fitting: list[tuple[str, Notifier]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
 class Plugin:
-    """A plugin and its faults. It has a pluggy manager of its own, so none can see, wrap or stop another."""
+    """A plugin and its problems. It has a pluggy manager of its own, so none can see, wrap or stop another."""
 
     def __init__(self, name: str, *, origin: tuple[str, str] | None = None) -> None:
         """Remember.
@@ -59,12 +96,12 @@ class Plugin:
         """
         self.name = name
         self.origin = origin
-        self.object: object = None
         self.blocked: str | None = None
-        self._bare = False
         self.notifiers: list[str] = []
-        self._faults: list[str] = []
-        self._notifier_faults: list[str] = []
+        self._object: object = None
+        self._is_bare = False
+        self._problems: list[str] = []
+        self._notifier_problems: list[str] = []
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(specs)
         self._specs = frozenset(vars(self._manager.hook))
@@ -72,80 +109,181 @@ class Plugin:
     @property
     def record(self) -> PluginRecord:
         """What is known of it now."""
-        faults = [*self._faults, *self._notifier_faults]
+        problems = [*self._problems, *self._notifier_problems]
         distribution, version = self.origin or (None, None)
         return PluginRecord(
             name=self.name,
             version=version,
             distribution=distribution,
             hooks=tuple(sorted(name for name in self._specs if self.caller(name) is not None)),
-            state="blocked" if self.blocked else "broken" if faults else "active",
-            error=self.blocked or "; ".join(faults) or None,
+            state="blocked" if self.blocked else "broken" if problems else "active",
+            error=self.blocked or "; ".join(problems) or None,
             notifiers=tuple(self.notifiers),
         )
 
     @property
     def has_notifiers(self) -> bool:
         """True if it is to be asked for notifiers."""
-        return self._bare or self.caller(REGISTER) is not None
+        return self._is_bare or self.caller(REGISTER) is not None
 
     def caller(self, hook: str) -> Callable[..., list[object]] | None:
         """Return what calls this plugin's implementations of `hook`; None if it has none."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         return caller if caller.get_hookimpls() else None
 
-    def fault(self, text: str, *, of_notifier: bool = False) -> None:
+    def add_problem(self, text: str, *, of_notifier: bool = False) -> None:
         """Note what is wrong, and log it; the same once."""
-        faults = self._notifier_faults if of_notifier else self._faults
-        if text in faults:
+        problems = self._notifier_problems if of_notifier else self._problems
+        if text in problems:
             return
-        faults.append(text)
+        problems.append(text)
         logger.warning("Plugin %s is broken: %s", one_line(self.name), text)
 
     def adopt(self, load: Callable[[], object]) -> None:
         """Load it and take in its hook implementations; a class is called without arguments first.
 
-        Raises nothing but KeyboardInterrupt: what goes wrong, `SystemExit` included, becomes a fault.
+        Raises nothing but KeyboardInterrupt: what goes wrong, `SystemExit` included, becomes a problem.
         """
         try:
             loaded = load()
-            self.object = loaded() if inspect.isclass(loaded) else loaded
-            self._manager.register(self.object, name=self.name)
-            bare = hasattr(self.object, "notify_pending") or hasattr(self.object, "notify_decision")
-            self._bare = bare and self.caller(REGISTER) is None
+            self._object = loaded() if inspect.isclass(loaded) else loaded
+            self._manager.register(self._object, name=self.name)
+            is_notifier = hasattr(self._object, "notify_pending") or hasattr(self._object, "notify_decision")
+            self._is_bare = is_notifier and self.caller(REGISTER) is None
             if unknown := self._unknown_hooks():
-                self.fault(f"this version knows no hook {', '.join(map(one_line, unknown))}")
-            elif not self._bare and not self.record.hooks:
-                self.fault("nothing in it is marked with @hookimpl, and it is no notifier")
+                self.add_problem(f"this version knows no hook {', '.join(map(one_line, unknown))}")
+            elif not self._is_bare and not self.record.hooks:
+                self.add_problem("nothing in it is marked with @hookimpl, and it is not a notifier")
         except KeyboardInterrupt:
             raise
         except BaseException as exc:
-            self.fault(describe(exc))
+            self.add_problem(describe(exc))
 
     def offer(self, settings: StoreSettings) -> Offer:
         """Ask it for notifiers. Raises nothing; may take as long as the plugin likes."""
-        if self._bare:
-            return examine(lambda: [[self.object]])
+        if self._is_bare:
+            return _examine_notifiers(lambda: [[self._object]])
         register = self.caller(REGISTER)
-        return examine(lambda: register(settings=settings) if register else [])
+        return _examine_notifiers(lambda: register(settings=settings) if register else [])
 
     def settings(self) -> SettingsState | None:
         """Look at its settings; None if it declares none. May take as long as the plugin likes.
 
         Raises:
-            TypeError: What it declares is no settings class. Whatever the plugin raises.
+            TypeError: What it declares is not a settings class. Whatever the plugin raises.
         """
-        if (tell := self.caller(SETTINGS)) is None:
-            return None
-        told = tell()
-        return examine_settings(told[0]) if told else None
+        caller = self.caller(SETTINGS)
+        declared = caller() if caller else []
+        return examine_settings(declared[0]) if declared else None
 
     def forget_offer(self) -> None:
         """Forget what came of it when it was last asked for notifiers."""
-        self._notifier_faults.clear()
+        self._notifier_problems.clear()
         self.notifiers.clear()
 
     def _unknown_hooks(self) -> list[str]:
         relay: dict[str, pluggy.HookCaller] = vars(self._manager.hook)
         others = (name for name in relay if name not in self._specs)
         return sorted(name for name in others if not all(impl.optionalhook for impl in relay[name].get_hookimpls()))
+
+
+def _examine_notifiers(ask: Callable[[], list[object]]) -> Offer:
+    """Look at every notifier that a plugin offers alone. Raises nothing.
+
+    Args:
+        ask: Returns what the plugin's implementations of `gateway_store_register_notifiers` returned.
+    """
+    offer = Offer()
+    try:
+        answers = ask()
+    except BaseException as exc:
+        offer.problems.append(f"{REGISTER} raised {describe(exc)}")
+        return offer
+    for answer in answers:
+        if not isinstance(answer, list | tuple):
+            if inspect.iscoroutine(answer):
+                answer.close()
+            offer.problems.append(f"{REGISTER} returned {type(answer).__name__}, not a list of notifiers")
+            continue
+        for candidate in answer:
+            try:
+                offer.fitting.append((_notifier_name(candidate), cast("Notifier", candidate)))
+            except BaseException as exc:
+                offer.problems.append(f"a notifier does not fit: {describe(exc)}")
+    return offer
+
+
+def _notifier_name(candidate: object) -> str:
+    kind = type(candidate).__name__
+    if inspect.isclass(candidate):
+        raise TypeError(f"{candidate.__name__} is a class, not an object")
+    name = getattr(candidate, "name", None)
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > _MAX_NAME:
+        raise TypeError(f"{kind} has no name (printable text of at most {_MAX_NAME} characters)")
+    for method in ("notify_pending", "notify_decision"):
+        if not _is_async(getattr(candidate, method, None)):
+            raise TypeError(f"{kind} has no async method {method}")
+    return str(name)
+
+
+def _is_async(function: object) -> bool:
+    # A decorated method counts as what it wraps: the decorator may return the coroutine without being async itself.
+    if not callable(function):
+        return False
+    candidates = (function, inspect.unwrap(function), getattr(function, "__call__", None))  # noqa: B004
+    return any(inspect.iscoroutinefunction(candidate) for candidate in candidates)
+
+
+def examine_settings(model: object) -> SettingsState:
+    """Build the settings of a plugin from the environment and say how they stand.
+
+    Raises:
+        TypeError: `model` is not a class of pydantic-settings, or has no prefix.
+    """
+    from pydantic_settings import BaseSettings
+
+    if not isinstance(model, type) or not issubclass(model, BaseSettings):
+        raise TypeError(f"{SETTINGS} returned {type(model).__name__}, not a class of pydantic_settings.BaseSettings")
+    prefix = model.model_config.get("env_prefix", "")
+    if not prefix:
+        raise TypeError(f"{model.__name__} has no env_prefix, which sets its variables apart from others")
+    variables = dict(_variables(model, prefix))
+    names = {name.upper() for name in (prefix, *variables.values())}
+    given = {name: value for name, value in os.environ.items() if name.upper().startswith(tuple(names))}
+    problems = tuple(_without_values(problem, given) for problem in _problems(model, prefix, variables))
+    if problems:
+        return SettingsState(prefix, "wrong" if given else "missing", problems)
+    return SettingsState(prefix, "configured" if given else "defaults")
+
+
+def _variables(model: type[BaseSettings], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field_info in model.model_fields.items():
+        alias: Any = field_info.validation_alias or field_info.alias
+        alias = getattr(alias, "choices", [alias])[0]
+        variable = alias if isinstance(alias, str) else f"{prefix}{name}"
+        variable = variable if model.model_config.get("case_sensitive") else variable.upper()
+        yield name, variable
+        if isinstance(alias, str):
+            yield alias, variable
+
+
+def _problems(model: type[BaseSettings], prefix: str, variables: Mapping[str, str]) -> Iterator[str]:
+    from pydantic import ValidationError
+
+    try:
+        model()
+    except ValidationError as exc:
+        for each in exc.errors(include_url=False, include_context=False, include_input=False):
+            place = [str(part) for part in each["loc"]]
+            variable = variables.get(place[0], f"{prefix}{place[0]}".upper()) if place else f"{prefix}*"
+            yield f"{'.'.join([variable, *place[1:]])}: {each['msg'][:1].lower()}{each['msg'][1:]}"
+    except Exception as exc:
+        yield describe(exc)
+
+
+def _without_values(problem: str, given: Mapping[str, str]) -> str:
+    # A plugin's own validator may quote the value.
+    for value in sorted(given.values(), key=len, reverse=True):
+        if len(value) >= _SHORTEST_SECRET:
+            problem = problem.replace(value, "***")
+    return one_line(mask_tokens(problem))[:MAX_ERROR]

@@ -32,7 +32,7 @@ __all__ = [
 
 @runtime_checkable
 class Notifier(Protocol):
-    """Tells somebody about approvals.
+    """Notifies somebody about approvals.
 
     Its methods run in a thread and an event loop of its own, within `PLUGIN_TIMEOUT_SECONDS`; then they are cancelled.
     Raising means "not delivered": the same notice comes again later. So a notice can arrive more than once; its
@@ -46,14 +46,14 @@ class Notifier(Protocol):
     def name(self) -> str: ...
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Tell that somebody must decide.
+        """Say that somebody must decide.
 
         Args:
             notice: What is asked, by whom, until when. A copy of its own.
         """
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Tell that it was decided or cancelled, or has expired.
+        """Say that it was decided or cancelled, or has expired.
 
         Args:
             notice: The same approval, with status, approver and time of the decision. A copy of its own.
@@ -76,7 +76,7 @@ def gateway_store_register_notifiers(settings: StoreSettings) -> Sequence[Notifi
 
 @hookspec
 def gateway_store_approval_event(notice: Notice) -> Awaitable[None] | None:
-    """Hear of every notice, after the change it tells of was committed.
+    """Receive every notice, after the change it is about was committed.
 
     May be sync or async. Runs in a thread and an event loop of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`. Not
     repeated: a process that dies after its commit skips the call. What must arrive belongs in a notifier.
@@ -146,11 +146,11 @@ def gateway_store_before_audit_write(event: AuditEvent) -> AuditEvent | Awaitabl
 
 @hookspec
 def gateway_store_audit_written(events: Sequence[AuditEvent]) -> Awaitable[None] | None:
-    """Hear of events after their commit, in batches, in the order of the commits.
+    """Receive events after their commit, in batches, in the order of the commits.
 
     May be sync or async. Called in the background, in a thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS` for
     a batch; no write waits for it. Not repeated: what a slow plugin leaves waiting beyond 10,000 events, what a failing
-    one was told, and what was not told when the process died is gone (and counted: `store.audit.counters.untold`).
+    one was given, and what still waited when the process died is gone (and counted: `store.audit.counters.untold`).
     What must not miss an event reads it from the store.
 
     Args:
@@ -180,12 +180,12 @@ def gateway_store_register_commands(app: Typer) -> None:
 
 @hookspec
 def gateway_store_plugin_settings() -> type[BaseSettings] | None:
-    """Tell which settings the plugin reads. `gateway-store plugins list` and `plugins check` look at them.
+    """Say which settings the plugin reads. `gateway-store plugins list` and `plugins check` look at them.
 
     Must not be async. The plugin itself builds the model, as a rule in `gateway_store_register_notifiers`.
 
     Returns:
-        A class of `pydantic_settings.BaseSettings` with an `env_prefix`, by which its variables are told from others;
+        A class of `pydantic_settings.BaseSettings` with an `env_prefix`, which sets its variables apart from others;
         None if there are none.
     """
 

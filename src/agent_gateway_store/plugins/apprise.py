@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.hooks import hookimpl, mask_tokens, one_line
+from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.hooks.text import mask_tokens, one_line
 from agent_gateway_store.plugins.excerpts import cut
 
 if TYPE_CHECKING:

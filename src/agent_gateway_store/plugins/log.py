@@ -6,7 +6,8 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from agent_gateway_store.hooks import hookimpl, mask_tokens, one_line
+from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.hooks.text import mask_tokens, one_line
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from agent_gateway_store.hooks import DeliveryReport, Dispatcher, Notifier, Plugins
-from agent_gateway_store.hooks.loading import LOAD_VARIABLE
-from agent_gateway_store.hooks.threads import in_thread
+from agent_gateway_store.hooks.dispatch import DeliveryReport, Dispatcher
+from agent_gateway_store.hooks.executor import run_in_thread
+from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
+from agent_gateway_store.hooks.specs import Notifier
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.testing.notices import make_notice
@@ -264,4 +265,4 @@ def _plugins(notifier: Notifier) -> Plugins:
 
 def _run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     # In a thread: a loop may be running here.
-    return in_thread(lambda: asyncio.run(work()), name="conformance").result()
+    return run_in_thread(lambda: asyncio.run(work()), name="conformance").result()

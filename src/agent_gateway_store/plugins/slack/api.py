@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 from pydantic import SecretStr
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks import one_line
+from agent_gateway_store.hooks.text import one_line
 from agent_gateway_store.plugins.outgoing.pause import Pause
 from agent_gateway_store.plugins.outgoing.transport import Answer, Transport
 from agent_gateway_store.plugins.slack.settings import SlackSettings

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
 from agent_gateway_store.errors import ApprovalError, MissingExtraError, NotDeliveredError
-from agent_gateway_store.hooks import describe, mask_tokens, one_line
+from agent_gateway_store.hooks.text import describe, mask_tokens, one_line
 from agent_gateway_store.plugins.excerpts import cut
 from agent_gateway_store.plugins.outgoing.targets import target_of
 from agent_gateway_store.plugins.recent import Recent
@@ -21,7 +21,7 @@ from agent_gateway_store.plugins.slack.settings import PREFIX, SlackSettings
 from agent_gateway_store.plugins.slack.words import escape
 
 if TYPE_CHECKING:
-    from agent_gateway_store.hooks import Plugins
+    from agent_gateway_store.hooks.manager import Plugins
     from agent_gateway_store.models.values import ApprovalStatus
 
 __all__ = ["Approvals", "Decided", "SlackCallback", "SlackReply"]

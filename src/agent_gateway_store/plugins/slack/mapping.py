@@ -8,10 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from agent_gateway_store.hooks import Lanes, gathered, one_line
+from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
+from agent_gateway_store.hooks.text import one_line
 
 if TYPE_CHECKING:
-    from agent_gateway_store.hooks import Plugins
+    from agent_gateway_store.hooks.manager import Plugins
     from agent_gateway_store.plugins.slack.clicks import Click
 
 __all__ = ["Approvers"]
@@ -31,30 +32,30 @@ class Approvers:
 
     def __init__(self, plugins: Plugins, *, timeout_s: float) -> None:
         self._plugins = plugins
-        self._lanes = Lanes(timeout_s)
+        self._executor = PluginExecutor(timeout_s)
 
     async def find(self, click: Click) -> str | None:
         """Return the approver id; None is a refusal. Raises nothing."""
         callers = self._plugins.callers(MAP)
         answers = await asyncio.gather(
-            *(self._lanes.ask("map", name, partial(_answer, caller, click)) for name, caller in callers.items())
+            *(self._executor.run("map", name, partial(_answer, caller, click)) for name, caller in callers.items())
         )
         for name, answer in zip(callers, answers, strict=True):
-            if answer.error is not None:
-                logger.warning("Plugin %s failed when asked who clicked: %s", one_line(name), answer.error)
+            if isinstance(answer, PluginFailure):
+                logger.warning("Plugin %s failed when asked who clicked: %s", one_line(name), answer.text)
                 return None
-            if answer.value:
-                return answer.value
+            if answer:
+                return answer
         return None
 
     async def aclose(self) -> None:
         """End the threads."""
-        await self._lanes.aclose()
+        await self._executor.aclose()
 
 
 async def _answer(caller: Callable[..., list[object]], click: Click) -> str:
     """Run in the plugin's thread: return whom it knows, "" for nobody."""
-    answers = await gathered(
+    answers = await awaited(
         caller(channel="slack", user_id=click.user_id, user_name=click.user_name, approval_id=click.approval_id)
     )
     known = [answer for answer in answers if answer is not None]

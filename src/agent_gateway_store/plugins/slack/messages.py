@@ -18,7 +18,7 @@ from slack_sdk.models.blocks import (
     SectionBlock,
 )
 
-from agent_gateway_store.hooks import mask_tokens
+from agent_gateway_store.hooks.text import mask_tokens
 from agent_gateway_store.plugins.excerpts import MARK, fit_arguments
 from agent_gateway_store.plugins.slack.words import APPROVE, DENY, EVENT_TYPE, escape
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks import one_line
+from agent_gateway_store.hooks.text import one_line
 
 __all__ = ["APPROVE", "DENY", "EVENT_TYPE", "SlackRefusedError", "escape"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from agent_gateway_store.hooks import hookimpl
+from agent_gateway_store.hooks.markers import hookimpl
 from agent_gateway_store.plugins.webhook.notifier import WebhookNotifier
 from agent_gateway_store.plugins.webhook.receiver import Received, WebhookReceiver
 from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from agent_gateway_store.hooks.configuration import SETTINGS, SettingsState
-from agent_gateway_store.hooks.discovery import identity, installed, name_of, names_in
-from agent_gateway_store.hooks.notifiers import REGISTER
-from agent_gateway_store.hooks.plugin import Plugin, PluginRecord
-from agent_gateway_store.hooks.text import describe
-from agent_gateway_store.hooks.threads import in_thread
+from agent_gateway_store.hooks.executor import run_in_thread
+from agent_gateway_store.hooks.markers import PROJECT
+from agent_gateway_store.hooks.plugin import REGISTER, SETTINGS, Plugin, PluginRecord, SettingsState
+from agent_gateway_store.hooks.text import describe, one_line
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.specs import Notifier
@@ -24,6 +24,10 @@ __all__ = ["BLOCK_VARIABLE", "LOAD_VARIABLE", "Plugins"]
 
 LOAD_VARIABLE = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
 BLOCK_VARIABLE = "AGENT_GATEWAY_STORE_BLOCK_PLUGINS"
+
+_UNKNOWN = "unknown"
+
+logger = logging.getLogger("agent_gateway_store.hooks")
 
 
 class Plugins:
@@ -44,17 +48,17 @@ class Plugins:
                 `AGENT_GATEWAY_STORE_BLOCK_PLUGINS` names plugins, given or installed, that are never loaded.
         """
         environ = os.environ if environ is None else environ
-        self._load = names_in(environ[LOAD_VARIABLE]) if LOAD_VARIABLE in environ else None
-        self._block = names_in(environ.get(BLOCK_VARIABLE, ""))
+        self._load = _names_in(environ[LOAD_VARIABLE]) if LOAD_VARIABLE in environ else None
+        self._block = _names_in(environ.get(BLOCK_VARIABLE, ""))
         self._plugins: list[Plugin] = []
         for each in given:
             self._add_given(each)
         first_installed = len(self._plugins)
-        for entry_point, distribution in installed():
+        for entry_point, distribution in _installed():
             self._add_installed(entry_point, distribution)
         found = {plugin.name for plugin in self._plugins[first_installed:]}
         for name in sorted((self._load or set()) - found):
-            self._new(name).fault(f"{LOAD_VARIABLE} names it, but no such plugin is installed")
+            self._new(name).add_problem(f"{LOAD_VARIABLE} names it, but no such plugin is installed")
 
     @property
     def records(self) -> list[PluginRecord]:
@@ -91,9 +95,9 @@ class Plugins:
             plugin.forget_offer()
             if plugin.has_notifiers:
                 try:
-                    future = in_thread(partial(plugin.offer, settings), name=f"gateway-store {plugin.name}")
+                    future = run_in_thread(partial(plugin.offer, settings), name=f"gateway-store {plugin.name}")
                 except RuntimeError as exc:
-                    plugin.fault(describe(exc), of_notifier=True)
+                    plugin.add_problem(describe(exc), of_notifier=True)
                 else:
                     asked.append((plugin, future))
         notifiers: dict[str, Notifier] = {}
@@ -101,13 +105,13 @@ class Plugins:
             try:
                 offer = future.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                plugin.fault(f"{REGISTER} did not return within {timeout:g} seconds", of_notifier=True)
+                plugin.add_problem(f"{REGISTER} did not return within {timeout:g} seconds", of_notifier=True)
                 continue
-            for fault in offer.faults:
-                plugin.fault(fault, of_notifier=True)
+            for problem in offer.problems:
+                plugin.add_problem(problem, of_notifier=True)
             for name, notifier in offer.fitting:
                 if notifiers.setdefault(name, notifier) is not notifier:
-                    plugin.fault(f"a notifier named {name} is already there", of_notifier=True)
+                    plugin.add_problem(f"a notifier named {name} is already there", of_notifier=True)
                 else:
                     plugin.notifiers.append(name)
         return notifiers
@@ -116,7 +120,7 @@ class Plugins:
         """Look at the settings that plugins declare, as they stand in the environment. Raises nothing.
 
         Args:
-            timeout_s: Seconds that each plugin has to tell.
+            timeout_s: Seconds that each plugin has to answer.
 
         Returns:
             By plugin name, for those that declare settings. What went wrong is recorded.
@@ -126,9 +130,9 @@ class Plugins:
             if plugin.caller(SETTINGS) is None:
                 continue
             try:
-                state = in_thread(plugin.settings, name=f"gateway-store {plugin.name}").result(timeout_s)
+                state = run_in_thread(plugin.settings, name=f"gateway-store {plugin.name}").result(timeout_s)
             except BaseException as exc:
-                plugin.fault(f"{SETTINGS}: {describe(exc)}")
+                plugin.add_problem(f"{SETTINGS}: {describe(exc)}")
             else:
                 if state is not None:
                     found[plugin.name] = state
@@ -142,21 +146,20 @@ class Plugins:
         return plugin
 
     def _add_given(self, given: object) -> None:
-        name, count = name_of(given), 1
-        taken = {plugin.name for plugin in self._plugins}
-        blocked = name in self._block
+        own_name = name = _name_of(given)
+        taken, count = {plugin.name for plugin in self._plugins}, 1
         while name in taken:
             count += 1
-            name = f"{name_of(given)}-{count}"
+            name = f"{own_name}-{count}"
         plugin = self._new(name)
-        if blocked:
+        if own_name in self._block:
             plugin.blocked = f"named in {BLOCK_VARIABLE}"
         if plugin.blocked is None:
             plugin.adopt(lambda: given)
 
     def _add_installed(self, entry_point: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
         rivals = [plugin for plugin in self._plugins if plugin.name in (entry_point.name, entry_point.value)]
-        plugin = self._new(entry_point.name, origin=identity(distribution))
+        plugin = self._new(entry_point.name, origin=_identity(distribution))
         if plugin.blocked is not None:
             return
         if self._load is not None and plugin.name not in self._load:
@@ -164,6 +167,53 @@ class Plugins:
         elif any(rival.origin is None for rival in rivals):
             plugin.blocked = "the store was given a plugin that takes its place"
         elif rivals:
-            plugin.fault("another installed plugin has taken its name")
+            plugin.add_problem("another installed plugin has taken its name")
         else:
             plugin.adopt(entry_point.load)
+
+
+def _installed() -> Iterator[tuple[metadata.EntryPoint, metadata.Distribution]]:
+    """Yield the entry points of our group, sorted by name, none of them loaded.
+
+    Of a distribution found twice the first on `sys.path` counts. One whose metadata cannot be read is left out: that it
+    holds a plugin is not known.
+    """
+    found: list[tuple[metadata.EntryPoint, metadata.Distribution]] = []
+    seen: set[str] = set()
+    for distribution in metadata.distributions():
+        try:
+            entry_points = distribution.entry_points.select(group=PROJECT)
+        except Exception as exc:
+            logger.debug("The entry points of %s cannot be read: %s", _identity(distribution)[0], describe(exc))
+            continue
+        if not entry_points:
+            continue
+        package = _identity(distribution)[0].lower()
+        if package == _UNKNOWN or package not in seen:
+            seen.add(package)
+            found.extend((entry_point, distribution) for entry_point in entry_points)
+    return iter(sorted(found, key=lambda pair: pair[0].name))
+
+
+def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Return name and version of a distribution, `unknown` where its metadata does not say."""
+    try:
+        fields = distribution.metadata
+        return one_line(fields["Name"] or _UNKNOWN), one_line(fields["Version"] or _UNKNOWN)
+    except Exception:
+        return _UNKNOWN, _UNKNOWN
+
+
+def _names_in(variable: str) -> frozenset[str]:
+    """Return the names in a comma-separated list."""
+    return frozenset(name.strip() for name in variable.split(",") if name.strip())
+
+
+def _name_of(plugin: object) -> str:
+    """Return what to call a plugin object: its `name`, else the name of the module or class. Raises nothing."""
+    own = plugin if inspect.ismodule(plugin) or inspect.isclass(plugin) else type(plugin)
+    try:
+        name = plugin.__dict__["__name__"] if inspect.ismodule(plugin) else getattr(plugin, "name", None)
+    except Exception:
+        name = None
+    return name if isinstance(name, str) and name.strip() else own.__name__

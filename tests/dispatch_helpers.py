@@ -1,4 +1,4 @@
-"""Notices, notifiers of every temper, and a dispatcher that leaves no thread behind."""
+"""Notifiers of every temper, and a dispatcher that leaves no thread behind."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Any
 
-from agent_gateway_store.hooks import DeliveryReport, Dispatcher, Plugins
-from agent_gateway_store.hooks.lane import GRACE_SECONDS
-from agent_gateway_store.hooks.loading import LOAD_VARIABLE
-from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+from agent_gateway_store import Notice, hookimpl
+from agent_gateway_store.hooks.dispatch import DeliveryReport, Dispatcher
+from agent_gateway_store.hooks.executor import GRACE_SECONDS
+from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
 from agent_gateway_store.settings import StoreSettings
 
 TIMEOUT = 0.2
@@ -22,40 +20,23 @@ BOUND = TIMEOUT + GRACE_SECONDS + 2
 """A bounded wait, with room for a busy machine."""
 
 
-def make_notice(event: Literal["pending", "decision"] = "pending", **fields: Any) -> Notice:
-    """Build a notice."""
-    return Notice(
-        event=event,
-        delivery_id=uuid4(),
-        approval_id=uuid4(),
-        org_id="default",
-        request_id="r-1",
-        caller_id="dev-agent",
-        tool_call=ToolCall(server="files", tool="delete", arguments={"path": ["/tmp/x"]}),
-        risk_explanation="deletes a file",
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        status=ApprovalStatus.PENDING if event == "pending" else ApprovalStatus.APPROVED,
-        **fields,
-    )
-
-
 class Recorder:
-    """Keeps what it is told, and in which thread."""
+    """Keeps what it receives, by which method, and in which thread."""
 
     def __init__(self, name: str = "recorder") -> None:
         self.name = name
-        self.heard: list[tuple[str, Notice]] = []
+        self.received: list[tuple[str, Notice]] = []
         self.threads: list[threading.Thread] = []
 
     async def notify_pending(self, notice: Notice) -> None:
-        await self.hear("pending", notice)
+        await self.receive("pending", notice)
 
     async def notify_decision(self, notice: Notice) -> None:
-        await self.hear("decision", notice)
+        await self.receive("decision", notice)
 
-    async def hear(self, event: str, notice: Notice) -> None:
+    async def receive(self, event: str, notice: Notice) -> None:
         """Keep it."""
-        self.heard.append((event, notice))
+        self.received.append((event, notice))
         self.threads.append(threading.current_thread())
 
 
@@ -66,8 +47,8 @@ class Doing(Recorder):
         super().__init__(name)
         self.action = action
 
-    async def hear(self, event: str, notice: Notice) -> None:
-        await super().hear(event, notice)
+    async def receive(self, event: str, notice: Notice) -> None:
+        await super().receive(event, notice)
         result = self.action()
         if asyncio.iscoroutine(result):
             await result
@@ -81,10 +62,24 @@ class Blocker(Doing):
         super().__init__(name, lambda: self.release.wait(20))
 
 
-async def until_heard(recorder: Recorder) -> None:
+class Listener:
+    """Receives every notice by the event hook, and does what it was made with."""
+
+    def __init__(self, name: str, action: Callable[[], Any] = lambda: None) -> None:
+        self.name = name
+        self.action = action
+        self.received: list[Notice] = []
+
+    @hookimpl
+    def gateway_store_approval_event(self, notice: Notice) -> Any:
+        self.received.append(notice)
+        return self.action()
+
+
+async def until_called(recorder: Recorder) -> None:
     """Wait until a notifier was called."""
     async with asyncio.timeout(10):
-        while not recorder.heard:
+        while not recorder.received:
             await asyncio.sleep(0.005)
 
 

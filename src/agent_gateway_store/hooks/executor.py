@@ -1,0 +1,357 @@
+"""Runs plugin code in daemon threads, each with an event loop of its own: no plugin can stall anybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+
+from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.hooks.text import describe, one_line
+
+__all__ = ["GRACE_SECONDS", "MAX_ABANDONED", "PluginExecutor", "PluginFailure", "awaited", "run_in_thread"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_ABANDONED = 3
+"""How many threads of one hook of one plugin may be stuck before it is given no other: it may stall now and then, and
+one that always hangs holds few threads."""
+
+GRACE_SECONDS = 0.25
+"""How long a cancelled call may take to give way before its thread counts as stuck: time to close a connection."""
+
+_BUSY_THREADS = 32  # as many as the executor that asyncio itself makes
+_LAST_TASKS_SECONDS = 1.0  # as long as `close` waits
+
+logger = logging.getLogger("agent_gateway_store.hooks")
+
+
+@dataclass(frozen=True, slots=True)
+class PluginFailure:
+    """Why a plugin's call did not go well.
+
+    Attributes:
+        text: One line of at most 500 characters, secrets masked.
+        retry_after_s: Seconds that the plugin asks to be left alone; None if it does not say.
+        is_permanent: True if the plugin says that trying again cannot help.
+    """
+
+    text: str
+    retry_after_s: float | None = None
+    is_permanent: bool = False
+
+    @classmethod
+    def of(cls, error: BaseException) -> PluginFailure:
+        """Return what `error` says; a `retry_after_s` that is not a number of seconds counts as None."""
+        if not isinstance(error, NotDeliveredError):
+            return cls(describe(error))
+        return cls(describe(error), _seconds(error.retry_after_s), error.is_permanent is True)
+
+
+_CANCELLED = PluginFailure("cancelled")
+_CLOSED = PluginFailure("the dispatcher was closed before it was done")
+
+_Key: TypeAlias = tuple[str, str]
+
+
+class PluginExecutor:
+    """Runs the calls of plugins: one thread for each hook of each plugin, started by its first call.
+
+    No plugin can stall the caller, another plugin, or its own other hooks. A call that is over time and does not give
+    way takes its thread out of use; the next call starts another, until `MAX_ABANDONED` are stuck. Then calls are
+    refused at once, until one comes back. May be used from any thread and any event loop, and again after `close`.
+
+    Args:
+        timeout_s: Longest wait for one call, in seconds; `GRACE_SECONDS` to give way come on top.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._threads: dict[_Key, PluginThread] = {}
+        self._abandoned: list[tuple[_Key, PluginThread]] = []
+
+    @property
+    def abandoned(self) -> dict[str, int]:
+        """How many threads have not come back, by plugin name; those without any are left out."""
+        with self._lock:
+            return dict(Counter(name for _hook, name in self._stuck()))
+
+    async def run(self, hook: str, name: str, function: Callable[[], Awaitable[T]]) -> T | PluginFailure:
+        """Run `function` in the thread that the plugin has for this hook. Cancelling the wait cancels the call.
+
+        Args:
+            hook: Which hook.
+            name: Name of the plugin or notifier.
+            function: Runs the plugin's code, copying included.
+
+        Returns:
+            What it returned, or what went wrong. Raises nothing.
+        """
+        key = hook, name
+        with self._lock:
+            thread = self._thread(key)
+            if isinstance(thread, PluginFailure):
+                return thread
+            call = thread.submit(function)
+        result = asyncio.wrap_future(call.result)
+        try:
+            if (await asyncio.wait({result}, timeout=self.timeout_s))[0]:
+                return result.result()
+            thread.cancel(call)
+            if not (await asyncio.wait({result}, timeout=GRACE_SECONDS))[0]:
+                self._abandon(key, thread)
+            return PluginFailure(f"TimeoutError: no answer within {self.timeout_s:g} seconds")
+        finally:
+            if not result.done():
+                thread.cancel(call)
+                result.cancel()
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Cancel the calls under way and end the threads.
+
+        Args:
+            timeout_s: Seconds to wait for them in all. A thread that is blocked is left behind: it is a daemon.
+        """
+        with self._lock:
+            threads, self._threads = list(self._threads.values()), {}
+            abandoned, self._abandoned = self._abandoned, []
+            for thread in (*threads, *(thread for _key, thread in abandoned)):
+                thread.stop()
+        deadline = time.monotonic() + timeout_s
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    async def aclose(self, timeout_s: float = 1.0) -> None:
+        """Do as `close`, without blocking the event loop."""
+        if self._threads or self._abandoned:
+            await asyncio.wrap_future(run_in_thread(lambda: self.close(timeout_s), name="gateway-store close"))
+
+    def _thread(self, key: _Key) -> PluginThread | PluginFailure:
+        if (thread := self._threads.get(key)) is not None:
+            return thread
+        if (stuck := self._stuck().count(key)) >= MAX_ABANDONED:
+            return PluginFailure(f"still busy: {stuck} earlier calls have not come back")
+        try:
+            thread = self._threads[key] = PluginThread(key[1])
+        except Exception as exc:  # the process can start no more threads, or open no more files
+            return PluginFailure.of(exc)
+        return thread
+
+    def _abandon(self, key: _Key, thread: PluginThread) -> None:
+        with self._lock:
+            if self._threads.get(key) is thread:
+                del self._threads[key]
+                self._abandoned.append((key, thread))
+                thread.retire()
+
+    def _stuck(self) -> list[_Key]:
+        self._abandoned = [(key, thread) for key, thread in self._abandoned if thread.is_alive]
+        return [key for key, _thread in self._abandoned]
+
+
+@dataclass(eq=False, slots=True)
+class _Call(Generic[T]):
+    """One call handed to a thread. Its result never is an exception."""
+
+    function: Callable[[], Awaitable[T]]
+    result: Future[T | PluginFailure] = field(default_factory=Future)
+    task: asyncio.Task[T | PluginFailure] | None = None
+    is_withdrawn: bool = False
+
+
+class PluginThread:
+    """Runs calls side by side in one event loop in one daemon thread, which it starts at once.
+
+    The lock of the executor keeps `submit` from running during or after `retire` and `stop`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: set[_Call[Any]] = set()
+        self._is_retired = self._is_stopped = self._is_ending = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=f"gateway-store {name}", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._loop.close()
+            raise
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the thread has ended."""
+        return self._thread.is_alive()
+
+    def submit(self, function: Callable[[], Awaitable[T]]) -> _Call[T]:
+        """Begin a call as soon as the thread is free."""
+        call = _Call(function)
+        call.result.set_running_or_notify_cancel()
+        self._calls.add(call)
+        self._soon(lambda: self._begin(call))
+        return call
+
+    def cancel(self, call: _Call[Any]) -> None:
+        """Ask a call to stop: one that blocks the thread, or swallows the request, does not."""
+        call.is_withdrawn = True
+        self._soon(lambda: call.task and call.task.cancel())
+
+    def retire(self) -> None:
+        """Let the thread end by itself once its calls have ended."""
+        self._is_retired = True
+        self._soon(self._stop_if_done)
+
+    def stop(self) -> None:
+        """Cancel every call and end the thread, without waiting for it."""
+        self._is_stopped = True
+        self._soon(self._stop_if_done)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait at most `timeout_s` seconds for the thread to end."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _soon(self, callback: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the thread has ended and closed its loop
+            self._loop.call_soon_threadsafe(callback)
+
+    def _begin(self, call: _Call[Any]) -> None:
+        call.task = self._loop.create_task(_perform(call))
+        call.task.add_done_callback(lambda task: self._end(call, _CANCELLED if task.cancelled() else task.result()))
+
+    def _end(self, call: _Call[Any], result: object) -> None:
+        call.result.set_result(_CLOSED if self._is_stopped and isinstance(result, PluginFailure) else result)
+        self._calls.discard(call)
+        self._stop_if_done()
+
+    def _stop_if_done(self) -> None:
+        if self._is_done and not self._is_ending:
+            self._loop.stop()
+
+    @property
+    def _is_done(self) -> bool:
+        return self._is_stopped or (self._is_retired and not self._calls)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.set_default_executor(_DaemonExecutor(self._thread.name))
+        self._loop.set_exception_handler(self._log_stray)
+        while not self._is_done:
+            # A stray SystemExit, or a plugin that calls loop.stop(), gets out of here and must not end the thread.
+            try:
+                self._loop.run_forever()
+            except BaseException as exc:
+                logger.warning("Plugin %s: stray error in its event loop: %s", one_line(self._name), describe(exc))
+        self._is_ending = True
+        with contextlib.suppress(BaseException):
+            self._loop.run_until_complete(_end_tasks())
+        self._loop.close()
+        for call in self._calls:
+            call.result.set_result(_CLOSED)
+
+    def _log_stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        text = describe(error) if isinstance(error, BaseException) else one_line(str(context.get("message")))
+        logger.warning("Plugin %s: stray error in its event loop: %s", one_line(self._name), text)
+
+
+class _DaemonExecutor(ThreadPoolExecutor):
+    """Executor of a plugin's event loop: `asyncio.to_thread` and name look-ups go through it.
+
+    The standard one is joined at exit, so one call that never returns would keep the process alive. Here each call has
+    a daemon thread; while too many of them are busy, further calls are refused.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(max_workers=1)
+        self._name = name
+        self._room = threading.Semaphore(_BUSY_THREADS)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start `fn` at once. Raises RuntimeError if too many calls have not come back."""
+        if not self._room.acquire(blocking=False):
+            raise RuntimeError(f"{_BUSY_THREADS} threads of this plugin are still busy")
+
+        def run() -> T:
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                self._room.release()
+
+        try:
+            return run_in_thread(run, name=self._name)
+        except BaseException:
+            self._room.release()
+            raise
+
+
+def run_in_thread(function: Callable[[], T], *, name: str) -> Future[T]:
+    """Run `function` in a new daemon thread, which cannot hold up the exit of the process.
+
+    Args:
+        function: What to run. Whatever it raises ends up in the future.
+        name: Name of the thread.
+
+    Returns:
+        Its outcome. It cannot be cancelled.
+
+    Raises:
+        RuntimeError: If the process can start no more threads.
+    """
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as exc:
+            future.set_exception(exc)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+async def awaited(results: list[object]) -> list[object]:
+    """Return what the implementations of one plugin returned, coroutines awaited one after the other."""
+    return [await result if inspect.isawaitable(result) else result for result in results]
+
+
+async def _perform(call: _Call[T]) -> T | PluginFailure:
+    try:
+        if not call.is_withdrawn:  # its cancellation may be queued behind this
+            return await call.function()
+    except BaseException as exc:  # SystemExit included: it would end the loop
+        return PluginFailure.of(exc)
+    return _CANCELLED
+
+
+async def _end_tasks() -> None:
+    """Cancel every task of the running loop and wait a second or two for them, before the loop is closed."""
+    loop = asyncio.get_running_loop()
+    if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=_LAST_TASKS_SECONDS)
+    await asyncio.wait_for(loop.shutdown_asyncgens(), _LAST_TASKS_SECONDS)
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        seconds = float(value)
+    except OverflowError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
