@@ -210,12 +210,21 @@ class PostgresServer(_Server):
     """A PostgreSQL server of our own with the superuser `postgres`; root runs it as the user `nobody`.
 
     `durable` syncs each commit to disk, as in production. `settings` are further ones of postgresql.conf; they win.
+    `standby_of` makes it a copy of that running server, which it goes on to receive by streaming replication, without
+    the other waiting for it, until it is promoted.
     """
 
     _orphan_signal = signal.SIGQUIT  # immediate shutdown, which reaches the backends too
 
-    def __init__(self, *, durable: bool = False, settings: Mapping[str, str | int] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        durable: bool = False,
+        settings: Mapping[str, str | int] | None = None,
+        standby_of: PostgresServer | None = None,
+    ) -> None:
         super().__init__()
+        self._primary = standby_of
         speed = dict.fromkeys(("fsync", "synchronous_commit", "full_page_writes"), "on" if durable else "off")
         # Shared memory in the data folder leaves nothing in /dev/shm after a kill.
         self._settings = {**speed, "dynamic_shared_memory_type": "mmap", "max_connections": 200, **(settings or {})}
@@ -243,11 +252,16 @@ class PostgresServer(_Server):
             work.chmod(0o755)
             os.chown(home, owner.pw_uid, owner.pw_gid)
         self._bin = _postgres_binaries(work, owner)
-        flags = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"]
-        command = [f"{self._bin}/initdb", "-D", f"{home}/data", *flags]
+        command = [f"{self._bin}/initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
+        command += ["--no-sync", "--no-instructions"]
+        if self._primary is not None:
+            primary = f"host=127.0.0.1 port={self._primary.port} user=postgres sslmode=disable gssencmode=disable"
+            command = [f"{self._bin}/pg_basebackup", "-d", primary, "--write-recovery-conf", "--checkpoint=fast"]
+            command += ["--no-sync"]
+        command += ["-D", f"{home}/data"]
         made = subprocess.run(command, cwd=home, env=_ENVIRONMENT, capture_output=True, text=True, **self._user)
         if made.returncode:
-            raise RuntimeError(f"initdb failed: {(made.stdout + made.stderr)[-2000:]}")
+            raise RuntimeError(f"{command[0]} failed: {(made.stdout + made.stderr)[-2000:]}")
 
     def _command(self, work: Path) -> tuple[list[str], dict[str, Any]]:
         command = [f"{self._bin}/postgres", "-D", f"{work}/run/data", "-h", "127.0.0.1", "-p", str(self.port), "-k", ""]

@@ -265,4 +265,4 @@ class NotDeliveredError(GatewayStoreError):
 
 
 class InvalidCursorError(GatewayStoreError, ValueError):
-    """A cursor that this listing did not hand out."""
+    """A cursor that this listing did not hand out, or that has passed an audit event which is not in the database."""

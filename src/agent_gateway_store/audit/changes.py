@@ -5,13 +5,20 @@ PostgreSQL each row therefore holds the id of its transaction, and a position in
 that were at their end when it was taken. What is new since then are the rows of all others that have ended meanwhile
 (PostgreSQL's documentation of `pg_current_snapshot`). SQLite has one writer at a time, so that ids are given in the
 order of commits.
+
+Neither kind of id is used only once for ever. A PostgreSQL server that was killed gives out again every transaction id
+above the newest one in the log that it had flushed, and SQLite gives out the id of a deleted newest row again. So a
+snapshot that is kept ends at the newest event that it holds: that event was flushed before anybody could see it, and
+no id up to its own is given out again. A cursor also names that event. Where it is missing, the database is another
+than the one that the cursor came from, such as a standby that was promoted before it had received everything.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +37,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    text,
     tuple_,
     union_all,
 )
@@ -37,6 +45,7 @@ from sqlalchemy import (
 from agent_gateway_store.audit.filters import Criteria
 from agent_gateway_store.audit.reading import events_of
 from agent_gateway_store.audit.selects import FIELDS, SameDialect, conditions, parameters, selected, table
+from agent_gateway_store.errors import InvalidCursorError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
@@ -45,6 +54,8 @@ from agent_gateway_store.storage.statements import CompiledStatement, compiled, 
 __all__ = ["changes"]
 
 _LARGEST = 2**63
+_MARK_DIGITS = 16  # 64 bits: enough to tell two events that were given the same ids
+_NOTHING = "1:1:"  # the snapshot that holds no transaction: ids begin at 3
 _Shape = tuple[tuple[str, bool], ...]
 
 
@@ -57,12 +68,15 @@ class _Place:
         until: The snapshot whose rows are being read; None: all of them were.
         transaction: Of the last row read from `until`; None while history is read, which goes by id.
         id: Of the last row read.
+        mark: The newest event passed: its id and a digest of what it is. None in cursors of earlier versions, and
+            where no event was passed.
     """
 
     since: str | None = None
     until: str | None = None
     transaction: int | None = None
     id: int = 0
+    mark: tuple[int, str] | None = None
 
 
 async def changes(
@@ -71,7 +85,7 @@ async def changes(
     """Return the next events behind `cursor` (or "now", or "beginning"), the cursor behind them, and if there are more.
 
     Raises:
-        InvalidCursorError: The cursor is not of this listing.
+        InvalidCursorError: The cursor is not of this listing, or the newest event that it has passed is missing here.
     """
     dialect = dialect_of(connection)
     step = _postgres_step if dialect.name == "postgresql" else _sqlite_step
@@ -83,47 +97,137 @@ async def changes(
 async def _sqlite_step(
     connection: AnyConnection, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
-    # Both statements read one snapshot: what no filter lets through is not looked at again.
-    newest = (await fetch(connection, compiled(select(func.max(table.c.id)), dialect), {}))[0][0] or 0
+    # All statements read one snapshot: what no filter lets through is not looked at again.
+    values = {"p_mark": place.mark[0] if place and place.mark else None}
+    newest_id, newest, marked = (await fetch(connection, _state(dialect), values))[0]
+    if place is not None and not ((newest_id or 0) >= place.id and _holds(place, marked)):
+        raise _other_database()
+    end = _Place(id=newest_id or 0, mark=_mark(newest_id, newest))
     if place is None and is_now:
-        return [], _Place(id=newest), False
-    last_id = place.id if place else 0
-    values = parameters(dialect, found.values) | {"p_id": last_id}
+        return [], end, False
+    values = parameters(dialect, found.values) | {"p_id": place.id if place else 0}
     rows = await fetch(connection, _query("added", dialect, found, limit + 1), values)
     if len(rows) <= limit:
-        return rows, _Place(id=max(newest, last_id)), False
-    return rows[:limit], _Place(id=rows[limit - 1][0]), True
+        return rows, end, False
+    last_id, request_id = rows[limit - 1][:2]
+    return rows[:limit], _Place(id=last_id, mark=_mark(last_id, request_id)), True
 
 
 async def _postgres_step(
     connection: AnyConnection, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
+    values: dict[str, Any] = {"p_mark": place.mark[0] if place and place.mark else None}
+    snapshot, is_standby, end, last, newest_id, newest, marked = (await fetch(connection, _state(dialect), values))[0]
+    if place is not None and not (_holds(place, marked) and _end(place) <= end):
+        if is_standby:  # it has not received yet what the cursor has passed
+            return [], place, False
+        raise _other_database()
     if place is None or place.until is None:
-        now = str((await fetch(connection, compiled(select(_NOW), dialect), {}))[0][0])
+        now, mark = _kept(snapshot, last), _mark(newest_id, newest)
         if place is None:
-            place = _Place(since=now) if is_now else _Place(until=now)
+            place = _Place(since=now, mark=mark) if is_now else _Place(until=now, mark=mark)
         else:
-            place = _Place(since=place.since, until=now, transaction=0)
+            place = _Place(since=place.since, until=now, transaction=0, mark=mark)
     if place.until is None:
         return [], place, False
     is_history = place.since is None
     values = parameters(dialect, found.values) | {"p_until": place.until, "p_id": place.id}
     if place.since is not None:
         first_open, in_progress = _unseen(place.since)
-        values |= {"p_open": first_open, "p_in_progress": in_progress, "p_transaction": place.transaction or 0}
-        values["p_end"] = _unseen(place.until)[0]
+        p_end, still_in_progress = _unseen(place.until)
+        # Of those that go on, which may be long imports, no row is new yet.
+        ended = sorted({*in_progress} - {*still_in_progress})
+        values |= {"p_open": first_open, "p_in_progress": ended, "p_transaction": place.transaction or 0}
+        values["p_end"] = p_end
     query = _query("history" if is_history else "new", dialect, found, limit + 1)
     rows = await fetch(connection, query, values)
     is_more, rows = len(rows) > limit, [tuple(row) for row in rows[:limit]]
     events = [row[:-1] for row in rows]
     if not is_more:
-        return events, _Place(since=place.until), False
-    last = rows[-1]
-    reached = _Place(place.since, place.until, None if is_history else last[-1], last[0])
-    return events, reached, True
+        return events, _Place(since=place.until, mark=place.mark), False
+    last_row = rows[-1]
+    transaction = None if is_history else last_row[-1]
+    return events, replace(place, transaction=transaction, id=last_row[0]), True
 
 
-_NOW: ColumnElement[str] = literal_column("pg_current_snapshot()::text")
+def _mark(row_id: int | None, what: str | None) -> tuple[int, str] | None:
+    """Return what a cursor keeps of the newest event passed; `what` tells it from another with the same id."""
+    if row_id is None or what is None:
+        return None
+    return row_id, hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()[:_MARK_DIGITS]
+
+
+def _holds(place: _Place, marked: str | None) -> bool:
+    """Tell whether the event that the place has passed last is there; `marked` is what stands under its id."""
+    return place.mark is None or place.mark == _mark(place.mark[0], marked)
+
+
+def _other_database() -> InvalidCursorError:
+    return InvalidCursorError(
+        "The newest event that this cursor has passed is not in this database: it was deleted, or the database is a "
+        'restored copy or a promoted standby that lacks it. Begin with a new cursor, or with "beginning".'
+    )
+
+
+def _kept(snapshot: str, newest: int | None) -> str:
+    """Return the part of a snapshot that outlives a crash: up to its newest event, whose id is not given out again."""
+    if newest is None:
+        return _NOTHING
+    first, _, _ = snapshot.partition(":")
+    _, in_progress = _unseen(snapshot)
+    within = [each for each in in_progress if each <= newest]
+    return f"{min(int(first), newest + 1)}:{newest + 1}:{','.join(map(str, within))}"
+
+
+def _end(place: _Place) -> int:
+    """Return the first transaction that is beyond both snapshots of a place."""
+    return max(_unseen(each)[0] for each in (place.since, place.until) if each is not None)
+
+
+_SQLITE_STATE = """
+SELECT max(id), (SELECT request_id FROM audit_events ORDER BY id DESC LIMIT 1),
+    (SELECT request_id FROM audit_events WHERE id = :p_mark)
+FROM audit_events
+"""
+
+# Rows of open transactions, which may be hundreds of thousands, are passed by: the newest event is looked for between
+# their ids. A standby's snapshot does not list them, so there the oldest open transaction is the end.
+_POSTGRES_STATE = """
+SELECT snapshot::text, is_standby, edge, newest.transaction_id, newest.id,
+    newest.transaction_id || ' ' || newest.request_id, mark.transaction_id || ' ' || mark.request_id
+FROM (
+    SELECT snapshot, is_standby,
+        (CASE WHEN is_standby THEN pg_snapshot_xmin(snapshot) ELSE pg_snapshot_xmax(snapshot) END)::text::bigint AS edge
+    FROM (SELECT pg_current_snapshot() AS snapshot, pg_is_in_recovery() AS is_standby) AS asked
+) AS now
+LEFT JOIN LATERAL (
+    SELECT found.* FROM (
+        SELECT lag(high, 1, 0::bigint) OVER (ORDER BY high) AS low, high
+        FROM (
+            SELECT edge AS high
+            UNION ALL SELECT pg_snapshot_xip(snapshot)::text::bigint WHERE NOT is_standby
+        ) AS edges
+    ) AS gap
+    CROSS JOIN LATERAL (
+        SELECT transaction_id, id, request_id FROM audit_events
+        WHERE transaction_id > low AND transaction_id < high ORDER BY transaction_id DESC LIMIT 1
+    ) AS found
+    ORDER BY found.transaction_id DESC LIMIT 1
+) AS newest ON TRUE
+LEFT JOIN audit_events AS mark ON mark.id = :p_mark
+"""
+
+
+def _state(dialect: Dialect) -> CompiledStatement:
+    return _compiled_state(dialect.name, SameDialect(dialect))
+
+
+@lru_cache(maxsize=2)
+def _compiled_state(name: str, same: SameDialect) -> CompiledStatement:
+    statement = text(_POSTGRES_STATE if name == "postgresql" else _SQLITE_STATE)
+    return compiled(statement.bindparams(bindparam("p_mark", type_=BigInteger())), same.dialect)
+
+
 _TRANSACTION = table.c.transaction_id
 
 
@@ -192,6 +296,10 @@ def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
     try:
         place = _Place(**json.loads(payload))
         numbers = [place.id, place.transaction or 0]
+        if place.mark is not None:
+            row_id, digest = place.mark
+            place = replace(place, mark=(row_id, str(digest)))
+            numbers.append(row_id)
         snapshots = [each for each in (place.since, place.until) if each is not None]
         for snapshot in snapshots:
             first_open, in_progress = _unseen(snapshot)

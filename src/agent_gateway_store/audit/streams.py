@@ -68,8 +68,9 @@ class AuditReader(AuditQuery):
         """Return the events that were committed since `cursor`, in the order of their commits.
 
         `next_cursor` is always there and leads on; kept somewhere, it survives a restart. However long transactions
-        stay open, no event is missed and none comes twice. What was committed before one call comes before what was
-        committed after it; within one call the order is that of the transactions' beginnings.
+        stay open, no event is missed and none comes twice, also over a crash of the database or a failover. What was
+        committed before one call comes before what was committed after it; within one call the order is that of the
+        transactions' beginnings.
 
         Args:
             cursor: `next_cursor` of the call before; "now" or None returns no event and the cursor to begin with;
@@ -78,7 +79,8 @@ class AuditReader(AuditQuery):
             filters: See `Filters`; the same at each call.
 
         Raises:
-            InvalidCursorError: The cursor did not come from this method with these filters.
+            InvalidCursorError: The cursor did not come from this method with these filters, or the newest event that it
+                has passed is not in this database, as on a promoted standby that had not received it.
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such decision, status or time, or `limit` is out of range.
         """
@@ -100,7 +102,8 @@ class AuditReader(AuditQuery):
             filters: See `Filters`.
 
         Raises:
-            InvalidCursorError: `start` is no cursor of `changes`.
+            InvalidCursorError: `start` is no cursor of `changes`, or the newest event passed is not in the database any
+                more, as after a failover to a standby that had not received it.
             StoreUnavailableError: The database was away for longer than `patience_s`.
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such decision, status or time, or `poll_s` is not above zero.
