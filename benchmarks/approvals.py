@@ -20,7 +20,8 @@ from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.approval import statements
 from agent_gateway_store.approval.issuing import issue_values
-from agent_gateway_store.models.approval import VoteDecision, hash_tool_call
+from agent_gateway_store.approval.using import Permission
+from agent_gateway_store.models.approval import ApprovalScope, VoteDecision, hash_tool_call
 from benchmarks.report import Figure
 
 CALLERS = 20
@@ -161,7 +162,7 @@ async def _bare_steps(url: str, count: int) -> AsyncIterator[list[Work]]:
             "p_decision": VoteDecision.APPROVED,
             "p_allow_self": False,
         }
-        use_values = {"p_caller_id": "agent-1", "p_tool_call_hash": hash_tool_call(CALL)}
+        use_values = Permission("agent-1", ApprovalScope.EXECUTION, hash_tool_call(CALL)).parameters
         names = [{"p_token": row["p_token"], "p_org_id": None} for row in asked]
         votes = [{"p_approval_id": row["p_approval_id"], "p_org_id": "default"} for row in asked]
         decisions = [

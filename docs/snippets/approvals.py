@@ -4,7 +4,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 # --8<-- [start:imports]
-from agent_gateway_store import ApprovalRequest, ApprovalStatus, GatewayStore, ToolCall, errors
+from agent_gateway_store import ApprovalRequest, ApprovalScope, ApprovalStatus, GatewayStore, ToolCall, errors
 
 # --8<-- [end:imports]
 
@@ -80,6 +80,17 @@ async def several(store: GatewayStore) -> None:
     assert (first.status, second.status) == ("PENDING", "APPROVED")
 
 
+async def output(store: GatewayStore) -> None:
+    rows = [{"name": "Ada", "salary": 100}]
+    # --8<-- [start:output]
+    token = await store.approvals.issue_token(ask("r-5", scope=ApprovalScope.OUTPUT_RELEASE, output_payload=rows))
+    await store.approvals.approve(token, approver_id="alice", note="No more than was asked for.")
+
+    released = await store.approvals.release_output(token, caller_id="dev-agent")
+    # --8<-- [end:output]
+    assert released == rows
+
+
 async def refusals(store: GatewayStore) -> None:
     token = await store.approvals.issue_token(ask("r-4"))
     await store.approvals.deny(token, approver_id="carol", note="Ask first.")
@@ -102,6 +113,7 @@ async def main() -> None:
         await sanitised(store)
         await deadlines(store)
         await several(store)
+        await output(store)
         await refusals(store)
 
 

@@ -142,7 +142,7 @@ class ApprovalAlreadyUsedError(_StandingApprovalError):
 
 
 class ApprovalMismatchError(ApprovalError):
-    """The caller or the tool call is not the one that was approved."""
+    """The caller, the tool call, the scope or the output is not the one that was approved."""
 
 
 class SelfApprovalError(ApprovalError):

@@ -19,7 +19,7 @@ from agent_gateway_store.audit.exporting import ExportResult
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.hooks.manager import Plugins
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
@@ -157,17 +157,24 @@ class SyncApprovalManager:
     ) -> ApprovalResult:
         """Withdraw an approval that is pending, or approved and not used. The caller may cancel, too."""
 
-    def consume_token(self, token: str, *, caller_id: str, tool_call: ToolCall | Mapping[str, Any]) -> ApprovalResult:
+    def consume_token(
+        self,
+        token: str,
+        *,
+        caller_id: str,
+        tool_call: ToolCall | Mapping[str, Any],
+        scope: ApprovalScope = ApprovalScope.EXECUTION,
+    ) -> ApprovalResult:
         """Use an approval, once: of any number of consumers one returns, and that one may run the call."""
+
+    def release_output(self, token: str, *, caller_id: str) -> Any:
+        """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved."""
 
     def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
         """Note what came of the call, after its use; once. A used approval without an outcome is shown as unknown."""
 
     def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
         """Wait until the approval is no longer PENDING, and return how it stands."""
-
-    def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
-        """Return the approval of this id, without its token."""
 
     def expire_stale(self, *, batch_size: int = 500) -> int:
         """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were."""
@@ -181,6 +188,9 @@ class SyncApprovalManager:
         self, *, limit: int = 50, cursor: str | None = None, **filters: Unpack[ApprovalFilters]
     ) -> Page[ApprovalRequest]:
         """Return approvals that match every filter (see `ApprovalFilters`), newest first, ties broken by id."""
+
+    def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
+        """Return the approval of this id, without its token."""
 
     def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
         """Return what happened to an approval, in the order of time."""

@@ -15,6 +15,7 @@ from agent_gateway_store import (
     ApprovalResult,
     ApprovalScope,
     ApprovalStatus,
+    AuditEvent,
     GatewayStore,
     StoreSettings,
     ToolCall,
@@ -196,6 +197,7 @@ UNKNOWN: list[Callable[[GatewayStore, str], Awaitable[Any]]] = [
     lambda store, token: store.approvals.deny(token, "approver-1"),
     lambda store, token: store.approvals.cancel(token, "approver-1"),
     lambda store, token: store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
+    lambda store, token: store.approvals.release_output(token, caller_id="dev-agent"),
     lambda store, token: store.approvals.record_outcome(token, "done"),
     lambda store, token: store.approvals.wait_for_decision(token, timeout_s=0),
     lambda store, token: store.approvals.get(approval_id=token),
@@ -282,7 +284,7 @@ async def test_request_that_claims_a_decision_is_still_pending(store: GatewaySto
 async def test_output_release_keeps_its_payload(store: GatewayStore) -> None:
     """An approval of an output holds the output and its hash, and says so in its scope."""
     payload = {"rows": [{"name": "Ada", "n": 1.5}], "note": None}
-    digest = hashlib.sha256(b"output").hexdigest()
+    digest = AuditEvent.hash_args(payload)
     request = make_request(scope=ApprovalScope.OUTPUT_RELEASE, output_payload=payload, output_hash=digest)
     token = await store.approvals.issue_token(request)
     await store.approvals.approve(token, "approver-1")
@@ -338,7 +340,7 @@ async def test_asking_again_binds_the_new_token_to_the_same_approval(store: Gate
     old = await store.approvals.issue_token(make_request(request_id="r-1"))
     asked = await store.approvals.check_token(old)
     clock.move(timedelta(milliseconds=5))  # so that a deadline set anew would be another one
-    new = await store.approvals.issue_token(make_request(request_id="r-1", risk_explanation="other words"))
+    new = await store.approvals.issue_token(make_request(request_id="r-1"))
 
     assert new != old
     assert (await store.approvals.check_token(new)).approval_id == asked.approval_id

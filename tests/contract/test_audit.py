@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import AuditEvent, GatewayStore, Page, RedactionFlag, errors
+from agent_gateway_store import AuditEvent, ExecutionStatus, GatewayStore, Page, RedactionFlag, errors
 
 pytestmark = pytest.mark.integration
 
@@ -70,6 +70,15 @@ async def test_objects_found_outlive_the_store(database_url: str, make_event: Ma
     found.sanitized_args["more"] = 1
     assert found.model_copy(update={"request_id": "r-2"}).request_id == "r-2"
     assert AuditEvent.model_validate_json(found.model_dump_json()) == found
+
+
+async def test_every_status_is_stored_and_found(store: GatewayStore, make_event: MakeEvent) -> None:
+    """Each word that says how a call ended is kept as it is, and can be searched for."""
+    for status in ExecutionStatus:
+        assert await store.audit.write(make_event(request_id=str(status), execution_status=status)) == "STORED"
+        (found,) = await store.audit.search(execution_status=status)
+
+        assert (found.request_id, found.execution_status) == (status, status)
 
 
 async def test_same_event_again_is_a_duplicate(store: GatewayStore, make_event: MakeEvent) -> None:

@@ -18,6 +18,7 @@ USES: dict[str, Callable[[GatewayStore], Awaitable[object]]] = {
     "approve": lambda store: store.approvals.approve(TOKEN, "approver-1"),
     "deny": lambda store: store.approvals.deny(TOKEN, "approver-1"),
     "consume_token": lambda store: store.approvals.consume_token(TOKEN, caller_id="dev-agent", tool_call=CALL),
+    "release_output": lambda store: store.approvals.release_output(TOKEN, caller_id="dev-agent"),
     "record_outcome": lambda store: store.approvals.record_outcome(TOKEN, "done"),
     "wait_for_decision": lambda store: store.approvals.wait_for_decision(TOKEN, timeout_s=0),
     "list_requests": lambda store: store.approvals.list_requests(),

@@ -92,6 +92,7 @@ BY_TOKEN: list[ByToken] = [
     lambda view, token: view.approvals.deny(token, "approver-9"),
     lambda view, token: view.approvals.cancel(token, "approver-9"),
     lambda view, token: view.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
+    lambda view, token: view.approvals.release_output(token, caller_id="dev-agent"),
     lambda view, token: view.approvals.record_outcome(token, "done"),
     lambda view, token: view.approvals.wait_for_decision(token, timeout_s=0),
 ]

@@ -18,7 +18,7 @@ from sqlalchemy import make_url
 import agent_gateway_store.audit.spool as spool_module
 import agent_gateway_store.storage.database as database_module
 import servers
-from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
+from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, to_values
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
@@ -205,6 +205,38 @@ async def test_several_processes_share_one_spool(place: Place, path: Path) -> No
         found = await stored_ids(store)
     assert found.total() == len(found) == 183
     assert found.keys() >= set(acknowledged)
+
+
+OLDER = """
+CREATE TABLE spooled_events (
+    request_id TEXT, org_id TEXT, trace_id TEXT, session_id TEXT, parent_request_id TEXT, timestamp DATETIME,
+    caller_id TEXT, caller_role TEXT, key_id TEXT, environment TEXT, mcp_server TEXT, tool_name TEXT,
+    raw_args_hash TEXT, sanitized_args JSON, risk_labels JSON, risk_score FLOAT, matched_policy_rule TEXT,
+    policy_version TEXT, decision TEXT, approver_id TEXT, execution_status TEXT, latency_ms BIGINT,
+    output_hash TEXT, output_decision TEXT, output_policy_rationale TEXT, redaction_flags JSON,
+    llm_explanation TEXT, deterministic_rationale TEXT, content_hash TEXT, target TEXT NOT NULL, spooled_at
+    DATETIME NOT NULL, error TEXT,
+    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT
+);
+CREATE INDEX ix_spooled_events_target_id ON spooled_events (target, id);
+"""
+"""The spool as the revision 0003_due_by_notifier wrote it."""
+
+
+async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path: Path) -> None:
+    """A file from before a status was known keeps events with it, and they are replayed as they were."""
+    with closing(sqlite3.connect(path)) as older:
+        older.executescript(OLDER)
+    url = migrated(f"sqlite:///{tmp_path}/gateway.db")
+    spool = Spool(path, make_url(url))
+    events = [make_event(request_id=str(each), execution_status=each) for each in ExecutionStatus]
+    await spool.add([to_values(encode_event(each)) for each in events])
+    await spool.close()
+    async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_spool_path=path)) as store:
+        await eventually(lambda: spool_is_empty(store))
+        found = await store.audit.list_recent()
+
+    assert {event.execution_status for event in found} == set(ExecutionStatus)
 
 
 async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from agent_gateway_store import AuditEvent, GatewayStore, SyncGatewayStore
+from agent_gateway_store import AuditEvent, ExecutionStatus, GatewayStore, SyncGatewayStore
 from agent_gateway_store.audit.grouping import GROUPS
 from agent_gateway_store.results import Stats
 
@@ -70,7 +70,7 @@ EVENTS = st.fixed_dictionaries(
         "caller_id": st.sampled_from(("a", "b", "ü")),
         "tool_name": st.sampled_from(("read", "write")),
         "decision": st.sampled_from(("ALLOW", "DENY", "APPROVAL_REQUIRED", "SANITIZE_AND_ALLOW")),
-        "execution_status": st.sampled_from((None, "SUCCESS", "TOOL_ERROR", "TIMEOUT")),
+        "execution_status": st.sampled_from((None, *ExecutionStatus)),
         "latency_ms": st.integers(0, 50) | st.sampled_from((2**53 + 1, 2**63 - 1)),
         "risk_labels": st.lists(st.sampled_from(("PII", "é\"'", "W")), max_size=4),
         "session_id": st.sampled_from((None, "s")),

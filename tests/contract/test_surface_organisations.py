@@ -201,6 +201,7 @@ CASES: dict[str, Case] = {
     "approvals.deny": by_token_and_id("deny"),
     "approvals.cancel": by_token_and_id("cancel"),
     "approvals.consume_token": by_token("consume_token", caller_id="dev-agent", tool_call=CALL),
+    "approvals.release_output": by_token("release_output", caller_id="dev-agent"),
     "approvals.record_outcome": by_token("record_outcome", "SUCCESS"),
     "approvals.wait_for_decision": by_token("wait_for_decision", timeout_s=0.01),
     "approvals.get": lambda view, other, _: [view.approvals.get(approval_id=each) for each in other.ids.values()],

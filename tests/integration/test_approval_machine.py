@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -56,6 +56,7 @@ class Approval:
         past: Each status it had, with the (real) time at which it had ended.
         old_tokens: Tokens that another one has replaced, with the time.
         asked: Which call it is for.
+        real: What was the time, less the offset of the clock, when it was asked.
     """
 
     token: str
@@ -71,6 +72,7 @@ class Approval:
     decider: str | None = None
     past: list[tuple[str, float]] = field(default_factory=list)
     old_tokens: dict[str, float] = field(default_factory=dict)
+    real: datetime = field(default_factory=lambda: clock.utc_now() - clock.offset())
 
     @property
     def status(self) -> str:
@@ -165,14 +167,16 @@ class Approvals(RuleBasedStateMachine):
         now = clock.offset()
         uses = None if use_hours is None else now + use_hours * HOUR
         asked = uuid4().hex
-        approval = Approval("", asked, needed, now + hours * HOUR, uses)
+        self._ask(store, Approval("", asked, needed, now + hours * HOUR, uses))
+
+    def _ask(self, store: GatewayStore, approval: Approval) -> None:
         approval.token = self._call(store.approvals.issue_token(self._request(approval)))
         result = self._call(store.approvals.check_token(approval.token, fresh=True))
         approval.approval_id = result.approval_id
         self.known.append(approval)
 
     def _request(self, approval: Approval) -> ApprovalRequest:
-        real = clock.utc_now() - clock.offset()
+        real = approval.real
         return ApprovalRequest(
             request_id=approval.asked,
             caller_id=CALLER,
@@ -192,6 +196,18 @@ class Approvals(RuleBasedStateMachine):
         token = self._call(approvals.issue_token(self._request(approval)))
         approval.old_tokens[approval.token] = time.monotonic()
         approval.token = token
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), needed=st.integers(1, 3), later=st.booleans())
+    def ask_on_other_terms(self, data: st.DataObject, needed: int, later: bool) -> None:
+        store = self.stores[data.draw(st.integers(0, 1), label="gateway")]
+        _, old = self._pick(data)
+        if old.status != "PENDING" or (needed == old.needed and not later):
+            return
+        expires = old.expires + HOUR if later else old.expires
+        self._ask(store, Approval("", old.asked, needed, expires, old.use_before, real=old.real))
+        old.become("CANCELLED")
+        old.decider = CALLER
 
     @precondition(lambda self: self.known)
     @rule(

@@ -11,7 +11,7 @@ import gateway_process
 import pytest
 from gateway_process import SECRET, Agent, Bench
 
-from agent_gateway_store import TrustLevel
+from agent_gateway_store import ApprovalRequest, ApprovalScope, ToolCall, TrustLevel
 
 pytestmark = pytest.mark.integration
 
@@ -94,6 +94,28 @@ async def test_token_is_bound_to_caller_and_arguments(bench: Bench) -> None:
     assert [answer.json()["error"] for answer in refused] == [*["approval_mismatch"] * 3, "approval_not_found"]
     assert (bench.site.sandbox / "other.txt").exists()
     assert done.status_code == 200
+
+
+async def test_approval_of_an_output_runs_no_call(bench: Bench) -> None:
+    """A token for the output of this very call does not run it, and stays good for the output."""
+    name = f"{uuid4().hex}.txt"
+    (bench.site.sandbox / name).write_text("x")
+    request = ApprovalRequest(
+        request_id=uuid4().hex,
+        caller_id=bench.agent.caller_id,
+        tool_call=ToolCall(server="files", tool="delete_file", arguments={"path": name}),
+        risk_explanation="hands out what was in the file",
+        scope=ApprovalScope.OUTPUT_RELEASE,
+        output_payload="x",
+    )
+    token = await bench.store.approvals.issue_token(request)
+    await bench.store.approvals.approve(token, "approver-1")
+    refused = await bench.agent.call("delete_file", {"path": name}, token=token)
+
+    assert (refused.status_code, refused.json()["error"]) == (403, "approval_mismatch")
+    assert "is for the scope OUTPUT_RELEASE, not for EXECUTION" in refused.json()["detail"]
+    assert (bench.site.sandbox / name).exists()
+    assert await bench.store.approvals.release_output(token, caller_id=bench.agent.caller_id) == "x"
 
 
 async def test_race_for_one_token_has_one_winner(bench: Bench) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 
 import asyncpg
 import pytest
+from alembic.util import CommandError
 from sqlalchemy import Connection, inspect, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
@@ -352,34 +354,73 @@ def test_contributors_can_run_alembic(url: str) -> None:
     assert f"{migrate.head()} (head)" in ended.stdout
 
 
+COLUMNS = (
+    "id, request_id, org_id, timestamp, caller_id, caller_role, environment, mcp_server, tool_name, raw_args_hash, "
+    "sanitized_args, risk_labels, risk_score, matched_policy_rule, decision, execution_status, latency_ms, "
+    "output_decision, redaction_flags, deterministic_rationale"
+)
+
+
+def insert(number: int, status: str | None = None) -> str:
+    """The statement that inserts one event."""
+    said = "NULL" if status is None else f"'{status}'"
+    return (
+        f"INSERT INTO audit_events ({COLUMNS}) VALUES ({number}, 'r-{number}', 'acme', '2026-05-01 00:00:00', 'c', "
+        f"'r', 'e', 's', 't', '{'0' * 64}', '{{}}', '[]', 0.5, 'p', 'ALLOW', {said}, 1, 'ALLOW', '[]', 'd')"
+    )
+
+
+async def read(engine: AsyncEngine, names: str = COLUMNS) -> list[Any]:
+    """What the events hold, in their order."""
+    async with engine.begin() as connection:
+        return [tuple(row) for row in await connection.execute(text(f"SELECT {names} FROM audit_events ORDER BY id"))]
+
+
 async def test_rows_outlive_the_way_to_0002_and_back(engine: AsyncEngine) -> None:
     """Old rows keep all they hold, without a transaction; rows written since have one, on PostgreSQL."""
-    columns = "id, request_id, org_id, timestamp, caller_id, caller_role, environment, mcp_server, tool_name, "
-    columns += "raw_args_hash, sanitized_args, risk_labels, risk_score, matched_policy_rule, decision, latency_ms, "
-    columns += "output_decision, redaction_flags, deterministic_rationale"
-
-    def insert(number: int) -> str:
-        values = (
-            f"{number}, 'r-{number}', 'acme', '2026-05-01 00:00:00', 'c', 'r', 'e', 's', 't', '{'0' * 64}', '{{}}', "
-        )
-        return f"INSERT INTO audit_events ({columns}) VALUES ({values} '[]', 0.5, 'p', 'ALLOW', 1, 'ALLOW', '[]', 'd')"
-
-    async def read(names: str) -> list[Any]:
-        async with engine.begin() as connection:
-            return [
-                tuple(row) for row in await connection.execute(text(f"SELECT {names} FROM audit_events ORDER BY id"))
-            ]
-
     await migrate.upgrade(engine, "0001_initial")
     await execute(engine, insert(1))
-    before = await read(columns)
+    before = await read(engine)
     await migrate.upgrade(engine)
     await execute(engine, insert(2))
-    transactions = [row[0] for row in await read("transaction_id")]
-    after = await read(columns)
+    transactions = [row[0] for row in await read(engine, "transaction_id")]
+    after = await read(engine)
     await migrate.downgrade(engine, "0001_initial")
-    back = await read(columns)
+    back = await read(engine)
 
     assert (transactions[0], transactions[1] is not None) == (None, engine.dialect.name == "postgresql")
     assert after[:1] == before
     assert back == after
+
+
+async def test_rows_outlive_the_way_to_0004_and_back(engine: AsyncEngine) -> None:
+    """Old rows keep all they hold; the new words are taken from then on, others are still refused."""
+    await migrate.upgrade(engine, "0003_due_by_notifier")
+    await execute(engine, insert(1), insert(2, "TIMEOUT"), insert(7, "SUCCESS"))
+    before = await read(engine, f"{COLUMNS}, transaction_id")
+    with pytest.raises(IntegrityError):
+        await execute(engine, insert(8, "CANCELLED"))
+    await migrate.upgrade(engine)
+    after = await read(engine, f"{COLUMNS}, transaction_id")
+    await execute(engine, insert(8, "CANCELLED"), insert(9, "APPROVED_OUTPUT_RELEASE"))
+    with pytest.raises(IntegrityError):
+        await execute(engine, insert(10, "FINE"))
+
+    assert after == before
+    assert [row[0] for row in await read(engine, "id")] == [1, 2, 7, 8, 9]
+
+
+async def test_downgrade_rewrites_no_event(engine: AsyncEngine) -> None:
+    """While an event has a word that the older schema does not know, it is refused in one sentence, nothing changed."""
+    await migrate.upgrade(engine)
+    await execute(engine, insert(1, "SUCCESS"), insert(2, "CANCELLED"), insert(3, "APPROVED_OUTPUT_RELEASE"))
+    before = await read(engine)
+    with pytest.raises(CommandError, match=r"2 audit events have the execution_status CANCELLED or .* delete them"):
+        await migrate.downgrade(engine, "0003_due_by_notifier")
+    assert (await read(engine), await migrate.current(engine)) == (before, migrate.head())
+    await execute(engine, "DELETE FROM audit_events WHERE id > 1")
+    await migrate.downgrade(engine, "0003_due_by_notifier")
+
+    assert await read(engine) == before[:1]
+    with pytest.raises(IntegrityError):
+        await execute(engine, insert(2, "CANCELLED"))

@@ -18,6 +18,7 @@ from agent_gateway_store import (
     ApprovalNotifier,
     ApprovalRequest,
     ApprovalResult,
+    ApprovalScope,
     ApprovalStatus,
     AuditEvent,
     AuditLogger,
@@ -77,6 +78,9 @@ async def asynchronous(event: AuditEvent, request: ApprovalRequest, session: Asy
         assert_type(result.approval_id, UUID)
         await store.approvals.deny(approval_id=result.approval_id, approver_id="approver-2")
         assert_type(await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=call), ApprovalResult)
+        scope = ApprovalScope.OUTPUT_RELEASE
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=call, scope=scope)
+        assert_type(await store.approvals.release_output(token, caller_id="dev-agent"), Any)
         assert_type(await store.approvals.list_requests(status="PENDING"), Page[ApprovalRequest])
         assert_type(await store.approvals.expire_stale(), int)
 
@@ -106,6 +110,7 @@ def blocking(event: AuditEvent, request: ApprovalRequest, call: ToolCall) -> Non
         assert_type(token, str)
         assert_type(store.approvals.wait_for_decision(token, timeout_s=1), ApprovalResult)
         assert_type(store.approvals.consume_token(token, caller_id="dev-agent", tool_call=call), ApprovalResult)
+        assert_type(store.approvals.release_output(token, caller_id="dev-agent"), Any)
         store.migrate()
     try:
         store.open().close()

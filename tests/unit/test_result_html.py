@@ -11,7 +11,7 @@ import pytest
 
 from agent_gateway_store import Page
 from agent_gateway_store.models.approval import ApprovalRequest
-from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.audit import AuditEvent, ExecutionStatus
 from agent_gateway_store.models.keys import TrustLevel
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.results.html import style
@@ -135,6 +135,20 @@ def test_words_that_decide_are_badges() -> None:
         ("info", "SANITIZE_AND_ALLOW"),
     ]
     assert '<td class="ags-line">ALLOW</td>' in page._repr_html_()
+
+
+def test_no_status_is_plain() -> None:
+    """Each word that an execution_status can have is a badge."""
+    page = Page([{"execution_status": str(each)} for each in ExecutionStatus], columns=("execution_status",))
+    badges = re.findall(r'<span class="ags-badge ags-(\w+)">(\w+)</span>', page._repr_html_())
+
+    assert badges == [
+        ("good", "SUCCESS"),
+        ("bad", "TOOL_ERROR"),
+        ("wait", "TIMEOUT"),
+        ("off", "CANCELLED"),
+        ("good", "APPROVED_OUTPUT_RELEASE"),
+    ]
 
 
 def test_arguments_fold() -> None:

@@ -1,14 +1,16 @@
 """The Redis entries of an approval: `approval:{token}`, and from its id to the token.
 
-An entry is the request as JSON, without the token, plus the token's digest (so that a mixed-up answer is noticed), the
-life it was written with (so that Redis's own clock tells its age) and when SQL was read (it may have been written late,
-by a reader that stood still or a Redis that hung, or be back from an old copy). What is read is validated as any input.
+An entry is the request as JSON, without the token and without the output that waits for its release, plus the token's
+digest (so that a mixed-up answer is noticed), the life it was written with (so that Redis's own clock tells its age)
+and when SQL was read (it may have been written late, by a reader that stood still or a Redis that hung, or be back from
+an old copy). What is read is validated as any input.
 """
 
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
 from pydantic import AwareDatetime, ConfigDict, ValidationError
@@ -109,29 +111,28 @@ class ApprovalCache:
 
     async def put(
         self,
+        row: Mapping[str, Any],
         request: ApprovalRequest,
         token: str | None,
         *,
-        token_sha256: str,
-        life_s: float,
-        read_at: datetime,
-        is_known: bool,
+        is_known: bool = True,
         message: tuple[str, str] | None = None,
     ) -> None:
-        """Write the entry for `life_s` seconds, then publish; an older version never replaces a newer one.
+        """Write the entry until no deadline is ahead, then publish; an older version never replaces a newer one.
 
         Args:
-            request: As SQL has it.
+            row: As SQL has it.
+            request: The approval of this row.
             token: Believed to be its token; where SQL says otherwise, or it is not known, nothing is written.
-            token_sha256: The digest that SQL holds.
-            life_s: Until neither deadline is ahead, in seconds.
-            read_at: When SQL said so, by its clock.
             is_known: Redis has the entry that leads to this token, or can do without it until somebody asks again.
             message: A channel and what to publish on it, in the same step as the entry.
         """
         entries: list[CacheEntry] = []
+        token_sha256, read_at = row["token_sha256"], row["read_at"]
+        ends = max(filter(None, (request.expires_at, request.use_before)), default=read_at)
+        life_s = (ends - read_at).total_seconds()
         if token is not None and life_s > 0 and _is_cached(token) and token_digest(token) == token_sha256:
-            values = request.model_dump(mode="json", exclude={"token", "id"})
+            values = request.model_dump(mode="json", exclude={"token", "id", "output_payload"})
             values |= {"token_sha256": token_sha256, "life_ms": int(life_s * 1000), "read_at": read_at.isoformat()}
             if not is_known:
                 pointer = {"token": token, "version": request.version}

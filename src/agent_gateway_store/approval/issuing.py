@@ -1,27 +1,34 @@
-"""Ask for an approval: a new row, or the one that the same pending call already has."""
+"""Ask for an approval: a new row, or the one that the same call already has, if it is pending on the same terms."""
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeAlias
 from uuid import UUID
 
+from sqlalchemy import BigInteger, bindparam, func, select
 from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store.approval.recording import Outbox, insert_and_tell
-from agent_gateway_store.approval.statements import REBIND
+from agent_gateway_store.approval.statements import CANCEL_OTHER_TERMS, EXPIRE_SAME_CALL, REBIND, SAME_CALL
+from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.values import ToolCall
-from agent_gateway_store.storage.database import AnyConnection
+from agent_gateway_store.storage.database import AnyConnection, dialect_of
+from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["Asked", "already_issued", "insert_or_rebind", "issue_values"]
+__all__ = ["Asked", "already_issued", "end_standing", "insert_or_rebind", "issue_values"]
 
 Asked: TypeAlias = tuple[Mapping[str, Any], bool, dict[str, UUID]]
 """The row as it stands; True if it is new; the deliveries kept for this process."""
+
+_LOCKED = func.pg_advisory_xact_lock(bindparam("p_lock", type_=BigInteger())).label("locked")
+_LOCK_CALL = Statement(select(_LOCKED))
 
 
 def issue_values(
@@ -30,10 +37,12 @@ def issue_values(
     """Return the parameters by which `request` is asked, scrubbed; it begins PENDING whatever it says.
 
     Raises:
-        ApprovalMismatchError: The request names another organisation than the store is bound to.
+        ApprovalMismatchError: The request names another organisation than the store is bound to, or its `output_hash`
+            is not that of its `output_payload`.
     """
     scrubber = Scrubber()
     shown = request.tool_call
+    payload = scrubber.json("output_payload", request.output_payload)
     return {
         "p_approval_id": request.approval_id,
         "p_token": request.token or secrets.token_urlsafe(32),
@@ -51,8 +60,8 @@ def issue_values(
         "p_ttl_s": ttl.total_seconds(),
         "p_use_before": request.use_before,
         "p_scope": request.scope,
-        "p_output_payload": scrubber.json("output_payload", request.output_payload),
-        "p_output_hash": request.output_hash and scrubber.text("output_hash", request.output_hash),
+        "p_output_payload": payload,
+        "p_output_hash": _output_hash(request, payload, hash_key),
         "p_required_approvals": request.required_approvals,
     }
 
@@ -75,12 +84,26 @@ def _hash(request: ApprovalRequest, call: ToolCall | None, hash_key: str | None)
     return hash_tool_call(call or request.tool_call, key=hash_key)
 
 
+def _output_hash(request: ApprovalRequest, stored: Any, hash_key: str | None) -> str | None:
+    given = request.output_hash and Scrubber().text("output_hash", request.output_hash)
+    if stored is None:
+        return given
+    # Of the payload as it is stored, for that is what can be checked when it is released.
+    actual = hash_json(stored, key=hash_key)
+    if given and given.lower() != actual:
+        raise ApprovalMismatchError(
+            "The output_hash is not that of the output_payload as it is stored: leave it out, and it is computed.",
+            approval_id=request.approval_id,
+        )
+    return actual
+
+
 async def insert_or_rebind(connection: AnyConnection, values: dict[str, Any], outbox: Outbox) -> Asked | None:
     """Insert the row and those of its notice, or give the pending approval of the same call the new token.
 
     Returns:
-        What was asked; None if another approval is in the way, as a rule one of the same call that is overdue and that
-        no sweep has met yet.
+        What was asked; None if another approval is in the way: one of the same call that is pending on other terms,
+        or is overdue and was not swept yet.
 
     Raises:
         ApprovalError: The token belongs to the approval of another call.
@@ -95,11 +118,31 @@ async def insert_or_rebind(connection: AnyConnection, values: dict[str, Any], ou
     return None if row is None else (row, False, {})
 
 
+async def end_standing(connection: AnyConnection, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """End what stands in the way of asking: what is overdue becomes EXPIRED, what has other terms CANCELLED.
+
+    Those who ask for the same call at the same time do so one after the other, to the end of the transaction.
+
+    Returns:
+        The rows that ended, the expired ones first.
+    """
+    if dialect_of(connection) == "postgresql":
+        # Without it each of many would cancel what another has just asked, and the slowest would give up.
+        await _LOCK_CALL.rows(connection, {"p_lock": _lock_of(values)})
+    expired = await EXPIRE_SAME_CALL.rows(connection, values)
+    return expired + await CANCEL_OTHER_TERMS.rows(connection, values)
+
+
+def _lock_of(values: Mapping[str, Any]) -> int:
+    name = "\0".join(values[f"p_{each}"] for each in SAME_CALL)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)  # a bigint
+
+
 def already_issued(values: Mapping[str, Any]) -> ApprovalError:
     """Return what to raise for a request that cannot be asked (again)."""
     approval_id: UUID = values["p_approval_id"]
     return ApprovalError(
-        "This request (or its token) was issued before, and its approval is decided or is another call's: "
-        "build a new ApprovalRequest.",
+        "This request (or its token) was issued before, and its approval is decided, has other terms or is another "
+        "call's: build a new ApprovalRequest.",
         approval_id=approval_id,
     )

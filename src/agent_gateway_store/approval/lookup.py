@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement
 
 from agent_gateway_store.approval import listing
-from agent_gateway_store.approval.rows import Name, standing
+from agent_gateway_store.approval.rows import Name, require_text, standing
 from agent_gateway_store.approval.searching import ApprovalFilters, history, narrowed
 from agent_gateway_store.approval.transitions import requests
 from agent_gateway_store.errors import ApprovalNotFoundError
@@ -65,6 +65,19 @@ class ApprovalLookup:
             found, scope = narrowed(filters, dialect_of(connection), self._org_id)
             return await listing.page(connection, *self._mine(), *found, scope=scope, limit=limit, cursor=cursor)
 
+    async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
+        """Return the approval of this id, without its token.
+
+        Raises:
+            ApprovalNotFoundError: There is none.
+        """
+        name = self._by_id(approval_id)
+        async with self._transactions.connection("read") as connection:
+            found = await standing(connection, name)
+        if found is None:
+            raise ApprovalNotFoundError
+        return found
+
     async def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
         """Return what happened to an approval, in the order of time.
 
@@ -74,15 +87,26 @@ class ApprovalLookup:
         Raises:
             ApprovalNotFoundError: There is no such approval.
         """
-        try:
-            name = Name(None, approval_id if isinstance(approval_id, UUID) else UUID(approval_id), self._org_id)
-        except (ValueError, AttributeError, TypeError):
-            raise ApprovalNotFoundError from None
+        name = self._by_id(approval_id)
         async with self._transactions.read() as connection:
             found = await standing(connection, name)
             if found is None:
                 raise ApprovalNotFoundError
             return await history(connection, found)
+
+    def _name(self, token: str | None, approval_id: UUID | str | None) -> Name:
+        if (token is None) == (approval_id is None):
+            raise TypeError("Name the approval either by its token or by approval_id.")
+        if token is not None:
+            require_text(token)
+            return Name(token, None, self._org_id)
+        return self._by_id(approval_id)
+
+    def _by_id(self, approval_id: Any) -> Name:
+        try:
+            return Name(None, approval_id if isinstance(approval_id, UUID) else UUID(approval_id), self._org_id)
+        except (ValueError, AttributeError, TypeError):
+            raise ApprovalNotFoundError from None
 
     def _mine(self) -> tuple[ColumnElement[bool], ...]:
         return () if self._org_id is None else (requests.c.org_id == self._org_id,)

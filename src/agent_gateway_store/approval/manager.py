@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Self
 from uuid import UUID
 
@@ -12,19 +12,26 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from agent_gateway_store.approval import deciding, listing, using
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.deciding import Ballot
-from agent_gateway_store.approval.issuing import Asked, already_issued, insert_or_rebind, issue_values
+from agent_gateway_store.approval.issuing import Asked, already_issued, end_standing, insert_or_rebind, issue_values
 from agent_gateway_store.approval.listing import COLUMNS
 from agent_gateway_store.approval.lookup import ApprovalLookup
 from agent_gateway_store.approval.notifier import notice_of
-from agent_gateway_store.approval.recording import Later, Outbox, record
-from agent_gateway_store.approval.rows import Name, request_of, result_of, standing
-from agent_gateway_store.approval.statements import CANCEL, DENY, EXPIRE_SAME_CALL, READ, Key
+from agent_gateway_store.approval.recording import Later, Outbox, insert_and_tell, record
+from agent_gateway_store.approval.rows import Name, request_of, require_text, result_of
+from agent_gateway_store.approval.statements import CANCEL, DENY, READ, Key
+from agent_gateway_store.approval.using import Permission
 from agent_gateway_store.approval.vetoing import require_no_veto
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.hooks.dispatch import Vetoes
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, VoteDecision, hash_tool_call
+from agent_gateway_store.models.approval import (
+    ApprovalRequest,
+    ApprovalResult,
+    ApprovalScope,
+    VoteDecision,
+    hash_tool_call,
+)
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.bounds import require_between
@@ -117,16 +124,21 @@ class ApprovalManager(ApprovalLookup):
         """Ask for an approval and return the token that follows and uses it.
 
         Asking again for the same call (organisation, caller, request_id, tool call) while it is pending gives the new
-        token to the same approval, ends the old token, and notifies nobody. `request` itself is not changed.
+        token to the same approval, ends the old token, and notifies nobody. Where anything that is shown or decided
+        differs (scope, output, required_approvals, shown call, explanation, a deadline that is given), the pending
+        approval is cancelled and a new one is asked, in one transaction: no vote for other terms counts. `request`
+        itself is not changed.
 
         Args:
             request: Its `tool_call` is what approvers see. Its `expires_at`, if None, becomes now +
-                APPROVAL_TOKEN_TTL_SECONDS by the database's clock.
+                APPROVAL_TOKEN_TTL_SECONDS by the database's clock, or stays as the pending approval has it. Its
+                `output_hash`, if None, becomes that of `output_payload`.
             call: The call as it will run, if `request.tool_call` is a sanitised one; the permission binds to it.
 
         Raises:
-            ApprovalMismatchError: The request names another organisation than this store is bound to.
-            ApprovalError: The same request object was issued before and has been decided since.
+            ApprovalMismatchError: The request names another organisation than this store is bound to, or its
+                `output_hash` is not that of its `output_payload`.
+            ApprovalError: The same request object was issued before, and has been decided or changed since.
             StoreUnavailableError: The database is away.
         """
         ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
@@ -149,10 +161,16 @@ class ApprovalManager(ApprovalLookup):
             if asked is not None:
                 return asked
             async with self._transactions.connection("transaction") as connection:
-                rows = await EXPIRE_SAME_CALL.rows(connection, values)
-                mine = await self._record(connection, *rows)
-            for row in rows:
-                await self._decided(row, None, mine)
+                ended = await end_standing(connection, values)
+                mine = await self._record(connection, *ended)
+                row, kept = await insert_and_tell(connection, values, self._outbox)
+                if row is None and any(each["status"] is ApprovalStatus.CANCELLED for each in ended):
+                    # Nothing else can be in the way now: this request's own id or token is taken.
+                    raise already_issued(values)
+            for each in ended:
+                await self._decided(each, None, mine)
+            if row is not None:
+                return row, True, kept
         raise already_issued(values)
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
@@ -167,7 +185,7 @@ class ApprovalManager(ApprovalLookup):
             ApprovalNotFoundError: No approval has this token.
             StoreUnavailableError: Neither Redis nor the database answers.
         """
-        _require_text(token)
+        require_text(token)
         self._check_owner()
         if not fresh and (known := await self._cache.get(token, org_id=self._org_id)) is not None:
             return known
@@ -260,7 +278,12 @@ class ApprovalManager(ApprovalLookup):
         return await self._decided(row, token, mine)
 
     async def consume_token(
-        self, token: str, *, caller_id: str, tool_call: ToolCall | Mapping[str, Any]
+        self,
+        token: str,
+        *,
+        caller_id: str,
+        tool_call: ToolCall | Mapping[str, Any],
+        scope: ApprovalScope = ApprovalScope.EXECUTION,
     ) -> ApprovalResult:
         """Use an approval, once: of any number of consumers one returns, and that one may run the call.
 
@@ -268,21 +291,49 @@ class ApprovalManager(ApprovalLookup):
             token: As returned by `issue_token`.
             caller_id: Must be who asked.
             tool_call: The call as it will run; must be the one that was approved, to the last argument.
+            scope: What is about to be done; must be what was approved. For an output see `release_output`, too.
 
         Raises:
             ApprovalNotFoundError: No approval has this token.
-            ApprovalMismatchError: Another caller or another call.
+            ApprovalMismatchError: Another caller, another call or another scope.
             ApprovalNotApprovedError: It is pending, denied or cancelled.
             ApprovalExpiredError: The deadline to use it has passed.
             ApprovalAlreadyUsedError: It has released its call.
         """
-        _require_text(token)
+        require_text(token)
         call = tool_call if isinstance(tool_call, ToolCall) else ToolCall.model_validate(tool_call)
         caller, digest = storable_key(caller_id), hash_tool_call(call, key=self._hash_key)
+        bound = Permission(caller, ApprovalScope(scope), digest)
         async with self._transactions.connection("autocommit") as connection:
-            name = Name(token, None, self._org_id)
-            row = await using.consume(connection, name, caller_id=caller, tool_call_hash=digest)
+            row = await using.consume(connection, Name(token, None, self._org_id), bound)
         return result_of(await self._remember(row, token), token)
+
+    async def release_output(self, token: str, *, caller_id: str) -> Any:
+        """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved.
+
+        Of any number of callers one gets the output. It is the stored payload, checked against its hash; an approval
+        whose payload was changed since is not used up. An error after the use may have used it: the output is not
+        given a second time.
+
+        Args:
+            token: As returned by `issue_token`.
+            caller_id: Must be who asked.
+
+        Raises:
+            ApprovalNotFoundError: No approval has this token.
+            ApprovalMismatchError: Another caller, an approval that releases no output, or a payload that does not
+                match its hash.
+            ApprovalNotApprovedError: It is pending, denied or cancelled.
+            ApprovalExpiredError: The deadline to use it has passed.
+            ApprovalAlreadyUsedError: It has released its output.
+            StoreUnavailableError: The database is away.
+        """
+        require_text(token)
+        bound = Permission(storable_key(caller_id), ApprovalScope.OUTPUT_RELEASE)
+        async with self._transactions.connection("transaction") as connection:
+            row = await using.release(connection, Name(token, None, self._org_id), bound, hash_key=self._hash_key)
+        await self._remember(row, token)
+        return row["output_payload"]
 
     async def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
         """Note what came of the call, after its use; once. A used approval without an outcome is shown as unknown.
@@ -292,7 +343,7 @@ class ApprovalManager(ApprovalLookup):
             ApprovalNotApprovedError: It has not been used.
             ApprovalAlreadyUsedError: Another outcome was recorded before (the same one again changes nothing).
         """
-        _require_text(token)
+        require_text(token)
         text = Scrubber().text("outcome", outcome)
         async with self._transactions.connection("autocommit") as connection:
             row = await using.record(connection, Name(token, None, self._org_id), text)
@@ -314,7 +365,7 @@ class ApprovalManager(ApprovalLookup):
             StoreUnavailableError: The database is away.
             TypeError, ValueError: `timeout_s` is no number.
         """
-        _require_text(token)
+        require_text(token)
         self._check_owner()
         return await self._waiting.wait(
             self._org_id, token, lambda: self._read(token), timeout_s=number("timeout_s", timeout_s)
@@ -322,19 +373,6 @@ class ApprovalManager(ApprovalLookup):
 
     async def _read(self, token: str) -> ApprovalResult:
         return result_of(request_of(await self._row(token)), token)
-
-    async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
-        """Return the approval of this id, without its token.
-
-        Raises:
-            ApprovalNotFoundError: There is none.
-        """
-        name = self._name(None, approval_id)
-        async with self._transactions.connection("read") as connection:
-            found = await standing(connection, name)
-        if found is None:
-            raise ApprovalNotFoundError
-        return found
 
     async def expire_stale(self, *, batch_size: int = 500) -> int:
         """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were.
@@ -358,17 +396,6 @@ class ApprovalManager(ApprovalLookup):
             swept += len(rows)
         return swept
 
-    def _name(self, token: str | None, approval_id: UUID | str | None) -> Name:
-        if (token is None) == (approval_id is None):
-            raise TypeError("Name the approval either by its token or by approval_id.")
-        if token is not None:
-            _require_text(token)
-            return Name(token, None, self._org_id)
-        try:
-            return Name(None, approval_id if isinstance(approval_id, UUID) else UUID(approval_id), self._org_id)
-        except (ValueError, AttributeError, TypeError):
-            raise ApprovalNotFoundError from None
-
     async def _record(self, connection: AnyConnection, *rows: Mapping[str, Any]) -> dict[UUID, dict[str, UUID]]:
         """Write what others learn of these decisions; returns the deliveries kept for this process, by approval."""
         if self._pubsub is not None:
@@ -385,10 +412,10 @@ class ApprovalManager(ApprovalLookup):
         request = request_of(row)
         self._waiting.note_change()
         if request.status is _PENDING or self._pubsub is None:
-            await self._keep(row, request, known)
+            await self._cache.put(row, request, known)
         else:
             key = str(request.approval_id)
-            await self._keep(row, request, known, message=self._pubsub.message(key))
+            await self._cache.put(row, request, known, message=self._pubsub.message(key))
             self._pubsub.notify_local(key)
         if request.status is not _PENDING:
             self._outbox.send(notice_of(request, "decision"), mine.get(request.approval_id, {}))
@@ -398,31 +425,5 @@ class ApprovalManager(ApprovalLookup):
         request = request_of(row)
         if is_known:
             self._waiting.note_change()
-        await self._keep(row, request, token, is_known=is_known)
+        await self._cache.put(row, request, token, is_known=is_known)
         return request
-
-    async def _keep(
-        self,
-        row: Mapping[str, Any],
-        request: ApprovalRequest,
-        token: str | None,
-        *,
-        is_known: bool = True,
-        message: tuple[str, str] | None = None,
-    ) -> None:
-        read_at: datetime = row["read_at"]
-        ends = max(filter(None, (request.expires_at, request.use_before)), default=read_at)
-        await self._cache.put(
-            request,
-            token,
-            token_sha256=row["token_sha256"],
-            life_s=(ends - read_at).total_seconds(),
-            read_at=read_at,
-            is_known=is_known,
-            message=message,
-        )
-
-
-def _require_text(token: Any) -> None:
-    if not isinstance(token, str) or not token:
-        raise ApprovalNotFoundError

@@ -15,10 +15,10 @@ from agent_gateway_store.errors import (
     ApprovalNotFoundError,
     SelfApprovalError,
 )
-from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalScope
 from agent_gateway_store.models.values import ApprovalStatus
 
-__all__ = ["already_voted", "cannot_consume", "cannot_decide", "cannot_record"]
+__all__ = ["already_voted", "cannot_decide", "cannot_record", "cannot_release", "cannot_use"]
 
 
 def _standing(kind: type[ApprovalError], text: str, request: ApprovalRequest) -> ApprovalError:
@@ -62,14 +62,21 @@ def already_voted(approval_id: UUID, approver_id: str) -> ApprovalError:
     )
 
 
-def cannot_consume(request: ApprovalRequest | None, *, caller_id: str, tool_call_hash: str) -> ApprovalError:
-    """Return why this approval does not release this call."""
+def cannot_use(
+    request: ApprovalRequest | None, *, caller_id: str, scope: ApprovalScope, tool_call_hash: str | None
+) -> ApprovalError:
+    """Return why this approval does not release this call, or its output."""
     if request is None:
         return ApprovalNotFoundError()
-    if request.caller_id != caller_id or request.tool_call_hash != tool_call_hash:
+    if request.caller_id != caller_id or tool_call_hash not in (None, request.tool_call_hash):
         what = "caller" if request.caller_id != caller_id else "tool call"
         return ApprovalMismatchError(
             f"The approval is for another {what}: ask for an approval of this one.", approval_id=request.approval_id
+        )
+    if request.scope is not scope:
+        return ApprovalMismatchError(
+            f"The approval is for the scope {request.scope}, not for {scope}: ask for an approval of this one.",
+            approval_id=request.approval_id,
         )
     if request.status is ApprovalStatus.USED:
         when = f" at {request.used_at:%Y-%m-%d %H:%M:%S} UTC" if request.used_at else ""
@@ -79,6 +86,13 @@ def cannot_consume(request: ApprovalRequest | None, *, caller_id: str, tool_call
     if request.status is ApprovalStatus.EXPIRED:
         return _expired(request)
     return _standing(ApprovalNotApprovedError, f"The approval is not approved: it stands at {_who(request)}.", request)
+
+
+def cannot_release(approval_id: UUID, why: str) -> ApprovalError:
+    """Return that this approval releases no output, and was not used."""
+    return ApprovalMismatchError(
+        f"The approval {why}, so nothing was released: ask for an approval of the output.", approval_id=approval_id
+    )
 
 
 def cannot_record(request: ApprovalRequest | None) -> ApprovalError:

@@ -8,10 +8,11 @@ from uuid import UUID
 
 from agent_gateway_store.approval.statements import READ, Key
 from agent_gateway_store.approval.transitions import ASIDE
+from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.storage.database import AnyConnection
 
-__all__ = ["Name", "request_of", "result_of", "standing"]
+__all__ = ["Name", "request_of", "require_text", "result_of", "standing"]
 
 
 class Name:
@@ -22,6 +23,12 @@ class Name:
     def __init__(self, token: str | None, approval_id: UUID | None, org_id: str | None) -> None:
         self.by: Key = "id" if token is None else "token"
         self.values = {"p_token": token, "p_approval_id": approval_id, "p_org_id": org_id}
+
+
+def require_text(token: Any) -> None:
+    """Raise ApprovalNotFoundError for what can be no token."""
+    if not isinstance(token, str) or not token:
+        raise ApprovalNotFoundError
 
 
 def request_of(row: Mapping[str, Any]) -> ApprovalRequest:

@@ -7,7 +7,21 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import Boolean, ColumnElement, Text, Uuid, and_, bindparam, func, literal_column, or_, select, update
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Text,
+    Uuid,
+    and_,
+    bindparam,
+    cast,
+    func,
+    literal_column,
+    not_,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from agent_gateway_store.approval.transitions import expire, move, read, requests, returned, votes
@@ -20,6 +34,7 @@ __all__ = [
     "APPROVE",
     "APPROVE_LAST",
     "CANCEL",
+    "CANCEL_OTHER_TERMS",
     "CONSUME",
     "COUNT_APPROVALS",
     "DENY",
@@ -28,6 +43,8 @@ __all__ = [
     "NOTE_OUTCOME",
     "READ",
     "REBIND",
+    "RELEASE",
+    "SAME_CALL",
     "TAKE",
     "VOTE",
     "Key",
@@ -84,14 +101,19 @@ TAKE = {by: _moving(by, (_PENDING,), _PENDING, _OTHERS) for by in _BOTH}
 APPROVE_LAST = {by: _moving(by, (_PENDING,), _APPROVED, **_decision()) for by in _BOTH}
 DENY = {by: _moving(by, (_PENDING,), ApprovalStatus.DENIED, **_decision()) for by in _BOTH}
 CANCEL = {by: _moving(by, (_PENDING, _APPROVED), ApprovalStatus.CANCELLED, **_decision()) for by in _BOTH}
+_FOR_CALLER = (
+    requests.c.caller_id == bindparam("p_caller_id", type_=Text()),
+    requests.c.scope == bindparam("p_scope", type_=requests.c.scope.type),
+)
 CONSUME = _moving(
     "token",
     (_APPROVED,),
     ApprovalStatus.USED,
-    requests.c.caller_id == bindparam("p_caller_id", type_=Text()),
+    *_FOR_CALLER,
     requests.c.tool_call_hash == bindparam("p_tool_call_hash", type_=Text()),
     used_at=db_now(),
 )
+RELEASE = _moving("token", (_APPROVED,), ApprovalStatus.USED, *_FOR_CALLER, used_at=db_now())
 NOTE_OUTCOME = Statement(
     update(requests)
     .where(_named("token"), requests.c.status == literal_column("'USED'"), requests.c.outcome.is_(None))
@@ -122,13 +144,50 @@ def insert_request(dialect: str) -> Any:
 
 INSERT = Statement(insert_request)
 
-_SAME_CALL = and_(
+SAME_CALL = ("org_id", "caller_id", "request_id", "tool_call_hash")
+"""What is equal where the same call is asked for again."""
+_SAME_CALL = and_(*(requests.c[name] == bindparam(f"p_{name}", type_=Text()) for name in SAME_CALL))
+
+
+def _given(name: str) -> ColumnElement[Any]:
+    return bindparam(f"p_{name}", type_=requests.c[name].type)
+
+
+# JSON is compared as the text that the database shows: as JSONB, 1 would equal 1.0.
+_SAME_TERMS = and_(
+    *(requests.c[name] == _given(name) for name in ("scope", "required_approvals", "risk_explanation")),
+    requests.c.output_hash.is_not_distinct_from(_given("output_hash")),
     *(
-        requests.c[name] == bindparam(f"p_{name}", type_=Text())
-        for name in ("org_id", "caller_id", "request_id", "tool_call_hash")
+        cast(requests.c[name], Text).is_not_distinct_from(cast(_given(name), Text))
+        for name in ("tool_call", "output_payload")
+    ),
+    *(
+        or_(_given(name).is_(None), requests.c[name].is_not_distinct_from(_given(name)))
+        for name in ("expires_at", "use_before")
+    ),
+)
+REBIND = Statement(
+    move(
+        (_PENDING,),
+        _PENDING,
+        _SAME_CALL,
+        _SAME_TERMS,
+        now=db_now,
+        token=bindparam("p_token", type_=TokenDigest()),
     )
 )
-REBIND = Statement(move((_PENDING,), _PENDING, _SAME_CALL, now=db_now, token=bindparam("p_token", type_=TokenDigest())))
+CANCEL_OTHER_TERMS = Statement(
+    move(
+        (_PENDING,),
+        ApprovalStatus.CANCELLED,
+        _SAME_CALL,
+        not_(_SAME_TERMS),
+        now=db_now,
+        approver_id=requests.c.caller_id,
+        approver_note=literal_column("'Asked again with other terms.'"),
+        decision_at=db_now(),
+    )
+)
 EXPIRE_SAME_CALL = Statement(expire(_SAME_CALL, now=db_now))
 
 

@@ -24,7 +24,11 @@ _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "key_id": (list[str] | None, "--key", "Calls under this API key id."),
     "approver_id": (list[str] | None, "--approver", "Calls that this approver decided."),
     "risk_label": (list[str] | None, "--label", "Events with this risk label."),
-    "execution_status": (list[str] | None, "--status", "SUCCESS, TOOL_ERROR or TIMEOUT."),
+    "execution_status": (
+        list[str] | None,
+        "--status",
+        "SUCCESS, TOOL_ERROR, TIMEOUT, CANCELLED or APPROVED_OUTPUT_RELEASE.",
+    ),
     "min_risk_score": (float | None, "--min-risk-score", "This risk score or a higher one."),
     "since": (str | None, "--since", "From this time on: 24h or 7d ago, or 2026-05-01T12:00Z."),
     "until": (str | None, "--until", "Before this time."),

@@ -61,6 +61,8 @@ class ApprovalRequest(StoreModel, table=True):
         tool_call_hash: Binds the permission to the call as it will run; set by `issue_token` where it is None.
         expires_at: Until when it can be decided; None: `issue_token` sets created_at + APPROVAL_TOKEN_TTL_SECONDS.
         use_before: Until when an approved token can be used; None: expires_at.
+        output_payload: The output to be released, where the scope is OUTPUT_RELEASE.
+        output_hash: `AuditEvent.hash_args` of the output as it is stored; set by `issue_token` where it is None.
         required_approvals: How many distinct approvers must approve; one denial ends it.
         approver_id: Who decided (with several, the last of them).
         outcome: What came of the call, told after its use; USED with None here means unknown.

@@ -32,11 +32,16 @@ class Decision(StrEnum):
 
 
 class ExecutionStatus(StrEnum):
-    """How the tool call ended; None on an event means that it was not executed."""
+    """How the tool call ended; None on an event means that it was not executed.
+
+    APPROVED_OUTPUT_RELEASE: it ran, and its output was handed out by an approval of its own.
+    """
 
     SUCCESS = "SUCCESS"
     TOOL_ERROR = "TOOL_ERROR"
     TIMEOUT = "TIMEOUT"
+    CANCELLED = "CANCELLED"
+    APPROVED_OUTPUT_RELEASE = "APPROVED_OUTPUT_RELEASE"
 
 
 class OutputDecision(StrEnum):
@@ -100,7 +105,10 @@ class AuditEvent(StoreModel, table=True):
         CheckConstraint("length(raw_args_hash) = 64", name="raw_args_hash"),
         CheckConstraint("latency_ms >= 0", name="latency_ms"),
         CheckConstraint("decision IN ('ALLOW', 'DENY', 'APPROVAL_REQUIRED', 'SANITIZE_AND_ALLOW')", name="decision"),
-        CheckConstraint("execution_status IN ('SUCCESS', 'TOOL_ERROR', 'TIMEOUT')", name="execution_status"),
+        CheckConstraint(
+            "execution_status IN ('SUCCESS', 'TOOL_ERROR', 'TIMEOUT', 'CANCELLED', 'APPROVED_OUTPUT_RELEASE')",
+            name="execution_status",
+        ),
         CheckConstraint("output_decision IN ('ALLOW', 'REDACT', 'APPROVAL_REQUIRED', 'DENY')", name="output_decision"),
         Index(None, "timestamp", "id"),
         Index(None, "caller_id", "timestamp", "id"),

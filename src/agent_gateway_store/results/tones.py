@@ -11,6 +11,7 @@ _FIELDS = frozenset({"decision", "execution_status", "output_decision", "status"
 _TONES: dict[str, Tone] = {
     "ALLOW": "good",
     "APPROVED": "good",
+    "APPROVED_OUTPUT_RELEASE": "good",
     "DELIVERED": "good",
     "SUCCESS": "good",
     "DEAD": "bad",

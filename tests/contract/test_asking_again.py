@@ -1,0 +1,224 @@
+"""Asking again for a pending call: the same approval on the same terms, a new one on others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from contract_helpers import CALL, RecordingNotifier, column, counted_statements, make_request
+
+from agent_gateway_store import (
+    ApprovalRequest,
+    ApprovalResult,
+    ApprovalScope,
+    ApprovalStatus,
+    GatewayStore,
+    StoreSettings,
+    clock,
+    errors,
+)
+
+pytestmark = pytest.mark.integration
+
+LATER = clock.utc_now() + timedelta(hours=9)
+TERMS: dict[str, Any] = {
+    "scope": ApprovalScope.OUTPUT_RELEASE,
+    "output_payload": {"rows": [1, 2]},
+    "required_approvals": 2,
+    "expires_at": LATER,
+    "use_before": LATER + timedelta(hours=1),
+    "tool_call": CALL.model_copy(update={"arguments": {"path": "[redacted]", "size": 1}}),
+    "risk_explanation": "deletes\0 a file",
+}
+OTHER_TERMS: dict[str, dict[str, Any]] = {
+    "scope": {"scope": ApprovalScope.EXECUTION},
+    "output": {"output_payload": {"rows": [1, 2.0]}},
+    "no output": {"output_payload": None},
+    "output hash": {"output_payload": None, "output_hash": "0" * 64},
+    "more approvals": {"required_approvals": 3},
+    "fewer approvals": {"required_approvals": 1},
+    "deadline": {"expires_at": LATER - timedelta(microseconds=1)},
+    "deadline of use": {"use_before": LATER + timedelta(hours=2)},
+    "shown call": {"tool_call": CALL.model_copy(update={"arguments": {"path": "[redacted]", "size": 1.0}})},
+    "explanation": {"risk_explanation": "deletes every file"},
+}
+
+
+def ask(**fields: Any) -> ApprovalRequest:
+    """The same call each time; `fields` are its terms."""
+    return make_request(**({"request_id": "r-1"} | fields))
+
+
+@pytest.mark.parametrize("changed", OTHER_TERMS.values(), ids=OTHER_TERMS)
+async def test_other_terms_are_another_approval(store: GatewayStore, changed: dict[str, Any]) -> None:
+    """Whatever differs that is shown or decided: the old approval is cancelled, the new one has the new terms."""
+    old = await store.approvals.issue_token(ask(**TERMS), call=CALL)
+    before = await store.approvals.check_token(old)
+    new = await store.approvals.issue_token(ask(**(TERMS | changed)), call=CALL)
+    after = await store.approvals.check_token(new)
+    rows = await store.approvals.list_requests()
+
+    assert [row.status for row in rows] == ["PENDING", "CANCELLED"]
+    assert [row.approval_id for row in rows] == [after.approval_id, before.approval_id]
+    for fresh in (False, True):
+        ended = await store.approvals.check_token(old, fresh=fresh)
+        assert (ended.status, ended.approver_id, ended.note) == (
+            "CANCELLED",
+            "dev-agent",
+            "Asked again with other terms.",
+        )
+        assert ended.decided_at is not None
+    for field, value in changed.items():
+        assert getattr(rows[0], field) == value
+    assert rows[0].version == 1
+
+
+async def test_vote_for_the_old_terms_does_not_count_for_the_new(store: GatewayStore) -> None:
+    """A quorum of one, asked again as three, is not reached by a vote that was cast before."""
+    old = await store.approvals.issue_token(ask(required_approvals=2))
+    await store.approvals.approve(old, "approver-1")
+    new = await store.approvals.issue_token(ask(required_approvals=3))
+    found = (await store.approvals.check_token(new)).approval_id
+    answers = [await store.approvals.approve(approval_id=found, approver_id=f"approver-{each}") for each in (1, 2, 3)]
+
+    assert [answer.status for answer in answers] == ["PENDING", "PENDING", "APPROVED"]
+    with pytest.raises(errors.ApprovalAlreadyDecidedError, match="already decided: CANCELLED by dev-agent"):
+        await store.approvals.approve(old, "approver-2")
+    with pytest.raises(errors.ApprovalNotApprovedError, match="stands at CANCELLED"):
+        await store.approvals.consume_token(old, caller_id="dev-agent", tool_call=CALL)
+
+
+@pytest.mark.parametrize("left_out", [(), ("expires_at",), ("use_before",), ("expires_at", "use_before")])
+async def test_same_terms_are_the_same_approval(store: GatewayStore, left_out: tuple[str, ...]) -> None:
+    """A retry in the same words is bound to the approval that stands; a deadline left out keeps the one it has."""
+    old = await store.approvals.issue_token(ask(**TERMS), call=CALL)
+    asked = await store.approvals.check_token(old)
+    await store.approvals.approve(old, "approver-1")
+    retried = {name: value for name, value in TERMS.items() if name not in left_out}
+    new = await store.approvals.issue_token(ask(**retried), call=CALL)
+    decided = await store.approvals.approve(new, "approver-2")
+
+    assert (decided.approval_id, decided.status) == (asked.approval_id, "APPROVED")
+    (row,) = await store.approvals.list_requests()
+    assert (row.expires_at, row.use_before) == (TERMS["expires_at"], TERMS["use_before"])
+
+
+async def test_asking_costs_as_few_statements_as_before(store: GatewayStore) -> None:
+    """One for the first time (with its notice two on SQLite), two for the same again."""
+    with counted_statements(store) as first:
+        await store.approvals.issue_token(ask(**TERMS), call=CALL)
+    with counted_statements(store) as second:
+        await store.approvals.issue_token(ask(**TERMS), call=CALL)
+
+    assert (len(first), len(second)) == (2 if store.database.dialect == "sqlite" else 1, 2)
+
+
+async def test_changed_object_is_refused_and_changes_nothing(store: GatewayStore) -> None:
+    """One id cannot name two approvals: the pending one stands, its cancellation is taken back."""
+    request = make_request()
+    token = await store.approvals.issue_token(request)
+    request.required_approvals = 3
+
+    with pytest.raises(errors.ApprovalError, match=r"has other terms .*: build a new ApprovalRequest"):
+        await store.approvals.issue_token(request)
+    assert (await store.approvals.check_token(token, fresh=True)).status == "PENDING"
+    assert [row.required_approvals for row in await store.approvals.list_requests()] == [1]
+    assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
+
+
+async def test_both_notices_are_written(database_url: str, redis_setting: str) -> None:
+    """Approvers learn that the old one is cancelled and that the new one waits."""
+    notifier = RecordingNotifier()
+    settings = StoreSettings(redis_timeout_seconds=5)
+    async with GatewayStore(database_url, redis_url=redis_setting, settings=settings, plugins=[notifier]) as store:
+        for required in (1, 1, 2):
+            token = await store.approvals.issue_token(ask(required_approvals=required))
+        new = (await store.approvals.check_token(token)).approval_id
+        async with asyncio.timeout(10):
+            while len(notifier.notices) < 3:
+                await asyncio.sleep(0.01)
+        kept = [
+            row
+            for row in zip(
+                await column(store, "notifier", "notification_deliveries"),
+                await column(store, "event", "notification_deliveries"),
+                strict=True,
+            )
+            if row[0] == "recording"
+        ]
+
+    assert Counter(event for _, event in kept) == {"pending": 2, "decision": 1}
+    assert notifier.seen == [("decision", "CANCELLED"), ("pending", "PENDING"), ("pending", "PENDING")]
+    (cancelled,) = [notice for notice in notifier.notices if notice.event == "decision"]
+    assert (cancelled.approver_id, cancelled.note) == ("dev-agent", "Asked again with other terms.")
+    assert cancelled.approval_id != new
+
+
+async def test_waiter_of_the_old_token_learns_that_it_is_cancelled(store: GatewayStore, other: GatewayStore) -> None:
+    """Who waits with the old token, in another process, is woken."""
+    old = await store.approvals.issue_token(ask())
+    waiting = asyncio.create_task(other.approvals.wait_for_decision(old, timeout_s=20))
+    await asyncio.sleep(0)
+    await store.approvals.issue_token(ask(required_approvals=2))
+
+    assert (await waiting).status == "CANCELLED"
+
+
+async def test_overdue_one_expires_and_the_new_one_is_asked(store: GatewayStore) -> None:
+    """What is overdue is not cancelled, whatever its terms."""
+    old = await store.approvals.issue_token(ask())
+    clock.move(timedelta(hours=2))
+    new = await store.approvals.issue_token(ask(required_approvals=2))
+
+    assert (await store.approvals.check_token(old, fresh=True)).status == "EXPIRED"
+    assert (await store.approvals.check_token(new, fresh=True)).status == "PENDING"
+
+
+async def test_many_who_ask_on_different_terms_leave_one_pending(store: GatewayStore, other: GatewayStore) -> None:
+    """Of twenty at once each gets a token; the approvals of all but one are cancelled."""
+    both = [store, other]
+
+    async def asking(number: int) -> str:
+        return await both[number % 2].approvals.issue_token(ask(required_approvals=number + 1))
+
+    tokens = await asyncio.gather(*map(asking, range(20)))
+    results = [await store.approvals.check_token(token, fresh=True) for token in tokens]
+
+    assert Counter(result.status for result in results) == {"CANCELLED": 19, "PENDING": 1}
+    assert len({result.approval_id for result in results}) == 20
+
+
+async def test_asking_on_other_terms_races_with_the_decision(store: GatewayStore, other: GatewayStore) -> None:
+    """Either it is approved as it was asked, or it is cancelled and the approver is told."""
+    for number in range(10):
+        name = f"r-{number}"
+        old = await store.approvals.issue_token(make_request(request_id=name))
+        found = (await store.approvals.check_token(old)).approval_id
+        new, decided = await asyncio.gather(
+            store.approvals.issue_token(make_request(request_id=name, required_approvals=2)),
+            other.approvals.approve(approval_id=found, approver_id="approver-1"),
+            return_exceptions=True,
+        )
+        assert isinstance(new, str)
+        ended = await store.approvals.check_token(old, fresh=True)
+        asked = await store.approvals.check_token(new, fresh=True)
+
+        assert asked.status == "PENDING"
+        if isinstance(decided, ApprovalResult):
+            assert (decided.status, ended.status) == ("APPROVED", "APPROVED")
+        else:
+            assert isinstance(decided, errors.ApprovalAlreadyDecidedError)
+            assert (decided.status, ended.status) == ("CANCELLED", "CANCELLED")
+
+
+async def test_only_the_own_organisation_is_cancelled(store: GatewayStore) -> None:
+    """The same call in another organisation stands as it is."""
+    foreign = await store.for_org("globex").approvals.issue_token(ask())
+    await store.for_org("acme").approvals.issue_token(ask())
+    await store.for_org("acme").approvals.issue_token(ask(required_approvals=2))
+
+    assert (await store.approvals.check_token(foreign, fresh=True)).status == "PENDING"
+    assert len(await store.approvals.list_requests(ApprovalStatus.CANCELLED)) == 1
