@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
 import asyncpg
+import pytest
 import redis.asyncio
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
@@ -24,6 +24,8 @@ from agent_gateway_store.approval.using import Permission
 from agent_gateway_store.models.approval import ApprovalScope, VoteDecision, hash_tool_call
 from benchmarks.report import Figure
 
+LOAD_PLUGINS = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
+STEPS = ("issue_token", "approve", "consume_token")
 CALLERS = 20
 TURNS = 20
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/srv/data/report.csv", "force": True})
@@ -53,41 +55,76 @@ Work = tuple[Callable[[Any], Awaitable[Any]], Sequence[Any]]
 """What is done, and to what."""
 
 
-async def in_turns(figure: Figure, ours: Work, limit: Work, callers: int) -> None:
-    """Measure both in small turns, since what else the machine does comes and goes."""
+async def in_turns(
+    figure: Figure,
+    ours: Work,
+    limit: Work,
+    callers: int,
+    *,
+    turns: int = TURNS,
+    finish: Callable[[], Awaitable[object]] | None = None,
+) -> None:
+    """Measure both in small turns, since what else the machine does comes and goes.
+
+    Args:
+        figure: Gets a sample of each.
+        ours: What is measured.
+        limit: What it is compared with.
+        callers: So many at once.
+        turns: Into how many parts the items are divided.
+        finish: Ends what `ours` left to do in the background; its time counts as theirs.
+    """
     seconds = [0.0, 0.0]
-    size = -(-len(ours[1]) // TURNS)
-    for turn in range(TURNS):
+    size = -(-len(ours[1]) // turns)
+    for turn in range(turns):
         for side, (work, items) in enumerate((ours, limit)):
             part = items[turn * size : (turn + 1) * size]
             if part:
                 seconds[side] += len(part) / await rate(work, part, callers)
+            if finish is not None and side == 0:
+                start = time.perf_counter()
+                await finish()
+                seconds[side] += time.perf_counter() - start
     figure.ours.append(len(ours[1]) / seconds[0])
     figure.limit.append(len(limit[1]) / seconds[1])
 
 
 async def measure(url: str, redis_url: str, *, repeat: int, scale: float) -> list[Figure]:
-    """Measure on PostgreSQL and Redis, in turn with the limits; without notifiers, so no step writes to the outbox."""
-    os.environ["AGENT_GATEWAY_STORE_LOAD_PLUGINS"] = ""
+    """Measure on PostgreSQL and Redis, in turn with the limits.
+
+    Without notifiers, so that no step writes to the outbox; and then with the installed ones beside that.
+    """
     hits = [
         Figure(f"check_token, Redis hit, {callers} callers", "checks/s", "redis GET + json.loads", 0.7)
         for callers in (1, CALLERS)
     ]
     steps = [
-        Figure(f"{step}, {CALLERS} callers", "approvals/s", "its bare SQL statements by asyncpg", 0.4)
-        for step in ("issue_token", "approve", "consume_token")
+        Figure(f"{step}, {CALLERS} callers", "approvals/s", "its bare SQL statements by asyncpg", 0.4) for step in STEPS
+    ]
+    notified = [
+        Figure(f"{step}, plugins as installed", "approvals/s", "the same without plugins", 0.6) for step in STEPS
     ]
     wake = Figure(
         "decision to wake-up, 1,000 waiters, median", "ms", "one Redis PUBLISH round trip", 5, more_is_better=False
     )
-    settings = StoreSettings(approval_cache_seconds=600)
-    async with GatewayStore(url, redis_url=redis_url, settings=settings, auto_migrate=True) as store:
+    async with AsyncExitStack() as stores:
+
+        async def opened(plugins: str | None) -> GatewayStore:
+            with pytest.MonkeyPatch.context() as environment:
+                environment.delenv(LOAD_PLUGINS, raising=False)
+                if plugins is not None:
+                    environment.setenv(LOAD_PLUGINS, plugins)
+                settings = StoreSettings(approval_cache_seconds=600)
+                store = GatewayStore(url, redis_url=redis_url, settings=settings, auto_migrate=True)
+                return await stores.enter_async_context(store)
+
+        store, other, notifying = await opened(""), await opened(""), await opened(None)
         for _ in range(repeat):
             await _hits(store, redis_url, hits, int(4_000 * scale))
             await _steps(store, url, steps, int(1_000 * scale))
-            async with GatewayStore(url, redis_url=redis_url, settings=settings) as other:
-                await _wake(store, other, redis_url, wake, 1_000)
-    return [*hits, *steps, wake]
+            await _notified_steps(notifying, store, notified, int(1_000 * scale))
+            await _wake(store, other, redis_url, wake, 1_000)
+    return [*hits, *steps, *notified, wake]
 
 
 async def _hits(store: GatewayStore, redis_url: str, figures: list[Figure], count: int) -> None:
@@ -104,7 +141,8 @@ async def _hits(store: GatewayStore, redis_url: str, figures: list[Figure], coun
     await client.aclose()
 
 
-async def _steps(store: GatewayStore, url: str, figures: list[Figure], count: int) -> None:
+def _works(store: GatewayStore, count: int) -> list[Work]:
+    """Return the steps of `count` approvals, to be done in order."""
     tokens: list[str] = []
 
     async def issue(request: ApprovalRequest) -> None:
@@ -116,15 +154,32 @@ async def _steps(store: GatewayStore, url: str, figures: list[Figure], count: in
     async def use(token: str) -> None:
         await store.approvals.consume_token(token, caller_id="agent-1", tool_call=CALL)
 
-    await issue(ask())
-    for step in (approve, use):
-        await step(tokens[0])
-    tokens.clear()
+    return [(issue, [ask() for _ in range(count)]), (approve, tokens), (use, tokens)]
+
+
+async def _warm(store: GatewayStore) -> None:
+    for work, items in _works(store, 1):
+        await work(items[0])
+
+
+async def _steps(store: GatewayStore, url: str, figures: list[Figure], count: int) -> None:
+    await _warm(store)
     async with _bare_steps(url, count) as bare:
-        ours: list[Work] = [(issue, [ask() for _ in range(count)]), (approve, tokens), (use, tokens)]
-        for figure, step, limit in zip(figures, ours, bare, strict=True):
+        for figure, step, limit in zip(figures, _works(store, count), bare, strict=True):
             await in_turns(figure, step, limit, CALLERS)
             figure.facts = {"approvals": count, "callers": CALLERS}
+
+
+async def _notified_steps(notifying: GatewayStore, plain: GatewayStore, figures: list[Figure], count: int) -> None:
+    """Notices are sent and written down within the turn that makes them."""
+    await _warm(notifying)
+
+    async def finish() -> None:
+        await notifying.notifications.run(once=True)
+
+    for figure, step, limit in zip(figures, _works(notifying, count), _works(plain, count), strict=True):
+        await in_turns(figure, step, limit, CALLERS, turns=5, finish=finish)
+        figure.facts = {"approvals": count, "callers": CALLERS}
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.rows import RowsParameter
 from agent_gateway_store.storage.statements import Statement, unindexed
 
 __all__ = ["Later", "Outbox", "insert_and_tell", "record"]
@@ -111,48 +112,21 @@ def _insert_and_tell(dialect: str) -> Any:
 _INSERT_AND_TELL = Statement(_insert_and_tell)
 
 
-def _sources(dialect: str) -> tuple[Any, dict[str, Any]]:
-    """Return the FROM clause over the parameter `p_notices`, and its values by column."""
-    if dialect == "postgresql":
-        notices = (
-            func.jsonb_to_recordset(bindparam("p_notices", type_=JSONB()))
-            .table_valued(
-                *(column("approval_id", Uuid()), column("org_id", Text()), column("event", Text())),
-                *(column("payload", JSONB()), column("deliveries", JSONB())),
-            )
-            .render_derived(name="notices", with_types=True)
-        )
-        told = func.jsonb_each_text(notices.c.deliveries).table_valued("key", "value", name="told")
-        return notices.join(told, true()), {
-            **{name: notices.c[name] for name in ("org_id", "approval_id", "event")},
-            "delivery_id": cast(told.c.value, Uuid()),
-            "notifier": told.c.key,
-            "payload": notices.c.payload.op("||")(
-                func.jsonb_build_object(literal_column("'delivery_id'"), told.c.value)
-            ),
-        }
-    notices = func.json_each(bindparam("p_notices", type_=deliveries.c.payload.type)).table_valued(
-        "value", name="notices"
-    )
-    told = func.json_each(notices.c.value, literal_column("'$.deliveries'")).table_valued("key", "value", name="told")
-
-    def of(name: str) -> ColumnElement[Any]:
-        return func.json_extract(notices.c.value, literal_column(f"'$.{name}'"))
-
-    def bare(text: ColumnElement[Any]) -> ColumnElement[Any]:
-        return func.replace(text, literal_column("'-'"), literal_column("''"))  # as a UUID is stored there
-
-    return notices.join(told, true()), {
-        **{name: of(name) for name in ("org_id", "event")},
-        "approval_id": bare(of("approval_id")),
-        "delivery_id": bare(told.c.value),
-        "notifier": told.c.key,
-        "payload": func.json_set(of("payload"), literal_column("'$.delivery_id'"), told.c.value),
-    }
+_NOTICES = RowsParameter(
+    "notices",
+    {
+        "delivery_id": Uuid(),
+        "org_id": Text(),
+        "approval_id": Uuid(),
+        "notifier": Text(),
+        "event": Text(),
+        "payload": Text(),
+    },
+)
 
 
 def _record(dialect: str) -> Any:
-    source, values = _sources(dialect)
+    notices = _NOTICES.table(dialect)
     lease_s: ColumnElement[Any] = bindparam("p_lease_s", type_=Float(53))
     before = deliveries.alias("before")
     # A notice that waits for an earlier one about the same approval is sent by whoever delivers that.
@@ -160,23 +134,26 @@ def _record(dialect: str) -> Any:
         select(literal_column("1"))
         .select_from(before)
         .where(
-            before.c.approval_id == values["approval_id"],
+            before.c.approval_id == notices.c.approval_id,
             # The index over status and notifier holds a whole backlog, the one over approval_id a few rows.
-            unindexed(before.c.notifier) == values["notifier"],
+            unindexed(before.c.notifier) == notices.c.notifier,
             unindexed(before.c.status) == literal_column("'DUE'"),
         )
         .limit(literal_column("1"))
         .offset(literal_column("0"))
         .exists()
     )
-    is_mine = and_(lease_s.is_not(None), not_(is_held_up))
-    values |= {
-        "status": literal_column("'DUE'"),
-        "attempts": case((is_mine, literal_column("1")), else_=literal_column("0")),
-        "next_attempt_at": case((is_mine, db_now(plus="p_lease_s")), else_=db_now()),
-        "created_at": db_now(),
-    }
-    rows = select(*(values[name] for name in _COLUMNS)).select_from(source)
+    is_mine = and_(lease_s.is_not(None), not_(is_held_up)).label("is_mine")
+    # Materialised, so that it looks back once for each row and not once for each use of the answer.
+    new = select(*notices.c, is_mine).cte("new").prefix_with("MATERIALIZED")
+    payload = cast(new.c.payload, JSONB()) if dialect == "postgresql" else new.c.payload
+    rows = select(
+        *(new.c.delivery_id, new.c.org_id, new.c.approval_id, new.c.notifier, new.c.event, payload),
+        literal_column("'DUE'"),
+        case((new.c.is_mine, literal_column("1")), else_=literal_column("0")),
+        case((new.c.is_mine, db_now(plus="p_lease_s")), else_=db_now()),
+        db_now(),
+    )
     return insert(deliveries).from_select(_COLUMNS, rows).returning(deliveries.c.delivery_id, deliveries.c.attempts)
 
 
@@ -246,13 +223,16 @@ async def _write(
 ) -> frozenset[UUID]:
     rows = [
         {
-            "approval_id": str(notice.approval_id),
+            "delivery_id": delivery_id,
             "org_id": notice.org_id,
+            "approval_id": notice.approval_id,
+            "notifier": name,
             "event": notice.event,
-            "payload": notice.model_dump(mode="json", exclude={"delivery_id"}),
-            "deliveries": {name: str(delivery_id) for name, delivery_id in to.items()},
+            "payload": notice.model_copy(update={"delivery_id": delivery_id}).model_dump_json(),
         }
         for notice, to in told
+        for name, delivery_id in to.items()
     ]
-    written = await _RECORD.rows(connection, {"p_notices": rows, "p_lease_s": lease_s})
+    given = _NOTICES.values(dialect_of(connection), rows)
+    written = await _RECORD.rows(connection, {**given, "p_lease_s": lease_s})
     return frozenset(row["delivery_id"] for row in written if row["attempts"])

@@ -15,13 +15,13 @@ from uuid import UUID
 
 from pydantic import ValidationError
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     Integer,
     Text,
     Uuid,
     and_,
     bindparam,
-    cast,
     func,
     literal_column,
     not_,
@@ -29,14 +29,13 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import JSONB
 
 from agent_gateway_store.delivery.policy import Policy
-from agent_gateway_store.models.columns import Json
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import Notice
-from agent_gateway_store.storage.database import Transactions
+from agent_gateway_store.storage.database import Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.rows import RowsParameter
 from agent_gateway_store.storage.statements import Statement, unindexed
 
 __all__ = ["Delivery", "claim", "deliveries", "notifiers_with_due_rows"]
@@ -64,12 +63,12 @@ class Delivery:
     send_before: float
 
 
-def _due() -> ColumnElement[bool]:
+def _due(status: ColumnElement[Any] = deliveries.c.status) -> ColumnElement[bool]:
     # As a subquery the time is taken once, so that the index finds the rows.
     now = select(db_now()).scalar_subquery()
     org_id: ColumnElement[Any] = bindparam("p_org_id", type_=Text())
     return and_(
-        deliveries.c.status == _IS_DUE,
+        status == _IS_DUE,
         deliveries.c.next_attempt_at <= now,
         or_(org_id.is_(None), deliveries.c.org_id == org_id),
     )
@@ -96,31 +95,10 @@ def _is_first() -> ColumnElement[bool]:
     )
 
 
-def _members(name: str, dialect: str) -> Any:
-    """Select the UUIDs in the JSON list of a parameter."""
-    if dialect == "postgresql":
-        value = func.jsonb_array_elements_text(bindparam(name, type_=JSONB())).column_valued("value")
-        return select(cast(value, Uuid()))
-    listed = func.json_each(bindparam(name, type_=Json())).table_valued("value", name="listed")
-    return select(func.replace(listed.c.value, literal_column("'-'"), literal_column("''")))
-
-
 _TAKEN = tuple(deliveries.c[name] for name in ("id", "delivery_id", "approval_id", "attempts", "payload"))
 
 
-def _claim(dialect: str, *, of_approvals: bool) -> Any:
-    conditions = [_due(), deliveries.c.notifier == bindparam("p_notifier", type_=Text()), _is_first()]
-    if of_approvals:
-        conditions.append(deliveries.c.approval_id.in_(_members("p_approval_ids", dialect)))
-    due = (
-        select(deliveries.c.id)
-        .where(*conditions)
-        .order_by(deliveries.c.next_attempt_at, deliveries.c.id)
-        .limit(bindparam("p_limit", type_=Integer()))
-        .offset(literal_column("0"))  # SQLite gets one in any case, which would be a parameter
-        .with_for_update(skip_locked=True, of=deliveries)
-        .cte("due")
-    )
+def _claim(due: CTE) -> Any:
     return (
         update(deliveries)
         .where(deliveries.c.id.in_(select(due.c.id)))
@@ -129,19 +107,77 @@ def _claim(dialect: str, *, of_approvals: bool) -> Any:
     )
 
 
-_CLAIM = Statement(lambda dialect: _claim(dialect, of_approvals=False))
-_CLAIM_OF = Statement(lambda dialect: _claim(dialect, of_approvals=True))
-_NAMES = Statement(select(deliveries.c.notifier).where(_due()).distinct())
+def _claim_any(_: str) -> Any:
+    due = (
+        select(deliveries.c.id)
+        .where(_due(), deliveries.c.notifier == bindparam("p_notifier", type_=Text()), _is_first())
+        .order_by(deliveries.c.next_attempt_at, deliveries.c.id)
+        .limit(bindparam("p_limit", type_=Integer()))
+        .offset(literal_column("0"))  # SQLite gets one in any case, which would be a parameter
+        .with_for_update(skip_locked=True, of=deliveries)
+    )
+    return _claim(due.cte("due"))
 
 
-async def notifiers_with_due_rows(transactions: Transactions, org_id: str | None = None) -> set[str]:
-    """Return the names of notifiers for which a row is due.
+_APPROVALS = RowsParameter("approvals", {"approval_id": Uuid()})
+
+
+def _claim_of(dialect: str) -> Any:
+    approvals, before = _APPROVALS.table(dialect), deliveries.alias("before")
+    first = (
+        select(func.min(before.c.id + literal_column("0")))
+        .where(
+            before.c.approval_id == approvals.c.approval_id,
+            unindexed(before.c.notifier) == bindparam("p_notifier", type_=Text()),
+            unindexed(before.c.status) == _IS_DUE,
+        )
+        .correlate(approvals)
+        .scalar_subquery()
+    )
+    # One look for each approval, and then for its row by id: a join, or another index, would read a whole backlog.
+    taken = (
+        select(deliveries.c.id)
+        .where(deliveries.c.id == first, _due(unindexed(deliveries.c.status)))
+        .with_for_update(skip_locked=True, of=deliveries)
+    )
+    # It locks rows, so it must run once for each approval.
+    due = select(taken.scalar_subquery().label("id")).select_from(approvals).cte("due").prefix_with("MATERIALIZED")
+    return _claim(due)
+
+
+_CLAIM = Statement(_claim_any)
+_CLAIM_OF = Statement(_claim_of)
+_NOTIFIERS = RowsParameter("notifiers", {"notifier": Text()})
+
+
+def _with_due_rows(dialect: str) -> Any:
+    notifiers = _NOTIFIERS.table(dialect)
+    # One look into the index for each, however long the backlog is; OFFSET keeps PostgreSQL from a join.
+    has_due = (
+        select(literal_column("1"))
+        .select_from(deliveries)
+        .where(_due(), deliveries.c.notifier == notifiers.c.notifier)
+        .limit(literal_column("1"))
+        .offset(literal_column("0"))
+        .exists()
+    )
+    return select(notifiers.c.notifier).where(has_due)
+
+
+_WITH_DUE_ROWS = Statement(_with_due_rows)
+
+
+async def notifiers_with_due_rows(
+    transactions: Transactions, names: Iterable[str], org_id: str | None = None
+) -> set[str]:
+    """Return those of the notifiers `names` for which a row is due.
 
     Raises:
         StoreUnavailableError: The database is away.
     """
     async with transactions.connection("read") as connection:
-        return {row["notifier"] for row in await _NAMES.rows(connection, {"p_org_id": org_id})}
+        asked = _NOTIFIERS.values(dialect_of(connection), [{"notifier": name} for name in names])
+        return {row["notifier"] for row in await _WITH_DUE_ROWS.rows(connection, {**asked, "p_org_id": org_id})}
 
 
 async def claim(
@@ -167,12 +203,13 @@ async def claim(
         StoreUnavailableError: The database is away.
     """
     taken_at = time.monotonic()
-    values = {"p_notifier": notifier, "p_limit": limit, "p_lease_s": policy.lease_s, "p_org_id": org_id}
-    statement = _CLAIM
-    if approval_ids is not None:
-        statement, values = _CLAIM_OF, values | {"p_approval_ids": [str(each) for each in approval_ids]}
+    values: dict[str, Any] = {"p_notifier": notifier, "p_lease_s": policy.lease_s, "p_org_id": org_id}
     async with transactions.connection("autocommit") as connection:
-        rows = await statement.rows(connection, values)
+        if approval_ids is None:
+            rows = await _CLAIM.rows(connection, values | {"p_limit": limit})
+        else:
+            asked = [{"approval_id": each} for each in approval_ids]
+            rows = await _CLAIM_OF.rows(connection, values | _APPROVALS.values(dialect_of(connection), asked))
     rows.sort(key=lambda row: row["id"])
     return [
         Delivery(

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Float, Integer, Text, Uuid, and_, bindparam, case, column, func, literal_column, or_, update
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import Float, Integer, Text, Uuid, and_, case, literal_column, or_, update
 
 from agent_gateway_store.delivery.claims import Delivery, deliveries
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks.text import describe
-from agent_gateway_store.models.columns import Json
 from agent_gateway_store.models.delivery import DeliveryStatus
-from agent_gateway_store.storage.database import Transactions
+from agent_gateway_store.storage.database import Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.rows import RowsParameter
 from agent_gateway_store.storage.statements import Statement
 
 __all__ = ["Mark", "Marks"]
@@ -55,46 +54,39 @@ class Mark:
         return cls(delivery, DeliveryStatus.DUE, delivery.attempt - 1)
 
 
-_FIELDS: dict[str, Callable[[], Any]] = {
-    "delivery_id": Uuid,
-    "attempt": Integer,
-    "attempts": Integer,
-    "status": Text,
-    "error": Text,
-    "delay_s": Float,
-}
+_MARKS = RowsParameter(
+    "marks",
+    {
+        "delivery_id": Uuid(),
+        "attempt": Integer(),
+        "attempts": Integer(),
+        "status": Text(),
+        "error": Text(),
+        "delay_s": Float(53),
+    },
+)
 
 
 def _mark(dialect: str) -> Any:
-    if dialect == "postgresql":
-        marks = (
-            func.jsonb_to_recordset(bindparam("p_marks", type_=JSONB()))
-            .table_valued(*(column(name, kind()) for name, kind in _FIELDS.items()))
-            .render_derived(name="marks", with_types=True)
-        )
-        given: dict[str, Any] = {name: marks.c[name] for name in _FIELDS}
-    else:
-        marks = func.json_each(bindparam("p_marks", type_=Json())).table_valued("value", name="marks")
-        given = {name: func.json_extract(marks.c.value, literal_column(f"'$.{name}'")) for name in _FIELDS}
-        given["delivery_id"] = func.replace(given["delivery_id"], literal_column("'-'"), literal_column("''"))
-    is_delivered = given["status"] == literal_column("'DELIVERED'")
+    given = _MARKS.table(dialect).c
+    is_delivered = given.status == literal_column("'DELIVERED'")
     return (
         update(deliveries)
         .where(
-            deliveries.c.delivery_id == given["delivery_id"],
+            deliveries.c.delivery_id == given.delivery_id,
             # What has arrived has arrived, whoever holds the row now; all else is for the holder to say.
             or_(
                 and_(is_delivered, deliveries.c.status != literal_column("'DELIVERED'")),
-                and_(deliveries.c.status == literal_column("'DUE'"), deliveries.c.attempts == given["attempt"]),
+                and_(deliveries.c.status == literal_column("'DUE'"), deliveries.c.attempts == given.attempt),
             ),
         )
         .values(
-            status=given["status"],
-            attempts=given["attempts"],
-            last_error=given["error"],
+            status=given.status,
+            attempts=given.attempts,
+            last_error=given.error,
             delivered_at=case((is_delivered, db_now())),
             next_attempt_at=case(
-                (given["status"] == literal_column("'DUE'"), db_now(plus=given["delay_s"])),
+                (given.status == literal_column("'DUE'"), db_now(plus=given.delay_s)),
                 else_=deliveries.c.next_attempt_at,
             ),
         )
@@ -210,7 +202,7 @@ class Marks:
 async def _write(transactions: Transactions, marks: Sequence[Mark]) -> None:
     rows = [
         {
-            "delivery_id": str(mark.delivery.delivery_id),
+            "delivery_id": mark.delivery.delivery_id,
             "attempt": mark.delivery.attempt,
             "attempts": mark.attempts,
             "status": mark.status.value,
@@ -220,4 +212,4 @@ async def _write(transactions: Transactions, marks: Sequence[Mark]) -> None:
         for mark in marks
     ]
     async with transactions.connection("autocommit") as connection:
-        await _MARK.rows(connection, {"p_marks": rows})
+        await _MARK.rows(connection, _MARKS.values(dialect_of(connection), rows))

@@ -158,10 +158,9 @@ class DeliveryWorker:
             await self._pause()
         while not self._closing.is_set():
             try:
-                for name in await notifiers_with_due_rows(self._transactions, org_id):
-                    if name in self._targets and name not in self._fed:
-                        self._fed.add(name)
-                        self._begin(self._feed_once(self._targets[name], org_id))
+                for name in await notifiers_with_due_rows(self._transactions, self._targets.keys() - self._fed, org_id):
+                    self._fed.add(name)
+                    self._begin(self._feed_once(self._targets[name], org_id))
                 self._note_fault(None)
             except Exception as exc:
                 self._note_fault(exc)
