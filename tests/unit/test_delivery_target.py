@@ -129,7 +129,9 @@ async def test_what_waits_goes_back_when_it_is_closed() -> None:
     target = target_over(dispatcher, marks)
     given = [delivery() for _ in range(3)]
     target.put(given[:2])
-    await asyncio.sleep(0)
+    async with asyncio.timeout(2):
+        while not dispatcher.given:
+            await asyncio.sleep(0.001)
     await target.close()
     target.put(given[2:])
 

@@ -52,6 +52,24 @@ class TestDelivery:
         assert not {*one.threads} & {*two.threads, threading.current_thread()}
         assert one.threads[0].daemon
 
+    async def test_notices_that_come_together_wake_the_thread_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """There once with all of them, and back once with how they went: waking costs more than most notices."""
+        wake_ups: list[object] = []
+        call_soon_threadsafe = asyncio.BaseEventLoop.call_soon_threadsafe
+
+        def counting(loop: asyncio.BaseEventLoop, callback: Any, *args: Any, **kwargs: Any) -> asyncio.Handle:
+            wake_ups.append(callback)
+            return call_soon_threadsafe(loop, callback, *args, **kwargs)
+
+        with dispatching(Recorder()) as dispatcher:
+            await dispatcher.deliver("recorder", make_notice())
+            monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counting)
+            reports = await asyncio.gather(*(dispatcher.deliver("recorder", make_notice()) for _ in range(20)))
+            monkeypatch.undo()
+
+        assert all(report.ok for report in reports)
+        assert len(wake_ups) == 2
+
     async def test_no_thread_before_the_first_notice(self) -> None:
         """Construction starts nothing; close without use is fine, and so is closing twice."""
         before = set(threading.enumerate())

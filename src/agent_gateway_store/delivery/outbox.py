@@ -86,10 +86,11 @@ class StoreOutbox:
             # What it tells of is committed, so the caller must not be told otherwise.
             _logger.warning("Approval %s: the store is closed, so its notice is sent later.", notice.approval_id)
             return
-        telling = self._dispatcher.emit(notice.model_copy(update={"delivery_id": uuid4()}))
-        task: asyncio.Task[object] = asyncio.get_running_loop().create_task(telling)
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        if self._dispatcher.has_event_hooks:
+            telling = self._dispatcher.emit(notice.model_copy(update={"delivery_id": uuid4()}))
+            task: asyncio.Task[object] = asyncio.get_running_loop().create_task(telling)
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
         if self._settings.notification_worker:
             # Once the caller has its answer: preparing twenty tries takes as long as a fast commit.
             asyncio.get_running_loop().call_soon(self._worker.send, notice, mine)

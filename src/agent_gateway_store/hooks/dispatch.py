@@ -110,6 +110,11 @@ class Dispatcher:
         """Hand one notice to every notifier, side by side. Raises nothing; one report each, in the order of `names`."""
         return list(await asyncio.gather(*(self.deliver(name, notice) for name in await self._opened())))
 
+    @property
+    def has_event_hooks(self) -> bool:
+        """True if some plugin has `gateway_store_approval_event`, so that `emit` calls anybody."""
+        return bool(self._plugins.callers(_EVENT))
+
     async def emit(self, notice: Notice) -> list[DeliveryReport]:
         """Call `gateway_store_approval_event` of every plugin that has it, side by side. Raises nothing.
 
@@ -227,16 +232,21 @@ def _report(name: str, failure: PluginFailure | None, seconds: float) -> Deliver
 # What follows runs in the plugin's thread, the copying included.
 
 
+def _copy(notice: Notice) -> Notice:
+    # The arguments of the call are all that a plugin could change; copying everything takes four times as long.
+    return notice.model_copy(update={"tool_call": notice.tool_call.model_copy(deep=True)})
+
+
 async def _notify(notifier: Notifier, notice: Notice) -> None:
     method = notifier.notify_pending if notice.event == "pending" else notifier.notify_decision
-    result: object = method(notice.model_copy(deep=True))
+    result: object = method(_copy(notice))
     if not inspect.isawaitable(result):
         raise TypeError("the notifier's method is not async")
     await result
 
 
 async def _emit(caller: Callable[..., list[object]], notice: Notice) -> None:
-    results = caller(notice=notice.model_copy(deep=True))
+    results = caller(notice=_copy(notice))
     await asyncio.gather(*(result for result in results if inspect.isawaitable(result)))
 
 

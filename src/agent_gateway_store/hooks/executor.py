@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -104,7 +104,7 @@ class PluginExecutor:
             if isinstance(thread, PluginFailure):
                 return thread
             call = thread.submit(function)
-        result = asyncio.wrap_future(call.result)
+        result = call.result
         try:
             if (await asyncio.wait({result}, timeout=self.timeout_s))[0]:
                 return result.result()
@@ -162,10 +162,12 @@ class PluginExecutor:
 
 @dataclass(eq=False, slots=True)
 class _Call(Generic[T]):
-    """One call handed to a thread. Its result never is an exception."""
+    """One call handed to a thread. Its result is for the caller's event loop, and never an exception."""
 
     function: Callable[[], Awaitable[T]]
-    result: Future[T | PluginFailure] = field(default_factory=Future)
+    result: asyncio.Future[T | PluginFailure] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
     task: asyncio.Task[T | PluginFailure] | None = None
     is_withdrawn: bool = False
 
@@ -173,12 +175,16 @@ class _Call(Generic[T]):
 class PluginThread:
     """Runs calls side by side in one event loop in one daemon thread, which it starts at once.
 
+    Waking another thread costs more than most calls, so calls that come together go together, and so do results.
     The lock of the executor keeps `submit` from running during or after `retire` and `stop`.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._calls: set[_Call[Any]] = set()
+        self._submitted: deque[_Call[Any]] = deque()
+        self._ended: list[tuple[_Call[Any], object]] = []
+        self._is_woken = False
         self._is_retired = self._is_stopped = self._is_ending = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"gateway-store {name}", daemon=True)
@@ -196,9 +202,10 @@ class PluginThread:
     def submit(self, function: Callable[[], Awaitable[T]]) -> _Call[T]:
         """Begin a call as soon as the thread is free."""
         call = _Call(function)
-        call.result.set_running_or_notify_cancel()
         self._calls.add(call)
-        self._soon(lambda: self._begin(call))
+        self._submitted.append(call)
+        # Not at once: woken now, it would take this one and have to be woken again for the next.
+        asyncio.get_running_loop().call_soon(self._wake)
         return call
 
     def cancel(self, call: _Call[Any]) -> None:
@@ -225,14 +232,35 @@ class PluginThread:
         with contextlib.suppress(RuntimeError):  # the thread has ended and closed its loop
             self._loop.call_soon_threadsafe(callback)
 
+    def _wake(self) -> None:
+        if self._submitted and not self._is_woken:
+            self._is_woken = True
+            self._soon(self._begin_all)
+
+    def _begin_all(self) -> None:
+        self._is_woken = False  # before it looks, so that whatever it does not see wakes it again
+        while self._submitted:
+            self._begin(self._submitted.popleft())
+
     def _begin(self, call: _Call[Any]) -> None:
         call.task = self._loop.create_task(_perform(call))
         call.task.add_done_callback(lambda task: self._end(call, _CANCELLED if task.cancelled() else task.result()))
 
     def _end(self, call: _Call[Any], result: object) -> None:
-        call.result.set_result(_CLOSED if self._is_stopped and isinstance(result, PluginFailure) else result)
+        self._ended.append((call, _CLOSED if self._is_stopped and isinstance(result, PluginFailure) else result))
+        if len(self._ended) == 1:
+            self._loop.call_soon(self._report)
         self._calls.discard(call)
         self._stop_if_done()
+
+    def _report(self) -> None:
+        ended, self._ended = self._ended, []
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call[Any], object]]] = {}
+        for call, result in ended:
+            by_loop.setdefault(call.result.get_loop(), []).append((call, result))
+        for loop, results in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # it is closed, so nobody waits any more
+                loop.call_soon_threadsafe(_set_results, results)
 
     def _stop_if_done(self) -> None:
         if self._is_done and not self._is_ending:
@@ -256,8 +284,8 @@ class PluginThread:
         with contextlib.suppress(BaseException):
             self._loop.run_until_complete(_end_tasks())
         self._loop.close()
-        for call in self._calls:
-            call.result.set_result(_CLOSED)
+        self._ended += [(call, _CLOSED) for call in self._calls]
+        self._report()
 
     def _log_stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -326,6 +354,12 @@ def run_in_thread(function: Callable[[], T], *, name: str) -> Future[T]:
 async def awaited(results: list[object]) -> list[object]:
     """Return what the implementations of one plugin returned, coroutines awaited one after the other."""
     return [await result if inspect.isawaitable(result) else result for result in results]
+
+
+def _set_results(results: list[tuple[_Call[Any], object]]) -> None:
+    for call, result in results:
+        if not call.result.done():
+            call.result.set_result(result)
 
 
 async def _perform(call: _Call[T]) -> T | PluginFailure:

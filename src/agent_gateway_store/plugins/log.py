@@ -32,6 +32,8 @@ class LogNotifier:
 
     async def notify_pending(self, notice: Notice) -> None:
         """Log `APPROVAL_REQUIRED`: who wants what, why it is asked, until when it can be decided."""
+        if not logger.isEnabledFor(logging.INFO):
+            return
         facts = {
             "approval_id": str(notice.approval_id),
             "caller_id": _clean(notice.caller_id),
@@ -51,6 +53,8 @@ class LogNotifier:
 
     async def notify_decision(self, notice: Notice) -> None:
         """Log `APPROVAL_DECIDED`: how it ended, and by whom."""
+        if not logger.isEnabledFor(logging.INFO):
+            return
         facts = {
             "approval_id": str(notice.approval_id),
             "status": notice.status.value,
