@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import plugin_helpers
+from agent_gateway_store._text import describe
 from agent_gateway_store.hooks.plugin import examine_settings
-from agent_gateway_store.hooks.text import describe
 from commands import Outcome, gateway_store
 from plugin_helpers import Install
 

@@ -23,7 +23,7 @@ from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.plugins import slack as plugin
 from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
 from agent_gateway_store.plugins.slack.messages import decided_message, pending_message
-from agent_gateway_store.plugins.slack.words import escape
+from agent_gateway_store.plugins.slack.words import mrkdwn
 from agent_gateway_store.settings import StoreSettings
 
 pytestmark = pytest.mark.unit
@@ -133,9 +133,9 @@ class TestMessage:
 
         assert token not in texts_of(pending_message(notice))
 
-    def test_escape(self) -> None:
+    def test_text_is_no_markup(self) -> None:
         """As Slack asks."""
-        assert escape("a & b < c > d\n") == "a &amp; b &lt; c &gt; d\\n"
+        assert mrkdwn("a & b < c > d\n") == "a &amp; b &lt; c &gt; d\\n"
 
 
 class TestUpdate:

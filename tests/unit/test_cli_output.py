@@ -89,7 +89,7 @@ def test_json_is_printable_ascii() -> None:
         ("is_active", True, "yes"),
         ("approver_id", None, ""),
         ("risk_labels", ["PII", "EXPORT"], "PII, EXPORT"),
-        ("tool_call", {"server": "files", "tool": "read", "arguments": {"n": 1, "p": "a b"}}, "files.read n=1 p=a b"),
+        ("tool_call", {"server": "files", "tool": "read", "arguments": {"n": 1, "p": "a b"}}, 'files.read n=1 p="a b"'),
         ("tool_call", {"server": "files", "tool": "list", "arguments": {}}, "files.list"),
         ("output_payload", {"rows": [1, 2]}, "rows=[1, 2]"),
         ("latency_ms", 12, "12"),

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import agent_gateway_store
+from agent_gateway_store._text import describe, escape, mask_tokens
 from agent_gateway_store.hooks import markers, specs
 from agent_gateway_store.hooks.markers import PROJECT
-from agent_gateway_store.hooks.text import describe, mask_tokens, one_line
 
 pytestmark = pytest.mark.unit
 
@@ -164,4 +164,4 @@ class TestText:
 
     def test_one_line_escapes_what_cannot_be_seen(self) -> None:
         """Line breaks of every kind, and a lone surrogate."""
-        assert one_line("a\r\n\u2028\x85\ud800b é") == r"a\r\n\u2028\x85\ud800b é"
+        assert escape("a\r\n\u2028\x85\ud800b é") == r"a\r\n\u2028\x85\ud800b é"

@@ -10,10 +10,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeAlias, TypeVar
 
+from agent_gateway_store._text import describe, escape
 from agent_gateway_store.audit.record import COLUMNS, EncodedRow, encode_event, to_values, without_payload
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
 from agent_gateway_store.hooks.manager import Plugins
-from agent_gateway_store.hooks.text import describe, one_line
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 
 __all__ = ["BEFORE", "CHANGEABLE", "Preparing"]
@@ -160,7 +160,7 @@ def _settle(future: asyncio.Future[EncodedRow | None], made: EncodedRow | None) 
 
 
 def _warn(name: str, error: str, count: int) -> None:
-    _logger.warning("Plugin %s failed before the write of %d audit events: %s", one_line(name), count, error)
+    _logger.warning("Plugin %s failed before the write of %d audit events: %s", escape(name), count, error)
 
 
 async def _change(caller: _Caller, records: list[EncodedRow]) -> list[EncodedRow | str]:

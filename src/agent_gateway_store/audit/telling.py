@@ -10,10 +10,10 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any, TypeAlias
 
+from agent_gateway_store._text import escape
 from agent_gateway_store.audit.record import EncodedRow, to_values
 from agent_gateway_store.hooks.executor import PluginExecutor, awaited
 from agent_gateway_store.hooks.manager import Plugins
-from agent_gateway_store.hooks.text import one_line
 from agent_gateway_store.models.audit import AuditEvent
 
 __all__ = ["WRITTEN", "Telling"]
@@ -59,7 +59,7 @@ class Telling:
             waiting.extend(islice(records, room))
             if dropped := max(0, len(records) - room):
                 if not self.untold:
-                    _logger.warning("Plugin %s is too slow to hear of every audit event.", one_line(name))
+                    _logger.warning("Plugin %s is too slow to hear of every audit event.", escape(name))
                 self.untold += dropped
             if name not in self._tasks:
                 self._tasks[name] = task = asyncio.get_running_loop().create_task(self._drain(name, waiting))
@@ -92,7 +92,7 @@ class Telling:
             if failure is not None:
                 self.untold += len(batch)
                 text = "Plugin %s failed to hear of %d audit events: %s"
-                _logger.warning(text, one_line(name), len(batch), failure.text)
+                _logger.warning(text, escape(name), len(batch), failure.text)
 
 
 async def _hand_over(caller: _Caller, batch: Sequence[EncodedRow]) -> None:

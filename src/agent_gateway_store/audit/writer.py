@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
+from agent_gateway_store._text import describe
 from agent_gateway_store.audit.backends import RowResult, Sink
 from agent_gateway_store.audit.batch import store_batch
 from agent_gateway_store.audit.lost import log_lost
@@ -20,7 +21,6 @@ from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.record import COLUMNS, EncodedRow, from_values, size_of, to_values
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
-from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.audit import AuditEvent
 
 __all__ = ["AuditWriter"]

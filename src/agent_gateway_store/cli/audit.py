@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent_gateway_store._text import Shown, call_name, word
 from agent_gateway_store.cli.context import open_store, run
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.filters import filtered
@@ -175,6 +176,6 @@ def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:
         else:
             ran = f"{event.execution_status} {event.latency_ms} ms" if event.execution_status else "not executed"
             stamp = tidy("timestamp", record(event)["timestamp"])
-            call = f"{event.mcp_server}.{event.tool_name}"
-            say("  ".join((stamp, event.decision, event.caller_id, call, ran, event.request_id)))
+            call = call_name(event.mcp_server, event.tool_name)
+            say(Shown("  ".join((stamp, event.decision, word(event.caller_id), call, ran, word(event.request_id)))))
     sys.stdout.flush()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from agent_gateway_store._text import describe, mask_tokens
 from agent_gateway_store.cli.output import complain
 from agent_gateway_store.cli.plugin_commands import plugin_commands
-from agent_gateway_store.hooks.text import describe, mask_tokens
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.hooks.text import one_line
+from agent_gateway_store._text import Shown, arguments_text, call_name, escape, word
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,12 +42,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def say(text: str) -> None:
     """Print one line on standard output."""
-    typer.echo(one_line(text))
+    typer.echo(escape(text))
 
 
 def complain(text: str, *, lines: bool = False) -> None:
     """Print on standard error: one line, or several."""
-    typer.echo("\n".join(map(one_line, text.splitlines())) if lines else one_line(text), err=True)
+    typer.echo("\n".join(map(escape, text.splitlines())) if lines else escape(text), err=True)
 
 
 def console(*, at_most: int | None = None) -> Console:
@@ -124,41 +124,36 @@ def _table(items: list[dict[str, Any]], columns: Mapping[str, str], whole: Conta
 
 def print_fields(fields: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
     """Print names and values, a line each."""
-    pairs = [(name, tidy(name, value)) for name, value in (fields.items() if isinstance(fields, Mapping) else fields)]
+    items = fields.items() if isinstance(fields, Mapping) else fields
+    pairs = [(escape(name), tidy(name, value)) for name, value in items]
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        say(f"{name:<{width}}  {value}".rstrip())
+        say(Shown(f"{name:<{width}}  {value}".rstrip()))
 
 
-def tidy(name: str, value: Any) -> str:
+def tidy(name: str, value: Any) -> Shown:
     """Return a field as people read it: times to the second, lists and tool calls as text."""
     if value is None:
-        return ""
+        return Shown("")
     if name == "trust_level":
         from agent_gateway_store.models.keys import TrustLevel
 
-        return TrustLevel(value).name
+        return Shown(TrustLevel(value).name)
     if name == "tool_call":
-        return " ".join([f"{value['server']}.{value['tool']}", _arguments(value["arguments"])]).rstrip()
+        name = call_name(value["server"], value["tool"])
+        return Shown(f"{name} {arguments_text(value['arguments'])}".rstrip())
     if isinstance(value, str) and name in _TIMES:
-        return value[:19].replace("T", " ")
+        return escape(value[:19].replace("T", " "))
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return Shown("yes" if value else "no")
     if isinstance(value, dict):
-        return _arguments(value)
+        return arguments_text(value)
     if isinstance(value, list | tuple):
-        return ", ".join(each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in value)
-    return str(value)
+        return Shown(", ".join(map(word, value)))
+    return escape(str(value))
 
 
 _TIMES = frozenset(
     {"timestamp", "created_at", "expires_at", "use_before", "decision_at", "decided_at", "used_at", "last_used_at"}
     | {"revoked_at", "previous_key_expires_at", "previous_valid_until"}
 )
-
-
-def _arguments(arguments: Mapping[str, Any]) -> str:
-    return " ".join(
-        f"{name}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
-        for name, value in arguments.items()
-    )

@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
+from agent_gateway_store._text import describe
 from agent_gateway_store.cli.output import complain
-from agent_gateway_store.hooks.text import describe
 
 __all__ = ["COMMANDS", "plugin_commands"]
 

@@ -12,9 +12,9 @@ from uuid import UUID
 
 from sqlalchemy import Float, Integer, Text, Uuid, and_, case, literal_column, or_, update
 
+from agent_gateway_store._text import describe
 from agent_gateway_store.delivery.claims import Delivery, deliveries
 from agent_gateway_store.errors import StoreNotOpenError
-from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.storage.database import Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import db_now

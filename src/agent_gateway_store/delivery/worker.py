@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
+from agent_gateway_store._text import describe
 from agent_gateway_store.delivery.claims import Delivery, claim, notifiers_with_due_rows
 from agent_gateway_store.delivery.marks import Mark, Marks
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.delivery.target import Target
 from agent_gateway_store.hooks.dispatch import Dispatcher
-from agent_gateway_store.hooks.text import describe
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from agent_gateway_store._text import describe, escape, plugin_text
 from agent_gateway_store.errors import DecisionVetoedError
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited, run_in_thread
-from agent_gateway_store.hooks.text import describe, one_line, spoken
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.manager import Plugins
@@ -207,14 +207,14 @@ class Vetoes:
         refusals = []
         for name, objection in zip(callers, objections, strict=True):
             if isinstance(objection, PluginFailure):
-                logger.warning("Plugin %s failed when asked about a decision: %s", one_line(name), objection.text)
+                logger.warning("Plugin %s failed when asked about a decision: %s", escape(name), objection.text)
                 refusals.append((name, f"it failed ({objection.text})"))
             elif objection:
                 refusals.append((name, objection))
         if refusals:
             plugin, reason = refusals[0]
             raise DecisionVetoedError(
-                f"Plugin {one_line(plugin)} refuses this decision: {reason.rstrip('. ')}. "
+                f"Plugin {escape(plugin)} refuses this decision: {reason.rstrip('. ')}. "
                 "Put that right and decide again, or cancel the approval.",
                 approval_id=request.approval_id,
                 plugin=plugin,
@@ -225,7 +225,7 @@ class Vetoes:
 def _report(name: str, failure: PluginFailure | None, seconds: float) -> DeliveryReport:
     if failure is None:
         return DeliveryReport(notifier=name, ok=True, error=None, seconds=seconds)
-    logger.warning("Plugin %s did not take a notice: %s", one_line(name), failure.text)
+    logger.warning("Plugin %s did not take a notice: %s", escape(name), failure.text)
     return DeliveryReport(name, False, failure.text, seconds, failure.retry_after_s, failure.is_permanent)
 
 
@@ -256,5 +256,5 @@ async def _objection(caller: Callable[..., list[object]], request: PendingApprov
     for answer in answers:
         if answer is not None and not isinstance(answer, str):
             raise TypeError(f"{_VETO} returned {type(answer).__name__}, not a text or None")
-    objections = [spoken(answer) or "no reason given" for answer in answers if isinstance(answer, str) and answer]
+    objections = [plugin_text(answer) or "no reason given" for answer in answers if isinstance(answer, str) and answer]
     return "; ".join(objections)

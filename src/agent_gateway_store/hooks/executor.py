@@ -15,8 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
+from agent_gateway_store._text import describe, escape
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks.text import describe, one_line
 
 __all__ = ["GRACE_SECONDS", "MAX_ABANDONED", "PluginExecutor", "PluginFailure", "awaited", "run_in_thread"]
 
@@ -279,7 +279,7 @@ class PluginThread:
             try:
                 self._loop.run_forever()
             except BaseException as exc:
-                logger.warning("Plugin %s: stray error in its event loop: %s", one_line(self._name), describe(exc))
+                logger.warning("Plugin %s: stray error in its event loop: %s", escape(self._name), describe(exc))
         self._is_ending = True
         with contextlib.suppress(BaseException):
             self._loop.run_until_complete(_end_tasks())
@@ -289,8 +289,8 @@ class PluginThread:
 
     def _log_stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        text = describe(error) if isinstance(error, BaseException) else one_line(str(context.get("message")))
-        logger.warning("Plugin %s: stray error in its event loop: %s", one_line(self._name), text)
+        text = describe(error) if isinstance(error, BaseException) else escape(str(context.get("message")))
+        logger.warning("Plugin %s: stray error in its event loop: %s", escape(self._name), text)
 
 
 class _DaemonExecutor(ThreadPoolExecutor):

@@ -11,10 +11,10 @@ from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from agent_gateway_store._text import describe, escape
 from agent_gateway_store.hooks.executor import run_in_thread
 from agent_gateway_store.hooks.markers import PROJECT
 from agent_gateway_store.hooks.plugin import REGISTER, SETTINGS, Plugin, PluginRecord, SettingsState
-from agent_gateway_store.hooks.text import describe, one_line
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.specs import Notifier
@@ -199,7 +199,7 @@ def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
     """Return name and version of a distribution, `unknown` where its metadata does not say."""
     try:
         fields = distribution.metadata
-        return one_line(fields["Name"] or _UNKNOWN), one_line(fields["Version"] or _UNKNOWN)
+        return escape(fields["Name"] or _UNKNOWN), escape(fields["Version"] or _UNKNOWN)
     except Exception:
         return _UNKNOWN, _UNKNOWN
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pluggy
 
+from agent_gateway_store._text import MAX_ERROR, describe, escape, mask_tokens
 from agent_gateway_store.hooks import specs
 from agent_gateway_store.hooks.markers import PROJECT
-from agent_gateway_store.hooks.text import MAX_ERROR, describe, mask_tokens, one_line
 
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
@@ -137,7 +137,7 @@ class Plugin:
         if text in problems:
             return
         problems.append(text)
-        logger.warning("Plugin %s is broken: %s", one_line(self.name), text)
+        logger.warning("Plugin %s is broken: %s", escape(self.name), text)
 
     def adopt(self, load: Callable[[], object]) -> None:
         """Load it and take in its hook implementations; a class is called without arguments first.
@@ -151,7 +151,7 @@ class Plugin:
             is_notifier = hasattr(self._object, "notify_pending") or hasattr(self._object, "notify_decision")
             self._is_bare = is_notifier and self.caller(REGISTER) is None
             if unknown := self._unknown_hooks():
-                self.add_problem(f"this version knows no hook {', '.join(map(one_line, unknown))}")
+                self.add_problem(f"this version knows no hook {', '.join(map(escape, unknown))}")
             elif not self._is_bare and not self.record.hooks:
                 self.add_problem("nothing in it is marked with @hookimpl, and it is not a notifier")
         except KeyboardInterrupt:
@@ -286,4 +286,4 @@ def _without_values(problem: str, given: Mapping[str, str]) -> str:
     for value in sorted(given.values(), key=len, reverse=True):
         if len(value) >= _SHORTEST_SECRET:
             problem = problem.replace(value, "***")
-    return one_line(mask_tokens(problem))[:MAX_ERROR]
+    return escape(mask_tokens(problem))[:MAX_ERROR]

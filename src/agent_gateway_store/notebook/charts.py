@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from agent_gateway_store import _text
 from agent_gateway_store.errors import MissingExtraError
-from agent_gateway_store.results.cells import visible
 from agent_gateway_store.results.tones import HEX
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ def altair() -> Any:
 
 
 def safe(value: Any, *, most: int = _LABEL_CHARS) -> str:
-    """Return text that may stand in a chart.
+    r"""Return text that may stand in a chart.
 
     Altair writes its HTML with the data inside a script element, unescaped: `</script>` in the name of a tool would
-    end it. So the less-than sign becomes a single angle quotation mark; control characters are shown, long text is cut.
+    end it. So the less-than sign is shown as `\x3c`; hidden characters are shown, long text is cut.
     """
-    text = visible(str(value)).replace("<", "\u2039")
+    text = _text.escape(str(value)).replace("<", "\\x3c")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

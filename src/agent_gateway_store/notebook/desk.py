@@ -7,7 +7,8 @@ from collections.abc import Coroutine
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.results.cells import time_text, visible
+from agent_gateway_store import _text
+from agent_gateway_store.results.cells import time_text
 from agent_gateway_store.results.html import pretty_json, style
 
 if TYPE_CHECKING:
@@ -101,12 +102,12 @@ class Desk:
         return result
 
     def __repr__(self) -> str:
-        lines = [f"{len(self.waiting)} waiting for {self._approver}", *map(self._call, self.waiting)]
-        return "\n".join(map(visible, lines)) if self._is_loaded else f"Desk of {visible(self._approver)}: not loaded"
+        lines = [f"{len(self.waiting)} waiting for {_text.escape(self._approver)}", *map(self._call, self.waiting)]
+        return "\n".join(lines) if self._is_loaded else f"Desk of {_text.escape(self._approver)}: not loaded"
 
     def _call(self, request: ApprovalRequest, verb: str = "approve") -> str:
-        wait = "await " if self.is_async else ""
-        return f'{wait}store.approvals.{verb}(approval_id="{request.approval_id}", approver_id={self._approver!r})'
+        wait, approver = "await " if self.is_async else "", _text.code_text(self._approver)
+        return f'{wait}store.approvals.{verb}(approval_id="{request.approval_id}", approver_id={approver})'
 
     def _repr_html_(self) -> str:
         rows = "".join(map(self._row, self.waiting))
@@ -114,7 +115,7 @@ class Desk:
             f"<th>{name}</th>" for name in ("asked <small>UTC</small>", "caller", "call", "why", "to decide")
         )
         note = f"{len(self.waiting)} waiting" if self._is_loaded else "not loaded: await refresh()"
-        who = f"Approvals for <b>{escape(visible(self._approver))}</b>"
+        who = f"Approvals for <b>{escape(_text.escape(self._approver))}</b>"
         table = f'<table class="ags-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         return (
             f'{style()}<div class="ags-view"><div class="ags-title">{who}</div>'
@@ -129,7 +130,7 @@ class Desk:
             f"<td>{escape(text['caller'])}</td>",
             f"<td>{escape(text['call'])}<pre>{escape(text['arguments'])}</pre></td>",
             f"<td>{escape(text['why'])}</td>",
-            f'<td class="ags-calls"><pre>{escape(visible(calls, keep=chr(10)))}</pre></td>',
+            f'<td class="ags-calls"><pre>{escape(calls)}</pre></td>',
         )
         return f"<tr>{''.join(cells)}</tr>"
 
@@ -146,10 +147,10 @@ def shown(request: ApprovalRequest) -> dict[str, str]:
     call = request.tool_call
     return {
         "id": str(request.approval_id),
-        "caller": visible(request.caller_id),
-        "call": visible(f"{call.server}.{call.tool}"),
+        "caller": _text.escape(request.caller_id),
+        "call": _text.call_name(call.server, call.tool),
         "arguments": pretty_json(call.arguments, most=_ARGUMENT_CHARS),
-        "why": visible(request.risk_explanation),
+        "why": _text.escape(request.risk_explanation),
         "asked": request.created_at.isoformat(),
         "expires": request.expires_at.isoformat() if request.expires_at else "",
     }

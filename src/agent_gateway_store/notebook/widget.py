@@ -10,10 +10,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from agent_gateway_store import _text
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import GatewayStoreError, MissingExtraError
 from agent_gateway_store.notebook.desk import Desk, shown
-from agent_gateway_store.results.cells import visible
 
 __all__ = ["widget_class"]
 
@@ -65,7 +65,7 @@ def widget_class() -> type[Any]:
             self._tasks: set[Any] = set()
             self._owner = _running_loop() if self.is_async else None
             anywidget.AnyWidget.__init__(self, interval_ms=max(200, round(interval_s * 1000)))
-            self.set_trait("approver", visible(approver))
+            self.set_trait("approver", _text.escape(approver))
             self.on_msg(self._heard)
 
         async def _load(self) -> None:
@@ -102,7 +102,7 @@ def widget_class() -> type[Any]:
                 self.send({"answered": verb, "approval_id": approval_id})
 
         def _say(self, text: str, tone: str) -> None:
-            new = {"text": visible(text), "tone": tone, "at": utc_now().strftime("%H:%M:%S")}
+            new = {"text": _text.escape(text), "tone": tone, "at": utc_now().strftime("%H:%M:%S")}
             self.said = [new, *self.said][:_ALREADY_SAID]
 
         def _repr_mimebundle_(self, **options: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from agent_gateway_store._text import escape, mask_tokens
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
 from agent_gateway_store.hooks.markers import hookimpl
-from agent_gateway_store.hooks.text import mask_tokens, one_line
 from agent_gateway_store.plugins.excerpts import cut
 
 if TYPE_CHECKING:
@@ -139,4 +139,4 @@ def gateway_store_plugin_settings() -> type[AppriseSettings]:
 
 
 def _shown(text: str) -> str:
-    return cut(one_line(mask_tokens(text)), MAX_TEXT)
+    return cut(escape(mask_tokens(text)), MAX_TEXT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import Enum, IntEnum
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
+from agent_gateway_store import _text
 from agent_gateway_store.results.frames import bare_type, columns_of
 
 if TYPE_CHECKING:
@@ -27,19 +27,11 @@ __all__ = [
     "shown",
     "summary",
     "time_text",
-    "visible",
 ]
 
 SHOWN = 200
 _CELL_CHARS = 120
 _SUMMARY_CHARS = 48
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
-    code: f"\\u{code:04x}"
-    for code in (
-        *(0x61C, 0x200B, *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x206A), 0xFEFF),
-        *range(0xD800, 0xE000),
-    )
-}
 
 
 def as_dict(item: Any) -> dict[str, Any]:
@@ -67,48 +59,39 @@ def shown(page: Page[Any]) -> tuple[list[str], list[dict[str, Any]]]:
     return list(dict.fromkeys(names)), rows
 
 
-def visible(text: str, *, keep: str = "") -> str:
-    """Return text with control characters, bidi marks, invisible characters and lone surrogates shown, not obeyed.
-
-    Args:
-        keep: Characters that stay as they are.
-    """
-    return text.translate(_CONTROL if not keep else {c: seen for c, seen in _CONTROL.items() if chr(c) not in keep})
-
-
 def time_text(value: datetime) -> str:
     """Return an instant in UTC, to the second."""
     utc = value if value.tzinfo is None else value.astimezone(UTC)
     return utc.replace(tzinfo=None, microsecond=0).isoformat(sep=" ")
 
 
-def cell(value: Any) -> str:
+def cell(value: Any) -> _text.Shown:
     """Return a value as one short line: None is empty, a time is in UTC to the second, JSON is compact."""
     if value is None:
-        return ""
+        return _text.Shown("")
     if isinstance(value, datetime):
-        text = time_text(value)
+        text: str = time_text(value)
     elif isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
-        text = ", ".join(value)
+        text = _text.Shown(", ".join(map(_text.word, value)))
     elif isinstance(value, dict | list | tuple):
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = _text.json_text(value)
     elif isinstance(value, IntEnum):
         text = value.name
     elif isinstance(value, float):
         text = f"{value:.6g}"
     else:
-        text = str(value)
-    return visible(f"{text[: _CELL_CHARS - 1]}…" if len(text) > _CELL_CHARS else text)
+        text = value if isinstance(value, str) else str(value)
+    shown = _text.escape(text)
+    return _text.Shown(f"{shown[: _CELL_CHARS - 1]}…") if len(shown) > _CELL_CHARS else shown
 
 
-def summary(value: Any) -> str:
+def summary(value: Any) -> _text.Shown:
     """Return JSON as one short line: an object as `name=value`, a list as its length."""
     if isinstance(value, dict):
-        text = " ".join(f"{name}={each if isinstance(each, str) else cell(each)}" for name, each in value.items())
+        text = _text.arguments_text(value)
     else:
-        text = f"{len(value)} item{'' if len(value) == 1 else 's'}"
-    text = cell(text)
-    return text if len(text) <= _SUMMARY_CHARS else f"{text[:_SUMMARY_CHARS]}…"
+        text = _text.Shown(f"{len(value)} item{'' if len(value) == 1 else 's'}")
+    return text if len(text) <= _SUMMARY_CHARS else _text.Shown(f"{text[:_SUMMARY_CHARS]}…")
 
 
 def is_number(value: Any) -> bool:

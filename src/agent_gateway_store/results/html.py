@@ -6,12 +6,12 @@ VS Code and the docs' site, and elsewhere that of the system, on a background of
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from agent_gateway_store import _text
 from agent_gateway_store.results.cells import (
     caption,
     cell,
@@ -21,7 +21,6 @@ from agent_gateway_store.results.cells import (
     shown,
     summary,
     time_text,
-    visible,
 )
 from agent_gateway_store.results.tones import tone_of
 
@@ -67,7 +66,7 @@ def card_html(record: BaseModel) -> str:
         if not _is_empty(value)
     )
     empty = ", ".join(name for name, value in fields.items() if _is_empty(value))
-    below = f'<p class="ags-foot">empty: {escape(visible(empty))}</p>' if empty else ""
+    below = f'<p class="ags-foot">empty: {escape(_text.escape(empty))}</p>' if empty else ""
     title = f"{escape(type(record).__name__)} <b>{escape(cell(_subject(fields)))}</b> {badges}"
     return (
         f'{style()}<div class="ags-view ags-card"><div class="ags-title">{title}</div>'
@@ -77,9 +76,9 @@ def card_html(record: BaseModel) -> str:
 
 def _subject(fields: dict[str, Any]) -> str:
     if "tool_name" in fields:
-        return f"{fields['mcp_server']}.{fields['tool_name']}"
+        return _text.call_name(fields["mcp_server"], fields["tool_name"])
     if "tool_call" in fields:
-        return f"{fields['tool_call']['server']}.{fields['tool_call']['tool']}"
+        return _text.call_name(fields["tool_call"]["server"], fields["tool_call"]["tool"])
     return str(fields.get("caller_id") or "")
 
 
@@ -107,14 +106,14 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
     if is_number(value):
         return f'<td class="ags-num">{escape(cell(value))}</td>'
     if is_call(name, value):
-        call = escape(cell(f"{value['server']}.{value['tool']}"))
+        call = escape(cell(_text.call_name(value["server"], value["tool"])))
         return f"<td>{call}{_json(value['arguments'], whole) if value['arguments'] else ''}</td>"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return f"<td>{_chips(value)}</td>"
     if isinstance(value, dict | list):
         return f"<td>{_json(value, whole) if value else ''}</td>"
     if whole:
-        text = _cut(visible(str(value), keep="\n\t"), _TEXT_CHARS)
+        text = _cut(_text.escape(str(value), keep="\n"), _TEXT_CHARS)
         return f'<td class="ags-text">{escape(text)}</td>'
     text = cell(value)
     if len(text) > _ID_CHARS or not text or any(map(str.isspace, text)):
@@ -134,7 +133,7 @@ def _chips(words: list[str]) -> str:
 
 def pretty_json(value: Any, *, most: int = _JSON_CHARS) -> str:
     """Return JSON over several lines, cut after `most` characters; control characters are shown."""
-    return _cut(visible(json.dumps(value, indent=2, ensure_ascii=False, default=str), keep="\n"), most)
+    return _cut(_text.json_text(value, indent=2), most)
 
 
 def _json(value: Any, whole: bool) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.results.cells import caption, cell, fields_of, is_call, is_number, shown, summary, visible
+from agent_gateway_store import _text
+from agent_gateway_store.results.cells import caption, cell, fields_of, is_call, is_number, shown, summary
 from agent_gateway_store.results.tones import RICH, tone_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def table(page: Page[Any]) -> Table:
             Text(cell(name)), overflow="fold", justify="right" if is_numeric else "left", no_wrap=is_numeric or is_whole
         )
     for row in rows:
-        drawn.add_row(*(_text(name, row.get(name)) for name in columns))
+        drawn.add_row(*(_styled(name, row.get(name)) for name in columns))
     return drawn
 
 
@@ -51,19 +51,19 @@ def card(record: BaseModel) -> Table:
         if value is None or value in ("", [], {}):
             continue
         if isinstance(value, dict | list):
-            pretty = visible(json.dumps(value, indent=2, ensure_ascii=False, default=str), keep="\n")
-            drawn.add_row(Text(name), Text(pretty))
+            drawn.add_row(Text(name), Text(_text.json_text(value, indent=2)))
         else:
-            drawn.add_row(Text(name), Text(visible(value)) if type(value) is str else _text(name, value))
+            drawn.add_row(Text(name), Text(_text.escape(value)) if type(value) is str else _styled(name, value))
     return drawn
 
 
-def _text(name: str, value: Any) -> Text:
+def _styled(name: str, value: Any) -> Text:
     from rich.text import Text
 
     tone = tone_of(name, value)
     if is_call(name, value):
-        text = cell(f"{value['server']}.{value['tool']} {summary(value['arguments'])}".rstrip())
+        name = _text.call_name(value["server"], value["tool"])
+        text = cell(_text.Shown(f"{name} {summary(value['arguments'])}".rstrip()))
     else:
         text = summary(value) if isinstance(value, dict) else cell(value)
     return Text(text, style=RICH[tone] if tone else "")

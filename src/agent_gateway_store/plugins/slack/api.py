@@ -8,8 +8,8 @@ from urllib.parse import urlencode
 
 from pydantic import SecretStr
 
+from agent_gateway_store._text import escape
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks.text import one_line
 from agent_gateway_store.plugins.outgoing.pause import Pause
 from agent_gateway_store.plugins.outgoing.transport import Answer, Transport
 from agent_gateway_store.plugins.slack.settings import SlackSettings
@@ -88,5 +88,5 @@ def _content(method: str, answer: Answer) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise NotDeliveredError(f"Slack's answer to {method} cannot be read.")
     if content.get("ok") is not True:
-        raise SlackRefusedError(method, one_line(str(content.get("error")))[:100])
+        raise SlackRefusedError(method, escape(str(content.get("error")))[:100])
     return content

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
+from agent_gateway_store._text import describe, escape, mask_tokens
 from agent_gateway_store.errors import ApprovalError, MissingExtraError, NotDeliveredError
-from agent_gateway_store.hooks.text import describe, mask_tokens, one_line
 from agent_gateway_store.plugins.excerpts import cut
 from agent_gateway_store.plugins.outgoing.targets import target_of
 from agent_gateway_store.plugins.recent import Recent
 from agent_gateway_store.plugins.slack.clicks import Click, Signatures, click_in
 from agent_gateway_store.plugins.slack.mapping import Approvers
 from agent_gateway_store.plugins.slack.settings import PREFIX, SlackSettings
-from agent_gateway_store.plugins.slack.words import escape
+from agent_gateway_store.plugins.slack.words import mrkdwn
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.manager import Plugins
@@ -193,7 +193,7 @@ class SlackCallback:
     async def _say(self, click: Click, text: str) -> None:
         if click.response_url is None:
             return
-        text = escape(cut(mask_tokens(text), 1000))
+        text = mrkdwn(cut(mask_tokens(text), 1000))
         content = {"response_type": "ephemeral", "replace_original": False, "text": text}
         try:
             answer = await self._transport.post(
@@ -209,4 +209,4 @@ class SlackCallback:
 
 
 def _shown(user_id: str) -> str:
-    return cut(one_line(user_id), 40)
+    return cut(escape(user_id), 40)

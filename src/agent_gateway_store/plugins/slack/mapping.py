@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from agent_gateway_store._text import escape
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
-from agent_gateway_store.hooks.text import one_line
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.manager import Plugins
@@ -42,7 +42,7 @@ class Approvers:
         )
         for name, answer in zip(callers, answers, strict=True):
             if isinstance(answer, PluginFailure):
-                logger.warning("Plugin %s failed when asked who clicked: %s", one_line(name), answer.text)
+                logger.warning("Plugin %s failed when asked who clicked: %s", escape(name), answer.text)
                 return None
             if answer:
                 return answer

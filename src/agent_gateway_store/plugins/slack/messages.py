@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,9 @@ from slack_sdk.models.blocks import (
     SectionBlock,
 )
 
-from agent_gateway_store.hooks.text import mask_tokens
+from agent_gateway_store._text import Shown, escape, json_text, mask_tokens
 from agent_gateway_store.plugins.excerpts import MARK, fit_arguments
-from agent_gateway_store.plugins.slack.words import APPROVE, DENY, EVENT_TYPE, escape
+from agent_gateway_store.plugins.slack.words import APPROVE, DENY, EVENT_TYPE, mrkdwn
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
@@ -101,8 +100,8 @@ def _facts(notice: Notice) -> tuple[list[Block], bool]:
 def _arguments(notice: Notice) -> tuple[str, bool]:
     shown, was_cut = fit_arguments(notice.tool_call.arguments, _MAX_ARGUMENTS)
     lines, room = [], _MAX_ARGUMENTS
-    for line in json.dumps(shown, indent=2, ensure_ascii=False).split("\n"):
-        lines.append(_inert(line, room))
+    for line in json_text(shown, indent=2).split("\n"):
+        lines.append(_inert(Shown(line), room))
         room -= len(lines[-1]) + 1
         if room <= 1:
             was_cut = True
@@ -141,9 +140,11 @@ def _prose(text: str) -> str:
 def _inert(text: str, limit: int) -> str:
     """Return `text` as the inside of code, at most `limit` characters with its escapes."""
     pieces, size = [], 0
-    for character in mask_tokens(text[: limit + 100]):
-        # A look-alike stands for the backtick, which would end the code.
-        piece = "\u02cb" if character == "`" else escape(character)
+    part = mask_tokens(text[: limit + 100])
+    shown = Shown(part) if isinstance(text, Shown) else escape(part)
+    for character in shown:
+        # The backtick would end the code.
+        piece = "\\u0060" if character == "`" else mrkdwn(Shown(character))
         size += len(piece)
         pieces.append(piece)
         if size > limit:

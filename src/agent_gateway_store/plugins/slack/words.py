@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from agent_gateway_store._text import escape
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks.text import one_line
 
-__all__ = ["APPROVE", "DENY", "EVENT_TYPE", "SlackRefusedError", "escape"]
+__all__ = ["APPROVE", "DENY", "EVENT_TYPE", "SlackRefusedError", "mrkdwn"]
 
 APPROVE = "gateway_store_approve"
 DENY = "gateway_store_deny"
@@ -29,6 +29,6 @@ class SlackRefusedError(NotDeliveredError):
         self.code = code
 
 
-def escape(text: str) -> str:
+def mrkdwn(text: str) -> str:
     """Return `text` so that Slack shows it as it is: no mention, no link (`&`, `<`, `>` escaped, on one line)."""
-    return one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return escape(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

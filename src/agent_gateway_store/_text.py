@@ -1,0 +1,205 @@
+"""Text for people: nothing in it is hidden, no two values look alike, and no secret is shown.
+
+Every surface that people read (tables, cards, charts, messages, log lines, the terminal) shows text by this module.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+__all__ = [
+    "MAX_ERROR",
+    "Shown",
+    "arguments_text",
+    "call_name",
+    "code_text",
+    "describe",
+    "escape",
+    "json_text",
+    "mask_tokens",
+    "plugin_text",
+    "word",
+]
+
+MAX_ERROR = 500
+_SHORTEST_SECRET = 4
+
+_API_KEY = re.compile(r"\bagw_[\w-]+")
+# The form of secrets.token_urlsafe(32). Demanding mixed case and a digit spares long names of tools.
+_TOKEN = re.compile(
+    r"(?<![\w-])(?=[\w-]{0,42}[A-Z])(?=[\w-]{0,42}[a-z])(?=[\w-]{0,42}[0-9])[A-Za-z0-9_-]{43}(?![\w-])", re.ASCII
+)
+_URL = re.compile(r"""\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)([^\s'"<>)]*)""")
+_BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
+_LABELLED = re.compile(
+    r"""\b([\w-]{0,40}(?:password|passwd|secret|token|api[_-]?key|authorization)["']?\s{0,3}[=:]\s{0,3}["']?)"""
+    r"""[^\s"',;&]+""",
+    re.IGNORECASE,
+)
+
+
+# What Python calls unprintable is every character of the general categories Cc, Cf, Cs, Co, Cn, Zl, Zp and Zs but the
+# space (`str.isprintable`). These are printable to Python and yet leave no mark: the rest of
+# Default_Ignorable_Code_Point (DerivedCoreProperties.txt, Unicode 16), and letters and symbols that are drawn blank.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef"
+    "\u2800\U00016fe4\U0001d159]"
+)
+_BACKSLASH = re.compile(r"\\")
+_EMOJI = (
+    "[\u203c\u2049\u2122\u2139\u2190-\u21ff\u2300-\u23ff\u25a0-\u27bf"
+    "\u2b00-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
+)
+# An emoji with its colour selector, joined to others: the joiner and the selector show in what is drawn. Tag characters
+# never do, so a flag made of them is no exception.
+_EMOJI_SEQUENCE = re.compile(f"({_EMOJI}\ufe0f?(?:\u200d{_EMOJI}\ufe0f?)*)")
+# No digit, sign or point at the begin, so that no number looks like a text.
+_BARE_WORD = re.compile(r"[A-Za-z_/@~*][\w/@:.+~%*-]*", re.ASCII)
+_JSON_WORDS = frozenset({"true", "false", "null", "NaN", "Infinity"})
+
+
+class Shown(str):
+    """Text in which nothing is hidden any more: `escape` leaves it as it is."""
+
+    __slots__ = ()
+
+
+def escape(text: str, *, keep: str = "") -> Shown:
+    """Return `text` with every character that leaves no mark of its own as a backslash escape.
+
+    These are line breaks and other controls, bidirectional marks, zero-width and other default-ignorable characters,
+    tag characters, blank letters, all spaces but U+0020, lone surrogates, private and unassigned code points. An emoji
+    keeps its colour selector and its joiners (U+FE0F, U+200D), which change what is drawn. No two texts are shown
+    alike: a backslash that would read as the begin of an escape is doubled.
+
+    Args:
+        text: Any text.
+        keep: Characters that stay as they are, such as line breaks where several lines are shown.
+    """
+    if isinstance(text, Shown):
+        return text
+    if "\\" in text:
+        # Doubled also before what will be shown by an escape, which begins with a backslash.
+        text = _BACKSLASH.sub(lambda found: "\\\\" if _is_escape(text[found.end() :], keep) else "\\", text)
+    return Shown(_replace_hidden(text, _python_escape, keep))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> Shown:
+    """Return a value as JSON in which nothing is hidden: what `escape` shows is a JSON escape. It reads back equal.
+
+    Args:
+        value: Anything; what JSON does not know is shown as its text.
+        indent: Spaces of a level; None: one line.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    return Shown(_replace_hidden(text, lambda character: json.dumps(character)[1:-1], "\n"))
+
+
+def code_text(value: str) -> Shown:
+    """Return a text as a literal of Python in which nothing is hidden."""
+    return Shown(_replace_hidden(repr(value), _python_escape, ""))
+
+
+def word(value: Any) -> Shown:
+    """Return a value as one word: text as it is where it can be taken for nothing else, anything else as JSON."""
+    if isinstance(value, str) and _BARE_WORD.fullmatch(value) and value not in _JSON_WORDS:
+        return Shown(value)
+    return json_text(value)
+
+
+def call_name(server: str, tool: str) -> Shown:
+    """Return `server.tool`; a part with a point of its own, or with anything unusual, is in quotes."""
+    return Shown(".".join(json_text(part) if "." in part else word(part) for part in (server, tool)))
+
+
+def arguments_text(arguments: Mapping[str, Any]) -> Shown:
+    """Return arguments on one line, as `name=value`: different arguments are never the same line."""
+    return Shown(" ".join(f"{word(name)}={word(value)}" for name, value in arguments.items()))
+
+
+def _is_escape(rest: str, keep: str) -> bool:
+    following = rest[:1]
+    return following != "" and (following in "\\xuUnrt" or (following not in keep and _is_hidden(following)))
+
+
+def _is_hidden(character: str) -> bool:
+    return not character.isprintable() or _BLANK.match(character) is not None
+
+
+def _python_escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _replace_hidden(text: str, encode: Callable[[str], str], keep: str) -> str:
+    if text.isprintable() and not _BLANK.search(text):
+        return text
+    # Every second piece is an emoji with what belongs to it; the blocks of emoji have unassigned code points, too.
+    return "".join(
+        piece
+        if index % 2 and piece.replace("\ufe0f", "").replace("\u200d", "").isprintable()
+        else "".join(encode(each) if each not in keep and _is_hidden(each) else each for each in piece)
+        for index, piece in enumerate(_EMOJI_SEQUENCE.split(text))
+    )
+
+
+def mask_tokens(text: str) -> str:
+    """Return `text` with what looks like an API key or an approval token of this package shown as `***`."""
+    return _TOKEN.sub("***", _API_KEY.sub("agw_***", text))
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception as `Type: text`, on one line of at most 500 characters.
+
+    What looks like a secret is masked: tokens, `password=` and its like, and of a URL all but scheme and host, for a
+    webhook URL is a password. Never raises an `Exception`, whatever the exception's own `__str__` does.
+    """
+    try:
+        text = _text_of(error)[: 10 * MAX_ERROR]
+    except Exception:
+        text = "(its text cannot be read)"
+    name = type(error).__name__
+    return plugin_text(f"{name}: {text}" if text.strip() else name)
+
+
+def _text_of(error: BaseException) -> str:
+    core = sys.modules.get("pydantic_core")
+    if core is None or not isinstance(error, core.ValidationError):
+        return str(error)
+    # Its own text repeats the input, which may be a secret; what a validator says may quote it.
+    messages = []
+    for each in error.errors(include_url=False, include_context=False):
+        message = each["msg"]
+        for value in sorted(_texts_in(each["input"]), key=len, reverse=True):
+            message = message.replace(value, "***")
+        messages.append(f"{message} ({'.'.join(map(str, each['loc'])) or error.title})")
+    return "; ".join(messages)
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    if isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts_in(each)
+
+
+def plugin_text(text: str) -> str:
+    """Return what a plugin says on one line of at most 500 characters, what looks like a secret masked."""
+    text = " ".join(text[: 10 * MAX_ERROR].split())
+    text = escape(_LABELLED.sub(r"\1***", _BEARER.sub(r"\1 ***", mask_tokens(_URL.sub(_host_only, text)))))
+    return text if len(text) <= MAX_ERROR else f"{text[: MAX_ERROR - 1]}…"
+
+
+def _host_only(url: re.Match[str]) -> str:
+    scheme, rest = url.groups()
+    if "@" in rest:
+        return f"{scheme}***"
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    return f"{scheme}{host}" if rest in (host, f"{host}/") else f"{scheme}{host}/***"
