@@ -1,4 +1,4 @@
-"""How-to: the desk of an approver in a notebook."""
+"""How-to: the inbox of an approver in a notebook."""
 
 from agent_gateway_store import ApprovalRequest, SyncGatewayStore, ToolCall
 
@@ -17,11 +17,11 @@ from agent_gateway_store import SyncGatewayStore
 from agent_gateway_store.notebook import inbox
 
 store = SyncGatewayStore().open()
-desk = inbox(store, approver="alice")
-desk  # the last line of a cell is shown
+waiting = inbox(store, approver="alice")
+waiting  # the last line of a cell is shown
 # --8<-- [end:inbox]
-[_waiting] = desk.waiting
-assert desk.items[0]["call"] == "files.delete_file"
+[_waiting] = waiting.waiting
+assert waiting.items[0]["call"] == "files.delete_file"
 
 # --8<-- [start:plain]
 plain = inbox(store, approver="alice", widgets=False)

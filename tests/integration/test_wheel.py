@@ -172,7 +172,7 @@ asyncio.run(main())
 
 
 def test_the_installed_package_renders(python: Path, elsewhere: Path) -> None:
-    """Tables, cards and the plain desk with the core dependencies alone; the widget's files are there."""
+    """Tables, cards and the plain inbox with the core dependencies alone; the widget's files are there."""
     script = """
 from importlib.resources import files
 from agent_gateway_store import Page, SyncGatewayStore, ToolCall

@@ -1,4 +1,4 @@
-"""Notices, and real TCP servers that answer as a test says."""
+"""Decisions about notices, and real TCP servers that answer as a test says."""
 
 from __future__ import annotations
 
@@ -11,27 +11,9 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+from agent_gateway_store.models.values import ApprovalStatus, Notice
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
-
-
-def make_notice(**fields: Any) -> Notice:
-    """Build a pending notice, with `fields` changed."""
-    values: dict[str, Any] = {
-        "event": "pending",
-        "delivery_id": uuid4(),
-        "approval_id": uuid4(),
-        "org_id": "acme",
-        "request_id": "r-1",
-        "caller_id": "dev-agent",
-        "tool_call": ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/old.log"}),
-        "risk_explanation": "Deletes a file.",
-        "created_at": datetime.now(UTC),
-        "expires_at": datetime(2031, 1, 1, 12, tzinfo=UTC),
-        "status": ApprovalStatus.PENDING,
-    }
-    return Notice(**values | fields)
 
 
 def decided(notice: Notice, **fields: Any) -> Notice:

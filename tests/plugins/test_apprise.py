@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from notifier_helpers import OK, Server, decided, make_notice, serving, status
+from notifier_helpers import OK, Server, decided, serving, status
 
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.hooks.dispatch import Dispatcher
@@ -15,6 +16,7 @@ from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.plugins import apprise as plugin
 from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.testing import make_notice
 
 # Apprise loads PGPy, which loads a module that Python is about to remove.
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("ignore:.imghdr. is deprecated:DeprecationWarning")]
@@ -31,7 +33,7 @@ def notifier_for(*servers: Server) -> AppriseNotifier:
 
 async def test_tells_of_question_and_answer() -> None:
     """In plain text, with all that is needed to act on it."""
-    notice = make_notice()
+    notice = make_notice(expires_at=datetime(2031, 1, 1, 12, tzinfo=UTC))
     async with serving(OK) as server:
         notifier = notifier_for(server)
         await notifier.notify_pending(notice)
@@ -42,7 +44,7 @@ async def test_tells_of_question_and_answer() -> None:
     for text in (
         "dev-agent",
         "files / delete_file",
-        "Deletes a file.",
+        "It deletes a file.",
         "2031-01-01 12:00 UTC",
         str(notice.approval_id),
     ):
@@ -68,7 +70,7 @@ async def test_arguments_are_not_sent() -> None:
     async with serving(OK) as server:
         await notifier_for(server).notify_pending(make_notice())
 
-    assert "old.log" not in server.requests[0].body.decode()
+    assert "old.txt" not in server.requests[0].body.decode()
 
 
 async def test_one_failure_is_not_delivered() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from notifier_helpers import decided, make_notice
+from notifier_helpers import decided
 from slack_sdk import WebClient
 from slack_sdk.models.blocks import ActionsBlock, Block, ButtonElement
 from slack_server import CHANNEL, TOKEN, Slack, fault_in, slack_running
@@ -22,9 +22,10 @@ from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.plugins import slack as plugin
 from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
+from agent_gateway_store.plugins.slack.api import SlackApi, mrkdwn
 from agent_gateway_store.plugins.slack.messages import decided_message, pending_message
-from agent_gateway_store.plugins.slack.words import mrkdwn
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 
@@ -49,7 +50,7 @@ def methods(slack: Slack) -> list[str]:
 class TestMessage:
     async def test_question_has_all_an_approver_needs(self) -> None:
         """The call, its arguments, the risk, the deadline in the reader's own time, and two buttons that ask back."""
-        notice = make_notice()
+        notice = make_notice(expires_at=datetime(2031, 1, 1, 12, tzinfo=UTC))
         async with slack_running() as slack:
             await notifier_for(slack).notify_pending(notice)
 
@@ -58,8 +59,8 @@ class TestMessage:
         for text in (
             "`files` / `delete_file`",
             "`dev-agent`",
-            "Deletes a file.",
-            "/tmp/old.log",
+            "It deletes a file.",
+            "reports/old.txt",
             "2031-01-01 12:00 UTC",
         ):
             assert text in shown
@@ -417,12 +418,8 @@ class TestAsPlugin:
                         await notifier.notify_pending(make_notice())
                     except NotDeliveredError as exc:
                         said.append(f"{exc!r}{exc.__cause__!r}")
-        said += [
-            repr(notifier),
-            repr(vars(notifier)),
-            repr(vars(notifier._api)),
-            repr(SlackSettings(signing_secret=TOKEN)),
-        ]  # type: ignore
+        (api,) = [part for part in vars(notifier).values() if isinstance(part, SlackApi)]
+        said += [repr(notifier), repr(vars(notifier)), repr(vars(api)), repr(SlackSettings(signing_secret=TOKEN))]  # type: ignore
 
         assert len(said) == 6
         for text in (caplog.text, *said, *(repr(vars(record)) for record in caplog.records)):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from notifier_helpers import OK, decided, make_notice, serving, status
+from notifier_helpers import OK, decided, serving, status
 from standardwebhooks import Webhook, WebhookVerificationError
 from webhook_helpers import OLD_SECRET, SECRET, notifier_for
 
@@ -27,6 +27,7 @@ from agent_gateway_store.plugins import webhook
 from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookSettings
 from agent_gateway_store.plugins.webhook.payload import MAX_BYTES, body_of
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 
@@ -46,7 +47,7 @@ class TestWhatIsSent:
         assert request.headers["host"] == f"127.0.0.1:{server.port}"
         assert content["type"] == "approval.requested"
         assert content["data"]["risk_explanation"] == "Löscht 文件 ✂ & <b>"
-        assert content["data"]["tool_call"]["arguments"] == {"path": "/tmp/old.log"}
+        assert content["data"]["tool_call"]["arguments"] == {"path": "reports/old.txt"}
         with pytest.raises(WebhookVerificationError):
             Webhook(OLD_SECRET).verify(request.body, request.headers)
 

@@ -13,13 +13,14 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from notifier_helpers import OK, make_notice, serving
+from notifier_helpers import OK, serving
 from pydantic import ValidationError
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.plugins.outgoing.addresses import AddressPolicy, RefusedAddressError
-from agent_gateway_store.plugins.outgoing.targets import target_of
+from agent_gateway_store.plugins._http.addresses import AddressPolicy, RefusedAddressError
+from agent_gateway_store.plugins._http.urls import parse_url
 from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookSettings
+from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 
@@ -289,9 +290,9 @@ async def test_a_listener_on_this_machine_sees_nothing(host: str, connects: list
 
 
 async def test_rebinding_has_no_second_lookup(connects: list[Any]) -> None:
-    """The address that was judged is the one connected to: a name that turns at the second look-up gains nothing."""
+    """The address that was checked is the one connected to: a name that turns at the second look-up gains nothing."""
     async with serving(OK) as trap:
-        answers = [["192.0.2.1"], ["127.0.0.1"]]  # judged first, then the trap
+        answers = [["192.0.2.1"], ["127.0.0.1"]]  # checked first, then the trap
         url = f"http://rebind.example:{trap.port}/"
         allowed = {"allow_http": True, "allowed_networks": "192.0.2.0/24", "timeout_seconds": 0.3}
         with pytest.raises(NotDeliveredError):
@@ -304,7 +305,7 @@ async def test_rebinding_has_no_second_lookup(connects: list[Any]) -> None:
     assert {address[0] for address in connects} <= {"192.0.2.1"}
 
 
-async def test_the_judged_address_is_connected_to(connects: list[Any]) -> None:
+async def test_the_checked_address_is_connected_to(connects: list[Any]) -> None:
     """Host stays the name; the socket goes to the address."""
     async with serving(OK) as server:
         url = f"http://hooks.example:{server.port}/x"
@@ -366,7 +367,7 @@ async def test_a_given_proxy_is_used(connects: list[Any], caplog: pytest.LogCapt
     assert not any(secret in caplog.text for secret in ("p@ss", "p%40ss", "dXNlcjpwQHNz"))
 
 
-async def test_addresses_are_judged_before_a_proxy(connects: list[Any]) -> None:
+async def test_addresses_are_checked_before_a_proxy(connects: list[Any]) -> None:
     """An address in the URL is refused though the proxy would connect."""
     async with serving(OK) as proxy:
         notifier = notifier_for("https://169.254.169.254/", None, proxy=f"http://127.0.0.1:{proxy.port}")
@@ -390,7 +391,7 @@ async def test_addresses_are_judged_before_a_proxy(connects: list[Any]) -> None:
 )
 def test_ordinary_urls_are_taken(url: str, authority: str, path: str) -> None:
     """Names, ports, queries, addresses in their usual form."""
-    target = target_of(url)
+    parsed = parse_url(url)
 
-    assert (target.authority, target.path) == (authority, path)
-    assert "b=c" not in repr(target)
+    assert (parsed.authority, parsed.path) == (authority, path)
+    assert "b=c" not in repr(parsed)

@@ -12,11 +12,12 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from notifier_helpers import OK, make_notice, serving, status
+from notifier_helpers import OK, serving, status
 from webhook_helpers import notifier_for
 
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.plugins.webhook.notifier import retry_after_s
+from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 
@@ -80,7 +81,7 @@ class TestAnswers:
                     await notifier.notify_pending(make_notice())
                 assert caught.value.retry_after_s is not None
             now = time.monotonic()
-            monkeypatch.setattr("agent_gateway_store.plugins.outgoing.pause.time.monotonic", lambda: now + 61)
+            monkeypatch.setattr("agent_gateway_store.plugins._http.pause.time.monotonic", lambda: now + 61)
             with pytest.raises(NotDeliveredError):
                 await notifier.notify_pending(make_notice())
             monkeypatch.undo()

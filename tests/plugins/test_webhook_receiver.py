@@ -9,12 +9,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from notifier_helpers import make_notice
 from pydantic import SecretStr
 from standardwebhooks import Webhook
 
 from agent_gateway_store.plugins.webhook import WebhookReceiver
 from agent_gateway_store.plugins.webhook.payload import body_of
+from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 

@@ -17,10 +17,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from notifier_helpers import OK, Server, make_notice
+from notifier_helpers import OK, Server
 
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookSettings
+from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 

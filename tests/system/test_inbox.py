@@ -1,4 +1,4 @@
-"""The reviewer's desk in a live notebook: a real JupyterLab, a real kernel, a real browser that clicks."""
+"""The approver's inbox in a live notebook: a real JupyterLab, a real kernel, a real browser that clicks."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def ask(store: SyncGatewayStore, name: str, **fields: str) -> str:
     return token
 
 
-def open_desk(tab: Tab, address: str, name: str) -> None:
-    """Run a notebook until its desk shows something."""
+def open_inbox(tab: Tab, address: str, name: str) -> None:
+    """Run a notebook until its inbox shows something."""
     run_all(tab, address, name)
     failed = "[data-mime-type='application/vnd.jupyter.error']"
     try:
@@ -82,7 +82,7 @@ def test_an_approver_decides_in_a_notebook(
 
     with browser(local=True, width=1300) as (context, seen):
         tab = context.new_page()
-        open_desk(tab, address, f"{kind}.ipynb")
+        open_inbox(tab, address, f"{kind}.ipynb")
         items = tab.locator(".ags-inbox .ags-item")
         expect(items).to_have_count(3)
         picture(tab, f"inbox-{kind}-waiting")

@@ -17,7 +17,7 @@ from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.keys import ApiKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.notebook import plot
-from agent_gateway_store.notebook.desk import Desk
+from agent_gateway_store.notebook.inbox import Inbox
 from browser import Seen, browser, picture
 from builders import make_event
 from xss import PAYLOADS
@@ -88,9 +88,9 @@ class Listing:
             return Page([approval(payload) for payload in PAYLOADS])
 
 
-def desk() -> Desk:
+def inbox() -> Inbox:
     """The table that stands in for the inbox where widgets are off, for a hostile approver."""
-    made = Desk(Listing(), approver=PAYLOADS[0], limit=100)
+    made = Inbox(Listing(), approver=PAYLOADS[0], limit=100)
     made.refresh()
     return made
 
@@ -126,7 +126,7 @@ VIEWS: dict[str, Any] = {
     "keys": lambda: Page([key(payload) for payload in PAYLOADS]),
     "stats": stats,
     "columns": lambda: Page([dict.fromkeys(PAYLOADS, "x")], next_cursor=PAYLOADS[0]),
-    "desk": desk,
+    "inbox": inbox,
 }
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import unicodedata
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from agent_gateway_store import ApprovalRequest, Page, ToolCall
 from agent_gateway_store._text import arguments_text, call_name, code_text, escape, json_text, word
 from agent_gateway_store.cli.output import print_fields, say
 from agent_gateway_store.notebook.charts import safe
-from agent_gateway_store.notebook.desk import Desk, shown
+from agent_gateway_store.notebook.inbox import Inbox
 from agent_gateway_store.plugins.log import LogNotifier
 from agent_gateway_store.plugins.slack.messages import decided_message, pending_message
 from agent_gateway_store.testing import make_notice
@@ -89,17 +90,18 @@ def _html(text: str) -> str:
     return Page([event])._repr_html_() + Page([_request(text)])._repr_html_() + event._repr_html_()
 
 
-class _Store:
-    class approvals:  # noqa: N801
-        @staticmethod
-        def list_requests(*_: Any, **__: Any) -> list[ApprovalRequest]:
-            return [_request(TEXT[:200])]
+class _Approvals:
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def list_requests(self, *_: Any, **__: Any) -> list[ApprovalRequest]:
+        return [_request(self._text)]
 
 
-def _desk(text: str) -> str:
-    desk = Desk(_Store(), approver=text, limit=5)
+def _inbox(text: str) -> str:
+    desk = Inbox(SimpleNamespace(approvals=_Approvals(text)), approver=text, limit=5)
     desk.refresh()
-    return json.dumps(shown(_request(text)), ensure_ascii=False) + repr(desk) + desk._repr_html_()
+    return repr(desk) + desk._repr_html_()
 
 
 def _slack(text: str) -> str:
@@ -115,7 +117,7 @@ def _slack(text: str) -> str:
 SURFACES: dict[str, Callable[[str], str]] = {
     "html": _html,
     "terminal": _terminal,
-    "desk": _desk,
+    "inbox": _inbox,
     "slack": _slack,
     "chart": lambda text: "".join(safe(text[at : at + 20], most=10**6) for at in range(0, len(text), 20)),
     "json": lambda text: json_text({text: [text]}, indent=2),

@@ -15,7 +15,7 @@ from agent_gateway_store import ApprovalRequest, GatewayStore, Page, Stats
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.notebook import plot
-from agent_gateway_store.notebook.buckets import step_for
+from agent_gateway_store.notebook.counts import step_for
 from builders import make_event
 
 pytestmark = pytest.mark.unit

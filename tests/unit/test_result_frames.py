@@ -17,7 +17,7 @@ from agent_gateway_store import Page, Stats
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 from agent_gateway_store.models.keys import ApiKey
-from agent_gateway_store.results.frames import arrow_schema, settle
+from agent_gateway_store.results.arrow import arrow_schema, conform
 from builders import make_event
 
 pytestmark = pytest.mark.unit
@@ -174,14 +174,14 @@ def test_settle_gives_every_chunk_the_same_words() -> None:
     as_text = table.set_column(table.schema.names.index("decision"), "decision", table["decision"].cast(pa.string()))
     shuffled = as_text.select(reversed(table.schema.names))
 
-    settled = settle(pa.concat_tables([shuffled, shuffled]), AuditEvent)
-    assert settled.schema == table.schema
-    assert {tuple(chunk.dictionary.to_pylist()) for chunk in settled["decision"].chunks} == {
+    conformed = conform(pa.concat_tables([shuffled, shuffled]), AuditEvent)
+    assert conformed.schema == table.schema
+    assert {tuple(chunk.dictionary.to_pylist()) for chunk in conformed["decision"].chunks} == {
         ("ALLOW", "DENY", "APPROVAL_REQUIRED", "SANITIZE_AND_ALLOW")
     }
     wrong = as_text.set_column(table.schema.names.index("decision"), "decision", pa.array(["MAYBE", None]))
     with pytest.raises(pa.ArrowInvalid, match="decision holds a value"):
-        settle(wrong, AuditEvent)
+        conform(wrong, AuditEvent)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from agent_gateway_store.audit.filters import Criteria
 from agent_gateway_store.audit.selects import newest, oldest, parameters
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.results.frames import arrow, arrow_schema, columns_of, settle
+from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
+from agent_gateway_store.results.cells import columns_of
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.streaming import Rows, copied, streamed
 
@@ -61,7 +62,7 @@ async def whole_table(database: Database, found: Criteria) -> pa.Table:
     pa = arrow()
     tables: list[Any] = []
     await blocks(database, found, tables.append, oldest_first=False)
-    return pa.concat_tables(tables) if tables else settle(arrow_schema(AuditEvent).empty_table(), AuditEvent)
+    return pa.concat_tables(tables) if tables else conform(arrow_schema(AuditEvent).empty_table(), AuditEvent)
 
 
 async def in_thread(function: Callable[[], Any]) -> Any:
@@ -91,7 +92,7 @@ def _from_csv(block: bytes) -> pa.Table:
             column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
         ),
     )
-    return settle(table, AuditEvent)
+    return conform(table, AuditEvent)
 
 
 def _from_rows(rows: Rows) -> pa.Table:
@@ -107,4 +108,4 @@ def _from_rows(rows: Rows) -> pa.Table:
         else:
             array = pa.array(values, pa.string() if column.kind == "category" else target)
         arrays.append(array)
-    return settle(pa.Table.from_arrays(arrays, names=[column.name for column in columns]), AuditEvent)
+    return conform(pa.Table.from_arrays(arrays, names=[column.name for column in columns]), AuditEvent)

@@ -13,7 +13,7 @@ from agent_gateway_store.audit.record import encode_event, hash_of
 from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS
 from agent_gateway_store.audit.targets import Format, format_of, read_opened
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.results.frames import arrow
+from agent_gateway_store.results.arrow import arrow
 
 __all__ = ["events_in", "importable"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from agent_gateway_store.audit.targets import Compression, sync
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.results.frames import arrow, arrow_schema
+from agent_gateway_store.results.arrow import arrow, arrow_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -153,13 +153,13 @@ class AuditReader(AuditQuery):
 
     async def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
         """Return what `to_arrow` does as a pandas DataFrame. Raises what it raises, also where pandas is missing."""
-        from agent_gateway_store.results.convert import as_pandas
+        from agent_gateway_store.results.arrow import as_pandas
 
         return await asyncio.to_thread(as_pandas, await self.to_arrow(**filters))
 
     async def to_polars(self, **filters: Unpack[Filters]) -> polars.DataFrame:
         """Return what `to_arrow` does as a Polars DataFrame. Raises what it raises, also where Polars is missing."""
-        from agent_gateway_store.results.convert import as_polars
+        from agent_gateway_store.results.arrow import as_polars
 
         return await asyncio.to_thread(as_polars, await self.to_arrow(**filters))
 

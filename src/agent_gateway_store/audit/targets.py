@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from agent_gateway_store.results.frames import arrow
+from agent_gateway_store.results.arrow import arrow
 
 __all__ = ["Compression", "Format", "format_of", "opened", "partial", "read_opened", "sync"]
 

@@ -1,6 +1,6 @@
-"""For notebooks: `plot` draws what the store answers, `inbox` is the desk of an approver. Extra: `notebook`."""
+"""For notebooks: `plot` draws what the store answers, `inbox` shows an approver what waits. Extra: `notebook`."""
 
 from agent_gateway_store.notebook import plot
-from agent_gateway_store.notebook.desk import inbox
+from agent_gateway_store.notebook.inbox import inbox
 
 __all__ = ["inbox", "plot"]

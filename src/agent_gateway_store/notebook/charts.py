@@ -1,21 +1,39 @@
-"""What the plots have in common: fields with names of our own, text that no renderer takes for markup, one look."""
+"""What the plots have in common: what they are drawn from, text that no renderer takes for markup, one look."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from agent_gateway_store import _text
 from agent_gateway_store.errors import MissingExtraError
-from agent_gateway_store.results.tones import HEX
+from agent_gateway_store.results import Page
+from agent_gateway_store.results.cells import HEX
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     import altair as alt
+    import pandas as pd
 
     Chart: TypeAlias = alt.Chart | alt.LayerChart
 
-__all__ = ["DECISION_COLOURS", "WIDTH", "altair", "colours", "finish", "nothing", "safe", "safe_column", "span"]
+__all__ = [
+    "DECISION_COLOURS",
+    "WIDTH",
+    "altair",
+    "colours",
+    "finish",
+    "frame_of",
+    "need",
+    "nothing",
+    "pandas",
+    "safe",
+    "safe_column",
+    "span",
+    "stacked",
+]
 
 WIDTH = 640
 _LABEL_CHARS = 60
@@ -39,6 +57,73 @@ def altair() -> Any:
     except ImportError as exc:
         raise MissingExtraError("plot", extra="notebook") from exc
     return altair
+
+
+def pandas() -> Any:
+    """Return the module `pandas`.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as exc:
+        raise MissingExtraError("plot", extra="notebook") from exc
+    return pandas
+
+
+def frame_of(source: Any, ask: Callable[[Any], Any], *, instead: str) -> pd.DataFrame:
+    """Return what is to be drawn.
+
+    Args:
+        source: A `Page` or `Stats`, a pandas or Polars DataFrame, an Arrow table, a list of records, or a
+            `SyncGatewayStore`, which is asked.
+        ask: Asks a store.
+        instead: What to write with an asynchronous store, for the error.
+
+    Raises:
+        MissingExtraError: pandas or pyarrow is not installed.
+        TypeError: It is none of these; an asynchronous store, or a coroutine that was not awaited.
+    """
+    pd = pandas()
+    if inspect.isawaitable(source):
+        if inspect.iscoroutine(source):
+            source.close()
+        raise TypeError(f"This was not awaited; write: {instead}")
+    if hasattr(source, "audit") and hasattr(source, "approvals"):
+        if inspect.iscoroutinefunction(source.audit.list_recent):
+            raise TypeError(f"A plot cannot wait for an asynchronous store; write: {instead}")
+        source = ask(source)
+    if isinstance(source, pd.DataFrame):
+        return source
+    if hasattr(source, "to_pandas"):
+        return source.to_pandas()
+    if isinstance(source, Iterable) and not isinstance(source, str | bytes):
+        return Page(source).to_pandas()
+    raise TypeError(f"A plot cannot be drawn from {type(source).__name__}; write: {instead}")
+
+
+def need(frame: pd.DataFrame, *columns: str) -> None:
+    """Check that the columns are there.
+
+    Raises:
+        ValueError: One is missing; it names which, and what there is.
+    """
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise ValueError(f"This plot needs {', '.join(missing)}; the result has {', '.join(map(str, frame.columns))}.")
+
+
+def stacked(data: pd.DataFrame, place: str, layer: str, height: str, order: list[str]) -> pd.DataFrame:
+    """Return the rows with `bottom` and `top`: at each place the layers lie on each other, in their order.
+
+    Vega-Lite does not stack bars that have two ends.
+    """
+    ranks = {name: number for number, name in enumerate(order)}
+    ranked = data.assign(rank=data[layer].map(lambda name: ranks.get(name, len(ranks))))
+    lying = ranked.sort_values([place, "rank", layer], kind="stable")
+    tops = lying.groupby(place, observed=True)[height].cumsum()
+    return lying.assign(top=tops, bottom=tops - lying[height]).drop(columns="rank")
 
 
 def safe(value: Any, *, most: int = _LABEL_CHARS) -> str:

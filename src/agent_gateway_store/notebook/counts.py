@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.notebook.buckets import stacked, step_for
 from agent_gateway_store.notebook.charts import (
     DECISION_COLOURS,
     WIDTH,
     altair,
     colours,
     finish,
+    frame_of,
+    need,
     nothing,
+    pandas,
     safe_column,
     span,
+    stacked,
 )
-from agent_gateway_store.notebook.frames import OTHERS, counted, frame_of, labels_exploded, need, pandas, top
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from agent_gateway_store.notebook.charts import Chart
 
-__all__ = ["calls", "risk", "timeline"]
+__all__ = ["calls", "risk", "step_for", "timeline"]
 
+OTHERS = "others"
 _TOOLS, _CALLERS, _LABELS = 20, 8, 12
+_STEPS = [
+    *(timedelta(seconds=s) for s in (1, 5, 15, 60, 300, 900)),
+    *(timedelta(hours=h) for h in (1, 3, 6)),
+    *(timedelta(days=d) for d in (1, 7, 28, 364)),
+]
+_MOST = 120
+"""Bars of a timeline: about five pixels each."""
 
 
 def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
@@ -53,7 +67,7 @@ def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
         return nothing(title, "Calls by decision", "events")
     times = pd.to_datetime(frame[when], utc=True)
     step = step_for((times.max() - times.min()).to_pytimedelta(), _bucket_of(source, times, when))
-    counts = counted(frame.assign(start=times.dt.floor(pd.Timedelta(step))), "start", "decision")
+    counts = _counted(frame.assign(start=times.dt.floor(pd.Timedelta(step))), "start", "decision")
     data = pd.DataFrame(
         {
             "start": counts["start"].dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -103,10 +117,10 @@ def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     counts = _by_tool(frame, "caller_id", name="caller")
     if counts.empty:
         return nothing(title, "Calls by tool and caller", "events")
-    tools, callers = top(counts, "tool", _TOOLS), top(counts, "caller", _CALLERS)
+    tools, callers = _top(counts, "tool", _TOOLS), _top(counts, "caller", _CALLERS)
     total, left_out = int(counts["calls"].sum()), counts["tool"].nunique() - len(tools)
     counts["caller"] = counts["caller"].where(counts["caller"].isin(callers), OTHERS)
-    data = counted(counts[counts["tool"].isin(tools)], "tool", "caller")
+    data = _counted(counts[counts["tool"].isin(tools)], "tool", "caller")
     chart = (
         alt.Chart(data)
         .mark_bar()
@@ -145,11 +159,11 @@ def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
         instead='plot.risk(await store.audit.stats(by=("tool_name", "risk_label")))',
     )
     need(frame, "tool_name")
-    counts = _by_tool(labels_exploded(frame), "risk_label", name="label")
+    counts = _by_tool(_labels_exploded(frame), "risk_label", name="label")
     if counts.empty:
         return nothing(title, "Risk labels by tool", "risk labels")
-    tools, labels = top(counts, "tool", _TOOLS), top(counts, "label", _LABELS)
-    data = counted(counts[counts["tool"].isin(tools) & counts["label"].isin(labels)], "tool", "label")
+    tools, labels = _top(counts, "tool", _TOOLS), _top(counts, "label", _LABELS)
+    data = _counted(counts[counts["tool"].isin(tools) & counts["label"].isin(labels)], "tool", "label")
     most = int(data["calls"].max())
     base = alt.Chart(data).encode(
         x=alt.X("label:N", title=None, sort=labels, axis=alt.Axis(labelAngle=-35, orient="bottom")),
@@ -169,7 +183,7 @@ def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
 
 def _by_tool(frame: Any, column: str, *, name: str) -> Any:
     """The calls of each tool with each value of a column, as `tool`, `name` and `calls`, safe to draw."""
-    counts = counted(frame, "tool_name", column)
+    counts = _counted(frame, "tool_name", column)
     return counts.assign(tool=safe_column(counts["tool_name"]), **{name: safe_column(counts[column])})
 
 
@@ -183,3 +197,44 @@ def _bucket_of(source: Any, times: Any, when: str) -> timedelta | None:
     gaps = times.drop_duplicates().sort_values().diff().dropna()
     found: timedelta = gaps.min().to_pytimedelta() if len(gaps) else timedelta(hours=1)
     return found
+
+
+def step_for(span: timedelta, least: timedelta | None) -> timedelta:
+    """Return the length of a time bucket of which about 120 fill the span.
+
+    Args:
+        least: Length of the buckets that there are already; the answer is a multiple of it.
+    """
+    for step in _STEPS:
+        if step * _MOST >= span and (least is None or (step >= least and step % least == timedelta())):
+            return step
+    return least or _STEPS[-1]
+
+
+def _counted(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Return how many calls there are for each combination of the columns, in a column `calls`."""
+    if "calls" in frame.columns:
+        return frame.groupby(list(columns), observed=True, dropna=True)["calls"].sum().reset_index()
+    return frame.groupby(list(columns), observed=True, dropna=True).size().rename("calls").reset_index()
+
+
+def _top(frame: pd.DataFrame, column: str, most: int) -> list[str]:
+    """Return the values of `column` with the most calls, the largest first; ties by name."""
+    sums = frame.groupby(column, observed=True)["calls"].sum().reset_index()
+    return [str(name) for name in sums.sort_values(["calls", column], ascending=[False, True])[column][:most]]
+
+
+def _labels_exploded(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the frame with a row for each risk label, in `risk_label`; events without one fall out."""
+    if "risk_label" in frame.columns:
+        return frame.dropna(subset=["risk_label"])
+    need(frame, "risk_labels")
+    lists = frame["risk_labels"].map(_labels)
+    exploded = frame.assign(risk_label=lists).explode("risk_label")
+    return exploded.dropna(subset=["risk_label"])
+
+
+def _labels(value: Any) -> list[str]:
+    if isinstance(value, str):
+        value = json.loads(value)
+    return [str(each) for each in value] if isinstance(value, Iterable) else []

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.notebook.buckets import log_bins, stacked
-from agent_gateway_store.notebook.charts import WIDTH, altair, colours, finish, nothing, safe_column, span
-from agent_gateway_store.notebook.frames import frame_of, need, pandas
-from agent_gateway_store.results.tones import HEX
+from agent_gateway_store.notebook.charts import (
+    WIDTH,
+    altair,
+    colours,
+    finish,
+    frame_of,
+    need,
+    nothing,
+    pandas,
+    safe_column,
+    span,
+    stacked,
+)
+from agent_gateway_store.results import Page
+from agent_gateway_store.results.cells import HEX
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from agent_gateway_store.notebook.charts import Chart
 
 __all__ = ["latency", "waiting"]
@@ -88,7 +102,7 @@ def waiting(source: Any, *, title: str | None = None, status: str | None = None)
         return nothing(title, "Waiting for approval", "decided approvals")
     times = [pd.to_datetime(decided[name], utc=True) for name in ("created_at", "decision_at")]
     seconds = (times[1] - times[0]).dt.total_seconds().clip(lower=0)
-    edges = log_bins(seconds, least=1.0, bins=30)
+    edges = _log_bins(seconds, least=1.0, bins=30)
     rows = []
     for answer in sorted(set(decided["answer"])):
         own = seconds[decided["answer"] == answer].clip(lower=1.0)
@@ -122,8 +136,8 @@ def waiting(source: Any, *, title: str | None = None, status: str | None = None)
         .properties(width=WIDTH, height=220)
     )
     expired = int((frame["status"].astype("object") == "EXPIRED").sum())
-    told = f"{len(decided):,} decided: median {span(seconds.median())}, 95 % within {span(seconds.quantile(0.95))}"
-    return finish(chart, title or "Waiting for approval", f"{told}; {expired:,} expired undecided")
+    summary = f"{len(decided):,} decided: median {span(seconds.median())}, 95 % within {span(seconds.quantile(0.95))}"
+    return finish(chart, title or "Waiting for approval", f"{summary}; {expired:,} expired undecided")
 
 
 def _group_of(frame: Any) -> str:
@@ -160,7 +174,7 @@ def _percentiles(frame: Any, by: str, title: str | None) -> Chart:
 
 def _histogram(values: Any, title: str | None) -> Chart:
     alt, pd = altair(), pandas()
-    data = pd.DataFrame(log_bins(values, least=1.0))
+    data = pd.DataFrame(_log_bins(values, least=1.0))
     marks = {name: float(values.quantile(share)) for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
     rules = pd.DataFrame([{"percentile": name, "ms": max(1.0, ms)} for name, ms in marks.items()])
     scale = alt.Scale(type="log", nice=False)
@@ -188,17 +202,35 @@ def _histogram(values: Any, title: str | None) -> Chart:
     names = lines.mark_text(dy=-4, baseline="bottom", fontSize=11, color="#24292f").encode(
         y=alt.value(0), text="percentile:N"
     )
-    told = ", ".join(f"{name} {ms:,.0f} ms" for name, ms in marks.items())
+    summary = ", ".join(f"{name} {ms:,.0f} ms" for name, ms in marks.items())
     chart = (bars + lines + names).properties(width=WIDTH, height=220)
-    return finish(chart, title or "Latency", f"{len(values):,} calls that ran: {told}")
+    return finish(chart, title or "Latency", f"{len(values):,} calls that ran: {summary}")
 
 
 def _all_approvals(store: Any, status: str | None) -> Any:
-    from agent_gateway_store.results import Page
-
     page = store.approvals.list_requests(status, limit=_PAGE)
     found = list(page)
     while page.next_cursor and len(found) < _APPROVALS:
         page = store.approvals.list_requests(status, limit=_PAGE, cursor=page.next_cursor)
         found += page
     return Page(found, record_type=page.record_type)
+
+
+def _log_bins(values: pd.Series, *, least: float, bins: int = 36) -> list[dict[str, Any]]:
+    """Return `start`, `end` and `count` of bins of equal width on a logarithmic axis.
+
+    Args:
+        least: What is smaller counts as this.
+    """
+    import numpy
+
+    raised = values.clip(lower=least)
+    low, high = float(raised.min()), float(raised.max())
+    if high <= low:
+        low, high = low / 1.3, high * 1.3
+    edges = numpy.geomspace(low, high, bins + 1)
+    found = pandas().cut(raised, edges, labels=False, include_lowest=True).value_counts()
+    return [
+        {"start": float(start), "end": float(end), "count": int(found.get(number, 0))}
+        for number, (start, end) in enumerate(pairwise(edges))
+    ]

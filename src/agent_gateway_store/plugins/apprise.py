@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from agent_gateway_store._text import escape, mask_tokens
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
 from agent_gateway_store.hooks.markers import hookimpl
-from agent_gateway_store.plugins.excerpts import cut
+from agent_gateway_store.plugins._text import cut
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
@@ -48,7 +48,7 @@ class AppriseNotifier:
     """Sends a title and a few lines of plain text to every service that is set.
 
     Apprise says for all of them together whether it went well; if one failed, the notice comes again to all. Arguments
-    are not sent, for who reads along in these services is not known. Approvers decide elsewhere.
+    are not sent, because it is not known who reads along in these services. Approvers decide elsewhere.
     """
 
     name = "apprise"
@@ -72,13 +72,13 @@ class AppriseNotifier:
         asset = apprise.AppriseAsset(interpret_escapes=False, interpret_emojis=False)
         self._apprise = apprise.Apprise(asset=asset)
         self._text = apprise.NotifyFormat.TEXT
-        with _Hushed():
+        with _Silenced():
             for number, url in enumerate(settings.urls, 1):
                 if not self._apprise.add(url.get_secret_value()):
                     raise ValueError(f"Apprise does not know what to do with URL number {number} in {PREFIX}URLS.")
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Tell who wants what, why it is asked, and until when.
+        """Send who wants what, why it is asked, and until when it can be decided.
 
         Raises:
             NotDeliveredError: At least one service failed.
@@ -93,7 +93,7 @@ class AppriseNotifier:
         )
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Tell how it ended, and by whom.
+        """Send how it ended, and by whom.
 
         Raises:
             NotDeliveredError: At least one service failed.
@@ -112,7 +112,7 @@ class AppriseNotifier:
             raise NotDeliveredError("At least one Apprise service did not take it; see the logger `apprise`.")
 
 
-class _Hushed(logging.Filter):
+class _Silenced(logging.Filter):
     """While entered, keeps back what Apprise logs: of a URL it cannot read it logs all, with the password."""
 
     def __enter__(self) -> None:
@@ -134,7 +134,7 @@ def gateway_store_register_notifiers() -> list[AppriseNotifier]:
 
 @hookimpl
 def gateway_store_plugin_settings() -> type[AppriseSettings]:
-    """Tell what can be set."""
+    """Return the class of its settings."""
     return AppriseSettings
 
 

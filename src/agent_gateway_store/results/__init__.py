@@ -1,6 +1,5 @@
 """`Page`: what every listing returns. A list that renders in a notebook and in a terminal, and becomes a frame."""
 
-from agent_gateway_store.results.page import Page
-from agent_gateway_store.results.stats import Stats
+from agent_gateway_store.results.page import Page, Stats
 
 __all__ = ["Page", "Stats"]

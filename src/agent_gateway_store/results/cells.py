@@ -1,37 +1,113 @@
-"""A record as a dict, its fields as they are shown, and a value as the text of one cell."""
+"""A record as columns and values, a value as the text of one cell, and which words of a record are badges.
+
+Derived from the annotations of the record's class, so that it knows no model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, StrEnum
 from functools import cache
-from typing import TYPE_CHECKING, Any, get_args
+from itertools import islice
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from uuid import UUID
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from agent_gateway_store import _text
-from agent_gateway_store.results.frames import bare_type, columns_of
-
-if TYPE_CHECKING:
-    from agent_gateway_store.results.page import Page
 
 __all__ = [
-    "SHOWN",
+    "HEX",
+    "MAX_ROWS",
+    "RICH",
+    "Column",
+    "Kind",
+    "Tone",
     "as_dict",
     "caption",
     "cell",
+    "columns_of",
     "fields_of",
     "is_call",
     "is_number",
-    "shown",
     "summary",
+    "table_rows",
     "time_text",
+    "tone_of",
 ]
 
-SHOWN = 200
+MAX_ROWS = 200
 _CELL_CHARS = 120
 _SUMMARY_CHARS = 48
+Kind = Literal["text", "category", "time", "integer", "number", "boolean", "json"]
+_KINDS: tuple[tuple[type, Kind], ...] = (
+    (bool, "boolean"),
+    (IntEnum, "integer"),
+    (int, "integer"),
+    (float, "number"),
+    (datetime, "time"),
+    (StrEnum, "category"),
+    (str, "text"),
+    (UUID, "text"),
+)
+Tone = Literal["good", "bad", "wait", "info", "off"]
+_BADGES = frozenset({"decision", "execution_status", "output_decision", "status"})
+_TONES: dict[str, Tone] = {
+    "ALLOW": "good",
+    "APPROVED": "good",
+    "DELIVERED": "good",
+    "SUCCESS": "good",
+    "DEAD": "bad",
+    "DENIED": "bad",
+    "DENY": "bad",
+    "TOOL_ERROR": "bad",
+    "APPROVAL_REQUIRED": "wait",
+    "DUE": "wait",
+    "PENDING": "wait",
+    "TIMEOUT": "wait",
+    "REDACT": "info",
+    "SANITIZE_AND_ALLOW": "info",
+    "USED": "info",
+    "CANCELLED": "off",
+    "EXPIRED": "off",
+}
+RICH: dict[Tone, str] = {
+    "good": "green",
+    "bad": "bold red",
+    "wait": "yellow",
+    "info": "blue",
+    "off": "dim",
+}
+# Read well as text on white and on the dark themes' grey (contrast of 3 or more), and as areas of a plot.
+HEX: dict[Tone, str] = {"good": "#2e9e5b", "bad": "#d6424a", "wait": "#d9900a", "info": "#3d7fd9", "off": "#848d97"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a frame.
+
+    Attributes:
+        kind: text (string), category (dictionary of strings), time (timestamp[us, UTC]), integer (int64), number
+            (float64), boolean (bool), json (string that holds JSON).
+        categories: The values that a category can have, in their order; empty: those that occur.
+    """
+
+    name: str
+    kind: Kind
+    categories: tuple[str, ...] = ()
+
+
+@cache
+def columns_of(record_type: type[BaseModel]) -> tuple[Column, ...]:
+    """Return the columns of a record: its fields in their order, without those that its repr hides."""
+    return tuple(
+        _column(name, field.annotation)
+        for name, field in record_type.model_fields.items()
+        if field.repr and not _is_secret(field.annotation)
+    )
 
 
 def as_dict(item: Any) -> dict[str, Any]:
@@ -49,14 +125,17 @@ def fields_of(item: Any) -> dict[str, Any]:
     return {name: _plain(value) for name, value in values.items()}
 
 
-def shown(page: Page[Any]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the names of the columns that a table shows, and its rows: at most 200."""
-    rows = [fields_of(item) for item in list.__getitem__(page, slice(SHOWN))]
-    if page.columns is not None:
-        return list(page.columns), rows
-    known = page.frame_columns()
-    names: Iterable[str] = (column.name for column in known) if known else (name for row in rows for name in row)
-    return list(dict.fromkeys(names)), rows
+def table_rows(items: Iterable[Any], names: Iterable[str] | None = None) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the names of the columns that a table shows, and its rows: at most 200.
+
+    Args:
+        items: Records or dicts.
+        names: Of the columns; None: those of the rows.
+    """
+    rows = [fields_of(item) for item in islice(items, MAX_ROWS)]
+    if names is None:
+        names = dict.fromkeys(name for row in rows for name in row)
+    return list(names), rows
 
 
 def time_text(value: datetime) -> str:
@@ -106,7 +185,12 @@ def is_call(field: str, value: Any) -> bool:
 
 def caption(count: int) -> str:
     """Return the line below a table: how many rows there are, and how many of them it shows."""
-    return f"first {SHOWN} of {count} rows" if count > SHOWN else f"{count} row{'' if count == 1 else 's'}"
+    return f"first {MAX_ROWS} of {count} rows" if count > MAX_ROWS else f"{count} row{'' if count == 1 else 's'}"
+
+
+def tone_of(field: str, value: Any) -> Tone | None:
+    """Return the tone of a word in this field; None if it is not a badge."""
+    return _TONES.get(str(value)) if field.lower() in _BADGES else None
 
 
 def _plain(value: Any) -> Any:
@@ -122,10 +206,38 @@ def _hidden(cls: type[BaseModel]) -> dict[str, Any]:
     """What `model_dump` must leave out, models inside this one included."""
     found: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
-        kind = bare_type(field.annotation)
+        kind = _bare_type(field.annotation)
         inner = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
         if name not in {column.name for column in columns_of(cls)}:
             found[name] = True
         elif inner and (below := _hidden(inner[0])):
             found[name] = below if inner[0] is kind else {"__all__": below}
     return found
+
+
+def _column(name: str, annotation: Any) -> Column:
+    found = _bare_type(annotation)
+    if isinstance(found, type):
+        for type_, kind in _KINDS:
+            if issubclass(found, type_):
+                words = tuple(str(member.value) for member in found) if issubclass(found, StrEnum) else ()
+                return Column(name, kind, words)
+    return Column(name, "json")
+
+
+def _bare_type(annotation: Any) -> Any:
+    """Return an annotation without `Annotated` and without None; None for a union of several types."""
+    while get_origin(annotation) in (Annotated, Union, UnionType):
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+            continue
+        left = [each for each in get_args(annotation) if each is not NoneType]
+        if len(left) != 1:
+            return None
+        annotation = left[0]
+    return annotation
+
+
+def _is_secret(annotation: Any) -> bool:
+    found = _bare_type(annotation)
+    return isinstance(found, type) and issubclass(found, SecretStr)

@@ -6,6 +6,7 @@ VS Code and the docs' site, and elsewhere that of the system, on a background of
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
@@ -18,16 +19,13 @@ from agent_gateway_store.results.cells import (
     fields_of,
     is_call,
     is_number,
-    shown,
     summary,
     time_text,
+    tone_of,
 )
-from agent_gateway_store.results.tones import tone_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-    from agent_gateway_store.results.page import Page
 
 __all__ = ["card_html", "pretty_json", "style", "table_html"]
 
@@ -44,15 +42,21 @@ def style() -> str:
     return f"<style>{' '.join(css.split())}</style>"
 
 
-def table_html(page: Page[Any]) -> str:
-    """Return the table: at most 200 rows, and a line that says how many there are."""
-    columns, rows = shown(page)
+def table_html(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, count: int, has_more: bool) -> str:
+    """Return a table, and a line that says how many rows there are.
+
+    Args:
+        columns: Their names, in order.
+        rows: Those to show, as `table_rows` returns them.
+        count: How many rows there are.
+        has_more: Whether another page follows.
+    """
     head = "".join(_th(name, [row[name] for row in rows if row.get(name) is not None]) for name in columns)
     body = "".join(f"<tr>{''.join(_td(name, row.get(name)) for name in columns)}</tr>" for row in rows)
-    more = "; there is more: pass next_cursor" if page.next_cursor else ""
+    more = "; there is more: pass next_cursor" if has_more else ""
     return (
         f'{style()}<div class="ags-view"><div class="ags-wide"><table class="ags-table"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(caption(len(page)) + more)}</p></div>'
+        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(caption(count) + more)}</p></div>'
     )
 
 

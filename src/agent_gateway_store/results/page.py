@@ -1,13 +1,15 @@
-"""`Page`: a list of records that renders and converts."""
+"""`Page`: a list of records that renders and converts, and `Stats`: what an aggregation returns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar, overload
 
 from pydantic import BaseModel
 
-from agent_gateway_store.results.frames import Column, columns_of
+from agent_gateway_store.results import arrow, html, terminal
+from agent_gateway_store.results.cells import Column, as_dict, columns_of, table_rows
 
 if TYPE_CHECKING:
     import pandas
@@ -15,9 +17,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.table import Table
 
-__all__ = ["Page"]
+__all__ = ["METRICS", "Page", "Stats"]
 
 T = TypeVar("T")
+
+METRICS = (
+    Column("calls", "integer"),
+    Column("denials", "integer"),
+    Column("approvals", "integer"),
+    Column("errors", "integer"),
+    Column("latency_p50_ms", "number"),
+    Column("latency_p95_ms", "number"),
+    Column("latency_p99_ms", "number"),
+)
 
 
 class Page(list[T]):
@@ -57,7 +69,7 @@ class Page(list[T]):
         return type(self)(items, columns=self.columns, record_type=self.record_type)
 
     def frame_columns(self) -> tuple[Column, ...] | None:
-        """Return the columns of its frame; None if they must be read off the rows."""
+        """Return the columns of its frame; None if the rows must say them."""
         kinds = {self.record_type} if self.record_type else set(map(type, self))
         if len(kinds) == 1 and issubclass(kind := kinds.pop(), BaseModel):
             return columns_of(kind)
@@ -65,8 +77,6 @@ class Page(list[T]):
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the records as plain dicts of JSON values; no secret is among them."""
-        from agent_gateway_store.results.cells import as_dict
-
         return [as_dict(item) for item in self]
 
     def to_arrow(self) -> pa.Table:
@@ -77,9 +87,7 @@ class Page(list[T]):
         Raises:
             MissingExtraError: pyarrow is not installed.
         """
-        from agent_gateway_store.results.convert import to_table
-
-        return to_table(self, self.frame_columns())
+        return arrow.to_table(self, self.frame_columns())
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return a pandas DataFrame: aware times, categories for enums, `Int64` where a whole number is missing.
@@ -87,9 +95,7 @@ class Page(list[T]):
         Raises:
             MissingExtraError: pandas or pyarrow is not installed.
         """
-        from agent_gateway_store.results.convert import as_pandas
-
-        return as_pandas(self.to_arrow())
+        return arrow.as_pandas(self.to_arrow())
 
     def to_polars(self) -> polars.DataFrame:
         """Return a Polars DataFrame: aware times, `Categorical` for enums.
@@ -97,19 +103,48 @@ class Page(list[T]):
         Raises:
             MissingExtraError: polars or pyarrow is not installed.
         """
-        from agent_gateway_store.results.convert import as_polars
-
-        return as_polars(self.to_arrow())
+        return arrow.as_polars(self.to_arrow())
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def _repr_html_(self) -> str:
-        from agent_gateway_store.results.html import table_html
-
-        return table_html(self)
+        return html.table_html(*self._table(), count=len(self), has_more=bool(self.next_cursor))
 
     def __rich__(self) -> Table:
-        from agent_gateway_store.results.terminal import table
+        return terminal.table(*self._table(), count=len(self))
 
-        return table(self)
+    def _table(self) -> tuple[list[str], list[dict[str, Any]]]:
+        names = self.columns
+        if names is None and (known := self.frame_columns()):
+            names = tuple(column.name for column in known)
+        return table_rows(self, names)
+
+
+class Stats(Page[dict[str, Any]]):
+    """Counts and latencies, a row for each group: the group's columns, then `METRICS`.
+
+    Attributes:
+        by: Names of the columns that the events were grouped by; the time bucket is not among them.
+        bucket: Length of a time bucket; None: not grouped by time. Rows then have `bucket`, its start in UTC.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Mapping[str, Any]] = (),
+        *,
+        by: str | Iterable[str] = (),
+        bucket: timedelta | None = None,
+        next_cursor: str | None = None,
+    ) -> None:
+        self.by = (by,) if isinstance(by, str) else tuple(by)
+        self.bucket = bucket
+        super().__init__(map(dict, items), next_cursor=next_cursor, columns=tuple(c.name for c in self.frame_columns()))
+
+    def frame_columns(self) -> tuple[Column, ...]:
+        """Return the columns of its frame."""
+        start = () if self.bucket is None else (Column("bucket", "time"),)
+        return (*start, *(Column(name, "category") for name in self.by), *METRICS)
+
+    def _of(self, items: Iterable[dict[str, Any]]) -> Self:
+        return type(self)(items, by=self.by, bucket=self.bucket)

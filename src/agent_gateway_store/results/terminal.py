@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store import _text
-from agent_gateway_store.results.cells import caption, cell, fields_of, is_call, is_number, shown, summary
-from agent_gateway_store.results.tones import RICH, tone_of
+from agent_gateway_store.results.cells import (
+    RICH,
+    caption,
+    cell,
+    fields_of,
+    is_call,
+    is_number,
+    summary,
+    tone_of,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
     from rich.text import Text
 
-    from agent_gateway_store.results.page import Page
-
 __all__ = ["card", "table"]
 
 
-def table(page: Page[Any]) -> Table:
-    """Return the table: at most 200 rows, and a caption that counts all of them."""
+def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, count: int) -> Table:
+    """Return a table, and a caption that says how many rows there are.
+
+    Args:
+        columns: Their names, in order.
+        rows: Those to show, as `table_rows` returns them.
+        count: How many rows there are.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    columns, rows = shown(page)
-    drawn = Table(caption=caption(len(page)))
+    drawn = Table(caption=caption(count))
     for name in columns:
         values = [row[name] for row in rows if row.get(name) is not None]
         is_numeric = bool(values) and all(map(is_number, values))

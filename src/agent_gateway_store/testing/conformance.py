@@ -16,7 +16,7 @@ from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
 from agent_gateway_store.hooks.specs import Notifier
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.testing.notices import make_notice
+from agent_gateway_store.testing.doubles import make_notice
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

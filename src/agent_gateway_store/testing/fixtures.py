@@ -80,7 +80,7 @@ def gateway_store_settings(tmp_path: Path, _gateway_store_template: Path, _gatew
 
 @pytest.fixture
 def recorded_notifications() -> RecordingNotifier:
-    """A notifier that keeps what it is told."""
+    """A notifier that keeps the notices it receives."""
     from agent_gateway_store.testing import RecordingNotifier
 
     return RecordingNotifier()

@@ -37,5 +37,5 @@ def gateway_store_register_notifiers(settings: StoreSettings) -> list[SlackNotif
 
 @hookimpl
 def gateway_store_plugin_settings() -> type[SlackSettings]:
-    """Tell what can be set."""
+    """Return the class of its settings."""
     return SlackSettings

@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from pydantic import SecretStr
 
 from agent_gateway_store._text import escape
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.plugins.outgoing.pause import Pause
-from agent_gateway_store.plugins.outgoing.transport import Answer, Transport
+from agent_gateway_store.plugins._http.pause import Pause
 from agent_gateway_store.plugins.slack.settings import SlackSettings
-from agent_gateway_store.plugins.slack.words import SlackRefusedError
 
-__all__ = ["SlackApi"]
+if TYPE_CHECKING:
+    from agent_gateway_store.plugins._http.transport import Answer
+
+__all__ = ["EVENT_TYPE", "SlackApi", "SlackRefusedError", "mrkdwn"]
+
+EVENT_TYPE = "gateway_store_approval"
+"""Type of the metadata by which a message of ours is known."""
 
 MAX_ANSWER = 8_000_000
 """Bytes; 200 messages of a busy channel are below a megabyte or two."""
 
 
+# The same message again would be refused again. Other errors (a revoked token, a bot that is not in the channel) can
+# be put right while the notice waits.
+_HOPELESS = frozenset({"invalid_blocks", "invalid_blocks_format", "invalid_metadata_format", "msg_too_long", "no_text"})
+
+
+class SlackRefusedError(NotDeliveredError):
+    """Slack answered, and said no.
+
+    Attributes:
+        code: Slack's word for it, as in `channel_not_found`.
+    """
+
+    def __init__(self, method: str, code: str) -> None:
+        super().__init__(f"Slack refused {method}: {code}.", is_permanent=code in _HOPELESS)
+        self.code = code
+
+
 class SlackApi:
-    """Calls methods as the bot. Holds the token, and tells it nobody but Slack.
+    """Calls methods as the bot. Holds the token, and sends it to nobody but Slack.
 
     Args:
         settings: Where Slack is, and how to get there.
         token: Of the bot.
+
+    Raises:
+        ImportError: The extra `slack` is not installed.
     """
 
     def __init__(self, settings: SlackSettings, token: SecretStr) -> None:
+        from agent_gateway_store.plugins._http.transport import Transport
+
         self._settings = settings
         self._token = token
         self._pause = Pause()
@@ -53,7 +79,7 @@ class SlackApi:
         self._pause.require_over()
         fields = {name: _text(value) for name, value in arguments.items() if value is not None}
         answer = await self._transport.post(
-            self._settings.target(method),
+            self._settings.method_url(method),
             body=urlencode(fields).encode(),
             headers={
                 "Content-Type": "application/x-www-form-urlencoded",
@@ -67,6 +93,11 @@ class SlackApi:
             self._pause.begin(wait_s)
             raise NotDeliveredError("Slack limits the rate (429).", retry_after_s=wait_s)
         return _content(method, answer)
+
+
+def mrkdwn(text: str) -> str:
+    """Return `text` so that Slack shows it as it is: no mention, no link (`&`, `<`, `>` escaped, on one line)."""
+    return escape(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _seconds(header: str) -> float | None:

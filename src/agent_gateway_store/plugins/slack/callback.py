@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
+from cachetools import FIFOCache
+
 from agent_gateway_store._text import describe, escape, mask_tokens
 from agent_gateway_store.errors import ApprovalError, MissingExtraError, NotDeliveredError
-from agent_gateway_store.plugins.excerpts import cut
-from agent_gateway_store.plugins.outgoing.targets import target_of
-from agent_gateway_store.plugins.recent import Recent
-from agent_gateway_store.plugins.slack.clicks import Click, Signatures, click_in
-from agent_gateway_store.plugins.slack.mapping import Approvers
+from agent_gateway_store.plugins._http.urls import parse_url
+from agent_gateway_store.plugins._text import cut
+from agent_gateway_store.plugins.slack.api import mrkdwn
+from agent_gateway_store.plugins.slack.clicks import Approvers, Click, Signatures, click_in
 from agent_gateway_store.plugins.slack.settings import PREFIX, SlackSettings
-from agent_gateway_store.plugins.slack.words import mrkdwn
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.manager import Plugins
@@ -32,7 +32,7 @@ ANSWER_SECONDS = 2.0
 """Slack waits three seconds for an answer."""
 
 MAP_SECONDS = 1.5
-SAY_SECONDS = 5.0
+REPLY_SECONDS = 5.0
 MAX_BODY = 1_000_000
 REMEMBERED = 10_000
 
@@ -70,10 +70,11 @@ class SlackReply:
 class SlackCallback:
     """Decides approvals by signed clicks, each once, in the name of the approver that the clicking user is.
 
-    A request that is not signed by Slack within the last five minutes, or is no POST, decides nothing. Nor does a click
-    of somebody who is no approver: they are told, and it is logged at WARNING. The same click again, however often and
-    however many at a time, is answered 200 and has no effect; that holds over several processes, too, for the store
-    takes one decision. What the store objects to is told to whoever clicked, as a message only they see.
+    A request that Slack did not sign within the last five minutes, or that is not a POST, decides nothing. Nor does a
+    click of somebody who is not an approver: they get a message, and it is logged at WARNING. The same click again,
+    however often and however many at a time, is answered 200 and has no effect; that holds over several processes, too,
+    because the store takes one decision. If the store refuses, whoever clicked gets the reason in a message that only
+    they see.
 
     Belongs to one event loop: that of the store.
     """
@@ -88,14 +89,14 @@ class SlackCallback:
             settings: Default: from the environment.
 
         Raises:
-            ValueError: There is no signing secret.
+            ValueError: The signing secret is not set.
             MissingExtraError: The extra `slack` is not installed.
         """
         settings = settings or SlackSettings()
         if settings.signing_secret is None:
             raise ValueError(f"The Slack callback needs {PREFIX}SIGNING_SECRET.")
         try:
-            from agent_gateway_store.plugins.outgoing.transport import Transport
+            from agent_gateway_store.plugins._http.transport import Transport
         except ImportError as exc:
             raise MissingExtraError("The Slack callback", extra="slack") from exc
         self._approvals = approvals
@@ -107,13 +108,13 @@ class SlackCallback:
             proxy=settings.proxy.get_secret_value() if settings.proxy else None,
             ca_file=settings.ca_file,
         )
-        self._clicks: Recent[tuple[str, ...], asyncio.Task[None]] = Recent(REMEMBERED)
+        self._clicks: FIFOCache[tuple[str, ...], asyncio.Task[None]] = FIFOCache(REMEMBERED)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def handle(self, body: bytes, headers: Mapping[str, str], *, method: str = "POST") -> SlackReply:
         """Take what was sent to the Request URL, and return what to answer. Raises nothing; takes at most two seconds.
 
-        A decision that takes longer goes on in the background, and whoever clicked is told how it ended.
+        A decision that takes longer goes on in the background, and whoever clicked gets a message about how it ended.
 
         Args:
             body: The bytes as they came.
@@ -121,7 +122,8 @@ class SlackCallback:
             method: HTTP method. Anything but POST (a link scanner's GET) does nothing.
 
         Returns:
-            405 if it is no POST, 413 if it is longer than a megabyte, 401 if it is not from Slack or too old, else 200.
+            405 if it is not a POST, 413 if it is longer than a megabyte, 401 if Slack did not sign it or it is too old;
+            else 200.
         """
         if method.upper() != "POST":
             return SlackReply(405, {"Allow": "POST"})
@@ -153,26 +155,26 @@ class SlackCallback:
         task = self._clicks.get(click.key)
         if task is None:
             task = asyncio.create_task(self._take(click), name="gateway-store slack click")
-            self._clicks.put(click.key, task)
+            self._clicks[click.key] = task
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return task
 
     async def _take(self, click: Click) -> None:
         try:
-            said = await self._decide(click)
+            reply = await self._decide(click)
         except ApprovalError as refusal:
-            said = str(refusal)
+            reply = str(refusal)
         except Exception as exc:
             # Slack, or the user, may try again.
-            self._clicks.pop(click.key)
+            self._clicks.pop(click.key, None)
             logger.warning("A click in Slack on approval %s came to nothing: %s", click.approval_id, describe(exc))
-            said = "Your decision could not be recorded. Try again in a moment."
-        if said:
-            await self._say(click, said)
+            reply = "Your decision could not be recorded. Try again in a moment."
+        if reply:
+            await self._reply(click, reply)
 
     async def _decide(self, click: Click) -> str | None:
-        """Return what to tell whoever clicked; None if the message in the channel will say it all."""
+        """Return the reply to whoever clicked; None if the message in the channel will say it all."""
         approver_id = self._settings.approvers.get(click.user_id) or await self._approvers.find(click)
         if approver_id is None:
             logger.warning(
@@ -190,17 +192,17 @@ class SlackCallback:
         )
         return "Your approval is recorded. Others must approve as well." if result.status == "PENDING" else None
 
-    async def _say(self, click: Click, text: str) -> None:
+    async def _reply(self, click: Click, text: str) -> None:
         if click.response_url is None:
             return
         text = mrkdwn(cut(mask_tokens(text), 1000))
         content = {"response_type": "ephemeral", "replace_original": False, "text": text}
         try:
             answer = await self._transport.post(
-                target_of(click.response_url.get_secret_value(), allow_http=True),
+                parse_url(click.response_url.get_secret_value(), allow_http=True),
                 body=json.dumps(content).encode(),
                 headers={"Content-Type": "application/json"},
-                timeout_s=SAY_SECONDS,
+                timeout_s=REPLY_SECONDS,
             )
             if answer.status != 200:
                 raise NotDeliveredError(f"Slack answered {answer.status}.")

@@ -1,22 +1,34 @@
-"""Reads a click out of what Slack sends, once its signature is right."""
+"""A click in Slack: whether it is signed, what it says, and which approver the user is."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 from uuid import UUID
 
 from pydantic import SecretStr
 
+from agent_gateway_store._text import escape
 from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
 from agent_gateway_store.plugins.slack.settings import SlackSettings
-from agent_gateway_store.plugins.slack.words import APPROVE, DENY
 
-__all__ = ["Click", "Signatures", "click_in"]
+if TYPE_CHECKING:
+    from agent_gateway_store.hooks.manager import Plugins
 
+__all__ = ["APPROVE", "DENY", "Approvers", "Click", "Signatures", "click_in"]
+
+logger = logging.getLogger("agent_gateway_store.notifications")
+
+APPROVE = "gateway_store_approve"
+DENY = "gateway_store_deny"
+MAP = "gateway_store_map_approver"
 _DECISIONS = {APPROVE: True, DENY: False}
 _REPLY_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
 
@@ -43,7 +55,7 @@ class Click:
 
 
 class Signatures:
-    """Tells whether a request comes from Slack, and within five minutes.
+    """Says whether a request comes from Slack, sent within the last five minutes.
 
     Raises:
         MissingExtraError: The extra `slack` is not installed.
@@ -57,7 +69,7 @@ class Signatures:
         self._verifier = SignatureVerifier(signing_secret.get_secret_value())
 
     def are_valid(self, body: bytes, headers: Mapping[str, str]) -> bool:
-        """Raises nothing: the library's verifier raises on hostile headers and bodies, and that is a no as well."""
+        """Return whether the request is signed. Raises nothing: hostile headers and bodies are not signed either."""
         try:
             return self._verifier.is_valid_request(body, dict(headers.items())) is True
         except Exception:
@@ -94,7 +106,50 @@ def click_in(body: bytes, settings: SlackSettings) -> Click | None:
 def _reply_to(url: Any, settings: SlackSettings) -> SecretStr | None:
     if not isinstance(url, str):
         return None
-    api = settings.target("")
+    api = settings.method_url("")
     own = f"{api.scheme}://{api.authority}/"
     trusted = url.startswith((*(f"https://{host}/" for host in _REPLY_HOSTS), own))
     return SecretStr(url) if trusted else None
+
+
+class Approvers:
+    """Asks the plugins (hook `gateway_store_map_approver`) which approver a user is. One that fails is a refusal.
+
+    Args:
+        plugins: Of the store.
+        timeout_s: Seconds that each plugin has; they are asked side by side.
+    """
+
+    def __init__(self, plugins: Plugins, *, timeout_s: float) -> None:
+        self._plugins = plugins
+        self._executor = PluginExecutor(timeout_s)
+
+    async def find(self, click: Click) -> str | None:
+        """Return the approver id; None is a refusal. Raises nothing."""
+        callers = self._plugins.callers(MAP)
+        answers = await asyncio.gather(
+            *(self._executor.run("map", name, partial(_answer, caller, click)) for name, caller in callers.items())
+        )
+        for name, answer in zip(callers, answers, strict=True):
+            if isinstance(answer, PluginFailure):
+                logger.warning("Plugin %s failed when asked who clicked: %s", escape(name), answer.text)
+                return None
+            if answer:
+                return answer
+        return None
+
+    async def aclose(self) -> None:
+        """End the threads."""
+        await self._executor.aclose()
+
+
+async def _answer(caller: Callable[..., list[object]], click: Click) -> str:
+    """Run in the plugin's thread: return whom it knows, "" for nobody."""
+    answers = await awaited(
+        caller(channel="slack", user_id=click.user_id, user_name=click.user_name, approval_id=click.approval_id)
+    )
+    known = [answer for answer in answers if answer is not None]
+    for answer in known:
+        if not isinstance(answer, str) or not answer.strip():
+            raise TypeError(f"{MAP} returned {type(answer).__name__}, not the id of an approver or None")
+    return str(known[0]) if known else ""

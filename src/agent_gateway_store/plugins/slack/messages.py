@@ -18,8 +18,9 @@ from slack_sdk.models.blocks import (
 )
 
 from agent_gateway_store._text import Shown, escape, json_text, mask_tokens
-from agent_gateway_store.plugins.excerpts import MARK, fit_arguments
-from agent_gateway_store.plugins.slack.words import APPROVE, DENY, EVENT_TYPE, mrkdwn
+from agent_gateway_store.plugins._text import MARK, fit_arguments
+from agent_gateway_store.plugins.slack.api import EVENT_TYPE, mrkdwn
+from agent_gateway_store.plugins.slack.clicks import APPROVE, DENY
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
@@ -61,9 +62,9 @@ def decided_message(notice: Notice) -> dict[str, Any]:
     if notice.decided_at:
         ending += f" {_time(notice.decided_at)}"
     facts, _ = _facts(notice)
-    told = [_section(f"*{ending}*" if not notice.note else f"*{ending}*\n{_prose(notice.note)}")]
+    decided = [_section(f"*{ending}*" if not notice.note else f"*{ending}*\n{_prose(notice.note)}")]
     text = f"{notice.status.value.capitalize()}: {_name(notice.tool_call.tool)} for {_name(notice.caller_id)}"
-    return _message(notice, text, [HeaderBlock(text="Approval decided"), *facts, *told])
+    return _message(notice, text, [HeaderBlock(text="Approval decided"), *facts, *decided])
 
 
 def _message(notice: Notice, text: str, blocks: list[Block]) -> dict[str, Any]:
@@ -158,5 +159,5 @@ def _inert(text: str, limit: int) -> str:
 
 def _time(moment: datetime) -> str:
     moment = moment.astimezone(UTC)
-    spoken = f"{moment:%Y-%m-%d %H:%M} UTC"
-    return f"<!date^{int(moment.timestamp())}^{{date_short_pretty}} {{time}}|{spoken}>"
+    fallback = f"{moment:%Y-%m-%d %H:%M} UTC"
+    return f"<!date^{int(moment.timestamp())}^{{date_short_pretty}} {{time}}|{fallback}>"

@@ -7,10 +7,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from cachetools import FIFOCache
+
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.plugins.recent import Recent
+from agent_gateway_store.plugins.slack.api import EVENT_TYPE, SlackApi, SlackRefusedError
 from agent_gateway_store.plugins.slack.settings import SlackSettings
-from agent_gateway_store.plugins.slack.words import EVENT_TYPE, SlackRefusedError
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
@@ -20,6 +21,8 @@ __all__ = ["SlackNotifier"]
 logger = logging.getLogger("agent_gateway_store.notifications")
 
 REMEMBERED = 10_000
+"""Approvals: a day of a busy channel, in a few megabytes."""
+
 OLD = timedelta(seconds=20)
 """A notice this old may have been posted by a process that died before it could say so."""
 
@@ -53,21 +56,22 @@ class SlackNotifier:
 
         Raises:
             MissingExtraError: The extra `slack` is not installed.
-            ValueError: There is no bot token and channel.
+            ValueError: The bot token and the channel are not set.
         """
         settings = settings or SlackSettings()
         if settings.channel is None or settings.bot_token is None:
             raise ValueError("The Slack notifier needs a bot token and a channel.")
         try:
             from agent_gateway_store.plugins.slack import messages
-            from agent_gateway_store.plugins.slack.api import SlackApi
+
+            self._api = SlackApi(settings, settings.bot_token)
         except ImportError as exc:
             raise MissingExtraError("The Slack notifier", extra="slack") from exc
         self._channel = settings.channel
-        self._api, self._messages = SlackApi(settings, settings.bot_token), messages
-        self._posted: Recent[UUID, str] = Recent(REMEMBERED)
-        self._decided: Recent[UUID, Notice] = Recent(REMEMBERED)
-        self._unsure: Recent[UUID, bool] = Recent(REMEMBERED)
+        self._messages = messages
+        self._posted: FIFOCache[UUID, str] = FIFOCache(REMEMBERED)
+        self._decided: FIFOCache[UUID, Notice] = FIFOCache(REMEMBERED)
+        self._unsure: FIFOCache[UUID, bool] = FIFOCache(REMEMBERED)
         self._may_search = True
 
     async def notify_pending(self, notice: Notice) -> None:
@@ -77,13 +81,13 @@ class SlackNotifier:
             NotDeliveredError: Slack was not reached, or did not take it.
         """
         approval_id = notice.approval_id
-        if self._posted.get(approval_id) is None and self._decided.get(approval_id) is None:
+        if approval_id not in self._posted and approval_id not in self._decided:
             if self._may_be_there(notice) and await self._find(notice):
                 return
             await self._post(notice, self._messages.pending_message(notice))
         # It may have been decided while the question was under way, now or when it was last tried.
         decision = self._decided.get(approval_id)
-        if decision is not None and self._posted.get(approval_id) is not None:
+        if decision is not None and approval_id in self._posted:
             await self.notify_decision(decision)
 
     async def notify_decision(self, notice: Notice) -> None:
@@ -95,7 +99,7 @@ class SlackNotifier:
         known = self._decided.get(notice.approval_id)
         if known is not None and known.decided_at and notice.decided_at and known.decided_at > notice.decided_at:
             notice = known  # an earlier one that comes late: approved, then cancelled
-        self._decided.put(notice.approval_id, notice)
+        self._decided[notice.approval_id] = notice
         message = self._messages.decided_message(notice)
         timestamp = self._posted.get(notice.approval_id) or await self._find(notice)
         if timestamp is not None and await self._update(timestamp, message):
@@ -104,10 +108,10 @@ class SlackNotifier:
 
     def _may_be_there(self, notice: Notice) -> bool:
         is_old = notice.created_at is not None and datetime.now(UTC) - notice.created_at > OLD
-        return is_old or self._unsure.get(notice.approval_id) is not None
+        return is_old or notice.approval_id in self._unsure
 
     async def _post(self, notice: Notice, message: dict[str, Any]) -> None:
-        self._unsure.put(notice.approval_id, True)
+        self._unsure[notice.approval_id] = True
         try:
             answer = await self._api.call(
                 "chat.postMessage",
@@ -119,10 +123,10 @@ class SlackNotifier:
                 **message,
             )
         except SlackRefusedError:
-            self._unsure.pop(notice.approval_id)
+            self._unsure.pop(notice.approval_id, None)
             raise
-        self._posted.put(notice.approval_id, str(answer.get("ts")))
-        self._unsure.pop(notice.approval_id)
+        self._posted[notice.approval_id] = str(answer.get("ts"))
+        self._unsure.pop(notice.approval_id, None)
 
     async def _update(self, timestamp: str, message: dict[str, Any]) -> bool:
         try:
@@ -161,7 +165,7 @@ class SlackNotifier:
                 return None
             timestamp = _timestamp_in(page, notice)
             if timestamp is not None:
-                self._posted.put(notice.approval_id, timestamp)
+                self._posted[notice.approval_id] = timestamp
                 return timestamp
             cursor = _next_cursor(page)
             if cursor is None:
@@ -173,8 +177,8 @@ def _timestamp_in(page: dict[str, Any], notice: Notice) -> str | None:
     try:
         for message in page["messages"]:
             metadata = message.get("metadata") or {}
-            told = metadata.get("event_payload") or {}
-            if metadata.get("event_type") == EVENT_TYPE and told.get("approval_id") == str(notice.approval_id):
+            payload = metadata.get("event_payload") or {}
+            if metadata.get("event_type") == EVENT_TYPE and payload.get("approval_id") == str(notice.approval_id):
                 return str(message["ts"])
     except (AttributeError, KeyError, TypeError):
         raise NotDeliveredError("Slack's answer to conversations.history cannot be read.") from None

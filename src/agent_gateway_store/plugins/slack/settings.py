@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from agent_gateway_store.plugins.outgoing.targets import Target, target_of
+from agent_gateway_store.plugins._http.urls import ParsedUrl, parse_proxy, parse_url
 
 __all__ = ["PREFIX", "SlackSettings"]
 
@@ -54,10 +54,9 @@ class SlackSettings(BaseSettings):
     def _usable(self) -> Self:
         if (self.bot_token is None) != (self.channel is None):
             raise ValueError(f"{PREFIX}BOT_TOKEN and {PREFIX}CHANNEL are set together or not at all")
-        self.target("api.test")
+        self.method_url("api.test")
         if self.proxy is not None:
-            scheme, _, rest = self.proxy.get_secret_value().partition("://")
-            target_of(f"{scheme}://{rest.rpartition('@')[2]}", allow_http=True)
+            parse_proxy(self.proxy.get_secret_value())
         return self
 
     @property
@@ -65,6 +64,6 @@ class SlackSettings(BaseSettings):
         """True if there is a bot and a channel to post to."""
         return self.bot_token is not None
 
-    def target(self, method: str) -> Target:
+    def method_url(self, method: str) -> ParsedUrl:
         """Return the URL of a method of Slack's API."""
-        return target_of(f"{self.api_url.rstrip('/')}/{method}", allow_http=True)
+        return parse_url(f"{self.api_url.rstrip('/')}/{method}", allow_http=True)

@@ -30,12 +30,12 @@ __all__ = [
 def gateway_store_register_notifiers(settings: StoreSettings) -> list[WebhookNotifier]:
     """Contribute a notifier for each receiver that `AGENT_GATEWAY_STORE_WEBHOOK_...` names."""
     own = WebhookSettings()
-    # A little less than the plugin has, so that the reason is told by us.
+    # A little less than the plugin has, so that the error is ours and names the reason.
     timeout_s = max(settings.plugin_timeout_seconds - 0.5, settings.plugin_timeout_seconds / 2)
     return [WebhookNotifier(endpoint, own, name=name, timeout_s=timeout_s) for name, endpoint in own.receivers.items()]
 
 
 @hookimpl
 def gateway_store_plugin_settings() -> type[WebhookSettings]:
-    """Tell what can be set."""
+    """Return the class of its settings."""
     return WebhookSettings

@@ -8,14 +8,14 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NoReturn
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.plugins.outgoing.pause import Pause
-from agent_gateway_store.plugins.outgoing.targets import target_of
+from agent_gateway_store.plugins._http.pause import Pause
+from agent_gateway_store.plugins._http.urls import parse_url
 from agent_gateway_store.plugins.webhook.payload import body_of
 from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
-    from agent_gateway_store.plugins.outgoing.transport import Answer, Resolve
+    from agent_gateway_store.plugins._http.transport import Answer, Resolve
 
 __all__ = ["WebhookNotifier", "retry_after_s"]
 
@@ -62,12 +62,12 @@ class WebhookNotifier:
         try:
             from standardwebhooks import Webhook
 
-            from agent_gateway_store.plugins.outgoing.transport import Transport, resolve
+            from agent_gateway_store.plugins._http.transport import Transport, resolve
         except ImportError as exc:
             raise MissingExtraError("The webhook notifier", extra="webhook") from exc
         settings = settings or WebhookSettings()
         self.name = name
-        self._target = target_of(endpoint.url.get_secret_value(), allow_http=settings.allow_http)
+        self._url = parse_url(endpoint.url.get_secret_value(), allow_http=settings.allow_http)
         self._signers = [Webhook(secret.get_secret_value()) for secret in endpoint.secrets]
         self._timeout_s = min(settings.timeout_seconds, timeout_s or settings.timeout_seconds)
         self._is_gone = False
@@ -102,7 +102,7 @@ class WebhookNotifier:
         self._pause.require_over()
         body = body_of(notice)
         headers = {"Content-Type": "application/json", **self._signed(str(notice.delivery_id), body)}
-        answer = await self._transport.post(self._target, body=body, headers=headers, timeout_s=self._timeout_s)
+        answer = await self._transport.post(self._url, body=body, headers=headers, timeout_s=self._timeout_s)
         if not 200 <= answer.status < 300:
             self._refused(answer)
 
@@ -122,7 +122,7 @@ class WebhookNotifier:
                 "Notifier %s: %s answered 410 Gone. Nothing more is sent there until this process starts again: remove "
                 "the URL from the settings.",
                 self.name,
-                self._target.host,
+                self._url.host,
             )
             raise NotDeliveredError("The receiver is gone (410).", is_permanent=True)
         if 300 <= answer.status < 400:

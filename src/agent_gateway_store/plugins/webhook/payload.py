@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.plugins.excerpts import cut, fit_arguments
+from agent_gateway_store.plugins._text import cut, fit_arguments
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice

@@ -1,4 +1,4 @@
-"""The other end: checks a webhook before it is believed."""
+"""The receiving end: verifies a webhook before it is believed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cachetools import FIFOCache
 from pydantic import SecretStr
 
 from agent_gateway_store.errors import MissingExtraError
-from agent_gateway_store.plugins.recent import Recent
 from agent_gateway_store.plugins.webhook.settings import key_of
 
 __all__ = ["Received", "WebhookReceiver"]
@@ -22,7 +22,7 @@ class Received:
     """A webhook whose signature is right.
 
     Attributes:
-        id: `webhook-id`: the delivery id. Stable over tries, so it tells a repetition.
+        id: `webhook-id`: the delivery id. The same over tries, so that a repeat can be recognised.
         type: `approval.requested` or `approval.decided`.
         timestamp: When it happened, as ISO 8601 text.
         data: The notice.
@@ -60,7 +60,7 @@ class WebhookReceiver:
         if not texts:
             raise ValueError("A receiver needs at least one secret.")
         self._verifiers = [Webhook(key_of(text)) for text in texts]
-        self._seen: Recent[str, bool] = Recent(remember)
+        self._seen: FIFOCache[str, bool] = FIFOCache(remember)
         self._lock = threading.Lock()
 
     def verify(self, body: bytes, headers: Mapping[str, str]) -> Received | None:
@@ -87,13 +87,14 @@ class WebhookReceiver:
     def forget(self, delivery_id: str) -> None:
         """Take the next try of `delivery_id` as new."""
         with self._lock:
-            self._seen.pop(delivery_id)
+            self._seen.pop(delivery_id, None)
 
     def _is_repeat(self, delivery_id: str) -> bool:
         with self._lock:
-            known = self._seen.get(delivery_id) is not None
-            self._seen.put(delivery_id, True)
-            return known
+            is_known = delivery_id in self._seen
+            if self._seen.maxsize:
+                self._seen[delivery_id] = True
+            return is_known
 
 
 def _is_valid(verifier: Any, body: bytes, headers: dict[str, str]) -> bool:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from agent_gateway_store.plugins.outgoing.addresses import AddressPolicy, Network
-from agent_gateway_store.plugins.outgoing.targets import target_of
+from agent_gateway_store.plugins._http.addresses import AddressPolicy, Network
+from agent_gateway_store.plugins._http.urls import parse_proxy, parse_url
 
 __all__ = ["PREFIX", "WebhookEndpoint", "WebhookSettings", "key_of"]
 
@@ -46,7 +46,7 @@ class WebhookEndpoint(BaseModel):
     """One receiver.
 
     Attributes:
-        url: Where to post. Kept secret: who knows it can post there.
+        url: Where to post. Kept secret: whoever knows it can post there.
         secrets: Keys to sign with. Each adds a signature; give old and new while the receiver changes over.
     """
 
@@ -109,12 +109,11 @@ class WebhookSettings(BaseSettings):
         for name, endpoint in self.receivers.items():
             if not re.fullmatch(r"webhook(-[a-z0-9][a-z0-9_-]{0,40})?", name):
                 raise ValueError("the name of an endpoint is made of a-z, 0-9, - and _")
-            target = target_of(endpoint.url.get_secret_value(), allow_http=self.allow_http)
-            if target.address is not None and not policy.allows(target.address):
+            url = parse_url(endpoint.url.get_secret_value(), allow_http=self.allow_http)
+            if url.address is not None and not policy.allows(url.address):
                 raise ValueError(f"the URL of {name} is an address that is not public; see ALLOWED_NETWORKS")
         if self.proxy is not None:
-            scheme, _, rest = self.proxy.get_secret_value().partition("://")
-            target_of(f"{scheme}://{rest.rpartition('@')[2]}", allow_http=True)
+            parse_proxy(self.proxy.get_secret_value())
         return self
 
     @property

@@ -1,9 +1,12 @@
-"""Turn records into Arrow, and Arrow into pandas and Polars."""
+"""Records as Arrow, and Arrow as pandas and Polars.
+
+One place for both ways into a frame: a `Page` of objects, and bulk reads that make no objects.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -11,17 +14,67 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from agent_gateway_store.errors import MissingExtraError
-from agent_gateway_store.results.cells import as_dict
-from agent_gateway_store.results.frames import Column, Kind, arrow, arrow_schema, settle
+from agent_gateway_store.results.cells import Column, Kind, as_dict, columns_of
 
 if TYPE_CHECKING:
     import pandas
     import polars
     import pyarrow as pa
 
-__all__ = ["as_pandas", "as_polars", "to_table"]
+__all__ = ["arrow", "arrow_schema", "as_pandas", "as_polars", "conform", "to_table"]
 
 _INT64 = range(-(2**63), 2**63)
+
+
+def arrow(feature: str = "to_arrow()") -> Any:
+    """Return the module `pyarrow`.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import pyarrow
+    except ImportError as exc:
+        raise MissingExtraError(feature, extra="notebook") from exc
+    return pyarrow
+
+
+def arrow_schema(columns: type[BaseModel] | tuple[Column, ...]) -> pa.Schema:
+    """Return the Arrow schema of a record, or of columns.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+    """
+    pa = arrow()
+    if isinstance(columns, type):
+        columns = columns_of(columns)
+    types: Mapping[Kind, Any] = {
+        "text": pa.string(),
+        "category": pa.dictionary(pa.int32(), pa.string()),
+        "time": pa.timestamp("us", tz="UTC"),
+        "integer": pa.int64(),
+        "number": pa.float64(),
+        "boolean": pa.bool_(),
+        "json": pa.string(),
+    }
+    return pa.schema([(column.name, types[column.kind]) for column in columns])
+
+
+def conform(table: pa.Table, columns: type[BaseModel] | tuple[Column, ...]) -> pa.Table:
+    """Return `table` with exactly these columns, in this order and of these types.
+
+    Every chunk of a category column gets the same dictionary: all values that it can have, in their order.
+
+    Raises:
+        KeyError: A column is missing.
+        pyarrow.ArrowInvalid: A value does not fit its type.
+    """
+    pa = arrow()
+    if isinstance(columns, type):
+        columns = columns_of(columns)
+    schema = arrow_schema(columns)
+    arrays = [_conformed(table.column(column.name), column, schema.field(column.name).type) for column in columns]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def to_table(records: Sequence[Any], columns: tuple[Column, ...] | None) -> pa.Table:
@@ -44,7 +97,7 @@ def to_table(records: Sequence[Any], columns: tuple[Column, ...] | None) -> pa.T
         pa.array([_value(_get(item, column.name), column.kind) for item in records], schema.field(column.name).type)
         for column in columns
     ]
-    return settle(pa.Table.from_arrays(arrays, schema=schema), columns)
+    return conform(pa.Table.from_arrays(arrays, schema=schema), columns)
 
 
 def as_pandas(table: pa.Table) -> pandas.DataFrame:
@@ -77,6 +130,30 @@ def as_polars(table: pa.Table) -> polars.DataFrame:
     except ImportError as exc:
         raise MissingExtraError("to_polars()", extra="polars") from exc
     return polars.DataFrame(table)
+
+
+def _conformed(array: pa.ChunkedArray, column: Column, target: pa.DataType) -> pa.ChunkedArray:
+    pa = arrow()
+    if column.kind != "category" or not column.categories:
+        return array.cast(target) if array.type != target else array
+    import pyarrow.compute as pc
+
+    words = pa.array(column.categories, pa.string())
+
+    def numbered(values: Any) -> Any:
+        indices = pc.index_in(values, value_set=words)
+        if indices.null_count != values.null_count:
+            raise pa.ArrowInvalid(f"{column.name} holds a value that is not one of {', '.join(column.categories)}")
+        return indices
+
+    chunks = []
+    for chunk in array.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            indices = numbered(chunk.dictionary.cast(pa.string())).take(chunk.indices)
+        else:
+            indices = numbered(chunk.cast(pa.string()))
+        chunks.append(pa.DictionaryArray.from_arrays(indices.cast(pa.int32()), words))
+    return pa.chunked_array(chunks, type=target)
 
 
 def _get(item: Any, name: str) -> Any:

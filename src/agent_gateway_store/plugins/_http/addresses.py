@@ -67,7 +67,7 @@ class AddressPolicy:
             return True
         return self._allow_private and _within(address, _PRIVATE) and not _within(address, _METADATA)
 
-    def judge(self, answers: list[str]) -> list[Address]:
+    def check(self, answers: list[str]) -> list[Address]:
         """Return the addresses a name resolved to, in order, each once.
 
         One refused address refuses them all: a name that leads both outside and inside is not to be trusted.

@@ -1,4 +1,4 @@
-"""The desk of an approver, without a browser: what it shows, what a click does, what it says."""
+"""The inbox of an approver, without a browser: what it shows, what a click does, what it says."""
 
 from __future__ import annotations
 
@@ -41,55 +41,55 @@ def request(name: str = "a.txt", **fields: Any) -> ApprovalRequest:
     return ApprovalRequest(request_id=uuid4().hex, tool_call=call, **given)
 
 
-def click(desk: Any, **message: Any) -> list[dict[str, Any]]:
-    """Send what the browser sends; returns what it is told."""
-    told: list[dict[str, Any]] = []
-    desk.send = told.append
-    desk._handle_custom_msg(message, [])
-    return told
+def click(shown: Any, **message: Any) -> list[dict[str, Any]]:
+    """Send what the browser sends; returns what it receives."""
+    replies: list[dict[str, Any]] = []
+    shown.send = replies.append
+    shown._handle_custom_msg(message, [])
+    return replies
 
 
 def test_a_click_decides_under_the_approvers_name(store: SyncGatewayStore) -> None:
     """With the note and the channel, and the item goes; a name in the message counts for nothing."""
     token = store.approvals.issue_token(request())
-    desk: Any = inbox(store, approver="alice")
-    [item] = desk.items
+    shown: Any = inbox(store, approver="alice")
+    [item] = shown.items
 
-    told = click(desk, do="approve", approval_id=item["id"], note="ok", approver_id="mallory", approver="mallory")
+    replies = click(shown, do="approve", approval_id=item["id"], note="ok", approver_id="mallory", approver="mallory")
 
     result = store.approvals.check_token(token, fresh=True)
     assert (result.status, result.approver_id, result.note) == ("APPROVED", "alice", "ok")
-    assert told == [{"answered": "approve", "approval_id": item["id"]}]
-    assert desk.items == []
-    assert [(each["text"], each["tone"]) for each in desk.said] == [("Approved: files.delete_file", "good")]
+    assert replies == [{"answered": "approve", "approval_id": item["id"]}]
+    assert shown.items == []
+    assert [(each["text"], each["tone"]) for each in shown.said] == [("Approved: files.delete_file", "good")]
 
 
-def test_who_was_slower_is_told_who_won(store: SyncGatewayStore) -> None:
+def test_who_was_slower_is_replies_who_won(store: SyncGatewayStore) -> None:
     """The decision stands, the item goes, the browser is answered."""
     token = store.approvals.issue_token(request())
-    desk: Any = inbox(store, approver="alice")
+    shown: Any = inbox(store, approver="alice")
     store.approvals.deny(token, approver_id="bob")
 
-    told = click(desk, do="approve", approval_id=desk.items[0]["id"])
+    replies = click(shown, do="approve", approval_id=shown.items[0]["id"])
 
-    assert "bob" in desk.said[0]["text"]
-    assert desk.said[0]["tone"] == "wait"
-    assert desk.items == []
-    assert told[-1]["answered"] == "approve"
+    assert "bob" in shown.said[0]["text"]
+    assert shown.said[0]["tone"] == "wait"
+    assert shown.items == []
+    assert replies[-1]["answered"] == "approve"
     assert store.approvals.check_token(token, fresh=True).approver_id == "bob"
 
 
 def test_a_refresh_shows_what_came(store: SyncGatewayStore) -> None:
     """The newest first."""
-    desk: Any = inbox(store, approver="alice")
-    assert desk.items == []
+    shown: Any = inbox(store, approver="alice")
+    assert shown.items == []
     for name in ("a.txt", "b.txt"):
         store.approvals.issue_token(request(name))
 
-    click(desk, do="refresh")
+    click(shown, do="refresh")
 
-    assert [item["arguments"] for item in desk.items] == ['{\n  "path": "b.txt"\n}', '{\n  "path": "a.txt"\n}']
-    assert desk.looked_at
+    assert [item["arguments"] for item in shown.items] == ['{\n  "path": "b.txt"\n}', '{\n  "path": "a.txt"\n}']
+    assert shown.looked_at
 
 
 @pytest.mark.parametrize(
@@ -99,44 +99,44 @@ def test_a_refresh_shows_what_came(store: SyncGatewayStore) -> None:
 def test_a_strange_message_decides_nothing(message: dict[str, Any], store: SyncGatewayStore) -> None:
     """And the browser does not wait for ever."""
     token = store.approvals.issue_token(request())
-    desk: Any = inbox(store, approver="alice")
+    shown: Any = inbox(store, approver="alice")
 
-    told = click(desk, **message)
+    replies = click(shown, **message)
 
-    assert told
+    assert replies
     assert store.approvals.check_token(token, fresh=True).status == "PENDING"
 
 
 def test_a_message_that_is_no_object_is_harmless(store: SyncGatewayStore) -> None:
     """It counts as a look."""
-    desk: Any = inbox(store, approver="alice")
-    desk.send = lambda _: None
+    shown: Any = inbox(store, approver="alice")
+    shown.send = lambda _: None
 
-    desk._handle_custom_msg("approve", [])
+    shown._handle_custom_msg("approve", [])
 
-    assert desk.said == []
+    assert shown.said == []
 
 
 async def test_an_asynchronous_store_is_awaited_in_its_own_loop(awaited: GatewayStore) -> None:
     """JupyterLab delivers a widget's messages in another thread, with another loop: the store is not used there."""
     token = await awaited.approvals.issue_token(request())
-    desk: Any = inbox(awaited, approver="alice")
-    assert desk.items == []
-    await desk.refresh()
-    told: list[Any] = []
-    desk.send = told.append
+    shown: Any = inbox(awaited, approver="alice")
+    assert shown.items == []
+    await shown.refresh()
+    replies: list[Any] = []
+    shown.send = replies.append
 
     async def elsewhere() -> None:
-        desk._handle_custom_msg({"do": "deny", "approval_id": desk.items[0]["id"], "note": "no"}, [])
+        shown._handle_custom_msg({"do": "deny", "approval_id": shown.items[0]["id"], "note": "no"}, [])
 
     await asyncio.to_thread(asyncio.run, elsewhere())
     async with asyncio.timeout(5):
-        while not told:
+        while not replies:
             await asyncio.sleep(0.01)
 
     result = await awaited.approvals.check_token(token, fresh=True)
     assert (result.status, result.approver_id, result.note) == ("DENIED", "alice", "no")
-    assert desk.items == []
+    assert shown.items == []
 
 
 async def test_its_methods_work_without_a_browser(awaited: GatewayStore, store: SyncGatewayStore) -> None:
@@ -160,9 +160,9 @@ def test_the_plain_table_has_calls_to_copy(store: SyncGatewayStore) -> None:
     """They run as they stand, whatever the approver is called; nothing is markup."""
     asked = request(caller_id=NASTY, risk_explanation=NASTY)
     token = store.approvals.issue_token(asked)
-    desk = inbox(store, approver="o'neil", widgets=False)
+    shown = inbox(store, approver="o'neil", widgets=False)
 
-    html, text = desk._repr_html_(), repr(desk)
+    html, text = shown._repr_html_(), repr(shown)
 
     assert "<b>x" not in html
     assert "\u202e" not in html + text
@@ -184,13 +184,13 @@ def test_a_widget_carries_the_table_for_where_widgets_are_off(store: SyncGateway
 
 
 def test_a_bound_store_shows_its_own_organisation(store: SyncGatewayStore) -> None:
-    """Nothing of another leaks onto the desk."""
+    """Nothing of another leaks into the inbox."""
     store.approvals.issue_token(request("a.txt", org_id="acme"))
     store.approvals.issue_token(request("b.txt", org_id="other"))
 
-    desk: Any = inbox(store.for_org("acme"), approver="alice")
+    shown: Any = inbox(store.for_org("acme"), approver="alice")
 
-    assert [item["arguments"] for item in desk.items] == ['{\n  "path": "a.txt"\n}']
+    assert [item["arguments"] for item in shown.items] == ['{\n  "path": "a.txt"\n}']
 
 
 def test_a_nameless_approver_is_refused(store: SyncGatewayStore) -> None:
@@ -201,9 +201,7 @@ def test_a_nameless_approver_is_refused(store: SyncGatewayStore) -> None:
 
 def test_without_widgets_the_extra_is_named(store: SyncGatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the table works."""
-    from agent_gateway_store.notebook import widget
-
-    widget.widget_class.cache_clear()
+    sys.modules["agent_gateway_store.notebook.inbox"]._widget_class.cache_clear()
     monkeypatch.setitem(sys.modules, "anywidget", None)
 
     with pytest.raises(MissingExtraError, match=r"agent-gateway-store\[notebook\]"):

@@ -1,4 +1,4 @@
-"""One POST: to judged addresses only, within a deadline, reading little."""
+"""One POST: to checked addresses only, within a deadline, reading little."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
-from urllib.parse import unquote
 
 import httpcore
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.plugins.outgoing.addresses import AddressPolicy
-from agent_gateway_store.plugins.outgoing.targets import Target, target_of
+from agent_gateway_store.plugins._http.addresses import AddressPolicy
+from agent_gateway_store.plugins._http.urls import ParsedUrl, parse_proxy
 
 __all__ = ["Answer", "Resolve", "Transport", "resolve"]
 
@@ -57,14 +56,14 @@ async def resolve(host: str, port: int) -> list[str]:
 class Transport:
     """Posts over HTTP/1.1. Follows no redirect, keeps no cookie, reads no proxy variable, decompresses nothing.
 
-    A name is resolved once for a connection, every address is judged, and the connection goes to a judged address:
-    between the look and the leap there is no second look-up. TLS and the `Host` header keep the name. Connections are
+    A name is resolved once for a connection, every address is checked, and the connection goes to a checked address:
+    there is no second look-up in between. TLS and the `Host` header keep the name. Connections are
     kept for 15 seconds and closed when the event loop winds up; it may be used from one event loop after another.
 
     Args:
         policy: Which addresses are allowed. None: any, for URLs that the operator gave.
         proxy: `http://[user:password@]host:port` of an HTTP proxy, which then resolves names and connects; only its own
-            address is connected to, unjudged.
+            address is connected to, unchecked.
         ca_file: Certificates to trust in place of the well-known ones.
         resolver: How names are resolved.
         max_connections: At most this many at a time.
@@ -82,18 +81,18 @@ class Transport:
         self._policy = policy
         self._proxy = _proxy_of(proxy) if proxy else None
         self._ca_file = ca_file
-        self._backend = _JudgingBackend(None if proxy else policy, resolver)
+        self._backend = _CheckingBackend(None if proxy else policy, resolver)
         self._max_connections = max_connections
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pool: httpcore.AsyncConnectionPool | None = None
 
     async def post(
-        self, target: Target, *, body: bytes, headers: Mapping[str, str], timeout_s: float, max_body: int = 0
+        self, url: ParsedUrl, *, body: bytes, headers: Mapping[str, str], timeout_s: float, max_body: int = 0
     ) -> Answer:
         """Send `body` and return the answer, whatever its status.
 
         Args:
-            target: Where to.
+            url: Where to.
             body: Sent as it is.
             headers: Besides `Host`, `Content-Length`, `User-Agent` and `Accept`.
             timeout_s: Seconds for everything: look-up, connection, request, answer.
@@ -103,30 +102,30 @@ class Transport:
             NotDeliveredError: No answer came, or a longer one than asked for.
             RefusedAddressError: The host leads to an address that is not allowed.
         """
-        if target.address is not None and self._policy is not None:
-            self._policy.judge([str(target.address)])
+        if url.address is not None and self._policy is not None:
+            self._policy.check([str(url.address)])
         try:
             async with asyncio.timeout(timeout_s) as deadline:
-                return await self._post(target, body, headers, max_body, deadline)
+                return await self._post(url, body, headers, max_body, deadline)
         except TimeoutError:
-            raise NotDeliveredError(f"{target.host} did not answer within {timeout_s:g} seconds.") from None
+            raise NotDeliveredError(f"{url.host} did not answer within {timeout_s:g} seconds.") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, httpcore.ProxyError) as exc:
             if (why := _why_untrusted(exc)) is not None:
                 raise NotDeliveredError(
-                    f"The certificate of {target.host} is not to be trusted ({why}): renew it, or set CA_FILE."
+                    f"The certificate of {url.host} is not to be trusted ({why}): renew it, or set CA_FILE."
                 ) from exc
-            raise NotDeliveredError(f"{target.host} gave no answer ({type(exc).__name__}).") from exc
+            raise NotDeliveredError(f"{url.host} gave no answer ({type(exc).__name__}).") from exc
         except (OSError, UnicodeError) as exc:
-            raise NotDeliveredError(f"{target.host} cannot be reached ({type(exc).__name__}).") from exc
+            raise NotDeliveredError(f"{url.host} cannot be reached ({type(exc).__name__}).") from exc
 
     async def _post(
-        self, target: Target, body: bytes, headers: Mapping[str, str], max_body: int, deadline: asyncio.Timeout
+        self, url: ParsedUrl, body: bytes, headers: Mapping[str, str], max_body: int, deadline: asyncio.Timeout
     ) -> Answer:
-        sent = {"Host": target.authority, "User-Agent": "agent-gateway-store", "Accept": "*/*"}
-        url = httpcore.URL(
-            scheme=target.scheme.encode(), host=target.host.encode(), port=target.port, target=target.path.encode()
+        sent = {"Host": url.authority, "User-Agent": "agent-gateway-store", "Accept": "*/*", **headers}
+        where = httpcore.URL(
+            scheme=url.scheme.encode(), host=url.host.encode(), port=url.port, target=url.path.encode()
         )
-        async with self._open().stream("POST", url, headers=list((sent | dict(headers)).items()), content=body) as got:
+        async with self._open().stream("POST", where, headers=list(sent.items()), content=body) as got:
             found = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in got.headers}
             if not max_body:
                 # What was answered is known: a slow rest must not turn it into "no answer".
@@ -180,11 +179,8 @@ def _why_untrusted(error: BaseException | None) -> str | None:
 
 
 def _proxy_of(url: str) -> httpcore.Proxy:
-    scheme, _, rest = url.partition("://")
-    credentials, at, place = rest.rpartition("@")
-    target = target_of(f"{scheme}://{place}", allow_http=True)
-    user, _, password = (unquote(part) for part in credentials.partition(":"))
-    return httpcore.Proxy(f"{target.scheme}://{target.authority}", auth=(user, password) if at else None)
+    parsed, auth = parse_proxy(url)
+    return httpcore.Proxy(f"{parsed.scheme}://{parsed.authority}", auth=auth)
 
 
 async def _keep(pool: httpcore.AsyncConnectionPool) -> None:
@@ -211,7 +207,7 @@ async def _body(response: httpcore.Response, max_body: int) -> bytes:
     return bytes(read) if max_body else b""
 
 
-class _JudgingBackend(httpcore.AsyncNetworkBackend):
+class _CheckingBackend(httpcore.AsyncNetworkBackend):
     def __init__(self, policy: AddressPolicy | None, resolver: Resolve) -> None:
         self._policy = policy
         self._resolve = resolver
@@ -231,7 +227,7 @@ class _JudgingBackend(httpcore.AsyncNetworkBackend):
             answers = await self._resolve(host, port)
         addresses = list(dict.fromkeys(answers))
         if self._policy is not None:
-            addresses = [str(address) for address in self._policy.judge(answers)]
+            addresses = [str(address) for address in self._policy.check(answers)]
         return await self._connect(addresses, port, timeout, local_address, socket_options)
 
     async def _connect(

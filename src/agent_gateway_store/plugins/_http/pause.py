@@ -27,7 +27,7 @@ class Pause:
         """Return if sending is allowed.
 
         Raises:
-            NotDeliveredError: It is not yet; `retry_after_s` tells how long.
+            NotDeliveredError: It is not allowed yet; `retry_after_s` is how long that lasts.
         """
         left = self._until - time.monotonic()
         if left > 0:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from urllib.parse import unquote
 
-from agent_gateway_store.plugins.outgoing.addresses import Address
+from agent_gateway_store.plugins._http.addresses import Address
 
-__all__ = ["Target", "target_of"]
+__all__ = ["ParsedUrl", "parse_proxy", "parse_url"]
 
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::(?P<port>[0-9]{1,5}))?"
@@ -21,8 +22,8 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Target:
-    """A URL that was found in order. Its repr shows scheme and host only: a path is often a password.
+class ParsedUrl:
+    """A URL that was checked. Its repr shows scheme and host only: a path is often a password.
 
     Attributes:
         scheme: `http` or `https`.
@@ -45,10 +46,10 @@ class Target:
         return host if self.port == _default_port(self.scheme) else f"{host}:{self.port}"
 
     def __repr__(self) -> str:
-        return f"Target({self.scheme}://{self.authority}/***)"
+        return f"ParsedUrl({self.scheme}://{self.authority}/***)"
 
 
-def target_of(url: str, *, allow_http: bool = False) -> Target:
+def parse_url(url: str, *, allow_http: bool = False) -> ParsedUrl:
     """Read a URL. Nothing is resolved.
 
     Args:
@@ -73,7 +74,22 @@ def target_of(url: str, *, allow_http: bool = False) -> Target:
     if address is None and not all(_LABEL.fullmatch(label) for label in host.split(".")):
         raise ValueError("the URL's host is not a host name")
     path = found["path"]
-    return Target(scheme, host.strip("[]"), port, path if path.startswith("/") else f"/{path}", address)
+    return ParsedUrl(scheme, host.strip("[]"), port, path if path.startswith("/") else f"/{path}", address)
+
+
+def parse_proxy(url: str) -> tuple[ParsedUrl, tuple[str, str] | None]:
+    """Read the URL of a proxy: return where it is, and user and password if it has them.
+
+    Args:
+        url: `http://[user:password@]host[:port]`; what is reserved in user and password is percent-encoded.
+
+    Raises:
+        ValueError: It has another form. The text does not repeat the URL.
+    """
+    scheme, _, rest = url.partition("://")
+    credentials, at, place = rest.rpartition("@")
+    user, _, password = (unquote(part) for part in credentials.partition(":"))
+    return parse_url(f"{scheme}://{place}", allow_http=True), (user, password) if at else None
 
 
 def _address(host: str) -> Address | None:

@@ -1,0 +1,255 @@
+"""The inbox of an approver in a notebook: what waits for a decision, with approve and deny.
+
+As a widget the browser asks for news every few seconds and sends what was clicked, and the kernel answers. Who decides
+is fixed in the kernel. The browser sets what comes from the data only as text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Coroutine
+from functools import cache
+from html import escape
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store import _text
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import GatewayStoreError, MissingExtraError
+from agent_gateway_store.results.cells import time_text
+from agent_gateway_store.results.html import pretty_json, style
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models.approval import ApprovalRequest
+
+__all__ = ["Inbox", "inbox"]
+
+_ARGUMENT_CHARS = 20_000
+_VERBS = {"approve": "Approved", "deny": "Denied"}
+_RESULTS = 6
+"""Lines on what became of decisions that the widget shows."""
+
+
+def inbox(store: Any, *, approver: str, limit: int = 50, interval_s: float = 2.0, widgets: bool = True) -> Inbox:
+    """Show the approvals that wait, live, with buttons to approve and deny them and a note.
+
+    Where widgets are off, the same output is a plain table with the calls to copy.
+
+    Args:
+        store: An open `GatewayStore` or `SyncGatewayStore`; bound by `for_org`, it shows that organisation.
+        approver: Who decides, as written to the record.
+        limit: The newest so many are shown.
+        interval_s: Seconds between two reads of the store.
+        widgets: False gives the plain table, which needs no extra.
+
+    Raises:
+        ValueError: `approver` is empty.
+        MissingExtraError: The extra `notebook` is not installed.
+    """
+    if not approver:
+        raise ValueError("approver must not be empty: it is written to the record of each decision.")
+    shown: Inbox
+    if widgets:
+        shown = _widget_class()(store, approver=approver, limit=limit, interval_s=interval_s)
+    else:
+        shown = Inbox(store, approver=approver, limit=limit)
+    if not shown.is_async:
+        shown.refresh()
+    return shown
+
+
+class Inbox:
+    """What waits for a decision, and how to decide it.
+
+    Attributes:
+        waiting: The approvals that waited at the last `refresh`, newest first.
+        is_async: True if its methods must be awaited.
+    """
+
+    waiting: list[ApprovalRequest]
+    is_async: bool
+
+    def __init__(self, store: Any, *, approver: str, limit: int) -> None:
+        self._store, self._approver, self._limit = store, approver, limit
+        self.is_async = inspect.iscoroutinefunction(store.approvals.list_requests)
+        self.waiting = []
+        self._is_loaded = False
+
+    def refresh(self) -> Any:
+        """Read the store again. With a `GatewayStore`: await it."""
+        return self._run(self._load())
+
+    def approve(self, approval_id: str, note: str = "") -> Any:
+        """Approve, as `store.approvals.approve` does it, and read the store again. With a `GatewayStore`: await it."""
+        return self._run(self._decide("approve", approval_id, note))
+
+    def deny(self, approval_id: str, note: str = "") -> Any:
+        """Deny, as `store.approvals.deny` does it, and read the store again. With a `GatewayStore`: await it."""
+        return self._run(self._decide("deny", approval_id, note))
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """A blocking store never suspends, so that its coroutine ends at the first step."""
+        if self.is_async:
+            return work
+        try:
+            work.send(None)
+        except StopIteration as exc:
+            return exc.value
+        raise RuntimeError("A blocking store cannot wait.")
+
+    async def _load(self) -> None:
+        self.waiting = list(await _awaited(self._store.approvals.list_requests("PENDING", limit=self._limit)))
+        self._is_loaded = True
+
+    async def _decide(self, verb: str, approval_id: str, note: str) -> Any:
+        decide = getattr(self._store.approvals, verb)
+        result = await _awaited(decide(approval_id=approval_id, approver_id=self._approver, note=note, channel="inbox"))
+        await self._load()
+        return result
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self.waiting)} waiting for {_text.escape(self._approver)}", *map(self._call, self.waiting)]
+        return "\n".join(lines) if self._is_loaded else f"Inbox of {_text.escape(self._approver)}: not loaded"
+
+    def _call(self, request: ApprovalRequest, verb: str = "approve") -> str:
+        wait, approver = "await " if self.is_async else "", _text.code_text(self._approver)
+        return f'{wait}store.approvals.{verb}(approval_id="{request.approval_id}", approver_id={approver})'
+
+    def _repr_html_(self) -> str:
+        rows = "".join(map(self._row, self.waiting))
+        head = "".join(
+            f"<th>{name}</th>" for name in ("asked <small>UTC</small>", "caller", "call", "why", "to decide")
+        )
+        note = f"{len(self.waiting)} waiting" if self._is_loaded else "not loaded: await refresh()"
+        who = f"Approvals for <b>{escape(_text.escape(self._approver))}</b>"
+        table = f'<table class="ags-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        return (
+            f'{style()}<div class="ags-view"><div class="ags-title">{who}</div>'
+            f'<div class="ags-wide">{table}</div><p class="ags-foot">{note}</p></div>'
+        )
+
+    def _row(self, request: ApprovalRequest) -> str:
+        text = _texts(request)
+        calls = "\n".join(self._call(request, verb) for verb in ("approve", "deny"))
+        cells = (
+            f'<td class="ags-line">{escape(time_text(request.created_at))}</td>',
+            f"<td>{escape(text['caller'])}</td>",
+            f"<td>{escape(text['call'])}<pre>{escape(text['arguments'])}</pre></td>",
+            f"<td>{escape(text['why'])}</td>",
+            f'<td class="ags-calls"><pre>{escape(calls)}</pre></td>',
+        )
+        return f"<tr>{''.join(cells)}</tr>"
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+def _texts(request: ApprovalRequest) -> dict[str, str]:
+    """Return an approval as text, with nothing in it that could reorder or hide what an approver reads.
+
+    Arguments of more than 20,000 characters are cut, which is said with their length.
+    """
+    call = request.tool_call
+    return {
+        "id": str(request.approval_id),
+        "caller": _text.escape(request.caller_id),
+        "call": _text.call_name(call.server, call.tool),
+        "arguments": pretty_json(call.arguments, most=_ARGUMENT_CHARS),
+        "why": _text.escape(request.risk_explanation),
+        "asked": request.created_at.isoformat(),
+        "expires": request.expires_at.isoformat() if request.expires_at else "",
+    }
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+@cache
+def _widget_class() -> type[Any]:
+    """Return the inbox as an anywidget.
+
+    Raises:
+        MissingExtraError: anywidget is not installed.
+    """
+    try:
+        import anywidget
+        import traitlets
+    except ImportError as exc:
+        raise MissingExtraError("inbox()", extra="notebook") from exc
+    here = files(__package__)
+    css = [files("agent_gateway_store.results").joinpath("view.css"), here.joinpath("inbox.css")]
+
+    class InboxWidget(Inbox, anywidget.AnyWidget):
+        """An inbox that a browser shows.
+
+        Attributes:
+            items: What waits, as text.
+            said: What became of the last decisions, newest first.
+            looked_at: When the store was read last, ISO 8601.
+        """
+
+        _esm = here.joinpath("inbox.js").read_text(encoding="utf-8")
+        _css = "\n".join(path.read_text(encoding="utf-8") for path in css)
+        approver = traitlets.Unicode(read_only=True).tag(sync=True)
+        items: Any = traitlets.List().tag(sync=True)
+        said: Any = traitlets.List().tag(sync=True)
+        looked_at = traitlets.Unicode().tag(sync=True)
+        interval_ms = traitlets.Int().tag(sync=True)
+
+        def __init__(self, store: Any, *, approver: str, limit: int, interval_s: float) -> None:
+            Inbox.__init__(self, store, approver=approver, limit=limit)
+            self._tasks: set[Any] = set()
+            self._owner = _running_loop() if self.is_async else None
+            anywidget.AnyWidget.__init__(self, interval_ms=max(200, round(interval_s * 1000)))
+            self.set_trait("approver", _text.escape(approver))
+            self.on_msg(self._receive)
+
+        async def _load(self) -> None:
+            await super()._load()
+            self.items = [_texts(request) for request in self.waiting]
+            self.looked_at = utc_now().isoformat()
+
+        def _receive(self, _widget: Any, content: Any, _buffers: Any) -> None:
+            work = self._answer(content if isinstance(content, dict) else {})
+            if not self.is_async:
+                self._run(work)
+                return
+            # JupyterLab delivers what a widget sends in a thread of its own (a subshell), where no store was opened.
+            running = asyncio.get_running_loop()
+            owner = self._owner or running
+            task = running.create_task(work) if owner is running else asyncio.run_coroutine_threadsafe(work, owner)
+            self._tasks.add(task)  # kept until it is done: a loop holds its tasks weakly
+            task.add_done_callback(self._tasks.discard)
+
+        async def _answer(self, content: dict[str, Any]) -> None:
+            verb, approval_id = content.get("do"), str(content.get("approval_id", ""))
+            call = next((item["call"] for item in self.items if item["id"] == approval_id), approval_id)
+            try:
+                if verb in _VERBS:
+                    await self._decide(verb, approval_id, str(content.get("note", "")))
+                    self._say(f"{_VERBS[verb]}: {call}", "good" if verb == "approve" else "bad")
+                else:
+                    await self._load()
+            except GatewayStoreError as exc:
+                self._say(f"{call}: {exc}" if verb in _VERBS else str(exc), "wait")
+                if verb in _VERBS:
+                    await self._answer({"do": "refresh"})
+            finally:
+                self.send({"answered": verb, "approval_id": approval_id})
+
+        def _say(self, text: str, tone: str) -> None:
+            new = {"text": _text.escape(text), "tone": tone, "at": utc_now().strftime("%H:%M:%S")}
+            self.said = [new, *self.said][:_RESULTS]
+
+        def _repr_mimebundle_(self, **options: Any) -> Any:
+            found = anywidget.AnyWidget._repr_mimebundle_(self, **options)
+            data, metadata = found if isinstance(found, tuple) else (found or {}, {})
+            return {**data, "text/plain": Inbox.__repr__(self), "text/html": self._repr_html_()}, metadata
+
+    return InboxWidget
