@@ -60,6 +60,7 @@ _TONES: dict[str, Tone] = {
     "APPROVED": "good",
     "DELIVERED": "good",
     "SUCCESS": "good",
+    "APPROVED_OUTPUT_RELEASE": "good",
     "DEAD": "bad",
     "DENIED": "bad",
     "DENY": "bad",
