@@ -199,7 +199,8 @@ def test_glossary_gives_each_word_one_sentence() -> None:
 
 def commands_of(group: Any, prefix: str = "") -> Iterator[str]:
     """Yield the visible commands below a group, with the names of their groups before them."""
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
         if hasattr(command, "commands"):
             yield from commands_of(command, f"{prefix}{name} ")
         elif not command.hidden:

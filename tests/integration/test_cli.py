@@ -31,6 +31,7 @@ def test_help_and_version_load_neither_the_database_nor_pydantic() -> None:
 
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
+    assert "agent_gateway_store.demo.command" not in loaded
     assert {"alembic", "asyncpg", "pydantic", "redis", "rich", "sqlalchemy"} & set(loaded) == set()
     assert gateway_store("--version").out.startswith("gateway-store ")
     assert gateway_store("--help").code == 0

@@ -14,8 +14,7 @@ import pytest
 
 from agent_gateway_store import AuditEvent, SyncGatewayStore
 from agent_gateway_store.demo.history import DAYS, Call, history
-from agent_gateway_store.demo.incidents import SLOW
-from agent_gateway_store.demo.world import TROUBLEMAKER
+from agent_gateway_store.demo.world import SLOW, TROUBLEMAKER
 from commands import gateway_store
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ import typer
 from agent_gateway_store import Page, StoreSettings, TrustLevel, errors
 from agent_gateway_store.cli.context import choose, duration, sqlite_file
 from agent_gateway_store.cli.errors import CommandError, ExitCode, explain
-from agent_gateway_store.cli.output import print_fields, print_page, say, tidy, to_json
+from agent_gateway_store.cli.output import field_text, print_fields, print_page, say, to_json
 
 pytestmark = pytest.mark.unit
 
@@ -97,7 +97,7 @@ def test_json_is_printable_ascii() -> None:
 )
 def test_people_read_tidied_values(name: str, value: Any, text: str) -> None:
     """Times to the second, levels by name, tool calls as one line."""
-    assert tidy(name, value) == text
+    assert field_text(name, value) == text
 
 
 def _print(capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]], **options: Any) -> tuple[str, str]:

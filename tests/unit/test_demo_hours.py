@@ -10,8 +10,7 @@ import pytest
 
 from agent_gateway_store import AuditEvent
 from agent_gateway_store.demo.history import history
-from agent_gateway_store.demo.incidents import PROBED, SLOW, Incident
-from agent_gateway_store.demo.world import TROUBLEMAKER
+from agent_gateway_store.demo.world import PROBED, SLOW, TROUBLEMAKER, Incident
 
 pytestmark = pytest.mark.unit
 

@@ -3,19 +3,87 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import traceback
+from contextlib import suppress
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from agent_gateway_store.cli import approvals, audit, db, export_import, keys, notifications, plugins
+from agent_gateway_store.cli import approvals, db, export_import, keys, notifications, plugins
 from agent_gateway_store.cli.context import Options
-from agent_gateway_store.cli.demo import demo
 from agent_gateway_store.cli.doctor import doctor
-from agent_gateway_store.cli.errors import RootGroup
-from agent_gateway_store.cli.seed import seed
+from agent_gateway_store.cli.errors import ExitCode, explain
+from agent_gateway_store.cli.output import complain
 
 __all__ = ["app"]
+
+_DEMO = "agent_gateway_store.demo.command"
+
+
+class RootGroup(TyperGroup):
+    """The root command: whatever fails below ends here. Usage errors are left to Typer.
+
+    The demo and the plugins are loaded where their commands may be meant: for the list of all, and for a name that is
+    not one of the groups below. So they can stand on the command line without it standing on them.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of our commands, then those of plugins."""
+        return [*self._demo_commands, *super().list_commands(ctx), *self._plugin_commands]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by name, ours or a plugin's; None if there is none."""
+        own = super().get_command(ctx, cmd_name) or self._demo_commands.get(cmd_name)
+        return own or self._plugin_commands.get(cmd_name)
+
+    @cached_property
+    def _demo_commands(self) -> dict[str, Any]:
+        return dict(typer.main.get_group(import_module(_DEMO).app).commands)
+
+    @cached_property
+    def _plugin_commands(self) -> dict[str, Any]:
+        return plugins.plugin_commands({*self.commands, *self._demo_commands})
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an error becomes one sentence and an exit code."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        except BrokenPipeError:
+            _drop_stdout()
+            raise typer.Exit(ExitCode.BROKEN_PIPE) from None
+        except Exception as exc:
+            if isinstance(exc, typer.Exit | typer.Abort) or hasattr(exc, "format_message"):
+                raise
+            if ctx.params.get("debug"):
+                complain("".join(traceback.format_exception(exc)).rstrip(), lines=True)
+            sentence, code = explain(exc)
+            complain(sentence)
+            _drop_unwritable()
+            raise typer.Exit(code) from None
+        return result
+
+
+def _drop_unwritable() -> None:
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    # Python flushes standard output once more at its end, which would complain a second time.
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 app = typer.Typer(
     name="gateway-store",
@@ -26,12 +94,9 @@ app = typer.Typer(
     help="The system of record of an AI-agent tool gateway: audit log, human approvals, API keys.",
     epilog="Exit codes: 0 ok, 1 error, 2 usage, 3 integrity violation, 4 not found or expired, 5 a dependency is down.",
 )
-app.command("demo")(demo)
-app.command("seed")(seed)
 app.add_typer(db.app, name="db")
 app.add_typer(keys.app, name="keys")
-export_import.add_to(audit.app)
-app.add_typer(audit.app, name="audit")
+app.add_typer(export_import.app, name="audit")
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(notifications.app, name="notifications")

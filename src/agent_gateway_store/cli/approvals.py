@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from agent_gateway_store.cli.context import choose, open_store, run
-from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, record, say
+from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, say, to_dict
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalResult
@@ -104,7 +104,7 @@ def show(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) 
         async with open_store(ctx) as store:
             return await store.approvals.get(approval_id=approval_id)
 
-    found = record(run(work()))
+    found = to_dict(run(work()))
     if json:
         print_json(found)
         return
@@ -152,7 +152,7 @@ def _decide(
 
     result = run(work())
     if as_json:
-        print_json(record(result))
+        print_json(to_dict(result))
     elif result.status == "PENDING":
         say(f"The vote of {approver} is counted; approval {result.approval_id} waits for others.")
     else:

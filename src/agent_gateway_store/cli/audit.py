@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+import json as jsonlib
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from agent_gateway_store._text import Shown, call_name, word
-from agent_gateway_store.cli.context import open_store, run
-from agent_gateway_store.cli.errors import CommandError, ExitCode
-from agent_gateway_store.cli.filters import filtered
-from agent_gateway_store.cli.ingest import Line, ingest
-from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, record, say, tidy, to_json
+from agent_gateway_store.cli.context import new_store, open_store, run
+from agent_gateway_store.cli.errors import CommandError, ExitCode, describe_validation
+from agent_gateway_store.cli.output import (
+    JsonOption,
+    complain,
+    field_text,
+    print_fields,
+    print_json,
+    print_page,
+    say,
+    to_dict,
+    to_json,
+)
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.audit import AuditEvent
     from agent_gateway_store.results import Page, Stats
 
-__all__ = ["app", "print_events"]
+__all__ = ["app", "filtered"]
 
 app = typer.Typer(no_args_is_help=True, help="Write, find and follow audit events.")
 
@@ -33,6 +44,143 @@ _COLUMNS = {
     "latency_ms": "ms",
     "request_id": "request id",
 }
+
+_INVALID = "INVALID"
+_MANY = "may be given several times"
+_OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "caller_id": (list[str] | None, "--caller", f"Events of this caller ({_MANY}, as the next ones)."),
+    "decision": (list[str] | None, "--decision", "ALLOW, DENY, APPROVAL_REQUIRED or SANITIZE_AND_ALLOW."),
+    "tool_name": (list[str] | None, "--tool", "Calls of this tool."),
+    "mcp_server": (list[str] | None, "--server", "Calls to this server."),
+    "org_id": (list[str] | None, "--org-id", "Events of this organisation, in a store that sees several."),
+    "environment": (list[str] | None, "--environment", "prod, dev, ..."),
+    "session_id": (list[str] | None, "--session", "Events of this session."),
+    "trace_id": (list[str] | None, "--trace", "Events of this trace."),
+    "key_id": (list[str] | None, "--key", "Calls under this API key id."),
+    "approver_id": (list[str] | None, "--approver", "Calls that this approver decided."),
+    "risk_label": (list[str] | None, "--label", "Events with this risk label."),
+    "execution_status": (
+        list[str] | None,
+        "--status",
+        "SUCCESS, TOOL_ERROR, TIMEOUT, CANCELLED or APPROVED_OUTPUT_RELEASE.",
+    ),
+    "min_risk_score": (float | None, "--min-risk-score", "This risk score or a higher one."),
+    "since": (str | None, "--since", "From this time on: 24h or 7d ago, or 2026-05-01T12:00Z."),
+    "until": (str | None, "--until", "Before this time."),
+    "text": (str | None, "--text", "Stands in the tool name or the rationale, in any case."),
+}
+_CAPITALS = ("decision", "execution_status")
+
+
+def filtered(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each filter; its argument `filters` gets those in use."""
+
+    @wraps(command)
+    def with_options(*args: Any, **given: Any) -> None:
+        filters = {name: given.pop(name) for name in _OPTIONS}
+        for name in _CAPITALS:
+            filters[name] = [each.upper() for each in filters[name] or ()]
+        filters = {name: value for name, value in filters.items() if value not in (None, [])}
+        from agent_gateway_store.audit.filters import criteria
+
+        try:
+            criteria(filters, org_id=None)
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc)) from None
+        command(*args, filters=filters, **given)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [each for each in signature.parameters.values() if each.name != "filters"]
+    only = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, only, default=None, annotation=Annotated[kind, typer.Option(flag, help=text)])
+        for name, (kind, flag, text) in _OPTIONS.items()
+    ]
+    with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*(each.replace(kind=only) for each in own), *options]
+    )
+    return with_options
+
+
+class Line(NamedTuple):
+    """What became of one line.
+
+    Attributes:
+        line: Its number, from 1.
+        outcome: A `WriteOutcome`, or INVALID.
+        request_id: Of its event; None where there is none.
+        error: Why it is INVALID.
+    """
+
+    line: int
+    outcome: str
+    request_id: str | None = None
+    error: str | None = None
+
+
+def _ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line], None]) -> None:
+    """Write an event for each line that holds one, and report every line; blank lines are skipped.
+
+    Raises:
+        CommandError: At the end, if a line was malformed or an event was lost.
+    """
+    from anyio.from_thread import start_blocking_portal
+
+    counts = {_INVALID: 0, "LOST": 0, "SPOOLED": 0}
+    # The main thread waits for input and takes Ctrl-C, while the store's loop runs in a thread of its own.
+    with start_blocking_portal() as portal:
+        store = new_store(ctx)
+        try:
+            portal.call(store.open)
+            for number, text in enumerate(lines, start=1):
+                if text.strip():
+                    line = _write_line(number, text, lambda event: portal.call(store.audit.write, event))
+                    counts[line.outcome] = counts.get(line.outcome, 0) + 1
+                    report(line)
+        finally:
+            portal.call(store.close)
+    if counts["SPOOLED"]:
+        complain(f"{_count(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
+    if counts["LOST"]:
+        raise CommandError(
+            f"{_count(counts['LOST'], 'event')} could not be stored: check the database with `gateway-store doctor`.",
+            ExitCode.UNAVAILABLE,
+        )
+    if counts[_INVALID]:
+        raise CommandError(
+            f"{_count(counts[_INVALID], 'malformed line')}: correct and write again; the rest is stored."
+        )
+
+
+def _write_line(number: int, text: bytes, write: Callable[[AuditEvent], str]) -> Line:
+    event, error = _parse_line(text)
+    if event is None:
+        complain(f"Line {number} is malformed: {error}.")
+        return Line(number, _INVALID, error=error)
+    return Line(number, str(write(event)), event.request_id)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _parse_line(text: bytes) -> tuple[AuditEvent | None, str]:
+    from pydantic import ValidationError
+
+    from agent_gateway_store.models.audit import AuditEvent
+
+    try:
+        fields: Any = jsonlib.loads(text)
+    except RecursionError:
+        return None, "nested too deeply"
+    except ValueError:
+        return None, "not JSON"
+    if not isinstance(fields, dict):
+        return None, "not a JSON object"
+    try:
+        return AuditEvent(**fields), ""
+    except ValidationError as exc:
+        return None, describe_validation(exc)
 
 
 @app.command()
@@ -49,7 +197,7 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
         else:
             say(" ".join(filter(None, (str(line.line), line.outcome, line.request_id))))
 
-    ingest(ctx, sys.stdin.buffer, report)
+    _ingest(ctx, sys.stdin.buffer, report)
 
 
 @app.command()
@@ -80,9 +228,9 @@ def search(
     if json:
         print_json({"items": found.to_dicts(), "next_cursor": found.next_cursor})
     elif request_id is None:
-        print_events(found)
+        _print_events(found)
     elif found:
-        print_fields((name, value) for name, value in record(found[0]).items() if value not in (None, []))
+        print_fields((name, value) for name, value in to_dict(found[0]).items() if value not in (None, []))
     if request_id is not None and not found:
         raise CommandError("No event has this request id: check it, and --org if you gave one.", ExitCode.NOT_FOUND)
 
@@ -119,7 +267,7 @@ def stats(
     print_page(Page(rows), columns=columns, as_json=json)
 
 
-def print_events(events: Page[AuditEvent]) -> None:
+def _print_events(events: Page[AuditEvent]) -> None:
     """Print events as a table."""
     from agent_gateway_store.results import Page
 
@@ -134,7 +282,7 @@ def print_events(events: Page[AuditEvent]) -> None:
 
 def _with_call(event: AuditEvent) -> dict[str, Any]:
     call = {"server": event.mcp_server, "tool": event.tool_name, "arguments": {}}
-    return {**record(event), "tool_call": call}
+    return {**to_dict(event), "tool_call": call}
 
 
 @app.command()
@@ -172,10 +320,10 @@ def tail(
 def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:
     for event in events:
         if as_json:
-            typer.echo(to_json(record(event)))
+            typer.echo(to_json(to_dict(event)))
         else:
             ran = f"{event.execution_status} {event.latency_ms} ms" if event.execution_status else "not executed"
-            stamp = tidy("timestamp", record(event)["timestamp"])
+            stamp = field_text("timestamp", to_dict(event)["timestamp"])
             call = call_name(event.mcp_server, event.tool_name)
             say(Shown("  ".join((stamp, event.decision, word(event.caller_id), call, ran, word(event.request_id)))))
     sys.stdout.flush()

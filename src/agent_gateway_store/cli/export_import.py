@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent_gateway_store.cli.audit import app, filtered
 from agent_gateway_store.cli.context import open_store, run
 from agent_gateway_store.cli.errors import CommandError, ExitCode
-from agent_gateway_store.cli.filters import filtered
 from agent_gateway_store.cli.output import JsonOption, print_json, say
 from agent_gateway_store.errors import GatewayStoreError
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.audit.exporting import ExportResult
 
-__all__ = ["add_to"]
+__all__ = ["app"]
 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
+@app.command("export")
 @filtered
 def export_events(
     ctx: typer.Context,
@@ -56,7 +57,7 @@ def export_events(
     except GatewayStoreError:
         raise
     except OSError as exc:
-        raise CommandError(_said(exc, path)) from exc
+        raise CommandError(_reason(exc, path)) from exc
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
     if json:
@@ -65,6 +66,7 @@ def export_events(
     say(f"{result.rows:,} events in {_count(result.files, 'file')} of {result.bytes:,} bytes: {result.path}")
 
 
+@app.command("import")
 def import_events(
     ctx: typer.Context,
     path: Annotated[Path, typer.Argument(help="JSONL (also .gz, .zst) or Parquet file, or the folder of a dataset.")],
@@ -86,7 +88,7 @@ def import_events(
     except GatewayStoreError:
         raise
     except (OSError, ValueError) as exc:
-        raise CommandError(_said(exc, path)) from exc
+        raise CommandError(_reason(exc, path)) from exc
     if json:
         print_json({str(outcome): number for outcome, number in sorted(outcomes.items())})
     else:
@@ -98,7 +100,7 @@ def import_events(
         )
 
 
-def _said(exc: Exception, path: Path) -> str:
+def _reason(exc: Exception, path: Path) -> str:
     """Return what is wrong; of the system's own errors the one name that the user gave."""
     if not isinstance(exc, OSError) or exc.errno is None:
         return str(exc)
@@ -108,9 +110,3 @@ def _said(exc: Exception, path: Path) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to `gateway-store audit`."""
-    app.command("export")(export_events)
-    app.command("import")(import_events)

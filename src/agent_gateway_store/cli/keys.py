@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agent_gateway_store.cli.context import choose, duration, open_store, run
-from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, record, say, tidy
+from agent_gateway_store.cli.output import JsonOption, complain, field_text, print_json, print_page, say, to_dict
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.keys import IssuedKey
@@ -33,12 +33,13 @@ def print_issued(issued: IssuedKey, *, as_json: bool, **more: Any) -> None:
     """Print a new key: the plaintext alone on standard output, or JSON with it."""
     plaintext = issued.plaintext.get_secret_value()
     if as_json:
-        print_json({**record(issued.api_key), "plaintext": plaintext, **more})
+        print_json({**to_dict(issued.api_key), "plaintext": plaintext, **more})
         return
-    held = record(issued.api_key)
+    facts = to_dict(issued.api_key)
+    level = field_text("trust_level", facts["trust_level"])
     complain(
-        f"API key of {held['caller_id']} (role {held['role']}, trust level {tidy('trust_level', held['trust_level'])}, "
-        f"environment {held['environment']}). It cannot be shown again:"
+        f"API key of {facts['caller_id']} (role {facts['role']}, trust level {level}, "
+        f"environment {facts['environment']}). It cannot be shown again:"
     )
     typer.echo(plaintext)
 
@@ -116,7 +117,7 @@ def revoke(ctx: typer.Context, caller_id: CallerArgument, json: JsonOption = Fal
         async with open_store(ctx) as store:
             return await store.keys.revoke(caller_id)
 
-    revoked = record(run(work()))
+    revoked = to_dict(run(work()))
     if json:
         print_json(revoked)
     else:

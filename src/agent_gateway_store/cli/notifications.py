@@ -34,7 +34,7 @@ _COLUMNS = {
 }
 
 
-def _still(ctx: typer.Context) -> dict[str, Any]:
+def _without_worker(ctx: typer.Context) -> dict[str, Any]:
     """Options of a store that sends nothing by itself."""
     return {"settings": settings_of(ctx).model_copy(update={"notification_worker": False})}
 
@@ -55,7 +55,7 @@ def list_deliveries(
     wanted = None if status is None else choose(DeliveryStatus, status, "--status")
 
     async def work() -> Any:
-        async with open_store(ctx, **_still(ctx)) as store:
+        async with open_store(ctx, **_without_worker(ctx)) as store:
             page = await store.notifications.list(
                 wanted, limit=limit, cursor=cursor, notifier=notifier, approval_id=_id(approval)
             )
@@ -83,10 +83,10 @@ def run_worker(
     """
 
     async def work() -> int:
-        async with open_store(ctx, **_still(ctx)) as store:
+        async with open_store(ctx, **_without_worker(ctx)) as store:
             loaded = [row["notifier"] for row in await store.notifications.counts() if row["is_loaded"]]
             complain(f"Sending notices to: {', '.join(loaded) or 'nobody, for no notifier is loaded'}.")
-            return await _until_told(store, once=once)
+            return await _until_stopped(store, once=once)
 
     with _logging():
         arrived = run(work())
@@ -109,7 +109,7 @@ def _logging() -> Iterator[None]:
         notices.setLevel(level)
 
 
-async def _until_told(store: GatewayStore, *, once: bool) -> int:
+async def _until_stopped(store: GatewayStore, *, once: bool) -> int:
     """Run the worker until it ends or a signal ends it; returns how many notices arrived."""
     loop = asyncio.get_running_loop()
     working = loop.create_task(store.notifications.run(once=once))
@@ -133,7 +133,7 @@ def redrive(
     """Send dead letters again: one, or all."""
 
     async def work() -> int:
-        async with open_store(ctx, **_still(ctx)) as store:
+        async with open_store(ctx, **_without_worker(ctx)) as store:
             return await store.notifications.redrive(_id(delivery_id), notifier=notifier)
 
     count = run(work())
@@ -157,7 +157,7 @@ def prune(
     age = duration(older_than, "--older-than")
 
     async def work() -> int:
-        async with open_store(ctx, **_still(ctx)) as store:
+        async with open_store(ctx, **_without_worker(ctx)) as store:
             return await store.notifications.prune(age)
 
     count = run(work())

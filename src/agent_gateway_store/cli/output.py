@@ -1,6 +1,6 @@
 """What commands print: tables and fields for people, JSON for programs. No control byte of the data reaches a terminal.
 
-Standard output carries the answer alone; what is said besides goes to standard error.
+Standard output carries the answer alone; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = [
     "JsonOption",
     "complain",
     "console",
+    "field_text",
     "print_fields",
     "print_json",
     "print_page",
-    "record",
     "say",
-    "tidy",
+    "to_dict",
     "to_json",
 ]
 
@@ -72,11 +72,11 @@ def print_json(value: Any) -> None:
     typer.echo(to_json(value, indent=2))
 
 
-def record(item: Any) -> dict[str, Any]:
+def to_dict(item: Any) -> dict[str, Any]:
     """Return a model as a dict of JSON values without its secrets."""
-    from agent_gateway_store.results import Page
+    from agent_gateway_store.results.cells import as_dict
 
-    return Page([item]).to_dicts()[0]
+    return as_dict(item)
 
 
 def print_page(
@@ -114,7 +114,7 @@ def print_page(
 def _table(items: list[dict[str, Any]], columns: Mapping[str, str], whole: Container[str]) -> Table:
     from agent_gateway_store.results import Page
 
-    rows = [{heading: tidy(field, item.get(field)) for field, heading in columns.items()} for item in items]
+    rows = [{heading: field_text(field, item.get(field)) for field, heading in columns.items()} for item in items]
     table = Page(rows, columns=tuple(columns.values())).__rich__()
     for field, column in zip(columns, table.columns, strict=True):
         longest = max((len(row[columns[field]]) for row in rows), default=0)
@@ -125,13 +125,13 @@ def _table(items: list[dict[str, Any]], columns: Mapping[str, str], whole: Conta
 def print_fields(fields: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
     """Print names and values, a line each."""
     items = fields.items() if isinstance(fields, Mapping) else fields
-    pairs = [(escape(name), tidy(name, value)) for name, value in items]
+    pairs = [(escape(name), field_text(name, value)) for name, value in items]
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         say(Shown(f"{name:<{width}}  {value}".rstrip()))
 
 
-def tidy(name: str, value: Any) -> Shown:
+def field_text(name: str, value: Any) -> Shown:
     """Return a field as people read it: times to the second, lists and tool calls as text."""
     if value is None:
         return Shown("")

@@ -1,24 +1,33 @@
-"""`gateway-store plugins`: what is installed, what is wrong with it, and whether it works."""
+"""`gateway-store plugins`: what is installed, what is wrong with it, and whether it works; and commands of plugins."""
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Callable, Container
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agent_gateway_store._text import describe
 from agent_gateway_store.cli.context import run, settings_of
 from agent_gateway_store.cli.errors import CommandError, ExitCode
-from agent_gateway_store.cli.output import JsonOption, print_page
+from agent_gateway_store.cli.output import JsonOption, complain, print_page
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.manager import Plugins
     from agent_gateway_store.hooks.plugin import SettingsState
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["app", "plugin_records"]
+__all__ = ["COMMANDS", "app", "plugin_commands", "plugin_records"]
 
 app = typer.Typer(no_args_is_help=True, help="Look at the installed plugins, and try them.")
+
+COMMANDS = "gateway_store_register_commands"
+_PATIENCE_S = 5.0
+"""Seconds that a plugin has to give its commands."""
 
 _COLUMNS = {
     "name": "name",
@@ -57,7 +66,7 @@ def list_plugins(ctx: typer.Context, json: JsonOption = False) -> None:
 
     items = plugin_records(settings_of(ctx))
     if not json:
-        items = [item | {"settings": _spelt(item["settings"])} for item in items]
+        items = [item | {"settings": _settings_text(item["settings"])} for item in items]
     print_page(Page(items), columns=_COLUMNS, as_json=json)
 
 
@@ -85,15 +94,56 @@ def check(
     checked = run(check_plugins(plugins, configured, settings, only=names or (), send=send))
     items = [asdict(each) for each in checked]
     if not json:
-        items = [item | {"settings": _spelt(item["settings"])} for item in items]
+        items = [item | {"settings": _settings_text(item["settings"])} for item in items]
     print_page(Page(items), columns=_CHECKED, as_json=json)
     if not all(each.ok for each in checked):
         raise typer.Exit(ExitCode.ERROR)
 
 
-def _spelt(settings: dict[str, Any] | None) -> str:
+def _settings_text(settings: dict[str, Any] | None) -> str:
     if settings is None:
         return ""
     return (
         ": ".join([settings["state"], "; ".join(settings["problems"])]) if settings["problems"] else settings["state"]
     )
+
+
+def plugin_commands(taken: Container[str]) -> dict[str, Any]:
+    """Load the plugins and return their commands and groups by name. Raises nothing but KeyboardInterrupt.
+
+    What a plugin cannot give is left out, with one line on standard error for each plugin.
+
+    Args:
+        taken: Names that no plugin can have.
+    """
+    from agent_gateway_store.hooks.executor import run_in_thread
+    from agent_gateway_store.hooks.manager import Plugins
+
+    # Before any command runs: what is broken is printed below, once.
+    logging.getLogger("agent_gateway_store").addHandler(logging.NullHandler())
+    plugins = Plugins()
+    for record in plugins.records:
+        if record.state == "broken":
+            complain(f"Plugin {record.name} is broken: {record.error}.")
+    commands: dict[str, Any] = {}
+    for plugin, caller in plugins.callers(COMMANDS).items():
+        try:
+            made = run_in_thread(partial(_commands, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:
+            complain(f"The commands of plugin {plugin} are left out: {describe(exc)}.")
+            continue
+        if refused := sorted(name for name in made if name in taken or name in commands):
+            complain(f"Plugin {plugin} has commands whose names are taken, which are left out: {', '.join(refused)}.")
+        commands |= {name: command for name, command in made.items() if name not in refused}
+    return commands
+
+
+def _commands(caller: Callable[..., list[object]]) -> dict[str, Any]:
+    app = typer.Typer()
+    for answer in caller(app=app):
+        if inspect.iscoroutine(answer):
+            answer.close()
+            raise TypeError(f"{COMMANDS} must not be async")
+    return dict(typer.main.get_group(app).commands)

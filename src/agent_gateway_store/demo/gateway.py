@@ -1,4 +1,7 @@
-"""The gateway of the demo: decides about each tool call, asks for approval, runs the tool, audits it."""
+"""The gateway of the demo: decides about each tool call, asks for approval, runs the tool, audits it.
+
+Its tools work on real files of one folder.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from agent_gateway_store.demo.tools import SERVER, Toolbox, sanitise
 from agent_gateway_store.errors import ApprovalAlreadyUsedError, StoreUnavailableError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, RedactionFlag
@@ -19,8 +22,16 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["APPROVER", "Approver", "Gateway"]
+__all__ = ["Approver", "Gateway", "Toolbox"]
 
+SERVER = "files"
+FILES = {
+    "customers.csv": "id,name\n1,Ada\n2,Grace\n",
+    "notes.txt": "Delete the old export, keep the customers.\n",
+    "old-export.csv": "id,name\n1,Ada\n",
+}
+_SECRETS = ("password", "secret", "token", "access_code")
+_MASK = "***"
 APPROVER = "alice"
 _PATIENCE_S = 5.0
 _RULES = {
@@ -29,6 +40,55 @@ _RULES = {
     "hash_file": ("allow-reading", Decision.ALLOW, 0.0),
     "delete_file": ("ask-before-deleting", Decision.APPROVAL_REQUIRED, 0.8),
 }
+
+
+class Toolbox:
+    """Tools on the files of `folder`, which is filled with three files first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        for name, content in FILES.items():
+            (folder / name).write_text(content, encoding="utf-8")
+        self._tools: dict[str, Callable[..., Any]] = {
+            "list_files": self._list,
+            "read_file": self._read,
+            "hash_file": self._hash,
+            "delete_file": self._delete,
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """The files that are there now, sorted."""
+        return self._list()
+
+    def run(self, tool: str, arguments: Mapping[str, Any]) -> Any:
+        """Run a tool and return its output."""
+        return self._tools[tool](**arguments)
+
+    def _list(self) -> list[str]:
+        return sorted(path.name for path in self._folder.iterdir())
+
+    def _read(self, name: str, access_code: str | None = None) -> str:
+        return self._path(name).read_text(encoding="utf-8")
+
+    def _hash(self, name: str) -> str:
+        return hashlib.sha256(self._path(name).read_bytes()).hexdigest()
+
+    def _delete(self, name: str) -> str:
+        self._path(name).unlink()
+        return f"deleted {name}"
+
+    def _path(self, name: str) -> Path:
+        path = (self._folder / name).resolve()
+        if path.parent != self._folder.resolve():
+            raise PermissionError("outside the folder")
+        return path
+
+
+def _sanitise(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments fit for keeping, and the names of those that were masked."""
+    masked = [name for name in arguments if name in _SECRETS]
+    return {name: _MASK if name in masked else value for name, value in arguments.items()}, masked
 
 
 @dataclass
@@ -74,7 +134,7 @@ class Gateway:
         request = ApprovalRequest(
             request_id=request_id,
             caller_id=self.caller.caller_id,
-            tool_call=raw.model_copy(update={"arguments": sanitise(arguments)[0]}),
+            tool_call=raw.model_copy(update={"arguments": _sanitise(arguments)[0]}),
             risk_explanation="A deleted file cannot be brought back.",
         )
         token = await self.store.approvals.issue_token(request, call=raw)
@@ -105,7 +165,7 @@ class Gateway:
         self, request_id: str, tool: str, arguments: Mapping[str, Any], rule: str, risk: float
     ) -> dict[str, Any]:
         key = self.store.settings.hash_key
-        kept, masked = sanitise(arguments)
+        kept, masked = _sanitise(arguments)
         return {
             "request_id": request_id,
             "mcp_server": SERVER,

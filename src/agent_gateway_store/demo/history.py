@@ -16,8 +16,7 @@ from itertools import accumulate
 from random import Random
 from uuid import UUID
 
-from agent_gateway_store.demo.incidents import PROBED, SLOW
-from agent_gateway_store.demo.world import APPROVERS, CALLERS, PROBES, TOOLS, TROUBLEMAKER, Caller, Tool
+from agent_gateway_store.demo.world import APPROVERS, CALLERS, PROBED, PROBES, SLOW, TOOLS, TROUBLEMAKER, Caller, Tool
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, VoteDecision, hash_tool_call
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall

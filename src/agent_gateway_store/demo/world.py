@@ -1,15 +1,16 @@
-"""The world of `demo --events`: who calls, which tools there are, what the policy says, who approves."""
+"""The world of `demo --events`: who calls which tools, what the policy says, who approves, what once happened."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
 from agent_gateway_store.models.keys import TrustLevel
 
-__all__ = ["APPROVERS", "CALLERS", "PROBES", "TOOLS", "TROUBLEMAKER", "Caller", "Tool"]
+__all__ = ["APPROVERS", "CALLERS", "PROBED", "PROBES", "SLOW", "TOOLS", "TROUBLEMAKER", "Caller", "Incident", "Tool"]
 
 Hours = tuple[float, ...]
 OFFICE: Hours = (*[0.03] * 6, 0.15, 0.5, 1.0, 1.6, 1.8, 1.5, 0.9, 1.4, 1.7, 1.6, 1.2, 0.7, 0.3, 0.15, 0.1, *[0.05] * 3)
@@ -71,6 +72,27 @@ class Tool:
     def full_name(self) -> str:
         """Server and tool."""
         return f"{self.server}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something that happened once: on the latest day on which it began at least so long before the history's end.
+
+    Attributes:
+        hour: When it began, UTC.
+        age: At least so long before the end; less than a day more.
+        length: How long it went on.
+    """
+
+    hour: int
+    age: timedelta
+    length: timedelta
+
+    def start(self, end: datetime) -> datetime:
+        """When it began in the history that ends at `end`."""
+        latest = end - self.age
+        start = latest.replace(hour=self.hour, minute=0, second=0, microsecond=0)
+        return start if start <= latest else start - timedelta(days=1)
 
 
 def _pick(*words: str) -> Callable[[Random], str]:
@@ -246,3 +268,6 @@ PROBES: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("postgres.run_query", {"sql": "SELECT * FROM pg_shadow"}, "queries-are-read-only", "CREDENTIAL_ACCESS"),
     ("crm.export_contacts", {"segment": "all", "format": "csv"}, "exports-need-approval", "BULK_EXPORT"),
 )
+PROBED = Incident(hour=10, age=timedelta(days=1), length=timedelta(minutes=30))
+# While the nightly batch runs, which is every night: at other hours there are too few queries to see it.
+SLOW = Incident(hour=2, age=timedelta(days=3), length=timedelta(minutes=90))

@@ -23,7 +23,7 @@ from agent_gateway_store.results.html import pretty_json, style
 if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalRequest
 
-__all__ = ["Inbox", "inbox"]
+__all__ = ["Inbox", "approval_texts", "inbox"]
 
 _ARGUMENT_CHARS = 20_000
 _VERBS = {"approve": "Approved", "deny": "Denied"}
@@ -109,8 +109,10 @@ class Inbox:
         return result
 
     def __repr__(self) -> str:
-        lines = [f"{len(self.waiting)} waiting for {_text.escape(self._approver)}", *map(self._call, self.waiting)]
-        return "\n".join(lines) if self._is_loaded else f"Inbox of {_text.escape(self._approver)}: not loaded"
+        approver = _text.escape(self._approver)
+        if not self._is_loaded:
+            return f"Inbox of {approver}: not loaded"
+        return "\n".join([f"{len(self.waiting)} waiting for {approver}", *map(self._call, self.waiting)])
 
     def _call(self, request: ApprovalRequest, verb: str = "approve") -> str:
         wait, approver = "await " if self.is_async else "", _text.code_text(self._approver)
@@ -130,7 +132,7 @@ class Inbox:
         )
 
     def _row(self, request: ApprovalRequest) -> str:
-        text = _texts(request)
+        text = approval_texts(request)
         calls = "\n".join(self._call(request, verb) for verb in ("approve", "deny"))
         cells = (
             f'<td class="ags-line">{escape(time_text(request.created_at))}</td>',
@@ -146,7 +148,7 @@ async def _awaited(answer: Any) -> Any:
     return await answer if inspect.isawaitable(answer) else answer
 
 
-def _texts(request: ApprovalRequest) -> dict[str, str]:
+def approval_texts(request: ApprovalRequest) -> dict[str, str]:
     """Return an approval as text, with nothing in it that could reorder or hide what an approver reads.
 
     Arguments of more than 20,000 characters are cut, which is said with their length.
@@ -212,7 +214,7 @@ def _widget_class() -> type[Any]:
 
         async def _load(self) -> None:
             await super()._load()
-            self.items = [_texts(request) for request in self.waiting]
+            self.items = [approval_texts(request) for request in self.waiting]
             self.looked_at = utc_now().isoformat()
 
         def _receive(self, _widget: Any, content: Any, _buffers: Any) -> None:

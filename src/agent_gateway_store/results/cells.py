@@ -58,9 +58,9 @@ _BADGES = frozenset({"decision", "execution_status", "output_decision", "status"
 _TONES: dict[str, Tone] = {
     "ALLOW": "good",
     "APPROVED": "good",
+    "APPROVED_OUTPUT_RELEASE": "good",
     "DELIVERED": "good",
     "SUCCESS": "good",
-    "APPROVED_OUTPUT_RELEASE": "good",
     "DEAD": "bad",
     "DENIED": "bad",
     "DENY": "bad",

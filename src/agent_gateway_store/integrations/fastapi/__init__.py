@@ -9,7 +9,7 @@ from __future__ import annotations
 from agent_gateway_store.errors import MissingExtraError
 
 try:
-    import fastapi  # noqa: F401  asked for here, so that its absence is told by the extra
+    import fastapi  # noqa: F401  imported here, so that the error of its absence names the extra
 except ImportError as exc:
     raise MissingExtraError("agent_gateway_store.integrations.fastapi", extra="fastapi") from exc
 

@@ -1,4 +1,4 @@
-"""The desk of the approvers over HTTP. Tokens and hashes never leave by it."""
+"""The approvals over HTTP, for approvers. No token and no hash is in an answer."""
 
 # Without postponed annotations: FastAPI must see the dependency that `approvals_router` is given.
 from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolC
 __all__ = ["ApprovalView", "Approver", "DecisionView", "approvals_router"]
 
 _MAX_BODY_BYTES = 65_536
-_SHOWN = ConfigDict(from_attributes=True)
+_FROM_ATTRIBUTES = ConfigDict(from_attributes=True)
 
 
 class Approver(FrozenModel):
@@ -35,7 +35,7 @@ class Approver(FrozenModel):
 class ApprovalView(BaseModel):
     """One approval as approvers see it; the fields are those of `ApprovalRequest`."""
 
-    model_config = _SHOWN
+    model_config = _FROM_ATTRIBUTES
 
     approval_id: UUID
     request_id: str
@@ -77,7 +77,7 @@ class DecisionBody(BaseModel):
 class DecisionView(BaseModel):
     """Where an approval stands after a decision; the fields are those of `ApprovalResult`."""
 
-    model_config = _SHOWN
+    model_config = _FROM_ATTRIBUTES
 
     approval_id: UUID
     status: ApprovalStatus
@@ -94,7 +94,7 @@ def approvals_router(
 
     `GET /approvals?status=PENDING&limit=&cursor=`, `GET /approvals/{approval_id}`, and
     `POST /approvals/{approval_id}/decision` with `{"decision": "approve" | "deny", "note": ""}`. A decision needs a
-    JSON body, which no form of a foreign page can send. What the store objects to is answered as `http_exception_of`
+    JSON body, which no form of a foreign page can send. What the store refuses is answered as `http_exception_of`
     says: 404 for an unknown approval and for one of another organisation, 409 naming the standing decision, 410 after
     the deadline.
 

@@ -25,7 +25,7 @@ async def get_caller(request: Request, store: StoreDep, _bearer: _Bearer, _api_k
 
     Raises:
         HTTPException: 401, always the same one, if there is not exactly one key or it is not accepted; 503 if the
-            store cannot tell. The store's error is its cause.
+            store cannot answer. The store's error is its cause.
     """
     with http_errors():
         return await store.keys.verify(key_in(request.headers))

@@ -33,7 +33,10 @@ _STATUSES: tuple[tuple[type[errors.GatewayStoreError], int], ...] = (
     (errors.SchemaOutOfDateError, 503),
 )
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(RETRY_AFTER_S)}}
-_FAULTS = {500: "The gateway failed: tell its operator.", 503: "The gateway cannot reach its records: try again later."}
+_GENERAL = {
+    500: "The gateway failed: tell its operator.",
+    503: "The gateway cannot reach its records: try again later.",
+}
 _logger = logging.getLogger("agent_gateway_store.integrations")
 
 
@@ -46,7 +49,7 @@ def http_exception_of(error: errors.GatewayStoreError) -> HTTPException:
     general one above: which server and which setting are the operator's business.
     """
     status = next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
-    detail = _FAULTS.get(status) or str(error).encode("utf-8", "replace").decode()
+    detail = _GENERAL.get(status) or str(error).encode("utf-8", "replace").decode()
     return HTTPException(status, detail, _HEADERS.get(status))
 
 
@@ -61,7 +64,7 @@ def http_errors() -> Iterator[None]:
 
 def _logged(error: errors.GatewayStoreError) -> HTTPException:
     answer = http_exception_of(error)
-    if answer.status_code in _FAULTS:
+    if answer.status_code in _GENERAL:
         _logger.error("%s: %s", type(error).__name__, error)
     return answer
 

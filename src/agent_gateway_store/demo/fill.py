@@ -75,7 +75,7 @@ async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | 
 
 
 def show_filled(summary: dict[str, Any], settings: StoreSettings) -> None:
-    """Tell what was written, and how to look at it."""
+    """Print what was written, and how to look at it."""
     from agent_gateway_store.settings import mask_url
 
     url = mask_url(settings.database_url)

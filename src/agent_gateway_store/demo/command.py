@@ -1,4 +1,7 @@
-"""`gateway-store demo`: the main job from end to end, on real files, in a few seconds."""
+"""`gateway-store demo`: the main job from end to end, on real files, in a few seconds; `seed`: a first caller.
+
+The command line loads it by name, so that the demo stands above it.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,28 @@ import typer
 
 from agent_gateway_store.cli.context import open_store, run, settings_of, sqlite_file
 from agent_gateway_store.cli.errors import CommandError
-from agent_gateway_store.cli.output import JsonOption, console, print_json, record, say, tidy
+from agent_gateway_store.cli.keys import print_issued
+from agent_gateway_store.cli.output import JsonOption, complain, console, field_text, print_json, say, to_dict
 
 if TYPE_CHECKING:
     from agent_gateway_store.demo.gateway import Gateway
     from agent_gateway_store.models.audit import AuditEvent
-    from agent_gateway_store.models.keys import IssuedKey
+    from agent_gateway_store.models.keys import ApiKey, IssuedKey, TrustLevel
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
-__all__ = ["CALLER", "DATABASE", "demo"]
+__all__ = ["app"]
+
+app = typer.Typer()
 
 CALLER = "demo-agent"
+FIRST_CALLER, FIRST_ROLE = "dev-agent", "developer"
 DATABASE = "sqlite:///gateway-demo.db"
 _YEARS = range(1970, 9999)
 _COLUMNS = ("tool", "arguments", "decision", "approver", "result", "ms")
 
 
+@app.command()
 def demo(
     ctx: typer.Context,
     events: Annotated[
@@ -56,8 +64,8 @@ def demo(
     if events is not None:
         _fill(ctx, settings, events, seed, end, as_json=json)
         return
-    tell = (lambda text: None) if json else say
-    summary = run(_demo(ctx, settings, tell))
+    report = (lambda text: None) if json else say
+    summary = run(_demo(ctx, settings, report))
     if json:
         print_json(summary)
 
@@ -79,7 +87,7 @@ def _end(until: str, events: int | None) -> datetime:
 def _fill(
     ctx: typer.Context, settings: StoreSettings, events: int, seed: int, end: datetime | None, *, as_json: bool
 ) -> None:
-    from agent_gateway_store.demo.events import fill, show_filled
+    from agent_gateway_store.demo.fill import fill, show_filled
 
     async def work() -> dict[str, Any]:
         async with open_store(ctx, settings=settings) as store:
@@ -92,31 +100,30 @@ def _fill(
         show_filled(summary, settings)
 
 
-async def _demo(ctx: typer.Context, settings: StoreSettings, tell: Any) -> dict[str, Any]:
-    from agent_gateway_store.demo.gateway import Approver, Gateway
-    from agent_gateway_store.demo.tools import Toolbox
+async def _demo(ctx: typer.Context, settings: StoreSettings, report: Any) -> dict[str, Any]:
+    from agent_gateway_store.demo.gateway import Approver, Gateway, Toolbox
 
     started = time.perf_counter()
     async with open_store(ctx, settings=settings) as store:
         issued = await _issue(store)
         caller = await store.keys.verify(issued.plaintext)
-        tell(f"Key       {CALLER} has API key agw_{caller.key_id}_***; verified as {caller.role}.")
+        report(f"Key       {CALLER} has API key agw_{caller.key_id}_***; verified as {caller.role}.")
         with tempfile.TemporaryDirectory(prefix="gateway-demo-") as folder:
             gateway = Gateway(store, caller, Toolbox(Path(folder)))
             approving = asyncio.create_task(Approver(store, gateway.session_id).work())
             try:
-                await _calls(gateway, tell)
+                await _calls(gateway, report)
             finally:
                 approving.cancel()
                 with suppress(asyncio.CancelledError):
                     await approving
             left = gateway.tools.names
         await store.keys.revoke(CALLER)
-        tell(f"Files     {' and '.join(left)} are left; the API key is revoked.")
+        report(f"Files     {' and '.join(left)} are left; the API key is revoked.")
         events = [event for event in await store.audit.list_by_caller(CALLER) if event.session_id == gateway.session_id]
     seconds = time.perf_counter() - started
     _check(gateway, events, left)
-    if tell is say:
+    if report is say:
         _show(events, settings, seconds)
     return _summary(gateway, events, left, settings, seconds)
 
@@ -133,19 +140,19 @@ async def _issue(store: GatewayStore) -> IssuedKey:
         return await store.keys.rotate(CALLER, timedelta())
 
 
-async def _calls(gateway: Gateway, tell: Any) -> None:
+async def _calls(gateway: Gateway, report: Any) -> None:
     names = await gateway.call("list_files")
     text = await gateway.call("read_file", name="notes.txt", access_code="4711")
     digest = await gateway.call("hash_file", name="customers.csv")
-    tell(f"Tools     list_files: {len(names)} files; read_file: {len(text)} characters; hash_file: {digest[:8]}...")
+    report(f"Tools     list_files: {len(names)} files; read_file: {len(text)} characters; hash_file: {digest[:8]}...")
     for name in ("old-export.csv", "customers.csv"):
-        tell(f"Approval  delete_file {name} waits for a decision of another task ...")
+        report(f"Approval  delete_file {name} waits for a decision of another task ...")
         await gateway.call("delete_file", name=name)
         answer = gateway.decisions[name]
         verdict = "approved" if answer.status == "APPROVED" else "denied"
-        tell(f"          {verdict} by {answer.approver_id}: {answer.note}.")
+        report(f"          {verdict} by {answer.approver_id}: {answer.note}.")
         if gateway.replay_refused and verdict == "approved":
-            tell("          The token was used once; a second use was refused.")
+            report("          The token was used once; a second use was refused.")
 
 
 def _check(gateway: Gateway, events: list[AuditEvent], left: list[str]) -> None:
@@ -177,7 +184,7 @@ def _row(event: AuditEvent) -> dict[str, Any]:
     name = arguments.pop("name", "")
     cells = (
         event.tool_name,
-        " ".join(filter(None, (name, tidy("sanitized_args", arguments)))),
+        " ".join(filter(None, (name, field_text("sanitized_args", arguments)))),
         event.decision,
         event.approver_id,
         event.execution_status or "not run",
@@ -196,11 +203,69 @@ def _summary(
         "caller_id": CALLER,
         "key_id": gateway.caller.key_id,
         "session_id": gateway.session_id,
-        "approvals": {name: record(answer) for name, answer in gateway.decisions.items()},
+        "approvals": {name: to_dict(answer) for name, answer in gateway.decisions.items()},
         "second_use_refused": gateway.replay_refused,
         "files_left": left,
-        "events": [record(event) for event in reversed(events)],
+        "events": [to_dict(event) for event in reversed(events)],
         "database_url": mask_url(settings.database_url),
         "database_file": None if file is None else str(file.absolute()),
         "seconds": round(seconds, 3),
     }
+
+
+@app.command()
+def seed(
+    ctx: typer.Context,
+    policies: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="YAML policy file; without one, the role developer has trust level MEDIUM.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Create the caller dev-agent (role developer) and print its API key, once. Safe to repeat."""
+    from agent_gateway_store.models.keys import TrustLevel
+
+    settings = settings_of(ctx)
+    levels = {FIRST_ROLE: TrustLevel.MEDIUM} if policies is None else _trust_levels(policies)
+
+    async def work() -> tuple[IssuedKey | None, ApiKey]:
+        async with open_store(ctx, settings=settings) as store:
+            return await _first_key(store, levels[FIRST_ROLE])
+
+    issued, known = run(work())
+    if policies is not None and not json:
+        complain(f"Roles in {policies.name}: {', '.join(f'{name} {level.name}' for name, level in levels.items())}.")
+    roles = {name: level.name for name, level in levels.items()}
+    if issued is not None:
+        print_issued(issued, as_json=json, created=True, roles=roles)
+    elif json:
+        print_json({**to_dict(known), "created": False, "roles": roles})
+    else:
+        next_step = f"`gateway-store keys rotate {FIRST_CALLER}`"
+        complain(f"{FIRST_CALLER} already has an API key, which cannot be shown again: {next_step}.")
+
+
+async def _first_key(store: GatewayStore, level: TrustLevel) -> tuple[IssuedKey | None, ApiKey]:
+    from agent_gateway_store.errors import ApiKeyExistsError
+
+    try:
+        issued = await store.keys.issue(FIRST_CALLER, role=FIRST_ROLE, trust_level=level)
+    except ApiKeyExistsError:
+        return None, await store.keys.get(FIRST_CALLER)
+    return issued, issued.api_key
+
+
+def _trust_levels(path: Path) -> dict[str, TrustLevel]:
+    from agent_gateway_store.demo.policies import read_policies
+
+    levels = read_policies(path)
+    if FIRST_ROLE not in levels:
+        raise CommandError(
+            f"{path.name} has no role {FIRST_ROLE}, which {FIRST_CALLER} is given: add it under `roles`."
+        )
+    return levels

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from agent_gateway_store.cli.errors import CommandError, spell_validation
+from agent_gateway_store.cli.errors import CommandError, describe_validation
 from agent_gateway_store.models.keys import TrustLevel
 
 __all__ = ["PolicyFile", "read_policies"]
@@ -50,7 +50,7 @@ def read_policies(path: Path) -> dict[str, TrustLevel]:
     """Return the trust level of every role in a policy file.
 
     Raises:
-        CommandError: It cannot be read, is no YAML, or of another shape; the text says where.
+        CommandError: It cannot be read, is not YAML, or has another shape; the text says where.
     """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -67,5 +67,5 @@ def read_policies(path: Path) -> dict[str, TrustLevel]:
     try:
         policies = PolicyFile.model_validate(document)
     except ValidationError as exc:
-        raise CommandError(f"{path.name} is not a policy file: {spell_validation(exc)}; {_EXAMPLE}.") from exc
+        raise CommandError(f"{path.name} is not a policy file: {describe_validation(exc)}; {_EXAMPLE}.") from exc
     return {name: role.trust_level for name, role in policies.roles.items()}
