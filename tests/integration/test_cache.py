@@ -221,20 +221,21 @@ async def test_a_key_of_another_type_is_a_miss_and_replaced(
     assert caplog.records == []
 
 
-async def test_an_entry_and_a_message_go_in_one_round_trip(client: RedisClient) -> None:
-    """Whoever receives the message finds the entry."""
+async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -> None:
+    """Whoever receives the message finds the entries."""
     cache = RedisCache(client, timeout_s=5)
     await cache.put_newer([CacheEntry("key-0", '{"version": 1}', 1, 60)])
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe("channel")
         before = (await client.info("stats"))["total_reads_processed"]
-        assert await cache.put_newer([CacheEntry("key-1", '{"version": 1}', 1, 60)], message=("channel", "hello"))
+        entries = [CacheEntry(f"key-{number}", '{"version": 1}', 1, 60) for number in (1, 2)]
+        assert await cache.put_newer(entries, message=("channel", "hello"))
         assert (await client.info("stats"))["total_reads_processed"] - before == 2  # one of them is this `info`
         async with asyncio.timeout(5):
             while (message := await pubsub.get_message(timeout=5)) is None:
                 pass
         assert message["data"] == b"hello"
-        assert await client.exists("key-0", "key-1") == 2
+        assert await client.exists("key-0", "key-1", "key-2") == 3
 
 
 async def test_a_message_goes_out_from_a_redis_whose_memory_is_full(client: RedisClient) -> None:

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import NamedTuple, TypeVar
 
+from redis.asyncio import RedisCluster
 from redis.exceptions import MaxConnectionsError
 
 from agent_gateway_store.storage.cache import REDIS_FAULTS, RedisClient, milliseconds
@@ -31,15 +31,18 @@ return {value, redis.call('PTTL', KEYS[1])}
 # An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent. The
 # message goes out also where Redis takes no entry because its memory is full.
 _PUT_NEWER = """
-local value, stored = redis.pcall('GET', KEYS[1]), 1
-if type(value) == 'string' then
-  local ok, entry = pcall(cjson.decode, value)
-  if ok and type(entry) == 'table' and type(entry.version) == 'number' and entry.version > tonumber(ARGV[2]) then
-    stored = 0
+local stored = 1
+for i, key in ipairs(KEYS) do
+  local text, version, ttl_ms = ARGV[3 * i - 2], tonumber(ARGV[3 * i - 1]), ARGV[3 * i]
+  local value, is_older = redis.pcall('GET', key), false
+  if type(value) == 'string' then
+    local ok, entry = pcall(cjson.decode, value)
+    is_older = ok and type(entry) == 'table' and type(entry.version) == 'number' and entry.version > version
   end
+  if is_older or redis.pcall('SET', key, text, 'PX', ttl_ms).err then stored = 0 end
 end
-if stored == 1 and redis.pcall('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]).err then stored = 0 end
-if ARGV[4] then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
+local channel = ARGV[3 * #KEYS + 1]
+if channel then redis.call('PUBLISH', channel, ARGV[3 * #KEYS + 2]) end
 return stored
 """
 
@@ -87,21 +90,27 @@ class RedisCache:
         return None if reply is None else (reply[0], reply[1])
 
     async def put_newer(self, entries: Sequence[CacheEntry], *, message: tuple[str, str] | None = None) -> bool:
-        """Store each entry unless a newer version is there, one after the other, each in one step; then publish.
+        """Store each entry unless a newer version is there, then publish; in one round trip.
+
+        In a cluster, where keys live apart, each entry takes one; the message then goes out with the last.
 
         Args:
             entries: What to store. What stands there and has no version is replaced, of whatever type it is.
-            message: A channel and what to publish on it, in the same step as the last entry.
+            message: A channel and what to publish on it.
 
         Returns:
             True if every entry was stored, and the message sent.
         """
         if not entries:
             return message is None or await self.publish(*message)
+        steps = [[entry] for entry in entries] if isinstance(self.client, RedisCluster) else [list(entries)]
         is_stored = True
-        for index, (key, text, version, ttl_s) in enumerate(entries, 1):
-            args = [text, version, milliseconds(ttl_s), *(message or () if index == len(entries) else ())]
-            is_stored = bool(await self._run(partial(self._put_newer, [key], args))) and is_stored
+        for step in steps:
+            args = [field for _, text, version, ttl_s in step for field in (text, version, milliseconds(ttl_s))]
+            args += message if message is not None and step is steps[-1] else ()
+            keys = [entry.key for entry in step]
+            reply = await self._run(lambda client, keys=keys, args=args: self._put_newer(keys, args, client))
+            is_stored = bool(reply) and is_stored
         return is_stored
 
     async def delete(self, key: str) -> None:
