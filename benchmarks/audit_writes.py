@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import asyncpg
-from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from agent_gateway_store import AuditEvent, GatewayStore
+from agent_gateway_store.audit.backends import Sink, sink_for
 from agent_gateway_store.audit.record import COLUMNS, encode_event
 from agent_gateway_store.storage.database import create_engine
 from benchmarks.events import events
@@ -42,18 +45,24 @@ async def concurrently(write: Callable[[AuditEvent], Awaitable[Any]], written: S
     await asyncio.gather(*(writer() for _ in range(WRITERS)))
 
 
-def count_batches(store: GatewayStore) -> list[int]:
-    """Note the size of every batch that the store commits from now on."""
-    sink = store.audit._writer()._sink
+@contextmanager
+def counted_batches() -> Iterator[list[int]]:
+    """Have every store that is opened meanwhile note the sizes of its batches."""
     sizes: list[int] = []
-    commit = sink.store
 
-    async def counting(rows: Sequence[Any]) -> Any:
-        sizes.append(len(rows))
-        return await commit(rows)
+    def counting_sink(engine: AsyncEngine) -> Sink:
+        sink = sink_for(engine)
+        commit = sink.store
 
-    sink.store = counting  # type: ignore[method-assign]
-    return sizes
+        async def counting(rows: Sequence[Any]) -> Any:
+            sizes.append(len(rows))
+            return await commit(rows)
+
+        sink.store = counting  # type: ignore[method-assign]
+        return sink
+
+    with patch("agent_gateway_store.store.sink_for", counting_sink):
+        yield sizes
 
 
 def records(count: int) -> list[tuple[Any, ...]]:
@@ -68,8 +77,9 @@ async def measure(url: str, *, repeat: int, scale: float) -> list[Figure]:
     lone = Figure("write, 1 writer, median latency", "ms", "asyncpg INSERT, autocommit", 1.5, more_is_better=False)
     many = Figure("write_many, built beforehand", "events/s", "asyncpg COPY of ready tuples", 0.5)
     driver = await asyncpg.connect(url)
-    async with GatewayStore(url, redis_url="", auto_migrate=True) as store:
-        sizes = count_batches(store)
+    with counted_batches() as sizes:
+        store = await GatewayStore(url, redis_url="", auto_migrate=True).open()
+    async with store:
         await store.audit.write_many(events(2_000))
         for _ in range(repeat):
             await _sixty_four(store, driver, url, orm, copy, sizes, int(20_000 * scale))

@@ -12,7 +12,7 @@ import asyncpg
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.audit.filters import criteria
 from agent_gateway_store.audit.record import COLUMNS
-from agent_gateway_store.audit.selects import newest, parameters
+from agent_gateway_store.audit.selects import newest
 from benchmarks.audit_writes import records
 from benchmarks.filling import database, fill
 from benchmarks.report import Figure
@@ -72,8 +72,8 @@ async def _first_pages(url: str, repeat: int, rows: int) -> list[Figure]:
         for name, filters in SEARCHES.items():
             figure = Figure(name, "ms", "the same SQL by asyncpg, rows as tuples", 5, more_is_better=False)
             found = criteria(filters, org_id=None)
-            query = newest(dialect, found, limit=PAGE)
-            arguments = query.arguments(parameters(dialect, found.values))
+            query = newest(found.shape, limit=PAGE).compiled(dialect)
+            arguments = query.arguments(found.values)
 
             async def ours(filters: Any = filters) -> Any:
                 return await (store.audit.search(limit=PAGE, **filters) if filters else store.audit.list_recent(PAGE))

@@ -62,7 +62,7 @@ def _stat(pid: int) -> tuple[str, int]:
     return state, int(parent)
 
 
-def _signal(pids: list[int], signum: signal.PubSub) -> None:
+def _signal(pids: list[int], signum: signal.Signals) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signum)
@@ -84,7 +84,7 @@ def _free_port() -> int:
             return port
 
 
-def _die_with_parent(signum: signal.PubSub) -> Callable[[], None] | None:
+def _die_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
     """Return a `preexec_fn` that has the kernel signal the server when this process dies; None where that is unsafe."""
     # It fires when the forking thread ends, and may deadlock beside other threads; there the guard does it alone.
     if len(list(Path("/proc/self/task").glob("*"))) != 1:

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeAlias, TypeVar
 
 __all__ = ["BackgroundTasks", "BatchQueue", "SingleFlight"]
@@ -109,9 +110,9 @@ class _Flight(Generic[T]):
 class BatchQueue(Generic[I, R]):
     """Group commit: what arrives while a batch is under way goes together in the next one.
 
-    An item that finds nothing under way is processed at once, in its caller's own task, so that a lone one waits for
-    nobody; throughput comes from the batches that form by themselves. Items are processed in the order of arrival, one
-    batch at a time. Cancelling a caller does not withdraw its item.
+    Where `run` finds nothing under way it processes the item at once, in its caller's own task, so that a lone one
+    waits for nobody; throughput comes from the batches that form by themselves. Items are processed in the order in
+    which they are queued, one batch at a time. Cancelling a caller does not withdraw its item.
 
     Args:
         process: Takes a batch and returns one result for each item, in order; raises nothing but a cancellation. An
@@ -121,8 +122,8 @@ class BatchQueue(Generic[I, R]):
         size: Bytes of an item, as `max_bytes` and `max_queued_bytes` count them.
         max_queued: From so many waiting items on, `run` waits for room.
         max_queued_bytes: Likewise, in bytes.
-        abandon: What an item comes to when the task that processes it is cancelled, as where somebody cancels every
-            task there is. None: it stays, and goes with the next batch; `join` sees to it.
+        abandon: What an item comes to when the queue's own task is cancelled, as where somebody cancels every task
+            there is. None: it stays, and goes with the next batch; `join` sees to it.
     """
 
     def __init__(
@@ -181,10 +182,25 @@ class BatchQueue(Generic[I, R]):
             self._start()
             await self._progress.wait()
 
+    async def close(self, timeout_s: float) -> int:
+        """Wait for what has arrived, `timeout_s` seconds at most, and return how many items were abandoned then.
+
+        Only for a queue with `abandon`.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.join()
+        left = len(self)
+        if self._drainer is not None:
+            self._drainer.cancel()
+            await asyncio.wait([self._drainer])
+        return left
+
     async def _wait_for_room(self, item: I) -> None:
         self._waiting_for_room += 1
         try:
             while self.is_full:
+                self._start()  # the task that made room may have been cancelled
                 self._room.clear()
                 await self._room.wait()
         except asyncio.CancelledError:
@@ -200,9 +216,10 @@ class BatchQueue(Generic[I, R]):
         try:
             result = (await self._process([item]))[0]
         except asyncio.CancelledError:
+            # It may be half done, and its caller is gone: the queue's own task does it again.
             future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
             future.cancel()
-            self._end_cancelled([(item, future)])
+            self._requeue([(item, future)])
             raise
         else:
             self._note_done(1)
@@ -222,10 +239,10 @@ class BatchQueue(Generic[I, R]):
         # A task that is cancelled before its first step has run nothing at all, not even a `finally`.
         if self._drainer is drainer:
             self._drainer = None
-        if drainer.cancelled() and self._abandon is not None:
-            self._end_cancelled([])
-        elif not drainer.cancelled():
-            self._start()
+        if not drainer.cancelled():
+            self._start()  # what came after its last step
+        elif self._abandon is not None:
+            self._abandon_all(self._abandon)
         self._note_done(0)
 
     async def _drain(self) -> None:
@@ -234,7 +251,7 @@ class BatchQueue(Generic[I, R]):
             try:
                 results = await self._process([item for item, _ in batch])
             except asyncio.CancelledError:
-                self._end_cancelled(batch)
+                self._requeue(batch)
                 raise
             for (_, future), result in zip(batch, results, strict=True):
                 if future.done():
@@ -256,16 +273,18 @@ class BatchQueue(Generic[I, R]):
             self._room.set()
         return batch
 
-    def _end_cancelled(self, batch: _Batch[I, R]) -> None:
+    def _requeue(self, batch: _Batch[I, R]) -> None:
         self._queue.extendleft(reversed(batch))
         self._queued_bytes += sum(self._size(item) for item, _ in batch)
-        if self._abandon is None:
-            return
+
+    def _abandon_all(self, abandon: Callable[[I], R]) -> None:
         while self._queue:
-            for item, future in (batch := self._next_batch()):
+            batch = self._next_batch()
+            for item, future in batch:
+                result = abandon(item)
                 if not future.done():
-                    future.set_result(self._abandon(item))
-            self._note_done(len(batch))
+                    future.set_result(result)
+            self._done += len(batch)
 
     def _note_done(self, count: int) -> None:
         self._done += count

@@ -14,14 +14,12 @@ from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.audit.backends import sink_for
+from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.metrics import observe
-from agent_gateway_store.audit.preparing import Preparing
 from agent_gateway_store.audit.spool import Spool
-from agent_gateway_store.audit.telling import Telling
-from agent_gateway_store.audit.writer import AuditWriter
+from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
-from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks.dispatch import Dispatcher, Vetoes
 from agent_gateway_store.hooks.executor import PluginExecutor
 from agent_gateway_store.hooks.manager import Plugins
@@ -89,7 +87,7 @@ class GatewayStore:
     def _bind(self, org_id: str | None) -> None:
         core, self._org_id = self._core, org_id
         self._audit = AuditManager(
-            core.database, core.get_writer, org_id=org_id, preparing=core.preparing, telling=core.telling
+            core.database, core.writer, org_id=org_id, before=core.before_write, after=core.after_write
         )
         self._approvals = ApprovalManager.over(
             core.database,
@@ -235,13 +233,13 @@ class _Core:
         )
         self.executor = PluginExecutor(settings.plugin_timeout_seconds)
         self.vetoes = Vetoes(lambda: self.plugins, self.executor)
-        self.preparing = Preparing(lambda: self.plugins, self.executor)
-        self.telling = Telling(lambda: self.plugins, self.executor)
+        self.before_write = BeforeWriteHooks(lambda: self.plugins, self.executor)
+        self.after_write = AfterWriteHooks(lambda: self.plugins, self.executor)
+        self.writer = OpenWriter()
         self.outbox = StoreOutbox(database, settings)
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
-        self._writer: AuditWriter | None = None
 
     @property
     def plugins(self) -> Plugins:
@@ -256,8 +254,8 @@ class _Core:
             await self._prepare_schema()
             dispatcher = Dispatcher(self.plugins, self.settings, self.executor)
             notifiers = await dispatcher.open()
-            tell = self.telling.tell if self.telling.is_wanted else None
-            writer = AuditWriter(sink_for(self.database.engine), self._spool(), tell=tell)
+            notify = self.after_write.notify if self.after_write.is_wanted else None
+            writer = AuditWriter(sink_for(self.database.engine), self._spool(), notify=notify)
             if self.settings.otel_enabled:
                 observe(writer)
         except BaseException:
@@ -266,8 +264,8 @@ class _Core:
         if self._is_open_here():
             return  # another task was faster
         self.database.bind_to_loop()
-        self._writer = writer
-        self.preparing.withheld = self.telling.untold = 0
+        self.writer.writer = writer
+        self.before_write.withheld = self.after_write.untold = 0
         self.outbox.open(dispatcher, notifiers)
         self.key_cache.open()
         await writer.open()
@@ -276,12 +274,6 @@ class _Core:
         if self.settings.audit_mode == "strict":
             return None
         return Spool(self.settings.audit_spool_path, self.database.engine.url)
-
-    def get_writer(self) -> AuditWriter:
-        """Return the writer of the open store."""
-        if self._writer is None:
-            raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
-        return self._writer
 
     def _is_open_here(self) -> bool:
         """True if open; raises StoreNotOpenError if that was done in another process or event loop."""
@@ -317,10 +309,10 @@ class _Core:
             steps.callback(self.hasher.close)
             steps.push_async_callback(self.executor.aclose)
             steps.push_async_callback(self.outbox.close)
-            if self._writer is not None:
-                writer, self._writer = self._writer, None
-                steps.push_async_callback(self.telling.close)
+            if self.writer.writer is not None:
+                writer, self.writer.writer = self.writer.writer, None
+                steps.push_async_callback(self.after_write.close)
                 steps.push_async_callback(writer.close)
-                steps.push_async_callback(self.preparing.settle)
+                steps.push_async_callback(self.before_write.join)
             steps.push_async_callback(self.pubsub.close)
             steps.push_async_callback(self.key_cache.close)

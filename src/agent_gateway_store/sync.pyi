@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from agent_gateway_store.approval.searching import ApprovalFilters
-from agent_gateway_store.audit.exporting import ExportResult
+from agent_gateway_store.audit.export import ExportResult
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.hooks.manager import Plugins
@@ -63,6 +63,26 @@ class SyncAuditManager:
     def counters(self) -> AuditCounters:
         """What became of the events written in this process since the store was opened; a copy."""
 
+    def get_by_request_id(self, request_id: str) -> AuditEvent | None:
+        """Return the event with this `request_id`, or None."""
+
+    def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
+        """Return up to `limit` events of one caller, after skipping `offset`."""
+
+    def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
+        """Return up to `limit` events with this decision."""
+
+    def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
+        """Return the `limit` newest events."""
+
+    def search(self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]) -> Page[AuditEvent]:
+        """Return events that match every filter (see `Filters`), newest first, ties broken by id."""
+
+    def stats(
+        self, by: str | Sequence[str] | None = None, bucket: timedelta | str | None = None, **filters: Unpack[Filters]
+    ) -> Stats:
+        """Count events and their latencies, aggregated by the database."""
+
     def stream(self, **filters: Unpack[Filters]) -> Generator[AuditEvent]:
         """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for."""
 
@@ -96,26 +116,6 @@ class SyncAuditManager:
         **filters: Unpack[Filters],
     ) -> ExportResult:
         """Write every event that matches to a file, oldest first, as the log was at one moment."""
-
-    def get_by_request_id(self, request_id: str) -> AuditEvent | None:
-        """Return the event with this `request_id`, or None."""
-
-    def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
-        """Return up to `limit` events of one caller, after skipping `offset`."""
-
-    def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
-        """Return up to `limit` events with this decision."""
-
-    def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
-        """Return the `limit` newest events."""
-
-    def search(self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]) -> Page[AuditEvent]:
-        """Return events that match every filter (see `Filters`), newest first, ties broken by id."""
-
-    def stats(
-        self, by: str | Sequence[str] | None = None, bucket: timedelta | str | None = None, **filters: Unpack[Filters]
-    ) -> Stats:
-        """Count events and their latencies, aggregated by the database."""
 
 class SyncApprovalManager:
     def issue_token(self, request: ApprovalRequest, *, call: ToolCall | None = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -79,40 +78,6 @@ async def test_every_status_is_stored_and_found(store: GatewayStore, make_event:
         (found,) = await store.audit.search(execution_status=status)
 
         assert (found.request_id, found.execution_status) == (status, status)
-
-
-async def test_same_event_again_is_a_duplicate(store: GatewayStore, make_event: MakeEvent) -> None:
-    """Writing is safe to repeat: one row, however often and however concurrently."""
-    event = make_event()
-    outcomes = await asyncio.gather(*(store.audit.write(event) for _ in range(10)))
-    again = await store.audit.write(event.model_copy())
-
-    assert sorted(outcomes) == ["DUPLICATE"] * 9 + ["STORED"]
-    assert again == "DUPLICATE"
-    assert len(await store.audit.list_recent()) == 1
-
-
-async def test_another_event_under_a_used_id_is_kept(store: GatewayStore, make_event: MakeEvent) -> None:
-    """A replayed request id hides nothing: the second event is a row of its own, labelled, under a derived id."""
-    await store.audit.write(make_event(request_id="r-1", decision="DENY"))
-    replayed = make_event(request_id="r-1", decision="ALLOW", risk_labels=["write"])
-    outcomes = [await store.audit.write(replayed) for _ in range(2)]
-
-    assert outcomes == ["STORED", "DUPLICATE"]
-    first = await store.audit.get_by_request_id("r-1")
-    assert first is not None
-    assert first.decision == "DENY"
-    (second,) = await store.audit.list_by_decision("ALLOW")
-    assert second.risk_labels == ["write", "REQUEST_ID_REUSED"]
-    assert second.request_id.startswith("r-1~")
-
-
-async def test_same_id_in_two_organisations_is_two_events(store: GatewayStore, make_event: MakeEvent) -> None:
-    """A request id is unique in its organisation only."""
-    for org_id in ("acme", "globex"):
-        assert await store.audit.write(make_event(request_id="r-1", org_id=org_id)) == "STORED"
-
-    assert [event.request_id for event in await store.audit.list_recent()] == ["r-1", "r-1"]
 
 
 async def test_hostile_event_is_stored_and_flagged(store: GatewayStore, make_event: MakeEvent) -> None:
@@ -198,21 +163,6 @@ async def test_what_is_no_event_is_a_type_error(store: GatewayStore, make_event:
     assert await store.audit.list_recent() == []
 
 
-async def test_recorded_event_shares_the_fate_of_the_transaction(store: GatewayStore, make_event: MakeEvent) -> None:
-    """`record` writes into the caller's transaction: committed with it, rolled back with it, unseen before."""
-    async with store.database.sessions() as session:
-        assert await store.audit.record(make_event(request_id="dropped"), session=session) == "STORED"
-        assert session.in_transaction()
-        await session.rollback()
-    async with store.database.sessions() as session:
-        event = make_event(request_id="kept")
-        assert await store.audit.record(event, session=session) == "STORED"
-        assert await store.audit.record(event, session=session) == "DUPLICATE"
-        await session.commit()
-
-    assert [event.request_id for event in await store.audit.list_recent()] == ["kept"]
-
-
 async def test_record_raises_what_went_wrong(store: GatewayStore, make_event: MakeEvent) -> None:
     """Unlike `write`, `record` raises: the caller's transaction must not be committed without its event."""
     engine = store.database.engine
@@ -224,24 +174,3 @@ async def test_record_raises_what_went_wrong(store: GatewayStore, make_event: Ma
         await session.rollback()
 
     assert await store.audit.write(make_event()) == "STORED"
-
-
-async def test_recorded_event_is_stamped(store: GatewayStore, make_event: MakeEvent) -> None:
-    """A bound store stamps what it records, as what it writes."""
-    async with store.database.sessions() as session:
-        await store.for_org("acme").audit.record(make_event(), session=session)
-        await session.commit()
-
-    assert [event.org_id for event in await store.audit.list_recent()] == ["acme"]
-
-
-async def test_cancelled_caller_does_not_cancel_the_write(store: GatewayStore, make_event: MakeEvent) -> None:
-    """An event handed over is stored although the task that did it is gone."""
-    tasks = [asyncio.create_task(store.audit.write(make_event())) for _ in range(20)]
-    await asyncio.sleep(0)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await store.audit.flush()
-
-    assert len(await store.audit.list_recent()) == 20

@@ -7,6 +7,7 @@ import base64
 import json
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -61,6 +62,18 @@ async def test_what_commits_late_is_not_missed(store: GatewayStore, make_event: 
         ["slow", "fast-1", "fast-2"] if is_sqlite else ["fast-1", "fast-2", "slow"]
     )
     assert (list(fourth), bool(fourth.next_cursor)) == ([], True)
+
+
+async def test_changes_can_be_narrowed_by_time(store: GatewayStore, make_event: MakeEvent) -> None:
+    """`since` and `until` are those of the events, from the beginning and from a cursor."""
+    bounds: dict[str, Any] = {"since": datetime(2000, 1, 1, tzinfo=UTC), "until": datetime(2100, 1, 1, tzinfo=UTC)}
+    later = bounds["until"]
+    await store.audit.write_many([make_event(request_id="old"), make_event(request_id="old late", timestamp=later)])
+    first = await store.audit.changes("beginning", **bounds)
+    await store.audit.write_many([make_event(request_id="new"), make_event(request_id="new late", timestamp=later)])
+    second = await store.audit.changes(first.next_cursor, **bounds)
+
+    assert (ids(first), ids(second)) == (["old"], ["new"])
 
 
 async def test_pages_of_changes_lead_on(store: GatewayStore, make_event: MakeEvent) -> None:

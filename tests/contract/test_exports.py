@@ -22,8 +22,7 @@ import pytest
 from pyarrow import dataset, parquet
 
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome, errors
-from agent_gateway_store.audit import exporting
-from agent_gateway_store.audit.lines import defused
+from agent_gateway_store.audit.export import ExportResult, defused
 from agent_gateway_store.results import Page
 from proofs.hostile import Hostile
 
@@ -270,7 +269,7 @@ async def test_a_failed_export_leaves_nothing(
 
     assert [each.name for each in folder.iterdir()] == ["there.jsonl"]
     assert dataset.dataset(folder / "there.jsonl", partitioning="hive").count_rows() == 1
-    assert exporting.ExportResult.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert ExportResult.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 async def test_a_cancelled_read_leaves_nothing_behind(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
+import multiprocessing
 import random
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
 from builders import make_event
-from proofs.harness import TRIGGERS, WatchedSink, migrated, stored_events, stored_ids
+from proofs.harness import TRIGGERS, WatchedSink, migrated, spooled_ids, stored_events, stored_ids
 
 pytestmark = pytest.mark.integration
 
@@ -57,7 +58,7 @@ async def begin_writes(
 
 async def test_a_lone_write_is_committed_when_it_returns(store: GatewayStore, database_url: str) -> None:
     """Another store sees the event as soon as its writer was told STORED, and it went in a batch of its own."""
-    sink, event = WatchedSink.within(store), make_event()
+    sink, event = await WatchedSink.within(store), make_event()
 
     outcome = await store.audit.write(event)
     async with GatewayStore(database_url, redis_url="") as other:
@@ -71,7 +72,7 @@ async def test_a_lone_write_is_committed_when_it_returns(store: GatewayStore, da
 
 async def test_two_hundred_concurrent_writers_are_all_stored(store: GatewayStore) -> None:
     """Each is told STORED, each event is there once, and they share a few commits."""
-    sink = WatchedSink.within(store)
+    sink = await WatchedSink.within(store)
 
     outcomes = await asyncio.gather(*await begin_writes(store, 200))
 
@@ -84,7 +85,7 @@ async def test_two_hundred_concurrent_writers_are_all_stored(store: GatewayStore
 
 async def test_what_arrives_during_a_commit_goes_together_in_the_next(store: GatewayStore) -> None:
     """The first write starts at once; those that come while it is under way form one batch, in their order."""
-    sink = WatchedSink.within(store)
+    sink = await WatchedSink.within(store)
     sink.gate.clear()
     first = await begin_writes(store, 1)
     await asyncio.sleep(0)
@@ -115,8 +116,10 @@ async def test_the_event_itself_is_not_changed(store: GatewayStore) -> None:
 
 async def test_a_cancelled_caller_takes_no_event_with_it(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers cancelled at random points, also while they wait for room: everything begun is stored, once."""
-    monkeypatch.setattr(writer_module, "_MAX_QUEUED_ROWS", 6)
-    monkeypatch.setattr(writer_module, "_MAX_BATCH_ROWS", 4)
+    monkeypatch.setattr(writer_module, "MAX_QUEUED_ROWS", 6)
+    monkeypatch.setattr(writer_module, "MAX_BATCH_ROWS", 4)
+    await store.close()
+    await store.open()
     rng, begun = random.Random(3), list[str]()
 
     async def write() -> None:
@@ -145,7 +148,7 @@ async def test_a_cancelled_caller_takes_no_event_with_it(store: GatewayStore, mo
 async def test_cancelling_every_task_loses_nothing(database_url: str, lone: bool) -> None:
     """As a signal handler may: the store's own tasks are cancelled in mid-commit, and `close` still stores it all."""
     store = await GatewayStore(database_url, redis_url="").open()
-    sink = WatchedSink.within(store)
+    sink = await WatchedSink.within(store)
     sink.gate.clear()
     before = asyncio.all_tasks()
     await begin_writes(store, 1 if lone else 50)
@@ -175,7 +178,7 @@ async def test_a_cancelled_lone_caller_leaves_no_error_behind(
     """In the strict mode nobody is left to hear that its event was refused, so the loop does not complain either."""
     settings = StoreSettings(audit_mode="strict")
     async with GatewayStore(database_url, redis_url="", settings=settings) as strict:
-        sink = WatchedSink.within(strict)
+        sink = await WatchedSink.within(strict)
         sink.gate.clear()
         task = (await begin_writes(strict, 1))[0]
         await asyncio.sleep(0)
@@ -196,12 +199,12 @@ async def test_a_full_queue_holds_writers_back(
 ) -> None:
     """No more than the limit is kept in memory; the others wait, and get through when there is room."""
     if limit == "rows":
-        monkeypatch.setattr(writer_module, "_MAX_QUEUED_ROWS", 10)
+        monkeypatch.setattr(writer_module, "MAX_QUEUED_ROWS", 10)
     else:
-        monkeypatch.setattr(writer_module, "_MAX_QUEUED_BYTES", 5 * 100_000)
-        monkeypatch.setattr(writer_module, "_MAX_BATCH_BYTES", 2 * 100_000)
-    monkeypatch.setattr(writer_module, "_MAX_BATCH_ROWS", 5)
-    sink = WatchedSink.within(store)
+        monkeypatch.setattr(writer_module, "MAX_QUEUED_BYTES", 5 * 100_000)
+        monkeypatch.setattr(writer_module, "MAX_BATCH_BYTES", 2 * 100_000)
+    monkeypatch.setattr(writer_module, "MAX_BATCH_ROWS", 5)
+    sink = await WatchedSink.within(store)
     sink.gate.clear()
     big = {"llm_explanation": "x" * 60_000, "risk_labels": ["x" * 40_000]}
     tasks = await begin_writes(store, 100, lambda: make_event(**(big if limit == "bytes" else {})))
@@ -222,7 +225,7 @@ async def test_one_bad_row_fails_nobody_else(refusing_url: str, mode: str) -> No
     """What a trigger refuses is set aside, or raises for its own caller; the rest of its batch is stored."""
     settings = StoreSettings(audit_mode=mode)
     async with GatewayStore(refusing_url, redis_url="", settings=settings) as store:
-        sink = WatchedSink.within(store)
+        sink = await WatchedSink.within(store)
         sink.gate.clear()
         first = await begin_writes(store, 1)
         before = await begin_writes(store, 30)
@@ -241,9 +244,8 @@ async def test_one_bad_row_fails_nobody_else(refusing_url: str, mode: str) -> No
         assert await store.audit.flush() == 0
         assert len(await stored_ids(store)) == 62
         if mode == "spool":
-            spool = store._core.get_writer().spool
-            assert spool is not None
-            assert await spool.counts() == (0, 1)
+            assert len(spooled_ids(settings.audit_spool_path, poisoned=True)) == 1
+            assert spooled_ids(settings.audit_spool_path) == []
 
 
 async def test_a_bad_row_alone_and_in_bulk_is_set_aside(refusing_url: str) -> None:
@@ -262,7 +264,7 @@ async def test_a_bad_row_alone_and_in_bulk_is_set_aside(refusing_url: str) -> No
 
 async def test_flush_waits_for_what_was_written_before(store: GatewayStore) -> None:
     """It returns when everything queued at its call is acknowledged."""
-    sink = WatchedSink.within(store)
+    sink = await WatchedSink.within(store)
     sink.gate.clear()
     tasks = await begin_writes(store, 20)
     flush = asyncio.create_task(store.audit.flush())
@@ -295,10 +297,10 @@ async def test_flush_ends_while_others_keep_writing(store: GatewayStore) -> None
 
 async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is queued, what waits for room and the bulk batch under way are stored; later batches are told."""
-    monkeypatch.setattr(writer_module, "_MAX_QUEUED_ROWS", 20)
-    monkeypatch.setattr(writer_module, "_MAX_BATCH_ROWS", 10)
+    monkeypatch.setattr(writer_module, "MAX_QUEUED_ROWS", 20)
+    monkeypatch.setattr(writer_module, "MAX_BATCH_ROWS", 10)
     store = await GatewayStore(database_url, redis_url="").open()
-    sink = WatchedSink.within(store)
+    sink = await WatchedSink.within(store)
     sink.gate.clear()
     events = (make_event() for _ in range(4_500))
     bulk = asyncio.create_task(store.audit.write_many(events))
@@ -356,18 +358,13 @@ async def test_a_forked_child_is_told_so(store: GatewayStore) -> None:
             return 42 if "another process" in str(exc) else 1
         return 0
 
+    child = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(asyncio.run(use())))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of 3.12, about forking beside threads
-        child = os.fork()
-    if child == 0:
-        status = 2
-        try:
-            status = asyncio.run(use())
-        finally:
-            os._exit(status)
-    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        child.start()
+    await asyncio.to_thread(child.join)
 
-    assert os.waitstatus_to_exitcode(status) == 42
+    assert child.exitcode == 42
     assert await store.audit.write(make_event()) is STORED
 
 

@@ -159,7 +159,7 @@ async def test_every_connection_to_the_file_syncs_and_has_the_size_limit(path: P
     """WAL with synchronous=FULL, so that a commit is on disk; and each connection knows how large the file may be."""
     spool = Spool(path, HERE)
     await spool.add([to_values(encode_event(make_event()))])
-    engine = await spool._opened()
+    engine = await spool.engine()
     found = []
     async with engine.connect() as first, engine.connect() as second:
         for connection in (first, second):
@@ -313,7 +313,7 @@ async def test_a_full_spool_loses_loudly(
     place: Place, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once the file is full the outcome is LOST, the whole event is logged at CRITICAL, and nothing is raised."""
-    monkeypatch.setattr(spool_module, "_MAX_BYTES", 12 * 4096)
+    monkeypatch.setattr(spool_module, "MAX_BYTES", 12 * 4096)
     events = [make_event(sanitized_args={"text": f"\0{number} {'x' * 1_000}"}) for number in range(60)]
     async with GatewayStore(place.url, redis_url="") as store:
         await place.go_away()

@@ -57,7 +57,7 @@ async def test_any_source_is_stored_in_its_order(store: GatewayStore, kind: str)
 
 async def test_an_empty_source_stores_nothing(store: GatewayStore) -> None:
     """Nothing in, nothing counted, no commit."""
-    sink = WatchedSink.within(store)
+    sink = await WatchedSink.within(store)
 
     assert await store.audit.write_many([]) == {}
     assert await store.audit.write_many(numbered_async(0)) == {}
@@ -87,7 +87,7 @@ async def test_what_is_no_event_stops_the_source(store: GatewayStore) -> None:
 
 async def test_batches_begun_survive_a_cancelled_caller(store: GatewayStore) -> None:
     """The caller is cancelled while a batch is under way: that batch is stored whole."""
-    sink = WatchedSink.within(store)
+    sink = await WatchedSink.within(store)
     sink.gate.clear()
     bulk = asyncio.create_task(store.audit.write_many(numbered(10_000)))
     while not sink.batches:

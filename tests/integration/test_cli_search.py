@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import cli_helpers
 import pytest
 from cli_helpers import ask, ids
 
-from agent_gateway_store.audit import targets
 from commands import Outcome, event_line, gateway_store
 
 pytestmark = pytest.mark.integration
@@ -114,13 +114,13 @@ def test_a_file_that_cannot_be_written_is_one_sentence(
 ) -> None:
     """A folder that is missing; a disk that is full. It names what the user named, and leaves nothing."""
 
-    def full(_path: Path) -> None:
+    def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "of the system")
 
     out = tmp_path / "out"
     filled("audit", "export", str(out / "e.csv")).assert_fails(1, f"There is no folder {out}: make it first.")
     out.mkdir()
-    monkeypatch.setattr(targets, "_fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     for name in ("e.csv", "e.jsonl", "e.parquet"):
         filled("audit", "export", str(out / name)).assert_fails(1, f"{out / name}: No space left", "make room")
 

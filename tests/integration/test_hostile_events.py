@@ -77,7 +77,7 @@ async def test_every_hostile_event_survives_the_spool(url: str) -> None:
     hostile = Hostile(seed=3)
     events = [hostile.event() for _ in range(300)]
     async with GatewayStore(url, redis_url="") as store:
-        sink = WatchedSink.within(store)
+        sink = await WatchedSink.within(store)
         sink.fault = "away"
         assert set(await asyncio.gather(*map(store.audit.write, events[:150]))) == {SPOOLED}
         assert await store.audit.write_many(events[150:]) == {SPOOLED: 150}
@@ -144,9 +144,9 @@ class Walk:
     }
 
     async def _open(self) -> None:
-        store = await GatewayStore(self._url, redis_url="").open()
+        store = GatewayStore(self._url, redis_url="")
         self._stores.append(store)
-        self._sinks.append(WatchedSink.within(store))
+        self._sinks.append(await WatchedSink.within(store))
 
     def _new(self, request_id: str | None = None) -> AuditEvent:
         number = len(self.written)
@@ -222,7 +222,7 @@ async def test_any_sequence_ends_with_every_event_once(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, walks: int, steps: int
 ) -> None:
     """Random writes, repeats, reuses, outages before and after the commit, replays and restarts against a model."""
-    monkeypatch.setattr(writer_module, "_RETRY_AFTER_S", 0.01)
+    monkeypatch.setattr(writer_module, "RETRY_AFTER_S", 0.01)
     taken, outcomes, start = Counter[str](), Counter[WriteOutcome](), time.monotonic()
     for seed in range(walks):
         walk = Walk(url, tmp_path / "spool.db", seed)

@@ -9,8 +9,9 @@ import pytest
 from audit_helpers import SHORT_S, Listener, open_with
 
 from agent_gateway_store import WriteOutcome, hookimpl
-from agent_gateway_store.audit import telling
+from agent_gateway_store.audit import hooks
 from builders import make_event
+from proofs.harness import WatchedSink
 
 pytestmark = pytest.mark.unit
 
@@ -59,14 +60,14 @@ async def test_a_failing_plugin_is_counted_and_the_others_hear(caplog: pytest.Lo
 
     assert set(outcomes) == {WriteOutcome.STORED}
     assert len(listener.heard) == 3
-    assert "Plugin broken failed to hear of" in caplog.text
+    assert "Plugin broken failed when it was notified of" in caplog.text
 
 
 async def test_a_slow_plugin_loses_events_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What does not fit into its queue is dropped and counted; every event is accounted for."""
-    monkeypatch.setattr(telling, "_MAX_WAITING", 10)
+    monkeypatch.setattr(hooks, "MAX_QUEUED_EVENTS", 10)
     gate = threading.Event()
     slow = Listener("slow", lambda: gate.wait(10))
     async with open_with(slow) as store:
@@ -78,34 +79,28 @@ async def test_a_slow_plugin_loses_events_and_holds_up_nobody(
 
     assert untold >= 20
     assert len(slow.heard) + untold == 40
-    assert "too slow to hear of every audit event" in caplog.text
+    assert "too slow to be notified of every audit event" in caplog.text
 
 
-async def test_closing_waits_a_bounded_time_for_a_hung_plugin() -> None:
-    """The store closes; what was not told is counted."""
+async def test_closing_waits_a_bounded_time_for_a_hung_plugin(caplog: pytest.LogCaptureFixture) -> None:
+    """The store closes; what the plugin was not notified of is counted."""
     async with open_with(Listener("hung", lambda: asyncio.sleep(60)), timeout_s=SHORT_S) as store:
         await store.audit.write(make_event())
         async with asyncio.timeout(5):
             await store.close()
-        untold = store._core.telling.untold
 
-    assert untold == 1
+    assert "Plugins were not notified of 1 audit events" in caplog.text
 
 
-async def test_events_from_the_spool_are_told_when_they_are_brought_in(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_events_from_the_spool_are_told_when_they_are_brought_in() -> None:
     """Not while they wait: they are no part of the record yet."""
     listener = Listener()
     async with open_with(listener) as store:
-        writer = store._core.get_writer()
-        store_rows = writer._sink.store
-
-        async def refuse(_rows: object) -> None:
-            raise OSError("away")
-
-        monkeypatch.setattr(writer._sink, "store", refuse)
+        sink = await WatchedSink.within(store)
+        sink.fault = "away"
         assert await store.audit.write(make_event(request_id="r-1")) is WriteOutcome.SPOOLED
         assert listener.heard == []
-        monkeypatch.setattr(writer._sink, "store", store_rows)
+        sink.fault = None
         assert await store.audit.flush() == 0
 
     assert listener.heard == ["r-1"]

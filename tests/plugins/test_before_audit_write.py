@@ -13,10 +13,6 @@ import pytest
 from audit_helpers import SHORT_S, Editor, open_with
 
 from agent_gateway_store import AuditEvent, RedactionFlag, WriteOutcome
-from agent_gateway_store.audit.preparing import Preparing
-from agent_gateway_store.audit.record import EncodedRow, encode_event
-from agent_gateway_store.hooks.executor import PluginExecutor
-from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
 from builders import make_event, rehash
 
 pytestmark = pytest.mark.unit
@@ -229,33 +225,6 @@ async def test_a_burst_reaches_the_plugin_in_small_parts() -> None:
     assert set(outcomes) == {WriteOutcome.STORED}
     assert counters.withheld == 0
     assert 1 < most <= 50
-
-
-async def test_whenever_an_event_comes_the_plugin_sees_it() -> None:
-    """Before, during or just after a call of the plugin, on any turn of the event loop."""
-
-    class SwiftExecutor(PluginExecutor):
-        """Runs the call in this loop, so that calls end at every turn, too."""
-
-        async def run(self, hook: str, name: str, function: Any) -> Any:
-            return await function()
-
-    editor = Editor("redactor", redact)
-    preparing = Preparing(lambda: Plugins([editor], environ={LOAD_VARIABLE: ""}), SwiftExecutor(5))
-    record = encode_event(make_event(sanitized_args={"path": SECRET}))
-
-    async def come(turn: int) -> list[EncodedRow]:
-        for _ in range(turn):
-            await asyncio.sleep(0)
-        return await preparing.prepare([record])
-
-    # Pairs, the second of which comes so many turns after the first, and in either order within a turn.
-    turns = [start * 30 + late for start in range(40) for late in (0, start % 20)]
-    prepared = await asyncio.gather(*map(come, turns), *map(come, reversed([turn + 1200 for turn in turns])))
-
-    assert preparing.withheld == 0
-    assert len(editor.seen) == 160
-    assert SECRET not in repr(prepared)
 
 
 async def test_the_plugin_sees_what_can_be_stored() -> None:

@@ -14,13 +14,14 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import asyncpg
 from sqlalchemy import select
 
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
-from agent_gateway_store.audit.backends import RowResult, Sink
+from agent_gateway_store.audit.backends import RowResult, Sink, sink_for
 from agent_gateway_store.audit.record import EncodedRow
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
@@ -138,10 +139,12 @@ class WatchedSink:
         self._sink = sink
 
     @classmethod
-    def within(cls, store: GatewayStore) -> WatchedSink:
-        """Put one before the sink of an open store."""
-        writer = store._core.get_writer()
-        writer._sink = watched = cls(writer._sink)
+    async def within(cls, store: GatewayStore) -> WatchedSink:
+        """Close a store and open it again with one before its sink."""
+        await store.close()
+        watched = cls(sink_for(store.database.engine))
+        with patch("agent_gateway_store.store.sink_for", lambda _engine: watched):
+            await store.open()
         return watched
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
@@ -149,10 +152,10 @@ class WatchedSink:
         await self.gate.wait()
         if self.fault == "away":
             raise ConnectionResetError
-        settled = await self._sink.store(rows)
+        results = await self._sink.store(rows)
         if self.fault == "cut off":
             raise ConnectionResetError
-        return settled
+        return results
 
     async def probe(self) -> None:
         if self.fault:

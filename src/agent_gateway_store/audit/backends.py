@@ -1,7 +1,7 @@
 """Where batches of rows are committed: the fastest safe way of each driver.
 
 A sink raises when the database cannot answer. A row that the database refuses for its own sake never fails the batch:
-its place in the answer holds the error instead of an outcome.
+its place in the results holds the error instead of an outcome.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ from typing import Any, Protocol, TypeAlias
 
 import aiosqlite
 import asyncpg
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from agent_gateway_store.audit.inserting import insert_event, table
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.record import COLUMNS, EncodedRow, hash_of, key_of, with_derived_id
+from agent_gateway_store.audit.record import COLUMNS, EncodedRow, hash_of, key_of, to_values, with_derived_id
+from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
+from agent_gateway_store.storage.database import SqlConnection, dialect_of
 from agent_gateway_store.storage.errors import is_outage
 
-__all__ = ["RowResult", "Sink", "sink_for"]
+__all__ = ["RowResult", "Sink", "insert_event", "sink_for", "store_batch"]
 
 RowResult: TypeAlias = WriteOutcome | Exception
-_TIMEOUT_S = 5.0
-_PROBE_TIMEOUT_S = 1.0
+"""What became of one row of a batch: its outcome, or why the database refuses it."""
+
+table = AuditEvent.__table__  # type: ignore[attr-defined]
+
+_TIMEOUT_S = (
+    5.0  # callers wait for it; longer than any commit of a database that is well, and then the spool takes over
+)
+_PROBE_TIMEOUT_S = 1.0  # asked every half second while the database is away
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
 _STORED = WriteOutcome.STORED
 
@@ -55,6 +63,52 @@ def sink_for(engine: AsyncEngine) -> Sink:
     return SqliteSink(engine) if engine.dialect.driver == "aiosqlite" else RowSink(engine)
 
 
+async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]:
+    """Commit `rows`, whose keys may repeat, and return what became of each, in order. Raises what the sink raises.
+
+    The same event twice is stored once; different events under one id go one after the other, as if each had come in
+    a batch of its own.
+    """
+    first: dict[tuple[str, str], int] = {}
+    repeats: dict[int, int] = {}
+    others: list[int] = []
+    for index, row in enumerate(rows):
+        seen = first.setdefault(key_of(row), index)
+        if seen == index:
+            continue
+        if hash_of(rows[seen]) == hash_of(row):
+            repeats[index] = seen
+        else:
+            others.append(index)
+    if not repeats and not others:
+        return await sink.store(rows)
+    results = dict(zip(first.values(), await sink.store([rows[index] for index in first.values()]), strict=True))
+    if others:
+        results |= dict(zip(others, await store_batch(sink, [rows[index] for index in others]), strict=True))
+    for index, seen in repeats.items():
+        results[index] = WriteOutcome.DUPLICATE if results[seen] is WriteOutcome.STORED else results[seen]
+    return [results[index] for index in range(len(rows))]
+
+
+async def insert_event(connection: SqlConnection, row: EncodedRow) -> WriteOutcome:
+    """Insert one row through SQLAlchemy, which works on every connection; does not commit.
+
+    The same event again changes nothing (DUPLICATE). Another event under a used request_id becomes a row of its own
+    with a derived id and the label REQUEST_ID_REUSED (STORED).
+    """
+    insert = postgresql.insert if dialect_of(connection) == "postgresql" else sqlite.insert
+    while True:
+        statement = insert(table).values(to_values(row)).on_conflict_do_nothing().returning(table.c.id)
+        if (await connection.execute(statement)).first() is not None:
+            return WriteOutcome.STORED
+        request_id, org_id = key_of(row)
+        same_key = select(table.c.content_hash).where(table.c.request_id == request_id, table.c.org_id == org_id)
+        if (await connection.execute(same_key)).scalar() == hash_of(row):
+            return WriteOutcome.DUPLICATE
+        # Also where somebody took the derived id beforehand: the next one differs again.
+        row = with_derived_id(row)
+
+
 class RowSink:
     """One INSERT per row, for drivers without a faster way, and for rows that another way refused."""
 
@@ -74,7 +128,7 @@ class RowSink:
         return [(await self.store([row]))[0] for row in rows]
 
     async def probe(self) -> None:
-        """Open a transaction, on SQLite one that may write: reading alone goes on beside another process's lock."""
+        """Open a transaction, on SQLite one that may write: reading alone works beside another process's lock."""
         async with self._engine.begin() as connection:
             await connection.exec_driver_sql("SELECT 1")
 
@@ -86,14 +140,14 @@ class SqliteSink(RowSink):
     """`executemany` in one transaction on the driver's own connection."""
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Commit `rows` together; where a key is taken, look all of them up; where a row is refused, one by one."""
+        """Commit `rows` together; where a key is taken, read all of them first; where a row is refused, one by one."""
         async with self._engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert isinstance(driver, aiosqlite.Connection)  # noqa: S101
             for insert in (self._insert_all, self._insert_free):
                 try:
                     await driver.execute("BEGIN IMMEDIATE")
-                    settled = await insert(driver, rows)
+                    results = await insert(driver, rows)
                     await driver.commit()
                 except aiosqlite.IntegrityError:
                     await driver.rollback()
@@ -102,42 +156,42 @@ class SqliteSink(RowSink):
                         await driver.rollback()
                     raise
                 else:
-                    return settled
+                    return results
         return await super().store(rows)
 
     async def _insert_all(self, driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        await driver.executemany(_SQLITE_INSERT, [_sqlite_record(row) for row in rows])
+        await driver.executemany(_SQLITE_INSERT, [_sqlite_values(row) for row in rows])
         return [_STORED] * len(rows)
 
     async def _insert_free(self, driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Insert what has a free key; then settle the others under the ids that they find taken.
+        """Insert what has a free key; then store the others under the ids that they find taken.
 
-        Nobody writes between the look-up and the insert: the transaction holds the database's one write lock.
+        Nobody writes between the read and the insert: the transaction holds the database's one write lock.
         """
-        outcomes: dict[int, RowResult] = {}
+        results: dict[int, RowResult] = {}
         open_rows = dict(enumerate(rows))
         while open_rows:
-            held = await self._held(driver, open_rows.values())
-            free = {index: row for index, row in open_rows.items() if key_of(row) not in held}
+            known = await self._known_hashes(driver, open_rows.values())
+            free = {index: row for index, row in open_rows.items() if key_of(row) not in known}
             await self._insert_all(driver, list(free.values()))
-            outcomes |= dict.fromkeys(free, _STORED)
+            results |= dict.fromkeys(free, _STORED)
             taken = {index: row for index, row in open_rows.items() if index not in free}
-            same = {index for index, row in taken.items() if held[key_of(row)] == hash_of(row)}
-            outcomes |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
+            same = {index for index, row in taken.items() if known[key_of(row)] == hash_of(row)}
+            results |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
             open_rows = {index: with_derived_id(row) for index, row in taken.items() if index not in same}
-        return [outcomes[index] for index in range(len(rows))]
+        return [results[index] for index in range(len(rows))]
 
-    async def _held(
+    async def _known_hashes(
         self, driver: aiosqlite.Connection, rows: Iterable[EncodedRow]
     ) -> dict[tuple[str, str], str | None]:
-        found = await driver.execute_fetchall(_SQLITE_HELD, [json.dumps([key_of(row) for row in rows])])
+        found = await driver.execute_fetchall(_SQLITE_KNOWN, [json.dumps([key_of(row) for row in rows])])
         return {(request_id, org_id): digest for request_id, org_id, digest in found}
 
 
 class PostgresSink:
     """COPY on a connection of its own, outside the pool; a single row by INSERT.
 
-    COPY cannot skip a conflict, so where a key is taken the batch goes again as one INSERT ... ON CONFLICT.
+    COPY cannot skip a conflict, so where a key is taken the batch is sent again as one INSERT ... ON CONFLICT.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -147,7 +201,7 @@ class PostgresSink:
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows`, or raise within five seconds. A connection that died idle is replaced once.
 
-        A commit whose answer was cut off is settled by the second try: what it finds stored is the same event.
+        Where the answer to a commit was cut off, the second try finds the same events stored: DUPLICATE.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _TIMEOUT_S
@@ -187,24 +241,26 @@ class PostgresSink:
         return await self._rows.store(rows)
 
     async def _insert(self, driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Insert what has a free key; then settle the others under the ids that they find taken."""
-        outcomes: dict[int, RowResult] = {}
+        """Insert what has a free key; then store the others under the ids that they find taken."""
+        results: dict[int, RowResult] = {}
         open_rows = dict(enumerate(rows))
         while open_rows:
             stored = {
                 tuple(found) for found in await driver.fetch(_INSERT_MANY, *zip(*open_rows.values(), strict=True))
             }
             taken = {index: row for index, row in open_rows.items() if key_of(row) not in stored}
-            outcomes |= dict.fromkeys(open_rows.keys() - taken.keys(), _STORED)
-            held = await self._held(driver, taken.values()) if taken else {}
-            same = {index for index, row in taken.items() if held.get(key_of(row)) == hash_of(row)}
-            outcomes |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
+            results |= dict.fromkeys(open_rows.keys() - taken.keys(), _STORED)
+            known = await self._known_hashes(driver, taken.values()) if taken else {}
+            same = {index for index, row in taken.items() if known.get(key_of(row)) == hash_of(row)}
+            results |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
             open_rows = {index: with_derived_id(row) for index, row in taken.items() if index not in same}
-        return [outcomes[index] for index in range(len(rows))]
+        return [results[index] for index in range(len(rows))]
 
-    async def _held(self, driver: asyncpg.Connection, rows: Iterable[EncodedRow]) -> dict[tuple[str, str], str | None]:
+    async def _known_hashes(
+        self, driver: asyncpg.Connection, rows: Iterable[EncodedRow]
+    ) -> dict[tuple[str, str], str | None]:
         request_ids, org_ids = zip(*(key_of(row) for row in rows), strict=True)
-        found = await driver.fetch(_HELD, request_ids, org_ids)
+        found = await driver.fetch(_KNOWN, request_ids, org_ids)
         return {(request_id, org_id): digest for request_id, org_id, digest in found}
 
     async def close(self) -> None:
@@ -212,19 +268,19 @@ class PostgresSink:
         await self._pool.close()
 
 
-def _sqlite_record(row: EncodedRow) -> tuple[Any, ...]:
-    record = list(row)
-    stamp: datetime = record[_TIMESTAMP]
+def _sqlite_values(row: EncodedRow) -> tuple[Any, ...]:
+    values = list(row)
+    stamp: datetime = values[_TIMESTAMP]
     # The text that SQLAlchemy's own type writes, so that every row compares and reads back alike.
-    record[_TIMESTAMP] = stamp.replace(tzinfo=None).isoformat(" ", "microseconds")
-    return tuple(record)
+    values[_TIMESTAMP] = stamp.replace(tzinfo=None).isoformat(" ", "microseconds")
+    return tuple(values)
 
 
 _TIMESTAMP = COLUMNS.index("timestamp")
 _NAMES = ", ".join(COLUMNS)
 _SQLITE_INSERT = f"INSERT INTO {table.name} ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
-# A CROSS JOIN, which SQLite never turns round: it looks each key up, and does not read the table.
-_SQLITE_HELD = (
+# A CROSS JOIN, which SQLite never reorders: it finds each key in the index, and does not read the table.
+_SQLITE_KNOWN = (
     f"SELECT request_id, org_id, content_hash FROM json_each(?) AS key CROSS JOIN {table.name} "  # noqa: S608
     "ON request_id = json_extract(key.value, '$[0]') AND org_id = json_extract(key.value, '$[1]')"
 )
@@ -239,7 +295,7 @@ _INSERT_MANY = (
     f"SELECT * FROM unnest({', '.join(f'${number}::{kind}[]' for number, kind in enumerate(_TYPES, 1))}) "
     f"{_ON_CONFLICT} RETURNING request_id, org_id"
 )
-_HELD = (
+_KNOWN = (
     f"SELECT request_id, org_id, content_hash FROM {table.name} "  # noqa: S608
     "WHERE (request_id, org_id) IN (SELECT * FROM unnest($1::text[], $2::text[]))"
 )

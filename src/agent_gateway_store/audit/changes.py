@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -26,10 +26,10 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
-    Dialect,
     Integer,
     Select,
     Text,
+    TextClause,
     and_,
     any_,
     bindparam,
@@ -43,20 +43,18 @@ from sqlalchemy import (
 )
 
 from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.audit.reading import events_of
-from agent_gateway_store.audit.selects import FIELDS, SameDialect, conditions, parameters, selected, table
+from agent_gateway_store.audit.selects import FIELDS, Shape, events_of, select_events, table
 from agent_gateway_store.errors import InvalidCursorError
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.storage.database import AnyConnection
+from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
-from agent_gateway_store.storage.statements import CompiledStatement, compiled, dialect_of, fetch
+from agent_gateway_store.storage.statements import Statement
 
 __all__ = ["changes"]
 
 _LARGEST = 2**63
 _MARK_DIGITS = 16  # 64 bits: enough to tell two events that were given the same ids
 _NOTHING = "1:1:"  # the snapshot that holds no transaction: ids begin at 3
-_Shape = tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True)
@@ -88,25 +86,25 @@ async def changes(
         InvalidCursorError: The cursor is not of this listing, or the newest event that it has passed is missing here.
     """
     dialect = dialect_of(connection)
-    step = _postgres_step if dialect.name == "postgresql" else _sqlite_step
-    place = None if cursor in ("now", "beginning") else _decoded(found.scope, cursor, dialect.name)
-    rows, place, is_more = await step(connection, dialect, found, place, cursor == "now", limit)
+    step = _postgres_step if dialect == "postgresql" else _sqlite_step
+    place = None if cursor in ("now", "beginning") else _decoded(found.scope, cursor, dialect)
+    rows, place, is_more = await step(connection, found, place, cursor == "now", limit)
     return events_of(rows), encode(found.scope, json.dumps(asdict(place), separators=(",", ":")).encode()), is_more
 
 
 async def _sqlite_step(
-    connection: AnyConnection, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
+    connection: AnyConnection, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     # All statements read one snapshot: what no filter lets through is not looked at again.
     values = {"p_mark": place.mark[0] if place and place.mark else None}
-    newest_id, newest, marked = (await fetch(connection, _state(dialect), values))[0]
+    newest_id, newest, marked = (await _STATE.tuples(connection, values))[0]
     if place is not None and not ((newest_id or 0) >= place.id and _holds(place, marked)):
         raise _other_database()
     end = _Place(id=newest_id or 0, mark=_mark(newest_id, newest))
     if place is None and is_now:
         return [], end, False
-    values = parameters(dialect, found.values) | {"p_id": place.id if place else 0}
-    rows = await fetch(connection, _query("added", dialect, found, limit + 1), values)
+    values = {**found.values, "p_id": place.id if place else 0}
+    rows = await _statement(_added, found.shape, limit + 1).tuples(connection, values)
     if len(rows) <= limit:
         return rows, end, False
     last_id, request_id = rows[limit - 1][:2]
@@ -114,10 +112,10 @@ async def _sqlite_step(
 
 
 async def _postgres_step(
-    connection: AnyConnection, dialect: Dialect, found: Criteria, place: _Place | None, is_now: bool, limit: int
+    connection: AnyConnection, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     values: dict[str, Any] = {"p_mark": place.mark[0] if place and place.mark else None}
-    snapshot, is_standby, end, last, newest_id, newest, marked = (await fetch(connection, _state(dialect), values))[0]
+    snapshot, is_standby, end, last, newest_id, newest, marked = (await _STATE.tuples(connection, values))[0]
     if place is not None and not (_holds(place, marked) and _end(place) <= end):
         if is_standby:  # it has not received yet what the cursor has passed
             return [], place, False
@@ -131,7 +129,7 @@ async def _postgres_step(
     if place.until is None:
         return [], place, False
     is_history = place.since is None
-    values = parameters(dialect, found.values) | {"p_until": place.until, "p_id": place.id}
+    values = {**found.values, "p_snapshot": place.until, "p_id": place.id}
     if place.since is not None:
         first_open, in_progress = _unseen(place.since)
         p_end, still_in_progress = _unseen(place.until)
@@ -139,8 +137,8 @@ async def _postgres_step(
         ended = sorted({*in_progress} - {*still_in_progress})
         values |= {"p_open": first_open, "p_in_progress": ended, "p_transaction": place.transaction or 0}
         values["p_end"] = p_end
-    query = _query("history" if is_history else "new", dialect, found, limit + 1)
-    rows = await fetch(connection, query, values)
+    statement = _statement(_history if is_history else _new, found.shape, limit + 1)
+    rows = await statement.tuples(connection, values)
     is_more, rows = len(rows) > limit, [tuple(row) for row in rows[:limit]]
     events = [row[:-1] for row in rows]
     if not is_more:
@@ -218,45 +216,35 @@ LEFT JOIN audit_events AS mark ON mark.id = :p_mark
 """
 
 
-def _state(dialect: Dialect) -> CompiledStatement:
-    return _compiled_state(dialect.name, SameDialect(dialect))
+def _state(dialect: str) -> TextClause:
+    statement = text(_POSTGRES_STATE if dialect == "postgresql" else _SQLITE_STATE)
+    return statement.bindparams(bindparam("p_mark", type_=BigInteger()))
 
 
-@lru_cache(maxsize=2)
-def _compiled_state(name: str, same: SameDialect) -> CompiledStatement:
-    statement = text(_POSTGRES_STATE if name == "postgresql" else _SQLITE_STATE)
-    return compiled(statement.bindparams(bindparam("p_mark", type_=BigInteger())), same.dialect)
-
-
+_STATE = Statement(_state)
 _TRANSACTION = table.c.transaction_id
 
 
-def _query(kind: str, dialect: Dialect, found: Criteria, count: int) -> CompiledStatement:
-    return _compiled(kind, dialect.name, found.shape, count, SameDialect(dialect))
-
-
 @lru_cache(maxsize=128)
-def _compiled(kind: str, dialect: str, shape: _Shape, count: int, same: SameDialect) -> CompiledStatement:
-    make = {"added": _added, "history": _history, "new": _new}[kind]
-    return compiled(make(dialect, shape, count), same.dialect)
+def _statement(build: Callable[[str, Shape, int], Select[Any]], shape: Shape, count: int) -> Statement:
+    return Statement(lambda dialect: build(dialect, shape, count))
 
 
-def _added(dialect: str, shape: _Shape, count: int) -> Select[Any]:
+def _added(dialect: str, shape: Shape, count: int) -> Select[Any]:
     """What has a larger id."""
-    statement = selected(dialect).where(table.c.id > bindparam("p_id", type_=BigInteger()), *conditions(dialect, shape))
+    statement = select_events(dialect, shape).where(table.c.id > bindparam("p_id", type_=BigInteger()))
     return statement.order_by(table.c.id).limit(literal_column(str(count), Integer()))
 
 
-def _history(dialect: str, shape: _Shape, count: int) -> Select[Any]:
+def _history(dialect: str, shape: Shape, count: int) -> Select[Any]:
     """What the snapshot `until` holds, by id; rows from before the column was there have no transaction."""
-    statement = selected(dialect).add_columns(_TRANSACTION)
+    statement = select_events(dialect, shape).add_columns(_TRANSACTION)
     seen = or_(_TRANSACTION.is_(None), _visible())
     statement = statement.where(table.c.id > bindparam("p_id", type_=BigInteger()), seen)
-    statement = statement.where(*conditions(dialect, shape))
     return statement.order_by(table.c.id).limit(literal_column(str(count), Integer()))
 
 
-def _new(dialect: str, shape: _Shape, count: int) -> Select[Any]:
+def _new(dialect: str, shape: Shape, count: int) -> Select[Any]:
     """What the snapshot `until` holds and `since` does not, by transaction and id: two walks along one index."""
     behind = tuple_(_TRANSACTION, table.c.id) > tuple_(
         bindparam("p_transaction", type_=BigInteger()), bindparam("p_id", type_=BigInteger())
@@ -266,9 +254,9 @@ def _new(dialect: str, shape: _Shape, count: int) -> Select[Any]:
     )
     in_progress = any_(bindparam("p_in_progress", type_=ARRAY(BigInteger())))
     arms = [
-        selected(dialect)
+        select_events(dialect, shape)
         .add_columns(_TRANSACTION)
-        .where(unseen, behind, _visible(), *conditions(dialect, shape))
+        .where(unseen, behind, _visible())
         .order_by(_TRANSACTION, table.c.id)
         .limit(literal_column(str(count), Integer()))
         for unseen in (later, in_progress == _TRANSACTION)
@@ -279,7 +267,7 @@ def _new(dialect: str, shape: _Shape, count: int) -> Select[Any]:
 
 
 def _visible() -> ColumnElement[bool]:
-    until = bindparam("p_until", type_=Text())
+    until = bindparam("p_snapshot", type_=Text())
     return func.pg_visible_in_snapshot(
         literal_column("audit_events.transaction_id::text::xid8"), until.op("::")(literal_column("pg_snapshot"))
     )

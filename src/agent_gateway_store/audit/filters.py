@@ -1,4 +1,4 @@
-"""The filters of the audit log: what a caller gives, check_filters, and what the database is asked."""
+"""The filters of the audit log: what a caller gives, checked, and what the database is asked."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None, listing: str = "
     """
     shape: list[tuple[str, bool]] = []
     values: dict[str, Any] = {}
-    spelt: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     if org_id is not None:
         shape.append(("bound", False))
         values["p_bound"] = org_id
-    for name, value, spelling in check_filters(filters, _CHECKS):
+    for name, value, text in check_filters(filters, _CHECKS):
         shape.append((name, isinstance(value, list)))
-        values[f"p_{name}"], spelt[name] = value, spelling
-    return Criteria(tuple(sorted(shape)), values, listing_fingerprint(listing, org_id, spelt))
+        values[f"p_{name}"], texts[name] = value, text
+    return Criteria(tuple(sorted(shape)), values, listing_fingerprint(listing, org_id, texts))
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {

@@ -1,37 +1,43 @@
-"""Write audit events: stored once, never in the caller's way."""
+"""`store.audit`: write audit events, stored once and never in the caller's way, and read them again."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
-from itertools import islice
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store.audit.inserting import insert_event
-from agent_gateway_store.audit.lost import log_lost
-from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.preparing import Preparing
-from agent_gateway_store.audit.progress import counted, told
-from agent_gateway_store.audit.record import EncodedRow, encode_event
-from agent_gateway_store.audit.streams import AuditReader
-from agent_gateway_store.audit.telling import Telling
-from agent_gateway_store.audit.writer import AuditWriter
-from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.audit.backends import insert_event
+from agent_gateway_store.audit.filters import Filters, criteria
+from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
+from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
+from agent_gateway_store.audit.query import EventQueries, check_limit
+from agent_gateway_store.audit.record import EncodedRow, encode_batches, encode_event
+from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
+from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
+from agent_gateway_store.models.audit import AuditEvent, Decision
+from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.storage.database import Database, SessionTransactions
 from agent_gateway_store.storage.errors import translate_errors
 
+if TYPE_CHECKING:
+    import pandas
+    import polars
+    import pyarrow as pa
+
+    from agent_gateway_store.audit.export import ExportResult
+
 __all__ = ["AuditLogger", "AuditManager"]
 
-_BULK_ROWS = 2_000
-_SLICE_ROWS = 50
+_BULK_ROWS = 2_000  # of a commit of `write_many`: twice what writers share, since nobody waits for it alone
 
 
 class AuditLogger:
@@ -50,42 +56,42 @@ class AuditLogger:
         Returns:
             STORED, DUPLICATE or LOST.
         """
-        record: EncodedRow | None = None
+        row: EncodedRow | None = None
         try:
-            record = encode_event(event)
+            row = encode_event(event)
             async with self._transactions.write() as session:
-                return await insert_event(session, record)
+                return await insert_event(session, row)
         except Exception as exc:
-            log_lost(record, exc, request_id=event.request_id)
+            log_lost(row, exc, request_id=event.request_id)
             return WriteOutcome.LOST
 
 
-class AuditManager(AuditReader):
+class AuditManager:
     """`store.audit`: writes and reads audit events.
 
     Args:
         database: Where they are kept.
-        writer: Gives the group-commit writer of the open store.
+        writer: Holds the group-commit writer while the store is open.
         org_id: Stamp this organisation on what is written and see only it; None takes the event's own and sees all.
-        preparing: The plugins that see events before they are stored.
-        telling: The plugins that hear of them afterwards.
+        before: The plugins that see events before they are stored.
+        after: The plugins that are notified of them afterwards.
     """
 
     def __init__(
         self,
         database: Database,
-        writer: Callable[[], AuditWriter],
+        writer: OpenWriter,
         *,
         org_id: str | None = None,
-        preparing: Preparing,
-        telling: Telling,
+        before: BeforeWriteHooks,
+        after: AfterWriteHooks,
     ) -> None:
         self._database = database
-        self._transactions = database
+        self._queries = EventQueries(database, org_id=org_id)
         self._writer = writer
         self._org_id = org_id
-        self._preparing = preparing
-        self._telling = telling
+        self._before = before
+        self._after = after
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit, together with whatever else is being written. In the default mode never raises.
@@ -97,24 +103,24 @@ class AuditManager(AuditReader):
             AuditUnavailableError: With AUDIT_MODE=strict, if the event could not be stored, or is not valid since a
                 field was set past the validation; in the default mode that is LOST.
             StoreNotOpenError: The store is not open here.
-            TypeError: It is no AuditEvent.
+            TypeError: `event` is not an AuditEvent.
         """
         self._database.check_owner()
-        writer = self._writer()
+        writer = self._writer.get()
         try:
-            record = encode_event(event, org_id=self._org_id)
+            row = encode_event(event, org_id=self._org_id)
         except ValidationError as exc:
-            return writer.refuse(event, exc)
-        if self._preparing.is_wanted:
-            return await self._preparing.detached(self._write_prepared(writer, record))
-        return await writer.write(record)
+            return writer.reject(event, exc)
+        if self._before.is_wanted:
+            return await self._before.detached(self._write_prepared(writer, row))
+        return await writer.write(row)
 
-    async def _write_prepared(self, writer: AuditWriter, record: EncodedRow) -> WriteOutcome:
+    async def _write_prepared(self, writer: AuditWriter, row: EncodedRow) -> WriteOutcome:
         try:
-            (prepared,) = await self._preparing.prepare([record])
+            (prepared,) = await self._before.prepare([row])
         except asyncio.CancelledError:
             # Somebody cancels every task there is; the event is kept all the same.
-            writer.take(self._preparing.give_up(record))
+            writer.enqueue_detached(self._before.withhold(row))
             raise
         return await writer.write(prepared)
 
@@ -123,7 +129,7 @@ class AuditManager(AuditReader):
 
         Args:
             events: Any iterable, also an endless one that ends some day; it is read as it is stored. If it raises,
-                what it gave before is stored, and the error goes on to the caller.
+                what it gave before is stored, and the error is raised to the caller.
 
         Returns:
             How many events came to which outcome.
@@ -131,16 +137,16 @@ class AuditManager(AuditReader):
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
             StoreNotOpenError: The store is not open here.
-            TypeError: One is no AuditEvent.
+            TypeError: One is not an AuditEvent.
             ValidationError: A field of one was set past the validation, and is not valid.
         """
         self._database.check_owner()
-        writer = self._writer()
+        writer = self._writer.get()
         outcomes: Counter[WriteOutcome] = Counter()
         under_way: asyncio.Task[list[WriteOutcome]] | None = None
         try:
-            async for batch in self._batches(events):
-                rows = await self._preparing.prepare(batch) if self._preparing.is_wanted else batch
+            async for batch in encode_batches(events, self._org_id, batch=_BULK_ROWS):
+                rows = await self._before.prepare(batch) if self._before.is_wanted else batch
                 # While one batch is committed the next one is made ready.
                 if under_way is not None:
                     await asyncio.wait([under_way])  # cancelling the caller does not cancel what was begun
@@ -178,35 +184,17 @@ class AuditManager(AuditReader):
             MissingExtraError: Parquet or zstd, and pyarrow is not installed.
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
         """
-        from agent_gateway_store.audit.importing import events_in, importable
+        from agent_gateway_store.audit.files import counted, events_in, importable, progress_bar
 
         source = Path(path)
         kind = importable(source, format)
-        with told(progress, f"Importing {source.name}") as tell:
-            return await self.write_many(counted(events_in(source, kind), tell))
-
-    async def _batches(
-        self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]
-    ) -> AsyncIterator[list[EncodedRow]]:
-        rows: list[EncodedRow] = []
-        record = partial(encode_event, org_id=self._org_id)
-        try:
-            async for some in _slices(events):
-                rows.extend(map(record, some))
-                if len(rows) >= _BULK_ROWS:
-                    yield rows
-                    rows = []
-        except Exception:
-            if rows:
-                yield rows
-            raise
-        if rows:
-            yield rows
+        with progress_bar(progress, f"Importing {source.name}") as report:
+            return await self.write_many(counted(events_in(source, kind), report))
 
     async def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.
 
-        Plugins see it before (`gateway_store_before_audit_write`); none is told of it afterwards, since only the caller
+        Plugins see it before (`gateway_store_before_audit_write`); none is notified afterwards, since only the caller
         knows of the commit.
 
         Returns:
@@ -216,11 +204,11 @@ class AuditManager(AuditReader):
             StoreUnavailableError: The database could not take it.
             ValidationError: A field was set past the validation, and is not valid.
         """
-        record = encode_event(event, org_id=self._org_id)
-        if self._preparing.is_wanted:
-            (record,) = await self._preparing.prepare([record])
+        row = encode_event(event, org_id=self._org_id)
+        if self._before.is_wanted:
+            (row,) = await self._before.prepare([row])
         with translate_errors("record the event"):
-            return await insert_event(session, record)
+            return await insert_event(session, row)
 
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.
@@ -229,31 +217,232 @@ class AuditManager(AuditReader):
             How many events still wait in the spool: 0 unless the database is away.
         """
         self._database.check_owner()
-        await self._preparing.settle()
-        return await self._writer().flush()
+        await self._before.join()
+        return await self._writer.get().flush()
 
     @property
     def counters(self) -> AuditCounters:
         """What became of the events written in this process since the store was opened; a copy."""
-        told = {"withheld": self._preparing.withheld, "untold": self._telling.untold}
-        return replace(self._writer().counters, **told)
+        return replace(self._writer.get().counters, withheld=self._before.withheld, untold=self._after.untold)
 
+    async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
+        """Return the event with this `request_id`, or None.
 
-async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[Sequence[AuditEvent]]:
-    if isinstance(events, AsyncIterable):
-        async for event in events:
-            yield (event,)
-        return
-    source = iter(events)
-    while True:
-        some: list[AuditEvent] = []
-        try:
-            some.extend(islice(source, _SLICE_ROWS))
-        except Exception:
-            yield some
-            raise
-        if not some:
-            return
-        yield some
-        # A plain iterable never lets the loop run by itself.
-        await asyncio.sleep(0)
+        Across organisations the id may be used several times; the newest is returned.
+        """
+        return await self._queries.by_request_id(request_id)
+
+    async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
+        """Return up to `limit` events of one caller, after skipping `offset`."""
+        return await self._queries.newest({"caller_id": caller_id}, limit=limit, offset=offset)
+
+    async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
+        """Return up to `limit` events with this decision.
+
+        Raises:
+            ValueError: There is no such decision.
+        """
+        return await self._queries.newest({"decision": decision}, limit=limit)
+
+    async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
+        """Return the `limit` newest events."""
+        return await self._queries.newest({}, limit=limit)
+
+    async def search(
+        self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]
+    ) -> Page[AuditEvent]:
+        """Return events that match every filter (see `Filters`), newest first, ties broken by id.
+
+        `next_cursor` leads on to older ones; events that are added meanwhile do not move it.
+
+        Args:
+            limit: At most so many, 1 to 100,000.
+            cursor: `next_cursor` of the page before; the filters must be the same.
+            filters: See `Filters`; a filter that is None does not narrow.
+
+        Raises:
+            InvalidCursorError: The cursor did not come from this search.
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: There is no such decision, status or time, or `limit` is out of range.
+        """
+        return await self._queries.search(filters, limit=limit, cursor=cursor)
+
+    async def stats(
+        self,
+        by: str | Sequence[str] | None = None,
+        bucket: timedelta | str | None = None,
+        **filters: Unpack[Filters],
+    ) -> Stats:
+        """Count events and their latencies, aggregated by the database.
+
+        Each row has the columns of its group, then `calls`, `denials` (DENY), `approvals` (APPROVAL_REQUIRED),
+        `errors` (TOOL_ERROR and TIMEOUT) and the latency percentiles 50, 95 and 99 in milliseconds: a latency that
+        occurred, the first whose rank is at least that share (SQL's `percentile_disc`; the same on both databases).
+        Rows come by time, then the largest group first.
+
+        Args:
+            by: Columns to group by: caller_id, tool_name, mcp_server, decision, risk_label, environment, ... An event
+                counts once for each of its risk labels, and under None without one. None: one row over everything.
+            bucket: Length of time buckets, such as "1h" or a timedelta of whole seconds; they begin with the UTC hour,
+                day or (Monday) week.
+            filters: See `Filters`.
+
+        Raises:
+            TypeError: There is no such filter, or a value has the wrong type.
+            ValueError: There is no such column, decision, status or time.
+        """
+        return await self._queries.stats(filters, by, bucket)
+
+    async def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[AuditEvent]:
+        """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for.
+
+        Takes constant memory: the database is read by a server-side cursor, which holds a connection until the end.
+        A caller that stops early closes it: `async with contextlib.aclosing(store.audit.stream()) as events`.
+
+        Raises:
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: There is no such decision, status or time.
+        """
+        found = criteria(filters, org_id=self._org_id)
+        async with aclosing(event_batches(self._database, found)) as batches:
+            async for events in batches:
+                for event in events:
+                    yield event
+
+    async def changes(
+        self, cursor: str | None = "now", *, limit: int = 1_000, **filters: Unpack[Filters]
+    ) -> Page[AuditEvent]:
+        """Return the events that were committed since `cursor`, in the order of their commits.
+
+        `next_cursor` is always there and leads on; kept somewhere, it survives a restart. However long transactions
+        stay open, no event is missed and none comes twice, also over a crash of the database or a failover. What was
+        committed before one call comes before what was committed after it; within one call the order is that of the
+        transactions' beginnings.
+
+        Args:
+            cursor: `next_cursor` of the call before; "now" or None returns no event and the cursor to begin with;
+                "beginning" reads what there is first, by id.
+            limit: At most so many, 1 to 100,000.
+            filters: See `Filters`; the same at each call.
+
+        Raises:
+            InvalidCursorError: The cursor did not come from this method with these filters, or the newest event that it
+                has passed is not in this database, as on a promoted standby that had not received it.
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: There is no such decision, status or time, or `limit` is out of range.
+        """
+        check_limit(limit)
+        found = criteria(filters, org_id=self._org_id, listing="changes")
+        page, _ = await changes_page(self._database, found, "now" if cursor is None else cursor, limit)
+        return page
+
+    async def follow(
+        self, *, start: str | None = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
+    ) -> AsyncGenerator[AuditEvent]:
+        """Yield new events as they are committed, without end; what `changes` promises holds.
+
+        A database that is away is waited for. No connection is held between two reads.
+
+        Args:
+            start: "now" or None: what is committed from the first iteration on; "beginning": everything; or a cursor of
+                `changes` with the same filters.
+            poll_s: Seconds between two reads of the database.
+            patience_s: For how many seconds a database that is away is waited for.
+            filters: See `Filters`.
+
+        Raises:
+            InvalidCursorError: `start` is not a cursor of `changes`, or the newest event passed is not in the database
+                any more, as after a failover to a standby that had not received it.
+            StoreUnavailableError: The database was away for longer than `patience_s`.
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: There is no such decision, status or time, or `poll_s` is not above zero.
+        """
+        if not poll_s > 0:
+            raise ValueError(f"poll_s must be more than zero, not {poll_s}.")
+        found = criteria(filters, org_id=self._org_id, listing="changes")
+        cursor = "now" if start is None else start
+        following = follow_pages(self._database, found, cursor, poll_s=poll_s, patience_s=patience_s)
+        async with aclosing(following) as pages:
+            async for page in pages:
+                for event in page:
+                    yield event
+
+    async def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
+        """Return every event that matches as an Arrow table, newest first; no event object is made.
+
+        Columns and types are those of `Page.to_arrow()`; JSON columns hold the JSON text as the database writes it.
+
+        Raises:
+            MissingExtraError: pyarrow is not installed.
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: There is no such decision, status or time.
+        """
+        from agent_gateway_store.audit.arrow import whole_table
+
+        return await whole_table(self._database, criteria(filters, org_id=self._org_id))
+
+    async def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
+        """Return what `to_arrow` does as a pandas DataFrame. Raises what it raises, also where pandas is missing."""
+        from agent_gateway_store.results.arrow import as_pandas
+
+        return await asyncio.to_thread(as_pandas, await self.to_arrow(**filters))
+
+    async def to_polars(self, **filters: Unpack[Filters]) -> polars.DataFrame:
+        """Return what `to_arrow` does as a Polars DataFrame. Raises what it raises, also where Polars is missing."""
+        from agent_gateway_store.results.arrow import as_polars
+
+        return await asyncio.to_thread(as_polars, await self.to_arrow(**filters))
+
+    async def export(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: Literal["jsonl", "csv", "parquet"] | None = None,  # noqa: A002  the natural name
+        compression: Literal["gzip", "zstd"] | None = None,
+        partition_by: Literal["day"] | None = None,
+        raw: bool = False,
+        overwrite: bool = False,
+        progress: bool | Callable[[int], None] = False,
+        **filters: Unpack[Filters],
+    ) -> ExportResult:
+        """Write every event that matches to a file, oldest first, as the log was at one moment.
+
+        Takes constant memory. The file is written under another name in the same folder, forced to disk and renamed at
+        the end: there is never a partial file at `path`. JSONL and Parquet can be read back by `import_file`.
+
+        Args:
+            path: Where to; its folder must exist.
+            format: None: by the suffix of `path` (.jsonl, .csv, .parquet, and .gz or .zst behind the first two).
+            compression: None: by the suffix; Parquet is packed by zstd.
+            partition_by: "day": `path` becomes a Parquet dataset with a folder `day=YYYY-MM-DD` for each UTC day.
+            raw: CSV only. False puts an apostrophe before what a spreadsheet could take for a formula, which alters
+                the data; True leaves everything as it is.
+            overwrite: Replace what is at `path`.
+            progress: True shows a progress bar; a function is called with the rows written so far, also from a thread.
+            filters: See `Filters`.
+
+        Raises:
+            FileExistsError: There is something at `path`, and `overwrite` is False.
+            OSError: The file cannot be written.
+            MissingExtraError: Parquet or zstd, and pyarrow is not installed.
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: The format is unknown or does not go with the other arguments, or a filter has no such value.
+        """
+        from agent_gateway_store.audit.export import export_events
+        from agent_gateway_store.audit.files import export_format, progress_bar
+
+        target = Path(path)
+        kind, packed = export_format(target, format, compression, partition_by=partition_by, raw=raw)
+        found = criteria(filters, org_id=self._org_id)
+        with progress_bar(progress, f"Exporting to {target.name}") as report:
+            return await export_events(
+                self._database,
+                found,
+                target,
+                format=kind,
+                compression=packed,
+                by_day=partition_by == "day",
+                raw=raw,
+                overwrite=overwrite,
+                report=report,
+            )

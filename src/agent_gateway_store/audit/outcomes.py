@@ -1,11 +1,21 @@
-"""What becomes of a write, and how many."""
+"""What becomes of a write, how many there were, and the last resort: an event that no store took is logged."""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-__all__ = ["AuditCounters", "WriteOutcome"]
+from pydantic import BaseModel
+
+from agent_gateway_store.audit.record import EncodedRow, to_values
+
+__all__ = ["AuditCounters", "WriteOutcome", "log_lost"]
+
+_logger = logging.getLogger("agent_gateway_store.audit.lost")
 
 
 class WriteOutcome(StrEnum):
@@ -32,7 +42,7 @@ class AuditCounters:
         replayed: Brought from the spool to the database.
         lost: Logged at CRITICAL, kept nowhere else.
         withheld: Stored without arguments and texts, because a plugin failed before the write.
-        untold: Stored, but not told to a plugin that wants to hear of events; once for each plugin.
+        untold: Stored, but a plugin that wants to be notified of events was not; once for each plugin.
         queue_depth: Waiting for a commit now.
     """
 
@@ -45,7 +55,16 @@ class AuditCounters:
     untold: int = 0
     queue_depth: int = 0
 
-    def count(self, outcome: WriteOutcome, number: int = 1) -> None:
-        """Add `number` writes that ended as `outcome`."""
-        name = outcome.value.lower()
-        setattr(self, name, getattr(self, name) + number)
+
+def log_lost(row: EncodedRow | Mapping[str, Any] | None, cause: BaseException, *, request_id: str = "") -> None:
+    """Log an event as one line of JSON: its encoded row or its values, else its request id. Never raises."""
+    try:
+        values = to_values(row) if isinstance(row, tuple) else row or {"request_id": request_id}
+        text = json.dumps(values, default=_plain, ensure_ascii=True)
+        _logger.critical("LOST audit event (%s): %s", type(cause).__name__, text)
+    except Exception:
+        _logger.exception("LOST audit event that could not be encoded: %r", request_id)
+
+
+def _plain(value: object) -> object:
+    return value.model_dump() if isinstance(value, BaseModel) else str(value)

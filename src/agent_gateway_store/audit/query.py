@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Unpack
+from typing import Unpack
 
-from sqlalchemy import Dialect
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.filters import Criteria, Filters, criteria
-from agent_gateway_store.audit.grouping import bucket_of, columns_of, grouped, stats_of
-from agent_gateway_store.audit.reading import events_of
-from agent_gateway_store.audit.selects import newest, parameters
+from agent_gateway_store.audit.selects import events_of, newest
+from agent_gateway_store.audit.stats import bucket_of, columns_of, group_events, stats_of
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
-from agent_gateway_store.storage.database import SessionTransactions, Transactions
+from agent_gateway_store.storage.database import Database, SessionTransactions, Transactions
 from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor
-from agent_gateway_store.storage.statements import CompiledStatement, dialect_of, fetch
+from agent_gateway_store.storage.streaming import fetched
 
-__all__ = ["COLUMNS", "AuditQuery", "check_limit"]
+__all__ = ["COLUMNS", "AuditQuery", "EventQueries", "check_limit"]
 
 COLUMNS = (
     "timestamp",
@@ -34,71 +32,39 @@ COLUMNS = (
     "risk_labels",
     "request_id",
 )
-_MOST = 100_000
-_NEVER = 2**62
+"""The columns of an event that a page shows."""
+
+_MAX_LIMIT = 100_000  # with events of 5 kB half a gigabyte of memory
+_NEVER = 2**62  # beyond any number of rows, and within what both databases take as a LIMIT
 _SECOND = timedelta(seconds=1)
 
 
-class AuditQuery:
-    """Reads audit events. Order: newest first by `timestamp`, ties broken by `id`.
+class EventQueries:
+    """The queries of the audit log, over anything that gives transactions.
 
     Args:
-        session: A session of the caller's; it is neither committed nor closed. The events returned are detached.
+        transactions: A database, or one session.
         org_id: See only this organisation; None sees all.
     """
 
-    def __init__(self, session: AsyncSession, *, org_id: str | None = None) -> None:
-        self._transactions: Transactions = SessionTransactions(session)
+    def __init__(self, transactions: Transactions, *, org_id: str | None) -> None:
+        self._transactions = transactions
         self._org_id = org_id
 
-    @classmethod
-    def over(cls, transactions: Transactions, *, org_id: str | None = None) -> AuditQuery:
-        """Return a query that opens its own transactions."""
-        query = cls.__new__(cls)
-        query._transactions, query._org_id = transactions, org_id
-        return query
-
-    async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
-        """Return the event with this `request_id`, or None.
-
-        Across organisations the id may be used several times; the newest is returned.
-        """
-        found = await self._newest({"request_id": storable_key(request_id)}, limit=1)
+    async def by_request_id(self, request_id: str) -> AuditEvent | None:
+        """Return the newest event with this id, or None."""
+        found = await self.newest({"request_id": storable_key(request_id)}, limit=1)
         return found[0] if found else None
 
-    async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
-        """Return up to `limit` events of one caller, after skipping `offset`."""
-        return await self._newest({"caller_id": caller_id}, limit=limit, offset=offset)
+    async def newest(self, filters: Filters, *, limit: int, offset: int = 0) -> Page[AuditEvent]:
+        """Return the newest events that match, of which there may be any number; the page leads on to no other."""
+        for name, value in (("limit", limit), ("offset", offset)):
+            if not 0 <= value < _NEVER:
+                raise ValueError(f"{name} must be zero or more, not {value}.")
+        return _page(await self._read(criteria(filters, org_id=self._org_id), limit=limit, offset=offset))
 
-    async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
-        """Return up to `limit` events with this decision.
-
-        Raises:
-            ValueError: There is no such decision.
-        """
-        return await self._newest({"decision": decision}, limit=limit)
-
-    async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
-        """Return the `limit` newest events."""
-        return await self._newest({}, limit=limit)
-
-    async def search(
-        self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]
-    ) -> Page[AuditEvent]:
-        """Return events that match every filter (see `Filters`), newest first, ties broken by id.
-
-        `next_cursor` leads on to older ones; events that are added meanwhile do not move it.
-
-        Args:
-            limit: At most so many, 1 to 100,000.
-            cursor: `next_cursor` of the page before; the filters must be the same.
-            filters: See `Filters`; a filter that is None does not narrow.
-
-        Raises:
-            InvalidCursorError: The cursor did not come from this search.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time, or `limit` is out of range.
-        """
+    async def search(self, filters: Filters, *, limit: int, cursor: str | None) -> Page[AuditEvent]:
+        """Return a page of the events that match, and the cursor of the next one."""
         check_limit(limit)
         found = criteria(filters, org_id=self._org_id)
         place = None if cursor is None else decode_cursor(found.scope, cursor)
@@ -108,75 +74,89 @@ class AuditQuery:
         last = events[limit - 1]
         return _page(events[:limit], encode_cursor(found.scope, last.timestamp, last.id or 0))
 
+    async def stats(self, filters: Filters, by: str | Sequence[str] | None, bucket: timedelta | str | None) -> Stats:
+        """Count the events that match."""
+        names, length = columns_of(by), bucket_of(bucket)
+        found = criteria(filters, org_id=self._org_id)
+        statement = group_events(found.shape, names, in_buckets=length is not None)
+        values = dict(found.values)
+        if length is not None:
+            values |= {"p_bucket": length, "p_bucket_s": length // _SECOND}
+        if isinstance(self._transactions, Database):
+            # It reads every event that matches, which may take longer than a command is allowed to.
+            compiled = statement.compiled(self._transactions.engine.dialect)
+            rows = await fetched(self._transactions, compiled, values)
+        else:
+            async with self._transactions.connection("read") as connection:
+                rows = await statement.tuples(connection, values)
+        return stats_of(rows, names, length)
+
+    async def _read(
+        self, found: Criteria, *, limit: int, offset: int = 0, after: tuple[datetime, int] | None = None
+    ) -> list[AuditEvent]:
+        statement = newest(found.shape, limit=limit, offset=offset, is_after=after is not None)
+        values = dict(found.values)
+        if after is not None:
+            values["p_at"], values["p_id"] = after
+        async with self._transactions.connection("read") as connection:
+            rows = await statement.tuples(connection, values)
+        return events_of(rows)
+
+
+class AuditQuery:
+    """Reads audit events through a session. Order: newest first by `timestamp`, ties broken by `id`.
+
+    Args:
+        session: A session of the caller's; it is neither committed nor closed. The events returned are detached.
+        org_id: See only this organisation; None sees all.
+    """
+
+    def __init__(self, session: AsyncSession, *, org_id: str | None = None) -> None:
+        self._queries = EventQueries(SessionTransactions(session), org_id=org_id)
+
+    async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
+        """Do as `store.audit.get_by_request_id`."""
+        return await self._queries.by_request_id(request_id)
+
+    async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
+        """Return up to `limit` events of one caller, after skipping `offset`."""
+        return await self._queries.newest({"caller_id": caller_id}, limit=limit, offset=offset)
+
+    async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
+        """Return up to `limit` events with this decision. Raises ValueError if there is no such decision."""
+        return await self._queries.newest({"decision": decision}, limit=limit)
+
+    async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
+        """Return the `limit` newest events."""
+        return await self._queries.newest({}, limit=limit)
+
+    async def search(
+        self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]
+    ) -> Page[AuditEvent]:
+        """Return events that match every filter, newest first; arguments and errors as of `store.audit.search`."""
+        return await self._queries.search(filters, limit=limit, cursor=cursor)
+
     async def stats(
         self,
         by: str | Sequence[str] | None = None,
         bucket: timedelta | str | None = None,
         **filters: Unpack[Filters],
     ) -> Stats:
-        """Count events and their latencies, aggregated by the database.
-
-        Each row has the columns of its group, then `calls`, `denials` (DENY), `approvals` (APPROVAL_REQUIRED),
-        `errors` (TOOL_ERROR and TIMEOUT) and the latency percentiles 50, 95 and 99 in milliseconds: a latency that
-        occurred, the first whose rank is at least that share (SQL's `percentile_disc`; the same on both databases).
-        Rows come by time, then the largest group first.
-
-        Args:
-            by: Columns to group by: caller_id, tool_name, mcp_server, decision, risk_label, environment, ... An event
-                counts once for each of its risk labels, and under None without one. None: one row over everything.
-            bucket: Length of time buckets, such as "1h" or a timedelta of whole seconds; they begin with the UTC hour,
-                day or (Monday) week.
-            filters: See `Filters`.
-
-        Raises:
-            TypeError: There is no such filter, or a value has the wrong type.
-            ValueError: There is no such column, decision, status or time.
-        """
-        names, length = columns_of(by), bucket_of(bucket)
-        found = criteria(filters, org_id=self._org_id)
-        rows = await self._fetch_long(
-            lambda dialect: grouped(dialect, found, names, in_buckets=length is not None),
-            {**found.values, **({} if length is None else {"p_bucket": length, "p_bucket_s": length // _SECOND})},
-        )
-        return stats_of(rows, names, length)
-
-    async def _fetch_long(
-        self, query: Callable[[Dialect], CompiledStatement], values: Mapping[str, Any]
-    ) -> Sequence[Sequence[Any]]:
-        async with self._transactions.connection("read") as connection:
-            dialect = dialect_of(connection)
-            return await fetch(connection, query(dialect), parameters(dialect, values))
-
-    async def _newest(self, filters: Filters, *, limit: int, offset: int = 0) -> Page[AuditEvent]:
-        for name, value in (("limit", limit), ("offset", offset)):
-            if not 0 <= value < _NEVER:
-                raise ValueError(f"{name} must be zero or more, not {value}.")
-        return _page(await self._read(criteria(filters, org_id=self._org_id), limit=limit, offset=offset))
-
-    async def _read(
-        self, found: Criteria, *, limit: int, offset: int = 0, after: tuple[datetime, int] | None = None
-    ) -> list[AuditEvent]:
-        async with self._transactions.connection("read") as connection:
-            dialect = dialect_of(connection)
-            query = newest(dialect, found, limit=limit, offset=offset, is_after=after is not None)
-            values = parameters(dialect, found.values)
-            if after is not None:
-                values["p_at"], values["p_id"] = after
-            rows = await fetch(connection, query, values)
-        return events_of(rows)
+        """Count events and their latencies; arguments, columns and errors are those of `store.audit.stats`."""
+        return await self._queries.stats(filters, by, bucket)
 
 
 def check_limit(limit: int) -> int:
     """Return `limit`.
 
     Raises:
-        TypeError: It is no whole number.
+        TypeError: It is not a whole number.
         ValueError: It is not 1 to 100,000.
     """
     if not isinstance(limit, int):
         raise TypeError(f"limit must be a whole number, not {type(limit).__name__}.")
-    if not 1 <= limit <= _MOST:
-        raise ValueError(f"limit must be 1 to {_MOST:,}, not {limit:,}: for more, use stream() or to_arrow().")
+    if not 1 <= limit <= _MAX_LIMIT:
+        raise ValueError(f"limit must be 1 to {_MAX_LIMIT:,}, not {limit:,}: for more, use stream() or to_arrow().")
     return limit
 
 

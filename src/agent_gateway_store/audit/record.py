@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -21,6 +24,7 @@ __all__ = [
     "REUSED_LABEL",
     "UNSTORABLE",
     "EncodedRow",
+    "encode_batches",
     "encode_event",
     "from_values",
     "hash_of",
@@ -37,7 +41,7 @@ WITHHELD = "[WITHHELD]"
 REUSED_LABEL = "REQUEST_ID_REUSED"
 
 COLUMNS = tuple(name for name in AuditEvent.model_fields if name != "id")
-"""The columns of a record, in order."""
+"""The columns of an encoded row, in order."""
 
 _SHORT = (
     "request_id",
@@ -64,6 +68,7 @@ _LONG = (
 _TEXTS = (*_SHORT, *_LONG)
 _QUOTING = ("output_policy_rationale", "llm_explanation", "deterministic_rationale")
 _LARGEST_BIGINT = 2**63 - 1
+_SLICE_EVENTS = 50  # a few milliseconds of work, after which other tasks may run
 
 _text = json.encoder.encode_basestring
 # What `JSONEncoder.encode` makes anew at each call, made once; absent on other interpreters than CPython.
@@ -82,7 +87,7 @@ garbage collector passes those by, and it would otherwise cost as much as everyt
 
 
 def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
-    """Return the record for `event`, which itself is not changed.
+    """Return the row for `event`, which itself is not changed.
 
     What no database can hold is replaced and noted in `redaction_flags`.
 
@@ -94,69 +99,114 @@ def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
         TypeError: It is not an event, or one that `model_construct` left incomplete.
         ValidationError: A field was set past the validation, as `model_copy(update=...)` does, and is not valid.
     """
-    row = _row_of(event, org_id)
-    if _is_typed(row):
+    values = _row_of(event, org_id)
+    if _is_typed(values):
         try:
-            return _stored(row)
+            return _stored(values)
         except (TypeError, ValueError):  # a text that is none
-            row = _row_of(event, org_id)
-    return _stored(_row_of(AuditEvent.model_validate(row), org_id))
+            values = _row_of(event, org_id)
+    return _stored(_row_of(AuditEvent.model_validate(values), org_id))
+
+
+async def encode_batches(
+    events: Iterable[AuditEvent] | AsyncIterable[AuditEvent], org_id: str | None, *, batch: int
+) -> AsyncIterator[list[EncodedRow]]:
+    """Yield the rows of `events` in batches of about `batch`; other tasks run meanwhile.
+
+    If `events` raises, or one of them is not valid, what came before is yielded first.
+    """
+    rows: list[EncodedRow] = []
+    encode = partial(encode_event, org_id=org_id)
+    try:
+        async for some in _slices(events):
+            rows.extend(map(encode, some))
+            if len(rows) >= batch:
+                yield rows
+                rows = []
+    except Exception:
+        if rows:
+            yield rows
+        raise
+    if rows:
+        yield rows
+
+
+async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[Sequence[AuditEvent]]:
+    if isinstance(events, AsyncIterable):
+        async for event in events:
+            yield (event,)
+        return
+    source = iter(events)
+    while True:
+        some: list[AuditEvent] = []
+        try:
+            some.extend(islice(source, _SLICE_EVENTS))
+        except Exception:
+            yield some
+            raise
+        if not some:
+            return
+        yield some
+        # A plain iterable never lets the loop run by itself.
+        await asyncio.sleep(0)
 
 
 def _row_of(event: AuditEvent, org_id: str | None) -> dict[str, Any]:
     try:
         given: Mapping[str, Any] = event.__dict__
-        row = {name: given[name] for name in COLUMNS}
+        values = {name: given[name] for name in COLUMNS}
     except (AttributeError, KeyError) as exc:
         lacking = f" without {exc}" if isinstance(exc, KeyError) else ""
         raise TypeError(f"Hand over a whole AuditEvent, not {type(event).__name__}{lacking}.") from None
     if org_id is not None:
-        row["org_id"] = org_id
-    return row
+        values["org_id"] = org_id
+    return values
 
 
-def _is_typed(row: dict[str, Any]) -> bool:
-    """True if what is no text has the types that the validation gives; else one row could fail a whole batch."""
+def _is_typed(values: dict[str, Any]) -> bool:
+    """True if what is not text has the types that the validation gives; else one row could fail a whole batch."""
     return (
-        type(row["decision"]) is Decision
-        and type(row["output_decision"]) is OutputDecision
-        and (row["execution_status"] is None or type(row["execution_status"]) is ExecutionStatus)
-        and type(row["latency_ms"]) is int
-        and row["latency_ms"] >= 0
-        and type(row["risk_score"]) is float
-        and isinstance(row["timestamp"], datetime)
-        and row["timestamp"].tzinfo is UTC
-        and isinstance(row["sanitized_args"], dict)
-        and isinstance(row["risk_labels"], list)
-        and isinstance(row["redaction_flags"], list)
-        and (not row["redaction_flags"] or all(isinstance(flag, RedactionFlag) for flag in row["redaction_flags"]))
+        type(values["decision"]) is Decision
+        and type(values["output_decision"]) is OutputDecision
+        and (values["execution_status"] is None or type(values["execution_status"]) is ExecutionStatus)
+        and type(values["latency_ms"]) is int
+        and values["latency_ms"] >= 0
+        and type(values["risk_score"]) is float
+        and isinstance(values["timestamp"], datetime)
+        and values["timestamp"].tzinfo is UTC
+        and isinstance(values["sanitized_args"], dict)
+        and isinstance(values["risk_labels"], list)
+        and isinstance(values["redaction_flags"], list)
+        and (
+            not values["redaction_flags"] or all(isinstance(flag, RedactionFlag) for flag in values["redaction_flags"])
+        )
     )
 
 
-def _stored(row: dict[str, Any]) -> EncodedRow:
-    if not _is_plain(row):
-        _scrub(row)
-    return _with_hash(row)
+def _stored(values: dict[str, Any]) -> EncodedRow:
+    if not _is_plain(values):
+        _scrub(values)
+    return _with_hash(values)
 
 
-def key_of(record: EncodedRow) -> tuple[str, str]:
+def key_of(row: EncodedRow) -> tuple[str, str]:
     """Return what must be unique: request_id and org_id."""
-    return record[_REQUEST_ID], record[_ORG_ID]
+    return row[_REQUEST_ID], row[_ORG_ID]
 
 
-def hash_of(record: EncodedRow) -> str:
+def hash_of(row: EncodedRow) -> str:
     """Return the content_hash, by which two events are the same one."""
-    return record[_CONTENT_HASH]  # type: ignore[no-any-return]
+    return row[_CONTENT_HASH]  # type: ignore[no-any-return]
 
 
-def size_of(record: EncodedRow) -> int:
-    """Return about how many bytes of memory the record takes."""
-    return 2_000 + sum(map(len, filter(None, _large(record))))
+def size_of(row: EncodedRow) -> int:
+    """Return about how many bytes of memory the row takes."""
+    return 2_000 + sum(map(len, filter(None, _large(row))))
 
 
-def to_values(record: EncodedRow) -> dict[str, Any]:
-    """Return the record as column name to value, as SQLAlchemy's column types take it."""
-    values = dict(zip(COLUMNS, record, strict=True))
+def to_values(row: EncodedRow) -> dict[str, Any]:
+    """Return the row as column name to value, as SQLAlchemy's column types take it."""
+    values = dict(zip(COLUMNS, row, strict=True))
     for name in ("sanitized_args", "risk_labels"):
         values[name] = json.loads(values[name])
     values["redaction_flags"] = [RedactionFlag(**flag) for flag in json.loads(values["redaction_flags"])]
@@ -164,58 +214,58 @@ def to_values(record: EncodedRow) -> dict[str, Any]:
 
 
 def from_values(values: Mapping[str, Any]) -> EncodedRow:
-    """Return the record of a row that was stored elsewhere before, as it was."""
-    row = {name: values[name] for name in COLUMNS}
-    _encode_json(row)
-    return tuple(row.values())
+    """Return the row of values that were stored elsewhere before, as it was."""
+    encoded = {name: values[name] for name in COLUMNS}
+    _encode_json(encoded)
+    return tuple(encoded.values())
 
 
-def with_derived_id(record: EncodedRow) -> EncodedRow:
-    """Return the record as it is kept when its request_id belongs to another event already.
+def with_derived_id(row: EncodedRow) -> EncodedRow:
+    """Return the row as it is kept when its request_id belongs to another event already.
 
-    The id is derived from the content, so that the same event under the same used id gives the same record again.
+    The id is derived from the content, so that the same event under the same used id gives the same row again.
     """
-    row, digest = to_values(record), hash_of(record)
-    base = row["request_id"].encode()[: MAX_KEY_BYTES - len(digest) - 1].decode("utf-8", "ignore")
-    row["request_id"] = f"{base}~{digest}"
-    if REUSED_LABEL not in row["risk_labels"]:
-        row["risk_labels"] = [*row["risk_labels"], REUSED_LABEL]
-    return _with_hash(row)
+    values, digest = to_values(row), hash_of(row)
+    base = values["request_id"].encode()[: MAX_KEY_BYTES - len(digest) - 1].decode("utf-8", "ignore")
+    values["request_id"] = f"{base}~{digest}"
+    if REUSED_LABEL not in values["risk_labels"]:
+        values["risk_labels"] = [*values["risk_labels"], REUSED_LABEL]
+    return _with_hash(values)
 
 
-def without_payload(record: EncodedRow) -> EncodedRow:
-    """Return the record without its arguments and free texts, each flagged: a plugin that might redact them failed."""
-    row = to_values(record)
-    replaced: dict[str, Any] = {name: WITHHELD for name in _QUOTING if row[name]}
-    if row["sanitized_args"]:
+def without_payload(row: EncodedRow) -> EncodedRow:
+    """Return the row without its arguments and free texts, each flagged: a plugin that might redact them failed."""
+    values = to_values(row)
+    replaced: dict[str, Any] = {name: WITHHELD for name in _QUOTING if values[name]}
+    if values["sanitized_args"]:
         replaced["sanitized_args"] = {WITHHELD: PLUGIN_FAILED}
-    known = {(flag.field, flag.reason) for flag in row["redaction_flags"]}
-    row["redaction_flags"] += [
+    known = {(flag.field, flag.reason) for flag in values["redaction_flags"]}
+    values["redaction_flags"] += [
         RedactionFlag(field=name, reason=PLUGIN_FAILED) for name in replaced if (name, PLUGIN_FAILED) not in known
     ]
-    return _with_hash(row | replaced)
+    return _with_hash(values | replaced)
 
 
 _REQUEST_ID, _ORG_ID, _CONTENT_HASH = map(COLUMNS.index, ("request_id", "org_id", "content_hash"))
 _large = itemgetter(*map(COLUMNS.index, ("sanitized_args", "risk_labels", "redaction_flags", *_LONG)))
 
 
-def _encode_json(row: dict[str, Any]) -> None:
-    labels, flags = row["risk_labels"], row["redaction_flags"]
-    row["sanitized_args"] = _encode(row["sanitized_args"])
-    row["risk_labels"] = f"[{','.join(map(_text, labels))}]" if labels else "[]"
-    row["redaction_flags"] = _encode([flag.__dict__ for flag in flags]) if flags else "[]"
+def _encode_json(values: dict[str, Any]) -> None:
+    labels, flags = values["risk_labels"], values["redaction_flags"]
+    values["sanitized_args"] = _encode(values["sanitized_args"])
+    values["risk_labels"] = f"[{','.join(map(_text, labels))}]" if labels else "[]"
+    values["redaction_flags"] = _encode([flag.__dict__ for flag in flags]) if flags else "[]"
 
 
-def _with_hash(row: dict[str, Any]) -> EncodedRow:
+def _with_hash(values: dict[str, Any]) -> EncodedRow:
     """Encode the JSON and set `content_hash`: SHA-256 (64 hex digits) of the canonical event.
 
     It is taken over `json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` in UTF-8, where
     the document is `event.model_dump(mode="json", exclude={"id", "content_hash"})` of the stored event.
     """
-    _encode_json(row)
-    row["content_hash"] = hashlib.sha256(_document(*_hashed(row)).encode()).hexdigest()
-    return tuple(row.values())
+    _encode_json(values)
+    values["content_hash"] = hashlib.sha256(_document(*_hashed(values)).encode()).hexdigest()
+    return tuple(values.values())
 
 
 def _member(column: Column[Any]) -> str:
@@ -252,42 +302,42 @@ _hashed = itemgetter(*_HASHED)
 _document = _writer([AuditEvent.__table__.c[name] for name in _HASHED])  # type: ignore[attr-defined]
 
 
-def _is_plain(row: dict[str, Any]) -> bool:
-    """True if nothing in the row needs a closer look: so it is for nearly every event."""
-    everything = "".join([text for name in _TEXTS if (text := row[name]) is not None])
+def _is_plain(values: dict[str, Any]) -> bool:
+    """True if nothing in the row needs replacing: so it is for nearly every event."""
+    everything = "".join([text for name in _TEXTS if (text := values[name]) is not None])
     return (
         len(everything) <= MAX_KEY_BYTES
         and everything.isascii()
         and "\0" not in everything
-        and is_storable(row["sanitized_args"])
-        and is_storable(row["risk_labels"])
-        and 0 < row["risk_score"] < _LARGEST_BIGINT
-        and row["latency_ms"] <= _LARGEST_BIGINT
-        and UTC_MIN < row["timestamp"] < UTC_MAX
-        and not row["redaction_flags"]
+        and is_storable(values["sanitized_args"])
+        and is_storable(values["risk_labels"])
+        and 0 < values["risk_score"] < _LARGEST_BIGINT
+        and values["latency_ms"] <= _LARGEST_BIGINT
+        and UTC_MIN < values["timestamp"] < UTC_MAX
+        and not values["redaction_flags"]
     )
 
 
-def _scrub(row: dict[str, Any]) -> None:
+def _scrub(values: dict[str, Any]) -> None:
     # An event with its hash was stored before, and must stay the same event when it is stored elsewhere.
-    scrubber = Scrubber(is_second=row["content_hash"] is not None)
+    scrubber = Scrubber(is_second=values["content_hash"] is not None)
     for name in _SHORT:
-        if row[name] is not None:
-            row[name] = scrubber.text(name, row[name], limit=MAX_KEY_BYTES)
+        if values[name] is not None:
+            values[name] = scrubber.text(name, values[name], limit=MAX_KEY_BYTES)
     for name in _LONG:
-        if row[name] is not None:
-            row[name] = scrubber.text(name, row[name])
-    row["sanitized_args"] = scrubber.json("sanitized_args", row["sanitized_args"])
-    row["risk_labels"] = scrubber.json("risk_labels", row["risk_labels"])
-    row["risk_score"] = scrubber.number("risk_score", row["risk_score"])
-    if row["latency_ms"] > _LARGEST_BIGINT:
-        row["latency_ms"] = _LARGEST_BIGINT
+        if values[name] is not None:
+            values[name] = scrubber.text(name, values[name])
+    values["sanitized_args"] = scrubber.json("sanitized_args", values["sanitized_args"])
+    values["risk_labels"] = scrubber.json("risk_labels", values["risk_labels"])
+    values["risk_score"] = scrubber.number("risk_score", values["risk_score"])
+    if values["latency_ms"] > _LARGEST_BIGINT:
+        values["latency_ms"] = _LARGEST_BIGINT
         scrubber.report("latency_ms")
-    if row["timestamp"] in (UTC_MIN, UTC_MAX) and not any(
-        (flag.field, flag.reason) == ("timestamp", UNSTORABLE) for flag in row["redaction_flags"]
+    if values["timestamp"] in (UTC_MIN, UTC_MAX) and not any(
+        (flag.field, flag.reason) == ("timestamp", UNSTORABLE) for flag in values["redaction_flags"]
     ):
         scrubber.report("timestamp")
-    row["redaction_flags"] = _flags(row["redaction_flags"], scrubber)
+    values["redaction_flags"] = _flags(values["redaction_flags"], scrubber)
 
 
 def _flags(given: list[RedactionFlag], scrubber: Scrubber) -> list[RedactionFlag]:

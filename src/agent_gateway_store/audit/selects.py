@@ -1,19 +1,18 @@
-"""The SELECTs of the audit log. Each is compiled once for a dialect and a set of filters."""
+"""The SELECTs of the audit log, one statement for each set of filters, and the events made of their rows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import (
     ARRAY,
     JSON,
     BigInteger,
     ColumnElement,
-    Dialect,
     Integer,
     Select,
     Text,
@@ -30,21 +29,20 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql
 
-from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
-from agent_gateway_store.storage.statements import CompiledStatement, compiled
+from agent_gateway_store.storage.statements import Statement
 
 __all__ = [
     "FIELDS",
     "JSON_FIELDS",
-    "SameDialect",
+    "Shape",
     "conditions",
-    "finite",
+    "events_of",
+    "finite_timestamp",
     "newest",
     "oldest",
-    "parameters",
-    "selected",
+    "select_events",
     "table",
 ]
 
@@ -55,85 +53,89 @@ FIELDS = tuple(AuditEvent.model_fields)
 
 JSON_FIELDS = tuple(name for name in FIELDS if isinstance(table.c[name].type, JSON | JsonOf))
 
-_Shape = tuple[tuple[str, bool], ...]
+Shape: TypeAlias = tuple[tuple[str, bool], ...]
+"""The filters in use, and whether each has several values."""
+
 _ENUMS = ("decision", "execution_status", "output_decision")
+_scan: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
+_DECISIONS = {str(each): each for each in Decision}
+_STATUSES: dict[str | None, ExecutionStatus | None] = {None: None} | {str(each): each for each in ExecutionStatus}
+_OUTPUTS = {str(each): each for each in OutputDecision}
 
 
-def selected(dialect: str) -> Select[Any]:
-    """Select every column of an event, JSON as text."""
-    if dialect != "postgresql":
-        return select(*(table.c[name] for name in FIELDS))
-    spelt = {name: cast(table.c[name], Text()) for name in JSON_FIELDS} | {"timestamp": finite()}
-    return select(*(spelt[name].label(name) if name in spelt else table.c[name] for name in FIELDS))
+def events_of(rows: Iterable[Sequence[Any]]) -> list[AuditEvent]:
+    """Return the events of rows that hold `FIELDS`: detached, and equal to those that were validated.
+
+    Rows of our own database need no second validation.
+    """
+    return list(map(_event, rows))
 
 
-def finite() -> ColumnElement[datetime]:
+def _event(row: Sequence[Any]) -> AuditEvent:
+    values = dict(zip(FIELDS, row, strict=True))
+    stamp = values["timestamp"]
+    if type(stamp) is str:
+        values["timestamp"] = datetime.fromisoformat(stamp).replace(tzinfo=UTC)
+    values["decision"] = _DECISIONS[values["decision"]]
+    values["execution_status"] = _STATUSES[values["execution_status"]]
+    values["output_decision"] = _OUTPUTS[values["output_decision"]]
+    values["sanitized_args"] = _scan(values["sanitized_args"], 0)[0]
+    values["risk_labels"] = _scan(values["risk_labels"], 0)[0]
+    flags = values["redaction_flags"]
+    values["redaction_flags"] = [] if flags == "[]" else [RedactionFlag(**flag) for flag in _scan(flags, 0)[0]]
+    return AuditEvent.from_row(values)
+
+
+def select_events(dialect: str, shape: Shape) -> Select[Any]:
+    """Select every column of the events that match, JSON as text."""
+    columns = {name: table.c[name] for name in FIELDS}
+    if dialect == "postgresql":
+        columns |= {name: cast(table.c[name], Text()).label(name) for name in JSON_FIELDS}
+        columns["timestamp"] = finite_timestamp().label("timestamp")
+    return select(*columns.values()).where(*conditions(dialect, shape))
+
+
+def finite_timestamp() -> ColumnElement[datetime]:
     """The timestamp on PostgreSQL; its driver stores the first and the last instant of UTC as infinities."""
     edges: list[Any] = [literal_column(f"TIMESTAMPTZ '{edge.isoformat()}'") for edge in (UTC_MIN, UTC_MAX)]
     return func.least(func.greatest(table.c.timestamp, edges[0]), edges[1])
 
 
-def newest(
-    dialect: Dialect, found: Criteria, *, limit: int | None, offset: int = 0, is_after: bool = False
-) -> CompiledStatement:
-    """Return the SELECT of a page: newest first, ties broken by id; its parameters are those of `parameters`.
+# The number of statements is bounded by the filters, and a page's limit and offset are chosen by callers.
+@lru_cache(maxsize=512)
+def newest(shape: Shape, *, limit: int | None, offset: int = 0, is_after: bool = False) -> Statement:
+    """Return the SELECT of a page: newest first, ties broken by id.
 
     Args:
-        dialect: Of the database.
-        found: The filters.
+        shape: The filters; their values are the parameters.
         limit: Most rows; None: all.
         offset: Rows to pass by.
-        is_after: Whether the page begins behind `p_at` and `p_id`.
+        is_after: Whether the page begins behind the parameters `p_at` and `p_id`.
     """
-    return _newest(dialect.name, found.shape, limit, offset, is_after, SameDialect(dialect))
+
+    def build(dialect: str) -> Select[Any]:
+        statement = select_events(dialect, shape).order_by(table.c.timestamp.desc(), table.c.id.desc())
+        if is_after:
+            place = bindparam("p_at", type_=UtcDateTime()), bindparam("p_id", type_=BigInteger())
+            statement = statement.where(tuple_(table.c.timestamp, table.c.id) < tuple_(*place))
+        # Numbers in the text: PostgreSQL plans a LIMIT that it does not know as if a tenth of the table were wanted.
+        if limit is not None:
+            statement = statement.limit(literal_column(str(int(limit)), Integer()))
+        if offset:
+            statement = statement.offset(literal_column(str(int(offset)), Integer()))
+        return statement
+
+    return Statement(build)
 
 
-def parameters(dialect: Dialect, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of filters as the parameters of their SELECT."""
-    if dialect.name == "postgresql":
-        return dict(values)
-    return {name: json.dumps(value) if isinstance(value, list) else value for name, value in values.items()}
+def oldest(shape: Shape) -> Statement:
+    """Return the SELECT of everything that matches, oldest first."""
+    return Statement(lambda dialect: select_events(dialect, shape).order_by(table.c.timestamp, table.c.id))
 
 
-def conditions(dialect: str, shape: _Shape) -> list[ColumnElement[bool]]:
+def conditions(dialect: str, shape: Shape) -> list[ColumnElement[bool]]:
     """Return what must hold of a row, with a parameter `p_<filter>` for each filter."""
     return [_condition(dialect, name, several) for name, several in shape]
-
-
-class SameDialect:
-    """A dialect that rides along in a cached call without being part of its key: its name is."""
-
-    def __init__(self, dialect: Dialect) -> None:
-        self.dialect = dialect
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SameDialect)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-def oldest(dialect: Dialect, found: Criteria) -> CompiledStatement:
-    """Return the SELECT of everything that matches, oldest first."""
-    statement = selected(dialect.name).where(*conditions(dialect.name, found.shape))
-    return compiled(statement.order_by(table.c.timestamp, table.c.id), dialect)
-
-
-@lru_cache(maxsize=512)
-def _newest(
-    dialect: str, shape: _Shape, limit: int | None, offset: int, is_after: bool, same: SameDialect
-) -> CompiledStatement:
-    statement = selected(dialect).where(*conditions(dialect, shape))
-    statement = statement.order_by(table.c.timestamp.desc(), table.c.id.desc())
-    if is_after:
-        place = bindparam("p_at", type_=UtcDateTime()), bindparam("p_id", type_=BigInteger())
-        statement = statement.where(tuple_(table.c.timestamp, table.c.id) < tuple_(*place))
-    # Numbers in the text: PostgreSQL plans a LIMIT that it does not know as if a tenth of the table were wanted.
-    if limit is not None:
-        statement = statement.limit(literal_column(str(int(limit)), Integer()))
-    if offset:
-        statement = statement.offset(literal_column(str(int(offset)), Integer()))
-    return compiled(statement, same.dialect)
 
 
 def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
@@ -156,7 +158,7 @@ def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
     column = type_coerce(table.c[name], Text()) if name in _ENUMS else table.c[name]
     if not several:
         return column == bindparam(f"p_{name}", type_=Text())
-    return column == _any(dialect, name) if dialect == "postgresql" else column.in_(_each(name))
+    return column == _any(name) if dialect == "postgresql" else column.in_(_each(name))
 
 
 def _labelled(dialect: str, several: bool) -> ColumnElement[bool]:
@@ -170,9 +172,10 @@ def _labelled(dialect: str, several: bool) -> ColumnElement[bool]:
     return exists(select(literal_column("1")).where(label.in_(_each("risk_label")) if several else label == wanted))
 
 
-def _any(dialect: str, name: str) -> Any:
+def _any(name: str) -> Any:
     return any_(bindparam(f"p_{name}", type_=ARRAY(Text())))
 
 
 def _each(name: str) -> Any:
-    return select(func.json_each(bindparam(f"p_{name}", type_=Text())).table_valued("value").c.value)
+    # SQLite has no arrays: the values come as one JSON text.
+    return select(func.json_each(bindparam(f"p_{name}", type_=JSON())).table_valued("value").c.value)

@@ -22,8 +22,8 @@ from agent_gateway_store.storage.urls import is_memory
 
 __all__ = ["Spool"]
 
-_MAX_BYTES = 2**30
-_PAGE_BYTES = 4096
+MAX_BYTES = 2**30  # so that a long outage does not fill the disk of the gateway
+_PAGE_BYTES = 4096  # SQLite's default
 _events = Table(
     "spooled_events",
     MetaData(),
@@ -58,7 +58,7 @@ class Spool:
 
     @property
     def exists(self) -> bool:
-        """True if the file is there; also if nobody lets us look."""
+        """True if the file is there, or if we may not see whether it is."""
         try:
             return self.path.exists()
         except OSError:
@@ -71,7 +71,7 @@ class Spool:
             StoreUnavailableError: The file cannot be written, or is full.
         """
         with translate_errors("spool the event"):
-            engine = await self._opened()
+            engine = await self.engine()
             async with engine.begin() as connection:
                 extra = {"target": self._target, "error": error}
                 statement = insert(_events).values(spooled_at=db_now())
@@ -80,7 +80,7 @@ class Spool:
     async def waiting(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
         """Return up to `limit` rows to replay, oldest first, with their ids."""
         with translate_errors("read the spool"):
-            engine = await self._opened()
+            engine = await self.engine()
             async with engine.connect() as connection:
                 found = await connection.execute(
                     select(_events).where(*self._replayable()).order_by(_events.c.id).limit(limit)
@@ -91,14 +91,14 @@ class Spool:
     async def remove(self, ids: Sequence[int]) -> None:
         """Forget rows that the database holds now. Removing them twice does no harm."""
         with translate_errors("write the spool"):
-            engine = await self._opened()
+            engine = await self.engine()
             async with engine.begin() as connection:
                 await connection.execute(delete(_events).where(_events.c.id.in_(ids)))
 
     async def quarantine(self, row_id: int, error: str) -> None:
         """Keep a row that the database refuses out of every further replay."""
         with translate_errors("write the spool"):
-            engine = await self._opened()
+            engine = await self.engine()
             async with engine.begin() as connection:
                 await connection.execute(update(_events).where(_events.c.id == row_id).values(error=error))
 
@@ -107,10 +107,10 @@ class Spool:
         if not self.exists:
             return 0, 0
         with translate_errors("read the spool"):
-            engine = await self._opened()
+            engine = await self.engine()
             async with engine.connect() as connection:
-                mine = _events.c.target == self._target
-                statement = select(func.count(), func.count(_events.c.error)).where(mine)
+                ours = _events.c.target == self._target
+                statement = select(func.count(), func.count(_events.c.error)).where(ours)
                 total, poisoned = (await connection.execute(statement)).one()
         return total - poisoned, poisoned
 
@@ -123,9 +123,10 @@ class Spool:
     def _replayable(self) -> tuple[Any, ...]:
         return _events.c.target == self._target, _events.c.error.is_(None)
 
-    async def _opened(self) -> AsyncEngine:
+    async def engine(self) -> AsyncEngine:
+        """Return the engine of the file, which the first call makes."""
         if self._engine is not None and not self.exists:
-            await self.close()  # somebody removed the file, and what goes to it now would be gone with this process
+            await self.close()  # the file was removed: what is written to it now would be gone with this process
         if self._engine is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             engine = create_engine(f"sqlite:///{self.path}", pool_size=2)
@@ -142,7 +143,7 @@ class Spool:
 
 def _limit_size(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
-    cursor.execute(f"PRAGMA max_page_count={_MAX_BYTES // _PAGE_BYTES}")
+    cursor.execute(f"PRAGMA max_page_count={MAX_BYTES // _PAGE_BYTES}")
     cursor.close()
 
 

@@ -249,7 +249,7 @@ def stats(
 ) -> None:
     """Count calls, denials, approvals and errors, with latency percentiles in milliseconds."""
 
-    from agent_gateway_store.audit.grouping import bucket_of, columns_of
+    from agent_gateway_store.audit.stats import bucket_of, columns_of
     from agent_gateway_store.results import Page
 
     try:

@@ -19,7 +19,7 @@ from agent_gateway_store.errors import GatewayStoreError
 if TYPE_CHECKING:
     from collections import Counter
 
-    from agent_gateway_store.audit.exporting import ExportResult
+    from agent_gateway_store.audit.export import ExportResult
 
 __all__ = ["app"]
 

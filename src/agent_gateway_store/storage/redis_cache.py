@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from redis.asyncio import RedisCluster
 from redis.exceptions import MaxConnectionsError
@@ -106,12 +106,15 @@ class RedisCache:
         steps = [[entry] for entry in entries] if isinstance(self.client, RedisCluster) else [list(entries)]
         is_stored = True
         for step in steps:
-            args = [field for _, text, version, ttl_s in step for field in (text, version, milliseconds(ttl_s))]
+            args: list[Any] = [
+                field for _, text, version, ttl_s in step for field in (text, version, milliseconds(ttl_s))
+            ]
             args += message if message is not None and step is steps[-1] else ()
-            keys = [entry.key for entry in step]
-            reply = await self._run(lambda client, keys=keys, args=args: self._put_newer(keys, args, client))
-            is_stored = bool(reply) and is_stored
+            is_stored = await self._put([entry.key for entry in step], args) and is_stored
         return is_stored
+
+    async def _put(self, keys: list[str], args: list[Any]) -> bool:
+        return bool(await self._run(lambda client: self._put_newer(keys, args, client)))
 
     async def delete(self, key: str) -> None:
         """Delete `key`."""

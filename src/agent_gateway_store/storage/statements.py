@@ -21,7 +21,7 @@ from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
 
-__all__ = ["CompiledStatement", "Statement", "compiled", "dialect_of", "fetch", "unindexed"]
+__all__ = ["CompiledStatement", "Statement", "unindexed"]
 
 _Processor: TypeAlias = Callable[[Any], Any] | None
 
@@ -56,7 +56,7 @@ class Statement:
 
     async def rows(self, connection: AnyConnection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Do as `first`, and return every row."""
-        compiled = self.compiled(dialect_of(connection))
+        compiled = self.compiled(_dialect_of(connection))
         if isinstance(connection, RawConnection):
             return await compiled.run(connection.driver, values)
         result = await connection.execute(compiled.statement, compiled.named(values))
@@ -64,7 +64,12 @@ class Statement:
 
     async def tuples(self, connection: AnyConnection, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         """Run and return every row as the driver gives it, no value converted."""
-        return await fetch(connection, self.compiled(dialect_of(connection)), values)
+        compiled = self.compiled(_dialect_of(connection))
+        arguments = compiled.arguments(values)
+        if isinstance(connection, RawConnection):
+            return await connection.driver.fetch(compiled.text, *arguments)  # type: ignore[no-any-return]
+        sql_connection = await connection.connection() if isinstance(connection, AsyncSession) else connection
+        return (await sql_connection.exec_driver_sql(compiled.text, tuple(arguments))).all()
 
 
 class CompiledStatement:
@@ -120,22 +125,6 @@ class CompiledStatement:
         ]
 
 
-def compiled(statement: Executable, dialect: Dialect) -> CompiledStatement:
-    """Compile a statement whose parameters are all `bindparam("p_...")`."""
-    return CompiledStatement(statement, dialect)
-
-
-async def fetch(
-    connection: AnyConnection, query: CompiledStatement, values: Mapping[str, Any]
-) -> Sequence[Sequence[Any]]:
-    """Run `query` and return its rows, no value converted."""
-    arguments = query.arguments(values)
-    if isinstance(connection, RawConnection):
-        return await connection.driver.fetch(query.text, *arguments)  # type: ignore[no-any-return]
-    raw = await connection.connection() if isinstance(connection, AsyncSession) else connection
-    return (await raw.exec_driver_sql(query.text, tuple(arguments))).all()
-
-
 def unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return a text column as an expression of the same value, for which the planner uses no index.
 
@@ -144,6 +133,5 @@ def unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
     return cast(text, Text()).op("||")(literal_column("''"))
 
 
-def dialect_of(connection: AnyConnection) -> Dialect:
-    """Return the dialect that a connection speaks."""
+def _dialect_of(connection: AnyConnection) -> Dialect:
     return (connection.get_bind() if isinstance(connection, AsyncSession) else connection).dialect

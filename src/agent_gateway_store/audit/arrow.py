@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.audit.selects import newest, oldest, parameters
+from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
 from agent_gateway_store.results.cells import columns_of
@@ -19,13 +19,13 @@ from agent_gateway_store.storage.streaming import Rows, copied, streamed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["blocks", "in_thread", "whole_table"]
+__all__ = ["arrow_blocks", "in_thread", "whole_table"]
 
-_BATCH_ROWS = 10_000
-_BLOCK_BYTES = 8 * 2**20
+_BATCH_ROWS = 10_000  # of SQLite; each batch takes a call in a thread
+_BLOCK_BYTES = 8 * 2**20  # bounds memory: a block is held as text and as a table
 
 
-async def blocks(
+async def arrow_blocks(
     database: Database,
     found: Criteria,
     take: Callable[[pa.Table], None],
@@ -46,10 +46,9 @@ async def blocks(
         MissingExtraError: pyarrow is not installed.
     """
     arrow("Reading events into Arrow")
-    dialect = database.engine.dialect
-    query = oldest(dialect, found) if oldest_first else newest(dialect, found, limit=None)
-    values = parameters(dialect, found.values)
-    if dialect.name == "postgresql":
+    statement = oldest(found.shape) if oldest_first else newest(found.shape, limit=None)
+    query, values = statement.compiled(database.engine.dialect), found.values
+    if database.dialect == "postgresql":
         await copied(database, query, values, lambda block: take(_from_csv(block)), block_bytes=block_bytes)
         return
     async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS)) as batches:
@@ -61,12 +60,12 @@ async def whole_table(database: Database, found: Criteria) -> pa.Table:
     """Return everything that matches as one table, newest first."""
     pa = arrow()
     tables: list[Any] = []
-    await blocks(database, found, tables.append, oldest_first=False)
+    await arrow_blocks(database, found, tables.append, oldest_first=False)
     return pa.concat_tables(tables) if tables else conform(arrow_schema(AuditEvent).empty_table(), AuditEvent)
 
 
 async def in_thread(function: Callable[[], Any]) -> Any:
-    """Run `function` in a thread; a caller who is cancelled still waits for its end, so that it can tidy up."""
+    """Run `function` in a thread; a caller that is cancelled still waits for its end, so that it can clean up."""
     task = asyncio.create_task(asyncio.to_thread(function))
     try:
         return await asyncio.shield(task)

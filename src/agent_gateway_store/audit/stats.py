@@ -9,7 +9,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Dialect,
     Integer,
     Interval,
     Select,
@@ -24,13 +23,12 @@ from sqlalchemy import (
     type_coerce,
 )
 
-from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.audit.selects import SameDialect, conditions, finite, table
+from agent_gateway_store.audit.selects import Shape, conditions, finite_timestamp, table
 from agent_gateway_store.results import Stats
 from agent_gateway_store.storage.filters import duration
-from agent_gateway_store.storage.statements import CompiledStatement, compiled
+from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["GROUPS", "bucket_of", "columns_of", "grouped", "stats_of"]
+__all__ = ["GROUPS", "bucket_of", "columns_of", "group_events", "stats_of"]
 
 GROUPS = (
     "caller_id",
@@ -90,9 +88,16 @@ def bucket_of(bucket: timedelta | str | None) -> timedelta | None:
     return found
 
 
-def grouped(dialect: Dialect, found: Criteria, by: tuple[str, ...], *, in_buckets: bool) -> CompiledStatement:
+@lru_cache(maxsize=128)
+def group_events(shape: Shape, by: tuple[str, ...], *, in_buckets: bool) -> Statement:
     """Return the SELECT of the groups: their columns, the bucket if there is one, counts, latencies."""
-    return _grouped(dialect.name, found.shape, by, in_buckets, SameDialect(dialect))
+
+    def build(dialect: str) -> Select[Any]:
+        base = _base(dialect, shape, by, in_buckets).subquery("base")
+        groups = [base.c[f"g_{name}"] for name in by] + ([base.c.bucket] if in_buckets else [])
+        return (_by_percentile_disc if dialect == "postgresql" else _by_rank)(base, groups)
+
+    return Statement(build)
 
 
 def stats_of(rows: Iterable[Sequence[Any]], by: tuple[str, ...], bucket: timedelta | None) -> Stats:
@@ -120,18 +125,7 @@ def _place(row: Mapping[str, Any], by: tuple[str, ...]) -> tuple[Any, ...]:
     return (row.get("bucket", _ORIGIN), -row["calls"], *((row[name] is None, row[name] or "") for name in by))
 
 
-@lru_cache(maxsize=128)
-def _grouped(
-    dialect: str, shape: tuple[tuple[str, bool], ...], by: tuple[str, ...], in_buckets: bool, same: SameDialect
-) -> CompiledStatement:
-    base = _base(dialect, shape, by, in_buckets).subquery("base")
-    groups = [base.c[f"g_{name}"] for name in by] + ([base.c.bucket] if in_buckets else [])
-    if dialect == "postgresql":
-        return compiled(_by_percentile_disc(base, groups), same.dialect)
-    return compiled(_by_rank(base, groups), same.dialect)
-
-
-def _base(dialect: str, shape: tuple[tuple[str, bool], ...], by: tuple[str, ...], in_buckets: bool) -> Select[Any]:
+def _base(dialect: str, shape: Shape, by: tuple[str, ...], in_buckets: bool) -> Select[Any]:
     """The events, with what they are grouped by."""
     source: Any = table
     columns: list[Any] = [table.c.id, table.c.latency_ms]
@@ -160,7 +154,7 @@ def _with_labels(dialect: str) -> tuple[Any, ColumnElement[Any]]:
 def _bucket(dialect: str) -> ColumnElement[Any]:
     if dialect == "postgresql":
         length = bindparam("p_bucket", type_=Interval())
-        return func.date_bin(length, finite(), literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'"))
+        return func.date_bin(length, finite_timestamp(), literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'"))
     # Without the fraction, which SQLite rounds.
     seconds = cast(func.strftime("%s", func.substr(type_coerce(table.c.timestamp, Text()), 1, 19)), Integer)
     return (seconds + literal_column(str(_ORIGIN_SECONDS), Integer())) // bindparam("p_bucket_s", type_=Integer())

@@ -1,0 +1,309 @@
+"""Exports of any size as JSONL, CSV or Parquet: one snapshot, flat memory, no partial file under the final name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial as partial_of
+from operator import add
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from agent_gateway_store.audit.arrow import arrow_blocks, in_thread
+from agent_gateway_store.audit.files import Compression, Format, opened, partial, sync
+from agent_gateway_store.audit.filters import Criteria
+from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS, oldest
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.results.arrow import arrow, arrow_schema
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.streaming import Rows, streamed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["ExportResult", "defused", "export_events"]
+
+_BATCH_ROWS = 2_000  # with rows of 5 kB about 10 MB
+_BLOCK_BYTES = 2**20  # bounds memory: some blocks are held at once, as text and as tables
+_GROUP_ROWS = 100_000  # a row group of Parquet ends here, as readers skip whole groups,
+_GROUP_BYTES = 8 * 2**20  # or here, as a group is in memory until it is written
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was exported.
+
+    Attributes:
+        path: The file, or the folder of a dataset.
+        format: jsonl, csv or parquet.
+        rows: How many events.
+        files: How many files: 1, or one for each day.
+        bytes: Their size on disk.
+    """
+
+    path: Path
+    format: Format
+    rows: int
+    files: int
+    bytes: int
+
+
+async def export_events(
+    database: Database,
+    found: Criteria,
+    path: Path,
+    *,
+    format: Format,  # noqa: A002  as the public method has it
+    compression: Compression | None,
+    by_day: bool,
+    raw: bool,
+    overwrite: bool,
+    report: Callable[[int], None],
+) -> ExportResult:
+    """Write the events that match to `path`, oldest first.
+
+    Args:
+        database: Where they are.
+        found: Which.
+        path: Of the file or the dataset.
+        format: What is written.
+        compression: None: none; of Parquet: zstd.
+        by_day: A Parquet dataset with a folder for each UTC day.
+        raw: Leave CSV as it is.
+        overwrite: Replace what is at `path`.
+        report: Receives the number of rows written so far.
+    """
+    files = 1
+    with partial(path, overwrite=overwrite) as written:
+        if format == "parquet":
+            with ParquetFiles(written, compression=compression, by_day=by_day) as target:
+
+                def write_table(table: pa.Table) -> None:
+                    target.write(table)
+                    report(target.rows)
+
+                await arrow_blocks(database, found, write_table, oldest_first=True, block_bytes=_BLOCK_BYTES)
+            rows, files = target.rows, target.files
+        else:
+            with opened(written, compression) as write:
+                if format == "csv":
+                    write(csv_head().encode())
+                line = json_line if format == "jsonl" else csv_line(raw=raw)
+                rows = await _write_lines(database, found, write, line, report)
+        size = sum(each.stat().st_size for each in _files(written))
+    return ExportResult(path, format, rows, files, size)
+
+
+async def _write_lines(
+    database: Database,
+    found: Criteria,
+    write: Callable[[bytes], object],
+    line: Callable[[Sequence[Any]], str],
+    report: Callable[[int], None],
+) -> int:
+    def write_rows(rows: Rows) -> None:
+        write("".join(map(line, rows)).encode())
+
+    done = 0
+    statement = oldest(found.shape).compiled(database.engine.dialect)
+    async with aclosing(streamed(database, statement, found.values, batch=_BATCH_ROWS)) as batches:
+        async for rows in batches:
+            await in_thread(partial_of(write_rows, rows))
+            done += len(rows)
+            report(done)
+    return done
+
+
+def _files(path: Path) -> list[Path]:
+    return [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+
+
+_quoted = json.encoder.encode_basestring
+_JSON = tuple(map(FIELDS.index, JSON_FIELDS))
+_TIMESTAMP = FIELDS.index("timestamp")
+
+# What a spreadsheet takes for the beginning of a formula (the list of OWASP's "CSV Injection", with the full-width
+# signs that some fold), also behind blanks. It begins a cell at the beginning of ours; and inside of it, behind a line
+# end, a tab or a semicolon, where it minds no quotes since its list separator is another one (in much of Europe `;`).
+_BLANKS = r"\s\x00-\x20\u00ad\u180e\u200b-\u200f\u2060\ufeff"
+_SIGNS = r"[=+\-@\uff1d\uff0b\uff0d\uff20]"
+_FIRST = re.compile(rf"\A(?=[\t\r\n]|[{_BLANKS}]*{_SIGNS})")
+# Possessive, and only from the beginning of a run: otherwise a long run without a sign takes quadratic time.
+_LATER = re.compile(rf'(?<![{_BLANKS}";])[{_BLANKS}";]++(?={_SIGNS})')
+
+
+def json_line(row: Sequence[Any]) -> str:
+    """Return a row that holds `FIELDS` as a line of JSON: what `AuditEvent.model_dump(mode="json")` gives."""
+    fields = list(map(_json, row))
+    fields[_TIMESTAMP] = f'"{_utc(row[_TIMESTAMP])}"'
+    for index in _JSON:
+        fields[index] = row[index]
+    return "{" + ",".join(map(add, _NAMES, fields)) + "}\n"
+
+
+_NAMES = tuple(f"{_quoted(name)}:" for name in FIELDS)
+
+
+def _json(value: Any) -> str:
+    if value is None:
+        return "null"
+    return _quoted(value) if isinstance(value, str) else repr(value)
+
+
+def _utc(value: Any) -> str:
+    moment = datetime.fromisoformat(value).replace(tzinfo=UTC) if isinstance(value, str) else value
+    return f"{moment.isoformat()[:-6]}Z"
+
+
+def csv_head() -> str:
+    """Return the line of names."""
+    return ",".join(f'"{name}"' for name in FIELDS) + "\r\n"
+
+
+def csv_line(*, raw: bool) -> Callable[[Sequence[Any]], str]:
+    """Return what makes a line of CSV (RFC 4180) of a row.
+
+    Text is in quotes; None is an empty field without.
+
+    Args:
+        raw: True keeps text as it is; False keeps it from being taken for a formula, see `defused`.
+    """
+    tame: Callable[[str], str] = (lambda text: text) if raw else defused
+
+    def field(value: Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            text = tame(value)
+            return '"' + (text.replace('"', '""') if '"' in text else text) + '"'
+        return repr(value)
+
+    def line(row: Sequence[Any]) -> str:
+        fields = list(map(field, row))
+        fields[_TIMESTAMP] = f'"{_utc(row[_TIMESTAMP])}"'
+        return ",".join(fields) + "\r\n"
+
+    return line
+
+
+def defused(text: str) -> str:
+    """Return `text` with an apostrophe wherever a spreadsheet could take it for the beginning of a formula."""
+    tame = text if text.isascii() and text[:1].isalnum() else _FIRST.sub("'", text)
+    if ";" in text or "\n" in text or "\r" in text or "\t" in text:
+        return _LATER.sub(_split, tame)
+    return tame
+
+
+def _split(found: re.Match[str]) -> str:
+    run = found[0]
+    place = max(map(run.rfind, ";\t\r\n")) + 1
+    return f"{run[:place]}'{run[place:]}" if place else run
+
+
+class ParquetFiles:
+    """Writes tables that come in the order of time.
+
+    Args:
+        path: The file, or the folder of the dataset.
+        compression: None: zstd.
+        by_day: Write `day=2026-05-01/part-0.parquet` for each UTC day.
+
+    Attributes:
+        files: How many were written.
+        rows: How many rows of tables were taken.
+    """
+
+    def __init__(self, path: Path, *, compression: Compression | None, by_day: bool) -> None:
+        self.files = self.rows = 0
+        self._path, self._compression, self._by_day = path, compression or "zstd", by_day
+        arrow("Writing Parquet")
+        self._schema = arrow_schema(AuditEvent)
+        self._day: str | None = None
+        self._file: Path | None = None
+        self._writer: Any = None
+        self._waiting: list[Any] = []
+        self._rows = self._bytes = 0
+
+    def __enter__(self) -> Self:
+        if self._by_day:
+            self._path.mkdir()
+        else:
+            self._open(self._path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._waiting.clear()
+            if self._writer is not None:
+                # Where the disk is full this fails, too, and would hide why the body failed.
+                with suppress(Exception):
+                    self._writer.close()
+            return
+        self._close()
+        if self._by_day:
+            for folder in self._path.iterdir():
+                sync(folder)
+
+    def write(self, table: pa.Table) -> None:
+        """Take the next table."""
+        self.rows += table.num_rows
+        if not self._by_day:
+            self._add(table)
+            return
+        import pyarrow.compute as pc
+
+        days = pc.strftime(table.column("timestamp"), format="%Y-%m-%d").combine_chunks()
+        start = 0
+        for run, length in zip(*_runs(days), strict=True):
+            if run != self._day:
+                self._close()
+                self._day = run
+                folder = self._path / f"day={run}"
+                folder.mkdir()
+                self._open(folder / "part-0.parquet")
+            self._add(table.slice(start, length))
+            start += length
+
+    def _add(self, table: pa.Table) -> None:
+        self._waiting.append(table)
+        self._rows += table.num_rows
+        self._bytes += table.nbytes
+        if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(arrow().concat_tables(self._waiting), row_group_size=self._rows)
+            self._waiting.clear()
+            self._rows = self._bytes = 0
+            arrow().default_memory_pool().release_unused()
+
+    def _open(self, path: Path) -> None:
+        from pyarrow import parquet
+
+        self._file = path
+        self._writer = parquet.ParquetWriter(path, self._schema, compression=self._compression)
+        self.files += 1
+
+    def _close(self) -> None:
+        if self._writer is not None and self._file is not None:
+            self._flush()
+            self._writer.close()
+            sync(self._file)
+            self._writer = self._file = None
+
+
+def _runs(days: Any) -> tuple[list[str], list[int]]:
+    """Return the values of a sorted array and how often each occurs."""
+    import pyarrow.compute as pc
+
+    encoded = pc.run_end_encode(days)
+    ends = encoded.run_ends.to_pylist()
+    return encoded.values.to_pylist(), [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,0 +1,270 @@
+"""Tasks that share one piece of work, items that share one batch, tasks in the background."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from agent_gateway_store._concurrency import BackgroundTasks, BatchQueue, SingleFlight
+
+pytestmark = pytest.mark.unit
+
+
+class Batches:
+    """What a queue processes: each item comes to its text, once the gate is open.
+
+    Attributes:
+        seen: The batches, in order.
+        tasks: The task that each was processed in.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+        self.tasks: list[asyncio.Task[Any] | None] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def process(self, items: Sequence[int]) -> list[str | Exception]:
+        self.seen.append(list(items))
+        self.tasks.append(asyncio.current_task())
+        await self.gate.wait()
+        return [LookupError(item) if item < 0 else str(item) for item in items]
+
+
+async def turns(number: int = 3) -> None:
+    """Let the other tasks run."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def begin(queue: BatchQueue[int, str], *items: int) -> list[asyncio.Task[str]]:
+    """Begin to run each item in a task of its own."""
+    tasks = [asyncio.create_task(queue.run(item)) for item in items]
+    await turns()
+    return tasks
+
+
+async def test_flight_is_shared_and_its_error_too() -> None:
+    """Ten tasks get what one piece of work raises; the next one begins anew."""
+    begun = 0
+
+    async def work() -> int:
+        nonlocal begun
+        begun += 1
+        await asyncio.sleep(0)
+        if begun == 1:
+            raise LookupError
+        return begun
+
+    flights: SingleFlight[int] = SingleFlight()
+    answers = await asyncio.gather(*(flights.run("key", work) for _ in range(10)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {LookupError}
+    assert await flights.run("key", work) == 2
+
+
+async def test_work_ends_with_the_last_who_wanted_it() -> None:
+    """The cancellation of the last one waits until the work has cleaned up."""
+    cleaned = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            cleaned.set()
+
+    flights: SingleFlight[None] = SingleFlight()
+    tasks = [asyncio.create_task(flights.run("key", work)) for _ in range(2)]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.wait(tasks[:1])
+    assert not cleaned.is_set()
+    tasks[1].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[1]
+    assert cleaned.is_set()
+
+
+async def test_a_lone_item_is_processed_in_its_callers_task() -> None:
+    """It waits for nobody, and so does the next one after it."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=10)
+
+    assert [await queue.run(1), await queue.run(2)] == ["1", "2"]
+    assert batches.tasks == [asyncio.current_task()] * 2
+
+
+async def test_what_arrives_during_a_batch_goes_together_in_the_next_in_order() -> None:
+    """By number and by size; each caller gets the result of its own item."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=4, max_bytes=30, size=lambda item: item)
+    batches.gate.clear()
+    tasks = await begin(queue, *range(1, 10), 20, 25, 3)
+    assert len(queue) == 12
+
+    batches.gate.set()
+
+    assert await asyncio.gather(*tasks) == [*map(str, range(1, 10)), "20", "25", "3"]
+    assert batches.seen == [[1], [2, 3, 4, 5], [6, 7, 8, 9], [20, 25], [3]]
+    assert len(queue) == 0
+
+
+async def test_an_error_is_raised_to_the_caller_of_its_item_only() -> None:
+    """Alone and in a batch."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=10)
+    with pytest.raises(LookupError):
+        await queue.run(-1)
+    batches.gate.clear()
+    tasks = await begin(queue, 1, -2, 3)
+
+    batches.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [results[0], type(results[1]), results[2]] == ["1", LookupError, "3"]
+
+
+@pytest.mark.parametrize("limit", [{"max_queued": 4}, {"max_queued_bytes": 40}], ids=["items", "bytes"])
+async def test_run_waits_for_room_and_add_does_not(limit: dict[str, int]) -> None:
+    """While one batch is under way no more than the limit is queued; `join` waits for those without room, too."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=3, size=lambda _: 10, **limit)
+    batches.gate.clear()
+    tasks = await begin(queue, *range(20))
+    assert (len(queue), queue.is_full) == (1 + 4, True)
+    added = queue.add(99)
+    assert len(queue) == 6
+    joined = asyncio.create_task(queue.join())
+    await turns()
+    assert not joined.done()
+
+    batches.gate.set()
+    await asyncio.wait_for(joined, 5)
+
+    assert await asyncio.gather(*tasks, added) == [*map(str, range(20)), "99"]
+    assert sorted(item for batch in batches.seen for item in batch) == [*range(20), 99]
+
+
+async def test_a_cancelled_caller_withdraws_no_item() -> None:
+    """Whether it is processed in the caller's own task, or in a batch, queued, or waiting for room."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=2, max_queued=3)
+    batches.gate.clear()
+    tasks = await begin(queue, *range(8))
+    for task in tasks:
+        task.cancel()
+    await turns()
+
+    batches.gate.set()
+    await asyncio.wait_for(queue.join(), 5)
+
+    assert all(task.cancelled() for task in tasks)
+    # The first was being processed in its caller's task, and is processed again.
+    assert batches.seen[0] == [0]
+    assert sorted(item for batch in batches.seen[1:] for item in batch) == list(range(8))
+
+
+async def test_a_cancelled_lone_caller_abandons_none_of_the_others() -> None:
+    """What waits behind its item is processed."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=2, abandon=lambda _: "abandoned")
+    batches.gate.clear()
+    first, *rest = await begin(queue, 1, 2, 3)
+
+    first.cancel()
+    batches.gate.set()
+
+    assert await asyncio.wait_for(asyncio.gather(*rest), 5) == ["2", "3"]
+
+
+@pytest.mark.parametrize("turn", range(4))
+async def test_cancelling_every_task_leaves_the_items_for_join(turn: int) -> None:
+    """Also before the first step of the queue's own task; nothing is lost, whoever calls `join` next."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=2)
+    batches.gate.clear()
+    futures = [queue.add(item) for item in range(5)]
+    await turns(turn)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await turns()
+    assert len(queue) == 5
+
+    batches.gate.set()
+    await asyncio.wait_for(queue.join(), 5)
+
+    assert [future.result() for future in futures] == [*map(str, range(5))]
+
+
+async def test_a_full_queue_whose_task_was_cancelled_lets_the_next_caller_in() -> None:
+    """Who waits for room has the queue emptied; nobody needs to call `join`."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=2, max_queued=2)
+    batches.gate.clear()
+    for item in range(4):
+        queue.add(item)
+    await turns()
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await turns()
+    batches.gate.set()
+
+    assert await asyncio.wait_for(queue.run(9), 5) == "9"
+    assert batches.seen[-1] == [9]
+
+
+@pytest.mark.parametrize("turn", range(4))
+async def test_cancelling_every_task_abandons_where_that_is_wanted(turn: int) -> None:
+    """Each item comes to what `abandon` makes of it, and the queue goes on."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=2, abandon=lambda item: f"without {item}")
+    batches.gate.clear()
+    futures = [queue.add(item) for item in range(5)]
+    await turns(turn)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+    assert await asyncio.wait_for(asyncio.gather(*futures), 5) == [f"without {item}" for item in range(5)]
+    batches.gate.set()
+    assert await asyncio.wait_for(queue.run(7), 5) == "7"
+
+
+async def test_close_abandons_what_takes_too_long() -> None:
+    """It says how much that was; a queue whose items are done closes at once."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=2, abandon=lambda _: "abandoned")
+    assert await queue.run(1) == "1"
+    assert await queue.close(60) == 0
+    batches.gate.clear()
+    futures = [queue.add(item) for item in range(5)]
+
+    assert await queue.close(0.01) == 5
+    assert [future.result() for future in futures] == ["abandoned"] * 5
+
+
+async def test_background_work_ends_without_its_caller() -> None:
+    """`join` waits for it; `cancel` ends what is left."""
+    tasks, gate, done = BackgroundTasks(), asyncio.Event(), list[int]()
+
+    async def work(number: int) -> int:
+        await gate.wait()
+        done.append(number)
+        return number
+
+    caller = asyncio.create_task(tasks.shielded(work(1)))
+    await turns()
+    caller.cancel()
+    await turns()
+    await tasks.join(timeout_s=0.01)
+    assert (caller.cancelled(), len(tasks), done) == (True, 1, [])
+
+    gate.set()
+    await tasks.join()
+    gate.clear()
+    left = tasks.start(work(2))
+    await tasks.cancel()
+
+    assert (done, left.cancelled(), len(tasks)) == ([1], True, 0)
