@@ -22,6 +22,7 @@ __all__ = [
     "json_text",
     "mask_tokens",
     "plugin_text",
+    "sentence",
     "word",
 ]
 
@@ -88,6 +89,11 @@ def escape(text: str, *, keep: str = "") -> Shown:
     return Shown(_replace_hidden(text, _python_escape, keep))
 
 
+def sentence(text: str) -> Shown:
+    """Return a sentence of ours with nothing hidden in what it quotes; its backslashes stay as they are."""
+    return text if isinstance(text, Shown) else Shown(_replace_hidden(text, _python_escape, ""))
+
+
 def json_text(value: Any, *, indent: int | None = None) -> Shown:
     """Return a value as JSON in which nothing is hidden: what `escape` shows is a JSON escape. It reads back equal.
 
@@ -99,8 +105,8 @@ def json_text(value: Any, *, indent: int | None = None) -> Shown:
     return Shown(_replace_hidden(text, lambda character: json.dumps(character)[1:-1], "\n"))
 
 
-def code_text(value: str) -> Shown:
-    """Return a text as a literal of Python in which nothing is hidden."""
+def code_text(value: Any) -> Shown:
+    """Return a value as Python writes it (`repr`), with nothing hidden in it. For code to copy and for errors."""
     return Shown(_replace_hidden(repr(value), _python_escape, ""))
 
 

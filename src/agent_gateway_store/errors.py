@@ -32,6 +32,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from agent_gateway_store._text import code_text
+
 if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
@@ -180,7 +182,7 @@ class ApiKeyNotFoundError(GatewayStoreError):
     """
 
     def __init__(self, caller_id: str) -> None:
-        super().__init__(f"No API key for caller {caller_id!r}: issue one with `gateway-store keys issue`.")
+        super().__init__(f"No API key for caller {code_text(caller_id)}: issue one with `gateway-store keys issue`.")
         self.caller_id = caller_id
 
 
@@ -192,7 +194,9 @@ class ApiKeyExistsError(GatewayStoreError):
     """
 
     def __init__(self, caller_id: str) -> None:
-        super().__init__(f"Caller {caller_id!r} already has an API key: use `gateway-store keys rotate` to replace it.")
+        super().__init__(
+            f"Caller {code_text(caller_id)} already has an API key: use `gateway-store keys rotate` to replace it."
+        )
         self.caller_id = caller_id
 
 

@@ -12,6 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import InvalidUrlError
 from agent_gateway_store.settings import StoreSettings, mask_url
 
@@ -47,7 +48,7 @@ def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
         # Connects nothing, but tells whether it knows the URL's parameters.
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis gives it no hints
     except (ValueError, TypeError):
-        raise InvalidUrlError(f"{mask_url(url)!r} is no Redis URL: write redis://host:6379/0.") from None
+        raise InvalidUrlError(f"{code_text(mask_url(url))} is no Redis URL: write redis://host:6379/0.") from None
     return client
 
 

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeAlias
 
+from agent_gateway_store._text import code_text
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, as_utc
@@ -48,7 +49,7 @@ def check_filters(
     """
     for name, given in filters.items():
         if name not in checks:
-            raise TypeError(f"There is no filter {name!r}: use one of {', '.join(checks)}.")
+            raise TypeError(f"There is no filter {code_text(name)}: use one of {', '.join(checks)}.")
         if given is not None:
             value = checks[name](name, given)
             yield name, value, str(given) if name in ("since", "until") else value
@@ -68,7 +69,8 @@ def instant(name: str, given: Any) -> datetime:
             return as_utc(datetime.fromisoformat(given.strip()))
         except ValueError:
             raise ValueError(
-                f'{name} must be a time such as "2026-05-01T12:00Z" or a period such as "24h" or "7d", not {given!r}.'
+                f'{name} must be a time such as "2026-05-01T12:00Z" or a period such as "24h" or "7d", '
+                f"not {code_text(given)}."
             ) from None
     if not isinstance(given, str | timedelta):
         raise TypeError(f'{name} must be a datetime, a timedelta or text such as "24h", not {type(given).__name__}.')
@@ -92,7 +94,9 @@ def duration(name: str, given: Any) -> timedelta:
         raise TypeError(f'{name} must be a timedelta or text such as "1h", not {type(given).__name__}.')
     found = _PERIOD.fullmatch(given.lower())
     if found is None:
-        raise ValueError(f'{name} must be a number with a unit, such as "90s", "15m", "24h" or "7d", not {given!r}.')
+        raise ValueError(
+            f'{name} must be a number with a unit, such as "90s", "15m", "24h" or "7d", not {code_text(given)}.'
+        )
     try:
         return timedelta(**{_UNITS[found[2]]: int(found[1])})
     except OverflowError:
@@ -117,7 +121,7 @@ def word(kind: type[StrEnum], name: str, given: Any) -> StrEnum:
     try:
         return kind(_text(name, given))
     except ValueError:
-        raise ValueError(f"{name} must be one of {', '.join(kind)}, not {given!r}.") from None
+        raise ValueError(f"{name} must be one of {', '.join(kind)}, not {code_text(given)}.") from None
 
 
 def label(name: str, given: Any) -> str:

@@ -19,6 +19,7 @@ import anyio.to_thread
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
 from agent_gateway_store.storage.database import reader_of
 from agent_gateway_store.storage.errors import translate_errors
@@ -234,7 +235,7 @@ def _describe(difference: Any) -> str:
     what, *parts = difference
     if what.startswith("modify_"):
         _schema, table, column, _options, found, expected = parts
-        return f"{what} {table}.{column}: {found!r} should be {expected!r}"
+        return f"{what} {table}.{column}: {code_text(found)} should be {code_text(expected)}"
     names = [part if isinstance(part, str) else getattr(part, "name", None) for part in parts]
     table = getattr(parts[-1], "table", None)
     if what.endswith(("_index", "_constraint", "_fk")) and table is not None:

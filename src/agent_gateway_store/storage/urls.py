@@ -10,6 +10,7 @@ from uuid import uuid4
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import InvalidUrlError
 from agent_gateway_store.settings import mask_url
 
@@ -51,10 +52,10 @@ def parse_database_url(text: str) -> tuple[URL, dict[str, Any]]:
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
-        raise InvalidUrlError(f"{mask_url(text)!r} is no database URL: {_EXAMPLES}.") from None
+        raise InvalidUrlError(f"{code_text(mask_url(text))} is no database URL: {_EXAMPLES}.") from None
     driver = _ASYNC_DRIVERS.get(url.drivername)
     if driver is None:
-        raise InvalidUrlError(f"The URL scheme {url.drivername!r} is not supported: {_EXAMPLES}.")
+        raise InvalidUrlError(f"The URL scheme {code_text(url.drivername)} is not supported: {_EXAMPLES}.")
     url = url.set(drivername=driver)
     if url.get_backend_name() == "sqlite":
         return url, {}
@@ -86,7 +87,7 @@ def _postgresql(url: URL) -> tuple[URL, dict[str, Any]]:
         options["prepared_statement_cache_size"] = 0
         options["prepared_statement_name_func"] = lambda: f"__ags_{uuid4()}__"
     if unknown := sorted(text.keys() - _TAKEN):
-        raise InvalidUrlError(f"The parameter {unknown[0]!r} in the database URL is not supported: remove it.")
+        raise InvalidUrlError(f"The parameter {code_text(unknown[0])} in the database URL is not supported: remove it.")
     return url.set(query={name: query[name] for name in text}), options
 
 

@@ -11,6 +11,7 @@ from fastapi.exception_handlers import http_exception_handler
 from starlette.responses import Response
 
 from agent_gateway_store import errors
+from agent_gateway_store._text import sentence
 
 __all__ = ["RETRY_AFTER_S", "http_errors", "http_exception_of", "install_error_handlers"]
 
@@ -49,7 +50,7 @@ def http_exception_of(error: errors.GatewayStoreError) -> HTTPException:
     general one above: which server and which setting are the operator's business.
     """
     status = next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
-    detail = _GENERAL.get(status) or str(error).encode("utf-8", "replace").decode()
+    detail = _GENERAL.get(status) or sentence(str(error))
     return HTTPException(status, detail, _HEADERS.get(status))
 
 
@@ -65,7 +66,7 @@ def http_errors() -> Iterator[None]:
 def _logged(error: errors.GatewayStoreError) -> HTTPException:
     answer = http_exception_of(error)
     if answer.status_code in _GENERAL:
-        _logger.error("%s: %s", type(error).__name__, error)
+        _logger.error("%s: %s", type(error).__name__, sentence(str(error)))
     return answer
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 from fastmcp.exceptions import ToolError
 
+from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError
 from agent_gateway_store.integrations.fastmcp.record import CallRecord
@@ -79,8 +80,8 @@ def _refusal(record: CallRecord, decided: ApprovalResult, timeout_s: float) -> T
             f"Nobody decided about this call within {timeout_s:g} seconds, so it was not run: call again later."
         )
     record.decision, record.approver_id = Decision.DENY, decided.approver_id
-    by = f" by {decided.approver_id}" if decided.approver_id else ""
-    note = f" Note: {decided.note}" if decided.note else ""
+    by = f" by {word(decided.approver_id)}" if decided.approver_id else ""
+    note = f" Note: {escape(decided.note)}" if decided.note else ""
     return ToolError(f"The approval of this call is {decided.status}{by}, so it was not run.{note}")
 
 
