@@ -141,9 +141,14 @@ def _of_org(row: Any, org_id: str | None) -> Any:
 
 
 async def _ask(store: GatewayStore, seed: int) -> int:
-    for number, asked in enumerate(_PENDING):
-        await store.approvals.issue_token(_request(seed, number, *asked))
-    return len(_PENDING)
+    """Ask for the approvals that are to wait now. Asked again with another deadline, one would wait twice."""
+    requests = [_request(seed, number, *asked) for number, asked in enumerate(_PENDING)]
+    waiting = await store.approvals.search(status="PENDING", request_id=[each.request_id for each in requests])
+    known = {each.request_id for each in waiting}
+    for request in requests:
+        if request.request_id not in known:
+            await store.approvals.issue_token(request)
+    return len(requests)
 
 
 def _request(seed: int, number: int, tool: str, arguments: dict[str, Any], why: str) -> ApprovalRequest:
