@@ -26,7 +26,7 @@ url = database_helpers.url
 async def database(url: str) -> AsyncIterator[Database]:
     """A bound database with a table `counter` that holds one row, 0; it ends with no connection checked out."""
     made = Database(create_engine(url), owned=True, url=url)
-    made.bind()
+    made.bind_to_loop()
     await write(
         made, "CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER NOT NULL)", "INSERT INTO counter VALUES (1, 0)"
     )

@@ -193,7 +193,7 @@ def test_refusals_say_their_own_sentence(error: errors.GatewayStoreError, status
     answer = http_exception_of(error)
 
     assert (answer.status_code, answer.detail) == (status, str(error))
-    assert http_exception_of(errors.SelfApprovalError("\ud800 asked.")).detail == "? asked."
+    assert http_exception_of(errors.SelfApprovalError("\ud800 asked.")).detail == "\\ud800 asked."
 
 
 @pytest.mark.parametrize(
