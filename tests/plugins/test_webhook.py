@@ -237,7 +237,7 @@ class TestAsPlugin:
 
 
 def test_uses_only_what_a_stranger_could_use() -> None:
-    """Of this package, outside `plugins`, it imports models, hooks, errors and `_text`; `settings` for annotations only."""
+    """Of this package, outside `plugins`: models, hooks, errors and `_text`; `settings` for annotations only."""
     folder = Path(webhook.__file__).parents[1]
     for file in folder.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
