@@ -45,7 +45,7 @@ def make_request(**fields: Any) -> ApprovalRequest:
     defaults: dict[str, Any] = {
         "request_id": uuid4().hex,
         "caller_id": "dev-agent",
-        "tool_call": CALL,
+        "tool_call": CALL.model_copy(deep=True),
         "risk_explanation": "deletes a file",
     }
     return ApprovalRequest(**(defaults | fields))
