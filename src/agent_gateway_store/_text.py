@@ -85,7 +85,9 @@ def escape(text: str, *, keep: str = "") -> Shown:
         return text
     if "\\" in text:
         # Doubled also before what will be shown by an escape, which begins with a backslash.
-        text = _BACKSLASH.sub(lambda found: "\\\\" if _is_escape(text[found.end() :], keep) else "\\", text)
+        text = _BACKSLASH.sub(
+            lambda found: "\\\\" if _begins_escape(text[found.end() : found.end() + 1], keep) else "\\", text
+        )
     return Shown(_replace_hidden(text, _python_escape, keep))
 
 
@@ -127,8 +129,7 @@ def arguments_text(arguments: Mapping[str, Any]) -> Shown:
     return Shown(" ".join(f"{word(name)}={word(value)}" for name, value in arguments.items()))
 
 
-def _is_escape(rest: str, keep: str) -> bool:
-    following = rest[:1]
+def _begins_escape(following: str, keep: str) -> bool:
     return following != "" and (following in "\\xuUnrt" or (following not in keep and _is_hidden(following)))
 
 
