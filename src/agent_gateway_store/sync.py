@@ -229,9 +229,7 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
 
     @_like(GatewayStore.for_org)
     def for_org(self, org_id: str) -> SyncGatewayStore:
-        view = object.__new__(SyncGatewayStore)
-        view._bind(self._twin.for_org(org_id), self._portal)
-        return view
+        return _OrganisationView(self._twin.for_org(org_id), self._portal)
 
     @_like(GatewayStore.open)
     def open(self) -> Self:
@@ -272,3 +270,8 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _OrganisationView(SyncGatewayStore):
+    def __init__(self, store: GatewayStore, portal: _Portal) -> None:
+        self._bind(store, portal)

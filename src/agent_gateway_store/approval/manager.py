@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -36,16 +37,37 @@ from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import AnyConnection, Database, SessionTransactions, Transactions
+from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
 from agent_gateway_store.storage.filters import number
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["COLUMNS", "ApprovalManager"]
+__all__ = ["COLUMNS", "ApprovalBackend", "ApprovalManager"]
 
 _PENDING = ApprovalStatus.PENDING
 _LARGEST_BATCH = 10_000
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalBackend:
+    """What approvals work with: one for each store, shared by its views, or one for a session of the caller's.
+
+    Attributes:
+        transactions: Where they are kept.
+        redis: The guarded client.
+        settings: In force.
+        outbox: Who is notified of changes.
+        vetoes: The plugins that may object to a vote; None: none.
+        waiting: Notifies the tasks that wait for decisions; None: they poll.
+    """
+
+    transactions: Transactions
+    redis: RedisCache
+    settings: StoreSettings
+    outbox: Outbox = field(default_factory=lambda: Later(()))
+    vetoes: Vetoes | None = None
+    waiting: Waiting | None = None
 
 
 class ApprovalManager(ApprovalLookup):
@@ -55,7 +77,8 @@ class ApprovalManager(ApprovalLookup):
     another organisation looks absent.
 
     Args:
-        session: A session of the caller's; every writing method commits it, and rolls it back when it raises.
+        session: A session of the caller's; every writing method commits it, and rolls it back when it raises. A store
+            gives its `ApprovalBackend` here, which holds all the rest but `org_id`.
         redis: A client of the caller's, or None.
         settings: Default: from the environment.
         org_id: See and change only this organisation; None: all.
@@ -65,56 +88,26 @@ class ApprovalManager(ApprovalLookup):
 
     def __init__(
         self,
-        session: AsyncSession,
+        session: AsyncSession | ApprovalBackend,
         redis: RedisClient | None = None,
         *,
         settings: StoreSettings | None = None,
         org_id: str | None = None,
         notifiers: Iterable[str] = (),
     ) -> None:
-        settings = settings or StoreSettings()
-        accelerator = RedisCache(redis, timeout_s=settings.redis_timeout_seconds)
-        self._set(SessionTransactions(session), accelerator, settings, org_id, Later(notifiers))
-
-    @classmethod
-    def over(
-        cls,
-        database: Database,
-        redis: RedisCache,
-        settings: StoreSettings,
-        *,
-        org_id: str | None = None,
-        outbox: Outbox | None = None,
-        vetoes: Vetoes | None = None,
-        waiting: Waiting | None = None,
-    ) -> Self:
-        """Return a manager that opens its own transactions.
-
-        Notices go through `outbox`; before a vote or a denial `vetoes` are asked. `waiting`, which the views of one
-        store share, publishes decisions to the tasks that wait for them.
-        """
-        manager = cls.__new__(cls)
-        manager._set(database, redis, settings, org_id, outbox or Later(()), waiting)
-        manager._vetoes = vetoes
-        # Redis would answer where the store is not open, too.
-        manager._check_owner = database.check_owner
-        return manager
-
-    def _set(
-        self,
-        transactions: Transactions,
-        redis: RedisCache,
-        settings: StoreSettings,
-        org_id: str | None,
-        outbox: Outbox,
-        waiting: Waiting | None = None,
-    ) -> None:
-        self._waiting = waiting or Waiting(None, trust_s=settings.approval_cache_seconds)
+        if isinstance(session, ApprovalBackend):
+            backend = session
+        else:
+            settings = settings or StoreSettings()
+            guarded = RedisCache(redis, timeout_s=settings.redis_timeout_seconds)
+            backend = ApprovalBackend(SessionTransactions(session), guarded, settings, Later(notifiers))
+        trust_s = backend.settings.approval_cache_seconds
+        self._transactions, self._settings, self._outbox = backend.transactions, backend.settings, backend.outbox
+        self._org_id = org_id
+        self._vetoes = backend.vetoes
+        self._waiting = backend.waiting or Waiting(None, trust_s=trust_s)
         self._pubsub = self._waiting.pubsub
-        self._transactions, self._settings, self._org_id, self._outbox = transactions, settings, org_id, outbox
-        self._cache = ApprovalCache(redis, trust_s=settings.approval_cache_seconds)
-        self._check_owner: Callable[[], None] = lambda: None
-        self._vetoes: Vetoes | None = None
+        self._cache = ApprovalCache(backend.redis, trust_s=trust_s)
 
     @property
     def _hash_key(self) -> str | None:
@@ -186,7 +179,7 @@ class ApprovalManager(ApprovalLookup):
             StoreUnavailableError: Neither Redis nor the database answers.
         """
         require_text(token)
-        self._check_owner()
+        self._transactions.check_owner()
         if not fresh and (known := await self._cache.get(token, org_id=self._org_id)) is not None:
             return known
         if fresh:
@@ -366,7 +359,7 @@ class ApprovalManager(ApprovalLookup):
             TypeError, ValueError: `timeout_s` is no number.
         """
         require_text(token)
-        self._check_owner()
+        self._transactions.check_owner()
         return await self._waiting.wait(
             self._org_id, token, lambda: self._read(token), timeout_s=number("timeout_s", timeout_s)
         )
