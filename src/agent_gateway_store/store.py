@@ -110,7 +110,7 @@ class GatewayStore:
 
     @property
     def notifications(self) -> NotificationManager:
-        """What notifiers were told, and what they could not be told yet."""
+        """The notices that notifiers received, and those that they have still to receive."""
         return self._notifications
 
     @property
@@ -300,7 +300,7 @@ class _Core:
         async with AsyncExitStack() as steps:
             if self._own_redis is not None:
                 steps.push_async_callback(self._own_redis.aclose)
-            # Who still waits for a decision looks once more, and finds the store closed.
+            # Tasks that still wait for a decision read once more, and find the store closed.
             steps.callback(self.pubsub.notify_all)
             steps.push_async_callback(self.database.close)
             steps.callback(self.hasher.close)

@@ -277,7 +277,7 @@ class SyncGatewayStore:
 
     @property
     def notifications(self) -> SyncNotificationManager:
-        """What notifiers were told, and what they could not be told yet."""
+        """The notices that notifiers received, and those that they have still to receive."""
 
     @property
     def plugins(self) -> Plugins:

@@ -24,7 +24,6 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
-from agent_gateway_store.storage.filters import number
 from agent_gateway_store.storage.redis_cache import RedisCache
 
 __all__ = ["ApprovalBackend", "ApprovalManager"]
@@ -326,7 +325,7 @@ class ApprovalManager:
         Raises:
             ApprovalNotFoundError: No approval has this token.
             StoreUnavailableError: The database is away.
-            TypeError, ValueError: `timeout_s` is no number.
+            TypeError, ValueError: `timeout_s` is not a number.
         """
         ref = ApprovalRef.by_token(token, self._org_id)
         self._transactions.check_owner()
@@ -334,7 +333,7 @@ class ApprovalManager:
         async def read() -> ApprovalResult:
             return result_of((await queries.get(self._transactions, ref)).request, token)
 
-        return await self._waiting.wait(self._org_id, token, read, timeout_s=number("timeout_s", timeout_s))
+        return await self._waiting.wait(self._org_id, token, read, timeout_s=timeout_s)
 
     async def expire_stale(self, *, batch_size: int = 500) -> int:
         """Write EXPIRED to what has passed its deadline, and notify the notifiers. Returns how many there were.

@@ -115,10 +115,10 @@ _ENQUEUE = sql_statement(
     """
     WITH notices AS MATERIALIZED (
         SELECT given.*, :p_lease_s IS NOT NULL AND NOT EXISTS (
-            SELECT 1 FROM notification_deliveries AS earlier
-            WHERE earlier.approval_id = given.approval_id
-                AND earlier.notifier || '' = given.notifier
-                AND earlier.status || '' = 'DUE'
+            SELECT 1 FROM notification_deliveries AS before
+            WHERE before.approval_id = given.approval_id
+                AND before.notifier || '' = given.notifier
+                AND before.status || '' = 'DUE'
             LIMIT 1 OFFSET 0
         ) AS is_leased
         FROM {given} AS given

@@ -10,6 +10,7 @@ from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.storage.filters import number
 from agent_gateway_store.storage.pubsub import PubSub, Topic
 
 __all__ = ["Waiting"]
@@ -47,7 +48,11 @@ class Waiting:
         """Return what `read` returns once that is not PENDING, or at the timeout (seconds).
 
         The last read may take a second longer; if it does not answer by then, the one before it is returned.
+
+        Raises:
+            TypeError, ValueError: `timeout_s` is not a number.
         """
+        timeout_s = number("timeout_s", timeout_s)
         end = asyncio.get_running_loop().time() + timeout_s
         last = await self.read(org_id, token, read)
         if last.status is not ApprovalStatus.PENDING or timeout_s <= 0:
