@@ -155,6 +155,7 @@ async def close(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput) ->
 
 async def _store_vote(connection: AnyConnection, row: Mapping[str, Any], vote: VoteInput) -> StoredApproval:
     values = vote.values | {"p_approval_id": row["approval_id"], "p_org_id": row["org_id"]}
+    # Somebody who has voted may still cancel; the first vote stays on record.
     is_first = await VOTE.first(connection, values) is not None
     if not is_first and vote.decision is not VoteDecision.CANCELLED:
         raise ApprovalAlreadyVotedError(

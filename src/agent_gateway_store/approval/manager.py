@@ -125,6 +125,7 @@ class ApprovalManager:
         old = None if issued.is_new else await self._cache.token_of(approval.request.approval_id)
         await self._cache.put(approval, token, is_known=False)
         if old is not None and old != token:
+            # It no longer names the approval, and its entry would go on answering for it.
             await self._cache.drop(old)
         if issued.is_new:
             self._outbox.send(notice_of(approval.request, "pending"), issued.leased)
@@ -424,6 +425,7 @@ class ApprovalManager:
         approval, notice, leased = change
         approval_id = approval.request.approval_id
         known = token or await self._cache.token_of(approval_id)
+        # Before anybody can learn of the change: a read that began before it must not be shared from now on.
         self._waiting.note_change()
         if notice is None or self._pubsub is None:
             await self._cache.put(approval, known)
