@@ -19,8 +19,8 @@ from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.approval import statements
+from agent_gateway_store.approval.decisions import Permission
 from agent_gateway_store.approval.issuing import issue_values
-from agent_gateway_store.approval.using import Permission
 from agent_gateway_store.models.approval import ApprovalScope, VoteDecision, hash_tool_call
 from benchmarks.report import Figure
 
@@ -215,7 +215,7 @@ async def _bare_steps(url: str, count: int) -> AsyncIterator[list[Work]]:
             "p_decision": VoteDecision.APPROVED,
             "p_allow_self": False,
         }
-        use_values = Permission("agent-1", ApprovalScope.EXECUTION, hash_tool_call(CALL)).parameters
+        use_values = Permission("agent-1", ApprovalScope.EXECUTION, hash_tool_call(CALL)).values
         names = [{"p_token": row["p_token"], "p_org_id": None} for row in asked]
         votes = [{"p_approval_id": row["p_approval_id"], "p_org_id": "default"} for row in asked]
         decisions = [
@@ -244,7 +244,7 @@ async def _wake(waiting: GatewayStore, deciding: GatewayStore, redis_url: str, f
     woken: dict[str, float] = {}
     committed: list[float] = []
     single: list[float] = []
-    decided = deciding.approvals._decided
+    decided = deciding.approvals._after_commit
 
     async def noting(*args: Any) -> Any:
         committed.append(time.perf_counter())
@@ -259,7 +259,7 @@ async def _wake(waiting: GatewayStore, deciding: GatewayStore, redis_url: str, f
         await asyncio.sleep(1.5)
         subscribed = await client.client_list(_type="pubsub")
         figure.facts = {"waiters": count, "connections subscribed": len(subscribed)}
-        deciding.approvals._decided = noting  # type: ignore[method-assign]
+        deciding.approvals._after_commit = noting  # type: ignore[method-assign]
         for token in tokens[:100]:
             result = await deciding.approvals.approve(token, "alice")
             async with asyncio.timeout(10):
@@ -268,7 +268,7 @@ async def _wake(waiting: GatewayStore, deciding: GatewayStore, redis_url: str, f
             start = time.perf_counter()
             await waiting.approvals.get(approval_id=result.approval_id)
             single.append(time.perf_counter() - start)
-        deciding.approvals._decided = decided  # type: ignore[method-assign]
+        deciding.approvals._after_commit = decided  # type: ignore[method-assign]
     delays = [woken[token] - at for token, at in zip(tokens, committed, strict=False) if token in woken]
     figure.facts |= {"woken": len(delays)}
     for task in tasks:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, hookimpl
-from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.manager import Plugins
 from benchmarks.approvals import CALLERS, ask, rate
@@ -235,7 +235,7 @@ async def _outbox(url: str, lone: Figure, busy: Figure, count: int) -> None:
         dispatcher = Dispatcher(Plugins([Heard("heard")]), store.settings)
         await dispatcher.open()
         outbox = Direct(dispatcher)
-        direct = ApprovalManager.over(store.database, store._core.redis, store.settings, outbox=outbox)
+        direct = ApprovalManager(ApprovalBackend(store.database, store._core.redis, store.settings, outbox))
         await _told_ms(direct, 10 * CALLERS, outbox.idle)  # opens the connections that both use
         # In turn, for another process may have the disk for a while.
         taken = [(await _ask_ms(store.approvals), await _ask_ms(direct)) for _ in range(count)]

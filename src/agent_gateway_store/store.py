@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.audit.backends import sink_for
@@ -72,33 +72,25 @@ class GatewayStore:
         plugins: Iterable[object] = (),
         auto_migrate: bool | None = None,
     ) -> None:
-        self.settings = settings or StoreSettings()
-        url = database_url if database_url is not None else self.settings.database_url
-        self._core = _Core(
-            self.settings,
+        settings = settings or StoreSettings()
+        url = database_url if database_url is not None else settings.database_url
+        core = _Core(
+            settings,
             Database(engine, owned=False) if engine is not None else Database(create_engine(url), owned=True, url=url),
-            redis_url if redis_url is not None else self.settings.redis_url,
+            redis_url if redis_url is not None else settings.redis_url,
             redis,
             tuple(plugins),
             auto_migrate,
         )
-        self._bind(None)
+        self._bind(core, None)
 
-    def _bind(self, org_id: str | None) -> None:
-        core, self._org_id = self._core, org_id
+    def _bind(self, core: _Core, org_id: str | None) -> None:
+        self._core, self._org_id, self.settings = core, org_id, core.settings
         self._audit = AuditManager(
             core.database, core.writer, org_id=org_id, before=core.before_write, after=core.after_write
         )
-        self._approvals = ApprovalManager.over(
-            core.database,
-            core.redis,
-            self.settings,
-            org_id=org_id,
-            outbox=core.outbox,
-            vetoes=core.vetoes,
-            waiting=core.waiting,
-        )
-        self._keys = KeyManager(core.database, core.hasher, core.key_cache, self.settings, org_id=org_id)
+        self._approvals = ApprovalManager(core.approvals, org_id=org_id)
+        self._keys = KeyManager(core.database, core.hasher, core.key_cache, core.settings, org_id=org_id)
         self._notifications = NotificationManager(core.database, core.outbox, org_id=org_id)
 
     @property
@@ -118,7 +110,7 @@ class GatewayStore:
 
     @property
     def notifications(self) -> NotificationManager:
-        """What notifiers were told, and what they could not be told yet."""
+        """The notices that notifiers received, and those that they have still to receive."""
         return self._notifications
 
     @property
@@ -146,10 +138,7 @@ class GatewayStore:
         """
         if not org_id:
             raise ValueError("org_id must not be empty.")
-        view = object.__new__(GatewayStore)
-        view.settings, view._core = self.settings, self._core
-        view._bind(storable_key(org_id))
-        return view
+        return _OrganisationView(self._core, storable_key(org_id))
 
     async def open(self) -> Self:
         """Connect and check the schema. A second call does nothing.
@@ -204,6 +193,13 @@ class GatewayStore:
         await self.close()
 
 
+class _OrganisationView(GatewayStore):
+    """An open or closed store seen from one organisation."""
+
+    def __init__(self, core: _Core, org_id: str) -> None:
+        self._bind(core, org_id)
+
+
 class _Core:
     """What a store and its organisation-bound views share."""
 
@@ -223,7 +219,7 @@ class _Core:
         )
         self.redis = RedisCache(redis or self._own_redis, timeout_s=settings.redis_timeout_seconds)
         self.pubsub = PubSub(self.redis, database)
-        self.waiting = Waiting(self.pubsub, trust_s=settings.approval_cache_seconds)
+        waiting = Waiting(self.pubsub, trust_s=settings.approval_cache_seconds)
         self.hasher = Hasher(rounds=settings.bcrypt_rounds)
         self.key_cache = KeyCache(
             self.hasher,
@@ -237,6 +233,7 @@ class _Core:
         self.after_write = AfterWriteHooks(lambda: self.plugins, self.executor)
         self.writer = OpenWriter()
         self.outbox = StoreOutbox(database, settings)
+        self.approvals = ApprovalBackend(database, self.redis, settings, self.outbox, self.vetoes, waiting)
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
@@ -303,7 +300,7 @@ class _Core:
         async with AsyncExitStack() as steps:
             if self._own_redis is not None:
                 steps.push_async_callback(self._own_redis.aclose)
-            # Who still waits for a decision looks once more, and finds the store closed.
+            # Tasks that still wait for a decision read once more, and find the store closed.
             steps.callback(self.pubsub.notify_all)
             steps.push_async_callback(self.database.close)
             steps.callback(self.hasher.close)

@@ -109,7 +109,7 @@ class _Portal:
         try:
             return future.result()
         except BaseException:
-            # Ctrl-C ends the waiting of this thread only, so the call itself is told, too.
+            # Ctrl-C ends only the waiting of this thread, so the call itself is cancelled, too.
             future.cancel()
             raise
 
@@ -219,7 +219,7 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
 
     @property
     def notifications(self) -> Any:
-        """What notifiers were told, and what they could not be told yet."""
+        """The notices that notifiers received, and those that they have still to receive."""
         return self._notifications
 
     @property
@@ -229,9 +229,7 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
 
     @_like(GatewayStore.for_org)
     def for_org(self, org_id: str) -> SyncGatewayStore:
-        view = object.__new__(SyncGatewayStore)
-        view._bind(self._twin.for_org(org_id), self._portal)
-        return view
+        return _OrganisationView(self._twin.for_org(org_id), self._portal)
 
     @_like(GatewayStore.open)
     def open(self) -> Self:
@@ -250,7 +248,7 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
         with self._portal.lifecycle:
             if self._portal.is_running:
                 try:
-                    # Not told of a Ctrl-C: what has begun to close is closed to the end, which is near.
+                    # Not cancelled by Ctrl-C: a close that has begun goes on to its end, which is near.
                     self._portal.submit(self._twin.close).result()
                 finally:
                     self._portal.stop()
@@ -272,3 +270,8 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _OrganisationView(SyncGatewayStore):
+    def __init__(self, store: GatewayStore, portal: _Portal) -> None:
+        self._bind(store, portal)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from agent_gateway_store.approval.searching import ApprovalFilters
+from agent_gateway_store.approval.queries import ApprovalFilters
 from agent_gateway_store.audit.export import ExportResult
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
@@ -133,7 +133,7 @@ class SyncApprovalManager:
         approval_id: UUID | str | None = None,
         channel: str = "api",
     ) -> ApprovalResult:
-        """Approve, once. With `required_approvals` above 1 this is one voice among several."""
+        """Approve, once. With `required_approvals` above 1 this is one vote of several."""
 
     def deny(
         self,
@@ -171,13 +171,13 @@ class SyncApprovalManager:
         """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved."""
 
     def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
-        """Note what came of the call, after its use; once. A used approval without an outcome is shown as unknown."""
+        """Store what came of the call, after its use; once. A used approval without an outcome is shown as unknown."""
 
     def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
         """Wait until the approval is no longer PENDING, and return how it stands."""
 
     def expire_stale(self, *, batch_size: int = 500) -> int:
-        """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were."""
+        """Write EXPIRED to what has passed its deadline, and notify the notifiers. Returns how many there were."""
 
     def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
@@ -277,7 +277,7 @@ class SyncGatewayStore:
 
     @property
     def notifications(self) -> SyncNotificationManager:
-        """What notifiers were told, and what they could not be told yet."""
+        """The notices that notifiers received, and those that they have still to receive."""
 
     @property
     def plugins(self) -> Plugins:

@@ -15,6 +15,7 @@ from contract_helpers import CALL, approved, counted_statements, make_request
 
 import servers
 from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, errors
+from agent_gateway_store.approval import ApprovalBackend
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 
 pytestmark = pytest.mark.integration
@@ -168,7 +169,7 @@ async def test_older_version_never_replaces_a_newer_one(store: GatewayStore, cli
     """A reader that saw PENDING and writes it to Redis after the decision does not undo the decision there."""
     token = await store.approvals.issue_token(make_request())
     slow = GatedRedis(client)
-    reader = ApprovalManager.over(store.database, slow, store.settings)
+    reader = ApprovalManager(ApprovalBackend(store.database, slow, store.settings))
     reading = asyncio.create_task(reader.check_token(token, fresh=True))
     await asyncio.wait_for(slow.waits.wait(), 10)
     await store.approvals.deny(token, "approver-1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +11,7 @@ import redis.asyncio
 from contract_helpers import make_request
 
 from agent_gateway_store import GatewayStore, StoreSettings, errors
+from agent_gateway_store.approval import queries
 
 pytestmark = pytest.mark.integration
 
@@ -24,22 +24,21 @@ class Reads:
 
 
 @pytest.fixture
-def reads(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> Reads:
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Count the reads of the store and of its views."""
     counted = Reads()
-    kind = type(store.approvals)
-    row = kind._row
+    get = queries.get
 
-    async def counting(self: Any, token: str) -> Mapping[str, Any] | None:
+    async def counting(*args: Any) -> queries.StoredApproval:
         counted.number += 1
         counted.at_once += 1
         counted.most_at_once = max(counted.most_at_once, counted.at_once)
         try:
-            return await row(self, token)
+            return await get(*args)
         finally:
             counted.at_once -= 1
 
-    monkeypatch.setattr(kind, "_row", counting)
+    monkeypatch.setattr(queries, "get", counting)
     return counted
 
 

@@ -13,6 +13,7 @@ import pytest
 from contract_helpers import SOON_S
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, clock, errors
+from agent_gateway_store.approval import queries
 
 pytestmark = pytest.mark.integration
 
@@ -110,14 +111,14 @@ async def test_waiters_of_one_approval_share_their_reads(
     await until(lambda: topics(store) == 1)
     await asyncio.sleep(0.3)
     reads = 0
-    read = store.approvals._read
+    get = queries.get
 
-    async def counting(name: str) -> object:
+    async def counting(*args: Any) -> object:
         nonlocal reads
         reads += 1
-        return await read(name)
+        return await get(*args)
 
-    monkeypatch.setattr(store.approvals, "_read", counting)
+    monkeypatch.setattr(queries, "get", counting)
     await other.approvals.approve(token, "approver-1")
     await asyncio.gather(*waiting)
 

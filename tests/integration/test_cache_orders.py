@@ -13,6 +13,7 @@ import pytest
 import redis.asyncio
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
+from agent_gateway_store.approval import ApprovalBackend
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from proofs.harness import migrated
 
@@ -58,7 +59,7 @@ class Actor:
     ) -> None:
         self._redis = Held(client)
         self._work = work
-        self._approvals = ApprovalManager.over(store.database, self._redis, store.settings)
+        self._approvals = ApprovalManager(ApprovalBackend(store.database, self._redis, store.settings))
         self._task: asyncio.Future[Any] | None = None
 
     async def step(self) -> None:
@@ -96,7 +97,7 @@ class Round:
 
     def __init__(self, store: GatewayStore, client: redis.asyncio.Redis, move: str) -> None:
         self.store, self.client, self.move = store, client, move
-        self.sql = ApprovalManager.over(store.database, RedisCache(None), store.settings)
+        self.sql = ApprovalManager(ApprovalBackend(store.database, RedisCache(None), store.settings))
         self.request = ApprovalRequest(
             request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes"
         )

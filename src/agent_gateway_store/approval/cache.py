@@ -9,15 +9,14 @@ an old copy). What is read is validated as any input.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 from uuid import UUID
 
 from pydantic import AwareDatetime, ConfigDict, ValidationError
 
+from agent_gateway_store.approval.queries import StoredApproval
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import is_text
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope
+from agent_gateway_store.models.approval import ApprovalResult, ApprovalScope
 from agent_gateway_store.models.columns import token_digest
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
@@ -97,7 +96,7 @@ class ApprovalCache:
         self._trust_s = trust_s
 
     async def get(self, token: str, *, org_id: str | None) -> ApprovalResult | None:
-        """Return what the entry of `token` says; None if there is none to be trusted (then SQL must be asked)."""
+        """Return what the entry of `token` holds; None if there is none to be trusted (then SQL must be asked)."""
         if not _is_cached(token) or (found := await self._redis.get(_key(token))) is None:
             return None
         text, left_ms = found
@@ -111,8 +110,7 @@ class ApprovalCache:
 
     async def put(
         self,
-        row: Mapping[str, Any],
-        request: ApprovalRequest,
+        approval: StoredApproval,
         token: str | None,
         *,
         is_known: bool = True,
@@ -121,14 +119,13 @@ class ApprovalCache:
         """Write the entry until no deadline is ahead, then publish; an older version never replaces a newer one.
 
         Args:
-            row: As SQL has it.
-            request: The approval of this row.
+            approval: As SQL has it.
             token: Believed to be its token; where SQL says otherwise, or it is not known, nothing is written.
             is_known: Redis has the entry that leads to this token, or can do without it until somebody asks again.
             message: A channel and what to publish on it, in the same step as the entry.
         """
         entries: list[CacheEntry] = []
-        token_sha256, read_at = row["token_sha256"], row["read_at"]
+        request, read_at, token_sha256 = approval
         ends = max(filter(None, (request.expires_at, request.use_before)), default=read_at)
         life_s = (ends - read_at).total_seconds()
         if token is not None and life_s > 0 and _is_cached(token) and token_digest(token) == token_sha256:

@@ -6,29 +6,42 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import BigInteger, bindparam, func, select
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store.approval.recording import Outbox, insert_and_tell
-from agent_gateway_store.approval.statements import CANCEL_OTHER_TERMS, EXPIRE_SAME_CALL, REBIND, SAME_CALL
+from agent_gateway_store.approval.outbox_rows import Outbox, insert_with_deliveries
+from agent_gateway_store.approval.queries import StoredApproval
+from agent_gateway_store.approval.statements import (
+    CANCEL_OTHER_TERMS,
+    EXPIRE_SAME_CALL,
+    LOCK_CALL,
+    REISSUE,
+    SAME_CALL,
+)
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
-from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["Asked", "already_issued", "end_standing", "insert_or_rebind", "issue_values"]
+__all__ = ["Issued", "already_issued", "close_standing", "insert", "insert_or_reissue", "issue_values"]
 
-Asked: TypeAlias = tuple[Mapping[str, Any], bool, dict[str, UUID]]
-"""The row as it stands; True if it is new; the deliveries kept for this process."""
 
-_LOCKED = func.pg_advisory_xact_lock(bindparam("p_lock", type_=BigInteger())).label("locked")
-_LOCK_CALL = Statement(select(_LOCKED))
+class Issued(NamedTuple):
+    """What was asked.
+
+    Attributes:
+        approval: As it stands.
+        is_new: False: it is the pending approval of the same call, under the new token.
+        leased: Notifier to delivery id, of the rows leased to this process.
+    """
+
+    approval: StoredApproval
+    is_new: bool
+    leased: dict[str, UUID]
 
 
 def issue_values(
@@ -98,7 +111,13 @@ def _output_hash(request: ApprovalRequest, stored: Any, hash_key: str | None) ->
     return actual
 
 
-async def insert_or_rebind(connection: AnyConnection, values: dict[str, Any], outbox: Outbox) -> Asked | None:
+async def insert(connection: AnyConnection, values: dict[str, Any], outbox: Outbox) -> Issued | None:
+    """Insert the row and those of its notice; None if another approval is in the way."""
+    row, leased = await insert_with_deliveries(connection, values, outbox)
+    return None if row is None else Issued(StoredApproval.from_row(row), True, leased)
+
+
+async def insert_or_reissue(connection: AnyConnection, values: dict[str, Any], outbox: Outbox) -> Issued | None:
     """Insert the row and those of its notice, or give the pending approval of the same call the new token.
 
     Returns:
@@ -108,29 +127,30 @@ async def insert_or_rebind(connection: AnyConnection, values: dict[str, Any], ou
     Raises:
         ApprovalError: The token belongs to the approval of another call.
     """
-    row, mine = await insert_and_tell(connection, values, outbox)
-    if row is not None:
-        return row, True, mine
+    issued = await insert(connection, values, outbox)
+    if issued is not None:
+        return issued
     try:
-        row = await REBIND.first(connection, values)
+        row = await REISSUE.first(connection, values)
     except IntegrityError:
         raise already_issued(values) from None
-    return None if row is None else (row, False, {})
+    return None if row is None else Issued(StoredApproval.from_row(row), False, {})
 
 
-async def end_standing(connection: AnyConnection, values: dict[str, Any]) -> list[dict[str, Any]]:
-    """End what stands in the way of asking: what is overdue becomes EXPIRED, what has other terms CANCELLED.
+async def close_standing(connection: AnyConnection, values: dict[str, Any]) -> list[StoredApproval]:
+    """Close what stands in the way of asking: what is overdue becomes EXPIRED, what has other terms CANCELLED.
 
-    Those who ask for the same call at the same time do so one after the other, to the end of the transaction.
+    Tasks that ask for the same call at the same time do so one after the other, to the end of the transaction.
 
     Returns:
-        The rows that ended, the expired ones first.
+        The approvals that were closed, the expired ones first.
     """
     if dialect_of(connection) == "postgresql":
         # Without it each of many would cancel what another has just asked, and the slowest would give up.
-        await _LOCK_CALL.rows(connection, {"p_lock": _lock_of(values)})
-    expired = await EXPIRE_SAME_CALL.rows(connection, values)
-    return expired + await CANCEL_OTHER_TERMS.rows(connection, values)
+        await LOCK_CALL.first(connection, {"p_lock": _lock_of(values)})
+    rows = await EXPIRE_SAME_CALL.rows(connection, values)
+    rows += await CANCEL_OTHER_TERMS.rows(connection, values)
+    return [StoredApproval.from_row(row) for row in rows]
 
 
 def _lock_of(values: Mapping[str, Any]) -> int:

@@ -2,60 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Unpack
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store.approval import deciding, listing, using
+from agent_gateway_store.approval import decisions, issuing, queries
 from agent_gateway_store.approval.cache import ApprovalCache
-from agent_gateway_store.approval.deciding import Ballot
-from agent_gateway_store.approval.issuing import Asked, already_issued, end_standing, insert_or_rebind, issue_values
-from agent_gateway_store.approval.listing import COLUMNS
-from agent_gateway_store.approval.lookup import ApprovalLookup
-from agent_gateway_store.approval.notifier import notice_of
-from agent_gateway_store.approval.recording import Later, Outbox, insert_and_tell, record
-from agent_gateway_store.approval.rows import Name, request_of, require_text, result_of
-from agent_gateway_store.approval.statements import CANCEL, DENY, READ, Key
-from agent_gateway_store.approval.using import Permission
-from agent_gateway_store.approval.vetoing import require_no_veto
+from agent_gateway_store.approval.decisions import Permission, VoteInput
+from agent_gateway_store.approval.outbox_rows import Change, Outbox, PersistOnlyOutbox, enqueue, notice_of
+from agent_gateway_store.approval.queries import ApprovalFilters, ApprovalRef, StoredApproval, result_of
 from agent_gateway_store.approval.waiting import Waiting
-from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
-from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.hooks.dispatch import Vetoes
-from agent_gateway_store.models.approval import (
-    ApprovalRequest,
-    ApprovalResult,
-    ApprovalScope,
-    VoteDecision,
-    hash_tool_call,
-)
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, VoteDecision
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
+from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import AnyConnection, Database, SessionTransactions, Transactions
-from agent_gateway_store.storage.filters import number
+from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
 from agent_gateway_store.storage.redis_cache import RedisCache
-from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["COLUMNS", "ApprovalManager"]
+__all__ = ["ApprovalBackend", "ApprovalManager"]
 
-_PENDING = ApprovalStatus.PENDING
-_LARGEST_BATCH = 10_000
+_LARGEST_BATCH = 10_000  # of `expire_stale`: what one transaction writes within a command's time
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
 
-class ApprovalManager(ApprovalLookup):
+@dataclass(frozen=True, slots=True)
+class ApprovalBackend:
+    """What approvals work with: one for each store, shared by its views, or one for a session of the caller's.
+
+    Attributes:
+        transactions: Where they are kept.
+        redis: The guarded client.
+        settings: In force.
+        outbox: Who is notified of changes.
+        vetoes: The plugins that may object to a vote; None: none.
+        waiting: Wakes the tasks that wait for decisions; None: they poll.
+    """
+
+    transactions: Transactions
+    redis: RedisCache
+    settings: StoreSettings
+    outbox: Outbox = field(default_factory=lambda: PersistOnlyOutbox(()))
+    vetoes: Vetoes | None = None
+    waiting: Waiting | None = None
+
+
+class ApprovalManager:
     """One decision per approval, one use per approval, in any number of processes.
 
     SQL decides everything; Redis only makes reads fast, and may be absent, down, flushed or wrong. An approval of
     another organisation looks absent.
 
     Args:
-        session: A session of the caller's; every writing method commits it, and rolls it back when it raises.
+        session: A session of the caller's; every writing method commits it, and rolls it back when it raises. A store
+            gives its `ApprovalBackend` here, which holds all the rest but `org_id`.
         redis: A client of the caller's, or None.
         settings: Default: from the environment.
         org_id: See and change only this organisation; None: all.
@@ -65,56 +71,26 @@ class ApprovalManager(ApprovalLookup):
 
     def __init__(
         self,
-        session: AsyncSession,
+        session: AsyncSession | ApprovalBackend,
         redis: RedisClient | None = None,
         *,
         settings: StoreSettings | None = None,
         org_id: str | None = None,
         notifiers: Iterable[str] = (),
     ) -> None:
-        settings = settings or StoreSettings()
-        accelerator = RedisCache(redis, timeout_s=settings.redis_timeout_seconds)
-        self._set(SessionTransactions(session), accelerator, settings, org_id, Later(notifiers))
-
-    @classmethod
-    def over(
-        cls,
-        database: Database,
-        redis: RedisCache,
-        settings: StoreSettings,
-        *,
-        org_id: str | None = None,
-        outbox: Outbox | None = None,
-        vetoes: Vetoes | None = None,
-        waiting: Waiting | None = None,
-    ) -> Self:
-        """Return a manager that opens its own transactions.
-
-        Notices go through `outbox`; before a vote or a denial `vetoes` are asked. `waiting`, which the views of one
-        store share, publishes decisions to the tasks that wait for them.
-        """
-        manager = cls.__new__(cls)
-        manager._set(database, redis, settings, org_id, outbox or Later(()), waiting)
-        manager._vetoes = vetoes
-        # Redis would answer where the store is not open, too.
-        manager._check_owner = database.check_owner
-        return manager
-
-    def _set(
-        self,
-        transactions: Transactions,
-        redis: RedisCache,
-        settings: StoreSettings,
-        org_id: str | None,
-        outbox: Outbox,
-        waiting: Waiting | None = None,
-    ) -> None:
-        self._waiting = waiting or Waiting(None, trust_s=settings.approval_cache_seconds)
+        if isinstance(session, ApprovalBackend):
+            backend = session
+        else:
+            settings = settings or StoreSettings()
+            guarded = RedisCache(redis, timeout_s=settings.redis_timeout_seconds)
+            backend = ApprovalBackend(SessionTransactions(session), guarded, settings, PersistOnlyOutbox(notifiers))
+        trust_s = backend.settings.approval_cache_seconds
+        self._transactions, self._settings, self._outbox = backend.transactions, backend.settings, backend.outbox
+        self._org_id = org_id
+        self._vetoes = backend.vetoes
+        self._waiting = backend.waiting or Waiting(None, trust_s=trust_s)
         self._pubsub = self._waiting.pubsub
-        self._transactions, self._settings, self._org_id, self._outbox = transactions, settings, org_id, outbox
-        self._cache = ApprovalCache(redis, trust_s=settings.approval_cache_seconds)
-        self._check_owner: Callable[[], None] = lambda: None
-        self._vetoes: Vetoes | None = None
+        self._cache = ApprovalCache(backend.redis, trust_s=trust_s)
 
     @property
     def _hash_key(self) -> str | None:
@@ -142,36 +118,37 @@ class ApprovalManager(ApprovalLookup):
             StoreUnavailableError: The database is away.
         """
         ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
-        values = issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
-        row, is_new, mine = await self._ask(values)
+        values = issuing.issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
+        issued = await self._insert_request(values)
         self._waiting.note_change()
-        token: str = values["p_token"]
-        old = None if is_new else await self._cache.token_of(row["approval_id"])
-        asked = await self._remember(row, token, is_known=False)
+        approval, token = issued.approval, str(values["p_token"])
+        old = None if issued.is_new else await self._cache.token_of(approval.request.approval_id)
+        await self._cache.put(approval, token, is_known=False)
         if old is not None and old != token:
+            # It no longer names the approval, and its entry would go on answering for it.
             await self._cache.drop(old)
-        if is_new:
-            self._outbox.send(notice_of(asked, "pending"), mine)
+        if issued.is_new:
+            self._outbox.send(notice_of(approval.request, "pending"), issued.leased)
         return token
 
-    async def _ask(self, values: dict[str, Any]) -> Asked:
+    async def _insert_request(self, values: dict[str, Any]) -> issuing.Issued:
         for _ in range(_TRIES):
             async with self._transactions.connection("autocommit") as connection:
-                asked = await insert_or_rebind(connection, values, self._outbox)
-            if asked is not None:
-                return asked
+                issued = await issuing.insert_or_reissue(connection, values, self._outbox)
+            if issued is not None:
+                return issued
             async with self._transactions.connection("transaction") as connection:
-                ended = await end_standing(connection, values)
-                mine = await self._record(connection, *ended)
-                row, kept = await insert_and_tell(connection, values, self._outbox)
-                if row is None and any(each["status"] is ApprovalStatus.CANCELLED for each in ended):
+                closed = await issuing.close_standing(connection, values)
+                changes = await self._enqueue(connection, closed)
+                issued = await issuing.insert(connection, values, self._outbox)
+                if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
                     # Nothing else can be in the way now: this request's own id or token is taken.
-                    raise already_issued(values)
-            for each in ended:
-                await self._decided(each, None, mine)
-            if row is not None:
-                return row, True, kept
-        raise already_issued(values)
+                    raise issuing.already_issued(values)
+            for change in changes:
+                await self._after_commit(change)
+            if issued is not None:
+                return issued
+        raise issuing.already_issued(values)
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
         """Return where the approval of `token` stands.
@@ -185,24 +162,19 @@ class ApprovalManager(ApprovalLookup):
             ApprovalNotFoundError: No approval has this token.
             StoreUnavailableError: Neither Redis nor the database answers.
         """
-        require_text(token)
-        self._check_owner()
-        if not fresh and (known := await self._cache.get(token, org_id=self._org_id)) is not None:
-            return known
+        ref = ApprovalRef.by_token(token, self._org_id)
+        self._transactions.check_owner()
         if fresh:
-            return await self._read_and_cache(token)
-        return await self._waiting.read(self._org_id, token, lambda: self._read_and_cache(token))
+            return await self._read_and_cache(ref, token)
+        cached = await self._cache.get(token, org_id=self._org_id)
+        if cached is not None:
+            return cached
+        return await self._waiting.read(self._org_id, token, lambda: self._read_and_cache(ref, token))
 
-    async def _read_and_cache(self, token: str) -> ApprovalResult:
-        return result_of(await self._remember(await self._row(token), token, is_known=False), token)
-
-    async def _row(self, token: str) -> Mapping[str, Any]:
-        name = Name(token, None, self._org_id)
-        async with self._transactions.connection("read") as connection:
-            row = await READ[name.by].first(connection, name.values)
-        if row is None:
-            raise ApprovalNotFoundError
-        return row
+    async def _read_and_cache(self, ref: ApprovalRef, token: str) -> ApprovalResult:
+        approval = await queries.get(self._transactions, ref)
+        await self._cache.put(approval, token, is_known=False)
+        return result_of(approval.request, token)
 
     async def approve(
         self,
@@ -213,7 +185,7 @@ class ApprovalManager(ApprovalLookup):
         approval_id: UUID | str | None = None,
         channel: str = "api",
     ) -> ApprovalResult:
-        """Approve, once. With `required_approvals` above 1 this is one voice among several.
+        """Approve, once. With `required_approvals` above 1 this is one vote of several.
 
         Args:
             token: The token, or None with `approval_id`.
@@ -224,19 +196,19 @@ class ApprovalManager(ApprovalLookup):
 
         Raises:
             ApprovalNotFoundError: There is no such approval.
-            ApprovalAlreadyDecidedError: Somebody decided first; it names whom.
+            ApprovalAlreadyDecidedError: Somebody decided first; the error names them.
             ApprovalAlreadyVotedError: This approver has voted before.
             ApprovalExpiredError: The deadline has passed.
             SelfApprovalError: The approver is the caller, and ALLOW_SELF_APPROVAL is off.
             DecisionVetoedError: A plugin refuses this decision, or failed when it was asked.
         """
-        name = self._name(token, approval_id)
-        ballot = Ballot(approver_id, note, channel, VoteDecision.APPROVED)
-        await require_no_veto(self._vetoes, self._transactions, name, ballot)
+        ref = ApprovalRef.by_either(token, approval_id, self._org_id)
+        vote = VoteInput(approver_id, note, channel, VoteDecision.APPROVED)
+        await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
         async with self._transactions.connection("transaction") as connection:
-            row = await deciding.approve(connection, name, ballot, allow_self=self._settings.allow_self_approval)
-            mine = await self._record(connection, row)
-        return await self._decided(row, token, mine)
+            approval = await decisions.approve(connection, ref, vote, allow_self=self._settings.allow_self_approval)
+            (change,) = await self._enqueue(connection, [approval])
+        return await self._after_commit(change, token)
 
     async def deny(
         self,
@@ -248,10 +220,10 @@ class ApprovalManager(ApprovalLookup):
         channel: str = "api",
     ) -> ApprovalResult:
         """Deny, once; one denial is enough. Arguments and errors as for `approve`."""
-        name = self._name(token, approval_id)
-        ballot = Ballot(approver_id, note, channel, VoteDecision.DENIED)
-        await require_no_veto(self._vetoes, self._transactions, name, ballot)
-        return await self._end(DENY, name, ballot, token)
+        ref = ApprovalRef.by_either(token, approval_id, self._org_id)
+        vote = VoteInput(approver_id, note, channel, VoteDecision.DENIED)
+        await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
+        return await self._close(ref, vote, token)
 
     async def cancel(
         self,
@@ -266,16 +238,14 @@ class ApprovalManager(ApprovalLookup):
 
         Arguments and errors as for `approve`; no plugin can refuse it.
         """
-        ballot = Ballot(approver_id, note, channel, VoteDecision.CANCELLED)
-        return await self._end(CANCEL, self._name(token, approval_id), ballot, token)
+        vote = VoteInput(approver_id, note, channel, VoteDecision.CANCELLED)
+        return await self._close(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
 
-    async def _end(
-        self, moves: Mapping[Key, Statement], name: Name, ballot: Ballot, token: str | None
-    ) -> ApprovalResult:
+    async def _close(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
         async with self._transactions.connection("transaction") as connection:
-            row = await deciding.end(connection, name, ballot, moves)
-            mine = await self._record(connection, row)
-        return await self._decided(row, token, mine)
+            approval = await decisions.close(connection, ref, vote)
+            (change,) = await self._enqueue(connection, [approval])
+        return await self._after_commit(change, token)
 
     async def consume_token(
         self,
@@ -300,13 +270,10 @@ class ApprovalManager(ApprovalLookup):
             ApprovalExpiredError: The deadline to use it has passed.
             ApprovalAlreadyUsedError: It has released its call.
         """
-        require_text(token)
-        call = tool_call if isinstance(tool_call, ToolCall) else ToolCall.model_validate(tool_call)
-        caller, digest = storable_key(caller_id), hash_tool_call(call, key=self._hash_key)
-        bound = Permission(caller, ApprovalScope(scope), digest)
-        async with self._transactions.connection("autocommit") as connection:
-            row = await using.consume(connection, Name(token, None, self._org_id), bound)
-        return result_of(await self._remember(row, token), token)
+        ref = ApprovalRef.by_token(token, self._org_id)
+        permission = Permission.of_call(caller_id, scope, tool_call, hash_key=self._hash_key)
+        approval = await decisions.use(self._transactions, ref, permission, hash_key=self._hash_key)
+        return await self._after_use(approval, token)
 
     async def release_output(self, token: str, *, caller_id: str) -> Any:
         """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved.
@@ -328,32 +295,28 @@ class ApprovalManager(ApprovalLookup):
             ApprovalAlreadyUsedError: It has released its output.
             StoreUnavailableError: The database is away.
         """
-        require_text(token)
-        bound = Permission(storable_key(caller_id), ApprovalScope.OUTPUT_RELEASE)
-        async with self._transactions.connection("transaction") as connection:
-            row = await using.release(connection, Name(token, None, self._org_id), bound, hash_key=self._hash_key)
-        await self._remember(row, token)
-        return row["output_payload"]
+        ref = ApprovalRef.by_token(token, self._org_id)
+        permission = Permission.of_output(caller_id)
+        approval = await decisions.use(self._transactions, ref, permission, hash_key=self._hash_key)
+        await self._after_use(approval, token)
+        return approval.request.output_payload
 
     async def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
-        """Note what came of the call, after its use; once. A used approval without an outcome is shown as unknown.
+        """Store what came of the call, after its use; once. A used approval without an outcome is shown as unknown.
 
         Raises:
             ApprovalNotFoundError: No approval has this token.
             ApprovalNotApprovedError: It has not been used.
             ApprovalAlreadyUsedError: Another outcome was recorded before (the same one again changes nothing).
         """
-        require_text(token)
-        text = Scrubber().text("outcome", outcome)
-        async with self._transactions.connection("autocommit") as connection:
-            row = await using.record(connection, Name(token, None, self._org_id), text)
-        return result_of(await self._remember(row, token), token)
+        ref = ApprovalRef.by_token(token, self._org_id)
+        return await self._after_use(await decisions.set_outcome(self._transactions, ref, outcome), token)
 
     async def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
         """Wait until the approval is no longer PENDING, and return how it stands.
 
-        Thousands may wait: a process has one subscription, and one read answers all who wait for the same approval.
-        A signal that was missed is caught by a slow poll. Cancelling leaves nothing behind.
+        Thousands may wait: a process has one subscription, and one read answers all tasks that wait for the same
+        approval. A message that was missed is caught by a slow poll. Cancelling leaves nothing behind.
 
         Args:
             token: As returned by `issue_token`.
@@ -363,19 +326,18 @@ class ApprovalManager(ApprovalLookup):
         Raises:
             ApprovalNotFoundError: No approval has this token.
             StoreUnavailableError: The database is away.
-            TypeError, ValueError: `timeout_s` is no number.
+            TypeError, ValueError: `timeout_s` is not a number.
         """
-        require_text(token)
-        self._check_owner()
-        return await self._waiting.wait(
-            self._org_id, token, lambda: self._read(token), timeout_s=number("timeout_s", timeout_s)
-        )
+        ref = ApprovalRef.by_token(token, self._org_id)
+        self._transactions.check_owner()
 
-    async def _read(self, token: str) -> ApprovalResult:
-        return result_of(request_of(await self._row(token)), token)
+        async def read() -> ApprovalResult:
+            return result_of((await queries.get(self._transactions, ref)).request, token)
+
+        return await self._waiting.wait(self._org_id, token, read, timeout_s=timeout_s)
 
     async def expire_stale(self, *, batch_size: int = 500) -> int:
-        """Write EXPIRED to what has passed its deadline, and tell the notifiers. Returns how many there were.
+        """Write EXPIRED to what has passed its deadline, and notify the notifiers. Returns how many there were.
 
         Any number of processes may sweep at once; each approval is swept by one.
 
@@ -386,44 +348,95 @@ class ApprovalManager(ApprovalLookup):
             ValueError: `batch_size` is out of range.
         """
         require_between("batch_size", batch_size, 1, _LARGEST_BATCH, hint="every batch is swept until none is left")
-        swept, is_more = 0, True
-        while is_more:
+        swept, batch = 0, batch_size
+        while batch == batch_size:
             async with self._transactions.write() as connection:
-                rows, is_more = await listing.sweep(connection, *self._mine(), batch_size=batch_size)
-                mine = await self._record(connection, *rows)
-            for row in rows:
-                await self._decided(row, None, mine)
-            swept += len(rows)
+                expired = await decisions.expire(connection, org_id=self._org_id, batch_size=batch_size)
+                changes = await self._enqueue(connection, expired)
+            for change in changes:
+                await self._after_commit(change)
+            batch = len(changes)
+            swept += batch
         return swept
 
-    async def _record(self, connection: AnyConnection, *rows: Mapping[str, Any]) -> dict[UUID, dict[str, UUID]]:
-        """Write what others learn of these decisions; returns the deliveries kept for this process, by approval."""
+    async def list_requests(
+        self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
+    ) -> Page[ApprovalRequest]:
+        """Return approvals, newest first, ties broken by id. `next_cursor` leads on; new approvals do not move it.
+
+        Args:
+            status: Only these, as a reader sees them (EXPIRED from the deadline on). None: all.
+            limit: At most so many, 1 to 2^31 - 1.
+            cursor: `next_cursor` of the page before.
+
+        Raises:
+            InvalidCursorError: The cursor did not come from this listing.
+            ValueError: There is no such status, or `limit` is out of range.
+        """
+        return await self.search(limit=limit, cursor=cursor, status=status)
+
+    async def search(
+        self, *, limit: int = 50, cursor: str | None = None, **filters: Unpack[ApprovalFilters]
+    ) -> Page[ApprovalRequest]:
+        """Return approvals that match every filter (see `ApprovalFilters`), newest first, ties broken by id.
+
+        `next_cursor` leads on to older ones; approvals that are asked for meanwhile do not move it.
+
+        Args:
+            limit: At most so many, 1 to 2^31 - 1.
+            cursor: `next_cursor` of the page before; the filters must be the same.
+            filters: caller_id, request_id, org_id, tool, server, status, approver_id, since, until, text.
+
+        Raises:
+            InvalidCursorError: The cursor did not come from this search.
+            TypeError: There is no such filter, or its value has the wrong type.
+            ValueError: There is no such status or time, or `limit` is out of range.
+        """
+        return await queries.search(self._transactions, filters, org_id=self._org_id, limit=limit, cursor=cursor)
+
+    async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
+        """Return the approval of this id, without its token.
+
+        Raises:
+            ApprovalNotFoundError: There is none.
+        """
+        return (await queries.get(self._transactions, ApprovalRef.by_id(approval_id, self._org_id))).request
+
+    async def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
+        """Return what happened to an approval, in the order of time.
+
+        Each row has `at`, `event` (asked, vote, decided, expired, used, outcome, notice), `by` (caller, approver or
+        notifier), `status`, `note` and `channel`. A used approval without an outcome shows it as unknown.
+
+        Raises:
+            ApprovalNotFoundError: There is no such approval.
+        """
+        return await queries.history(self._transactions, ApprovalRef.by_id(approval_id, self._org_id))
+
+    async def _enqueue(self, connection: AnyConnection, approvals: Sequence[StoredApproval]) -> list[Change]:
+        """Write, in the transaction that changes them, what other processes and the notifiers learn of approvals."""
         if self._pubsub is not None:
-            for row in rows:
-                await self._pubsub.notify(connection, str(row["approval_id"]))
-        notices = [notice_of(request_of(row), "decision") for row in rows if row["status"] is not _PENDING]
-        mine = await record(connection, notices, self._outbox)
-        return {notice.approval_id: each for notice, each in zip(notices, mine, strict=True)}
+            for approval in approvals:
+                await self._pubsub.notify(connection, str(approval.request.approval_id))
+        return await enqueue(connection, approvals, self._outbox)
 
-    async def _decided(
-        self, row: Mapping[str, Any], token: str | None, mine: Mapping[UUID, Mapping[str, UUID]]
-    ) -> ApprovalResult:
-        known = token or await self._cache.token_of(row["approval_id"])
-        request = request_of(row)
+    async def _after_commit(self, change: Change, token: str | None = None) -> ApprovalResult:
+        """Publish a change whose transaction is committed, and return where the approval stands."""
+        approval, notice, leased = change
+        approval_id = approval.request.approval_id
+        known = token or await self._cache.token_of(approval_id)
+        # Before anybody can learn of the change: a read that began before it must not be shared from now on.
         self._waiting.note_change()
-        if request.status is _PENDING or self._pubsub is None:
-            await self._cache.put(row, request, known)
+        if notice is None or self._pubsub is None:
+            await self._cache.put(approval, known)
         else:
-            key = str(request.approval_id)
-            await self._cache.put(row, request, known, message=self._pubsub.message(key))
-            self._pubsub.notify_local(key)
-        if request.status is not _PENDING:
-            self._outbox.send(notice_of(request, "decision"), mine.get(request.approval_id, {}))
-        return result_of(request, token)
+            await self._cache.put(approval, known, message=self._pubsub.message(str(approval_id)))
+            self._pubsub.notify_local(str(approval_id))
+        if notice is not None:
+            self._outbox.send(notice, leased)
+        return result_of(approval.request, token)
 
-    async def _remember(self, row: Mapping[str, Any], token: str, *, is_known: bool = True) -> ApprovalRequest:
-        request = request_of(row)
-        if is_known:
-            self._waiting.note_change()
-        await self._cache.put(row, request, token, is_known=is_known)
-        return request
+    async def _after_use(self, approval: StoredApproval, token: str) -> ApprovalResult:
+        self._waiting.note_change()
+        await self._cache.put(approval, token)
+        return result_of(approval.request, token)

@@ -1,39 +1,19 @@
-"""Tell the notifiers about approvals."""
+"""Notify the notifiers about approvals."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Literal
 from uuid import uuid4
 
+from agent_gateway_store.approval.outbox_rows import notice_of
 from agent_gateway_store.hooks.dispatch import DeliveryReport, Dispatcher
 from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.values import Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["ApprovalNotifier", "notice_of"]
-
-
-def notice_of(request: ApprovalRequest, event: Literal["pending", "decision"]) -> Notice:
-    """Return the notice about `request` as it stands: no token, and only the sanitised arguments."""
-    return Notice(
-        event=event,
-        delivery_id=uuid4(),
-        approval_id=request.approval_id,
-        org_id=request.org_id,
-        request_id=request.request_id,
-        caller_id=request.caller_id,
-        tool_call=request.tool_call,
-        risk_explanation=request.risk_explanation,
-        created_at=request.created_at,
-        expires_at=request.expires_at,
-        status=request.status,
-        approver_id=request.approver_id,
-        note=request.approver_note,
-        decided_at=request.decision_at,
-    )
+__all__ = ["ApprovalNotifier"]
 
 
 class ApprovalNotifier:
@@ -57,11 +37,11 @@ class ApprovalNotifier:
         self._dispatcher = dispatcher or Dispatcher(Plugins(plugins), settings or StoreSettings())
 
     async def notify_pending(self, request: ApprovalRequest) -> list[DeliveryReport]:
-        """Tell that `request` waits for a decision. Returns one report per notifier."""
+        """Send the notice that `request` waits for a decision. Returns one report per notifier."""
         return await self.send(notice_of(request, "pending"))
 
     async def notify_decision(self, result: ApprovalResult | ApprovalRequest) -> list[DeliveryReport]:
-        """Tell what became of an approval. Returns one report per notifier.
+        """Send the notice of what became of an approval. Returns one report per notifier.
 
         Args:
             result: What `approve` or `deny` returned. It names neither the caller nor the call, so those are empty in

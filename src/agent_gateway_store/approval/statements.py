@@ -1,209 +1,261 @@
-"""The statements of an approval's life, each written once.
+"""The life of an approval in SQL: each step is one UPDATE whose WHERE says from where it may be taken.
 
-Parameters: `p_token` or `p_approval_id` names the approval, `p_org_id` the organisation that looks (None: all).
+    PENDING   to  APPROVED, DENIED, CANCELLED, EXPIRED
+    APPROVED  to  USED, CANCELLED, EXPIRED
+
+The WHERE holds the status that stands, the deadline by the database's clock and the organisation, so that the database
+picks the winner of a race. EXPIRED is derived when a row is read; only the sweep, and asking for the same call again,
+write it.
+
+Statuses are literals, because the partial index over pending calls is used for no parameter. The parameters
+`:p_token` or `:p_approval_id` name the approval, `:p_org_id` the organisation that looks (None: all).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import (
-    Boolean,
-    ColumnElement,
-    Text,
-    Uuid,
-    and_,
-    bindparam,
-    cast,
-    func,
-    literal_column,
-    not_,
-    or_,
-    select,
-    update,
-)
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import BigInteger, Boolean, ColumnElement, Float, Integer, Text, column
+from sqlalchemy.types import TypeEngine
 
-from agent_gateway_store.approval.transitions import expire, move, read, requests, returned, votes
-from agent_gateway_store.models.columns import TokenDigest
-from agent_gateway_store.models.values import ApprovalStatus
-from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
+from agent_gateway_store.models.columns import UtcDateTime
+from agent_gateway_store.storage.db_clock import clock_sql
+from agent_gateway_store.storage.statements import Statement, typed_text
 
 __all__ = [
     "APPROVE",
-    "APPROVE_LAST",
+    "APPROVE_FINAL",
     "CANCEL",
     "CANCEL_OTHER_TERMS",
     "CONSUME",
     "COUNT_APPROVALS",
     "DENY",
+    "EXPIRE",
     "EXPIRE_SAME_CALL",
     "INSERT",
-    "NOTE_OUTCOME",
+    "LOCK_CALL",
+    "LOCK_PENDING",
+    "META_COLUMNS",
     "READ",
-    "REBIND",
+    "REISSUE",
     "RELEASE",
     "SAME_CALL",
-    "TAKE",
+    "SET_OUTCOME",
     "VOTE",
     "Key",
-    "insert_request",
+    "fragments",
+    "readable_columns",
+    "sql_statement",
 ]
 
 Key: TypeAlias = Literal["token", "id"]
-_PENDING, _APPROVED = ApprovalStatus.PENDING, ApprovalStatus.APPROVED
 
+_requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 
-def _named(by: Key) -> ColumnElement[bool]:
-    key = (
-        requests.c.token == bindparam("p_token", type_=TokenDigest())
-        if by == "token"
-        else requests.c.approval_id == bindparam("p_approval_id", type_=Uuid())
-    )
-    org_id: ColumnElement[Any] = bindparam("p_org_id", type_=Text())
-    return and_(key, or_(org_id.is_(None), requests.c.org_id == org_id))
+META_COLUMNS = ("read_at", "token_sha256")
+"""What a row holds beside the columns: the database's time, and the digest that the column `token` does not show."""
 
-
-def _moving(
-    by: Key,
-    sources: tuple[ApprovalStatus, ...],
-    target: ApprovalStatus,
-    *conditions: ColumnElement[bool],
-    **values: Any,
-) -> Statement:
-    statement = move(sources, target, _named(by), *conditions, now=db_now, **values)
-    return Statement(statement)
-
-
-def _reading(by: Key) -> Statement:
-    return Statement(read(_named(by), now=db_now))
-
-
-def _decision() -> dict[str, Any]:
-    return {
-        "approver_id": bindparam("p_approver_id", type_=Text()),
-        "approver_note": bindparam("p_note", type_=Text()),
-        "decision_at": db_now(),
-    }
-
-
-# By somebody else than the caller, unless that is allowed.
-_OTHERS = or_(
-    bindparam("p_allow_self", type_=Boolean()), requests.c.caller_id != bindparam("p_approver_id", type_=Text())
+readable_columns: tuple[ColumnElement[Any], ...] = (
+    *_requests.c,
+    column("read_at", UtcDateTime()),
+    column("token_sha256", Text()),
 )
-_BOTH: tuple[Key, Key] = ("token", "id")
-_ONE = requests.c.required_approvals <= literal_column("1")
-
-READ = {by: _reading(by) for by in _BOTH}
-APPROVE = {by: _moving(by, (_PENDING,), _APPROVED, _OTHERS, _ONE, **_decision()) for by in _BOTH}
-TAKE = {by: _moving(by, (_PENDING,), _PENDING, _OTHERS) for by in _BOTH}
-APPROVE_LAST = {by: _moving(by, (_PENDING,), _APPROVED, **_decision()) for by in _BOTH}
-DENY = {by: _moving(by, (_PENDING,), ApprovalStatus.DENIED, **_decision()) for by in _BOTH}
-CANCEL = {by: _moving(by, (_PENDING, _APPROVED), ApprovalStatus.CANCELLED, **_decision()) for by in _BOTH}
-_FOR_CALLER = (
-    requests.c.caller_id == bindparam("p_caller_id", type_=Text()),
-    requests.c.scope == bindparam("p_scope", type_=requests.c.scope.type),
-)
-CONSUME = _moving(
-    "token",
-    (_APPROVED,),
-    ApprovalStatus.USED,
-    *_FOR_CALLER,
-    requests.c.tool_call_hash == bindparam("p_tool_call_hash", type_=Text()),
-    used_at=db_now(),
-)
-RELEASE = _moving("token", (_APPROVED,), ApprovalStatus.USED, *_FOR_CALLER, used_at=db_now())
-NOTE_OUTCOME = Statement(
-    update(requests)
-    .where(_named("token"), requests.c.status == literal_column("'USED'"), requests.c.outcome.is_(None))
-    .values(outcome=bindparam("p_outcome", type_=Text()), version=requests.c.version + literal_column("1"))
-    .returning(*returned(db_now))
-)
-
-_GIVEN = (
-    *("approval_id", "token", "request_id", "caller_id", "org_id", "tool_call", "tool_call_hash", "risk_explanation"),
-    *("use_before", "scope", "output_payload", "output_hash", "required_approvals"),
-)
-
-
-def insert_request(dialect: str) -> Any:
-    """Return the statement that asks for an approval."""
-    values: dict[str, Any] = {name: bindparam(f"p_{name}", type_=requests.c[name].type) for name in _GIVEN}
-    deadline = bindparam("p_expires_at", type_=requests.c.expires_at.type)
-    values |= {
-        "created_at": db_now(),
-        "expires_at": func.coalesce(deadline, db_now(plus="p_ttl_s"), type_=requests.c.expires_at.type),
-        "status": literal_column("'PENDING'"),
-        "approver_note": literal_column("''"),
-        "version": literal_column("1"),
-    }
-    insert = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(requests)
-    return insert.values(values).on_conflict_do_nothing().returning(*returned(db_now))
-
-
-INSERT = Statement(insert_request)
 
 SAME_CALL = ("org_id", "caller_id", "request_id", "tool_call_hash")
 """What is equal where the same call is asked for again."""
-_SAME_CALL = and_(*(requests.c[name] == bindparam(f"p_{name}", type_=Text()) for name in SAME_CALL))
+
+_TYPES: dict[str, TypeEngine[Any]] = {
+    **{f"p_{each.name}": each.type for each in (*_votes.c, *_requests.c)},
+    "p_allow_self": Boolean(),
+    "p_batch_size": Integer(),
+    "p_lock": BigInteger(),
+    "p_ttl_s": Float(53),
+}
 
 
-def _given(name: str) -> ColumnElement[Any]:
-    return bindparam(f"p_{name}", type_=requests.c[name].type)
-
-
-# JSON is compared as the text that the database shows: as JSONB, 1 would equal 1.0.
-_SAME_TERMS = and_(
-    *(requests.c[name] == _given(name) for name in ("scope", "required_approvals", "risk_explanation")),
-    requests.c.output_hash.is_not_distinct_from(_given("output_hash")),
-    *(
-        cast(requests.c[name], Text).is_not_distinct_from(cast(_given(name), Text))
-        for name in ("tool_call", "output_payload")
-    ),
-    *(
-        or_(_given(name).is_(None), requests.c[name].is_not_distinct_from(_given(name)))
-        for name in ("expires_at", "use_before")
-    ),
-)
-REBIND = Statement(
-    move(
-        (_PENDING,),
-        _PENDING,
-        _SAME_CALL,
-        _SAME_TERMS,
-        now=db_now,
-        token=bindparam("p_token", type_=TokenDigest()),
+def fragments(dialect: str) -> dict[str, str]:
+    """Return the pieces that statements share, by the names under which they stand in braces."""
+    now = clock_sql(dialect)
+    same = "IS NOT DISTINCT FROM" if dialect == "postgresql" else "IS"  # which SQLite has had for longer
+    names = [each.name for each in _requests.c]
+    meta = f"{now} AS read_at, token AS token_sha256"
+    overdue = (
+        f"(status = 'PENDING' AND expires_at <= {now} "
+        f"OR status = 'APPROVED' AND COALESCE(use_before, expires_at) <= {now})"
     )
+    status = f"CASE WHEN {overdue} THEN 'EXPIRED' ELSE status END"
+    return {
+        "now": now,
+        "same": same,
+        "own": "(:p_org_id IS NULL OR org_id = :p_org_id)",
+        "is_pending": f"status = 'PENDING' AND expires_at > {now}",
+        "is_approved": f"status = 'APPROVED' AND COALESCE(use_before, expires_at) > {now}",
+        "is_overdue": overdue,
+        "readable_status": status,
+        "readable": ", ".join(f"{status} AS status" if name == "status" else name for name in names) + f", {meta}",
+        "returning": f"{', '.join(names)}, {meta}",
+        "decision": f"approver_id = :p_approver_id, approver_note = :p_note, decision_at = {now}",
+        "same_call": " AND ".join(f"{name} = :p_{name}" for name in SAME_CALL),
+        # JSON is compared as the text that the database shows: as JSONB, 1 would equal 1.0.
+        "same_terms": f"""scope = :p_scope
+            AND required_approvals = :p_required_approvals
+            AND risk_explanation = :p_risk_explanation
+            AND output_hash {same} :p_output_hash
+            AND CAST(tool_call AS TEXT) {same} CAST(:p_tool_call AS TEXT)
+            AND CAST(output_payload AS TEXT) {same} CAST(:p_output_payload AS TEXT)
+            AND (:p_expires_at IS NULL OR expires_at = :p_expires_at)
+            AND (:p_use_before IS NULL OR use_before {same} :p_use_before)""",
+        "skip_locked": "FOR UPDATE SKIP LOCKED" if dialect == "postgresql" else "",  # SQLite has one writer
+        "ttl_end": clock_sql(dialect, plus=":p_ttl_s"),
+    }
+
+
+def sql_statement(
+    sql: str,
+    columns: tuple[ColumnElement[Any], ...] = readable_columns,
+    *,
+    types: Mapping[str, TypeEngine[Any]] = _TYPES,
+    **more: Mapping[str, str],
+) -> Statement:
+    """Return the statement of a text with names of `fragments` in braces.
+
+    Args:
+        sql: The text.
+        columns: What its rows hold.
+        types: Of its parameters.
+        more: Further fragments, by dialect.
+    """
+
+    def of_dialect(dialect: str) -> Any:
+        words = fragments(dialect) | {name: texts[dialect] for name, texts in more.items()}
+        return typed_text(sql.format_map(words), {**_TYPES, **types}, columns)
+
+    return Statement(of_dialect)
+
+
+def _by_token_or_id(sql: str) -> dict[Key, Statement]:
+    keys: dict[Key, str] = {"token": "token = :p_token", "id": "approval_id = :p_approval_id"}
+    return {by: sql_statement(sql.replace("{ref}", f"{key} AND {{own}}")) for by, key in keys.items()}
+
+
+READ = _by_token_or_id("""
+    SELECT {readable} FROM approval_requests WHERE {ref}
+    """)
+
+APPROVE = _by_token_or_id("""
+    UPDATE approval_requests SET status = 'APPROVED', version = version + 1, {decision}
+    WHERE {ref} AND {is_pending} AND required_approvals <= 1 AND (:p_allow_self OR caller_id != :p_approver_id)
+    RETURNING {returning}
+    """)
+
+# Of two voters one waits here for the other.
+LOCK_PENDING = _by_token_or_id("""
+    UPDATE approval_requests SET version = version + 1
+    WHERE {ref} AND {is_pending} AND (:p_allow_self OR caller_id != :p_approver_id)
+    RETURNING {returning}
+    """)
+
+APPROVE_FINAL = _by_token_or_id("""
+    UPDATE approval_requests SET status = 'APPROVED', version = version + 1, {decision}
+    WHERE {ref} AND {is_pending}
+    RETURNING {returning}
+    """)
+
+DENY = _by_token_or_id("""
+    UPDATE approval_requests SET status = 'DENIED', version = version + 1, {decision}
+    WHERE {ref} AND {is_pending}
+    RETURNING {returning}
+    """)
+
+CANCEL = _by_token_or_id("""
+    UPDATE approval_requests SET status = 'CANCELLED', version = version + 1, {decision}
+    WHERE {ref} AND ({is_pending} OR {is_approved})
+    RETURNING {returning}
+    """)
+
+VOTE = sql_statement(
+    """
+    INSERT INTO approval_votes (approval_id, org_id, approver_id, decision, note, channel, voted_at)
+    VALUES (:p_approval_id, :p_org_id, :p_approver_id, :p_decision, :p_note, :p_channel, {now})
+    ON CONFLICT DO NOTHING
+    RETURNING id
+    """,
+    (_votes.c.id,),
 )
-CANCEL_OTHER_TERMS = Statement(
-    move(
-        (_PENDING,),
-        ApprovalStatus.CANCELLED,
-        _SAME_CALL,
-        not_(_SAME_TERMS),
-        now=db_now,
-        approver_id=requests.c.caller_id,
-        approver_note=literal_column("'Asked again with other terms.'"),
-        decision_at=db_now(),
+
+COUNT_APPROVALS = sql_statement(
+    """
+    SELECT count(*) AS approvals FROM approval_votes WHERE approval_id = :p_approval_id AND decision = 'APPROVED'
+    """,
+    (column("approvals", Integer()),),
+)
+
+CONSUME = sql_statement("""
+    UPDATE approval_requests SET status = 'USED', version = version + 1, used_at = {now}
+    WHERE token = :p_token AND {own} AND {is_approved}
+        AND caller_id = :p_caller_id AND scope = :p_scope AND tool_call_hash = :p_tool_call_hash
+    RETURNING {returning}
+    """)
+
+RELEASE = sql_statement("""
+    UPDATE approval_requests SET status = 'USED', version = version + 1, used_at = {now}
+    WHERE token = :p_token AND {own} AND {is_approved}
+        AND caller_id = :p_caller_id AND scope = :p_scope
+    RETURNING {returning}
+    """)
+
+SET_OUTCOME = sql_statement("""
+    UPDATE approval_requests SET outcome = :p_outcome, version = version + 1
+    WHERE token = :p_token AND {own} AND status = 'USED' AND outcome IS NULL
+    RETURNING {returning}
+    """)
+
+INSERT_SQL = """
+    INSERT INTO approval_requests (
+        approval_id, token, request_id, caller_id, org_id, tool_call, tool_call_hash, risk_explanation, use_before,
+        scope, output_payload, output_hash, required_approvals, created_at, expires_at, status, approver_note, version
+    ) VALUES (
+        :p_approval_id, :p_token, :p_request_id, :p_caller_id, :p_org_id, :p_tool_call, :p_tool_call_hash,
+        :p_risk_explanation, :p_use_before, :p_scope, :p_output_payload, :p_output_hash, :p_required_approvals,
+        {now}, COALESCE(:p_expires_at, {ttl_end}), 'PENDING', '', 1
     )
-)
-EXPIRE_SAME_CALL = Statement(expire(_SAME_CALL, now=db_now))
+    ON CONFLICT DO NOTHING
+    RETURNING {returning}
+    """
+INSERT = sql_statement(INSERT_SQL)
 
+REISSUE = sql_statement("""
+    UPDATE approval_requests SET token = :p_token, version = version + 1
+    WHERE {same_call} AND {is_pending} AND {same_terms}
+    RETURNING {returning}
+    """)
 
-def _vote(dialect: str) -> Any:
-    names = ("approval_id", "org_id", "approver_id", "decision", "note", "channel")
-    values: dict[str, Any] = {name: bindparam(f"p_{name}", type_=votes.c[name].type) for name in names}
-    insert = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(votes)
-    return insert.values(values | {"voted_at": db_now()}).on_conflict_do_nothing().returning(votes.c.id)
+CANCEL_OTHER_TERMS = sql_statement("""
+    UPDATE approval_requests SET status = 'CANCELLED', version = version + 1,
+        approver_id = caller_id, approver_note = 'Asked again with other terms.', decision_at = {now}
+    WHERE {same_call} AND {is_pending} AND NOT ({same_terms})
+    RETURNING {returning}
+    """)
 
+EXPIRE_SAME_CALL = sql_statement("""
+    UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
+    WHERE {same_call} AND {is_overdue}
+    RETURNING {returning}
+    """)
 
-VOTE = Statement(_vote)
+# PostgreSQL alone: held to the end of the transaction.
+LOCK_CALL = sql_statement("SELECT pg_advisory_xact_lock(:p_lock) AS locked", (column("locked", Text()),))
 
-_COUNTED = func.count().label("approvals")
-COUNT_APPROVALS = Statement(
-    select(_COUNTED).where(
-        votes.c.approval_id == bindparam("p_approval_id", type_=Uuid()),
-        votes.c.decision == literal_column("'APPROVED'"),
+# Materialized, so that the rows are picked, and locked, once.
+EXPIRE = sql_statement("""
+    WITH batch AS MATERIALIZED (
+        SELECT id FROM approval_requests WHERE {is_overdue} AND {own}
+        ORDER BY id LIMIT :p_batch_size {skip_locked}
     )
-)
+    UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
+    WHERE id IN (SELECT id FROM batch) AND {is_overdue}
+    RETURNING {returning}
+    """)

@@ -10,6 +10,7 @@ from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.storage.filters import number
 from agent_gateway_store.storage.pubsub import PubSub, Topic
 
 __all__ = ["Waiting"]
@@ -25,8 +26,8 @@ class Waiting:
     """The tasks of one store that read and wait, whichever view of an organisation they came by.
 
     Args:
-        pubsub: Says which approvals have changed; None: waiting tasks poll.
-        trust_s: How old a status that is read may be, in seconds: nobody is given a read that began before.
+        pubsub: Publishes which approvals have changed; None: waiting tasks poll.
+        trust_s: How old a status that is read may be, in seconds: no task gets a read that began before.
     """
 
     def __init__(self, pubsub: PubSub | None, *, trust_s: float) -> None:
@@ -36,7 +37,7 @@ class Waiting:
         self._reads: SingleFlight[ApprovalResult] = SingleFlight()
 
     def note_change(self) -> None:
-        """Some approval was changed here: whoever reads from now on shares no read that began before."""
+        """Some approval was changed here: tasks that read from now on share no read that began before."""
         self._changes += 1
 
     async def read(self, org_id: str | None, token: str, read: _Read) -> ApprovalResult:
@@ -47,7 +48,11 @@ class Waiting:
         """Return what `read` returns once that is not PENDING, or at the timeout (seconds).
 
         The last read may take a second longer; if it does not answer by then, the one before it is returned.
+
+        Raises:
+            TypeError, ValueError: `timeout_s` is not a number.
         """
+        timeout_s = number("timeout_s", timeout_s)
         end = asyncio.get_running_loop().time() + timeout_s
         last = await self.read(org_id, token, read)
         if last.status is not ApprovalStatus.PENDING or timeout_s <= 0:
@@ -62,7 +67,7 @@ class Waiting:
     ) -> ApprovalResult:
         loop = asyncio.get_running_loop()
         while True:
-            # Taken before the read, so that a decision between the two is noticed; who joins one joins one since then.
+            # Taken before the read, so a decision between the two is noticed; a read that is joined began after it.
             seen = topic.generation
             try:
                 async with asyncio.timeout(max(end - loop.time(), 0) + _LAST_READ_S):

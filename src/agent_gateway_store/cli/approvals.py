@@ -48,7 +48,7 @@ def list_approvals(
     json: JsonOption = False,
 ) -> None:
     """List the approvals that match every filter, newest first."""
-    from agent_gateway_store.approval.searching import narrowed
+    from agent_gateway_store.approval.queries import check_search
     from agent_gateway_store.models.values import ApprovalStatus
 
     given: dict[str, Any] = {
@@ -63,7 +63,7 @@ def list_approvals(
         "text": text,
     }
     try:
-        narrowed(given, "sqlite", None)
+        check_search(given)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
 

@@ -245,7 +245,7 @@ def _check_plugins(report: Report, settings: StoreSettings) -> None:
 
 
 async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
-    from agent_gateway_store.approval import ApprovalManager
+    from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
     from agent_gateway_store.storage.database import Database
     from agent_gateway_store.storage.redis_cache import RedisCache
 
@@ -253,7 +253,7 @@ async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSe
     async with engine_for(settings.database_url) as engine:
         database = Database(engine, owned=False)
         database.bind_to_loop()
-        approvals = ApprovalManager.over(database, RedisCache(None), settings, org_id=options_of(ctx).org)
+        approvals = ApprovalManager(ApprovalBackend(database, RedisCache(None), settings), org_id=options_of(ctx).org)
         used = await approvals.list_requests("USED", limit=_MAX_USED)
     unknown = sum(request.outcome is None for request in used)
     report.facts["approvals"] = {"used_without_outcome": unknown, "used_examined": len(used)}

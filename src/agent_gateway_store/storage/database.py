@@ -81,6 +81,10 @@ async def first_row(executor: SqlConnection, statement: Executable) -> Mapping[s
 class Transactions(Protocol):
     """Where a service gets its transactions from: a whole database, or one session of the caller's."""
 
+    def check_owner(self) -> None:
+        """Raise StoreNotOpenError where these transactions cannot be used."""
+        ...
+
     def read(self) -> AbstractAsyncContextManager[SqlConnection]:
         """Open a transaction that only reads."""
         ...
@@ -345,6 +349,9 @@ class SessionTransactions:
 
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
+
+    def check_owner(self) -> None:
+        """Return: where a session can be used is for its owner to know."""
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:

@@ -12,10 +12,28 @@ from sqlalchemy.sql import expression
 from agent_gateway_store import clock
 from agent_gateway_store.models.columns import UtcDateTime
 
-__all__ = ["CLOCK_OFFSET", "db_now"]
+__all__ = ["CLOCK_OFFSET", "clock_sql", "db_now"]
 
 CLOCK_OFFSET = "p_clock_offset"
 """Name of the parameter that holds the offset of `clock`, in seconds, in every statement that asks for the time."""
+
+
+_CLOCKS = {
+    # now() would be the start of the transaction, which may lie before a deadline that has passed since.
+    "postgresql": "(clock_timestamp() + make_interval(secs => {seconds}))",
+    # SQLAlchemy reads six digits of a second's fraction; SQLite's clock gives three.
+    "sqlite": "strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))",
+}
+
+
+def clock_sql(dialect: str, *, plus: str | None = None) -> str:
+    """Return what `db_now` means in SQL text.
+
+    Args:
+        dialect: `sqlite` or `postgresql`.
+        plus: SQL of the seconds to add.
+    """
+    return _CLOCKS[dialect].format(seconds=f":{CLOCK_OFFSET}" if plus is None else f":{CLOCK_OFFSET} + {plus}")
 
 
 class _DbNow(expression.FunctionElement[datetime]):
@@ -25,16 +43,9 @@ class _DbNow(expression.FunctionElement[datetime]):
 
 
 @compiles(_DbNow, "postgresql")
-def _postgresql_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
-    # now() would be the start of the transaction, which may lie before a deadline that has passed since.
-    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
-
-
 @compiles(_DbNow, "sqlite")
-def _sqlite_now(element: _DbNow, compiler: Any, **kw: Any) -> str:
-    seconds = compiler.process(element.clauses, **kw)
-    # SQLAlchemy reads six digits of a second's fraction; SQLite's clock gives three.
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+def _now(element: _DbNow, compiler: Any, **kw: Any) -> str:
+    return _CLOCKS[compiler.dialect.name].format(seconds=compiler.process(element.clauses, **kw))
 
 
 def db_now(*, plus: timedelta | str | ColumnElement[float] | None = None) -> ColumnElement[datetime]:

@@ -17,18 +17,19 @@ __all__ = ["CacheEntry", "RedisCache"]
 
 T = TypeVar("T")
 
-_MAX_CONNECTIONS = 32  # one event loop keeps no more busy; a crowd waits in line rather than open a thousand
+_MAX_CONNECTIONS = 32  # one event loop keeps no more busy; further calls wait rather than open a thousand
 
 _logger = logging.getLogger("agent_gateway_store.redis")
 
-# The value and the milliseconds it has left, in one round trip; what is no text counts as absent.
+# The milliseconds that it has left and the value, in one round trip; what is not text counts as absent. As one text,
+# because the client's parser takes longer over a list of two than Redis over both commands.
 _GET = """
 local value = redis.pcall('GET', KEYS[1])
 if type(value) ~= 'string' then return false end
-return {value, redis.call('PTTL', KEYS[1])}
+return redis.call('PTTL', KEYS[1]) .. ' ' .. value
 """
 
-# An older version never replaces a newer one; what is no JSON of ours, or of another type, counts as absent. The
+# An older version never replaces a newer one; what is not JSON of ours, or of another type, counts as absent. The
 # message goes out also where Redis takes no entry because its memory is full.
 _PUT_NEWER = """
 local stored = 1
@@ -85,9 +86,15 @@ class RedisCache:
         return self.client is not None and time.monotonic() >= self._resume_at
 
     async def get(self, key: str) -> tuple[bytes | str, int] | None:
-        """Return what stands under `key` and the milliseconds it has left, in one round trip; None if it is no text."""
-        reply = await self._run(lambda client: self._get([key], client=client))
-        return None if reply is None else (reply[0], reply[1])
+        """Return the text under `key` and the milliseconds it has left, in one round trip; None if there is none."""
+        reply: object = await self._run(lambda client: self._get([key], client=client))
+        if not isinstance(reply, bytes | str):
+            return None
+        left_ms, _, value = reply.partition(" ") if isinstance(reply, str) else reply.partition(b" ")
+        try:
+            return value, int(left_ms)
+        except ValueError:
+            return None  # a server that answers anything
 
     async def put_newer(self, entries: Sequence[CacheEntry], *, message: tuple[str, str] | None = None) -> bool:
         """Store each entry unless a newer version is there, then publish; in one round trip.
@@ -134,7 +141,7 @@ class RedisCache:
                 async with asyncio.timeout(2 * self._timeout_s):
                     return await command(self.client)
             except (UnicodeDecodeError, MaxConnectionsError):
-                # No fault: a client that decodes met what is no text, or the host itself uses all of its pool.
+                # No fault: a client that decodes met what is not text, or the host itself uses all of its pool.
                 return None
             except REDIS_FAULTS as exc:
                 self._resume_at = time.monotonic() + self._pause_s

@@ -46,6 +46,16 @@ class RowsParameter:
         # compile the statement (JIT, some hundred ms) for one row. Of an unknown LIMIT it takes a tenth: one row.
         return select(*unnested.c).limit(func.cardinality(arrays[0])).subquery(self._name)
 
+    def sql(self, dialect: str) -> str:
+        """Return the same as `table`, in SQL text, without a name."""
+        names = self._columns
+        if dialect != "postgresql":
+            fields = ", ".join(f"json_extract(value, '$.{name}') AS {name}" for name in names)
+            return f"(SELECT {fields} FROM json_each(:p_{self._name}))"  # noqa: S608  names of the program's own
+        arrays = [f":p_{self._name}_{name}" for name in names]
+        unnested = f"unnest({', '.join(arrays)}) AS unnested({', '.join(names)})"
+        return f"(SELECT * FROM {unnested} LIMIT cardinality({arrays[0]}))"  # noqa: S608  likewise
+
     def values(self, dialect: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the parameters that hold `rows`."""
         if dialect == "postgresql":

@@ -6,24 +6,28 @@ module is compiled once for each dialect; on the driver it is one call with its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import asyncpg
-from sqlalchemy import ColumnElement, Dialect, Executable, Text, cast, literal_column
+from sqlalchemy import ColumnElement, Dialect, Executable, Float, Text, bindparam, cast, literal_column, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.selectable import TextualSelect
+from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store import clock
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
 
-__all__ = ["CompiledStatement", "Statement", "unindexed"]
+__all__ = ["CompiledStatement", "Statement", "typed_text", "unindexed"]
 
 _Processor: TypeAlias = Callable[[Any], Any] | None
+_PARAMETER = re.compile(r":(p_\w+)")
 
 
 class Statement:
@@ -123,6 +127,22 @@ class CompiledStatement:
             }
             for row in rows
         ]
+
+
+def typed_text(
+    sql: str, types: Mapping[str, TypeEngine[Any]], columns: Iterable[ColumnElement[Any]] = ()
+) -> TextualSelect:
+    """Return SQL text as a Core statement.
+
+    Args:
+        sql: Its parameters are written `:p_...`.
+        types: The type of each parameter; the clock's offset has its own.
+        columns: What its rows hold, in this order.
+    """
+    known = {CLOCK_OFFSET: Float(53), **types}
+
+    parameters = (bindparam(name, type_=known[name]) for name in set(_PARAMETER.findall(sql)))
+    return text(sql).bindparams(*parameters).columns(*columns)
 
 
 def unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -1,0 +1,323 @@
+"""Read approvals: one by its token or id, pages of those that match filters, and the history of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple, TypedDict
+from uuid import UUID
+
+from sqlalchemy import BigInteger, BindParameter, Float, Text, bindparam, select, text
+
+from agent_gateway_store import clock
+from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key, fragments, readable_columns
+from agent_gateway_store.errors import ApprovalNotFoundError
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote
+from agent_gateway_store.models.delivery import NotificationDelivery
+from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.results import Page
+from agent_gateway_store.storage.bounds import require_between
+from agent_gateway_store.storage.database import AnyConnection, SqlConnection, Transactions, dialect_of
+from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
+from agent_gateway_store.storage.filters import (
+    Moment,
+    OneOrMore,
+    check_filters,
+    identifier,
+    instant,
+    one_or_many,
+    pattern,
+    word,
+)
+from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor, listing_fingerprint
+
+__all__ = [
+    "ApprovalFilters",
+    "ApprovalRef",
+    "StoredApproval",
+    "check_search",
+    "find",
+    "get",
+    "history",
+    "result_of",
+    "search",
+]
+
+_requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+_deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
+
+_COLUMNS = (
+    "created_at",
+    "caller_id",
+    "tool_call",
+    "status",
+    "risk_explanation",
+    "approver_id",
+    "outcome",
+    "approval_id",
+)
+_HISTORY_COLUMNS = ("at", "event", "by", "status", "note", "channel")
+
+
+class ApprovalRef(NamedTuple):
+    """What names an approval, as seen from one organisation (None: from all).
+
+    Attributes:
+        by: The statement to use.
+        values: Its parameters.
+    """
+
+    by: Key
+    values: Mapping[str, Any]
+
+    @classmethod
+    def by_token(cls, token: Any, org_id: str | None) -> ApprovalRef:
+        """Name it by its token; ApprovalNotFoundError for what cannot be one."""
+        if not isinstance(token, str) or not token:
+            raise ApprovalNotFoundError
+        return cls("token", {"p_token": token, "p_org_id": org_id})
+
+    @classmethod
+    def by_id(cls, approval_id: Any, org_id: str | None) -> ApprovalRef:
+        """Name it by the handle that approvers see; ApprovalNotFoundError for what cannot be one."""
+        try:
+            found = approval_id if isinstance(approval_id, UUID) else UUID(approval_id)
+        except (ValueError, AttributeError, TypeError):
+            raise ApprovalNotFoundError from None
+        return cls("id", {"p_approval_id": found, "p_org_id": org_id})
+
+    @classmethod
+    def by_either(cls, token: str | None, approval_id: UUID | str | None, org_id: str | None) -> ApprovalRef:
+        """Name it by the one of both that is given; TypeError if that is not one."""
+        if (token is None) == (approval_id is None):
+            raise TypeError("Name the approval either by its token or by approval_id.")
+        return cls.by_id(approval_id, org_id) if token is None else cls.by_token(token, org_id)
+
+
+class StoredApproval(NamedTuple):
+    """An approval as the database had it.
+
+    Attributes:
+        request: Detached, and without its token.
+        read_at: When, by the database's clock.
+        token_sha256: The digest of its token.
+    """
+
+    request: ApprovalRequest
+    read_at: datetime
+    token_sha256: str
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> StoredApproval:
+        """Return what a row of `readable_columns` holds."""
+        columns = {name: value for name, value in row.items() if name not in META_COLUMNS}
+        return cls(ApprovalRequest.from_row(columns), row["read_at"], row["token_sha256"])
+
+
+def result_of(request: ApprovalRequest, token: str | None) -> ApprovalResult:
+    """Return where `request` stands, with the token that the caller gave, if any."""
+    return ApprovalResult(
+        approval_id=request.approval_id,
+        token=token,
+        status=request.status,
+        scope=request.scope,
+        approver_id=request.approver_id,
+        note=request.approver_note,
+        decided_at=request.decision_at,
+        expires_at=request.expires_at,
+    )
+
+
+async def find(connection: AnyConnection, ref: ApprovalRef) -> StoredApproval | None:
+    """Return the approval that `ref` names as a reader sees it, or None."""
+    row = await READ[ref.by].first(connection, ref.values)
+    return None if row is None else StoredApproval.from_row(row)
+
+
+async def get(transactions: Transactions, ref: ApprovalRef) -> StoredApproval:
+    """Return the approval that `ref` names as a reader sees it.
+
+    Raises:
+        ApprovalNotFoundError: There is none.
+    """
+    async with transactions.connection("read") as connection:
+        found = await find(connection, ref)
+    if found is None:
+        raise ApprovalNotFoundError
+    return found
+
+
+class ApprovalFilters(TypedDict, total=False):
+    """What a search for approvals can be narrowed by; None does not narrow.
+
+    Several filters must all match. Where a filter takes several values, any of them may match.
+
+    Attributes:
+        tool: Name of the tool.
+        server: Name of the server.
+        status: As a reader sees it: EXPIRED from the deadline on.
+        approver_id: Who decided.
+        since: Asked from this time on.
+        until: Asked before this time.
+        text: Stands in the tool's name, the risk explanation or the approver's note, in upper or lower case (letters
+            beyond ASCII match as the database's locale folds them; SQLite folds none).
+    """
+
+    caller_id: OneOrMore | None
+    request_id: OneOrMore | None
+    org_id: OneOrMore | None
+    tool: OneOrMore | None
+    server: OneOrMore | None
+    status: OneOrMore | None
+    approver_id: OneOrMore | None
+    since: Moment | None
+    until: Moment | None
+    text: str | None
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **{
+        name: partial(one_or_many, identifier)
+        for name in ("caller_id", "request_id", "org_id", "tool", "server", "approver_id")
+    },
+    "status": partial(one_or_many, partial(word, ApprovalStatus)),
+    "since": instant,
+    "until": instant,
+    "text": pattern,
+}
+_CONDITIONS = {
+    "tool": "{tool} IN :p_tool",
+    "server": "{server} IN :p_server",
+    "status": "{readable_status} IN :p_status",
+    "since": "created_at >= :p_since",
+    "until": "created_at < :p_until",
+    "text": "({tool} {like} OR risk_explanation {like} OR approver_note {like})",
+}
+_JSON_FIELDS = {
+    "postgresql": {"tool": "tool_call ->> 'tool'", "server": "tool_call ->> 'server'", "like": "ILIKE :p_text"},
+    "sqlite": {
+        "tool": "json_extract(tool_call, '$.tool')",
+        "server": "json_extract(tool_call, '$.server')",
+        "like": "LIKE :p_text ESCAPE '\\'",
+    },
+}
+_PAGE = """
+    SELECT {readable} FROM approval_requests WHERE {conditions} ORDER BY created_at DESC, id DESC LIMIT :p_limit
+    """
+
+
+def check_search(filters: Mapping[str, Any]) -> None:
+    """Return if `search` takes these filters.
+
+    Raises:
+        TypeError: There is no such filter, or its value has the wrong type.
+        ValueError: There is no such status or time.
+    """
+    list(check_filters(filters, _CHECKS))
+
+
+async def search(
+    transactions: Transactions, filters: Mapping[str, Any], *, org_id: str | None, limit: int, cursor: str | None
+) -> Page[ApprovalRequest]:
+    """Read one page, newest first, ties broken by id. Arguments and errors as for `ApprovalManager.search`."""
+    require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
+    async with transactions.read() as connection:
+        conditions: list[str] = ["1 = 1"]
+        parameters: list[BindParameter[Any]] = [bindparam("p_limit", limit + 1, type_=BigInteger())]
+        described: dict[str, Any] = {}
+        for name, value, text_of_value in check_filters(filters, _CHECKS):
+            described[name] = text_of_value
+            conditions.append(_CONDITIONS.get(name, f"{name} IN :p_{name}"))
+            parameters.append(_parameter(name, value))
+        scope = listing_fingerprint("approvals", org_id, described)
+        if org_id is not None:
+            conditions.append("org_id = :p_own_org_id")
+            parameters.append(bindparam("p_own_org_id", org_id, type_=Text()))
+        if cursor is not None:
+            created_at, row_id = decode_cursor(scope, cursor)
+            conditions.append("(created_at, id) < (:p_before, :p_before_id)")
+            parameters.append(bindparam("p_before", created_at, type_=_requests.c.created_at.type))
+            parameters.append(bindparam("p_before_id", row_id, type_=BigInteger()))
+        rows = await _page(connection, " AND ".join(conditions), parameters)
+    found = [StoredApproval.from_row(row).request for row in rows[:limit]]
+    following = encode_cursor(scope, found[-1].created_at, found[-1].id or 0) if len(rows) > limit else None
+    return Page(found, next_cursor=following, columns=_COLUMNS, record_type=ApprovalRequest)
+
+
+def _parameter(name: str, value: Any) -> BindParameter[Any]:
+    if name in ("since", "until"):
+        return bindparam(f"p_{name}", value, type_=_requests.c.created_at.type)
+    if name == "text":
+        return bindparam("p_text", value, type_=Text())
+    values = value if isinstance(value, list) else [value]
+    return bindparam(f"p_{name}", [str(each) for each in values], type_=Text(), expanding=True)
+
+
+async def _page(
+    connection: SqlConnection, conditions: str, parameters: list[BindParameter[Any]]
+) -> list[Mapping[str, Any]]:
+    dialect = dialect_of(connection)
+    words = fragments(dialect) | _JSON_FIELDS[dialect]
+    sql = _PAGE.replace("{conditions}", conditions).format_map(words)
+    now = bindparam(CLOCK_OFFSET, clock.offset().total_seconds(), type_=Float(53))
+    statement = text(sql).bindparams(now, *parameters).columns(*readable_columns)
+    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+
+
+async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str, Any]]:
+    """Return what happened to an approval, in the order of time.
+
+    Raises:
+        ApprovalNotFoundError: There is no such approval.
+    """
+    async with transactions.read() as connection:
+        found = await find(connection, ref)
+        if found is None:
+            raise ApprovalNotFoundError
+        request = found.request
+        votes = await _rows_of(connection, _votes, _votes.c.voted_at, request.approval_id)
+        deliveries = await _rows_of(connection, _deliveries, _deliveries.c.created_at, request.approval_id)
+    rows = _steps_of(request, votes)
+    # A decision is stamped microseconds before the vote that it follows from, so the order of the steps comes first.
+    reached = list(accumulate((row["at"] for row in rows), max))
+    for delivery in deliveries:
+        reached.append(delivery["delivered_at"] or delivery["created_at"])
+        note = delivery["last_error"] or f"{delivery['event']}, {delivery['attempts']} attempts"
+        rows.append(_step(reached[-1], "notice", by=delivery["notifier"], status=delivery["status"], note=note))
+    order = sorted(range(len(rows)), key=reached.__getitem__)
+    return Page((rows[index] for index in order), columns=_HISTORY_COLUMNS)
+
+
+async def _rows_of(connection: SqlConnection, table: Any, at: Any, approval_id: UUID) -> list[Mapping[str, Any]]:
+    statement = select(table).where(table.c.approval_id == approval_id).order_by(at, table.c.id)
+    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+
+
+def _steps_of(request: ApprovalRequest, votes: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = [_step(request.created_at, "asked", by=request.caller_id, note=request.risk_explanation)]
+    rows += [
+        _step(vote["voted_at"], "vote", vote["approver_id"], vote["decision"], vote["note"], vote["channel"])
+        for vote in votes
+    ]
+    if request.decision_at is not None:
+        is_refusal = request.status in (ApprovalStatus.DENIED, ApprovalStatus.CANCELLED)
+        decided = request.status if is_refusal else ApprovalStatus.APPROVED
+        rows.append(_step(request.decision_at, "decided", request.approver_id, decided, request.approver_note))
+    if request.status is ApprovalStatus.EXPIRED:
+        is_approved = request.decision_at is not None
+        ended = (request.use_before if is_approved else None) or request.expires_at
+        rows.append(_step(ended or request.created_at, "expired", status=ApprovalStatus.EXPIRED))
+    if request.used_at is not None:
+        rows.append(_step(request.used_at, "used", by=request.caller_id, status=ApprovalStatus.USED))
+        rows.append(_step(request.used_at, "outcome", note=request.outcome or "unknown"))
+    return rows
+
+
+def _step(
+    at: datetime, event: str, by: str | None = None, status: Any = None, note: str = "", channel: str | None = None
+) -> dict[str, Any]:
+    shown = None if status is None else str(status)
+    return {"at": at, "event": event, "by": by, "status": shown, "note": note, "channel": channel}
