@@ -49,6 +49,9 @@ __all__ = ["AttemptResult", "Delivery", "ResultRecorder", "claim", "claim_next",
 
 # A statement with so many rows takes some 10 ms; in a longer one the first rows would wait for the last.
 _MOST_RESULTS = 500
+# What comes meanwhile is recorded together. Without it asking for approvals with the outbox took 1.39 times as long as
+# without, and with it 1.22; a longer one gained nothing.
+_PAUSE_S = 0.02
 # Between two tries to record while the database is away: as often as a worker looks for due rows by default.
 _RETRY_S = 1.0
 
@@ -355,6 +358,8 @@ class ResultRecorder:
         await self._queue.close(timeout_s)
 
     async def _process(self, results: Sequence[AttemptResult]) -> Sequence[None]:
+        # Before it writes, not after: cancelled in between, a row that is recorded already would be recorded again.
+        await asyncio.sleep(_PAUSE_S)
         while not await self._try(results):
             await asyncio.sleep(_RETRY_S)
         self._delivered.difference_update(result.delivery.delivery_id for result in results)

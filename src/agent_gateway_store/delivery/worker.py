@@ -266,7 +266,7 @@ class DeliveryWorker:
                     sending = [tasks.create_task(self._send_due(queue, org_id)) for queue in self._queues.values()]
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
-            joining, failing = (asyncio.ensure_future(each) for each in (self.join(), self._recorder.failure()))
+            joining, failing = asyncio.create_task(self.join()), asyncio.create_task(self._recorder.failure())
             try:
                 await asyncio.wait({joining, failing}, return_when=asyncio.FIRST_COMPLETED)
                 if not joining.done():
