@@ -17,7 +17,6 @@ from uuid import UUID
 
 from pydantic import ValidationError
 from sqlalchemy import (
-    CTE,
     ColumnElement,
     Float,
     Integer,
@@ -28,7 +27,6 @@ from sqlalchemy import (
     case,
     func,
     literal_column,
-    not_,
     or_,
     select,
     update,
@@ -117,8 +115,8 @@ def _is_first() -> ColumnElement[bool]:
     # Few rows have one approval_id, but all of a backlog have this status and notifier: a planner whose statistics are
     # from quiet times takes the index over these two, once for each row. So they are written as no index knows them;
     # and OFFSET keeps PostgreSQL from a join, for which it would read the whole table.
-    return not_(
-        select(literal_column("1"))
+    return (
+        ~select(literal_column("1"))
         .select_from(before)
         .where(
             before.c.approval_id == deliveries.c.approval_id,
@@ -132,7 +130,7 @@ def _is_first() -> ColumnElement[bool]:
     )
 
 
-def _claim(due: CTE) -> Any:
+def _claim(due: Any) -> Any:
     return (
         update(deliveries)
         .where(deliveries.c.id.in_(select(due.c.id)))
@@ -143,13 +141,13 @@ def _claim(due: CTE) -> Any:
     )
 
 
-def _claim_due(_: str) -> Any:
-    org_id: ColumnElement[Any] = bindparam("p_org_id", type_=Text())
-    due = (
+_org_id: ColumnElement[Any] = bindparam("p_org_id", type_=Text())
+_CLAIM_DUE = Statement(
+    _claim(
         select(deliveries.c.id)
         .where(
             _due(),
-            or_(org_id.is_(None), deliveries.c.org_id == org_id),
+            or_(_org_id.is_(None), deliveries.c.org_id == _org_id),
             deliveries.c.notifier == bindparam("p_notifier", type_=Text()),
             _is_first(),
         )
@@ -157,10 +155,9 @@ def _claim_due(_: str) -> Any:
         .limit(bindparam("p_limit", type_=Integer()))
         .offset(literal_column("0"))  # SQLite gets one in any case, which would be a parameter
         .with_for_update(skip_locked=True, of=deliveries)
+        .cte("due")
     )
-    return _claim(due.cte("due"))
-
-
+)
 _APPROVALS = RowsParameter("approvals", {"notifier": Text(), "approval_id": Uuid()})
 
 
@@ -187,7 +184,6 @@ def _claim_next(dialect: str) -> Any:
     return _claim(due)
 
 
-_CLAIM_DUE = Statement(_claim_due)
 _CLAIM_NEXT = Statement(_claim_next)
 
 
@@ -228,15 +224,9 @@ async def claim_next(
 
 
 def _leased(rows: list[dict[str, Any]], leased_at: float, policy: Policy) -> list[Delivery]:
+    send_before = leased_at + policy.send_within_s
     return [
-        Delivery(
-            delivery_id=row["delivery_id"],
-            notifier=row["notifier"],
-            approval_id=row["approval_id"],
-            attempt=row["attempts"],
-            notice=_notice_of(row),
-            send_before=leased_at + policy.send_within_s,
-        )
+        Delivery(row["delivery_id"], row["notifier"], row["approval_id"], row["attempts"], _notice_of(row), send_before)
         for row in sorted(rows, key=lambda row: row["id"])
     ]
 

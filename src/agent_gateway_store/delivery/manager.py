@@ -72,7 +72,7 @@ class NotificationManager:
         async with self._database.read() as connection:
             rows = (await connection.execute(statement)).mappings().all()
         found = [NotificationDelivery.from_row(dict(row)) for row in rows[:limit]]
-        next_cursor = _encode(scope, found[-1].id or 0) if len(rows) > limit else None
+        next_cursor = encode(scope, rows[limit - 1]["id"].to_bytes(8)) if len(rows) > limit else None
         return Page(found, next_cursor=next_cursor, columns=_COLUMNS)
 
     async def counts(self) -> Page[dict[str, Any]]:
@@ -104,7 +104,7 @@ class NotificationManager:
         return Page(lines, columns=_COUNTED)
 
     async def redrive(self, delivery_id: UUID | str | None = None, *, notifier: str | None = None) -> int:
-        """Send dead letters again: one, or all. They keep their delivery id and have all their tries before them.
+        """Send dead letters again: one, or all. They keep their delivery id and get all their attempts again.
 
         Args:
             delivery_id: Which one; None: all.
@@ -177,10 +177,6 @@ class NotificationManager:
     def _conditions(self, *, notifier: str | None = None, **equal: Any) -> tuple[ColumnElement[bool], ...]:
         equal |= {"org_id": self._org_id, "notifier": None if notifier is None else storable_key(notifier)}
         return tuple(deliveries.c[name] == value for name, value in equal.items() if value is not None)
-
-
-def _encode(scope: bytes, row_id: int) -> str:
-    return encode(scope, row_id.to_bytes(8))
 
 
 def _decode(scope: bytes, cursor: str) -> int:

@@ -46,8 +46,7 @@ class NotifierQueue:
         self._dispatcher, self._recorder, self._policy = dispatcher, recorder, policy
         self._waiting: deque[Delivery] = deque()
         self._attempts = BackgroundTasks()
-        self._has_room = asyncio.Event()
-        self._is_closed = False
+        self._has_room, self._is_closed = asyncio.Event(), False
 
     @property
     def is_idle(self) -> bool:
@@ -133,15 +132,13 @@ class DeliveryWorker:
     def __init__(
         self, transactions: Transactions, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings
     ) -> None:
-        self.policy = Policy.of(settings)
-        self._transactions = transactions
+        self.policy, self._transactions = Policy.of(settings), transactions
         self._recorder = ResultRecorder(transactions, self._continue)
         self._queues = {name: NotifierQueue(name, dispatcher, self._recorder, self.policy) for name in names}
         self._arrived: Counter[str] = Counter()
         self._loops, self._claims = BackgroundTasks(), BackgroundTasks()
-        self._is_faulty = False
         self._closing = asyncio.Event()
-        self._is_closed = False
+        self._is_closed = self._is_faulty = False
 
     @property
     def is_idle(self) -> bool:
@@ -212,7 +209,6 @@ class DeliveryWorker:
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
-                    await self.join()
                     await self._loops.join()
                     await self.join()
         finally:
