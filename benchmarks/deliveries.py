@@ -218,7 +218,7 @@ class Direct:
         self._dispatcher = dispatcher
         self.telling: set[asyncio.Task[Any]] = set()
 
-    def send(self, notice: Notice, mine: object) -> None:
+    def send(self, notice: Notice, leased: object) -> None:
         """Tell them in the background."""
         task = asyncio.get_running_loop().create_task(self._dispatcher.deliver_all(notice))
         self.telling.add(task)
@@ -241,9 +241,9 @@ async def _outbox(url: str, lone: Figure, busy: Figure, count: int) -> None:
         taken = [(await _ask_ms(store.approvals), await _ask_ms(direct)) for _ in range(count)]
         for samples, part in ((lone.ours, 0), (lone.limit, 1)):
             samples.append(statistics.median(each[part] for each in taken))
-        target = store._core.outbox.worker._targets["heard"]
+        worker = store._core.outbox.worker
         told = [
-            (await _told_ms(store.approvals, count, target.idle), await _told_ms(direct, count, outbox.idle))
+            (await _told_ms(store.approvals, count, worker.join), await _told_ms(direct, count, outbox.idle))
             for _ in range(3)
         ]
         busy.ours.append(statistics.median(ours for ours, _ in told))

@@ -239,7 +239,7 @@ class SyncNotificationManager:
         """Count what has not arrived, a line for each notifier."""
 
     def redrive(self, delivery_id: UUID | str | None = None, *, notifier: str | None = None) -> int:
-        """Send dead letters again: one, or all. They keep their delivery id and have all their tries before them."""
+        """Send dead letters again: one, or all. They keep their delivery id and get all their attempts again."""
 
     def run(self, *, once: bool = False) -> int:
         """Send what is due to the notifiers of this process. Any number of processes may do so at once."""

@@ -13,7 +13,10 @@ from contract_helpers import make_request
 from delivery_helpers import Post, quiet, raising, rows, settled, until
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock, errors
-from agent_gateway_store.delivery import worker
+from agent_gateway_store.delivery import DeliveryWorker, worker
+from agent_gateway_store.delivery.policy import Policy
+from agent_gateway_store.hooks.dispatch import Dispatcher
+from agent_gateway_store.hooks.manager import Plugins
 
 pytestmark = pytest.mark.integration
 
@@ -173,7 +176,7 @@ async def test_a_decision_stays_behind_the_notice_before_it(database_url: str) -
 
 async def test_two_notices_behind_one_are_both_sent_at_once(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim that comes late, and finds the first of them taken, leaves the second to whoever sends the first."""
-    claim, claims = worker.claim, 0
+    claim_next, claims = worker.claim_next, 0
     late, passed = asyncio.Event(), threading.Event()
 
     async def claim_in_turn(*args: Any, **options: Any) -> Any:
@@ -181,18 +184,18 @@ async def test_two_notices_behind_one_are_both_sent_at_once(database_url: str, m
         claims += 1
         if claims == 1:
             await late.wait()
-        return await claim(*args, **options)
+        return await claim_next(*args, **options)
 
     async def hold_the_first(notice: Notice) -> None:
         if notice.status == "APPROVED":
             await asyncio.to_thread(passed.wait, 10)
 
     post = Post(act=hold_the_first)
-    monkeypatch.setattr(worker, "claim", claim_in_turn)
+    monkeypatch.setattr(worker, "claim_next", claim_in_turn)
     async with store_with(database_url, post, settings=StoreSettings(notification_poll_seconds=600)) as store:
         token = await store.approvals.issue_token(make_request())
         await store.approvals.approve(token, "alice")
-        await until(lambda: claims == 1)
+        await until(lambda: claims >= 1)
         await store.approvals.cancel(token, "bob")
         await until(lambda: len(post.tried) == 2)
         late.set()
@@ -281,16 +284,29 @@ async def test_listing_pages_newest_first(database_url: str) -> None:
 
 
 async def test_a_claim_that_is_not_lived_up_to_ends(database_url: str) -> None:
-    """A row in the hands of a worker is nobody else's until the lease ends, and then it is."""
-    post = Post()
-    async with store_with(database_url, Post("post"), settings=StoreSettings()) as lost:
-        worker = lost._core.outbox.worker
-        worker._targets["post"].put = lambda given: None  # type: ignore[method-assign]  # as if it had died here
+    """A row that is leased to a worker is nobody else's until the lease ends, and then it is.
+
+    How the attempt of the first worker ends later changes nothing any more.
+    """
+    post, woken = Post(), threading.Event()
+
+    async def sleep(_: Notice) -> None:
+        await asyncio.to_thread(woken.wait, 10)
+        raise DOWN
+
+    asleep = Post(act=sleep)
+    async with store_with(database_url, asleep, settings=StoreSettings()) as lost:
         await lost.approvals.issue_token(make_request())
+        await until(lambda: len(asleep.tried) == 1)
         async with store_with(database_url, post, settings=quiet()) as other:
             assert await other.notifications.run(once=True) == 0
-            clock.move(timedelta(seconds=worker.policy.lease_s + 1))
+            clock.move(timedelta(seconds=Policy.of(lost.settings).lease_s + 1))
             assert await other.notifications.run(once=True) == 1
+            delivered = await rows(other, "status, attempts, last_error, delivered_at")
+            woken.set()
+    async with store_with(database_url, settings=quiet()) as other:
+        assert await rows(other, "status, attempts, last_error, delivered_at") == delivered
+        assert delivered[0][:3] == ("DELIVERED", 2, None)
 
 
 async def test_a_notice_that_kills_its_worker_is_given_up(database_url: str) -> None:
@@ -370,18 +386,19 @@ async def test_closing_does_not_wait_for_ever_and_loses_nothing(database_url: st
     async def hang(_: Notice) -> None:
         await asyncio.sleep(60)
 
-    hanging = Post(act=hang)
+    hanging, post = Post(act=hang), Post()
     settings = StoreSettings(plugin_timeout_seconds=20, notification_concurrency=2)
-    store = store_with(database_url, hanging, settings=settings)
-    await store.open()
-    for _ in range(5):
-        await store.approvals.issue_token(make_request())
-    await until(lambda: len(hanging.tried) == 2)
-    async with asyncio.timeout(8):
-        await store._core.outbox.worker.close(0.2)
-        await store.close()
-    post = Post()
     async with store_with(database_url, post, settings=quiet()) as other:
+        for _ in range(5):
+            await other.approvals.issue_token(make_request())
+        dispatcher = Dispatcher(Plugins([hanging]), settings)
+        ending = DeliveryWorker(other.database, dispatcher, await dispatcher.open(), settings)
+        sending = asyncio.create_task(ending.run(once=False))
+        await until(lambda: len(hanging.tried) == 2)
+        async with asyncio.timeout(8):
+            await ending.close(0.2)
+            assert await sending == 0
+            await dispatcher.aclose()
         assert await rows(other, "status, attempts") == [("DUE", 0)] * 5
         assert await other.notifications.run(once=True) == 5
 

@@ -11,7 +11,7 @@ from contract_helpers import make_request
 from delivery_helpers import Post, quiet, rows, until
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, errors, hookimpl
-from agent_gateway_store.delivery.claims import Delivery
+from agent_gateway_store.delivery import DeliveryWorker, worker
 
 pytestmark = pytest.mark.integration
 
@@ -40,13 +40,24 @@ async def what_is_left(url: str) -> list[tuple[Any, ...]]:
 
 
 async def test_what_arrived_is_written_though_every_task_was_cancelled(database_url: str) -> None:
-    """An event loop that ends cancels all tasks; whoever closes the store then still writes how the tries went."""
-    post = Post()
-    store = await store_with(database_url, post).open()
+    """An event loop that ends cancels all tasks; whoever closes the store then still records the results."""
+    post, failed = Post(), asyncio.Event()
+    store = await store_with(database_url, post, settings=StoreSettings(notification_poll_seconds=600)).open()
+    connection = store.database.connection
+
+    def away_once(_purpose: Any) -> Any:
+        failed.set()
+        return away(_purpose)
+
+    async def cut_off(_: Notice) -> None:
+        store.database.connection = away_once  # type: ignore[method-assign]
+
+    post.act = cut_off
     await store.approvals.issue_token(make_request())
-    await until(lambda: not store._core.outbox.worker._marks.is_empty)
+    await failed.wait()  # the result cannot be recorded yet
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
+    store.database.connection = connection  # type: ignore[method-assign]
     async with asyncio.timeout(4):
         await store.close()
 
@@ -87,15 +98,24 @@ class SlowListener:
         await asyncio.sleep(0.5)
 
 
-async def test_what_is_asked_while_the_store_closes_is_sent_by_another(database_url: str) -> None:
+async def test_what_is_asked_while_the_store_closes_is_sent_by_another(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its row is written as any other, is due at once, and nothing here goes on trying to send it."""
     before = asyncio.all_tasks()
+    close, is_closed = DeliveryWorker.close, asyncio.Event()
+
+    async def closing_worker(worker: DeliveryWorker, timeout_s: float) -> None:
+        await close(worker, timeout_s)
+        is_closed.set()
+
+    monkeypatch.setattr(DeliveryWorker, "close", closing_worker)
     post, listener = Post(), SlowListener()
     store = await store_with(database_url, post, listener).open()
     await store.approvals.issue_token(make_request())
     await until(lambda: listener.is_called)
     closing = asyncio.create_task(store.close())
-    await until(lambda: store._core.outbox.worker._is_closed)
+    await is_closed.wait()
     await store.approvals.issue_token(make_request())
     await closing
 
@@ -103,28 +123,44 @@ async def test_what_is_asked_while_the_store_closes_is_sent_by_another(database_
     assert asyncio.all_tasks() == before
 
 
-async def test_what_is_asked_after_the_outbox_was_closed_is_told_as_well(database_url: str) -> None:
-    """The database is closed last: until then a change is not written without the rows that tell of it."""
+async def test_what_is_asked_after_the_outbox_was_closed_is_sent_as_well(database_url: str) -> None:
+    """The database is closed last: until then no change is written without its rows."""
     store = await store_with(database_url, Post()).open()
-    await store._core.outbox.close()
-    await store.approvals.issue_token(make_request())
-    await store._core.database.close()
+    close = store.database.close
+
+    async def ask_and_close() -> None:
+        await store.approvals.issue_token(make_request())
+        await close()
+
+    store.database.close = ask_and_close  # type: ignore[method-assign]
+    await store.close()
 
     assert await what_is_left(database_url) == [("pending", "DUE", 0)]
 
 
-async def test_a_claim_that_outlives_its_worker_is_not_marked_for_ever(database_url: str) -> None:
+async def test_a_claim_that_outlives_its_worker_is_not_recorded_for_ever(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it brings is left to its lease once the store is closed."""
     before = asyncio.all_tasks()
-    store = await store_with(database_url, Post(), settings=quiet()).open()
-    await store.approvals.issue_token(make_request())
-    worker = store._core.outbox.worker
-    await store.close()
-    target = worker._targets["post"]
-    async with store_with(database_url, settings=quiet()) as other:
-        (row,) = await other.notifications.list()
-    notice = Notice.model_validate({**row.payload, "delivery_id": row.delivery_id})
-    target.put([Delivery(row.delivery_id, "post", row.approval_id, 1, notice, 0.0)])
-    await until(lambda: asyncio.all_tasks() == before)
+    claim, claimed, late = worker.claim, asyncio.Event(), asyncio.Event()
 
-    assert worker._marks.is_empty
+    async def claim_late(*args: Any, **options: Any) -> Any:
+        found = await claim(*args, **options)
+        claimed.set()
+        await late.wait()
+        return found
+
+    monkeypatch.setattr(worker, "claim", claim_late)
+    post = Post()
+    store = await store_with(database_url, post, settings=quiet()).open()
+    await store.approvals.issue_token(make_request())
+    sending = asyncio.create_task(store.notifications.run())
+    await claimed.wait()
+    await store.close()
+    late.set()
+
+    assert await sending == 0
+    await until(lambda: asyncio.all_tasks() == before)
+    assert post.tried == []
+    assert await what_is_left(database_url) == [("pending", "DUE", 1)]

@@ -49,11 +49,11 @@ async def ask_and_die(url: str, path: str, moment: str) -> None:
     if moment == "committed":
         send = DeliveryWorker.send
 
-        def dying(self: DeliveryWorker, notice: Notice, mine: object) -> None:
+        def dying(self: DeliveryWorker, notice: Notice, leased: object) -> None:
             post.left -= 1
             if post.left <= 0:
                 die()
-            send(self, notice, mine)  # type: ignore[arg-type]
+            send(self, notice, leased)  # type: ignore[arg-type]
 
         DeliveryWorker.send = dying  # type: ignore[method-assign,assignment]
     async with GatewayStore(url, redis_url="", plugins=[post]) as store:

@@ -1,4 +1,4 @@
-"""The outbox at work: rows are claimed, sent, and marked."""
+"""The outbox at work: rows are claimed, sent, and their results recorded."""
 
 from agent_gateway_store.delivery.manager import NotificationManager
 from agent_gateway_store.delivery.outbox import StoreOutbox

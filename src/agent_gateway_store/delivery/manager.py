@@ -1,4 +1,4 @@
-"""`store.notifications`: what was sent, what was not, and sending it."""
+"""`store.notifications`: list, count, send, redrive and prune the rows of the outbox."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement
+from sqlalchemy import ColumnElement, and_, case, delete, func, select, update
 
-from agent_gateway_store.delivery import queries
-from agent_gateway_store.delivery.claims import deliveries
+from agent_gateway_store.delivery.attempts import deliveries
 from agent_gateway_store.delivery.outbox import StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.pagination import listing_fingerprint
+from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor, listing_fingerprint
 
 __all__ = ["NotificationManager"]
 
+_COLUMNS = (
+    *("created_at", "notifier", "event", "status", "attempts", "next_attempt_at", "last_error"),
+    *("approval_id", "delivery_id"),
+)
+_COUNTED = ("notifier", "is_loaded", "waiting", "due", "dead", "oldest")
+# Deleted in some 10 ms: no other writer of SQLite waits longer for it.
 _PRUNE_BATCH = 1000
 
 
 class NotificationManager:
     """The outbox of an open store.
 
-    A row is written for each notifier with the change it tells of, so either both exist or neither. It is DUE until the
-    notifier has taken the notice (DELIVERED), or has failed too often or for good (DEAD, a dead letter).
+    A row is written for each notifier in the transaction of the change, so either both exist or neither. It is DUE
+    until the notifier has taken the notice (DELIVERED), or has failed too often or for good (DEAD, a dead letter).
     """
 
     def __init__(self, database: Database, outbox: StoreOutbox, *, org_id: str | None = None) -> None:
@@ -58,10 +64,16 @@ class NotificationManager:
         require_between("limit", limit, 1, hint="for more deliveries, go on with next_cursor")
         wanted = None if status is None else DeliveryStatus(status)
         about = None if approval_id is None else _uuid(approval_id)
-        conditions = self._mine(notifier=notifier, status=wanted, approval_id=about)
+        conditions = self._conditions(notifier=notifier, status=wanted, approval_id=about)
         scope = listing_fingerprint("notifications.list", self._org_id, [wanted, notifier, about])
+        statement = select(deliveries).where(*conditions).order_by(deliveries.c.id.desc()).limit(limit + 1)
+        if cursor is not None:
+            statement = statement.where(deliveries.c.id < _decode(scope, cursor))
         async with self._database.read() as connection:
-            return await queries.page(connection, *conditions, scope=scope, limit=limit, cursor=cursor)
+            rows = (await connection.execute(statement)).mappings().all()
+        found = [NotificationDelivery.from_row(dict(row)) for row in rows[:limit]]
+        next_cursor = encode(scope, rows[limit - 1]["id"].to_bytes(8)) if len(rows) > limit else None
+        return Page(found, next_cursor=next_cursor, columns=_COLUMNS)
 
     async def counts(self) -> Page[dict[str, Any]]:
         """Count what has not arrived, a line for each notifier.
@@ -69,11 +81,30 @@ class NotificationManager:
         `waiting` are DUE, `due` those of them whose time has come, `dead` the dead letters, `oldest` when the oldest of
         all these was written. A notifier that is not `is_loaded` in this process is left to one that has it.
         """
+        is_waiting = deliveries.c.status == DeliveryStatus.DUE
+        is_due = and_(is_waiting, deliveries.c.next_attempt_at <= db_now())
+        statement = (
+            select(
+                deliveries.c.notifier,
+                func.sum(case((is_waiting, 1), else_=0)).label("waiting"),
+                func.sum(case((is_due, 1), else_=0)).label("due"),
+                func.sum(case((is_waiting, 0), else_=1)).label("dead"),
+                func.min(deliveries.c.created_at).label("oldest"),
+            )
+            .where(deliveries.c.status.in_([DeliveryStatus.DUE, DeliveryStatus.DEAD]), *self._conditions())
+            .group_by(deliveries.c.notifier)
+        )
         async with self._database.read() as connection:
-            return await queries.counts(connection, *self._mine(), loaded=self._outbox.notifiers)
+            found = {row["notifier"]: dict(row) for row in (await connection.execute(statement)).mappings()}
+        loaded, nothing = self._outbox.notifiers, {"waiting": 0, "due": 0, "dead": 0, "oldest": None}
+        lines = [
+            {**nothing, **found.get(name, {}), "notifier": name, "is_loaded": name in loaded}
+            for name in sorted({*found, *loaded})
+        ]
+        return Page(lines, columns=_COUNTED)
 
     async def redrive(self, delivery_id: UUID | str | None = None, *, notifier: str | None = None) -> int:
-        """Send dead letters again: one, or all. They keep their delivery id and have all their tries before them.
+        """Send dead letters again: one, or all. They keep their delivery id and get all their attempts again.
 
         Args:
             delivery_id: Which one; None: all.
@@ -86,8 +117,13 @@ class NotificationManager:
             ValueError: `delivery_id` is no UUID.
         """
         named = None if delivery_id is None else _uuid(delivery_id)
+        statement = (
+            update(deliveries)
+            .where(deliveries.c.status == DeliveryStatus.DEAD, *self._conditions(notifier=notifier, delivery_id=named))
+            .values(status=DeliveryStatus.DUE, attempts=0, next_attempt_at=db_now())
+        )
         async with self._database.write() as connection:
-            return await queries.redrive(connection, *self._mine(notifier=notifier, delivery_id=named))
+            return (await connection.execute(statement)).rowcount
 
     async def run(self, *, once: bool = False) -> int:
         """Send what is due to the notifiers of this process. Any number of processes may do so at once.
@@ -118,16 +154,36 @@ class NotificationManager:
         """
         if older_than < timedelta():
             raise ValueError("older_than must not be negative.")
+        old = (
+            select(deliveries.c.id)
+            .where(
+                deliveries.c.status == DeliveryStatus.DELIVERED,
+                deliveries.c.delivered_at < db_now(plus=-older_than),
+                *self._conditions(),
+            )
+            .limit(_PRUNE_BATCH)
+            .with_for_update(skip_locked=True)
+        )
         total, found = 0, _PRUNE_BATCH
         while found == _PRUNE_BATCH:
             async with self._database.write() as connection:
-                found = await queries.prune(connection, *self._mine(), older_than=older_than, limit=_PRUNE_BATCH)
+                ids = (await connection.execute(old)).scalars().all()
+                if ids:
+                    await connection.execute(delete(deliveries).where(deliveries.c.id.in_(ids)))
+            found = len(ids)
             total += found
         return total
 
-    def _mine(self, *, notifier: str | None = None, **equal: Any) -> tuple[ColumnElement[bool], ...]:
+    def _conditions(self, *, notifier: str | None = None, **equal: Any) -> tuple[ColumnElement[bool], ...]:
         equal |= {"org_id": self._org_id, "notifier": None if notifier is None else storable_key(notifier)}
         return tuple(deliveries.c[name] == value for name, value in equal.items() if value is not None)
+
+
+def _decode(scope: bytes, cursor: str) -> int:
+    payload = decode(scope, cursor)
+    if len(payload) != 8 or (row_id := int.from_bytes(payload)) >= 2**63:
+        raise invalid_cursor()
+    return row_id
 
 
 def _uuid(value: UUID | str) -> UUID:

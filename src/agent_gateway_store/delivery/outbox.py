@@ -1,4 +1,4 @@
-"""What approvals are told of the outbox of their store."""
+"""The outbox of an open store: approvals hand it the notices that are committed, and it sends them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from uuid import UUID, uuid4
 
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.delivery.worker import DeliveryWorker
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks.dispatch import Dispatcher
@@ -33,7 +34,7 @@ class StoreOutbox:
         self._worker: DeliveryWorker | None = None
         self._names: tuple[str, ...] = ()
         self._is_closing = False
-        self._telling: set[asyncio.Task[object]] = set()
+        self._events = BackgroundTasks()
 
     @property
     def worker(self) -> DeliveryWorker:
@@ -58,7 +59,7 @@ class StoreOutbox:
 
     @property
     def lease_s(self) -> float | None:
-        """For how long a new row is kept for this process; None if it does not send, or is about to end."""
+        """For how many seconds a new row is leased to this process; None if it does not send, or is closing."""
         if self._worker is None or self._is_closing or not self._settings.notification_worker:
             return None
         return self._worker.policy.lease_s
@@ -75,25 +76,22 @@ class StoreOutbox:
         if self._settings.notification_worker:
             self._worker.start()
 
-    def send(self, notice: Notice, mine: Mapping[str, UUID]) -> None:
-        """Tell the event hooks and, if this process sends, the notifiers, in the background.
+    def send(self, notice: Notice, leased: Mapping[str, UUID]) -> None:
+        """Give the notice to the event hooks and, if this process sends, to the notifiers, in the background.
 
         Args:
             notice: Of a change that is committed.
-            mine: Notifier to delivery id, of the rows kept for this process.
+            leased: Notifier to delivery id, of the rows leased to this process.
         """
         if self._worker is None or self._dispatcher is None:
-            # What it tells of is committed, so the caller must not be told otherwise.
+            # The change is committed, so the caller must not get an error.
             _logger.warning("Approval %s: the store is closed, so its notice is sent later.", notice.approval_id)
             return
         if self._dispatcher.has_event_hooks:
-            telling = self._dispatcher.emit(notice.model_copy(update={"delivery_id": uuid4()}))
-            task: asyncio.Task[object] = asyncio.get_running_loop().create_task(telling)
-            self._telling.add(task)
-            task.add_done_callback(self._telling.discard)
+            self._events.start(self._dispatcher.emit(notice.model_copy(update={"delivery_id": uuid4()})))
         if self._settings.notification_worker:
-            # Once the caller has its answer: preparing twenty tries takes as long as a fast commit.
-            asyncio.get_running_loop().call_soon(self._worker.send, notice, mine)
+            # Once the caller has its answer: preparing twenty attempts takes as long as a fast commit.
+            asyncio.get_running_loop().call_soon(self._worker.send, notice, leased)
 
     async def close(self) -> None:
         """Let notices under way arrive, at most PLUGIN_TIMEOUT_SECONDS and a second; the rest stays DUE."""
@@ -103,7 +101,6 @@ class StoreOutbox:
         try:
             if worker is not None:
                 await worker.close(timeout_s)
-            if self._telling:
-                await asyncio.wait(self._telling, timeout=timeout_s)
+            await self._events.join(timeout_s)
         finally:
             self._worker = self._dispatcher = None

@@ -1,4 +1,4 @@
-"""When a notice is tried again, and when it is given up."""
+"""When a notice is sent again, and when it is given up."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from agent_gateway_store.settings import StoreSettings
 
 __all__ = ["FIRST_WAIT_S", "LONGEST_ASKED_S", "LONGEST_WAIT_S", "Policy", "backoff_s"]
 
+# A receiver that restarts is back in seconds, one that is down for days is asked once an hour.
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 3600.0
 JITTER_S = 2.0
+# What a receiver may ask for: a day, so that none puts a notice off for ever, and a second, so that none makes a loop.
 LONGEST_ASKED_S = 86_400.0
 _SHORTEST_S = 1.0
+# Beyond two timeouts, the one of an attempt and the one it may wait for its turn: for commits on a busy database.
 _LEASE_MARGIN_S = 10.0
+# `GRACE_SECONDS` of the executor, and a second for what lies between the look at the clock and the call.
 _GIVE_WAY_S = 1.5
 
 
 def backoff_s(attempt: int) -> float:
-    """Return the seconds to wait after try number `attempt` (from 1) has failed.
-
-    The formula of stamina's `retry`: min(longest, first * 2 ** (attempt - 1) + random(0, jitter)). stamina computes it
-    only inside its own loop of tries, which a process that dies would take with it.
-    """
+    """Return the seconds to wait after attempt number `attempt` (from 1) has failed: twice as long each time."""
     jitter = random.uniform(0, JITTER_S)  # noqa: S311
     return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt - 1, 60) + jitter)
 
@@ -36,10 +36,10 @@ class Policy:
 
     Attributes:
         concurrency: How many notices one notifier is given at once.
-        max_attempts: After how many tries a notice is given up.
+        max_attempts: After how many attempts a notice is given up.
         poll_s: How often due rows are looked for, in seconds.
         lease_s: For how long a claimed row is nobody else's, in seconds.
-        send_within_s: How long after its claim a row may still be sent, so that the try ends before the lease.
+        send_within_s: How long after its claim an attempt may still begin, so that it ends before the lease.
     """
 
     concurrency: int
@@ -62,7 +62,7 @@ class Policy:
         )
 
     def after(self, report: DeliveryReport, attempt: int) -> tuple[DeliveryStatus, float]:
-        """Return where a row stands after a try, and in how many seconds the next one is due."""
+        """Return the status of a row after an attempt, and in how many seconds the next one is due."""
         if report.ok:
             return DeliveryStatus.DELIVERED, 0.0
         if report.is_permanent or attempt >= self.max_attempts:

@@ -1,32 +1,119 @@
-"""The worker of an open store: first tries at once, and whatever is due."""
+"""The worker of an open store: one plain loop for each notifier claims, sends, records, and begins again."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
 from uuid import UUID
 
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store._text import describe
-from agent_gateway_store.delivery.claims import Delivery, claim, notifiers_with_due_rows
-from agent_gateway_store.delivery.marks import Mark, Marks
+from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, ResultRecorder, claim, claim_next
 from agent_gateway_store.delivery.policy import Policy
-from agent_gateway_store.delivery.target import Target
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions
 
-__all__ = ["DeliveryWorker"]
+__all__ = ["DeliveryWorker", "NotifierQueue"]
 
-_LAST_MARKS_S = 2.0
+# A notice takes some KB, so a queue holds a few MB of first attempts while its notifier hangs.
+_MOST_QUEUED = 1000
+# What closing takes beyond its own bound: a commit on a busy disk takes tenths of that.
+_LAST_RESULTS_S = 2.0
 
 _logger = logging.getLogger("agent_gateway_store.notifications")
+
+
+class NotifierQueue:
+    """The deliveries leased for one notifier: sent in their order, as many at once as the policy says.
+
+    Args:
+        name: Of the notifier.
+        dispatcher: To the notifiers; open.
+        recorder: Gets the result of each attempt.
+        policy: How many at once, and what follows from a report.
+    """
+
+    def __init__(self, name: str, dispatcher: Dispatcher, recorder: ResultRecorder, policy: Policy) -> None:
+        self.name = name
+        self._dispatcher, self._recorder, self._policy = dispatcher, recorder, policy
+        self._waiting: deque[Delivery] = deque()
+        self._attempts = BackgroundTasks()
+        self._has_room, self._is_closed = asyncio.Event(), False
+
+    @property
+    def is_idle(self) -> bool:
+        """True if nothing waits and no attempt is under way."""
+        return not self._waiting and not self._attempts
+
+    @property
+    def room(self) -> int:
+        """How many rows to claim now, so that as many wait as are sent at once.
+
+        However slow the notifier is, those begin before their lease ends.
+        """
+        return max(0, 2 * self._policy.concurrency - len(self._waiting) - len(self._attempts))
+
+    def put(self, delivery: Delivery) -> None:
+        """Send it when its turn comes. Where there is no place for it, it goes back as untried."""
+        if self._recorder.is_delivered(delivery.delivery_id):
+            self._recorder.add(AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt))
+        elif self._is_closed or len(self._waiting) >= _MOST_QUEUED:
+            self._recorder.add(AttemptResult.untried(delivery))
+        else:
+            self._waiting.append(delivery)
+            self._begin()
+
+    async def wait_for_room(self) -> None:
+        """Wait until it is worth while to claim: a claim for each place would cost more than the sending."""
+        while self.room < self._policy.concurrency:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    async def join(self) -> None:
+        """Wait until nothing waits and no attempt is under way."""
+        while not self.is_idle:
+            await self._attempts.join()
+
+    async def close(self) -> None:
+        """Cancel what is under way; it goes back as untried, as does what waits."""
+        self._is_closed = True
+        await self._attempts.cancel()
+        while self._waiting:
+            self._recorder.add(AttemptResult.untried(self._waiting.popleft()))
+
+    def _begin(self) -> None:
+        while self._waiting and len(self._attempts) < self._policy.concurrency and not self._is_closed:
+            delivery = self._waiting.popleft()
+            self._attempts.start(self._attempt(delivery)).add_done_callback(partial(self._end, delivery))
+
+    def _end(self, delivery: Delivery, attempt: asyncio.Task[AttemptResult]) -> None:
+        # Here and not at the end of the attempt: a task that is cancelled before its first step runs nothing at all.
+        try:
+            self._recorder.add(AttemptResult.untried(delivery) if attempt.cancelled() else attempt.result())
+        finally:
+            self._begin()
+            self._has_room.set()
+
+    async def _attempt(self, delivery: Delivery) -> AttemptResult:
+        attempt = delivery.attempt
+        if delivery.notice is None:
+            return AttemptResult(delivery, DeliveryStatus.DEAD, attempt, error="the row holds no notice")
+        if attempt > self._policy.max_attempts:
+            error = f"given up: of {attempt - 1} tries none came to an end"
+            return AttemptResult(delivery, DeliveryStatus.DEAD, attempt - 1, error=error)
+        if time.monotonic() > delivery.send_before:
+            return AttemptResult.untried(delivery)
+        report = await self._dispatcher.deliver(self.name, delivery.notice)
+        status, delay_s = self._policy.after(report, attempt)
+        return AttemptResult(delivery, status, attempt, delay_s, report.error)
 
 
 class DeliveryWorker:
@@ -45,48 +132,41 @@ class DeliveryWorker:
     def __init__(
         self, transactions: Transactions, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings
     ) -> None:
-        self.policy = Policy.of(settings)
+        self.policy, self._transactions = Policy.of(settings), transactions
+        self._recorder = ResultRecorder(transactions, self._continue)
+        self._queues = {name: NotifierQueue(name, dispatcher, self._recorder, self.policy) for name in names}
         self._arrived: Counter[str] = Counter()
-        self._transactions = transactions
-        self._marks = Marks(transactions, self._written)
-        self._targets = {name: Target(name, dispatcher, self._marks, self.policy) for name in names}
-        self._fed: set[str] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._is_faulty = False
+        self._loops, self._claims = BackgroundTasks(), BackgroundTasks()
         self._closing = asyncio.Event()
-        self._is_closed = False
+        self._is_closed = self._is_faulty = False
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The notifiers that are loaded here."""
-        return tuple(self._targets)
+    def is_idle(self) -> bool:
+        """True if nothing is to be sent or recorded of what was handed over or claimed."""
+        return self._recorder.is_empty and not self._claims and all(each.is_idle for each in self._queues.values())
 
     def start(self) -> None:
         """Look for due rows from now on, in the background."""
-        if self._targets:
-            self._begin(self._poll(None, at_once=False))
+        for queue in self._queues.values():
+            self._loops.start(self._loop(queue, None, at_once=False))
 
-    def send(self, notice: Notice, mine: Mapping[str, UUID]) -> None:
+    def send(self, notice: Notice, leased: Mapping[str, UUID]) -> None:
         """Try to deliver a notice at once, in the background.
 
         Args:
-            notice: What to tell; its `delivery_id` means nothing.
-            mine: Notifier to delivery id, of rows that were just committed with a lease. What another notifier of this
-                process is to be told waits for an earlier notice about the same approval. After `close` they are sent
+            notice: What to send; its `delivery_id` means nothing.
+            leased: Notifier to delivery id, of rows that were just committed with a lease. What the other notifiers of
+                this process are to get waits for an earlier notice about the same approval. After `close` they are sent
                 when their lease ends.
         """
         if self._is_closed:
             return
         send_before = time.monotonic() + self.policy.send_within_s
-        for name, target in self._targets.items():
-            if (delivery_id := mine.get(name)) is not None:
-                told = notice.model_copy(update={"delivery_id": delivery_id})
-                target.put([Delivery(delivery_id, name, notice.approval_id, 1, told, send_before)])
-            elif target.has_in_hand(notice.approval_id):
-                target.held.add(notice.approval_id)
-                self._marks.hurry()
-            else:
-                self._begin(self._follow(target, {notice.approval_id}))
+        for name, delivery_id in leased.items():
+            if (queue := self._queues.get(name)) is not None:
+                sent = notice.model_copy(update={"delivery_id": delivery_id})
+                queue.put(Delivery(delivery_id, name, notice.approval_id, 1, sent, send_before))
+        self._claim_next([(name, notice.approval_id) for name in self._queues if name not in leased])
 
     async def run(self, *, once: bool, org_id: str | None = None) -> int:
         """Send what is due.
@@ -103,64 +183,51 @@ class DeliveryWorker:
         """
         before = self._arrivals(org_id)
         if once:
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    for target in self._targets.values():
-                        tasks.create_task(self._empty(target, org_id))
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from None
+            await self._send_all(org_id)
         else:
-            await self._poll(org_id, at_once=True)
+            async with asyncio.TaskGroup() as loops:
+                for queue in self._queues.values():
+                    loops.create_task(self._loop(queue, org_id, at_once=True))
+                await self._closing.wait()
         return self._arrivals(org_id) - before
+
+    async def join(self) -> None:
+        """Wait until what was handed over or claimed is sent and recorded, and what waited behind that, too."""
+        while not self.is_idle:
+            for queue in self._queues.values():
+                await queue.join()
+            await self._recorder.join()
+            await self._claims.join()
 
     async def close(self, timeout_s: float) -> None:
         """Claim no more, let what is here arrive, and put back what has not within `timeout_s` seconds.
 
-        Notices that wait for one of those are sent, too. If the database cannot be told, rows are sent again when their
+        Notices that wait for one of those are sent, too. Where the database is away rows are sent again when their
         lease ends.
         """
         self._closing.set()
         try:
-            async with asyncio.timeout(timeout_s):
-                while not self._is_quiet:
-                    for target in self._targets.values():
-                        await target.idle()
-                    await self._marks.flush()
-                    if self._tasks:
-                        await asyncio.wait(self._tasks)
-        except TimeoutError:
-            pass
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._loops.join()
+                    await self.join()
         finally:
             self._is_closed = True
-            for target in self._targets.values():
-                await target.close()
-            await _end(list(self._tasks))
-            try:
-                async with asyncio.timeout(_LAST_MARKS_S):
-                    await self._marks.flush()
-            except TimeoutError:
-                await self._marks.drop()
+            await self._loops.cancel()
+            await self._claims.cancel()
+            for queue in self._queues.values():
+                await queue.close()
+            await self._recorder.close(_LAST_RESULTS_S)
 
     def _arrivals(self, org_id: str | None) -> int:
         return self._arrived.total() if org_id is None else self._arrived[org_id]
 
-    @property
-    def _is_quiet(self) -> bool:
-        return self._marks.is_empty and not self._tasks and all(each.is_idle for each in self._targets.values())
-
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _poll(self, org_id: str | None, *, at_once: bool) -> None:
+    async def _loop(self, queue: NotifierQueue, org_id: str | None, *, at_once: bool) -> None:
         if not at_once:
             await self._pause()
         while not self._closing.is_set():
             try:
-                for name in await notifiers_with_due_rows(self._transactions, self._targets.keys() - self._fed, org_id):
-                    self._fed.add(name)
-                    self._begin(self._feed_once(self._targets[name], org_id))
+                await self._send_due(queue, org_id)
                 self._note_fault(None)
             except Exception as exc:
                 self._note_fault(exc)
@@ -171,68 +238,65 @@ class DeliveryWorker:
             async with asyncio.timeout(self.policy.poll_s):
                 await self._closing.wait()
 
-    async def _feed_once(self, target: Target, org_id: str | None) -> None:
-        try:
-            await self._feed(target, org_id)
-        except Exception as exc:
-            self._note_fault(exc)
-        finally:
-            self._fed.discard(target.name)
-
-    async def _feed(self, target: Target, org_id: str | None) -> int:
+    async def _send_due(self, queue: NotifierQueue, org_id: str | None) -> int:
         """Claim and send until nothing more is due for this notifier; returns how many were claimed."""
         total, is_more = 0, True
         while is_more:
-            await target.ease()
+            await queue.wait_for_room()
             if self._closing.is_set():
                 break
-            room = target.room
-            claimed = await claim(self._transactions, target.name, room, self.policy, org_id=org_id)
-            target.put(claimed)
+            room = queue.room
+            claimed = await claim(self._transactions, queue.name, room, self.policy, org_id=org_id)
+            self._put(claimed)
             total, is_more = total + len(claimed), len(claimed) == room
         return total
 
-    async def _empty(self, target: Target, org_id: str | None) -> None:
-        """Feed, wait until all is sent and written down, and look again: a notice may have waited for another one."""
-        has_claimed = True
-        while has_claimed:
-            # Also what this process tries just now can have kept a row from being due.
-            was_busy = not target.is_idle
-            has_claimed = await self._feed(target, org_id) > 0 or was_busy
-            await target.idle()
-            await self._marks.flush(patient=False)
+    async def _send_all(self, org_id: str | None) -> None:
+        """Send what is due and wait for the results, until nothing is: a notice may have waited for another one."""
+        is_more = True
+        while is_more:
+            # Also what is under way here can have kept a row from being due.
+            was_idle = self.is_idle
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    sending = [tasks.create_task(self._send_due(queue, org_id)) for queue in self._queues.values()]
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from None
+            joining, failing = asyncio.create_task(self.join()), asyncio.create_task(self._recorder.failure())
+            try:
+                await asyncio.wait({joining, failing}, return_when=asyncio.FIRST_COMPLETED)
+                if not joining.done():
+                    raise failing.result()
+            finally:
+                joining.cancel()
+                failing.cancel()
+            is_more = not was_idle or any(task.result() for task in sending)
 
-    async def _follow(self, target: Target, approval_ids: set[UUID]) -> None:
-        """Claim what waited for notices of these approvals, and once that has arrived what waits behind it."""
+    def _put(self, deliveries: Iterable[Delivery]) -> None:
+        for delivery in deliveries:
+            self._queues[delivery.notifier].put(delivery)
+
+    def _continue(self, results: Sequence[AttemptResult]) -> None:
+        """Count what arrived, and claim the notices that waited behind what was recorded."""
+        for result in results:
+            if result.status is DeliveryStatus.DELIVERED and result.delivery.notice is not None:
+                self._arrived[result.delivery.notice.org_id] += 1
+        # Not behind one that is DUE again: where it went back for want of room, the claim would bring that very one.
+        ended = (result.delivery for result in results if result.status is not DeliveryStatus.DUE)
+        self._claim_next([(delivery.notifier, delivery.approval_id) for delivery in ended])
+
+    def _claim_next(self, approvals: Sequence[tuple[str, UUID]]) -> None:
+        if approvals and not self._is_closed:
+            self._claims.start(self._put_next(approvals))
+
+    async def _put_next(self, approvals: Sequence[tuple[str, UUID]]) -> None:
         try:
-            claimed = await claim(
-                self._transactions, target.name, len(approval_ids), self.policy, approval_ids=approval_ids
-            )
+            self._put(await claim_next(self._transactions, approvals, self.policy))
         except Exception as exc:
             self._note_fault(exc)
-        else:
-            target.held.update(delivery.approval_id for delivery in claimed)
-            target.put(claimed)
-
-    def _written(self, marks: Sequence[Mark]) -> None:
-        by_notifier: dict[str, list[Mark]] = {}
-        for mark in marks:
-            if mark.status is DeliveryStatus.DELIVERED and mark.delivery.notice is not None:
-                self._arrived[mark.delivery.notice.org_id] += 1
-            by_notifier.setdefault(mark.delivery.notifier, []).append(mark)
-        for name, written in by_notifier.items():
-            if freed := self._targets[name].written(written):
-                self._begin(self._follow(self._targets[name], freed))
 
     def _note_fault(self, error: Exception | None) -> None:
         """Log the first of a row of faults; the worker goes on after any."""
         if error is not None and not self._is_faulty:
             _logger.warning("Notices wait: %s", describe(error))
         self._is_faulty = error is not None
-
-
-async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)

@@ -1,0 +1,111 @@
+"""A lease keeps a row for one worker; when it has ended, what that worker says of the row counts no more."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+from contract_helpers import make_request
+from delivery_helpers import Post, quiet, rows
+
+from agent_gateway_store import GatewayStore, clock
+from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, claim, claim_next, record
+from agent_gateway_store.delivery.policy import Policy
+from agent_gateway_store.models.delivery import DeliveryStatus
+
+pytestmark = pytest.mark.integration
+
+POLICY = Policy.of(quiet())
+STATE = "status, attempts, next_attempt_at, last_error, delivered_at"
+
+
+@pytest.fixture(autouse=True)
+def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+
+
+def quiet_store(url: str) -> GatewayStore:
+    return GatewayStore(url, redis_url="", settings=quiet(), plugins=[Post()])
+
+
+async def claimed_twice(store: GatewayStore) -> tuple[Delivery, Delivery]:
+    """One row as a worker claimed it that outlived its lease, and as the next one has claimed it."""
+    await store.approvals.issue_token(make_request())
+    (late,) = await claim(store.database, "post", 10, POLICY)
+    assert await claim(store.database, "post", 10, POLICY) == []
+    clock.move(timedelta(seconds=POLICY.lease_s + 1))
+    (held,) = await claim(store.database, "post", 10, POLICY)
+    assert (late.delivery_id, late.attempt, held.attempt) == (held.delivery_id, 1, 2)
+    return late, held
+
+
+def results(delivery: Delivery) -> list[AttemptResult]:
+    """What a worker may say of an attempt, but that it was delivered."""
+    return [
+        AttemptResult.untried(delivery),
+        AttemptResult(delivery, DeliveryStatus.DUE, delivery.attempt, 60.0, "OSError: late"),
+        AttemptResult(delivery, DeliveryStatus.DEAD, delivery.attempt, error="OSError: late"),
+    ]
+
+
+async def test_a_late_result_takes_no_row_from_the_worker_that_has_it(database_url: str) -> None:
+    """The lease of the second worker stands, and so does its own result afterwards."""
+    async with quiet_store(database_url) as store:
+        late, held = await claimed_twice(store)
+        leased = await rows(store, STATE)
+        for result in results(late):
+            await record(store.database, [result])
+            assert await rows(store, STATE) == leased
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)])
+
+        assert [row[:2] for row in await rows(store, "status, attempts")] == [("DELIVERED", 2)]
+
+
+@pytest.mark.parametrize("status", list(DeliveryStatus))
+async def test_a_late_result_overwrites_no_other(database_url: str, status: DeliveryStatus) -> None:
+    """Whatever the second worker recorded stays as it is."""
+    async with quiet_store(database_url) as store:
+        late, held = await claimed_twice(store)
+        await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")])
+        recorded = await rows(store, STATE)
+        for result in results(late):
+            await record(store.database, [result])
+
+            assert await rows(store, STATE) == recorded
+
+
+async def test_a_late_delivery_counts_once(database_url: str) -> None:
+    """What was delivered was delivered, also after the lease; a second time changes nothing."""
+    async with quiet_store(database_url) as store:
+        late, held = await claimed_twice(store)
+        await record(store.database, [AttemptResult(late, DeliveryStatus.DELIVERED, 1)])
+        delivered = await rows(store, STATE)
+        assert delivered[0][:2] == ("DELIVERED", 1)
+        clock.move(timedelta(seconds=5))
+        for result in [*results(held), AttemptResult(held, DeliveryStatus.DELIVERED, 2)]:
+            await record(store.database, [result])
+
+            assert await rows(store, STATE) == delivered
+
+
+async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -> None:
+    """Neither by notifier nor by approval; once the first has ended, the next one is claimed, and only that."""
+    async with quiet_store(database_url) as store:
+        request = make_request()
+        token = await store.approvals.issue_token(request)
+        await store.approvals.approve(token, "alice")
+        await store.approvals.cancel(token, "bob")
+        about = [("post", request.approval_id)]
+        before = time.monotonic()
+        events = []
+        for _ in range(3):
+            (delivery,) = await claim_next(store.database, about, POLICY)
+            assert before < delivery.send_before - POLICY.send_within_s < time.monotonic()
+            assert await claim_next(store.database, about, POLICY) == []
+            assert await claim(store.database, "post", 10, POLICY) == []
+            await record(store.database, [AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt)])
+            assert delivery.notice is not None
+            events.append((delivery.notice.event, delivery.notice.status.value))
+
+        assert events == [("pending", "PENDING"), ("decision", "APPROVED"), ("decision", "CANCELLED")]
