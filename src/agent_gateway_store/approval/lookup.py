@@ -15,8 +15,8 @@ from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import Transactions, dialect_of
+from agent_gateway_store.storage.filters import require_between
 
 __all__ = ["ApprovalLookup"]
 

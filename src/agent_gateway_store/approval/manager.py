@@ -34,10 +34,9 @@ from agent_gateway_store.models.approval import (
 )
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import AnyConnection, Database, SessionTransactions, Transactions
-from agent_gateway_store.storage.filters import number
+from agent_gateway_store.storage.filters import number, require_between
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.statements import Statement
 
