@@ -20,9 +20,10 @@ _Batch: TypeAlias = "list[tuple[I, asyncio.Future[R]]]"
 
 
 class BackgroundTasks:
-    """Tasks that run beside the one that started them, held here so that none is lost while it runs."""
+    """Tasks that run beside the one that started them."""
 
     def __init__(self) -> None:
+        # The event loop holds weak references only, so a task that nobody else holds could be collected while it runs.
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
@@ -56,9 +57,9 @@ class BackgroundTasks:
 class SingleFlight(Generic[T]):
     """Several tasks that want the same answer at the same time share one piece of work.
 
-    A task that is cancelled disturbs no other; when the last one leaves, the work is cancelled, and over before the
-    cancellation goes on. Where an answer that was begun before a change would be wrong, put a number that grows with
-    each change into the key. (The name is that of Go's package singleflight.)
+    A task that is cancelled disturbs no other. When the last one is cancelled, so is the work, which has ended before
+    the cancellation goes on. Where an answer that was begun before a change would be wrong, put a number that grows
+    with each change into the key. (The name is that of Go's package singleflight.)
     """
 
     def __init__(self) -> None:
@@ -67,10 +68,7 @@ class SingleFlight(Generic[T]):
     async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]], *, max_age_s: float = math.inf) -> T:
         """Join the work under way for `key`, or begin it; return or raise what comes of it.
 
-        Args:
-            key: What it is about.
-            work: Begins it.
-            max_age_s: Work that began longer ago, in seconds, is not joined.
+        Work that began `max_age_s` seconds ago or earlier is not joined.
         """
         loop = asyncio.get_running_loop()
         flight = self._flights.get(key)
@@ -82,6 +80,7 @@ class SingleFlight(Generic[T]):
             await asyncio.wait([flight.task])
         finally:
             flight.waiting -= 1
+            # The last caller waits for the end of the work, so that nothing of it runs after its cancellation.
             if flight.waiting == 0 and not flight.task.done():
                 self._forget(key, flight)
                 flight.task.cancel()
@@ -91,7 +90,8 @@ class SingleFlight(Generic[T]):
     def _end(self, key: Hashable, flight: _Flight[T]) -> None:
         self._forget(key, flight)
         if not flight.task.cancelled():
-            flight.task.exception()  # retrieved also where nobody is left to raise it to
+            # Otherwise asyncio logs "exception was never retrieved" where every caller was cancelled.
+            flight.task.exception()
 
     def _forget(self, key: Hashable, flight: _Flight[T]) -> None:
         if self._flights.get(key) is flight:
@@ -110,9 +110,9 @@ class _Flight(Generic[T]):
 class BatchQueue(Generic[I, R]):
     """Group commit: what arrives while a batch is under way goes together in the next one.
 
-    Where `run` finds nothing under way it processes the item at once, in its caller's own task, so that a lone one
-    waits for nobody; throughput comes from the batches that form by themselves. Items are processed in the order in
-    which they are queued, one batch at a time. Cancelling a caller does not withdraw its item.
+    Where `run` finds nothing under way it processes the item at once, in its caller's own task, so that a lone caller
+    does not wait; batches form by themselves under load. Items are processed in the order in which they are queued, one
+    batch at a time. Cancelling a caller does not withdraw its item.
 
     Args:
         process: Takes a batch and returns one result for each item, in order; raises nothing but a cancellation. An
@@ -120,10 +120,10 @@ class BatchQueue(Generic[I, R]):
         max_items: Most items of a batch.
         max_bytes: A batch is closed once it holds so much.
         size: Bytes of an item, as `max_bytes` and `max_queued_bytes` count them.
-        max_queued: From so many waiting items on, `run` waits for room.
-        max_queued_bytes: Likewise, in bytes.
-        abandon: What an item comes to when the queue's own task is cancelled, as where somebody cancels every task
-            there is. None: it stays, and goes with the next batch; `join` sees to it.
+        max_queued: From this number of waiting items on, `run` waits for room.
+        max_queued_bytes: The same, in bytes.
+        abandon: Gives the result of an item that is left when the queue's own task is cancelled, as by a host that
+            cancels every task. None: the item stays and goes with the next batch, for which `join` waits.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class BatchQueue(Generic[I, R]):
             await self._progress.wait()
 
     async def close(self, timeout_s: float) -> int:
-        """Wait for what has arrived, `timeout_s` seconds at most, and return how many items were abandoned then.
+        """Wait for what has arrived, `timeout_s` seconds at most; return how many items were abandoned.
 
         Only for a queue with `abandon`.
         """
@@ -200,23 +200,25 @@ class BatchQueue(Generic[I, R]):
         self._waiting_for_room += 1
         try:
             while self.is_full:
-                self._start()  # the task that made room may have been cancelled
+                # The task that would have made room may have been cancelled.
+                self._start()
                 self._room.clear()
                 await self._room.wait()
         except asyncio.CancelledError:
+            # A cancelled caller does not withdraw its item, also where it was not queued yet.
             self.add(item).cancel()
             raise
         finally:
             self._waiting_for_room -= 1
 
     async def _run_inline(self, item: I) -> R:
-        # In a task of its own each item would cost a lone caller a switch there and back.
+        # In another task each item would cost a lone caller two switches of tasks.
         self._is_inline = True
         self._added += 1
         try:
             result = (await self._process([item]))[0]
         except asyncio.CancelledError:
-            # It may be half done, and its caller is gone: the queue's own task does it again.
+            # The item may be half done, and its caller is gone: the queue's own task processes it again.
             future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
             future.cancel()
             self._requeue([(item, future)])
@@ -236,11 +238,12 @@ class BatchQueue(Generic[I, R]):
             self._drainer.add_done_callback(self._stop)
 
     def _stop(self, drainer: asyncio.Task[None]) -> None:
-        # A task that is cancelled before its first step has run nothing at all, not even a `finally`.
+        # In a callback, because a task that is cancelled before its first step runs nothing, not even a `finally`.
         if self._drainer is drainer:
             self._drainer = None
         if not drainer.cancelled():
-            self._start()  # what came after its last step
+            # Items that came between its last step and this callback.
+            self._start()
         elif self._abandon is not None:
             self._abandon_all(self._abandon)
         self._note_done(0)
@@ -288,5 +291,6 @@ class BatchQueue(Generic[I, R]):
 
     def _note_done(self, count: int) -> None:
         self._done += count
+        # A new event each time: setting and clearing one would lose those that begin to wait in between.
         progress, self._progress = self._progress, asyncio.Event()
         progress.set()

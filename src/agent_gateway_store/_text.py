@@ -1,6 +1,6 @@
 """Text for people: nothing in it is hidden, no two values look alike, and no secret is shown.
 
-Every surface that people read (tables, cards, charts, messages, log lines, the terminal) shows text by this module.
+Tables, cards, charts, messages, log lines and the terminal all write their text by this module.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ __all__ = [
     "word",
 ]
 
+# Chosen: a few lines of a terminal.
 MAX_ERROR = 500
+# Chosen: a shorter value is in many messages by chance.
 _SHORTEST_SECRET = 4
 
 _API_KEY = re.compile(r"\bagw_[\w-]+")
-# The form of secrets.token_urlsafe(32). Demanding mixed case and a digit spares long names of tools.
+# The form of secrets.token_urlsafe(32): 43 characters. Long names of tools seldom have both cases and a digit.
 _TOKEN = re.compile(
     r"(?<![\w-])(?=[\w-]{0,42}[A-Z])(?=[\w-]{0,42}[a-z])(?=[\w-]{0,42}[0-9])[A-Za-z0-9_-]{43}(?![\w-])", re.ASCII
 )
 _URL = re.compile(r"""\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)([^\s'"<>)]*)""")
+# Every repetition below is bounded or ends the pattern: a text from outside must not cost quadratic time.
 _BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
 _LABELLED = re.compile(
     r"""\b([\w-]{0,40}(?:password|passwd|secret|token|api[_-]?key|authorization)["']?\s{0,3}[=:]\s{0,3}["']?)"""
     r"""[^\s"',;&]+""",
     re.IGNORECASE,
 )
-
 
 # What Python calls unprintable is every character of the general categories Cc, Cf, Cs, Co, Cn, Zl, Zp and Zs but the
 # space (`str.isprintable`). These are printable to Python and yet leave no mark: the rest of
@@ -55,16 +57,16 @@ _EMOJI = (
     "[\u203c\u2049\u2122\u2139\u2190-\u21ff\u2300-\u23ff\u25a0-\u27bf"
     "\u2b00-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
 )
-# An emoji with its colour selector, joined to others: the joiner and the selector show in what is drawn. Tag characters
-# never do, so a flag made of them is no exception.
+# An emoji with its colour selector, joined to others: joiner and selector change what is drawn. Tag characters do not,
+# so a flag that is made of them is escaped.
 _EMOJI_SEQUENCE = re.compile(f"({_EMOJI}\ufe0f?(?:\u200d{_EMOJI}\ufe0f?)*)")
-# No digit, sign or point at the begin, so that no number looks like a text.
+# No digit, sign or point at the beginning, so that a number never looks like a text.
 _BARE_WORD = re.compile(r"[A-Za-z_/@~*][\w/@:.+~%*-]*", re.ASCII)
 _JSON_WORDS = frozenset({"true", "false", "null", "NaN", "Infinity"})
 
 
 class Shown(str):
-    """Text in which nothing is hidden any more: `escape` leaves it as it is."""
+    """Text that went through `escape` already, which does not change it again."""
 
     __slots__ = ()
 
@@ -75,7 +77,7 @@ def escape(text: str, *, keep: str = "") -> Shown:
     These are line breaks and other controls, bidirectional marks, zero-width and other default-ignorable characters,
     tag characters, blank letters, all spaces but U+0020, lone surrogates, private and unassigned code points. An emoji
     keeps its colour selector and its joiners (U+FE0F, U+200D), which change what is drawn. No two texts are shown
-    alike: a backslash that would read as the begin of an escape is doubled.
+    alike: a backslash that would read as the beginning of an escape is doubled.
 
     Args:
         text: Any text.
@@ -84,7 +86,7 @@ def escape(text: str, *, keep: str = "") -> Shown:
     if isinstance(text, Shown):
         return text
     if "\\" in text:
-        # Doubled also before what will be shown by an escape, which begins with a backslash.
+        # Doubled also before a character that becomes an escape, which begins with a backslash itself.
         text = _BACKSLASH.sub(
             lambda found: "\\\\" if _begins_escape(text[found.end() : found.end() + 1], keep) else "\\", text
         )
@@ -92,7 +94,7 @@ def escape(text: str, *, keep: str = "") -> Shown:
 
 
 def sentence(text: str) -> Shown:
-    """Return a sentence of ours with nothing hidden in what it quotes; its backslashes stay as they are."""
+    """Return a message of this package with nothing hidden in what it quotes; its backslashes stay single."""
     return text if isinstance(text, Shown) else Shown(_replace_hidden(text, _python_escape, ""))
 
 
@@ -144,7 +146,8 @@ def _python_escape(character: str) -> str:
 def _replace_hidden(text: str, encode: Callable[[str], str], keep: str) -> str:
     if text.isprintable() and not _BLANK.search(text):
         return text
-    # Every second piece is an emoji with what belongs to it; the blocks of emoji have unassigned code points, too.
+    # `split` with a group gives an emoji sequence at every odd index. The blocks of emoji have unassigned code points,
+    # too, which are not printable.
     return "".join(
         piece
         if index % 2 and piece.replace("\ufe0f", "").replace("\u200d", "").isprintable()
@@ -176,7 +179,7 @@ def _text_of(error: BaseException) -> str:
     core = sys.modules.get("pydantic_core")
     if core is None or not isinstance(error, core.ValidationError):
         return str(error)
-    # Its own text repeats the input, which may be a secret; what a validator says may quote it.
+    # `str` of a ValidationError repeats the input, which may be a secret, and a validator's message may quote it.
     messages = []
     for each in error.errors(include_url=False, include_context=False):
         message = each["msg"]
@@ -199,6 +202,7 @@ def _texts_in(value: object) -> Iterator[str]:
 
 def plugin_text(text: str) -> str:
     """Return what a plugin says on one line of at most 500 characters, what looks like a secret masked."""
+    # Cut first, as the patterns are slow on long texts; ten times as much, as masking makes text shorter.
     text = " ".join(text[: 10 * MAX_ERROR].split())
     text = escape(_LABELLED.sub(r"\1***", _BEARER.sub(r"\1 ***", mask_tokens(_URL.sub(_host_only, text)))))
     return text if len(text) <= MAX_ERROR else f"{text[: MAX_ERROR - 1]}…"

@@ -1,14 +1,14 @@
 """The one clock of the package: aware UTC, with an offset that tests move.
 
-Nothing else reads the time. `storage.database.db_now` adds the same offset to the database's clock, so that one call
-to `move` carries both.
+`storage.db_clock` adds the same offset to the database's clock, so that one call to `move` moves both.
 """
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 
-__all__ = ["move", "offset", "reset", "utc_now"]
+__all__ = ["monotonic", "move", "offset", "reset", "utc_now"]
 
 _offset = timedelta()
 
@@ -16,6 +16,11 @@ _offset = timedelta()
 def utc_now() -> datetime:
     """Return the time now as an aware UTC datetime, moved by the offset."""
     return datetime.now(UTC) + _offset
+
+
+def monotonic() -> float:
+    """Return seconds that only grow, also when the system's clock is set; moved by the offset."""
+    return time.monotonic() + _offset.total_seconds()
 
 
 def offset() -> timedelta:

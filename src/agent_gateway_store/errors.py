@@ -69,11 +69,12 @@ class GatewayStoreError(Exception):
     """Root of every error this package raises on purpose. Every one can be pickled, with its attributes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What an error is built from is not what it says: the usual way would call its class with its text.
+        # `Exception.__reduce__` calls the class with the message, but these constructors take other arguments.
         return _rebuilt, (type(self), self.args, self.__dict__)
 
 
 def _rebuilt(kind: type[GatewayStoreError], args: tuple[Any, ...], facts: dict[str, Any]) -> GatewayStoreError:
+    # The constructor of `kind` would write its message anew, so it is left out.
     error = kind.__new__(kind, *args)
     super(GatewayStoreError, error).__init__(*args)
     error.__dict__.update(facts)
@@ -93,17 +94,17 @@ class ApprovalError(GatewayStoreError, ValueError):
 
 
 class ApprovalNotFoundError(ApprovalError):
-    """No approval answers to this token or id (a foreign organisation's looks the same)."""
+    """No approval has this token or id. One of another organisation looks the same."""
 
     def __init__(self, message: str = "Approval not found: check the token or the approval id.") -> None:
         super().__init__(message)
 
 
-class _StandingApprovalError(ApprovalError):
-    """An approval in a state that forbids the move.
+class _ApprovalStateError(ApprovalError):
+    """An approval whose status forbids what was asked.
 
     Attributes:
-        status: The standing status, as text.
+        status: Its status, as text.
         approver_id: Who decided; None where nobody did.
         decided_at: When (UTC); None where nobody did.
     """
@@ -123,23 +124,23 @@ class _StandingApprovalError(ApprovalError):
         self.decided_at = decided_at
 
 
-class ApprovalAlreadyDecidedError(_StandingApprovalError):
-    """Somebody else decided first; the attributes name the standing decision."""
+class ApprovalAlreadyDecidedError(_ApprovalStateError):
+    """Somebody else decided first; the attributes say who and how."""
 
 
-class ApprovalAlreadyVotedError(_StandingApprovalError):
+class ApprovalAlreadyVotedError(_ApprovalStateError):
     """This approver has voted on this approval before."""
 
 
-class ApprovalNotApprovedError(_StandingApprovalError):
+class ApprovalNotApprovedError(_ApprovalStateError):
     """Only an approved approval can be consumed, and only a used one has an outcome."""
 
 
-class ApprovalExpiredError(_StandingApprovalError):
+class ApprovalExpiredError(_ApprovalStateError):
     """The deadline to decide or to use has passed, by the database clock."""
 
 
-class ApprovalAlreadyUsedError(_StandingApprovalError):
+class ApprovalAlreadyUsedError(_ApprovalStateError):
     """The approval has already released its one call."""
 
 
@@ -201,7 +202,7 @@ class ApiKeyExistsError(GatewayStoreError):
 
 
 class InvalidUrlError(GatewayStoreError, ValueError):
-    """A database or Redis URL that cannot be used as it stands."""
+    """A database or Redis URL that cannot be used."""
 
 
 class StoreUnavailableError(GatewayStoreError):
@@ -213,7 +214,7 @@ class AuditUnavailableError(StoreUnavailableError):
 
 
 class SchemaOutOfDateError(GatewayStoreError):
-    """The database schema is not the one this version of the package works on.
+    """The database schema is not the one that this version of the package needs.
 
     Attributes:
         current: Revision found; None for a database without our tables.

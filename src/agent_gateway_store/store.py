@@ -310,6 +310,6 @@ class _Core:
                 writer, self.writer.writer = self.writer.writer, None
                 steps.push_async_callback(self.after_write.close)
                 steps.push_async_callback(writer.close)
-                steps.push_async_callback(self.before_write.join)
+                steps.push_async_callback(self.before_write.tasks.join)
             steps.push_async_callback(self.pubsub.close)
             steps.push_async_callback(self.key_cache.close)

@@ -39,7 +39,7 @@ __all__ = [
 
 class SyncAuditManager:
     def write(self, event: AuditEvent) -> WriteOutcome:
-        """Store `event` and commit, together with whatever else is being written. In the default mode never raises."""
+        """Store `event` and commit, together with other events that arrive meanwhile."""
 
     def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory."""
@@ -61,7 +61,7 @@ class SyncAuditManager:
 
     @property
     def counters(self) -> AuditCounters:
-        """What became of the events written in this process since the store was opened; a copy."""
+        """How many events came to which outcome in this process since the store was opened; a copy."""
 
     def get_by_request_id(self, request_id: str) -> AuditEvent | None:
         """Return the event with this `request_id`, or None."""
@@ -92,16 +92,16 @@ class SyncAuditManager:
     def follow(
         self, *, start: str | None = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
     ) -> Generator[AuditEvent]:
-        """Yield new events as they are committed, without end; what `changes` promises holds."""
+        """Yield new events as they are committed, without end, with the guarantees of `changes`."""
 
     def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
-        """Return every event that matches as an Arrow table, newest first; no event object is made."""
+        """Return every event that matches as an Arrow table, newest first, without making event objects."""
 
     def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
-        """Return what `to_arrow` does as a pandas DataFrame. Raises what it raises, also where pandas is missing."""
+        """Return the table of `to_arrow` as a pandas DataFrame. Raises the same, also if pandas is missing."""
 
     def to_polars(self, **filters: Unpack[Filters]) -> polars.DataFrame:
-        """Return what `to_arrow` does as a Polars DataFrame. Raises what it raises, also where Polars is missing."""
+        """Return the table of `to_arrow` as a Polars DataFrame. Raises the same, also if Polars is missing."""
 
     def export(
         self,
@@ -206,13 +206,13 @@ class SyncKeyManager:
         expires_at: datetime | None = None,
         org_id: str | None = None,
     ) -> IssuedKey:
-        """Give `caller_id` a key. The plaintext is in the answer and nowhere else."""
+        """Issue a key for `caller_id`. The plaintext is in the result and nowhere else."""
 
     def verify(self, key: str | SecretStr) -> CallerIdentity:
-        """Return who `key` belongs to."""
+        """Return the caller that `key` belongs to."""
 
     def rotate(self, caller_id: str, overlap: timedelta = ..., *, org_id: str | None = None) -> IssuedKey:
-        """Replace the key of `caller_id`; its key id stays. The plaintext is in the answer and nowhere else."""
+        """Replace the key of `caller_id`; its key id stays. The plaintext is in the result and nowhere else."""
 
     def revoke(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
         """End the key of `caller_id`, and the one before it, at once. A second call changes nothing."""

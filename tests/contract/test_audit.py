@@ -155,7 +155,7 @@ async def test_what_is_no_event_is_a_type_error(store: GatewayStore, make_event:
         (None, "not NoneType"),
         (AuditEvent.model_construct(request_id="r"), "not AuditEvent without 'caller_id'"),
     ):
-        with pytest.raises(TypeError, match=f"Hand over a whole AuditEvent, {says}"):
+        with pytest.raises(TypeError, match=f"The event must be a whole AuditEvent, {says}"):
             await audit.write(given)
     with pytest.raises(TypeError, match="not tuple"):
         await audit.write_many(make_event())

@@ -214,7 +214,7 @@ async def test_forged_places_are_refused(store: GatewayStore) -> None:
             await store.audit.changes(other)
     with pytest.raises(errors.InvalidCursorError):
         await store.for_org("acme").audit.changes(cursor)
-    with pytest.raises(ValueError, match="poll_s must be more than zero"):
+    with pytest.raises(ValueError, match="poll_s must be above zero"):
         await anext(store.audit.follow(poll_s=0))
 
 

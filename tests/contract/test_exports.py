@@ -22,7 +22,7 @@ import pytest
 from pyarrow import dataset, parquet
 
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome, errors
-from agent_gateway_store.audit.export import ExportResult, defused
+from agent_gateway_store.audit.export import ExportResult, escape_formulas
 from agent_gateway_store.results import Page
 from proofs.hostile import Hostile
 
@@ -189,8 +189,8 @@ def test_long_runs_of_blanks_take_linear_time() -> None:
     """What an attacker could fill a text with."""
     for run in ("\n", " ", ";", '"', "\t;"):
         for text in ("x" + run * 200_000, run * 200_000):
-            assert len(defused(f"{text}x")) <= len(text) + 2
-            assert len(defused(f"{text}=1")) <= len(text) + 4
+            assert len(escape_formulas(f"{text}x")) <= len(text) + 2
+            assert len(escape_formulas(f"{text}=1")) <= len(text) + 4
 
 
 async def test_five_thousand_hostile_cells_are_no_formula(
@@ -229,7 +229,9 @@ async def test_five_thousand_hostile_cells_are_no_formula(
     assert [{name: row[name] for name in names} for row in raw] == [
         {name: row[name] for name in names} for row in stored
     ]
-    assert [[defused(row[name]) for name in names] for row in raw] == [[row[name] for name in names] for row in safe]
+    assert [[escape_formulas(row[name]) for name in names] for row in raw] == [
+        [row[name] for name in names] for row in safe
+    ]
 
 
 async def test_none_and_empty_text_differ_in_csv(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
@@ -259,7 +261,7 @@ async def test_a_failed_export_leaves_nothing(
             await store.audit.export(folder / name, progress=broken, overwrite=True)
     with pytest.raises(RuntimeError, match="no"):
         await store.audit.export(folder / "days", partition_by="day", progress=broken)
-    with pytest.raises(FileExistsError, match=r"there\.jsonl is there already"):
+    with pytest.raises(FileExistsError, match=r"there\.jsonl exists already"):
         await store.audit.export(folder / "there.jsonl")
     assert [each.name for each in folder.iterdir()] == ["there.jsonl"]
     assert (folder / "there.jsonl").read_text() == "before"
@@ -318,8 +320,8 @@ async def test_a_database_in_memory_survives_a_broken_read(make_event: MakeEvent
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"path": "x"}, "tells no format"),
-        ({"path": "x.xlsx"}, "tells no format"),
+        ({"path": "x"}, "does not say the format"),
+        ({"path": "x.xlsx"}, "does not say the format"),
         ({"path": "x.jsonl", "format": "xml"}, "format must be"),
         ({"path": "x.jsonl", "compression": "rar"}, "compression must be"),
         ({"path": "x.jsonl", "partition_by": "week"}, "partition_by must be"),
@@ -365,7 +367,7 @@ async def test_malformed_files_are_one_sentence(store: GatewayStore, make_event:
         await store.audit.import_file(tmp_path / "e.parquet")
     with pytest.raises(ValueError, match="CSV cannot be read back"):
         await store.audit.import_file(tmp_path / "e.jsonl", format="csv")  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match="There is no"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         await store.audit.import_file(tmp_path / "none.jsonl")
 
     assert await store.audit.get_by_request_id("good") is not None

@@ -83,7 +83,7 @@ async def test_an_event_that_was_changed_is_refused(
         parquet.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
 
     change(caller_id="somebody-else")
-    with pytest.raises(ValueError, match=r"Record 2 of .* is not what its content_hash says") as caught:
+    with pytest.raises(ValueError, match=r"Record 2 of .* does not fit its content_hash") as caught:
         await store.audit.import_file(path)
     assert "somebody-else" not in str(caught.value)
     change(caller_id="somebody-else", content_hash=None)
@@ -114,7 +114,7 @@ async def test_a_packed_file_that_is_not_whole_is_one_sentence(
 
     for content in broken:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"cannot be unpacked to its end: check that the file is whole"):
+        with pytest.raises(ValueError, match=r"cannot be decompressed to its end: check that the file is complete"):
             await store.audit.import_file(path)
 
 
@@ -127,5 +127,5 @@ async def test_a_column_that_no_event_has_is_refused(
     table = parquet.read_table(path)
     parquet.write_table(table.append_column("source", pa.array(["x"] * 3)), path)
 
-    with pytest.raises(ValueError, match=r"has columns that no event has \(source\)"):
+    with pytest.raises(ValueError, match=r"has columns that an event does not have \(source\)"):
         await store.audit.import_file(path)

@@ -280,7 +280,7 @@ async def test_key_is_verified_although_its_use_cannot_be_noted(
     monkeypatch.setattr(store.database, "write", refuse)
 
     assert (await store.keys.verify(issued.plaintext)).caller_id == "dev-agent"
-    assert "could not be noted: The database is read-only." in caplog.text
+    assert "could not be recorded: The database is read-only." in caplog.text
 
 
 async def test_unknown_caller_is_told(store: GatewayStore) -> None:

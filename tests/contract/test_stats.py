@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -103,7 +104,7 @@ def test_sql_counts_as_python_does(
 ) -> None:
     """Counts, labels, buckets and percentiles of random events, grouped at random; among them times at the edges."""
     with SyncGatewayStore(database_url, redis_url="") as store:
-        org_id = f"org-{len(events)}-{id(events)}"
+        org_id = f"org-{uuid4()}"
         written = [make_event(**fields, org_id=org_id) for fields in events]
         assert sum(store.audit.write_many(written).values()) == len(written)
         found = store.audit.stats(by or None, bucket, org_id=org_id)

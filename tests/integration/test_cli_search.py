@@ -60,7 +60,7 @@ def test_filters_are_combined_and_pages_lead_on(filled: Callable[..., Outcome]) 
         (["stats", "--by", "weather"], "by must name one or more"),
         (["stats", "--bucket", "1y"], "bucket must be a number"),
         (["tail", "--status", "FINE"], "execution_status must be one of"),
-        (["export", "x"], "tells no format"),
+        (["export", "x"], "does not say the format"),
         (["export", "x.jsonl", "--partition-by", "day"], "needs format"),
     ],
 )
@@ -97,7 +97,7 @@ def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], 
     assert (exported.code, exported.json["rows"], exported.json["files"]) == (0, 7, 1)
     assert (again.code, again.err) == (
         1,
-        f"{tmp_path}/e.jsonl.gz is there already: choose another name, or overwrite it on purpose.\n",
+        f"{tmp_path}/e.jsonl.gz exists already: choose another name, or overwrite it on purpose.\n",
     )
     assert other("audit", "import", str(tmp_path / "e.jsonl.gz")).out == "7 STORED\n"
     assert other("audit", "import", str(tmp_path / "days"), "--json").json == {"DUPLICATE": 7, "STORED": 3}
@@ -105,7 +105,7 @@ def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], 
     missing, malformed = other("audit", "import", "none.jsonl"), tmp_path / "bad.jsonl"
     malformed.write_text(json.dumps({"secret": 1}))
     bad = other("audit", "import", str(malformed))
-    assert (missing.code, missing.err) == (1, "There is no none.jsonl: check the name.\n")
+    assert (missing.code, missing.err) == (1, "none.jsonl does not exist: check the name.\n")
     assert (bad.code, "Record 1 of" in bad.err, "Traceback" in bad.err) == (1, True, False)
 
 

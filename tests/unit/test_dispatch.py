@@ -79,9 +79,9 @@ class TestDelivery:
             dispatcher.close()
 
     async def test_names(self) -> None:
-        """`open` and `names` tell who is there, in order."""
+        """`open` returns the names of the notifiers, in order."""
         with dispatching(Recorder("b"), Recorder("a")) as dispatcher:
-            assert await dispatcher.open() == dispatcher.names == ("b", "a")
+            assert await dispatcher.open() == ("b", "a")
 
     async def test_notifiers_are_collected_once(self) -> None:
         """However many deliveries begin at once, a plugin is asked once."""

@@ -10,11 +10,13 @@ from uuid import uuid4
 import pytest
 from rich.console import Console
 
-from agent_gateway_store import Page
+from agent_gateway_store import Page, _text
+from agent_gateway_store._text import escape
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.keys import ApiKey, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.results.cells import cell
 from builders import make_event, make_key
 
 pytestmark = pytest.mark.unit
@@ -91,6 +93,17 @@ def test_long_cells_are_cut() -> None:
 
     assert f"<td>{'x' * 119}…</td>" in page._repr_html_()
     assert page.to_dicts() == [{"a": "x" * 1_000}]
+
+
+def test_long_cells_are_cut_before_they_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long text only the part that is shown is escaped, and what is shown is the same."""
+    text = "\x00\\x00 👩\u200d👩 " * 10_000
+    expected = f"{escape(text)[:119]}…"
+    lengths: list[int] = []
+    monkeypatch.setattr(_text, "escape", lambda given: lengths.append(len(given)) or escape(given))
+
+    assert cell(text) == expected
+    assert lengths == [121]
 
 
 def test_dicts_are_json_without_hidden_fields() -> None:

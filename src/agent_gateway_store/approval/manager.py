@@ -21,9 +21,9 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult,
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
+from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.redis_cache import RedisCache
 
 __all__ = ["ApprovalBackend", "ApprovalManager"]

@@ -18,7 +18,6 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult,
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import AnyConnection, SqlConnection, Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
 from agent_gateway_store.storage.filters import (
@@ -29,6 +28,7 @@ from agent_gateway_store.storage.filters import (
     instant,
     one_or_many,
     pattern,
+    require_between,
     word,
 )
 from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor, listing_fingerprint

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["arrow_blocks", "in_thread", "whole_table"]
 
-_BATCH_ROWS = 10_000  # of SQLite; each batch takes a call in a thread
-_BLOCK_BYTES = 8 * 2**20  # bounds memory: a block is held as text and as a table
+# Chosen for SQLite: each batch costs a call in a thread.
+_BATCH_ROWS = 10_000
+# Chosen: bounds memory, where a block is held as text and as a table.
+_BLOCK_BYTES = 8 * 2**20
 
 
 async def arrow_blocks(
@@ -35,12 +37,7 @@ async def arrow_blocks(
 ) -> None:
     """Hand the events that match to `take`, in a thread, one table after the other, in one snapshot.
 
-    Args:
-        database: Where they are.
-        found: Which.
-        take: Is given each table.
-        oldest_first: Else newest first.
-        block_bytes: About how large a table may be; large ones are read faster and take more memory.
+    A table is about `block_bytes` large; larger ones are read faster and take more memory.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -82,7 +79,7 @@ def _from_csv(block: bytes) -> pa.Table:
     types = {
         column.name: pa.string() if column.kind == "category" else schema.field(column.name).type for column in columns
     }
-    # One block of the parser: a row that is longer than a block would be refused.
+    # One block for the parser, too, which refuses a row that is longer than its block.
     table = csv.read_csv(
         pa.BufferReader(block),
         read_options=csv.ReadOptions(column_names=list(types), block_size=len(block)),

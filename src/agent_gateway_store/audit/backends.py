@@ -1,14 +1,14 @@
-"""Where batches of rows are committed: the fastest safe way of each driver.
+"""The sinks, where batches of rows are committed in the fastest safe way of each driver.
 
-A sink raises when the database cannot answer. A row that the database refuses for its own sake never fails the batch:
-its place in the results holds the error instead of an outcome.
+A sink raises if the database cannot answer. A row that the database refuses does not fail its batch: its place in the
+results holds the error instead of an outcome.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
@@ -28,31 +28,32 @@ from agent_gateway_store.storage.errors import is_outage
 __all__ = ["RowResult", "Sink", "insert_event", "sink_for", "store_batch"]
 
 RowResult: TypeAlias = WriteOutcome | Exception
-"""What became of one row of a batch: its outcome, or why the database refuses it."""
+"""The result of one row of a batch: its outcome, or the error by which the database refuses it."""
+
+_Key: TypeAlias = tuple[str, str]
 
 table = AuditEvent.__table__  # type: ignore[attr-defined]
 
-_TIMEOUT_S = (
-    5.0  # callers wait for it; longer than any commit of a database that is well, and then the spool takes over
-)
-_PROBE_TIMEOUT_S = 1.0  # asked every half second while the database is away
+# Chosen: callers wait for it. Longer than any commit of a database that is well; after it the spool takes over.
+_TIMEOUT_S = 5.0
+# Chosen: the database is probed every half second while it is away.
+_PROBE_TIMEOUT_S = 1.0
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
-_STORED = WriteOutcome.STORED
 
 
 class Sink(Protocol):
     """Commits batches. Not to be used by two tasks at once."""
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Commit `rows`, whose keys differ; return what became of each, in order."""
+        """Commit `rows`, whose keys differ; return the result of each, in order."""
         ...
 
     async def probe(self) -> None:
-        """Return soon if the database answers, raise soon if not."""
+        """Return soon if the database answers, raise soon if it does not."""
         ...
 
     async def close(self) -> None:
-        """Give the connection up."""
+        """Close the connection."""
         ...
 
 
@@ -64,12 +65,12 @@ def sink_for(engine: AsyncEngine) -> Sink:
 
 
 async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]:
-    """Commit `rows`, whose keys may repeat, and return what became of each, in order. Raises what the sink raises.
+    """Commit `rows`, whose keys may repeat, and return the result of each, in order. Raises what the sink raises.
 
-    The same event twice is stored once; different events under one id go one after the other, as if each had come in
-    a batch of its own.
+    The same event twice is stored once; different events under one id are stored one after the other, as if they had
+    been in different batches.
     """
-    first: dict[tuple[str, str], int] = {}
+    first: dict[_Key, int] = {}
     repeats: dict[int, int] = {}
     others: list[int] = []
     for index, row in enumerate(rows):
@@ -93,8 +94,8 @@ async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]
 async def insert_event(connection: SqlConnection, row: EncodedRow) -> WriteOutcome:
     """Insert one row through SQLAlchemy, which works on every connection; does not commit.
 
-    The same event again changes nothing (DUPLICATE). Another event under a used request_id becomes a row of its own
-    with a derived id and the label REQUEST_ID_REUSED (STORED).
+    The same event again changes nothing (DUPLICATE). Another event under a used request_id is stored under a derived id
+    with the label REQUEST_ID_REUSED (STORED).
     """
     insert = postgresql.insert if dialect_of(connection) == "postgresql" else sqlite.insert
     while True:
@@ -105,12 +106,33 @@ async def insert_event(connection: SqlConnection, row: EncodedRow) -> WriteOutco
         same_key = select(table.c.content_hash).where(table.c.request_id == request_id, table.c.org_id == org_id)
         if (await connection.execute(same_key)).scalar() == hash_of(row):
             return WriteOutcome.DUPLICATE
-        # Also where somebody took the derived id beforehand: the next one differs again.
+        # In a loop, since somebody may have used the derived id on purpose: the next one differs again.
         row = with_derived_id(row)
 
 
+async def _insert_free(
+    rows: Sequence[EncodedRow], insert: Callable[[list[EncodedRow]], Awaitable[dict[_Key, str | None]]]
+) -> list[RowResult]:
+    """Insert `rows`, those whose key is taken under derived ids; return the result of each.
+
+    Args:
+        rows: With different keys.
+        insert: Inserts the rows whose key is free, and returns the others' keys with the hash that is stored there.
+    """
+    results: dict[int, RowResult] = {}
+    open_rows = dict(enumerate(rows))
+    while open_rows:
+        known = await insert(list(open_rows.values()))
+        taken = {index: row for index, row in open_rows.items() if key_of(row) in known}
+        same = {index for index, row in taken.items() if known[key_of(row)] == hash_of(row)}
+        results |= dict.fromkeys(open_rows.keys() - taken.keys(), WriteOutcome.STORED)
+        results |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
+        open_rows = {index: with_derived_id(row) for index, row in taken.items() if index not in same}
+    return [results[index] for index in range(len(rows))]
+
+
 class RowSink:
-    """One INSERT per row, for drivers without a faster way, and for rows that another way refused."""
+    """One INSERT per row, for drivers without a faster way, and for batches that another way refused."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -128,23 +150,23 @@ class RowSink:
         return [(await self.store([row]))[0] for row in rows]
 
     async def probe(self) -> None:
-        """Open a transaction, on SQLite one that may write: reading alone works beside another process's lock."""
+        """Open a transaction; on SQLite one that may write, since reading works while another process has the lock."""
         async with self._engine.begin() as connection:
             await connection.exec_driver_sql("SELECT 1")
 
     async def close(self) -> None:
-        """Nothing is kept."""
+        """There is no connection to close."""
 
 
 class SqliteSink(RowSink):
     """`executemany` in one transaction on the driver's own connection."""
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Commit `rows` together; where a key is taken, read all of them first; where a row is refused, one by one."""
+        """Commit `rows` together; if a key is taken, look for all keys first; if a row is refused, one by one."""
         async with self._engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert isinstance(driver, aiosqlite.Connection)  # noqa: S101
-            for insert in (self._insert_all, self._insert_free):
+            for insert in (_insert_all, _insert_unknown):
                 try:
                     await driver.execute("BEGIN IMMEDIATE")
                     results = await insert(driver, rows)
@@ -159,39 +181,27 @@ class SqliteSink(RowSink):
                     return results
         return await super().store(rows)
 
-    async def _insert_all(self, driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        await driver.executemany(_SQLITE_INSERT, [_sqlite_values(row) for row in rows])
-        return [_STORED] * len(rows)
 
-    async def _insert_free(self, driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Insert what has a free key; then store the others under the ids that they find taken.
+async def _insert_all(driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
+    await driver.executemany(_SQLITE_INSERT, [_sqlite_values(row) for row in rows])
+    return [WriteOutcome.STORED] * len(rows)
 
-        Nobody writes between the read and the insert: the transaction holds the database's one write lock.
-        """
-        results: dict[int, RowResult] = {}
-        open_rows = dict(enumerate(rows))
-        while open_rows:
-            known = await self._known_hashes(driver, open_rows.values())
-            free = {index: row for index, row in open_rows.items() if key_of(row) not in known}
-            await self._insert_all(driver, list(free.values()))
-            results |= dict.fromkeys(free, _STORED)
-            taken = {index: row for index, row in open_rows.items() if index not in free}
-            same = {index for index, row in taken.items() if known[key_of(row)] == hash_of(row)}
-            results |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
-            open_rows = {index: with_derived_id(row) for index, row in taken.items() if index not in same}
-        return [results[index] for index in range(len(rows))]
 
-    async def _known_hashes(
-        self, driver: aiosqlite.Connection, rows: Iterable[EncodedRow]
-    ) -> dict[tuple[str, str], str | None]:
+async def _insert_unknown(driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
+    async def insert(rows: list[EncodedRow]) -> dict[_Key, str | None]:
+        # Nobody writes between the read and the insert: the transaction holds the database's one write lock.
         found = await driver.execute_fetchall(_SQLITE_KNOWN, [json.dumps([key_of(row) for row in rows])])
-        return {(request_id, org_id): digest for request_id, org_id, digest in found}
+        known = {(request_id, org_id): digest for request_id, org_id, digest in found}
+        await _insert_all(driver, [row for row in rows if key_of(row) not in known])
+        return known
+
+    return await _insert_free(rows, insert)
 
 
 class PostgresSink:
-    """COPY on a connection of its own, outside the pool; a single row by INSERT.
+    """COPY on a separate connection, outside the pool; a single row by INSERT.
 
-    COPY cannot skip a conflict, so where a key is taken the batch is sent again as one INSERT ... ON CONFLICT.
+    COPY cannot skip a conflict, so if a key is taken the batch is sent again as one INSERT ... ON CONFLICT.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -201,7 +211,7 @@ class PostgresSink:
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows`, or raise within five seconds. A connection that died idle is replaced once.
 
-        Where the answer to a commit was cut off, the second try finds the same events stored: DUPLICATE.
+        If the answer to a commit was lost, the second attempt finds the same events stored: DUPLICATE.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _TIMEOUT_S
@@ -225,53 +235,44 @@ class PostgresSink:
     async def _copy(self, driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
         try:
             if len(rows) == 1:
+                # An INSERT takes fewer round trips than a COPY.
                 if await driver.execute(_INSERT_ONE, *rows[0]) == "INSERT 0 1":
-                    return [_STORED]
+                    return [WriteOutcome.STORED]
             else:
                 await driver.copy_records_to_table(table.name, records=rows, columns=COLUMNS)
-                return [_STORED] * len(rows)
+                return [WriteOutcome.STORED] * len(rows)
         except Exception as exc:
             if is_outage(exc):
                 raise
         try:
-            return await self._insert(driver, rows)
+            return await _insert_on_conflict(driver, rows)
         except Exception as exc:
             if is_outage(exc):
                 raise
         return await self._rows.store(rows)
 
-    async def _insert(self, driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Insert what has a free key; then store the others under the ids that they find taken."""
-        results: dict[int, RowResult] = {}
-        open_rows = dict(enumerate(rows))
-        while open_rows:
-            stored = {
-                tuple(found) for found in await driver.fetch(_INSERT_MANY, *zip(*open_rows.values(), strict=True))
-            }
-            taken = {index: row for index, row in open_rows.items() if key_of(row) not in stored}
-            results |= dict.fromkeys(open_rows.keys() - taken.keys(), _STORED)
-            known = await self._known_hashes(driver, taken.values()) if taken else {}
-            same = {index for index, row in taken.items() if known.get(key_of(row)) == hash_of(row)}
-            results |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
-            open_rows = {index: with_derived_id(row) for index, row in taken.items() if index not in same}
-        return [results[index] for index in range(len(rows))]
-
-    async def _known_hashes(
-        self, driver: asyncpg.Connection, rows: Iterable[EncodedRow]
-    ) -> dict[tuple[str, str], str | None]:
-        request_ids, org_ids = zip(*(key_of(row) for row in rows), strict=True)
-        found = await driver.fetch(_KNOWN, request_ids, org_ids)
-        return {(request_id, org_id): digest for request_id, org_id, digest in found}
-
     async def close(self) -> None:
-        """Give the connection up."""
+        """Close the connection."""
         await self._pool.close()
+
+
+async def _insert_on_conflict(driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
+    async def insert(rows: list[EncodedRow]) -> dict[_Key, str | None]:
+        stored = {tuple(found) for found in await driver.fetch(_INSERT_MANY, *zip(*rows, strict=True))}
+        taken = [key_of(row) for row in rows if key_of(row) not in stored]
+        if not taken:
+            return {}
+        found = await driver.fetch(_KNOWN, *zip(*taken, strict=True))
+        # None for a row that was deleted in between: its key was taken all the same.
+        return dict.fromkeys(taken) | {(request_id, org_id): digest for request_id, org_id, digest in found}
+
+    return await _insert_free(rows, insert)
 
 
 def _sqlite_values(row: EncodedRow) -> tuple[Any, ...]:
     values = list(row)
     stamp: datetime = values[_TIMESTAMP]
-    # The text that SQLAlchemy's own type writes, so that every row compares and reads back alike.
+    # The text that SQLAlchemy's own type writes, so that all rows compare and read back alike.
     values[_TIMESTAMP] = stamp.replace(tzinfo=None).isoformat(" ", "microseconds")
     return tuple(values)
 
@@ -279,7 +280,7 @@ def _sqlite_values(row: EncodedRow) -> tuple[Any, ...]:
 _TIMESTAMP = COLUMNS.index("timestamp")
 _NAMES = ", ".join(COLUMNS)
 _SQLITE_INSERT = f"INSERT INTO {table.name} ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
-# A CROSS JOIN, which SQLite never reorders: it finds each key in the index, and does not read the table.
+# SQLite never reorders a CROSS JOIN: it looks each key up in the index, and does not read the whole table.
 _SQLITE_KNOWN = (
     f"SELECT request_id, org_id, content_hash FROM json_each(?) AS key CROSS JOIN {table.name} "  # noqa: S608
     "ON request_id = json_extract(key.value, '$[0]') AND org_id = json_extract(key.value, '$[1]')"

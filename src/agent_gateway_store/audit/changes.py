@@ -1,16 +1,16 @@
 """New events in the order of their commits: none missed and none twice, however long transactions stay open.
 
-Ids are handed out before rows become visible, so `id > last` misses what a slow transaction commits later. On
+Ids are given before rows become visible, so `id > last` would miss rows that a slow transaction commits later. On
 PostgreSQL each row therefore holds the id of its transaction, and a position in the log is a snapshot: the transactions
-that were at their end when it was taken. What is new since then are the rows of all others that have ended meanwhile
-(PostgreSQL's documentation of `pg_current_snapshot`). SQLite has one writer at a time, so that ids are given in the
-order of commits.
+that had ended when it was taken. New since then are the rows of all other transactions that have ended by now
+(PostgreSQL's documentation of `pg_current_snapshot`). SQLite has one writer at a time, so ids are in the order of
+commits.
 
-Neither kind of id is used only once for ever. A PostgreSQL server that was killed gives out again every transaction id
-above the newest one in the log that it had flushed, and SQLite gives out the id of a deleted newest row again. So a
-snapshot that is kept ends at the newest event that it holds: that event was flushed before anybody could see it, and
-no id up to its own is given out again. A cursor also names that event. Where it is missing, the database is another
-than the one that the cursor came from, such as a standby that was promoted before it had received everything.
+Both kinds of ids can be given twice. A PostgreSQL server that was killed gives again every transaction id above the
+newest one in the log that it had flushed, and SQLite gives the id of a deleted newest row again. So a snapshot that is
+kept ends at the newest event that it contains: that event was flushed before anybody could see it, and no id up to its
+own is given again. A cursor also names that event. If it is missing, this is not the database that the cursor came
+from; it may be a standby that was promoted before it had received everything.
 """
 
 from __future__ import annotations
@@ -52,19 +52,22 @@ from agent_gateway_store.storage.statements import Statement
 
 __all__ = ["changes"]
 
+# Ids are signed 64-bit integers in both databases.
 _LARGEST = 2**63
-_MARK_DIGITS = 16  # 64 bits: enough to tell two events that were given the same ids
-_NOTHING = "1:1:"  # the snapshot that holds no transaction: ids begin at 3
+# 64 bits in hex: enough to distinguish two events that were given the same ids.
+_MARK_DIGITS = 16
+# The snapshot that contains no transaction: PostgreSQL's ids begin at 3.
+_NOTHING = "1:1:"
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a reader stands.
+    """The position of a reader.
 
     Attributes:
         since: The snapshot whose rows are read already (PostgreSQL).
         until: The snapshot whose rows are being read; None: all of them were.
-        transaction: Of the last row read from `until`; None while history is read, which goes by id.
+        transaction: Of the last row read from `until`; None while history is read, in the order of ids.
         id: Of the last row read.
         mark: The newest event passed: its id and a digest of what it is. None in cursors of earlier versions, and
             where no event was passed.
@@ -80,7 +83,7 @@ class _Place:
 async def changes(
     connection: AnyConnection, found: Criteria, cursor: str, limit: int
 ) -> tuple[list[AuditEvent], str, bool]:
-    """Return the next events behind `cursor` (or "now", or "beginning"), the cursor behind them, and if there are more.
+    """Return the next events after `cursor` (or "now", or "beginning"), the cursor after them, and if there are more.
 
     Raises:
         InvalidCursorError: The cursor is not of this listing, or the newest event that it has passed is missing here.
@@ -95,7 +98,7 @@ async def changes(
 async def _sqlite_step(
     connection: AnyConnection, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
-    # All statements read one snapshot: what no filter lets through is not looked at again.
+    # Both statements read the same snapshot, so the new position may skip every event that no filter matches.
     values = {"p_mark": place.mark[0] if place and place.mark else None}
     newest_id, newest, marked = (await _STATE.tuples(connection, values))[0]
     if place is not None and not ((newest_id or 0) >= place.id and _holds(place, marked)):
@@ -117,7 +120,8 @@ async def _postgres_step(
     values: dict[str, Any] = {"p_mark": place.mark[0] if place and place.mark else None}
     snapshot, is_standby, end, last, newest_id, newest, marked = (await _STATE.tuples(connection, values))[0]
     if place is not None and not (_holds(place, marked) and _end(place) <= end):
-        if is_standby:  # it has not received yet what the cursor has passed
+        if is_standby:
+            # It has not received yet what the cursor has passed.
             return [], place, False
         raise _other_database()
     if place is None or place.until is None:
@@ -133,7 +137,7 @@ async def _postgres_step(
     if place.since is not None:
         first_open, in_progress = _unseen(place.since)
         p_end, still_in_progress = _unseen(place.until)
-        # Of those that go on, which may be long imports, no row is new yet.
+        # Transactions that are still in progress, perhaps long imports, have no visible rows yet.
         ended = sorted({*in_progress} - {*still_in_progress})
         values |= {"p_open": first_open, "p_in_progress": ended, "p_transaction": place.transaction or 0}
         values["p_end"] = p_end
@@ -149,14 +153,14 @@ async def _postgres_step(
 
 
 def _mark(row_id: int | None, what: str | None) -> tuple[int, str] | None:
-    """Return what a cursor keeps of the newest event passed; `what` tells it from another with the same id."""
+    """Return the id and a digest of the newest event passed; `what` distinguishes it from another with the same id."""
     if row_id is None or what is None:
         return None
     return row_id, hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()[:_MARK_DIGITS]
 
 
 def _holds(place: _Place, marked: str | None) -> bool:
-    """Tell whether the event that the place has passed last is there; `marked` is what stands under its id."""
+    """True if the event that the place has passed last is there; `marked` is what this database has under its id."""
     return place.mark is None or place.mark == _mark(place.mark[0], marked)
 
 
@@ -168,7 +172,7 @@ def _other_database() -> InvalidCursorError:
 
 
 def _kept(snapshot: str, newest: int | None) -> str:
-    """Return the part of a snapshot that outlives a crash: up to its newest event, whose id is not given out again."""
+    """Return the part of a snapshot that survives a crash: up to its newest event, whose id is not given again."""
     if newest is None:
         return _NOTHING
     first, _, _ = snapshot.partition(":")
@@ -188,8 +192,8 @@ SELECT max(id), (SELECT request_id FROM audit_events ORDER BY id DESC LIMIT 1),
 FROM audit_events
 """
 
-# Rows of open transactions, which may be hundreds of thousands, are passed by: the newest event is looked for between
-# their ids. A standby's snapshot does not list them, so there the oldest open transaction is the end.
+# Rows of open transactions, which may be hundreds of thousands, are skipped: the newest event is looked for between the
+# ids of these transactions. A standby's snapshot does not list them, so there the oldest open transaction is the end.
 _POSTGRES_STATE = """
 SELECT snapshot::text, is_standby, edge, newest.transaction_id, newest.id,
     newest.transaction_id || ' ' || newest.request_id, mark.transaction_id || ' ' || mark.request_id
@@ -230,22 +234,27 @@ def _statement(build: Callable[[str, Shape, int], Select[Any]], shape: Shape, co
     return Statement(lambda dialect: build(dialect, shape, count))
 
 
+def _first(statement: Select[Any], count: int, *order: ColumnElement[Any]) -> Select[Any]:
+    # A number in the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
+    return statement.order_by(*order).limit(literal_column(str(count), Integer()))
+
+
 def _added(dialect: str, shape: Shape, count: int) -> Select[Any]:
-    """What has a larger id."""
+    """Select the rows with a larger id."""
     statement = select_events(dialect, shape).where(table.c.id > bindparam("p_id", type_=BigInteger()))
-    return statement.order_by(table.c.id).limit(literal_column(str(count), Integer()))
+    return _first(statement, count, table.c.id)
 
 
 def _history(dialect: str, shape: Shape, count: int) -> Select[Any]:
-    """What the snapshot `until` holds, by id; rows from before the column was there have no transaction."""
+    """Select the rows in the snapshot `until`, by id; rows from before the column existed have no transaction."""
     statement = select_events(dialect, shape).add_columns(_TRANSACTION)
     seen = or_(_TRANSACTION.is_(None), _visible())
     statement = statement.where(table.c.id > bindparam("p_id", type_=BigInteger()), seen)
-    return statement.order_by(table.c.id).limit(literal_column(str(count), Integer()))
+    return _first(statement, count, table.c.id)
 
 
 def _new(dialect: str, shape: Shape, count: int) -> Select[Any]:
-    """What the snapshot `until` holds and `since` does not, by transaction and id: two walks along one index."""
+    """Select the rows in the snapshot `until` but not in `since`, by transaction and id: two scans of one index."""
     behind = tuple_(_TRANSACTION, table.c.id) > tuple_(
         bindparam("p_transaction", type_=BigInteger()), bindparam("p_id", type_=BigInteger())
     )
@@ -253,17 +262,13 @@ def _new(dialect: str, shape: Shape, count: int) -> Select[Any]:
         bindparam("p_open", type_=BigInteger()) <= _TRANSACTION, bindparam("p_end", type_=BigInteger()) > _TRANSACTION
     )
     in_progress = any_(bindparam("p_in_progress", type_=ARRAY(BigInteger())))
+    events = select_events(dialect, shape).add_columns(_TRANSACTION).where(behind, _visible())
     arms = [
-        select_events(dialect, shape)
-        .add_columns(_TRANSACTION)
-        .where(unseen, behind, _visible())
-        .order_by(_TRANSACTION, table.c.id)
-        .limit(literal_column(str(count), Integer()))
-        for unseen in (later, in_progress == _TRANSACTION)
+        _first(events.where(unseen), count, _TRANSACTION, table.c.id) for unseen in (later, in_progress == _TRANSACTION)
     ]
     both = union_all(*(select(arm.subquery()) for arm in arms)).subquery()
     statement = select(*(both.c[name] for name in (*FIELDS, "transaction_id")))
-    return statement.order_by(both.c.transaction_id, both.c.id).limit(literal_column(str(count), Integer()))
+    return _first(statement, count, both.c.transaction_id, both.c.id)
 
 
 def _visible() -> ColumnElement[bool]:
@@ -280,6 +285,7 @@ def _unseen(snapshot: str) -> tuple[int, list[int]]:
 
 
 def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
+    # The fingerprint is no signature, so a cursor may hold anything, and the database must not be asked for that.
     payload = decode(scope, cursor)
     try:
         place = _Place(**json.loads(payload))

@@ -1,4 +1,4 @@
-"""Exports of any size as JSONL, CSV or Parquet: one snapshot, flat memory, no partial file under the final name."""
+"""Exports of any size as JSONL, CSV or Parquet: one snapshot, constant memory, no partial file under the final name."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ from agent_gateway_store.storage.streaming import Rows, streamed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["ExportResult", "defused", "export_events"]
+__all__ = ["ExportResult", "escape_formulas", "export_events"]
 
-_BATCH_ROWS = 2_000  # with rows of 5 kB about 10 MB
-_BLOCK_BYTES = 2**20  # bounds memory: some blocks are held at once, as text and as tables
-_GROUP_ROWS = 100_000  # a row group of Parquet ends here, as readers skip whole groups,
-_GROUP_BYTES = 8 * 2**20  # or here, as a group is in memory until it is written
+# Chosen: with rows of 5 kB about 10 MB.
+_BATCH_ROWS = 2_000
+# Chosen: bounds memory, where a few blocks are held at once, as text and as tables.
+_BLOCK_BYTES = 2**20
+# Chosen: a row group of Parquet ends after so many rows, because readers skip whole groups,
+_GROUP_ROWS = 100_000
+# or after so many bytes, because a group is in memory until it is written.
+_GROUP_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,18 +69,9 @@ async def export_events(
     overwrite: bool,
     report: Callable[[int], None],
 ) -> ExportResult:
-    """Write the events that match to `path`, oldest first.
+    """Write the events that match to `path`, oldest first; the arguments are those of `AuditManager.export`, checked.
 
-    Args:
-        database: Where they are.
-        found: Which.
-        path: Of the file or the dataset.
-        format: What is written.
-        compression: None: none; of Parquet: zstd.
-        by_day: A Parquet dataset with a folder for each UTC day.
-        raw: Leave CSV as it is.
-        overwrite: Replace what is at `path`.
-        report: Receives the number of rows written so far.
+    `report` receives the number of rows written so far.
     """
     files = 1
     with partial(path, overwrite=overwrite) as written:
@@ -127,18 +122,18 @@ _quoted = json.encoder.encode_basestring
 _JSON = tuple(map(FIELDS.index, JSON_FIELDS))
 _TIMESTAMP = FIELDS.index("timestamp")
 
-# What a spreadsheet takes for the beginning of a formula (the list of OWASP's "CSV Injection", with the full-width
-# signs that some fold), also behind blanks. It begins a cell at the beginning of ours; and inside of it, behind a line
-# end, a tab or a semicolon, where it minds no quotes since its list separator is another one (in much of Europe `;`).
+# The beginning of a formula to a spreadsheet (the list of OWASP's "CSV Injection", with the full-width signs that some
+# fold), also after blanks. A cell begins where ours begins; but also inside it after a line end, a tab or a semicolon,
+# if the spreadsheet ignores our quotes because its list separator is another one (in much of Europe `;`).
 _BLANKS = r"\s\x00-\x20\u00ad\u180e\u200b-\u200f\u2060\ufeff"
 _SIGNS = r"[=+\-@\uff1d\uff0b\uff0d\uff20]"
-_FIRST = re.compile(rf"\A(?=[\t\r\n]|[{_BLANKS}]*{_SIGNS})")
-# Possessive, and only from the beginning of a run: otherwise a long run without a sign takes quadratic time.
-_LATER = re.compile(rf'(?<![{_BLANKS}";])[{_BLANKS}";]++(?={_SIGNS})')
+_FORMULA_FIRST = re.compile(rf"\A(?=[\t\r\n]|[{_BLANKS}]*{_SIGNS})")
+# Possessive (`++`), and only from the beginning of a run: otherwise a long run without a sign takes quadratic time.
+_FORMULA_LATER = re.compile(rf'(?<![{_BLANKS}";])[{_BLANKS}";]++(?={_SIGNS})')
 
 
 def json_line(row: Sequence[Any]) -> str:
-    """Return a row that holds `FIELDS` as a line of JSON: what `AuditEvent.model_dump(mode="json")` gives."""
+    """Return a row that holds `FIELDS` as a line of JSON, as `AuditEvent.model_dump(mode="json")` would give it."""
     fields = list(map(_json, row))
     fields[_TIMESTAMP] = f'"{_utc(row[_TIMESTAMP])}"'
     for index in _JSON:
@@ -166,14 +161,11 @@ def csv_head() -> str:
 
 
 def csv_line(*, raw: bool) -> Callable[[Sequence[Any]], str]:
-    """Return what makes a line of CSV (RFC 4180) of a row.
+    """Return the function that writes a row as a line of CSV (RFC 4180).
 
-    Text is in quotes; None is an empty field without.
-
-    Args:
-        raw: True keeps text as it is; False keeps it from being taken for a formula, see `defused`.
+    Text is in quotes; None is an empty field without quotes. Unless `raw`, texts go through `escape_formulas`.
     """
-    tame: Callable[[str], str] = (lambda text: text) if raw else defused
+    tame: Callable[[str], str] = (lambda text: text) if raw else escape_formulas
 
     def field(value: Any) -> str:
         if value is None:
@@ -191,11 +183,11 @@ def csv_line(*, raw: bool) -> Callable[[Sequence[Any]], str]:
     return line
 
 
-def defused(text: str) -> str:
-    """Return `text` with an apostrophe wherever a spreadsheet could take it for the beginning of a formula."""
-    tame = text if text.isascii() and text[:1].isalnum() else _FIRST.sub("'", text)
+def escape_formulas(text: str) -> str:
+    """Return `text` with an apostrophe wherever a spreadsheet could see the beginning of a formula (CSV injection)."""
+    tame = text if text.isascii() and text[:1].isalnum() else _FORMULA_FIRST.sub("'", text)
     if ";" in text or "\n" in text or "\r" in text or "\t" in text:
-        return _LATER.sub(_split, tame)
+        return _FORMULA_LATER.sub(_split, tame)
     return tame
 
 
@@ -206,16 +198,11 @@ def _split(found: re.Match[str]) -> str:
 
 
 class ParquetFiles:
-    """Writes tables that come in the order of time.
-
-    Args:
-        path: The file, or the folder of the dataset.
-        compression: None: zstd.
-        by_day: Write `day=2026-05-01/part-0.parquet` for each UTC day.
+    """Writes tables whose rows are in the order of time: to one file, or to `day=2026-05-01/part-0.parquet` and so on.
 
     Attributes:
-        files: How many were written.
-        rows: How many rows of tables were taken.
+        files: How many files were written.
+        rows: How many rows were taken.
     """
 
     def __init__(self, path: Path, *, compression: Compression | None, by_day: bool) -> None:
@@ -242,7 +229,7 @@ class ParquetFiles:
         if kind is not None:
             self._waiting.clear()
             if self._writer is not None:
-                # Where the disk is full this fails, too, and would hide why the body failed.
+                # If the disk is full this fails as well, and would hide the error of the body.
                 with suppress(Exception):
                     self._writer.close()
             return
@@ -252,7 +239,7 @@ class ParquetFiles:
                 sync(folder)
 
     def write(self, table: pa.Table) -> None:
-        """Take the next table."""
+        """Write the next table; its rows may wait in memory until a row group is full."""
         self.rows += table.num_rows
         if not self._by_day:
             self._add(table)
@@ -283,6 +270,7 @@ class ParquetFiles:
             self._writer.write_table(arrow().concat_tables(self._waiting), row_group_size=self._rows)
             self._waiting.clear()
             self._rows = self._bytes = 0
+            # Otherwise Arrow's allocator keeps the memory of each group for some time.
             arrow().default_memory_pool().release_unused()
 
     def _open(self, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The files of exports and imports, and the progress bar.
 
-An export is written under another name in the same folder, forced to disk, and only then put under its own.
+An export is written under another name in the same folder, forced to disk, and only then renamed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -46,10 +46,16 @@ Compression = Literal["gzip", "zstd"]
 
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
-_GZIP_LEVEL = 6  # the default of the gzip command
-_BATCH_ROWS = 500  # of a Parquet file that is read at once
-_REPORT_ROWS = 100  # rows between two reports of progress
-_PANDAS_INDEX = "__index_level_"  # the columns in which pandas keeps its index
+# The default of the gzip command.
+_GZIP_LEVEL = 6
+# Chosen: rows of a Parquet file that are read at once.
+_BATCH_ROWS = 500
+# Chosen: rows between two reports of progress.
+_REPORT_ROWS = 100
+# The limit of most file systems for one name is 255 bytes; the rest is for what `_beside` adds.
+_NAME_BYTES = 200
+# The columns in which pandas stores its index.
+_PANDAS_INDEX = "__index_level_"
 
 
 def format_of(
@@ -60,7 +66,7 @@ def format_of(
     With neither, it is `default`.
 
     Raises:
-        ValueError: Neither names one, or there is no such format or compression.
+        ValueError: Neither names one, or the format or compression does not exist.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
@@ -71,8 +77,8 @@ def format_of(
         given = _FORMATS.get(last[0], default) if last else default
         if given is None:
             raise ValueError(
-                f"The name {path.name!r} tells no format: let it end in .jsonl, .csv or .parquet (and .gz or .zst), "
-                'or give format="jsonl", "csv" or "parquet".'
+                f"The name {path.name!r} does not say the format: let it end in .jsonl, .csv or .parquet (and .gz or "
+                '.zst), or give format="jsonl", "csv" or "parquet".'
             )
     if given not in ("jsonl", "csv", "parquet"):
         raise ValueError(f'format must be "jsonl", "csv" or "parquet", not {given!r}.')
@@ -82,10 +88,10 @@ def format_of(
 def export_format(
     path: Path, given: str | None, compression: str | None, *, partition_by: str | None, raw: bool
 ) -> tuple[Format, Compression | None]:
-    """Return the format and compression of an export, whose other arguments must go with them.
+    """Return the format and compression of an export, after a check that its other arguments fit.
 
     Raises:
-        ValueError: See `format_of`; or the arguments do not go together.
+        ValueError: See `format_of`; or the arguments do not fit together.
     """
     if partition_by not in (None, "day"):
         raise ValueError(f'partition_by must be "day" or None, not {partition_by!r}.')
@@ -94,20 +100,20 @@ def export_format(
     if by_day and kind != "parquet":
         raise ValueError('partition_by="day" needs format="parquet".')
     if raw and kind != "csv":
-        raise ValueError('raw=True is for format="csv": the others alter nothing.')
+        raise ValueError('raw=True is for format="csv": the other formats never alter data.')
     return kind, packed
 
 
 @contextmanager
 def partial(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a name beside `path` to write a file or a folder under; at the end it becomes `path`, at once and whole.
+    """Yield a name beside `path` for a file or folder; at the end that becomes `path`, at once and complete.
 
-    If the body raises, what was written is removed. A process that is killed leaves it behind as
-    `.<name>.<random>.partial`, never under `path`.
+    If the body raises, the file or folder is removed. If the process is killed it stays as `.<name>.<random>.partial`,
+    never under `path`.
 
     Raises:
-        FileExistsError: There is something at `path`, and `overwrite` is False.
-        FileNotFoundError: There is no folder to write to.
+        FileExistsError: `path` exists, and `overwrite` is False.
+        FileNotFoundError: The folder of `path` does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent}: make it first.")
@@ -130,8 +136,7 @@ def partial(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    # Within what a file system takes for one name, 255 bytes.
-    name = path.name.encode()[:200].decode("utf-8", "ignore")
+    name = path.name.encode()[:_NAME_BYTES].decode("utf-8", "ignore")
     return path.with_name(f".{name}.{secrets.token_hex(6)}.{suffix}")
 
 
@@ -141,11 +146,12 @@ def _place_file(written: Path, path: Path, *, overwrite: bool) -> None:
         written.replace(path)
         return
     try:
-        # Unlike a rename this fails if somebody else was faster.
+        # Unlike a rename, a link fails if another process has made the file meanwhile.
         path.hardlink_to(written)
     except FileExistsError:
         raise _exists(path) from None
-    except OSError:  # a file system without links
+    except OSError:
+        # A file system without hard links.
         written.rename(path)
     else:
         written.unlink()
@@ -168,29 +174,23 @@ def _place_folder(written: Path, path: Path, *, overwrite: bool) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have what is at `path` written to disk; a folder's names too, where the system can."""
-    if path.is_dir():
-        with suppress(OSError):
-            _fsync(path)
-        return
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Force the file at `path` to disk, or the names in a folder where the system can do that."""
+    # Windows opens no folders.
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _exists(path: Path) -> FileExistsError:
-    return FileExistsError(f"{path} is there already: choose another name, or overwrite it on purpose.")
+    return FileExistsError(f"{path} exists already: choose another name, or overwrite it on purpose.")
 
 
 @contextmanager
 def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[bytes], object]]:
-    """Open a new file and give what writes to it.
+    """Open a new file and yield the function that writes to it.
 
     Raises:
         MissingExtraError: zstd, and pyarrow is not installed.
@@ -200,7 +200,7 @@ def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[by
         with pa.OSFile(str(path), "wb") as file, pa.CompressedOutputStream(file, "zstd") as stream:
             yield stream.write
     elif compression == "gzip":
-        # No time in the head, so that the same events give the same file.
+        # No time in the header, so that the same events give the same file.
         with path.open("xb") as file, gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
             yield packed.write
     else:
@@ -209,47 +209,38 @@ def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[by
 
 
 @contextmanager
-def _read_opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, unpacked if its suffix says so.
+def _read_opened(path: Path) -> Iterator[Iterable[bytes]]:
+    """Open a file for reading, decompressed if its suffix says so.
 
     Raises:
-        ValueError: It cannot be unpacked; also while it is read.
+        ValueError: It cannot be decompressed; also while it is read.
         MissingExtraError: zstd, and pyarrow is not installed.
     """
-    packed = _COMPRESSIONS.get(path.suffix.lower())
-    if packed is None:
-        with path.open("rb") as plain:
-            yield plain
-        return
+    compression = _COMPRESSIONS.get(path.suffix.lower())
     try:
-        with _unpacked(path, packed) as file:
-            yield file
+        if compression == "zstd":
+            pa = arrow("Reading zstd")
+            with pa.OSFile(str(path), "rb") as whole, pa.CompressedInputStream(whole, "zstd") as stream:
+                yield io.BufferedReader(stream)
+        else:
+            with gzip.open(path, "rb") if compression == "gzip" else path.open("rb") as file:
+                yield file
     except (EOFError, zlib.error, OSError) as exc:
-        if getattr(exc, "errno", None) is not None:  # the system's word, not the unpacker's
+        # An error with a number is the system's; those of the decompressors have none.
+        if compression is None or getattr(exc, "errno", None) is not None:
             raise
-        raise ValueError(f"{path} cannot be unpacked to its end: check that the file is whole.") from exc
-
-
-@contextmanager
-def _unpacked(path: Path, packed: Compression) -> Iterator[Any]:
-    if packed == "gzip":
-        with gzip.open(path, "rb") as file:
-            yield file
-        return
-    pa = arrow("Reading zstd")
-    with pa.OSFile(str(path), "rb") as whole, pa.CompressedInputStream(whole, "zstd") as stream:
-        yield io.BufferedReader(stream)
+        raise ValueError(f"{path} cannot be decompressed to its end: check that the file is complete.") from exc
 
 
 def importable(path: Path, given: str | None) -> Format:
     """Return the format of a file (or of a dataset's folder) to import.
 
     Raises:
-        FileNotFoundError: There is nothing at `path`.
-        ValueError: The format is not known, or cannot be read back.
+        FileNotFoundError: `path` does not exist.
+        ValueError: The format is not known, or cannot be imported.
     """
     if not path.exists():
-        raise FileNotFoundError(f"There is no {path}: check the name.")
+        raise FileNotFoundError(f"{path} does not exist: check the name.")
     found = "parquet" if given is None and path.is_dir() else format_of(path, given, None)[0]
     if found == "csv":
         raise ValueError("CSV cannot be read back exactly: export JSONL or Parquet to import it elsewhere.")
@@ -260,8 +251,8 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
     """Yield the events of a file or a dataset, in its order.
 
     Raises:
-        ValueError: The file is not whole; or a record is malformed, or is not what its content_hash says: the text
-            names it and repeats nothing of it.
+        ValueError: The file is incomplete; or a record is malformed, or does not fit its content_hash: the message
+            names its number and repeats nothing of it.
         MissingExtraError: Parquet or zstd, and pyarrow is not installed.
     """
     records = _json_records(path) if format == "jsonl" else _parquet_records(path)
@@ -278,8 +269,8 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
             raise _malformed(path, number, faults) from None
         if event.content_hash is not None and hash_of(encode_event(event)) != event.content_hash:
             raise ValueError(
-                f"Record {number} of {path} is not what its content_hash says, so it was changed after its export: "
-                "import the file as it was, or leave content_hash out."
+                f"Record {number} of {path} does not fit its content_hash, so it was changed after its export: "
+                "import the file as it was exported, or leave content_hash out."
             )
         yield event
 
@@ -308,7 +299,7 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
         names = [name for name in FIELDS if name in source.schema.names]
         unknown = [name for name in source.schema.names if name not in names and not name.startswith(_PANDAS_INDEX)]
         if unknown:
-            raise ValueError(f"{path} has columns that no event has ({', '.join(unknown)}): leave them out.")
+            raise ValueError(f"{path} has columns that an event does not have ({', '.join(unknown)}): leave them out.")
         number = 0
         for batch in source.to_batches(columns=names, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
             for record in batch.to_pylist():
@@ -317,7 +308,7 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
                     record[name] = _read(record[name], path, number, name)
                 yield record
     except pa.ArrowInvalid as exc:
-        raise ValueError(f"{path} is not Parquet: check that the file is whole.") from exc
+        raise ValueError(f"{path} is not Parquet: check that the file is complete.") from exc
 
 
 def _read(text: Any, path: Path, number: int, name: str) -> Any:
@@ -335,29 +326,13 @@ def _malformed(path: Path, number: int, fault: str) -> ValueError:
 
 @contextmanager
 def progress_bar(progress: bool | Callable[[int], None], text: str) -> Iterator[Callable[[int], None]]:
-    """Give what receives the number of rows done so far: a progress bar (True), the caller's function, or nothing."""
-    if callable(progress):
-        yield progress
-    elif progress:
-        with _shown(text) as report:
-            yield report
-    else:
-        yield lambda _rows: None
+    """Yield the function that receives the number of rows done so far, from any thread.
 
-
-def counted(items: Iterable[T], report: Callable[[int], None]) -> Iterator[T]:
-    """Yield `items`, and report every now and then and at the end how many there were."""
-    number = 0
-    for number, item in enumerate(items, start=1):
-        yield item
-        if not number % _REPORT_ROWS:
-            report(number)
-    report(number)
-
-
-@contextmanager
-def _shown(text: str) -> Iterator[Callable[[int], None]]:
-    """Show how many rows are done and how fast; gives what is called with their number, from any thread."""
+    It moves a progress bar (True), is the caller's own, or does nothing (False).
+    """
+    if callable(progress) or not progress:
+        yield progress if callable(progress) else lambda _rows: None
+        return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -376,3 +351,13 @@ def _shown(text: str) -> Iterator[Callable[[int], None]]:
             bar.update(task, completed=rows, rate=f"{rows / elapsed:,.0f} rows/s" if elapsed else "")
 
         yield report
+
+
+def counted(items: Iterable[T], report: Callable[[int], None]) -> Iterator[T]:
+    """Yield `items`, and report their number every hundred items and at the end."""
+    number = 0
+    for number, item in enumerate(items, start=1):
+        yield item
+        if not number % _REPORT_ROWS:
+            report(number)
+    report(number)

@@ -1,4 +1,4 @@
-"""The filters of the audit log: what a caller gives, checked, and what the database is asked."""
+"""The filters of the audit log: checked, and turned into the parameters of a SELECT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Criteria", "Filters", "criteria"]
 
 
 class Filters(TypedDict, total=False):
-    """What `search`, `stream`, `stats`, `export`, `follow` and the bulk reads can be narrowed by; None does not narrow.
+    """The filters of `search`, `stream`, `stats`, `export`, `follow` and the bulk reads; None does not narrow.
 
     Several filters must all match. Where a filter takes several values, any of them may match.
 
@@ -35,8 +35,8 @@ class Filters(TypedDict, total=False):
         min_risk_score: This score or a higher one.
         since: From this time on.
         until: Before this time.
-        text: Stands in the tool name or the rationale, in upper or lower case (letters beyond ASCII match as the
-            database's locale folds them; SQLite folds none).
+        text: Part of the tool name or a rationale, in upper or lower case (beyond ASCII as the database's locale folds
+            letters; SQLite folds none).
     """
 
     request_id: OneOrMore | None
@@ -65,7 +65,7 @@ class Criteria:
     """Checked filters.
 
     Attributes:
-        shape: The filters in use and whether each has several values: which SELECT is asked.
+        shape: The filters in use and whether each has several values, which determine the SELECT.
         values: Its parameters.
         scope: Binds a cursor to the listing, these filters and the organisation.
     """
@@ -80,8 +80,8 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None, listing: str = "
 
     Args:
         filters: As the caller gave them.
-        org_id: The organisation that the store is bound to; it narrows beside any filter.
-        listing: Name of the listing whose cursors they are for.
+        org_id: The organisation that the store is bound to; it narrows in addition to every filter.
+        listing: Name of the listing to which its cursors belong.
 
     Raises:
         TypeError: There is no such filter, or its value has the wrong type.
@@ -100,6 +100,7 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None, listing: str = "
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    # In the order in which an error lists them: the most used first.
     **{
         name: partial(one_or_many, identifier)
         for name in (

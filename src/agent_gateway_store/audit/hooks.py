@@ -1,4 +1,4 @@
-"""Plugins on the way of an event: before it is stored they may change it, after its commit they are notified.
+"""The plugins of the audit log: before an event is stored they may change it, after its commit they are notified.
 
 The hooks are `gateway_store_before_audit_write` and `gateway_store_audit_written`.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from agent_gateway_store._concurrency import BackgroundTasks, BatchQueue
 from agent_gateway_store._text import describe, escape
@@ -29,15 +29,16 @@ CHANGEABLE = (
     *("output_policy_rationale", "llm_explanation", "deterministic_rationale"),
     *("trace_id", "session_id", "parent_request_id"),
 )
-"""What a plugin may change; it may also add to `redaction_flags`. The rest is what the gateway saw, and stands."""
+"""What a plugin may change; it may also add to `redaction_flags`. All other fields stay as the gateway set them."""
 
+# Chosen: committed events that wait for one plugin, as many as the writer queues; further ones are dropped.
 MAX_QUEUED_EVENTS = 10_000
-"""Committed events that wait for one plugin, about as many as the writer itself keeps; what comes then is dropped."""
 
 _Caller: TypeAlias = Callable[..., list[object]]
-T = TypeVar("T")
-_BEFORE_EVENTS = 50  # of one call before the write: the whole call shares one timeout, and writers wait for it
-_AFTER_EVENTS = 500  # of one call after the commit, for which nobody waits
+# Chosen, of one call before the write: its events share one timeout, and writers wait for it.
+_BEFORE_EVENTS = 50
+# Chosen, of one call after the commit, for which nobody waits.
+_AFTER_EVENTS = 500
 _UNCHANGEABLE = tuple(
     (name, index) for index, name in enumerate(COLUMNS) if name not in (*CHANGEABLE, "redaction_flags", "content_hash")
 )
@@ -45,8 +46,8 @@ _UNCHANGEABLE = tuple(
 _logger = logging.getLogger("agent_gateway_store.hooks")
 
 
-class BeforeWriteHooks:
-    """Takes rows through the plugins that want to see them. No row is lost here, whatever a plugin does.
+class _Hooks:
+    """The plugins that have a hook.
 
     Args:
         plugins: Gives the plugins, at the first event.
@@ -54,10 +55,23 @@ class BeforeWriteHooks:
     """
 
     def __init__(self, plugins: Callable[[], Plugins], executor: PluginExecutor) -> None:
-        self.withheld = 0
         self._plugins = plugins
         self._executor = executor
-        self._tasks = BackgroundTasks()
+
+
+class BeforeWriteHooks(_Hooks):
+    """Hands rows to the plugins that may change them. No row is lost here, whatever a plugin does.
+
+    Attributes:
+        withheld: How many rows were kept without their texts and arguments.
+        tasks: The writes that use the plugins, which go on if their caller is cancelled.
+    """
+
+    withheld = 0
+
+    @cached_property
+    def tasks(self) -> BackgroundTasks:
+        return BackgroundTasks()
 
     @cached_property
     def _hooks(self) -> list[_BeforeHook]:
@@ -65,14 +79,14 @@ class BeforeWriteHooks:
 
     @cached_property
     def is_wanted(self) -> bool:
-        """True if some plugin wants to see events."""
+        """True if a plugin has the hook."""
         return bool(self._hooks)
 
     async def prepare(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
-        """Return the rows as they are to be stored. Raises nothing but a cancellation.
+        """Return the rows as they will be stored. Raises nothing but a cancellation.
 
-        Each plugin sees what the one before it made. What one could not see is stored without its texts and
-        arguments, so that nothing that was to be redacted is stored.
+        Each plugin receives the result of the one before it. If one fails, the row is kept without its texts and
+        arguments, so that nothing is stored that it should have redacted.
         """
         prepared, failed = list(rows), set[int]()
         for hook in self._hooks:
@@ -85,21 +99,13 @@ class BeforeWriteHooks:
         return prepared
 
     def withhold(self, row: EncodedRow) -> EncodedRow:
-        """Return the row as it is kept when nobody can wait for the plugins any more."""
+        """Return the row as it is stored when its plugins cannot be waited for any more."""
         self.withheld += 1
         return without_payload(row)
 
-    async def detached(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end even if the caller is cancelled; `join` waits for it."""
-        return await self._tasks.shielded(work)
-
-    async def join(self) -> None:
-        """Wait for everything that was begun so far."""
-        await self._tasks.join()
-
 
 class _BeforeHook:
-    """One plugin: what arrives while it is busy shares its next call."""
+    """One plugin; rows that arrive while it is busy share its next call."""
 
     def __init__(self, name: str, caller: _Caller, executor: PluginExecutor) -> None:
         self._name = name
@@ -111,7 +117,7 @@ class _BeforeHook:
         )
 
     async def run(self, rows: Sequence[EncodedRow]) -> list[EncodedRow | None]:
-        """Return what the plugin made of each row, None where it failed."""
+        """Return the result of the plugin for each row, None where it failed."""
         return list(await asyncio.gather(*map(self._queue.add, rows)))
 
     async def _call(self, rows: Sequence[EncodedRow]) -> list[EncodedRow | None]:
@@ -121,7 +127,7 @@ class _BeforeHook:
             return nothing
         changed = await self._executor.run("before", self._name, partial(_change, self._caller, rows))
         if isinstance(changed, PluginFailure):
-            # One that hangs costs a wait now and then, and not one for each batch.
+            # A plugin that hangs costs writers a wait now and then, and not one for each batch.
             if time.monotonic() - started >= self._executor.timeout_s:
                 self._resting_until = time.monotonic() + self._executor.timeout_s
             _warn(self._name, changed.text, len(rows))
@@ -137,7 +143,7 @@ def _warn(name: str, error: str, count: int) -> None:
 
 
 async def _change(caller: _Caller, rows: Sequence[EncodedRow]) -> list[EncodedRow | str]:
-    """Run in the plugin's thread: return what it made of each row, or what went wrong with that one."""
+    """Runs in the plugin's thread. Return the plugin's result for each row, or the text of its error."""
     return list(await asyncio.gather(*(_change_one(caller, row) for row in rows)))
 
 
@@ -155,7 +161,7 @@ async def _change_one(caller: _Caller, row: EncodedRow) -> EncodedRow | str:
 def _accepted(row: EncodedRow, made: object) -> EncodedRow:
     if not isinstance(made, AuditEvent):
         raise TypeError(f"{BEFORE} returned {type(made).__name__}, not an AuditEvent or None")
-    # Validated again: `model_copy(update=...)` takes anything.
+    # Validated again, because `model_copy(update=...)` takes anything.
     event = AuditEvent.model_validate(made)
     new = encode_event(event)
     if touched := [name for name, index in _UNCHANGEABLE if new[index] != row[index]]:
@@ -166,18 +172,14 @@ def _accepted(row: EncodedRow, made: object) -> EncodedRow:
     return new
 
 
-class AfterWriteHooks:
+class AfterWriteHooks(_Hooks):
     """Notifies plugins of committed rows, in the background. No write waits for it, and memory is bounded.
 
-    Args:
-        plugins: Gives the plugins, at the first commit.
-        executor: Where they run.
+    Attributes:
+        untold: How many notifications of rows were dropped or failed, once for each plugin.
     """
 
-    def __init__(self, plugins: Callable[[], Plugins], executor: PluginExecutor) -> None:
-        self.untold = 0
-        self._plugins = plugins
-        self._executor = executor
+    untold = 0
 
     @cached_property
     def _queues(self) -> dict[str, BatchQueue[EncodedRow, None]]:
@@ -193,11 +195,11 @@ class AfterWriteHooks:
 
     @property
     def is_wanted(self) -> bool:
-        """True if some plugin wants to be notified of events."""
+        """True if a plugin has the hook."""
         return bool(self._queues)
 
     def notify(self, rows: Sequence[EncodedRow]) -> None:
-        """Queue committed rows for every plugin that wants them; what a slow one has no room for is dropped."""
+        """Queue committed rows for every plugin; rows that find the queue of a slow one full are dropped."""
         for name, queue in self._queues.items():
             for place, row in enumerate(rows):
                 if queue.is_full:
@@ -208,7 +210,7 @@ class AfterWriteHooks:
                 queue.add(row)
 
     async def close(self) -> None:
-        """Let what waits arrive for as long as one call may take; the rest is counted as untold."""
+        """Wait for the queues for as long as one call may take; rows that are left count as `untold`."""
         left = await asyncio.gather(*(queue.close(self._executor.timeout_s) for queue in self._queues.values()))
         if any(left):
             _logger.warning("Plugins were not notified of %d audit events: the store was closed.", sum(left))
@@ -226,6 +228,6 @@ class AfterWriteHooks:
 
 
 async def _hand_over(caller: _Caller, rows: Sequence[EncodedRow]) -> None:
-    """Run in the plugin's thread, the copying included."""
+    # In the plugin's thread, so that making the events does not hold up the event loop.
     results: list[Any] = caller(events=[AuditEvent.model_validate(to_values(row)) for row in rows])
     await awaited(results)

@@ -1,4 +1,4 @@
-"""`store.audit`: write audit events, stored once and never in the caller's way, and read them again."""
+"""`store.audit`: writes audit events, each stored once and without failing the caller, and reads them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
-from agent_gateway_store.audit.query import EventQueries, check_limit
+from agent_gateway_store.audit.query import AuditQuery, check_limit
 from agent_gateway_store.audit.record import EncodedRow, encode_batches, encode_event
 from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
@@ -37,14 +37,15 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditLogger", "AuditManager"]
 
-_BULK_ROWS = 2_000  # of a commit of `write_many`: twice what writers share, since nobody waits for it alone
+# Chosen, of a commit of `write_many`: twice the batch of single writes, as no caller waits for one event of it.
+_BULK_ROWS = 2_000
 
 
 class AuditLogger:
     """Writes audit events through a session that the caller owns.
 
     Args:
-        session: Committed by each write, and left usable whatever happens. There is no spool behind it.
+        session: Committed by each write, and left usable whatever happens. Events that fail are not spooled.
     """
 
     def __init__(self, session: AsyncSession) -> None:
@@ -72,9 +73,9 @@ class AuditManager:
     Args:
         database: Where they are kept.
         writer: Holds the group-commit writer while the store is open.
-        org_id: Stamp this organisation on what is written and see only it; None takes the event's own and sees all.
-        before: The plugins that see events before they are stored.
-        after: The plugins that are notified of them afterwards.
+        org_id: Stamp this organisation on each event and see only it; None takes the event's own and sees all.
+        before: The plugins that may change events before they are stored.
+        after: The plugins that are notified of events afterwards.
     """
 
     def __init__(
@@ -87,21 +88,21 @@ class AuditManager:
         after: AfterWriteHooks,
     ) -> None:
         self._database = database
-        self._queries = EventQueries(database, org_id=org_id)
+        self._queries = AuditQuery(database, org_id=org_id)
         self._writer = writer
         self._org_id = org_id
         self._before = before
         self._after = after
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
-        """Store `event` and commit, together with whatever else is being written. In the default mode never raises.
+        """Store `event` and commit, together with other events that arrive meanwhile. Never raises in the default mode.
 
         Returns after the commit, or after fsync into the spool while the database is away. Safe to repeat: the same
         event again is a DUPLICATE. Cancelling the caller does not cancel the write. `event` itself is not changed.
 
         Raises:
-            AuditUnavailableError: With AUDIT_MODE=strict, if the event could not be stored, or is not valid since a
-                field was set past the validation; in the default mode that is LOST.
+            AuditUnavailableError: With AUDIT_MODE=strict, if the event could not be stored, or is not valid because a
+                field was set without validation; in the default mode such an event is LOST.
             StoreNotOpenError: The store is not open here.
             TypeError: `event` is not an AuditEvent.
         """
@@ -112,14 +113,15 @@ class AuditManager:
         except ValidationError as exc:
             return writer.reject(event, exc)
         if self._before.is_wanted:
-            return await self._before.detached(self._write_prepared(writer, row))
+            # Cancelling the caller does not cancel the write, so its plugins run in another task.
+            return await self._before.tasks.shielded(self._write_prepared(writer, row))
         return await writer.write(row)
 
     async def _write_prepared(self, writer: AuditWriter, row: EncodedRow) -> WriteOutcome:
         try:
             (prepared,) = await self._before.prepare([row])
         except asyncio.CancelledError:
-            # Somebody cancels every task there is; the event is kept all the same.
+            # The host cancels every task there is; the event is stored all the same.
             writer.enqueue_detached(self._before.withhold(row))
             raise
         return await writer.write(prepared)
@@ -128,8 +130,8 @@ class AuditManager:
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
 
         Args:
-            events: Any iterable, also an endless one that ends some day; it is read as it is stored. If it raises,
-                what it gave before is stored, and the error is raised to the caller.
+            events: Any iterable, also one of unknown length; it is read while its events are stored. If it raises,
+                the events before are stored, and the error is raised to the caller.
 
         Returns:
             How many events came to which outcome.
@@ -138,7 +140,7 @@ class AuditManager:
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
             StoreNotOpenError: The store is not open here.
             TypeError: One is not an AuditEvent.
-            ValidationError: A field of one was set past the validation, and is not valid.
+            ValidationError: A field of one was set without validation, and is not valid.
         """
         self._database.check_owner()
         writer = self._writer.get()
@@ -147,9 +149,10 @@ class AuditManager:
         try:
             async for batch in encode_batches(events, self._org_id, batch=_BULK_ROWS):
                 rows = await self._before.prepare(batch) if self._before.is_wanted else batch
-                # While one batch is committed the next one is made ready.
+                # While one batch is committed the next one is encoded.
                 if under_way is not None:
-                    await asyncio.wait([under_way])  # cancelling the caller does not cancel what was begun
+                    # `wait`, because cancelling the caller must not cancel a commit that has begun.
+                    await asyncio.wait([under_way])
                     outcomes.update(under_way.result())
                 under_way = asyncio.create_task(writer.write_batch(rows))
         finally:
@@ -167,7 +170,7 @@ class AuditManager:
     ) -> Counter[WriteOutcome]:
         """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store.
 
-        Safe to repeat: what is stored already is a DUPLICATE. A store that is bound to an organisation stamps its own.
+        Safe to repeat: an event that is stored already is a DUPLICATE. A store bound to an organisation stamps that.
 
         Args:
             path: A JSONL file (also .gz or .zst), a Parquet file, or the folder of a dataset.
@@ -194,15 +197,15 @@ class AuditManager:
     async def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.
 
-        Plugins see it before (`gateway_store_before_audit_write`); none is notified afterwards, since only the caller
-        knows of the commit.
+        Plugins may change it before (`gateway_store_before_audit_write`); none is notified afterwards, since only the
+        caller knows when it commits.
 
         Returns:
             STORED or DUPLICATE.
 
         Raises:
             StoreUnavailableError: The database could not take it.
-            ValidationError: A field was set past the validation, and is not valid.
+            ValidationError: A field was set without validation, and is not valid.
         """
         row = encode_event(event, org_id=self._org_id)
         if self._before.is_wanted:
@@ -217,12 +220,12 @@ class AuditManager:
             How many events still wait in the spool: 0 unless the database is away.
         """
         self._database.check_owner()
-        await self._before.join()
+        await self._before.tasks.join()
         return await self._writer.get().flush()
 
     @property
     def counters(self) -> AuditCounters:
-        """What became of the events written in this process since the store was opened; a copy."""
+        """How many events came to which outcome in this process since the store was opened; a copy."""
         return replace(self._writer.get().counters, withheld=self._before.withheld, untold=self._after.untold)
 
     async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
@@ -230,11 +233,11 @@ class AuditManager:
 
         Across organisations the id may be used several times; the newest is returned.
         """
-        return await self._queries.by_request_id(request_id)
+        return await self._queries.get_by_request_id(request_id)
 
     async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
         """Return up to `limit` events of one caller, after skipping `offset`."""
-        return await self._queries.newest({"caller_id": caller_id}, limit=limit, offset=offset)
+        return await self._queries.list_by_caller(caller_id, limit, offset)
 
     async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
         """Return up to `limit` events with this decision.
@@ -242,21 +245,21 @@ class AuditManager:
         Raises:
             ValueError: There is no such decision.
         """
-        return await self._queries.newest({"decision": decision}, limit=limit)
+        return await self._queries.list_by_decision(decision, limit)
 
     async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
         """Return the `limit` newest events."""
-        return await self._queries.newest({}, limit=limit)
+        return await self._queries.list_recent(limit)
 
     async def search(
         self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]
     ) -> Page[AuditEvent]:
         """Return events that match every filter (see `Filters`), newest first, ties broken by id.
 
-        `next_cursor` leads on to older ones; events that are added meanwhile do not move it.
+        `next_cursor` continues with older ones; events that are added in between do not move it.
 
         Args:
-            limit: At most so many, 1 to 100,000.
+            limit: The most events, 1 to 100,000.
             cursor: `next_cursor` of the page before; the filters must be the same.
             filters: See `Filters`; a filter that is None does not narrow.
 
@@ -265,7 +268,7 @@ class AuditManager:
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such decision, status or time, or `limit` is out of range.
         """
-        return await self._queries.search(filters, limit=limit, cursor=cursor)
+        return await self._queries.search(limit=limit, cursor=cursor, **filters)
 
     async def stats(
         self,
@@ -291,7 +294,7 @@ class AuditManager:
             TypeError: There is no such filter, or a value has the wrong type.
             ValueError: There is no such column, decision, status or time.
         """
-        return await self._queries.stats(filters, by, bucket)
+        return await self._queries.stats(by, bucket, **filters)
 
     async def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[AuditEvent]:
         """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for.
@@ -314,15 +317,15 @@ class AuditManager:
     ) -> Page[AuditEvent]:
         """Return the events that were committed since `cursor`, in the order of their commits.
 
-        `next_cursor` is always there and leads on; kept somewhere, it survives a restart. However long transactions
-        stay open, no event is missed and none comes twice, also over a crash of the database or a failover. What was
-        committed before one call comes before what was committed after it; within one call the order is that of the
-        transactions' beginnings.
+        `next_cursor` is always there and continues from here; if you keep it, also after a restart. However long
+        transactions stay open, no event is missed and none comes twice, also over a crash of the database or a
+        failover. Events committed before one call come before those committed after it; within one call the order is
+        that in which their transactions began.
 
         Args:
             cursor: `next_cursor` of the call before; "now" or None returns no event and the cursor to begin with;
                 "beginning" reads what there is first, by id.
-            limit: At most so many, 1 to 100,000.
+            limit: The most events, 1 to 100,000.
             filters: See `Filters`; the same at each call.
 
         Raises:
@@ -339,15 +342,15 @@ class AuditManager:
     async def follow(
         self, *, start: str | None = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
     ) -> AsyncGenerator[AuditEvent]:
-        """Yield new events as they are committed, without end; what `changes` promises holds.
+        """Yield new events as they are committed, without end, with the guarantees of `changes`.
 
-        A database that is away is waited for. No connection is held between two reads.
+        It waits for a database that is away. No connection is held between two reads.
 
         Args:
-            start: "now" or None: what is committed from the first iteration on; "beginning": everything; or a cursor of
+            start: "now" or None: events committed from the first iteration on; "beginning": all events; or a cursor of
                 `changes` with the same filters.
             poll_s: Seconds between two reads of the database.
-            patience_s: For how many seconds a database that is away is waited for.
+            patience_s: Longest wait for a database that is away, in seconds.
             filters: See `Filters`.
 
         Raises:
@@ -358,7 +361,7 @@ class AuditManager:
             ValueError: There is no such decision, status or time, or `poll_s` is not above zero.
         """
         if not poll_s > 0:
-            raise ValueError(f"poll_s must be more than zero, not {poll_s}.")
+            raise ValueError(f"poll_s must be above zero, not {poll_s}.")
         found = criteria(filters, org_id=self._org_id, listing="changes")
         cursor = "now" if start is None else start
         following = follow_pages(self._database, found, cursor, poll_s=poll_s, patience_s=patience_s)
@@ -368,7 +371,7 @@ class AuditManager:
                     yield event
 
     async def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
-        """Return every event that matches as an Arrow table, newest first; no event object is made.
+        """Return every event that matches as an Arrow table, newest first, without making event objects.
 
         Columns and types are those of `Page.to_arrow()`; JSON columns hold the JSON text as the database writes it.
 
@@ -382,13 +385,13 @@ class AuditManager:
         return await whole_table(self._database, criteria(filters, org_id=self._org_id))
 
     async def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
-        """Return what `to_arrow` does as a pandas DataFrame. Raises what it raises, also where pandas is missing."""
+        """Return the table of `to_arrow` as a pandas DataFrame. Raises the same, also if pandas is missing."""
         from agent_gateway_store.results.arrow import as_pandas
 
         return await asyncio.to_thread(as_pandas, await self.to_arrow(**filters))
 
     async def to_polars(self, **filters: Unpack[Filters]) -> polars.DataFrame:
-        """Return what `to_arrow` does as a Polars DataFrame. Raises what it raises, also where Polars is missing."""
+        """Return the table of `to_arrow` as a Polars DataFrame. Raises the same, also if Polars is missing."""
         from agent_gateway_store.results.arrow import as_polars
 
         return await asyncio.to_thread(as_polars, await self.to_arrow(**filters))
@@ -408,21 +411,21 @@ class AuditManager:
         """Write every event that matches to a file, oldest first, as the log was at one moment.
 
         Takes constant memory. The file is written under another name in the same folder, forced to disk and renamed at
-        the end: there is never a partial file at `path`. JSONL and Parquet can be read back by `import_file`.
+        the end, so there is never a partial file at `path`. `import_file` reads JSONL and Parquet back.
 
         Args:
-            path: Where to; its folder must exist.
-            format: None: by the suffix of `path` (.jsonl, .csv, .parquet, and .gz or .zst behind the first two).
-            compression: None: by the suffix; Parquet is packed by zstd.
+            path: The file; its folder must exist.
+            format: None: by the suffix of `path` (.jsonl, .csv, .parquet, and .gz or .zst after the first two).
+            compression: None: by the suffix; Parquet is compressed by zstd.
             partition_by: "day": `path` becomes a Parquet dataset with a folder `day=YYYY-MM-DD` for each UTC day.
-            raw: CSV only. False puts an apostrophe before what a spreadsheet could take for a formula, which alters
-                the data; True leaves everything as it is.
-            overwrite: Replace what is at `path`.
+            raw: CSV only. False puts an apostrophe before text that a spreadsheet could take for a formula, which
+                alters the data; True leaves the data as it is.
+            overwrite: Replace the file or folder at `path`.
             progress: True shows a progress bar; a function is called with the rows written so far, also from a thread.
             filters: See `Filters`.
 
         Raises:
-            FileExistsError: There is something at `path`, and `overwrite` is False.
+            FileExistsError: `path` exists, and `overwrite` is False.
             OSError: The file cannot be written.
             MissingExtraError: Parquet or zstd, and pyarrow is not installed.
             TypeError: There is no such filter, or its value has the wrong type.

@@ -16,7 +16,7 @@ __all__ = ["observe"]
 
 
 def observe(writer: AuditWriter) -> None:
-    """Have `writer` measured for as long as it lives, by the meter `agent_gateway_store`.
+    """Measure `writer` for as long as it exists, by the meter `agent_gateway_store`.
 
     `agent_gateway_store.audit.events` counts events by the attribute `outcome` (stored, duplicate, spooled, replayed,
     lost); `agent_gateway_store.audit.queue_depth` is how many wait for a commit.
@@ -29,6 +29,7 @@ def observe(writer: AuditWriter) -> None:
     except ImportError as exc:
         raise MissingExtraError("OTEL_ENABLED", extra="otel") from exc
 
+    # Weak, because OpenTelemetry keeps its callbacks for ever, and a store can be opened many times.
     alive = weakref.ref(writer)
 
     def events(_options: Any) -> Iterable[metrics.Observation]:

@@ -1,4 +1,4 @@
-"""What becomes of a write, how many there were, and the last resort: an event that no store took is logged."""
+"""The outcomes of writes, their counters, and the last resort: an event that could not be stored is logged."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _logger = logging.getLogger("agent_gateway_store.audit.lost")
 
 
 class WriteOutcome(StrEnum):
-    """What became of a write.
+    """The outcome of a write.
 
     STORED: committed. DUPLICATE: the same event was there already. SPOOLED: on disk in the local spool, until the
-    database is back. LOST: neither could be had; the event was logged at CRITICAL.
+    database is back. LOST: neither was possible; the event was logged at CRITICAL.
     """
 
     STORED = "STORED"
@@ -39,10 +39,10 @@ class AuditCounters:
         stored: Committed to the database at the first try.
         duplicate: Already there.
         spooled: Kept in the local spool.
-        replayed: Brought from the spool to the database.
-        lost: Logged at CRITICAL, kept nowhere else.
+        replayed: Written from the spool to the database.
+        lost: Logged at CRITICAL and stored nowhere.
         withheld: Stored without arguments and texts, because a plugin failed before the write.
-        untold: Stored, but a plugin that wants to be notified of events was not; once for each plugin.
+        untold: Stored, but a plugin with `gateway_store_audit_written` was not notified; once for each plugin.
         queue_depth: Waiting for a commit now.
     """
 
@@ -63,6 +63,7 @@ def log_lost(row: EncodedRow | Mapping[str, Any] | None, cause: BaseException, *
         text = json.dumps(values, default=_plain, ensure_ascii=True)
         _logger.critical("LOST audit event (%s): %s", type(cause).__name__, text)
     except Exception:
+        # Nothing is left to try after this, so it must not raise whatever the event holds.
         _logger.exception("LOST audit event that could not be encoded: %r", request_id)
 
 

@@ -1,4 +1,4 @@
-"""Find audit events again: newest first, as objects that need no session."""
+"""The queries of the audit log: newest first, as events that need no session."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from agent_gateway_store.audit.stats import bucket_of, columns_of, group_events,
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
-from agent_gateway_store.storage.database import Database, SessionTransactions, Transactions
+from agent_gateway_store.storage.database import Database, SessionTransactions
 from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor
 from agent_gateway_store.storage.streaming import fetched
 
-__all__ = ["COLUMNS", "AuditQuery", "EventQueries", "check_limit"]
+__all__ = ["COLUMNS", "AuditQuery", "check_limit"]
 
 COLUMNS = (
     "timestamp",
@@ -34,107 +34,57 @@ COLUMNS = (
 )
 """The columns of an event that a page shows."""
 
-_MAX_LIMIT = 100_000  # with events of 5 kB half a gigabyte of memory
-_NEVER = 2**62  # beyond any number of rows, and within what both databases take as a LIMIT
+# Chosen: with events of 5 kB half a gigabyte of memory.
+_MAX_LIMIT = 100_000
+# Beyond any number of rows, and within the 64 bits that both databases take as a LIMIT.
+_NEVER = 2**62
 _SECOND = timedelta(seconds=1)
 
 
-class EventQueries:
-    """The queries of the audit log, over anything that gives transactions.
+class AuditQuery:
+    """Reads audit events, newest first by `timestamp`, ties broken by `id`. The events are detached.
 
     Args:
-        transactions: A database, or one session.
+        session: A session of the caller's, which is neither committed nor closed; or a whole database.
         org_id: See only this organisation; None sees all.
     """
 
-    def __init__(self, transactions: Transactions, *, org_id: str | None) -> None:
-        self._transactions = transactions
+    def __init__(self, session: AsyncSession | Database, *, org_id: str | None = None) -> None:
+        self._source: Database | SessionTransactions = (
+            session if isinstance(session, Database) else SessionTransactions(session)
+        )
         self._org_id = org_id
 
-    async def by_request_id(self, request_id: str) -> AuditEvent | None:
-        """Return the newest event with this id, or None."""
-        found = await self.newest({"request_id": storable_key(request_id)}, limit=1)
-        return found[0] if found else None
-
-    async def newest(self, filters: Filters, *, limit: int, offset: int = 0) -> Page[AuditEvent]:
-        """Return the newest events that match, of which there may be any number; the page leads on to no other."""
-        for name, value in (("limit", limit), ("offset", offset)):
-            if not 0 <= value < _NEVER:
-                raise ValueError(f"{name} must be zero or more, not {value}.")
-        return _page(await self._read(criteria(filters, org_id=self._org_id), limit=limit, offset=offset))
-
-    async def search(self, filters: Filters, *, limit: int, cursor: str | None) -> Page[AuditEvent]:
-        """Return a page of the events that match, and the cursor of the next one."""
-        check_limit(limit)
-        found = criteria(filters, org_id=self._org_id)
-        place = None if cursor is None else decode_cursor(found.scope, cursor)
-        events = await self._read(found, limit=limit + 1, after=place)
-        if len(events) <= limit:
-            return _page(events)
-        last = events[limit - 1]
-        return _page(events[:limit], encode_cursor(found.scope, last.timestamp, last.id or 0))
-
-    async def stats(self, filters: Filters, by: str | Sequence[str] | None, bucket: timedelta | str | None) -> Stats:
-        """Count the events that match."""
-        names, length = columns_of(by), bucket_of(bucket)
-        found = criteria(filters, org_id=self._org_id)
-        statement = group_events(found.shape, names, in_buckets=length is not None)
-        values = dict(found.values)
-        if length is not None:
-            values |= {"p_bucket": length, "p_bucket_s": length // _SECOND}
-        if isinstance(self._transactions, Database):
-            # It reads every event that matches, which may take longer than a command is allowed to.
-            compiled = statement.compiled(self._transactions.engine.dialect)
-            rows = await fetched(self._transactions, compiled, values)
-        else:
-            async with self._transactions.connection("read") as connection:
-                rows = await statement.tuples(connection, values)
-        return stats_of(rows, names, length)
-
-    async def _read(
-        self, found: Criteria, *, limit: int, offset: int = 0, after: tuple[datetime, int] | None = None
-    ) -> list[AuditEvent]:
-        statement = newest(found.shape, limit=limit, offset=offset, is_after=after is not None)
-        values = dict(found.values)
-        if after is not None:
-            values["p_at"], values["p_id"] = after
-        async with self._transactions.connection("read") as connection:
-            rows = await statement.tuples(connection, values)
-        return events_of(rows)
-
-
-class AuditQuery:
-    """Reads audit events through a session. Order: newest first by `timestamp`, ties broken by `id`.
-
-    Args:
-        session: A session of the caller's; it is neither committed nor closed. The events returned are detached.
-        org_id: See only this organisation; None sees all.
-    """
-
-    def __init__(self, session: AsyncSession, *, org_id: str | None = None) -> None:
-        self._queries = EventQueries(SessionTransactions(session), org_id=org_id)
-
     async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
-        """Do as `store.audit.get_by_request_id`."""
-        return await self._queries.by_request_id(request_id)
+        """Return the newest event with this id, or None."""
+        found = await self._newest({"request_id": storable_key(request_id)}, limit=1)
+        return found[0] if found else None
 
     async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
         """Return up to `limit` events of one caller, after skipping `offset`."""
-        return await self._queries.newest({"caller_id": caller_id}, limit=limit, offset=offset)
+        return await self._newest({"caller_id": caller_id}, limit=limit, offset=offset)
 
     async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
         """Return up to `limit` events with this decision. Raises ValueError if there is no such decision."""
-        return await self._queries.newest({"decision": decision}, limit=limit)
+        return await self._newest({"decision": decision}, limit=limit)
 
     async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
         """Return the `limit` newest events."""
-        return await self._queries.newest({}, limit=limit)
+        return await self._newest({}, limit=limit)
 
     async def search(
         self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]
     ) -> Page[AuditEvent]:
         """Return events that match every filter, newest first; arguments and errors as of `store.audit.search`."""
-        return await self._queries.search(filters, limit=limit, cursor=cursor)
+        check_limit(limit)
+        found = criteria(filters, org_id=self._org_id)
+        place = None if cursor is None else decode_cursor(found.scope, cursor)
+        # One more than is wanted says whether there is a next page.
+        events = await self._read(found, limit=limit + 1, after=place)
+        if len(events) <= limit:
+            return _page(events)
+        last = events[limit - 1]
+        return _page(events[:limit], encode_cursor(found.scope, last.timestamp, last.id or 0))
 
     async def stats(
         self,
@@ -143,7 +93,35 @@ class AuditQuery:
         **filters: Unpack[Filters],
     ) -> Stats:
         """Count events and their latencies; arguments, columns and errors are those of `store.audit.stats`."""
-        return await self._queries.stats(filters, by, bucket)
+        names, length = columns_of(by), bucket_of(bucket)
+        found = criteria(filters, org_id=self._org_id)
+        statement = group_events(found.shape, names, in_buckets=length is not None)
+        values = dict(found.values)
+        if length is not None:
+            values |= {"p_bucket": length, "p_bucket_s": length // _SECOND}
+        if isinstance(self._source, Database):
+            # It reads every event that matches, which may take longer than a command is allowed to.
+            rows = await fetched(self._source, statement.compiled(self._source.engine.dialect), values)
+        else:
+            async with self._source.connection("read") as connection:
+                rows = await statement.tuples(connection, values)
+        return stats_of(rows, names, length)
+
+    async def _newest(self, filters: Filters, *, limit: int, offset: int = 0) -> Page[AuditEvent]:
+        for name, value in (("limit", limit), ("offset", offset)):
+            if not 0 <= value < _NEVER:
+                raise ValueError(f"{name} must be zero or more, not {value}.")
+        return _page(await self._read(criteria(filters, org_id=self._org_id), limit=limit, offset=offset))
+
+    async def _read(
+        self, found: Criteria, *, limit: int, offset: int = 0, after: tuple[datetime, int] | None = None
+    ) -> list[AuditEvent]:
+        statement = newest(found.shape, limit=limit, offset=offset, is_after=after is not None)
+        values = dict(found.values)
+        if after is not None:
+            values["p_at"], values["p_id"] = after
+        async with self._source.connection("read") as connection:
+            return events_of(await statement.tuples(connection, values))
 
 
 def check_limit(limit: int) -> int:

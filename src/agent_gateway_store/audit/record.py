@@ -43,6 +43,7 @@ REUSED_LABEL = "REQUEST_ID_REUSED"
 COLUMNS = tuple(name for name in AuditEvent.model_fields if name != "id")
 """The columns of an encoded row, in order."""
 
+# Cut to the length that an index holds, as events are found by them.
 _SHORT = (
     "request_id",
     "org_id",
@@ -67,11 +68,15 @@ _LONG = (
 )
 _TEXTS = (*_SHORT, *_LONG)
 _QUOTING = ("output_policy_rationale", "llm_explanation", "deterministic_rationale")
+# What a BIGINT of PostgreSQL and an INTEGER of SQLite hold.
 _LARGEST_BIGINT = 2**63 - 1
-_SLICE_EVENTS = 50  # a few milliseconds of work, after which other tasks may run
+# Chosen: a few milliseconds of work, after which other tasks may run.
+_SLICE_EVENTS = 50
+# Chosen: about what a row takes in memory besides its long texts.
+_ROW_BYTES = 2_000
 
 _text = json.encoder.encode_basestring
-# What `JSONEncoder.encode` makes anew at each call, made once; absent on other interpreters than CPython.
+# The C encoder, which `JSONEncoder.encode` makes anew at each call. Only CPython has it.
 _make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
 _chunks = _make_encoder and _make_encoder(None, str, _text, None, ":", ",", True, False, True)
 _encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, check_circular=False)
@@ -82,8 +87,8 @@ def _encode(value: Any) -> str:
 
 
 EncodedRow: TypeAlias = tuple[Any, ...]
-"""One row as the drivers take it: values in the order of `COLUMNS`, JSON as text. A tuple of plain values, because the
-garbage collector passes those by, and it would otherwise cost as much as everything else here."""
+"""One row as the drivers take it: values in the order of `COLUMNS`, JSON as text. A tuple of plain values, which the
+garbage collector does not track; otherwise it would cost as much as everything else here."""
 
 
 def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
@@ -103,7 +108,8 @@ def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
     if _is_typed(values):
         try:
             return _stored(values)
-        except (TypeError, ValueError):  # a text that is none
+        except (TypeError, ValueError):
+            # A text field holds something else: the validation below says so.
             values = _row_of(event, org_id)
     return _stored(_row_of(AuditEvent.model_validate(values), org_id))
 
@@ -113,7 +119,7 @@ async def encode_batches(
 ) -> AsyncIterator[list[EncodedRow]]:
     """Yield the rows of `events` in batches of about `batch`; other tasks run meanwhile.
 
-    If `events` raises, or one of them is not valid, what came before is yielded first.
+    If `events` raises, or one of them is not valid, those before it are yielded first.
     """
     rows: list[EncodedRow] = []
     encode = partial(encode_event, org_id=org_id)
@@ -147,7 +153,7 @@ async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> A
         if not some:
             return
         yield some
-        # A plain iterable never lets the loop run by itself.
+        # A plain iterable never lets the event loop run.
         await asyncio.sleep(0)
 
 
@@ -157,14 +163,14 @@ def _row_of(event: AuditEvent, org_id: str | None) -> dict[str, Any]:
         values = {name: given[name] for name in COLUMNS}
     except (AttributeError, KeyError) as exc:
         lacking = f" without {exc}" if isinstance(exc, KeyError) else ""
-        raise TypeError(f"Hand over a whole AuditEvent, not {type(event).__name__}{lacking}.") from None
+        raise TypeError(f"The event must be a whole AuditEvent, not {type(event).__name__}{lacking}.") from None
     if org_id is not None:
         values["org_id"] = org_id
     return values
 
 
 def _is_typed(values: dict[str, Any]) -> bool:
-    """True if what is not text has the types that the validation gives; else one row could fail a whole batch."""
+    """True if every value but the texts has the type that validation gives; one that has not could fail its batch."""
     return (
         type(values["decision"]) is Decision
         and type(values["output_decision"]) is OutputDecision
@@ -190,18 +196,18 @@ def _stored(values: dict[str, Any]) -> EncodedRow:
 
 
 def key_of(row: EncodedRow) -> tuple[str, str]:
-    """Return what must be unique: request_id and org_id."""
+    """Return request_id and org_id, which together are unique."""
     return row[_REQUEST_ID], row[_ORG_ID]
 
 
 def hash_of(row: EncodedRow) -> str:
-    """Return the content_hash, by which two events are the same one."""
+    """Return the content_hash: two rows with the same one are the same event."""
     return row[_CONTENT_HASH]  # type: ignore[no-any-return]
 
 
 def size_of(row: EncodedRow) -> int:
     """Return about how many bytes of memory the row takes."""
-    return 2_000 + sum(map(len, filter(None, _large(row))))
+    return _ROW_BYTES + sum(map(len, filter(None, _large(row))))
 
 
 def to_values(row: EncodedRow) -> dict[str, Any]:
@@ -214,14 +220,14 @@ def to_values(row: EncodedRow) -> dict[str, Any]:
 
 
 def from_values(values: Mapping[str, Any]) -> EncodedRow:
-    """Return the row of values that were stored elsewhere before, as it was."""
+    """Return the row of values that were stored before, unchanged."""
     encoded = {name: values[name] for name in COLUMNS}
     _encode_json(encoded)
     return tuple(encoded.values())
 
 
 def with_derived_id(row: EncodedRow) -> EncodedRow:
-    """Return the row as it is kept when its request_id belongs to another event already.
+    """Return the row under a new request_id, because another event has its own.
 
     The id is derived from the content, so that the same event under the same used id gives the same row again.
     """
@@ -234,7 +240,7 @@ def with_derived_id(row: EncodedRow) -> EncodedRow:
 
 
 def without_payload(row: EncodedRow) -> EncodedRow:
-    """Return the row without its arguments and free texts, each flagged: a plugin that might redact them failed."""
+    """Return the row without its arguments and free texts, each flagged, because a plugin that redacts them failed."""
     values = to_values(row)
     replaced: dict[str, Any] = {name: WITHHELD for name in _QUOTING if values[name]}
     if values["sanitized_args"]:
@@ -279,14 +285,15 @@ def _member(column: Column[Any]) -> str:
         case UtcDateTime():
             value = f'"{{{name}.isoformat()[:-6]}}Z"'
         case JSON() | JsonOf():
-            value = f"{{{name}}}"  # is JSON already
+            # Encoded already.
+            value = f"{{{name}}}"
         case _:
             value = f"{{_null if {name} is None else _text({name})}}" if column.nullable else f"{{_text({name})}}"
     return f'"{name}":{value}'
 
 
 def _writer(columns: list[Column[Any]]) -> Callable[..., str]:
-    """Make the function that writes the document out of the values of these columns.
+    """Return a function that makes the document from the values of these columns.
 
     Its code is generated, as that of a dataclass is: hashing is most of the cost of a write, and a loop over the
     columns takes half as long again.
@@ -303,7 +310,8 @@ _document = _writer([AuditEvent.__table__.c[name] for name in _HASHED])  # type:
 
 
 def _is_plain(values: dict[str, Any]) -> bool:
-    """True if nothing in the row needs replacing: so it is for nearly every event."""
+    """True if nothing in the row must be replaced, as in nearly every event."""
+    # One check of the joined texts in place of eighteen. Longer ones may be plain as well, and take the slow path.
     everything = "".join([text for name in _TEXTS if (text := values[name]) is not None])
     return (
         len(everything) <= MAX_KEY_BYTES
@@ -319,7 +327,7 @@ def _is_plain(values: dict[str, Any]) -> bool:
 
 
 def _scrub(values: dict[str, Any]) -> None:
-    # An event with its hash was stored before, and must stay the same event when it is stored elsewhere.
+    # An event with a hash was stored before, and must stay the same event when it is imported.
     scrubber = Scrubber(is_second=values["content_hash"] is not None)
     for name in _SHORT:
         if values[name] is not None:
@@ -329,6 +337,7 @@ def _scrub(values: dict[str, Any]) -> None:
             values[name] = scrubber.text(name, values[name])
     values["sanitized_args"] = scrubber.json("sanitized_args", values["sanitized_args"])
     values["risk_labels"] = scrubber.json("risk_labels", values["risk_labels"])
+    # The order of the calls is that of the flags, which are part of the hash.
     values["risk_score"] = scrubber.number("risk_score", values["risk_score"])
     if values["latency_ms"] > _LARGEST_BIGINT:
         values["latency_ms"] = _LARGEST_BIGINT

@@ -1,4 +1,4 @@
-"""The SELECTs of the audit log, one statement for each set of filters, and the events made of their rows."""
+"""The SELECTs of the audit log, one statement for each set of filters, and the events made from their rows."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ Shape: TypeAlias = tuple[tuple[str, bool], ...]
 """The filters in use, and whether each has several values."""
 
 _ENUMS = ("decision", "execution_status", "output_decision")
+# What `json.loads` calls, without its checks: the database gives valid JSON text.
 _scan: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 _DECISIONS = {str(each): each for each in Decision}
 _STATUSES: dict[str | None, ExecutionStatus | None] = {None: None} | {str(each): each for each in ExecutionStatus}
@@ -66,7 +67,7 @@ _OUTPUTS = {str(each): each for each in OutputDecision}
 def events_of(rows: Iterable[Sequence[Any]]) -> list[AuditEvent]:
     """Return the events of rows that hold `FIELDS`: detached, and equal to those that were validated.
 
-    Rows of our own database need no second validation.
+    Rows of our own database are not validated a second time.
     """
     return list(map(_event, rows))
 
@@ -96,12 +97,12 @@ def select_events(dialect: str, shape: Shape) -> Select[Any]:
 
 
 def finite_timestamp() -> ColumnElement[datetime]:
-    """The timestamp on PostgreSQL; its driver stores the first and the last instant of UTC as infinities."""
+    """The timestamp on PostgreSQL, where asyncpg stores the first and the last instant of UTC as infinities."""
     edges: list[Any] = [literal_column(f"TIMESTAMPTZ '{edge.isoformat()}'") for edge in (UTC_MIN, UTC_MAX)]
     return func.least(func.greatest(table.c.timestamp, edges[0]), edges[1])
 
 
-# The number of statements is bounded by the filters, and a page's limit and offset are chosen by callers.
+# Bounded (512 is chosen), because callers choose a page's limit and offset, and with them the number of statements.
 @lru_cache(maxsize=512)
 def newest(shape: Shape, *, limit: int | None, offset: int = 0, is_after: bool = False) -> Statement:
     """Return the SELECT of a page: newest first, ties broken by id.
@@ -109,8 +110,8 @@ def newest(shape: Shape, *, limit: int | None, offset: int = 0, is_after: bool =
     Args:
         shape: The filters; their values are the parameters.
         limit: Most rows; None: all.
-        offset: Rows to pass by.
-        is_after: Whether the page begins behind the parameters `p_at` and `p_id`.
+        offset: Rows to skip.
+        is_after: Whether the page begins after the parameters `p_at` and `p_id`.
     """
 
     def build(dialect: str) -> Select[Any]:
@@ -118,7 +119,7 @@ def newest(shape: Shape, *, limit: int | None, offset: int = 0, is_after: bool =
         if is_after:
             place = bindparam("p_at", type_=UtcDateTime()), bindparam("p_id", type_=BigInteger())
             statement = statement.where(tuple_(table.c.timestamp, table.c.id) < tuple_(*place))
-        # Numbers in the text: PostgreSQL plans a LIMIT that it does not know as if a tenth of the table were wanted.
+        # Numbers in the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
         if limit is not None:
             statement = statement.limit(literal_column(str(int(limit)), Integer()))
         if offset:
@@ -134,7 +135,7 @@ def oldest(shape: Shape) -> Statement:
 
 
 def conditions(dialect: str, shape: Shape) -> list[ColumnElement[bool]]:
-    """Return what must hold of a row, with a parameter `p_<filter>` for each filter."""
+    """Return the conditions of a SELECT, with a parameter `p_<filter>` for each filter."""
     return [_condition(dialect, name, several) for name, several in shape]
 
 
@@ -158,7 +159,9 @@ def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
     column = type_coerce(table.c[name], Text()) if name in _ENUMS else table.c[name]
     if not several:
         return column == bindparam(f"p_{name}", type_=Text())
-    return column == _any(name) if dialect == "postgresql" else column.in_(_each(name))
+    if dialect == "postgresql":
+        return column == any_(bindparam(f"p_{name}", type_=ARRAY(Text())))
+    return column.in_(_each(name))
 
 
 def _labelled(dialect: str, several: bool) -> ColumnElement[bool]:
@@ -172,10 +175,6 @@ def _labelled(dialect: str, several: bool) -> ColumnElement[bool]:
     return exists(select(literal_column("1")).where(label.in_(_each("risk_label")) if several else label == wanted))
 
 
-def _any(name: str) -> Any:
-    return any_(bindparam(f"p_{name}", type_=ARRAY(Text())))
-
-
 def _each(name: str) -> Any:
-    # SQLite has no arrays: the values come as one JSON text.
+    # SQLite has no arrays: the values are one JSON text.
     return select(func.json_each(bindparam(f"p_{name}", type_=JSON())).table_valued("value").c.value)

@@ -54,7 +54,10 @@ _LATENCIES = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms")
 _SECOND = timedelta(seconds=1)
 # A Monday, so that buckets of a week begin on Mondays; those of hours and days begin with the UTC hour and day.
 _ORIGIN = datetime(1, 1, 1, tzinfo=UTC)
-_ORIGIN_SECONDS = 62_135_596_800
+# From there to 1970, which is where SQLite counts from.
+_ORIGIN_SECONDS = (datetime(1970, 1, 1, tzinfo=UTC) - _ORIGIN) // _SECOND
+# Chosen: about a thousand years.
+_LONGEST_BUCKET = timedelta(days=365_000)
 
 
 def columns_of(by: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -83,7 +86,7 @@ def bucket_of(bucket: timedelta | str | None) -> timedelta | None:
     if bucket is None:
         return None
     found = duration("bucket", bucket)
-    if found % _SECOND or not _SECOND <= found <= timedelta(days=365_000):
+    if found % _SECOND or not _SECOND <= found <= _LONGEST_BUCKET:
         raise ValueError(f"bucket must be whole seconds, one or more, and at most 365,000 days, not {bucket!r}.")
     return found
 
@@ -116,7 +119,8 @@ def _row(row: tuple[Any, ...], by: tuple[str, ...], bucket: timedelta | None) ->
         at += 1
     named |= dict(zip(by, row, strict=False))
     counts, latencies = row[at : at + len(_COUNTS)], row[at + len(_COUNTS) :]
-    if len(latencies) == 1:  # PostgreSQL gives them as an array
+    # PostgreSQL gives the percentiles as one array.
+    if len(latencies) == 1:
         latencies = tuple(latencies[0] or (None,) * len(_LATENCIES))
     return named | dict(zip((*_COUNTS, *_LATENCIES), (*counts, *latencies), strict=True))
 
@@ -126,7 +130,7 @@ def _place(row: Mapping[str, Any], by: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def _base(dialect: str, shape: Shape, by: tuple[str, ...], in_buckets: bool) -> Select[Any]:
-    """The events, with what they are grouped by."""
+    """The events with the columns by which they are grouped."""
     source: Any = table
     columns: list[Any] = [table.c.id, table.c.latency_ms]
     columns += [type_coerce(table.c[name], Text()).label(name) for name in ("decision", "execution_status")]
@@ -139,7 +143,7 @@ def _base(dialect: str, shape: Shape, by: tuple[str, ...], in_buckets: bool) -> 
     if in_buckets:
         columns.append(_bucket(dialect).label("bucket"))
     statement = select(*columns).select_from(source).where(*conditions(dialect, shape))
-    # An event that carries a label twice counts once.
+    # An event that carries the same label twice counts once.
     return statement.distinct() if "risk_label" in by else statement
 
 
@@ -155,7 +159,7 @@ def _bucket(dialect: str) -> ColumnElement[Any]:
     if dialect == "postgresql":
         length = bindparam("p_bucket", type_=Interval())
         return func.date_bin(length, finite_timestamp(), literal_column("TIMESTAMPTZ '0001-01-01 00:00:00+00'"))
-    # Without the fraction, which SQLite rounds.
+    # Without the fraction, which SQLite would round to the next second.
     seconds = cast(func.strftime("%s", func.substr(type_coerce(table.c.timestamp, Text()), 1, 19)), Integer)
     return (seconds + literal_column(str(_ORIGIN_SECONDS), Integer())) // bindparam("p_bucket_s", type_=Integer())
 

@@ -19,8 +19,11 @@ from agent_gateway_store.storage.streaming import streamed
 
 __all__ = ["changes_page", "event_batches", "follow_pages"]
 
-_FOLLOWED_ROWS = 1_000  # the default limit of `changes`
-_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0  # a database that is away is asked neither in a loop nor too late
+# The default limit of `changes`.
+_FOLLOWED_ROWS = 1_000
+# Chosen: bounds of the caller's `poll_s` while the database is away, so that it is tried neither in a loop nor too
+# late.
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
 _logger = logging.getLogger("agent_gateway_store.audit")
 
 
@@ -58,7 +61,7 @@ async def follow_pages(
             continue
         is_away, cursor = False, page.next_cursor or cursor
         yield page
-        # A consumer that took long over the page has not been waiting for the database.
+        # Only now: the time that the consumer took over the page is not time without the database.
         answered = loop.time()
         if not is_more:
             await asyncio.sleep(poll_s)

@@ -1,4 +1,4 @@
-"""Group commit: what arrives during a commit shares the next one.
+"""Group commit: rows that arrive during a commit share the next one.
 
 A write is acknowledged after the commit, or after fsync into the spool while the database is away.
 """
@@ -23,12 +23,14 @@ from agent_gateway_store.models.audit import AuditEvent
 
 __all__ = ["AuditWriter", "OpenWriter"]
 
-# Ten batches: the next one is full while one is committed, and memory is bounded while commits are slow.
+# Chosen: about ten batches, so that the next one is full while one is committed, and memory is bounded.
 MAX_QUEUED_ROWS, MAX_QUEUED_BYTES = 10_000, 64 * 2**20
-# Of one commit: nobody in a batch is acknowledged before all of it is on disk.
+# Chosen, of one commit: no row of a batch is acknowledged before all of it is on disk.
 MAX_BATCH_ROWS, MAX_BATCH_BYTES = 1_000, 8 * 2**20
-RETRY_AFTER_S = 0.5  # between two tries of a database that is away
-_REPLAY_ROWS = 500  # of one commit, for which new events wait to keep their order
+# Chosen: between two attempts to reach a database that is away.
+RETRY_AFTER_S = 0.5
+# Chosen, of one commit: new events wait for it, to keep the order.
+_REPLAY_ROWS = 500
 
 _Answer: TypeAlias = WriteOutcome | AuditUnavailableError
 
@@ -56,9 +58,9 @@ class AuditWriter:
     """Takes rows from any number of tasks of one event loop and commits them in batches.
 
     Args:
-        sink: Where they are committed; closed with this.
-        spool: Where they are kept while the database is away; None is the strict mode, in which writes raise.
-        notify: Receives what was committed; must not raise. None: nobody wants to know.
+        sink: Where rows are committed; closed with this.
+        spool: Where rows wait while the database is away; None is the strict mode, in which writes raise.
+        notify: Receives the rows that were committed; must not raise. None: there is no plugin for them.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class AuditWriter:
 
     @property
     def counters(self) -> AuditCounters:
-        """What became of the events so far."""
+        """How many events came to which outcome so far."""
         counts = {outcome.value.lower(): self._counts[outcome] for outcome in WriteOutcome}
         return AuditCounters(**counts, replayed=self._replayed, queue_depth=len(self._queue))
 
@@ -96,9 +98,9 @@ class AuditWriter:
             self._start_recovery(at_once=True)
 
     async def write(self, row: EncodedRow) -> WriteOutcome:
-        """Have `row` committed and return what became of it.
+        """Commit `row` and return its outcome.
 
-        While too much is queued this waits. Cancelling the caller does not cancel the write.
+        While the queue is full this waits. Cancelling the caller does not cancel the write.
 
         Raises:
             AuditUnavailableError: In the strict mode, if the row could not be committed.
@@ -123,11 +125,11 @@ class AuditWriter:
         return WriteOutcome.LOST
 
     def enqueue_detached(self, row: EncodedRow) -> None:
-        """Have `row` committed for a caller that is gone; `flush` and `close` wait for it."""
+        """Commit `row` for a caller that was cancelled; `flush` and `close` wait for it."""
         self._queue.add(row).cancel()
 
     async def write_batch(self, rows: Sequence[EncodedRow]) -> list[WriteOutcome]:
-        """Commit `rows` as one batch, past the queue; for bulk.
+        """Commit `rows` as one batch without the queue, for bulk.
 
         Raises:
             AuditUnavailableError: In the strict mode, if they could not be committed.
@@ -146,12 +148,13 @@ class AuditWriter:
         return (await self.spool.counts())[0]
 
     async def close(self) -> None:
-        """Acknowledge everything queued, then give the connections up. What is in the spool stays there."""
+        """Acknowledge everything queued, then close the connections. Rows in the spool stay there."""
         self._is_closed = True
         await self._queue.join()
         if self._recoverer is not None:
             self._recoverer.cancel()
             await asyncio.wait([self._recoverer])
+        # A replay or a bulk commit that is under way still uses the sink.
         async with self._recovering, self._committing:
             await self._sink.close()
             if self.spool is not None:
@@ -162,14 +165,18 @@ class AuditWriter:
             raise StoreNotOpenError("The store was closed: open it again.")
 
     async def _commit(self, rows: Sequence[EncodedRow]) -> list[_Answer]:
-        """Bring `rows` to the database or to the spool. Raises nothing but a cancellation of this very task."""
+        """Write `rows` to the database or to the spool. Raises nothing but a cancellation of its own task."""
         async with self._committing:
+            # With a spool only the replay finds that the database is back: rows that wait go before new ones.
             if self._is_away and (self.spool is not None or asyncio.get_running_loop().time() < self._retry_at):
                 return await self._spool_or_fail(rows, None)
             try:
                 results = await store_batch(self._sink, rows)
             except Exception as exc:
-                self._note_outage(exc)
+                if not self._is_away:
+                    _logger.error("The audit database is away (%s).", type(exc).__name__)
+                self._is_away = True
+                self._retry_at = asyncio.get_running_loop().time() + RETRY_AFTER_S
                 return await self._spool_or_fail(rows, exc)
             self._is_away = False
             return await self._answers(rows, results)
@@ -181,7 +188,7 @@ class AuditWriter:
                 answers.append(result)
                 continue
             name = type(result).__name__
-            _logger.error("The database refuses an audit event (%s): it is set aside.", name)
+            _logger.error("The database refuses an audit event (%s): it is quarantined.", name)
             answers += await self._spool_or_fail([row], result, quarantined_for=name)
         for outcome in (WriteOutcome.STORED, WriteOutcome.DUPLICATE):
             self._counts[outcome] += results.count(outcome)
@@ -191,65 +198,49 @@ class AuditWriter:
     async def _spool_or_fail(
         self, rows: Sequence[EncodedRow], cause: Exception | None, *, quarantined_for: str | None = None
     ) -> list[_Answer]:
-        if self.spool is not None:
-            return [await self._spooled(rows, quarantined_for)] * len(rows)
-        error = AuditUnavailableError(
-            "The event could not be recorded, so the call must not go through: check the database."
-        )
-        error.__cause__ = cause
-        return [error] * len(rows)
-
-    async def _spooled(self, rows: Sequence[EncodedRow], error: str | None) -> WriteOutcome:
-        assert self.spool is not None  # noqa: S101
+        if self.spool is None:
+            error = AuditUnavailableError(
+                "The event could not be recorded, so the call must not go through: check the database."
+            )
+            error.__cause__ = cause
+            return [error] * len(rows)
         try:
-            await self.spool.add([to_values(row) for row in rows], error=error)
+            await self.spool.add([to_values(row) for row in rows], error=quarantined_for)
             outcome = WriteOutcome.SPOOLED
         except Exception as exc:
             for row in rows:
                 log_lost(row, exc)
             outcome = WriteOutcome.LOST
         self._counts[outcome] += len(rows)
-        if error is None:
+        if quarantined_for is None:
             self._start_recovery()
-        return outcome
-
-    def _note_outage(self, exc: Exception) -> None:
-        if not self._is_away:
-            _logger.error("The audit database is away (%s).", type(exc).__name__)
-        self._is_away = True
-        self._retry_at = asyncio.get_running_loop().time() + RETRY_AFTER_S
+        return [outcome] * len(rows)
 
     def _start_recovery(self, *, at_once: bool = False) -> None:
         if self._recoverer is None or self._recoverer.done():
             self._recoverer = asyncio.get_running_loop().create_task(self._recover(at_once=at_once))
 
     async def _recover(self, *, at_once: bool) -> None:
-        try:
-            if not at_once:
-                await asyncio.sleep(RETRY_AFTER_S)
-            while True:
-                try:
-                    await self._replay_spool()
-                    return
-                except Exception as exc:
-                    _logger.debug("The spool cannot be replayed yet (%s).", type(exc).__name__)
-                await asyncio.sleep(RETRY_AFTER_S)
-        finally:
-            self._recoverer = None
+        if not at_once:
+            await asyncio.sleep(RETRY_AFTER_S)
+        while True:
+            try:
+                return await self._replay_spool()
+            except Exception as exc:
+                _logger.debug("The spool cannot be replayed yet (%s).", type(exc).__name__)
+            await asyncio.sleep(RETRY_AFTER_S)
 
     async def _replay_spool(self) -> None:
-        """Bring the spool to the database, in order; then let writes go there again. Raises while it is away.
-
-        One at a time, as the sink must be used.
-        """
+        """Write the spool to the database, in order; then let new writes go there again. Raises while it is away."""
+        # One at a time: a sink is not for two tasks at once.
         async with self._recovering:
             if self._is_closed:
                 return
             if self._is_away:
-                # Outside the other lock: a database that hangs must not hold up what is spooled meanwhile.
+                # Without the other lock: while a database hangs, rows must be spooled all the same.
                 await self._sink.probe()
             while True:
-                # Under the lock, so that nothing is spooled between the last rows and the way back.
+                # With the lock, so that nothing is spooled between the last rows and the end of the outage.
                 async with self._committing:
                     if await self._replay_some() < _REPLAY_ROWS:
                         if self._is_away:
@@ -265,7 +256,8 @@ class AuditWriter:
             waiting = await self.spool.waiting(_REPLAY_ROWS)
         if not waiting:
             return 0
-        results = await store_batch(self._sink, [from_values(values) for _, values in waiting])
+        rows = [from_values(values) for _, values in waiting]
+        results = await store_batch(self._sink, rows)
         done = []
         with self._spool_must_answer():
             for (row_id, _), result in zip(waiting, results, strict=True):
@@ -275,8 +267,7 @@ class AuditWriter:
                     done.append(row_id)
             await self.spool.remove(done)
         self._replayed += len(done)
-        if self._notify is not None:
-            self._notify_stored([from_values(values) for _, values in waiting], results)
+        self._notify_stored(rows, results)
         return len(waiting)
 
     def _notify_stored(self, rows: Sequence[EncodedRow], results: Sequence[RowResult]) -> None:
@@ -285,10 +276,10 @@ class AuditWriter:
 
     @contextmanager
     def _spool_must_answer(self) -> Iterator[None]:
-        """The database answers; a spool that does not must keep nothing from it."""
         try:
             yield
         except Exception:
+            # The database answers: a spool that fails must not keep new events from it.
             self._is_away = False
             raise
 

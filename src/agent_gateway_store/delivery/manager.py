@@ -13,9 +13,9 @@ from agent_gateway_store.delivery.outbox import StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor, listing_fingerprint
 
 __all__ = ["NotificationManager"]

@@ -11,16 +11,16 @@ different values never share a canonical form:
 | bytes | `$bytes:` and base64 |
 | date, time, Decimal, UUID, path | `$date:`, `$datetime:`, `$time:`, `$decimal:`, `$uuid:`, `$path:` and its text |
 | set | `$set:` and the canonical JSON of its sorted members; inside another set, `$sha256:` and the SHA-256 of that |
-| key that is no text | the same tags, with `$int:`, `$float:`, `$bool:` and `$null:` for any number, boolean, null |
+| key that is not text | the same tags, with `$int:`, `$float:`, `$bool:` and `$null:` for any number, boolean, null |
 | key that is a container | `$json:` and its canonical JSON |
-| key that would be the same as one before it | `$again:`, which one it is (2, 3, ...), `:` and the key |
+| key that would equal one before it | `$again:`, which one it is (2, 3, ...), `:` and the key |
 | text that begins like a tag | one more `$` before it |
 | container inside itself | `$cycle:` and how many levels up |
 | container at depth 64, 128, ... | `$sha256:` and the SHA-256 of its own canonical JSON |
 | any other object | `$object:`, its type and its repr |
 
 Enum members are their values, dataclasses and Pydantic models the objects of their fields (and extra fields), tuples
-are arrays. A container that cannot be read is any other object.
+are arrays. A container that cannot be read counts as any other object.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ from agent_gateway_store.settings import default_hash_key
 
 __all__ = ["MAX_SAFE_INTEGER", "canonical_json", "hash_bytes", "hash_json", "is_text", "opened", "tag"]
 
+# The largest integer that every reader of JSON takes exactly: section 2.2 of RFC 7493.
 MAX_SAFE_INTEGER = 2**53 - 1
-"""Largest integer that every reader of JSON takes exactly (RFC 7493)."""
-_COLLAPSE_EVERY = 64  # rfc8785 recurses; far from Python's limit of 1,000 frames
-_DECIMAL_BITS = 2048  # 617 digits: below 640, the lowest limit on decimal digits that Python can be set to
+# rfc8785 recurses: far below Python's limit of 1,000 frames.
+_COLLAPSE_EVERY = 64
+# 617 digits: below 640, the lowest limit on decimal digits that Python can be set to (sys.set_int_max_str_digits).
+_DECIMAL_BITS = 2048
 _LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -74,6 +76,8 @@ def canonical_json(value: Any) -> bytes:
 
 
 class _Frame:
+    """One open container of the walk, which has its own stack because values may be nested deeper than Python's."""
+
     __slots__ = ("is_set", "items", "key", "out", "source_id")
 
     def __init__(self, value: Any, source: Any) -> None:
@@ -82,6 +86,7 @@ class _Frame:
         self.key: str | None = None
         self.out: dict[str, Any] | list[Any]
         if isinstance(source, Mapping):
+            # A copy: another thread may change the mapping meanwhile.
             self.out, self.items = {}, iter(list(source.items()))
         else:
             self.out, self.items = [], iter([(None, item) for item in source])
@@ -101,7 +106,7 @@ class _Frame:
         if not self.is_set:
             return _digest(rfc8785.dumps(self.out)) if collapse else self.out
         text = f"$set:[{b','.join(sorted(map(rfc8785.dumps, self.out))).decode()}]"
-        # Text in text in text doubles its backslashes each time.
+        # A set inside a set: text in text would double its backslashes at each level.
         return _digest(text.encode()) if in_set else text
 
 
@@ -147,7 +152,7 @@ def _tagged(root: Any) -> Any:
 
 
 def opened(value: Any) -> Any:
-    """Return the list, tuple or mapping that `value` is or stands for; None for a leaf."""
+    """Return `value` as a list, tuple or mapping; None for a leaf."""
     kind = type(value)
     if kind is dict or kind is list or kind is tuple:
         return value
@@ -163,6 +168,7 @@ def opened(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return _attributes(value, (field.name for field in dataclasses.fields(value)))
     except Exception:
+        # A container that raises when it is read is hashed by its type and repr.
         return None
     return None
 
@@ -193,6 +199,7 @@ def _digits(value: int) -> str:
 
 def tag(value: Any, *, as_key: bool = False) -> Any:
     """Return the I-JSON scalar by which a leaf enters canonical JSON."""
+    # Text first and bool before int: a StrEnum is text as well, and a bool is an int.
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, str):
@@ -215,6 +222,7 @@ def tag(value: Any, *, as_key: bool = False) -> Any:
     return _tag_object(value)
 
 
+# In this order: a datetime is a date as well.
 _TAGGED: tuple[tuple[type[Any], str], ...] = (
     (datetime, "datetime"),
     (date, "date"),
@@ -233,5 +241,6 @@ def _tag_object(value: Any) -> str:
                 return f"${name}:{_escape_surrogates(text)}"
         text = repr(value)
     except Exception:
+        # A hash must be had of any object, also of one whose `__repr__` raises.
         text = "?"
     return f"$object:{type(value).__module__}.{type(value).__qualname__}:{_escape_surrogates(text)}"

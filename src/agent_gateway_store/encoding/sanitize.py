@@ -1,16 +1,16 @@
 """Sanitise: make any text and any JSON storable, visibly, on SQLite and PostgreSQL alike.
 
-What is let through reads back identical from both databases, and sanitising twice changes nothing more. Every
+What is left as it is reads back identical from both databases, and sanitising twice changes nothing more. Every
 replacement is reported with its place and the hash of the original, never with the original itself.
 
 | found | becomes |
 | --- | --- |
 | NUL in text | U+2400 (symbol for null) |
 | lone surrogate | U+FFFD (replacement character) |
-| text above the limit | its beginning, `~`, and the SHA-256 of the whole |
+| text above the limit | its beginning, `~`, and the SHA-256 of the whole text |
 | NaN, infinities, integers beyond ±(2^53 - 1), floats from 1e16 on (JSONB rewrites them) | the tags of `canonical` |
 | -0.0 | 0.0 |
-| what JSON does not know, keys that are no text | the tags of `canonical`, bounded |
+| what JSON does not know, keys that are not text | the tags of `canonical`, bounded |
 | JSON below depth 100, or inside itself, or beyond the size limit | a marker in brackets |
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -26,19 +27,26 @@ from agent_gateway_store.encoding.canonical import MAX_SAFE_INTEGER, hash_bytes,
 
 __all__ = ["MAX_DEPTH", "MAX_JSON_CHARS", "MAX_KEY_BYTES", "MAX_TEXT_BYTES", "Scrubber", "is_storable", "storable_key"]
 
+# Longest text in an indexed column: an index row of PostgreSQL holds 2,704 bytes, and our widest has three such texts.
 MAX_KEY_BYTES = 512
-"""Longest text in an indexed column: an index row of PostgreSQL holds 2,704 bytes, and our widest has three of them."""
+# Longest text anywhere else: chosen for human readers, no database asks for it.
 MAX_TEXT_BYTES = 65_536
-"""Longest text anywhere else: chosen for those who read it, no database asks for it."""
+# Most characters of one JSON value, about; chosen as well.
 MAX_JSON_CHARS = 4 * MAX_TEXT_BYTES
-"""Most characters of one JSON value, about; chosen as well."""
+# Deepest nesting that is kept: a tenth of what SQLite and Python's `json` can read.
 MAX_DEPTH = 100
-"""Deepest nesting kept: a tenth of what SQLite and Python's `json` can read."""
+# Chosen: twice a key.
 _MAX_TAG_BYTES = 2 * MAX_KEY_BYTES
-_MAX_REPORTS = 64  # chosen: flags stay a small part of the row
-_DIGEST_CHARS = 1 + 64  # `~` and SHA-256 in hex
-_NODE_CHARS = 4  # quotes, colon and comma
-_FIRST_REWRITTEN_FLOAT = 1e16  # from here on Python writes an exponent, and JSONB does not
+# Chosen: flags stay a small part of the row.
+_MAX_REPORTS = 64
+# `~` and a SHA-256 in hex.
+_DIGEST_CHARS = 1 + 64
+# Quotes, colon and comma.
+_NODE_CHARS = 4
+# From here on Python writes an exponent, and JSONB does not.
+_FIRST_REWRITTEN_FLOAT = 1e16
+# IEEE 754: the largest finite double.
+_LARGEST_FLOAT = sys.float_info.max
 
 
 def storable_key(text: str) -> str:
@@ -51,11 +59,12 @@ def _clean(text: str) -> str:
         text = text.replace("\0", "\u2400")
     if is_text(text):
         return text
-    # Only a pair makes sense in UTF-16; a lone surrogate decodes to U+FFFD.
+    # In UTF-16 a pair of surrogates is one character; a lone one decodes to U+FFFD.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _cut(text: str, limit: int) -> str:
+    # UTF-8 has at most four bytes for a character: a short text need not be encoded.
     if len(text) * 4 <= limit:
         return text
     data = text.encode()
@@ -66,12 +75,12 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _is_marker(value: Any) -> bool:
-    # A marker costs nothing, so that sanitising again cuts at the same places.
+    # A marker costs nothing, so that sanitising a second time cuts at the same places.
     return type(value) is str and value.startswith("[cut: ") and len(value) < 64 and value.endswith("]")
 
 
 def _cost(value: Any) -> int:
-    """What a scalar that can stay as it is takes of the budget; -1 for anything that needs a closer look."""
+    """Return what a scalar takes of the budget, or -1 for a value that cannot simply stay as it is."""
     kind = type(value)
     if kind is str:
         if not value.isascii() or "\0" in value or len(value) > MAX_TEXT_BYTES:
@@ -85,12 +94,12 @@ def _cost(value: Any) -> int:
 
 
 def is_storable(value: Any) -> bool:
-    """True if JSON `value` can stay as it is, to the last leaf. Most can, and this is much faster than a walk."""
+    """True if JSON `value` can be stored unchanged. Nearly every value can, and this is much faster than the walk."""
     return 0 <= _plain_cost(value, 0) <= MAX_JSON_CHARS
 
 
 def _plain_cost(value: Any, depth: int) -> int:
-    """What `value` takes of the budget, or -1 if a walk must look closer: at odd leaves, great depth or great size."""
+    """Return what `value` takes of the budget, or -1 if it needs the full walk: odd leaves, great depth, great size."""
     kind = type(value)
     if kind is dict and depth < MAX_DEPTH:
         total = 0
@@ -98,6 +107,7 @@ def _plain_cost(value: Any, depth: int) -> int:
             if type(key) is not str or not key.isascii() or "\0" in key or len(key) > _MAX_TAG_BYTES:
                 return -1
             total += _NODE_CHARS + len(key)
+            # Most items are short texts: without a call for each this takes half as long.
             if type(item) is str and item.isascii() and "\0" not in item:
                 total += len(item)
                 if len(item) > MAX_TEXT_BYTES:
@@ -123,8 +133,8 @@ class Scrubber:
     """Makes the values of one row storable and remembers what it replaced.
 
     Args:
-        is_second: The row was stored before. What was cut then is not cut again elsewhere, where a database keeps the
-            names of a mapping in another order.
+        is_second: The row was stored before. It gets twice the budget, so that a JSON value which was cut then is not
+            cut at another place now, because a database keeps the names of a mapping in another order.
 
     Attributes:
         replaced: (place, hash of the original or None), in the order found; at most 64, the last place being `...`.
@@ -148,7 +158,7 @@ class Scrubber:
                 return value
             result = 0.0
         else:
-            result = 0.0 if math.isnan(value) else math.copysign(1.7976931348623157e308, value)
+            result = 0.0 if math.isnan(value) else math.copysign(_LARGEST_FLOAT, value)
         self.report(place, repr(value).encode())
         return result
 
@@ -157,7 +167,7 @@ class Scrubber:
         return _JsonWalk(self, place).value(value, place, 0)
 
     def report(self, place: str, original: bytes | None = None) -> None:
-        """Note that what stood at `place` was replaced."""
+        """Note that the value at `place` was replaced."""
         if len(self.replaced) < _MAX_REPORTS:
             last = len(self.replaced) == _MAX_REPORTS - 1
             digest = None if original is None or last else hash_bytes(original)
@@ -209,7 +219,7 @@ class _JsonWalk:
         if id(value) in self.above:
             return self.marker(place, "[cut: contains itself]")
         self.above.add(id(value))
-        # Only its beginning is ever reported; the whole would grow with the names above.
+        # Only the beginning of a place is reported; the whole would grow with every level.
         place = place if len(place) <= MAX_KEY_BYTES // 4 else storable_key(place)
         try:
             if type(source) is dict or isinstance(source, Mapping):
@@ -271,7 +281,7 @@ class _JsonWalk:
         """Return `name`, or where it is taken `name` and `~2`, `~3`, ... within the limit of a name."""
         if name not in taken:
             return name
-        # Thousands of names can become the same one: each search starts where the last one ended.
+        # Thousands of names can be cut to the same one: each search starts where the last one ended.
         base, of = name, (id(taken), name)
         while name in taken:
             count = self.repeats[of] = self.repeats.get(of, 1) + 1

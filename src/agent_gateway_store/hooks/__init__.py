@@ -1,4 +1,4 @@
 """The plugin contract: markers, hookspecs, loading, isolated dispatch.
 
-Import from the modules themselves: `markers` loads nothing but pluggy.
+Import from the modules themselves: `markers` imports nothing but pluggy.
 """

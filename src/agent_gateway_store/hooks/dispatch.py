@@ -1,4 +1,4 @@
-"""Notices on their way to plugins, and the question whether a plugin objects to a decision."""
+"""Dispatch: hands notices to plugins, and asks plugins whether they object to a decision."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ logger = logging.getLogger("agent_gateway_store.hooks")
 
 @dataclass(frozen=True, slots=True)
 class DeliveryReport:
-    """How one notice fared with one plugin.
+    """The result of handing one notice to one plugin.
 
     Attributes:
         notifier: Name of the notifier; for an event hook, of the plugin.
         ok: True if the plugin returned in time and raised nothing.
         error: What went wrong, on one line of at most 500 characters, secrets masked; None if ok.
         seconds: How long it took.
-        retry_after_s: Seconds that the notifier asks to be left alone (`NotDeliveredError`); None if it does not say.
-        is_permanent: True if the notifier says that trying again cannot help (`NotDeliveredError`).
+        retry_after_s: Seconds to wait before the next attempt, as the notifier asks (`NotDeliveredError`); None if it
+            does not say.
+        is_permanent: True if the notifier says that no further attempt can help (`NotDeliveredError`).
     """
 
     notifier: str
@@ -55,18 +56,17 @@ class Dispatcher:
     """Hands notices to notifiers and event hooks; no plugin can stall or break the caller or another plugin.
 
     Each notifier, and each plugin with an event hook, has a daemon thread with an event loop, started by its first
-    notice. A call is bounded by `plugin_timeout_seconds`, plus a quarter of a second to give way. What goes wrong is
-    reported, and logged at WARNING on `agent_gateway_store.hooks`. May be used from any event loop, and from several.
+    notice. A call is bounded by `plugin_timeout_seconds`, plus a quarter of a second to end after its cancellation.
+    What goes wrong is reported, and logged at WARNING on `agent_gateway_store.hooks`. May be used from any event loop,
+    and from several.
+
+    Args:
+        plugins: The plugins that receive notices. May be shared.
+        settings: Given to the plugins; `plugin_timeout_seconds` is used here.
+        executor: Where the plugins run; None: a new one.
     """
 
     def __init__(self, plugins: Plugins, settings: StoreSettings, executor: PluginExecutor | None = None) -> None:
-        """Remember; start no thread and call no plugin.
-
-        Args:
-            plugins: Who receives notices. May be shared.
-            settings: `plugin_timeout_seconds` is used; plugins are handed all of it.
-            executor: Where the plugins run; None: one of its own.
-        """
         self._plugins = plugins
         self._settings = settings
         self._executor = executor or PluginExecutor(settings.plugin_timeout_seconds)
@@ -83,36 +83,28 @@ class Dispatcher:
         return tuple(await self._opened())
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the notifiers, in order. Before `open`, asks the plugins and blocks until all have answered."""
-        return tuple(self._collect())
-
-    @property
     def abandoned(self) -> dict[str, int]:
-        """How many threads have not come back, by notifier (or plugin) name; those without any are left out."""
+        """How many abandoned threads are still busy, by name of the notifier or plugin; without zeros."""
         return self._executor.abandoned
 
     async def deliver(self, notifier_name: str, notice: Notice) -> DeliveryReport:
         """Hand one notice to one notifier. Raises nothing; cancelling it cancels the call.
 
         Args:
-            notifier_name: One of `names`; any other gives a report that is not ok.
-            notice: What to send. The notifier gets a copy of its own.
-
-        Returns:
-            How it went.
+            notifier_name: One that `open` returned; any other gives a report that is not ok.
+            notice: What to send. The notifier gets a copy.
         """
         if (notifier := (await self._opened()).get(notifier_name)) is None:
             return _report(notifier_name, PluginFailure("no notifier of this name is loaded"), 0.0)
         return await self._run("notifier", notifier_name, partial(_notify, notifier, notice))
 
     async def deliver_all(self, notice: Notice) -> list[DeliveryReport]:
-        """Hand one notice to every notifier, side by side. Raises nothing; one report each, in the order of `names`."""
+        """Hand one notice to every notifier, side by side. Raises nothing; one report each, in their order."""
         return list(await asyncio.gather(*(self.deliver(name, notice) for name in await self._opened())))
 
     @property
     def has_event_hooks(self) -> bool:
-        """True if some plugin has `gateway_store_approval_event`, so that `emit` calls anybody."""
+        """True if a plugin has `gateway_store_approval_event`, so that `emit` calls something."""
         return bool(self._plugins.callers(_EVENT))
 
     async def emit(self, notice: Notice) -> list[DeliveryReport]:
@@ -129,7 +121,7 @@ class Dispatcher:
         """End the threads of the executor; calls under way are cancelled and reported. A second call does nothing.
 
         Args:
-            timeout: Seconds to wait for them in all. A thread that is blocked is left behind: it is a daemon.
+            timeout: Seconds to wait for all of them. A thread that is blocked goes on: it is a daemon.
         """
         self._is_closed = True
         self._executor.close(timeout)
@@ -140,6 +132,7 @@ class Dispatcher:
         await self._executor.aclose(timeout)
 
     def _collect(self) -> dict[str, Notifier]:
+        # Deliveries of several event loops may come first at once, and each plugin is asked once.
         with self._collecting:
             if self._notifiers is None:
                 self._notifiers = self._plugins.notifiers(self._settings)
@@ -165,7 +158,7 @@ class Dispatcher:
 
 
 class Vetoes:
-    """Everybody who may object to a decision. One objection, or one failure, is a refusal.
+    """The plugins that may object to a decision. One objection, or one failure, is a refusal.
 
     Args:
         plugins: Gives the plugins, at the first decision.
@@ -178,7 +171,7 @@ class Vetoes:
 
     @property
     def is_wanted(self) -> bool:
-        """True if some plugin wants to be asked. Costs next to nothing."""
+        """True if a plugin has `gateway_store_veto_decision`."""
         return bool(self._plugins().callers(_VETO))
 
     async def require_none(
@@ -229,11 +222,11 @@ def _report(name: str, failure: PluginFailure | None, seconds: float) -> Deliver
     return DeliveryReport(name, False, failure.text, seconds, failure.retry_after_s, failure.is_permanent)
 
 
-# What follows runs in the plugin's thread, the copying included.
+# The functions below run in the plugin's thread, so that copying does not hold up the event loop either.
 
 
 def _copy(notice: Notice) -> Notice:
-    # The arguments of the call are all that a plugin could change; copying everything takes four times as long.
+    # Only the arguments of the call can be changed by a plugin; copying everything takes four times as long.
     return notice.model_copy(update={"tool_call": notice.tool_call.model_copy(deep=True)})
 
 

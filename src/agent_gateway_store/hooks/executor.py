@@ -1,4 +1,4 @@
-"""Runs plugin code in daemon threads, each with an event loop of its own: no plugin can stall anybody else."""
+"""Runs plugin code in daemon threads, each with its own event loop, so that no plugin can stall the rest."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ __all__ = ["GRACE_SECONDS", "MAX_ABANDONED", "PluginExecutor", "PluginFailure", 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Chosen: how many threads of one hook of one plugin may be stuck before it gets no other. A plugin may hang now and
+# then, but one that always hangs must not use up the threads of the process.
 MAX_ABANDONED = 3
-"""How many threads of one hook of one plugin may be stuck before it is given no other: it may stall now and then, and
-one that always hangs holds few threads."""
-
+# Chosen: how long a cancelled call may take to end before its thread counts as stuck; enough to close a connection.
 GRACE_SECONDS = 0.25
-"""How long a cancelled call may take to give way before its thread counts as stuck: time to close a connection."""
-
-_BUSY_THREADS = 32  # as many as the executor that asyncio itself makes
-_LAST_TASKS_SECONDS = 1.0  # as long as `close` waits
+# The most that the default executor of asyncio has (min(32, cores + 4)).
+_BUSY_THREADS = 32
+# As long as `close` waits for the threads by default.
+_LAST_TASKS_SECONDS = 1.0
 
 logger = logging.getLogger("agent_gateway_store.hooks")
 
 
 @dataclass(frozen=True, slots=True)
 class PluginFailure:
-    """Why a plugin's call did not go well.
+    """Why the call of a plugin failed.
 
     Attributes:
         text: One line of at most 500 characters, secrets masked.
-        retry_after_s: Seconds that the plugin asks to be left alone; None if it does not say.
-        is_permanent: True if the plugin says that trying again cannot help.
+        retry_after_s: Seconds to wait before the next attempt, as the plugin asks; None if it does not say.
+        is_permanent: True if the plugin says that no further attempt can help.
     """
 
     text: str
@@ -52,7 +52,7 @@ class PluginFailure:
 
     @classmethod
     def of(cls, error: BaseException) -> PluginFailure:
-        """Return what `error` says; a `retry_after_s` that is not a number of seconds counts as None."""
+        """Return the failure that `error` is; a `retry_after_s` that is not a number of seconds counts as None."""
         if not isinstance(error, NotDeliveredError):
             return cls(describe(error))
         return cls(describe(error), _seconds(error.retry_after_s), error.is_permanent is True)
@@ -67,12 +67,12 @@ _Key: TypeAlias = tuple[str, str]
 class PluginExecutor:
     """Runs the calls of plugins: one thread for each hook of each plugin, started by its first call.
 
-    No plugin can stall the caller, another plugin, or its own other hooks. A call that is over time and does not give
-    way takes its thread out of use; the next call starts another, until `MAX_ABANDONED` are stuck. Then calls are
-    refused at once, until one comes back. May be used from any thread and any event loop, and again after `close`.
+    No plugin can stall the caller, another plugin, or its own other hooks. A thread whose call neither ends in time nor
+    after its cancellation is abandoned; the next call starts another, until `MAX_ABANDONED` are stuck. Then calls fail
+    at once, until one of them has ended. May be used from any thread and any event loop, and again after `close`.
 
     Args:
-        timeout_s: Longest wait for one call, in seconds; `GRACE_SECONDS` to give way come on top.
+        timeout_s: Longest wait for one call, in seconds; a cancelled one may take `GRACE_SECONDS` more.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -83,7 +83,7 @@ class PluginExecutor:
 
     @property
     def abandoned(self) -> dict[str, int]:
-        """How many threads have not come back, by plugin name; those without any are left out."""
+        """How many abandoned threads are still busy, by plugin name; without zeros."""
         with self._lock:
             return dict(Counter(name for _hook, name in self._stuck()))
 
@@ -91,12 +91,12 @@ class PluginExecutor:
         """Run `function` in the thread that the plugin has for this hook. Cancelling the wait cancels the call.
 
         Args:
-            hook: Which hook.
+            hook: The hook, which has a thread for each plugin.
             name: Name of the plugin or notifier.
             function: Runs the plugin's code, copying included.
 
         Returns:
-            What it returned, or what went wrong. Raises nothing.
+            What it returned, or its failure. Raises nothing.
         """
         key = hook, name
         with self._lock:
@@ -121,7 +121,7 @@ class PluginExecutor:
         """Cancel the calls under way and end the threads.
 
         Args:
-            timeout_s: Seconds to wait for them in all. A thread that is blocked is left behind: it is a daemon.
+            timeout_s: Seconds to wait for all of them. A thread that is blocked goes on: it is a daemon.
         """
         with self._lock:
             threads, self._threads = list(self._threads.values()), {}
@@ -144,7 +144,8 @@ class PluginExecutor:
             return PluginFailure(f"still busy: {stuck} earlier calls have not come back")
         try:
             thread = self._threads[key] = PluginThread(key[1])
-        except Exception as exc:  # the process can start no more threads, or open no more files
+        except Exception as exc:
+            # The process can start no more threads, or open no more files.
             return PluginFailure.of(exc)
         return thread
 
@@ -162,7 +163,7 @@ class PluginExecutor:
 
 @dataclass(eq=False, slots=True)
 class _Call(Generic[T]):
-    """One call handed to a thread. Its result is for the caller's event loop, and never an exception."""
+    """One call in a thread. Its result belongs to the caller's event loop, and is never an exception."""
 
     function: Callable[[], Awaitable[T]]
     result: asyncio.Future[T | PluginFailure] = field(
@@ -175,7 +176,8 @@ class _Call(Generic[T]):
 class PluginThread:
     """Runs calls side by side in one event loop in one daemon thread, which it starts at once.
 
-    Waking another thread costs more than most calls, so calls that come together go together, and so do results.
+    Waking another thread costs more than most calls, so calls made together are handed over together, and so are
+    results.
     The lock of the executor keeps `submit` from running during or after `retire` and `stop`.
     """
 
@@ -204,12 +206,12 @@ class PluginThread:
         call = _Call(function)
         self._calls.add(call)
         self._submitted.append(call)
-        # Not at once: woken now, it would take this one and have to be woken again for the next.
+        # Not at once: the thread would take this call and have to be woken again for the next.
         asyncio.get_running_loop().call_soon(self._wake)
         return call
 
     def cancel(self, call: _Call[Any]) -> None:
-        """Ask a call to stop: one that blocks the thread, or swallows the request, does not."""
+        """Cancel a call; one that blocks the thread, or ignores its cancellation, goes on."""
         call.is_withdrawn = True
         self._soon(lambda: call.task and call.task.cancel())
 
@@ -229,7 +231,8 @@ class PluginThread:
             self._thread.join(timeout_s)
 
     def _soon(self, callback: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the thread has ended and closed its loop
+        # RuntimeError: the thread has ended and closed its loop.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback)
 
     def _wake(self) -> None:
@@ -238,7 +241,8 @@ class PluginThread:
             self._soon(self._begin_all)
 
     def _begin_all(self) -> None:
-        self._is_woken = False  # before it looks, so that whatever it does not see wakes it again
+        # Before the queue is read, so that a call which is added after that wakes the thread again.
+        self._is_woken = False
         while self._submitted:
             self._begin(self._submitted.popleft())
 
@@ -259,7 +263,8 @@ class PluginThread:
         for call, result in ended:
             by_loop.setdefault(call.result.get_loop(), []).append((call, result))
         for loop, results in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # it is closed, so nobody waits any more
+            # RuntimeError: the caller's loop is closed, so nobody waits any more.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_set_results, results)
 
     def _stop_if_done(self) -> None:
@@ -275,7 +280,7 @@ class PluginThread:
         self._loop.set_default_executor(_DaemonExecutor(self._thread.name))
         self._loop.set_exception_handler(self._log_stray)
         while not self._is_done:
-            # A stray SystemExit, or a plugin that calls loop.stop(), gets out of here and must not end the thread.
+            # A SystemExit in a callback, or a plugin that calls `loop.stop()`, ends `run_forever` but not the thread.
             try:
                 self._loop.run_forever()
             except BaseException as exc:
@@ -294,10 +299,10 @@ class PluginThread:
 
 
 class _DaemonExecutor(ThreadPoolExecutor):
-    """Executor of a plugin's event loop: `asyncio.to_thread` and name look-ups go through it.
+    """The executor of a plugin's event loop, for `asyncio.to_thread` and name look-ups.
 
-    The standard one is joined at exit, so one call that never returns would keep the process alive. Here each call has
-    a daemon thread; while too many of them are busy, further calls are refused.
+    Python joins the threads of a standard executor at exit, so one call that never returns would keep the process
+    alive. Here each call has a daemon thread; while too many are busy, further calls are refused.
     """
 
     def __init__(self, name: str) -> None:
@@ -306,7 +311,7 @@ class _DaemonExecutor(ThreadPoolExecutor):
         self._room = threading.Semaphore(_BUSY_THREADS)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Start `fn` at once. Raises RuntimeError if too many calls have not come back."""
+        """Start `fn` at once. Raises RuntimeError if too many calls are still busy."""
         if not self._room.acquire(blocking=False):
             raise RuntimeError(f"{_BUSY_THREADS} threads of this plugin are still busy")
 
@@ -324,17 +329,12 @@ class _DaemonExecutor(ThreadPoolExecutor):
 
 
 def run_in_thread(function: Callable[[], T], *, name: str) -> Future[T]:
-    """Run `function` in a new daemon thread, which cannot hold up the exit of the process.
+    """Run `function` in a new daemon thread, which cannot delay the exit of the process.
 
-    Args:
-        function: What to run. Whatever it raises ends up in the future.
-        name: Name of the thread.
-
-    Returns:
-        Its outcome. It cannot be cancelled.
+    The future holds what it returned or raised, and cannot be cancelled.
 
     Raises:
-        RuntimeError: If the process can start no more threads.
+        RuntimeError: The process can start no more threads.
     """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
@@ -364,15 +364,17 @@ def _set_results(results: list[tuple[_Call[Any], object]]) -> None:
 
 async def _perform(call: _Call[T]) -> T | PluginFailure:
     try:
-        if not call.is_withdrawn:  # its cancellation may be queued behind this
+        # Its cancellation may be queued after this.
+        if not call.is_withdrawn:
             return await call.function()
-    except BaseException as exc:  # SystemExit included: it would end the loop
+    except BaseException as exc:
+        # SystemExit included, which would end the loop.
         return PluginFailure.of(exc)
     return _CANCELLED
 
 
 async def _end_tasks() -> None:
-    """Cancel every task of the running loop and wait a second or two for them, before the loop is closed."""
+    """Cancel every task of the running loop and wait up to two seconds for them, before the loop is closed."""
     loop = asyncio.get_running_loop()
     if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
         for task in tasks:

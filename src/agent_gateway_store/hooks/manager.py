@@ -1,4 +1,4 @@
-"""Finds plugins and loads them one by one."""
+"""Finds the plugins and loads them, each apart from the others."""
 
 from __future__ import annotations
 
@@ -31,22 +31,20 @@ logger = logging.getLogger("agent_gateway_store.hooks")
 
 
 class Plugins:
-    """The plugins of a store: those given to it, then those installed.
+    """The plugins of a store: those given to it, then those installed. All are loaded at once, in the calling thread.
 
-    Each is loaded, called and reported alone. One that cannot be imported, raises (`SystemExit` included) or is of the
-    wrong shape is recorded as broken, and the rest go on.
+    Each is loaded, called and reported apart from the others. One that cannot be imported, raises (`SystemExit`
+    included) or has the wrong shape is recorded as broken, and the rest are used.
+
+    Args:
+        given: Modules, objects with hook implementations, notifiers, or classes of these that need no argument. They
+            take precedence over an installed plugin of the same name.
+        environ: Where the two variables are read; None means `os.environ`. `AGENT_GATEWAY_STORE_LOAD_PLUGINS` names the
+            installed plugins to load, separated by commas: empty means none, unset all.
+            `AGENT_GATEWAY_STORE_BLOCK_PLUGINS` names plugins, given or installed, that are never loaded.
     """
 
     def __init__(self, given: Iterable[object] = (), *, environ: Mapping[str, str] | None = None) -> None:
-        """Load them all, in the calling thread.
-
-        Args:
-            given: Modules, objects with hook implementations, notifiers, or classes of these that need no argument.
-                They take precedence over an installed plugin of the same name.
-            environ: Where the two variables are read; None means `os.environ`. `AGENT_GATEWAY_STORE_LOAD_PLUGINS`
-                names the installed plugins to load, separated by commas: empty means none, unset all.
-                `AGENT_GATEWAY_STORE_BLOCK_PLUGINS` names plugins, given or installed, that are never loaded.
-        """
         environ = os.environ if environ is None else environ
         self._load = _names_in(environ[LOAD_VARIABLE]) if LOAD_VARIABLE in environ else None
         self._block = _names_in(environ.get(BLOCK_VARIABLE, ""))
@@ -62,17 +60,14 @@ class Plugins:
 
     @property
     def records(self) -> list[PluginRecord]:
-        """One record per plugin as it stands now, in the order of loading."""
+        """The present record of each plugin, in the order of loading."""
         return [plugin.record for plugin in self._plugins]
 
     def callers(self, hook: str) -> dict[str, Callable[..., list[object]]]:
-        """Return, by plugin name, what calls that plugin's implementations of `hook`.
+        """Return by plugin name the function that calls that plugin's implementations of `hook`.
 
-        Calling one touches no other plugin. It raises what the plugin raises; the results of async implementations are
+        It raises what the plugin raises, and affects no other plugin. The results of async implementations are
         coroutines, to be awaited.
-
-        Args:
-            hook: Name of a hook of this package.
         """
         return {plugin.name: caller for plugin in self._plugins if (caller := plugin.caller(hook)) is not None}
 
@@ -80,13 +75,11 @@ class Plugins:
         """Ask every plugin for its notifiers. Raises nothing.
 
         The plugins are asked side by side, each in a thread, and together have `plugin_timeout_seconds` to answer. The
-        call blocks that long at most. What does not fit, and a second notifier of a name, is left out and recorded.
-
-        Args:
-            settings: Handed to the plugins.
+        call blocks that long at most. An object that is not a notifier, and a second notifier of a name, is left out
+        and recorded.
 
         Returns:
-            Notifiers by name, in the order of loading. New ones with each call.
+            Notifiers by name, in the order of loading; new ones at each call.
         """
         timeout = settings.plugin_timeout_seconds
         deadline = time.monotonic() + timeout
@@ -117,13 +110,9 @@ class Plugins:
         return notifiers
 
     def settings(self, timeout_s: float) -> dict[str, SettingsState]:
-        """Look at the settings that plugins declare, as they stand in the environment. Raises nothing.
+        """Return the state of the settings that plugins declare, by plugin name. Raises nothing; records problems.
 
-        Args:
-            timeout_s: Seconds that each plugin has to answer.
-
-        Returns:
-            By plugin name, for those that declare settings. What went wrong is recorded.
+        Each plugin has `timeout_s` seconds to answer.
         """
         found: dict[str, SettingsState] = {}
         for plugin in self._plugins:
@@ -146,6 +135,7 @@ class Plugins:
         return plugin
 
     def _add_given(self, given: object) -> None:
+        # Unlike an installed plugin, one that is given twice is meant twice: say, two webhooks.
         own_name = name = _name_of(given)
         taken, count = {plugin.name for plugin in self._plugins}, 1
         while name in taken:
@@ -175,12 +165,12 @@ class Plugins:
 def _installed() -> Iterator[tuple[metadata.EntryPoint, metadata.Distribution]]:
     """Yield the entry points of our group, sorted by name, none of them loaded.
 
-    Of a distribution found twice the first on `sys.path` counts. One whose metadata cannot be read is left out: that it
-    holds a plugin is not known.
+    Of a distribution that is found twice the first on `sys.path` counts. One whose metadata cannot be read is left out.
     """
     found: list[tuple[metadata.EntryPoint, metadata.Distribution]] = []
     seen: set[str] = set()
     for distribution in metadata.distributions():
+        # One by one, as `metadata.entry_points` raises if the metadata of any package is damaged.
         try:
             entry_points = distribution.entry_points.select(group=PROJECT)
         except Exception as exc:

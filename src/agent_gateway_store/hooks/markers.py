@@ -1,4 +1,4 @@
-"""Decorators that mark hooks and their implementations. Loads nothing but pluggy."""
+"""The decorators that mark hooks and their implementations. Imports nothing but pluggy."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""One plugin: what it implements, the notifiers and settings it offers, what is wrong with it."""
+"""One plugin: the hooks it implements, the notifiers and settings it offers, its problems."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,8 +26,10 @@ __all__ = ["REGISTER", "SETTINGS", "Offer", "Plugin", "PluginRecord", "SettingsS
 REGISTER = "gateway_store_register_notifiers"
 SETTINGS = "gateway_store_plugin_settings"
 
-_MAX_NAME = 100  # fits a line of a log and a cell of a listing
-_SHORTEST_SECRET = 4  # a shorter one stands in any message by chance
+# Chosen: fits a line of a log and a cell of a listing.
+_MAX_NAME = 100
+# Chosen: a shorter value is in many messages by chance.
+_SHORTEST_SECRET = 4
 
 logger = logging.getLogger("agent_gateway_store.hooks")
 
@@ -41,7 +43,7 @@ class PluginRecord:
         version: Version of its distribution; None if it was given to the store.
         distribution: Name of the package it comes from; None if it was given to the store.
         hooks: Hooks it implements, sorted. Empty for a bare notifier, and for what was not loaded.
-        state: `active`; `blocked`: not loaded, on request; `broken`: something is wrong, what works is still used.
+        state: `active`; `blocked`: not loaded, on request; `broken`: it has problems, but what works is used.
         error: Why it is blocked or broken; None if active. One line, secrets masked.
         notifiers: Names of the notifiers it gave when it was last asked.
     """
@@ -57,13 +59,13 @@ class PluginRecord:
 
 @dataclass(frozen=True, slots=True)
 class SettingsState:
-    """How the settings of a plugin stand.
+    """The state of a plugin's settings.
 
     Attributes:
         prefix: What its variables begin with.
-        state: `configured`; `defaults`: nothing is set, and nothing must be; `missing`: nothing is set, and something
-            must be; `wrong`: what is set does not do.
-        problems: What is missing or wrong, by variable. Holds no value.
+        state: `configured`; `defaults`: nothing is set, and nothing needs to be; `missing`: nothing is set, and
+            something needs to be; `wrong`: a value is not accepted.
+        problems: What is missing or wrong, by variable; holds no value.
     """
 
     prefix: str
@@ -73,7 +75,7 @@ class SettingsState:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one plugin offers as notifiers.
+    """The notifiers that one plugin offers.
 
     Attributes:
         fitting: Names and notifiers of the right shape.
@@ -85,15 +87,14 @@ class Offer:
 
 
 class Plugin:
-    """A plugin and its problems. It has a pluggy manager of its own, so none can see, wrap or stop another."""
+    """A plugin and its problems.
+
+    Args:
+        name: Unique among the loaded plugins.
+        origin: Name and version of its distribution; None if it was given to the store.
+    """
 
     def __init__(self, name: str, *, origin: tuple[str, str] | None = None) -> None:
-        """Remember.
-
-        Args:
-            name: Unique among the loaded plugins.
-            origin: Name and version of its distribution; None if it was given to the store.
-        """
         self.name = name
         self.origin = origin
         self.blocked: str | None = None
@@ -102,13 +103,14 @@ class Plugin:
         self._is_bare = False
         self._problems: list[str] = []
         self._notifier_problems: list[str] = []
+        # One manager for each plugin, so that none can see, wrap or stop another.
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(specs)
         self._specs = frozenset(vars(self._manager.hook))
 
     @property
     def record(self) -> PluginRecord:
-        """What is known of it now."""
+        """The plugin as it is now."""
         problems = [*self._problems, *self._notifier_problems]
         distribution, version = self.origin or (None, None)
         return PluginRecord(
@@ -123,16 +125,16 @@ class Plugin:
 
     @property
     def has_notifiers(self) -> bool:
-        """True if it is to be asked for notifiers."""
+        """True if it is a notifier or registers some."""
         return self._is_bare or self.caller(REGISTER) is not None
 
     def caller(self, hook: str) -> Callable[..., list[object]] | None:
-        """Return what calls this plugin's implementations of `hook`; None if it has none."""
+        """Return the function that calls this plugin's implementations of `hook`; None if it has none."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         return caller if caller.get_hookimpls() else None
 
     def add_problem(self, text: str, *, of_notifier: bool = False) -> None:
-        """Note what is wrong, and log it; the same once."""
+        """Record and log a problem; the same one once."""
         problems = self._notifier_problems if of_notifier else self._problems
         if text in problems:
             return
@@ -140,9 +142,9 @@ class Plugin:
         logger.warning("Plugin %s is broken: %s", escape(self.name), text)
 
     def adopt(self, load: Callable[[], object]) -> None:
-        """Load it and take in its hook implementations; a class is called without arguments first.
+        """Load it and register its hook implementations; a class is called without arguments first.
 
-        Raises nothing but KeyboardInterrupt: what goes wrong, `SystemExit` included, becomes a problem.
+        Raises nothing but KeyboardInterrupt: every other error, `SystemExit` included, becomes a problem.
         """
         try:
             loaded = load()
@@ -161,23 +163,26 @@ class Plugin:
 
     def offer(self, settings: StoreSettings) -> Offer:
         """Ask it for notifiers. Raises nothing; may take as long as the plugin likes."""
-        if self._is_bare:
-            return _examine_notifiers(lambda: [[self._object]])
+        # A bare notifier has no such hook, and is asked only because it is one itself.
         register = self.caller(REGISTER)
-        return _examine_notifiers(lambda: register(settings=settings) if register else [])
+        try:
+            answers = [[self._object]] if register is None else register(settings=settings)
+        except BaseException as exc:
+            return Offer(problems=[f"{REGISTER} raised {describe(exc)}"])
+        return _examine_notifiers(answers)
 
     def settings(self) -> SettingsState | None:
-        """Look at its settings; None if it declares none. May take as long as the plugin likes.
+        """Return the state of its settings; None if it declares none. May take as long as the plugin likes.
 
         Raises:
-            TypeError: What it declares is not a settings class. Whatever the plugin raises.
+            TypeError: It declares something else than a settings class. Also whatever the plugin raises.
         """
         caller = self.caller(SETTINGS)
         declared = caller() if caller else []
         return examine_settings(declared[0]) if declared else None
 
     def forget_offer(self) -> None:
-        """Forget what came of it when it was last asked for notifiers."""
+        """Forget the notifiers, and the problems with them, of the last time it was asked."""
         self._notifier_problems.clear()
         self.notifiers.clear()
 
@@ -187,20 +192,12 @@ class Plugin:
         return sorted(name for name in others if not all(impl.optionalhook for impl in relay[name].get_hookimpls()))
 
 
-def _examine_notifiers(ask: Callable[[], list[object]]) -> Offer:
-    """Look at every notifier that a plugin offers alone. Raises nothing.
-
-    Args:
-        ask: Returns what the plugin's implementations of `gateway_store_register_notifiers` returned.
-    """
+def _examine_notifiers(answers: Iterable[object]) -> Offer:
+    """Check each notifier in the answers to `gateway_store_register_notifiers`. Raises nothing."""
     offer = Offer()
-    try:
-        answers = ask()
-    except BaseException as exc:
-        offer.problems.append(f"{REGISTER} raised {describe(exc)}")
-        return offer
     for answer in answers:
         if not isinstance(answer, list | tuple):
+            # Closed, or Python warns that it was never awaited.
             if inspect.iscoroutine(answer):
                 answer.close()
             offer.problems.append(f"{REGISTER} returned {type(answer).__name__}, not a list of notifiers")
@@ -209,6 +206,7 @@ def _examine_notifiers(ask: Callable[[], list[object]]) -> Offer:
             try:
                 offer.fitting.append((_notifier_name(candidate), cast("Notifier", candidate)))
             except BaseException as exc:
+                # `name` may be a property of the plugin that raises anything.
                 offer.problems.append(f"a notifier does not fit: {describe(exc)}")
     return offer
 
@@ -227,7 +225,7 @@ def _notifier_name(candidate: object) -> str:
 
 
 def _is_async(function: object) -> bool:
-    # A decorated method counts as what it wraps: the decorator may return the coroutine without being async itself.
+    # A decorator may return the coroutine without being async itself, so the function that it wraps counts, too.
     if not callable(function):
         return False
     candidates = (function, inspect.unwrap(function), getattr(function, "__call__", None))  # noqa: B004
@@ -235,7 +233,7 @@ def _is_async(function: object) -> bool:
 
 
 def examine_settings(model: object) -> SettingsState:
-    """Build the settings of a plugin from the environment and say how they stand.
+    """Build the settings of a plugin from the environment and return their state.
 
     Raises:
         TypeError: `model` is not a class of pydantic-settings, or has no prefix.
@@ -282,7 +280,7 @@ def _problems(model: type[BaseSettings], prefix: str, variables: Mapping[str, st
 
 
 def _without_values(problem: str, given: Mapping[str, str]) -> str:
-    # A plugin's own validator may quote the value.
+    # A validator of the plugin may quote the value in its message.
     for value in sorted(given.values(), key=len, reverse=True):
         if len(value) >= _SHORTEST_SECRET:
             problem = problem.replace(value, "***")

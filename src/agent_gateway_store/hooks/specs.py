@@ -32,11 +32,11 @@ __all__ = [
 
 @runtime_checkable
 class Notifier(Protocol):
-    """Notifies somebody about approvals.
+    """Notifies people or systems about approvals.
 
-    Its methods run in a thread and an event loop of its own, within `PLUGIN_TIMEOUT_SECONDS`; then they are cancelled.
-    Raising means "not delivered": the same notice comes again later. So a notice can arrive more than once; its
-    `delivery_id` stays the same. Several notices may be under way at once.
+    Its methods run in their own thread and event loop, and are cancelled after `PLUGIN_TIMEOUT_SECONDS`. Raising means
+    "not delivered": the same notice is delivered again later. So a notice can arrive more than once; its `delivery_id`
+    stays the same. Several notices may be under way at once.
 
     Attributes:
         name: Unique among all notifiers; printable, at most 100 characters.
@@ -46,17 +46,17 @@ class Notifier(Protocol):
     def name(self) -> str: ...
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Say that somebody must decide.
+        """Deliver a notice that an approval waits for a decision.
 
         Args:
-            notice: What is asked, by whom, until when. A copy of its own.
+            notice: What is asked, by whom, until when. A copy.
         """
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Say that it was decided or cancelled, or has expired.
+        """Deliver a notice that an approval was decided or cancelled, or has expired.
 
         Args:
-            notice: The same approval, with status, approver and time of the decision. A copy of its own.
+            notice: The same approval, with status, approver and time of the decision. A copy.
         """
 
 
@@ -64,13 +64,14 @@ class Notifier(Protocol):
 def gateway_store_register_notifiers(settings: StoreSettings) -> Sequence[Notifier] | None:
     """Contribute notifiers. Called once for each store that opens, in a thread; must not be async.
 
-    Each notifier is looked at alone: one that does not fit the shape, or whose name is taken, is left out and recorded.
+    Each notifier is checked apart from the others: one of the wrong shape, or whose name is taken, is left out and
+    recorded.
 
     Args:
         settings: Settings of the store. Holds secrets: do not log it.
 
     Returns:
-        A list of notifiers; None or an empty list for none (say, because nothing is configured).
+        A list of notifiers; None or an empty list for none, for example because nothing is configured.
     """
 
 
@@ -78,14 +79,14 @@ def gateway_store_register_notifiers(settings: StoreSettings) -> Sequence[Notifi
 def gateway_store_approval_event(notice: Notice) -> Awaitable[None] | None:
     """Receive every notice, after the change it is about was committed.
 
-    May be sync or async. Runs in a thread and an event loop of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`. Not
-    repeated: a process that dies after its commit skips the call. What must arrive belongs in a notifier.
+    May be sync or async. Runs in the plugin's own thread and event loop, within `PLUGIN_TIMEOUT_SECONDS`. It is not
+    repeated, and a process that dies after its commit does not make the call. Use a notifier for what must arrive.
 
     Args:
-        notice: What happened. A copy of its own.
+        notice: What happened. A copy.
 
     Returns:
-        Nothing that is looked at.
+        Ignored.
     """
 
 
@@ -100,20 +101,19 @@ def gateway_store_veto_decision(
     """Object to a decision before it is made. One objection refuses it: `DecisionVetoedError`, and nothing is written.
 
     May be sync or async. Called for each vote to approve and for each denial, whichever way it comes (code, command
-    line, Slack, ...); not for cancelling, so that a call can always be withdrawn. Runs before the transaction, so
-    no lock is held meanwhile, in a thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`. A plugin that raises,
-    takes longer, or returns anything but text or None has refused, too. `ApprovalManager(session)` on its own knows no
-    plugins.
+    line, Slack, ...); not for cancelling, so that a call can always be withdrawn. Runs before the transaction, so that
+    it holds no lock, in the plugin's own thread, within `PLUGIN_TIMEOUT_SECONDS`. A plugin that raises, takes longer,
+    or returns anything but text or None refuses as well. `ApprovalManager(session)` on its own uses no plugins.
 
     Args:
-        request: What is decided, arguments sanitised. A copy of its own.
+        request: The approval, its arguments sanitised. A copy.
         decision: `APPROVED` or `DENIED`.
-        approver_id: Who decides.
+        approver_id: The approver who decides.
         note: What the approver wrote.
         channel: How the decision came: `api`, `cli`, `slack`, ...
 
     Returns:
-        None or "" for no objection, else the reason in a few words; the approver reads it.
+        None or "" for no objection, else the reason in a few words, which the approver reads.
     """
 
 
@@ -121,23 +121,23 @@ def gateway_store_veto_decision(
 def gateway_store_before_audit_write(event: AuditEvent) -> AuditEvent | Awaitable[AuditEvent | None] | None:
     """Enrich or redact an event before it is stored, also before it waits in the spool.
 
-    May be sync or async. Called for every event that goes through `store.audit` (not `AuditLogger(session)`), in a
-    thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS`; by `record`, while the caller's transaction is open.
-    Several events may be under way at once. With several plugins each sees what the one before it made. The same event
-    must give the same result each time, or a repeated write is no duplicate.
+    May be sync or async. Called for every event that goes through `store.audit` (not `AuditLogger(session)`), in the
+    plugin's own thread, within `PLUGIN_TIMEOUT_SECONDS`; by `record`, while the caller's transaction is open. Several
+    events may be under way at once. Of several plugins each receives the result of the one before it. The same event
+    must give the same result each time, or a repeated write is not a DUPLICATE.
 
     Changed may be `sanitized_args`, `risk_labels`, `risk_score`, `matched_policy_rule`, `policy_version`,
     `output_policy_rationale`, `llm_explanation`, `deterministic_rationale`, `trace_id`, `session_id` and
-    `parent_request_id`; to `redaction_flags` can be added. Who called what, when, in which organisation, and what was
-    decided stands.
+    `parent_request_id`; to `redaction_flags` can be added. All other fields, such as the caller, the tool, the time,
+    the organisation and the decision, must stay as they are.
 
-    A plugin that raises, takes too long, or changes what stands must not let through what it was to redact: the event
-    is stored without its texts and arguments, each marked `[WITHHELD]` and flagged `PLUGIN_FAILED`
-    (`store.audit.counters.withheld`). After a timeout the plugin is left alone for as long, and events are withheld
-    meanwhile. A plugin that only enriches catches its own errors.
+    If a plugin raises, takes too long, or changes another field, what it should have redacted must not be stored: the
+    event is stored without its texts and arguments, each marked `[WITHHELD]` and flagged `PLUGIN_FAILED`
+    (`store.audit.counters.withheld`). After a timeout the plugin is not called for as long again, and events are
+    withheld until then. A plugin that only enriches should catch its own errors.
 
     Args:
-        event: As it would be stored. A copy of its own, which may be changed.
+        event: The event as it would be stored. A copy, which may be changed.
 
     Returns:
         The event to store, or None for no change. Changing `event` and returning None changes nothing.
@@ -148,17 +148,17 @@ def gateway_store_before_audit_write(event: AuditEvent) -> AuditEvent | Awaitabl
 def gateway_store_audit_written(events: Sequence[AuditEvent]) -> Awaitable[None] | None:
     """Receive events after their commit, in batches, in the order of the commits.
 
-    May be sync or async. Called in the background, in a thread of the plugin's own, within `PLUGIN_TIMEOUT_SECONDS` for
-    a batch; no write waits for it. Not repeated: what a slow plugin leaves waiting beyond 10,000 events, what a failing
-    one was given, and what still waited when the process died is gone (and counted: `store.audit.counters.untold`).
-    What must not miss an event reads it from the store.
+    May be sync or async. Called in the background, in the plugin's own thread, within `PLUGIN_TIMEOUT_SECONDS` for a
+    batch; no write waits for it. It is not repeated: events beyond 10,000 that a slow plugin leaves waiting, those that
+    a failing plugin received, and those that waited when the process died are not delivered (and counted:
+    `store.audit.counters.untold`). A reader that must not miss an event uses `store.audit.follow`.
 
     Args:
-        events: Up to 500, scrubbed as they are stored; one under a used request id names that id, not the one it was
-            given. Duplicates are not among them; events that waited in the spool are. Copies.
+        events: Up to 500, scrubbed as they are stored; an event under a used request id has that id, and not the
+            derived one. Without duplicates, but with events that waited in the spool. Copies.
 
     Returns:
-        Nothing that is looked at.
+        Ignored.
     """
 
 
@@ -167,22 +167,22 @@ def gateway_store_register_commands(app: Typer) -> None:
     """Add commands to `gateway-store`. Called in a thread when the command line needs to know them; must not be async.
 
     A command or group whose name is taken is left out, with a line on standard error; so are all commands of a plugin
-    that raises here. A command opens the store that the global options name by
+    that raises here. A command opens the store of the global options by
     `agent_gateway_store.cli.context.open_store(ctx)`.
 
     Args:
         app: An empty Typer application: `@app.command("export-tickets")`, or `app.add_typer(group, name="tickets")`.
 
     Returns:
-        Nothing that is looked at.
+        Ignored.
     """
 
 
 @hookspec
 def gateway_store_plugin_settings() -> type[BaseSettings] | None:
-    """Say which settings the plugin reads. `gateway-store plugins list` and `plugins check` look at them.
+    """Declare the settings that the plugin reads, for `gateway-store plugins list` and `plugins check`.
 
-    Must not be async. The plugin itself builds the model, as a rule in `gateway_store_register_notifiers`.
+    Must not be async. The plugin itself builds the model, usually in `gateway_store_register_notifiers`.
 
     Returns:
         A class of `pydantic_settings.BaseSettings` with an `env_prefix`, which sets its variables apart from others;
@@ -194,16 +194,16 @@ def gateway_store_plugin_settings() -> type[BaseSettings] | None:
 def gateway_store_map_approver(
     channel: str, user_id: str, user_name: str, approval_id: UUID
 ) -> str | Awaitable[str | None] | None:
-    """Say under which approver id somebody who clicked in a chat decides. Nobody's answer is a refusal.
+    """Return the approver id of a user who clicked in a chat. Without an answer of any plugin the click is refused.
 
-    May be sync or async; runs in a thread of the plugin's own, within a second and a half. The first plugin with an
-    answer counts, in the order of loading; one before it that raises, takes longer, or answers with anything but text
-    or None refuses the click.
+    May be sync or async; runs in the plugin's own thread, within a second and a half. The first plugin with an answer
+    counts, in the order of loading; one before it that raises, takes longer, or answers with anything but text or None
+    refuses the click.
 
     Args:
         channel: Where the click came from: `slack`.
         user_id: The chat's id of the user, as in `U024BE7LH`; proven by the chat's signature.
-        user_name: What the chat calls the user. Chosen by the user: prove nothing by it.
+        user_name: The user's name in the chat, chosen by the user: it proves nothing.
         approval_id: What is to be decided.
 
     Returns:

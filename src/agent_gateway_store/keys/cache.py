@@ -1,9 +1,9 @@
-"""What is known of API keys for a while, so that a verified key costs neither a row nor bcrypt.
+"""The cache of answers about API keys, so that a verified key costs neither a read of its row nor bcrypt.
 
-Entries go by a keyed digest of the key, so no key is in memory after the call. An answer is trusted for a set time from
-before its row was read, and never beyond the key's own end; a change made here, or published by another process,
-ends the trust at once. A message that Redis does not take is sent again until it does; a process that receives none
-all the same, because it was cut off, trusts no longer than that time.
+Entries are found by a keyed digest of the key, so no key is in memory after the call. An answer is trusted for a set
+time, counted from before its row was read, and never beyond the key's own end. A change made here, or published by
+another process, ends the trust at once. A message that Redis does not take is sent again until it does; a process that
+is cut off and receives none trusts its answers for no longer than that time.
 """
 
 from __future__ import annotations
@@ -13,26 +13,30 @@ import hmac
 import secrets
 from collections.abc import Callable, Coroutine
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from cachetools import LRUCache
 
+from agent_gateway_store import clock
 from agent_gateway_store._concurrency import BackgroundTasks, SingleFlight
-from agent_gateway_store.keys.hashing import MAX_REFUSED, MAX_VERIFIED, Hasher, KeyVerifier, now
+from agent_gateway_store.keys.hashing import MAX_REFUSED, MAX_VERIFIED, Hasher, KeyVerifier
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.storage.database import SqlConnection
 from agent_gateway_store.storage.pubsub import PubSub
 
-__all__ = ["REFUSED", "KeyCache", "ReadVersion", "Refused", "VerifiedKey"]
+__all__ = ["REFUSED", "Answer", "KeyCache", "ReadVersion", "VerifiedKey"]
 
 _TOPIC = "api-key:"
-_UNKNOWN_S = 1.0  # a key that is issued elsewhere works after a second
-_LAST_WRITES_S = 2.0  # what `close` waits for the last uses to be written
+# Chosen: a key that was just issued by another process is accepted after a second.
+_UNKNOWN_S = 1.0
+# Chosen: `close` waits so long for the last uses to be written.
+_LAST_WRITES_S = 2.0
+# Chosen: a fraction of the 30 seconds that another process may trust the key by default.
 _PUBLISH_AGAIN_S = 0.25
 
 
 class ReadVersion(NamedTuple):
-    """The moment before a row is read: what was true then may be trusted from then on."""
+    """The moment before a row is read, from which its content may be trusted."""
 
     at: float
     change: int
@@ -43,7 +47,7 @@ class VerifiedKey:
 
     Attributes:
         identity: Who it belongs to.
-        use_due: When its use is to be noted again.
+        use_due: When its use must be recorded again.
     """
 
     __slots__ = ("identity", "until", "use_due")
@@ -54,61 +58,56 @@ class VerifiedKey:
         self.until = 0.0
 
 
-class Refused:
-    """A key that is not accepted, whatever the reason."""
+REFUSED: Final = "refused"
+"""The answer about a key that is not accepted, whatever the reason."""
 
-    __slots__ = ()
+Answer: TypeAlias = VerifiedKey | Literal["refused"]
 
-
-REFUSED = Refused()
-"""The one of its kind."""
-
-_CacheKey = tuple[str | None, bytes]
+_CacheKey: TypeAlias = tuple[str | None, bytes]
 
 
 class KeyCache:
-    """The keys that one open store knows; its organisation-bound views share it, each with answers of its own.
+    """The keys that one open store knows. Its organisation-bound views share it, each with separate answers.
 
     Args:
         hasher: bcrypt in its threads; stays the caller's.
-        trusted_s: How long an answer is trusted; zero: nothing is remembered.
-        pubsub: Publishes changes to other processes and receives theirs; None: the time alone ends trust.
+        trusted_s: Seconds for which an answer is trusted; zero: nothing is remembered.
+        pubsub: Publishes changes to other processes and receives theirs; None: only the time ends the trust.
         check_owner: Raises where the store is not open.
 
     Attributes:
         verifier: bcrypt, remembered and limited.
         is_on: False if nothing is remembered.
-        trusted_s: As given.
     """
 
     def __init__(
         self, hasher: Hasher, *, trusted_s: float, pubsub: PubSub | None, check_owner: Callable[[], None]
     ) -> None:
-        self.trusted_s = trusted_s
+        self._trusted_s = trusted_s
         self.is_on = trusted_s > 0
         self.verifier = KeyVerifier(hasher, remembers=self.is_on)
         self.check_owner = check_owner
         self._pubsub = pubsub
         self._is_open = self._is_subscribed = False
         self._secret = secrets.token_bytes(32)
-        # By key id, so that a change finds them; a key id has few keys that were ever good.
+        # By key id, because a change names that. A key id has few keys that were ever valid.
         self._verified: LRUCache[str, dict[_CacheKey, VerifiedKey]] = LRUCache(MAX_VERIFIED)
         self._refused: LRUCache[_CacheKey, float] = LRUCache(MAX_REFUSED)
         self._unknown: LRUCache[tuple[str | None, str], float] = LRUCache(MAX_REFUSED)
-        self._flights: SingleFlight[VerifiedKey | Refused] = SingleFlight()
+        self._flights: SingleFlight[Answer] = SingleFlight()
         self._changes = 0
         self.background = BackgroundTasks()
 
     def fingerprint(self, plaintext: str) -> bytes:
-        """Return what stands for a key in memory: its HMAC-SHA-256 under a secret of this process."""
+        """Return the name of a key in memory: its HMAC-SHA-256 under a secret of this process."""
         return hmac.digest(self._secret, plaintext.encode(), "sha256")
 
-    def find(self, org_id: str | None, key_id: str, fingerprint: bytes) -> VerifiedKey | Refused | None:
-        """Return the answer that is trusted now, or None. Costs no I/O."""
+    def find(self, org_id: str | None, key_id: str, fingerprint: bytes) -> Answer | None:
+        """Return the answer that is trusted now, or None. Without I/O."""
         self.check_owner()
         if not self.is_on:
             return None
-        moment = now()
+        moment = clock.monotonic()
         names = self._verified.get(key_id)
         if names is not None and (good := names.get((org_id, fingerprint))) is not None and moment < good.until:
             return good
@@ -117,16 +116,16 @@ class KeyCache:
                 return REFUSED
         return None
 
-    async def shared(
-        self, org_id: str | None, fingerprint: bytes, look: Callable[[], Coroutine[Any, Any, VerifiedKey | Refused]]
-    ) -> VerifiedKey | Refused:
-        """Have one of the tasks that ask for the same key `look`; what began before a change answers none after it."""
-        # Where nothing is to be remembered each looks by itself; they share no more than bcrypt.
-        return await (self._flights.run((org_id, fingerprint, self._changes), look) if self.is_on else look())
+    async def read_once(
+        self, org_id: str | None, fingerprint: bytes, read: Callable[[], Coroutine[Any, Any, Answer]]
+    ) -> Answer:
+        """Run one `read` for all tasks that ask for a key. After a change, one that began before is not joined."""
+        # Where nothing may be remembered each task reads by itself, and they share bcrypt only.
+        return await (self._flights.run((org_id, fingerprint, self._changes), read) if self.is_on else read())
 
     def begin(self) -> ReadVersion:
-        """Call before a row is read whose content is to be remembered."""
-        return ReadVersion(now(), self._changes)
+        """Call before a row is read whose content will be remembered."""
+        return ReadVersion(clock.monotonic(), self._changes)
 
     def put_verified(
         self,
@@ -138,11 +137,12 @@ class KeyCache:
         read_at: datetime,
         end: datetime | None,
     ) -> None:
-        """Remember that a key is good, until `end` at most; both times are the database's."""
+        """Remember that a key is valid, until `end` at most; both times are the database's."""
         if not self._may_keep(version):
             return
-        left_s = self.trusted_s if end is None else min(self.trusted_s, (end - read_at).total_seconds())
+        left_s = self._trusted_s if end is None else min(self._trusted_s, (end - read_at).total_seconds())
         good.until = version.at + left_s
+        # Only now: a store that never accepts a key needs no subscription.
         if self._pubsub is not None and not self._is_subscribed:
             self._pubsub.subscribe(_TOPIC, self._on_change)
             self._is_subscribed = True
@@ -152,14 +152,14 @@ class KeyCache:
         self._verified[key_id] = kept | {(org_id, fingerprint): good}
 
     def put_refused(self, version: ReadVersion, fingerprint: bytes, org_id: str | None) -> None:
-        """Remember that a key is not the one of its id; no change makes it that."""
+        """Remember that a key is not the one of its id, which no change can alter."""
         if self._may_keep(version):
-            self._refused[org_id, fingerprint] = version.at + self.trusted_s
+            self._refused[org_id, fingerprint] = version.at + self._trusted_s
 
     def put_unknown(self, version: ReadVersion, key_id: str, org_id: str | None) -> None:
         """Remember for a second that a key id has no row, or one that has ended."""
         if self._may_keep(version):
-            self._unknown[org_id, key_id] = version.at + min(_UNKNOWN_S, self.trusted_s)
+            self._unknown[org_id, key_id] = version.at + min(_UNKNOWN_S, self._trusted_s)
 
     def _may_keep(self, version: ReadVersion) -> bool:
         return self.is_on and self._is_open and version.change == self._changes
@@ -170,28 +170,28 @@ class KeyCache:
         self._verified.pop(key_id, None)
 
     def drop_all(self) -> None:
-        """Trust nothing that was read up to now. What bcrypt said stays true."""
+        """Trust nothing that was read up to now. The results of bcrypt stay true."""
         self._changes += 1
         self._verified.clear()
         self._refused.clear()
         self._unknown.clear()
 
     async def notify(self, connection: SqlConnection, key_id: str) -> None:
-        """Have the change go out with the transaction, where pubsub go through the database."""
+        """Send the change with the commit of the transaction, where messages go through the database."""
         if self._pubsub is not None:
             await self._pubsub.notify(connection, _TOPIC + key_id)
 
     async def publish(self, key_id: str) -> None:
         """Drop `key_id` here, then publish to every other process that it has changed.
 
-        Where Redis does not answer this is done once it does, in the background, while any of them may trust the key.
+        If Redis does not answer it is tried again in the background, for as long as another process may trust the key.
         """
         self.drop(key_id)
         if self._pubsub is not None and not await self._pubsub.publish(_TOPIC + key_id):
-            self.background.start(self._publish_again(self._pubsub, key_id, until=now() + self.trusted_s))
+            self.background.start(self._publish_again(self._pubsub, key_id, until=clock.monotonic() + self._trusted_s))
 
     async def _publish_again(self, pubsub: PubSub, key_id: str, *, until: float) -> None:
-        while self._is_open and now() < until:
+        while self._is_open and clock.monotonic() < until:
             await asyncio.sleep(_PUBLISH_AGAIN_S)
             if await pubsub.publish_remote(_TOPIC + key_id):
                 return
@@ -207,7 +207,7 @@ class KeyCache:
         self._is_open = True
 
     async def close(self) -> None:
-        """Forget every answer, remember no more, and let what runs in the background end."""
+        """Forget every answer, remember no more, and wait a moment for what runs in the background."""
         self._is_open = self._is_subscribed = False
         self.drop_all()
         await self.background.join(_LAST_WRITES_S)

@@ -1,7 +1,7 @@
 """How an API key looks: `agw_<key id>_<secret><crc32>`.
 
-The prefix and the checksum let a scanner, and this package, tell a key from any other string without a database (the
-format of GitHub's tokens). All parts are base62, so that a double click selects the whole key.
+By the prefix and the checksum a scanner, and this package, recognise a key without a database (as with GitHub's
+tokens). All parts are base62, so that a double click selects the whole key.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import zlib
 __all__ = ["KEY_PATTERN", "digest", "new_key", "new_key_id", "parse_key_id"]
 
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
+# 62^12 ids are 71 bits: random ones do not collide. 62^43 is the first power above 2^256, and 62^6 above 2^32 (CRC-32).
 _KEY_ID_CHARS, _SECRET_CHARS, _CHECKSUM_CHARS = 12, 43, 6
 
 KEY_PATTERN = rf"\bagw_[0-9A-Za-z]{{{_KEY_ID_CHARS}}}_[0-9A-Za-z]{{{_SECRET_CHARS + _CHECKSUM_CHARS}}}\b"
-"""Regular expression for secret scanners; 43 base62 characters carry 256 bits."""
+"""Regular expression for secret scanners."""
 
 _KEY = re.compile(
     rf"agw_([0-9A-Za-z]{{{_KEY_ID_CHARS}}})_[0-9A-Za-z]{{{_SECRET_CHARS}}}([0-9A-Za-z]{{{_CHECKSUM_CHARS}}})", re.ASCII
@@ -39,13 +40,14 @@ def new_key(key_id: str) -> str:
 
 def parse_key_id(plaintext: str) -> str | None:
     """Return the key id of a well-formed key, or None. Costs no lookup and no bcrypt."""
-    if not isinstance(plaintext, str) or len(plaintext) > 128 or (found := _KEY.fullmatch(plaintext)) is None:
+    if not isinstance(plaintext, str) or (found := _KEY.fullmatch(plaintext)) is None:
         return None
     return found[1] if secrets.compare_digest(found[2], _checksum(plaintext[:-_CHECKSUM_CHARS])) else None
 
 
 def digest(plaintext: str) -> bytes:
-    """Return what bcrypt is given: always 44 bytes, so that its limit of 72 never cuts a secret off."""
+    """Return what bcrypt hashes: always 44 bytes, since bcrypt ignores what follows byte 72."""
+    # Base64, because bcrypt ends at the first NUL byte.
     return base64.b64encode(hashlib.sha256(plaintext.encode()).digest())
 
 

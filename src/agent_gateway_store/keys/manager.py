@@ -7,12 +7,14 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from pydantic import SecretStr
 from sqlalchemy import ColumnElement, and_, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from agent_gateway_store import clock
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, storable_key
 from agent_gateway_store.errors import (
     ApiKeyExistsError,
@@ -21,22 +23,25 @@ from agent_gateway_store.errors import (
     StoreNotOpenError,
     StoreUnavailableError,
 )
-from agent_gateway_store.keys.cache import REFUSED, KeyCache, Refused, VerifiedKey
+from agent_gateway_store.keys.cache import REFUSED, Answer, KeyCache, VerifiedKey
 from agent_gateway_store.keys.format import digest, new_key, new_key_id, parse_key_id
-from agent_gateway_store.keys.hashing import Hasher, now
+from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.bounds import require_between
 from agent_gateway_store.storage.database import SqlConnection, Transactions, db_now, first_row
+from agent_gateway_store.storage.filters import require_between
 
 __all__ = ["COLUMNS", "KeyManager"]
 
 COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
 _DEFAULT_ORG = "default"
+# The documented precision of `last_used_at`: one write a minute for each key at most.
 _LAST_USED_EVERY = timedelta(minutes=1)
+# 2,738 years: both databases hold times until the year 9999 at least.
 _LONGEST_OVERLAP = timedelta(days=1_000_000)
-_NOTE_WAIT_S = 5.0
+# Chosen: a database that is well writes one row in milliseconds.
+_RECORD_USE_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.keys")
 _keys = ApiKey.__table__  # type: ignore[attr-defined]
 
@@ -47,7 +52,7 @@ class KeyManager:
     Args:
         transactions: Where they are kept.
         hasher: bcrypt in its threads; stays the caller's.
-        cache: What is known of keys; shared by the views of a store.
+        cache: Answers about keys; shared by the views of a store.
         settings: `environment` is stamped on keys that name none.
         org_id: See and change only this organisation; None sees all, and issues for "default".
     """
@@ -61,13 +66,11 @@ class KeyManager:
         *,
         org_id: str | None = None,
     ) -> None:
-        self._transactions, self._hasher, self._cache, self._settings, self._org_id = (
-            transactions,
-            hasher,
-            cache,
-            settings,
-            org_id,
-        )
+        self._transactions = transactions
+        self._hasher = hasher
+        self._cache = cache
+        self._settings = settings
+        self._org_id = org_id
 
     async def issue(
         self,
@@ -79,16 +82,16 @@ class KeyManager:
         expires_at: datetime | None = None,
         org_id: str | None = None,
     ) -> IssuedKey:
-        """Give `caller_id` a key. The plaintext is in the answer and nowhere else.
+        """Issue a key for `caller_id`. The plaintext is in the result and nowhere else.
 
         A caller whose key was revoked gets a new one.
 
         Args:
-            caller_id: Who will call.
+            caller_id: The caller that will use the key.
             role: As the gateway's policy names it.
-            trust_level: Default: LOW.
+            trust_level: How far the gateway trusts the caller.
             environment: Default: the setting ENVIRONMENT.
-            expires_at: From then on the key is refused; None: never.
+            expires_at: From this time on the key is refused; None: never.
             org_id: Organisation; default: the one this store is bound to, else "default".
 
         Raises:
@@ -97,7 +100,7 @@ class KeyManager:
         """
         organisation = self._organisation(org_id)
         if organisation is None:
-            raise ValueError("This store is bound to another organisation: use `store.for_org` of its own.")
+            raise ValueError("This store is bound to another organisation: use `store.for_org` with yours.")
         scrubber = Scrubber()
         key_id = new_key_id()
         plaintext = new_key(key_id)
@@ -128,17 +131,17 @@ class KeyManager:
         return IssuedKey(plaintext=SecretStr(plaintext), api_key=ApiKey.from_row(row))
 
     async def verify(self, key: str | SecretStr) -> CallerIdentity:
-        """Return who `key` belongs to.
+        """Return the caller that `key` belongs to.
 
         A malformed key costs no lookup, an unknown one no bcrypt. bcrypt runs in threads. A key that was accepted is
-        trusted for API_KEY_CACHE_SECONDS, unless it ends or this process hears of a change before; the next check
-        reads its row, and bcrypt runs again only if the hash has changed.
+        trusted for API_KEY_CACHE_SECONDS, unless it ends or this process is notified of a change before; then its row
+        is read again, and bcrypt runs again only if the hash has changed.
 
         Raises:
-            InvalidApiKeyError: The key is malformed, unknown, wrong, expired, revoked, or of another organisation;
-                which of these is not told.
+            InvalidApiKeyError: The key is malformed, unknown, wrong, expired, revoked, or of another organisation; the
+                error does not say which.
             StoreUnavailableError: The database is away, too many checks wait, or too many keys of the same id were
-                wrong. Nothing is said of the key by this.
+                wrong. The key itself may be valid.
         """
         plaintext = key.get_secret_value() if isinstance(key, SecretStr) else key
         key_id = parse_key_id(plaintext)
@@ -148,15 +151,17 @@ class KeyManager:
         fingerprint = cache.fingerprint(plaintext)
         answer = cache.find(self._org_id, key_id, fingerprint)
         if answer is None:
-            answer = await cache.shared(self._org_id, fingerprint, lambda: self._read(key_id, fingerprint, plaintext))
-        if not isinstance(answer, VerifiedKey):
+            read = partial(self._read, key_id, fingerprint, plaintext)
+            answer = await cache.read_once(self._org_id, fingerprint, read)
+        if answer == REFUSED:
             raise InvalidApiKeyError
-        if answer.use_due <= now():
+        if answer.use_due <= clock.monotonic():
             await self._record_use(answer)
         return answer.identity
 
-    async def _read(self, key_id: str, fingerprint: bytes, plaintext: str) -> VerifiedKey | Refused:
+    async def _read(self, key_id: str, fingerprint: bytes, plaintext: str) -> Answer:
         cache = self._cache
+        # Before the row is read: a key id that is attacked must not cost the database anything.
         cache.verifier.admit(key_id, fingerprint)
         version = cache.begin()
         async with self._transactions.read() as connection:
@@ -166,7 +171,7 @@ class KeyManager:
             return REFUSED
         hashes = [row["key_hash"], *([row["previous_key_hash"]] if row["has_previous"] else [])]
         matched = await cache.verifier.matching(key_id, fingerprint, digest(plaintext), hashes)
-        # The store may have closed meanwhile.
+        # The store may have been closed while bcrypt ran.
         cache.check_owner()
         if matched is None:
             cache.put_refused(version, fingerprint, self._org_id)
@@ -178,10 +183,10 @@ class KeyManager:
         return good
 
     async def _record_use(self, good: VerifiedKey) -> None:
-        good.use_due = now() + _LAST_USED_EVERY.total_seconds()
-        # Waited for, as a rule; a database that hangs over the write keeps nobody out.
-        note = self._cache.background.start(self._write_use(good.identity.api_key_id))
-        await asyncio.wait([note], timeout=_NOTE_WAIT_S)
+        good.use_due = clock.monotonic() + _LAST_USED_EVERY.total_seconds()
+        # In the background, so that a database which hangs over this write delays a caller but refuses none.
+        writing = self._cache.background.start(self._write_use(good.identity.api_key_id))
+        await asyncio.wait([writing], timeout=_RECORD_USE_S)
 
     async def _write_use(self, row_id: int) -> None:
         statement = update(_keys).where(_keys.c.id == row_id, _is_use_due()).values(last_used_at=db_now())
@@ -189,22 +194,22 @@ class KeyManager:
             async with self._transactions.write() as connection:
                 await connection.execute(statement)
         except (StoreUnavailableError, StoreNotOpenError) as exc:
-            # A database that only reads still tells good keys from bad ones.
-            _logger.warning("The last use of an API key could not be noted: %s", exc)
+            # Verifying works all the same with a database that is read-only.
+            _logger.warning("The last use of an API key could not be recorded: %s", exc)
 
     async def rotate(
         self, caller_id: str, overlap: timedelta = timedelta(hours=24), *, org_id: str | None = None
     ) -> IssuedKey:
-        """Replace the key of `caller_id`; its key id stays. The plaintext is in the answer and nowhere else.
+        """Replace the key of `caller_id`; its key id stays. The plaintext is in the result and nowhere else.
 
         Args:
-            caller_id: Whose key.
-            overlap: How long the key before it is still accepted, up to a million days; zero ends it at once.
+            caller_id: The caller that has the key.
+            overlap: How long the old key is still accepted, up to a million days; zero ends it at once.
             org_id: Organisation; default: the one this store is bound to, else "default".
 
         Raises:
             ApiKeyNotFoundError: The caller has no active key.
-            ValueError: `overlap` is negative, or too long for a database to hold its end.
+            ValueError: `overlap` is negative, or its end is beyond what a database holds.
         """
         if not timedelta() <= overlap <= _LONGEST_OVERLAP:
             raise ValueError("overlap must be zero or more, and a million days at most.")
@@ -214,6 +219,7 @@ class KeyManager:
         new_hash = await self._hasher.hash(digest(plaintext))
         statement = (
             update(_keys)
+            # The key id that was read: if the key was revoked and issued again since, this one is not that.
             .where(is_own, _keys.c.is_active, _keys.c.key_id == current.key_id)
             .values(
                 previous_key_hash=_keys.c.key_hash if overlap else None,
@@ -254,7 +260,7 @@ class KeyManager:
 
     @asynccontextmanager
     async def _write(self) -> AsyncIterator[SqlConnection]:
-        """Write. Where it stays unknown whether the commit arrived, nothing that was read before is trusted."""
+        """Open a transaction for a change. If it raises, the commit may have succeeded: trust nothing read before."""
         try:
             async with self._transactions.write() as connection:
                 yield connection
@@ -291,7 +297,7 @@ class KeyManager:
         return Page((ApiKey.from_row(dict(row)) for row in rows), columns=COLUMNS, record_type=ApiKey)
 
     def _organisation(self, org_id: str | None) -> str | None:
-        """The organisation meant; None if it is not the one this store is bound to, in which nothing is found."""
+        """Return the organisation that is meant; None if the store is bound to another, so that nothing is found."""
         if org_id is None:
             return self._org_id or _DEFAULT_ORG
         meant = storable_key(org_id)
@@ -309,7 +315,7 @@ def _is_use_due() -> ColumnElement[bool]:
 
 
 def _timely() -> tuple[ColumnElement[Any], ...]:
-    """What the database's clock says of a key."""
+    """Return the columns that compare a key's times with the database's clock."""
     return (
         and_(_keys.c.expires_at.is_not(None), _keys.c.expires_at <= db_now()).label("is_expired"),
         and_(_keys.c.previous_key_hash.is_not(None), _keys.c.previous_key_expires_at > db_now()).label("has_previous"),
@@ -325,12 +331,5 @@ def _until_use_due(row: Mapping[str, Any]) -> float:
 
 
 def _identity(row: Mapping[str, Any]) -> CallerIdentity:
-    return CallerIdentity(
-        caller_id=row["caller_id"],
-        role=row["role"],
-        trust_level=row["trust_level"],
-        environment=row["environment"],
-        org_id=row["org_id"],
-        key_id=row["key_id"],
-        api_key_id=row["id"],
-    )
+    names = CallerIdentity.model_fields.keys() - {"api_key_id"}
+    return CallerIdentity(api_key_id=row["id"], **{name: row[name] for name in names})

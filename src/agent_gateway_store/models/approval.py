@@ -1,4 +1,4 @@
-"""Approvals: the request a human decides about, the votes, and what a caller learns."""
+"""Approvals: the request that a human decides about, the votes, and the answer to a caller."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolC
 
 __all__ = ["ApprovalRequest", "ApprovalResult", "ApprovalScope", "ApprovalVote", "VoteDecision", "hash_tool_call"]
 
-_MOST_APPROVERS = 2**31 - 1  # what the column holds
+# The largest number that an INTEGER of PostgreSQL holds.
+_MOST_APPROVERS = 2**31 - 1
 _PENDING = text("status = 'PENDING'")
 
 
@@ -33,7 +34,7 @@ class ApprovalScope(StrEnum):
 
 
 class VoteDecision(StrEnum):
-    """What one approver said."""
+    """The vote of one approver."""
 
     APPROVED = "APPROVED"
     DENIED = "DENIED"
@@ -51,12 +52,12 @@ def hash_tool_call(call: ToolCall, *, key: str | None = None) -> str:
 
 
 class ApprovalRequest(StoreModel, table=True):
-    """One call that waits for a human, and what became of it.
+    """One call that waits for a human, and its result.
 
     Attributes:
         approval_id: The handle that approvers see.
-        token: The secret by which the gateway follows and uses the approval. The column holds its SHA-256 and
-            comparisons hash what they are given; an object read from the database has None here.
+        token: The secret by which the gateway follows and uses the approval. The column holds its SHA-256, and
+            comparisons hash the value first; an object read from the database has None here.
         tool_call: The call as approvers may see it, so already sanitised.
         tool_call_hash: Binds the permission to the call as it will run; set by `issue_token` where it is None.
         expires_at: Until when it can be decided; None: `issue_token` sets created_at + APPROVAL_TOKEN_TTL_SECONDS.
@@ -65,7 +66,7 @@ class ApprovalRequest(StoreModel, table=True):
         output_hash: `AuditEvent.hash_args` of the output as it is stored; set by `issue_token` where it is None.
         required_approvals: How many distinct approvers must approve; one denial ends it.
         approver_id: Who decided (with several, the last of them).
-        outcome: What came of the call, told after its use; USED with None here means unknown.
+        outcome: The result of the call, recorded after its use; None with the status USED means unknown.
         version: Grows with each transition.
     """
 
@@ -73,10 +74,7 @@ class ApprovalRequest(StoreModel, table=True):
     __table_args__ = (
         UniqueConstraint("approval_id"),
         UniqueConstraint("token"),
-        CheckConstraint(
-            "status IN ('PENDING', 'APPROVED', 'DENIED', 'EXPIRED', 'CANCELLED', 'USED')",
-            name="status",
-        ),
+        CheckConstraint("status IN ('PENDING', 'APPROVED', 'DENIED', 'EXPIRED', 'CANCELLED', 'USED')", name="status"),
         CheckConstraint("scope IN ('EXECUTION', 'OUTPUT_RELEASE')", name="scope"),
         CheckConstraint("required_approvals >= 1", name="required_approvals"),
         CheckConstraint("version >= 1", name="version"),
@@ -85,6 +83,7 @@ class ApprovalRequest(StoreModel, table=True):
         Index(None, "status", "created_at", "id"),
         Index(None, "org_id", "created_at", "id"),
         Index(None, "created_at", "id"),
+        # At most one pending request for one call, however many processes ask at once.
         Index(
             "uq_approval_requests_pending_call",
             "org_id",
@@ -111,14 +110,8 @@ class ApprovalRequest(StoreModel, table=True):
     created_at: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
     expires_at: Instant | None = Field(default=None, sa_type=UtcDateTime, nullable=False)
     use_before: Instant | None = Field(default=None, sa_type=UtcDateTime)
-    status: ApprovalStatus = Field(
-        default=ApprovalStatus.PENDING,
-        sa_type=EnumText(ApprovalStatus),
-    )
-    scope: ApprovalScope = Field(
-        default=ApprovalScope.EXECUTION,
-        sa_type=EnumText(ApprovalScope),
-    )
+    status: ApprovalStatus = Field(default=ApprovalStatus.PENDING, sa_type=EnumText(ApprovalStatus))
+    scope: ApprovalScope = Field(default=ApprovalScope.EXECUTION, sa_type=EnumText(ApprovalScope))
     output_payload: Any = Field(default=None, sa_type=Json(), nullable=True)
     output_hash: str | None = Field(default=None, sa_type=Text)
     required_approvals: PositiveInt = Field(default=1, le=_MOST_APPROVERS, sa_type=Integer)
@@ -131,7 +124,7 @@ class ApprovalRequest(StoreModel, table=True):
 
 
 class ApprovalVote(StoreModel, table=True):
-    """What one approver said about one approval; an approver speaks once.
+    """The vote of one approver on one approval; an approver votes once.
 
     Attributes:
         channel: How it came: api, cli, slack, inbox, ...
@@ -156,7 +149,7 @@ class ApprovalVote(StoreModel, table=True):
 
 
 class ApprovalResult(FrozenModel):
-    """Where an approval stands, as told to a caller or an approver.
+    """The state of an approval, as a caller or an approver receives it.
 
     Attributes:
         token: None where it was not given; never in a repr.

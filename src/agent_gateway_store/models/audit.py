@@ -34,7 +34,7 @@ class Decision(StrEnum):
 class ExecutionStatus(StrEnum):
     """How the tool call ended; None on an event means that it was not executed.
 
-    APPROVED_OUTPUT_RELEASE: it ran, and its output was handed out by an approval of its own.
+    APPROVED_OUTPUT_RELEASE: it ran, and its output was released by a separate approval.
     """
 
     SUCCESS = "SUCCESS"
@@ -59,7 +59,7 @@ class RedactionFlag(FrozenModel):
     Attributes:
         field: Where: the field's name, with the path inside JSON ("sanitized_args.query").
         reason: Why, in capitals; UNSTORABLE for what no database can hold.
-        original_hash: SHA-256 of the original, so that an investigator can recognise it; None if not known.
+        original_hash: SHA-256 of the original, by which an investigator can recognise it; None if not known.
     """
 
     field: str
@@ -74,6 +74,7 @@ def _mapping(value: Any) -> dict[Any, Any]:
 
 
 def _whole(value: Any) -> Any:
+    # Within 64 bits, as the column: a larger float is refused instead of becoming another number.
     return round(value) if isinstance(value, float) and abs(value) < 2**63 else value
 
 
@@ -92,7 +93,7 @@ class AuditEvent(StoreModel, table=True):
     Attributes:
         request_id: The gateway's id of the call, unique in its organisation.
         raw_args_hash: 64 hex digits, see `hash_args`; the raw arguments themselves are never stored.
-        sanitized_args: The arguments as the gateway hands them over for keeping.
+        sanitized_args: The arguments as the gateway wants them to be stored.
         timestamp: When (aware UTC; naive input is taken as UTC).
         risk_score: The gateway's own scale.
         latency_ms: Milliseconds, rounded to whole ones.
@@ -110,6 +111,7 @@ class AuditEvent(StoreModel, table=True):
             name="execution_status",
         ),
         CheckConstraint("output_decision IN ('ALLOW', 'REDACT', 'APPROVAL_REQUIRED', 'DENY')", name="output_decision"),
+        # Each ends with the order of the listings, so that a page is read along one index.
         Index(None, "timestamp", "id"),
         Index(None, "caller_id", "timestamp", "id"),
         Index(None, "decision", "timestamp", "id"),
@@ -134,27 +136,18 @@ class AuditEvent(StoreModel, table=True):
     raw_args_hash: Sha256Hex = Field(sa_type=Text)
     sanitized_args: JsonObject = Field(sa_type=Json())
     risk_labels: list[str] = Field(default_factory=list, sa_type=Json())
+    # 53 bits of mantissa are a double precision on PostgreSQL; FLOAT alone would do, but is single elsewhere.
     risk_score: float = Field(sa_type=Float(53))
     matched_policy_rule: str = Field(sa_type=Text)
     policy_version: str | None = Field(default=None, sa_type=Text)
     decision: Decision = Field(sa_type=EnumText(Decision))
     approver_id: str | None = Field(default=None, sa_type=Text)
-    execution_status: ExecutionStatus | None = Field(
-        default=None,
-        sa_type=EnumText(ExecutionStatus),
-        nullable=True,
-    )
+    execution_status: ExecutionStatus | None = Field(default=None, sa_type=EnumText(ExecutionStatus), nullable=True)
     latency_ms: Milliseconds = Field(sa_type=BigInteger)
     output_hash: str | None = Field(default=None, sa_type=Text)
-    output_decision: OutputDecision = Field(
-        default=OutputDecision.ALLOW,
-        sa_type=EnumText(OutputDecision),
-    )
+    output_decision: OutputDecision = Field(default=OutputDecision.ALLOW, sa_type=EnumText(OutputDecision))
     output_policy_rationale: str | None = Field(default=None, sa_type=Text)
-    redaction_flags: list[RedactionFlag] = Field(
-        default_factory=list,
-        sa_type=JsonOf(list[RedactionFlag]),
-    )
+    redaction_flags: list[RedactionFlag] = Field(default_factory=list, sa_type=JsonOf(list[RedactionFlag]))
     llm_explanation: str | None = Field(default=None, sa_type=Text)
     deterministic_rationale: str = Field(sa_type=Text)
     content_hash: str | None = Field(default=None, sa_type=Text)
@@ -174,7 +167,7 @@ class AuditEvent(StoreModel, table=True):
 
 
 class _CurrentTransaction(ColumnElement[int]):
-    """The id of the transaction that inserts, which tells the rows of a snapshot. SQLite has one writer at a time."""
+    """The id of the inserting transaction, by which a snapshot knows its rows. SQLite needs none: it has one writer."""
 
     inherit_cache = True
     type = BigInteger()
@@ -190,7 +183,7 @@ def _current(_element: _CurrentTransaction, _compiler: Any, **_options: Any) -> 
     return "(pg_current_xact_id()::text::bigint)"
 
 
-# A column of the table and no field of the event: it says when a row was committed, not what happened.
+# A column of the table but not a field of the event: it says when a row was committed, not what happened.
 _table = AuditEvent.__table__  # type: ignore[attr-defined]
 _table.append_column(Column("transaction_id", BigInteger, server_default=_CurrentTransaction()))
 Index(

@@ -18,11 +18,11 @@ from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import flag_modified, set_attribute
 from sqlmodel import SQLModel
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from agent_gateway_store.models.values import ShownAsCard
 
 __all__ = ["NAMING_CONVENTION", "StoreModel", "metadata"]
 
+# With names that follow one rule a violated constraint can be recognised, and Alembic can drop it.
 NAMING_CONVENTION = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -35,7 +35,7 @@ _MISSING = object()
 _STATE = "_sa_instance_state"
 
 
-class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention=NAMING_CONVENTION))):
+class StoreModel(ShownAsCard, SQLModel, registry=registry(metadata=MetaData(naming_convention=NAMING_CONVENTION))):
     """Base of the tables.
 
     Wrong values are refused with `pydantic.ValidationError` when constructing and when assigning; a refused value
@@ -54,7 +54,7 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
         __tablename__: ClassVar[str]
 
     def __new__(cls, *_args: Any, **_data: Any) -> Self:
-        # The ORM state is given here: SQLAlchemy's own __init__ looks for it through Pydantic's __getattr__ otherwise,
+        # The ORM state is set here: otherwise SQLAlchemy's own __init__ looks for it through Pydantic's __getattr__,
         # which costs more than the validation.
         new: Self = object.__new__(cls)
         if (manager := _manager(cls)) is not None:
@@ -65,6 +65,7 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
         self._fill(data)
 
     def _fill(self, obj: Any, **options: Any) -> None:
+        # The validator replaces `__dict__`, and the ORM state with it.
         state = self.__dict__.get(_STATE)
         self.__pydantic_validator__.validate_python(obj, self_instance=self, **options)
         if state is not None:
@@ -84,7 +85,7 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
         new: Self = object.__new__(cls)
         manager = _manager(cls)
         state = manager._state_constructor(new, manager)
-        # What the mapper's `identity_key_from_primary_key` gives, which costs as much as the rest.
+        # The same key as the mapper's `identity_key_from_primary_key`, which would cost as much as all the rest.
         state.key = (cls, (row["id"],), None)
         values = new.__dict__
         values.update(row)
@@ -120,12 +121,13 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
             return
         before = self.__dict__.get(name, _MISSING)
         BaseModel.__setattr__(self, name, value)
-        values = self.__dict__  # a new one: the validator replaces it
+        # Read again: the validator has replaced `__dict__`. The old value goes back, so that the ORM sees the change.
+        values = self.__dict__
         accepted = values.pop(name)
         if before is not _MISSING:
             values[name] = before
         set_attribute(self, name, accepted)
-        # The ORM compares with the value before, which may have been edited in place and then look the same.
+        # The ORM compares with the value before, which may have been edited in place and then looks the same.
         if isinstance(accepted, dict | list | BaseModel):
             flag_modified(self, name)
 
@@ -160,16 +162,6 @@ class StoreModel(SQLModel, registry=registry(metadata=MetaData(naming_convention
             new.__pydantic_fields_set__.update(update)
         return new
 
-    def _repr_html_(self) -> str:
-        from agent_gateway_store.results.html import card_html
-
-        return card_html(self)
-
-    def __rich__(self) -> Table:
-        from agent_gateway_store.results.terminal import card
-
-        return card(self)
-
     def __getstate__(self) -> dict[Any, Any]:
         return {"values": self._values(), "fields_set": self.__pydantic_fields_set__}
 
@@ -183,12 +175,13 @@ metadata = StoreModel.metadata
 @event.listens_for(StoreModel, "load", propagate=True)
 @event.listens_for(StoreModel, "refresh", propagate=True)
 def _loaded(target: StoreModel, *_: Any) -> None:
+    # The ORM builds instances without `__init__`, so Pydantic's own attributes would be missing.
     _set_private(target, type(target).model_fields.keys() & target.__dict__.keys())
 
 
 @cache
 def _manager(cls: type[StoreModel]) -> Any:
-    """The ORM's manager of a table class, its mapper configured; None for a class that is no table."""
+    """The ORM's manager of a table class, its mapper configured; None for a class without a table."""
     if (manager := cls.__dict__.get("_sa_class_manager")) is not None:
         manager.registry.configure()
     return manager

@@ -20,14 +20,14 @@ __all__ = ["DeliveryStatus", "Notice", "NoticeEvent", "NotificationDelivery"]
 
 
 class NoticeEvent(StrEnum):
-    """What a notice is about: an approval that waits, or one that waits no more."""
+    """Why a notice is sent: an approval waits for a decision, or does not wait any more."""
 
     PENDING = "pending"
     DECISION = "decision"
 
 
 class DeliveryStatus(StrEnum):
-    """DUE is tried (again) from `next_attempt_at` on; DEAD has been given up and can be redriven."""
+    """DUE: attempted (again) from `next_attempt_at` on. DEAD: a dead letter, which can be redriven."""
 
     DUE = "DUE"
     DELIVERED = "DELIVERED"
@@ -39,8 +39,8 @@ class NotificationDelivery(StoreModel, table=True):
 
     Attributes:
         payload: The `Notice` as JSON.
-        attempts: How many times it was tried.
-        last_error: What the last try said; holds no secret.
+        attempts: How many attempts were made.
+        last_error: The error of the last attempt; holds no secret.
     """
 
     __tablename__ = "notification_deliveries"
@@ -49,6 +49,7 @@ class NotificationDelivery(StoreModel, table=True):
         CheckConstraint("event IN ('pending', 'decision')", name="event"),
         CheckConstraint("status IN ('DUE', 'DELIVERED', 'DEAD')", name="status"),
         CheckConstraint("attempts >= 0", name="attempts"),
+        # The claim of due rows: of every notifier, and of one.
         Index(None, "status", "next_attempt_at", "id"),
         Index(None, "status", "notifier", "next_attempt_at", "id"),
         Index(None, "approval_id"),
@@ -62,10 +63,7 @@ class NotificationDelivery(StoreModel, table=True):
     notifier: str = Field(sa_type=Text)
     event: NoticeEvent = Field(sa_type=EnumText(NoticeEvent))
     payload: dict[str, Any] = Field(sa_type=Json())
-    status: DeliveryStatus = Field(
-        default=DeliveryStatus.DUE,
-        sa_type=EnumText(DeliveryStatus),
-    )
+    status: DeliveryStatus = Field(default=DeliveryStatus.DUE, sa_type=EnumText(DeliveryStatus))
     attempts: NonNegativeInt = Field(default=0, sa_type=Integer)
     next_attempt_at: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
     last_error: str | None = Field(default=None, sa_type=Text)

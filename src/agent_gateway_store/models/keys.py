@@ -1,4 +1,4 @@
-"""Who calls: API keys and the identity that a verified key stands for."""
+"""API keys, and the caller that a verified key belongs to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ApiKey(StoreModel, table=True):
         key_id: Public, unique, and the same after a rotation.
         key_hash: bcrypt.
         last_used_at: Written at most once a minute.
-        expires_at: From then on the key is refused; None: never.
+        expires_at: From this time on the key is refused; None: never.
         revoked_at: When it was revoked; `is_active` is False from then on.
         previous_key_hash: The key before the rotation, accepted until `previous_key_expires_at`.
     """
@@ -67,7 +67,7 @@ class ApiKey(StoreModel, table=True):
 
 
 class CallerIdentity(FrozenModel):
-    """Who a verified key belongs to.
+    """The caller that a verified key belongs to.
 
     Attributes:
         key_id: Public id of the key.
@@ -84,12 +84,12 @@ class CallerIdentity(FrozenModel):
 
 
 class IssuedKey(FrozenModel):
-    """A key at the one moment its plaintext exists.
+    """A new key, at the only moment at which its plaintext exists.
 
     Attributes:
         plaintext: Hand it to the caller; it cannot be shown again. Masked in a repr.
         api_key: The stored row.
-        previous_valid_until: Overlap of a rotation: until when the key before it is accepted; None otherwise.
+        previous_valid_until: Until when the key before a rotation is accepted; None: there is none.
     """
 
     plaintext: SecretStr

@@ -1,4 +1,4 @@
-"""Values that notifiers see: importable without SQLModel, so that a plugin costs a gateway little to load."""
+"""Values that plugins receive. Importable without SQLModel, so that a plugin costs little to load."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ApprovalStatus", "FrozenModel", "Notice", "PendingApproval", "ToolCall"]
+__all__ = ["ApprovalStatus", "FrozenModel", "Notice", "PendingApproval", "ShownAsCard", "ToolCall"]
 
 
 class ApprovalStatus(StrEnum):
-    """Where an approval stands. PENDING and APPROVED can still move; the others are final."""
+    """The status of an approval. PENDING and APPROVED can still change; the others are final."""
 
     PENDING = "PENDING"
     APPROVED = "APPROVED"
@@ -27,24 +27,29 @@ class ApprovalStatus(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """True if no move leads away from it."""
+        """True if it cannot change any more."""
         return self not in (ApprovalStatus.PENDING, ApprovalStatus.APPROVED)
 
 
-class FrozenModel(BaseModel):
-    """Frozen base of the values: refuses wrong and unknown fields, repeats no input in errors."""
+class ShownAsCard:
+    """What a record looks like in a notebook and in a terminal."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    def _repr_html_(self) -> str:
+    def _repr_html_(self: Any) -> str:
+        # Deferred, as in `__rich__`: a gateway that shows nothing must not load what draws.
         from agent_gateway_store.results.html import card_html
 
         return card_html(self)
 
-    def __rich__(self) -> Table:
+    def __rich__(self: Any) -> Table:
         from agent_gateway_store.results.terminal import card
 
         return card(self)
+
+
+class FrozenModel(ShownAsCard, BaseModel):
+    """Frozen base of the values: refuses wrong and unknown fields, repeats no input in errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class ToolCall(FrozenModel):
@@ -62,21 +67,21 @@ class ToolCall(FrozenModel):
 
 
 class Notice(FrozenModel):
-    """What a notifier is told about one approval. Holds no token and no raw argument; fields are only ever added.
+    """What a notifier receives about one approval. Holds no token and no raw argument; fields are only ever added.
 
     Attributes:
         version: Version of this shape, 1.
         event: `pending` (somebody must decide) or `decision` (it was decided, cancelled, or has expired).
-        delivery_id: Stable over retries; receivers drop what they have seen.
+        delivery_id: The same in every attempt, so that receivers can drop a repetition.
         approval_id: The handle by which approvers decide.
         org_id: Organisation of the approval.
         request_id: The gateway's id of the tool call.
         caller_id: Who wants to make the call.
         tool_call: The call, arguments sanitised.
         risk_explanation: Why a human is asked.
-        created_at: When it was asked (UTC); None if the teller does not know.
+        created_at: When it was asked (UTC); None if the sender does not know.
         expires_at: Until when it can be decided (UTC).
-        status: Where it stands.
+        status: Its status when the notice was made.
         approver_id: Who decided; None while pending.
         note: What the approver wrote.
         decided_at: When it was decided (UTC); None while pending.

@@ -161,7 +161,9 @@ def cell(value: Any) -> _text.Shown:
         text = f"{value:.6g}"
     else:
         text = value if isinstance(value, str) else str(value)
-    shown = _text.escape(text)
+    # Cut before escaping, which takes long for a long text and never makes one shorter. What is escaped already stays,
+    # or an escape would be cut in half and then escaped again.
+    shown = _text.escape(text if isinstance(text, _text.Shown) else text[: _CELL_CHARS + 1])
     return _text.Shown(f"{shown[: _CELL_CHARS - 1]}…") if len(shown) > _CELL_CHARS else shown
 
 

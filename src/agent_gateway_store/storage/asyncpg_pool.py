@@ -1,6 +1,6 @@
 """Connections of the PostgreSQL driver itself, for the paths on which SQLAlchemy would cost more than the server.
 
-They are made by the engine (so its URL, TLS, codecs and events hold) and then taken out of its pool.
+The engine makes them, so its URL, TLS, codecs and events hold; then they are taken out of its pool.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from agent_gateway_store.errors import GatewayStoreError
 
 __all__ = ["AsyncpgPool", "RawConnection", "close_all", "idle_connections"]
 
+# Chosen: a server that is well answers within milliseconds.
 _CLOSE_TIMEOUT_S = 1.0
+# Chosen: time for the driver to notice that its socket was closed.
 _GRACE_S = 0.25
 
 
@@ -37,59 +39,49 @@ class AsyncpgPool:
 
     Args:
         engine: An engine with the driver asyncpg.
-        size: Most connections at once; who comes later waits.
+        size: Most connections at once; further callers wait.
     """
 
     def __init__(self, engine: AsyncEngine, *, size: int) -> None:
         self._engine = engine
         self._places = asyncio.Semaphore(size)
         self._idle: list[tuple[asyncpg.Connection, AsyncConnection]] = []
-        self._dead: list[tuple[asyncpg.Connection, AsyncConnection]] = []
         self._is_closed = False
 
     @asynccontextmanager
     async def connection(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
         """Acquire a connection for at most `timeout_s` seconds, the time to get one included.
 
-        A connection whose use raised is not used again, unless it was an error of ours. When the time is up the line
-        is cut, because a server that hangs does not answer a polite cancellation either.
+        A connection whose use raised is not used again, unless it was an error of ours. When the time is up the socket
+        is closed, because a server that hangs does not answer a request to cancel either.
 
         Raises:
             TimeoutError: There was no connection to be had in time, or its use did not end in time.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        if self._places.locked():
-            async with asyncio.timeout_at(deadline):
-                await self._places.acquire()
-        else:
+        async with asyncio.timeout_at(deadline):
             await self._places.acquire()
         try:
-            taken = self._take_idle()
-            if taken is None:
-                async with asyncio.timeout_at(deadline):
-                    taken = await self._connect()
-            driver, connection = taken
+            async with asyncio.timeout_at(deadline):
+                driver, connection = await self._idle_connection() or await self._connect()
             watchdog = loop.call_at(deadline, driver.terminate)
             try:
-                # Cutting the line does not wake a COPY that waits for room in a full send buffer.
+                # A closed socket does not wake a COPY that waits for room in a full send buffer.
                 async with asyncio.timeout_at(deadline + _GRACE_S):
                     yield driver
             except GatewayStoreError:
-                # An answer, not a fault of the connection.
-                if driver.is_closed() or driver.is_in_transaction():
-                    await _drop(driver, connection)
-                else:
-                    await self._take_back(driver, connection)
+                # An answer of ours, not a fault of the connection.
+                await self._release(driver, connection)
                 raise
             except BaseException as exc:
                 await _drop(driver, connection)
                 if isinstance(exc, Exception) and loop.time() >= deadline:
-                    # The driver answers a line that was cut with anything, also with an AttributeError.
+                    # The driver answers a closed socket with any error, also with an AttributeError.
                     raise TimeoutError("The database did not answer in time.") from exc
                 raise
             else:
-                await self._take_back(driver, connection)
+                await self._release(driver, connection)
             finally:
                 watchdog.cancel()
         finally:
@@ -97,26 +89,25 @@ class AsyncpgPool:
 
     @property
     def has_idle(self) -> bool:
-        """True if the next connection lent may have died while it was idle."""
+        """True if the next connection to be acquired may have died while it was idle."""
         return bool(self._idle)
 
-    def _take_idle(self) -> tuple[asyncpg.Connection, AsyncConnection] | None:
+    async def _idle_connection(self) -> tuple[asyncpg.Connection, AsyncConnection] | None:
         while self._idle:
+            # The last one used: the others may grow old and be closed by the server.
             driver, connection = self._idle.pop()
             if not driver.is_closed():
                 return driver, connection
-            self._dead.append((driver, connection))
+            await _drop(driver, connection)
         return None
 
-    async def _take_back(self, driver: asyncpg.Connection, connection: AsyncConnection) -> None:
-        if self._is_closed:
+    async def _release(self, driver: asyncpg.Connection, connection: AsyncConnection) -> None:
+        if self._is_closed or driver.is_closed() or driver.is_in_transaction():
             await _drop(driver, connection)
         else:
             self._idle.append((driver, connection))
 
     async def _connect(self) -> tuple[asyncpg.Connection, AsyncConnection]:
-        while self._dead:
-            await _drop(*self._dead.pop())
         connection = await self._engine.connect()
         try:
             raw = await connection.get_raw_connection()
@@ -129,17 +120,16 @@ class AsyncpgPool:
         return driver, connection
 
     async def close(self) -> None:
-        """Close what is idle, and what is lent when it comes back."""
+        """Close idle connections now, and those in use when they are released."""
         self._is_closed = True
         idle, self._idle = self._idle, []
         await close_all(driver for driver, _ in idle)
-        for driver, connection in (*idle, *self._dead):
+        for driver, connection in idle:
             await _drop(driver, connection)
-        self._dead.clear()
 
 
 def idle_connections(engine: AsyncEngine) -> WeakSet[asyncpg.Connection]:
-    """Return the connections that lie idle in the engine's pool: a set that is kept up to date from now on."""
+    """Return the connections that are idle in the engine's pool: a set that is kept up to date from now on."""
     idle: WeakSet[asyncpg.Connection] = WeakSet()
 
     @event.listens_for(engine.sync_engine, "checkin")
@@ -148,20 +138,20 @@ def idle_connections(engine: AsyncEngine) -> WeakSet[asyncpg.Connection]:
             idle.add(connection.driver_connection)
 
     @event.listens_for(engine.sync_engine, "checkout")
-    def discard(connection: Any, _record: Any, _lent: Any) -> None:
+    def discard(connection: Any, _record: Any, _proxy: Any) -> None:
         idle.discard(connection.driver_connection)
 
     return idle
 
 
 async def close_all(drivers: Iterable[asyncpg.Connection]) -> None:
-    """Close connections that nobody uses, all at once: a server that hangs keeps us waiting for a second, not each."""
+    """Close unused connections, all at once: a server that hangs then costs one second, and not one for each."""
     still_open = [driver for driver in drivers if not driver.is_closed()]
     await asyncio.gather(*(driver.close(timeout=_CLOSE_TIMEOUT_S) for driver in still_open), return_exceptions=True)
 
 
 async def _drop(driver: asyncpg.Connection, connection: AsyncConnection) -> None:
-    # Never a polite close: a server that hangs would not answer it.
+    # Not `close`, which waits for the server's answer: one that hangs gives none.
     driver.terminate()
     with suppress(Exception):
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):

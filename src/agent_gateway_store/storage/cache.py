@@ -1,4 +1,4 @@
-"""Redis, which only makes reads and waiting fast: short timeouts, no retries of the driver."""
+"""The Redis client and its helpers: short timeouts, no retries, because Redis only makes reads and waiting fast."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["REDIS_FAULTS", "RedisClient", "create_redis", "delete", "get_json", 
 
 RedisClient: TypeAlias = Redis
 
-# redis-py answers a reply that is no RESP with ValueError or RecursionError, and a connection of another event loop
-# with RuntimeError.
+# redis-py raises ValueError or RecursionError for a reply that is not RESP, and RuntimeError for a connection that
+# belongs to another event loop.
 REDIS_FAULTS = (RedisError, OSError, EOFError, ValueError, RuntimeError)
-"""What a Redis that is away, hangs or talks nonsense raises."""
+"""What commands raise if Redis is away, hangs, or sends what is not its protocol."""
 
 
 def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
@@ -35,7 +35,7 @@ def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
             hangs cost most of a minute, so they are off.
 
     Raises:
-        InvalidUrlError: The text is no Redis URL.
+        InvalidUrlError: The text is not a Redis URL.
     """
     try:
         client: RedisClient = Redis.from_url(
@@ -45,10 +45,10 @@ def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
         )
-        # Connects nothing, but tells whether it knows the URL's parameters.
+        # Does not connect, but raises for parameters in the URL that it does not know.
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis gives it no hints
     except (ValueError, TypeError):
-        raise InvalidUrlError(f"{code_text(mask_url(url))} is no Redis URL: write redis://host:6379/0.") from None
+        raise InvalidUrlError(f"{code_text(mask_url(url))} is not a Redis URL: write redis://host:6379/0.") from None
     return client
 
 
@@ -69,7 +69,7 @@ def milliseconds(ttl: float | timedelta) -> int:
     """Return a TTL (seconds or timedelta) in whole milliseconds, at least 1.
 
     Raises:
-        ValueError: It is not above zero. An entry without an end would outlive what it caches.
+        ValueError: It is not above zero. An entry without an end would outlive the row that it copies.
     """
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else float(ttl)
     if not 0 < seconds < float("inf"):
@@ -89,13 +89,14 @@ async def set_json(client: RedisClient, key: str, value: Any, ttl: float | timed
 
 
 async def get_json(client: RedisClient, key: str) -> Any | None:
-    """Return the JSON value under `key`; None where there is none or where what is there is no JSON."""
+    """Return the JSON value under `key`; None if there is none, or if the value is not JSON."""
     data = await client.get(key)
     if data is None:
         return None
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
+        # Others may write to this Redis, also JSON that is nested deeper than Python reads.
         return None
 
 

@@ -25,7 +25,7 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
-from agent_gateway_store.storage.sqlite import SettledConnection
+from agent_gateway_store.storage.sqlite import ClosingConnection
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
 __all__ = [
@@ -51,13 +51,18 @@ AnyConnection: TypeAlias = SqlConnection | RawConnection
 """What a `Statement` runs on."""
 
 Access: TypeAlias = Literal["read", "autocommit", "transaction"]
-"""To read; to write, each statement committing itself; to write by several, which commit together."""
+"""To read; to write by statements that each commit themselves; to write by several that commit together."""
 
 _READ_ONLY = "agent_gateway_store_read_only"
+# Chosen: SQLite has one writer at a time, and a crowd of them takes seconds.
 _BUSY_TIMEOUT_MS = 10_000
+# Chosen: TLS and a server that just starts included; asyncpg's own default is 60 seconds.
 _CONNECT_TIMEOUT_S = 10.0
+# Chosen: for statements that find their rows by an index; long reads set their own.
 _COMMAND_TIMEOUT_S = 30.0
+# Chosen: `close` must end soon, and an ordinary transaction takes milliseconds.
 _LAST_TRANSACTIONS_S = 5.0
+# The largest that our own engine has: pool_size 10 and as many in overflow.
 _MOST_RAW_CONNECTIONS = 20
 
 
@@ -68,7 +73,7 @@ def dialect_of(executor: AnyConnection) -> str:
 
 
 def reader_of(engine: AsyncEngine) -> AsyncEngine:
-    """Return `engine` with transactions that only read: on SQLite they wait for no writer."""
+    """Return `engine` with transactions that only read, which on SQLite do not wait for a writer."""
     return engine.execution_options(**{_READ_ONLY: True})
 
 
@@ -113,6 +118,7 @@ def create_engine(url: str, *, pool_size: int = 10) -> AsyncEngine:
     return create_async_engine(
         parsed,
         connect_args={"timeout": _CONNECT_TIMEOUT_S, "command_timeout": _COMMAND_TIMEOUT_S, **connect_args},
+        # A connection that died while idle is replaced, at the price of a round trip for each checkout.
         pool_pre_ping=True,
         pool_size=pool_size,
         max_overflow=pool_size,
@@ -122,7 +128,7 @@ def create_engine(url: str, *, pool_size: int = 10) -> AsyncEngine:
 
 
 def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
-    # A database in memory lives and dies with its connection, so there is one, which is never given up.
+    # A database in memory ends with its connection, so there is exactly one, which is never closed.
     limits = {"pool_size": 1, "max_overflow": 0} if is_memory(url) else {"pool_size": pool_size, "max_overflow": 0}
     engine = create_async_engine(
         url,
@@ -146,18 +152,18 @@ async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
 
 
 async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
-    connection = aiosqlite.connect(*args, factory=SettledConnection, **options)
-    # Its thread must not keep the process alive, as SQLAlchemy sees to where it connects itself.
+    connection = aiosqlite.connect(*args, factory=ClosingConnection, **options)
+    # Its thread must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
     thread = connection._thread
     thread.daemon = True
     opening = asyncio.ensure_future(_opened(connection))
     try:
         return await asyncio.shield(opening)
     except BaseException:
-        # Who is cancelled meanwhile leaves a connection that is open all the same.
+        # The connection opens all the same when the caller is cancelled, and would never be closed.
         with suppress(Exception, asyncio.CancelledError):
             await (await opening).close()
-        # The thread answers this loop once more; were the loop closed by then, it would print a traceback.
+        # The thread calls this loop once more; if the loop were closed by then, it would print a traceback.
         while thread.is_alive():
             await asyncio.sleep(0.001)
         raise
@@ -175,18 +181,19 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
     except BaseException:
-        connection.close()  # the pool does not know it yet, and its thread would live on
+        # The pool does not know it yet, and its thread would go on for ever.
+        connection.close()
         raise
 
 
 def _begin_sqlite(connection: Any) -> None:
-    # The driver's own transactions are off (isolation_level None), so that this is the only BEGIN.
+    # The driver's own transactions are off (isolation_level None), so this is the only BEGIN.
     read_only = connection.get_execution_options().get(_READ_ONLY)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
 def _raw_pool_size(pool: Pool) -> int:
-    """Return how many of the driver's own connections there may be: no more than a host allows for its own pool."""
+    """Return the most raw connections: no more than the host allows for its own pool."""
     if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:
         return _MOST_RAW_CONNECTIONS
     return min(_MOST_RAW_CONNECTIONS, pool.size() + pool._max_overflow)
@@ -201,13 +208,13 @@ class Database:
         url: Where the engine came from; None for the caller's.
 
     Raises:
-        ValueError: The engine lends one connection to several tasks at once, which would end each other's transactions.
+        ValueError: The engine gives one connection to several tasks at once, which would end each other's transactions.
     """
 
     def __init__(self, engine: AsyncEngine, *, owned: bool, url: str | None = None) -> None:
         if isinstance(engine.pool, StaticPool):
             raise ValueError(
-                "This engine lends one connection to several tasks at once (StaticPool, SQLAlchemy's default for "
+                "This engine gives one connection to several tasks at once (StaticPool, SQLAlchemy's default for "
                 "SQLite in memory): give the URL sqlite:// in its place."
             )
         self.engine = engine
@@ -267,8 +274,8 @@ class Database:
     async def connection(self, access: Access) -> AsyncIterator[AnyConnection]:
         """Acquire the fastest connection that a `Statement` runs on: the driver's own on PostgreSQL.
 
-        There the bound of a unit of work is the one of a command. With "transaction" everything is committed at the
-        end, or rolled back if the body raises; with "autocommit" each statement commits itself.
+        There the whole body must end within the timeout of one command. With "transaction" everything is committed at
+        the end, or rolled back if the body raises; with "autocommit" each statement commits itself.
         """
         if self.engine.dialect.driver != "asyncpg":
             async with self.read() if access == "read" else self.write() as sql_connection:
@@ -290,7 +297,8 @@ class Database:
     async def raw_connection(self) -> AsyncIterator[Any]:
         """Acquire the driver's own connection for a read that may take long.
 
-        One of PostgreSQL whose use raised is not used again. SQLite's is: a database in memory would go with it.
+        A PostgreSQL connection whose use raised is not used again. One of SQLite is, because a database in memory would
+        end with it.
         """
         task = asyncio.current_task()
         cancelled_before = task.cancelling() if task else 0
@@ -298,13 +306,14 @@ class Database:
             async with self._reader.connect() as connection:
                 try:
                     yield (await connection.get_raw_connection()).driver_connection
-                except GeneratorExit:  # a reader that has seen enough
+                except GeneratorExit:
+                    # A reader that stops early: the connection is well.
                     raise
                 except BaseException as exc:
                     if self.dialect != "sqlite":
                         await connection.invalidate()
                     if task and task.cancelling() > cancelled_before and isinstance(exc, Exception):
-                        # The driver answers a COPY that is cancelled with errors of its own.
+                        # When a COPY is cancelled the driver raises other errors instead.
                         raise asyncio.CancelledError from exc
                     raise
 
@@ -318,9 +327,9 @@ class Database:
             self._under_way -= 1
 
     async def close(self) -> None:
-        """Refuse what comes from now on, let what is under way end, and give the connections up, if they are ours.
+        """Refuse new uses, let those under way end, and close the connections if they are ours.
 
-        Safe to call twice. What takes longer than five seconds is left to itself.
+        Safe to call twice. It waits five seconds at most for those under way.
         """
         self._owner = None
         with suppress(TimeoutError):
@@ -331,21 +340,21 @@ class Database:
             await self._raw_pool.close()
             self._raw_pool = None
         if self.owned:
-            # The pool would close one after the other, and wait for a server that hangs as long as for a command.
+            # The pool would close one after the other, and wait for each as long as for a command if the server hangs.
             await close_all(self._idle)
             await self.engine.dispose()
 
     async def dispose_detached(self) -> None:
-        """Close what can be closed from here of a database whose process or event loop may be gone."""
+        """Close what can be closed from here of a database whose process or event loop may have ended."""
         pid, loop = self._owner or (os.getpid(), asyncio.get_running_loop())
         self._owner = None
-        # SQLite's connections live in threads and answer any loop; others are left to the garbage collector.
+        # SQLite's connections have threads of their own and answer any loop; the garbage collector takes the others.
         here = loop is asyncio.get_running_loop() or (loop.is_closed() and self.dialect == "sqlite")
         await self.engine.dispose(close=here and pid == os.getpid())
 
 
 class SessionTransactions:
-    """The transactions of one session that the caller owns: `write` commits it, and rolls it back on an error."""
+    """Transactions in a session that the caller owns: `write` commits it, and rolls it back on an error."""
 
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
@@ -384,12 +393,13 @@ async def get_db() -> AsyncIterator[AsyncSession]:
     """Yield a session on DATABASE_URL and close it afterwards; what was not committed is rolled back.
 
     For FastAPI: `session: Annotated[AsyncSession, Depends(get_db)]`. The engine is made at the first call, one for
-    each process and event loop; `close_db` gives it up. On SQLite the session's transactions begin IMMEDIATE, so keep
+    each process and event loop; `close_db` closes it. On SQLite the session's transactions begin IMMEDIATE, so keep
     them short.
     """
     loop, url = asyncio.get_running_loop(), StoreSettings().database_url
     database = _environment.get(loop)
     if database is None or not database.is_owner or database.url != url:
+        # Engines of closed loops, and of before a fork or a change of the URL, are closed here as nobody else does.
         past = {None if database is None else loop, *(other for other in _environment if other.is_closed())}
         retired = [_environment.pop(other) for other in past if other is not None]
         database = _environment[loop] = Database(create_engine(url), owned=True, url=url)

@@ -15,7 +15,7 @@ from agent_gateway_store.models.columns import UtcDateTime
 __all__ = ["CLOCK_OFFSET", "clock_sql", "db_now"]
 
 CLOCK_OFFSET = "p_clock_offset"
-"""Name of the parameter that holds the offset of `clock`, in seconds, in every statement that asks for the time."""
+"""Name of the parameter that holds the offset of `clock`, in seconds, in every statement that reads the time."""
 
 
 _CLOCKS = {
@@ -49,13 +49,14 @@ def _now(element: _DbNow, compiler: Any, **kw: Any) -> str:
 
 
 def db_now(*, plus: timedelta | str | ColumnElement[float] | None = None) -> ColumnElement[datetime]:
-    """Return the SQL expression of the database's clock, moved by the offset of `clock` when the statement runs.
+    """Return the database's clock as an SQL expression, moved by the offset that `clock` has when the statement runs.
 
     `clock_timestamp()` on PostgreSQL, time in milliseconds on SQLite. Deadlines are set and judged by it alone.
 
     Args:
         plus: What to add: a timedelta, or seconds as a column or as the name of a parameter.
     """
+    # A callable, not a value: SQLAlchemy caches the statement, and the offset of the first call with it.
     seconds: ColumnElement[float] = bindparam(
         CLOCK_OFFSET, callable_=lambda: clock.offset().total_seconds(), type_=Float(53)
     )

@@ -1,4 +1,4 @@
-"""The one door at which errors of the drivers become ours."""
+"""The one place where errors of the drivers are translated into errors of this package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from agent_gateway_store.errors import GatewayStoreError, SchemaOutOfDateError, 
 
 __all__ = ["is_outage", "translate_errors"]
 
-# asyncpg raises InternalClientError, outside its own two roots, when a server is killed under it.
+# asyncpg raises InternalClientError, which has neither of its two roots, when a server is killed during a command.
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
 _ROW_FAULTS = (ValueError, TypeError, OverflowError, IntegrityError, sqlite3.IntegrityError, sqlite3.DataError)
 _DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.storage.asyncpg_pool")
+# The event loop and the standard library are between the driver and the caller in every traceback.
 _PLUMBING = sys.stdlib_module_names | {"uvloop", "winloop"}
+# By class name and text, as the two drivers share no codes: asyncpg has a class for each error, sqlite3 only texts.
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
@@ -44,10 +46,10 @@ def translate_errors(doing: str) -> Iterator[None]:
     """Turn what SQLAlchemy, the drivers and the network raise into ours, with the cause kept.
 
     Ours, integrity errors and programming errors of Python pass unchanged, and so do errors of files and the network
-    that do not come from a driver: the body may be a request handler that lost a file of its own.
+    that do not come from a driver: the body may be a request handler that misses a file.
 
     Args:
-        doing: What was tried, as it ends the sentence "The database could not ...".
+        doing: What was attempted, as it ends the sentence "The database could not ...".
 
     Raises:
         StoreUnavailableError: The database is away, refuses us, or does not answer in time.
@@ -64,14 +66,14 @@ def translate_errors(doing: str) -> Iterator[None]:
 
 
 def _from_driver(exc: BaseException) -> bool:
-    """True if the innermost frame outside the event loop is the driver's, or of those who lend it."""
+    """True if the innermost frame outside the event loop is the driver's, or that of a pool of its connections."""
     names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(exc.__traceback__)]
     foreign = [name for name in names if name.partition(".")[0] not in _PLUMBING]
     return bool(foreign) and f"{foreign[-1]}.".startswith(tuple(f"{module}." for module in _DRIVER_MODULES))
 
 
 def is_outage(exc: BaseException) -> bool:
-    """True if `exc` says that the database could not answer, rather than that it refused this row."""
+    """True if the database could not answer; False if it refused this row."""
     if isinstance(exc, DBAPIError):
         exc = exc.orig or exc
     cause = getattr(exc, "__cause__", None)
@@ -86,7 +88,8 @@ def is_outage(exc: BaseException) -> bool:
 def _translated(exc: BaseException, doing: str) -> GatewayStoreError:
     if isinstance(exc, NoSuchModuleError):
         return StoreUnavailableError(f"The database could not {doing}: no driver for this kind of URL.")
-    name, text = _kind(exc)
+    error = _driver_error(exc)
+    name, text = type(error).__name__.lower(), str(error).lower()
     if isinstance(exc, (DBAPIError, *_DRIVER)) and any(word in name or word in text for word in _MISSING_SCHEMA):
         return SchemaOutOfDateError(
             f"The database could not {doing}: a table or column is missing. Run `gateway-store db upgrade`."
@@ -97,20 +100,12 @@ def _translated(exc: BaseException, doing: str) -> GatewayStoreError:
     if isinstance(exc, TimeoutError | PoolTimeoutError):
         return StoreUnavailableError(f"The database could not {doing} in time: check its health and try again.")
     return StoreUnavailableError(
-        f"The database could not {doing} ({_class_name(exc)}): check that it runs and that DATABASE_URL is right."
+        f"The database could not {doing} ({type(error).__name__}): check that it runs and that DATABASE_URL is right."
     )
 
 
-def _innermost(exc: BaseException) -> BaseException:
+def _driver_error(exc: BaseException) -> BaseException:
+    # SQLAlchemy keeps its adapter's error in `orig`, and that keeps asyncpg's as its cause.
     if isinstance(exc, DBAPIError) and exc.orig is not None:
         exc = exc.orig
     return exc.__cause__ if exc.__cause__ is not None else exc
-
-
-def _class_name(exc: BaseException) -> str:
-    return type(_innermost(exc)).__name__
-
-
-def _kind(exc: BaseException) -> tuple[str, str]:
-    inner = _innermost(exc)
-    return type(inner).__name__.lower(), str(inner).lower()

@@ -1,4 +1,4 @@
-"""Values that listings are narrowed by, as callers give them: check_filters, and made what a column holds."""
+"""The values by which callers narrow a listing: checked, and turned into what a column holds."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = [
     "number",
     "one_or_many",
     "pattern",
+    "require_between",
     "word",
 ]
 
@@ -34,24 +35,30 @@ OneOrMore: TypeAlias = str | Sequence[str] | set[str] | frozenset[str]
 Moment: TypeAlias = datetime | timedelta | str
 """A time; a timedelta or "24h" is so long ago; other text is an ISO 8601 time (UTC unless it names a zone)."""
 
+# Chosen: far more than a person types, and a LIKE over a table that still ends.
 _LONGEST_TEXT = 1_000
+# Chosen: nine digits of weeks are 19 million years, which ends in an OverflowError below.
+_PERIOD_DIGITS = 9
+# The largest that an INTEGER of PostgreSQL holds; nobody asks for that many rows.
+_LARGEST_INTEGER = 2**31 - 1
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_PERIOD = re.compile(r"\s*(\d{1,9})\s*([smhdw])\s*", re.ASCII)
+_PERIOD = re.compile(rf"\s*(\d{{1,{_PERIOD_DIGITS}}})\s*([smhdw])\s*", re.ASCII)
 
 
 def check_filters(
     filters: Mapping[str, Any], checks: Mapping[str, Callable[[str, Any], Any]]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, checked value and spelling of each filter that was given; the spelling binds a cursor.
+    """Yield each filter that was given: its name, its checked value, and the value that a cursor is bound to.
 
     Raises:
-        TypeError: There is no such filter. Besides, what the checks raise.
+        TypeError: There is no such filter. Also whatever the checks raise.
     """
     for name, given in filters.items():
         if name not in checks:
             raise TypeError(f"There is no filter {code_text(name)}: use one of {', '.join(checks)}.")
         if given is not None:
             value = checks[name](name, given)
+            # A time as given: "24h" is another instant at the next page, and the cursor must still fit.
             yield name, value, str(given) if name in ("since", "until") else value
 
 
@@ -60,7 +67,7 @@ def instant(name: str, given: Any) -> datetime:
 
     Raises:
         TypeError: `given` is neither a datetime, nor a timedelta, nor text.
-        ValueError: The text is no time.
+        ValueError: The text is not a time.
     """
     if isinstance(given, datetime):
         return as_utc(given)
@@ -78,6 +85,7 @@ def instant(name: str, given: Any) -> datetime:
     try:
         return utc_now() - ago
     except OverflowError:
+        # Before the year 1 or after 9999: every event is on one side of it.
         return UTC_MIN if ago > timedelta() else UTC_MAX
 
 
@@ -86,7 +94,7 @@ def duration(name: str, given: Any) -> timedelta:
 
     Raises:
         TypeError: `given` is neither.
-        ValueError: The text is no period.
+        ValueError: The text is not a period.
     """
     if isinstance(given, timedelta):
         return given
@@ -104,7 +112,7 @@ def duration(name: str, given: Any) -> timedelta:
 
 
 def one_or_many(check: Callable[[str, Any], Any], name: str, given: Any) -> Any:
-    """Check a value, or each of several; several come sorted and once."""
+    """Check one value or each of many; return many sorted, without repetitions."""
     if isinstance(given, str) or not isinstance(given, Sequence | set | frozenset):
         return check(name, given)
     found = sorted({check(name, each) for each in given})
@@ -117,7 +125,7 @@ def identifier(name: str, given: Any) -> str:
 
 
 def word(kind: type[StrEnum], name: str, given: Any) -> StrEnum:
-    """Return a member of `kind`; ValueError names those that there are, TypeError is for what is no text."""
+    """Return a member of `kind`. TypeError if `given` is not text; ValueError, which names them, if there is none."""
     try:
         return kind(_text(name, given))
     except ValueError:
@@ -136,7 +144,7 @@ def _text(name: str, given: Any) -> str:
 
 
 def number(name: str, given: Any) -> float:
-    """Return a float; TypeError for what is no number, ValueError for NaN."""
+    """Return a float; TypeError for what is not a number, ValueError for NaN."""
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise TypeError(f"{name} must be a number, not {type(given).__name__}.")
     try:
@@ -149,10 +157,16 @@ def number(name: str, given: Any) -> float:
 
 
 def pattern(name: str, given: Any) -> str:
-    """Return the LIKE pattern (escaped by a backslash) of what contains a text; ValueError if that is empty or long."""
+    """Return the LIKE pattern that finds a text anywhere, escaped by a backslash; ValueError if it is empty or long."""
     text = Scrubber().text(name, _text(name, given))
     if not 0 < len(text) <= _LONGEST_TEXT:
         raise ValueError(f"{name} must have 1 to {_LONGEST_TEXT:,} characters, not {len(text):,}.")
     for special in ("\\", "%", "_"):
         text = text.replace(special, f"\\{special}")
     return f"%{text}%"
+
+
+def require_between(name: str, value: int, least: int, most: int = _LARGEST_INTEGER, *, hint: str) -> None:
+    """Raise ValueError unless `value` is from `least` to `most`; its text ends with `hint`, what to do instead."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be {least:,} to {most:,}: {hint}.")

@@ -1,4 +1,4 @@
-"""The schema: find the scripts, tell where a database stands, bring it up to date.
+"""The schema: find the scripts, read the revision of a database, bring it up to date.
 
 Everything runs on the caller's async engine, under a running loop, from a checkout or from an installed wheel.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import io
 import sqlite3
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -41,8 +41,12 @@ __all__ = [
     "upgrade",
 ]
 
+T = TypeVar("T")
+
 VERSION_TABLE = "agent_gateway_store_version"
-_LOCK_KEY = 0x616773_6D6967  # "agsmig"
+# The letters "agsmig": advisory locks of PostgreSQL are numbers that all users of a database share.
+_LOCK_KEY = 0x616773_6D6967
+# Chosen: longer than a migration of an empty database, shorter than a supervisor waits.
 _LOCK_TIMEOUT_S = 60.0
 _alembic = threading.Lock()
 
@@ -64,6 +68,7 @@ def _config(connection: Connection | None = None, **attributes: Any) -> Config:
     from alembic.config import Config
 
     config = Config(output_buffer=io.StringIO(), stdout=io.StringIO())
+    # ConfigParser reads a single % as the beginning of a reference.
     config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
     config.attributes.update(attributes, connection=connection)
     return config
@@ -84,9 +89,13 @@ def head() -> str:
 
 async def current(engine: AsyncEngine) -> str | None:
     """Return the revision of the database, or None for one without our tables."""
-    with translate_errors("tell its schema"):
+    return await _read(engine, "read its schema", _revision)
+
+
+async def _read(engine: AsyncEngine, doing: str, function: Callable[[Connection], T]) -> T:
+    with translate_errors(doing):
         async with reader_of(engine).connect() as connection:
-            return await connection.run_sync(_revision)
+            return await connection.run_sync(function)
 
 
 def _revision(connection: Connection) -> str | None:
@@ -97,9 +106,7 @@ def _revision(connection: Connection) -> str | None:
 
 async def is_empty(engine: AsyncEngine) -> bool:
     """True if the database holds no table at all."""
-    with translate_errors("tell its tables"):
-        async with reader_of(engine).connect() as connection:
-            return not await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+    return not await _read(engine, "read its tables", lambda sync: inspect(sync).get_table_names())
 
 
 async def require_current(engine: AsyncEngine) -> None:
@@ -156,11 +163,11 @@ async def downgrade(engine: AsyncEngine, revision: str) -> None:
 
 @asynccontextmanager
 async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Open the one transaction in which nobody else migrates this database, here or in another process."""
+    """Open the one transaction in which this database is migrated: no other thread or process migrates it meanwhile."""
     with translate_errors("be migrated"):
         async with _process_lock(), _file_lock(engine), engine.begin() as connection:
             if connection.dialect.name == "postgresql":
-                # Held to the end of the transaction, so that it works through PgBouncer, too.
+                # Ends with the transaction, so that it also works through PgBouncer's transaction mode.
                 await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})"))
             yield connection
 
@@ -168,6 +175,7 @@ async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 @asynccontextmanager
 async def _process_lock() -> AsyncIterator[None]:
     """Let one thread or task at a time run Alembic, which keeps what it works on in module globals."""
+    # Polled, as the holder may be another thread's event loop, and a blocking wait would stop this one.
     while not _alembic.acquire(blocking=False):
         await anyio.sleep(0.01)
     try:
@@ -191,7 +199,7 @@ async def _file_lock(engine: AsyncEngine) -> AsyncIterator[None]:
 
 
 def _take(path: Path) -> sqlite3.Connection:
-    # SQLite's own locks work on every platform and end with the process that held them.
+    # SQLite's own locks work on every platform, and end with the process that holds them.
     try:
         lock = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     except sqlite3.OperationalError as exc:
@@ -223,9 +231,7 @@ async def differences(engine: AsyncEngine) -> list[str]:
         )
         return [_describe(difference) for difference in compare_metadata(context, metadata)]
 
-    with translate_errors("be compared"):
-        async with reader_of(engine).connect() as connection:
-            return await connection.run_sync(compare)
+    return await _read(engine, "be compared", compare)
 
 
 def _describe(difference: Any) -> str:

@@ -1,7 +1,7 @@
 """Opaque keyset cursors: where a page ended, so that rows added since do not shift the next one.
 
-A cursor holds a position and the digest of the listing that it belongs to: its filters and its organisation. A position
-gives nothing away and releases nothing, so it is not signed.
+A cursor holds a position and the fingerprint of the listing that it belongs to: its filters and its organisation. A
+position reveals nothing and releases nothing, so it is not signed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from agent_gateway_store.errors import InvalidCursorError
 
 __all__ = ["decode", "decode_cursor", "encode", "encode_cursor", "invalid_cursor", "listing_fingerprint"]
 
+# Of the format; a later one can then refuse or read the cursors of this one.
 _VERSION = 1
 _POSITION = struct.Struct(">QQ")
 _FIRST = datetime.min.replace(tzinfo=UTC)
+# The resolution of times in Python and in both databases.
 _TICK = timedelta(microseconds=1)
+# 64 bits of SHA-256: enough against mistakes, and it protects nothing.
 _SCOPE_BYTES = 8
+# Chosen: the longest cursor, one of `changes`, lists the transactions that are open.
 _LONGEST = 65_536
 
 
@@ -32,25 +36,26 @@ def listing_fingerprint(listing: str, org_id: str | None, filters: Any) -> bytes
     Args:
         listing: Its name.
         org_id: The organisation that the store is bound to.
-        filters: JSON value, or something whose text tells it apart.
+        filters: A JSON value; other objects enter as their text.
     """
     text = json.dumps([listing, org_id, filters], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).digest()[:_SCOPE_BYTES]
 
 
 def encode_cursor(scope: bytes, at: datetime, row_id: int) -> str:
-    """Return the cursor behind the row with this time and id."""
+    """Return the cursor that continues after the row with this time and id."""
     return encode(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id))
 
 
 def decode_cursor(scope: bytes, cursor: str) -> tuple[datetime, int]:
-    """Return the time and id that `cursor` stands for.
+    """Return the time and id in `cursor`.
 
     Raises:
         InvalidCursorError: It did not come from this listing.
     """
     try:
         ticks, row_id = _POSITION.unpack(decode(scope, cursor))
+        # Ids are signed 64-bit integers; a driver would raise for a larger one.
         if row_id < 2**63:
             return _FIRST + ticks * _TICK, row_id
     except (struct.error, OverflowError):
@@ -74,6 +79,7 @@ def decode(scope: bytes, cursor: str) -> bytes:
         if len(cursor) <= _LONGEST:
             data = base64.b64decode(cursor.encode() + b"=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
             payload = data[len(start) :]
+            # Encoded again: Base64 reads several texts as the same bytes, and a position has one cursor.
             if data.startswith(start) and encode(scope, payload) == cursor:
                 return payload
     except (ValueError, TypeError, binascii.Error, AttributeError):

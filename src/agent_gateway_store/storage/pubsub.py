@@ -1,8 +1,8 @@
-"""Publish and subscribe between processes: "what this key names has changed, look again".
+"""Publish and subscribe between processes: "this key has changed, read it again".
 
 One subscription per process, whatever the number of waiting tasks: Redis pub/sub where there is Redis, else PostgreSQL
-LISTEN/NOTIFY in the transaction that makes the change, else none. A message may be lost, so a task that waits looks
-again from time to time by itself. A message carries nothing but the key, because others may be able to publish, too.
+LISTEN/NOTIFY in the transaction that makes the change, else none. A message may be lost, so a task that waits also
+polls. A message carries nothing but the key, because others may be able to publish as well.
 """
 
 from __future__ import annotations
@@ -24,17 +24,23 @@ from agent_gateway_store.storage.statements import Statement
 __all__ = ["PubSub", "Topic"]
 
 _CHANNEL = "agent_gateway_store_changed"
-_RETRY_S = 1.0  # a server that restarts is back within seconds
-_LOOK_ALIVE_S = 5.0  # longest wait for a message before the connection is looked at
-_SLOW_POLL_S = 5.0  # behind a subscription, for a message that was lost
-_FAST_POLL_S = 0.25  # without one: what people notice
+# Chosen: a server that restarts is back within seconds.
+_RETRY_S = 1.0
+# Chosen: longest wait for a message before redis-py checks the connection.
+_CHECK_S = 5.0
+# Chosen: with a subscription, only for a message that was lost.
+_SLOW_POLL_S = 5.0
+# Chosen: without a subscription; about what people notice.
+_FAST_POLL_S = 0.25
+# Chosen: a task that ignored its cancellation gets the next one soon.
 _CANCEL_AGAIN_S = 0.1
-_FOREVER_S = 10 * 365 * 86_400.0  # the pool bounds every use of a connection; this one lasts as long as the store
+# Ten years: the pool limits every use of a connection, and this one lasts as long as the store.
+_FOREVER_S = 10 * 365 * 86_400.0
 
-_NOTIFIED = (
-    func.pg_notify(literal_column(f"'{_CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("notified")
+# As text: `pg_notify` returns void, which has no type in SQLAlchemy.
+_NOTIFY = Statement(
+    select(func.pg_notify(literal_column(f"'{_CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("sent"))
 )
-_NOTIFY = Statement(select(_NOTIFIED))
 
 _logger = logging.getLogger("agent_gateway_store.pubsub")
 
@@ -54,9 +60,10 @@ class Topic:
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def wait(self, seen: int, timeout_s: float) -> None:
-        """Return at the next message after generation `seen`, or after `timeout_s` seconds. Leaves nothing behind."""
+        """Return at the next message after generation `seen`, or after `timeout_s` seconds."""
         if self.generation != seen:
             return
+        # A timer and a future: for a thousand waiters much cheaper than a task and a timeout for each.
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         alarm = loop.call_later(timeout_s, _settle, future)
@@ -68,7 +75,7 @@ class Topic:
             self._waiting.discard(future)
 
     def notify(self) -> None:
-        """Let every task that waits go on."""
+        """Wake every task that waits."""
         self.generation += 1
         for future in self._waiting:
             _settle(future)
@@ -92,7 +99,7 @@ class PubSub:
 
     @property
     def poll_s(self) -> float:
-        """How many seconds a task may wait for a message before it looks by itself."""
+        """Seconds that a task may wait for a message before it polls."""
         return _SLOW_POLL_S if self._is_live else _FAST_POLL_S
 
     @contextmanager
@@ -109,9 +116,9 @@ class PubSub:
                 del self._topics[key]
 
     def subscribe(self, prefix: str, callback: Callable[[str | None], None]) -> None:
-        """Call `heard` with the rest of every signalled key that begins with `prefix`, until `close`.
+        """Call `callback` with the rest of every published key that begins with `prefix`, until `close`.
 
-        None tells that pubsub may have been missed. Through the database they are heard only while somebody waits,
+        None means that messages may have been missed. Through the database they are received only while a task waits,
         since that takes a connection.
         """
         self._callbacks[prefix] = callback
@@ -123,7 +130,7 @@ class PubSub:
             self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
 
     async def notify(self, connection: AnyConnection, key: str) -> None:
-        """Have the signal go out with the transaction of `connection`, where pubsub go through the database."""
+        """Send the message with the commit of `connection`, where messages go through the database."""
         if self._notifies:
             await _NOTIFY.first(connection, {"p_key": key})
 
@@ -141,7 +148,7 @@ class PubSub:
         return self._redis.client is None or await self._redis.publish(_CHANNEL, key)
 
     def message(self, key: str) -> tuple[str, str] | None:
-        """Return the channel and the text of the message about `key`, for whoever sends it along with a command."""
+        """Return the channel and the text of the message about `key`, to be published along with a Redis command."""
         return None if self._redis.client is None else (_CHANNEL, key)
 
     def notify_local(self, key: str) -> None:
@@ -164,7 +171,7 @@ class PubSub:
         self._callbacks.clear()
 
     def notify_all(self) -> None:
-        """Let every task that waits look once."""
+        """Have every task that waits read once."""
         for topic in list(self._topics.values()):
             topic.notify()
 
@@ -178,14 +185,14 @@ class PubSub:
             try:
                 await listen()
             except (*REDIS_FAULTS, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-                _logger.info("No pubsub for now (%s): polling.", type(exc).__name__)
+                _logger.info("No subscription for now (%s): polling.", type(exc).__name__)
             except Exception:
-                _logger.exception("No pubsub for now: polling.")
+                _logger.exception("No subscription for now: polling.")
             self._is_live = False
             await asyncio.sleep(_RETRY_S)
 
     def _begin(self) -> None:
-        # What was published before is gone, so everybody looks once.
+        # Messages published before the subscription are lost, so every waiting task reads once.
         self._is_live = True
         self.notify_all()
         for callback in self._callbacks.values():
@@ -197,17 +204,20 @@ class PubSub:
             await pubsub.subscribe(_CHANNEL)
             self._begin()
             while True:
-                message = await pubsub.get_message(timeout=_LOOK_ALIVE_S)
+                message = await pubsub.get_message(timeout=_CHECK_S)
                 if message is not None:
-                    self.notify_local(_text(message["data"]))
+                    # Bytes or text, as the client decodes replies or not.
+                    data = message["data"]
+                    self.notify_local(data.decode("utf-8", "replace") if isinstance(data, bytes) else str(data))
 
     async def _listen_to_postgres(self) -> None:
-        # A connection of its own for as long as it listens, so a pool of one that is closed with it.
+        # It needs a connection for as long as it listens, so it has a pool of one.
         pool = AsyncpgPool(self._database.engine, size=1)
         try:
             async with pool.connection(_FOREVER_S) as driver:
                 await driver.add_listener(_CHANNEL, self._on_notify)
                 self._begin()
+                # A connection that has ended receives nothing more, so the caller begins again.
                 while not driver.is_closed():
                     await asyncio.sleep(_RETRY_S)
         finally:
@@ -215,7 +225,3 @@ class PubSub:
 
     def _on_notify(self, _connection: object, _pid: int, _channel: str, key: object) -> None:
         self.notify_local(str(key))
-
-
-def _text(data: object) -> str:
-    return data.decode("utf-8", "replace") if isinstance(data, bytes) else str(data)

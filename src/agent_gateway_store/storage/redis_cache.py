@@ -1,4 +1,4 @@
-"""Redis behind a guard: every fault is a miss, an outage costs one timeout per interval."""
+"""Redis behind a breaker: every fault is a miss, and an outage costs one timeout per interval."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from redis.asyncio import RedisCluster
@@ -30,7 +31,7 @@ return redis.call('PTTL', KEYS[1]) .. ' ' .. value
 """
 
 # An older version never replaces a newer one; what is not JSON of ours, or of another type, counts as absent. The
-# message goes out also where Redis takes no entry because its memory is full.
+# message is published also if Redis takes no entry because its memory is full.
 _PUT_NEWER = """
 local stored = 1
 for i, key in ipairs(KEYS) do
@@ -49,7 +50,7 @@ return stored
 
 
 class CacheEntry(NamedTuple):
-    """What is to stand under a key: JSON with a `version`, for `ttl_s` seconds."""
+    """The value to store under a key: JSON with a `version`, for `ttl_s` seconds."""
 
     key: str
     text: str
@@ -60,12 +61,13 @@ class CacheEntry(NamedTuple):
 class RedisCache:
     """What the store does with Redis. No method raises because of Redis; None and False mean "ask SQL".
 
-    After a fault Redis is left alone for `pause_s`, so that a server that hangs costs one timeout in that time.
+    The breaker: after a fault Redis is not used for `pause_s` seconds, so a server that hangs costs one timeout in that
+    time.
 
     Args:
         client: A client of the caller's, or None for no Redis at all.
-        timeout_s: Longest wait for an answer in seconds, whatever the client's own timeouts are; a connection that is
-            made for it may take as long again.
+        timeout_s: Longest wait for an answer in seconds, whatever the client's own timeouts are; connecting may take as
+            long again.
         pause_s: Seconds without Redis after a fault.
     """
 
@@ -73,9 +75,9 @@ class RedisCache:
         self.client = client
         self._timeout_s = timeout_s
         self._pause_s = pause_s
-        self._resume_at = 0.0
+        self._breaker_until = 0.0
         if client is not None:
-            # A host's own pool may be smaller; a cluster's client has one for each node.
+            # The pool of a client from outside may be smaller. A cluster's client has none, but one for each node.
             pool = getattr(client, "connection_pool", None)
             self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, getattr(pool, "max_connections", _MAX_CONNECTIONS)))
             self._get, self._put_newer = client.register_script(_GET), client.register_script(_PUT_NEWER)
@@ -83,7 +85,7 @@ class RedisCache:
     @property
     def is_available(self) -> bool:
         """False without a client, and for a while after a fault."""
-        return self.client is not None and time.monotonic() >= self._resume_at
+        return self.client is not None and time.monotonic() >= self._breaker_until
 
     async def get(self, key: str) -> tuple[bytes | str, int] | None:
         """Return the text under `key` and the milliseconds it has left, in one round trip; None if there is none."""
@@ -102,7 +104,7 @@ class RedisCache:
         In a cluster, where keys live apart, each entry takes one; the message then goes out with the last.
 
         Args:
-            entries: What to store. What stands there and has no version is replaced, of whatever type it is.
+            entries: What to store. A value that is there without a version is replaced, of whatever type it is.
             message: A channel and what to publish on it.
 
         Returns:
@@ -117,11 +119,9 @@ class RedisCache:
                 field for _, text, version, ttl_s in step for field in (text, version, milliseconds(ttl_s))
             ]
             args += message if message is not None and step is steps[-1] else ()
-            is_stored = await self._put([entry.key for entry in step], args) and is_stored
+            keys = [entry.key for entry in step]
+            is_stored = bool(await self._run(partial(self._put_newer, keys, args))) and is_stored
         return is_stored
-
-    async def _put(self, keys: list[str], args: list[Any]) -> bool:
-        return bool(await self._run(lambda client: self._put_newer(keys, args, client)))
 
     async def delete(self, key: str) -> None:
         """Delete `key`."""
@@ -136,14 +136,16 @@ class RedisCache:
             return None
         async with self._places:
             if not self.is_available:
-                return None  # it failed those before
+                # The commands before this one have met the fault while it waited.
+                return None
             try:
+                # Twice: once to connect, once to answer.
                 async with asyncio.timeout(2 * self._timeout_s):
                     return await command(self.client)
             except (UnicodeDecodeError, MaxConnectionsError):
-                # No fault: a client that decodes met what is not text, or the host itself uses all of its pool.
+                # Not a fault of Redis: a client that decodes met bytes, or the host itself uses the whole pool.
                 return None
             except REDIS_FAULTS as exc:
-                self._resume_at = time.monotonic() + self._pause_s
+                self._breaker_until = time.monotonic() + self._pause_s
                 _logger.warning("Redis does not answer (%s): going on without it.", type(exc).__name__)
                 return None

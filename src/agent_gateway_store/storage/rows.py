@@ -1,4 +1,4 @@
-"""Many rows as parameters of one prepared statement."""
+"""Many rows as parameters of one statement."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ __all__ = ["RowsParameter"]
 
 
 class RowsParameter:
-    """Rows handed to a statement that is written once: the table that they are in it, and its parameters.
-
-    PostgreSQL gets one array for each column, SQLite one JSON text.
+    """A table inside a statement whose rows come as parameters: one array for each column on PostgreSQL, one JSON
+    text on SQLite.
 
     Args:
         name: Of the table in the statement; the parameters begin with `p_` and this name.
@@ -64,4 +63,5 @@ class RowsParameter:
 
 
 def _stored(value: Any) -> Any:
-    return value.hex if isinstance(value, UUID) else value  # as SQLite holds a UUID
+    # SQLAlchemy's Uuid stores 32 hex digits on SQLite.
+    return value.hex if isinstance(value, UUID) else value

@@ -1,4 +1,4 @@
-"""A connection of SQLite that gives its locks up when it is closed."""
+"""A connection of SQLite whose locks end when it is closed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sqlite3
 from typing import Any
 from weakref import WeakSet
 
-__all__ = ["SettledConnection"]
+__all__ = ["ClosingConnection"]
 
 
-class SettledConnection(sqlite3.Connection):
+class ClosingConnection(sqlite3.Connection):
     """Ends every statement before it closes.
 
     A task that is cancelled between `UPDATE ... RETURNING` and the reading of its rows leaves the statement half-read.
-    `sqlite3_close_v2`, by which Python closes, waits for such statements: the connection and its write lock live on
-    until Python's garbage collector meets the cursor, and nobody else can write meanwhile.
+    Python closes by `sqlite3_close_v2`, which waits for such statements: the connection keeps its write lock until the
+    garbage collector finds the cursor, and until then nobody else can write.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -35,7 +35,7 @@ class Statement:
 
     Args:
         source: The Core statement, or what builds it for a dialect's name, `sqlite` or `postgresql`. Its parameters are
-            all `bindparam("p_...")`: a name of a column would be taken for a value to set.
+            all `bindparam("p_...")`: SQLAlchemy takes the name of a column for a value to set.
     """
 
     def __init__(self, source: Executable | Callable[[str], Executable]) -> None:
@@ -43,7 +43,7 @@ class Statement:
         self._compiled: dict[str, CompiledStatement] = {}
 
     def compiled(self, dialect: Dialect) -> CompiledStatement:
-        """Return the statement as `dialect` spells it."""
+        """Return the statement in the SQL of `dialect`."""
         found = self._compiled.get(dialect.name)
         if found is None:
             source = self._source(dialect.name) if callable(self._source) else self._source
@@ -67,7 +67,7 @@ class Statement:
         return [dict(row) for row in result.mappings()]
 
     async def tuples(self, connection: AnyConnection, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
-        """Run and return every row as the driver gives it, no value converted."""
+        """Run and return every row as the driver gives it, without converting values."""
         compiled = self.compiled(_dialect_of(connection))
         arguments = compiled.arguments(values)
         if isinstance(connection, RawConnection):
@@ -89,7 +89,7 @@ class CompiledStatement:
         sql: SQLCompiler = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
         self.text = str(sql)
         self._names = frozenset(sql.params)
-        # What a dialect adds by itself, such as the OFFSET 0 that SQLite's compiler writes behind each LIMIT.
+        # Parameters that the dialect adds, such as the OFFSET 0 that SQLite's compiler writes after each LIMIT.
         self._own = {name: value for name, value in sql.params.items() if value is not None}
         self._parameters: list[tuple[str, _Processor]] = [
             (name, sql.binds[name].type.dialect_impl(dialect).bind_processor(dialect)) for name in sql.positiontup or ()
@@ -106,19 +106,23 @@ class CompiledStatement:
 
     def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of `values` that the statement names, the clock's offset among them."""
-        given = {**self._own, CLOCK_OFFSET: clock.offset().total_seconds(), **values}
+        given = self._given(values)
         return {name: given[name] for name in self._names}
 
     def arguments(self, values: Mapping[str, Any]) -> list[Any]:
         """Return the parameters in their order, encoded as the driver takes them."""
-        given = {**self._own, CLOCK_OFFSET: clock.offset().total_seconds(), **values}
+        given = self._given(values)
         return [given[name] if process is None else process(given[name]) for name, process in self._parameters]
+
+    def _given(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._own, CLOCK_OFFSET: clock.offset().total_seconds(), **values}
 
     async def run(self, driver: asyncpg.Connection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Run on the driver and return the rows by column name."""
         try:
             rows = await driver.fetch(self.text, *self.arguments(values))
         except asyncpg.IntegrityConstraintViolationError as exc:
+            # As SQLAlchemy raises it, so that callers need to know one error only.
             raise IntegrityError(None, None, exc) from exc
         return [
             {
@@ -148,7 +152,7 @@ def typed_text(
 def unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return a text column as an expression of the same value, for which the planner uses no index.
 
-    For columns whose index looks good by the statistics of quiet times, and holds a whole backlog in others.
+    For columns whose index looks selective by the statistics of quiet times, but matches a whole backlog at others.
     """
     return cast(text, Text()).op("||")(literal_column("''"))
 

@@ -15,12 +15,14 @@ from agent_gateway_store.storage.urls import is_memory
 
 __all__ = ["LONGEST_S", "copied", "fetched", "streamed"]
 
+# Chosen: a day, for one command of a read of any size.
 LONGEST_S = 24 * 3600.0
-"""Seconds that one command of a long read may take."""
 
 Rows: TypeAlias = Sequence[Sequence[Any]]
+# With events of 5 kB about 5 MB.
 _BATCH_ROWS = 1_000
-_SPELLING = "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1"
+# COPY writes values as the session is set, and the reader expects these forms.
+_OUTPUT_FORMAT = "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1"
 
 
 async def fetched(database: Database, query: CompiledStatement, values: Mapping[str, Any]) -> Rows:
@@ -35,10 +37,10 @@ async def fetched(database: Database, query: CompiledStatement, values: Mapping[
 async def streamed(
     database: Database, query: CompiledStatement, values: Mapping[str, Any], *, batch: int = _BATCH_ROWS
 ) -> AsyncGenerator[Rows, None]:
-    """Yield the rows of `query` in batches, by a server-side cursor. Close it (`aclosing`) if it is left early."""
+    """Yield the rows of `query` in batches, by a server-side cursor. Callers that stop early close it (`aclosing`)."""
     arguments = query.arguments(values)
     if is_memory(database.engine.url):
-        # There is one connection, which whoever reads these rows may need.
+        # There is one connection, which the reader of these rows may need.
         rows = await fetched(database, query, values)
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch]
@@ -66,7 +68,7 @@ async def copied(
     """Hand the rows of `query` to `take`, in a thread, as blocks of CSV of whole rows. PostgreSQL only.
 
     COPY is much faster than a cursor: no row becomes a Python object. NULL is an empty field without quotes, and an
-    empty text one with quotes. While one block is taken the next one arrives, and no more.
+    empty text one with quotes. At most two blocks are in memory: one is taken while the next one arrives.
     """
     arguments = query.arguments(values)
     parts: list[bytes] = []
@@ -91,11 +93,11 @@ async def copied(
         if size >= block_bytes:
             await flush()
 
-    # One thread: the allocators of C libraries keep memory for each that they meet.
+    # One thread for all blocks: the allocators of C libraries keep memory for each thread that uses them.
     with ThreadPoolExecutor(1, thread_name_prefix="gateway-store bulk") as thread:
         try:
             async with database.raw_connection() as driver, driver.transaction(readonly=True):
-                await driver.execute(_SPELLING)
+                await driver.execute(_OUTPUT_FORMAT)
                 await driver.copy_from_query(query.text, *arguments, output=receive, format="csv", timeout=LONGEST_S)
             await flush()
         finally:

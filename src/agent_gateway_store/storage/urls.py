@@ -24,7 +24,7 @@ _ASYNC_DRIVERS = {
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
 _EXAMPLES = "write sqlite:///gateway.db or postgresql://user:password@host/database"
-# What SQLAlchemy and asyncpg take as text; they answer anything else with a TypeError at the first connection.
+# What SQLAlchemy and asyncpg take as text; for anything else they raise a TypeError at the first connection.
 _TAKEN = {
     "host",
     "passfile",
@@ -46,13 +46,13 @@ def parse_database_url(text: str) -> tuple[URL, dict[str, Any]]:
     switches the caching of prepared statements off and makes their names unique.
 
     Raises:
-        InvalidUrlError: The text is no URL, of a database we do not know, or has a parameter that the driver would
-            not take. The text never repeats a password.
+        InvalidUrlError: The text is not a URL, names a database that is not supported, or has a parameter that the
+            driver does not take. The message never repeats a password.
     """
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
-        raise InvalidUrlError(f"{code_text(mask_url(text))} is no database URL: {_EXAMPLES}.") from None
+        raise InvalidUrlError(f"{code_text(mask_url(text))} is not a database URL: {_EXAMPLES}.") from None
     driver = _ASYNC_DRIVERS.get(url.drivername)
     if driver is None:
         raise InvalidUrlError(f"The URL scheme {code_text(url.drivername)} is not supported: {_EXAMPLES}.")
@@ -79,10 +79,12 @@ def _postgresql(url: URL) -> tuple[URL, dict[str, Any]]:
     if timeout := text.pop("connect_timeout", None):
         if not timeout.isdecimal():
             raise InvalidUrlError("connect_timeout in the database URL must be a whole number of seconds.")
-        options["timeout"] = float(timeout) or None  # as in libpq, 0 waits for ever
+        # As in libpq, 0 waits without end.
+        options["timeout"] = float(timeout) or None
     if name := text.pop("application_name", None):
         options["server_settings"] = {"application_name": name}
     if text.pop("pgbouncer", "false").lower() in _TRUE:
+        # In transaction mode the next statement may run on another server connection, which has not prepared it.
         options["statement_cache_size"] = 0
         options["prepared_statement_cache_size"] = 0
         options["prepared_statement_name_func"] = lambda: f"__ags_{uuid4()}__"
@@ -106,6 +108,7 @@ def _tls(sslmode: str | None, sslrootcert: str | None, sslcert: str | None, sslk
         raise InvalidUrlError(
             "A certificate named in the database URL cannot be read: check its path and format."
         ) from exc
+    # The modes of libpq: only `verify-full` compares the name, and a context for TLS compares it by default.
     context.check_hostname = mode == "verify-full"
     # As in libpq, `require` with a root certificate is `verify-ca`.
     if mode not in ("verify-ca", "verify-full") and not (mode == "require" and sslrootcert):
