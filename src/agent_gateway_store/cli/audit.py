@@ -131,12 +131,18 @@ def _ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line],
 
     counts = {_INVALID: 0, "LOST": 0, "SPOOLED": 0}
     # The main thread waits for input and for Ctrl-C, while the store's loop runs in a thread of its own.
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(open_store(ctx)) as store:
-        for number, text in enumerate(lines, start=1):
-            if text.strip():
-                line = _write_line(number, text, lambda event: portal.call(store.audit.write, event))
-                counts[line.outcome] = counts.get(line.outcome, 0) + 1
-                report(line)
+    with start_blocking_portal() as portal:
+        store = open_store(ctx)
+        # Not the portal's own wrapper for `async with`, which cancels the closing of the store on Ctrl-C.
+        try:
+            portal.call(store.open)
+            for number, text in enumerate(lines, start=1):
+                if text.strip():
+                    line = _write_line(number, text, lambda event: portal.call(store.audit.write, event))
+                    counts[line.outcome] = counts.get(line.outcome, 0) + 1
+                    report(line)
+        finally:
+            portal.call(store.close)
     if counts["SPOOLED"]:
         complain(f"{count_text(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
     require_none_lost(counts["LOST"])
