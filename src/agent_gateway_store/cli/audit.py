@@ -323,5 +323,5 @@ def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:
             stamp = field_text("timestamp", to_dict(event)["timestamp"])
             call = call_name(event.mcp_server, event.tool_name)
             say(Shown("  ".join((stamp, event.decision, word(event.caller_id), call, ran, word(event.request_id)))))
-    # Whoever reads the pipe must see an event now, not when the buffer of 8 kB is full.
+    # The reader of a pipe must receive an event now, not when Python's buffer is full.
     sys.stdout.flush()

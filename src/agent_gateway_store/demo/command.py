@@ -70,7 +70,7 @@ def demo(
             print_json(filled)
         else:
             show_filled(filled)
-            _show_where(filled["seconds"], settings)
+            _show_where(f"Done in {filled['seconds']:.1f} s:", settings)
         return
     report = (lambda text: None) if json else say
     summary = in_store(ctx, lambda store: _demo(store, report), settings=settings)
@@ -119,7 +119,7 @@ async def _demo(store: GatewayStore, report: Any) -> dict[str, Any]:
         raise CommandError("The demo did not end as it should: run `gateway-store doctor`.")
     if report is say:
         _show(events)
-        _show_where(seconds, store.settings)
+        _show_where(f"Done in {seconds:.1f} s. The audit log is in", store.settings)
     return _summary(gateway, events, left, store.settings, seconds)
 
 
@@ -162,11 +162,11 @@ def _show(events: list[AuditEvent]) -> None:
     typer.echo()
 
 
-def _show_where(seconds: float, settings: StoreSettings) -> None:
+def _show_where(lead: str, settings: StoreSettings) -> None:
     from agent_gateway_store.settings import mask_url
 
     url = mask_url(settings.database_url)
-    say(f"Done in {seconds:.1f} s: {sqlite_file(settings.database_url) or url}. In a notebook:")
+    say(f"{lead} {sqlite_file(settings.database_url) or url}. In a notebook:")
     typer.echo()
     say("    from agent_gateway_store import SyncGatewayStore")
     say(f'    store = SyncGatewayStore("{url}").open()')
