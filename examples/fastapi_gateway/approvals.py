@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1")
 async def follow_approval(
     store: CallerStoreDep, x_approval_token: Annotated[str, Header()], wait: Annotated[float, Query(ge=0, le=30)] = 0
 ) -> dict[str, Any]:
-    """Tell where an approval stands, after up to `wait` seconds for a decision."""
+    """Return the state of an approval, after up to `wait` seconds for a decision."""
     approvals = store.approvals
     token = x_approval_token
     result = await (approvals.wait_for_decision(token, timeout_s=wait) if wait else approvals.check_token(token))

@@ -34,7 +34,7 @@ class RefusalError(Exception):
         self.status, self.error, self.detail, self.headers = status, error, detail, headers or {}
 
 
-# The first class that fits counts, so the derived ones stand first.
+# The first class that matches counts, so derived classes come before their bases.
 _KINDS: tuple[tuple[type[Exception], int, str], ...] = (
     (UnknownToolError, 404, "unknown_tool"),
     (InvalidArgumentsError, 422, "invalid_arguments"),
@@ -44,7 +44,7 @@ _KINDS: tuple[tuple[type[Exception], int, str], ...] = (
 
 
 def refusal_of(exc: Exception) -> RefusalError:
-    """Return the refusal that `exc` stands for; whatever is not known is a 500 that tells nothing."""
+    """Return the refusal for `exc`; an unknown error is a 500 without details."""
     if isinstance(exc, RefusalError):
         return exc
     if isinstance(exc, HTTPException) and isinstance(exc.__cause__, errors.GatewayStoreError):

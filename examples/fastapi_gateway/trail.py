@@ -31,7 +31,7 @@ class CallRecord:
     """What is known of one request so far. It starts as a refusal; only the last step before the tool makes it ALLOW.
 
     Attributes:
-        call: The call as it came; it leaves the gateway only as a hash and as `redact` shows it.
+        call: The call as it was received; it leaves the gateway only as a hash and as `redact` shows it.
         parent_request_id: The request that asked for the approval which this one uses.
     """
 
@@ -55,7 +55,7 @@ class CallRecord:
         self.rule, self.reason = verdict.rule, verdict.reason
 
     def failed(self, exc: Exception) -> None:
-        """Note why the request was refused, unless the tool has run: then the decision stands."""
+        """Note why the request was refused, unless the tool has run: then the decision stays."""
         if isinstance(exc, SandboxError):
             self.labels.append("PATH_TRAVERSAL")
         if self.execution_status is None:
@@ -64,7 +64,7 @@ class CallRecord:
             self.rule = self.rule or f"gateway.{refusal.error}"
 
     def event(self, gateway: Gateway) -> AuditEvent:
-        """Return the event as it stands now."""
+        """Return the event of what is known now."""
         call = self.call or ToolCall(server=_UNKNOWN, tool=_UNKNOWN)
         risk, labels = risk_of(call) if self.call else (0.0, ())
         arguments, flags = redact(call.arguments)

@@ -306,7 +306,7 @@ class TestFailures:
             notifier = notifier_for(slack)
             with pytest.raises(NotDeliveredError) as caught:
                 await notifier.notify_pending(make_notice())
-            with pytest.raises(NotDeliveredError, match="left alone") as later:
+            with pytest.raises(NotDeliveredError, match="asked for a pause") as later:
                 await notifier.notify_pending(make_notice())
 
         assert len(slack.requests) == 1

@@ -108,7 +108,7 @@ def test_blocking_store_needs_no_async_plugin(tmp_path: Path) -> None:
             (notice,) = recorded_notifications.wait(event="pending")
             assert notice.tool_call == call
             assert recorded_notifications.pending == [notice]
-            with pytest.raises(AssertionError, match="0 of 1 decision notices came in time"):
+            with pytest.raises(AssertionError, match="0 of 1 decision notices arrived in time"):
                 recorded_notifications.wait(event="decision", timeout_s=0.05)
         """,
         *("-p", "no:asyncio", "-p", "no:anyio"),

@@ -25,7 +25,7 @@ from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.plugins import webhook
 from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookSettings
-from agent_gateway_store.plugins.webhook.payload import MAX_BYTES, body_of
+from agent_gateway_store.plugins.webhook.notifier import MAX_BYTES, body_of
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.testing import make_notice
 

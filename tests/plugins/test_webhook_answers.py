@@ -81,7 +81,7 @@ class TestAnswers:
                     await notifier.notify_pending(make_notice())
                 assert caught.value.retry_after_s is not None
             now = time.monotonic()
-            monkeypatch.setattr("agent_gateway_store.plugins._http.pause.time.monotonic", lambda: now + 61)
+            monkeypatch.setattr("agent_gateway_store.plugins._http.transport.time.monotonic", lambda: now + 61)
             with pytest.raises(NotDeliveredError):
                 await notifier.notify_pending(make_notice())
             monkeypatch.undo()

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from standardwebhooks import Webhook
 
 from agent_gateway_store.plugins.webhook import WebhookReceiver
-from agent_gateway_store.plugins.webhook.payload import body_of
+from agent_gateway_store.plugins.webhook.notifier import body_of
 from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit

@@ -23,14 +23,15 @@ from agent_gateway_store.cli.output import complain
 
 __all__ = ["app"]
 
+# By its name, since an import of the demo, which imports the command line, would be a circle.
 _DEMO = "agent_gateway_store.demo.command"
 
 
 class RootGroup(TyperGroup):
-    """The root command: whatever fails below ends here. Usage errors are left to Typer.
+    """The root command, which catches what fails below it. Usage errors are left to Typer.
 
-    The demo and the plugins are loaded where their commands may be meant: for the list of all, and for a name that is
-    not one of the groups below. So they can stand on the command line without it standing on them.
+    The demo and the plugins are loaded only where their commands may be meant: for the list of all commands, and for a
+    name that is none of the groups below.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -54,6 +55,7 @@ class RootGroup(TyperGroup):
         """Run the command; an error becomes one sentence and an exit code."""
         try:
             result = super().invoke(ctx)
+            # Here and not at the end of Python, so that a full disk or a closed pipe is reported as an error.
             sys.stdout.flush()
         except KeyboardInterrupt:
             raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -67,16 +69,12 @@ class RootGroup(TyperGroup):
                 complain("".join(traceback.format_exception(exc)).rstrip(), lines=True)
             sentence, code = explain(exc)
             complain(sentence)
-            _drop_unwritable()
+            try:
+                sys.stdout.flush()
+            except (OSError, ValueError):
+                _drop_stdout()
             raise typer.Exit(code) from None
         return result
-
-
-def _drop_unwritable() -> None:
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        _drop_stdout()
 
 
 def _drop_stdout() -> None:
@@ -117,7 +115,7 @@ def root(
     database_url: Annotated[
         str | None, typer.Option(help="Database; default: DATABASE_URL, else the SQLite file gateway.db.")
     ] = None,
-    redis_url: Annotated[str | None, typer.Option(help='Redis; default: REDIS_URL; "" does without.')] = None,
+    redis_url: Annotated[str | None, typer.Option(help='Redis; default: REDIS_URL; "" works without it.')] = None,
     org: Annotated[str | None, typer.Option(help="See and change only this organisation.")] = None,
     env_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Read settings from this .env file.")
@@ -132,7 +130,7 @@ def root(
         raise typer.BadParameter("--org must not be empty.")
     if database_url is not None and not database_url:
         raise typer.BadParameter("--database-url must not be empty.")
-    # Without a handler Python prints warnings of the store beside the one sentence that a command ends in.
+    # Without a handler Python would print the store's warnings beside the one sentence that a command ends with.
     logging.getLogger("agent_gateway_store").addHandler(logging.NullHandler())
     if debug:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

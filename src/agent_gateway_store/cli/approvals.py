@@ -1,4 +1,4 @@
-"""`gateway-store approvals`: see what waits for a decision, and decide."""
+"""`gateway-store approvals`: list the approvals that wait for a decision, and decide them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from agent_gateway_store.cli.context import choose, open_store, run
-from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, say, to_dict
+from agent_gateway_store.cli.context import choose, in_store
+from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, print_result, to_dict
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalResult
+    from agent_gateway_store.store import GatewayStore
 
 __all__ = ["app"]
 
@@ -42,9 +43,9 @@ def list_approvals(
     request_id: Annotated[list[str] | None, typer.Option(help="For this request id.")] = None,
     since: Annotated[str | None, typer.Option(help="Asked from this time on: 24h ago, or 2026-05-01T12:00Z.")] = None,
     until: Annotated[str | None, typer.Option(help="Asked before this time.")] = None,
-    text: Annotated[str | None, typer.Option(help="Stands in the tool, the risk explanation or the note.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text in the tool, the risk explanation or the note.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended; with the same filters.")] = None,
+    cursor: Annotated[str | None, typer.Option(help="Where the previous page ended; with the same filters.")] = None,
     json: JsonOption = False,
 ) -> None:
     """List the approvals that match every filter, newest first."""
@@ -62,17 +63,13 @@ def list_approvals(
         "until": until,
         "text": text,
     }
+    # Checked before the store is opened, so that a wrong filter needs no database to be reported.
     try:
         check_search(given)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
-
-    async def work() -> Any:
-        async with open_store(ctx) as store:
-            return await store.approvals.search(limit=limit, cursor=cursor, **given)
-
     print_page(
-        run(work()),
+        in_store(ctx, lambda store: store.approvals.search(limit=limit, cursor=cursor, **given)),
         columns=_COLUMNS,
         whole={"approval_id", "status"},
         optional={"created_at", "approver_id"},
@@ -82,15 +79,11 @@ def list_approvals(
 
 @app.command()
 def history(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) -> None:
-    """Tell what happened to an approval: who asked, voted, decided, what came of it, who was told."""
-
-    async def work() -> Any:
-        async with open_store(ctx) as store:
-            return await store.approvals.history(approval_id)
-
+    """Show what happened to an approval: who asked, voted and decided, its outcome, and who was notified."""
     from agent_gateway_store.results import Page
 
-    rows = [{**row, "at": f"{row['at'].isoformat().removesuffix('+00:00')}Z"} for row in run(work())]
+    found = in_store(ctx, lambda store: store.approvals.history(approval_id))
+    rows = [{**row, "at": f"{row['at'].isoformat().removesuffix('+00:00')}Z"} for row in found]
     print_page(
         Page(rows), columns={name: name for name in ("at", "event", "by", "status", "note", "channel")}, as_json=json
     )
@@ -99,12 +92,7 @@ def history(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = Fals
 @app.command()
 def show(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) -> None:
     """Show one approval with its sanitised arguments."""
-
-    async def work() -> Any:
-        async with open_store(ctx) as store:
-            return await store.approvals.get(approval_id=approval_id)
-
-    found = to_dict(run(work()))
+    found = to_dict(in_store(ctx, lambda store: store.approvals.get(approval_id=approval_id)))
     if json:
         print_json(found)
         return
@@ -113,47 +101,32 @@ def show(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) 
     print_fields((name, value) for name, value in found.items() if name not in ("id", "version") and value is not None)
 
 
-@app.command()
-def approve(
-    ctx: typer.Context,
-    approval_id: IdArgument,
-    approver: ApproverOption,
-    note: NoteOption = "",
-    json: JsonOption = False,
-) -> None:
-    """Approve a pending call, once."""
-    _decide(ctx, "approve", approval_id, approver, note, json)
+def _add_decision(verb: Literal["approve", "deny"], *hidden: str) -> None:
+    def decide(
+        ctx: typer.Context,
+        approval_id: IdArgument,
+        approver: ApproverOption,
+        note: NoteOption = "",
+        json: JsonOption = False,
+    ) -> None:
+        if not approver.strip():
+            raise typer.BadParameter("--approver must not be empty.")
+
+        async def work(store: GatewayStore) -> ApprovalResult:
+            decision = store.approvals.approve if verb == "approve" else store.approvals.deny
+            return await decision(approver_id=approver, note=note, approval_id=approval_id, channel="cli")
+
+        result = in_store(ctx, work)
+        if result.status == "PENDING":
+            text = f"The vote of {approver} is counted; approval {result.approval_id} waits for others."
+        else:
+            text = f"Approval {result.approval_id} is {result.status}."
+        print_result(to_dict(result), text, as_json=json)
+
+    for name in (verb, *hidden):
+        app.command(name, help=f"{verb.capitalize()} a pending call, once.", hidden=name in hidden)(decide)
 
 
-@app.command()
-@app.command("reject", hidden=True)
-@app.command("decline", hidden=True)
-def deny(
-    ctx: typer.Context,
-    approval_id: IdArgument,
-    approver: ApproverOption,
-    note: NoteOption = "",
-    json: JsonOption = False,
-) -> None:
-    """Deny a pending call, once."""
-    _decide(ctx, "deny", approval_id, approver, note, json)
-
-
-def _decide(
-    ctx: typer.Context, move: Literal["approve", "deny"], approval_id: str, approver: str, note: str, as_json: bool
-) -> None:
-    if not approver.strip():
-        raise typer.BadParameter("--approver must not be empty.")
-
-    async def work() -> ApprovalResult:
-        async with open_store(ctx) as store:
-            decide = store.approvals.approve if move == "approve" else store.approvals.deny
-            return await decide(approver_id=approver, note=note, approval_id=approval_id, channel="cli")
-
-    result = run(work())
-    if as_json:
-        print_json(to_dict(result))
-    elif result.status == "PENDING":
-        say(f"The vote of {approver} is counted; approval {result.approval_id} waits for others.")
-    else:
-        say(f"Approval {result.approval_id} is {result.status}.")
+_add_decision("approve")
+# Models and people say these for `deny`; the store's own word is the one in the help.
+_add_decision("deny", "reject", "decline")

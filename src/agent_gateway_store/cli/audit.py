@@ -6,13 +6,14 @@ import inspect
 import json as jsonlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from agent_gateway_store._text import Shown, call_name, word
-from agent_gateway_store.cli.context import new_store, open_store, run
+from agent_gateway_store.cli.context import in_store, open_store
 from agent_gateway_store.cli.errors import CommandError, ExitCode, describe_validation
 from agent_gateway_store.cli.output import (
     JsonOption,
@@ -28,9 +29,10 @@ from agent_gateway_store.cli.output import (
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.audit import AuditEvent
-    from agent_gateway_store.results import Page, Stats
+    from agent_gateway_store.results import Page
+    from agent_gateway_store.store import GatewayStore
 
-__all__ = ["app", "filtered"]
+__all__ = ["app", "count_text", "filtered", "require_none_lost"]
 
 app = typer.Typer(no_args_is_help=True, help="Write, find and follow audit events.")
 
@@ -67,13 +69,13 @@ _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "min_risk_score": (float | None, "--min-risk-score", "This risk score or a higher one."),
     "since": (str | None, "--since", "From this time on: 24h or 7d ago, or 2026-05-01T12:00Z."),
     "until": (str | None, "--until", "Before this time."),
-    "text": (str | None, "--text", "Stands in the tool name or the rationale, in any case."),
+    "text": (str | None, "--text", "Text in the tool name or the rationale, in upper or lower case."),
 }
 _CAPITALS = ("decision", "execution_status")
 
 
 def filtered(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each filter; its argument `filters` gets those in use."""
+    """Give a command an option for each filter. Its argument `filters` receives those that were given."""
 
     @wraps(command)
     def with_options(*args: Any, **given: Any) -> None:
@@ -89,6 +91,7 @@ def filtered(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.BadParameter(str(exc)) from None
         command(*args, filters=filters, **given)
 
+    # Typer reads the options of a command from its signature.
     signature = inspect.signature(command, eval_str=True)
     own = [each for each in signature.parameters.values() if each.name != "filters"]
     only = inspect.Parameter.KEYWORD_ONLY
@@ -103,7 +106,7 @@ def filtered(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Line(NamedTuple):
-    """What became of one line.
+    """The outcome of one line.
 
     Attributes:
         line: Its number, from 1.
@@ -127,9 +130,10 @@ def _ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line],
     from anyio.from_thread import start_blocking_portal
 
     counts = {_INVALID: 0, "LOST": 0, "SPOOLED": 0}
-    # The main thread waits for input and takes Ctrl-C, while the store's loop runs in a thread of its own.
+    # The main thread waits for input and for Ctrl-C, while the store's loop runs in a thread of its own.
     with start_blocking_portal() as portal:
-        store = new_store(ctx)
+        store = open_store(ctx)
+        # Not the portal's own wrapper for `async with`, which cancels the closing of the store on Ctrl-C.
         try:
             portal.call(store.open)
             for number, text in enumerate(lines, start=1):
@@ -140,15 +144,11 @@ def _ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line],
         finally:
             portal.call(store.close)
     if counts["SPOOLED"]:
-        complain(f"{_count(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
-    if counts["LOST"]:
-        raise CommandError(
-            f"{_count(counts['LOST'], 'event')} could not be stored: check the database with `gateway-store doctor`.",
-            ExitCode.UNAVAILABLE,
-        )
+        complain(f"{count_text(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
+    require_none_lost(counts["LOST"])
     if counts[_INVALID]:
         raise CommandError(
-            f"{_count(counts[_INVALID], 'malformed line')}: correct and write again; the rest is stored."
+            f"{count_text(counts[_INVALID], 'malformed line')}: correct and write again; the rest is stored."
         )
 
 
@@ -160,8 +160,22 @@ def _write_line(number: int, text: bytes, write: Callable[[AuditEvent], str]) ->
     return Line(number, str(write(event)), event.request_id)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def require_none_lost(count: int) -> None:
+    """Check that no event was lost.
+
+    Raises:
+        CommandError: Some were.
+    """
+    if count:
+        raise CommandError(
+            f"{count_text(count, 'event')} could not be stored: check the database with `gateway-store doctor`.",
+            ExitCode.UNAVAILABLE,
+        )
+
+
+def count_text(number: int, noun: str) -> str:
+    """Return `1 event` or `2 events`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _parse_line(text: bytes) -> tuple[AuditEvent | None, str]:
@@ -171,10 +185,8 @@ def _parse_line(text: bytes) -> tuple[AuditEvent | None, str]:
 
     try:
         fields: Any = jsonlib.loads(text)
-    except RecursionError:
-        return None, "nested too deeply"
-    except ValueError:
-        return None, "not JSON"
+    except (RecursionError, ValueError) as exc:
+        return None, "nested too deeply" if isinstance(exc, RecursionError) else "not JSON"
     if not isinstance(fields, dict):
         return None, "not a JSON object"
     try:
@@ -188,7 +200,7 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
     """Store audit events from JSON lines on standard input; each line gets its outcome.
 
     A malformed line is reported with its number and the others are still written; the exit code is then 1. It is 5 if
-    an event was lost. A line that names no timestamp is stamped now, so that writing it again is another event.
+    an event was lost. A line without a timestamp is stamped now, so that to write it again stores another event.
     """
 
     def report(line: Line) -> None:
@@ -205,10 +217,10 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
 def search(
     ctx: typer.Context,
     filters: dict[str, Any],
-    request_id: Annotated[str | None, typer.Option(help="The one event with this request id, whole.")] = None,
+    request_id: Annotated[str | None, typer.Option(help="The one event with this request id, in full.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000)] = 50,
     cursor: Annotated[
-        str | None, typer.Option(help="Where the page before ended; the filters must be the same.")
+        str | None, typer.Option(help="Where the previous page ended; the filters must be the same.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -217,12 +229,8 @@ def search(
         if filters or cursor:
             raise typer.BadParameter("Use --request-id alone.")
         filters, limit = {"request_id": request_id}, 1
-
-    async def work() -> Page[AuditEvent]:
-        async with open_store(ctx) as store:
-            return await store.audit.search(limit=limit, cursor=cursor, **filters)
-
-    found = run(work())
+    found = in_store(ctx, lambda store: store.audit.search(limit=limit, cursor=cursor, **filters))
+    # An id names one event, so that there is no next page, though the limit of one was reached.
     if request_id is not None:
         found.next_cursor = None
     if json:
@@ -248,7 +256,6 @@ def stats(
     json: JsonOption = False,
 ) -> None:
     """Count calls, denials, approvals and errors, with latency percentiles in milliseconds."""
-
     from agent_gateway_store.audit.stats import bucket_of, columns_of
     from agent_gateway_store.results import Page
 
@@ -256,23 +263,21 @@ def stats(
         names, length = columns_of(by), bucket_of(bucket)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
-
-    async def work() -> Stats:
-        async with open_store(ctx) as store:
-            return await store.audit.stats(names, length, **filters)
-
-    found = run(work())
+    found = in_store(ctx, lambda store: store.audit.stats(names, length, **filters))
     rows = [{**row, "bucket": f"{row['bucket'].isoformat()[:-6]}Z"} if "bucket" in row else row for row in found]
     columns = {name: _HEADINGS.get(name, name) for name in found.columns or ()}
     print_page(Page(rows), columns=columns, as_json=json)
 
 
 def _print_events(events: Page[AuditEvent]) -> None:
-    """Print events as a table."""
     from agent_gateway_store.results import Page
 
+    rows = [
+        {**to_dict(event), "tool_call": {"server": event.mcp_server, "tool": event.tool_name, "arguments": {}}}
+        for event in events
+    ]
     print_page(
-        Page([_with_call(event) for event in events], next_cursor=events.next_cursor),
+        Page(rows, next_cursor=events.next_cursor),
         columns=_COLUMNS,
         whole={"timestamp", "decision", "execution_status", "request_id"},
         optional={"execution_status", "latency_ms", "request_id"},
@@ -280,41 +285,33 @@ def _print_events(events: Page[AuditEvent]) -> None:
     )
 
 
-def _with_call(event: AuditEvent) -> dict[str, Any]:
-    call = {"server": event.mcp_server, "tool": event.tool_name, "arguments": {}}
-    return {**to_dict(event), "tool_call": call}
-
-
 @app.command()
 @filtered
 def tail(
     ctx: typer.Context,
     filters: dict[str, Any],
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=10_000, help="Events to show at first.")] = 10,
-    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a database that is away.")] = 60.0,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=10_000, help="Newest events to show first.")] = 10,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two reads of the database.")] = 1.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a database that does not answer.")] = 60.0,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Go on until Ctrl-C.")] = True,
     json: JsonOption = False,
 ) -> None:
     """Show the newest audit events, then new ones in the order of their commits, each once; Ctrl-C ends it."""
 
-    async def work() -> None:
-        async with open_store(ctx) as store:
-            # First the place, then the list: what is committed between the two is in both.
-            start = (await store.audit.changes(**filters)).next_cursor
-            first = await store.audit.search(limit=lines, **filters) if lines else []
-            _print_lines(first[::-1], as_json=json)
-            if not follow or start is None:
-                return
-            shown = {event.id for event in first}
-            async for event in store.audit.follow(start=start, poll_s=interval, patience_s=patience, **filters):
-                if event.id not in shown:
-                    _print_lines([event], as_json=json)
+    async def work(store: GatewayStore) -> None:
+        # First the cursor, then the list: what is committed between the two is in both, and shown once.
+        start = (await store.audit.changes(**filters)).next_cursor
+        first = await store.audit.search(limit=lines, **filters) if lines else []
+        _print_lines(first[::-1], as_json=json)
+        if not follow or start is None:
+            return
+        shown = {event.id for event in first}
+        async for event in store.audit.follow(start=start, poll_s=interval, patience_s=patience, **filters):
+            if event.id not in shown:
+                _print_lines([event], as_json=json)
 
-    try:
-        run(work())
-    except KeyboardInterrupt:
-        return
+    with suppress(KeyboardInterrupt):
+        in_store(ctx, work)
 
 
 def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:
@@ -326,4 +323,5 @@ def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:
             stamp = field_text("timestamp", to_dict(event)["timestamp"])
             call = call_name(event.mcp_server, event.tool_name)
             say(Shown("  ".join((stamp, event.decision, word(event.caller_id), call, ran, word(event.request_id)))))
+    # The reader of a pipe must receive an event now, not when Python's buffer is full.
     sys.stdout.flush()

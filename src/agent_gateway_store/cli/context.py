@@ -1,11 +1,10 @@
-"""What every command stands on: the global options, the settings they give, an open store."""
+"""What every command needs: the global options, the settings that follow from them, an open store."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -22,7 +21,7 @@ __all__ = [
     "Options",
     "choose",
     "duration",
-    "new_store",
+    "in_store",
     "open_store",
     "options_of",
     "run",
@@ -51,7 +50,7 @@ def options_of(ctx: typer.Context) -> Options:
 
 
 def settings_of(ctx: typer.Context) -> StoreSettings:
-    """Return the settings: options win over the environment, and that over the file of --env-file."""
+    """Return the settings. Options win over the environment, and the environment over the file of --env-file."""
     from agent_gateway_store.settings import StoreSettings
 
     given = options_of(ctx)
@@ -62,21 +61,17 @@ def settings_of(ctx: typer.Context) -> StoreSettings:
     )
 
 
-def new_store(ctx: typer.Context, **options: Any) -> GatewayStore:
-    """Return a store, bound to --org if it was given, that is not open yet."""
+def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> GatewayStore:
+    """Return a store for `async with`, which opens it; bound to --org if it was given.
+
+    Args:
+        settings: Default: those of the global options.
+    """
     from agent_gateway_store.store import GatewayStore
 
-    settings = options.pop("settings", None) or settings_of(ctx)
-    store = GatewayStore(settings=settings, **options)
+    store = GatewayStore(settings=settings or settings_of(ctx))
     org = options_of(ctx).org
     return store if org is None else store.for_org(org)
-
-
-@asynccontextmanager
-async def open_store(ctx: typer.Context, **options: Any) -> AsyncIterator[GatewayStore]:
-    """Open a store for one command."""
-    async with new_store(ctx, **options) as store:
-        yield store
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -84,13 +79,30 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(coroutine)
 
 
+def in_store(
+    ctx: typer.Context, call: Callable[[GatewayStore], Awaitable[T]], *, settings: StoreSettings | None = None
+) -> T:
+    """Return what `call` returns, given a store that is open for this one call.
+
+    Args:
+        settings: Default: those of the global options.
+    """
+
+    async def work() -> T:
+        async with open_store(ctx, settings=settings) as store:
+            return await call(store)
+
+    return run(work())
+
+
 def sqlite_file(url: str) -> Path | None:
-    """Return the file of a SQLite URL, or None for another database or one in memory."""
+    """Return the file of a SQLite URL; None for another database, and for one in memory."""
     from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
     parsed, _ = parse_database_url(url)
     if parsed.get_backend_name() != "sqlite" or is_memory(parsed) or not parsed.database:
         return None
+    # SQLite also takes `file:name?mode=ro`, of which only the name is a path.
     return Path(parsed.database.removeprefix("file:").partition("?")[0])
 
 
@@ -112,6 +124,7 @@ def duration(text: str, option: str) -> timedelta:
     Raises:
         typer.BadParameter: It is none of these.
     """
+    # Six digits of days are 2,700 years: well below the limit at which timedelta raises OverflowError.
     found = re.fullmatch(r"(\d{1,6})([smhd])", text.strip().lower(), re.ASCII)
     if found is None:
         raise typer.BadParameter(f"{option} must be a number with a unit: 90s, 15m, 24h or 30d.")

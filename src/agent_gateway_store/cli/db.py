@@ -10,19 +10,19 @@ import typer
 
 from agent_gateway_store.cli.context import run, settings_of, sqlite_file
 from agent_gateway_store.cli.errors import CommandError
-from agent_gateway_store.cli.output import JsonOption, complain, print_json, say
+from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_result, say
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = ["app", "engine_for", "explain_state", "schema_state"]
 
-app = typer.Typer(no_args_is_help=True, help="Bring the schema up to date, or tell where it stands.")
+app = typer.Typer(no_args_is_help=True, help="Bring the schema up to date, or check it.")
 
 
 @asynccontextmanager
 async def engine_for(url: str) -> AsyncIterator[AsyncEngine]:
-    """Open an engine on `url` without looking at its schema."""
+    """Open an engine on `url` without checking its schema."""
     from agent_gateway_store.storage.database import create_engine
 
     engine = create_engine(url)
@@ -35,11 +35,12 @@ async def engine_for(url: str) -> AsyncIterator[AsyncEngine]:
 async def schema_state(url: str) -> dict[str, Any]:
     """Return `current` (None: none of our tables), `expected` and `state`: current, behind, ahead or empty.
 
-    A SQLite file that does not exist is not made.
+    A SQLite file that does not exist is not created.
     """
     from agent_gateway_store.storage import migrate
 
     expected, file = migrate.head(), sqlite_file(url)
+    # To connect would create the file. A folder that is missing is an error, and left to the connection to report.
     if file is not None and not file.exists() and file.parent.is_dir():
         return {"current": None, "expected": expected, "state": "empty"}
     async with engine_for(url) as engine:
@@ -66,25 +67,20 @@ def upgrade(ctx: typer.Context, json: JsonOption = False) -> None:
         return await schema_state(url)
 
     state = run(work())
-    if json:
-        print_json(state)
-    else:
-        say(f"The schema is at {state['current']}.")
+    print_result(state, f"The schema is at {state['current']}.", as_json=json)
 
 
 @app.command()
 def current(ctx: typer.Context, json: JsonOption = False) -> None:
     """Print the revision of the database."""
     state = run(schema_state(settings_of(ctx).database_url))
-    if json:
-        print_json(state)
-    else:
-        say(f"{state['current'] or 'none'} ({state['state']}; this package works on {state['expected']})")
+    text = f"{state['current'] or 'none'} ({state['state']}; this package works on {state['expected']})"
+    print_result(state, text, as_json=json)
 
 
 @app.command()
 def check(ctx: typer.Context, json: JsonOption = False) -> None:
-    """Tell whether the schema is the one this package works on; exit 1 if it is not."""
+    """Check that the schema is the one this package works on; exit 1 if it is not."""
     url = settings_of(ctx).database_url
 
     async def work() -> dict[str, Any]:
@@ -111,14 +107,11 @@ def check(ctx: typer.Context, json: JsonOption = False) -> None:
 
 def explain_state(state: dict[str, Any]) -> str:
     """Return what is wrong with a schema that is not current, and the next step."""
+    relation, step = "behind", "run `gateway-store db upgrade`"
     if state["state"] == "ahead":
-        return (
-            f"The database schema ({state['current']}) is newer than this package ({state['expected']}): "
-            "upgrade agent-gateway-store."
-        )
+        relation, step = "newer than", "upgrade agent-gateway-store"
     return (
-        f"The database schema ({state['current'] or 'none'}) is behind this package ({state['expected']}): "
-        "run `gateway-store db upgrade`."
+        f"The database schema ({state['current'] or 'none'}) is {relation} this package ({state['expected']}): {step}."
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,17 @@ from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from agent_gateway_store.settings import StoreSettings
 
 __all__ = ["doctor"]
 
+# The largest page of `list_requests`: one read, and recent enough for what can still be found out.
 _MAX_USED = 1000
+# In the order of the numbers that `PRAGMA synchronous` returns (https://www.sqlite.org/pragma.html#pragma_synchronous).
 _SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
-# What a snapshot shows was committed by transactions that began before its end.
+# A row that a snapshot shows was committed by a transaction that began before the end of the snapshot.
 _FOREIGN_TRANSACTIONS = """
 SELECT EXISTS (
     SELECT FROM audit_events WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
@@ -37,9 +40,9 @@ class Report:
 
     Attributes:
         facts: By subject, JSON values.
-        warnings: What should be looked at.
+        warnings: What works, but not as it should.
         problems: What does not work.
-        code: How the process ends.
+        code: The exit code of the process.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -48,13 +51,21 @@ class Report:
     code: ExitCode = ExitCode.OK
 
     def warning(self, text: str) -> None:
-        """Note what works, but not as it should."""
+        """Note a warning."""
         self.warnings.append(text)
 
     def problem(self, text: str, code: ExitCode) -> None:
-        """Note what does not work; a dependency that is down outweighs the rest."""
+        """Note a problem; of several exit codes that of a dependency that is down wins."""
         self.problems.append(text)
         self.code = max(self.code, code)
+
+    @asynccontextmanager
+    async def noting_errors(self) -> AsyncIterator[None]:
+        """Note an error of one check as a problem, so that the other checks still run."""
+        try:
+            yield
+        except Exception as exc:
+            self.problem(*explain(exc))
 
     @property
     def schema_is_current(self) -> bool:
@@ -95,84 +106,63 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
 
     report = Report()
     report.facts["version"] = version("agent-gateway-store")
-    await _check_database(report, settings.database_url)
+    async with report.noting_errors():
+        await _check_database(report, settings.database_url)
     await _check_redis(report, settings)
     _check_plugins(report, settings)
     if report.schema_is_current:
-        try:
-            await _check_transactions(report, settings.database_url)
-            await _check_approvals(report, ctx, settings)
-            await _check_notifications(report, ctx, settings)
-        except Exception as exc:
-            report.problem(*explain(exc))
-    try:
+        async with report.noting_errors(), engine_for(settings.database_url) as engine:
+            await _check_transactions(report, engine)
+            await _check_approvals(report, ctx, engine, settings)
+            await _check_notifications(report, ctx, engine, settings)
+    async with report.noting_errors():
         await _check_spool(report, settings)
-    except Exception as exc:
-        report.problem(*explain(exc))
     return report
 
 
 async def _check_database(report: Report, url: str) -> None:
-    """Reach the database, read its schema and the settings that decide about durability."""
+    """Connect to the database, read its schema and the settings that decide about durability."""
     from agent_gateway_store.settings import mask_url
+    from agent_gateway_store.storage import migrate
 
     facts: dict[str, Any] = {"url": mask_url(url), "kind": None, "reachable": False}
     report.facts["database"] = facts
-    try:
-        async with engine_for(url) as engine:
-            facts["kind"] = engine.dialect.name
-            state = await schema_state(url)
-            if (file := sqlite_file(url)) is not None:
-                facts["file"] = str(file.absolute())
-                if not file.exists():
-                    report.facts["schema"] = state
-                    report.warning("The database file does not exist: the first use makes it.")
-                    return
-            await _read_facts(report, facts, engine.connect())
-            facts["reachable"] = True
-            report.facts["schema"] = state
-            if state["state"] != "current":
-                report.problem(explain_state(state), ExitCode.ERROR)
+    async with engine_for(url) as engine:
+        facts["kind"] = engine.dialect.name
+        state = await schema_state(url)
+        if (file := sqlite_file(url)) is not None:
+            facts["file"] = str(file.absolute())
+            if not file.exists():
+                report.facts["schema"] = state
+                report.warning("The database file does not exist: the first use creates it.")
                 return
-            await _compare(report, engine)
-    except Exception as exc:
-        report.problem(*explain(exc))
+        await _read_facts(report, facts, engine)
+        facts["reachable"] = True
+        report.facts["schema"] = state
+        if state["state"] != "current":
+            report.problem(explain_state(state), ExitCode.ERROR)
+            return
+        state["differences"] = await migrate.differences(engine)
+        if state["differences"]:
+            report.problem("The schema differs from the models: see `gateway-store db check`.", ExitCode.ERROR)
 
 
-async def _compare(report: Report, engine: AsyncEngine) -> None:
-    from agent_gateway_store.storage import migrate
-
-    differences = await migrate.differences(engine)
-    report.facts["schema"]["differences"] = differences
-    if differences:
-        report.problem("The schema differs from the models: see `gateway-store db check`.", ExitCode.ERROR)
-
-
-async def _read_facts(report: Report, facts: dict[str, Any], connecting: Any) -> None:
-    from agent_gateway_store.storage.errors import translate_errors
-
-    with translate_errors("be examined"):
-        async with connecting as connection:
-            if facts["kind"] == "sqlite":
-                facts["journal_mode"] = await _scalar(connection, "PRAGMA journal_mode")
-                facts["synchronous"] = _SYNCHRONOUS[await _scalar(connection, "PRAGMA synchronous")]
-                return
-            facts["server_version"] = await _scalar(connection, "SHOW server_version")
-            facts["synchronous_commit"] = await _scalar(connection, "SHOW synchronous_commit")
+async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    if facts["kind"] == "sqlite":
+        facts["journal_mode"] = await _scalar(engine, "PRAGMA journal_mode")
+        facts["synchronous"] = _SYNCHRONOUS[await _scalar(engine, "PRAGMA synchronous")]
+        return
+    facts["server_version"] = await _scalar(engine, "SHOW server_version")
+    facts["synchronous_commit"] = await _scalar(engine, "SHOW synchronous_commit")
     if facts["synchronous_commit"] == "off":
         report.warning("synchronous_commit is off: a crash of the server may lose what it acknowledged; set it to on.")
 
 
-async def _check_transactions(report: Report, url: str) -> None:
-    """Look for events with transaction ids that this PostgreSQL server has not given out: those of a restored dump."""
-    from agent_gateway_store.storage.errors import translate_errors
-
-    async with engine_for(url) as engine:
-        if engine.dialect.name != "postgresql":
-            return
-        with translate_errors("be examined"):
-            async with engine.connect() as connection:
-                is_foreign = await _scalar(connection, _FOREIGN_TRANSACTIONS)
+async def _check_transactions(report: Report, engine: AsyncEngine) -> None:
+    """Find events with transaction ids that this PostgreSQL server has not given out: those of a restored dump."""
+    if engine.dialect.name != "postgresql":
+        return
+    is_foreign = await _scalar(engine, _FOREIGN_TRANSACTIONS)
     report.facts["database"]["foreign_transactions"] = is_foreign
     if is_foreign:
         report.problem(
@@ -183,10 +173,14 @@ async def _check_transactions(report: Report, url: str) -> None:
         )
 
 
-async def _scalar(connection: AsyncConnection, statement: str) -> Any:
+async def _scalar(engine: AsyncEngine, statement: str) -> Any:
     from sqlalchemy import text
 
-    return (await connection.execute(text(statement))).scalar()
+    from agent_gateway_store.storage.errors import translate_errors
+
+    with translate_errors("be examined"):
+        async with engine.connect() as connection:
+            return (await connection.execute(text(statement))).scalar()
 
 
 async def _check_redis(report: Report, settings: StoreSettings) -> None:
@@ -199,14 +193,14 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         report.facts["redis"] = {"state": "off"}
         return
     facts = report.facts["redis"] = {"url": mask_url(settings.redis_url), "state": "down"}
-    try:
+    async with report.noting_errors():
         client = create_redis(settings.redis_url, timeout_s=settings.redis_timeout_seconds)
-    except Exception as exc:
-        report.problem(*explain(exc))
-        return
-    try:
-        redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
-        await redis.get("agent-gateway-store:doctor")
+        try:
+            redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
+            await redis.get("agent-gateway-store:doctor")
+        finally:
+            await client.aclose()
+        # The cache hides a Redis that fails, as the store wants it, so that the failure must be asked for.
         if redis.is_available:
             facts["state"] = "reachable"
         else:
@@ -214,8 +208,6 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
                 "Redis does not answer: check that it runs and that REDIS_URL is right; the store works without it.",
                 ExitCode.UNAVAILABLE,
             )
-    finally:
-        await client.aclose()
 
 
 async def _check_spool(report: Report, settings: StoreSettings) -> None:
@@ -244,16 +236,14 @@ def _check_plugins(report: Report, settings: StoreSettings) -> None:
             report.problem(f"Plugin {record['name']} is broken: {record['error']}.", ExitCode.ERROR)
 
 
-async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
-    from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
-    from agent_gateway_store.storage.database import Database
-    from agent_gateway_store.storage.redis_cache import RedisCache
+async def _check_approvals(report: Report, ctx: typer.Context, engine: AsyncEngine, settings: StoreSettings) -> None:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
-    # Not through an open store, which would bring spooled events in: this command changes nothing.
-    async with engine_for(settings.database_url) as engine:
-        database = Database(engine, owned=False)
-        database.bind_to_loop()
-        approvals = ApprovalManager(ApprovalBackend(database, RedisCache(None), settings), org_id=options_of(ctx).org)
+    from agent_gateway_store.approval import ApprovalManager
+
+    # Not through an open store, which would replay the spool: this command changes nothing.
+    async with AsyncSession(engine) as session:
+        approvals = ApprovalManager(session, settings=settings, org_id=options_of(ctx).org)
         used = await approvals.list_requests("USED", limit=_MAX_USED)
     unknown = sum(request.outcome is None for request in used)
     report.facts["approvals"] = {"used_without_outcome": unknown, "used_examined": len(used)}
@@ -263,27 +253,23 @@ async def _check_approvals(report: Report, ctx: typer.Context, settings: StoreSe
         )
 
 
-async def _check_notifications(report: Report, ctx: typer.Context, settings: StoreSettings) -> None:
+async def _check_notifications(
+    report: Report, ctx: typer.Context, engine: AsyncEngine, settings: StoreSettings
+) -> None:
     from agent_gateway_store.delivery import NotificationManager, StoreOutbox
     from agent_gateway_store.hooks.manager import Plugins
     from agent_gateway_store.storage.database import Database
 
     loaded = Plugins().notifiers(settings)
-    async with engine_for(settings.database_url) as engine:
-        database = Database(engine, owned=False)
-        database.bind_to_loop()
-        outbox = StoreOutbox(database, settings)
-        counts = await NotificationManager(database, outbox, org_id=options_of(ctx).org).counts()
+    database = Database(engine, owned=False)
+    database.bind_to_loop()
+    outbox = StoreOutbox(database, settings)
+    counts = await NotificationManager(database, outbox, org_id=options_of(ctx).org).counts()
     away = {row["notifier"]: row["waiting"] for row in counts if row["waiting"] and row["notifier"] not in loaded}
-    dead = sum(row["dead"] for row in counts)
-    report.facts["notifications"] = {
-        "waiting": sum(row["waiting"] for row in counts),
-        "due": sum(row["due"] for row in counts),
-        "dead": dead,
-        "not_loaded_here": sorted(away),
-    }
-    if dead:
-        report.warning(f"{dead} notices were given up: see `gateway-store notifications list --status DEAD`.")
+    totals = {name: sum(row[name] for row in counts) for name in ("waiting", "due", "dead")}
+    report.facts["notifications"] = {**totals, "not_loaded_here": sorted(away)}
+    if totals["dead"]:
+        report.warning(f"{totals['dead']} notices were given up: see `gateway-store notifications list --status DEAD`.")
     for name, waiting in sorted(away.items()):
         report.warning(
             f"{waiting} notices wait for the notifier {name}, which is not loaded here: run a worker that has it."

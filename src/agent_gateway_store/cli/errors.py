@@ -17,6 +17,8 @@ __all__ = ["CommandError", "ExitCode", "describe_validation", "explain"]
 class ExitCode(IntEnum):
     """How the process ends; 3 is kept for integrity violations."""
 
+    # 2 is what Click uses for usage errors; 128 and the number of the signal (SIGINT 2, SIGPIPE 13) is what shells
+    # report for a process that a signal ended.
     OK = 0
     ERROR = 1
     USAGE = 2
@@ -31,7 +33,7 @@ class CommandError(Exception):
     """A command cannot do what was asked.
 
     Attributes:
-        code: How the process ends.
+        code: The exit code of the process.
     """
 
     def __init__(self, message: str, code: ExitCode = ExitCode.ERROR) -> None:
@@ -40,7 +42,7 @@ class CommandError(Exception):
 
 
 def explain(error: BaseException) -> tuple[str, ExitCode]:
-    """Return the sentence that tells the user about `error`, and the exit code."""
+    """Return the sentence about `error` for the user, and the exit code."""
     from pydantic import ValidationError
 
     from agent_gateway_store import errors
@@ -75,15 +77,12 @@ def _code(error: Exception) -> ExitCode:
 def describe_validation(error: ValidationError) -> str:
     """Return what is wrong as `field: reason; field: reason`, without the input, which may be a secret."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    parts = [f"{_place(each['loc'])}{_lower_first(each['msg'])}" for each in found[:3]]
-    more = [f"and {len(found) - 3} more"] if len(found) > 3 else []
-    return "; ".join([*parts, *more])
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    place = ".".join(str(part) for part in location)
-    return f"{place[:80]}: " if place else ""
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    parts = []
+    # Three are read in one line; a name that was sent as a field may be as long as its sender liked.
+    for each in found[:3]:
+        place = ".".join(map(str, each["loc"]))[:80]
+        reason = each["msg"][:1].lower() + each["msg"][1:]
+        parts.append(f"{place}: {reason}" if place else reason)
+    if len(found) > 3:
+        parts.append(f"and {len(found) - 3} more")
+    return "; ".join(parts)

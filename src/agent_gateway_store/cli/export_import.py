@@ -6,20 +6,15 @@ import sys
 from errno import EDQUOT, ENOSPC
 from os import strerror
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.audit import app, filtered
-from agent_gateway_store.cli.context import open_store, run
-from agent_gateway_store.cli.errors import CommandError, ExitCode
-from agent_gateway_store.cli.output import JsonOption, print_json, say
+from agent_gateway_store.cli.audit import app, count_text, filtered, require_none_lost
+from agent_gateway_store.cli.context import in_store
+from agent_gateway_store.cli.errors import CommandError
+from agent_gateway_store.cli.output import JsonOption, print_result
 from agent_gateway_store.errors import GatewayStoreError
-
-if TYPE_CHECKING:
-    from collections import Counter
-
-    from agent_gateway_store.audit.export import ExportResult
 
 __all__ = ["app"]
 
@@ -30,7 +25,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 @filtered
 def export_events(
     ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(help="File (or folder of a dataset) to write; must not be there yet.")],
+    path: Annotated[Path, typer.Argument(help="File (or folder of a dataset) to write; must not exist.")],
     filters: dict[str, Any],
     format: Annotated[  # noqa: A002  the option's name
         str | None, typer.Option(help="jsonl, csv or parquet; default: by the name's suffix.")
@@ -40,30 +35,27 @@ def export_events(
         str | None, typer.Option(help="day: a Parquet dataset with a folder for each UTC day.")
     ] = None,
     raw: Annotated[bool, typer.Option(help="CSV: leave what a spreadsheet could take for a formula as it is.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what exists.")] = False,
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Write the audit events that match to a file, oldest first; under its name only when it is whole."""
+    """Write the audit events that match to a file, oldest first; it takes its name only when it is complete."""
 
-    async def work() -> ExportResult:
-        async with open_store(ctx) as store:
-            options: Any = {"format": format, "compression": compression, "partition_by": partition_by}
-            shown = sys.stderr.isatty() and not quiet
-            return await store.audit.export(path, raw=raw, overwrite=overwrite, progress=shown, **options, **filters)
-
+    options: Any = {"format": format, "compression": compression, "partition_by": partition_by, **filters}
+    shown = sys.stderr.isatty() and not quiet
     try:
-        result = run(work())
+        result = in_store(
+            ctx,
+            lambda store: store.audit.export(path, raw=raw, overwrite=overwrite, progress=shown, **options),
+        )
     except GatewayStoreError:
         raise
     except OSError as exc:
         raise CommandError(_reason(exc, path)) from exc
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
-    if json:
-        print_json({**vars(result), "path": str(result.path)})
-        return
-    say(f"{result.rows:,} events in {_count(result.files, 'file')} of {result.bytes:,} bytes: {result.path}")
+    text = f"{result.rows:,} events in {count_text(result.files, 'file')} of {result.bytes:,} bytes: {result.path}"
+    print_result({**vars(result), "path": str(result.path)}, text, as_json=json)
 
 
 @app.command("import")
@@ -75,38 +67,24 @@ def import_events(
     json: JsonOption = False,
 ) -> None:
     """Store the events of a file that `audit export` wrote; those that are stored already change nothing."""
-
-    from agent_gateway_store.audit.outcomes import WriteOutcome
-
-    async def work() -> Counter[WriteOutcome]:
-        async with open_store(ctx) as store:
-            shown = sys.stderr.isatty() and not quiet
-            return await store.audit.import_file(path, format=format, progress=shown)  # type: ignore[arg-type]
-
+    form: Any = format
+    shown = sys.stderr.isatty() and not quiet
     try:
-        outcomes = run(work())
+        outcomes = in_store(ctx, lambda store: store.audit.import_file(path, format=form, progress=shown))
     except GatewayStoreError:
         raise
     except (OSError, ValueError) as exc:
         raise CommandError(_reason(exc, path)) from exc
-    if json:
-        print_json({str(outcome): number for outcome, number in sorted(outcomes.items())})
-    else:
-        say(", ".join(f"{number:,} {outcome}" for outcome, number in sorted(outcomes.items())) or "0 events")
-    if lost := outcomes.get(WriteOutcome.LOST):
-        raise CommandError(
-            f"{_count(lost, 'event')} could not be stored: check the database with `gateway-store doctor`.",
-            ExitCode.UNAVAILABLE,
-        )
+    found = {str(outcome): number for outcome, number in sorted(outcomes.items())}
+    text = ", ".join(f"{number:,} {outcome}" for outcome, number in found.items()) or "0 events"
+    print_result(found, text, as_json=json)
+    require_none_lost(found.get("LOST", 0))
 
 
 def _reason(exc: Exception, path: Path) -> str:
-    """Return what is wrong; of the system's own errors the one name that the user gave."""
+    """Return what is wrong; for an error of the system, with the path that the user gave."""
     if not isinstance(exc, OSError) or exc.errno is None:
         return str(exc)
+    # The system may name a file that the user never saw, such as the one that is written before it is renamed.
     step = "make room" if exc.errno in (ENOSPC, EDQUOT) else "check the path and its permissions"
     return f"{path}: {strerror(exc.errno)}: {step} and try again."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

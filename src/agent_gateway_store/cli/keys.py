@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.context import choose, duration, open_store, run
-from agent_gateway_store.cli.output import JsonOption, complain, field_text, print_json, print_page, say, to_dict
+from agent_gateway_store.cli.context import choose, duration, in_store
+from agent_gateway_store.cli.output import (
+    JsonOption,
+    complain,
+    field_text,
+    print_json,
+    print_page,
+    print_result,
+    to_dict,
+)
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.keys import IssuedKey
@@ -16,7 +24,7 @@ __all__ = ["app", "print_issued"]
 
 app = typer.Typer(no_args_is_help=True, help="Issue, list, rotate and revoke API keys.")
 
-CallerArgument = Annotated[str, typer.Argument(metavar="CALLER_ID", help="Who calls.")]
+CallerArgument = Annotated[str, typer.Argument(metavar="CALLER_ID", help="The caller that the API key is for.")]
 _COLUMNS = {
     "caller_id": "caller",
     "org_id": "org",
@@ -41,6 +49,7 @@ def print_issued(issued: IssuedKey, *, as_json: bool, **more: Any) -> None:
         f"API key of {facts['caller_id']} (role {facts['role']}, trust level {level}, "
         f"environment {facts['environment']}). It cannot be shown again:"
     )
+    # Not through `say`, so that `KEY=$(gateway-store keys issue ...)` receives exactly the key.
     typer.echo(plaintext)
 
 
@@ -63,14 +72,13 @@ def issue(
             raise typer.BadParameter(f"{name} must not be empty.")
     level = choose(TrustLevel, trust_level, "--trust-level")
     expires_at = None if expires_in is None else utc_now() + duration(expires_in, "--expires-in")
-
-    async def work() -> IssuedKey:
-        async with open_store(ctx) as store:
-            return await store.keys.issue(
-                caller_id, role=role, trust_level=level, environment=environment, expires_at=expires_at
-            )
-
-    print_issued(run(work()), as_json=json)
+    issued = in_store(
+        ctx,
+        lambda store: store.keys.issue(
+            caller_id, role=role, trust_level=level, environment=environment, expires_at=expires_at
+        ),
+    )
+    print_issued(issued, as_json=json)
 
 
 @app.command("list")
@@ -81,44 +89,27 @@ def list_keys(
     json: JsonOption = False,
 ) -> None:
     """List API keys, newest first; no secret is among them."""
-
-    async def work() -> Any:
-        async with open_store(ctx) as store:
-            return await store.keys.list(limit=limit, offset=offset)
-
-    print_page(run(work()), columns=_COLUMNS, whole={"key_id"}, optional={"last_used_at", "org_id"}, as_json=json)
+    page = in_store(ctx, lambda store: store.keys.list(limit=limit, offset=offset))
+    print_page(page, columns=_COLUMNS, whole={"key_id"}, optional={"last_used_at", "org_id"}, as_json=json)
 
 
 @app.command()
 def rotate(
     ctx: typer.Context,
     caller_id: CallerArgument,
-    overlap: Annotated[str, typer.Option(help="How long the key before it is still accepted; 0s ends it now.")] = "24h",
+    overlap: Annotated[str, typer.Option(help="How long the previous key is still accepted; 0s ends it now.")] = "24h",
     json: JsonOption = False,
 ) -> None:
     """Replace a caller's API key and print the new one, once."""
     both = duration(overlap, "--overlap")
-
-    async def work() -> IssuedKey:
-        async with open_store(ctx) as store:
-            return await store.keys.rotate(caller_id, both)
-
-    issued = run(work())
+    issued = in_store(ctx, lambda store: store.keys.rotate(caller_id, both))
     print_issued(issued, as_json=json)
     if not json and issued.previous_valid_until is not None:
-        complain(f"The key before it is accepted until {issued.previous_valid_until:%Y-%m-%d %H:%M:%S} UTC.")
+        complain(f"The previous key is accepted until {issued.previous_valid_until:%Y-%m-%d %H:%M:%S} UTC.")
 
 
 @app.command()
 def revoke(ctx: typer.Context, caller_id: CallerArgument, json: JsonOption = False) -> None:
-    """End a caller's API key, and the one before it, at once."""
-
-    async def work() -> Any:
-        async with open_store(ctx) as store:
-            return await store.keys.revoke(caller_id)
-
-    revoked = to_dict(run(work()))
-    if json:
-        print_json(revoked)
-    else:
-        say(f"The API key of {caller_id} is revoked.")
+    """End a caller's API key, and the previous one, at once."""
+    revoked = in_store(ctx, lambda store: store.keys.revoke(caller_id))
+    print_result(to_dict(revoked), f"The API key of {caller_id} is revoked.", as_json=json)

@@ -1,4 +1,4 @@
-"""`gateway-store notifications`: what was sent and what was not, and a worker that sends it."""
+"""`gateway-store notifications`: what was delivered and what was not, and a worker that delivers it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from agent_gateway_store.cli.context import choose, duration, open_store, run, settings_of
+from agent_gateway_store.cli.context import choose, duration, in_store, settings_of
 from agent_gateway_store.cli.errors import CommandError, ExitCode
-from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, say
+from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, print_result, say
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from agent_gateway_store.store import GatewayStore
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Look after the notices to notifiers.")
+T = TypeVar("T")
+
+app = typer.Typer(no_args_is_help=True, help="List, send, redrive and prune the notices to notifiers.")
 
 NotifierOption = Annotated[str | None, typer.Option(help="Only those to this notifier.")]
 _COLUMNS = {
@@ -34,9 +38,9 @@ _COLUMNS = {
 }
 
 
-def _without_worker(ctx: typer.Context) -> dict[str, Any]:
-    """Options of a store that sends nothing by itself."""
-    return {"settings": settings_of(ctx).model_copy(update={"notification_worker": False})}
+def _in_silent_store(ctx: typer.Context, call: Callable[[GatewayStore], Awaitable[T]]) -> T:
+    """Do as `in_store`, with a store that sends nothing by itself."""
+    return in_store(ctx, call, settings=settings_of(ctx).model_copy(update={"notification_worker": False}))
 
 
 @app.command("list")
@@ -46,22 +50,21 @@ def list_deliveries(
     notifier: NotifierOption = None,
     approval: Annotated[str | None, typer.Option(help="Only those about this approval, by its id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List notices, newest first, and count what has not arrived."""
+    """List notices, newest first, and count those that have not arrived."""
     from agent_gateway_store.models.delivery import DeliveryStatus
 
     wanted = None if status is None else choose(DeliveryStatus, status, "--status")
 
-    async def work() -> Any:
-        async with open_store(ctx, **_without_worker(ctx)) as store:
-            page = await store.notifications.list(
-                wanted, limit=limit, cursor=cursor, notifier=notifier, approval_id=_id(approval)
-            )
-            return page, await store.notifications.counts()
+    async def work(store: GatewayStore) -> Any:
+        page = await store.notifications.list(
+            wanted, limit=limit, cursor=cursor, notifier=notifier, approval_id=_id(approval)
+        )
+        return page, await store.notifications.counts()
 
-    page, counts = run(work())
+    page, counts = _in_silent_store(ctx, work)
     if json:
         print_json({"items": page.to_dicts(), "next_cursor": page.next_cursor, "notifiers": list(counts)})
         return
@@ -75,21 +78,20 @@ def list_deliveries(
 @app.command("run")
 def run_worker(
     ctx: typer.Context,
-    once: Annotated[bool, typer.Option("--once", help="End when nothing is due any more.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="End as soon as nothing is due.")] = False,
 ) -> None:
     """Send what is due, until Ctrl-C or SIGTERM; any number of workers share the work.
 
-    Notices under way at the end are waited for, a few seconds at most; the rest is left to others.
+    At the end it waits a few seconds at most for notices that are being sent; the rest is left to other workers.
     """
 
-    async def work() -> int:
-        async with open_store(ctx, **_without_worker(ctx)) as store:
-            loaded = [row["notifier"] for row in await store.notifications.counts() if row["is_loaded"]]
-            complain(f"Sending notices to: {', '.join(loaded) or 'nobody, for no notifier is loaded'}.")
-            return await _until_stopped(store, once=once)
+    async def work(store: GatewayStore) -> int:
+        loaded = [row["notifier"] for row in await store.notifications.counts() if row["is_loaded"]]
+        complain(f"Sending notices to: {', '.join(loaded) or 'nobody, for no notifier is loaded'}.")
+        return await _until_stopped(store, once=once)
 
     with _logging():
-        arrived = run(work())
+        arrived = _in_silent_store(ctx, work)
     if once:
         say(f"{arrived} notices arrived.")
 
@@ -111,10 +113,12 @@ def _logging() -> Iterator[None]:
 
 async def _until_stopped(store: GatewayStore, *, once: bool) -> int:
     """Run the worker until it ends or a signal ends it; returns how many notices arrived."""
+    # A cancelled worker ends in order: it waits for the attempts under way, and records them.
     loop = asyncio.get_running_loop()
     working = loop.create_task(store.notifications.run(once=once))
     for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(NotImplementedError):  # on Windows Ctrl-C interrupts the whole run
+        # Windows has no signal handlers in its event loop; there Ctrl-C interrupts the whole run.
+        with suppress(NotImplementedError):
             loop.add_signal_handler(number, working.cancel)
     with suppress(asyncio.CancelledError):
         return await working
@@ -131,20 +135,12 @@ def redrive(
     json: JsonOption = False,
 ) -> None:
     """Send dead letters again: one, or all."""
-
-    async def work() -> int:
-        async with open_store(ctx, **_without_worker(ctx)) as store:
-            return await store.notifications.redrive(_id(delivery_id), notifier=notifier)
-
-    count = run(work())
+    count = _in_silent_store(ctx, lambda store: store.notifications.redrive(_id(delivery_id), notifier=notifier))
     if delivery_id is not None and count == 0:
         raise CommandError(
             "No dead letter has this id: see `gateway-store notifications list --status DEAD`.", ExitCode.NOT_FOUND
         )
-    if json:
-        print_json({"redriven": count})
-    else:
-        say(f"{count} dead letters are due again.")
+    print_result({"redriven": count}, f"{count} dead letters are due again.", as_json=json)
 
 
 @app.command()
@@ -153,18 +149,10 @@ def prune(
     older_than: Annotated[str, typer.Option(help="90s, 15m, 24h or 30d.")],
     json: JsonOption = False,
 ) -> None:
-    """Delete the record of notices that arrived long ago; what has not arrived stays."""
+    """Delete the record of notices that arrived long ago; those that have not arrived stay."""
     age = duration(older_than, "--older-than")
-
-    async def work() -> int:
-        async with open_store(ctx, **_without_worker(ctx)) as store:
-            return await store.notifications.prune(age)
-
-    count = run(work())
-    if json:
-        print_json({"pruned": count})
-    else:
-        say(f"{count} records of delivered notices are deleted.")
+    count = _in_silent_store(ctx, lambda store: store.notifications.prune(age))
+    print_result({"pruned": count}, f"{count} records of delivered notices are deleted.", as_json=json)
 
 
 def _id(text: str | None) -> str | None:
@@ -173,4 +161,4 @@ def _id(text: str | None) -> str | None:
     try:
         return None if text is None else str(UUID(text))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not an id: it has the form of a UUID.") from None
+        raise typer.BadParameter(f"{text!r} is not an id: an id has the form of a UUID.") from None

@@ -1,6 +1,6 @@
 """What commands print: tables and fields for people, JSON for programs. No control byte of the data reaches a terminal.
 
-Standard output carries the answer alone; everything else goes to standard error.
+Standard output holds the result alone; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,22 @@ __all__ = [
     "print_fields",
     "print_json",
     "print_page",
+    "print_result",
     "say",
     "to_dict",
     "to_json",
 ]
 
-_PIPE_WIDTH, _ANY_WIDTH = 240, 100_000
+# Columns. Rich takes 80 for a file or a pipe, which breaks a row with two ids; 240 holds our widest table.
+_PIPE_WIDTH = 240
+# Columns, more than any table has: to measure how wide a table would be if it had the room.
+_ANY_WIDTH = 100_000
+# Characters. A UUID has 36; anything longer is broken over lines rather than push the other columns out.
 _LONGEST_WHOLE = 40
+_TIMES = frozenset(
+    {"timestamp", "created_at", "expires_at", "use_before", "decision_at", "decided_at", "used_at", "last_used_at"}
+    | {"revoked_at", "previous_key_expires_at", "previous_valid_until"}
+)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -51,25 +60,37 @@ def complain(text: str, *, lines: bool = False) -> None:
 
 
 def console(*, at_most: int | None = None) -> Console:
-    """Return the terminal; it honours NO_COLOR and COLUMNS. What goes to a file or a pipe has room for long rows."""
+    """Return the terminal; it follows NO_COLOR and COLUMNS. A file or a pipe has room for long rows.
+
+    Args:
+        at_most: Columns; None: as wide as the terminal.
+    """
     from rich.console import Console
 
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _PIPE_WIDTH
     found = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
-    if at_most is not None and found.width > at_most:
-        found.width = at_most
+    found.width = min(found.width, at_most or found.width)
     return found
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Return `value` as JSON in printable ASCII."""
     text = json.dumps(value, indent=indent, default=str, allow_nan=False)
+    # DEL is a control character that JSON allows as it is, and `json` writes as it is.
     return text.replace("\x7f", "\\u007f")
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document."""
     typer.echo(to_json(value, indent=2))
+
+
+def print_result(value: Any, text: str, *, as_json: bool) -> None:
+    """Print what a command did: JSON for programs, or one line for people."""
+    if as_json:
+        print_json(value)
+    else:
+        say(text)
 
 
 def to_dict(item: Any) -> dict[str, Any]:
@@ -93,7 +114,7 @@ def print_page(
         page: What to print.
         columns: Field to heading, in order.
         whole: Fields that are not broken over lines.
-        optional: Fields that a narrow terminal does without.
+        optional: Fields that are left out on a narrow terminal.
         as_json: Print JSON with every field.
     """
     items = page.to_dicts()
@@ -151,9 +172,3 @@ def field_text(name: str, value: Any) -> Shown:
     if isinstance(value, list | tuple):
         return Shown(", ".join(map(word, value)))
     return escape(str(value))
-
-
-_TIMES = frozenset(
-    {"timestamp", "created_at", "expires_at", "use_before", "decision_at", "decided_at", "used_at", "last_used_at"}
-    | {"revoked_at", "previous_key_expires_at", "previous_valid_until"}
-)

@@ -1,11 +1,12 @@
-"""Tries plugins: are their settings complete, does a notice get through."""
+"""Checks plugins: whether their settings are complete, and whether a notice arrives."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import timedelta
+from typing import Any
 from uuid import uuid4
 
 from agent_gateway_store.clock import utc_now
@@ -15,26 +16,7 @@ from agent_gateway_store.hooks.plugin import REGISTER, PluginRecord, SettingsSta
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["CheckedPlugin", "check_plugins", "sample_notices"]
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedPlugin:
-    """What the check of one plugin came to.
-
-    Attributes:
-        name: Its name.
-        settings: How its settings stand; None if it declares none.
-        notifiers: Names of its notifiers that took the test notices, or would have been sent them.
-        ok: True if nothing is wrong with it.
-        problems: What is wrong. Holds no secret.
-    """
-
-    name: str
-    settings: SettingsState | None
-    notifiers: tuple[str, ...]
-    ok: bool
-    problems: tuple[str, ...]
+__all__ = ["check_plugins", "sample_notices"]
 
 
 async def check_plugins(
@@ -44,7 +26,7 @@ async def check_plugins(
     *,
     only: Container[str] = (),
     send: bool = True,
-) -> list[CheckedPlugin]:
+) -> list[dict[str, Any]]:
     """Check plugins, all but the blocked ones, and send two test notices through each of their notifiers.
 
     Args:
@@ -53,16 +35,18 @@ async def check_plugins(
         settings: Of the store.
         only: Names of those to check; what is not ready to work is then a failure. Empty: all.
         send: Whether to send.
+
+    Returns:
+        For each plugin its `name`, the state of its `settings` (None if it declares none), the names of its `notifiers`
+        that took the test notices (without `send`: all of them), `ok`, and its `problems`, which hold no secret.
     """
     dispatcher = Dispatcher(plugins, settings)
+    chosen = [each for each in plugins.records if (each.name in only if only else each.state != "blocked")]
     try:
         if send:
             await dispatcher.open()
-        chosen = [each for each in plugins.records if (each.name in only if only else each.state != "blocked")]
-        return list(
-            await asyncio.gather(
-                *(_check(each, configured.get(each.name), dispatcher if send else None, bool(only)) for each in chosen)
-            )
+        return await asyncio.gather(
+            *(_check(each, configured.get(each.name), dispatcher if send else None, bool(only)) for each in chosen)
         )
     finally:
         await dispatcher.aclose()
@@ -70,8 +54,9 @@ async def check_plugins(
 
 async def _check(
     record: PluginRecord, settings: SettingsState | None, dispatcher: Dispatcher | None, is_named: bool
-) -> CheckedPlugin:
+) -> dict[str, Any]:
     problems = [record.error] if record.error else []
+    # Every installed plugin is checked by default; one that nobody has set up is a failure only where it was named.
     if settings is not None and (settings.state == "wrong" or (is_named and settings.state == "missing")):
         problems += settings.problems
     if is_named and record.state == "active" and REGISTER in record.hooks and not record.notifiers:
@@ -84,7 +69,13 @@ async def _check(
             reached.append(notifier)
         else:
             problems.append(f"{notifier}: {error}")
-    return CheckedPlugin(record.name, settings, tuple(reached), not problems, tuple(problems))
+    return {
+        "name": record.name,
+        "settings": settings and asdict(settings),
+        "notifiers": reached,
+        "ok": not problems,
+        "problems": problems,
+    }
 
 
 async def _send(dispatcher: Dispatcher, notifier: str) -> str | None:
@@ -95,7 +86,8 @@ async def _send(dispatcher: Dispatcher, notifier: str) -> str | None:
 
 
 def sample_notices() -> Sequence[Notice]:
-    """Return the notices of one made-up approval: that it waits, then that it was withdrawn."""
+    """Return the notices of one made-up approval: that it waits, then that it was cancelled."""
+    # The second notice cancels the first, so that no channel is left with a question that nobody can answer.
     now = utc_now()
     pending = Notice(
         event="pending",

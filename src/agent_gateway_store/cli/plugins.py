@@ -1,4 +1,4 @@
-"""`gateway-store plugins`: what is installed, what is wrong with it, and whether it works; and commands of plugins."""
+"""`gateway-store plugins`: what is installed, what is wrong with it, whether it works; and the commands of plugins."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS", "app", "plugin_commands", "plugin_records"]
 
-app = typer.Typer(no_args_is_help=True, help="Look at the installed plugins, and try them.")
+app = typer.Typer(no_args_is_help=True, help="List the installed plugins, and check them.")
 
 COMMANDS = "gateway_store_register_commands"
+# Seconds that a plugin has to register its commands, which takes none of its own I/O. As long as PLUGIN_TIMEOUT_SECONDS
+# is by default, which cannot be read here: no option, and so no settings, is known yet.
 _PATIENCE_S = 5.0
-"""Seconds that a plugin has to give its commands."""
-
 _COLUMNS = {
     "name": "name",
     "version": "version",
@@ -62,12 +62,7 @@ def plugin_records(settings: StoreSettings) -> list[dict[str, Any]]:
 @app.command("list")
 def list_plugins(ctx: typer.Context, json: JsonOption = False) -> None:
     """List plugins with their hooks, settings and state; needs no database."""
-    from agent_gateway_store.results import Page
-
-    items = plugin_records(settings_of(ctx))
-    if not json:
-        items = [item | {"settings": _settings_text(item["settings"])} for item in items]
-    print_page(Page(items), columns=_COLUMNS, as_json=json)
+    _print_plugins(plugin_records(settings_of(ctx)), _COLUMNS, as_json=json)
 
 
 @app.command()
@@ -79,10 +74,9 @@ def check(
 ) -> None:
     """Check the settings of plugins and send a test notice. Exit code 1 if anything fails.
 
-    The notice is that of a made-up approval, which is then withdrawn; it says that it is a test.
+    The notice is that of a made-up approval, which is then cancelled; it says that it is a test.
     """
     from agent_gateway_store.cli.plugin_checks import check_plugins
-    from agent_gateway_store.results import Page
 
     settings = settings_of(ctx)
     plugins, configured = _load(settings)
@@ -92,26 +86,29 @@ def check(
             f"There is no plugin {', '.join(unknown)}: see `gateway-store plugins list`.", ExitCode.NOT_FOUND
         )
     checked = run(check_plugins(plugins, configured, settings, only=names or (), send=send))
-    items = [asdict(each) for each in checked]
-    if not json:
-        items = [item | {"settings": _settings_text(item["settings"])} for item in items]
-    print_page(Page(items), columns=_CHECKED, as_json=json)
-    if not all(each.ok for each in checked):
+    _print_plugins(checked, _CHECKED, as_json=json)
+    if not all(each["ok"] for each in checked):
         raise typer.Exit(ExitCode.ERROR)
+
+
+def _print_plugins(items: list[dict[str, Any]], columns: dict[str, str], *, as_json: bool) -> None:
+    from agent_gateway_store.results import Page
+
+    if not as_json:
+        items = [item | {"settings": _settings_text(item["settings"])} for item in items]
+    print_page(Page(items), columns=columns, as_json=as_json)
 
 
 def _settings_text(settings: dict[str, Any] | None) -> str:
     if settings is None:
         return ""
-    return (
-        ": ".join([settings["state"], "; ".join(settings["problems"])]) if settings["problems"] else settings["state"]
-    )
+    return ": ".join(filter(None, (settings["state"], "; ".join(settings["problems"]))))
 
 
 def plugin_commands(taken: Container[str]) -> dict[str, Any]:
     """Load the plugins and return their commands and groups by name. Raises nothing but KeyboardInterrupt.
 
-    What a plugin cannot give is left out, with one line on standard error for each plugin.
+    The commands of a plugin that fails are left out, with one line on standard error for each plugin.
 
     Args:
         taken: Names that no plugin can have.
@@ -119,7 +116,7 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
     from agent_gateway_store.hooks.executor import run_in_thread
     from agent_gateway_store.hooks.manager import Plugins
 
-    # Before any command runs: what is broken is printed below, once.
+    # Before any command runs, and so before `root` does the same: what is broken is printed below, once.
     logging.getLogger("agent_gateway_store").addHandler(logging.NullHandler())
     plugins = Plugins()
     for record in plugins.records:
@@ -131,6 +128,7 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
             made = run_in_thread(partial(_commands, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
         except KeyboardInterrupt:
             raise
+        # Also SystemExit, by which a plugin could otherwise end every command of ours.
         except BaseException as exc:
             complain(f"The commands of plugin {plugin} are left out: {describe(exc)}.")
             continue
@@ -143,6 +141,7 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
 def _commands(caller: Callable[..., list[object]]) -> dict[str, Any]:
     app = typer.Typer()
     for answer in caller(app=app):
+        # Closed, since a coroutine that is dropped makes Python warn on standard error.
         if inspect.iscoroutine(answer):
             answer.close()
             raise TypeError(f"{COMMANDS} must not be async")

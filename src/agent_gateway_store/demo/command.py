@@ -1,6 +1,6 @@
 """`gateway-store demo`: the main job from end to end, on real files, in a few seconds; `seed`: a first caller.
 
-The command line loads it by name, so that the demo stands above it.
+The command line loads this module by its name, so that only the demo imports the command line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.context import open_store, run, settings_of, sqlite_file
+from agent_gateway_store.cli.context import in_store, settings_of, sqlite_file
 from agent_gateway_store.cli.errors import CommandError
 from agent_gateway_store.cli.keys import print_issued
 from agent_gateway_store.cli.output import JsonOption, complain, console, field_text, print_json, say, to_dict
@@ -34,6 +34,7 @@ app = typer.Typer()
 CALLER = "demo-agent"
 FIRST_CALLER, FIRST_ROLE = "dev-agent", "developer"
 DATABASE = "sqlite:///gateway-demo.db"
+# From the begin of Unix time to one before the last year of `datetime`, so that deadlines after it can be computed.
 _YEARS = range(1970, 9999)
 _COLUMNS = ("tool", "arguments", "decision", "approver", "result", "ms")
 
@@ -42,7 +43,7 @@ _COLUMNS = ("tool", "arguments", "decision", "approver", "result", "ms")
 def demo(
     ctx: typer.Context,
     events: Annotated[
-        int | None, typer.Option(min=1, help="Fill the store with so many events of two made-up weeks instead.")
+        int | None, typer.Option(min=1, help="Fill the store with this many events of two made-up weeks instead.")
     ] = None,
     seed: Annotated[int, typer.Option(help="With --events: another seed gives another history.")] = 7,
     until: Annotated[
@@ -53,7 +54,7 @@ def demo(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Run tools on real files, audit each call, get one deletion approved and another one denied.
+    """Run tools on real files, audit each call, have one deletion approved and another one denied.
 
     Uses DATABASE_URL or --database-url if it is given, else the file gateway-demo.db in the current folder.
     """
@@ -62,10 +63,17 @@ def demo(
     if "database_url" not in settings.model_fields_set:
         settings = settings.model_copy(update={"database_url": DATABASE})
     if events is not None:
-        _fill(ctx, settings, events, seed, end, as_json=json)
+        from agent_gateway_store.demo.fill import fill, show_filled
+
+        filled = in_store(ctx, lambda store: fill(store, events, seed=seed, until=end), settings=settings)
+        if json:
+            print_json(filled)
+        else:
+            show_filled(filled)
+            _show_where(f"Done in {filled['seconds']:.1f} s:", settings)
         return
     report = (lambda text: None) if json else say
-    summary = run(_demo(ctx, settings, report))
+    summary = in_store(ctx, lambda store: _demo(store, report), settings=settings)
     if json:
         print_json(summary)
 
@@ -84,48 +92,35 @@ def _end(until: str, events: int | None) -> datetime:
     return end
 
 
-def _fill(
-    ctx: typer.Context, settings: StoreSettings, events: int, seed: int, end: datetime | None, *, as_json: bool
-) -> None:
-    from agent_gateway_store.demo.fill import fill, show_filled
-
-    async def work() -> dict[str, Any]:
-        async with open_store(ctx, settings=settings) as store:
-            return await fill(store, events, seed=seed, until=end)
-
-    summary = run(work())
-    if as_json:
-        print_json(summary)
-    else:
-        show_filled(summary, settings)
-
-
-async def _demo(ctx: typer.Context, settings: StoreSettings, report: Any) -> dict[str, Any]:
+async def _demo(store: GatewayStore, report: Any) -> dict[str, Any]:
     from agent_gateway_store.demo.gateway import Approver, Gateway, Toolbox
 
     started = time.perf_counter()
-    async with open_store(ctx, settings=settings) as store:
-        issued = await _issue(store)
-        caller = await store.keys.verify(issued.plaintext)
-        report(f"Key       {CALLER} has API key agw_{caller.key_id}_***; verified as {caller.role}.")
-        with tempfile.TemporaryDirectory(prefix="gateway-demo-") as folder:
-            gateway = Gateway(store, caller, Toolbox(Path(folder)))
-            approving = asyncio.create_task(Approver(store, gateway.session_id).work())
-            try:
-                await _calls(gateway, report)
-            finally:
-                approving.cancel()
-                with suppress(asyncio.CancelledError):
-                    await approving
-            left = gateway.tools.names
-        await store.keys.revoke(CALLER)
-        report(f"Files     {' and '.join(left)} are left; the API key is revoked.")
-        events = [event for event in await store.audit.list_by_caller(CALLER) if event.session_id == gateway.session_id]
+    issued = await _issue(store)
+    caller = await store.keys.verify(issued.plaintext)
+    report(f"Key       {CALLER} has API key agw_{caller.key_id}_***; verified as {caller.role}.")
+    with tempfile.TemporaryDirectory(prefix="gateway-demo-") as folder:
+        gateway = Gateway(store, caller, Toolbox(Path(folder)))
+        approving = asyncio.create_task(Approver(store, gateway.session_id).work())
+        try:
+            await _calls(gateway, report)
+        finally:
+            approving.cancel()
+            with suppress(asyncio.CancelledError):
+                await approving
+        left = gateway.tools.names
+    await store.keys.revoke(CALLER)
+    report(f"Files     {' and '.join(left)} are left; the API key is revoked.")
+    # The store may hold earlier runs of the demo.
+    found = await store.audit.list_by_caller(CALLER)
+    events = [event for event in reversed(found) if event.session_id == gateway.session_id]
     seconds = time.perf_counter() - started
-    _check(gateway, events, left)
+    if len(events) != 5 or left != ["customers.csv", "notes.txt"] or not gateway.replay_refused:
+        raise CommandError("The demo did not end as it should: run `gateway-store doctor`.")
     if report is say:
-        _show(events, settings, seconds)
-    return _summary(gateway, events, left, settings, seconds)
+        _show(events)
+        _show_where(f"Done in {seconds:.1f} s. The audit log is in", store.settings)
+    return _summary(gateway, events, left, store.settings, seconds)
 
 
 async def _issue(store: GatewayStore) -> IssuedKey:
@@ -155,24 +150,23 @@ async def _calls(gateway: Gateway, report: Any) -> None:
             report("          The token was used once; a second use was refused.")
 
 
-def _check(gateway: Gateway, events: list[AuditEvent], left: list[str]) -> None:
-    if len(events) != 5 or left != ["customers.csv", "notes.txt"] or not gateway.replay_refused:
-        raise CommandError("The demo did not end as it should: run `gateway-store doctor`.")
-
-
-def _show(events: list[AuditEvent], settings: StoreSettings, seconds: float) -> None:
+def _show(events: list[AuditEvent]) -> None:
     from agent_gateway_store.results import Page
-    from agent_gateway_store.settings import mask_url
 
     typer.echo()
-    table = Page([_row(event) for event in reversed(events)], columns=_COLUMNS).__rich__()
+    table = Page(map(_row, events), columns=_COLUMNS).__rich__()
     for name, column in zip(_COLUMNS, table.columns, strict=True):
         column.no_wrap = name != "arguments"
+    # The width of a small terminal, and of most pages that quote the demo.
     console(at_most=80).print(table)
-    file = sqlite_file(settings.database_url)
-    url = mask_url(settings.database_url)
     typer.echo()
-    say(f"Done in {seconds:.1f} s. The audit log is in {url if file is None else file}. In a notebook:")
+
+
+def _show_where(lead: str, settings: StoreSettings) -> None:
+    from agent_gateway_store.settings import mask_url
+
+    url = mask_url(settings.database_url)
+    say(f"{lead} {sqlite_file(settings.database_url) or url}. In a notebook:")
     typer.echo()
     say("    from agent_gateway_store import SyncGatewayStore")
     say(f'    store = SyncGatewayStore("{url}").open()')
@@ -206,7 +200,7 @@ def _summary(
         "approvals": {name: to_dict(answer) for name, answer in gateway.decisions.items()},
         "second_use_refused": gateway.replay_refused,
         "files_left": left,
-        "events": [to_dict(event) for event in reversed(events)],
+        "events": [to_dict(event) for event in events],
         "database_url": mask_url(settings.database_url),
         "database_file": None if file is None else str(file.absolute()),
         "seconds": round(seconds, 3),
@@ -230,14 +224,8 @@ def seed(
     """Create the caller dev-agent (role developer) and print its API key, once. Safe to repeat."""
     from agent_gateway_store.models.keys import TrustLevel
 
-    settings = settings_of(ctx)
     levels = {FIRST_ROLE: TrustLevel.MEDIUM} if policies is None else _trust_levels(policies)
-
-    async def work() -> tuple[IssuedKey | None, ApiKey]:
-        async with open_store(ctx, settings=settings) as store:
-            return await _first_key(store, levels[FIRST_ROLE])
-
-    issued, known = run(work())
+    issued, known = in_store(ctx, lambda store: _first_key(store, levels[FIRST_ROLE]))
     if policies is not None and not json:
         complain(f"Roles in {policies.name}: {', '.join(f'{name} {level.name}' for name, level in levels.items())}.")
     roles = {name: level.name for name, level in levels.items()}
@@ -266,6 +254,6 @@ def _trust_levels(path: Path) -> dict[str, TrustLevel]:
     levels = read_policies(path)
     if FIRST_ROLE not in levels:
         raise CommandError(
-            f"{path.name} has no role {FIRST_ROLE}, which {FIRST_CALLER} is given: add it under `roles`."
+            f"{path.name} has no role {FIRST_ROLE}, which {FIRST_CALLER} is to have: add it under `roles`."
         )
     return levels

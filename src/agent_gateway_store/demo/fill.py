@@ -11,7 +11,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from agent_gateway_store.cli.context import sqlite_file
 from agent_gateway_store.cli.output import say
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     from agent_gateway_store.demo.history import Approval, Call
     from agent_gateway_store.models.approval import ApprovalRequest
     from agent_gateway_store.models.audit import AuditEvent
-    from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
 __all__ = ["fill", "show_filled"]
 
+# Rows of one transaction, and steps of the progress bar: as many as `write_many` commits at a time.
 _CHUNK = 500
 _PENDING: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("payments.refund_payment", {"payment": "pay_918273", "amount_eur": 249.9}, "Refunds cannot be undone."),
@@ -39,7 +38,7 @@ _ASKING = {"payments": "support-agent", "kubernetes": "oncall-agent", "crm": "su
 async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | None = None) -> dict[str, Any]:
     """Write `count` calls with their approvals, the callers' API keys, and four approvals that wait now.
 
-    The same seed, number and end written twice change nothing the second time.
+    To write the same seed, number and end twice changes nothing the second time.
 
     Args:
         store: An open store.
@@ -74,21 +73,12 @@ async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | 
     }
 
 
-def show_filled(summary: dict[str, Any], settings: StoreSettings) -> None:
-    """Print what was written, and how to look at it."""
-    from agent_gateway_store.settings import mask_url
-
-    url = mask_url(settings.database_url)
-    file = sqlite_file(settings.database_url)
+def show_filled(summary: dict[str, Any]) -> None:
+    """Print what was written."""
     stored = ", ".join(f"{number:,} {outcome}" for outcome, number in summary["events"].items())
     say(f"Events    {stored}; from {summary['since'][:10]} to {summary['until'][:16].replace('T', ' ')} UTC.")
     say(f"Approvals {summary['approvals']:,} in the history, {summary['pending']} waiting for a decision now.")
     say(f"Keys      {summary['keys']} callers have API keys.")
-    say(f"Done in {summary['seconds']:.1f} s: {url if file is None else file}. In a notebook:")
-    say("")
-    say("    from agent_gateway_store import SyncGatewayStore")
-    say(f'    store = SyncGatewayStore("{url}").open()')
-    say("    store.audit.list_recent()")
 
 
 def _progress() -> Progress:
@@ -113,7 +103,7 @@ def _events(calls: Iterable[Call], approvals: list[Approval]) -> Iterator[AuditE
 
 
 async def _write_approvals(store: GatewayStore, approvals: Sequence[Approval]) -> int:
-    """Insert decided approvals as rows, which no method does: the store lets nobody decide in the past."""
+    """Insert decided approvals as rows, since no method of the store can decide in the past."""
     from sqlalchemy import select
     from sqlmodel import col
 
@@ -129,6 +119,7 @@ async def _write_approvals(store: GatewayStore, approvals: Sequence[Approval]) -
             known: set[UUID] = set(found.scalars())
             new = [approval for approval in some if approval.request.approval_id not in known]
             session.add_all(_of_org(approval.request, store.org_id) for approval in new)
+            # Requests before votes, which refer to them.
             await session.flush()
             session.add_all(_of_org(approval.vote, store.org_id) for approval in new if approval.vote is not None)
     return len(approvals)
@@ -141,7 +132,7 @@ def _of_org(row: Any, org_id: str | None) -> Any:
 
 
 async def _ask(store: GatewayStore, seed: int) -> int:
-    """Ask for the approvals that are to wait now. Asked again with another deadline, one would wait twice."""
+    """Ask for the approvals that wait now, unless they do already: with another deadline, one would wait twice."""
     requests = [_request(seed, number, *asked) for number, asked in enumerate(_PENDING)]
     waiting = await store.approvals.search(status="PENDING", request_id=[each.request_id for each in requests])
     known = {each.request_id for each in waiting}

@@ -33,6 +33,7 @@ FILES = {
 _SECRETS = ("password", "secret", "token", "access_code")
 _MASK = "***"
 APPROVER = "alice"
+# Seconds. The approver below decides within 50 milliseconds; more than this means that something is broken.
 _PATIENCE_S = 5.0
 _RULES = {
     "list_files": ("allow-reading", Decision.ALLOW, 0.0),
@@ -86,18 +87,18 @@ class Toolbox:
 
 
 def _sanitise(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments fit for keeping, and the names of those that were masked."""
+    """Return the arguments that may be stored, and the names of those that were masked."""
     masked = [name for name in arguments if name in _SECRETS]
     return {name: _MASK if name in masked else value for name, value in arguments.items()}, masked
 
 
 @dataclass
 class Gateway:
-    """Takes the tool calls of one caller.
+    """Runs the tool calls of one caller.
 
     Attributes:
         session_id: Marks the audit events of this run.
-        decisions: Name of the tool's argument `name` to what the approver answered.
+        decisions: Value of the tool's argument `name` to the decision of the approver.
         replay_refused: Whether a second use of an approved token was refused.
     """
 
@@ -109,24 +110,26 @@ class Gateway:
     replay_refused: bool = False
 
     async def call(self, tool: str, **arguments: Any) -> Any:
-        """Decide about a tool call, run it if it may run, and audit it either way."""
+        """Decide about a tool call, run it if it is allowed, and audit it in either case."""
         started = time.perf_counter()
         request_id = f"{self.session_id}-{uuid4().hex[:8]}"
         rule, decision, risk = _RULES[tool]
-        event, output = self._event(request_id, tool, arguments, rule, risk), None
-        event |= {"decision": decision, "deterministic_rationale": f"{tool} falls under the rule {rule}"}
+        event, output = self._event(request_id, tool, arguments), None
+        event |= {"matched_policy_rule": rule, "risk_score": risk, "decision": decision}
+        event["deterministic_rationale"] = f"{tool} falls under the rule {rule}"
         answer, token = None, ""
         if decision is Decision.APPROVAL_REQUIRED:
             answer, token = await self._ask(request_id, tool, arguments)
             event["approver_id"] = answer.approver_id
         if answer is not None and answer.status is not ApprovalStatus.APPROVED:
-            reason = answer.note or f"the approval stands at {answer.status}"
+            reason = answer.note or f"the approval is {answer.status}"
             event |= {"decision": Decision.DENY, "deterministic_rationale": reason}
         else:
             output, status = await self._run(tool, arguments, token)
             event |= {"execution_status": status, "output_hash": _output_hash(output)}
         event["latency_ms"] = (time.perf_counter() - started) * 1000
-        await self._record(event)
+        if await self.store.audit.write(AuditEvent(**event)) != "STORED":
+            raise StoreUnavailableError("The demo's audit event was not stored: check the database.")
         return output
 
     async def _ask(self, request_id: str, tool: str, arguments: Mapping[str, Any]) -> tuple[ApprovalResult, str]:
@@ -161,36 +164,23 @@ class Gateway:
         except ApprovalAlreadyUsedError:
             self.replay_refused = True
 
-    def _event(
-        self, request_id: str, tool: str, arguments: Mapping[str, Any], rule: str, risk: float
-    ) -> dict[str, Any]:
-        key = self.store.settings.hash_key
+    def _event(self, request_id: str, tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         kept, masked = _sanitise(arguments)
         return {
             "request_id": request_id,
+            "session_id": self.session_id,
+            "caller_id": self.caller.caller_id,
+            "caller_role": self.caller.role,
+            "key_id": self.caller.key_id,
+            "environment": self.caller.environment,
+            "policy_version": "demo",
             "mcp_server": SERVER,
             "tool_name": tool,
-            "raw_args_hash": AuditEvent.hash_args(arguments, key=key.get_secret_value() if key else None),
+            "raw_args_hash": self.store.hash_args(arguments),
             "sanitized_args": kept,
             "redaction_flags": [RedactionFlag(field=f"sanitized_args.{name}", reason="SECRET") for name in masked],
             "risk_labels": ["DESTRUCTIVE"] if tool == "delete_file" else [],
-            "risk_score": risk,
-            "matched_policy_rule": rule,
         }
-
-    async def _record(self, fields: Mapping[str, Any]) -> None:
-        who = self.caller
-        event = AuditEvent(
-            **fields,
-            session_id=self.session_id,
-            caller_id=who.caller_id,
-            caller_role=who.role,
-            key_id=who.key_id,
-            environment=who.environment,
-            policy_version="demo",
-        )
-        if await self.store.audit.write(event) != "STORED":
-            raise StoreUnavailableError("The demo's audit event was not stored: check the database.")
 
 
 def _output_hash(output: Any) -> str:
@@ -198,17 +188,18 @@ def _output_hash(output: Any) -> str:
 
 
 class Approver:
-    """Stands in for a human: sees what is pending for one caller, and decides by approval id."""
+    """Plays a human: lists what is pending for one session, and decides it by approval id."""
 
     def __init__(self, store: GatewayStore, session_id: str) -> None:
         self._store, self._session_id = store, session_id
 
     async def work(self) -> None:
-        """Decide until cancelled: old exports may go, everything else stays."""
+        """Decide until cancelled: old exports may be deleted, nothing else."""
         while True:
             for request in await self._store.approvals.list_requests(ApprovalStatus.PENDING):
                 if request.request_id.startswith(self._session_id):
                     await self._decide(request)
+            # Short beside the patience of the gateway, so that the demo takes about a second.
             await asyncio.sleep(0.05)
 
     async def _decide(self, request: ApprovalRequest) -> None:

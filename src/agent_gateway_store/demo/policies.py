@@ -1,4 +1,4 @@
-"""Policy files, as far as the store is concerned: roles and their trust levels, the rules checked for shape."""
+"""Policy files, as far as the store needs them: roles and their trust levels; rules are checked for their shape."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Role(_Part):
 
 
 class PolicyFile(_Part):
-    """A policy file: what each role may do, and how far it is trusted."""
+    """A policy file: what each role may do, and its trust level."""
 
     version: str | int
     roles: dict[str, _Role] = Field(min_length=1)

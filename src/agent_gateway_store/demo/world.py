@@ -1,4 +1,4 @@
-"""The world of `demo --events`: who calls which tools, what the policy says, who approves, what once happened."""
+"""The world of `demo --events`: which callers use which tools, what the policy says, who approves, which incidents."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from agent_gateway_store.models.keys import TrustLevel
 
 __all__ = ["APPROVERS", "CALLERS", "PROBED", "PROBES", "SLOW", "TOOLS", "TROUBLEMAKER", "Caller", "Incident", "Tool"]
 
+# Weights of the 24 hours of a day, made up.
 Hours = tuple[float, ...]
 OFFICE: Hours = (*[0.03] * 6, 0.15, 0.5, 1.0, 1.6, 1.8, 1.5, 0.9, 1.4, 1.7, 1.6, 1.2, 0.7, 0.3, 0.15, 0.1, *[0.05] * 3)
 ROUND_THE_CLOCK: Hours = (*[0.7] * 6, *[1.0] * 14, *[0.8] * 4)
@@ -41,7 +42,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool, how long it takes, how often it fails, and what the policy says of it.
+    """A tool, how long it takes, how often it fails, and what the policy says about it.
 
     Attributes:
         median_ms: Median latency; latencies are lognormal.
@@ -52,7 +53,7 @@ class Tool:
         arguments: Makes arguments, already sanitised.
         labels: Risk label to the share of the calls that have it.
         asks: Share of the calls for which a human is asked.
-        denied: Share that is refused; `cleaned`: share let through with changed arguments.
+        denied: Share that is refused; `cleaned`: share that is allowed with changed arguments.
     """
 
     server: str
@@ -76,12 +77,12 @@ class Tool:
 
 @dataclass(frozen=True)
 class Incident:
-    """Something that happened once: on the latest day on which it began at least so long before the history's end.
+    """An incident: it began on the latest day on which its hour was at least `age` before the end of the history.
 
     Attributes:
-        hour: When it began, UTC.
-        age: At least so long before the end; less than a day more.
-        length: How long it went on.
+        hour: Hour of the day at which it began, UTC.
+        age: Least time from its begin to the end; the time is less than a day more.
+        length: How long it lasted.
     """
 
     hour: int
@@ -89,7 +90,7 @@ class Incident:
     length: timedelta
 
     def start(self, end: datetime) -> datetime:
-        """When it began in the history that ends at `end`."""
+        """Return when it began in the history that ends at `end`."""
         latest = end - self.age
         start = latest.replace(hour=self.hour, minute=0, second=0, microsecond=0)
         return start if start <= latest else start - timedelta(days=1)
@@ -112,7 +113,8 @@ _service = _pick("checkout", "catalogue", "search", "mailer")
 def _query(random: Random) -> dict[str, Any]:
     table = _table(random)
     return {
-        "sql": f"SELECT * FROM {table} WHERE created_at > $1 LIMIT $2",  # noqa: S608  shown, never run
+        # Only shown, and never run.
+        "sql": f"SELECT * FROM {table} WHERE created_at > $1 LIMIT $2",  # noqa: S608
         "parameters": ["2026-01-01", random.choice((50, 500, 5000))],
     }
 
@@ -260,7 +262,7 @@ CALLERS: tuple[Caller, ...] = (
     ),
 )
 APPROVERS: tuple[tuple[str, float], ...] = (("alice", 5), ("bob", 3), ("chandra", 2))
-# What the troublemaker tries in its bad half-hour: tool, arguments, rule, label.
+# What the troublemaker tries in its half-hour of probing: tool, arguments, rule, label.
 PROBES: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("vault.read_secret", {"path": "kv/checkout/***"}, "secrets-are-denied", "CREDENTIAL_ACCESS"),
     ("files.read_file", {"path": "../../../../etc/passwd"}, "paths-stay-inside", "PATH_TRAVERSAL"),
@@ -269,5 +271,5 @@ PROBES: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("crm.export_contacts", {"segment": "all", "format": "csv"}, "exports-need-approval", "BULK_EXPORT"),
 )
 PROBED = Incident(hour=10, age=timedelta(days=1), length=timedelta(minutes=30))
-# While the nightly batch runs, which is every night: at other hours there are too few queries to see it.
+# During the nightly batch, since at other hours there are too few queries to see it.
 SLOW = Incident(hour=2, age=timedelta(days=3), length=timedelta(minutes=90))

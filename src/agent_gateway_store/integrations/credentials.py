@@ -8,11 +8,12 @@ from agent_gateway_store.errors import InvalidApiKeyError
 
 __all__ = ["Headers", "key_in"]
 
+# RFC 6750, 2.1; schemes are case-insensitive (RFC 9110, 11.1).
 _SCHEME = "bearer"
 
 
 class Headers(Protocol):
-    """Headers as Starlette gives them: names in any case, each value of its own."""
+    """Headers as Starlette has them: names in upper or lower case, every value apart."""
 
     def getlist(self, key: str, /) -> list[str]:
         """Return all values of one header."""
@@ -23,7 +24,7 @@ def key_in(headers: Headers) -> str:
     """Return the API key of `Authorization: Bearer` or `X-API-Key`, unchecked.
 
     Raises:
-        InvalidApiKeyError: There is none, or more than one: which of them another proxy has looked at is not known.
+        InvalidApiKeyError: There is none, or more than one, of which a proxy before us may have checked the other.
     """
     credentials = (value.partition(" ") for value in headers.getlist("authorization"))
     keys = [key.strip() for scheme, _, key in credentials if scheme.lower() == _SCHEME]

@@ -1,4 +1,4 @@
-"""For notebooks: `plot` draws what the store answers, `inbox` shows an approver what waits. Extra: `notebook`."""
+"""For notebooks: `plot` draws what the store holds, `inbox` shows approvers what waits. Extra: `notebook`."""
 
 from agent_gateway_store.notebook import plot
 from agent_gateway_store.notebook.inbox import inbox

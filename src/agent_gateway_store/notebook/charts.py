@@ -1,4 +1,4 @@
-"""What the plots have in common: what they are drawn from, text that no renderer takes for markup, one look."""
+"""What all plots share: their data, text that no renderer takes for markup, and one look."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DECISION_COLOURS",
+    "INK",
     "WIDTH",
-    "altair",
     "colours",
     "finish",
     "frame_of",
+    "libraries",
     "need",
     "nothing",
-    "pandas",
     "safe",
     "safe_column",
     "span",
-    "stacked",
+    "stacked_bars",
+    "stats_of",
 ]
 
+# Pixels. With axis and legend it fits beside the file browser of JupyterLab on a screen of 1280.
 WIDTH = 640
+# Characters: at 11 points it fills half the width. Vega cuts labels of an axis at the 220 pixels below.
 _LABEL_CHARS = 60
 DECISION_COLOURS = {
     "ALLOW": HEX["good"],
@@ -43,33 +46,27 @@ DECISION_COLOURS = {
     "APPROVAL_REQUIRED": HEX["wait"],
     "DENY": HEX["bad"],
 }
-_INK, _DIM, _GRID = "#24292f", "#59636e", "#e3e7eb"
+# The ink, the muted text and the lines of `view.css`, on the white that every chart has as its background.
+INK, _DIM, _GRID = "#24292f", "#59636e", "#e3e7eb"
 
 
-def altair() -> Any:
-    """Return the module `altair`.
+def libraries() -> tuple[Any, Any]:
+    """Return the modules `altair` and `pandas`.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: One of them is not installed.
     """
     try:
         import altair
-    except ImportError as exc:
-        raise MissingExtraError("plot", extra="notebook") from exc
-    return altair
-
-
-def pandas() -> Any:
-    """Return the module `pandas`.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
         import pandas
     except ImportError as exc:
         raise MissingExtraError("plot", extra="notebook") from exc
-    return pandas
+    return altair, pandas
+
+
+def stats_of(source: Any, instead: str, **options: Any) -> pd.DataFrame:
+    """Return what is to be drawn of audit events: `frame_of` with `store.audit.stats`, which takes the options."""
+    return frame_of(source, lambda store: store.audit.stats(**options), instead=instead)
 
 
 def frame_of(source: Any, ask: Callable[[Any], Any], *, instead: str) -> pd.DataFrame:
@@ -77,19 +74,21 @@ def frame_of(source: Any, ask: Callable[[Any], Any], *, instead: str) -> pd.Data
 
     Args:
         source: A `Page` or `Stats`, a pandas or Polars DataFrame, an Arrow table, a list of records, or a
-            `SyncGatewayStore`, which is asked.
-        ask: Asks a store.
+            `SyncGatewayStore`, which is read.
+        ask: Reads a store.
         instead: What to write with an asynchronous store, for the error.
 
     Raises:
         MissingExtraError: pandas or pyarrow is not installed.
         TypeError: It is none of these; an asynchronous store, or a coroutine that was not awaited.
     """
-    pd = pandas()
+    _, pd = libraries()
     if inspect.isawaitable(source):
+        # Closed, since Python would add its own warning about a coroutine that was never awaited.
         if inspect.iscoroutine(source):
             source.close()
         raise TypeError(f"This was not awaited; write: {instead}")
+    # A store is known by its services: an import of its class would load the database drivers for every plot.
     if hasattr(source, "audit") and hasattr(source, "approvals"):
         if inspect.iscoroutinefunction(source.audit.list_recent):
             raise TypeError(f"A plot cannot wait for an asynchronous store; write: {instead}")
@@ -114,24 +113,41 @@ def need(frame: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"This plot needs {', '.join(missing)}; the result has {', '.join(map(str, frame.columns))}.")
 
 
-def stacked(data: pd.DataFrame, place: str, layer: str, height: str, order: list[str]) -> pd.DataFrame:
-    """Return the rows with `bottom` and `top`: at each place the layers lie on each other, in their order.
+def stacked_bars(
+    data: pd.DataFrame, layer: str, palette: dict[str, str], *, y: str, gap: int, **encoding: Any
+) -> Chart:
+    """Return bars from `start` to `end`, whose layers lie on each other in the order of the palette.
 
-    Vega-Lite does not stack bars that have two ends.
+    Args:
+        data: Rows with `start`, `end`, the layer and its height, in the last column.
+        y: Title of the heights.
+        gap: Pixels between two bars.
+        encoding: `x`, `x2` and `tooltip`, as Altair takes them.
     """
-    ranks = {name: number for number, name in enumerate(order)}
+    alt, _ = libraries()
+    height = data.columns[-1]
+    ranks = {name: number for number, name in enumerate(palette)}
     ranked = data.assign(rank=data[layer].map(lambda name: ranks.get(name, len(ranks))))
-    lying = ranked.sort_values([place, "rank", layer], kind="stable")
-    tops = lying.groupby(place, observed=True)[height].cumsum()
-    return lying.assign(top=tops, bottom=tops - lying[height]).drop(columns="rank")
+    lying = ranked.sort_values(["start", "rank", layer], kind="stable").drop(columns="rank")
+    # Vega-Lite does not stack bars that have two ends, so each gets its own `bottom` and `top`.
+    tops = lying.groupby("start", observed=True)[height].cumsum()
+    return cast(
+        "Chart",
+        alt.Chart(lying.assign(top=tops, bottom=tops - lying[height]))
+        .mark_bar(binSpacing=gap)
+        .encode(
+            y=alt.Y("bottom:Q", title=y, axis=alt.Axis(tickMinStep=1, format=",d")),
+            y2="top:Q",
+            color=colours(layer, data, palette),
+            **encoding,
+        )
+        .properties(width=WIDTH, height=220),
+    )
 
 
 def safe(value: Any, *, most: int = _LABEL_CHARS) -> str:
-    r"""Return text that may stand in a chart.
-
-    Altair writes its HTML with the data inside a script element, unescaped: `</script>` in the name of a tool would
-    end it. So the less-than sign is shown as `\x3c`; hidden characters are shown, long text is cut.
-    """
+    r"""Return text that is safe in a chart: hidden characters and `<` (as `\x3c`) are escaped, long text is cut."""
+    # Altair puts the data into a script element of its HTML, unescaped: `</script>` in the name of a tool would end it.
     text = _text.escape(str(value)).replace("<", "\\x3c")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
@@ -143,41 +159,38 @@ def safe_column(values: Any) -> list[str]:
 
 def nothing(title: str | None, default: str, what: str) -> Chart:
     """Return a chart that says that there is nothing to draw."""
-    alt = altair()
-    chart = (
-        alt.Chart(alt.Data(values=[{"said": f"No {what} in this result."}]))
-        .mark_text(size=14, color=_DIM)
-        .encode(text="said:N")
-    )
+    alt, _ = libraries()
+    values = alt.Data(values=[{"said": f"No {what} in this result."}])
+    chart = alt.Chart(values).mark_text(size=14, color=_DIM).encode(text="said:N")
     return finish(chart.properties(width=WIDTH, height=80), title or default, "")
 
 
 def finish(chart: Any, title: str, subtitle: str) -> Chart:
-    """Return the chart with its title and the look of all of them."""
-    alt = altair()
+    """Return the chart with its title and the look that all plots share."""
+    alt, _ = libraries()
     lines = alt.TitleParams(
         text=safe(title, most=120),
         subtitle=[safe(subtitle, most=160)] if subtitle else [],
         anchor="start",
         fontSize=15,
         subtitleFontSize=12,
-        color=_INK,
+        color=INK,
         subtitleColor=_DIM,
         offset=12,
     )
-    axis = {"gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID, "labelColor": _INK, "titleColor": _DIM}
+    axis = {"gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID, "labelColor": INK, "titleColor": _DIM}
     drawn = (
         chart.properties(title=lines, background="white", padding=12)
         .configure_view(stroke=None)
         .configure_axis(**axis, labelFontSize=11, titleFontSize=11, titleFontWeight="normal", labelLimit=220)
-        .configure_legend(orient="top", title=None, labelFontSize=11, labelColor=_INK, symbolType="square", offset=4)
+        .configure_legend(orient="top", title=None, labelFontSize=11, labelColor=INK, symbolType="square", offset=4)
     )
     return cast("Chart", drawn)
 
 
 def colours(field: str, data: Any, palette: dict[str, str]) -> Any:
     """Return the colour of a field: by the palette, in its order; a value that is not in it is grey."""
-    alt = altair()
+    alt, _ = libraries()
     domain = [word for word in palette if word in set(data[field])]
     extra = sorted(set(data[field]) - set(domain))
     shades = [*(palette[word] for word in domain), *(HEX["off"] for _ in extra)]
@@ -185,7 +198,7 @@ def colours(field: str, data: Any, palette: dict[str, str]) -> Any:
 
 
 def span(seconds: float) -> str:
-    """Return a length of time as text, in the largest unit that fits."""
+    """Return a duration as text, in the largest unit that fits."""
     for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"

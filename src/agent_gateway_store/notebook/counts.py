@@ -7,20 +7,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.notebook.charts import (
-    DECISION_COLOURS,
-    WIDTH,
-    altair,
-    colours,
-    finish,
-    frame_of,
-    need,
-    nothing,
-    pandas,
-    safe_column,
-    span,
-    stacked,
-)
+from agent_gateway_store.notebook import charts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,14 +17,16 @@ if TYPE_CHECKING:
 __all__ = ["calls", "risk", "step_for", "timeline"]
 
 OTHERS = "others"
+# Rows that can be read without scrolling; colours that can be told apart, with `others` nine of the ten of tableau10;
+# columns whose slanted labels do not overlap in the width.
 _TOOLS, _CALLERS, _LABELS = 20, 8, 12
 _STEPS = [
     *(timedelta(seconds=s) for s in (1, 5, 15, 60, 300, 900)),
     *(timedelta(hours=h) for h in (1, 3, 6)),
     *(timedelta(days=d) for d in (1, 7, 28, 364)),
 ]
+# Bars of a timeline, about five pixels each in the width of a plot.
 _MOST = 120
-"""Bars of a timeline: about five pixels each."""
 
 
 def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
@@ -53,18 +42,14 @@ def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
         TypeError: `source` is none of these.
         MissingExtraError: The extra `notebook` is not installed.
     """
-    alt, pd = altair(), pandas()
-    filters = {"bucket": "1h", **filters}
-    frame = frame_of(
-        source,
-        lambda store: store.audit.stats(by="decision", **filters),
-        instead='plot.timeline(await store.audit.stats(by="decision", bucket="1h"))',
-    )
+    alt, pd = charts.libraries()
+    instead = 'plot.timeline(await store.audit.stats(by="decision", bucket="1h"))'
+    frame = charts.stats_of(source, instead, **{"by": "decision", "bucket": "1h", **filters})
     when = "bucket" if "bucket" in frame.columns else "timestamp"
-    need(frame, when, "decision")
+    charts.need(frame, when, "decision")
     frame = frame.dropna(subset=[when])
     if frame.empty:
-        return nothing(title, "Calls by decision", "events")
+        return charts.nothing(title, "Calls by decision", "events")
     times = pd.to_datetime(frame[when], utc=True)
     step = step_for((times.max() - times.min()).to_pytimedelta(), _bucket_of(source, times, when))
     counts = _counted(frame.assign(start=times.dt.floor(pd.Timedelta(step))), "start", "decision")
@@ -72,28 +57,23 @@ def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
         {
             "start": counts["start"].dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "end": (counts["start"] + step).dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "decision": safe_column(counts["decision"]),
-            "calls": counts["calls"],
             "when": counts["start"].dt.strftime("%Y-%m-%d %H:%M:%S UTC"),
+            "decision": charts.safe_column(counts["decision"]),
+            "calls": counts["calls"],
         }
     )
-    chart = (
-        alt.Chart(stacked(data, "start", "decision", "calls", list(DECISION_COLOURS)))
-        .mark_bar(binSpacing=0)
-        .encode(
-            x=alt.X("start:T", title="time (UTC)", scale=alt.Scale(type="utc"), axis=alt.Axis(grid=False)),
-            x2="end:T",
-            y=alt.Y(
-                "bottom:Q", title=f"calls per {span(step.total_seconds())}", axis=alt.Axis(tickMinStep=1, format=",d")
-            ),
-            y2="top:Q",
-            color=colours("decision", data, DECISION_COLOURS),
-            tooltip=[alt.Tooltip("when:N", title="from"), "decision:N", alt.Tooltip("calls:Q", format=",")],
-        )
-        .properties(width=WIDTH, height=220)
+    chart = charts.stacked_bars(
+        data,
+        "decision",
+        charts.DECISION_COLOURS,
+        y=f"calls per {charts.span(step.total_seconds())}",
+        gap=0,
+        x=alt.X("start:T", title="time (UTC)", scale=alt.Scale(type="utc"), axis=alt.Axis(grid=False)),
+        x2="end:T",
+        tooltip=[alt.Tooltip("when:N", title="from"), "decision:N", alt.Tooltip("calls:Q", format=",")],
     )
     first, last = times.min().strftime("%Y-%m-%d %H:%M"), times.max().strftime("%Y-%m-%d %H:%M")
-    return finish(chart, title or "Calls by decision", f"{data['calls'].sum():,} calls, {first} to {last} UTC")
+    return charts.finish(chart, title or "Calls by decision", f"{data['calls'].sum():,} calls, {first} to {last} UTC")
 
 
 def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
@@ -107,16 +87,13 @@ def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     Raises:
         ValueError, TypeError, MissingExtraError: As for `timeline`.
     """
-    alt = altair()
-    frame = frame_of(
-        source,
-        lambda store: store.audit.stats(by=("caller_id", "tool_name"), **filters),
-        instead='plot.calls(await store.audit.stats(by=("caller_id", "tool_name")))',
-    )
-    need(frame, "caller_id", "tool_name")
+    alt, _ = charts.libraries()
+    instead = 'plot.calls(await store.audit.stats(by=("caller_id", "tool_name")))'
+    frame = charts.stats_of(source, instead, by=("caller_id", "tool_name"), **filters)
+    charts.need(frame, "caller_id", "tool_name")
     counts = _by_tool(frame, "caller_id", name="caller")
     if counts.empty:
-        return nothing(title, "Calls by tool and caller", "events")
+        return charts.nothing(title, "Calls by tool and caller", "events")
     tools, callers = _top(counts, "tool", _TOOLS), _top(counts, "caller", _CALLERS)
     total, left_out = int(counts["calls"].sum()), counts["tool"].nunique() - len(tools)
     counts["caller"] = counts["caller"].where(counts["caller"].isin(callers), OTHERS)
@@ -135,10 +112,10 @@ def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
             ),
             tooltip=["tool:N", "caller:N", alt.Tooltip("calls:Q", format=",")],
         )
-        .properties(width=WIDTH - 60, height=alt.Step(19))
+        .properties(width=charts.WIDTH - 60, height=alt.Step(19))
     )
     more = f"; {left_out} rarer tools left out" if left_out else ""
-    return finish(chart, title or "Calls by tool and caller", f"{total:,} calls{more}")
+    return charts.finish(chart, title or "Calls by tool and caller", f"{total:,} calls{more}")
 
 
 def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
@@ -152,16 +129,13 @@ def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     Raises:
         ValueError, TypeError, MissingExtraError: As for `timeline`.
     """
-    alt = altair()
-    frame = frame_of(
-        source,
-        lambda store: store.audit.stats(by=("tool_name", "risk_label"), **filters),
-        instead='plot.risk(await store.audit.stats(by=("tool_name", "risk_label")))',
-    )
-    need(frame, "tool_name")
+    alt, _ = charts.libraries()
+    instead = 'plot.risk(await store.audit.stats(by=("tool_name", "risk_label")))'
+    frame = charts.stats_of(source, instead, by=("tool_name", "risk_label"), **filters)
+    charts.need(frame, "tool_name")
     counts = _by_tool(_labels_exploded(frame), "risk_label", name="label")
     if counts.empty:
-        return nothing(title, "Risk labels by tool", "risk labels")
+        return charts.nothing(title, "Risk labels by tool", "risk labels")
     tools, labels = _top(counts, "tool", _TOOLS), _top(counts, "label", _LABELS)
     data = _counted(counts[counts["tool"].isin(tools) & counts["label"].isin(labels)], "tool", "label")
     most = int(data["calls"].max())
@@ -175,35 +149,38 @@ def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     )
     numbers = base.mark_text(fontSize=11).encode(
         text=alt.Text("calls:Q", format=","),
-        color=alt.condition(f"datum.calls > {most / 2}", alt.value("white"), alt.value("#24292f")),
+        color=alt.condition(f"datum.calls > {most / 2}", alt.value("white"), alt.value(charts.INK)),
     )
-    chart = (tiles + numbers).properties(width=WIDTH - 60, height=alt.Step(24))
-    return finish(chart, title or "Risk labels by tool", "number of calls; a call counts under each of its labels")
+    chart = (tiles + numbers).properties(width=charts.WIDTH - 60, height=alt.Step(24))
+    return charts.finish(
+        chart, title or "Risk labels by tool", "number of calls; a call counts under each of its labels"
+    )
 
 
 def _by_tool(frame: Any, column: str, *, name: str) -> Any:
-    """The calls of each tool with each value of a column, as `tool`, `name` and `calls`, safe to draw."""
+    """Return the calls of each tool with each value of a column, as `tool`, `name` and `calls`, safe to draw."""
     counts = _counted(frame, "tool_name", column)
-    return counts.assign(tool=safe_column(counts["tool_name"]), **{name: safe_column(counts[column])})
+    return counts.assign(tool=charts.safe_column(counts["tool_name"]), **{name: charts.safe_column(counts[column])})
 
 
 def _bucket_of(source: Any, times: Any, when: str) -> timedelta | None:
-    """The length of the buckets that there are; None for events."""
+    """Return the length of the buckets of `source`; None for events."""
     if when != "bucket":
         return None
     known = getattr(source, "bucket", None)
     if isinstance(known, timedelta):
         return known
+    # A frame of buckets does not say their length; it is the shortest gap between two that have events.
     gaps = times.drop_duplicates().sort_values().diff().dropna()
     found: timedelta = gaps.min().to_pytimedelta() if len(gaps) else timedelta(hours=1)
     return found
 
 
 def step_for(span: timedelta, least: timedelta | None) -> timedelta:
-    """Return the length of a time bucket of which about 120 fill the span.
+    """Return the length of a time bucket of which at most about 120 fill the span.
 
     Args:
-        least: Length of the buckets that there are already; the answer is a multiple of it.
+        least: Length of the buckets of the data, which the result is a multiple of; None: the data has none.
     """
     for step in _STEPS:
         if step * _MOST >= span and (least is None or (step >= least and step % least == timedelta())):
@@ -225,16 +202,15 @@ def _top(frame: pd.DataFrame, column: str, most: int) -> list[str]:
 
 
 def _labels_exploded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the frame with a row for each risk label, in `risk_label`; events without one fall out."""
-    if "risk_label" in frame.columns:
-        return frame.dropna(subset=["risk_label"])
-    need(frame, "risk_labels")
-    lists = frame["risk_labels"].map(_labels)
-    exploded = frame.assign(risk_label=lists).explode("risk_label")
-    return exploded.dropna(subset=["risk_label"])
+    """Return the frame with a row for each risk label, in `risk_label`; events without one are left out."""
+    if "risk_label" not in frame.columns:
+        charts.need(frame, "risk_labels")
+        frame = frame.assign(risk_label=frame["risk_labels"].map(_labels)).explode("risk_label")
+    return frame.dropna(subset=["risk_label"])
 
 
 def _labels(value: Any) -> list[str]:
+    # In a frame of our own it is JSON text, in one that somebody made it may be a list, an array or charts.nothing.
     if isinstance(value, str):
         value = json.loads(value)
     return [str(each) for each in value] if isinstance(value, Iterable) else []

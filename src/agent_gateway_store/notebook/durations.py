@@ -1,23 +1,10 @@
-"""Charts of how long something took: calls, and approvals that waited for their decision."""
+"""Charts of how long something took: calls, and approvals until their decision."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.notebook.charts import (
-    WIDTH,
-    altair,
-    colours,
-    finish,
-    frame_of,
-    need,
-    nothing,
-    pandas,
-    safe_column,
-    span,
-    stacked,
-)
+from agent_gateway_store.notebook import charts
 from agent_gateway_store.results import Page
 from agent_gateway_store.results.cells import HEX
 
@@ -28,8 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["latency", "waiting"]
 
+# As many rows as the chart of calls has.
 _GROUPS = 20
+# The largest page that `list_requests` gives, and ten of them: enough for percentiles, at most a second or two.
 _PAGE, _APPROVALS = 500, 5_000
+# Bins of a histogram: about 18 pixels each for latencies, and a few more for waits, which are fewer.
+_LATENCY_BINS, _WAIT_BINS = 36, 30
 _PERCENTILES = {"latency_p50_ms": "p50", "latency_p95_ms": "p95", "latency_p99_ms": "p99"}
 _PERCENTILE_COLOURS = {"p50": HEX["info"], "p95": HEX["wait"], "p99": HEX["bad"]}
 _ANSWERS = {"APPROVED": "approved", "USED": "approved", "DENIED": "denied", "CANCELLED": "cancelled"}
@@ -57,19 +48,16 @@ def latency(source: Any, *, by: str | None = None, title: str | None = None, **f
     Raises:
         ValueError, TypeError, MissingExtraError: As for `timeline`.
     """
-    frame = frame_of(
-        source,
-        lambda store: store.audit.stats(by=by or "tool_name", **filters),
-        instead='plot.latency(await store.audit.stats(by="tool_name"))',
-    )
+    instead = 'plot.latency(await store.audit.stats(by="tool_name"))'
+    frame = charts.stats_of(source, instead, by=by or "tool_name", **filters)
     if set(_PERCENTILES) <= set(frame.columns):
         return _percentiles(frame, by or _group_of(frame), title)
-    need(frame, "latency_ms", *([by] if by else []))
+    charts.need(frame, "latency_ms", *([by] if by else []))
     if "execution_status" in frame.columns:
         frame = frame.dropna(subset=["execution_status"])
     frame = frame.dropna(subset=["latency_ms"])
     if frame.empty:
-        return nothing(title, "Latency", "calls that ran")
+        return charts.nothing(title, "Latency", "calls that ran")
     if by:
         groups = frame.groupby(by, observed=True)["latency_ms"]
         quantiles = groups.quantile([0.5, 0.95, 0.99]).unstack()
@@ -89,55 +77,48 @@ def waiting(source: Any, *, title: str | None = None, status: str | None = None)
     Raises:
         ValueError, TypeError, MissingExtraError: As for `timeline`.
     """
-    alt, pd = altair(), pandas()
-    frame = frame_of(
-        source,
-        lambda store: _all_approvals(store, status),
-        instead="plot.waiting(await store.approvals.list_requests(limit=500))",
-    )
-    need(frame, "status", "created_at", "decision_at")
+    alt, pd = charts.libraries()
+    instead = "plot.waiting(await store.approvals.list_requests(limit=500))"
+    frame = charts.frame_of(source, lambda store: _all_approvals(store, status), instead=instead)
+    charts.need(frame, "status", "created_at", "decision_at")
     answers = frame["status"].astype("object").map(_ANSWERS)
     decided = frame.assign(answer=answers).dropna(subset=["answer", "decision_at"])
     if decided.empty:
-        return nothing(title, "Waiting for approval", "decided approvals")
+        return charts.nothing(title, "Waiting for approval", "decided approvals")
     times = [pd.to_datetime(decided[name], utc=True) for name in ("created_at", "decision_at")]
     seconds = (times[1] - times[0]).dt.total_seconds().clip(lower=0)
-    edges = _log_bins(seconds, least=1.0, bins=30)
-    rows = []
-    for answer in sorted(set(decided["answer"])):
-        own = seconds[decided["answer"] == answer].clip(lower=1.0)
-        for number, edge in enumerate(edges):
-            first = number == 0
-            inside = (own >= edge["start"] if first else own > edge["start"]) & (own <= edge["end"])
-            if count := int(inside.sum()):
-                rows.append({"start": edge["start"], "end": edge["end"], "answer": answer, "approvals": count})
-    data = pd.DataFrame(rows)
-    chart = (
-        alt.Chart(stacked(data, "start", "answer", "approvals", list(_ANSWER_COLOURS)))
-        .mark_bar(binSpacing=1)
-        .encode(
-            x=alt.X(
-                "start:Q",
-                title="waiting time (log scale)",
-                scale=alt.Scale(type="log", nice=False),
-                axis=alt.Axis(values=[1, 10, 60, 600, 3600, 36000, 86400, 864000], labelExpr=_SECONDS, grid=False),
-            ),
-            x2="end:Q",
-            y=alt.Y("bottom:Q", title="approvals", axis=alt.Axis(tickMinStep=1)),
-            y2="top:Q",
-            color=colours("answer", data, _ANSWER_COLOURS),
-            tooltip=[
-                "answer:N",
-                alt.Tooltip("approvals:Q"),
-                alt.Tooltip("start:Q", format=",.0f", title="from (s)"),
-                alt.Tooltip("end:Q", format=",.0f", title="to (s)"),
-            ],
-        )
-        .properties(width=WIDTH, height=220)
+    edges, numbers = _log_bins(seconds, _WAIT_BINS)
+    counts = decided.groupby(["answer", numbers.rename("bin")]).size()
+    data = pd.DataFrame(
+        [
+            {"start": float(edges[number]), "end": float(edges[number + 1]), "answer": answer, "approvals": count}
+            for (answer, number), count in counts.items()
+        ]
+    )
+    chart = charts.stacked_bars(
+        data,
+        "answer",
+        _ANSWER_COLOURS,
+        y="approvals",
+        gap=1,
+        x=alt.X(
+            "start:Q",
+            title="waiting time (log scale)",
+            scale=alt.Scale(type="log", nice=False),
+            axis=alt.Axis(values=[1, 10, 60, 600, 3600, 36000, 86400, 864000], labelExpr=_SECONDS, grid=False),
+        ),
+        x2="end:Q",
+        tooltip=[
+            "answer:N",
+            alt.Tooltip("approvals:Q"),
+            alt.Tooltip("start:Q", format=",.0f", title="from (s)"),
+            alt.Tooltip("end:Q", format=",.0f", title="to (s)"),
+        ],
     )
     expired = int((frame["status"].astype("object") == "EXPIRED").sum())
-    summary = f"{len(decided):,} decided: median {span(seconds.median())}, 95 % within {span(seconds.quantile(0.95))}"
-    return finish(chart, title or "Waiting for approval", f"{summary}; {expired:,} expired undecided")
+    median, most = (charts.span(seconds.quantile(share)) for share in (0.5, 0.95))
+    summary = f"{len(decided):,} decided: median {median}, 95 % within {most}"
+    return charts.finish(chart, title or "Waiting for approval", f"{summary}; {expired:,} expired undecided")
 
 
 def _group_of(frame: Any) -> str:
@@ -148,13 +129,13 @@ def _group_of(frame: Any) -> str:
 
 
 def _percentiles(frame: Any, by: str, title: str | None) -> Chart:
-    alt = altair()
-    need(frame, by)
+    alt, _ = charts.libraries()
+    charts.need(frame, by)
     frame = frame.dropna(subset=[by, *_PERCENTILES])
     if frame.empty:
-        return nothing(title, "Latency", "calls that ran")
+        return charts.nothing(title, "Latency", "calls that ran")
     frame = frame.sort_values("calls", ascending=False)[:_GROUPS] if "calls" in frame.columns else frame[:_GROUPS]
-    frame = frame.assign(group=safe_column(frame[by])).drop_duplicates("group")
+    frame = frame.assign(group=charts.safe_column(frame[by])).drop_duplicates("group")
     order = list(frame.sort_values("latency_p95_ms", ascending=False)["group"])
     data = frame.melt("group", list(_PERCENTILES), "percentile", "ms").replace({"percentile": _PERCENTILES})
     data = data.assign(ms=data["ms"].astype("float64").clip(lower=1.0))
@@ -165,16 +146,18 @@ def _percentiles(frame: Any, by: str, title: str | None) -> Chart:
     )
     points = base.mark_circle(size=80, opacity=1).encode(
         x=alt.X("ms:Q", scale=scale, axis=alt.Axis(**_MS_AXIS)),
-        color=colours("percentile", data, _PERCENTILE_COLOURS),
+        color=charts.colours("percentile", data, _PERCENTILE_COLOURS),
         tooltip=["group:N", "percentile:N", alt.Tooltip("ms:Q", format=",.0f", title="ms")],
     )
-    chart = (lines + points).properties(width=WIDTH - 60, height=alt.Step(20))
-    return finish(chart, title or f"Latency by {by}", "p50, p95 and p99 in milliseconds; the slowest first")
+    chart = (lines + points).properties(width=charts.WIDTH - 60, height=alt.Step(20))
+    return charts.finish(chart, title or f"Latency by {by}", "p50, p95 and p99 in milliseconds; the slowest first")
 
 
 def _histogram(values: Any, title: str | None) -> Chart:
-    alt, pd = altair(), pandas()
-    data = pd.DataFrame(_log_bins(values, least=1.0))
+    alt, pd = charts.libraries()
+    edges, numbers = _log_bins(values, _LATENCY_BINS)
+    counts = numbers.value_counts().reindex(range(_LATENCY_BINS), fill_value=0)
+    data = pd.DataFrame({"start": edges[:-1], "end": edges[1:], "count": counts})
     marks = {name: float(values.quantile(share)) for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
     rules = pd.DataFrame([{"percentile": name, "ms": max(1.0, ms)} for name, ms in marks.items()])
     scale = alt.Scale(type="log", nice=False)
@@ -182,12 +165,7 @@ def _histogram(values: Any, title: str | None) -> Chart:
         alt.Chart(data)
         .mark_bar(binSpacing=1, color=HEX["info"])
         .encode(
-            x=alt.X(
-                "start:Q",
-                title="latency (ms, log scale)",
-                scale=scale,
-                axis=alt.Axis(**_MS_AXIS, grid=False),
-            ),
+            x=alt.X("start:Q", title="latency (ms, log scale)", scale=scale, axis=alt.Axis(**_MS_AXIS, grid=False)),
             x2="end:Q",
             y=alt.Y("count:Q", title="calls", axis=alt.Axis(tickMinStep=1, format=",d")),
             y2=alt.datum(0),
@@ -198,13 +176,13 @@ def _histogram(values: Any, title: str | None) -> Chart:
             ],
         )
     )
-    lines = alt.Chart(rules).mark_rule(color="#24292f", strokeDash=[4, 3]).encode(x=alt.X("ms:Q", scale=scale))
-    names = lines.mark_text(dy=-4, baseline="bottom", fontSize=11, color="#24292f").encode(
+    lines = alt.Chart(rules).mark_rule(color=charts.INK, strokeDash=[4, 3]).encode(x=alt.X("ms:Q", scale=scale))
+    names = lines.mark_text(dy=-4, baseline="bottom", fontSize=11, color=charts.INK).encode(
         y=alt.value(0), text="percentile:N"
     )
     summary = ", ".join(f"{name} {ms:,.0f} ms" for name, ms in marks.items())
-    chart = (bars + lines + names).properties(width=WIDTH, height=220)
-    return finish(chart, title or "Latency", f"{len(values):,} calls that ran: {summary}")
+    chart = (bars + lines + names).properties(width=charts.WIDTH, height=220)
+    return charts.finish(chart, title or "Latency", f"{len(values):,} calls that ran: {summary}")
 
 
 def _all_approvals(store: Any, status: str | None) -> Any:
@@ -216,21 +194,18 @@ def _all_approvals(store: Any, status: str | None) -> Any:
     return Page(found, record_type=page.record_type)
 
 
-def _log_bins(values: pd.Series, *, least: float, bins: int = 36) -> list[dict[str, Any]]:
-    """Return `start`, `end` and `count` of bins of equal width on a logarithmic axis.
+def _log_bins(values: pd.Series, count: int) -> tuple[Any, pd.Series]:
+    """Return the edges of `count` bins of equal width on a logarithmic axis, and the number of each value's bin.
 
-    Args:
-        least: What is smaller counts as this.
+    What is smaller than 1 counts as 1.
     """
     import numpy
 
-    raised = values.clip(lower=least)
+    _, pd = charts.libraries()
+    raised = values.clip(lower=1.0)
     low, high = float(raised.min()), float(raised.max())
+    # One value alone still gets a bar that can be seen: wider than the value by about a third on either side.
     if high <= low:
         low, high = low / 1.3, high * 1.3
-    edges = numpy.geomspace(low, high, bins + 1)
-    found = pandas().cut(raised, edges, labels=False, include_lowest=True).value_counts()
-    return [
-        {"start": float(start), "end": float(end), "count": int(found.get(number, 0))}
-        for number, (start, end) in enumerate(pairwise(edges))
-    ]
+    edges = numpy.geomspace(low, high, count + 1)
+    return edges, pd.cut(raised, edges, labels=False, include_lowest=True)

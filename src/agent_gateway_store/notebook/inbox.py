@@ -1,7 +1,7 @@
-"""The inbox of an approver in a notebook: what waits for a decision, with approve and deny.
+"""The inbox of an approver in a notebook: the approvals that wait, with approve and deny.
 
-As a widget the browser asks for news every few seconds and sends what was clicked, and the kernel answers. Who decides
-is fixed in the kernel. The browser sets what comes from the data only as text.
+As a widget, the browser asks every few seconds for what waits, and sends what was clicked; the kernel answers. The
+kernel alone knows who decides. The browser shows what comes from the data only as text.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Coroutine
+from contextlib import suppress
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Inbox", "approval_texts", "inbox"]
 
+# As many as a card shows of one text.
 _ARGUMENT_CHARS = 20_000
 _VERBS = {"approve": "Approved", "deny": "Denied"}
+# Lines of the widget about the last decisions: they scroll out before they push the waiting approvals away.
 _RESULTS = 6
-"""Lines on what became of decisions that the widget shows."""
+# Milliseconds. A browser that asked more often would keep the kernel from running cells.
+_LEAST_INTERVAL_MS = 200
 
 
 def inbox(store: Any, *, approver: str, limit: int = 50, interval_s: float = 2.0, widgets: bool = True) -> Inbox:
@@ -39,7 +43,7 @@ def inbox(store: Any, *, approver: str, limit: int = 50, interval_s: float = 2.0
     Args:
         store: An open `GatewayStore` or `SyncGatewayStore`; bound by `for_org`, it shows that organisation.
         approver: Who decides, as written to the record.
-        limit: The newest so many are shown.
+        limit: How many are shown, the newest first.
         interval_s: Seconds between two reads of the store.
         widgets: False gives the plain table, which needs no extra.
 
@@ -60,7 +64,7 @@ def inbox(store: Any, *, approver: str, limit: int = 50, interval_s: float = 2.0
 
 
 class Inbox:
-    """What waits for a decision, and how to decide it.
+    """The approvals that wait for a decision, and how to decide them.
 
     Attributes:
         waiting: The approvals that waited at the last `refresh`, newest first.
@@ -89,9 +93,9 @@ class Inbox:
         return self._run(self._decide("deny", approval_id, note))
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """A blocking store never suspends, so that its coroutine ends at the first step."""
         if self.is_async:
             return work
+        # With a blocking store nothing suspends, so that the coroutine ends at its first step.
         try:
             work.send(None)
         except StopIteration as exc:
@@ -151,7 +155,7 @@ async def _awaited(answer: Any) -> Any:
 def approval_texts(request: ApprovalRequest) -> dict[str, str]:
     """Return an approval as text, with nothing in it that could reorder or hide what an approver reads.
 
-    Arguments of more than 20,000 characters are cut, which is said with their length.
+    Arguments of more than 20,000 characters are cut, and end with their length.
     """
     call = request.tool_call
     return {
@@ -163,13 +167,6 @@ def approval_texts(request: ApprovalRequest) -> dict[str, str]:
         "asked": request.created_at.isoformat(),
         "expires": request.expires_at.isoformat() if request.expires_at else "",
     }
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 @cache
@@ -191,8 +188,8 @@ def _widget_class() -> type[Any]:
         """An inbox that a browser shows.
 
         Attributes:
-            items: What waits, as text.
-            said: What became of the last decisions, newest first.
+            items: The approvals that wait, as text.
+            said: A line about each of the last decisions, newest first.
             looked_at: When the store was read last, ISO 8601.
         """
 
@@ -207,8 +204,10 @@ def _widget_class() -> type[Any]:
         def __init__(self, store: Any, *, approver: str, limit: int, interval_s: float) -> None:
             Inbox.__init__(self, store, approver=approver, limit=limit)
             self._tasks: set[Any] = set()
-            self._owner = _running_loop() if self.is_async else None
-            anywidget.AnyWidget.__init__(self, interval_ms=max(200, round(interval_s * 1000)))
+            self._owner: asyncio.AbstractEventLoop | None = None
+            with suppress(RuntimeError):
+                self._owner = asyncio.get_running_loop()
+            anywidget.AnyWidget.__init__(self, interval_ms=max(_LEAST_INTERVAL_MS, round(interval_s * 1000)))
             self.set_trait("approver", _text.escape(approver))
             self.on_msg(self._receive)
 
@@ -222,11 +221,12 @@ def _widget_class() -> type[Any]:
             if not self.is_async:
                 self._run(work)
                 return
-            # JupyterLab delivers what a widget sends in a thread of its own (a subshell), where no store was opened.
+            # JupyterLab delivers what a widget sends in another thread (a subshell), where no store was opened.
             running = asyncio.get_running_loop()
             owner = self._owner or running
             task = running.create_task(work) if owner is running else asyncio.run_coroutine_threadsafe(work, owner)
-            self._tasks.add(task)  # kept until it is done: a loop holds its tasks weakly
+            # A loop holds its tasks weakly: one that nobody keeps may vanish before it is done.
+            self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
         async def _answer(self, content: dict[str, Any]) -> None:
@@ -243,6 +243,7 @@ def _widget_class() -> type[Any]:
                 if verb in _VERBS:
                     await self._answer({"do": "refresh"})
             finally:
+                # The browser keeps the buttons of this approval disabled until it receives this.
                 self.send({"answered": verb, "approval_id": approval_id})
 
         def _say(self, text: str, tone: str) -> None:

@@ -1,4 +1,4 @@
-"""Charts of what the store answers, as Altair charts that can be changed, layered and saved.
+"""Altair charts of what the store holds, which can be changed, layered and saved.
 
 Each takes a result (`Page`, `Stats`), a DataFrame (pandas, Polars) or Arrow table of one, or a `SyncGatewayStore` with
 the filters of `store.audit.search`. Everything is counted before it is drawn, so a million events make a small chart.

@@ -1,4 +1,4 @@
-"""Parts of a notice made fit for a message of limited size. What is cut is cut visibly."""
+"""Parts of a notice for a message of limited size. What is cut is cut visibly."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-__all__ = ["MARK", "cut", "fit_arguments"]
+from agent_gateway_store._text import escape, mask_tokens
+
+__all__ = ["MARK", "cut", "fit_arguments", "safe_text"]
 
 MARK = "…"
+# How deep arguments are shown. Deeper ones cannot be read by a human, and come near the recursion limits of receivers.
 MAX_DEPTH = 20
-"""How deep arguments are shown."""
+# Characters that one text of the arguments keeps, from many to few: the first that makes all of them fit is taken.
+_LIMITS = (2000, 400, 80, 20)
 
 
 def cut(text: str, limit: int) -> str:
@@ -20,13 +24,18 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}{MARK}"
 
 
+def safe_text(text: str, limit: int) -> str:
+    """Return at most `limit` characters of `text` on one line, with tokens masked and hidden characters escaped."""
+    return cut(escape(mask_tokens(text)), limit)
+
+
 def fit_arguments(arguments: Mapping[str, Any], max_bytes: int) -> tuple[dict[str, Any], bool]:
     """Return arguments whose JSON is at most `max_bytes` long, and whether anything was cut.
 
-    Long texts are cut first, ever shorter; then long lists and objects; last of all everything.
+    Texts, lists and objects that are longer than a limit are cut, with ever smaller limits; at the end, everything is.
     """
-    # A text, list or object longer than all there is room for cannot fit whole.
-    for limit in (max_bytes, 2000, 400, 80, 20):
+    # A text, list or object longer than all the room cannot fit whole.
+    for limit in (max_bytes, *_LIMITS):
         shown: dict[str, Any] = _shown(arguments, limit, 0)
         if len(json.dumps(shown)) <= max_bytes:
             return shown, shown != arguments

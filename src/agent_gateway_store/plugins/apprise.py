@@ -1,4 +1,4 @@
-"""Notifier `apprise`: any of the services that https://appriseit.com knows, by URL."""
+"""Notifier `apprise`: any of the services that https://appriseit.com supports, by URL."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from agent_gateway_store._text import escape, mask_tokens
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
 from agent_gateway_store.hooks.markers import hookimpl
-from agent_gateway_store.plugins._text import cut
+from agent_gateway_store.plugins._text import safe_text
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
@@ -25,6 +24,7 @@ __all__ = [
 ]
 
 PREFIX = "AGENT_GATEWAY_STORE_APPRISE_"
+# Characters of one text. Apprise splits or cuts what is longer than a service takes; SMS and pagers take a few hundred.
 MAX_TEXT = 500
 
 
@@ -36,7 +36,7 @@ class AppriseSettings(BaseSettings):
     """Settings for Apprise, each from `AGENT_GATEWAY_STORE_APPRISE_<NAME>`. A repr shows no secret.
 
     Attributes:
-        urls: Where to send, as Apprise writes it, separated by blanks. They hold passwords.
+        urls: Where to send, as URLs of Apprise, separated by blanks. They hold passwords.
     """
 
     model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True, frozen=True)
@@ -47,8 +47,8 @@ class AppriseSettings(BaseSettings):
 class AppriseNotifier:
     """Sends a title and a few lines of plain text to every service that is set.
 
-    Apprise says for all of them together whether it went well; if one failed, the notice comes again to all. Arguments
-    are not sent, because it is not known who reads along in these services. Approvers decide elsewhere.
+    Apprise reports one result for all of them: if one failed, the notice is sent to all of them again. Arguments are
+    not sent, because it is not known who can read what these services receive. Approvers decide elsewhere.
     """
 
     name = "apprise"
@@ -61,24 +61,24 @@ class AppriseNotifier:
 
         Raises:
             MissingExtraError: The extra `apprise` is not installed.
-            ValueError: Apprise knows no service for one of the URLs; it says which one, not what it is.
+            ValueError: Apprise supports no service for one of the URLs; the text holds its number, not the URL.
         """
         try:
             import apprise
         except ImportError as exc:
             raise MissingExtraError("The Apprise notifier", extra="apprise") from exc
         settings = settings or AppriseSettings()
-        # Text of a notice must not be taken for escapes, emojis or markup.
+        # The text of a notice must not be read as escapes, emojis or markup.
         asset = apprise.AppriseAsset(interpret_escapes=False, interpret_emojis=False)
         self._apprise = apprise.Apprise(asset=asset)
         self._text = apprise.NotifyFormat.TEXT
         with _Silenced():
             for number, url in enumerate(settings.urls, 1):
                 if not self._apprise.add(url.get_secret_value()):
-                    raise ValueError(f"Apprise does not know what to do with URL number {number} in {PREFIX}URLS.")
+                    raise ValueError(f"Apprise supports no service for URL number {number} in {PREFIX}URLS.")
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Send who wants what, why it is asked, and until when it can be decided.
+        """Send who wants which call, why a human is asked, and until when it can be decided.
 
         Raises:
             NotDeliveredError: At least one service failed.
@@ -93,7 +93,7 @@ class AppriseNotifier:
         )
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Send how it ended, and by whom.
+        """Send the decision, and by whom.
 
         Raises:
             NotDeliveredError: At least one service failed.
@@ -109,11 +109,11 @@ class AppriseNotifier:
     async def _send(self, title: str, *lines: str) -> None:
         went_well = await self._apprise.async_notify(title=title, body="\n".join(lines), body_format=self._text)
         if not went_well:
-            raise NotDeliveredError("At least one Apprise service did not take it; see the logger `apprise`.")
+            raise NotDeliveredError("At least one Apprise service failed; see the logger `apprise`.")
 
 
 class _Silenced(logging.Filter):
-    """While entered, keeps back what Apprise logs: of a URL it cannot read it logs all, with the password."""
+    """While entered, drops what Apprise logs: a URL that it cannot read it logs whole, with the password."""
 
     def __enter__(self) -> None:
         logging.getLogger("apprise").addFilter(self)
@@ -139,4 +139,4 @@ def gateway_store_plugin_settings() -> type[AppriseSettings]:
 
 
 def _shown(text: str) -> str:
-    return cut(escape(mask_tokens(text)), MAX_TEXT)
+    return safe_text(text, MAX_TEXT)

@@ -18,20 +18,22 @@ __all__ = ["LogNotifier", "gateway_store_register_notifiers"]
 
 logger = logging.getLogger("agent_gateway_store.notifications")
 
+# Characters: half of the 2,048 octets that a receiver of syslog should accept in one message (RFC 5424, 6.1). Only the
+# risk explanation is usually longer than a few words.
 MAX_TEXT = 1000
 
 
 class LogNotifier:
     """Logs on `agent_gateway_store.notifications` at INFO.
 
-    A notice is one line, whatever is in its text: line breaks, ANSI and bidi marks are escaped, texts are quoted and
+    A notice is one line, whatever its text holds: line breaks, ANSI and bidi marks are escaped, texts are quoted and
     cut at 1000 characters. No token and no argument is logged. The same facts are attributes of the log record.
     """
 
     name = "log"
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Log `APPROVAL_REQUIRED`: who wants what, why it is asked, until when it can be decided."""
+        """Log `APPROVAL_REQUIRED`: who wants which call, why a human is asked, and until when it can be decided."""
         if not logger.isEnabledFor(logging.INFO):
             return
         facts = {
@@ -52,7 +54,7 @@ class LogNotifier:
         )
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Log `APPROVAL_DECIDED`: how it ended, and by whom."""
+        """Log `APPROVAL_DECIDED`: the decision, and by whom."""
         if not logger.isEnabledFor(logging.INFO):
             return
         facts = {
@@ -74,7 +76,7 @@ class LogNotifier:
 
 @hookimpl
 def gateway_store_register_notifiers() -> list[LogNotifier]:
-    """Contribute the notifier `log`. It needs no setting."""
+    """Contribute the notifier `log`. It has no settings."""
     return [LogNotifier()]
 
 

@@ -1,4 +1,4 @@
-"""`Page`: what every listing returns. A list that renders in a notebook and in a terminal, and becomes a frame."""
+"""`Page`: what every listing returns. A list that renders in a notebook and in a terminal, and converts to a frame."""
 
 from agent_gateway_store.results.page import Page, Stats
 

@@ -1,6 +1,6 @@
 """Records as Arrow, and Arrow as pandas and Polars.
 
-One place for both ways into a frame: a `Page` of objects, and bulk reads that make no objects.
+Both ways into a frame use it: a `Page` of objects, and bulk reads that make no objects.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def to_table(records: Sequence[Any], columns: tuple[Column, ...] | None) -> pa.T
 
     Args:
         records: Models or dicts.
-        columns: Its columns; None: those of the rows, each of the one kind that all of its values have, else text.
+        columns: Its columns; None: those of the rows. A column whose values have several kinds is text.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -101,7 +101,7 @@ def to_table(records: Sequence[Any], columns: tuple[Column, ...] | None) -> pa.T
 
 
 def as_pandas(table: pa.Table) -> pandas.DataFrame:
-    """Return an Arrow table as a pandas DataFrame; whole numbers and truth values with gaps keep their kind.
+    """Return an Arrow table as a pandas DataFrame; integers and booleans with gaps keep their type.
 
     Raises:
         MissingExtraError: pandas is not installed.
@@ -112,6 +112,7 @@ def as_pandas(table: pa.Table) -> pandas.DataFrame:
         raise MissingExtraError("to_pandas()", extra="notebook") from exc
     pa = arrow()
     frame: pandas.DataFrame = table.to_pandas()
+    # Arrow makes floats and objects of them, which round ids above 2**53 and compare unlike booleans.
     gaps = {pa.int64(): "Int64", pa.bool_(): "boolean"}
     for name, column in zip(table.column_names, table.columns, strict=True):
         if column.null_count and column.type in gaps:
@@ -138,6 +139,7 @@ def _conformed(array: pa.ChunkedArray, column: Column, target: pa.DataType) -> p
         return array.cast(target) if array.type != target else array
     import pyarrow.compute as pc
 
+    # The chunks of a result have dictionaries of their own: for each, its words are numbered by the one of the column.
     words = pa.array(column.categories, pa.string())
 
     def numbered(values: Any) -> Any:
@@ -167,7 +169,8 @@ def _value(value: Any, kind: Kind) -> Any:
         case "json":
             return _text(json.dumps(value, default=_json, ensure_ascii=False))
         case "time":
-            return _utc(datetime.fromisoformat(value) if isinstance(value, str) else value)
+            moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+            return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
         case "text" | "category":
             return _text(str(value.value if isinstance(value, Enum) else value))
         case "integer":
@@ -177,12 +180,8 @@ def _value(value: Any, kind: Kind) -> Any:
     return bool(value)
 
 
-def _utc(value: datetime) -> datetime:
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
 def _text(value: str) -> str:
-    """Lone surrogates, which Arrow cannot hold, become visible."""
+    # Lone surrogates, which Arrow cannot hold, become visible escapes.
     return value.encode("utf-8", "backslashreplace").decode()
 
 
@@ -194,10 +193,11 @@ def _guessed(rows: Iterable[dict[str, Any]]) -> tuple[Column, ...]:
     kinds: dict[str, set[Kind]] = {}
     for row in rows:
         for name, value in row.items():
-            found = kinds.setdefault(str(name), set())
-            if value is not None:
-                found.add(_kind(value))
-    return tuple(Column(name, _common(found)) for name, found in kinds.items())
+            kinds.setdefault(str(name), set()).update([] if value is None else [_kind(value)])
+    return tuple(
+        Column(name, "number" if found == {"integer", "number"} else found.pop() if len(found) == 1 else "text")
+        for name, found in kinds.items()
+    )
 
 
 def _kind(value: Any) -> Kind:
@@ -213,9 +213,3 @@ def _kind(value: Any) -> Kind:
         case dict() | list() | tuple():
             return "json"
     return "text"
-
-
-def _common(kinds: set[Kind]) -> Kind:
-    if kinds == {"integer", "number"}:
-        return "number"
-    return kinds.pop() if len(kinds) == 1 else "text"

@@ -1,6 +1,6 @@
 """A record as columns and values, a value as the text of one cell, and which words of a record are badges.
 
-Derived from the annotations of the record's class, so that it knows no model.
+All of it follows from the annotations of the record's class, so that this module needs no model.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ __all__ = [
     "tone_of",
 ]
 
+# Rows that a view shows: more are not read, and each takes about a kilobyte of the notebook's file.
 MAX_ROWS = 200
+# Characters of one cell, so that a text takes three or four lines of a column; and of JSON that is folded away.
 _CELL_CHARS = 120
 _SUMMARY_CHARS = 48
 Kind = Literal["text", "category", "time", "integer", "number", "boolean", "json"]
+# The first that matches counts: a bool is an int to Python, and an enum of ours is an int or a str.
 _KINDS: tuple[tuple[type, Kind], ...] = (
     (bool, "boolean"),
     (IntEnum, "integer"),
@@ -55,34 +58,17 @@ _KINDS: tuple[tuple[type, Kind], ...] = (
 )
 Tone = Literal["good", "bad", "wait", "info", "off"]
 _BADGES = frozenset({"decision", "execution_status", "output_decision", "status"})
-_TONES: dict[str, Tone] = {
-    "ALLOW": "good",
-    "APPROVED": "good",
-    "APPROVED_OUTPUT_RELEASE": "good",
-    "DELIVERED": "good",
-    "SUCCESS": "good",
-    "DEAD": "bad",
-    "DENIED": "bad",
-    "DENY": "bad",
-    "TOOL_ERROR": "bad",
-    "APPROVAL_REQUIRED": "wait",
-    "DUE": "wait",
-    "PENDING": "wait",
-    "TIMEOUT": "wait",
-    "REDACT": "info",
-    "SANITIZE_AND_ALLOW": "info",
-    "USED": "info",
-    "CANCELLED": "off",
-    "EXPIRED": "off",
+_WORDS: dict[Tone, tuple[str, ...]] = {
+    "good": ("ALLOW", "APPROVED", "APPROVED_OUTPUT_RELEASE", "DELIVERED", "SUCCESS"),
+    "bad": ("DEAD", "DENIED", "DENY", "TOOL_ERROR"),
+    "wait": ("APPROVAL_REQUIRED", "DUE", "PENDING", "TIMEOUT"),
+    "info": ("REDACT", "SANITIZE_AND_ALLOW", "USED"),
+    "off": ("CANCELLED", "EXPIRED"),
 }
-RICH: dict[Tone, str] = {
-    "good": "green",
-    "bad": "bold red",
-    "wait": "yellow",
-    "info": "blue",
-    "off": "dim",
-}
-# Read well as text on white and on the dark themes' grey (contrast of 3 or more), and as areas of a plot.
+_TONES = {word: tone for tone, words in _WORDS.items() for word in words}
+RICH: dict[Tone, str] = {"good": "green", "bad": "bold red", "wait": "yellow", "info": "blue", "off": "dim"}
+# As text they have a contrast of 3 or more (WCAG 2.2, 1.4.11) on white and on the grey of dark themes, and as
+# areas of a plot they differ clearly.
 HEX: dict[Tone, str] = {"good": "#2e9e5b", "bad": "#d6424a", "wait": "#d9900a", "info": "#3d7fd9", "off": "#848d97"}
 
 
@@ -112,14 +98,14 @@ def columns_of(record_type: type[BaseModel]) -> tuple[Column, ...]:
 
 
 def as_dict(item: Any) -> dict[str, Any]:
-    """Return a record as JSON values without what its repr, or that of a model inside it, hides."""
+    """Return a record as JSON values, without the fields that its repr, or that of a model inside it, hides."""
     if not isinstance(item, BaseModel):
         return dict(item) if isinstance(item, Mapping) else {"value": item}
     return item.model_dump(mode="json", exclude=_hidden(type(item)))
 
 
 def fields_of(item: Any) -> dict[str, Any]:
-    """Return a record's fields as they are; hidden ones are left out, models inside it are dicts."""
+    """Return a record's fields unchanged; hidden fields are left out, models inside it are dicts."""
     if not isinstance(item, BaseModel):
         return dict(item) if isinstance(item, Mapping) else {"value": item}
     values = {column.name: getattr(item, column.name, None) for column in columns_of(type(item))}
@@ -177,7 +163,7 @@ def summary(value: Any) -> _text.Shown:
 
 
 def is_number(value: Any) -> bool:
-    """Return True for what is shown as a number: neither a truth value nor a word of an enum."""
+    """Return True for a value that is shown as a number: neither a bool nor a member of an enum."""
     return isinstance(value, int | float) and not isinstance(value, bool | Enum)
 
 
@@ -206,7 +192,7 @@ def _plain(value: Any) -> Any:
 
 @cache
 def _hidden(cls: type[BaseModel]) -> dict[str, Any]:
-    """What `model_dump` must leave out, models inside this one included."""
+    """Return the `exclude` of `model_dump`: the hidden fields, of models inside this one too."""
     found: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
         kind = _bare_type(field.annotation)

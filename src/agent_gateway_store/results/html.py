@@ -1,7 +1,7 @@
-"""A page as an HTML table, and one record as a card: every value and every name is escaped, and no script is in it.
+"""A page as an HTML table, and one record as a card: every value and every name is escaped, and there is no script.
 
-The style sheet is bound to one class, so that nothing of the host page changes. It follows the theme of JupyterLab,
-VS Code and the docs' site, and elsewhere that of the system, on a background of its own.
+The style sheet is limited to one class, so that nothing else of the host page changes. It follows the theme of
+JupyterLab, of VS Code and of the docs site, and elsewhere that of the system, on a background of its own.
 """
 
 from __future__ import annotations
@@ -13,31 +13,26 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store import _text
-from agent_gateway_store.results.cells import (
-    caption,
-    cell,
-    fields_of,
-    is_call,
-    is_number,
-    summary,
-    time_text,
-    tone_of,
-)
+from agent_gateway_store.results import cells
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 __all__ = ["card_html", "pretty_json", "style", "table_html"]
 
+# Characters of JSON in a cell, where 200 rows must stay below the megabyte or so that a notebook saves, and in a card.
 _JSON_CHARS = 4_000
 _TEXT_CHARS = 20_000
+# Risk labels are a handful; a list that is longer is no longer read word by word.
 _CHIPS = 20
+# An id is not broken over lines: from the 12 characters of a key id to the 36 of a UUID.
 _ID_LEAST, _ID_CHARS = 12, 36
 _TITLES = ("decision", "status", "execution_status")
 
 
 def style() -> str:
     """Return the style element that every view carries."""
+    # Without line breaks, so that Markdown of a notebook viewer does not make paragraphs of it.
     css = files(__package__).joinpath("view.css").read_text(encoding="utf-8")
     return f"<style>{' '.join(css.split())}</style>"
 
@@ -56,13 +51,13 @@ def table_html(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, cou
     more = "; there is more: pass next_cursor" if has_more else ""
     return (
         f'{style()}<div class="ags-view"><div class="ags-wide"><table class="ags-table"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(caption(count) + more)}</p></div>'
+        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(cells.caption(count) + more)}</p></div>'
     )
 
 
 def card_html(record: BaseModel) -> str:
-    """Return one record: what it is and how it stands, then each field that is set, then the names of the others."""
-    fields = fields_of(record)
+    """Return one record: its type and status, each field that is set, and the names of the other fields."""
+    fields = cells.fields_of(record)
     badges = "".join(_badge(name, fields[name]) for name in _TITLES if fields.get(name) is not None)
     rows = "".join(
         f"<tr><th>{_heading(name, isinstance(value, datetime))}</th>{_td(name, value, whole=True)}</tr>"
@@ -71,7 +66,7 @@ def card_html(record: BaseModel) -> str:
     )
     empty = ", ".join(name for name, value in fields.items() if _is_empty(value))
     below = f'<p class="ags-foot">empty: {escape(_text.escape(empty))}</p>' if empty else ""
-    title = f"{escape(type(record).__name__)} <b>{escape(cell(_subject(fields)))}</b> {badges}"
+    title = f"{escape(type(record).__name__)} <b>{escape(cells.cell(_subject(fields)))}</b> {badges}"
     return (
         f'{style()}<div class="ags-view ags-card"><div class="ags-title">{title}</div>'
         f'<table class="ags-table"><tbody>{rows}</tbody></table>{below}</div>'
@@ -92,25 +87,25 @@ def _is_empty(value: Any) -> bool:
 
 def _th(name: str, values: list[Any]) -> str:
     is_time = bool(values) and all(isinstance(value, datetime) for value in values)
-    is_numeric = bool(values) and all(map(is_number, values))
+    is_numeric = bool(values) and all(map(cells.is_number, values))
     return f"<th{' class=ags-num' if is_numeric else ''}>{_heading(name, is_time)}</th>"
 
 
 def _heading(name: str, is_time: bool) -> str:
-    return escape(cell(name)) + (" <small>UTC</small>" if is_time else "")
+    return escape(cells.cell(name)) + (" <small>UTC</small>" if is_time else "")
 
 
 def _td(name: str, value: Any, *, whole: bool = False) -> str:
     if value is None:
         return "<td></td>"
-    if tone_of(name, value):
+    if cells.tone_of(name, value):
         return f"<td>{_badge(name, value)}</td>"
     if isinstance(value, datetime):
-        return f'<td class="ags-line">{escape(time_text(value))}</td>'
-    if is_number(value):
-        return f'<td class="ags-num">{escape(cell(value))}</td>'
-    if is_call(name, value):
-        call = escape(cell(_text.call_name(value["server"], value["tool"])))
+        return f'<td class="ags-line">{escape(cells.time_text(value))}</td>'
+    if cells.is_number(value):
+        return f'<td class="ags-num">{escape(cells.cell(value))}</td>'
+    if cells.is_call(name, value):
+        call = escape(cells.cell(_text.call_name(value["server"], value["tool"])))
         return f"<td>{call}{_json(value['arguments'], whole) if value['arguments'] else ''}</td>"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return f"<td>{_chips(value)}</td>"
@@ -119,7 +114,7 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
     if whole:
         text = _cut(_text.escape(str(value), keep="\n"), _TEXT_CHARS)
         return f'<td class="ags-text">{escape(text)}</td>'
-    text = cell(value)
+    text = cells.cell(value)
     if len(text) > _ID_CHARS or not text or any(map(str.isspace, text)):
         return f"<td>{escape(text)}</td>"
     is_id = len(text) >= _ID_LEAST and any(map(str.isdigit, text))
@@ -127,22 +122,22 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
 
 
 def _badge(name: str, value: Any) -> str:
-    return f'<span class="ags-badge ags-{tone_of(name, value) or "off"}">{escape(cell(value))}</span>'
+    return f'<span class="ags-badge ags-{cells.tone_of(name, value) or "off"}">{escape(cells.cell(value))}</span>'
 
 
 def _chips(words: list[str]) -> str:
     more = f" … {len(words)} in all" if len(words) > _CHIPS else ""
-    return "".join(f'<span class="ags-chip">{escape(cell(word))}</span>' for word in words[:_CHIPS]) + more
+    return "".join(f'<span class="ags-chip">{escape(cells.cell(word))}</span>' for word in words[:_CHIPS]) + more
 
 
 def pretty_json(value: Any, *, most: int = _JSON_CHARS) -> str:
-    """Return JSON over several lines, cut after `most` characters; control characters are shown."""
+    """Return JSON over several lines, cut after `most` characters; control characters are escaped."""
     return _cut(_text.json_text(value, indent=2), most)
 
 
 def _json(value: Any, whole: bool) -> str:
     pre = f"<pre>{escape(pretty_json(value, most=_TEXT_CHARS if whole else _JSON_CHARS))}</pre>"
-    return pre if whole else f"<details><summary>{escape(summary(value))}</summary>{pre}</details>"
+    return pre if whole else f"<details><summary>{escape(cells.summary(value))}</summary>{pre}</details>"
 
 
 def _cut(text: str, most: int) -> str:

@@ -35,12 +35,12 @@ METRICS = (
 class Page(list[T]):
     """A list of records, newest first where time orders them. A slice of it is a `Page`.
 
-    A notebook shows it as a table, a terminal that knows rich does too; `repr` is that of a list.
+    A notebook shows it as a table, and so does a terminal with rich; `repr` is that of a list.
 
     Attributes:
-        next_cursor: Opaque; hand it to the same listing to get the next page. None at the end.
+        next_cursor: Opaque; pass it to the same listing for the next page. None at the end.
         columns: Names of the fields that a table shows, in order; None: all of them.
-        record_type: Class of the records, which an empty page cannot know otherwise; None: that of the first record.
+        record_type: Class of the records, which an empty page has no other way to know; None: that of the records.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Page(list[T]):
         return type(self)(items, columns=self.columns, record_type=self.record_type)
 
     def frame_columns(self) -> tuple[Column, ...] | None:
-        """Return the columns of its frame; None if the rows must say them."""
+        """Return the columns of its frame; None if they follow from the rows."""
         kinds = {self.record_type} if self.record_type else set(map(type, self))
         if len(kinds) == 1 and issubclass(kind := kinds.pop(), BaseModel):
             return columns_of(kind)

@@ -1,4 +1,4 @@
-"""A page and one record as tables of rich, which show control bytes and obey none."""
+"""A page and one record as tables of rich, in which control bytes are shown and have no effect."""
 
 from __future__ import annotations
 
@@ -8,16 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store import _text
-from agent_gateway_store.results.cells import (
-    RICH,
-    caption,
-    cell,
-    fields_of,
-    is_call,
-    is_number,
-    summary,
-    tone_of,
-)
+from agent_gateway_store.results import cells
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -38,13 +29,16 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, count: i
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(caption=caption(count))
+    drawn = Table(caption=cells.caption(count))
     for name in columns:
         values = [row[name] for row in rows if row.get(name) is not None]
-        is_numeric = bool(values) and all(map(is_number, values))
-        is_whole = any(isinstance(value, datetime | bool | Enum) or tone_of(name, value) for value in values)
+        is_numeric = bool(values) and all(map(cells.is_number, values))
+        is_whole = any(isinstance(value, datetime | bool | Enum) or cells.tone_of(name, value) for value in values)
         drawn.add_column(
-            Text(cell(name)), overflow="fold", justify="right" if is_numeric else "left", no_wrap=is_numeric or is_whole
+            Text(cells.cell(name)),
+            overflow="fold",
+            justify="right" if is_numeric else "left",
+            no_wrap=is_numeric or is_whole,
         )
     for row in rows:
         drawn.add_row(*(_styled(name, row.get(name)) for name in columns))
@@ -59,7 +53,7 @@ def card(record: BaseModel) -> Table:
     drawn = Table(title=Text(type(record).__name__), show_header=False)
     drawn.add_column(style="dim")
     drawn.add_column(overflow="fold")
-    for name, value in fields_of(record).items():
+    for name, value in cells.fields_of(record).items():
         if value is None or value in ("", [], {}):
             continue
         if isinstance(value, dict | list):
@@ -72,10 +66,10 @@ def card(record: BaseModel) -> Table:
 def _styled(name: str, value: Any) -> Text:
     from rich.text import Text
 
-    tone = tone_of(name, value)
-    if is_call(name, value):
+    tone = cells.tone_of(name, value)
+    if cells.is_call(name, value):
         name = _text.call_name(value["server"], value["tool"])
-        text = cell(_text.Shown(f"{name} {summary(value['arguments'])}".rstrip()))
+        text = cells.cell(_text.Shown(f"{name} {cells.summary(value['arguments'])}".rstrip()))
     else:
-        text = summary(value) if isinstance(value, dict) else cell(value)
-    return Text(text, style=RICH[tone] if tone else "")
+        text = cells.summary(value) if isinstance(value, dict) else cells.cell(value)
+    return Text(text, style=cells.RICH[tone] if tone else "")

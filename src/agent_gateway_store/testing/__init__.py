@@ -1,8 +1,8 @@
-"""What authors of plugins test with: a notifier that records, notices, a conformance suite, and pytest fixtures.
+"""For the tests of plugins and gateways: a notifier that records, notices, a conformance suite, and pytest fixtures.
 
 The fixtures come with the package, by the pytest plugin `agent_gateway_store`: `gateway_store`, `sync_gateway_store`,
 `recorded_notifications`, `gateway_clock`, and two to override, `gateway_store_plugins` and `gateway_store_settings`.
-`NotifierConformance` is loaded on first use: the pytest plugin, which every test run loads, then loads no pydantic.
+`NotifierConformance` is loaded on first use, so that the pytest plugin, which every test run loads, loads no pydantic.
 """
 
 from __future__ import annotations

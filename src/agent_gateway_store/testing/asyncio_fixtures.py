@@ -1,4 +1,4 @@
-"""The store under pytest-asyncio: one fixture for each scope of loops, for a store belongs to the loop it opened in."""
+"""The store under pytest-asyncio: one fixture for each loop scope, since a store belongs to the loop that opened it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every notifier must do. Authors subclass it; nothing of it needs a plugin of pytest."""
+"""What every notifier must do, as tests. Authors subclass it; it needs no plugin of pytest."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = ["HOSTILE_TEXTS", "NotifierConformance"]
 
 T = TypeVar("T")
 
+# Texts that callers put into names, arguments and explanations.
 HOSTILE_TEXTS = {
     "nul": "a\0b",
     "control": "\x1b[2J\x1b]0;title\x07\r\nAPPROVED by admin\x08\x7f",
@@ -38,7 +39,6 @@ HOSTILE_TEXTS = {
     "huge": "x" * 100_000,
     "empty": "",
 }
-"""Texts that callers put into names, arguments and explanations."""
 
 
 class NotifierConformance:
@@ -49,8 +49,8 @@ class NotifierConformance:
             def notifier(self, tmp_path):
                 return MyNotifier(tmp_path / "notices.jsonl")
 
-    Three more fixtures can be given. Each unlocks a test that is skipped otherwise: `unreachable_notifier` (one whose
-    target is down), `sent_text` (a function that returns all the notifier has sent so far, as text) and
+    Three more fixtures are optional. Each enables a test that is skipped otherwise: `unreachable_notifier` (one whose
+    target is down), `sent_text` (a function that returns all that the notifier has sent so far, as text) and
     `secret_values` (secrets that it was made with).
 
     Attributes:
@@ -88,7 +88,7 @@ class NotifierConformance:
         assert notifier.name == notifier.name
 
     def test_is_accepted_by_a_store(self, notifier: Notifier) -> None:
-        """It is an object with two async methods, so that the store takes it as it is."""
+        """An object with a name and two async methods is a notifier."""
         plugins = _plugins(notifier)
 
         found = plugins.notifiers(StoreSettings(plugin_timeout_seconds=self.timeout_s))
@@ -102,7 +102,7 @@ class NotifierConformance:
 
     @pytest.mark.parametrize("status", ["APPROVED", "DENIED", "CANCELLED", "EXPIRED"])
     def test_tells_each_decision(self, notifier: Notifier, status: str) -> None:
-        """However it ended; an expiry has no approver."""
+        """Of every status; an expiry has no approver."""
         approver = None if status == "EXPIRED" else "approver-1"
         pending = make_notice()
         decided = make_notice(
@@ -112,7 +112,7 @@ class NotifierConformance:
         self._delivers(notifier, decided)
 
     def test_tells_a_decision_whose_question_it_never_saw(self, notifier: Notifier) -> None:
-        """It may have been installed in between, or the first notice was given up."""
+        """It may have been installed in between, or the first notice was a dead letter."""
         self._delivers(notifier, make_notice("decision"))
 
     def test_does_with_the_least(self, notifier: Notifier) -> None:
@@ -132,23 +132,23 @@ class NotifierConformance:
         )
 
     def test_takes_the_same_notice_again(self, notifier: Notifier) -> None:
-        """A notice can come more than once, under one delivery id; the second time is no error."""
+        """A notice can arrive more than once, under one delivery id; the second time is no error."""
         notice = make_notice()
         self._delivers(notifier, notice)
         self._delivers(notifier, notice)
 
     def test_takes_many_at_once(self, notifier: Notifier) -> None:
-        """Several notices are under way at the same time."""
+        """Several notices are delivered at the same time."""
         self._delivers(notifier, *(make_notice() for _ in range(20)))
 
     def test_works_in_a_second_event_loop(self, notifier: Notifier) -> None:
-        """A thread that got stuck is replaced: nothing may be bound to the event loop of the first notice."""
+        """A thread that hangs is replaced: nothing may be bound to the event loop of the first notice."""
         for _ in range(3):
             # Several at once: a lock of asyncio is bound to a loop only when somebody has to wait for it.
             self._delivers(notifier, *(make_notice() for _ in range(5)))
 
     def test_works_after_a_cancelled_call(self, notifier: Notifier) -> None:
-        """A call that is over time is cancelled, wherever it stands; the next one is well again."""
+        """A call that takes too long is cancelled at any point; the next one works."""
 
         async def run() -> DeliveryReport:
             async with self._dispatching(notifier) as dispatcher:
@@ -182,7 +182,7 @@ class NotifierConformance:
         )
 
     def test_leaves_the_notice_as_it_is(self, notifier: Notifier) -> None:
-        """A notice is to be read."""
+        """Other notifiers receive the same notice."""
         pending = make_notice()
         decided = make_notice("decision", approval_id=pending.approval_id)
         before = [notice.model_dump_json() for notice in (pending, decided)]
@@ -201,20 +201,20 @@ class NotifierConformance:
         secret_values: Sequence[str],
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """Raising is how a notice comes again: neither swallow the error nor wait until the time is up."""
+        """An error brings the notice again: neither swallow it nor wait until the time is up."""
         if unreachable_notifier is None:
             pytest.skip("gives no fixture `unreachable_notifier`")
         with caplog.at_level(logging.DEBUG):
             (report,) = self._reports(unreachable_notifier, make_notice())
 
-        assert not report.ok, "the notifier swallowed the error, so the notice would never come again"
+        assert not report.ok, "the notifier swallowed the error, so the notice would not be sent again"
         assert "no answer within" not in (report.error or ""), "give up before PLUGIN_TIMEOUT_SECONDS"
         for secret in secret_values:
             assert secret not in (report.error or "")
             assert secret not in caplog.text
 
     def test_tells_what_an_approver_needs(self, notifier: Notifier, sent_text: Callable[[], str] | None) -> None:
-        """Who wants which tool, and the id by which it is decided."""
+        """Which caller wants which tool, and the id by which it is decided."""
         if sent_text is None:
             pytest.skip("gives no fixture `sent_text`")
         notice = make_notice(caller_id="agent-of-the-test")
@@ -264,5 +264,5 @@ def _plugins(notifier: Notifier) -> Plugins:
 
 
 def _run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    # In a thread: a loop may be running here.
+    # In a thread, since a loop may be running here.
     return run_in_thread(lambda: asyncio.run(work()), name="conformance").result()

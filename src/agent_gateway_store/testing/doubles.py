@@ -1,6 +1,6 @@
 """Doubles for tests: a notifier that records, notices, a clock to move, and a wait for what happens in the background.
 
-Importing it loads no pydantic: the pytest plugin does so in every test run.
+To import it loads no pydantic, since the pytest plugin does so in every test run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MovableClock", "RecordingNotifier", "make_notice", "wait_until"]
 
+# Seconds between two checks: short beside any wait for a database, long enough to leave the processor to others.
 _POLL_S = 0.005
-"""Seconds between two checks: short beside any wait for a database, long enough to leave the processor alone."""
 
 
 class RecordingNotifier:
-    """Keeps every notice, in the order of arrival. A notice that comes twice is kept twice.
+    """Keeps every notice, in the order of arrival. A notice that arrives twice is kept twice.
 
     Notices are sent in the background, so wait for them rather than look at once.
 
@@ -38,7 +38,7 @@ class RecordingNotifier:
 
     @property
     def pending(self) -> list[Notice]:
-        """Notices that somebody must decide."""
+        """Notices of approvals that wait for a decision."""
         return [notice for notice in self.notices if notice.event == "pending"]
 
     @property
@@ -57,15 +57,15 @@ class RecordingNotifier:
     async def wait_for(
         self, count: int = 1, *, event: Literal["pending", "decision"] | None = None, timeout_s: float = 5.0
     ) -> list[Notice]:
-        """Wait until so many notices have come, and return all there are.
+        """Wait until `count` notices have arrived, and return all that have.
 
         Args:
-            count: At least so many.
+            count: At least this many.
             event: Count and return only these; None: all.
             timeout_s: Seconds to wait at most.
 
         Raises:
-            AssertionError: They did not come in time.
+            AssertionError: They did not arrive in time.
         """
         deadline = time.monotonic() + timeout_s
         while not self._enough(count, event, deadline):
@@ -88,7 +88,7 @@ class RecordingNotifier:
         if (found := len(self._of(event))) >= count:
             return True
         if time.monotonic() > deadline:
-            raise AssertionError(f"{found} of {count} {event or ''} notices came in time".replace("  ", " "))
+            raise AssertionError(f"{found} of {count} {event or ''} notices arrived in time".replace("  ", " "))
         return False
 
 
@@ -96,7 +96,7 @@ def make_notice(event: Literal["pending", "decision"] = "pending", **fields: Any
     """Return a notice as the store makes them, of a fresh approval unless `approval_id` is given.
 
     Args:
-        event: `pending`: somebody must decide; `decision`: approver-1 has approved.
+        event: `pending`: an approval waits; `decision`: approver-1 has approved it.
         fields: Fields of `Notice` to set.
     """
     from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
@@ -137,7 +137,7 @@ class MovableClock:
         clock.move(by if isinstance(by, timedelta) else timedelta(seconds=by))
 
     def reset(self) -> None:
-        """Put the clock back to the real time."""
+        """Set the clock back to the real time."""
         clock.reset()
 
 
@@ -145,7 +145,7 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float = 5.0) -> No
     """Return as soon as `condition()` is true. Blocks; for tests that are not async.
 
     Args:
-        condition: Asked again and again.
+        condition: Called again and again.
         timeout_s: Seconds to wait at most.
 
     Raises:
@@ -154,5 +154,5 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float = 5.0) -> No
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"it did not come true within {timeout_s:g} seconds")
+            raise AssertionError(f"it did not become true within {timeout_s:g} seconds")
         time.sleep(_POLL_S)

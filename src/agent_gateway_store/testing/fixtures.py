@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +17,9 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Add the fixtures of those async plugins that are there."""
-    plugins = config.pluginmanager
-    if plugins.hasplugin("asyncio"):
-        plugins.import_plugin("agent_gateway_store.testing.asyncio_fixtures")
-    if plugins.hasplugin("anyio"):
-        plugins.import_plugin("agent_gateway_store.testing.anyio_fixtures")
+    """Add the fixtures of pytest-asyncio, if it is installed."""
+    if config.pluginmanager.hasplugin("asyncio"):
+        config.pluginmanager.import_plugin("agent_gateway_store.testing.asyncio_fixtures")
 
 
 @pytest.fixture
@@ -45,11 +42,24 @@ def gateway_store(request: pytest.FixtureRequest) -> GatewayStore:
     return found
 
 
+@pytest.fixture(name="_gateway_store_of_anyio")
+async def _opened_by_anyio(
+    anyio_backend: object,
+    gateway_store_settings: StoreSettings,
+    gateway_store_plugins: Iterable[object],
+    _gateway_store_alone: None,
+) -> AsyncIterator[GatewayStore]:
+    from agent_gateway_store import GatewayStore
+
+    async with GatewayStore(settings=gateway_store_settings, plugins=gateway_store_plugins) as store:
+        yield store
+
+
 @pytest.fixture
 def sync_gateway_store(
     gateway_store_settings: StoreSettings, gateway_store_plugins: Iterable[object], _gateway_store_alone: None
 ) -> Iterator[SyncGatewayStore]:
-    """The same for tests that are not async: an open blocking store."""
+    """An open blocking store, for tests that are not async."""
     from agent_gateway_store import SyncGatewayStore
 
     with SyncGatewayStore(settings=gateway_store_settings, plugins=gateway_store_plugins) as store:
@@ -74,6 +84,7 @@ def gateway_store_settings(tmp_path: Path, _gateway_store_template: Path, _gatew
         database_url=f"sqlite:///{folder / 'gateway.db'}",
         redis_url="",
         audit_spool_path=folder / "spool.db",
+        # The fewest that bcrypt allows: a key of a test needs no strength, and each round more doubles its time.
         bcrypt_rounds=4,
     )
 
@@ -99,7 +110,7 @@ def gateway_clock() -> Iterator[MovableClock]:
 
 @pytest.fixture
 def _gateway_store_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the settings of the machine and the installed plugins away."""
+    """Hide the settings of the machine and the installed plugins."""
     from agent_gateway_store.settings import PREFIX, StoreSettings
 
     for field in StoreSettings.model_fields:
@@ -124,6 +135,7 @@ def _gateway_store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         finally:
             await engine.dispose()
 
-    with ThreadPoolExecutor(1) as pool:  # a loop may be running here
+    # In a thread, since a loop may be running here.
+    with ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, make()).result()
     return path

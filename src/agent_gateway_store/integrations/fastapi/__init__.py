@@ -1,4 +1,4 @@
-"""For gateways on FastAPI: one store for the application, who calls, and the approvals over HTTP. Extra: `fastapi`.
+"""For gateways on FastAPI: one store for the application, its callers, and the approvals over HTTP. Extra: `fastapi`.
 
 Every dependency can be replaced in tests by `app.dependency_overrides`, under `get_store`, `get_caller` and
 `get_caller_store`.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from agent_gateway_store.errors import MissingExtraError
 
+# Imported here first, so that the error where it is missing names the extra.
 try:
-    import fastapi  # noqa: F401  imported here, so that the error of its absence names the extra
+    import fastapi  # noqa: F401
 except ImportError as exc:
     raise MissingExtraError("agent_gateway_store.integrations.fastapi", extra="fastapi") from exc
 

@@ -1,6 +1,6 @@
-"""The approvals over HTTP, for approvers. No token and no hash is in an answer."""
+"""The approvals over HTTP, for approvers. No response holds a token or a hash."""
 
-# Without postponed annotations: FastAPI must see the dependency that `approvals_router` is given.
+# Without postponed annotations: FastAPI must see the dependency that `approvals_router` receives.
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -16,12 +16,13 @@ from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolC
 
 __all__ = ["ApprovalView", "Approver", "DecisionView", "approvals_router"]
 
+# A note has at most 2,000 characters, which are 12,000 bytes if all of them are escapes; four times that is plenty.
 _MAX_BODY_BYTES = 65_536
 _FROM_ATTRIBUTES = ConfigDict(from_attributes=True)
 
 
 class Approver(FrozenModel):
-    """Who decides, as the application knows them.
+    """An approver, as the application identifies them.
 
     Attributes:
         approver_id: As written to the record.
@@ -66,7 +67,7 @@ class ApprovalPage(BaseModel):
 
 
 class DecisionBody(BaseModel):
-    """What an approver says; `reject` and `decline` mean deny."""
+    """The decision of an approver; `reject` and `decline` mean deny."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -75,7 +76,7 @@ class DecisionBody(BaseModel):
 
 
 class DecisionView(BaseModel):
-    """Where an approval stands after a decision; the fields are those of `ApprovalResult`."""
+    """An approval after a decision; the fields are those of `ApprovalResult`."""
 
     model_config = _FROM_ATTRIBUTES
 
@@ -94,12 +95,12 @@ def approvals_router(
 
     `GET /approvals?status=PENDING&limit=&cursor=`, `GET /approvals/{approval_id}`, and
     `POST /approvals/{approval_id}/decision` with `{"decision": "approve" | "deny", "note": ""}`. A decision needs a
-    JSON body, which no form of a foreign page can send. What the store refuses is answered as `http_exception_of`
-    says: 404 for an unknown approval and for one of another organisation, 409 naming the standing decision, 410 after
-    the deadline.
+    JSON body, which no form of another site can send. Errors of the store become responses by `http_exception_of`:
+    404 for an unknown approval and for one of another organisation, 409 with the decision that was made before, 410
+    after the deadline.
 
     Args:
-        approver: A dependency of the application that returns who decides, or raises an `HTTPException`.
+        approver: A dependency of the application that returns the approver, or raises an `HTTPException`.
         prefix: Path of the list.
     """
     who_decides = Annotated[Approver, Depends(approver)]

@@ -1,4 +1,4 @@
-"""Who calls: the owner of the API key."""
+"""The caller: the owner of the API key."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from agent_gateway_store.store import GatewayStore
 
 __all__ = ["CallerDep", "CallerStoreDep", "get_caller", "get_caller_store"]
 
-# They describe the API in OpenAPI. Of two headers they would take the first, so they are not what is read.
+# They only describe the API in OpenAPI: of two headers they would read the first, where `key_in` refuses both.
 _Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
 _ApiKey = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 
 
 async def get_caller(request: Request, store: StoreDep, _bearer: _Bearer, _api_key: _ApiKey) -> CallerIdentity:
-    """Return who the API key in `Authorization: Bearer` or `X-API-Key` belongs to; a dependency.
+    """Return the owner of the API key in `Authorization: Bearer` or `X-API-Key`; a dependency.
 
     Raises:
         HTTPException: 401, always the same one, if there is not exactly one key or it is not accepted; 503 if the

@@ -1,4 +1,4 @@
-"""The errors of the store as HTTP answers."""
+"""The errors of the store as HTTP responses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from agent_gateway_store._text import sentence
 
 __all__ = ["RETRY_AFTER_S", "http_errors", "http_exception_of", "install_error_handlers"]
 
+# Seconds: as long as the breaker of Redis and the pool of PostgreSQL need to find out that a server is back.
 RETRY_AFTER_S = 5
-
-# The first class that fits counts, so the derived ones stand first.
+# The first class that matches counts, so derived classes come before their bases.
 _STATUSES: tuple[tuple[type[errors.GatewayStoreError], int], ...] = (
     (errors.InvalidApiKeyError, 401),
     (errors.ApprovalNotFoundError, 404),
@@ -42,12 +42,12 @@ _logger = logging.getLogger("agent_gateway_store.integrations")
 
 
 def http_exception_of(error: errors.GatewayStoreError) -> HTTPException:
-    """Return `error` as FastAPI answers it: `{"detail": sentence}`.
+    """Return `error` as an exception of FastAPI, which responds with `{"detail": sentence}`.
 
     401 (with `WWW-Authenticate`) for an API key, 404, 409 and 410 for an approval that is not found, decided or used
     already, or expired, 403 for one that is not for this caller, call or approver, 400 for a cursor, 503 (with
-    `Retry-After`) for a store that cannot answer, 500 for the rest. The sentence is the error's own below 500, and a
-    general one above: which server and which setting are the operator's business.
+    `Retry-After`) for a store that cannot answer, 500 for the rest. Below 500 the sentence is the error's own. From 500
+    on it is a general one: which server and which setting failed is for the operator only.
     """
     status = next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
     detail = _GENERAL.get(status) or sentence(str(error))
@@ -56,7 +56,7 @@ def http_exception_of(error: errors.GatewayStoreError) -> HTTPException:
 
 @contextmanager
 def http_errors() -> Iterator[None]:
-    """Raise the errors of the store as FastAPI's, whether or not the application has our handlers."""
+    """Raise the errors of the store as exceptions of FastAPI, whether or not the application has our handlers."""
     try:
         yield
     except errors.GatewayStoreError as exc:
@@ -71,10 +71,11 @@ def _logged(error: errors.GatewayStoreError) -> HTTPException:
 
 
 async def _answer(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, errors.GatewayStoreError)  # noqa: S101  it is installed for nothing else
+    # Starlette's signature says Exception; the handler is installed for this class alone.
+    assert isinstance(exc, errors.GatewayStoreError)  # noqa: S101
     return await http_exception_handler(request, _logged(exc))
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Have every error of the store that an endpoint of `app` lets out answered as `http_exception_of` says."""
+    """Let `app` respond by `http_exception_of` to every error of the store that an endpoint does not catch."""
     app.add_exception_handler(errors.GatewayStoreError, _answer)

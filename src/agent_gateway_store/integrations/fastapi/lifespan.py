@@ -22,13 +22,13 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 def lifespan(store: GatewayStore | None = None, *, inner: Lifespan | None = None) -> Lifespan:
     """Return a lifespan for `FastAPI(lifespan=...)` that keeps one store open while the application runs.
 
-    Each worker process opens its own. The store is closed after the last request was answered, which drains the audit
-    log.
+    Each worker process opens its own. The store is closed after the response to the last request, and writes out its
+    audit log.
 
     Args:
         store: Opened at start-up and closed at the end; None makes `GatewayStore()` from the environment.
         inner: The application's own lifespan. It starts once the store is open and ends before the store is closed;
-            the state it yields is passed on.
+            the state that it yields is passed on.
 
     Raises:
         GatewayStoreError: At start-up, as `GatewayStore.open` does; the server then does not start.

@@ -1,4 +1,4 @@
-"""A human decides about one call."""
+"""Asks a human to decide about one call."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 
 __all__ = ["ask", "note_outcome"]
 
+# Seconds for one write when a caller has gone away: the default of PLUGIN_TIMEOUT_SECONDS, and well below the time that
+# servers give their requests at shutdown (uvicorn's default is no limit, Kubernetes' is 30 seconds).
 _TIDY_TIMEOUT_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.integrations")
 
@@ -32,18 +34,18 @@ async def ask(
     timeout_s: float,
     before_use: Callable[[], Awaitable[None]],
 ) -> str:
-    """Ask for an approval of the call, wait for it, use it up, and return its token. From then on the call may run.
+    """Ask for an approval of the call, wait for it, use it, and return its token. From then on the call may run.
 
-    An approval for which nobody waits any more, because of the timeout, because the caller went away or because the
-    tool changed, is cancelled.
+    If nobody waits for the approval any more, because of the timeout, because the caller went away or because the tool
+    changed, it is cancelled.
 
     Args:
-        before_use: Awaited once it is approved; raises if what was asked for is not what would run now.
+        before_use: Awaited once it is approved; raises if another tool would run now than was asked for.
 
     Raises:
         ToolError: It was denied, cancelled or has expired, or nobody decided in time.
-        ApprovalError: It was approved and does not release the call all the same.
-        StoreUnavailableError: The store cannot tell.
+        ApprovalError: It was approved, but does not release this call.
+        StoreUnavailableError: The store cannot answer.
     """
     call = record.call
     record.decision = Decision.APPROVAL_REQUIRED
@@ -86,16 +88,18 @@ def _refusal(record: CallRecord, decided: ApprovalResult, timeout_s: float) -> T
 
 
 async def note_outcome(approvals: ApprovalManager, token: str, record: CallRecord) -> None:
-    """Note how the approved call ended; where that fails, its outcome reads as unknown."""
+    """Record how the approved call ended; if that fails, its outcome is shown as unknown."""
     await _tidy(approvals.record_outcome(token, str(record.execution_status or "NOT_RUN")))
 
 
 async def _tidy(step: Awaitable[object]) -> None:
-    """Do what must be tried even for a caller that went away, and must not keep it for long."""
+    """Await a step that is tried even if the caller has gone away, for a few seconds at most."""
+    # Shielded: a caller that goes away cancels this task, and the step with it.
     with anyio.move_on_after(_TIDY_TIMEOUT_S, shield=True):
         try:
             await step
         except ApprovalError:
-            pass  # somebody decided meanwhile, or the deadline passed: nothing is left to tidy
+            # It was decided meanwhile, or its deadline passed: nothing is left to do.
+            pass
         except GatewayStoreError as exc:
             _logger.warning("An approval could not be brought up to date: %s", exc)

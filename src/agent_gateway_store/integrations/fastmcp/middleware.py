@@ -1,4 +1,4 @@
-"""The middleware: no tool runs unjudged, unapproved or unrecorded."""
+"""The middleware: no tool runs unless it is judged, approved and recorded."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from agent_gateway_store.errors import ApprovalError, GatewayStoreError, Invalid
 from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastmcp.asking import ask, note_outcome
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
-from agent_gateway_store.integrations.fastmcp.record import CallRecord
-from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
-from agent_gateway_store.integrations.fastmcp.verdict import (
+from agent_gateway_store.integrations.fastmcp.record import (
     HIDDEN,
+    CallRecord,
     Identify,
     Policy,
     Sanitize,
     Verdict,
     argument_names,
 )
+from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
 from agent_gateway_store.models.audit import Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
@@ -44,23 +44,23 @@ _logger = logging.getLogger("agent_gateway_store.integrations")
 class GatewayMiddleware(PinningMiddleware):
     """Judges each tool call, asks a human where the policy says so, runs it, and writes one audit event.
 
-    Judges, shows and records the tool that really runs: aliases, mounts and transforms are followed to the tool's own
-    server and name, and `@version`, `@input_responses` and `@request_state` stand among its arguments where there are
-    any. That tool then runs, or nothing. Add it last, so that nothing behind it changes a call that was approved.
-    Fails closed: where the caller is not known, what would run cannot be told or would run as a background task, a
-    callback raises, or the store cannot be asked, nothing runs, and the caller gets a `ToolError` of one sentence.
-    With AUDIT_MODE=strict the database must answer before a tool runs, and a result whose event cannot be written is
-    withheld. Raw arguments go to the tool and to the callbacks, and into the store as a hash.
+    It judges, shows and records the tool that really runs: aliases, mounts and transforms are followed to the tool's
+    own server and name; `@version`, `@input_responses` and `@request_state` are added to its arguments if there are
+    any. That tool then runs, or nothing. Add this middleware last, so that nothing after it changes an approved call.
+    It fails closed. Nothing runs, and the caller receives a `ToolError` of one sentence, if the caller is not known, if
+    the tool that would run cannot be determined or would run as a background task, if a callback raises, or if the
+    store does not answer. With AUDIT_MODE=strict the database must answer before a tool runs, and a result whose event
+    cannot be written is withheld. The tool and the callbacks receive raw arguments; the store receives their hash.
 
     Args:
         store: Opened and closed by the host, in the lifespan of the server.
         policy: Called with the caller and the call, sync or async; returns the `Verdict`.
-        identify: Async; returns who calls, given the context of the middleware. None verifies the API key in
-            `Authorization: Bearer` or `X-API-Key` of the HTTP request, of which stdio has none.
-        sanitize: Returns the arguments as approvers and the audit log may see them. Default: their names only. The
-            version is always shown, and that there are answers, whatever it returns.
+        identify: Async; returns the caller, given the context of the middleware. None verifies the API key in
+            `Authorization: Bearer` or `X-API-Key` of the HTTP request; stdio has no such request.
+        sanitize: Returns the arguments that approvers and the audit log may see. Default: their names only. The
+            version is always shown, and always that there are answers.
         server: Name of this server in the record; None takes the name of the FastMCP server. Mounted servers keep
-            their own names, each of which must be used once.
+            their own names, each of which must be unique.
         approval_timeout_s: Seconds that a call waits for a human; then its approval is cancelled.
     """
 
@@ -91,10 +91,10 @@ class GatewayMiddleware(PinningMiddleware):
         context: MiddlewareContext[CallToolRequestParams],
         call_next: CallNext[CallToolRequestParams, ToolResult],
     ) -> ToolResult:
-        """Let one tool call through, or refuse it.
+        """Run one tool call, or refuse it.
 
         Raises:
-            ToolError: It was refused, or could not be recorded. What the tool itself raises goes through unchanged.
+            ToolError: It was refused, or could not be recorded. Errors of the tool itself are passed on unchanged.
             NotFoundError: There is no such tool.
         """
         message = context.message
@@ -114,7 +114,7 @@ class GatewayMiddleware(PinningMiddleware):
     async def _release(
         self, record: CallRecord, context: MiddlewareContext[CallToolRequestParams]
     ) -> tuple[ResolvedTool, str | None]:
-        """Return once the call may run, with what will run and the token of the approval if there was one."""
+        """Return, once the call may run, the tool that will run and the token of its approval if it has one."""
         try:
             return await self._judge(record, context)
         except ToolError as refusal:
@@ -131,7 +131,7 @@ class GatewayMiddleware(PinningMiddleware):
             record.refused("store_unavailable", _AWAY)
             raise ToolError(_AWAY) from exc
         except Exception as exc:
-            # Its text may hold what the callback was given: raw arguments.
+            # Not its text, which may hold what the callback received: raw arguments.
             at = traceback.extract_tb(exc.__traceback__)[-1]
             _logger.error("%s at %s:%s", type(exc).__name__, at.filename, at.lineno)
             record.refused("failure", _BROKEN)
@@ -152,13 +152,15 @@ class GatewayMiddleware(PinningMiddleware):
         record.shown = self._shown(record.call)
         answer = self._policy(caller, _copy(record.call))
         verdict = answer if isinstance(answer, Verdict) else await answer
-        record.judged(verdict)
+        record.verdict, record.rule, record.reason = verdict, verdict.rule, verdict.reason
         if verdict.decision == Decision.APPROVAL_REQUIRED:
-            approvals = self._store.for_org(caller.org_id).approvals
-            required, timeout_s = verdict.required_approvals, self._approval_timeout_s
-            check = partial(self._require_unchanged, record, resolved, context)
             return resolved, await ask(
-                approvals, record, caller, required=required, timeout_s=timeout_s, before_use=check
+                self._store.for_org(caller.org_id).approvals,
+                record,
+                caller,
+                required=verdict.required_approvals,
+                timeout_s=self._approval_timeout_s,
+                before_use=partial(self._require_unchanged, record, resolved, context),
             )
         if verdict.decision != Decision.ALLOW:
             raise ToolError(verdict.reason)
@@ -169,7 +171,7 @@ class GatewayMiddleware(PinningMiddleware):
 
     async def _resolve(self, context: MiddlewareContext[Any], message: CallToolRequestParams) -> ResolvedTool:
         if context.fastmcp_context is None:
-            raise RuntimeError("FastMCP gave no context, so what would run cannot be told.")
+            raise RuntimeError("FastMCP gave no context, so the tool that would run cannot be determined.")
         with unpinned():
             return await resolve(context.fastmcp_context, message, server=self._name(context))
 
@@ -190,7 +192,8 @@ class GatewayMiddleware(PinningMiddleware):
         for name in RESERVED & call.arguments.keys():
             shown.setdefault(name, HIDDEN)
         if VERSION in call.arguments:
-            shown[VERSION] = call.arguments[VERSION]  # chosen by the caller, no secret, and approvers need it
+            # No secret, since callers choose it among the versions of the tool; and approvers need it.
+            shown[VERSION] = call.arguments[VERSION]
         return shown
 
     async def _run(
@@ -206,7 +209,7 @@ class GatewayMiddleware(PinningMiddleware):
             record.decision = Decision.ALLOW
             with pinned(resolved.message.name, resolved.tool):
                 result = await call_next(context.copy(message=resolved.message))
-            # An extension may answer for a tool that goes on in the background: how that ends is not known here.
+            # An extension may answer for a tool that goes on in the background; how that ends is not known here.
             is_end_known = isinstance(result, ToolResult)
             if is_end_known:
                 record.execution_status = ExecutionStatus.TOOL_ERROR if result.is_error else ExecutionStatus.SUCCESS
@@ -235,12 +238,13 @@ class GatewayMiddleware(PinningMiddleware):
 
 
 def _copy(call: ToolCall) -> ToolCall:
-    """For a callback, which may do with it as it likes: what runs stays what was hashed."""
+    """Return a copy for a callback, which may change it; the call that runs stays the call that was hashed."""
     return call.model_copy(deep=True)
 
 
 def _is_timeout(exc: BaseException) -> bool:
-    """True for what FastMCP makes of a tool that overran its `timeout`: it hides the TimeoutError behind its own."""
+    """Return True for the error of a tool that took longer than its `timeout`."""
+    # FastMCP raises an error of its own, with the TimeoutError as its cause.
     seen: BaseException | None = exc
     while seen is not None and not isinstance(seen, TimeoutError):
         seen = seen.__cause__ or seen.__context__

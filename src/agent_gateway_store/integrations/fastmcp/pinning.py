@@ -17,7 +17,7 @@ _CHANGED = "Another middleware changed the call after it was judged, so it was n
 
 
 class CallChangedError(ToolError):
-    """What was about to run is not what was judged."""
+    """Another call was about to run than was judged."""
 
 
 @dataclass
@@ -39,13 +39,14 @@ def pinned(name: str, tool: Tool) -> Iterator[None]:
     try:
         yield
     finally:
-        pin.is_active = False  # a task that the tool left behind has a copy of the context
+        # A task that the tool left behind has a copy of the context, and must not find the pin in it.
+        pin.is_active = False
         _pin.reset(before)
 
 
 @contextmanager
 def unpinned() -> Iterator[None]:
-    """Let lookups see what is registered, also where a tool calls another."""
+    """Let lookups find what is registered, also where a tool calls another one."""
     before = _pin.set(None)
     try:
         yield
@@ -54,8 +55,9 @@ def unpinned() -> Iterator[None]:
 
 
 class PinningMiddleware(ToolInjectionMiddleware):
-    """Injected tools are the one public place where FastMCP can be told which object a name stands for."""
+    """Makes the server's lookup of a name return the tool that was judged."""
 
+    # Injected tools are the one public way to tell FastMCP which object a name stands for.
     def __init__(self) -> None:
         super().__init__([])
 

@@ -1,23 +1,58 @@
-"""One tool call from its arrival to its audit event."""
+"""One tool call from its arrival to its audit event, and what the host's callbacks decide about it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
+from fastmcp.server.middleware import MiddlewareContext
+from pydantic import Field
+
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.integrations.fastmcp.verdict import Verdict
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
-from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.models.values import FrozenModel, ToolCall
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["CallRecord"]
+__all__ = ["HIDDEN", "CallRecord", "Identify", "Policy", "Sanitize", "Verdict", "argument_names"]
 
 _UNKNOWN = "unknown"
+HIDDEN = "[hidden]"
+
+
+class Verdict(FrozenModel):
+    """Whether a call may run.
+
+    Attributes:
+        decision: ALLOW, DENY, or APPROVAL_REQUIRED: a human decides.
+        rule: The rule of the policy that decided.
+        reason: Why, in one sentence; approvers read it, and the caller of a denied call does, too.
+        risk_score: On the host's own scale.
+        policy_version: Version of the policy.
+        required_approvals: How many different approvers must approve, if a human is asked.
+    """
+
+    decision: Literal[Decision.ALLOW, Decision.DENY, Decision.APPROVAL_REQUIRED]
+    rule: str
+    reason: str
+    risk_score: float = 0.0
+    risk_labels: tuple[str, ...] = ()
+    policy_version: str | None = None
+    required_approvals: int = Field(default=1, ge=1)
+
+
+Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
+Identify = Callable[[MiddlewareContext[Any]], Awaitable[CallerIdentity]]
+Sanitize = Callable[[ToolCall], Mapping[str, Any]]
+
+
+def argument_names(call: ToolCall) -> dict[str, Any]:
+    """Return the names of the arguments of `call`, each value hidden."""
+    return dict.fromkeys(call.arguments, HIDDEN)
 
 
 @dataclass
@@ -25,7 +60,7 @@ class CallRecord:
     """What is known of one call so far. It starts as a refusal; only the last step before the tool makes it ALLOW.
 
     Attributes:
-        call: The call as it will run; it gets into the store as a hash only.
+        call: The call as it will run; the store receives only its hash.
         shown: Its arguments as the host's sanitiser shows them.
     """
 
@@ -43,16 +78,12 @@ class CallRecord:
     execution_status: ExecutionStatus | None = None
     output_hash: str | None = None
 
-    def judged(self, verdict: Verdict) -> None:
-        """Note what the policy says."""
-        self.verdict, self.rule, self.reason = verdict, verdict.rule, verdict.reason
-
     def refused(self, word: str, reason: str, *, decision: Decision = Decision.DENY) -> None:
-        """Note why the call does not run; `word` stands for a rule where the policy has not spoken."""
+        """Note why the call does not run; `word` names the rule if the policy has not decided."""
         self.decision, self.rule, self.reason = decision, self.rule or f"gateway.{word}", reason
 
     def event(self, store: GatewayStore) -> AuditEvent:
-        """Return the event as it stands now. Its latency includes the wait for a human."""
+        """Return the event of what is known now. Its latency includes the wait for a human."""
         caller, verdict = self.caller, self.verdict
         return AuditEvent(
             request_id=self.request_id,

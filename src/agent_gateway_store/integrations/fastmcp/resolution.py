@@ -1,4 +1,4 @@
-"""Which tool a call really runs: through mounts, aliases and transforms, down to its own server, name and version."""
+"""Finds the tool that a call really runs: through mounts, aliases and transforms, to its own server and version."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ _TASK = (
 
 @dataclass(frozen=True)
 class ResolvedTool:
-    """What runs when a call is let through.
+    """What runs if a call is allowed.
 
     Attributes:
-        call: The call by the tool's own server and name. Its arguments are those that the tool gets; `@version`,
-            `@input_responses` and `@request_state` stand beside them where there are any.
-        tool: What the server's own lookup returned; running it runs the call.
-        code: Compares equal for two lookups that end in the same code and schema.
-        message: A copy of the message, to be run: whoever holds the original, and a tool that changes what it is
-            given, changes neither what runs nor `call`.
+        call: The call by the tool's own server and name. Its arguments are those that the tool receives, with
+            `@version`, `@input_responses` and `@request_state` if there are any.
+        tool: What the server's own lookup returned; to run it is to run the call.
+        code: Equal for two lookups that end in the same code and schema.
+        message: A copy of the message, to be run: a change of the original, or by a tool of its arguments, changes
+            neither what runs nor `call`.
     """
 
     call: ToolCall
@@ -67,19 +67,19 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
     """Return what the call would run if it ran now.
 
     Args:
-        context: Of the request; tells the server that was called and what its client answered.
-        message: The call as it came.
+        context: Of the request; it holds the server that was called and the answers of its client.
+        message: The call as it was received.
         server: Name of the called server in the record.
 
     Raises:
         NotFoundError: There is no such tool, or the caller may not see it.
-        ToolError: What would run cannot be told in advance.
+        ToolError: What would run cannot be determined in advance.
     """
     message = message.model_copy(deep=True)
     arguments = deepcopy(message.arguments or {})
     if arguments.keys() & RESERVED:
         raise ToolError(_RESERVED_NAME)
-    # Names and versions are FastMCP's to interpret: the lookups are its own, in the order of `FastMCP.call_tool`.
+    # Names and versions are for FastMCP to interpret: the lookups are its own, in the order of `FastMCP.call_tool`.
     asked, at = message.name, context.fastmcp
     tool = top = await _look_up(at, asked, _requested_version(message))
     while True:
@@ -98,7 +98,7 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
             break
     version = tool.version
     if isinstance(tool, ProxyTool):
-        # A proxy passes the `_meta` of the request on, so the version is chosen by the server behind it.
+        # A proxy passes the `_meta` of the request on, so the server behind it chooses the version.
         meta = context.request_context.meta if context.request_context else None
         version = extract_version_spec(meta) or version
     name = await own_name(at, tool, asked)
@@ -127,7 +127,7 @@ async def _look_up(server: FastMCP[Any], name: str, version: VersionSpec | None)
 
 
 def _parent_arguments(tool: TransformedTool, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments as the parent gets them. Defaults of the parent itself are left to it."""
+    """Return the arguments as the parent receives them. Defaults of the parent itself are left to it."""
     if not arguments.keys() <= tool.parameters.get("properties", {}).keys():
         raise ToolError(_UNKNOWN_ARGUMENT)
     names, values = {}, {}
@@ -140,7 +140,8 @@ def _parent_arguments(tool: TransformedTool, arguments: dict[str, Any]) -> dict[
 
 
 def _inputs(context: Context) -> dict[str, Any]:
-    """Return what the client answered to the tool, as the tool reads it: from the request, not from the message."""
+    """Return what the client answered to the tool."""
+    # As the tool reads it: from the request, not from the message, which a middleware before us may have changed.
     answers, state = context.input_responses, context.request_state
     inputs: dict[str, Any] = {} if state is None else {REQUEST_STATE: state}
     if answers is not None:
@@ -151,6 +152,6 @@ def _inputs(context: Context) -> dict[str, Any]:
 
 
 def _code(tool: Tool) -> object:
-    # Providers may build a tool, closure included, for each lookup: what stays the same is the code.
+    # Providers may build a tool, closure included, for each lookup; only the code stays the same.
     function = getattr(tool, "fn", None)
     return type(tool), getattr(function, "__code__", type(function)), tool.parameters

@@ -1,4 +1,4 @@
-"""The servers and tools below a FastMCP server, so that one name never stands for two of them."""
+"""The servers and tools below a FastMCP server. One name never stands for two of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TWO_TOOLS = "Two tools of the server have the same name of their own, so the ca
 
 
 def is_alias(tool: TransformedTool) -> bool:
-    """Return False if it adds code of its own, which makes it a tool of its own."""
+    """Return False if it adds code, which makes it a tool of its own."""
     has_factory = any(change.default_factory is not NotSet for change in (tool.transform_args or {}).values())
     return tool.fn is tool.forwarding_fn and not has_factory
 
@@ -40,7 +40,7 @@ def require_own_server_name(root: FastMCP[Any], server: FastMCP[Any], root_name:
     """Return the name of `server`, which is `root` or mounted below it.
 
     Args:
-        root_name: What `root` is called in the record.
+        root_name: Name of `root` in the record.
 
     Raises:
         ToolError: Another server below `root` has the same name.
@@ -56,8 +56,8 @@ async def own_name(server: FastMCP[Any], tool: Tool, asked: str) -> str:
     """Return the name under which `tool` was registered, before any namespace.
 
     Args:
-        server: Where the tool was looked up.
-        tool: What the lookup ended in: neither an alias nor a mount.
+        server: The server in which the tool was looked up.
+        tool: The result of the lookup: neither an alias nor a mount.
         asked: The name by which it was looked up.
 
     Raises:
@@ -91,10 +91,10 @@ async def _registered_name(server: FastMCP[Any], tool: Tool) -> str:
 
 
 async def require_seen_calls(root: FastMCP[Any], server: FastMCP[Any], tool: Tool) -> None:
-    """Refuse what a search transform or code mode adds to a mounted server: it calls tools by their names in arguments.
+    """Refuse a tool that calls other tools of a mounted server by names in its arguments, as search transforms add.
 
     Raises:
-        ToolError: The middleware of `root` would not see what is called.
+        ToolError: The middleware of `root` would not see those calls.
     """
     if server is root or any(isinstance(middleware, PinningMiddleware) for middleware in server.middleware):
         return
@@ -120,6 +120,7 @@ def _providers(over: AggregateProvider, is_renaming: bool, *, mounts: bool = Fal
     for provider in over.providers:
         renames = is_renaming or bool(provider.transforms)
         inner: Provider = provider
+        # FastMCP wraps a provider for each transform, and has no public way to what is wrapped.
         while (wrapped := getattr(inner, "_inner", None)) is not None:
             inner = wrapped
             renames = renames or bool(inner.transforms)
@@ -145,7 +146,7 @@ def _bottom(tool: Tool) -> Tool:
 
 
 def _is_same(one: Tool, other: Tool) -> bool:
-    """True for two copies of a tool, of which one may have been renamed."""
+    """Return True for two copies of a tool, of which one may have another name."""
     if isinstance(one, ProxyTool) and isinstance(other, ProxyTool):
         names = [tool._backend_name or tool.name for tool in (one, other)]
         return one._client_factory is other._client_factory and names[0] == names[1]

@@ -19,7 +19,8 @@ _NOT_PUBLIC_V4 = tuple(
         *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
         *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
         *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        "168.63.129.16/32",  # Azure's platform endpoint: reached from inside its machines only
+        # Azure's platform endpoint, which answers only its own machines ("What is IP address 168.63.129.16?").
+        "168.63.129.16/32",
     )
 )
 # Of IPv6 only global unicast is public. That leaves out ::/8 (loopback, IPv4-mapped and -compatible), 64:ff9b::/96 and
@@ -28,18 +29,22 @@ _GLOBAL_V6 = IPv6Network("2000::/3")
 _NOT_PUBLIC_V6 = tuple(
     IPv6Network(text)
     for text in (
-        "2001::/23",  # protocol assignments: Teredo, ORCHID, benchmarking
+        # Protocol assignments: Teredo, ORCHID, benchmarking.
+        "2001::/23",
         "2001:db8::/32",
-        "2002::/16",  # 6to4: holds an IPv4 address
+        # 6to4: holds an IPv4 address.
+        "2002::/16",
         "3fff::/20",
     )
 )
-_ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214: such an interface id holds an IPv4 address
+# RFC 5214: an interface id that begins with one of these holds an IPv4 address.
+_ISATAP = (0x00005EFE, 0x02005EFE)
 
 _PRIVATE = tuple(
     ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7")
 )
-_METADATA = (ip_network("fd00:ec2::/32"), ip_network("fd20:ce::/32"))  # AWS and Google, inside fc00::/7
+# The metadata services of AWS and Google, which lie inside fc00::/7 and give out credentials.
+_METADATA = (ip_network("fd00:ec2::/32"), ip_network("fd20:ce::/32"))
 
 
 class RefusedAddressError(NotDeliveredError):
@@ -47,12 +52,12 @@ class RefusedAddressError(NotDeliveredError):
 
 
 class AddressPolicy:
-    """Public addresses, and what was allowed besides.
+    """Allows public addresses, and those that the settings add.
 
     Args:
         allow_private: True adds private networks (RFC 1918, fc00::/7) and loopback, without cloud metadata addresses
             that lie in them.
-        allowed: Networks to allow whatever they are; a network of one address allows that address.
+        allowed: Networks that are allowed in any case; a network of one address allows that address.
     """
 
     def __init__(self, *, allow_private: bool = False, allowed: tuple[Network, ...] = ()) -> None:
@@ -60,7 +65,7 @@ class AddressPolicy:
         self._allowed = allowed
 
     def allows(self, address: Address) -> bool:
-        """True if a connection to `address` may be made. An address with a zone is never allowed."""
+        """Return True if a connection to `address` is allowed; with a zone (`fe80::1%eth0`) it never is."""
         if isinstance(address, IPv6Address) and address.scope_id is not None:
             return False
         if _within(address, self._allowed) or _is_public(address):
@@ -70,7 +75,7 @@ class AddressPolicy:
     def check(self, answers: list[str]) -> list[Address]:
         """Return the addresses a name resolved to, in order, each once.
 
-        One refused address refuses them all: a name that leads both outside and inside is not to be trusted.
+        One refused address refuses them all: a name that has both public and private addresses is not trusted.
 
         Raises:
             RefusedAddressError: There is none, or one is not allowed.

@@ -1,4 +1,4 @@
-"""One POST: to checked addresses only, within a deadline, reading little."""
+"""One POST: to checked addresses only, within a deadline, and with a limit on what is read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 import httpcore
+from pydantic import SecretStr
 
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.plugins._http.addresses import AddressPolicy
@@ -19,13 +20,18 @@ from agent_gateway_store.plugins._http.urls import ParsedUrl, parse_proxy
 
 __all__ = ["Answer", "Resolve", "Transport", "resolve"]
 
+# The rest of an answer whose body nobody asked for: read for this long, so that the connection can be used again.
 DRAIN_SECONDS = 0.25
-"""How long the rest of an answer may take whose body nobody asked for."""
-
+# The same in bytes. A body that is longer costs more to read than a new connection would.
+DRAIN_BYTES = 16_384
+# One of several addresses may take this long to accept a connection. A lost SYN is sent again after one second
+# (RFC 6298, section 2), so that one loss is survived, and two addresses fit into the 5 seconds of a plugin call.
 ATTEMPT_SECONDS = 2.0
-"""How long one of several addresses may take to accept a connection."""
-
+# Shorter than the idle timeouts of usual load balancers (AWS ALB 60 seconds, nginx 75): a connection that the other end
+# closed meanwhile costs one failed attempt.
 KEEP_ALIVE_SECONDS = 15.0
+# A receiver that asks for longer is tried once in this time: one notice must not silence all others for a day.
+MAX_PAUSE_SECONDS = 60.0
 
 _keepers: set[asyncio.Task[None]] = set()
 
@@ -34,12 +40,12 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back.
+    """The answer of a server.
 
     Attributes:
         status: HTTP status.
         headers: By lower-case name; of several of one name, the last.
-        body: At most as much as was asked for.
+        body: At most as many bytes as were asked for.
     """
 
     status: int
@@ -57,8 +63,8 @@ class Transport:
     """Posts over HTTP/1.1. Follows no redirect, keeps no cookie, reads no proxy variable, decompresses nothing.
 
     A name is resolved once for a connection, every address is checked, and the connection goes to a checked address:
-    there is no second look-up in between. TLS and the `Host` header keep the name. Connections are
-    kept for 15 seconds and closed when the event loop winds up; it may be used from one event loop after another.
+    there is no second look-up in between. TLS and the `Host` header keep the name. Connections are kept for 15 seconds
+    and closed when the event loop ends; it may be used from one event loop after another.
 
     Args:
         policy: Which addresses are allowed. None: any, for URLs that the operator gave.
@@ -73,18 +79,27 @@ class Transport:
         self,
         policy: AddressPolicy | None,
         *,
-        proxy: str | None = None,
+        proxy: SecretStr | None = None,
         ca_file: str | None = None,
         resolver: Resolve = resolve,
         max_connections: int = 20,
     ) -> None:
         self._policy = policy
-        self._proxy = _proxy_of(proxy) if proxy else None
+        self._proxy: httpcore.Proxy | None = None
+        if proxy:
+            parsed, auth = parse_proxy(proxy.get_secret_value())
+            self._proxy = httpcore.Proxy(f"{parsed.scheme}://{parsed.authority}", auth=auth)
         self._ca_file = ca_file
         self._backend = _CheckingBackend(None if proxy else policy, resolver)
         self._max_connections = max_connections
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pool: httpcore.AsyncConnectionPool | None = None
+        self._paused_until = 0.0
+
+    def pause(self, seconds: float | None) -> None:
+        """Post nothing for `seconds`, at most a minute; None or 0 changes nothing. May be called in any thread."""
+        if seconds:
+            self._paused_until = max(self._paused_until, time.monotonic() + min(seconds, MAX_PAUSE_SECONDS))
 
     async def post(
         self, url: ParsedUrl, *, body: bytes, headers: Mapping[str, str], timeout_s: float, max_body: int = 0
@@ -92,16 +107,18 @@ class Transport:
         """Send `body` and return the answer, whatever its status.
 
         Args:
-            url: Where to.
+            url: Where to send it.
             body: Sent as it is.
             headers: Besides `Host`, `Content-Length`, `User-Agent` and `Accept`.
             timeout_s: Seconds for everything: look-up, connection, request, answer.
-            max_body: Bytes of the answer to return. 0: it is only taken off the line, for a quarter of a second.
+            max_body: Bytes of the answer to return. 0: its body is read for a quarter of a second, and dropped.
 
         Raises:
-            NotDeliveredError: No answer came, or a longer one than asked for.
+            NotDeliveredError: No answer came, or a longer one than asked for; or `pause` holds, for `retry_after_s`.
             RefusedAddressError: The host leads to an address that is not allowed.
         """
+        if (left := self._paused_until - time.monotonic()) > 0:
+            raise NotDeliveredError("The receiver asked for a pause, which is not over.", retry_after_s=left)
         if url.address is not None and self._policy is not None:
             self._policy.check([str(url.address)])
         try:
@@ -128,7 +145,7 @@ class Transport:
         async with self._open().stream("POST", where, headers=list(sent.items()), content=body) as got:
             found = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in got.headers}
             if not max_body:
-                # What was answered is known: a slow rest must not turn it into "no answer".
+                # The status is known: a slow body must not turn it into "no answer".
                 deadline.reschedule(None)
             return Answer(got.status, found, await _body(got, max_body))
 
@@ -142,25 +159,24 @@ class Transport:
     def _open(self) -> httpcore.AsyncConnectionPool:
         loop = asyncio.get_running_loop()
         if self._pool is None or self._loop is not loop:
-            self._loop, self._pool = loop, self._new_pool()
+            self._loop = loop
+            self._pool = httpcore.AsyncConnectionPool(
+                ssl_context=_ssl_context(self._ca_file),
+                proxy=self._proxy,
+                max_connections=self._max_connections,
+                keepalive_expiry=KEEP_ALIVE_SECONDS,
+                network_backend=self._backend,
+            )
             self._keeper = loop.create_task(_keep(self._pool), name="gateway-store connections")
-            _keepers.add(self._keeper)  # a loop has only weak references to its tasks
+            # A loop has only weak references to its tasks.
+            _keepers.add(self._keeper)
             self._keeper.add_done_callback(_keepers.discard)
         return self._pool
-
-    def _new_pool(self) -> httpcore.AsyncConnectionPool:
-        return httpcore.AsyncConnectionPool(
-            ssl_context=_ssl_context(self._ca_file),
-            proxy=self._proxy,
-            max_connections=self._max_connections,
-            keepalive_expiry=KEEP_ALIVE_SECONDS,
-            network_backend=self._backend,
-        )
 
 
 @functools.cache
 def _ssl_context(ca_file: str | None) -> ssl.SSLContext:
-    # Reading the certificates takes tens of milliseconds.
+    # Once for each file: to read the certificates takes tens of milliseconds.
     try:
         return ssl.create_default_context(cafile=ca_file) if ca_file else httpcore.default_ssl_context()
     except OSError as exc:
@@ -178,13 +194,8 @@ def _why_untrusted(error: BaseException | None) -> str | None:
     return None
 
 
-def _proxy_of(url: str) -> httpcore.Proxy:
-    parsed, auth = parse_proxy(url)
-    return httpcore.Proxy(f"{parsed.scheme}://{parsed.authority}", auth=auth)
-
-
 async def _keep(pool: httpcore.AsyncConnectionPool) -> None:
-    # An event loop that ends cancels its tasks: then, and only there, the connections can be closed.
+    # An event loop that ends cancels its tasks: only then, and only in that loop, can the connections be closed.
     try:
         await asyncio.Event().wait()
     finally:
@@ -197,13 +208,13 @@ async def _body(response: httpcore.Response, max_body: int) -> bytes:
         async with asyncio.timeout(None if max_body else DRAIN_SECONDS):
             async for chunk in response.aiter_stream():
                 read += chunk
-                if len(read) > max(max_body, 16_384):
+                if len(read) > max(max_body, DRAIN_BYTES):
                     break
     except (TimeoutError, httpcore.NetworkError, httpcore.ProtocolError):
         if max_body:
             raise
     if max_body and len(read) > max_body:
-        raise NotDeliveredError("The answer is longer than it can be.")
+        raise NotDeliveredError("The answer is longer than allowed.")
     return bytes(read) if max_body else b""
 
 
@@ -228,20 +239,10 @@ class _CheckingBackend(httpcore.AsyncNetworkBackend):
         addresses = list(dict.fromkeys(answers))
         if self._policy is not None:
             addresses = [str(address) for address in self._policy.check(answers)]
-        return await self._connect(addresses, port, timeout, local_address, socket_options)
-
-    async def _connect(
-        self,
-        addresses: list[str],
-        port: int,
-        timeout: float | None,
-        local_address: str | None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None,
-    ) -> httpcore.AsyncNetworkStream:
         failure: Exception = httpcore.ConnectError("no address")
         started = time.monotonic()
         for index, address in enumerate(addresses):
-            # One that does not answer must not use up the time of the next; the last may take what the caller gives.
+            # One that does not answer must not use up the time of the next; the last may take all that is left.
             share = timeout if index == len(addresses) - 1 else ATTEMPT_SECONDS
             if timeout is not None and share is not None:
                 share = min(share, max(0.0, timeout - (time.monotonic() - started)))

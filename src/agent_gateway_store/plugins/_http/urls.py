@@ -1,4 +1,4 @@
-"""URLs as they may be configured: one spelling, so that no two readers of it disagree about the host."""
+"""URLs in settings: one form only, so that no two programs disagree about the host."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Notifier `slack`: approvals in a channel, with buttons, and the callback for the clicks.
 
-Contributes its notifier once a bot token and a channel are set.
+Contributes its notifier if a bot token and a channel are set.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.plugins._http import time_limit_s
 from agent_gateway_store.plugins.slack.callback import SlackCallback, SlackReply
 from agent_gateway_store.plugins.slack.notifier import SlackNotifier
 from agent_gateway_store.plugins.slack.settings import SlackSettings
@@ -31,8 +32,8 @@ def gateway_store_register_notifiers(settings: StoreSettings) -> list[SlackNotif
     own = SlackSettings()
     if not own.posts:
         return []
-    timeout_s = max(settings.plugin_timeout_seconds - 0.5, settings.plugin_timeout_seconds / 2)
-    return [SlackNotifier(own.model_copy(update={"timeout_seconds": min(own.timeout_seconds, timeout_s)}))]
+    timeout_s = min(own.timeout_seconds, time_limit_s(settings))
+    return [SlackNotifier(own.model_copy(update={"timeout_seconds": timeout_s}))]
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""Slack's web API, as far as it is needed: https://docs.slack.dev/apis/web-api"""
+"""The part of Slack's web API that the notifier needs: https://docs.slack.dev/apis/web-api"""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pydantic import SecretStr
 
 from agent_gateway_store._text import escape
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.plugins._http.pause import Pause
 from agent_gateway_store.plugins.slack.settings import SlackSettings
 
 if TYPE_CHECKING:
@@ -18,23 +17,20 @@ if TYPE_CHECKING:
 
 __all__ = ["EVENT_TYPE", "SlackApi", "SlackRefusedError", "mrkdwn"]
 
+# Type of the metadata (https://docs.slack.dev/messaging/message-metadata) by which a message of ours is recognised.
 EVENT_TYPE = "gateway_store_approval"
-"""Type of the metadata by which a message of ours is known."""
-
+# Bytes. A page of 200 messages of a busy channel has a megabyte or two.
 MAX_ANSWER = 8_000_000
-"""Bytes; 200 messages of a busy channel are below a megabyte or two."""
-
-
-# The same message again would be refused again. Other errors (a revoked token, a bot that is not in the channel) can
-# be put right while the notice waits.
+# The same message would be refused again. Other errors (a revoked token, a bot that is not in the channel) can be
+# corrected while the notice waits (https://docs.slack.dev/reference/methods/chat.postMessage, "Errors").
 _HOPELESS = frozenset({"invalid_blocks", "invalid_blocks_format", "invalid_metadata_format", "msg_too_long", "no_text"})
 
 
 class SlackRefusedError(NotDeliveredError):
-    """Slack answered, and said no.
+    """Slack answered with an error.
 
     Attributes:
-        code: Slack's word for it, as in `channel_not_found`.
+        code: Slack's word for it, such as `channel_not_found`.
     """
 
     def __init__(self, method: str, code: str) -> None:
@@ -46,7 +42,7 @@ class SlackApi:
     """Calls methods as the bot. Holds the token, and sends it to nobody but Slack.
 
     Args:
-        settings: Where Slack is, and how to get there.
+        settings: The URL of Slack's API, and how to connect to it.
         token: Of the bot.
 
     Raises:
@@ -58,25 +54,19 @@ class SlackApi:
 
         self._settings = settings
         self._token = token
-        self._pause = Pause()
-        self._transport = Transport(
-            None,
-            proxy=settings.proxy.get_secret_value() if settings.proxy else None,
-            ca_file=settings.ca_file,
-        )
+        self._transport = Transport(None, proxy=settings.proxy, ca_file=settings.ca_file)
 
     async def call(self, method: str, **arguments: Any) -> dict[str, Any]:
         """Call a method and return its answer.
 
         Args:
             method: As in `chat.postMessage`.
-            arguments: What is not text is sent as JSON; None is left out.
+            arguments: Anything but text is sent as JSON; None is left out.
 
         Raises:
-            SlackRefusedError: Slack said no.
-            NotDeliveredError: No answer, or none that makes sense; with `retry_after_s` where Slack limits the rate.
+            SlackRefusedError: Slack answered with an error.
+            NotDeliveredError: No answer, or one that cannot be read; with `retry_after_s` where Slack limits the rate.
         """
-        self._pause.require_over()
         fields = {name: _text(value) for name, value in arguments.items() if value is not None}
         answer = await self._transport.post(
             self._settings.method_url(method),
@@ -90,13 +80,15 @@ class SlackApi:
         )
         if answer.status == 429:
             wait_s = _seconds(answer.headers.get("retry-after", ""))
-            self._pause.begin(wait_s)
+            # Slack limits a method for the whole workspace (https://docs.slack.dev/apis/web-api/rate-limits).
+            self._transport.pause(wait_s)
             raise NotDeliveredError("Slack limits the rate (429).", retry_after_s=wait_s)
         return _content(method, answer)
 
 
 def mrkdwn(text: str) -> str:
-    """Return `text` so that Slack shows it as it is: no mention, no link (`&`, `<`, `>` escaped, on one line)."""
+    """Return `text` so that Slack shows it unchanged: no mention, no link (`&`, `<`, `>` escaped, on one line)."""
+    # Only these three: https://docs.slack.dev/messaging/formatting-message-text, "Escaping text".
     return escape(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 

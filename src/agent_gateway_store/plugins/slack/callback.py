@@ -1,4 +1,4 @@
-"""Clicks on the buttons, from Slack to the store. Knows no web framework."""
+"""Clicks on the buttons, from Slack to the store. Needs no web framework."""
 
 from __future__ import annotations
 
@@ -28,24 +28,32 @@ __all__ = ["Approvals", "Decided", "SlackCallback", "SlackReply"]
 
 logger = logging.getLogger("agent_gateway_store.notifications")
 
+# Slack waits three seconds for an answer (https://docs.slack.dev/interactivity/handling-user-interaction).
 ANSWER_SECONDS = 2.0
-"""Slack waits three seconds for an answer."""
-
+# Below ANSWER_SECONDS, so that a plugin that is too slow still leaves time to refuse the click.
 MAP_SECONDS = 1.5
+# As long as a plugin call may take by default: nobody waits for the reply but the person who clicked.
 REPLY_SECONDS = 5.0
+# Bytes. The payload of a click repeats the message: 50 blocks of 3,000 characters are 150 kB, six times as much with
+# escapes.
 MAX_BODY = 1_000_000
+# Clicks: a day of a busy channel, in a few megabytes. One that is forgotten costs a second read of the store.
 REMEMBERED = 10_000
+# Characters. Slack's ids have about a dozen (https://docs.slack.dev/reference/objects/user-object).
+_MAX_USER_ID = 40
+# Characters of a reply: an error of the store is one sentence, which may quote a note of up to 2,000 characters.
+_MAX_REPLY = 1000
 
 
 class Decided(Protocol):
-    """What a decision comes to."""
+    """The result of a decision."""
 
     @property
     def status(self) -> ApprovalStatus: ...
 
 
 class Approvals(Protocol):
-    """What the callback needs of a store: `store.approvals` has it."""
+    """What the callback needs of a store; `store.approvals` has it."""
 
     async def approve(self, *, approval_id: UUID, approver_id: str, note: str, channel: str) -> Decided: ...
 
@@ -54,7 +62,7 @@ class Approvals(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SlackReply:
-    """What to answer to Slack.
+    """The HTTP answer to Slack.
 
     Attributes:
         status: HTTP status.
@@ -68,13 +76,13 @@ class SlackReply:
 
 
 class SlackCallback:
-    """Decides approvals by signed clicks, each once, in the name of the approver that the clicking user is.
+    """Decides approvals by signed clicks, each once, as the approver that the Slack user is.
 
     A request that Slack did not sign within the last five minutes, or that is not a POST, decides nothing. Nor does a
-    click of somebody who is not an approver: they get a message, and it is logged at WARNING. The same click again,
-    however often and however many at a time, is answered 200 and has no effect; that holds over several processes, too,
-    because the store takes one decision. If the store refuses, whoever clicked gets the reason in a message that only
-    they see.
+    click of somebody who is not an approver: they receive a message, and it is logged at WARNING. A repeated click,
+    however often and however many at a time, is answered 200 and has no effect. This holds over several processes, too,
+    because the store takes one decision. If the store refuses, the user receives the reason in a message that only they
+    see.
 
     Belongs to one event loop: that of the store.
     """
@@ -83,7 +91,8 @@ class SlackCallback:
         """Remember; connect nothing.
 
         Args:
-            approvals: `store.approvals`. Of a store bound by `for_org`, approvals of others look absent.
+            approvals: `store.approvals`. With a store bound by `for_org`, approvals of other organisations are not
+                found.
             plugins: `store.plugins`: for users who are not in the setting APPROVERS, the hook
                 `gateway_store_map_approver` says whether they are approvers.
             settings: Default: from the environment.
@@ -103,22 +112,18 @@ class SlackCallback:
         self._settings = settings
         self._signatures = Signatures(settings.signing_secret)
         self._approvers = Approvers(plugins, timeout_s=MAP_SECONDS)
-        self._transport = Transport(
-            None,
-            proxy=settings.proxy.get_secret_value() if settings.proxy else None,
-            ca_file=settings.ca_file,
-        )
+        self._transport = Transport(None, proxy=settings.proxy, ca_file=settings.ca_file)
         self._clicks: FIFOCache[tuple[str, ...], asyncio.Task[None]] = FIFOCache(REMEMBERED)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def handle(self, body: bytes, headers: Mapping[str, str], *, method: str = "POST") -> SlackReply:
-        """Take what was sent to the Request URL, and return what to answer. Raises nothing; takes at most two seconds.
+        """Take a request to the Request URL, and return the answer. Raises nothing; takes at most two seconds.
 
-        A decision that takes longer goes on in the background, and whoever clicked gets a message about how it ended.
+        A decision that takes longer goes on in the background, and the user receives a message about how it ended.
 
         Args:
-            body: The bytes as they came.
-            headers: In any case of letters.
+            body: The bytes of the request, unchanged: the signature covers them.
+            headers: Names in upper or lower case.
             method: HTTP method. Anything but POST (a link scanner's GET) does nothing.
 
         Returns:
@@ -133,6 +138,7 @@ class SlackCallback:
             return SlackReply(401)
         click = click_in(body, self._settings)
         if click is not None:
+            # A wait, not a timeout: the decision must not be cancelled because it is slow.
             await asyncio.wait({self._task(click)}, timeout=ANSWER_SECONDS)
         return SlackReply(200)
 
@@ -166,28 +172,29 @@ class SlackCallback:
         except ApprovalError as refusal:
             reply = str(refusal)
         except Exception as exc:
-            # Slack, or the user, may try again.
+            # Forgotten, so that the same click counts when Slack or the user tries again.
             self._clicks.pop(click.key, None)
-            logger.warning("A click in Slack on approval %s came to nothing: %s", click.approval_id, describe(exc))
+            logger.warning(
+                "A click in Slack on approval %s could not be recorded: %s", click.approval_id, describe(exc)
+            )
             reply = "Your decision could not be recorded. Try again in a moment."
         if reply:
             await self._reply(click, reply)
 
     async def _decide(self, click: Click) -> str | None:
-        """Return the reply to whoever clicked; None if the message in the channel will say it all."""
+        """Return the reply to the user; None if the new message in the channel says enough."""
+        user = cut(escape(click.user_id), _MAX_USER_ID)
         approver_id = self._settings.approvers.get(click.user_id) or await self._approvers.find(click)
         if approver_id is None:
             logger.warning(
-                "Refused a click in Slack: user %s is no approver (approval %s).",
-                _shown(click.user_id),
-                click.approval_id,
+                "Refused a click in Slack: user %s is not an approver (approval %s).", user, click.approval_id
             )
             return "You are not an approver here, so nothing was decided. Ask the operator of the gateway."
         decide = self._approvals.approve if click.approve else self._approvals.deny
         result = await decide(
             approval_id=click.approval_id,
             approver_id=approver_id,
-            note=f"Slack user {_shown(click.user_id)}",
+            note=f"Slack user {user}",
             channel="slack",
         )
         return "Your approval is recorded. Others must approve as well." if result.status == "PENDING" else None
@@ -195,7 +202,7 @@ class SlackCallback:
     async def _reply(self, click: Click, text: str) -> None:
         if click.response_url is None:
             return
-        text = mrkdwn(cut(mask_tokens(text), 1000))
+        text = mrkdwn(cut(mask_tokens(text), _MAX_REPLY))
         content = {"response_type": "ephemeral", "replace_original": False, "text": text}
         try:
             answer = await self._transport.post(
@@ -207,8 +214,4 @@ class SlackCallback:
             if answer.status != 200:
                 raise NotDeliveredError(f"Slack answered {answer.status}.")
         except Exception as exc:
-            logger.warning("What became of a click in Slack could not be told: %s", describe(exc))
-
-
-def _shown(user_id: str) -> str:
-    return cut(escape(user_id), 40)
+            logger.warning("The reply to a click in Slack was not delivered: %s", describe(exc))

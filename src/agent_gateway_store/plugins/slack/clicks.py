@@ -1,4 +1,4 @@
-"""A click in Slack: whether it is signed, what it says, and which approver the user is."""
+"""A click in Slack: whether it is signed, what it decides, and which approver the user is."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ APPROVE = "gateway_store_approve"
 DENY = "gateway_store_deny"
 MAP = "gateway_store_map_approver"
 _DECISIONS = {APPROVE: True, DENY: False}
+# The hosts of a `response_url` (https://docs.slack.dev/interactivity/handling-user-interaction, and GovSlack's page).
 _REPLY_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")
+# Fields of a form. Slack sends one, `payload`.
+_MAX_FIELDS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Click:
-    """Somebody pressed a button of ours.
+    """A click on one of our buttons.
 
     Attributes:
         key: The same for every copy of the same click.
         approve: True for approve, False for deny.
-        approval_id: What is decided.
-        user_id: Slack's id of who clicked.
-        user_name: What Slack calls them.
-        response_url: Where a word to them can be sent; None if there is none to be trusted. Secret.
+        approval_id: The approval to decide.
+        user_id: Slack's id of the user who clicked.
+        user_name: Slack's name of the user.
+        response_url: Where a message to the user can be sent; None if there is none that can be trusted. Secret.
     """
 
     key: tuple[str, ...]
@@ -55,7 +58,7 @@ class Click:
 
 
 class Signatures:
-    """Says whether a request comes from Slack, sent within the last five minutes.
+    """Checks that a request comes from Slack, sent within the last five minutes.
 
     Raises:
         MissingExtraError: The extra `slack` is not installed.
@@ -69,7 +72,7 @@ class Signatures:
         self._verifier = SignatureVerifier(signing_secret.get_secret_value())
 
     def are_valid(self, body: bytes, headers: Mapping[str, str]) -> bool:
-        """Return whether the request is signed. Raises nothing: hostile headers and bodies are not signed either."""
+        """Return whether the request is signed. Raises nothing: hostile headers and bodies count as not signed."""
         try:
             return self._verifier.is_valid_request(body, dict(headers.items())) is True
         except Exception:
@@ -77,14 +80,15 @@ class Signatures:
 
 
 def click_in(body: bytes, settings: SlackSettings) -> Click | None:
-    """Return the click in a signed request; None if there is none of ours. Raises nothing."""
+    """Return the click in a signed request; None if it holds none on our buttons. Raises nothing."""
     try:
-        (payload,) = parse_qs(body.decode(), max_num_fields=20)["payload"]
+        (payload,) = parse_qs(body.decode(), max_num_fields=_MAX_FIELDS)["payload"]
         content = json.loads(payload)
         if content["type"] != "block_actions":
             return None
         if settings.team_id is not None and content["team"]["id"] != settings.team_id:
             return None
+        # Other apps, and other buttons of the same app, share the Request URL.
         (action,) = [each for each in content["actions"] if each["action_id"] in _DECISIONS]
         user = content["user"]
         moment, user_id, user_name = action["action_ts"], user["id"], user.get("username") or user.get("name") or ""
@@ -113,11 +117,11 @@ def _reply_to(url: Any, settings: SlackSettings) -> SecretStr | None:
 
 
 class Approvers:
-    """Asks the plugins (hook `gateway_store_map_approver`) which approver a user is. One that fails is a refusal.
+    """Asks the plugins (hook `gateway_store_map_approver`) which approver a user is. A plugin that fails refuses.
 
     Args:
         plugins: Of the store.
-        timeout_s: Seconds that each plugin has; they are asked side by side.
+        timeout_s: Seconds that each plugin has; they are asked at the same time.
     """
 
     def __init__(self, plugins: Plugins, *, timeout_s: float) -> None:
@@ -134,6 +138,7 @@ class Approvers:
             if isinstance(answer, PluginFailure):
                 logger.warning("Plugin %s failed when asked who clicked: %s", escape(name), answer.text)
                 return None
+            # In the order of the plugins, so that two that disagree give the same approver each time.
             if answer:
                 return answer
         return None
@@ -144,7 +149,7 @@ class Approvers:
 
 
 async def _answer(caller: Callable[..., list[object]], click: Click) -> str:
-    """Run in the plugin's thread: return whom it knows, "" for nobody."""
+    """Run in the plugin's thread: return the approver that it names, "" for none."""
     answers = await awaited(
         caller(channel="slack", user_id=click.user_id, user_name=click.user_name, approval_id=click.approval_id)
     )

@@ -1,4 +1,4 @@
-"""What an approval looks like in Slack: https://docs.slack.dev/reference/block-kit"""
+"""An approval as a message of Slack: https://docs.slack.dev/reference/block-kit"""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["decided_message", "pending_message"]
 
-# Slack's limit for the text of a section is 3000 characters, as written: `&amp;` counts as five.
+# Slack's limit for the text of a section is 3000 characters, of which `&amp;` counts five
+# (https://docs.slack.dev/reference/block-kit/blocks/section-block). These leave room for our own words and for marks.
 _MAX_NAME, _MAX_TEXT, _MAX_ARGUMENTS = 200, 2000, 2700
+# Characters beyond a limit in which a token is still masked: an API key has 66, a token 43.
+_TOKEN_CHARS = 100
 _ENDINGS = {
     "APPROVED": ":white_check_mark: Approved",
     "DENIED": ":no_entry: Denied",
@@ -37,7 +40,7 @@ _ENDINGS = {
 
 
 def pending_message(notice: Notice) -> dict[str, Any]:
-    """Return text, blocks and metadata of the question, with two buttons."""
+    """Return text, blocks and metadata of a pending approval, with two buttons."""
     approval_id = str(notice.approval_id)
     facts, was_cut = _facts(notice)
     consequence = (
@@ -55,7 +58,7 @@ def pending_message(notice: Notice) -> dict[str, Any]:
 
 
 def decided_message(notice: Notice) -> dict[str, Any]:
-    """Return text, blocks and metadata of the answer; nothing in it can be clicked."""
+    """Return text, blocks and metadata of a decided approval; nothing in it can be clicked."""
     ending = _ENDINGS.get(notice.status.value, f":grey_exclamation: {notice.status.value.capitalize()}")
     if notice.approver_id:
         ending += f" by {_name(notice.approver_id)}"
@@ -79,7 +82,7 @@ def _message(notice: Notice, text: str, blocks: list[Block]) -> dict[str, Any]:
 
 
 def _facts(notice: Notice) -> tuple[list[Block], bool]:
-    """Return what is asked, and whether arguments were cut."""
+    """Return the blocks that describe the call, and whether arguments were cut."""
     call = notice.tool_call
     lines = [
         f"*Call* {_name(call.server)} / {_name(call.tool)}",
@@ -125,7 +128,7 @@ def _section(text: str) -> SectionBlock:
 
 
 def _mrkdwn(text: str) -> MarkdownTextObject:
-    # Verbatim: a bare URL, #channel or @name in somebody's text stays text.
+    # Verbatim: a bare URL, #channel or @name in a caller's text stays text.
     return MarkdownTextObject(text=text, verbatim=True)
 
 
@@ -134,23 +137,23 @@ def _name(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    # As code, so that nobody's text can look like ours.
+    # As code, so that no caller's text can look like ours.
     return f"```{_inert(text, _MAX_TEXT) or ' '}```"
 
 
 def _inert(text: str, limit: int) -> str:
     """Return `text` as the inside of code, at most `limit` characters with its escapes."""
     pieces, size = [], 0
-    part = mask_tokens(text[: limit + 100])
+    part = mask_tokens(text[: limit + _TOKEN_CHARS])
     shown = Shown(part) if isinstance(text, Shown) else escape(part)
     for character in shown:
-        # The backtick would end the code.
+        # A backtick would end the code, and Slack has no escape for it.
         piece = "\\u0060" if character == "`" else mrkdwn(Shown(character))
         size += len(piece)
         pieces.append(piece)
         if size > limit:
             break
-    if size <= limit and len(text) <= limit + 100:
+    if size <= limit and len(text) <= limit + _TOKEN_CHARS:
         return "".join(pieces)
     while pieces and size > limit - 1:
         size -= len(pieces.pop())
@@ -159,5 +162,6 @@ def _inert(text: str, limit: int) -> str:
 
 def _time(moment: datetime) -> str:
     moment = moment.astimezone(UTC)
+    # Slack shows the time in each reader's own zone; programs that cannot show the fallback.
     fallback = f"{moment:%Y-%m-%d %H:%M} UTC"
     return f"<!date^{int(moment.timestamp())}^{{date_short_pretty}} {{time}}|{fallback}>"

@@ -20,15 +20,15 @@ __all__ = ["SlackNotifier"]
 
 logger = logging.getLogger("agent_gateway_store.notifications")
 
+# Approvals: a day of a busy channel, in a few megabytes. A message that is forgotten is looked up in the channel.
 REMEMBERED = 10_000
-"""Approvals: a day of a busy channel, in a few megabytes."""
-
+# A notice this old may have been posted by a process that died before it recorded that: a first attempt comes within a
+# second or two, and lasts at most the 5 seconds of a plugin call.
 OLD = timedelta(seconds=20)
-"""A notice this old may have been posted by a process that died before it could say so."""
-
+# By how much Slack's clock and the database's may differ. Machines without NTP are minutes off, rarely more.
 LOOK_BACK = timedelta(minutes=10)
-"""By how much Slack's clock and the database's may differ."""
-
+# Slack recommends at most 200 a page (https://docs.slack.dev/apis/web-api/pagination). Five pages are 1000 messages;
+# each is one call, and all must fit into the time of one delivery.
 PAGES, PER_PAGE = 5, 200
 
 _UNREADABLE = frozenset(
@@ -40,10 +40,10 @@ _NOT_CHANGEABLE = frozenset({"message_not_found", "cant_update_message", "edit_w
 class SlackNotifier:
     """Posts each approval to a channel, and replaces the message once it is decided.
 
-    Where the message stands is remembered in this process. After a restart, and where another process posted it, it is
-    looked up in the channel by its metadata (scope `channels:history` or `groups:history`); without that right, or when
-    it is further up than 1000 messages, the decision is a message of its own. The same look-up comes before a message
-    that may have been posted already, so a repeated delivery shows once where Slack lets that be known.
+    This process remembers which messages it posted. After a restart, and where another process posted it, a message is
+    looked up in the channel by its metadata (scope `channels:history` or `groups:history`); without that scope, or when
+    more than 1000 messages came after it, the decision is a message of its own. The same look-up comes before a message
+    that may have been posted already, so that a repeated delivery shows once.
     """
 
     name = "slack"
@@ -75,30 +75,31 @@ class SlackNotifier:
         self._may_search = True
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Post the question, unless it is known to have been posted, or decided.
+        """Post the question, unless it is known to be posted or decided.
 
         Raises:
-            NotDeliveredError: Slack was not reached, or did not take it.
+            NotDeliveredError: Slack was not reached, or refused it.
         """
         approval_id = notice.approval_id
         if approval_id not in self._posted and approval_id not in self._decided:
             if self._may_be_there(notice) and await self._find(notice):
                 return
             await self._post(notice, self._messages.pending_message(notice))
-        # It may have been decided while the question was under way, now or when it was last tried.
+        # It may have been decided while the question was being posted, by this attempt or by an earlier one.
         decision = self._decided.get(approval_id)
         if decision is not None and approval_id in self._posted:
             await self.notify_decision(decision)
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Replace the question by the answer; post the answer where the question is not found.
+        """Replace the question by the decision; post the decision where the question is not found.
 
         Raises:
-            NotDeliveredError: Slack was not reached, or did not take it.
+            NotDeliveredError: Slack was not reached, or refused it.
         """
         known = self._decided.get(notice.approval_id)
         if known is not None and known.decided_at and notice.decided_at and known.decided_at > notice.decided_at:
-            notice = known  # an earlier one that comes late: approved, then cancelled
+            # An earlier decision that arrives late: approved, then cancelled.
+            notice = known
         self._decided[notice.approval_id] = notice
         message = self._messages.decided_message(notice)
         timestamp = self._posted.get(notice.approval_id) or await self._find(notice)
@@ -111,6 +112,7 @@ class SlackNotifier:
         return is_old or notice.approval_id in self._unsure
 
     async def _post(self, notice: Notice, message: dict[str, Any]) -> None:
+        # Without an answer it is not known whether Slack posted it; then the next attempt looks it up first.
         self._unsure[notice.approval_id] = True
         try:
             answer = await self._api.call(
@@ -138,7 +140,7 @@ class SlackNotifier:
         return True
 
     async def _find(self, notice: Notice) -> str | None:
-        """Look for the message in the channel, remember where it stands, and return that."""
+        """Look the message up in the channel; remember and return its timestamp, which is its id."""
         if not self._may_search:
             return None
         oldest = None if notice.created_at is None else f"{(notice.created_at - LOOK_BACK).timestamp():.6f}"

@@ -24,8 +24,8 @@ class SlackSettings(BaseSettings):
         signing_secret: Proves that a click comes from Slack. The callback needs it, the notifier does not.
         approvers: Who may decide, as JSON: Slack user id to approver id, `{"U024BE7LH": "alice"}`. The hook
             `gateway_store_map_approver` can name others.
-        team_id: Set, clicks from another workspace are refused.
-        api_url: Where Slack's API is.
+        team_id: If it is set, clicks from other workspaces are refused.
+        api_url: URL of Slack's API.
         timeout_seconds: Longest wait for one call of the API. `PLUGIN_TIMEOUT_SECONDS` limits the whole delivery, too.
         proxy: `http://[user:password@]host:port`. Proxy variables of the environment are not read.
         ca_file: Certificates to trust in place of the well-known ones.
@@ -34,6 +34,7 @@ class SlackSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True, frozen=True)
 
     bot_token: SecretStr | None = None
+    # A name would be taken by `chat.postMessage`, but not by `chat.update` and `conversations.history`.
     channel: str | None = Field(default=None, pattern=r"^[CGD][A-Z0-9]{2,30}$")
     signing_secret: SecretStr | None = None
     approvers: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""Notifier `webhook`: signed posts to receivers of your own, and the check for the receiving end.
+"""Notifier `webhook`: signed posts to your own receivers, and the check for the receiving end.
 
-Contributes one notifier for each receiver in the settings; none while nothing is configured.
+Contributes one notifier for each receiver in the settings.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.plugins._http import time_limit_s
 from agent_gateway_store.plugins.webhook.notifier import WebhookNotifier
 from agent_gateway_store.plugins.webhook.receiver import Received, WebhookReceiver
 from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings
@@ -30,8 +31,7 @@ __all__ = [
 def gateway_store_register_notifiers(settings: StoreSettings) -> list[WebhookNotifier]:
     """Contribute a notifier for each receiver that `AGENT_GATEWAY_STORE_WEBHOOK_...` names."""
     own = WebhookSettings()
-    # A little less than the plugin has, so that the error is ours and names the reason.
-    timeout_s = max(settings.plugin_timeout_seconds - 0.5, settings.plugin_timeout_seconds / 2)
+    timeout_s = time_limit_s(settings)
     return [WebhookNotifier(endpoint, own, name=name, timeout_s=timeout_s) for name, endpoint in own.receivers.items()]
 
 

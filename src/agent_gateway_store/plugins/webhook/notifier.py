@@ -1,37 +1,45 @@
-"""Notifier `webhook`: posts each notice, signed as Standard Webhooks says."""
+"""Notifier `webhook`: posts each notice as `{"type", "timestamp", "data"}`, signed as Standard Webhooks says."""
 
 from __future__ import annotations
 
+import json
 import logging
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.plugins._http.pause import Pause
 from agent_gateway_store.plugins._http.urls import parse_url
-from agent_gateway_store.plugins.webhook.payload import body_of
+from agent_gateway_store.plugins._text import cut, fit_arguments
 from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
     from agent_gateway_store.plugins._http.transport import Answer, Resolve
 
-__all__ = ["WebhookNotifier", "retry_after_s"]
+__all__ = ["MAX_BYTES", "TYPES", "WebhookNotifier", "body_of", "retry_after_s"]
 
 logger = logging.getLogger("agent_gateway_store.notifications")
 
+# Standard Webhooks asks for less than 20 kB (specification, "Payload best practices").
+MAX_BYTES = 20_000
+# Characters, and for arguments bytes, of one part of a notice: six names, two texts and the arguments make 12,000,
+# which leaves room for UTF-8 and for escapes.
+_MAX_NAME, _MAX_TEXT, _MAX_ARGUMENTS = 512, 1000, 7000
+TYPES = {"pending": "approval.requested", "decision": "approval.decided"}
+# A day: an outbox row that waits longer has no use for most approvals, which have expired.
 MAX_RETRY_AFTER_SECONDS = 24 * 3600.0
+# Gone (RFC 9110, 15.5.11). Standard Webhooks asks senders to stop when they receive it.
 GONE = 410
 
 
 class WebhookNotifier:
     """Posts notices to one receiver, by https://www.standardwebhooks.com.
 
-    `webhook-id` is the delivery id and stays the same over tries, `webhook-timestamp` is the time of the try, and
-    `webhook-signature` holds one `v1` signature for each secret. Only 2xx is delivered. A redirect is a failure and is
-    never followed. `Retry-After` is honoured; after 429 and 503 it holds back all notices, a minute at most. After a
-    410 nothing more is sent until the process starts again.
+    `webhook-id` is the delivery id and stays the same over attempts, `webhook-timestamp` is the time of the attempt,
+    and `webhook-signature` holds one `v1` signature for each secret. Only 2xx means delivered. A redirect is a failure
+    and is never followed. `Retry-After` is followed; after 429 and 503 it holds back all notices, a minute at most.
+    After a 410 nothing more is sent until the process starts again.
 
     Attributes:
         name: `webhook`, or `webhook-<name>` of an endpoint.
@@ -50,7 +58,7 @@ class WebhookNotifier:
 
         Args:
             endpoint: Where to send and what to sign with.
-            settings: What may be connected to, and how. Default: from the environment.
+            settings: Which addresses are allowed, and how to connect. Default: from the environment.
             name: Unique among all notifiers.
             timeout_s: Seconds for one delivery, if that is less than the setting.
             resolver: How host names are resolved. Default: by the machine's resolver.
@@ -71,10 +79,9 @@ class WebhookNotifier:
         self._signers = [Webhook(secret.get_secret_value()) for secret in endpoint.secrets]
         self._timeout_s = min(settings.timeout_seconds, timeout_s or settings.timeout_seconds)
         self._is_gone = False
-        self._pause = Pause()
         self._transport = Transport(
             settings.policy,
-            proxy=settings.proxy.get_secret_value() if settings.proxy else None,
+            proxy=settings.proxy,
             ca_file=settings.ca_file,
             resolver=resolver or resolve,
             max_connections=settings.max_connections,
@@ -99,7 +106,6 @@ class WebhookNotifier:
     async def _send(self, notice: Notice) -> None:
         if self._is_gone:
             raise NotDeliveredError("The receiver said earlier that it is gone (410).", is_permanent=True)
-        self._pause.require_over()
         body = body_of(notice)
         headers = {"Content-Type": "application/json", **self._signed(str(notice.delivery_id), body)}
         answer = await self._transport.post(self._url, body=body, headers=headers, timeout_s=self._timeout_s)
@@ -129,7 +135,8 @@ class WebhookNotifier:
             raise NotDeliveredError(f"The receiver answered {answer.status}, a redirect; redirects are not followed.")
         wait_s = retry_after_s(answer.headers.get("retry-after"))
         if answer.status in (429, 503):
-            self._pause.begin(wait_s)  # it speaks for all of the receiver, not for this notice
+            # These two are about the whole receiver, not about this notice.
+            self._transport.pause(wait_s)
         raise NotDeliveredError(f"The receiver answered {answer.status}.", retry_after_s=wait_s)
 
 
@@ -142,6 +149,7 @@ def retry_after_s(header: str | None) -> float | None:
     if header is None:
         return None
     header = header.strip()
+    # Nine digits are 31 years: more than is kept of it, and a number that `float` reads in any case.
     if header.isascii() and header.isdecimal():
         return min(float(header[:9]), MAX_RETRY_AFTER_SECONDS)
     try:
@@ -150,3 +158,50 @@ def retry_after_s(header: str | None) -> float | None:
         return None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return min(max((moment - datetime.now(UTC)).total_seconds(), 0.0), MAX_RETRY_AFTER_SECONDS)
+
+
+def body_of(notice: Notice) -> bytes:
+    """Return the JSON to send, at most 20,000 bytes. The same notice gives the same bytes, if it has a time of its own.
+
+    What is too long is cut and ends in an ellipsis; `data.arguments_cut` tells whether arguments were.
+    """
+    happened = (notice.created_at if notice.event == "pending" else notice.decided_at) or datetime.now(UTC)
+    body = b""
+    # A character that JSON escapes takes six bytes (`\\u0001`): then every part is cut shorter, until all of it fits.
+    for part in (1, 2, 4, 8):
+        content = {"type": TYPES[notice.event], "timestamp": _time(happened), "data": _data(notice, part)}
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        # A lone surrogate, which UTF-8 has no bytes for, becomes a question mark.
+        body = text.encode("utf-8", "replace")
+        if len(body) <= MAX_BYTES:
+            break
+    return body
+
+
+def _data(notice: Notice, part: int) -> dict[str, Any]:
+    name, text = _MAX_NAME // part, _MAX_TEXT // part
+    arguments, was_cut = fit_arguments(notice.tool_call.arguments, _MAX_ARGUMENTS // part)
+    return {
+        "version": notice.version,
+        "approval_id": str(notice.approval_id),
+        "org_id": cut(notice.org_id, name),
+        "request_id": cut(notice.request_id, name),
+        "caller_id": cut(notice.caller_id, name),
+        "tool_call": {
+            "server": cut(notice.tool_call.server, name),
+            "tool": cut(notice.tool_call.tool, name),
+            "arguments": arguments,
+        },
+        "arguments_cut": was_cut,
+        "risk_explanation": cut(notice.risk_explanation, text),
+        "created_at": _time(notice.created_at),
+        "expires_at": _time(notice.expires_at),
+        "status": notice.status.value,
+        "approver_id": None if notice.approver_id is None else cut(notice.approver_id, name),
+        "note": cut(notice.note, text),
+        "decided_at": _time(notice.decided_at),
+    }
+
+
+def _time(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

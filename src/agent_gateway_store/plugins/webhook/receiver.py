@@ -1,10 +1,11 @@
-"""The receiving end: verifies a webhook before it is believed."""
+"""The receiving end: verifies a webhook before anything acts on it."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,20 @@ from agent_gateway_store.plugins.webhook.settings import key_of
 
 __all__ = ["Received", "WebhookReceiver"]
 
+# More than the secrets of any rotation; a header could otherwise make us compute thousands of signatures.
+MAX_SIGNATURES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Received:
     """A webhook whose signature is right.
 
     Attributes:
-        id: `webhook-id`: the delivery id. The same over tries, so that a repeat can be recognised.
+        id: `webhook-id`: the delivery id. The same over attempts, so that a repeat can be recognised.
         type: `approval.requested` or `approval.decided`.
         timestamp: When it happened, as ISO 8601 text.
         data: The notice.
-        is_repeat: True if this receiver has had this id before: answer 2xx, and do nothing.
+        is_repeat: True if this receiver has received this id before: answer 2xx, and do nothing.
     """
 
     id: str
@@ -39,11 +43,11 @@ class Received:
 class WebhookReceiver:
     """Verifies webhooks of this package, and remembers their ids. May be used from several threads.
 
-    The memory is this process's, and bounded: with several processes, or across restarts, keep the id in a column with
-    a unique constraint. A captured webhook is refused when it is five minutes old.
+    It remembers a limited number of ids, in this process: with several processes, or across restarts, keep the id in a
+    column with a unique constraint. A captured webhook is refused when it is five minutes old.
 
     Args:
-        secrets: The secrets of the sender; any of them will do.
+        secrets: The secrets of the sender; a signature by one of them is enough.
         remember: How many ids to keep.
 
     Raises:
@@ -66,11 +70,11 @@ class WebhookReceiver:
     def verify(self, body: bytes, headers: Mapping[str, str]) -> Received | None:
         """Return what was received; None if its signature, its age or its form is wrong. Raises nothing.
 
-        An id is remembered by this call; if handling it fails, `forget` it, and the sender's next try is taken.
+        This call remembers the id; if handling it fails, `forget` the id, and the sender's next attempt is new.
 
         Args:
-            body: The bytes as they came: not parsed and written again.
-            headers: In any case of letters.
+            body: The bytes of the request, unchanged: not parsed and written again.
+            headers: Names in upper or lower case.
         """
         try:
             own = {name.lower(): value for name, value in headers.items()}
@@ -85,7 +89,7 @@ class WebhookReceiver:
             return None
 
     def forget(self, delivery_id: str) -> None:
-        """Take the next try of `delivery_id` as new."""
+        """Treat the next attempt of `delivery_id` as new."""
         with self._lock:
             self._seen.pop(delivery_id, None)
 
@@ -98,12 +102,10 @@ class WebhookReceiver:
 
 
 def _is_valid(verifier: Any, body: bytes, headers: dict[str, str]) -> bool:
-    # The library raises errors of many types on hostile headers, and gives up at the first odd entry of the signature
-    # header; each entry is shown to it alone.
-    for signature in headers["webhook-signature"].split(" ")[:16]:
-        try:
+    # The library gives up at the first odd entry of the signature header, so each entry is verified alone.
+    for signature in headers["webhook-signature"].split(" ")[:MAX_SIGNATURES]:
+        # It raises errors of many types on hostile headers; each of them means: not valid.
+        with suppress(Exception):
             verifier.verify(body, headers | {"webhook-signature": signature}, json_parse=False)
-        except Exception:  # noqa: S112 - any error means: not valid
-            continue
-        return True
+            return True
     return False

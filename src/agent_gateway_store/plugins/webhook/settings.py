@@ -17,6 +17,7 @@ from agent_gateway_store.plugins._http.urls import parse_proxy, parse_url
 __all__ = ["PREFIX", "WebhookEndpoint", "WebhookSettings", "key_of"]
 
 PREFIX = "AGENT_GATEWAY_STORE_WEBHOOK_"
+# Standard Webhooks, "Signature scheme": between 24 bytes (192 bits) and 64 bytes (512 bits).
 MIN_KEY_BYTES, MAX_KEY_BYTES = 24, 64
 
 
@@ -46,8 +47,8 @@ class WebhookEndpoint(BaseModel):
     """One receiver.
 
     Attributes:
-        url: Where to post. Kept secret: whoever knows it can post there.
-        secrets: Keys to sign with. Each adds a signature; give old and new while the receiver changes over.
+        url: Where to post. Kept secret: anybody who knows it can post there.
+        secrets: Keys to sign with. Each adds a signature; give the old and the new one while the receiver changes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -71,9 +72,9 @@ class WebhookSettings(BaseSettings):
         secrets: `whsec_...`, separated by blanks or commas.
         endpoints: Receivers with secrets of their own, as JSON: `{"ops": {"url": ..., "secrets": ...}}`. Each is a
             notifier `webhook-<name>`, beside `webhook` for `url`.
-        allow_http: Whether `http://` is taken.
-        allow_private: Whether private networks and loopback may be connected to.
-        allowed_networks: Networks that may be connected to besides, as in `10.1.0.0/16`, separated by blanks or commas.
+        allow_http: Whether `http://` is allowed.
+        allow_private: Whether private networks and loopback are allowed.
+        allowed_networks: Other networks that are allowed, as in `10.1.0.0/16`, separated by blanks or commas.
         timeout_seconds: Longest wait for one delivery. `PLUGIN_TIMEOUT_SECONDS` limits it, too.
         proxy: `http://[user:password@]host:port`. Proxy variables of the environment are not read.
         ca_file: Certificates to trust in place of the well-known ones.
@@ -107,6 +108,7 @@ class WebhookSettings(BaseSettings):
             raise ValueError(f"{PREFIX}SECRETS is set, but {PREFIX}URL is not")
         policy = self.policy
         for name, endpoint in self.receivers.items():
+            # The name of a notifier is a column of the outbox, and a part of URLs of dashboards and of log lines.
             if not re.fullmatch(r"webhook(-[a-z0-9][a-z0-9_-]{0,40})?", name):
                 raise ValueError("the name of an endpoint is made of a-z, 0-9, - and _")
             url = parse_url(endpoint.url.get_secret_value(), allow_http=self.allow_http)
@@ -118,12 +120,12 @@ class WebhookSettings(BaseSettings):
 
     @property
     def policy(self) -> AddressPolicy:
-        """Which addresses may be connected to."""
+        """Which addresses are allowed."""
         return AddressPolicy(allow_private=self.allow_private, allowed=self.allowed_networks)
 
     @property
     def receivers(self) -> dict[str, WebhookEndpoint]:
-        """Every receiver by the name of its notifier; empty while nothing is configured."""
+        """Every receiver by the name of its notifier; empty if none is set."""
         named = {f"webhook-{name}": endpoint for name, endpoint in self.endpoints.items()}
         if self.url is None:
             return named
