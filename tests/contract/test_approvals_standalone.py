@@ -6,15 +6,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 import redis.asyncio
-from contract_helpers import CALL, make_request
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, StoreSettings, errors
 from agent_gateway_store.storage.cache import get_redis
 from agent_gateway_store.storage.database import close_db, create_engine, get_db
-
-pytestmark = pytest.mark.integration
+from builders import CALL, make_request
 
 
 @pytest.fixture

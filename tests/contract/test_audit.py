@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -10,20 +9,12 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import AuditEvent, ExecutionStatus, GatewayStore, Page, RedactionFlag, errors
+from builders import make_event
 
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
-@pytest.fixture
-def redis_setting() -> str:
-    """Audit does not go through Redis."""
-    return ""
-
-
-async def test_event_reads_back_as_it_was_written(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_event_reads_back_as_it_was_written(store: GatewayStore) -> None:
     """Every field is kept; the object handed in is neither changed nor attached to a session."""
     event = make_event(
         request_id="r-1",
@@ -59,7 +50,7 @@ async def test_event_reads_back_as_it_was_written(store: GatewayStore, make_even
     assert (event, event.id, event.content_hash) == (before, None, None)
 
 
-async def test_objects_found_outlive_the_store(database_url: str, make_event: MakeEvent) -> None:
+async def test_objects_found_outlive_the_store(database_url: str) -> None:
     """What a listing returned is read, copied and changed after the store is closed."""
     async with GatewayStore(database_url) as store:
         await store.audit.write(make_event(request_id="r-1"))
@@ -71,7 +62,7 @@ async def test_objects_found_outlive_the_store(database_url: str, make_event: Ma
     assert AuditEvent.model_validate_json(found.model_dump_json()) == found
 
 
-async def test_every_status_is_stored_and_found(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_every_status_is_stored_and_found(store: GatewayStore) -> None:
     """Each word that says how a call ended is kept as it is, and can be searched for."""
     for status in ExecutionStatus:
         assert await store.audit.write(make_event(request_id=str(status), execution_status=status)) == "STORED"
@@ -80,7 +71,7 @@ async def test_every_status_is_stored_and_found(store: GatewayStore, make_event:
         assert (found.request_id, found.execution_status) == (status, status)
 
 
-async def test_hostile_event_is_stored_and_flagged(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_hostile_event_is_stored_and_flagged(store: GatewayStore) -> None:
     """What no database holds does not keep an event out: it is replaced visibly and noted."""
     deep: dict[str, object] = {}
     for _ in range(300):
@@ -104,7 +95,7 @@ async def test_hostile_event_is_stored_and_flagged(store: GatewayStore, make_eve
     assert found.sanitized_args["big"].startswith("$")
 
 
-async def test_listings_are_newest_first(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_listings_are_newest_first(store: GatewayStore) -> None:
     """By timestamp, and where that is equal by the order of writing, newest first."""
     for number, minutes in enumerate((5, 0, 9, 5, 5)):
         event = make_event(request_id=f"r-{number}", timestamp=NOON + timedelta(minutes=minutes))
@@ -119,7 +110,7 @@ async def test_listings_are_newest_first(store: GatewayStore, make_event: MakeEv
     assert [[event.request_id for event in page] for page in pages] == [expected[:2], expected[2:4], expected[4:], []]
 
 
-async def test_listings_filter(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_listings_filter(store: GatewayStore) -> None:
     """By caller and by decision; a page is a list that renders."""
     await store.audit.write(make_event(request_id="r-1", caller_id="a", decision="DENY"))
     await store.audit.write(make_event(request_id="r-2", caller_id="b"))
@@ -147,7 +138,7 @@ async def test_wrong_arguments_are_refused(store: GatewayStore) -> None:
     assert await store.audit.list_recent(limit=0) == []
 
 
-async def test_what_is_no_event_is_a_type_error(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_what_is_no_event_is_a_type_error(store: GatewayStore) -> None:
     """A dict, an event where many are expected (Pydantic yields its fields), one that was built without validation."""
     audit: Any = store.audit
     for given, says in (
@@ -163,7 +154,7 @@ async def test_what_is_no_event_is_a_type_error(store: GatewayStore, make_event:
     assert await store.audit.list_recent() == []
 
 
-async def test_record_raises_what_went_wrong(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_record_raises_what_went_wrong(store: GatewayStore) -> None:
     """Unlike `write`, `record` raises: the caller's transaction must not be committed without its event."""
     engine = store.database.engine
     async with AsyncSession(engine) as session:

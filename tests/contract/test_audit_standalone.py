@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from agent_gateway_store import AuditEvent, AuditLogger, AuditQuery
+from agent_gateway_store import AuditLogger, AuditQuery
 from agent_gateway_store.storage.database import create_engine
-
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
+from builders import make_event
 
 
 @pytest.fixture
@@ -38,7 +35,7 @@ async def count(engine: AsyncEngine) -> int:
         return int((await connection.execute(text("SELECT count(*) FROM audit_events"))).scalar_one())
 
 
-async def test_write_commits(session: AsyncSession, engine: AsyncEngine, make_event: MakeEvent) -> None:
+async def test_write_commits(session: AsyncSession, engine: AsyncEngine) -> None:
     """After `write` another connection sees the event; a second time it is a duplicate."""
     event = make_event()
 
@@ -50,7 +47,7 @@ async def test_write_commits(session: AsyncSession, engine: AsyncEngine, make_ev
     assert event not in session
 
 
-async def test_query_finds_what_was_written(session: AsyncSession, make_event: MakeEvent) -> None:
+async def test_query_finds_what_was_written(session: AsyncSession) -> None:
     """The four methods give detached events, newest first, readable after the session is closed."""
     logger, query = AuditLogger(session), AuditQuery(session)
     for number in range(3):
@@ -68,7 +65,7 @@ async def test_query_finds_what_was_written(session: AsyncSession, make_event: M
     assert [[event.request_id for event in page] for page in pages] == [["r-2", "r-1"], ["r-1", "r-0"], ["r-1"]]
 
 
-async def test_query_of_one_organisation(session: AsyncSession, make_event: MakeEvent) -> None:
+async def test_query_of_one_organisation(session: AsyncSession) -> None:
     """`org_id` limits what a query sees."""
     for org_id in ("acme", "globex"):
         await AuditLogger(session).write(make_event(request_id="r-1", org_id=org_id))
@@ -77,7 +74,7 @@ async def test_query_of_one_organisation(session: AsyncSession, make_event: Make
     assert len(await AuditQuery(session).list_recent()) == 2
 
 
-async def test_query_leaves_the_transaction_alone(session: AsyncSession, make_event: MakeEvent) -> None:
+async def test_query_leaves_the_transaction_alone(session: AsyncSession) -> None:
     """Reading neither commits nor rolls back what the caller has under way."""
     await session.execute(text("DELETE FROM audit_events"))
     await AuditQuery(session).list_recent()
@@ -86,7 +83,7 @@ async def test_query_leaves_the_transaction_alone(session: AsyncSession, make_ev
 
 
 async def test_lost_event_is_logged_whole(
-    session: AsyncSession, engine: AsyncEngine, make_event: MakeEvent, caplog: pytest.LogCaptureFixture
+    session: AsyncSession, engine: AsyncEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What the database refuses is LOST without an error, is logged at CRITICAL, and the session works on."""
     async with engine.begin() as connection:
@@ -103,9 +100,7 @@ async def test_lost_event_is_logged_whole(
     assert await AuditLogger(session).write(make_event()) == "STORED"
 
 
-async def test_broken_session_does_not_lose_the_next_event(
-    session: AsyncSession, engine: AsyncEngine, make_event: MakeEvent
-) -> None:
+async def test_broken_session_does_not_lose_the_next_event(session: AsyncSession, engine: AsyncEngine) -> None:
     """A session whose transaction has failed loses at most the write that meets it, raises nothing, and is mended."""
     with pytest.raises(Exception, match="no_such_table"):
         await session.execute(text("SELECT * FROM no_such_table"))
@@ -116,7 +111,7 @@ async def test_broken_session_does_not_lose_the_next_event(
     assert await count(engine) == outcomes.count("STORED")
 
 
-async def test_database_that_is_gone_raises_nothing(make_event: MakeEvent, caplog: pytest.LogCaptureFixture) -> None:
+async def test_database_that_is_gone_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """A server that does not answer costs the pipeline no error."""
     engine = create_engine("postgresql://nobody:s3cret-pass@127.0.0.1:1/none")
     async with AsyncSession(engine) as session:
@@ -127,9 +122,7 @@ async def test_database_that_is_gone_raises_nothing(make_event: MakeEvent, caplo
     assert "s3cret-pass" not in caplog.text
 
 
-async def test_closed_connection_raises_nothing(
-    session: AsyncSession, engine: AsyncEngine, make_event: MakeEvent
-) -> None:
+async def test_closed_connection_raises_nothing(session: AsyncSession, engine: AsyncEngine) -> None:
     """A connection that died under the session costs one event at most; the session finds another one."""
     connection = await session.connection()
     driver = (await connection.get_raw_connection()).driver_connection
@@ -143,7 +136,7 @@ async def test_closed_connection_raises_nothing(
     assert await count(engine) == outcomes.count("STORED")
 
 
-async def test_hostile_event_is_stored(session: AsyncSession, make_event: MakeEvent) -> None:
+async def test_hostile_event_is_stored(session: AsyncSession) -> None:
     """NUL, lone surrogates and NaN keep no event out here either."""
     event = make_event(request_id="\0\ud800", sanitized_args={"a\0": float("nan")}, risk_score=float("nan"))
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
 import random
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from contract_helpers import forked
 from sqlalchemy import inspect, make_url, text
 
 import agent_gateway_store.audit.writer as writer_module
@@ -20,15 +18,7 @@ from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
 from builders import make_event
 from proofs.harness import TRIGGERS, WatchedSink, migrated, spooled_ids, stored_events, stored_ids
 
-pytestmark = pytest.mark.integration
-
 STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """No Redis: the audit log does not know it."""
-    return ""
 
 
 @pytest.fixture
@@ -351,20 +341,14 @@ async def test_another_loop_is_told_so(store: GatewayStore) -> None:
 async def test_a_forked_child_is_told_so(store: GatewayStore) -> None:
     """After a fork the child's use raises StoreNotOpenError, and the parent goes on."""
 
-    async def use() -> int:
-        try:
+    async def use() -> None:
+        with pytest.raises(StoreNotOpenError, match="another process"):
             await store.audit.write(make_event())
-        except StoreNotOpenError as exc:
-            return 42 if "another process" in str(exc) else 1
-        return 0
 
-    child = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(asyncio.run(use())))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of 3.12, about forking beside threads
-        child.start()
-    await asyncio.to_thread(child.join)
+    child = forked(lambda: asyncio.run(use()))
+    await asyncio.to_thread(child.join, 30)
 
-    assert child.exitcode == 42
+    assert child.exitcode == 0
     assert await store.audit.write(make_event()) is STORED
 
 

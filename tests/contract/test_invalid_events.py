@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -14,11 +13,9 @@ from uuid import UUID
 import pytest
 from pydantic import ValidationError
 
-from agent_gateway_store import AuditEvent, Decision, GatewayStore, StoreSettings, errors
+from agent_gateway_store import Decision, GatewayStore, StoreSettings, errors
+from builders import make_event
 
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
 INVALID: tuple[dict[str, Any], ...] = (
     {"decision": "MAYBE"},
     {"execution_status": "maybe"},
@@ -34,13 +31,7 @@ INVALID: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture
-def redis_setting() -> str:
-    """Audit does not go through Redis."""
-    return ""
-
-
-async def test_what_the_validation_would_have_taken_is_stored(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_what_the_validation_would_have_taken_is_stored(store: GatewayStore) -> None:
     """A word for an enum, a float of milliseconds, a naive time, a whole number as a score."""
     noon = datetime(2026, 1, 2, 12)
     given = {"decision": "DENY", "latency_ms": 1.7, "timestamp": noon, "risk_score": 1}
@@ -54,7 +45,7 @@ async def test_what_the_validation_would_have_taken_is_stored(store: GatewayStor
 
 @pytest.mark.parametrize("given", INVALID, ids=str)
 async def test_an_invalid_event_costs_no_other_one(
-    store: GatewayStore, make_event: MakeEvent, caplog: pytest.LogCaptureFixture, given: dict[str, Any]
+    store: GatewayStore, caplog: pytest.LogCaptureFixture, given: dict[str, Any]
 ) -> None:
     """It is LOST: `write` does not raise, what is wrong and the whole event are logged; the others are stored."""
     bad = make_event(request_id="bad").model_copy(update=given)
@@ -71,7 +62,7 @@ async def test_an_invalid_event_costs_no_other_one(
     assert json.loads(lost.partition(": ")[2])["request_id"] == "bad"
 
 
-async def test_the_strict_mode_refuses_an_invalid_event(database_url: str, make_event: MakeEvent) -> None:
+async def test_the_strict_mode_refuses_an_invalid_event(database_url: str) -> None:
     """The call must not go through; the cause says why."""
     async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as strict:
         with pytest.raises(errors.AuditUnavailableError, match="The event is not valid") as caught:
@@ -81,7 +72,7 @@ async def test_the_strict_mode_refuses_an_invalid_event(database_url: str, make_
     assert isinstance(caught.value.__cause__, ValidationError)
 
 
-async def test_many_stop_at_an_invalid_event(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_many_stop_at_an_invalid_event(store: GatewayStore) -> None:
     """As where the iterable raises: what came before is stored."""
     events = [make_event(request_id=f"r-{number}") for number in range(4)]
     events[2] = events[2].model_copy(update={"decision": "MAYBE"})

@@ -12,14 +12,13 @@ from typing import Any
 
 import key_cache_helpers
 import pytest
-from key_cache_helpers import BOTH, TRUSTED, Gate, answer, checking, hears, issue, until
+from contract_helpers import BOTH, hears, until
+from key_cache_helpers import TRUSTED, Gate, answer, checking, issue, refused
 
 import servers
 from agent_gateway_store import GatewayStore, clock
+from agent_gateway_store.store import parts_of
 
-pytestmark = pytest.mark.integration
-
-redis_setting = key_cache_helpers.redis_setting
 gate = key_cache_helpers.gate
 
 
@@ -65,15 +64,12 @@ async def test_change_elsewhere_is_heard(
     assert await answer(store, issued) == "good"
     await change(other)
 
-    async def is_refused() -> bool:
-        return await answer(store, issued) == "invalid"
-
     if redis_setting:
-        await until(is_refused)
+        await refused(store, issued)
     else:
         assert await answer(store, issued) == "good"
         clock.move(TRUSTED)
-        assert await is_refused()
+        assert await answer(store, issued) == "invalid"
 
 
 async def test_new_key_from_elsewhere_is_good_at_once(store: GatewayStore, other: GatewayStore) -> None:
@@ -136,23 +132,13 @@ async def test_hung_or_restarted_redis_lets_no_revoked_key_live_longer(database_
             await other.keys.revoke("agent-1")
             server.start()
 
-            async def is_refused() -> bool:
-                return await answer(store, keys[1]) == "invalid"
-
-            await until(is_refused, 10)
+            await refused(store, keys[1], 10)
             await hears(store)
-
-            async def is_used_again() -> bool:
-                return other._core.redis.is_available
-
-            await until(is_used_again)
+            await until(lambda: parts_of(other).redis.is_available)
             assert await answer(store, keys[2]) == "good"
             await other.keys.revoke("agent-2")
 
-            async def is_heard() -> bool:
-                return await answer(store, keys[2]) == "invalid"
-
-            await until(is_heard)
+            await refused(store, keys[2])
 
 
 async def test_a_revocation_that_redis_did_not_take_is_sent_again(database_url: str) -> None:
@@ -168,19 +154,12 @@ async def test_a_revocation_that_redis_did_not_take_is_sent_again(database_url: 
             server.pause()
             await other.keys.revoke("agent-0")
             server.resume()
-            assert not other._core.redis.is_available
+            assert not parts_of(other).redis.is_available
             await other.keys.revoke("agent-1")
             assert await answer(store, keys[1]) == "good"
 
-            async def is_refused() -> bool:
-                return await answer(store, keys[1]) == "invalid"
-
-            await until(is_refused)
-
-            async def is_quiet() -> bool:
-                return not other._core.key_cache.background
-
-            await until(is_quiet)
+            await refused(store, keys[1])
+            await until(lambda: not parts_of(other).key_cache.background)
 
 
 async def test_closing_does_not_wait_for_redis_to_come_back(database_url: str) -> None:
@@ -197,6 +176,7 @@ async def test_closing_does_not_wait_for_redis_to_come_back(database_url: str) -
 _GATEWAY = """
 import asyncio, sys
 from agent_gateway_store import GatewayStore, errors
+from agent_gateway_store.store import parts_of
 
 async def main():
     async with GatewayStore() as store:
@@ -206,7 +186,7 @@ async def main():
             while True:
                 await store.keys.verify(key)
                 # What it hears before it has subscribed is nothing, and the first key makes it subscribe.
-                if not is_told and store._core.pubsub._is_live == has_redis:
+                if not is_told and parts_of(store).pubsub.is_live == has_redis:
                     print("good", flush=True)
                     is_told = True
                 await asyncio.sleep(0.01)

@@ -18,15 +18,7 @@ from pydantic import SecretStr
 from agent_gateway_store import CallerIdentity, GatewayStore, IssuedKey, TrustLevel, clock, errors
 from agent_gateway_store.keys.format import KEY_PATTERN, new_key, new_key_id, parse_key_id
 
-pytestmark = pytest.mark.integration
-
-MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Keys do not go through Redis."""
-    return ""
+MINUTE, HOUR, MILLION_DAYS = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1_000_000)
 
 
 @pytest.fixture
@@ -189,6 +181,17 @@ async def test_second_rotation_ends_the_first_key(store: GatewayStore) -> None:
     third = await store.keys.rotate("dev-agent")
 
     assert await accepts(store, first, second, third) == [False, True, True]
+
+
+async def test_a_key_lives_through_the_longest_overlap_and_no_longer_one_is_taken(store: GatewayStore) -> None:
+    """What a database could not hold is refused before anything is written: the old key is accepted as before."""
+    old = await store.keys.issue("dev-agent", role="developer")
+    for overlap in (MILLION_DAYS + timedelta(days=1), timedelta.max):
+        with pytest.raises(ValueError, match="a million days at most"):
+            await store.keys.rotate("dev-agent", overlap=overlap)
+    new = await store.keys.rotate("dev-agent", overlap=MILLION_DAYS)
+
+    assert [(await store.keys.verify(key.plaintext)).caller_id for key in (old, new)] == ["dev-agent"] * 2
 
 
 async def test_revocation_ends_every_key_at_once(store: GatewayStore) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from contract_helpers import CALL, make_request
 from sqlalchemy import text
 
 from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.keys.format import new_key
+from builders import CALL, make_request
 
 TOKEN = "t" * 43
 USES: dict[str, Callable[[GatewayStore], Awaitable[object]]] = {
@@ -34,12 +34,6 @@ LOST = {
         ("api_keys RENAME role TO lost", "api_keys RENAME lost TO role"),
     ],
 }
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """No Redis."""
-    return ""
 
 
 @pytest.fixture(params=LOST)

@@ -10,11 +10,10 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from contract_helpers import CALL, approved, column, make_request
+from contract_helpers import approved, column
 
-from agent_gateway_store import AuditEvent, GatewayStore, IssuedKey, clock, errors
-
-pytestmark = pytest.mark.integration
+from agent_gateway_store import GatewayStore, IssuedKey, clock, errors
+from builders import CALL, make_event, make_request
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Organisation:
     ids: dict[str, UUID]
 
 
-async def settle(store: GatewayStore, org_id: str, make_event: Callable[..., AuditEvent]) -> Organisation:
+async def settle(store: GatewayStore, org_id: str) -> Organisation:
     """Let an organisation write one of everything."""
     view = store.for_org(org_id)
     await view.audit.write(make_event(request_id="r-1", deterministic_rationale=f"of {org_id}"))
@@ -43,14 +42,12 @@ async def settle(store: GatewayStore, org_id: str, make_event: Callable[..., Aud
 
 
 @pytest.fixture
-async def two(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> tuple[Organisation, Organisation]:
+async def two(store: GatewayStore) -> tuple[Organisation, Organisation]:
     """Two organisations that use the same names for different things."""
     return await settle(store, "acme", make_event), await settle(store, "globex", make_event)
 
 
-async def test_everything_written_is_stamped(
-    store: GatewayStore, two: tuple[Organisation, Organisation], make_event: Callable[..., AuditEvent]
-) -> None:
+async def test_everything_written_is_stamped(store: GatewayStore, two: tuple[Organisation, Organisation]) -> None:
     """Rows of every table carry the organisation; an event that names another one is stamped all the same."""
     await two[0].view.audit.write(make_event(org_id="globex"))
 
@@ -201,7 +198,7 @@ async def test_cursor_of_another_organisation_shows_nothing_of_it(two: tuple[Org
     assert await acme.view.approvals.list_requests()
 
 
-async def test_views_work_side_by_side(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+async def test_views_work_side_by_side(store: GatewayStore) -> None:
     """Concurrent writes of ten organisations with the same ids all land, each in its own."""
     views = [store.for_org(f"org-{number}") for number in range(10)]
     await asyncio.gather(*(view.audit.write(make_event(request_id="same")) for view in views))

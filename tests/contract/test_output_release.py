@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import CALL, approved, column, make_request
+from contract_helpers import approved, column
 from sqlalchemy import text
 
 from agent_gateway_store import (
@@ -22,8 +22,7 @@ from agent_gateway_store import (
     SyncGatewayStore,
     errors,
 )
-
-pytestmark = pytest.mark.integration
+from builders import CALL, make_request
 
 RELEASE = ApprovalScope.OUTPUT_RELEASE
 OUTPUT: dict[str, Any] = {"rows": [{"name": "Ada \u2603", "n": 1.5}, None, True], "total": 2}

@@ -20,15 +20,7 @@ from agent_gateway_store.audit.writer import AuditWriter
 from builders import make_event, rehash
 from proofs.harness import TRIGGERS, WatchedSink, stored_events
 
-pytestmark = pytest.mark.integration
-
 STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """No Redis: the audit log does not know it."""
-    return ""
 
 
 def derived_id(event: AuditEvent) -> str:

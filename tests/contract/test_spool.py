@@ -38,8 +38,6 @@ from proofs.harness import (
 )
 from servers import PostgresServer
 
-pytestmark = pytest.mark.integration
-
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 HERE = make_url("sqlite:///here.db")
 

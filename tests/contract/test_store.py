@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
-import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import CALL, RecordingNotifier, approved, make_request
+from contract_helpers import GatedNotifier, approved, forked, seen
 from sqlalchemy import event, text
 
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, Notice, StoreSettings, SyncGatewayStore, errors
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
-
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis matters to few tests here; those ask for it."""
-    return ""
-
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_event, make_request
 
 Use = Callable[[GatewayStore], Awaitable[Any]]
 USES: list[Use] = [
@@ -78,9 +69,7 @@ async def test_default_is_a_sqlite_file_here(tmp_path: Path) -> None:
     assert (tmp_path / "gateway.db").is_file()
 
 
-async def test_environment_names_the_database(
-    database_url: str, monkeypatch: pytest.MonkeyPatch, make_event: Callable[..., AuditEvent]
-) -> None:
+async def test_environment_names_the_database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """DATABASE_URL is used where no argument is given."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     async with GatewayStore() as store:
@@ -168,9 +157,7 @@ async def test_what_was_given_stays_open(database_url: str, fresh_redis_url: str
     await engine.dispose()
 
 
-async def test_store_that_is_not_open_says_so(
-    database_url: str, fresh_redis_url: str, make_event: Callable[..., AuditEvent]
-) -> None:
+async def test_store_that_is_not_open_says_so(database_url: str, fresh_redis_url: str) -> None:
     """Before `open` and after `close` every use raises, also what Redis could answer; opened again it works."""
     store = GatewayStore(database_url, redis_url=fresh_redis_url)
     await refuses_every_use(store, make_event(), "is not open")
@@ -226,7 +213,7 @@ async def test_view_shares_the_store(store: GatewayStore) -> None:
     await store.open()
 
 
-async def test_another_loop_is_refused(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+async def test_another_loop_is_refused(store: GatewayStore) -> None:
     """From another event loop nothing can be used, opened or closed; at home it works on."""
 
     async def elsewhere() -> None:
@@ -253,7 +240,7 @@ async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: C
     assert await asyncio.to_thread(servers.run, work()) == 0
 
 
-async def test_forked_process_is_refused(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+async def test_forked_process_is_refused(store: GatewayStore) -> None:
     """In a forked child the parent's store refuses everything, and the parent's connections live on."""
 
     async def in_child() -> None:
@@ -263,18 +250,10 @@ async def test_forked_process_is_refused(store: GatewayStore, make_event: Callab
                 await act()
 
     await store.keys.list()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forking beside threads
-        child = os.fork()
-    if child == 0:
-        try:
-            asyncio.run(in_child())
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    child = forked(lambda: asyncio.run(in_child()))
+    await asyncio.to_thread(child.join, 30)
 
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert child.exitcode == 0
     assert await store.keys.list() == []
 
 
@@ -292,7 +271,7 @@ async def test_notifier_hears_of_asking_and_deciding(database_url: str) -> None:
             await store.approvals.approve(tokens[-1], "approver-2")
 
     decided = ("decision", "APPROVED"), ("decision", "DENIED")
-    assert recorder.seen == [*decided, ("pending", "PENDING"), ("pending", "PENDING")]
+    assert seen(recorder) == [*decided, ("pending", "PENDING"), ("pending", "PENDING")]
     told = "".join(notice.model_dump_json() + repr(notice) for notice in recorder.notices)
     assert not any(token in told for token in tokens)
     assert len({notice.delivery_id for notice in recorder.notices}) == 4
@@ -301,14 +280,14 @@ async def test_notifier_hears_of_asking_and_deciding(database_url: str) -> None:
 async def test_notices_go_out_in_the_background(database_url: str) -> None:
     """Asking and deciding wait for no notifier; closing waits until the notices have arrived."""
     gate = threading.Event()
-    recorder = RecordingNotifier(gate)
+    recorder = GatedNotifier(gate)
     async with GatewayStore(database_url, plugins=[recorder]) as store:
         token = await approved(store)
         assert (await store.approvals.check_token(token)).status == "APPROVED"
         assert recorder.notices == []
         gate.set()
 
-    assert recorder.seen == [("decision", "APPROVED"), ("pending", "PENDING")]
+    assert seen(recorder) == [("decision", "APPROVED"), ("pending", "PENDING")]
 
 
 async def test_notice_is_sent_after_the_commit(database_url: str) -> None:
@@ -349,7 +328,7 @@ async def test_broken_and_hanging_notifiers_hold_nothing_up(database_url: str) -
         started = time.monotonic()
 
     assert time.monotonic() - started < 10
-    assert recorder.seen == [("pending", "PENDING")]
+    assert seen(recorder) == [("pending", "PENDING")]
 
 
 async def test_refused_request_notifies_nobody(database_url: str) -> None:

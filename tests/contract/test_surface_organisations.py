@@ -13,13 +13,11 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from contract_helpers import CALL, make_request
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import AuditEvent, GatewayStore, IssuedKey, Page, clock, errors
-
-pytestmark = pytest.mark.integration
+from builders import CALL, make_event, make_request
 
 MARK = "belongs-to-globex"
 """Stands in everything that the other organisation has written."""
@@ -42,7 +40,7 @@ class Other:
     delivery_cursor: str | None = None
 
 
-async def settle(view: GatewayStore, mark: str, make_event: Callable[..., AuditEvent]) -> Other:
+async def settle(view: GatewayStore, mark: str) -> Other:
     """Let an organisation write one of everything, with its mark in it and the names that others use, too."""
     event = make_event(**SameNames, deterministic_rationale=mark, llm_explanation=mark, session_id=mark)
     await view.audit.write(event)
@@ -298,7 +296,7 @@ async def told(answer: Awaitable[Any]) -> str:
 
 
 @pytest.fixture
-async def other(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> Other:
+async def other(store: GatewayStore) -> Other:
     """The other organisation; beside the same names it has a caller of its own."""
     view = store.for_org("globex")
     settled = await settle(view, MARK, make_event)
@@ -306,14 +304,12 @@ async def other(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> O
     return settled
 
 
-async def attempt(name: str, view: GatewayStore, other: Other, make_event: Callable[..., AuditEvent]) -> str:
+async def attempt(name: str, view: GatewayStore, other: Other) -> str:
     """Run a case and return everything that was told."""
     return "\n".join([await told(answer) for answer in CASES[name](view, other, make_event)])
 
 
-async def test_nothing_of_the_other_organisation_is_shown_or_changed(
-    store: GatewayStore, other: Other, make_event: Callable[..., AuditEvent]
-) -> None:
+async def test_nothing_of_the_other_organisation_is_shown_or_changed(store: GatewayStore, other: Other) -> None:
     """Neither a row nor an id nor a word of it is in any answer or error, and its rows stay as they were."""
     before = await rows(store)
     for name in sorted(CASES, key=lambda name: name == "approvals.expire_stale"):
@@ -335,7 +331,7 @@ WRITING = {"approvals.issue_token", "keys.issue"} | {
 
 
 async def test_answers_are_those_of_a_store_without_the_other(
-    store: GatewayStore, other: Other, make_event: Callable[..., AuditEvent], tmp_path: Path
+    store: GatewayStore, other: Other, tmp_path: Path
 ) -> None:
     """To the word, counts included, one is told what one is told where the other organisation does not exist."""
     async with GatewayStore(f"sqlite:///{tmp_path}/alone.db", redis_url="") as alone:

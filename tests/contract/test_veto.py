@@ -9,14 +9,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from contract_helpers import CALL, column, counted_statements, make_request
+from contract_helpers import column, counted_statements
 
 from agent_gateway_store import GatewayStore, hookimpl
 from agent_gateway_store.errors import ApprovalAlreadyDecidedError, ApprovalNotFoundError, DecisionVetoedError
 from agent_gateway_store.models.values import PendingApproval
 from agent_gateway_store.settings import StoreSettings
-
-pytestmark = pytest.mark.integration
+from builders import CALL, make_request
 
 SHORT_S = 0.3
 

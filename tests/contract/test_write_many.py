@@ -13,15 +13,7 @@ from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
 from builders import make_event
 from proofs.harness import WatchedSink, migrated, stored_events, stored_ids
 
-pytestmark = pytest.mark.integration
-
 STORED, DUPLICATE = WriteOutcome.STORED, WriteOutcome.DUPLICATE
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """No Redis: the audit log does not know it."""
-    return ""
 
 
 class SourceFailedError(Exception):
