@@ -140,25 +140,11 @@ async def test_duckdb_and_polars_read_a_dataset(store: GatewayStore, tmp_path: P
     assert columns.rows() == rows
 
 
-HOSTILE_STARTS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\u00a0=1", "\ufeff=1", "\u200b+1")
-HOSTILE_STARTS += (
-    "\uff1d1",
-    "\uff0b1",
-    "\uff0d1",
-    "\uff201",
-    "\x0b=1",
-    "|x",
-    "a\n=1",
-    "a\r\n \t@x",
-    '"=1',
-    "x;=1",
-    'x; "=1',
-    "x\t@1",
-    ";\uff1d1",
-    "=cmd|' /C calc'!A0",
+HOSTILE_STARTS = (
+    *("\tx", "\rx", "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\u00a0=1", "\ufeff=1"),
+    *("\u200b+1", "\uff1d1", "\uff0b1", "\uff0d1", "\uff201", "\x0b=1", "|x", "a\n=1", "a\r\n \t@x", '"=1'),
+    *("x;=1", 'x; "=1', "x\t@1", ";\uff1d1", "=cmd|' /C calc'!A0"),
 )
-
-
 _SIGNS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
 

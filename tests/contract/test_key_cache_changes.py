@@ -6,18 +6,22 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
 import key_cache_helpers
 import pytest
-from contract_helpers import BOTH, hears, until
+import redis.asyncio
+from contract_helpers import BOTH, WITH_REDIS, hears, until
 from key_cache_helpers import TRUSTED, Gate, answer, checking, issue, refused
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 import servers
-from agent_gateway_store import GatewayStore, clock
+from agent_gateway_store import GatewayStore, clock, errors
 from agent_gateway_store.store import parts_of
+from builders import make_request
 
 gate = key_cache_helpers.gate
 
@@ -70,6 +74,65 @@ async def test_change_elsewhere_is_heard(
         assert await answer(store, issued) == "good"
         clock.move(TRUSTED)
         assert await answer(store, issued) == "invalid"
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("change", [revoke, rotate, reissue])
+async def test_change_elsewhere_is_heard_through_postgresql_while_somebody_waits(
+    store: GatewayStore, other: GatewayStore, change: Callable[..., Any]
+) -> None:
+    """Without Redis the connection that listens for decisions hears of keys, too, long before the trust ends."""
+    issued = await issue(store)
+    token = await store.approvals.issue_token(make_request())
+    waiting = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=20))
+    await store.keys.verify(issued.plaintext)
+    await hears(store)
+    assert await answer(store, issued) == "good"
+    await change(other)
+    await refused(store, issued)
+    await store.approvals.cancel(token, "dev-agent")
+    await waiting
+
+
+@WITH_REDIS
+async def test_whoever_subscribes_again_trusts_nothing_from_before(
+    store: GatewayStore, client: redis.asyncio.Redis
+) -> None:
+    """While the subscription was cut a key has ended, of which no message will ever come."""
+    issued = await issue(store)
+    await store.keys.verify(issued.plaintext)
+    await hears(store)
+    assert await answer(store, issued) == "good"
+    await client.client_kill_filter(_type="pubsub")
+    await until(lambda: not parts_of(store).pubsub.is_live)
+    async with store.database.write() as connection:
+        await connection.exec_driver_sql("UPDATE api_keys SET is_active = false")
+    assert await answer(store, issued) == "good"  # it cannot know
+
+    await refused(store, issued)
+
+
+@pytest.mark.parametrize("change", [revoke, rotate])
+async def test_a_change_whose_answer_was_lost_leaves_no_trust(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]
+) -> None:
+    """The commit arrives, the connection is cut before it says so: what was known is asked again."""
+    issued = await issue(store)
+    assert await answer(store, issued) == "good"
+    write = store.database.write
+
+    @asynccontextmanager
+    async def cut_off() -> AsyncIterator[AsyncConnection]:
+        async with write() as connection:
+            yield connection
+        raise errors.StoreUnavailableError("The connection was cut.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.database, "write", cut_off)
+        with pytest.raises(errors.StoreUnavailableError):
+            await change(store)
+
+    assert await answer(store, issued) == "invalid"
 
 
 async def test_new_key_from_elsewhere_is_good_at_once(store: GatewayStore, other: GatewayStore) -> None:

@@ -174,6 +174,31 @@ async def test_rotation_without_overlap_ends_the_old_key_at_once(store: GatewayS
     assert await column(store, "previous_key_hash", "api_keys") == [None]
 
 
+async def test_a_key_issued_while_another_is_rotated_stays(
+    store: GatewayStore, other: GatewayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the read of the old key and its replacement it is revoked and a new one issued, which is not replaced."""
+    await issue(store)
+    begun, go, hashing = threading.Event(), threading.Event(), bcrypt.hashpw
+
+    def held(*args: bytes) -> bytes:
+        if not begun.is_set():
+            begun.set()
+            assert go.wait(10)
+        return hashing(*args)
+
+    monkeypatch.setattr(bcrypt, "hashpw", held)
+    rotating = asyncio.create_task(store.keys.rotate("dev-agent"))
+    assert await asyncio.to_thread(begun.wait, 10)
+    await other.keys.revoke("dev-agent")
+    new = await issue(other)
+    go.set()
+
+    with pytest.raises(errors.ApiKeyNotFoundError):
+        await rotating
+    assert await accepts(store, new) == [True]
+
+
 async def test_second_rotation_ends_the_first_key(store: GatewayStore) -> None:
     """One key before the current one is accepted, not two."""
     first = await issue(store)

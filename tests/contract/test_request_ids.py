@@ -92,13 +92,30 @@ async def test_another_event_under_a_used_id_is_kept_beside_it(store: GatewaySto
     assert all(event.content_hash == rehash(event) for event in found.values())
 
 
-async def test_a_used_id_in_another_organisation_is_free(store: GatewayStore) -> None:
-    """The id is unique in its organisation only."""
-    outcomes = [await store.for_org(org).audit.write(make_event(request_id="used")) for org in ("a", "b")]
-    outcomes.append(await store.for_org("a").audit.write(make_event(request_id="used", tool_name="other")))
+@pytest.mark.parametrize("way", ["write", "write_many", "record", "AuditLogger"])
+async def test_a_used_id_in_another_organisation_is_free(store: GatewayStore, way: str) -> None:
+    """The id is unique in its organisation only, whichever way an event comes; repeated there, it is a DUPLICATE."""
 
-    assert outcomes == [STORED] * 3
-    assert sorted(event.org_id for event in await stored_events(store) if event.request_id == "used") == ["a", "b"]
+    async def store_by(event: AuditEvent) -> WriteOutcome:
+        if way == "write":
+            return await store.audit.write(event)
+        if way == "write_many":
+            return next(iter(await store.audit.write_many([event])))
+        async with store.database.sessions() as session:
+            if way == "AuditLogger":
+                return await AuditLogger(session).write(event)
+            async with session.begin():
+                return await store.audit.record(event, session=session)
+
+    ours, theirs = (make_event(request_id="used", org_id=org_id) for org_id in ("a", "b"))
+    another = make_event(request_id="used", org_id="a", tool_name="other")
+    outcomes = [await store_by(event) for event in (ours, theirs, another, ours, theirs, another)]
+    found = await stored_events(store)
+
+    assert outcomes == [STORED] * 3 + [DUPLICATE] * 3
+    assert [(event.org_id, event.request_id) for event in found[:2]] == [("a", "used"), ("b", "used")]
+    assert (found[2].org_id, found[2].request_id) == ("a", derived_id(another))
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one-batch", "one-by-one"])
