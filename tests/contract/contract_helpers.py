@@ -22,8 +22,8 @@ from agent_gateway_store.store import parts_of
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_request
 
-SOON_S = 4.0
-"""More than a signal takes on a busy machine, and less than the poll of a store that hears signals."""
+SOON_S = 10.0
+"""More than a message takes on a busy machine, and less than a task that waits for a decision waits at most."""
 BOTH = pytest.mark.parametrize("redis_setting", ["no-redis", "redis"], indirect=True)
 """Run without and with Redis: for what is read through it, or told through it."""
 WITH_REDIS = pytest.mark.parametrize("redis_setting", ["redis"], indirect=True)
@@ -103,17 +103,17 @@ def seen(recorder: RecordingNotifier) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def counted_statements(store: GatewayStore) -> Iterator[list[str]]:
-    """Collect the SQL statements that go through the store's engine, or past it to the driver."""
+def counted_statements(store: GatewayStore, about: str = "") -> Iterator[list[str]]:
+    """Collect the SQL statements that go through the store's engine, or past it to the driver, and name `about`."""
     collected: list[str] = []
     run = statements.CompiledStatement.run
 
     async def noting(compiled: statements.CompiledStatement, *args: Any) -> Any:
-        collected.append(compiled.text)
+        note(None, None, compiled.text)
         return await run(compiled, *args)
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if not statement.startswith("BEGIN"):
+        if about in statement and not statement.startswith("BEGIN"):
             collected.append(statement)
 
     engine = store.database.engine.sync_engine

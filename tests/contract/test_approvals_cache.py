@@ -77,7 +77,7 @@ async def test_decision_updates_sql_and_redis(store: GatewayStore, client: redis
 async def test_hit_costs_no_sql(store: GatewayStore) -> None:
     """A status in Redis is answered from there, equal to what SQL says; `fresh` reads SQL."""
     tokens = [await store.approvals.issue_token(make_request()), await approved(store)]
-    with counted_statements(store) as statements:
+    with counted_statements(store, "approval_requests") as statements:
         cached = [await store.approvals.check_token(token) for token in tokens]
         assert statements == []
         fresh = [await store.approvals.check_token(token, fresh=True) for token in tokens]
@@ -90,7 +90,7 @@ async def test_miss_fills_the_cache_for_the_life_that_is_left(store: GatewayStor
     """After Redis lost everything one read of SQL brings both entries back, to end with the approval."""
     token = await store.approvals.issue_token(make_request())
     await client.flushdb()
-    with counted_statements(store) as statements:
+    with counted_statements(store, "approval_requests") as statements:
         for _ in range(3):
             assert (await store.approvals.check_token(token)).status == "PENDING"
 
@@ -111,11 +111,11 @@ async def test_status_that_can_change_is_trusted_for_a_while_only(
     await client.set(f"approval:{token}", json.dumps(stale), px=stale["life_ms"] - 2_100)
     assert (await store.approvals.check_token(token)).status == "DENIED"
     await client.set(f"approval:{token}", json.dumps(final), px=final["life_ms"] // 2)
-    with counted_statements(store) as statements:
+    with counted_statements(store, "approval_requests") as statements:
         assert (await store.approvals.check_token(token)).status == "DENIED"
     assert statements == []
     await client.persist(f"approval:{token}")
-    with counted_statements(store) as statements:
+    with counted_statements(store, "approval_requests") as statements:
         assert (await store.approvals.check_token(token)).status == "DENIED"
     assert len(statements) == 1  # what has no end was not written by us
 
@@ -125,7 +125,7 @@ async def test_trust_can_be_switched_off(database_url: str, redis_setting: str) 
     settings = StoreSettings(approval_cache_seconds=0)
     async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
         token = await store.approvals.issue_token(make_request())
-        with counted_statements(store) as statements:
+        with counted_statements(store, "approval_requests") as statements:
             await store.approvals.check_token(token)
 
     assert len(statements) == 1
@@ -145,7 +145,7 @@ async def test_what_is_cached_ends_with_its_own_deadline(
         token = await store.approvals.issue_token(make_request(**deadlines))
         if is_approved:
             await store.approvals.approve(token, "approver-1")
-        with counted_statements(store) as statements:
+        with counted_statements(store, "approval_requests") as statements:
             before = await store.approvals.check_token(token)
         clock.move(timedelta(seconds=30))
         after = await store.approvals.check_token(token)

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import BOTH, counted_statements, seen
+from contract_helpers import BOTH, counted_statements, seen, topics, until
 
 from agent_gateway_store import (
     ApprovalRequest,
@@ -230,7 +230,7 @@ async def test_waiter_of_the_old_token_learns_that_it_is_cancelled(store: Gatewa
     """Who waits with the old token, in another process, is woken."""
     old = await store.approvals.issue_token(ask())
     waiting = asyncio.create_task(other.approvals.wait_for_decision(old, timeout_s=20))
-    await asyncio.sleep(0)
+    await until(lambda: topics(other) == 1)
     await store.approvals.issue_token(ask(required_approvals=2))
 
     assert (await waiting).status == "CANCELLED"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
 
 import pytest
 from sqlalchemy import text
@@ -12,21 +11,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from agent_gateway_store import AuditLogger, AuditQuery
 from agent_gateway_store.storage.database import create_engine
 from builders import make_event
-
-
-@pytest.fixture
-async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
-    """An engine of the gateway's."""
-    engine = create_engine(database_url)
-    yield engine
-    await engine.dispose()
-
-
-@pytest.fixture
-async def session(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
-    """A session of the gateway's."""
-    async with AsyncSession(engine) as session:
-        yield session
 
 
 async def count(engine: AsyncEngine) -> int:

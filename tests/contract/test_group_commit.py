@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from contract_helpers import forked
+from contract_helpers import until
 from sqlalchemy import inspect, make_url, text
 
 import agent_gateway_store.audit.writer as writer_module
@@ -258,7 +258,8 @@ async def test_flush_waits_for_what_was_written_before(store: GatewayStore) -> N
     sink.gate.clear()
     tasks = await begin_writes(store, 20)
     flush = asyncio.create_task(store.audit.flush())
-    await asyncio.sleep(0.05)
+    for _ in range(20):  # turns enough to end, if nothing held it
+        await asyncio.sleep(0)
     assert not flush.done()
 
     sink.gate.set()
@@ -277,7 +278,7 @@ async def test_flush_ends_while_others_keep_writing(store: GatewayStore) -> None
             await store.audit.write(make_event())
 
     writers = [asyncio.create_task(keep_writing()) for _ in range(8)]
-    await asyncio.sleep(0.05)
+    await until(lambda: store.audit.counters.stored > 8)
     try:
         assert await asyncio.wait_for(store.audit.flush(), 5) == 0
     finally:
@@ -298,7 +299,8 @@ async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) 
         await asyncio.sleep(0)
     tasks = await begin_writes(store, 100)
     closing = asyncio.create_task(store.close())
-    await asyncio.sleep(0.02)
+    for _ in range(20):
+        await asyncio.sleep(0)
     assert not closing.done()
 
     sink.gate.set()
@@ -310,46 +312,6 @@ async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) 
     async with GatewayStore(database_url, redis_url="") as again:
         found = await stored_ids(again)
     assert len(found) == found.total() == 100 + sum(number for number in sink.batches if number >= 2_000)
-
-
-async def test_a_closed_store_takes_no_event(database_url: str) -> None:
-    """Writing, in bulk too, and flushing after `close` raise StoreNotOpenError; opened again it works."""
-    store = GatewayStore(database_url, redis_url="")
-    await store.open()
-    await store.close()
-
-    for use in (
-        store.audit.write(make_event()),
-        store.audit.write_many([make_event()]),
-        store.audit.flush(),
-    ):
-        with pytest.raises(StoreNotOpenError):
-            await use
-    async with store:
-        assert await store.audit.write(make_event()) is STORED
-
-
-async def test_another_loop_is_told_so(store: GatewayStore) -> None:
-    """Use from another event loop raises StoreNotOpenError and does no harm here."""
-    for use in (store.audit.write(make_event()), store.audit.write_many([make_event()]), store.audit.flush()):
-        with pytest.raises(StoreNotOpenError, match="another event loop"):
-            await asyncio.to_thread(asyncio.run, use)
-
-    assert await store.audit.write(make_event()) is STORED
-
-
-async def test_a_forked_child_is_told_so(store: GatewayStore) -> None:
-    """After a fork the child's use raises StoreNotOpenError, and the parent goes on."""
-
-    async def use() -> None:
-        with pytest.raises(StoreNotOpenError, match="another process"):
-            await store.audit.write(make_event())
-
-    child = forked(lambda: asyncio.run(use()))
-    await asyncio.to_thread(child.join, 30)
-
-    assert child.exitcode == 0
-    assert await store.audit.write(make_event()) is STORED
 
 
 async def test_counters_add_up(store: GatewayStore) -> None:

@@ -33,7 +33,7 @@ async def test_known_key_costs_neither_row_nor_bcrypt(
     if redis_setting:
         await hears(store)
     first = await store.keys.verify(issued.plaintext)
-    with counted_statements(store) as statements:
+    with counted_statements(store, "api_keys") as statements:
         again = [await store.keys.verify(key) for key in (issued.plaintext, issued.plaintext.get_secret_value())]
 
     assert again[0] is first
@@ -49,7 +49,7 @@ async def test_concurrent_checks_share_one_row_and_one_bcrypt(
     """A hundred requests with the same new key cost what one costs, and so do a hundred with the same wrong key."""
     issued = await issue(store)
     key = issued.plaintext.get_secret_value() if is_good else new_key(issued.api_key.key_id)
-    with counted_statements(store) as statements:
+    with counted_statements(store, "api_keys") as statements:
         answers = await asyncio.gather(*(answer(store, key) for _ in range(100)))
 
     assert set(answers) == {"good" if is_good else "invalid"}
@@ -66,7 +66,7 @@ async def test_row_is_read_again_but_bcrypt_runs_only_for_a_new_hash(
     assert (await answer(store, first), await answer(store, wrong)) == ("good", "invalid")
     for _ in range(3):
         clock.move(TRUSTED)
-        with counted_statements(store) as statements:
+        with counted_statements(store, "api_keys") as statements:
             assert (await answer(store, first), await answer(store, wrong)) == ("good", "invalid")
         assert len([statement for statement in statements if statement.startswith("SELECT")]) == 2
     assert len(bcrypt_calls) == 2
@@ -86,7 +86,7 @@ async def test_zero_switches_the_cache_off(database_url: str, redis_setting: str
     async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
         issued = await issue(store)
         await store.keys.verify(issued.plaintext)
-        with counted_statements(store) as statements:
+        with counted_statements(store, "api_keys") as statements:
             for _ in range(3):
                 await store.keys.verify(issued.plaintext)
         assert (len(statements), len(bcrypt_calls)) == (3, 4)
@@ -166,7 +166,7 @@ async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate)
 async def test_unknown_id_is_looked_up_once_a_second(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
     """Keys of an id that does not exist, whatever their secret, cost one row a second and no bcrypt."""
     key_id = new_key_id()
-    with counted_statements(store) as statements:
+    with counted_statements(store, "api_keys") as statements:
         for _ in range(20):
             assert await answer(store, new_key(key_id)) == "invalid"
         assert len(statements) == 1
@@ -218,7 +218,7 @@ async def test_use_is_noted_although_no_row_is_read(database_url: str) -> None:
         await store.keys.verify(issued.plaintext)
         first = (await store.keys.get("dev-agent")).last_used_at
         clock.move(timedelta(seconds=61))
-        with counted_statements(store) as statements:
+        with counted_statements(store, "api_keys") as statements:
             for _ in range(5):
                 await store.keys.verify(issued.plaintext)
         second = (await store.keys.get("dev-agent")).last_used_at
@@ -238,7 +238,7 @@ async def test_known_key_is_no_answer_of_a_closed_store(database_url: str) -> No
     with pytest.raises(errors.StoreNotOpenError):
         await store.keys.verify(issued.plaintext)
     async with store:
-        with counted_statements(store) as statements:
+        with counted_statements(store, "api_keys") as statements:
             assert await answer(store, issued) == "good"
     assert len(statements) == 1
 

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import bcrypt
+import key_cache_helpers
 import pytest
 from contract_helpers import column, counted_statements
+from key_cache_helpers import issue
 from pydantic import SecretStr
 
 from agent_gateway_store import CallerIdentity, GatewayStore, IssuedKey, TrustLevel, clock, errors
@@ -21,23 +23,7 @@ from agent_gateway_store.keys.format import KEY_PATTERN, new_key, new_key_id, pa
 MINUTE, HOUR, MILLION_DAYS = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1_000_000)
 
 
-@pytest.fixture
-def bcrypt_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the threads in which bcrypt checked something."""
-    calls: list[str] = []
-
-    def counted(secret: bytes, hashed: bytes) -> bool:
-        calls.append(threading.current_thread().name)
-        return check(secret, hashed)
-
-    check = bcrypt.checkpw
-    monkeypatch.setattr(bcrypt, "checkpw", counted)
-    return calls
-
-
-async def issue(store: GatewayStore, caller_id: str = "dev-agent") -> IssuedKey:
-    """Issue a key to a caller."""
-    return await store.keys.issue(caller_id, role="developer", trust_level=TrustLevel.MEDIUM)
+bcrypt_calls = key_cache_helpers.bcrypt_calls
 
 
 async def accepts(store: GatewayStore, *keys: IssuedKey) -> list[bool]:
@@ -89,14 +75,14 @@ def changed(text: str, place: int) -> str:
     return text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
 
 
-async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: list[str]) -> None:
+async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
     """What is no key, or fails its checksum, is refused without a statement and without bcrypt."""
     text = (await issue(store)).plaintext.get_secret_value()
     wrong = [changed(text, place) for place in range(len(text)) if text[place] != "_"]
     wrong += ["", "agw_", text[:-1], text + "A", text + "\n", " " + text, text.lower(), "\0" * 66, "\ud800", "é" * 66]
     wrong += ["a" * 2**20, text.replace("_", "-"), text.replace("agw", "AGW"), text[:20] + "٣" + text[21:]]
 
-    with counted_statements(store) as statements:
+    with counted_statements(store, "api_keys") as statements:
         for key in [*wrong, None, 5, text.encode(), SecretStr("")]:
             with pytest.raises(errors.InvalidApiKeyError):
                 await store.keys.verify(key)  # type: ignore[arg-type]
@@ -105,7 +91,7 @@ async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: 
     assert bcrypt_calls == []
 
 
-async def test_unknown_key_costs_no_bcrypt(store: GatewayStore, bcrypt_calls: list[str]) -> None:
+async def test_unknown_key_costs_no_bcrypt(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
     """A well-formed key with an unknown id, and one that is revoked or expired, is refused by its row alone."""
     revoked = await issue(store, "revoked")
     await store.keys.revoke("revoked")
@@ -284,7 +270,7 @@ async def test_last_use_is_noted_once_a_minute(store: GatewayStore) -> None:
     await store.keys.verify(issued.plaintext)
     first = (await store.keys.get("dev-agent")).last_used_at
     clock.move(50 * MINUTE / 60)
-    with counted_statements(store) as statements:
+    with counted_statements(store, "api_keys") as statements:
         await store.keys.verify(issued.plaintext)
     clock.move(11 * MINUTE / 60)
     await store.keys.verify(issued.plaintext)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
-from sqlalchemy import event as sqlalchemy_event
+from contract_helpers import counted_statements
 from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, AuditLogger, GatewayStore, WriteOutcome
@@ -183,23 +180,6 @@ async def test_many_writers_of_few_ids_lose_nothing(store: GatewayStore, databas
     assert all(event.content_hash == rehash(event) for event in found)
 
 
-@contextmanager
-def single_inserts(store: GatewayStore) -> Iterator[list[str]]:
-    """Give the inserts of events that go through SQLAlchemy, as those of single rows do."""
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "INSERT INTO audit_events" in statement:
-            seen.append(statement)
-
-    engine = store.database.engine.sync_engine
-    sqlalchemy_event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        sqlalchemy_event.remove(engine, "before_cursor_execute", note)
-
-
 async def test_known_and_reused_ids_of_a_batch_are_looked_up_together(store: GatewayStore) -> None:
     """With new events among them: each gets its outcome, and no row goes on its own."""
     known = [make_event(request_id=f"id {number}") for number in range(60)]
@@ -208,7 +188,7 @@ async def test_known_and_reused_ids_of_a_batch_are_looked_up_together(store: Gat
     mixed = [*known[:30], *new, *known[30:]]
     await store.audit.write_many(known)
 
-    with single_inserts(store) as inserts:
+    with counted_statements(store, "INSERT INTO audit_events") as inserts:
         outcomes = [await store.audit.write_many(some) for some in (mixed, others, [*others, *mixed])]
 
     assert inserts == []

@@ -6,12 +6,13 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import GatedNotifier, approved, forked, seen
+from contract_helpers import BY_TOKEN, GatedNotifier, approved, forked, seen
 from sqlalchemy import event, text
 
 import servers
@@ -23,14 +24,13 @@ from builders import CALL, make_event, make_request
 
 Use = Callable[[GatewayStore], Awaitable[Any]]
 USES: list[Use] = [
+    *(partial(lambda use, store: use(store, "token"), use) for use in BY_TOKEN),
     lambda store: store.audit.list_recent(),
     lambda store: store.audit.get_by_request_id("r-1"),
+    lambda store: store.audit.write(make_event()),
+    lambda store: store.audit.write_many([make_event()]),
+    lambda store: store.audit.flush(),
     lambda store: store.approvals.issue_token(make_request()),
-    lambda store: store.approvals.check_token("token"),
-    lambda store: store.approvals.check_token("token", fresh=True),
-    lambda store: store.approvals.approve("token", "approver-1"),
-    lambda store: store.approvals.consume_token("token", caller_id="dev-agent", tool_call=CALL),
-    lambda store: store.approvals.wait_for_decision("token", timeout_s=0),
     lambda store: store.approvals.list_requests(),
     lambda store: store.approvals.expire_stale(),
     lambda store: store.keys.issue("dev-agent", role="r"),
@@ -39,10 +39,9 @@ USES: list[Use] = [
 ]
 
 
-async def refuses_every_use(store: GatewayStore, event: AuditEvent, match: str) -> None:
+async def refuses_every_use(store: GatewayStore, match: str) -> None:
     """Check that each service says the same."""
-    writing: Use = lambda store: store.audit.write(event)  # noqa: E731
-    for use in [*USES, writing]:
+    for use in USES:
         with pytest.raises(errors.StoreNotOpenError, match=match):
             await use(store)
 
@@ -160,10 +159,10 @@ async def test_what_was_given_stays_open(database_url: str, fresh_redis_url: str
 async def test_store_that_is_not_open_says_so(database_url: str, fresh_redis_url: str) -> None:
     """Before `open` and after `close` every use raises, also what Redis could answer; opened again it works."""
     store = GatewayStore(database_url, redis_url=fresh_redis_url)
-    await refuses_every_use(store, make_event(), "is not open")
+    await refuses_every_use(store, "is not open")
     async with store:
         token = await store.approvals.issue_token(make_request())
-    await refuses_every_use(store, make_event(), "is not open")
+    await refuses_every_use(store, "is not open")
     with pytest.raises(errors.StoreNotOpenError):
         await store.approvals.check_token(token)
 
@@ -217,7 +216,7 @@ async def test_another_loop_is_refused(store: GatewayStore) -> None:
     """From another event loop nothing can be used, opened or closed; at home it works on."""
 
     async def elsewhere() -> None:
-        await refuses_every_use(store, make_event(), "another event loop")
+        await refuses_every_use(store, "another event loop")
         for act in (store.open, store.close, store.migrate):
             with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
                 await act()
@@ -225,6 +224,7 @@ async def test_another_loop_is_refused(store: GatewayStore) -> None:
     await asyncio.to_thread(servers.run, elsewhere())
 
     assert await store.keys.list() == []
+    assert await store.audit.write(make_event()) == "STORED"
 
 
 async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: Callable[[], str]) -> None:
@@ -244,7 +244,7 @@ async def test_forked_process_is_refused(store: GatewayStore) -> None:
     """In a forked child the parent's store refuses everything, and the parent's connections live on."""
 
     async def in_child() -> None:
-        await refuses_every_use(store, make_event(), "another process")
+        await refuses_every_use(store, "another process")
         for act in (store.open, store.close):
             with pytest.raises(errors.StoreNotOpenError, match="another process"):
                 await act()
@@ -255,6 +255,7 @@ async def test_forked_process_is_refused(store: GatewayStore) -> None:
 
     assert child.exitcode == 0
     assert await store.keys.list() == []
+    assert await store.audit.write(make_event()) == "STORED"
 
 
 async def test_notifier_hears_of_asking_and_deciding(database_url: str) -> None:

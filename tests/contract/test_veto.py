@@ -176,9 +176,7 @@ async def test_no_lock_is_held_while_a_plugin_thinks(database_url: str) -> None:
             asked.set()
             assert answer.wait(10)
 
-    settings = StoreSettings(plugin_timeout_seconds=10)
-    plugin = Objector("thinker", think)
-    async with GatewayStore(database_url, redis_url="", settings=settings, plugins=[plugin]) as store:
+    async with open_with(database_url, Objector("thinker", think), timeout_s=10) as store:
         token = await store.approvals.issue_token(make_request())
         slow = asyncio.create_task(store.approvals.approve(token, "slow"))
         await asyncio.to_thread(asked.wait, 10)

@@ -16,11 +16,19 @@ import redis.asyncio
 from contract_helpers import BOTH, SOON_S, WITH_REDIS, Reads, counted_statements, hears, idle, topics, until
 
 from agent_gateway_store import ApprovalResult, GatewayStore, clock, errors
+from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.store import parts_of
 from builders import make_request
 
 CHANNEL = "agent_gateway_store_changed"
 MOVES = [("approve", "APPROVED"), ("deny", "DENIED"), ("cancel", "CANCELLED")]
+
+
+@pytest.fixture
+def no_poll(database_url: str, redis_setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are messages no poll stands in for one that is lost."""
+    if redis_setting or database_url.startswith("postgresql"):
+        monkeypatch.setattr(PubSub, "poll_s", 60.0)
 
 
 async def begin(store: GatewayStore, token: str, count: int = 1) -> list[asyncio.Task[ApprovalResult]]:
@@ -35,6 +43,7 @@ async def begin(store: GatewayStore, token: str, count: int = 1) -> list[asyncio
     return waiters
 
 
+@pytest.mark.usefixtures("no_poll")
 @BOTH
 async def test_a_decision_elsewhere_wakes_every_waiter(store: GatewayStore, other: GatewayStore) -> None:
     """Fifty tasks wait for ten approvals that another store decides; each learns its own decision, and none waits for
@@ -55,6 +64,7 @@ async def test_a_decision_elsewhere_wakes_every_waiter(store: GatewayStore, othe
     assert topics(store) == 0
 
 
+@pytest.mark.usefixtures("no_poll")
 @BOTH
 @pytest.mark.parametrize(("move", "status"), MOVES)
 async def test_every_move_ends_a_wait_with_what_sql_says(
@@ -71,6 +81,7 @@ async def test_every_move_ends_a_wait_with_what_sql_says(
     assert (result.status, result.note) == (status, "because \u20ac" * 1_000)
 
 
+@pytest.mark.usefixtures("no_poll")
 @WITH_REDIS
 async def test_a_decision_by_id_ends_a_wait_as_well(
     store: GatewayStore, other: GatewayStore, client: redis.asyncio.Redis
@@ -87,8 +98,9 @@ async def test_a_decision_by_id_ends_a_wait_as_well(
     assert (result.status, result.token) == ("APPROVED", token)
 
 
-async def test_a_decision_in_the_same_store_wakes_at_once(store: GatewayStore) -> None:
+async def test_a_decision_in_the_same_store_wakes_at_once(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any network between them the waiter need not wait for a poll."""
+    monkeypatch.setattr(PubSub, "poll_s", 60.0)
     token = await store.approvals.issue_token(make_request())
     (waiter,) = await begin(store, token)
     await store.approvals.approve(token, "approver-1")
@@ -132,6 +144,7 @@ async def test_a_forged_message_costs_a_read_and_tells_nothing(
     assert (await waiter).approver_id == "approver-2"
 
 
+@pytest.mark.usefixtures("no_poll")
 @BOTH
 async def test_a_decision_while_the_subscription_was_cut_wakes_with_the_next_one(
     store: GatewayStore, other: GatewayStore, client: redis.asyncio.Redis | None
@@ -161,6 +174,7 @@ async def test_a_decision_while_the_subscription_was_cut_wakes_with_the_next_one
     assert time.monotonic() - started < SOON_S
 
 
+@pytest.mark.usefixtures("no_poll")
 @BOTH
 async def test_who_waits_by_a_token_that_was_replaced_learns_so(store: GatewayStore, other: GatewayStore) -> None:
     """The decision goes to the new token; the old one is gone, and does not learn how it went."""
@@ -191,6 +205,7 @@ async def test_votes_that_decide_nothing_end_no_wait(
     assert ((await waiter).status, (await waiter).approver_id) == ("APPROVED", "approver-2")
 
 
+@pytest.mark.usefixtures("no_poll")
 @BOTH
 async def test_a_sweep_ends_a_wait(store: GatewayStore, other: GatewayStore) -> None:
     """EXPIRED, written by a process whose clock is ahead, reaches a waiter whose own deadline is far."""
@@ -203,6 +218,7 @@ async def test_a_sweep_ends_a_wait(store: GatewayStore, other: GatewayStore) -> 
         assert (await waiter).status == "EXPIRED"
 
 
+@pytest.mark.usefixtures("no_poll")
 async def test_a_deadline_that_passes_ends_the_wait(store: GatewayStore) -> None:
     """EXPIRED is a state that nobody signals; the waiter looks when the deadline is due."""
     token = await store.approvals.issue_token(make_request(expires_at=clock.utc_now() + timedelta(seconds=0.7)))
