@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy import event, text
 
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, Notice, StoreSettings, SyncGatewayStore, errors
+from agent_gateway_store.keys.format import new_key
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.testing import RecordingNotifier
@@ -311,19 +312,15 @@ async def test_broken_and_hanging_notifiers_hold_nothing_up(database_url: str) -
     recorder = RecordingNotifier()
 
     class Broken(RecordingNotifier):
-        name = "broken"
-
         async def notify_pending(self, notice: Notice) -> None:
             raise RuntimeError("no network")
 
     class Hanging(RecordingNotifier):
-        name = "hanging"
-
         async def notify_pending(self, notice: Notice) -> None:
             await asyncio.Event().wait()
 
     settings = StoreSettings(plugin_timeout_seconds=0.2)
-    plugins = [Broken(), Hanging(), recorder]
+    plugins = [Broken("broken"), Hanging("hanging"), recorder]
     async with GatewayStore(database_url, settings=settings, plugins=plugins) as store:
         await store.approvals.issue_token(make_request())
         started = time.monotonic()
@@ -381,3 +378,43 @@ async def test_opening_waits_for_no_writer(database_url: str) -> None:
         async with asyncio.timeout(5):
             async with GatewayStore(database_url) as second:
                 await second.ping()
+
+
+LOST_USES: list[Use] = [
+    *(partial(lambda use, store: use(store, "t" * 43), use) for use in BY_TOKEN),
+    lambda store: store.approvals.issue_token(make_request()),
+    lambda store: store.approvals.list_requests(),
+    lambda store: store.keys.verify(new_key("0123456789AB")),
+]
+LOST = {
+    "tables": [
+        ("approval_requests RENAME TO lost_requests", "lost_requests RENAME TO approval_requests"),
+        ("api_keys RENAME TO lost_keys", "lost_keys RENAME TO api_keys"),
+    ],
+    "columns": [
+        ("approval_requests RENAME outcome TO lost", "approval_requests RENAME lost TO outcome"),
+        ("api_keys RENAME role TO lost", "api_keys RENAME lost TO role"),
+    ],
+}
+
+
+@pytest.fixture(params=LOST)
+async def broken(request: pytest.FixtureRequest, store: GatewayStore) -> AsyncIterator[GatewayStore]:
+    """A store whose tables, or a column of each, go by another name for the time of the test."""
+
+    async def alter(*changes: str) -> None:
+        async with store.database.write() as connection:
+            for change in changes:
+                await connection.execute(text(f"ALTER TABLE {change}"))
+
+    away, back = zip(*LOST[request.param], strict=True)
+    await alter(*away)
+    yield store
+    await alter(*back)
+
+
+async def test_every_use_asks_for_a_migration(broken: GatewayStore) -> None:
+    """Whichever way a statement goes to the database."""
+    for use in LOST_USES:
+        with pytest.raises(errors.SchemaOutOfDateError, match="gateway-store db upgrade"):
+            await use(broken)
