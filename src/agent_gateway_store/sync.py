@@ -30,7 +30,7 @@ __all__ = ["SyncApprovalManager", "SyncAuditManager", "SyncGatewayStore", "SyncK
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Portal:
+class Portal:
     """The thread in which a store's event loop runs; shared by its organisation-bound views.
 
     anyio's `start_blocking_portal` is not used: it hangs the interpreter's exit where a store was left open.
@@ -115,7 +115,7 @@ class _Portal:
 
 
 class _Twin:
-    def __init__(self, twin: Any, portal: _Portal) -> None:
+    def __init__(self, twin: Any, portal: Portal) -> None:
         self._twin, self._portal = twin, portal
 
 
@@ -193,9 +193,9 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
 
     @_like(GatewayStore.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._bind(GatewayStore(*args, **kwargs), _Portal())
+        self._bind(GatewayStore(*args, **kwargs), Portal())
 
-    def _bind(self, store: GatewayStore, portal: _Portal) -> None:
+    def _bind(self, store: GatewayStore, portal: Portal) -> None:
         self._twin, self._portal = store, portal
         self._audit = SyncAuditManager(store.audit, portal)
         self._approvals = SyncApprovalManager(store.approvals, portal)

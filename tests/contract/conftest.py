@@ -1,27 +1,38 @@
-"""One suite over every backend: `sqlite` and `postgres`, each with and without Redis.
+"""One suite over every backend: `sqlite` and `postgres`, and with Redis where a test asks for it.
 
 PostgreSQL tests share one migrated database, emptied by DELETE before each test; SQLite tests copy a migrated file.
 """
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
 import pytest
+import redis.asyncio
+from contract_helpers import idle
 from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-import builders
 import servers
-from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
+from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of this folder needs servers or files."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.integration)
 
 
 @pytest.fixture(scope="session")
@@ -58,10 +69,41 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
-@pytest.fixture(params=["no-redis", "redis"])
+@pytest.fixture
 def redis_setting(request: pytest.FixtureRequest) -> str:
-    """A Redis URL, or "" for none."""
-    return "" if request.param == "no-redis" else request.getfixturevalue("fresh_redis_url")
+    """A Redis URL where a test asks for one (`BOTH`, `WITH_REDIS`), else "" for none."""
+    return request.getfixturevalue("fresh_redis_url") if getattr(request, "param", "") == "redis" else ""
+
+
+@pytest.fixture
+def no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No installed plugin, not even the bundled ones: no statement but those of the test."""
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+
+
+@pytest.fixture
+async def client(redis_setting: str) -> AsyncIterator[redis.asyncio.Redis | None]:
+    """A client of somebody else's on the store's Redis; None without."""
+    if not redis_setting:
+        yield None
+        return
+    async with redis.asyncio.from_url(redis_setting) as connected:
+        yield connected
+
+
+@pytest.fixture
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """An engine of the gateway's."""
+    engine = create_engine(database_url)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def session(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
+    """A session of the gateway's."""
+    async with AsyncSession(engine, expire_on_commit=False) as session:
+        yield session
 
 
 @pytest.fixture
@@ -70,9 +112,7 @@ async def store(database_url: str, redis_setting: str) -> AsyncIterator[GatewayS
     async with _store(database_url, redis_setting) as opened:
         yield opened
         # What runs in the background (LISTEN that connects, a late notice) may hold one for a moment.
-        async with asyncio.timeout(5):
-            while opened.database.engine.pool.checkedout():  # type: ignore[attr-defined]
-                await asyncio.sleep(0.01)
+        await idle(opened)
 
 
 @pytest.fixture
@@ -80,13 +120,6 @@ async def other(store: GatewayStore, database_url: str, redis_setting: str) -> A
     """A second store on the same database and Redis: what another process would be."""
     async with _store(database_url, redis_setting) as opened:
         yield opened
-
-
-@pytest.fixture
-def make_event() -> Callable[..., AuditEvent]:
-    """Build an event; every field can be given, `request_id` is fresh unless given."""
-
-    return builders.make_event
 
 
 def _store(database_url: str, redis_url: str) -> GatewayStore:

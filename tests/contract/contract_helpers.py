@@ -1,21 +1,45 @@
-"""What several contract tests need: requests to issue, a notifier that records, a count of SQL statements."""
+"""What several contract tests need: approvals to begin with, counts of what goes to SQL, waits, a forked child."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import multiprocessing
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from multiprocessing.context import ForkProcess
 from typing import Any
 
+import pytest
 from sqlalchemy import event, text
 
 from agent_gateway_store import GatewayStore, Notice
 from agent_gateway_store.storage import statements
-from builders import CALL, make_request  # noqa: F401  what the contract tests ask for
+from agent_gateway_store.store import parts_of
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_request
 
-SOON_S = 4.0
-"""More than a signal takes on a busy machine, and less than the poll of a store that hears signals."""
+SOON_S = 10.0
+"""More than a message takes on a busy machine, and less than a task that waits for a decision waits at most."""
+BOTH = pytest.mark.parametrize("redis_setting", ["no-redis", "redis"], indirect=True)
+"""Run without and with Redis: for what is read through it, or told through it."""
+WITH_REDIS = pytest.mark.parametrize("redis_setting", ["redis"], indirect=True)
+
+BY_TOKEN: list[Callable[[GatewayStore, str], Awaitable[Any]]] = [
+    lambda store, token: store.approvals.check_token(token),
+    lambda store, token: store.approvals.check_token(token, fresh=True),
+    lambda store, token: store.approvals.approve(token, "approver-1"),
+    lambda store, token: store.approvals.deny(token, "approver-1"),
+    lambda store, token: store.approvals.cancel(token, "approver-1"),
+    lambda store, token: store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
+    lambda store, token: store.approvals.release_output(token, caller_id="dev-agent"),
+    lambda store, token: store.approvals.record_outcome(token, "done"),
+    lambda store, token: store.approvals.wait_for_decision(token, timeout_s=0),
+]
+"""Every use of an approval that names it by its token."""
 
 
 async def approved(store: GatewayStore, **fields: Any) -> str:
@@ -31,25 +55,65 @@ async def column(store: GatewayStore, name: str, table: str) -> list[Any]:
         return list((await connection.execute(text(f"SELECT {name} FROM {table} ORDER BY id"))).scalars())
 
 
+async def until(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = 5) -> float:
+    """Wait until the condition holds and return how many seconds that took; fail after `timeout_s`."""
+    start = time.monotonic()
+    while not (found := condition()) or (inspect.isawaitable(found) and not await found):
+        assert time.monotonic() - start < timeout_s, "not within the time allowed"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - start
+
+
 async def idle(store: GatewayStore) -> None:
     """Wait until no connection is checked out: the subscription of a waiter may still be connecting when it returns."""
-    async with asyncio.timeout(10):
-        while store.database.engine.pool.checkedout():  # type: ignore[attr-defined]
-            await asyncio.sleep(0.005)
+    await until(lambda: not store.database.engine.pool.checkedout(), 10)  # type: ignore[attr-defined]
+
+
+async def hears(store: GatewayStore) -> None:
+    """Wait until a store hears other processes, and has forgotten what it knew before."""
+    await until(lambda: parts_of(store).pubsub.is_live)
+
+
+def topics(store: GatewayStore) -> int:
+    """How many approvals tasks of a store wait for."""
+    return parts_of(store).pubsub.keys_subscribed
+
+
+class GatedNotifier(RecordingNotifier):
+    """Keeps a notice only once `gate` is set."""
+
+    def __init__(self, gate: threading.Event) -> None:
+        super().__init__()
+        self._gate = gate
+
+    async def notify_pending(self, notice: Notice) -> None:
+        await self._keep(notice)
+
+    async def notify_decision(self, notice: Notice) -> None:
+        await self._keep(notice)
+
+    async def _keep(self, notice: Notice) -> None:
+        assert self._gate.wait(10)  # in the notifier's own thread
+        self.notices.append(notice)
+
+
+def seen(recorder: RecordingNotifier) -> list[tuple[str, str]]:
+    """Event and status of each notice, sorted: notices may overtake each other."""
+    return sorted((notice.event, str(notice.status)) for notice in recorder.notices)
 
 
 @contextmanager
-def counted_statements(store: GatewayStore) -> Iterator[list[str]]:
-    """Collect the SQL statements that go through the store's engine, or past it to the driver."""
+def counted_statements(store: GatewayStore, about: str = "") -> Iterator[list[str]]:
+    """Collect the SQL statements that go through the store's engine, or past it to the driver, and name `about`."""
     collected: list[str] = []
     run = statements.CompiledStatement.run
 
     async def noting(compiled: statements.CompiledStatement, *args: Any) -> Any:
-        collected.append(compiled.text)
+        note(None, None, compiled.text)
         return await run(compiled, *args)
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if not statement.startswith("BEGIN"):
+        if about in statement and not statement.startswith("BEGIN"):
             collected.append(statement)
 
     engine = store.database.engine.sync_engine
@@ -62,27 +126,42 @@ def counted_statements(store: GatewayStore) -> Iterator[list[str]]:
         event.remove(engine, "before_cursor_execute", note)
 
 
-class RecordingNotifier:
-    """A notifier that keeps what it is told; with `gate` it waits for it first."""
+class Reads:
+    """Counts how often a store acquires a connection to read approvals, and how many it has at once.
 
-    name = "recording"
+    Attributes:
+        gate: Cleared, whoever has read stands still before the answer goes on.
+        held: How many stand there.
+    """
 
-    def __init__(self, gate: threading.Event | None = None) -> None:
-        self.notices: list[Notice] = []
-        self._gate = gate
+    def __init__(self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.number = self.at_once = self.most_at_once = self.held = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._connection = store.database.connection
+        monkeypatch.setattr(store.database, "connection", self._counted)
 
-    async def notify_pending(self, notice: Notice) -> None:
-        self._keep(notice)
+    @asynccontextmanager
+    async def _counted(self, access: Any) -> AsyncIterator[Any]:
+        is_read = access == "read"
+        self.number += is_read
+        self.at_once += is_read
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            async with self._connection(access) as connection:
+                yield connection
+        finally:
+            self.at_once -= is_read
+        if is_read:
+            self.held += 1
+            await self.gate.wait()
+            self.held -= 1
 
-    async def notify_decision(self, notice: Notice) -> None:
-        self._keep(notice)
 
-    def _keep(self, notice: Notice) -> None:
-        if self._gate is not None:
-            assert self._gate.wait(10)
-        self.notices.append(notice)
-
-    @property
-    def seen(self) -> list[tuple[str, str]]:
-        """Event and status of each notice, sorted: notices may overtake each other."""
-        return sorted((notice.event, str(notice.status)) for notice in self.notices)
+def forked(work: Callable[[], object]) -> ForkProcess:
+    """Run `work` in a fork of this process; its exit code is 0 unless it raises."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forking beside threads
+        child.start()
+    return child

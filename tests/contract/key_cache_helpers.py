@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import bcrypt
 import pytest
+from contract_helpers import until
 
 from agent_gateway_store import GatewayStore, IssuedKey, errors
 
 HOUR, TRUSTED = timedelta(hours=1), timedelta(seconds=30)
-BOTH = pytest.mark.parametrize("redis_setting", ["no-redis", "redis"], indirect=True)
-
-
-@pytest.fixture
-def redis_setting(request: pytest.FixtureRequest) -> str:
-    """No Redis, but where a test asks for both."""
-    return request.getfixturevalue("fresh_redis_url") if getattr(request, "param", "") == "redis" else ""
 
 
 @pytest.fixture
@@ -79,26 +71,13 @@ async def answer(store: GatewayStore, key: IssuedKey | str) -> str:
 
 async def checking(gate: Gate, count: int) -> None:
     """Wait until bcrypt has begun so many checks since the start of the test."""
-
-    async def has_begun() -> bool:
-        return gate.begun >= count
-
-    await until(has_begun)
+    await until(lambda: gate.begun >= count)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 5) -> float:
-    """Return how many seconds it takes until the condition holds."""
-    start = time.monotonic()
-    while not await condition():
-        assert time.monotonic() - start < timeout_s, "not within the time allowed"
-        await asyncio.sleep(0.01)
-    return time.monotonic() - start
+async def refused(store: GatewayStore, key: IssuedKey, timeout_s: float = 5) -> float:
+    """Return how many seconds it takes until a store refuses a key."""
 
+    async def is_refused() -> bool:
+        return await answer(store, key) == "invalid"
 
-async def hears(store: GatewayStore) -> None:
-    """Wait until a store hears other processes, and has forgotten what it knew before."""
-
-    async def is_live() -> bool:
-        return store._core.pubsub._is_live
-
-    await until(is_live)
+    return await until(is_refused, timeout_s)

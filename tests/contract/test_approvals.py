@@ -1,33 +1,29 @@
-"""The life of an approval: asked, decided once, used once."""
+"""The life of an approval: asked, decided once by as many approvers as it needs, used once."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
-from datetime import timedelta
-from typing import Any
 from uuid import uuid4
 
 import pytest
-from contract_helpers import CALL, approved, column, make_request
+from contract_helpers import BOTH, BY_TOKEN, approved, column, seen
 
 from agent_gateway_store import (
-    ApprovalResult,
     ApprovalScope,
     ApprovalStatus,
     AuditEvent,
     GatewayStore,
     StoreSettings,
     ToolCall,
-    clock,
     errors,
 )
-
-pytestmark = pytest.mark.integration
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_request
 
 OTHER_CALL = CALL.model_copy(update={"arguments": {"path": "/tmp/other.txt"}})
 
 
+@BOTH
 async def test_approved_call_is_released_once_and_its_outcome_noted(store: GatewayStore) -> None:
     """PENDING, APPROVED, USED with an outcome: each step is seen by token, by id and in the listing."""
     token = await store.approvals.issue_token(make_request(request_id="r-1"))
@@ -48,20 +44,25 @@ async def test_approved_call_is_released_once_and_its_outcome_noted(store: Gatew
     assert [each.request_id for each in await store.approvals.list_requests(status="USED")] == ["r-1"]
 
 
-async def test_denied_call_is_not_released(store: GatewayStore) -> None:
-    """One denial ends it; consuming tells who denied."""
+@BOTH
+@pytest.mark.parametrize(("decide", "status"), [(None, "PENDING"), ("deny", "DENIED"), ("cancel", "CANCELLED")])
+async def test_what_is_not_approved_is_not_released(store: GatewayStore, decide: str | None, status: str) -> None:
+    """Consuming is refused, and tells how the approval stands and who decided; it stands so afterwards."""
     token = await store.approvals.issue_token(make_request())
+    result = await store.approvals.check_token(token)
+    if decide is not None:
+        result = await getattr(store.approvals, decide)(token, "approver-1", "not today")
+        assert (result.status, result.note) == (status, "not today")
+    says = f"not approved: it stands at {status}" + (r" by approver-1 at .* UTC" if decide else "")
 
-    result = await store.approvals.deny(token, "approver-1", "not today")
-
-    assert (result.status, result.note) == ("DENIED", "not today")
-    assert (await store.approvals.check_token(token)).status == "DENIED"
-    with pytest.raises(errors.ApprovalNotApprovedError, match=r"stands at DENIED by approver-1 at .* UTC") as caught:
+    with pytest.raises(errors.ApprovalNotApprovedError, match=says) as caught:
         await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-    assert (caught.value.status, caught.value.approver_id) == ("DENIED", "approver-1")
+    assert (caught.value.status, caught.value.approver_id) == (status, "approver-1" if decide else None)
     assert caught.value.approval_id == result.approval_id
+    assert (await store.approvals.check_token(token)).status == status
 
 
+@BOTH
 async def test_cancelling_withdraws_a_pending_and_an_approved_call(store: GatewayStore) -> None:
     """The caller may cancel before and after the approval, but not after the use."""
     pending = await store.approvals.issue_token(make_request())
@@ -77,6 +78,7 @@ async def test_cancelling_withdraws_a_pending_and_an_approved_call(store: Gatewa
         await store.approvals.cancel(used, "dev-agent")
 
 
+@BOTH
 async def test_approval_id_decides_in_place_of_the_token(store: GatewayStore) -> None:
     """Who has the id only can decide, learns no token, and the token sees the decision at once."""
     tokens = [await store.approvals.issue_token(make_request()) for _ in range(3)]
@@ -126,16 +128,6 @@ async def test_using_twice_is_refused(store: GatewayStore) -> None:
     ) as caught:
         await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
     assert caught.value.status == "USED"
-
-
-async def test_pending_call_is_not_released(store: GatewayStore) -> None:
-    """Consuming before the decision is refused, and the approval still waits."""
-    token = await store.approvals.issue_token(make_request())
-
-    with pytest.raises(errors.ApprovalNotApprovedError, match="not approved: it stands at PENDING") as caught:
-        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-    assert (caught.value.status, caught.value.approver_id) == ("PENDING", None)
-    assert (await store.approvals.check_token(token)).status == "PENDING"
 
 
 @pytest.mark.parametrize(
@@ -190,27 +182,20 @@ async def test_outcome_is_noted_once(store: GatewayStore) -> None:
     assert [each.outcome for each in await store.approvals.list_requests()] == ["done"]
 
 
-UNKNOWN: list[Callable[[GatewayStore, str], Awaitable[Any]]] = [
-    lambda store, token: store.approvals.check_token(token),
-    lambda store, token: store.approvals.check_token(token, fresh=True),
-    lambda store, token: store.approvals.approve(token, "approver-1"),
-    lambda store, token: store.approvals.deny(token, "approver-1"),
-    lambda store, token: store.approvals.cancel(token, "approver-1"),
-    lambda store, token: store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
-    lambda store, token: store.approvals.release_output(token, caller_id="dev-agent"),
-    lambda store, token: store.approvals.record_outcome(token, "done"),
-    lambda store, token: store.approvals.wait_for_decision(token, timeout_s=0),
+NAMED = [
+    *BY_TOKEN,
     lambda store, token: store.approvals.get(approval_id=token),
     lambda store, token: store.approvals.approve(approval_id=token, approver_id="approver-1"),
 ]
 STRANGE = ["no-such-token", "", "\0", "\ud800", "é" * 600, "a" * 2**20, "' OR 1=1 --", "approval:x", str(uuid4())]
 
 
+@BOTH
 async def test_unknown_token_is_not_found(store: GatewayStore) -> None:
     """Whatever an unknown token or id looks like and is used for, the one answer is that there is none."""
     await store.approvals.issue_token(make_request())
 
-    for ask in UNKNOWN:
+    for ask in NAMED:
         for token in STRANGE:
             with pytest.raises(errors.ApprovalNotFoundError, match="not found") as caught:
                 await ask(store, token)
@@ -256,15 +241,16 @@ async def test_self_approval_is_refused(store: GatewayStore) -> None:
     assert (await store.approvals.deny(token, "dev-agent")).status == "DENIED"
 
 
-async def test_self_approval_can_be_allowed(database_url: str, redis_setting: str) -> None:
+async def test_self_approval_can_be_allowed(database_url: str) -> None:
     """ALLOW_SELF_APPROVAL lets a caller approve, for gateways with one user."""
     settings = StoreSettings(allow_self_approval=True)
-    async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
+    async with GatewayStore(database_url, redis_url="", settings=settings) as store:
         token = await store.approvals.issue_token(make_request())
 
         assert (await store.approvals.approve(token, "dev-agent")).status == "APPROVED"
 
 
+@BOTH
 async def test_request_that_claims_a_decision_is_still_pending(store: GatewayStore) -> None:
     """The row is asked for, not believed: status, approver, use and version in the request count for nothing."""
     request = make_request(
@@ -281,6 +267,7 @@ async def test_request_that_claims_a_decision_is_still_pending(store: GatewaySto
     assert request.status == "APPROVED"
 
 
+@BOTH
 async def test_output_release_keeps_its_payload(store: GatewayStore) -> None:
     """An approval of an output holds the output and its hash, and says so in its scope."""
     payload = {"rows": [{"name": "Ada", "n": 1.5}], "note": None}
@@ -295,6 +282,7 @@ async def test_output_release_keeps_its_payload(store: GatewayStore) -> None:
         assert (await store.approvals.check_token(token, fresh=fresh)).scope is ApprovalScope.OUTPUT_RELEASE
 
 
+@BOTH
 async def test_token_is_stored_as_its_digest_only(store: GatewayStore) -> None:
     """SQL holds the SHA-256; objects read back and results by id hold no token; no repr shows one."""
     token = await store.approvals.issue_token(make_request())
@@ -322,6 +310,7 @@ async def test_listing_goes_from_newest_to_oldest(store: GatewayStore) -> None:
     assert [each.request_id for each in await store.approvals.list_requests(ApprovalStatus.DENIED)] == ["r-2"]
 
 
+@BOTH
 async def test_text_that_no_database_holds_is_scrubbed(store: GatewayStore) -> None:
     """NUL and lone surrogates in what is asked, said and noted cost nobody an approval."""
     call = CALL.model_copy(update={"arguments": {"pa\0th": "\ud800"}})
@@ -335,70 +324,72 @@ async def test_text_that_no_database_holds_is_scrubbed(store: GatewayStore) -> N
     await store.approvals.record_outcome(token, "\0")
 
 
-async def test_asking_again_binds_the_new_token_to_the_same_approval(store: GatewayStore) -> None:
-    """A retry gets its own token for the one approval; the token before it ends."""
-    old = await store.approvals.issue_token(make_request(request_id="r-1"))
-    asked = await store.approvals.check_token(old)
-    clock.move(timedelta(milliseconds=5))  # so that a deadline set anew would be another one
-    new = await store.approvals.issue_token(make_request(request_id="r-1"))
+async def test_last_voice_decides(store: GatewayStore) -> None:
+    """With three required, two leave it pending and the third approves it."""
+    token = await store.approvals.issue_token(make_request(required_approvals=3))
 
-    assert new != old
-    assert (await store.approvals.check_token(new)).approval_id == asked.approval_id
-    for fresh in (False, True):
-        with pytest.raises(errors.ApprovalNotFoundError):
-            await store.approvals.check_token(old, fresh=fresh)
-    with pytest.raises(errors.ApprovalNotFoundError):
-        await store.approvals.approve(old, "approver-1")
-    await store.approvals.approve(approval_id=asked.approval_id, approver_id="approver-1")
-    assert (await store.approvals.check_token(new)).status == "APPROVED"
-    rows = await store.approvals.list_requests()
-    assert [(row.risk_explanation, row.expires_at) for row in rows] == [("deletes a file", asked.expires_at)]
+    results = [await store.approvals.approve(token, f"approver-{number}", f"n{number}") for number in range(3)]
+
+    assert [result.status for result in results] == ["PENDING", "PENDING", "APPROVED"]
+    assert [result.approver_id for result in results] == [None, None, "approver-2"]
+    assert [result.note for result in results] == ["", "", "n2"]
+    assert await column(store, "approver_id", "approval_votes") == ["approver-0", "approver-1", "approver-2"]
+    assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)).status == "USED"
 
 
-@pytest.mark.parametrize(
-    "other",
-    [{"request_id": "r-2"}, {"caller_id": "other-agent"}, {"org_id": "acme"}, {"tool_call": OTHER_CALL}],
-    ids=lambda other: next(iter(other)),
-)
-async def test_asking_for_another_call_is_another_approval(store: GatewayStore, other: dict[str, Any]) -> None:
-    """Organisation, caller, request id and tool call together make the same call."""
-    first = await store.approvals.issue_token(make_request(request_id="r-1"))
-    second = await store.approvals.issue_token(make_request(**({"request_id": "r-1"} | other)))
+async def test_voice_counts_once(store: GatewayStore) -> None:
+    """Who has voted may not vote again, neither way, and the approval still waits for others."""
+    token = await store.approvals.issue_token(make_request(required_approvals=2))
+    await store.approvals.approve(token, "approver-1", channel="slack")
+    before = await store.approvals.list_requests()
 
-    results: list[ApprovalResult] = [await store.approvals.check_token(token) for token in (first, second)]
-    assert results[0].approval_id != results[1].approval_id
+    for vote in (store.approvals.approve, store.approvals.deny):
+        with pytest.raises(errors.ApprovalAlreadyVotedError, match="approver-1 has already voted") as caught:
+            await vote(token, "approver-1")
+        assert (caught.value.status, caught.value.approver_id, caught.value.decided_at) == ("PENDING", None, None)
+        assert caught.value.approval_id == before[0].approval_id
 
-
-async def test_same_object_can_be_asked_again_while_pending(store: GatewayStore) -> None:
-    """Issuing a request object twice gives its token twice; after the decision it says to build a new one."""
-    request = make_request()
-    token = await store.approvals.issue_token(request)
-
-    assert await store.approvals.issue_token(request) == token
-    await store.approvals.deny(token, "approver-1")
-    with pytest.raises(errors.ApprovalError, match="build a new ApprovalRequest") as caught:
-        await store.approvals.issue_token(request)
-    assert caught.value.approval_id == request.approval_id
+    after = await store.approvals.list_requests()
+    assert (after[0].status, after[0].version) == ("PENDING", before[0].version)
+    assert await column(store, "channel", "approval_votes") == ["slack"]
+    assert (await store.approvals.approve(token, "approver-2")).status == "APPROVED"
 
 
-async def test_decided_call_can_be_asked_for_anew(store: GatewayStore) -> None:
-    """A new request for a call that was denied is a new approval."""
-    denied = await store.approvals.issue_token(make_request(request_id="r-1"))
-    await store.approvals.deny(denied, "approver-1")
-    again = await store.approvals.issue_token(make_request(request_id="r-1"))
+async def test_one_denial_ends_it(store: GatewayStore) -> None:
+    """A denial after an approval decides; a later voice learns of it and is not counted."""
+    token = await store.approvals.issue_token(make_request(required_approvals=3))
+    await store.approvals.approve(token, "approver-1")
 
-    assert (await store.approvals.check_token(again)).status == "PENDING"
-    assert (await store.approvals.check_token(denied)).status == "DENIED"
+    assert (await store.approvals.deny(token, "approver-2", "no")).status == "DENIED"
+    with pytest.raises(errors.ApprovalAlreadyDecidedError, match="DENIED by approver-2"):
+        await store.approvals.approve(token, "approver-3")
+    assert await column(store, "decision", "approval_votes") == ["APPROVED", "DENIED"]
 
 
-async def test_token_of_another_approval_is_not_taken(store: GatewayStore) -> None:
-    """A request that brings a token already in use changes neither approval."""
-    taken = await store.approvals.issue_token(make_request(request_id="r-1"))
-    pending = await store.approvals.issue_token(make_request(request_id="r-2"))
+async def test_voter_may_cancel(store: GatewayStore) -> None:
+    """Who approved may withdraw it later; the vote stays as it was cast."""
+    token = await store.approvals.issue_token(make_request(required_approvals=2))
+    await store.approvals.approve(token, "approver-1")
 
-    for request_id in ("r-2", "r-3"):
-        with pytest.raises(errors.ApprovalError, match="build a new ApprovalRequest"):
-            await store.approvals.issue_token(make_request(request_id=request_id, token=taken))
-    for token in (taken, pending):
-        assert (await store.approvals.check_token(token, fresh=True)).status == "PENDING"
-    assert len(await store.approvals.list_requests()) == 2
+    assert (await store.approvals.cancel(token, "approver-1")).status == "CANCELLED"
+    assert await column(store, "decision", "approval_votes") == ["APPROVED"]
+
+
+async def test_caller_is_no_voice(store: GatewayStore) -> None:
+    """The caller's approval counts for nothing."""
+    token = await store.approvals.issue_token(make_request(required_approvals=2))
+
+    with pytest.raises(errors.SelfApprovalError):
+        await store.approvals.approve(token, "dev-agent")
+    assert await column(store, "approver_id", "approval_votes") == []
+
+
+async def test_notifiers_hear_of_the_decision_only(database_url: str) -> None:
+    """A voice that leaves the approval pending is no decision."""
+    recorder = RecordingNotifier()
+    async with GatewayStore(database_url, redis_url="", plugins=[recorder]) as store:
+        token = await store.approvals.issue_token(make_request(required_approvals=2))
+        await store.approvals.approve(token, "approver-1")
+        await store.approvals.approve(token, "approver-2")
+
+    assert seen(recorder) == [("decision", "APPROVED"), ("pending", "PENDING")]

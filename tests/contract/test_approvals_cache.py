@@ -5,26 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 import redis.asyncio
-from contract_helpers import CALL, approved, counted_statements, make_request
+from contract_helpers import approved, counted_statements
 
 import servers
-from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, errors
+from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, clock, errors
 from agent_gateway_store.approval import ApprovalBackend
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
+from agent_gateway_store.store import parts_of
+from builders import CALL, make_request
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(autouse=True)
-def _no_notifiers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only statements are those of the approvals."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 @pytest.fixture
@@ -34,14 +32,7 @@ def redis_setting(fresh_redis_url: str) -> str:
 
 
 @pytest.fixture
-async def client(redis_setting: str) -> AsyncIterator[redis.asyncio.Redis]:
-    """A client that looks into Redis behind the store's back."""
-    async with redis.asyncio.from_url(redis_setting) as connected:
-        yield connected
-
-
-@pytest.fixture
-def server() -> AsyncIterator[servers.RedisServer]:
+def server() -> Iterator[servers.RedisServer]:
     """A Redis server that a test may stop."""
     with servers.RedisServer() as started:
         yield started
@@ -87,7 +78,7 @@ async def test_decision_updates_sql_and_redis(store: GatewayStore, client: redis
 async def test_hit_costs_no_sql(store: GatewayStore) -> None:
     """A status in Redis is answered from there, equal to what SQL says; `fresh` reads SQL."""
     tokens = [await store.approvals.issue_token(make_request()), await approved(store)]
-    with counted_statements(store) as statements:
+    with counted_statements(store, "approval_requests") as statements:
         cached = [await store.approvals.check_token(token) for token in tokens]
         assert statements == []
         fresh = [await store.approvals.check_token(token, fresh=True) for token in tokens]
@@ -100,7 +91,7 @@ async def test_miss_fills_the_cache_for_the_life_that_is_left(store: GatewayStor
     """After Redis lost everything one read of SQL brings both entries back, to end with the approval."""
     token = await store.approvals.issue_token(make_request())
     await client.flushdb()
-    with counted_statements(store) as statements:
+    with counted_statements(store, "approval_requests") as statements:
         for _ in range(3):
             assert (await store.approvals.check_token(token)).status == "PENDING"
 
@@ -121,11 +112,11 @@ async def test_status_that_can_change_is_trusted_for_a_while_only(
     await client.set(f"approval:{token}", json.dumps(stale), px=stale["life_ms"] - 2_100)
     assert (await store.approvals.check_token(token)).status == "DENIED"
     await client.set(f"approval:{token}", json.dumps(final), px=final["life_ms"] // 2)
-    with counted_statements(store) as statements:
+    with counted_statements(store, "approval_requests") as statements:
         assert (await store.approvals.check_token(token)).status == "DENIED"
     assert statements == []
     await client.persist(f"approval:{token}")
-    with counted_statements(store) as statements:
+    with counted_statements(store, "approval_requests") as statements:
         assert (await store.approvals.check_token(token)).status == "DENIED"
     assert len(statements) == 1  # what has no end was not written by us
 
@@ -135,10 +126,33 @@ async def test_trust_can_be_switched_off(database_url: str, redis_setting: str) 
     settings = StoreSettings(approval_cache_seconds=0)
     async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
         token = await store.approvals.issue_token(make_request())
-        with counted_statements(store) as statements:
+        with counted_statements(store, "approval_requests") as statements:
             await store.approvals.check_token(token)
 
     assert len(statements) == 1
+
+
+@pytest.mark.parametrize(
+    ("is_approved", "wait_s", "use_s"), [(False, 30, 3_600), (True, 3_600, 30)], ids=["pending", "approved"]
+)
+async def test_what_is_cached_ends_with_its_own_deadline(
+    database_url: str, redis_setting: str, is_approved: bool, wait_s: float, use_s: float
+) -> None:
+    """Within the time of trust, too: one that waits ends with `expires_at`, one that is approved with `use_before`."""
+    now = clock.utc_now()
+    deadlines = {"expires_at": now + timedelta(seconds=wait_s), "use_before": now + timedelta(seconds=use_s)}
+    settings = StoreSettings(approval_cache_seconds=60)
+    async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
+        token = await store.approvals.issue_token(make_request(**deadlines))
+        if is_approved:
+            await store.approvals.approve(token, "approver-1")
+        with counted_statements(store, "approval_requests") as statements:
+            before = await store.approvals.check_token(token)
+        clock.move(timedelta(seconds=30))
+        after = await store.approvals.check_token(token)
+
+    assert (before.status, statements) == ("APPROVED" if is_approved else "PENDING", [])
+    assert after.status == "EXPIRED"
 
 
 async def test_stale_approval_releases_nothing(store: GatewayStore, client: redis.asyncio.Redis) -> None:
@@ -254,7 +268,7 @@ async def test_entry_of_another_kind_is_no_answer_and_is_replaced(
         await client.lpush(key, "x")
 
     assert (await store.approvals.check_token(token)).status == "PENDING"
-    assert store._core.redis.is_available
+    assert parts_of(store).redis.is_available
     assert (await entry(client, token))["status"] == "PENDING"
     assert (await store.approvals.approve(approval_id=await id_of(store, token), approver_id="a")).status == "APPROVED"
     assert (await entry(client, token))["status"] == "APPROVED"
@@ -270,18 +284,22 @@ async def test_token_that_redis_does_not_take_works_without(store: GatewayStore,
     assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)).status == "USED"
 
 
-async def live(store: GatewayStore, disturb: Callable[[], Any]) -> None:
+async def nothing() -> None:
+    """Disturb nobody."""
+
+
+async def live(store: GatewayStore, disturb: Callable[[], Awaitable[Any]] = nothing) -> None:
     """Lead one approval from asking to its outcome, with a disturbance before each step, and check every answer."""
     token = await store.approvals.issue_token(make_request())
-    disturb()
+    await disturb()
     assert (await store.approvals.check_token(token)).status == "PENDING"
-    disturb()
+    await disturb()
     await store.approvals.approve(approval_id=await id_of(store, token), approver_id="approver-1")
-    disturb()
+    await disturb()
     assert (await store.approvals.check_token(token, fresh=True)).status == "APPROVED"
-    disturb()
+    await disturb()
     await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-    disturb()
+    await disturb()
     assert (await store.approvals.check_token(token)).status == "USED"
     with pytest.raises(errors.ApprovalAlreadyUsedError):
         await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
@@ -296,11 +314,11 @@ async def test_redis_that_fails_costs_one_timeout(
         token = await store.approvals.issue_token(make_request())
         getattr(server, fault)()
         started = time.monotonic()
-        await live(store, lambda: None)
+        await live(store)
         assert (await store.approvals.check_token(token)).status == "PENDING"
         seconds = time.monotonic() - started
         server.resume() if fault == "pause" else server.start()
-        await live(store, lambda: None)
+        await live(store)
 
     faults = [record for record in caplog.records if "Redis does not answer" in record.message]
     assert 1 <= len(faults) <= 1 + seconds
@@ -320,17 +338,37 @@ async def test_decision_made_while_redis_hangs_is_seen_after(database_url: str, 
             await other.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
 
 
-async def test_redis_flushed_at_every_step_changes_nothing(store: GatewayStore, redis_setting: str) -> None:
+async def test_redis_flushed_at_every_step_changes_nothing(store: GatewayStore, client: redis.asyncio.Redis) -> None:
     """An approval lives on although Redis forgets it before each step."""
-
-    async def flush() -> None:
-        async with redis.asyncio.from_url(redis_setting) as connected:
-            await connected.flushall()
-
-    await live(store, lambda: servers.run(flush()))
+    await live(store, client.flushall)
 
 
 async def test_redis_that_cannot_be_reached_at_all_is_done_without(database_url: str) -> None:
     """A store opens and works with a REDIS_URL behind which nothing listens."""
     async with GatewayStore(database_url, redis_url="redis://127.0.0.1:1/0") as store:
-        await live(store, lambda: None)
+        await live(store)
+
+
+NONSENSE = {"no number": b":abc\r\n", "a blob error": b"!!garbage!!\r\n\x00\xff", "too deep": b"*1\r\n" * 5_000}
+
+
+@pytest.fixture(params=NONSENSE)
+async def nonsense_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """The URL of a server that answers whatever it is sent with the same bytes, which are no Redis reply."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65_536):
+            writer.write(NONSENSE[request.param])
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+
+
+async def test_a_redis_that_answers_nonsense_is_a_miss(tmp_path: Path, nonsense_url: str) -> None:
+    """Whatever redis-py makes of a reply, the answer comes from SQL."""
+    async with GatewayStore(f"sqlite:///{tmp_path}/test.db", redis_url=nonsense_url) as store:
+        token = await store.approvals.issue_token(make_request())
+        asked = await asyncio.gather(*(store.approvals.check_token(token) for _ in range(20)))
+
+    assert {result.status for result in asked} == {"PENDING"}

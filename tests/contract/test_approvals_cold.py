@@ -4,52 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import make_request
+from contract_helpers import BOTH, Reads, until
 
 from agent_gateway_store import GatewayStore, StoreSettings, errors
-from agent_gateway_store.approval import queries
+from builders import make_request
 
-pytestmark = pytest.mark.integration
-
-
-class Reads:
-    """The reads of SQL by token, counted."""
-
-    def __init__(self) -> None:
-        self.number = self.at_once = self.most_at_once = 0
+pytestmark = [BOTH, pytest.mark.usefixtures("no_plugins")]
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Count the reads of the store and of its views."""
-    counted = Reads()
-    get = queries.get
-
-    async def counting(*args: Any) -> queries.StoredApproval:
-        counted.number += 1
-        counted.at_once += 1
-        counted.most_at_once = max(counted.most_at_once, counted.at_once)
-        try:
-            return await get(*args)
-        finally:
-            counted.at_once -= 1
-
-    monkeypatch.setattr(queries, "get", counting)
-    return counted
-
-
-@pytest.fixture
-async def cold(store: GatewayStore, redis_setting: str) -> str:
+async def cold(store: GatewayStore, client: redis.asyncio.Redis | None) -> str:
     """The token of an approval that Redis has forgotten."""
     token = await store.approvals.issue_token(make_request())
-    if redis_setting:
-        async with redis.asyncio.from_url(redis_setting) as client:
-            await client.flushdb()
+    if client is not None:
+        await client.flushdb()
     return token
+
+
+@pytest.fixture
+def reads(store: GatewayStore, cold: str, monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """The reads of the store and of its views, counted."""
+    return Reads(store, monkeypatch)
 
 
 async def test_a_thousand_checkers_read_one_at_a_time(
@@ -66,22 +44,18 @@ async def test_a_thousand_checkers_read_one_at_a_time(
     assert caplog.records == []
 
 
-async def test_a_check_sees_what_was_decided_before_it(store: GatewayStore, cold: str, redis_setting: str) -> None:
-    """Checks run without end; one that begins after a decision never answers with what was read before."""
-    is_over = asyncio.Event()
-
-    async def check() -> None:
-        while not is_over.is_set():
-            await store.approvals.check_token(cold)
-
-    checking = [asyncio.create_task(check()) for _ in range(20)]
-    await asyncio.sleep(0.05)
+async def test_a_check_sees_what_was_decided_before_it(store: GatewayStore, cold: str, reads: Reads) -> None:
+    """A read of the time before stands still; checks that begin after the decision answer with none of it."""
+    reads.gate.clear()
+    early = [asyncio.create_task(store.approvals.check_token(cold)) for _ in range(20)]
+    await until(lambda: reads.held > 0)
     await store.approvals.deny(cold, "approver-1")
-    after = await asyncio.gather(*(store.approvals.check_token(cold) for _ in range(20)))
-    is_over.set()
-    await asyncio.gather(*checking)
+    late = [asyncio.create_task(store.approvals.check_token(cold)) for _ in range(20)]
+    await asyncio.sleep(0)
+    reads.gate.set()
 
-    assert {result.status for result in after} == {"DENIED"}
+    assert {result.status for result in await asyncio.gather(*late)} == {"DENIED"}
+    await asyncio.gather(*early)
 
 
 async def test_fresh_checks_read_by_themselves(store: GatewayStore, cold: str, reads: Reads) -> None:
@@ -91,13 +65,14 @@ async def test_fresh_checks_read_by_themselves(store: GatewayStore, cold: str, r
     assert reads.number == 10
 
 
-async def test_cancelled_checkers_disturb_no_other(store: GatewayStore, cold: str) -> None:
+async def test_cancelled_checkers_disturb_no_other(store: GatewayStore, cold: str, reads: Reads) -> None:
     """Half of a hundred checkers are cancelled, the first among them; the others are answered."""
+    reads.gate.clear()
     tasks = [asyncio.create_task(store.approvals.check_token(cold)) for _ in range(100)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await until(lambda: reads.held > 0)
     for task in tasks[::2]:
         task.cancel()
+    reads.gate.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
 
     assert {result.status for result in results[1::2]} == {"PENDING"}  # type: ignore[union-attr]
@@ -118,15 +93,21 @@ async def test_views_of_other_organisations_share_nothing(store: GatewayStore, c
     assert {result.status for result in answers[1::2]} == {"PENDING"}  # type: ignore[union-attr]
 
 
-async def test_sharing_does_not_need_trust(database_url: str, redis_setting: str) -> None:
+async def test_sharing_does_not_need_trust(
+    database_url: str, redis_setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With APPROVAL_CACHE_SECONDS=0, too, every answer is read after it was asked for."""
     settings = StoreSettings(approval_cache_seconds=0)
     async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
         token = await store.approvals.issue_token(make_request())
+        reads = Reads(store, monkeypatch)
+        reads.gate.clear()
         before = asyncio.gather(*(store.approvals.check_token(token) for _ in range(20)))
-        await asyncio.sleep(0)
+        await until(lambda: reads.held > 0)
         await store.approvals.deny(token, "approver-1")
-        after = await asyncio.gather(*(store.approvals.check_token(token) for _ in range(20)))
+        after = asyncio.gather(*(store.approvals.check_token(token) for _ in range(20)))
+        await asyncio.sleep(0)
+        reads.gate.set()
 
-        assert {result.status for result in after} == {"DENIED"}
+        assert {result.status for result in await after} == {"DENIED"}
         assert {result.status for result in await before} <= {"PENDING", "DENIED"}

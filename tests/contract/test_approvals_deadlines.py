@@ -6,12 +6,14 @@ import asyncio
 from datetime import datetime, timedelta
 
 import pytest
-from contract_helpers import CALL, RecordingNotifier, approved, column, idle, make_request
+from contract_helpers import BOTH, approved, column
+from pydantic import ValidationError
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, clock, errors
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_request
 
-pytestmark = pytest.mark.integration
-
+MILLION_DAYS = timedelta(days=1_000_000)
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 
 
@@ -21,6 +23,7 @@ async def the_only(store: GatewayStore) -> ApprovalRequest:
     return row
 
 
+@BOTH
 async def test_default_deadline_is_the_setting(database_url: str, redis_setting: str) -> None:
     """Without `expires_at` an approval waits APPROVAL_TOKEN_TTL_SECONDS from its creation, and no longer."""
     settings = StoreSettings(approval_token_ttl_seconds=90)
@@ -38,6 +41,7 @@ async def test_default_deadline_is_the_setting(database_url: str, redis_setting:
     assert after.expires_at == row.expires_at
 
 
+@BOTH
 async def test_nothing_is_decided_after_the_deadline(store: GatewayStore) -> None:
     """After `expires_at` the status reads EXPIRED and no decision is taken, although no sweep has run."""
     token = await store.approvals.issue_token(make_request(expires_at=clock.utc_now() + HOUR))
@@ -69,6 +73,7 @@ async def test_deadline_is_met_to_the_second(store: GatewayStore) -> None:
         await store.approvals.approve(tokens[1], "approver-1")
 
 
+@BOTH
 async def test_approved_token_is_used_before_expires_at(store: GatewayStore) -> None:
     """Without `use_before` the permission ends with the wait."""
     token = await approved(store, expires_at=clock.utc_now() + MINUTE)
@@ -80,6 +85,7 @@ async def test_approved_token_is_used_before_expires_at(store: GatewayStore) -> 
     assert (await store.approvals.check_token(token)).status == "EXPIRED"
 
 
+@BOTH
 async def test_use_before_may_be_later_or_earlier(store: GatewayStore) -> None:
     """`use_before` alone says until when an approved token can be used, on either side of `expires_at`."""
     now = clock.utc_now()
@@ -94,6 +100,7 @@ async def test_use_before_may_be_later_or_earlier(store: GatewayStore) -> None:
         await store.approvals.consume_token(earlier, caller_id="dev-agent", tool_call=CALL)
 
 
+@BOTH
 async def test_use_before_does_not_prolong_the_wait(store: GatewayStore) -> None:
     """A pending approval ends at `expires_at`, whatever `use_before` says."""
     now = clock.utc_now()
@@ -114,6 +121,7 @@ async def test_outcome_can_be_noted_after_every_deadline(store: GatewayStore) ->
     assert (await store.approvals.record_outcome(token, "done")).status == "USED"
 
 
+@BOTH
 async def test_sweep_writes_what_has_expired(database_url: str, redis_setting: str) -> None:
     """`expire_stale` writes EXPIRED in batches, tells the notifiers once each, and leaves everything else alone."""
     recorder = RecordingNotifier()
@@ -150,6 +158,7 @@ async def test_sweeps_share_the_work(store: GatewayStore) -> None:
     assert set(await column(store, "version", "approval_requests")) == {2}
 
 
+@BOTH
 async def test_expired_call_can_be_asked_for_anew(store: GatewayStore) -> None:
     """Asking again for a call whose approval has expired unswept is a new approval with its own deadline."""
     old = await store.approvals.issue_token(make_request(request_id="r-1"))
@@ -161,26 +170,7 @@ async def test_expired_call_can_be_asked_for_anew(store: GatewayStore) -> None:
     assert await column(store, "status", "approval_requests") == ["EXPIRED", "PENDING"]
 
 
-async def test_waiting_ends_with_the_decision(store: GatewayStore) -> None:
-    """A waiter returns soon after the decision."""
-    token = await store.approvals.issue_token(make_request())
-    waiter = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=20))
-    await asyncio.sleep(0)
-    await store.approvals.deny(token, "approver-1")
-
-    assert (await waiter).status == "DENIED"
-    await idle(store)
-
-
-async def test_waiting_in_vain_decides_nothing(store: GatewayStore) -> None:
-    """At the timeout a waiter gets the approval as it stands, and it stands on."""
-    token = await store.approvals.issue_token(make_request())
-
-    assert (await store.approvals.wait_for_decision(token, timeout_s=0.01)).status == "PENDING"
-    assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
-    await idle(store)
-
-
+@BOTH
 async def test_wall_clock_of_the_gateway_decides_nothing(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway whose own clock is hours off asks, decides and uses by the database's."""
 
@@ -197,3 +187,21 @@ async def test_wall_clock_of_the_gateway_decides_nothing(store: GatewayStore, mo
     assert abs(row.created_at - right_now()) < MINUTE
     assert row.expires_at is not None
     assert abs(row.expires_at - right_now() - HOUR) < MINUTE
+
+
+@BOTH
+async def test_an_approval_waits_as_long_as_the_longest_setting_and_no_longer_one_is_taken(
+    database_url: str, redis_setting: str
+) -> None:
+    """The end of the wait is a time that both databases and Python can hold."""
+    longest_s = MILLION_DAYS.total_seconds()
+    with pytest.raises(ValidationError, match="approval_token_ttl_seconds"):
+        StoreSettings(approval_token_ttl_seconds=longest_s + 1)
+    settings = StoreSettings(approval_token_ttl_seconds=longest_s)
+    async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
+        token = await store.approvals.issue_token(make_request())
+        [listed] = await store.approvals.list_requests()
+
+        assert (await store.approvals.check_token(token)).expires_at == listed.expires_at
+        assert listed.expires_at is not None
+        assert listed.expires_at - listed.created_at > MILLION_DAYS - timedelta(seconds=1)

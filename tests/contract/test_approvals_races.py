@@ -6,11 +6,10 @@ import asyncio
 from collections import Counter
 
 import pytest
-from contract_helpers import CALL, approved, column, make_request
+from contract_helpers import approved, column
 
 from agent_gateway_store import ApprovalResult, GatewayStore, errors
-
-pytestmark = pytest.mark.integration
+from builders import CALL, make_request
 
 
 @pytest.fixture

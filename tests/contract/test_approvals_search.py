@@ -6,17 +6,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import CALL, make_request
 
 from agent_gateway_store import ApprovalStatus, GatewayStore, ToolCall, clock, errors
-
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis has no part in searching."""
-    return ""
+from builders import CALL, make_request
 
 
 async def filled(store: GatewayStore) -> dict[str, str]:

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 import redis.asyncio
-from contract_helpers import CALL, make_request
+from contract_helpers import BOTH
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, StoreSettings, errors
 from agent_gateway_store.storage.cache import get_redis
-from agent_gateway_store.storage.database import close_db, create_engine, get_db
-
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
-    """An engine of the gateway's."""
-    engine = create_engine(database_url)
-    yield engine
-    await engine.dispose()
-
-
-@pytest.fixture
-async def session(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
-    """A session of the gateway's."""
-    async with AsyncSession(engine, expire_on_commit=False) as session:
-        yield session
-
-
-@pytest.fixture
-async def client(redis_setting: str) -> AsyncIterator[redis.asyncio.Redis | None]:
-    """A Redis client of the gateway's, or None."""
-    if not redis_setting:
-        yield None
-        return
-    async with redis.asyncio.from_url(redis_setting) as connected:
-        yield connected
+from agent_gateway_store.storage.database import close_db, get_db
+from builders import CALL, make_request
 
 
 @pytest.fixture
@@ -48,6 +20,7 @@ def manager(session: AsyncSession, client: redis.asyncio.Redis | None) -> Approv
     return ApprovalManager(session, client)
 
 
+@BOTH
 async def test_whole_life(manager: ApprovalManager, session: AsyncSession) -> None:
     """Asked, checked, approved, used, noted, listed; and no transaction is left open by a write."""
     token = await manager.issue_token(make_request(request_id="r-1"))
@@ -72,6 +45,7 @@ async def test_write_is_committed_at_once(manager: ApprovalManager, engine: Asyn
         assert (await ApprovalManager(other).check_token(token)).status == "PENDING"
 
 
+@BOTH
 async def test_refusal_leaves_the_session_usable(manager: ApprovalManager, session: AsyncSession) -> None:
     """An error rolls the session back; the next call works."""
     token = await manager.issue_token(make_request())
@@ -99,6 +73,7 @@ async def test_work_of_the_caller_goes_with_the_write(manager: ApprovalManager, 
     assert list((await session.execute(text("SELECT caller_id FROM api_keys"))).scalars()) == ["kept"]
 
 
+@BOTH
 async def test_settings_and_organisation_are_taken(session: AsyncSession, client: redis.asyncio.Redis | None) -> None:
     """`settings` and `org_id` mean what they mean for a store."""
     acme = ApprovalManager(session, client, org_id="acme", settings=StoreSettings(allow_self_approval=True))
@@ -110,6 +85,7 @@ async def test_settings_and_organisation_are_taken(session: AsyncSession, client
     assert [row.org_id for row in await ApprovalManager(session, client).list_requests()] == ["acme"]
 
 
+@BOTH
 async def test_dependencies_of_a_web_framework_fit(
     database_url: str, redis_setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import CALL, RecordingNotifier, column, counted_statements, make_request
+from contract_helpers import BOTH, counted_statements, seen, topics, until
 
 from agent_gateway_store import (
     ApprovalRequest,
@@ -16,12 +16,11 @@ from agent_gateway_store import (
     ApprovalScope,
     ApprovalStatus,
     GatewayStore,
-    StoreSettings,
     clock,
     errors,
 )
-
-pytestmark = pytest.mark.integration
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_request
 
 LATER = clock.utc_now() + timedelta(hours=9)
 TERMS: dict[str, Any] = {
@@ -52,7 +51,86 @@ def ask(**fields: Any) -> ApprovalRequest:
     return make_request(**({"request_id": "r-1"} | fields))
 
 
+@BOTH
+async def test_asking_again_binds_the_new_token_to_the_same_approval(store: GatewayStore) -> None:
+    """A retry gets its own token for the one approval; the token before it ends."""
+    old = await store.approvals.issue_token(make_request(request_id="r-1"))
+    asked = await store.approvals.check_token(old)
+    clock.move(timedelta(milliseconds=5))  # so that a deadline set anew would be another one
+    new = await store.approvals.issue_token(make_request(request_id="r-1"))
+
+    assert new != old
+    assert (await store.approvals.check_token(new)).approval_id == asked.approval_id
+    for fresh in (False, True):
+        with pytest.raises(errors.ApprovalNotFoundError):
+            await store.approvals.check_token(old, fresh=fresh)
+    with pytest.raises(errors.ApprovalNotFoundError):
+        await store.approvals.approve(old, "approver-1")
+    await store.approvals.approve(approval_id=asked.approval_id, approver_id="approver-1")
+    assert (await store.approvals.check_token(new)).status == "APPROVED"
+    rows = await store.approvals.list_requests()
+    assert [(row.risk_explanation, row.expires_at) for row in rows] == [("deletes a file", asked.expires_at)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"request_id": "r-2"},
+        {"caller_id": "other-agent"},
+        {"org_id": "acme"},
+        {"tool_call": CALL.model_copy(update={"arguments": {"path": "/tmp/other.txt"}})},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+@BOTH
+async def test_asking_for_another_call_is_another_approval(store: GatewayStore, other: dict[str, Any]) -> None:
+    """Organisation, caller, request id and tool call together make the same call."""
+    first = await store.approvals.issue_token(make_request(request_id="r-1"))
+    second = await store.approvals.issue_token(make_request(**({"request_id": "r-1"} | other)))
+
+    results: list[ApprovalResult] = [await store.approvals.check_token(token) for token in (first, second)]
+    assert results[0].approval_id != results[1].approval_id
+
+
+@BOTH
+async def test_same_object_can_be_asked_again_while_pending(store: GatewayStore) -> None:
+    """Issuing a request object twice gives its token twice; after the decision it says to build a new one."""
+    request = make_request()
+    token = await store.approvals.issue_token(request)
+
+    assert await store.approvals.issue_token(request) == token
+    await store.approvals.deny(token, "approver-1")
+    with pytest.raises(errors.ApprovalError, match="build a new ApprovalRequest") as caught:
+        await store.approvals.issue_token(request)
+    assert caught.value.approval_id == request.approval_id
+
+
+@BOTH
+async def test_decided_call_can_be_asked_for_anew(store: GatewayStore) -> None:
+    """A new request for a call that was denied is a new approval."""
+    denied = await store.approvals.issue_token(make_request(request_id="r-1"))
+    await store.approvals.deny(denied, "approver-1")
+    again = await store.approvals.issue_token(make_request(request_id="r-1"))
+
+    assert (await store.approvals.check_token(again)).status == "PENDING"
+    assert (await store.approvals.check_token(denied)).status == "DENIED"
+
+
+async def test_token_of_another_approval_is_not_taken(store: GatewayStore) -> None:
+    """A request that brings a token already in use changes neither approval."""
+    taken = await store.approvals.issue_token(make_request(request_id="r-1"))
+    pending = await store.approvals.issue_token(make_request(request_id="r-2"))
+
+    for request_id in ("r-2", "r-3"):
+        with pytest.raises(errors.ApprovalError, match="build a new ApprovalRequest"):
+            await store.approvals.issue_token(make_request(request_id=request_id, token=taken))
+    for token in (taken, pending):
+        assert (await store.approvals.check_token(token, fresh=True)).status == "PENDING"
+    assert len(await store.approvals.list_requests()) == 2
+
+
 @pytest.mark.parametrize("changed", OTHER_TERMS.values(), ids=OTHER_TERMS)
+@BOTH
 async def test_other_terms_are_another_approval(store: GatewayStore, changed: dict[str, Any]) -> None:
     """Whatever differs that is shown or decided: the old approval is cancelled, the new one has the new terms."""
     old = await store.approvals.issue_token(ask(**TERMS), call=CALL)
@@ -106,6 +184,7 @@ async def test_same_terms_are_the_same_approval(store: GatewayStore, left_out: t
     assert (row.expires_at, row.use_before) == (TERMS["expires_at"], TERMS["use_before"])
 
 
+@BOTH
 async def test_asking_costs_as_few_statements_as_before(store: GatewayStore) -> None:
     """One for the first time (with its notice two on SQLite), two for the same again."""
     with counted_statements(store) as first:
@@ -129,44 +208,35 @@ async def test_changed_object_is_refused_and_changes_nothing(store: GatewayStore
     assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
 
 
-async def test_both_notices_are_written(database_url: str, redis_setting: str) -> None:
+async def test_both_notices_are_written(database_url: str) -> None:
     """Approvers learn that the old one is cancelled and that the new one waits."""
     notifier = RecordingNotifier()
-    settings = StoreSettings(redis_timeout_seconds=5)
-    async with GatewayStore(database_url, redis_url=redis_setting, settings=settings, plugins=[notifier]) as store:
+    async with GatewayStore(database_url, redis_url="", plugins=[notifier]) as store:
         for required in (1, 1, 2):
             token = await store.approvals.issue_token(ask(required_approvals=required))
         new = (await store.approvals.check_token(token)).approval_id
-        async with asyncio.timeout(10):
-            while len(notifier.notices) < 3:
-                await asyncio.sleep(0.01)
-        kept = [
-            row
-            for row in zip(
-                await column(store, "notifier", "notification_deliveries"),
-                await column(store, "event", "notification_deliveries"),
-                strict=True,
-            )
-            if row[0] == "recording"
-        ]
+        await notifier.wait_for(3)
+        kept = await store.notifications.list(notifier="recording")
 
-    assert Counter(event for _, event in kept) == {"pending": 2, "decision": 1}
-    assert notifier.seen == [("decision", "CANCELLED"), ("pending", "PENDING"), ("pending", "PENDING")]
-    (cancelled,) = [notice for notice in notifier.notices if notice.event == "decision"]
+    assert Counter(row.event for row in kept) == {"pending": 2, "decision": 1}
+    assert seen(notifier) == [("decision", "CANCELLED"), ("pending", "PENDING"), ("pending", "PENDING")]
+    (cancelled,) = notifier.decisions
     assert (cancelled.approver_id, cancelled.note) == ("dev-agent", "Asked again with other terms.")
     assert cancelled.approval_id != new
 
 
+@BOTH
 async def test_waiter_of_the_old_token_learns_that_it_is_cancelled(store: GatewayStore, other: GatewayStore) -> None:
     """Who waits with the old token, in another process, is woken."""
     old = await store.approvals.issue_token(ask())
     waiting = asyncio.create_task(other.approvals.wait_for_decision(old, timeout_s=20))
-    await asyncio.sleep(0)
+    await until(lambda: topics(other) == 1)
     await store.approvals.issue_token(ask(required_approvals=2))
 
     assert (await waiting).status == "CANCELLED"
 
 
+@BOTH
 async def test_overdue_one_expires_and_the_new_one_is_asked(store: GatewayStore) -> None:
     """What is overdue is not cancelled, whatever its terms."""
     old = await store.approvals.issue_token(ask())

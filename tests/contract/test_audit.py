@@ -1,29 +1,39 @@
-"""`store.audit`: what is written is found again, in order, by anybody who may see it."""
+"""Audit events by `store.audit`, and by a session of the gateway's: what is written is found again, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import json
+import logging
+from collections import Counter
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
+from uuid import UUID
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncSession
+from pydantic import ValidationError
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from agent_gateway_store import AuditEvent, ExecutionStatus, GatewayStore, Page, RedactionFlag, errors
+from agent_gateway_store import (
+    AuditEvent,
+    AuditLogger,
+    AuditQuery,
+    Decision,
+    ExecutionStatus,
+    GatewayStore,
+    Page,
+    RedactionFlag,
+    StoreSettings,
+    errors,
+)
+from agent_gateway_store.storage.database import create_engine
+from builders import make_event
 
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
-@pytest.fixture
-def redis_setting() -> str:
-    """Audit does not go through Redis."""
-    return ""
-
-
-async def test_event_reads_back_as_it_was_written(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_event_reads_back_as_it_was_written(store: GatewayStore) -> None:
     """Every field is kept; the object handed in is neither changed nor attached to a session."""
     event = make_event(
         request_id="r-1",
@@ -59,7 +69,7 @@ async def test_event_reads_back_as_it_was_written(store: GatewayStore, make_even
     assert (event, event.id, event.content_hash) == (before, None, None)
 
 
-async def test_objects_found_outlive_the_store(database_url: str, make_event: MakeEvent) -> None:
+async def test_objects_found_outlive_the_store(database_url: str) -> None:
     """What a listing returned is read, copied and changed after the store is closed."""
     async with GatewayStore(database_url) as store:
         await store.audit.write(make_event(request_id="r-1"))
@@ -71,7 +81,7 @@ async def test_objects_found_outlive_the_store(database_url: str, make_event: Ma
     assert AuditEvent.model_validate_json(found.model_dump_json()) == found
 
 
-async def test_every_status_is_stored_and_found(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_every_status_is_stored_and_found(store: GatewayStore) -> None:
     """Each word that says how a call ended is kept as it is, and can be searched for."""
     for status in ExecutionStatus:
         assert await store.audit.write(make_event(request_id=str(status), execution_status=status)) == "STORED"
@@ -80,7 +90,7 @@ async def test_every_status_is_stored_and_found(store: GatewayStore, make_event:
         assert (found.request_id, found.execution_status) == (status, status)
 
 
-async def test_hostile_event_is_stored_and_flagged(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_hostile_event_is_stored_and_flagged(store: GatewayStore) -> None:
     """What no database holds does not keep an event out: it is replaced visibly and noted."""
     deep: dict[str, object] = {}
     for _ in range(300):
@@ -104,7 +114,7 @@ async def test_hostile_event_is_stored_and_flagged(store: GatewayStore, make_eve
     assert found.sanitized_args["big"].startswith("$")
 
 
-async def test_listings_are_newest_first(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_listings_are_newest_first(store: GatewayStore) -> None:
     """By timestamp, and where that is equal by the order of writing, newest first."""
     for number, minutes in enumerate((5, 0, 9, 5, 5)):
         event = make_event(request_id=f"r-{number}", timestamp=NOON + timedelta(minutes=minutes))
@@ -119,7 +129,7 @@ async def test_listings_are_newest_first(store: GatewayStore, make_event: MakeEv
     assert [[event.request_id for event in page] for page in pages] == [expected[:2], expected[2:4], expected[4:], []]
 
 
-async def test_listings_filter(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_listings_filter(store: GatewayStore) -> None:
     """By caller and by decision; a page is a list that renders."""
     await store.audit.write(make_event(request_id="r-1", caller_id="a", decision="DENY"))
     await store.audit.write(make_event(request_id="r-2", caller_id="b"))
@@ -147,7 +157,7 @@ async def test_wrong_arguments_are_refused(store: GatewayStore) -> None:
     assert await store.audit.list_recent(limit=0) == []
 
 
-async def test_what_is_no_event_is_a_type_error(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_what_is_no_event_is_a_type_error(store: GatewayStore) -> None:
     """A dict, an event where many are expected (Pydantic yields its fields), one that was built without validation."""
     audit: Any = store.audit
     for given, says in (
@@ -163,7 +173,7 @@ async def test_what_is_no_event_is_a_type_error(store: GatewayStore, make_event:
     assert await store.audit.list_recent() == []
 
 
-async def test_record_raises_what_went_wrong(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_record_raises_what_went_wrong(store: GatewayStore) -> None:
     """Unlike `write`, `record` raises: the caller's transaction must not be committed without its event."""
     engine = store.database.engine
     async with AsyncSession(engine) as session:
@@ -174,3 +184,185 @@ async def test_record_raises_what_went_wrong(store: GatewayStore, make_event: Ma
         await session.rollback()
 
     assert await store.audit.write(make_event()) == "STORED"
+
+
+INVALID: tuple[dict[str, Any], ...] = (
+    {"decision": "MAYBE"},
+    {"execution_status": "maybe"},
+    {"latency_ms": -5},
+    {"latency_ms": "soon"},
+    {"risk_score": None},
+    {"timestamp": "noon"},
+    {"sanitized_args": [1]},
+    {"risk_labels": None},
+    {"redaction_flags": [{"field": 5}]},
+    {"caller_id": None},
+    {"trace_id": UUID(int=1)},
+)
+
+
+async def test_what_the_validation_would_have_taken_is_stored(store: GatewayStore) -> None:
+    """A word for an enum, a float of milliseconds, a naive time, a whole number as a score."""
+    noon = datetime(2026, 1, 2, 12)
+    given = {"decision": "DENY", "latency_ms": 1.7, "timestamp": noon, "risk_score": 1}
+
+    assert await store.audit.write(make_event(trace_id="t").model_copy(update=given)) == "STORED"
+
+    (found,) = await store.audit.list_recent()
+    assert (found.decision, found.latency_ms) == (Decision.DENY, 2)
+    assert (found.timestamp, found.risk_score, found.trace_id) == (noon.replace(tzinfo=UTC), 1.0, "t")
+
+
+@pytest.mark.parametrize("given", INVALID, ids=str)
+async def test_an_invalid_event_costs_no_other_one(
+    store: GatewayStore, caplog: pytest.LogCaptureFixture, given: dict[str, Any]
+) -> None:
+    """It is LOST: `write` does not raise, what is wrong and the whole event are logged; the others are stored."""
+    bad = make_event(request_id="bad").model_copy(update=given)
+    events = [make_event(request_id=f"r-{number}") for number in range(20)]
+
+    with caplog.at_level(logging.ERROR):
+        outcomes = await asyncio.gather(*map(store.audit.write, [*events[:10], bad, *events[10:]]))
+
+    assert Counter(outcomes) == {"STORED": 20, "LOST": 1}
+    assert outcomes[10] == "LOST"
+    assert store.audit.counters.lost == 1
+    wrong, lost = (record.getMessage() for record in caplog.records)
+    assert next(iter(given)) in wrong
+    assert json.loads(lost.partition(": ")[2])["request_id"] == "bad"
+
+
+async def test_the_strict_mode_refuses_an_invalid_event(database_url: str) -> None:
+    """The call must not go through; the cause says why."""
+    async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as strict:
+        with pytest.raises(errors.AuditUnavailableError, match="The event is not valid") as caught:
+            await strict.audit.write(make_event().model_copy(update={"decision": "MAYBE"}))
+        assert await strict.audit.write(make_event()) == "STORED"
+
+    assert isinstance(caught.value.__cause__, ValidationError)
+
+
+async def test_many_stop_at_an_invalid_event(store: GatewayStore) -> None:
+    """As where the iterable raises: what came before is stored."""
+    events = [make_event(request_id=f"r-{number}") for number in range(4)]
+    events[2] = events[2].model_copy(update={"decision": "MAYBE"})
+
+    with pytest.raises(ValidationError, match="decision"):
+        await store.audit.write_many(events)
+
+    assert sorted(event.request_id for event in await store.audit.list_recent()) == ["r-0", "r-1"]
+
+
+async def count(engine: AsyncEngine) -> int:
+    """Return how many events another connection sees."""
+    async with engine.connect() as connection:
+        return int((await connection.execute(text("SELECT count(*) FROM audit_events"))).scalar_one())
+
+
+async def test_write_commits(session: AsyncSession, engine: AsyncEngine) -> None:
+    """After `write` another connection sees the event; a second time it is a duplicate."""
+    event = make_event()
+
+    assert await AuditLogger(session).write(event) == "STORED"
+    assert not session.in_transaction()
+    assert await count(engine) == 1
+    assert await AuditLogger(session).write(event) == "DUPLICATE"
+    assert event.id is None
+    assert event not in session
+
+
+async def test_query_finds_what_was_written(session: AsyncSession) -> None:
+    """The four methods give detached events, newest first, readable after the session is closed."""
+    logger, query = AuditLogger(session), AuditQuery(session)
+    for number in range(3):
+        await logger.write(make_event(request_id=f"r-{number}", decision=["ALLOW", "DENY"][number % 2]))
+    found = await query.get_by_request_id("r-1")
+    pages = [
+        await query.list_recent(limit=2),
+        await query.list_by_caller("dev-agent", limit=5, offset=1),
+        await query.list_by_decision("DENY"),
+    ]
+    await session.close()
+
+    assert found is not None
+    assert found.request_id == "r-1"
+    assert [[event.request_id for event in page] for page in pages] == [["r-2", "r-1"], ["r-1", "r-0"], ["r-1"]]
+
+
+async def test_query_of_one_organisation(session: AsyncSession) -> None:
+    """`org_id` limits what a query sees."""
+    for org_id in ("acme", "globex"):
+        await AuditLogger(session).write(make_event(request_id="r-1", org_id=org_id))
+
+    assert [event.org_id for event in await AuditQuery(session, org_id="acme").list_recent()] == ["acme"]
+    assert len(await AuditQuery(session).list_recent()) == 2
+
+
+async def test_query_leaves_the_transaction_alone(session: AsyncSession) -> None:
+    """Reading neither commits nor rolls back what the caller has under way."""
+    await session.execute(text("DELETE FROM audit_events"))
+    await AuditQuery(session).list_recent()
+
+    assert session.in_transaction()
+
+
+async def test_lost_event_is_logged_whole(
+    session: AsyncSession, engine: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the database refuses is LOST without an error, is logged at CRITICAL, and the session works on."""
+    async with engine.begin() as connection:
+        await connection.execute(text("ALTER TABLE audit_events RENAME TO hidden_events"))
+    try:
+        assert await AuditLogger(session).write(make_event(request_id="lost-one")) == "LOST"
+    finally:
+        async with engine.begin() as connection:
+            await connection.execute(text("ALTER TABLE hidden_events RENAME TO audit_events"))
+
+    (record,) = [record for record in caplog.records if record.name == "agent_gateway_store.audit.lost"]
+    assert record.levelno == logging.CRITICAL
+    assert '"request_id": "lost-one"' in record.getMessage()
+    assert await AuditLogger(session).write(make_event()) == "STORED"
+
+
+async def test_broken_session_does_not_lose_the_next_event(session: AsyncSession, engine: AsyncEngine) -> None:
+    """A session whose transaction has failed loses at most the write that meets it, raises nothing, and is mended."""
+    with pytest.raises(Exception, match="no_such_table"):
+        await session.execute(text("SELECT * FROM no_such_table"))
+    outcomes = [str(await AuditLogger(session).write(make_event())) for _ in range(2)]
+
+    assert outcomes[0] in ("STORED", "LOST")
+    assert outcomes[1] == "STORED"
+    assert await count(engine) == outcomes.count("STORED")
+
+
+async def test_database_that_is_gone_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A server that does not answer costs the pipeline no error."""
+    engine = create_engine("postgresql://nobody:s3cret-pass@127.0.0.1:1/none")
+    async with AsyncSession(engine) as session:
+        assert await AuditLogger(session).write(make_event()) == "LOST"
+    await engine.dispose()
+
+    assert "LOST audit event" in caplog.text
+    assert "s3cret-pass" not in caplog.text
+
+
+async def test_closed_connection_raises_nothing(session: AsyncSession, engine: AsyncEngine) -> None:
+    """A connection that died under the session costs one event at most; the session finds another one."""
+    connection = await session.connection()
+    driver = (await connection.get_raw_connection()).driver_connection
+    assert driver is not None
+    await driver.close()
+
+    outcomes = [str(await AuditLogger(session).write(make_event())) for _ in range(3)]
+
+    assert set(outcomes) <= {"STORED", "LOST"}
+    assert outcomes[-1] == "STORED"
+    assert await count(engine) == outcomes.count("STORED")
+
+
+async def test_hostile_event_is_stored(session: AsyncSession) -> None:
+    """NUL, lone surrogates and NaN keep no event out here either."""
+    event = make_event(request_id="\0\ud800", sanitized_args={"a\0": float("nan")}, risk_score=float("nan"))
+
+    assert await AuditLogger(session).write(event) == "STORED"
+    assert await AuditQuery(session).get_by_request_id("\0\ud800") is not None

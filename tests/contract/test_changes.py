@@ -16,16 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from agent_gateway_store import AuditEvent, GatewayStore, errors
 from agent_gateway_store.storage.pagination import decode, encode
-
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis has no part in reading the audit log."""
-    return ""
+from builders import make_event
 
 
 def opened(cursor: str) -> tuple[bytes, dict[str, Any]]:
@@ -38,7 +29,7 @@ def ids(events: list[AuditEvent]) -> list[str]:
     return [event.request_id for event in events]
 
 
-async def test_what_commits_late_is_not_missed(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_what_commits_late_is_not_missed(store: GatewayStore) -> None:
     """An event whose transaction stays open over several looks comes when it is committed, and those after it do not
     wait; one that is rolled back never comes."""
     start = (await store.audit.changes()).next_cursor or ""
@@ -64,7 +55,7 @@ async def test_what_commits_late_is_not_missed(store: GatewayStore, make_event: 
     assert (list(fourth), bool(fourth.next_cursor)) == ([], True)
 
 
-async def test_changes_can_be_narrowed_by_time(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_changes_can_be_narrowed_by_time(store: GatewayStore) -> None:
     """`since` and `until` are those of the events, from the beginning and from a cursor."""
     bounds: dict[str, Any] = {"since": datetime(2000, 1, 1, tzinfo=UTC), "until": datetime(2100, 1, 1, tzinfo=UTC)}
     later = bounds["until"]
@@ -76,7 +67,7 @@ async def test_changes_can_be_narrowed_by_time(store: GatewayStore, make_event: 
     assert (ids(first), ids(second)) == (["old"], ["new"])
 
 
-async def test_pages_of_changes_lead_on(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_pages_of_changes_lead_on(store: GatewayStore) -> None:
     """In pages of any size, from the beginning or from now, filtered or not: each once; a cursor can be used twice."""
     await store.audit.write_many(
         make_event(request_id=f"old-{n}", decision="DENY" if n % 2 else "ALLOW") for n in range(9)
@@ -99,7 +90,7 @@ async def test_pages_of_changes_lead_on(store: GatewayStore, make_event: MakeEve
     assert await walk("beginning") == [f"old-{n}" for n in (1, 3, 5, 7)] + new
 
 
-async def test_rows_from_before_the_column_are_history(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_rows_from_before_the_column_are_history(store: GatewayStore) -> None:
     """An event without a transaction id (from before migration 0002) comes from the beginning, and is never new."""
     await store.audit.write(make_event(request_id="old"))
     async with store.database.engine.begin() as connection:
@@ -111,7 +102,7 @@ async def test_rows_from_before_the_column_are_history(store: GatewayStore, make
     assert ids(await store.audit.changes("beginning")) == ["old", "new"]
 
 
-async def test_cursors_of_earlier_versions_lead_on(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_cursors_of_earlier_versions_lead_on(store: GatewayStore) -> None:
     """A cursor without the newest event passed, which earlier versions handed out: from now, and between two pages."""
     await store.audit.write_many(make_event(request_id=f"old-{n}") for n in range(3))
     cursors = []
@@ -126,9 +117,7 @@ async def test_cursors_of_earlier_versions_lead_on(store: GatewayStore, make_eve
     assert ids(walk) + ids(await store.audit.changes(walk.next_cursor)) == ["old-2", "new"]
 
 
-async def test_a_log_that_lost_the_newest_event_passed_refuses_the_cursor(
-    store: GatewayStore, make_event: MakeEvent
-) -> None:
+async def test_a_log_that_lost_the_newest_event_passed_refuses_the_cursor(store: GatewayStore) -> None:
     """Deleted, or lost with a restored copy: what has its ids now may be new, so that the cursor cannot lead on."""
     empty = (await store.audit.changes()).next_cursor
     await store.audit.write_many(make_event(request_id=f"old-{n}") for n in range(3))
@@ -147,7 +136,7 @@ async def test_a_log_that_lost_the_newest_event_passed_refuses_the_cursor(
     assert ids(await store.audit.changes(empty)) == ["old-0", "old-1", "old-2", "new"]
 
 
-async def test_a_cursor_ahead_of_the_server_is_refused(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_a_cursor_ahead_of_the_server_is_refused(store: GatewayStore) -> None:
     """A dump restored into a server that has given out fewer ids: its own would count as passed."""
     await store.audit.write(make_event())
     scope, place = opened((await store.audit.changes()).next_cursor or "")
@@ -157,9 +146,7 @@ async def test_a_cursor_ahead_of_the_server_is_refused(store: GatewayStore, make
         await store.audit.changes(encode(scope, json.dumps(place | ahead, separators=(",", ":")).encode()))
 
 
-async def test_a_look_passes_by_the_rows_of_open_transactions(
-    migrated_postgres_database: Callable[[], str], make_event: MakeEvent
-) -> None:
+async def test_a_look_passes_by_the_rows_of_open_transactions(migrated_postgres_database: Callable[[], str]) -> None:
     """On PostgreSQL, without statistics: twenty looks together go once through the index entries of a long import."""
     url, rows, looks, seen = migrated_postgres_database(), 500, 10, []
     async with GatewayStore(url, redis_url="") as importing:
@@ -219,7 +206,7 @@ async def test_forged_places_are_refused(store: GatewayStore) -> None:
 
 
 async def _write_slowly(
-    store: GatewayStore, make_event: MakeEvent, seed: int, rounds: int, longest_s: float, waiting: asyncio.Semaphore
+    store: GatewayStore, seed: int, rounds: int, longest_s: float, waiting: asyncio.Semaphore
 ) -> list[str]:
     """Write through transactions of the caller's that stay open at random; returns what was committed."""
     rng, done = random.Random(seed), []
@@ -240,7 +227,7 @@ async def _write_slowly(
 
 
 async def follow_writers(
-    store: GatewayStore, make_event: MakeEvent, *, writers: int, rounds: int, longest_s: float
+    store: GatewayStore, *, writers: int, rounds: int, longest_s: float
 ) -> tuple[list[str], list[str]]:
     """Let writers with open transactions race a follower; returns what was committed and what was seen."""
     seen: list[str] = []
@@ -265,7 +252,7 @@ async def follow_writers(
     return committed, seen[:-1]
 
 
-async def test_a_follower_misses_nothing_and_sees_nothing_twice(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_a_follower_misses_nothing_and_sees_nothing_twice(store: GatewayStore) -> None:
     """Writers whose transactions stay open at random, some rolled back, beside group commits: each event once."""
     sizes = {"writers": 12, "rounds": 8, "longest_s": 0.002}
     if store.database.dialect == "postgresql":
@@ -282,9 +269,7 @@ async def test_a_follower_misses_nothing_and_sees_nothing_twice(store: GatewaySt
 
 
 @pytest.mark.slow
-async def test_a_hundred_thousand_events_with_slow_transactions(
-    request: pytest.FixtureRequest, make_event: MakeEvent
-) -> None:
+async def test_a_hundred_thousand_events_with_slow_transactions(request: pytest.FixtureRequest) -> None:
     """50 writers with transactions open for up to half a second, 100,000 events: none missed, none doubled."""
     url = request.getfixturevalue("contract_postgres")
     async with GatewayStore(url, redis_url="") as store:
@@ -296,7 +281,7 @@ async def test_a_hundred_thousand_events_with_slow_transactions(
 
 
 async def test_a_follower_outlives_an_outage(
-    store: GatewayStore, make_event: MakeEvent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It waits for a database that is away, says so once, and goes on where it was."""
     connection = store.database.connection

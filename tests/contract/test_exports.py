@@ -24,18 +24,10 @@ from pyarrow import dataset, parquet
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome, errors
 from agent_gateway_store.audit.export import ExportResult, escape_formulas
 from agent_gateway_store.results import Page
+from builders import make_event
 from proofs.hostile import Hostile
 
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
 JSON_COLUMNS = ("sanitized_args", "risk_labels", "redaction_flags")
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis has no part in reading the audit log."""
-    return ""
 
 
 async def fill(store: GatewayStore, count: int = 120) -> Page[AuditEvent]:
@@ -112,7 +104,7 @@ async def test_jsonl_is_what_the_models_dump(store: GatewayStore, tmp_path: Path
     assert (result.bytes, result.files, result.format, told[-1]) == (len(text), 1, "jsonl", 120)
 
 
-async def test_parquet_is_read_by_others(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
+async def test_parquet_is_read_by_others(store: GatewayStore, tmp_path: Path) -> None:
     """One file, and a dataset with a folder for each UTC day, hold the same; the types are those of the frames."""
     start = datetime(2026, 5, 1, 22, tzinfo=UTC)
     await store.audit.write_many(make_event(timestamp=start + timedelta(hours=hour)) for hour in range(30))
@@ -128,7 +120,7 @@ async def test_parquet_is_read_by_others(store: GatewayStore, make_event: MakeEv
     assert days.to_table().drop_columns("day").select(one.column_names).to_pylist() == one.to_pylist()
 
 
-async def test_duckdb_and_polars_read_a_dataset(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
+async def test_duckdb_and_polars_read_a_dataset(store: GatewayStore, tmp_path: Path) -> None:
     """Both find the day in the folders' names, and the events as they were written."""
     start = datetime(2026, 5, 1, 22, tzinfo=UTC)
     await store.audit.write_many(
@@ -148,25 +140,11 @@ async def test_duckdb_and_polars_read_a_dataset(store: GatewayStore, make_event:
     assert columns.rows() == rows
 
 
-HOSTILE_STARTS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\u00a0=1", "\ufeff=1", "\u200b+1")
-HOSTILE_STARTS += (
-    "\uff1d1",
-    "\uff0b1",
-    "\uff0d1",
-    "\uff201",
-    "\x0b=1",
-    "|x",
-    "a\n=1",
-    "a\r\n \t@x",
-    '"=1',
-    "x;=1",
-    'x; "=1',
-    "x\t@1",
-    ";\uff1d1",
-    "=cmd|' /C calc'!A0",
+HOSTILE_STARTS = (
+    *("\tx", "\rx", "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\u00a0=1", "\ufeff=1"),
+    *("\u200b+1", "\uff1d1", "\uff0b1", "\uff0d1", "\uff201", "\x0b=1", "|x", "a\n=1", "a\r\n \t@x", '"=1'),
+    *("x;=1", 'x; "=1', "x\t@1", ";\uff1d1", "=cmd|' /C calc'!A0"),
 )
-
-
 _SIGNS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
 
@@ -193,9 +171,7 @@ def test_long_runs_of_blanks_take_linear_time() -> None:
             assert len(escape_formulas(f"{text}=1")) <= len(text) + 4
 
 
-async def test_five_thousand_hostile_cells_are_no_formula(
-    store: GatewayStore, make_event: MakeEvent, tmp_path: Path
-) -> None:
+async def test_five_thousand_hostile_cells_are_no_formula(store: GatewayStore, tmp_path: Path) -> None:
     """None begins a formula by OWASP's list; raw leaves every cell as it is; both are RFC 4180."""
     hostile = Hostile(5)
     names = (
@@ -234,7 +210,7 @@ async def test_five_thousand_hostile_cells_are_no_formula(
     ]
 
 
-async def test_none_and_empty_text_differ_in_csv(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
+async def test_none_and_empty_text_differ_in_csv(store: GatewayStore, tmp_path: Path) -> None:
     """None is an empty field without quotes, and an empty text one with quotes."""
     await store.audit.write(make_event(session_id=None, trace_id=""))
     await store.audit.export(tmp_path / "e.csv")
@@ -245,7 +221,7 @@ async def test_none_and_empty_text_differ_in_csv(store: GatewayStore, make_event
 
 
 async def test_a_failed_export_leaves_nothing(
-    store: GatewayStore, make_event: MakeEvent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: GatewayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither under the name nor beside it; what was there before stays, unless it is to be replaced."""
     await store.audit.write(make_event())
@@ -274,9 +250,7 @@ async def test_a_failed_export_leaves_nothing(
     assert ExportResult.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
-async def test_a_cancelled_read_leaves_nothing_behind(
-    store: GatewayStore, make_event: MakeEvent, tmp_path: Path
-) -> None:
+async def test_a_cancelled_read_leaves_nothing_behind(store: GatewayStore, tmp_path: Path) -> None:
     """No file and no connection in use, at whatever moment it is cancelled; the store goes on."""
     await store.audit.write_many(make_event() for _ in range(3_000))
     reads: list[Callable[[], Any]] = [
@@ -300,7 +274,7 @@ async def test_a_cancelled_read_leaves_nothing_behind(
     assert (await store.audit.stats())[0]["calls"] == 3_000
 
 
-async def test_a_database_in_memory_survives_a_broken_read(make_event: MakeEvent, tmp_path: Path) -> None:
+async def test_a_database_in_memory_survives_a_broken_read(tmp_path: Path) -> None:
     """It lives in one connection, which an export that fails must not take with it."""
 
     def broken(_rows: int) -> None:
@@ -343,7 +317,7 @@ async def test_wrong_arguments_write_nothing(
     assert list(out.iterdir()) == []
 
 
-async def test_malformed_files_are_one_sentence(store: GatewayStore, make_event: MakeEvent, tmp_path: Path) -> None:
+async def test_malformed_files_are_one_sentence(store: GatewayStore, tmp_path: Path) -> None:
     """The record is named, its content is not repeated, and what stood before it is stored."""
     good = make_event(request_id="good").model_dump_json()
     for content, says in (

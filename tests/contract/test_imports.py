@@ -16,19 +16,10 @@ import pytest
 from pyarrow import parquet
 
 from agent_gateway_store import AuditEvent, GatewayStore
-
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
+from builders import make_event
 
 
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis has no part in the audit log."""
-    return ""
-
-
-async def _exported(store: GatewayStore, make_event: MakeEvent, path: Path) -> list[AuditEvent]:
+async def _exported(store: GatewayStore, path: Path) -> list[AuditEvent]:
     await store.audit.write_many(
         make_event(request_id=f"r-{number}", risk_labels=["pii"], trace_id=None, sanitized_args={"n": "é"})
         for number in range(3)
@@ -54,7 +45,7 @@ def _by_duckdb(path: Path) -> None:
 
 @pytest.mark.parametrize("rewritten", [_by_pandas, _by_polars, _by_duckdb])
 async def test_what_another_program_copied_is_the_same_events(
-    store: GatewayStore, make_event: MakeEvent, tmp_path: Path, rewritten: Callable[[Path], None]
+    store: GatewayStore, tmp_path: Path, rewritten: Callable[[Path], None]
 ) -> None:
     """Types of columns may differ, and pandas may add its index."""
     await _exported(store, make_event, tmp_path / "e.parquet")
@@ -64,9 +55,7 @@ async def test_what_another_program_copied_is_the_same_events(
 
 
 @pytest.mark.parametrize("name", ["e.jsonl", "e.parquet"])
-async def test_an_event_that_was_changed_is_refused(
-    store: GatewayStore, make_event: MakeEvent, tmp_path: Path, name: str
-) -> None:
+async def test_an_event_that_was_changed_is_refused(store: GatewayStore, tmp_path: Path, name: str) -> None:
     """By its content_hash; without one it comes in as a new event."""
     path = tmp_path / name
     await _exported(store, make_event, path)
@@ -91,9 +80,7 @@ async def test_an_event_that_was_changed_is_refused(
     assert await store.audit.import_file(path) == {"DUPLICATE": 2, "STORED": 1}
 
 
-async def test_an_event_of_another_organisation_keeps_its_content(
-    store: GatewayStore, make_event: MakeEvent, tmp_path: Path
-) -> None:
+async def test_an_event_of_another_organisation_keeps_its_content(store: GatewayStore, tmp_path: Path) -> None:
     """A store that is bound stamps its own organisation on events whose hash names another one."""
     await _exported(store, make_event, tmp_path / "e.jsonl")
 
@@ -102,7 +89,7 @@ async def test_an_event_of_another_organisation_keeps_its_content(
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 async def test_a_packed_file_that_is_not_whole_is_one_sentence(
-    store: GatewayStore, make_event: MakeEvent, tmp_path: Path, packing: str
+    store: GatewayStore, tmp_path: Path, packing: str
 ) -> None:
     """Cut off, not packed at all, or (gzip) with a wrong checksum."""
     path = tmp_path / f"e.jsonl{packing}"
@@ -118,9 +105,7 @@ async def test_a_packed_file_that_is_not_whole_is_one_sentence(
             await store.audit.import_file(path)
 
 
-async def test_a_column_that_no_event_has_is_refused(
-    store: GatewayStore, make_event: MakeEvent, tmp_path: Path
-) -> None:
+async def test_a_column_that_no_event_has_is_refused(store: GatewayStore, tmp_path: Path) -> None:
     """As an unknown name in JSONL is: nothing of a file is left out silently."""
     path = tmp_path / "e.parquet"
     await _exported(store, make_event, path)

@@ -6,20 +6,23 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
 import key_cache_helpers
 import pytest
-from key_cache_helpers import BOTH, TRUSTED, Gate, answer, checking, hears, issue, until
+import redis.asyncio
+from contract_helpers import BOTH, WITH_REDIS, hears, until
+from key_cache_helpers import TRUSTED, Gate, answer, checking, issue, refused
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 import servers
-from agent_gateway_store import GatewayStore, clock
+from agent_gateway_store import GatewayStore, clock, errors
+from agent_gateway_store.store import parts_of
+from builders import make_request
 
-pytestmark = pytest.mark.integration
-
-redis_setting = key_cache_helpers.redis_setting
 gate = key_cache_helpers.gate
 
 
@@ -65,15 +68,71 @@ async def test_change_elsewhere_is_heard(
     assert await answer(store, issued) == "good"
     await change(other)
 
-    async def is_refused() -> bool:
-        return await answer(store, issued) == "invalid"
-
     if redis_setting:
-        await until(is_refused)
+        await refused(store, issued)
     else:
         assert await answer(store, issued) == "good"
         clock.move(TRUSTED)
-        assert await is_refused()
+        assert await answer(store, issued) == "invalid"
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+@pytest.mark.parametrize("change", [revoke, rotate, reissue])
+async def test_change_elsewhere_is_heard_through_postgresql_while_somebody_waits(
+    store: GatewayStore, other: GatewayStore, change: Callable[..., Any]
+) -> None:
+    """Without Redis the connection that listens for decisions hears of keys, too, long before the trust ends."""
+    issued = await issue(store)
+    token = await store.approvals.issue_token(make_request())
+    waiting = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=20))
+    await store.keys.verify(issued.plaintext)
+    await hears(store)
+    assert await answer(store, issued) == "good"
+    await change(other)
+    await refused(store, issued)
+    await store.approvals.cancel(token, "dev-agent")
+    await waiting
+
+
+@WITH_REDIS
+async def test_whoever_subscribes_again_trusts_nothing_from_before(
+    store: GatewayStore, client: redis.asyncio.Redis
+) -> None:
+    """While the subscription was cut a key has ended, of which no message will ever come."""
+    issued = await issue(store)
+    await store.keys.verify(issued.plaintext)
+    await hears(store)
+    assert await answer(store, issued) == "good"
+    await client.client_kill_filter(_type="pubsub")
+    await until(lambda: not parts_of(store).pubsub.is_live)
+    async with store.database.write() as connection:
+        await connection.exec_driver_sql("UPDATE api_keys SET is_active = false")
+    assert await answer(store, issued) == "good"  # it cannot know
+
+    await refused(store, issued)
+
+
+@pytest.mark.parametrize("change", [revoke, rotate])
+async def test_a_change_whose_answer_was_lost_leaves_no_trust(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]
+) -> None:
+    """The commit arrives, the connection is cut before it says so: what was known is asked again."""
+    issued = await issue(store)
+    assert await answer(store, issued) == "good"
+    write = store.database.write
+
+    @asynccontextmanager
+    async def cut_off() -> AsyncIterator[AsyncConnection]:
+        async with write() as connection:
+            yield connection
+        raise errors.StoreUnavailableError("The connection was cut.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.database, "write", cut_off)
+        with pytest.raises(errors.StoreUnavailableError):
+            await change(store)
+
+    assert await answer(store, issued) == "invalid"
 
 
 async def test_new_key_from_elsewhere_is_good_at_once(store: GatewayStore, other: GatewayStore) -> None:
@@ -106,10 +165,10 @@ async def test_check_that_overlaps_a_revocation_leaves_no_trust(store: GatewaySt
     await checking(gate, 1)
     await store.keys.revoke("dev-agent")
     late = asyncio.create_task(answer(store, issued))
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        assert await late == "invalid"  # while the one before still stands
     gate.set()
 
-    assert await late == "invalid"
     await early
     assert await answer(store, issued) == "invalid"
 
@@ -136,23 +195,13 @@ async def test_hung_or_restarted_redis_lets_no_revoked_key_live_longer(database_
             await other.keys.revoke("agent-1")
             server.start()
 
-            async def is_refused() -> bool:
-                return await answer(store, keys[1]) == "invalid"
-
-            await until(is_refused, 10)
+            await refused(store, keys[1], 10)
             await hears(store)
-
-            async def is_used_again() -> bool:
-                return other._core.redis.is_available
-
-            await until(is_used_again)
+            await until(lambda: parts_of(other).redis.is_available)
             assert await answer(store, keys[2]) == "good"
             await other.keys.revoke("agent-2")
 
-            async def is_heard() -> bool:
-                return await answer(store, keys[2]) == "invalid"
-
-            await until(is_heard)
+            await refused(store, keys[2])
 
 
 async def test_a_revocation_that_redis_did_not_take_is_sent_again(database_url: str) -> None:
@@ -168,19 +217,12 @@ async def test_a_revocation_that_redis_did_not_take_is_sent_again(database_url: 
             server.pause()
             await other.keys.revoke("agent-0")
             server.resume()
-            assert not other._core.redis.is_available
+            assert not parts_of(other).redis.is_available
             await other.keys.revoke("agent-1")
             assert await answer(store, keys[1]) == "good"
 
-            async def is_refused() -> bool:
-                return await answer(store, keys[1]) == "invalid"
-
-            await until(is_refused)
-
-            async def is_quiet() -> bool:
-                return not other._core.key_cache.background
-
-            await until(is_quiet)
+            await refused(store, keys[1])
+            await until(lambda: not parts_of(other).key_cache.background)
 
 
 async def test_closing_does_not_wait_for_redis_to_come_back(database_url: str) -> None:
@@ -197,6 +239,7 @@ async def test_closing_does_not_wait_for_redis_to_come_back(database_url: str) -
 _GATEWAY = """
 import asyncio, sys
 from agent_gateway_store import GatewayStore, errors
+from agent_gateway_store.store import parts_of
 
 async def main():
     async with GatewayStore() as store:
@@ -206,7 +249,7 @@ async def main():
             while True:
                 await store.keys.verify(key)
                 # What it hears before it has subscribed is nothing, and the first key makes it subscribe.
-                if not is_told and store._core.pubsub._is_live == has_redis:
+                if not is_told and parts_of(store).pubsub.is_live == has_redis:
                     print("good", flush=True)
                     is_told = True
                 await asyncio.sleep(0.01)

@@ -11,41 +11,19 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import bcrypt
+import key_cache_helpers
 import pytest
 from contract_helpers import column, counted_statements
+from key_cache_helpers import issue
 from pydantic import SecretStr
 
 from agent_gateway_store import CallerIdentity, GatewayStore, IssuedKey, TrustLevel, clock, errors
 from agent_gateway_store.keys.format import KEY_PATTERN, new_key, new_key_id, parse_key_id
 
-pytestmark = pytest.mark.integration
-
-MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
+MINUTE, HOUR, MILLION_DAYS = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1_000_000)
 
 
-@pytest.fixture
-def redis_setting() -> str:
-    """Keys do not go through Redis."""
-    return ""
-
-
-@pytest.fixture
-def bcrypt_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the threads in which bcrypt checked something."""
-    calls: list[str] = []
-
-    def counted(secret: bytes, hashed: bytes) -> bool:
-        calls.append(threading.current_thread().name)
-        return check(secret, hashed)
-
-    check = bcrypt.checkpw
-    monkeypatch.setattr(bcrypt, "checkpw", counted)
-    return calls
-
-
-async def issue(store: GatewayStore, caller_id: str = "dev-agent") -> IssuedKey:
-    """Issue a key to a caller."""
-    return await store.keys.issue(caller_id, role="developer", trust_level=TrustLevel.MEDIUM)
+bcrypt_calls = key_cache_helpers.bcrypt_calls
 
 
 async def accepts(store: GatewayStore, *keys: IssuedKey) -> list[bool]:
@@ -97,14 +75,14 @@ def changed(text: str, place: int) -> str:
     return text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
 
 
-async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: list[str]) -> None:
+async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
     """What is no key, or fails its checksum, is refused without a statement and without bcrypt."""
     text = (await issue(store)).plaintext.get_secret_value()
     wrong = [changed(text, place) for place in range(len(text)) if text[place] != "_"]
     wrong += ["", "agw_", text[:-1], text + "A", text + "\n", " " + text, text.lower(), "\0" * 66, "\ud800", "é" * 66]
     wrong += ["a" * 2**20, text.replace("_", "-"), text.replace("agw", "AGW"), text[:20] + "٣" + text[21:]]
 
-    with counted_statements(store) as statements:
+    with counted_statements(store, "api_keys") as statements:
         for key in [*wrong, None, 5, text.encode(), SecretStr("")]:
             with pytest.raises(errors.InvalidApiKeyError):
                 await store.keys.verify(key)  # type: ignore[arg-type]
@@ -113,7 +91,7 @@ async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: 
     assert bcrypt_calls == []
 
 
-async def test_unknown_key_costs_no_bcrypt(store: GatewayStore, bcrypt_calls: list[str]) -> None:
+async def test_unknown_key_costs_no_bcrypt(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
     """A well-formed key with an unknown id, and one that is revoked or expired, is refused by its row alone."""
     revoked = await issue(store, "revoked")
     await store.keys.revoke("revoked")
@@ -182,6 +160,31 @@ async def test_rotation_without_overlap_ends_the_old_key_at_once(store: GatewayS
     assert await column(store, "previous_key_hash", "api_keys") == [None]
 
 
+async def test_a_key_issued_while_another_is_rotated_stays(
+    store: GatewayStore, other: GatewayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the read of the old key and its replacement it is revoked and a new one issued, which is not replaced."""
+    await issue(store)
+    begun, go, hashing = threading.Event(), threading.Event(), bcrypt.hashpw
+
+    def held(*args: bytes) -> bytes:
+        if not begun.is_set():
+            begun.set()
+            assert go.wait(10)
+        return hashing(*args)
+
+    monkeypatch.setattr(bcrypt, "hashpw", held)
+    rotating = asyncio.create_task(store.keys.rotate("dev-agent"))
+    assert await asyncio.to_thread(begun.wait, 10)
+    await other.keys.revoke("dev-agent")
+    new = await issue(other)
+    go.set()
+
+    with pytest.raises(errors.ApiKeyNotFoundError):
+        await rotating
+    assert await accepts(store, new) == [True]
+
+
 async def test_second_rotation_ends_the_first_key(store: GatewayStore) -> None:
     """One key before the current one is accepted, not two."""
     first = await issue(store)
@@ -189,6 +192,17 @@ async def test_second_rotation_ends_the_first_key(store: GatewayStore) -> None:
     third = await store.keys.rotate("dev-agent")
 
     assert await accepts(store, first, second, third) == [False, True, True]
+
+
+async def test_a_key_lives_through_the_longest_overlap_and_no_longer_one_is_taken(store: GatewayStore) -> None:
+    """What a database could not hold is refused before anything is written: the old key is accepted as before."""
+    old = await store.keys.issue("dev-agent", role="developer")
+    for overlap in (MILLION_DAYS + timedelta(days=1), timedelta.max):
+        with pytest.raises(ValueError, match="a million days at most"):
+            await store.keys.rotate("dev-agent", overlap=overlap)
+    new = await store.keys.rotate("dev-agent", overlap=MILLION_DAYS)
+
+    assert [(await store.keys.verify(key.plaintext)).caller_id for key in (old, new)] == ["dev-agent"] * 2
 
 
 async def test_revocation_ends_every_key_at_once(store: GatewayStore) -> None:
@@ -256,7 +270,7 @@ async def test_last_use_is_noted_once_a_minute(store: GatewayStore) -> None:
     await store.keys.verify(issued.plaintext)
     first = (await store.keys.get("dev-agent")).last_used_at
     clock.move(50 * MINUTE / 60)
-    with counted_statements(store) as statements:
+    with counted_statements(store, "api_keys") as statements:
         await store.keys.verify(issued.plaintext)
     clock.move(11 * MINUTE / 60)
     await store.keys.verify(issued.plaintext)

@@ -1,72 +1,375 @@
-"""Two organisations in one store: what one writes is stamped, and the other sees nothing of it."""
+"""Two organisations in one store: what one writes is stamped, and the other sees nothing of it.
+
+The whole public surface is walked: each method has a case, and no case shows or changes anything of the other.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import inspect
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
-from contract_helpers import CALL, approved, column, make_request
+from contract_helpers import WITH_REDIS, column
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import AuditEvent, GatewayStore, IssuedKey, clock, errors
+from agent_gateway_store import AuditEvent, GatewayStore, IssuedKey, Page, clock, errors
+from builders import CALL, make_event, make_request
 
-pytestmark = pytest.mark.integration
+MARK = "belongs-to-globex"
+"""Stands in everything that the other organisation has written."""
+TABLES = ("audit_events", "api_keys", "approval_requests", "approval_votes", "notification_deliveries")
+
+SAME_NAMES = {"request_id": "r-1", "caller_id": "dev-agent"}
 
 
 @dataclass
-class Organisation:
-    """One organisation's view, and what it has written: the same names as every other."""
+class Other:
+    """What the other organisation holds, as an outsider might have come by it."""
 
     view: GatewayStore
+    event: AuditEvent
     key: IssuedKey
-    tokens: dict[str, str]
-    ids: dict[str, UUID]
+    tokens: dict[str, str] = field(default_factory=dict)
+    ids: dict[str, UUID] = field(default_factory=dict)
+    cursor: str | None = None
+    deliveries: list[UUID] = field(default_factory=list)
+    delivery_cursor: str | None = None
 
 
-async def settle(store: GatewayStore, org_id: str, make_event: Callable[..., AuditEvent]) -> Organisation:
-    """Let an organisation write one of everything."""
-    view = store.for_org(org_id)
-    await view.audit.write(make_event(request_id="r-1", deterministic_rationale=f"of {org_id}"))
-    key = await view.keys.issue("dev-agent", role=f"role of {org_id}")
-    tokens = {
-        "pending": await view.approvals.issue_token(make_request(request_id="r-1")),
-        "approved": await approved(view, request_id="r-2"),
-        "used": await approved(view, request_id="r-3"),
-    }
-    await view.approvals.consume_token(tokens["used"], caller_id="dev-agent", tool_call=CALL)
-    ids = {name: (await view.approvals.check_token(token)).approval_id for name, token in tokens.items()}
-    return Organisation(view, key, tokens, ids)
+async def settle(view: GatewayStore, mark: str) -> Other:
+    """Let an organisation write one of everything, with its mark in it and the names that others use, too."""
+    event = make_event(**SAME_NAMES, deterministic_rationale=mark, llm_explanation=mark, session_id=mark)
+    await view.audit.write(event)
+    other = Other(view, event, await view.keys.issue("dev-agent", role=mark))
+    for status in ("PENDING", "APPROVED", "DENIED", "USED"):
+        request = make_request(request_id=f"r-{status}", risk_explanation=mark, use_before=None)
+        token = other.tokens[status] = await view.approvals.issue_token(request)
+        if status == "DENIED":
+            await view.approvals.deny(token, f"by-{mark}", mark)
+        elif status != "PENDING":
+            await view.approvals.approve(token, f"by-{mark}", mark)
+        if status == "USED":
+            await view.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+        other.ids[status] = (await view.approvals.check_token(token)).approval_id
+    await view.audit.write(make_event(request_id="r-2", deterministic_rationale=mark))
+    other.audit_cursor = (await view.audit.search(limit=1)).next_cursor
+    other.changes_cursor = (await view.audit.changes()).next_cursor or ""
+    other.cursor = (await view.approvals.list_requests(limit=1)).next_cursor
+    return other
+
+
+async def settle_deliveries(other: Other) -> None:
+    """Let its notices arrive; then some are dead letters, and some wait for a notifier that is not here."""
+    notifications = other.view.notifications
+    while await notifications.list("DUE"):
+        await asyncio.sleep(0.01)
+    async with other.view.database.write() as connection:
+        for status, notifier, event in (("DEAD", "log", "decision"), ("DUE", MARK, "pending")):
+            await connection.execute(
+                text(
+                    "UPDATE notification_deliveries SET status = :status, notifier = :notifier, last_error = :mark "
+                    "WHERE org_id = 'globex' AND event = :event AND id % 2 = 0"
+                ),
+                {"status": status, "notifier": notifier, "event": event, "mark": MARK},
+            )
+    first = await notifications.list(limit=1)
+    other.deliveries, other.delivery_cursor = [row.delivery_id for row in await notifications.list()], first.next_cursor
+
+
+Case = Callable[[GatewayStore, Other], Any]
+"""What an outsider tries with one method: an answer, or a list of answers."""
+
+
+def by_token(name: str, *args: Any, **kwargs: Any) -> Case:
+    return lambda view, other: [
+        getattr(view.approvals, name)(token, *args, **kwargs) for token in other.tokens.values()
+    ]
+
+
+def by_token_and_id(name: str) -> Case:
+    return lambda view, other: [
+        *(getattr(view.approvals, name)(token, "approver-9") for token in other.tokens.values()),
+        *(getattr(view.approvals, name)(approval_id=each, approver_id="approver-9") for each in other.ids.values()),
+    ]
+
+
+def by_caller(name: str) -> Case:
+    return lambda view, other: [
+        getattr(view.keys, name)("only-there"),
+        getattr(view.keys, name)("dev-agent", org_id="globex"),
+    ]
+
+
+async def _recorded(view: GatewayStore, event: AuditEvent) -> Any:
+    async with AsyncSession(view.database.engine) as session:
+        outcome = await view.audit.record(event, session=session)
+        await session.commit()
+    return outcome
+
+
+async def _all(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
+    return [event async for event in events]
+
+
+async def _first(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
+    """What comes within a moment; a follower never ends."""
+    try:
+        return [await asyncio.wait_for(anext(events), 0.5)]
+    except TimeoutError:
+        return []
+
+
+async def _without_cursor(page: Awaitable[Page[AuditEvent]]) -> list[AuditEvent]:
+    """The cursor tells how far the whole database is, and differs from one to the other."""
+    return list(await page)
+
+
+async def _texts(frame: Awaitable[Any]) -> list[Any]:
+    found = await frame
+    if hasattr(found, "to_pylist"):
+        return list(found.to_pylist())
+    return list(found.to_dict("records") if hasattr(found, "to_numpy") and hasattr(found, "iloc") else found.to_dicts())
+
+
+async def _exported(view: GatewayStore, name: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        result = await view.audit.export(Path(folder) / name)
+        return result.rows, (Path(folder) / name).read_bytes() if name != "e.parquet" else b""
+
+
+async def _imported(view: GatewayStore, event: AuditEvent) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "e.jsonl").write_text(event.model_dump_json())
+        return await view.audit.import_file(Path(folder) / "e.jsonl")
+
+
+CASES: dict[str, Case] = {
+    "audit.write": lambda view, other: [
+        view.audit.write(make_event(**SAME_NAMES)),
+        view.audit.write(make_event(request_id="r-1", org_id="globex")),
+    ],
+    "audit.write_many": lambda view, other: [
+        view.audit.write_many([make_event(**SAME_NAMES), make_event(**SAME_NAMES, org_id="globex")])
+    ],
+    "audit.record": lambda view, other: [_recorded(view, make_event(**SAME_NAMES, org_id="globex"))],
+    "audit.flush": lambda view, other: [view.audit.flush()],
+    "audit.get_by_request_id": lambda view, other: [view.audit.get_by_request_id("r-1")],
+    "audit.list_by_caller": lambda view, other: [view.audit.list_by_caller("dev-agent", limit=1000)],
+    "audit.list_by_decision": lambda view, other: [view.audit.list_by_decision("ALLOW", limit=1000)],
+    "audit.list_recent": lambda view, other: [view.audit.list_recent(limit=1000)],
+    "audit.search": lambda view, other: [
+        view.audit.search(limit=1000),
+        view.audit.search(org_id="globex"),
+        view.audit.search(org_id=["globex", "acme"], session_id=MARK),
+        view.audit.search(text=MARK),
+        view.audit.search(limit=1, cursor=other.audit_cursor),
+    ],
+    "audit.stream": lambda view, other: [_all(view.audit.stream()), _all(view.audit.stream(org_id="globex"))],
+    "audit.stats": lambda view, other: [
+        view.audit.stats(),
+        view.audit.stats("org_id", "1h"),
+        view.audit.stats(["session_id"], org_id="globex"),
+    ],
+    "audit.changes": lambda view, other: [
+        _without_cursor(view.audit.changes("beginning")),
+        _without_cursor(view.audit.changes("beginning", org_id="globex")),
+        view.audit.changes(other.changes_cursor),
+    ],
+    "audit.follow": lambda view, other: [_first(view.audit.follow(start="beginning", poll_s=0.01))],
+    "audit.to_arrow": lambda view, other: [_texts(view.audit.to_arrow()), _texts(view.audit.to_arrow(text=MARK))],
+    "audit.to_pandas": lambda view, other: [_texts(view.audit.to_pandas())],
+    "audit.to_polars": lambda view, other: [_texts(view.audit.to_polars())],
+    "audit.export": lambda view, other: [_exported(view, name) for name in ("e.jsonl", "e.csv", "e.parquet")],
+    "audit.import_file": lambda view, other: [_imported(view, make_event(**SAME_NAMES, org_id="globex"))],
+    "approvals.issue_token": lambda view, other: [
+        *(view.approvals.issue_token(make_request(request_id=f"r-{status}")) for status in other.tokens),
+        view.approvals.issue_token(make_request(org_id="globex")),
+        *(view.approvals.issue_token(make_request(token=token)) for token in other.tokens.values()),
+        *(view.approvals.issue_token(make_request(approval_id=each)) for each in other.ids.values()),
+    ],
+    "approvals.check_token": lambda view, other: [
+        view.approvals.check_token(token, fresh=fresh) for token in other.tokens.values() for fresh in (False, True)
+    ],
+    "approvals.approve": by_token_and_id("approve"),
+    "approvals.deny": by_token_and_id("deny"),
+    "approvals.cancel": by_token_and_id("cancel"),
+    "approvals.consume_token": by_token("consume_token", caller_id="dev-agent", tool_call=CALL),
+    "approvals.release_output": by_token("release_output", caller_id="dev-agent"),
+    "approvals.record_outcome": by_token("record_outcome", "SUCCESS"),
+    "approvals.wait_for_decision": by_token("wait_for_decision", timeout_s=0.01),
+    "approvals.get": lambda view, other: [view.approvals.get(approval_id=each) for each in other.ids.values()],
+    "approvals.list_requests": lambda view, other: [
+        view.approvals.list_requests(limit=1000),
+        view.approvals.list_requests(limit=1000, cursor=other.cursor),
+        *(view.approvals.list_requests(status) for status in other.tokens),
+    ],
+    "approvals.search": lambda view, other: [
+        view.approvals.search(limit=1000),
+        view.approvals.search(org_id="globex"),
+        view.approvals.search(text=MARK, cursor=other.cursor),
+        view.approvals.search(approver_id=f"by-{MARK}"),
+    ],
+    "approvals.history": lambda view, other: [view.approvals.history(each) for each in other.ids.values()],
+    "approvals.expire_stale": lambda view, other: [view.approvals.expire_stale()],
+    "keys.issue": lambda view, other: [
+        view.keys.issue("only-there", role="r"),
+        view.keys.issue("dev-agent", role="r", org_id="globex"),
+    ],
+    "keys.verify": lambda view, other: [view.keys.verify(other.key.plaintext)],
+    "keys.rotate": by_caller("rotate"),
+    "keys.revoke": by_caller("revoke"),
+    "keys.get": by_caller("get"),
+    "keys.list": lambda view, other: [view.keys.list(limit=1000), view.keys.list(offset=0)],
+}
+
+CASES |= {
+    "notifications.list": lambda view, other: [
+        view.notifications.list(limit=1000),
+        *(view.notifications.list(status) for status in ("DUE", "DELIVERED", "DEAD")),
+        *(view.notifications.list(approval_id=each) for each in other.ids.values()),
+        view.notifications.list(cursor=other.delivery_cursor),
+    ],
+    "notifications.counts": lambda view, other: [view.notifications.counts()],
+    "notifications.redrive": lambda view, other: [
+        view.notifications.redrive(),
+        *(view.notifications.redrive(each) for each in other.deliveries),
+    ],
+    "notifications.run": lambda view, other: [view.notifications.run(once=True)],
+    "notifications.prune": lambda view, other: [view.notifications.prune(timedelta())],
+}
+
+PROPERTIES = {"audit.counters"}
+"""What a process counts of itself; numbers only."""
+
+
+def surface() -> set[str]:
+    """Every public method and property of the four services."""
+    store = GatewayStore("sqlite://", redis_url="")
+    found = set()
+    for service in ("audit", "approvals", "keys", "notifications"):
+        kind = type(getattr(store, service))
+        # A method that is bound to the class is another constructor.
+        public = [name for name in dir(kind) if not name.startswith("_") and not inspect.ismethod(getattr(kind, name))]
+        found |= {f"{service}.{name}" for name in public}
+    return found
+
+
+def test_every_public_method_has_a_case() -> None:
+    """A new method needs a case here before this passes again."""
+    assert surface() == CASES.keys() | PROPERTIES
+
+
+async def rows(store: GatewayStore) -> dict[str, list[Any]]:
+    """All rows of the other organisation."""
+    async with store.database.engine.connect() as connection:
+        return {
+            table: [tuple(row) for row in await connection.execute(
+                text(f"SELECT * FROM {table} WHERE org_id = 'globex' ORDER BY id"))]
+            for table in TABLES
+        }  # fmt: skip
+
+
+def shown(answer: Any) -> str:
+    """Everything an answer tells."""
+    parts = [repr(answer), str(answer)]
+    if hasattr(answer, "to_dicts"):
+        parts += [str(answer.to_dicts()), answer._repr_html_(), str(answer.next_cursor)]
+    items = answer if isinstance(answer, list) else [answer]
+    parts += [item.model_dump_json() for item in items if hasattr(item, "model_dump_json")]
+    return "\n".join(parts)
+
+
+async def told(answer: Awaitable[Any]) -> str:
+    """Return what an answer or an error tells."""
+    try:
+        return shown(await answer)
+    except (errors.GatewayStoreError, ValueError) as exc:
+        return f"{exc!r} {exc} {vars(exc)}"
 
 
 @pytest.fixture
-async def two(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> tuple[Organisation, Organisation]:
-    """Two organisations that use the same names for different things."""
-    return await settle(store, "acme", make_event), await settle(store, "globex", make_event)
+async def other(store: GatewayStore) -> Other:
+    """The other organisation; beside the same names it has a caller of its own."""
+    view = store.for_org("globex")
+    settled = await settle(view, MARK)
+    await settle_deliveries(settled)
+    await view.keys.issue("only-there", role=MARK)
+    return settled
 
 
-async def test_everything_written_is_stamped(
-    store: GatewayStore, two: tuple[Organisation, Organisation], make_event: Callable[..., AuditEvent]
+async def attempt(name: str, view: GatewayStore, other: Other) -> str:
+    """Run a case and return everything that was told."""
+    return "\n".join([await told(answer) for answer in CASES[name](view, other)])
+
+
+@WITH_REDIS
+async def test_nothing_of_the_other_organisation_is_shown_or_changed(store: GatewayStore, other: Other) -> None:
+    """Neither a row nor an id nor a word of it is in any answer or error, and its rows stay as they were."""
+    before = await rows(store)
+    for name in sorted(CASES, key=lambda name: name == "approvals.expire_stale"):
+        if name == "approvals.expire_stale":
+            clock.move(timedelta(hours=3))
+        everything = await attempt(name, store.for_org("acme"), other)
+
+        assert MARK not in everything, name
+        if name != "approvals.issue_token":  # which is told of the id and the token that it brings itself
+            assert not [each for each in other.ids.values() if str(each) in everything], name
+        assert other.key.api_key.key_id not in everything, name
+        assert not [each for each in other.deliveries if str(each) in everything], name
+        assert await rows(store) == before, name
+
+
+WRITING = {"approvals.issue_token", "keys.issue"} | {
+    f"audit.{name}" for name in ("write", "write_many", "record", "import_file")
+}
+
+
+@WITH_REDIS
+async def test_answers_are_those_of_a_store_without_the_other(
+    store: GatewayStore, other: Other, tmp_path: Path
 ) -> None:
-    """Rows of every table carry the organisation; an event that names another one is stamped all the same."""
-    await two[0].view.audit.write(make_event(org_id="globex"))
+    """To the word, counts included, one is told what one is told where the other organisation does not exist."""
+    async with GatewayStore(f"sqlite:///{tmp_path}/alone.db", redis_url="") as alone:
+        for name in sorted(CASES.keys() - WRITING, key=lambda name: name == "approvals.expire_stale"):
+            if name == "approvals.expire_stale":
+                clock.move(timedelta(hours=3))
+            here, there = [await attempt(name, one.for_org("acme"), other) for one in (store, alone)]
+            assert here == there, name
 
-    assert await column(store, "org_id", "audit_events") == ["acme", "globex", "acme"]
-    assert await column(store, "org_id", "api_keys") == ["acme", "globex"]
-    assert await column(store, "org_id", "approval_requests") == ["acme"] * 3 + ["globex"] * 3
-    assert await column(store, "org_id", "approval_votes") == ["acme"] * 2 + ["globex"] * 2
-    assert (await two[0].view.keys.verify(two[0].key.plaintext)).org_id == "acme"
+
+def test_the_search_finds_what_is_there() -> None:
+    """The words of an answer are looked at: reprs, HTML, dictionaries and JSON."""
+    assert MARK in shown(make_request(risk_explanation=MARK))
 
 
-async def test_listings_show_one_organisation(store: GatewayStore, two: tuple[Organisation, Organisation]) -> None:
-    """Every listing and every look-up by name gives one's own; the unbound store sees all."""
-    for org_id, organisation in zip(("acme", "globex"), two, strict=True):
-        view = organisation.view
+@pytest.fixture
+async def two(store: GatewayStore) -> tuple[Other, Other]:
+    """Two organisations that use the same names for different things."""
+    return await settle(store.for_org("acme"), "of-acme"), await settle(store.for_org("globex"), MARK)
+
+
+@WITH_REDIS
+async def test_everything_written_is_stamped_and_listed_by_its_own(
+    store: GatewayStore, two: tuple[Other, Other]
+) -> None:
+    """Rows of every table carry the organisation; an event that names another one is stamped all the same. Listings
+    and look-ups by name give one's own; the unbound store sees all."""
+    await two[0].view.audit.write(make_event(org_id="globex", decision="DENY"))
+
+    for table, each in (("audit_events", 2), ("api_keys", 1), ("approval_requests", 4), ("approval_votes", 3)):
+        extra = ["acme"] if table == "audit_events" else []
+        assert await column(store, "org_id", table) == ["acme"] * each + ["globex"] * each + extra
+    for org_id, mark, own in zip(("acme", "globex"), ("of-acme", MARK), two, strict=True):
+        view = own.view
         pages: list[list[Any]] = [
-            await view.audit.list_recent(),
             await view.audit.list_by_caller("dev-agent"),
             await view.audit.list_by_decision("ALLOW"),
             await view.keys.list(),
@@ -74,88 +377,30 @@ async def test_listings_show_one_organisation(store: GatewayStore, two: tuple[Or
             await view.approvals.list_requests("PENDING"),
         ]
         assert [{row.org_id for row in page} for page in pages] == [{org_id}] * len(pages)
-        assert [len(page) for page in pages] == [1, 1, 1, 1, 3, 1]
+        assert [len(page) for page in pages] == [3 if org_id == "acme" else 2, 2, 1, 4, 1]
         event = await view.audit.get_by_request_id("r-1")
         assert event is not None
-        assert event.deterministic_rationale == f"of {org_id}"
-        assert (await view.keys.get("dev-agent")).role == f"role of {org_id}"
-    assert len(await store.audit.list_recent()) == 2
-    assert len(await store.keys.list()) == 2
-    assert len(await store.approvals.list_requests()) == 6
-
-
-ByToken = Callable[[GatewayStore, str], Awaitable[Any]]
-BY_TOKEN: list[ByToken] = [
-    lambda view, token: view.approvals.check_token(token),
-    lambda view, token: view.approvals.check_token(token, fresh=True),
-    lambda view, token: view.approvals.approve(token, "approver-9"),
-    lambda view, token: view.approvals.deny(token, "approver-9"),
-    lambda view, token: view.approvals.cancel(token, "approver-9"),
-    lambda view, token: view.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
-    lambda view, token: view.approvals.release_output(token, caller_id="dev-agent"),
-    lambda view, token: view.approvals.record_outcome(token, "done"),
-    lambda view, token: view.approvals.wait_for_decision(token, timeout_s=0),
-]
-BY_ID: list[Callable[[GatewayStore, UUID], Awaitable[Any]]] = [
-    lambda view, found: view.approvals.get(approval_id=found),
-    lambda view, found: view.approvals.approve(approval_id=found, approver_id="approver-9"),
-    lambda view, found: view.approvals.deny(approval_id=found, approver_id="approver-9"),
-    lambda view, found: view.approvals.cancel(approval_id=found, approver_id="approver-9"),
-]
-
-
-async def refusal(answer: Awaitable[Any]) -> tuple[Any, ...]:
-    """Return all that an error tells."""
-    with pytest.raises(errors.GatewayStoreError) as caught:
-        await answer
-    return type(caught.value), str(caught.value), vars(caught.value)
-
-
-async def test_foreign_approval_looks_absent(two: tuple[Organisation, Organisation]) -> None:
-    """With the token or the id of another organisation nothing is read, decided or used; the error tells nothing."""
-    acme, globex = two
-    before = [(row.status, row.version) for row in await globex.view.approvals.list_requests()]
-
-    for name in globex.tokens:
-        for ask in BY_TOKEN:
-            foreign = await refusal(ask(acme.view, globex.tokens[name]))
-            assert foreign == await refusal(ask(acme.view, "no-such-token"))
-            assert foreign[0] is errors.ApprovalNotFoundError
-        for ask in BY_ID:
-            assert await refusal(ask(acme.view, globex.ids[name])) == await refusal(ask(acme.view, uuid4()))
-    assert [(row.status, row.version) for row in await globex.view.approvals.list_requests()] == before
-    assert (await globex.view.approvals.check_token(globex.tokens["pending"])).status == "PENDING"
-
-
-async def test_foreign_key_looks_unknown(two: tuple[Organisation, Organisation]) -> None:
-    """A key of another organisation is refused as any other, and nobody rotates or revokes it from outside."""
-    acme, globex = two
-    await globex.view.keys.issue("only-theirs", role="r")
-
-    with pytest.raises(errors.InvalidApiKeyError):
-        await acme.view.keys.verify(globex.key.plaintext)
-    for ask in (acme.view.keys.get, acme.view.keys.rotate, acme.view.keys.revoke):
-        assert await refusal(ask("only-theirs")) == (
-            errors.ApiKeyNotFoundError,
-            "No API key for caller 'only-theirs': issue one with `gateway-store keys issue`.",
-            {"caller_id": "only-theirs"},
+        assert event.deterministic_rationale == mark
+        assert ((await view.keys.get("dev-agent")).role, (await view.keys.verify(own.key.plaintext)).org_id) == (
+            mark,
+            org_id,
         )
-        with pytest.raises(errors.ApiKeyNotFoundError):
-            await ask("dev-agent", org_id="globex")
+        assert (await view.approvals.check_token(own.tokens["PENDING"])).status == "PENDING"
+    assert [len(page) for page in (await store.audit.list_recent(), await store.keys.list())] == [5, 2]
+    assert len(await store.approvals.list_requests()) == 8
+
+
+async def test_keys_are_those_of_one_organisation(store: GatewayStore, two: tuple[Other, Other]) -> None:
+    """A bound store issues and ends no key but its own; an unbound one names the organisation, else it is "default"."""
+    acme, globex = two
     with pytest.raises(ValueError, match="bound to another organisation"):
         await acme.view.keys.issue("new-agent", role="r", org_id="globex")
     await acme.view.keys.revoke("dev-agent")
-    assert (await globex.view.keys.verify(globex.key.plaintext)).role == "role of globex"
 
-
-async def test_unbound_store_names_the_organisation(
-    store: GatewayStore, two: tuple[Organisation, Organisation]
-) -> None:
-    """Without `for_org` a key's organisation is an argument; left out, it is "default"."""
-    assert (await store.keys.get("dev-agent", org_id="globex")).role == "role of globex"
+    assert (await store.keys.verify(globex.key.plaintext)).org_id == "globex"
+    assert (await store.keys.get("dev-agent", org_id="globex")).role == MARK
     assert (await store.keys.issue("dev-agent", role="r")).api_key.org_id == "default"
-    assert (await store.keys.revoke("dev-agent", org_id="acme")).org_id == "acme"
-    assert (await store.keys.verify(two[1].key.plaintext)).org_id == "globex"
+    assert (await store.keys.revoke("dev-agent", org_id="globex")).org_id == "globex"
 
 
 async def test_request_of_another_organisation_is_refused(store: GatewayStore) -> None:
@@ -172,36 +417,21 @@ async def test_request_of_another_organisation_is_refused(store: GatewayStore) -
     assert await column(store, "org_id", "approval_requests") == ["acme", "acme"]
 
 
-async def test_sweep_is_of_one_organisation(store: GatewayStore, two: tuple[Organisation, Organisation]) -> None:
-    """`expire_stale` of one leaves the other's rows as they are."""
+async def test_asking_again_and_sweeping_are_of_one_organisation(store: GatewayStore, two: tuple[Other, Other]) -> None:
+    """The same call joins one's own pending approval; `expire_stale` of one leaves the other's rows as they are."""
+    acme, globex = two
+    again = await acme.view.approvals.issue_token(make_request(request_id="r-PENDING", risk_explanation="of-acme"))
+    assert (await acme.view.approvals.check_token(again)).approval_id == acme.ids["PENDING"]
+    assert (await globex.view.approvals.check_token(globex.tokens["PENDING"])).approval_id == globex.ids["PENDING"]
     clock.move(timedelta(hours=2))
 
-    assert await two[0].view.approvals.expire_stale() == 2
+    assert await acme.view.approvals.expire_stale() == 2
     statuses = await column(store, "status", "approval_requests")
-    assert statuses == ["EXPIRED", "EXPIRED", "USED", "PENDING", "APPROVED", "USED"]
+    assert statuses == ["EXPIRED", "EXPIRED", "DENIED", "USED", "PENDING", "APPROVED", "DENIED", "USED"]
     assert await store.approvals.expire_stale() == 2
 
 
-async def test_same_call_of_two_organisations_is_two_approvals(two: tuple[Organisation, Organisation]) -> None:
-    """Asking again joins one's own pending approval, never the other's."""
-    acme, globex = two
-    again = await acme.view.approvals.issue_token(make_request(request_id="r-1"))
-
-    assert (await acme.view.approvals.check_token(again)).approval_id == acme.ids["pending"]
-    assert (await globex.view.approvals.check_token(globex.tokens["pending"])).approval_id == globex.ids["pending"]
-
-
-async def test_cursor_of_another_organisation_shows_nothing_of_it(two: tuple[Organisation, Organisation]) -> None:
-    """A cursor is of one listing of one organisation, and refused by any other."""
-    acme, globex = two
-    page = await globex.view.approvals.list_requests(limit=1)
-    with pytest.raises(errors.InvalidCursorError):
-        await acme.view.approvals.list_requests(cursor=page.next_cursor)
-
-    assert await acme.view.approvals.list_requests()
-
-
-async def test_views_work_side_by_side(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+async def test_views_work_side_by_side(store: GatewayStore) -> None:
     """Concurrent writes of ten organisations with the same ids all land, each in its own."""
     views = [store.for_org(f"org-{number}") for number in range(10)]
     await asyncio.gather(*(view.audit.write(make_event(request_id="same")) for view in views))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import CALL, approved, column, make_request
+from contract_helpers import BOTH, approved, column
 from sqlalchemy import text
 
 from agent_gateway_store import (
@@ -17,13 +17,11 @@ from agent_gateway_store import (
     ApprovalScope,
     AuditEvent,
     GatewayStore,
-    NotificationDelivery,
     StoreSettings,
     SyncGatewayStore,
     errors,
 )
-
-pytestmark = pytest.mark.integration
+from builders import CALL, make_request
 
 RELEASE = ApprovalScope.OUTPUT_RELEASE
 OUTPUT: dict[str, Any] = {"rows": [{"name": "Ada \u2603", "n": 1.5}, None, True], "total": 2}
@@ -144,12 +142,12 @@ async def test_hash_of_another_output_is_refused_when_it_is_asked(store: Gateway
         assert await store.approvals.release_output(token, caller_id="dev-agent") == OUTPUT
 
 
-async def test_hash_follows_the_hash_key(database_url: str, redis_setting: str) -> None:
+async def test_hash_follows_the_hash_key(database_url: str) -> None:
     """With HASH_KEY the hash of an output is keyed, as that of the arguments is; without the key it does not match."""
     keyed = StoreSettings(hash_key="k" * 32)
-    async with GatewayStore(database_url, redis_url=redis_setting, settings=keyed) as store:
+    async with GatewayStore(database_url, redis_url="", settings=keyed) as store:
         token = await approved(store, scope=RELEASE, output_payload=OUTPUT)
-        async with GatewayStore(database_url, redis_url=redis_setting) as unkeyed:
+        async with GatewayStore(database_url, redis_url="") as unkeyed:
             with pytest.raises(errors.ApprovalMismatchError, match="does not match its hash"):
                 await unkeyed.approvals.release_output(token, caller_id="dev-agent")
 
@@ -172,19 +170,19 @@ async def test_sync_store_and_own_session_release_outputs(store: GatewayStore, d
     assert await asyncio.to_thread(release) == OUTPUT
 
 
-async def test_output_is_in_no_notice_and_no_entry(database_url: str, redis_setting: str) -> None:
+@BOTH
+async def test_output_is_in_no_notice_and_no_entry(store: GatewayStore, client: redis.asyncio.Redis | None) -> None:
     """Neither notifiers nor Redis hold what waits for its release, before and after."""
     secret = "the-output-5d1c"
-    async with GatewayStore(database_url, redis_url=redis_setting, settings=StoreSettings()) as store:
-        token = await approved(store, scope=RELEASE, output_payload={"rows": [secret]})
-        texts = [repr(await store.approvals.check_token(token))]
-        await store.approvals.release_output(token, caller_id="dev-agent")
-        notices: list[NotificationDelivery] = list(await store.notifications.list())
-        texts += [json.dumps(notice.payload) for notice in notices]
-        if redis_setting:
-            async with redis.asyncio.from_url(redis_setting) as client:
-                texts += [str(await client.get(key)) for key in await client.keys()]
-            assert len(texts) > 2
+    token = await approved(store, scope=RELEASE, output_payload={"rows": [secret]})
+    texts = [repr(await store.approvals.check_token(token))]
+    await store.approvals.release_output(token, caller_id="dev-agent")
+    notices = list(await store.notifications.list())
+    texts += [json.dumps(notice.payload) for notice in notices]
+    if client is not None:
+        entries = [str(await client.get(key)) for key in await client.keys()]
+        assert entries
+        texts += entries
 
     assert notices
     assert not [each for each in texts if secret in each]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
-from sqlalchemy import event as sqlalchemy_event
+from contract_helpers import counted_statements
 from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, AuditLogger, GatewayStore, WriteOutcome
@@ -20,15 +17,7 @@ from agent_gateway_store.audit.writer import AuditWriter
 from builders import make_event, rehash
 from proofs.harness import TRIGGERS, WatchedSink, stored_events
 
-pytestmark = pytest.mark.integration
-
 STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """No Redis: the audit log does not know it."""
-    return ""
 
 
 def derived_id(event: AuditEvent) -> str:
@@ -100,13 +89,30 @@ async def test_another_event_under_a_used_id_is_kept_beside_it(store: GatewaySto
     assert all(event.content_hash == rehash(event) for event in found.values())
 
 
-async def test_a_used_id_in_another_organisation_is_free(store: GatewayStore) -> None:
-    """The id is unique in its organisation only."""
-    outcomes = [await store.for_org(org).audit.write(make_event(request_id="used")) for org in ("a", "b")]
-    outcomes.append(await store.for_org("a").audit.write(make_event(request_id="used", tool_name="other")))
+@pytest.mark.parametrize("way", ["write", "write_many", "record", "AuditLogger"])
+async def test_a_used_id_in_another_organisation_is_free(store: GatewayStore, way: str) -> None:
+    """The id is unique in its organisation only, whichever way an event comes; repeated there, it is a DUPLICATE."""
 
-    assert outcomes == [STORED] * 3
-    assert sorted(event.org_id for event in await stored_events(store) if event.request_id == "used") == ["a", "b"]
+    async def store_by(event: AuditEvent) -> WriteOutcome:
+        if way == "write":
+            return await store.audit.write(event)
+        if way == "write_many":
+            return next(iter(await store.audit.write_many([event])))
+        async with store.database.sessions() as session:
+            if way == "AuditLogger":
+                return await AuditLogger(session).write(event)
+            async with session.begin():
+                return await store.audit.record(event, session=session)
+
+    ours, theirs = (make_event(request_id="used", org_id=org_id) for org_id in ("a", "b"))
+    another = make_event(request_id="used", org_id="a", tool_name="other")
+    outcomes = [await store_by(event) for event in (ours, theirs, another, ours, theirs, another)]
+    found = await stored_events(store)
+
+    assert outcomes == [STORED] * 3 + [DUPLICATE] * 3
+    assert [(event.org_id, event.request_id) for event in found[:2]] == [("a", "used"), ("b", "used")]
+    assert (found[2].org_id, found[2].request_id) == ("a", derived_id(another))
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one-batch", "one-by-one"])
@@ -174,23 +180,6 @@ async def test_many_writers_of_few_ids_lose_nothing(store: GatewayStore, databas
     assert all(event.content_hash == rehash(event) for event in found)
 
 
-@contextmanager
-def single_inserts(store: GatewayStore) -> Iterator[list[str]]:
-    """Give the inserts of events that go through SQLAlchemy, as those of single rows do."""
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "INSERT INTO audit_events" in statement:
-            seen.append(statement)
-
-    engine = store.database.engine.sync_engine
-    sqlalchemy_event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        sqlalchemy_event.remove(engine, "before_cursor_execute", note)
-
-
 async def test_known_and_reused_ids_of_a_batch_are_looked_up_together(store: GatewayStore) -> None:
     """With new events among them: each gets its outcome, and no row goes on its own."""
     known = [make_event(request_id=f"id {number}") for number in range(60)]
@@ -199,7 +188,7 @@ async def test_known_and_reused_ids_of_a_batch_are_looked_up_together(store: Gat
     mixed = [*known[:30], *new, *known[30:]]
     await store.audit.write_many(known)
 
-    with single_inserts(store) as inserts:
+    with counted_statements(store, "INSERT INTO audit_events") as inserts:
         outcomes = [await store.audit.write_many(some) for some in (mixed, others, [*others, *mixed])]
 
     assert inserts == []

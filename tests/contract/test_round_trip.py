@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
 from uuid import uuid4
 
-import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from sqlalchemy import insert, select
 
 from agent_gateway_store.audit.record import encode_event, hash_of, to_values
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 from agent_gateway_store.storage.database import create_engine
-from builders import rehash
+from builders import make_event, rehash
 from oddities import Level, nested, odd_event_fields, odd_text
 
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
 table = AuditEvent.__table__  # type: ignore[attr-defined]
 
 
@@ -86,7 +81,7 @@ def spelt(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=datetime.isoformat)
 
 
-async def test_named_nasty_values_read_back_identical(database_url: str, make_event: MakeEvent) -> None:
+async def test_named_nasty_values_read_back_identical(database_url: str) -> None:
     """Every value that some database or driver is known to refuse or to change."""
     events = [make_event(sanitized_args=args) for args in NASTY_ARGUMENTS]
     events += [make_event(request_id=text, tool_name=text, llm_explanation=text, key_id=text) for text in NASTY_IDS]
@@ -112,7 +107,7 @@ async def test_named_nasty_values_read_back_identical(database_url: str, make_ev
     await assert_round_trip(database_url, events)
 
 
-async def test_any_event_reads_back_identical(database_url: str, make_event: MakeEvent) -> None:
+async def test_any_event_reads_back_identical(database_url: str) -> None:
     """Hundreds of events made by hypothesis, stored in a few batches and compared one by one."""
     events: list[AuditEvent] = []
 

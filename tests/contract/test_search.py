@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import pickle
 import random
-from collections.abc import Callable
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,18 +13,10 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import AuditEvent, AuditQuery, GatewayStore, clock, errors
+from builders import make_event
 from proofs.hostile import Hostile
 
-pytestmark = pytest.mark.integration
-
-MakeEvent = Callable[..., AuditEvent]
 START = datetime(2026, 5, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis has no part in reading the audit log."""
-    return ""
 
 
 def random_fields(rng: random.Random, number: int) -> dict[str, Any]:
@@ -94,7 +85,7 @@ FILTERS: dict[str, tuple[Any, ...]] = {
 }
 
 
-async def test_every_filter_finds_what_it_means(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_every_filter_finds_what_it_means(store: GatewayStore) -> None:
     """Each alone with each value, and 60 random combinations: what Python picks, in the same order."""
     rng = random.Random(7)
     await store.audit.write_many(make_event(**random_fields(rng, number)) for number in range(150))
@@ -115,7 +106,7 @@ async def test_every_filter_finds_what_it_means(store: GatewayStore, make_event:
     assert await store.audit.search(caller_id=None, since=None, limit=1_000) == everything
 
 
-async def test_times_are_told_in_many_ways(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_times_are_told_in_many_ways(store: GatewayStore) -> None:
     """A datetime, naive as UTC; a timedelta or "24h" is so long ago; ISO text; too long a period is the beginning."""
     now = clock.utc_now()
     for hours in (1, 30, 200):
@@ -161,7 +152,7 @@ async def test_a_wrong_filter_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-async def test_hostile_filters_find_nothing_and_break_nothing(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_hostile_filters_find_nothing_and_break_nothing(store: GatewayStore) -> None:
     """Whatever text is looked for is looked for as it would be stored."""
     hostile = Hostile(3)
     await store.audit.write(make_event(caller_id="a\0b", tool_name="nul\ud800", risk_labels=["c\0"]))
@@ -179,7 +170,7 @@ async def test_hostile_filters_find_nothing_and_break_nothing(store: GatewayStor
     assert len(found) == 1
 
 
-async def test_pages_stay_put_while_events_are_added(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_pages_stay_put_while_events_are_added(store: GatewayStore) -> None:
     """A walk by cursor gives each event once, newest first, also where many share one time."""
     times = [START + timedelta(seconds=number // 7) for number in range(40)]
     await store.audit.write_many(make_event(request_id=f"r-{n}", timestamp=time) for n, time in enumerate(times))
@@ -197,7 +188,7 @@ async def test_pages_stay_put_while_events_are_added(store: GatewayStore, make_e
     assert len(page) == 40 % 6
 
 
-async def test_a_cursor_is_of_one_search(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_a_cursor_is_of_one_search(store: GatewayStore) -> None:
     """Other filters, another organisation, another listing, or a byte changed: InvalidCursorError."""
     await store.audit.write_many(make_event(org_id="acme") for _ in range(5))
     cursor = (await store.audit.search(caller_id="dev-agent", limit=2)).next_cursor
@@ -240,7 +231,7 @@ async def test_events_equal_those_that_were_validated(store: GatewayStore) -> No
     assert len(events) == 150
 
 
-async def test_stream_gives_everything_once(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_stream_gives_everything_once(store: GatewayStore) -> None:
     """All that matches, newest first, as it was at the first; also when the reader leaves early."""
     await store.audit.write_many(make_event(request_id=f"r-{n}", risk_score=n % 2) for n in range(2_500))
     seen = []
@@ -259,7 +250,7 @@ async def test_stream_gives_everything_once(store: GatewayStore, make_event: Mak
         await anext(store.audit.stream(nothing="x"))  # type: ignore[call-arg]
 
 
-async def test_a_query_over_a_session_searches_too(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_a_query_over_a_session_searches_too(store: GatewayStore) -> None:
     """Also what the session's own transaction has not committed yet; the session stays as it was."""
     await store.audit.write(make_event(request_id="r-1", decision="DENY"))
     async with AsyncSession(store.database.engine) as session:

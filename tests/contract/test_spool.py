@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from contract_helpers import until
 from sqlalchemy import make_url
 
 import agent_gateway_store.audit.spool as spool_module
@@ -38,8 +39,6 @@ from proofs.harness import (
 )
 from servers import PostgresServer
 
-pytestmark = pytest.mark.integration
-
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 HERE = make_url("sqlite:///here.db")
 
@@ -53,6 +52,7 @@ class Place(Protocol):
     async def go_away(self) -> None: ...
     async def come_back(self) -> None: ...
     async def refuse_poison(self) -> None: ...
+    async def take_poison(self) -> None: ...
 
 
 class PostgresPlace:
@@ -72,6 +72,9 @@ class PostgresPlace:
 
     async def refuse_poison(self) -> None:
         await execute(self.url, TRIGGERS[self.dialect])
+
+    async def take_poison(self) -> None:
+        await execute(self.url, "DROP TRIGGER refuse ON audit_events")
 
 
 class SqlitePlace:
@@ -95,6 +98,10 @@ class SqlitePlace:
     async def refuse_poison(self) -> None:
         with closing(sqlite3.connect(self._path)) as connection:
             connection.execute(TRIGGERS[self.dialect])
+
+    async def take_poison(self) -> None:
+        with closing(sqlite3.connect(self._path)) as connection:
+            connection.execute("DROP TRIGGER refuse")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     yield PostgresPlace(started, started.url)
     if not servers.alive(started.pid):
         started.start()
+
+
+async def is_stored(store: GatewayStore) -> bool:
+    """True if a new event goes to the database."""
+    return await store.audit.write(make_event()) is STORED
 
 
 @pytest.fixture
@@ -153,6 +165,20 @@ async def test_events_wait_on_disk_and_come_back_once_and_in_order(place: Place,
         assert spooled_ids(path) == []
         counters = store.audit.counters
         assert (counters.stored, counters.spooled, counters.replayed, counters.lost) == (11, 30, 30, 0)
+
+
+async def test_a_long_spool_is_replayed_by_itself(place: Place, path: Path) -> None:
+    """More than one commit takes: nobody flushes, and all comes to the database in its order."""
+    events = [make_event() for _ in range(1_100)]
+    async with GatewayStore(place.url, redis_url="") as store:
+        await place.go_away()
+        assert await store.audit.write_many(events) == {SPOOLED: 1_100}
+        await place.come_back()
+        await until(lambda: not spooled_ids(path), 20)
+
+        assert [event.request_id for event in await stored_events(store)] == [event.request_id for event in events]
+        assert await store.audit.write(make_event()) is STORED
+        assert store.audit.counters.replayed == 1_100
 
 
 async def test_every_connection_to_the_file_syncs_and_has_the_size_limit(path: Path) -> None:
@@ -275,7 +301,7 @@ async def test_rows_for_another_database_stay(tmp_path: Path, path: Path, monkey
 
 
 async def test_a_poison_row_holds_up_no_other(place: Place, path: Path) -> None:
-    """What the database refuses at the replay is set aside and kept; all others arrive."""
+    """What the database refuses at the replay is set aside and kept, also when it would take it; all others arrive."""
     await place.refuse_poison()
     events = [make_event(tool_name="poison" if number in (0, 13) else "good") for number in range(30)]
     async with GatewayStore(place.url, redis_url="") as store:
@@ -287,6 +313,10 @@ async def test_a_poison_row_holds_up_no_other(place: Place, path: Path) -> None:
         assert len(await stored_ids(store)) == 28
         assert await store.audit.write(make_event()) is STORED
         assert store.audit.counters.replayed == 28
+    await place.take_poison()
+    async with GatewayStore(place.url, redis_url="") as store:
+        assert await store.audit.flush() == 0
+        assert (len(await stored_ids(store)), store.audit.counters.replayed) == (29, 0)
     assert spooled_ids(path, poisoned=True) == [events[0].request_id, events[13].request_id]
     assert spooled_ids(path) == []
 
@@ -349,18 +379,10 @@ async def test_a_spool_that_cannot_be_written_keeps_nothing_from_the_database(
         await place.go_away()
         assert [await store.audit.write(make_event()) for _ in range(3)] == [LOST] * 3
         await place.come_back()
+        await eventually(lambda: is_stored(store))
 
-        async def is_stored() -> bool:
-            return await store.audit.write(make_event()) is STORED
-
-        await eventually(is_stored)
-
-    assert caplog.text.count("LOST audit event") == store_lost(caplog) >= 3
-
-
-def store_lost(caplog: pytest.LogCaptureFixture) -> int:
-    """How many events were logged as lost, by their level."""
-    return sum(record.levelno == logging.CRITICAL for record in caplog.records)
+    critical = [record for record in caplog.records if record.levelno == logging.CRITICAL]
+    assert caplog.text.count("LOST audit event") == len(critical) >= 3
 
 
 async def test_a_spool_file_that_is_garbage_keeps_nothing_from_the_database(place: Place, path: Path) -> None:
@@ -371,11 +393,7 @@ async def test_a_spool_file_that_is_garbage_keeps_nothing_from_the_database(plac
         await place.go_away()
         assert await store.audit.write(make_event()) is LOST
         await place.come_back()
-
-        async def is_stored() -> bool:
-            return await store.audit.write(make_event()) is STORED
-
-        await eventually(is_stored)
+        await eventually(lambda: is_stored(store))
         with pytest.raises(StoreUnavailableError):
             await store.audit.flush()
 

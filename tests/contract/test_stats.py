@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -16,17 +15,9 @@ from hypothesis import strategies as st
 from agent_gateway_store import AuditEvent, ExecutionStatus, GatewayStore, SyncGatewayStore
 from agent_gateway_store.audit.stats import GROUPS
 from agent_gateway_store.results import Stats
-
-pytestmark = pytest.mark.integration
+from builders import make_event
 
 ORIGIN = datetime(1, 1, 1, tzinfo=UTC)
-MakeEvent = Callable[..., AuditEvent]
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis has no part in reading the audit log."""
-    return ""
 
 
 def reference(events: list[AuditEvent], by: tuple[str, ...], bucket: timedelta | None) -> list[dict[str, Any]]:
@@ -100,7 +91,7 @@ EVENTS = st.fixed_dictionaries(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_sql_counts_as_python_does(
-    database_url: str, make_event: MakeEvent, events: list[dict[str, Any]], by: tuple[str, ...], bucket: Any
+    database_url: str, events: list[dict[str, Any]], by: tuple[str, ...], bucket: Any
 ) -> None:
     """Counts, labels, buckets and percentiles of random events, grouped at random; among them times at the edges."""
     with SyncGatewayStore(database_url, redis_url="") as store:
@@ -115,7 +106,7 @@ def test_sql_counts_as_python_does(
     assert ordered(found) == reference(kept, by, length)
 
 
-async def test_rows_come_by_time_and_then_the_largest_first(store: GatewayStore, make_event: MakeEvent) -> None:
+async def test_rows_come_by_time_and_then_the_largest_first(store: GatewayStore) -> None:
     """A bucket of a week begins on its Monday in UTC; `by`, `bucket` and the columns say how rows are grouped."""
     monday = datetime(2026, 5, 4, tzinfo=UTC)
     for caller, day in (("a", 0), ("b", 1), ("b", 6), ("a", 7)):

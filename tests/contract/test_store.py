@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
-import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import CALL, RecordingNotifier, approved, make_request
+from contract_helpers import BY_TOKEN, GatedNotifier, approved, forked, seen
 from sqlalchemy import event, text
 
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, Notice, StoreSettings, SyncGatewayStore, errors
+from agent_gateway_store.keys.format import new_key
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
-
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis matters to few tests here; those ask for it."""
-    return ""
-
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_event, make_request
 
 Use = Callable[[GatewayStore], Awaitable[Any]]
 USES: list[Use] = [
+    *(partial(lambda use, store: use(store, "token"), use) for use in BY_TOKEN),
     lambda store: store.audit.list_recent(),
     lambda store: store.audit.get_by_request_id("r-1"),
+    lambda store: store.audit.write(make_event()),
+    lambda store: store.audit.write_many([make_event()]),
+    lambda store: store.audit.flush(),
     lambda store: store.approvals.issue_token(make_request()),
-    lambda store: store.approvals.check_token("token"),
-    lambda store: store.approvals.check_token("token", fresh=True),
-    lambda store: store.approvals.approve("token", "approver-1"),
-    lambda store: store.approvals.consume_token("token", caller_id="dev-agent", tool_call=CALL),
-    lambda store: store.approvals.wait_for_decision("token", timeout_s=0),
     lambda store: store.approvals.list_requests(),
     lambda store: store.approvals.expire_stale(),
     lambda store: store.keys.issue("dev-agent", role="r"),
@@ -48,10 +40,9 @@ USES: list[Use] = [
 ]
 
 
-async def refuses_every_use(store: GatewayStore, event: AuditEvent, match: str) -> None:
+async def refuses_every_use(store: GatewayStore, match: str) -> None:
     """Check that each service says the same."""
-    writing: Use = lambda store: store.audit.write(event)  # noqa: E731
-    for use in [*USES, writing]:
+    for use in USES:
         with pytest.raises(errors.StoreNotOpenError, match=match):
             await use(store)
 
@@ -78,9 +69,7 @@ async def test_default_is_a_sqlite_file_here(tmp_path: Path) -> None:
     assert (tmp_path / "gateway.db").is_file()
 
 
-async def test_environment_names_the_database(
-    database_url: str, monkeypatch: pytest.MonkeyPatch, make_event: Callable[..., AuditEvent]
-) -> None:
+async def test_environment_names_the_database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """DATABASE_URL is used where no argument is given."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     async with GatewayStore() as store:
@@ -168,15 +157,13 @@ async def test_what_was_given_stays_open(database_url: str, fresh_redis_url: str
     await engine.dispose()
 
 
-async def test_store_that_is_not_open_says_so(
-    database_url: str, fresh_redis_url: str, make_event: Callable[..., AuditEvent]
-) -> None:
+async def test_store_that_is_not_open_says_so(database_url: str, fresh_redis_url: str) -> None:
     """Before `open` and after `close` every use raises, also what Redis could answer; opened again it works."""
     store = GatewayStore(database_url, redis_url=fresh_redis_url)
-    await refuses_every_use(store, make_event(), "is not open")
+    await refuses_every_use(store, "is not open")
     async with store:
         token = await store.approvals.issue_token(make_request())
-    await refuses_every_use(store, make_event(), "is not open")
+    await refuses_every_use(store, "is not open")
     with pytest.raises(errors.StoreNotOpenError):
         await store.approvals.check_token(token)
 
@@ -226,11 +213,11 @@ async def test_view_shares_the_store(store: GatewayStore) -> None:
     await store.open()
 
 
-async def test_another_loop_is_refused(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+async def test_another_loop_is_refused(store: GatewayStore) -> None:
     """From another event loop nothing can be used, opened or closed; at home it works on."""
 
     async def elsewhere() -> None:
-        await refuses_every_use(store, make_event(), "another event loop")
+        await refuses_every_use(store, "another event loop")
         for act in (store.open, store.close, store.migrate):
             with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
                 await act()
@@ -238,6 +225,7 @@ async def test_another_loop_is_refused(store: GatewayStore, make_event: Callable
     await asyncio.to_thread(servers.run, elsewhere())
 
     assert await store.keys.list() == []
+    assert await store.audit.write(make_event()) == "STORED"
 
 
 async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: Callable[[], str]) -> None:
@@ -253,29 +241,22 @@ async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: C
     assert await asyncio.to_thread(servers.run, work()) == 0
 
 
-async def test_forked_process_is_refused(store: GatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+async def test_forked_process_is_refused(store: GatewayStore) -> None:
     """In a forked child the parent's store refuses everything, and the parent's connections live on."""
 
     async def in_child() -> None:
-        await refuses_every_use(store, make_event(), "another process")
+        await refuses_every_use(store, "another process")
         for act in (store.open, store.close):
             with pytest.raises(errors.StoreNotOpenError, match="another process"):
                 await act()
 
     await store.keys.list()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forking beside threads
-        child = os.fork()
-    if child == 0:
-        try:
-            asyncio.run(in_child())
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    child = forked(lambda: asyncio.run(in_child()))
+    await asyncio.to_thread(child.join, 30)
 
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert child.exitcode == 0
     assert await store.keys.list() == []
+    assert await store.audit.write(make_event()) == "STORED"
 
 
 async def test_notifier_hears_of_asking_and_deciding(database_url: str) -> None:
@@ -292,7 +273,7 @@ async def test_notifier_hears_of_asking_and_deciding(database_url: str) -> None:
             await store.approvals.approve(tokens[-1], "approver-2")
 
     decided = ("decision", "APPROVED"), ("decision", "DENIED")
-    assert recorder.seen == [*decided, ("pending", "PENDING"), ("pending", "PENDING")]
+    assert seen(recorder) == [*decided, ("pending", "PENDING"), ("pending", "PENDING")]
     told = "".join(notice.model_dump_json() + repr(notice) for notice in recorder.notices)
     assert not any(token in told for token in tokens)
     assert len({notice.delivery_id for notice in recorder.notices}) == 4
@@ -301,14 +282,14 @@ async def test_notifier_hears_of_asking_and_deciding(database_url: str) -> None:
 async def test_notices_go_out_in_the_background(database_url: str) -> None:
     """Asking and deciding wait for no notifier; closing waits until the notices have arrived."""
     gate = threading.Event()
-    recorder = RecordingNotifier(gate)
+    recorder = GatedNotifier(gate)
     async with GatewayStore(database_url, plugins=[recorder]) as store:
         token = await approved(store)
         assert (await store.approvals.check_token(token)).status == "APPROVED"
         assert recorder.notices == []
         gate.set()
 
-    assert recorder.seen == [("decision", "APPROVED"), ("pending", "PENDING")]
+    assert seen(recorder) == [("decision", "APPROVED"), ("pending", "PENDING")]
 
 
 async def test_notice_is_sent_after_the_commit(database_url: str) -> None:
@@ -331,25 +312,21 @@ async def test_broken_and_hanging_notifiers_hold_nothing_up(database_url: str) -
     recorder = RecordingNotifier()
 
     class Broken(RecordingNotifier):
-        name = "broken"
-
         async def notify_pending(self, notice: Notice) -> None:
             raise RuntimeError("no network")
 
     class Hanging(RecordingNotifier):
-        name = "hanging"
-
         async def notify_pending(self, notice: Notice) -> None:
             await asyncio.Event().wait()
 
     settings = StoreSettings(plugin_timeout_seconds=0.2)
-    plugins = [Broken(), Hanging(), recorder]
+    plugins = [Broken("broken"), Hanging("hanging"), recorder]
     async with GatewayStore(database_url, settings=settings, plugins=plugins) as store:
         await store.approvals.issue_token(make_request())
         started = time.monotonic()
 
     assert time.monotonic() - started < 10
-    assert recorder.seen == [("pending", "PENDING")]
+    assert seen(recorder) == [("pending", "PENDING")]
 
 
 async def test_refused_request_notifies_nobody(database_url: str) -> None:
@@ -401,3 +378,43 @@ async def test_opening_waits_for_no_writer(database_url: str) -> None:
         async with asyncio.timeout(5):
             async with GatewayStore(database_url) as second:
                 await second.ping()
+
+
+LOST_USES: list[Use] = [
+    *(partial(lambda use, store: use(store, "t" * 43), use) for use in BY_TOKEN),
+    lambda store: store.approvals.issue_token(make_request()),
+    lambda store: store.approvals.list_requests(),
+    lambda store: store.keys.verify(new_key("0123456789AB")),
+]
+LOST = {
+    "tables": [
+        ("approval_requests RENAME TO lost_requests", "lost_requests RENAME TO approval_requests"),
+        ("api_keys RENAME TO lost_keys", "lost_keys RENAME TO api_keys"),
+    ],
+    "columns": [
+        ("approval_requests RENAME outcome TO lost", "approval_requests RENAME lost TO outcome"),
+        ("api_keys RENAME role TO lost", "api_keys RENAME lost TO role"),
+    ],
+}
+
+
+@pytest.fixture(params=LOST)
+async def broken(request: pytest.FixtureRequest, store: GatewayStore) -> AsyncIterator[GatewayStore]:
+    """A store whose tables, or a column of each, go by another name for the time of the test."""
+
+    async def alter(*changes: str) -> None:
+        async with store.database.write() as connection:
+            for change in changes:
+                await connection.execute(text(f"ALTER TABLE {change}"))
+
+    away, back = zip(*LOST[request.param], strict=True)
+    await alter(*away)
+    yield store
+    await alter(*back)
+
+
+async def test_every_use_asks_for_a_migration(broken: GatewayStore) -> None:
+    """Whichever way a statement goes to the database."""
+    for use in LOST_USES:
+        with pytest.raises(errors.SchemaOutOfDateError, match="gateway-store db upgrade"):
+            await use(broken)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract_helpers import CALL, RecordingNotifier, make_request
+from contract_helpers import GatedNotifier, forked, seen
 
 from agent_gateway_store import AuditEvent, StoreSettings, SyncGatewayStore, WriteOutcome, errors
-from agent_gateway_store.sync import twin_of
-
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def redis_setting() -> str:
-    """Redis makes no difference here."""
-    return ""
+from agent_gateway_store.sync import Portal, twin_of
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_event, make_request
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ def no_thread_left() -> Iterator[None]:
     assert {thread.name for thread in left} <= {"AnyIO worker thread"}
 
 
-def test_main_job_without_await(store: SyncGatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+def test_main_job_without_await(store: SyncGatewayStore) -> None:
     """Keys, audit and approvals work as in the async store."""
     issued = store.keys.issue("dev-agent", role="developer")
     assert store.keys.verify(issued.plaintext).role == "developer"
@@ -67,14 +59,14 @@ def test_main_job_without_await(store: SyncGatewayStore, make_event: Callable[..
     store.ping()
 
 
-async def test_works_where_a_loop_is_running(database_url: str, make_event: Callable[..., AuditEvent]) -> None:
+async def test_works_where_a_loop_is_running(database_url: str) -> None:
     """In a notebook cell, or any coroutine, the blocking store just works."""
     with SyncGatewayStore(database_url) as store:
         assert store.audit.write(make_event()) == "STORED"
         assert len(store.audit.list_recent()) == 1
 
 
-def test_several_threads_share_a_store(store: SyncGatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+def test_several_threads_share_a_store(store: SyncGatewayStore) -> None:
     """Calls of many threads at once all land, and a race between threads has one winner."""
     token = store.approvals.issue_token(make_request())
 
@@ -92,7 +84,7 @@ def test_several_threads_share_a_store(store: SyncGatewayStore, make_event: Call
     assert len(store.audit.list_recent()) == 24
 
 
-def test_not_open_says_so(database_url: str, make_event: Callable[..., AuditEvent]) -> None:
+def test_not_open_says_so(database_url: str) -> None:
     """Before `open` and after `close` every service says so; opened again it works."""
     store = SyncGatewayStore(database_url)
     uses: list[Callable[[], Any]] = [
@@ -217,14 +209,24 @@ class Service:
             self.closed.set()
 
 
-def test_interrupted_call_is_given_up(store: SyncGatewayStore) -> None:
-    """Ctrl-C in a waiting call ends the waiting in the store's thread, too; the store works on."""
+@pytest.fixture
+def portal() -> Iterator[Portal]:
+    """The thread of a blocking twin."""
+    portal = Portal()
+    portal.start()
+    yield portal
+    portal.stop()
+
+
+def test_interrupted_call_is_given_up(portal: Portal) -> None:
+    """Ctrl-C in a waiting call ends the waiting in the twin's thread, too; the twin works on."""
     service = Service()
+    twin = twin_of(Service)(service, portal)
     with interrupted(service.waits.is_set):
-        twin_of(Service)(service, store._portal).wait()
+        twin.wait()
 
     assert service.cancelled.wait(5)
-    assert store.keys.list() == []
+    assert list(twin.numbers(2)) == [0, 1]
 
 
 def test_interrupted_wait_for_a_decision_is_given_up(store: SyncGatewayStore) -> None:
@@ -240,7 +242,7 @@ def test_interrupted_wait_for_a_decision_is_given_up(store: SyncGatewayStore) ->
 def test_interrupted_close_still_closes(database_url: str) -> None:
     """Ctrl-C while `close` waits for a notifier does not leave the store half closed."""
     gate = threading.Event()
-    recorder = RecordingNotifier(gate)
+    recorder = GatedNotifier(gate)
     with no_thread_left():
         store = SyncGatewayStore(database_url, plugins=[recorder]).open()
         store.approvals.issue_token(make_request())
@@ -249,7 +251,7 @@ def test_interrupted_close_still_closes(database_url: str) -> None:
         with interrupted(lambda: time.monotonic() - started > 0.1):
             store.close()
 
-        assert recorder.seen == [("pending", "PENDING")]
+        assert seen(recorder) == [("pending", "PENDING")]
         with pytest.raises(errors.StoreNotOpenError):
             store.keys.list()
         with store:
@@ -270,24 +272,20 @@ def test_closing_ends_a_wait_in_another_thread(database_url: str) -> None:
 
 def test_forked_process_is_refused(store: SyncGatewayStore) -> None:
     """In a forked child, which has no thread for the loop, a call is refused rather than waiting for ever."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forking beside threads
-        child = os.fork()
-    if child == 0:
-        try:
-            for act in (store.keys.list, store.open, store.close):
-                with pytest.raises(errors.StoreNotOpenError, match="another process"):
-                    act()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
 
-    assert os.waitstatus_to_exitcode(status) == 0
+    def use() -> None:
+        for act in (store.keys.list, store.open, store.close):
+            with pytest.raises(errors.StoreNotOpenError, match="another process"):
+                act()
+
+    child = forked(use)
+    child.join(30)
+
+    assert child.exitcode == 0
     assert store.keys.list() == []
 
 
-def test_call_from_its_own_thread_is_refused(store: SyncGatewayStore, make_event: Callable[..., AuditEvent]) -> None:
+def test_call_from_its_own_thread_is_refused(store: SyncGatewayStore) -> None:
     """What the store's thread runs, as a generator of events, cannot wait for that thread."""
 
     def events() -> Iterator[AuditEvent]:
@@ -317,10 +315,10 @@ def test_settings_and_properties_are_there(database_url: str) -> None:
     assert store.hash_args({"a": 1}) == AuditEvent.hash_args({"a": 1})
 
 
-def test_async_iterator_becomes_an_iterator(store: SyncGatewayStore) -> None:
+def test_async_iterator_becomes_an_iterator(portal: Portal) -> None:
     """It gives items one by one, raises what the async one raises, and is closed where the caller stops early."""
     service = Service()
-    twin = twin_of(Service)(service, store._portal)
+    twin = twin_of(Service)(service, portal)
 
     assert list(twin.numbers(2)) == [0, 1]
     with pytest.raises(ValueError, match="too many"):
@@ -333,9 +331,7 @@ def test_async_iterator_becomes_an_iterator(store: SyncGatewayStore) -> None:
     assert service.closed.is_set()
 
 
-def test_streams_and_followers_are_plain_iterators(
-    store: SyncGatewayStore, make_event: Callable[..., AuditEvent], tmp_path: Path
-) -> None:
+def test_streams_and_followers_are_plain_iterators(store: SyncGatewayStore, tmp_path: Path) -> None:
     """Also beside a running loop: search, stream, statistics, exports, and a follower that is left early."""
 
     async def notebook() -> None:

@@ -9,14 +9,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from contract_helpers import CALL, column, counted_statements, make_request
+from contract_helpers import column, counted_statements
 
 from agent_gateway_store import GatewayStore, hookimpl
 from agent_gateway_store.errors import ApprovalAlreadyDecidedError, ApprovalNotFoundError, DecisionVetoedError
 from agent_gateway_store.models.values import PendingApproval
 from agent_gateway_store.settings import StoreSettings
-
-pytestmark = pytest.mark.integration
+from builders import CALL, make_request
 
 SHORT_S = 0.3
 
@@ -177,9 +176,7 @@ async def test_no_lock_is_held_while_a_plugin_thinks(database_url: str) -> None:
             asked.set()
             assert answer.wait(10)
 
-    settings = StoreSettings(plugin_timeout_seconds=10)
-    plugin = Objector("thinker", think)
-    async with GatewayStore(database_url, redis_url="", settings=settings, plugins=[plugin]) as store:
+    async with open_with(database_url, Objector("thinker", think), timeout_s=10) as store:
         token = await store.approvals.issue_token(make_request())
         slow = asyncio.create_task(store.approvals.approve(token, "slow"))
         await asyncio.to_thread(asked.wait, 10)

@@ -59,6 +59,11 @@ class Topic:
         self.subscribers = 0
         self._waiting: set[asyncio.Future[None]] = set()
 
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait for the next message."""
+        return sum(not future.done() for future in self._waiting)
+
     async def wait(self, seen: int, timeout_s: float) -> None:
         """Return at the next message after generation `seen`, or after `timeout_s` seconds."""
         if self.generation != seen:
@@ -87,7 +92,11 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 
 class PubSub:
-    """The subscription of one open store. Starts with the first task that waits; belongs to one event loop."""
+    """The subscription of one open store. Starts with the first task that waits; belongs to one event loop.
+
+    Attributes:
+        is_live: True while messages of other processes arrive; what was published before is dropped or read again.
+    """
 
     def __init__(self, redis: RedisCache, database: Database) -> None:
         self._redis = redis
@@ -95,12 +104,22 @@ class PubSub:
         self._topics: dict[str, Topic] = {}
         self._callbacks: dict[str, Callable[[str | None], None]] = {}
         self._subscription: asyncio.Task[None] | None = None
-        self._is_live = False
+        self.is_live = False
+
+    @property
+    def keys_subscribed(self) -> int:
+        """How many keys tasks of this process wait for."""
+        return len(self._topics)
+
+    @property
+    def tasks_waiting(self) -> int:
+        """How many tasks nothing but a message or their own timeout moves at this moment."""
+        return sum(topic.waiting for topic in self._topics.values())
 
     @property
     def poll_s(self) -> float:
-        """Seconds that a task may wait for a message before it polls."""
-        return _SLOW_POLL_S if self._is_live else _FAST_POLL_S
+        """How many seconds a task may wait for a message before it polls."""
+        return _SLOW_POLL_S if self.is_live else _FAST_POLL_S
 
     @contextmanager
     def subscription(self, key: str) -> Iterator[Topic]:
@@ -167,7 +186,7 @@ class PubSub:
                 self._subscription.cancel()
                 await asyncio.wait([self._subscription], timeout=_CANCEL_AGAIN_S)
             self._subscription = None
-        self._is_live = False
+        self.is_live = False
         self._callbacks.clear()
 
     def notify_all(self) -> None:
@@ -188,12 +207,12 @@ class PubSub:
                 _logger.info("No subscription for now (%s): polling.", type(exc).__name__)
             except Exception:
                 _logger.exception("No subscription for now: polling.")
-            self._is_live = False
+            self.is_live = False
             await asyncio.sleep(_RETRY_S)
 
     def _begin(self) -> None:
         # Messages published before the subscription are lost, so every waiting task reads once.
-        self._is_live = True
+        self.is_live = True
         self.notify_all()
         for callback in self._callbacks.values():
             callback(None)
