@@ -1,0 +1,67 @@
+"""The list of mutants stays what it says: each change can be made, and each test is there."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from proofs.mutants import LIST, ROOT, Mutant, NotApplicableError, chosen, mutants
+
+pytestmark = pytest.mark.unit
+
+ALL = mutants(LIST.read_text(encoding="utf-8"))
+"""All of the list."""
+
+
+def ids_in(path: str) -> set[str]:
+    """Return the ids, within their file, of the test functions and methods in a file."""
+    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    own = [(f"{kind.name}::", each) for kind in body if isinstance(kind, ast.ClassDef) for each in kind.body]
+    found = [*(("", each) for each in body), *own]
+    return {prefix + each.name for prefix, each in found if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def test_there_are_enough() -> None:
+    """Each has a name of its own."""
+    assert len({mutant.name for mutant in ALL}) == len(ALL) >= 60
+
+
+@pytest.mark.parametrize("mutant", ALL, ids=lambda mutant: mutant.name)
+def test_mutant_can_be_made_and_its_test_is_there(mutant: Mutant) -> None:
+    """The old text stands in its file once, what comes out is other Python, and the test is a function of its file."""
+    mutant.applied((ROOT / mutant.path).read_text(encoding="utf-8"))
+
+    path, _, test = mutant.test.partition("::")
+    assert test.partition("[")[0] in ids_in(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("gone", "b", "the old text is 0 times"),
+        ("a", "b", "the old text is 3 times"),
+        ("1  # one", "1", "it changes nothing"),
+        ("= 1", "= (", "is no Python"),
+    ],
+)
+def test_mutant_that_cannot_be_made_is_told(old: str, new: str, why: str) -> None:
+    """A list that has fallen behind proves nothing, and says so."""
+    mutant = Mutant(1, "name", "why", "file.py", old, new, "test")
+
+    with pytest.raises(NotApplicableError, match=why):
+        mutant.applied("a = 1  # one\nb = a + a\n")
+
+
+def test_mutants_are_chosen_by_name_and_number() -> None:
+    """Without any, all of them are run."""
+    assert chosen(ALL, [ALL[2].name, "1"]) == [ALL[2], ALL[0]]
+    assert chosen(ALL, []) == ALL
+    with pytest.raises(ValueError, match="There is no mutant nobody"):
+        chosen(ALL, ["nobody"])
+
+
+def test_entry_of_another_form_is_told() -> None:
+    """Rather than left out."""
+    with pytest.raises(ValueError, match="0 have the form"):
+        mutants("### name\n\nno diff\n")
