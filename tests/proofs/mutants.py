@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -35,7 +35,7 @@ _FAILED = 1  # what pytest returns where a test has failed; more: the tests coul
 _LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site")
 # The options of `pyproject.toml` are left out, as they may spread the tests over processes.
 _PYTEST = (
-    *("-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-o", "addopts=", "-m", "not system"),
+    *("-m", "pytest", "-q", "--no-header", "--tb=no", "-rfE", "-o", "addopts=", "-m", "not system"),
     *("-p", "no:cacheprovider", "-p", "no:valkey", "-p", "no:xdist"),
 )
 _ENTRY = re.compile(
@@ -130,24 +130,35 @@ class Copy:
         # Python takes a compiled file for up to date by the size and the second of its source.
         self._seconds = count(int(time.time()) - 10**6)
 
-    def run(self, tests: Sequence[str]) -> int | None:
-        """Run tests and return the exit code of pytest; None: they did not end in time."""
-        process = subprocess.Popen(
-            [sys.executable, *_PYTEST, *tests],
-            cwd=self._folder,
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(_TIMEOUT_S * len(tests))
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    def run(self, tests: Sequence[str], *options: str) -> tuple[int | None, str]:
+        """Run tests and return the exit code of pytest (None: they did not end in time) and what it printed."""
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+            process = subprocess.Popen(
+                [sys.executable, *_PYTEST, *options, *tests],
+                cwd=self._folder,
+                env=self._environment,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code: int | None = process.wait(_TIMEOUT_S * len(tests))
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            said.seek(0)
+            return code, said.read()
+
+    def broken(self, tests: Sequence[str]) -> list[str]:
+        """Return those of the tests that do not pass without any change, in which no failure would mean a thing."""
+        code, said = self.run(tests)
+        if code not in (0, _FAILED):
+            return list(tests)
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+        return [test for test in tests if any(each.partition("[")[0] == test.partition("[")[0] for each in failed)]
 
     def judge(self, mutant: Mutant) -> str:
         """Return what became of a mutant.
@@ -159,11 +170,11 @@ class Copy:
         source = path.read_text(encoding="utf-8")
         self._write(path, mutant.applied(source))
         try:
-            code = self.run([mutant.test])
+            code, said = self.run([mutant.test], "-x")
         finally:
             self._write(path, source)
         if code is not None and code > _FAILED:
-            raise NotApplicableError(f"pytest ended with {code}, so the test was not run")
+            raise NotApplicableError(f"pytest ended with {code}: {said.strip().splitlines()[-1:]}")
         return SURVIVED if code == 0 else KILLED
 
     def _write(self, path: Path, source: str) -> None:
@@ -181,13 +192,6 @@ def chosen(everything: Sequence[Mutant], names: Sequence[str]) -> list[Mutant]:
     if unknown := [name for name in names if name not in by_name]:
         raise ValueError(f"There is no mutant {', '.join(unknown)} in {LIST.name}.")
     return [by_name[name] for name in names] or list(everything)
-
-
-def broken_tests(copy: Copy, tests: Sequence[str]) -> Iterator[str]:
-    """Yield the tests that do not pass in a copy without any change, in which no failure would mean a thing."""
-    # Together they take a fraction of the time; which of them fails is asked only where one does.
-    if copy.run(tests) != 0:
-        yield from (test for test in tests if copy.run([test]) != 0)
 
 
 def main() -> int:
@@ -212,11 +216,12 @@ def main() -> int:
             redis_url = stack.enter_context(servers.RedisServer()).url
             free.put(Copy(work / str(job), environment | {"AGS_TEST_REDIS_URL": redis_url}))
 
-        copy = free.get()
-        broken = list(broken_tests(copy, sorted({mutant.test for mutant in todo})))
-        free.put(copy)
-        for test in broken:
-            print(f"{test} does not pass without any change.", file=sys.stderr)
+        def broken_of(tests: Sequence[str]) -> list[str]:
+            copy = free.get()
+            try:
+                return copy.broken(tests) if tests else []
+            finally:
+                free.put(copy)
 
         def judge(mutant: Mutant) -> tuple[Mutant, str, str, float]:
             copy, started = free.get(), time.monotonic()
@@ -232,6 +237,10 @@ def main() -> int:
 
         fates: list[str] = []
         with ThreadPoolExecutor(options.jobs) as pool:
+            tests = sorted({mutant.test for mutant in todo})
+            broken = set(chain(*pool.map(broken_of, (tests[job :: options.jobs] for job in range(options.jobs)))))
+            for test in sorted(broken):
+                print(f"{test} does not pass without any change.", flush=True)
             for mutant, fate, reason, seconds in pool.map(judge, todo):
                 fates.append(fate)
                 detail = reason or (mutant.test if fate == SURVIVED else "")
