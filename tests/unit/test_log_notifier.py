@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import re
 import secrets
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 
-from agent_gateway_store.hooks.dispatch import Dispatcher
-from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.plugins import log
-from agent_gateway_store.settings import StoreSettings
 
 pytestmark = pytest.mark.unit
 
@@ -155,26 +150,3 @@ async def test_long_text_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     record = await logged(caplog, make_notice(risk_explanation="x" * 100_000))
 
     assert len(record.getMessage()) < 1500
-
-
-async def test_is_found_by_its_hook_and_delivers(caplog: pytest.LogCaptureFixture) -> None:
-    """Loaded as a plugin it takes notices by the ordinary way."""
-    plugins = Plugins([log], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
-    dispatcher = Dispatcher(plugins, StoreSettings())
-
-    with caplog.at_level(logging.INFO, LOGGER):
-        reports = await dispatcher.deliver_all(make_notice())
-    await dispatcher.aclose(5)
-
-    assert [(report.notifier, report.ok) for report in reports] == [("log", True)]
-    assert [record.name for record in caplog.records] == [LOGGER]
-
-
-def test_uses_only_what_a_stranger_could_use() -> None:
-    """Of this package it imports models, hooks, errors and the functions that make text safe to show."""
-    tree = ast.parse(Path(log.__file__).read_text(encoding="utf-8"))
-    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    ours = {name.split(".")[1] for name in imported if name.startswith("agent_gateway_store.")}
-
-    assert "agent_gateway_store" not in imported
-    assert ours <= {"_text", "models", "hooks", "errors"}
