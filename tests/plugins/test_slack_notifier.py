@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -16,7 +18,7 @@ from slack_sdk.models.blocks import ActionsBlock, Block, ButtonElement
 from slack_server import CHANNEL, TOKEN, Slack, fault_in, slack_running
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.models.values import Notice, ToolCall
 from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
 from agent_gateway_store.plugins.slack.api import mrkdwn
 from agent_gateway_store.plugins.slack.messages import decided_message, pending_message
@@ -40,6 +42,18 @@ def texts_of(message: dict[str, Any]) -> str:
 
 def methods(slack: Slack) -> list[str]:
     return [method for method, _ in slack.calls]
+
+
+@asynccontextmanager
+async def overtaken(slack: Slack, notifier: SlackNotifier, notice: Notice) -> AsyncIterator[asyncio.Task[None]]:
+    """Give the sending of a question that Slack has not looked at when it is decided; it does after the block."""
+    hold = slack.hold = asyncio.Event()
+    question = asyncio.create_task(notifier.notify_pending(notice))
+    while slack.hold is not None:
+        await asyncio.sleep(0.01)
+    await notifier.notify_decision(decided(notice))
+    yield question
+    hold.set()
 
 
 class TestMessage:
@@ -200,13 +214,8 @@ class TestUpdate:
         """No buttons stay behind."""
         notice = make_notice()
         async with slack_running() as slack:
-            notifier, slack.hold = notifier_for(slack), asyncio.Event()
-            hold = slack.hold
-            question = asyncio.create_task(notifier.notify_pending(notice))
-            while slack.hold is not None:
-                await asyncio.sleep(0.01)
-            await notifier.notify_decision(decided(notice))
-            hold.set()
+            async with overtaken(slack, notifier_for(slack), notice) as question:
+                pass
             await question
 
         assert len(slack.messages) == 2
@@ -216,14 +225,9 @@ class TestUpdate:
         """A question that was overtaken, and could not be changed then, is changed when it comes again."""
         notice = make_notice()
         async with slack_running() as slack:
-            notifier, slack.hold = notifier_for(slack), asyncio.Event()
-            hold = slack.hold
-            question = asyncio.create_task(notifier.notify_pending(notice))
-            while slack.hold is not None:
-                await asyncio.sleep(0.01)
-            await notifier.notify_decision(decided(notice))
-            slack.answers = [None, (500, {}, b"")]
-            hold.set()
+            notifier = notifier_for(slack)
+            async with overtaken(slack, notifier, notice) as question:
+                slack.answers = [None, (500, {}, b"")]
             with pytest.raises(NotDeliveredError):
                 await question
             assert "gateway_store_approve" in texts_of(slack.messages)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import ipaddress
 import logging
-import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -232,21 +230,6 @@ async def test_next_address_is_tried() -> None:
         await notifier.notify_pending(make_notice())
 
     assert len(server.requests) == 1
-
-
-async def test_tls_asks_for_the_name() -> None:
-    """The server is told the name, not the address, and a certificate that is not the name's is refused."""
-    names: list[str | None] = []
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.sni_callback = lambda _socket, name, _context: names.append(name)
-    listener = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context)
-    port = listener.sockets[0].getsockname()[1]
-    notifier = notifier_for(f"https://hooks.example:{port}/", answers=[["127.0.0.1"]], allow_private=True)
-    with pytest.raises(NotDeliveredError):
-        await notifier.notify_pending(make_notice())
-    listener.close()
-
-    assert names == ["hooks.example"]
 
 
 async def test_proxy_variables_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
