@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from proofs.mutants import LIST, ROOT, Mutant, NotApplicableError, chosen, mutants
+import proofs.mutants
+from proofs.mutants import KILLED, LIST, ROOT, SURVIVED, Copy, Mutant, NotApplicableError, chosen, mutants
 
 pytestmark = pytest.mark.unit
 
@@ -73,3 +76,24 @@ def test_entry_of_another_form_is_told() -> None:
     """Rather than left out."""
     with pytest.raises(ValueError, match="0 have the form"):
         mutants("### name\n\nno diff\n")
+
+
+def test_mutants_are_judged_by_what_their_test_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed or survived, one after the other in one copy; a test that fails without any change is told."""
+    source, toy = "def two():\n    return 2\n\n\ndef three():\n    return 3\n", tmp_path / "toy"
+    (toy / "src").mkdir(parents=True)
+    (toy / "src" / "toy.py").write_text(source)
+    (toy / "test_toy.py").write_text(
+        "from toy import two\n\ndef test_two():\n    assert two() == 2\n\ndef test_broken():\n    assert two() == 3\n"
+    )
+    monkeypatch.setattr(proofs.mutants, "ROOT", toy)
+    copy = Copy(tmp_path / "copy", os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+
+    def judge(old: str, new: str, test: str = "test_two") -> str:
+        return copy.judge(Mutant(1, "name", "why", "src/toy.py", old, new, f"test_toy.py::{test}"))
+
+    assert [judge("return 3", "return 4"), judge("return 2", "return 1")] == [SURVIVED, KILLED]
+    with pytest.raises(NotApplicableError, match="pytest ended with 4"):
+        judge("return 2", "return 1", "test_gone")
+    assert copy.broken(["test_toy.py::test_two", "test_toy.py::test_broken"]) == ["test_toy.py::test_broken"]
+    assert (tmp_path / "copy" / "src" / "toy.py").read_text() == source

@@ -167,6 +167,8 @@ class Copy:
             NotApplicableError: See `Mutant.applied`; or its test could not be run.
         """
         path = self._folder / mutant.path
+        if not path.is_file():
+            raise NotApplicableError(f"there is no {mutant.path}")
         source = path.read_text(encoding="utf-8")
         self._write(path, mutant.applied(source))
         try:
@@ -238,15 +240,16 @@ def main() -> int:
             return mutant, fate, reason, time.monotonic() - started
 
         fates: list[str] = []
-        with ThreadPoolExecutor(options.jobs) as pool:
-            tests = sorted({mutant.test for mutant in todo})
-            broken = set(chain(*pool.map(broken_of, (tests[job :: options.jobs] for job in range(options.jobs)))))
-            for test in sorted(broken):
-                print(f"{test} does not pass without any change.", flush=True)
-            for mutant, fate, reason, seconds in pool.map(judge, todo):
-                fates.append(fate)
-                detail = reason or (mutant.test if fate == SURVIVED else "")
-                print(f"{mutant.number:>3}  {fate:<14}  {seconds:5.1f} s  {mutant.name}  {detail}".rstrip(), flush=True)
+        pool = ThreadPoolExecutor(options.jobs)
+        stack.callback(pool.shutdown, cancel_futures=True)  # so that Ctrl-C waits for the tests under way only
+        tests = sorted({mutant.test for mutant in todo})
+        broken = set(chain(*pool.map(broken_of, (tests[job :: options.jobs] for job in range(options.jobs)))))
+        for test in sorted(broken):
+            print(f"{test} does not pass without any change.", flush=True)
+        for mutant, fate, reason, seconds in pool.map(judge, todo):
+            fates.append(fate)
+            detail = reason or (mutant.test if fate == SURVIVED else "")
+            print(f"{mutant.number:>3}  {fate:<14}  {seconds:5.1f} s  {mutant.name}  {detail}".rstrip(), flush=True)
     counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in (KILLED, SURVIVED, NOT_APPLICABLE))
     print(f"{len(fates)} mutants: {counts}")
     return 0 if fates.count(KILLED) == len(fates) else 1
