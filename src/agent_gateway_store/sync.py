@@ -273,5 +273,5 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
 
 
 class _OrganisationView(SyncGatewayStore):
-    def __init__(self, store: GatewayStore, portal: _Portal) -> None:
+    def __init__(self, store: GatewayStore, portal: Portal) -> None:
         self._bind(store, portal)

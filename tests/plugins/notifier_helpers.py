@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from ssl import SSLContext
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from agent_gateway_store.models.values import ApprovalStatus, Notice
@@ -86,6 +87,9 @@ class Server:
         return True
 
 
+S = TypeVar("S", bound=Server)
+
+
 async def read_request(reader: asyncio.StreamReader) -> Request | None:
     """Read one HTTP request with a Content-Length; None at the end."""
     head = await reader.readuntil(b"\r\n\r\n") if not reader.at_eof() else b""
@@ -96,11 +100,15 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
     return Request(line, headers, await reader.readexactly(int(headers.get("content-length", "0"))))
 
 
-@asynccontextmanager
-async def serving(*answers: bytes | Respond) -> AsyncIterator[Server]:
+def serving(*answers: bytes | Respond) -> AbstractAsyncContextManager[Server]:
     """Run a server that answers so."""
-    server = Server(list(answers))
-    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    return running(Server(list(answers)))
+
+
+@asynccontextmanager
+async def running(server: S, *, context: SSLContext | None = None) -> AsyncIterator[S]:
+    """Run a server, by TLS if there is a context for it."""
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=context)
     server.port = listener.sockets[0].getsockname()[1]
     try:
         yield server

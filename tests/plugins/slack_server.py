@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from notifier_helpers import Request, Respond, Server
+from notifier_helpers import Request, Respond, Server, running
 from slack_sdk.models.blocks import Block
 from slack_sdk.signature import SignatureVerifier
 
@@ -145,19 +144,9 @@ def fault_in(blocks: list[dict[str, Any]]) -> str | None:
     return None
 
 
-@asynccontextmanager
-async def slack_running() -> AsyncIterator[Slack]:
+def slack_running() -> AbstractAsyncContextManager[Slack]:
     """Run the stand-in."""
-    slack = Slack([])
-    listener = await asyncio.start_server(slack.serve, "127.0.0.1", 0)
-    slack.port = listener.sockets[0].getsockname()[1]
-    try:
-        yield slack
-    finally:
-        listener.close()
-        for task in list(slack.handling):
-            task.cancel()
-        await asyncio.sleep(0)
+    return running(Slack([]))
 
 
 def click(

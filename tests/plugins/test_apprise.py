@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
 
 import pytest
 from notifier_helpers import OK, Server, decided, serving, status
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.hooks.dispatch import Dispatcher
-from agent_gateway_store.hooks.manager import Plugins
-from agent_gateway_store.plugins import apprise as plugin
 from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
-from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.testing import make_notice
 
 # Apprise loads PGPy, which loads a module that Python is about to remove.
@@ -90,30 +84,3 @@ async def test_unknown_urls_are_told_by_number(url: str, caplog: pytest.LogCaptu
         AppriseNotifier(settings)
 
     assert PASSWORD not in str(caught.value) + caplog.text + repr(settings)
-
-
-@pytest.mark.parametrize("answer", [OK, status("500 Oops"), status("401 No")])
-async def test_password_is_in_no_log(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """Not at WARNING, not at DEBUG, whether it goes well or not."""
-    async with serving(answer) as server:
-        with caplog.at_level(logging.DEBUG):
-            notifier = notifier_for(server)
-            with suppress(NotDeliveredError):
-                await notifier.notify_pending(make_notice())
-
-    assert PASSWORD not in caplog.text + repr(notifier) + repr(vars(notifier))
-
-
-async def test_as_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing while nothing is set; a notifier once it is."""
-    plugins = Plugins([plugin], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
-    assert plugins.notifiers(StoreSettings()) == {}
-    reports: list[Any]
-    async with serving(OK) as server:
-        monkeypatch.setenv("AGENT_GATEWAY_STORE_APPRISE_URLS", f"json://127.0.0.1:{server.port}")
-        dispatcher = Dispatcher(plugins, StoreSettings())
-        reports = await dispatcher.deliver_all(make_notice())
-        await dispatcher.aclose(5)
-
-    assert [(report.notifier, report.ok) for report in reports] == [("apprise", True)]
-    assert len(server.requests) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +12,17 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 from notifier_helpers import OK, Server, serving
 from slack_server import CHANNEL, TOKEN, Slack, slack_running
+from webhook_helpers import SECRET, notifier_for
 
 from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
 from agent_gateway_store.plugins.log import LogNotifier
 from agent_gateway_store.plugins.slack import SlackNotifier
 from agent_gateway_store.plugins.slack.settings import SlackSettings
-from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookSettings
+from agent_gateway_store.plugins.webhook import WebhookNotifier
 from agent_gateway_store.testing import NotifierConformance, RecordingNotifier
 
 pytestmark = pytest.mark.unit
 
-KEY = f"whsec_{base64.b64encode(b'planted-key-of-the-webhook').decode()}"
 PASSWORD = "planted-password"
 
 T = TypeVar("T")
@@ -33,6 +32,13 @@ T = TypeVar("T")
 def in_thread(server: AbstractAsyncContextManager[T]) -> Iterator[T]:
     """Run a server of the tests in an event loop of its own."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(server) as running:
+        yield running
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A receiver that takes everything."""
+    with in_thread(serving(OK)) as running:
         yield running
 
 
@@ -72,20 +78,14 @@ class TestWebhook(NotifierConformance):
     """The notifier `webhook`."""
 
     @pytest.fixture
-    def server(self) -> Iterator[Server]:
-        """A receiver that takes everything."""
-        with in_thread(serving(OK)) as server:
-            yield server
-
-    @pytest.fixture
     def notifier(self, server: Server) -> WebhookNotifier:
         """On that receiver."""
-        return self.at(server.url)
+        return notifier_for(server)
 
     @pytest.fixture
     def unreachable_notifier(self, free_port: int) -> WebhookNotifier:
         """On a receiver that is down."""
-        return self.at(f"http://127.0.0.1:{free_port}/{PASSWORD}")
+        return notifier_for(Server([], port=free_port))
 
     @pytest.fixture
     def sent_text(self, server: Server) -> Callable[[], str]:
@@ -95,12 +95,7 @@ class TestWebhook(NotifierConformance):
     @pytest.fixture
     def secret_values(self) -> Sequence[str]:
         """The key, and the path of the URL."""
-        return KEY, KEY.removeprefix("whsec_"), PASSWORD, "in-the-url"
-
-    def at(self, url: str) -> WebhookNotifier:
-        """A notifier on `url`."""
-        settings = WebhookSettings(allow_http=True, allow_private=True, timeout_seconds=4)
-        return WebhookNotifier(WebhookEndpoint(url=url, secrets=(KEY,)), settings)  # type: ignore[arg-type]
+        return SECRET, SECRET.removeprefix("whsec_"), "in-the-url"
 
 
 class TestSlack(NotifierConformance):
@@ -142,12 +137,6 @@ class TestSlack(NotifierConformance):
 @pytest.mark.filterwarnings("ignore:.imghdr. is deprecated:DeprecationWarning")
 class TestApprise(NotifierConformance):
     """The notifier `apprise`, on Apprise's plugin that posts JSON."""
-
-    @pytest.fixture
-    def server(self) -> Iterator[Server]:
-        """A receiver that takes everything."""
-        with in_thread(serving(OK)) as server:
-            yield server
 
     @pytest.fixture
     def notifier(self, server: Server) -> AppriseNotifier:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from slack_server import CHANNEL, SIGNING_SECRET, TOKEN, Slack, click, signed, slack_running
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
+from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.plugins.slack import SlackCallback, SlackNotifier, SlackSettings
+from builders import CALL, make_request
 
 pytestmark = pytest.mark.integration
-
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/old.log"})
 
 
 @asynccontextmanager
@@ -38,9 +37,8 @@ async def store_with_slack(url: str, slack: Slack) -> AsyncIterator[tuple[Gatewa
 
 async def ask(store: GatewayStore) -> tuple[str, Any]:
     """Ask for an approval; return its token and id."""
-    request = ApprovalRequest(request_id="r-1", caller_id="agent", tool_call=CALL, risk_explanation="Deletes a file.")
-    token = await store.approvals.issue_token(request)
-    return token, (await store.approvals.check_token(token)).approval_id
+    request = make_request()
+    return await store.approvals.issue_token(request), request.approval_id
 
 
 async def shown(slack: Slack, text: str) -> None:
@@ -61,7 +59,7 @@ async def test_from_question_to_decision(action: str, ending: str) -> None:
         await shown(slack, f"{ending.capitalize()} by `ann`")
         result = await store.approvals.check_token(token, fresh=True)
         if ending == "APPROVED":
-            await store.approvals.consume_token(token, caller_id="agent", tool_call=CALL)
+            await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
 
     assert reply.status == 200
     assert (result.status, result.approver_id, result.note) == (ending, "ann", "Slack user U1")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import plugin_helpers
-from agent_gateway_store import ApprovalRequest, SyncGatewayStore, ToolCall
+from agent_gateway_store import SyncGatewayStore
+from builders import make_request
 from commands import gateway_store
 from plugin_helpers import Install
 
@@ -26,8 +27,7 @@ def test_an_installed_plugin_vetoes_the_command(install: Install) -> None:
     """One sentence, exit code 1, and the approval still waits; what the plugin lets through is decided."""
     install("strict", VETO)
     with SyncGatewayStore("sqlite:///gateway.db", redis_url="") as store:
-        call = ToolCall(server="files", tool="delete_file")
-        asked = ApprovalRequest(request_id="r-1", caller_id="dev", tool_call=call, risk_explanation="Deletes.")
+        asked = make_request()
         store.approvals.issue_token(asked)
     approval, url = str(asked.approval_id), ("--database-url", "sqlite:///gateway.db")
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import ipaddress
 import logging
-import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 from notifier_helpers import OK, serving
 from pydantic import ValidationError
+from webhook_helpers import SECRET, notifier_for
 
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.plugins._http.addresses import AddressPolicy, RefusedAddressError
@@ -24,148 +23,65 @@ from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 
-SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
 
-PUBLIC = ["8.8.8.8", "1.1.1.1", "93.184.215.14", "172.15.255.255", "172.32.0.0", "100.63.255.255", "100.128.0.0"]
-PUBLIC += [
-    "192.0.1.1",
-    "198.17.255.255",
-    "198.20.0.0",
-    "223.255.255.255",
-    "2606:4700::1111",
-    "2a00:1450::1",
-    "2001:4860::8888",
-]
+def words(text: str) -> list[str]:
+    return text.split()
 
-REFUSED = [
-    *("0.0.0.0", "0.1.2.3", "10.0.0.1", "10.255.255.255", "100.64.0.1", "100.100.100.200", "100.127.255.255"),
-    *("127.0.0.1", "127.1.2.3", "169.254.0.1", "169.254.169.254", "169.254.170.2", "172.16.0.1", "172.31.255.255"),
-    *("192.0.0.1", "192.0.0.192", "192.0.2.1", "192.88.99.1", "192.168.1.1", "198.18.0.1", "198.19.255.255"),
-    *("198.51.100.1", "203.0.113.1", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255"),
-    *("168.63.129.16", "::", "::1", "::7f00:1", "::a00:1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:8.8.8.8"),
-    *("::ffff:0:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "64:ff9b::808:808", "64:ff9b:1::a00:1"),
-    *("100::1", "2001::1", "2001:0:7f00:1::", "2001:2::1", "2001:10::1", "2001:20::1", "2001:db8::1"),
-    *("2002:7f00:1::", "2002:a00:1::1", "2002:a9fe:a9fe::1", "2002:808:808::1", "3fff::1", "5f00::1", "4000::1"),
-    *(
-        "fc00::1",
-        "fd00::1",
-        "fd00:ec2::254",
-        "fd20:ce::254",
-        "fe80::1",
-        "fe80::1%eth0",
-        "fec0::1",
-        "ff02::1",
-        "ff0e::1",
-    ),
-    *("2606:4700::5efe:7f00:1", "2606:4700::200:5efe:a00:1"),
-]
+
+PUBLIC = words("""
+    8.8.8.8 1.1.1.1 93.184.215.14 172.15.255.255 172.32.0.0 100.63.255.255 100.128.0.0 192.0.1.1 198.17.255.255
+    198.20.0.0 223.255.255.255 2606:4700::1111 2a00:1450::1 2001:4860::8888
+""")
+
+REFUSED = words("""
+    0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1 127.1.2.3 169.254.0.1
+    169.254.169.254 169.254.170.2 172.16.0.1 172.31.255.255 192.0.0.1 192.0.0.192 192.0.2.1 192.88.99.1 192.168.1.1
+    198.18.0.1 198.19.255.255 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.255 240.0.0.1 255.255.255.255
+    168.63.129.16 :: ::1 ::7f00:1 ::a00:1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::ffff:8.8.8.8 ::ffff:0:127.0.0.1
+    64:ff9b::7f00:1 64:ff9b::a00:1 64:ff9b::808:808 64:ff9b:1::a00:1 100::1 2001::1 2001:0:7f00:1:: 2001:2::1
+    2001:10::1 2001:20::1 2001:db8::1 2002:7f00:1:: 2002:a00:1::1 2002:a9fe:a9fe::1 2002:808:808::1 3fff::1 5f00::1
+    4000::1 fc00::1 fd00::1 fd00:ec2::254 fd20:ce::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1 ff0e::1
+    2606:4700::5efe:7f00:1 2606:4700::200:5efe:a00:1
+""")
 
 # Spellings of 127.0.0.1, 10.0.0.1 and 169.254.169.254 that one parser or another takes, and other tricks.
+ODD_HOSTS = words("""
+    2130706433 0x7f000001 0x7f.1 0177.0.0.1 017700000001 127.1 127.0.1 0 0x0 00000000.0.0.0 127.0.0.01 0127.0.0.1 10.1
+    167772161 2852039166 0xA9FEA9FE 0251.0376.0251.0376 169.16689662 127.0.0.1. 1.2.3.4.5 0x7f.0x0.0x0.0x1 4294967296
+    256.0.0.1 127.0.0.1%00.example.com 127.0.0.1%2f.example.com example.com%2e %31%32%37.0.0.1 0x7F000001
+    [fe80::1%25eth0] [::1%lo] [::1%25lo] [::ffff:127.1] [v1.127] [] [1] [:] [::1 ::1] [::1]x x[::1] [127.0.0.1] [[::1]]
+    ::1 user@127.0.0.1 example.com@127.0.0.1 127.0.0.1@example.com :@127.1 example.com:80@127.0.0.1 example.com:443:443
+    example.com:0 a:99999 example.com#@127.0.0.1 127.0.0.1#.example.com example.com. .example.com example..com
+    -a.example a-.example . .. _.
+""")
 ODD_URLS = [
-    *(f"https://{host}/" for host in ("2130706433", "0x7f000001", "0x7f.1", "0177.0.0.1", "017700000001", "127.1")),
-    *(f"https://{host}/" for host in ("127.0.1", "0", "0x0", "00000000.0.0.0", "127.0.0.01", "0127.0.0.1", "10.1")),
-    *(f"https://{host}/" for host in ("167772161", "2852039166", "0xA9FEA9FE", "0251.0376.0251.0376", "169.16689662")),
-    *(
-        f"https://{host}/"
-        for host in (
-            "127.0.0.1.",
-            "127\u30020\u30020\u30021",
-            "127\uff0e0\uff0e0\uff0e1",
-            "\u2460\u2461\u2466.\u24ea.\u24ea.\u2460",
-            "\u0661\u0662\u0667.0.0.1",
-            "1.2.3.4.5",
-        )
-    ),
-    *(f"https://{host}/" for host in ("0x7f.0x0.0x0.0x1", "4294967296", "256.0.0.1", "127.0.0.1%00.example.com")),
-    *(f"https://{host}/" for host in ("127.0.0.1%2f.example.com", "example.com%2e", "%31%32%37.0.0.1", "0x7F000001")),
-    *(
-        f"https://[{host}]/"
-        for host in ("fe80::1%25eth0", "::1%lo", "::1%25lo", "::ffff:127.1", "v1.127", "", "1", ":")
-    ),
-    *(f"https://{host}/" for host in ("[::1", "::1]", "[::1]x", "x[::1]", "[127.0.0.1]", "[[::1]]", "::1")),
-    *(
-        "https://user@127.0.0.1/",
-        "https://example.com@127.0.0.1/",
-        "https://127.0.0.1@example.com/",
-        "https://:@127.1/",
-    ),
-    *(
-        "https://example.com:80@127.0.0.1/",
-        "https://example.com:443:443/",
-        "https://example.com:0/",
-        "https://a:99999/",
-    ),
-    *(
-        "https://example.com\\@127.0.0.1/",
-        "https://127.0.0.1\\.example.com/",
-        "https:\\\\127.0.0.1/",
-        "https:/127.0.0.1",
-    ),
-    *("https:///127.0.0.1/", "https:127.0.0.1", "//127.0.0.1/", "127.0.0.1", "localhost", "https://", "https://?", ""),
-    *("https://example.com#@127.0.0.1/", "https://127.0.0.1#.example.com/", "https://example.com/#x", "https://a b/"),
-    *("https://exa\tmple.com/", "https://exa\nmple.com/", "https://example.com/\r\nHost: x", " https://example.com/"),
-    *("https://example.com /", "https://example.com/ x", "https://\u202eexample.com/", "https://ex\u00e4mple.com/"),
-    *(
-        "https://\uff4c\uff4f\uff43\uff41\uff4c\uff48\uff4f\uff53\uff54/",
-        "https://\u24dbocalhost/",
-        "https://local\u00adhost/",
-        "https://localhost\u200b/",
-        "https://k\uff18s/",
-    ),
-    *(
-        "https://example.com./",
-        "https://.example.com/",
-        "https://example..com/",
-        "https://-a.example/",
-        "https://a-.example/",
-    ),
-    *(f"https://{'a' * 64}.example/", f"https://{'a.' * 130}example/", "https://./", "https://../", "https://_./"),
-    *("http://example.com/", "HTTP://127.0.0.1/", "ftp://127.0.0.1/", "file:///etc/passwd", "gopher://127.0.0.1:70/x"),
-    *("unix:///var/run/docker.sock", "http+unix://%2Fvar%2Frun%2Fdocker.sock/", "data:text/plain,x", "javascript:x"),
-    *("dict://127.0.0.1:11211/", "ldap://127.0.0.1/", "jar:https://x!/", "ws://127.0.0.1/", "blob:https://127.0.0.1/"),
-    *(
-        "https://exam\x00ple.com/",
-        "https://example.com\x00.evil/",
-        "https://example.com/\x7f",
-        "https://example.com/\u00e9",
-    ),
+    *(f"https://{host}/" for host in (*ODD_HOSTS, f"{'a' * 64}.example", f"{'a.' * 130}example")),
+    *words("""
+    https:/127.0.0.1 https:///127.0.0.1/ https:127.0.0.1 //127.0.0.1/ 127.0.0.1 localhost https:// https://?
+    https://example.com/#x http://example.com/ HTTP://127.0.0.1/ ftp://127.0.0.1/ file:///etc/passwd
+    gopher://127.0.0.1:70/x unix:///var/run/docker.sock http+unix://%2Fvar%2Frun%2Fdocker.sock/ data:text/plain,x
+    javascript:x dict://127.0.0.1:11211/ ldap://127.0.0.1/ jar:https://x!/ ws://127.0.0.1/ blob:https://127.0.0.1/
+    """),
+    *("https://127\u30020\u30020\u30021/", "https://127\uff0e0\uff0e0\uff0e1/"),
+    *("https://\u2460\u2461\u2466.\u24ea.\u24ea.\u2460/", "https://\u0661\u0662\u0667.0.0.1/"),
+    *("https://example.com\\@127.0.0.1/", "https://127.0.0.1\\.example.com/", "https:\\\\127.0.0.1/", ""),
+    *("https://a b/", "https://exa\tmple.com/", "https://exa\nmple.com/", "https://example.com/\r\nHost: x"),
+    *(" https://example.com/", "https://example.com /", "https://example.com/ x", "https://\u202eexample.com/"),
+    *("https://ex\xe4mple.com/", "https://\uff4c\uff4f\uff43\uff41\uff4c\uff48\uff4f\uff53\uff54/"),
+    *("https://\u24dbocalhost/", "https://local\xadhost/", "https://localhost\u200b/", "https://k\uff18s/"),
+    *("https://exam\x00ple.com/", "https://example.com\x00.evil/", "https://example.com/\x7f"),
+    *("https://example.com/\xe9",),
 ]
 
 LITERALS = [f"https://[{a}]/" if ":" in a else f"https://{a}/" for a in REFUSED if "%" not in a]
 
-
 # What leads to this machine, for one parser or another.
-LOOPBACK = [
-    "localhost",
-    "LOCALHOST",
-    "localhost.",
-    "localhost.localdomain",
-    "127.0.0.1",
-    "127.1",
-    "127.0.1",
-    "0",
-    "0.0.0.0",
-    "2130706433",
-    "0x7f000001",
-    "0x7F.0.0.1",
-    "0177.0.0.1",
-    "017700000001",
-    "127.0.0.1.",
-    "127.000.000.001",
-    "[::1]",
-    "[::]",
-    "[::ffff:127.0.0.1]",
-    "[::ffff:7f00:1]",
-    "[::127.0.0.1]",
-    "[64:ff9b::7f00:1]",
-    "[2002:7f00:1::]",
-    "[0:0:0:0:0:0:0:1]",
-    "user@127.0.0.1",
-    "example.com@127.0.0.1",
-    "127.0.0.1%00.example.com",
-    "127。0。0。1",
-    "ⓛⓞocalhost",
-]
+LOOPBACK = words("""
+    localhost LOCALHOST localhost. localhost.localdomain 127.0.0.1 127.1 127.0.1 0 0.0.0.0 2130706433 0x7f000001
+    0x7F.0.0.1 0177.0.0.1 017700000001 127.0.0.1. 127.000.000.001 [::1] [::] [::ffff:127.0.0.1] [::ffff:7f00:1]
+    [::127.0.0.1] [64:ff9b::7f00:1] [2002:7f00:1::] [0:0:0:0:0:0:0:1] user@127.0.0.1 example.com@127.0.0.1
+    127.0.0.1%00.example.com 127。0。0。1 ⓛⓞocalhost
+""")
 
 
 class _Sockets:
@@ -189,17 +105,6 @@ def connects() -> Iterator[list[Any]]:
     _SOCKETS.seen = []
     yield _SOCKETS.seen
     _SOCKETS.seen = None
-
-
-def notifier_for(url: str, answers: list[list[str]] | None = None, **fields: Any) -> WebhookNotifier:
-    """A notifier whose names resolve, look-up by look-up, as `answers` says; the last stays."""
-
-    async def resolver(host: str, port: int) -> list[str]:
-        assert answers is not None, "nothing was to be resolved"
-        return answers.pop(0) if len(answers) > 1 else answers[0]
-
-    settings = WebhookSettings(**({"timeout_seconds": 3} | fields))
-    return WebhookNotifier(WebhookEndpoint(url=url, secrets=(SECRET,)), settings, resolver=resolver)  # type: ignore
 
 
 def test_there_are_200_hostile_urls() -> None:
@@ -271,7 +176,7 @@ async def test_names_that_lead_inside(address: str, connects: list[Any]) -> None
     """Judged after resolution: alone, and hidden behind a public address."""
     for answers in ([address], ["8.8.8.8", address], [address, "8.8.8.8"]):
         with pytest.raises(RefusedAddressError):
-            await notifier_for("https://rebind.example/", [answers]).notify_pending(make_notice())
+            await notifier_for("https://rebind.example/", answers=[answers]).notify_pending(make_notice())
 
     assert connects == []
 
@@ -296,11 +201,11 @@ async def test_rebinding_has_no_second_lookup(connects: list[Any]) -> None:
         url = f"http://rebind.example:{trap.port}/"
         allowed = {"allow_http": True, "allowed_networks": "192.0.2.0/24", "timeout_seconds": 0.3}
         with pytest.raises(NotDeliveredError):
-            await notifier_for(url, answers, **allowed).notify_pending(make_notice())
+            await notifier_for(url, answers=answers, **allowed).notify_pending(make_notice())
 
         assert answers == [["127.0.0.1"]]  # one look-up
         with pytest.raises(RefusedAddressError):
-            await notifier_for(url, answers, **allowed).notify_pending(make_notice())
+            await notifier_for(url, answers=answers, **allowed).notify_pending(make_notice())
     assert trap.connections == 0
     assert {address[0] for address in connects} <= {"192.0.2.1"}
 
@@ -309,9 +214,9 @@ async def test_the_checked_address_is_connected_to(connects: list[Any]) -> None:
     """Host stays the name; the socket goes to the address."""
     async with serving(OK) as server:
         url = f"http://hooks.example:{server.port}/x"
-        await notifier_for(url, [["127.0.0.1"]], allow_http=True, allowed_networks="127.0.0.0/8").notify_pending(
-            make_notice()
-        )
+        await notifier_for(
+            url, answers=[["127.0.0.1"]], allow_http=True, allowed_networks="127.0.0.0/8"
+        ).notify_pending(make_notice())
 
     assert [address[0] for address in connects] == ["127.0.0.1"]
     assert server.requests[0].headers["host"] == f"hooks.example:{server.port}"
@@ -321,25 +226,10 @@ async def test_next_address_is_tried() -> None:
     """A name with a dead address and a living one is reached."""
     async with serving(OK) as server:
         url = f"http://hooks.example:{server.port}/x"
-        notifier = notifier_for(url, [["127.0.0.2", "127.0.0.1"]], allow_http=True, allow_private=True)
+        notifier = notifier_for(url, answers=[["127.0.0.2", "127.0.0.1"]], allow_http=True, allow_private=True)
         await notifier.notify_pending(make_notice())
 
     assert len(server.requests) == 1
-
-
-async def test_tls_asks_for_the_name() -> None:
-    """The server is told the name, not the address, and a certificate that is not the name's is refused."""
-    names: list[str | None] = []
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.sni_callback = lambda _socket, name, _context: names.append(name)
-    listener = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context)
-    port = listener.sockets[0].getsockname()[1]
-    notifier = notifier_for(f"https://hooks.example:{port}/", [["127.0.0.1"]], allow_private=True)
-    with pytest.raises(NotDeliveredError):
-        await notifier.notify_pending(make_notice())
-    listener.close()
-
-    assert names == ["hooks.example"]
 
 
 async def test_proxy_variables_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +238,7 @@ async def test_proxy_variables_are_not_read(monkeypatch: pytest.MonkeyPatch) -> 
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
             monkeypatch.setenv(name.lower(), f"http://127.0.0.1:{proxy.port}")
-        await notifier_for(server.url, allow_http=True, allow_private=True).notify_pending(make_notice())
+        await notifier_for(server).notify_pending(make_notice())
 
     assert (proxy.connections, len(server.requests)) == (0, 1)
 
@@ -358,7 +248,7 @@ async def test_a_given_proxy_is_used(connects: list[Any], caplog: pytest.LogCapt
     async with serving(OK) as proxy:
         caplog.set_level(logging.DEBUG)
         given = f"http://user:p%40ss@127.0.0.1:{proxy.port}"
-        await notifier_for("http://hooks.example/x", None, allow_http=True, proxy=given).notify_pending(make_notice())
+        await notifier_for("http://hooks.example/x", allow_http=True, proxy=given).notify_pending(make_notice())
 
     (request,) = proxy.requests
     assert request.line == "POST http://hooks.example:80/x HTTP/1.1"
@@ -370,7 +260,7 @@ async def test_a_given_proxy_is_used(connects: list[Any], caplog: pytest.LogCapt
 async def test_addresses_are_checked_before_a_proxy(connects: list[Any]) -> None:
     """An address in the URL is refused though the proxy would connect."""
     async with serving(OK) as proxy:
-        notifier = notifier_for("https://169.254.169.254/", None, proxy=f"http://127.0.0.1:{proxy.port}")
+        notifier = notifier_for("https://169.254.169.254/", proxy=f"http://127.0.0.1:{proxy.port}")
         with pytest.raises(RefusedAddressError):
             await notifier.notify_pending(make_notice())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import random
 from datetime import UTC, datetime, timedelta
@@ -11,15 +10,13 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from standardwebhooks import Webhook
+from webhook_helpers import OLD_SECRET, SECRET
 
 from agent_gateway_store.plugins.webhook import WebhookReceiver
 from agent_gateway_store.plugins.webhook.notifier import body_of
 from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
-
-SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
-OTHER = "whsec_" + base64.b64encode(b"o" * 32).decode()
 
 
 def signed(body: bytes, *secrets: str, at: datetime | None = None, delivery_id: str = "msg-1") -> dict[str, str]:
@@ -48,9 +45,9 @@ def test_either_of_two_secrets_will_do() -> None:
     """On both ends, while secrets are changed over."""
     body = body_of(make_notice())
 
-    assert WebhookReceiver([OTHER, SECRET]).verify(body, signed(body, SECRET)) is not None
-    assert WebhookReceiver([SECRET]).verify(body, signed(body, OTHER, SECRET)) is not None
-    assert WebhookReceiver([SECRET]).verify(body, signed(body, OTHER)) is None
+    assert WebhookReceiver([OLD_SECRET, SECRET]).verify(body, signed(body, SECRET)) is not None
+    assert WebhookReceiver([SECRET]).verify(body, signed(body, OLD_SECRET, SECRET)) is not None
+    assert WebhookReceiver([SECRET]).verify(body, signed(body, OLD_SECRET)) is None
 
 
 def test_odd_signatures_beside_a_good_one() -> None:
@@ -99,7 +96,7 @@ def test_memory_is_bounded() -> None:
 def test_an_unsigned_id_is_not_remembered() -> None:
     """Nobody without the secret can make a true delivery look repeated."""
     receiver, body = WebhookReceiver([SECRET]), body_of(make_notice())
-    assert receiver.verify(body, signed(body, OTHER)) is None
+    assert receiver.verify(body, signed(body, OLD_SECRET)) is None
 
     received = receiver.verify(body, signed(body, SECRET))
 

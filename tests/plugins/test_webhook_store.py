@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from typing import Any
 
 import pytest
 from notifier_helpers import OK, Server, serving, status
+from webhook_helpers import SECRET, notifier_for
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
-from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookReceiver, WebhookSettings
+from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.plugins.webhook import WebhookReceiver
+from builders import make_request
 
 pytestmark = pytest.mark.integration
-
-SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
 
 
 def store_with(server: Server) -> GatewayStore:
     """A store that tells a test's server."""
-    endpoint = WebhookEndpoint(url=server.url, secrets=(SECRET,))  # type: ignore[arg-type]
-    notifier = WebhookNotifier(endpoint, WebhookSettings(allow_http=True, allow_private=True))
     settings = StoreSettings(redis_url="", notification_poll_seconds=0.1)
-    return GatewayStore("sqlite:///gateway.db", plugins=[notifier], settings=settings)
-
-
-async def ask(store: GatewayStore, request_id: str = "r-1") -> str:
-    """Ask for an approval; return its token."""
-    call = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/old.log"})
-    return await store.approvals.issue_token(
-        ApprovalRequest(request_id=request_id, caller_id="agent", tool_call=call, risk_explanation="Deletes a file.")
-    )
+    return GatewayStore("sqlite:///gateway.db", plugins=[notifier_for(server)], settings=settings)
 
 
 async def settled(store: GatewayStore, count: int) -> list[Any]:
@@ -46,7 +35,7 @@ async def settled(store: GatewayStore, count: int) -> list[Any]:
 async def test_comes_again_when_the_receiver_says_so() -> None:
     """503 and Retry-After: sent again after that time, under the same id, and counted once by the receiver."""
     async with serving(status("503 Unavailable", "Retry-After: 1"), OK) as server, store_with(server) as store:
-        await ask(store)
+        await store.approvals.issue_token(make_request())
         (row,) = await settled(store, 1)
 
     first, second = server.requests
@@ -61,9 +50,9 @@ async def test_comes_again_when_the_receiver_says_so() -> None:
 async def test_gone_is_a_dead_letter_at_once() -> None:
     """410: given up after one try, and the next notice without a connection."""
     async with serving(status("410 Gone"), OK) as server, store_with(server) as store:
-        await ask(store, "r-1")
+        await store.approvals.issue_token(make_request())
         await settled(store, 1)
-        await ask(store, "r-2")
+        await store.approvals.issue_token(make_request())
         rows = await settled(store, 2)
 
     assert [(row.status, row.attempts) for row in rows] == [("DEAD", 1), ("DEAD", 1)]
@@ -74,7 +63,7 @@ async def test_gone_is_a_dead_letter_at_once() -> None:
 async def test_request_and_decision() -> None:
     """Both arrive, as what they are."""
     async with serving(OK) as server, store_with(server) as store:
-        token = await ask(store)
+        token = await store.approvals.issue_token(make_request())
         await store.approvals.approve(token, approver_id="ann", note="fine")
         await settled(store, 2)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -17,15 +15,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from notifier_helpers import OK, Server
+from notifier_helpers import OK, Server, running
+from webhook_helpers import notifier_for as named
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookSettings
+from agent_gateway_store.plugins.webhook import WebhookNotifier
 from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 
-SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
 NAME = "hooks.example"
 
 Serve = Callable[..., AbstractAsyncContextManager[tuple[Server, list[str | None]]]]
@@ -53,16 +51,8 @@ def serve(ca_file: Path) -> Serve:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(ca_file, key_file)
         context.sni_callback = lambda _socket, wanted, _context: asked.append(wanted)
-        server = Server([OK])
-        listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=context)
-        server.port = listener.sockets[0].getsockname()[1]
-        try:
+        async with running(Server([OK]), context=context) as server:
             yield server, asked
-        finally:
-            listener.close()
-            for task in list(server.handling):
-                task.cancel()
-            await asyncio.sleep(0)
 
     return run
 
@@ -82,15 +72,9 @@ def certificate(name: str, key: ec.EllipticCurvePrivateKey, age: timedelta) -> b
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def notifier_for(server: Server, host: str = NAME, **fields: Any) -> WebhookNotifier:
-    """A notifier for which every name is 127.0.0.1."""
-
-    async def resolver(_host: str, _port: int) -> list[str]:
-        return ["127.0.0.1"]
-
-    endpoint = WebhookEndpoint(url=f"https://{host}:{server.port}/hook", secrets=(SECRET,))  # type: ignore[arg-type]
-    settings = WebhookSettings(**({"allow_private": True, "timeout_seconds": 5} | fields))
-    return WebhookNotifier(endpoint, settings, resolver=resolver)
+def notifier_for(server: Server, **fields: Any) -> WebhookNotifier:
+    """A notifier for which the name is 127.0.0.1."""
+    return named(f"https://{NAME}:{server.port}/hook", answers=[["127.0.0.1"]], allow_private=True, **fields)
 
 
 async def test_trusted_certificate_of_the_name(serve: Serve, ca_file: Path) -> None:
@@ -146,8 +130,7 @@ async def test_ca_file_that_cannot_be_read(tmp_path: Path, content: bytes | None
     path = tmp_path / "planted-ca.pem"
     if content is not None:
         path.write_bytes(content)
-    endpoint = WebhookEndpoint(url="https://127.0.0.1:9/hook", secrets=(SECRET,))  # type: ignore[arg-type]
-    notifier = WebhookNotifier(endpoint, WebhookSettings(allow_private=True, ca_file=str(path)))
+    notifier = named("https://127.0.0.1:9/hook", allow_private=True, ca_file=str(path))
     with pytest.raises(NotDeliveredError, match="CA_FILE cannot be read") as caught:
         await notifier.notify_pending(make_notice())
     path.write_bytes(certificate(NAME, ec.generate_private_key(ec.SECP256R1()), timedelta(0)))

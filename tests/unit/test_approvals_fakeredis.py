@@ -6,13 +6,12 @@ import fakeredis
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import ApprovalManager, ApprovalRequest, ToolCall, errors
+from agent_gateway_store import ApprovalManager, errors
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+from builders import CALL, make_request
 
 pytestmark = pytest.mark.unit
-
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 
 
 @pytest.mark.parametrize("decode_responses", [False, True])
@@ -20,7 +19,7 @@ async def test_approval_lives_over_fakeredis(decode_responses: bool) -> None:
     """Both entries are written with a TTL and follow the decision, with a client that decodes and one that does not."""
     engine = create_engine("sqlite://")
     await migrate.upgrade(engine)
-    request = ApprovalRequest(request_id="r-1", caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes")
+    request = make_request()
     async with (
         AsyncSession(engine) as session,
         fakeredis.FakeAsyncRedis(decode_responses=decode_responses) as client,

@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
 import plugin_helpers
-from agent_gateway_store import ApprovalRequest, AuditEvent, GatewayStore, Notice, ToolCall, WriteOutcome, hookimpl
+from agent_gateway_store import AuditEvent, GatewayStore, Notice, WriteOutcome, hookimpl
 from agent_gateway_store.hooks.manager import LOAD_VARIABLE
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.testing import RecordingNotifier, make_notice
-from builders import make_event
+from builders import make_event, make_request
 from dispatch_helpers import BOUND, Doing, Listener, Recorder, by_name, dispatching, raising, stubborn
 from plugin_helpers import Install
 
@@ -182,14 +181,6 @@ def released() -> Iterator[threading.Event]:
     event.set()
 
 
-async def ask(store: GatewayStore) -> str:
-    """Ask for an approval; return its token."""
-    call = ToolCall(server="files", tool="delete_file")
-    return await store.approvals.issue_token(
-        ApprovalRequest(request_id=uuid4().hex, caller_id="dev", tool_call=call, risk_explanation="Deletes.")
-    )
-
-
 async def test_most_of_many_plugins_misbehave_and_the_others_work(
     install: Install, monkeypatch: pytest.MonkeyPatch, released: threading.Event
 ) -> None:
@@ -222,7 +213,7 @@ async def test_most_of_many_plugins_misbehave_and_the_others_work(
         GatewayStore("sqlite:///gateway.db", redis_url="", settings=settings, plugins=[*mixed, *bare, *late]) as store,
     ):
         outcomes = await asyncio.gather(*(store.audit.write(make_event(request_id=f"r-{n}")) for n in range(5)))
-        tokens = [await ask(store) for _ in range(ASKED)]
+        tokens = [await store.approvals.issue_token(make_request()) for _ in range(ASKED)]
         for plugin in good:
             await plugin.wait_for(ASKED, timeout_s=20)
         decided = [await store.approvals.approve(tokens[0], "approver-1")]
@@ -270,7 +261,8 @@ async def test_a_store_that_is_opened_again_runs_its_plugins_again() -> None:
     for times in (1, 2):
         async with store:
             await store.audit.write(make_event(request_id=f"r-{times}"))
-            await store.approvals.approve(await ask(store), "approver-1")
+            token = await store.approvals.issue_token(make_request())
+            await store.approvals.approve(token, "approver-1")
             await plugin.wait_for(2 * times)
             assert [each for each in threading.enumerate() if each.name == "gateway-store good"]
         assert not [each for each in threading.enumerate() if each.name == "gateway-store good"]

@@ -216,7 +216,7 @@ async def test_a_full_queue_whose_task_was_cancelled_lets_the_next_caller_in() -
     assert batches.seen[-1] == [9]
 
 
-@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("turn", range(12))
 async def test_cancelling_every_task_abandons_where_that_is_wanted(turn: int) -> None:
     """Each item comes to what `abandon` makes of it, and the queue goes on."""
     batches = Batches()
@@ -230,6 +230,30 @@ async def test_cancelling_every_task_abandons_where_that_is_wanted(turn: int) ->
     assert await asyncio.wait_for(asyncio.gather(*futures), 5) == [f"without {item}" for item in range(5)]
     batches.gate.set()
     assert await asyncio.wait_for(queue.run(7), 5) == "7"
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_the_last_item_needs_none_behind_it(is_first: bool) -> None:
+    """It comes on any turn of the event loop after the one before it, also on that on which the queue's task ends."""
+
+    async def process(items: Sequence[int]) -> list[str | Exception]:
+        await turns()
+        return [str(item) for item in items]
+
+    async def come(queue: BatchQueue[int, str], turn: int, item: int) -> str:
+        await turns(turn)
+        return await queue.add(item)
+
+    async def pair(late: int, queue: BatchQueue[int, str]) -> list[str]:
+        first, second = (0, late) if is_first else (late, 0)
+        return await asyncio.gather(come(queue, first, 1), come(queue, second, 2))
+
+    shared = BatchQueue(process, max_items=50)
+    async with asyncio.timeout(10):
+        apart = await asyncio.gather(*(pair(late, BatchQueue(process, max_items=50)) for late in range(40)))
+        together = await asyncio.gather(*(pair(late % 20 + late * 30, shared) for late in range(40)))
+
+    assert apart == together == [["1", "2"]] * 40
 
 
 async def test_close_abandons_what_takes_too_long() -> None:

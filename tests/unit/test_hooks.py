@@ -45,14 +45,6 @@ def test_hookimpl_loads_no_orm_and_no_pydantic() -> None:
     assert not loaded & {"sqlmodel", "sqlalchemy", "pydantic", "pydantic_core", "asyncio"}
 
 
-def test_log_plugin_loads_no_orm() -> None:
-    """The bundled notifier needs the values at most."""
-    done = run_python("import sys, agent_gateway_store.plugins.log; print(*sys.modules)")
-
-    assert done.returncode == 0, done.stderr
-    assert not {"sqlmodel", "sqlalchemy"} & {name.partition(".")[0] for name in done.stdout.split()}
-
-
 def test_what_an_author_imports_loads_no_orm() -> None:
     """The marker, the values that hooks are given, and the error by which a notice comes again."""
     code = (

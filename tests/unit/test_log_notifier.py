@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import re
 import secrets
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import pytest
 
-from agent_gateway_store.hooks.dispatch import Dispatcher
-from agent_gateway_store.hooks.manager import Plugins
-from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+from agent_gateway_store.models.values import Notice, ToolCall
 from agent_gateway_store.plugins import log
-from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit
 
@@ -27,27 +23,15 @@ APPROVAL_ID = UUID("8a7e1f0c-3a52-4b0e-9d0c-0123456789ab")
 NASTY = 'a\r\nAPPROVAL_DECIDED status=APPROVED\x1b[2J\u202eevil\u2028\x85\x00 " approver="root'
 
 
-def make_notice(**fields: Any) -> Notice:
-    """Build a pending notice, with `fields` changed."""
-    values: dict[str, Any] = {
-        "event": "pending",
-        "delivery_id": UUID(int=7),
-        "approval_id": APPROVAL_ID,
-        "org_id": "acme",
-        "request_id": "r-1",
-        "caller_id": "dev-agent",
-        "tool_call": ToolCall(server="files", tool="delete", arguments={"the-key": "the-value"}),
-        "risk_explanation": "deletes a file",
-        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
-        "expires_at": datetime(2026, 1, 1, 1, tzinfo=UTC),
-        "status": ApprovalStatus.PENDING,
-    }
-    return Notice(**values | fields)
-
-
-def decided(**fields: Any) -> Notice:
-    """Build a notice of a decision."""
-    return make_notice(**{"event": "decision", "status": "DENIED", "approver_id": "ann", "note": "the-note"} | fields)
+def made(event: Literal["pending", "decision"] = "pending", **fields: Any) -> Notice:
+    """Return a notice with `fields` changed, the others known."""
+    call = ToolCall(server="files", tool="delete", arguments={"the-key": "the-value"})
+    known: dict[str, Any] = {"delivery_id": UUID(int=7), "approval_id": APPROVAL_ID, "org_id": "acme"}
+    known |= {"tool_call": call, "risk_explanation": "deletes a file"}
+    known |= {"expires_at": datetime(2026, 1, 1, 1, tzinfo=UTC)}
+    if event == "decision":
+        known |= {"status": "DENIED", "approver_id": "ann", "note": "the-note"}
+    return make_notice(event, **(known | fields))
 
 
 async def logged(caplog: pytest.LogCaptureFixture, notice: Notice) -> logging.LogRecord:
@@ -61,7 +45,7 @@ async def logged(caplog: pytest.LogCaptureFixture, notice: Notice) -> logging.Lo
 
 async def test_pending_names_all_that_an_approver_needs(caplog: pytest.LogCaptureFixture) -> None:
     """Id, caller, organisation, server, tool, risk and deadline, at INFO."""
-    record = await logged(caplog, make_notice())
+    record = await logged(caplog, made())
 
     assert (record.name, record.levelno) == (LOGGER, logging.INFO)
     assert record.getMessage() == (
@@ -72,7 +56,7 @@ async def test_pending_names_all_that_an_approver_needs(caplog: pytest.LogCaptur
 
 async def test_decision_names_status_and_approver(caplog: pytest.LogCaptureFixture) -> None:
     """Id, status, and who decided."""
-    record = await logged(caplog, decided())
+    record = await logged(caplog, made("decision"))
 
     assert record.levelno == logging.INFO
     assert record.getMessage() == f'APPROVAL_DECIDED approval_id={APPROVAL_ID} status=DENIED approver="ann"'
@@ -80,20 +64,20 @@ async def test_decision_names_status_and_approver(caplog: pytest.LogCaptureFixtu
 
 async def test_what_is_missing_is_none(caplog: pytest.LogCaptureFixture) -> None:
     """An expiry has no approver, and an approval may have no deadline."""
-    record = await logged(caplog, decided(status="EXPIRED", approver_id=None))
+    record = await logged(caplog, made("decision", status="EXPIRED", approver_id=None))
     assert record.getMessage().endswith(" status=EXPIRED approver=none")
     caplog.clear()
 
-    record = await logged(caplog, make_notice(expires_at=None))
+    record = await logged(caplog, made(expires_at=None))
 
     assert record.getMessage().endswith(" deadline=none")
 
 
 async def test_facts_are_attributes_of_the_record(caplog: pytest.LogCaptureFixture) -> None:
     """Structured logging gets at every fact."""
-    pending = await logged(caplog, make_notice())
+    pending = await logged(caplog, made())
     caplog.clear()
-    decision = await logged(caplog, decided())
+    decision = await logged(caplog, made("decision"))
 
     assert (
         vars(pending).items()
@@ -116,7 +100,7 @@ async def test_one_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     """Nobody's text can break the line, hide in it, or pretend to be another field."""
     call = ToolCall(server=NASTY, tool=NASTY)
 
-    record = await logged(caplog, make_notice(caller_id=NASTY, org_id=NASTY, tool_call=call, risk_explanation=NASTY))
+    record = await logged(caplog, made(caller_id=NASTY, org_id=NASTY, tool_call=call, risk_explanation=NASTY))
 
     message = record.getMessage()
     fields = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)', message.removeprefix("APPROVAL_REQUIRED "))
@@ -128,7 +112,7 @@ async def test_one_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_decision_is_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
     """The approver's name is somebody's text as well."""
-    record = await logged(caplog, decided(approver_id=NASTY))
+    record = await logged(caplog, made("decision", approver_id=NASTY))
 
     assert record.getMessage().isprintable()
     assert record.getMessage().count(" approver=") == 2  # one of them inside quotes
@@ -140,9 +124,9 @@ async def test_no_secret_and_no_argument(caplog: pytest.LogCaptureFixture) -> No
     token, key = secrets.token_urlsafe(32), "agw_3f2a_c2VjcmV0c2VjcmV0"
     text = f"token {token} and key {key}."
 
-    pending = await logged(caplog, make_notice(risk_explanation=text, caller_id=text))
+    pending = await logged(caplog, made(risk_explanation=text, caller_id=text))
     caplog.clear()
-    decision = await logged(caplog, decided(approver_id=text, note=text))
+    decision = await logged(caplog, made("decision", approver_id=text, note=text))
 
     for record in (pending, decision):
         everything = record.getMessage() + repr(vars(record))
@@ -152,29 +136,6 @@ async def test_no_secret_and_no_argument(caplog: pytest.LogCaptureFixture) -> No
 
 async def test_long_text_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     """A line stays readable."""
-    record = await logged(caplog, make_notice(risk_explanation="x" * 100_000))
+    record = await logged(caplog, made(risk_explanation="x" * 100_000))
 
     assert len(record.getMessage()) < 1500
-
-
-async def test_is_found_by_its_hook_and_delivers(caplog: pytest.LogCaptureFixture) -> None:
-    """Loaded as a plugin it takes notices by the ordinary way."""
-    plugins = Plugins([log], environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""})
-    dispatcher = Dispatcher(plugins, StoreSettings())
-
-    with caplog.at_level(logging.INFO, LOGGER):
-        reports = await dispatcher.deliver_all(make_notice())
-    await dispatcher.aclose(5)
-
-    assert [(report.notifier, report.ok) for report in reports] == [("log", True)]
-    assert [record.name for record in caplog.records] == [LOGGER]
-
-
-def test_uses_only_what_a_stranger_could_use() -> None:
-    """Of this package it imports models, hooks, errors and the functions that make text safe to show."""
-    tree = ast.parse(Path(log.__file__).read_text(encoding="utf-8"))
-    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    ours = {name.split(".")[1] for name in imported if name.startswith("agent_gateway_store.")}
-
-    assert "agent_gateway_store" not in imported
-    assert ours <= {"_text", "models", "hooks", "errors"}

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import pytest
@@ -22,6 +22,8 @@ from agent_gateway_store.models.tables import metadata
 from builders import make_event, make_key, make_request
 
 pytestmark = pytest.mark.unit
+
+R = TypeVar("R")
 
 
 @pytest.fixture
@@ -46,6 +48,13 @@ def event(**fields: Any) -> AuditEvent:
 def request(**fields: Any) -> ApprovalRequest:
     """A request as the store completes it."""
     return make_request(tool_call_hash="cd" * 32, expires_at=datetime(2030, 1, 1, tzinfo=UTC), **fields)
+
+
+def saved(session: Session, row: R) -> R:
+    """Commit a row and return it."""
+    session.add(row)
+    session.commit()
+    return row
 
 
 def stored(session: Session, row: Any) -> Any:
@@ -83,9 +92,7 @@ def test_assigned_values_reach_the_database(session: Session) -> None:
 
 def test_a_refused_value_is_not_committed(session: Session) -> None:
     """After a refused assignment the commit writes what was there before, and nothing more."""
-    made = event()
-    session.add(made)
-    session.commit()
+    made = saved(session, event())
     for name, wrong in (("latency_ms", -3), ("decision", "MAYBE"), ("sanitized_args", "x"), ("raw_args_hash", "y")):
         with pytest.raises(ValidationError):
             setattr(made, name, wrong)
@@ -98,9 +105,7 @@ def test_a_refused_value_is_not_committed(session: Session) -> None:
 
 def test_assigning_the_same_value_writes_nothing(session: Session) -> None:
     """The ORM's history compares what was accepted, not what was typed."""
-    made = event(decision="DENY")
-    session.add(made)
-    session.commit()
+    made = saved(session, event(decision="DENY"))
     made.decision = "DENY"  # type: ignore[assignment]
     made.latency_ms = 12.2  # type: ignore[assignment]
 
@@ -109,9 +114,7 @@ def test_assigning_the_same_value_writes_nothing(session: Session) -> None:
 
 def test_loaded_rows_know_all_their_fields(session: Session) -> None:
     """`model_fields_set` of a row read is full, so that exclude_unset leaves nothing out."""
-    made = event()
-    session.add(made)
-    session.commit()
+    made = saved(session, event())
     loaded = stored(session, made)
 
     assert loaded.model_fields_set == set(AuditEvent.model_fields)
@@ -120,9 +123,7 @@ def test_loaded_rows_know_all_their_fields(session: Session) -> None:
 
 def test_rows_are_readable_after_their_session(session: Session) -> None:
     """With expire_on_commit off, as our sessions have it, every attribute outlives the session."""
-    made = event(redaction_flags=[RedactionFlag(field="a", reason="PII")])
-    session.add(made)
-    session.commit()
+    made = saved(session, event(redaction_flags=[RedactionFlag(field="a", reason="PII")]))
     session.close()
     loaded = stored(session, made)
 
@@ -136,9 +137,7 @@ def test_rows_are_readable_after_their_session(session: Session) -> None:
 @pytest.fixture(params=["inserted", "loaded", "reattached", "expired"])
 def row(request: pytest.FixtureRequest, session: Session) -> AuditEvent:
     """A persistent event, whichever way it became one."""
-    made = event()
-    session.add(made)
-    session.commit()
+    made = saved(session, event())
     if request.param == "loaded":
         session.expunge_all()
         made = session.scalars(select(AuditEvent)).one()
@@ -187,9 +186,7 @@ def test_json_that_was_edited_is_stored_when_assigned(session: Session, row: Aud
 
 def test_a_tool_call_is_stored_when_assigned(session: Session) -> None:
     """A ToolCall is frozen: another one is assigned; an edit of its arguments is not stored."""
-    made = request()
-    session.add(made)
-    session.commit()
+    made = saved(session, request())
     made.tool_call.arguments["lost"] = 1
     session.commit()
     assert "lost" not in stored(session, made).tool_call.arguments
@@ -201,9 +198,7 @@ def test_a_tool_call_is_stored_when_assigned(session: Session) -> None:
 
 def test_copies_of_a_row_are_new_rows(session: Session) -> None:
     """`model_copy` of a persistent row is transient: changing it changes nothing stored."""
-    made = event()
-    session.add(made)
-    session.commit()
+    made = saved(session, event())
     twin = made.model_copy(update={"id": None, "request_id": "copy"}, deep=True)
     twin.sanitized_args["nested"]["x"] = 1
     session.commit()
@@ -218,9 +213,7 @@ def test_copies_of_a_row_are_new_rows(session: Session) -> None:
 @pytest.mark.parametrize("loaded", [False, True])
 def test_none_in_a_json_column_is_sql_null(session: Session, loaded: bool) -> None:
     """None is NULL, when inserted and when assigned; a null inside JSON stays one."""
-    made = request(output_payload={"a": None} if loaded else None)
-    session.add(made)
-    session.commit()
+    made = saved(session, request(output_payload={"a": None} if loaded else None))
     if loaded:
         assert json.loads(raw(session, "approval_requests.output_payload")) == {"a": None}
         made.output_payload = None
@@ -232,9 +225,7 @@ def test_none_in_a_json_column_is_sql_null(session: Session, loaded: bool) -> No
 
 def test_the_token_column_holds_a_digest(session: Session) -> None:
     """The token itself is nowhere in the row; comparisons hash what they are given; reading gives None."""
-    made = request(token="the-secret-token")
-    session.add(made)
-    session.commit()
+    made = saved(session, request(token="the-secret-token"))
     by_token = select(ApprovalRequest).where(ApprovalRequest.token == "the-secret-token")  # type: ignore[arg-type]
     session.expunge_all()
     found = session.scalars(by_token).one()
@@ -248,9 +239,7 @@ def test_the_token_column_holds_a_digest(session: Session) -> None:
 
 def test_changing_a_loaded_request_keeps_its_token(session: Session) -> None:
     """The None that reading gives is not written back, nor by a merge."""
-    made = request(token="t")
-    session.add(made)
-    session.commit()
+    saved(session, request(token="t"))
     digest = raw(session, "approval_requests.token")
     session.expunge_all()
     loaded = session.scalars(select(ApprovalRequest)).one()
@@ -265,9 +254,7 @@ def test_changing_a_loaded_request_keeps_its_token(session: Session) -> None:
 
 def test_from_row_is_detached_and_merges(session: Session) -> None:
     """What our queries return is a whole, detached object, which a session takes back."""
-    made = event(redaction_flags=[RedactionFlag(field="a", reason="PII")])
-    session.add(made)
-    session.commit()
+    made = saved(session, event(redaction_flags=[RedactionFlag(field="a", reason="PII")]))
     row = session.execute(select(AuditEvent.__table__)).mappings().one()
     session.expunge_all()
     found = AuditEvent.from_row(row)
@@ -310,9 +297,7 @@ def test_a_constructed_row_can_be_added(session: Session) -> None:
 
 def test_expired_rows_are_read_again(session: Session) -> None:
     """After a rollback a row is read again on use, its JSON too."""
-    made = event()
-    session.add(made)
-    session.commit()
+    made = saved(session, event())
     made.tool_name = "never"
     made.sanitized_args = {"never": 1}
     session.rollback()

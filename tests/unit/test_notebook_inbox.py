@@ -7,13 +7,13 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall
+from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore
 from agent_gateway_store.errors import ApprovalAlreadyDecidedError, MissingExtraError
 from agent_gateway_store.notebook import inbox
+from builders import make_request
 
 pytestmark = pytest.mark.unit
 
@@ -36,9 +36,7 @@ async def awaited(tmp_path: Path) -> AsyncIterator[GatewayStore]:
 
 def request(name: str = "a.txt", **fields: Any) -> ApprovalRequest:
     """An approval to ask for."""
-    given = {"caller_id": "dev-agent", "risk_explanation": "Deletes."} | fields
-    call = ToolCall(server="files", tool="delete_file", arguments={"path": name})
-    return ApprovalRequest(request_id=uuid4().hex, tool_call=call, **given)
+    return make_request(tool_call={"server": "files", "tool": "delete_file", "arguments": {"path": name}}, **fields)
 
 
 def click(shown: Any, **message: Any) -> list[dict[str, Any]]:

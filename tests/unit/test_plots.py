@@ -16,7 +16,7 @@ from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.notebook import plot
 from agent_gateway_store.notebook.counts import step_for
-from builders import make_event
+from builders import make_event, make_request
 
 pytestmark = pytest.mark.unit
 
@@ -42,15 +42,8 @@ def events(count: int = 48) -> Page[AuditEvent]:
 
 def approval(status: str, waited_s: float | None) -> ApprovalRequest:
     """An approval that was decided after so long."""
-    return ApprovalRequest(
-        request_id="r",
-        caller_id="c",
-        tool_call={"server": "files", "tool": "delete_file"},
-        risk_explanation="",
-        status=status,
-        created_at=START,
-        decision_at=None if waited_s is None else START + timedelta(seconds=waited_s),
-    )
+    decided = None if waited_s is None else START + timedelta(seconds=waited_s)
+    return make_request(status=status, created_at=START, decision_at=decided)
 
 
 def rows_of(chart: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 
 import plugin_helpers
 from agent_gateway_store import hookimpl
-from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
+from agent_gateway_store.hooks.manager import BLOCK_VARIABLE, LOAD_VARIABLE, Plugins
 from agent_gateway_store.hooks.plugin import PluginRecord
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.testing import RecordingNotifier
@@ -38,15 +38,6 @@ class TestInstalled:
         )
         assert list(plugins.notifiers(settings)) == ["good"]
 
-    def test_unset_variable_loads_all(self, install: Install) -> None:
-        """Without the variable every installed plugin is loaded."""
-        install("one")
-        install("two")
-
-        plugins = Plugins(environ={})
-
-        assert record(plugins, "one").state == record(plugins, "two").state == "active"
-
     def test_variables_are_read_from_the_environment(self, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
         """By default os.environ is asked."""
         install("one")
@@ -54,39 +45,37 @@ class TestInstalled:
 
         assert record(Plugins(), "one").state == "blocked"
 
-    def test_empty_variable_loads_none(self, install: Install, settings: StoreSettings) -> None:
-        """Set but empty means none; what is not loaded is not imported either."""
-        install("one")
-
-        plugins = Plugins(environ={LOAD_VARIABLE: ""})
-
-        assert record(plugins, "one").state == "blocked"
-        assert record(plugins, "one").error == "not named in AGENT_GATEWAY_STORE_LOAD_PLUGINS"
-        assert plugins.notifiers(settings) == {}
-        assert "fake_one" not in sys.modules
-
-    def test_named_plugins_only(self, install: Install) -> None:
-        """The list picks; a name that nobody has is reported."""
+    @pytest.mark.parametrize(
+        ("environ", "errors"),
+        [
+            ({}, {"one": None, "two": None}),
+            ({LOAD_VARIABLE: ""}, dict.fromkeys(("one", "two"), f"not named in {LOAD_VARIABLE}")),
+            (
+                {LOAD_VARIABLE: "one,slak"},
+                {"one": None, "two": f"not named in {LOAD_VARIABLE}", "slak": "no such plugin is installed"},
+            ),
+            (
+                {LOAD_VARIABLE: "one,two", BLOCK_VARIABLE: "one"},
+                {"one": f"named in {BLOCK_VARIABLE}", "two": None},
+            ),
+        ],
+        ids=["unset", "empty", "named", "blocked"],
+    )
+    def test_variables_say_what_is_loaded(
+        self, install: Install, environ: dict[str, str], errors: dict[str, str | None]
+    ) -> None:
+        """Unset is all, empty is none, blocking wins; what is not loaded is not imported; a name nobody has is told."""
         install("one")
         install("two")
 
-        plugins = load("one", "slak")
+        plugins = Plugins(environ=environ)
 
-        assert record(plugins, "one").state == "active"
-        assert record(plugins, "two").state == "blocked"
-        assert record(plugins, "slak").state == "broken"
-        assert "no such plugin is installed" in (record(plugins, "slak").error or "")
-
-    def test_blocked_plugin_is_not_imported(self, install: Install) -> None:
-        """Blocking wins over loading."""
-        install("one")
-
-        plugins = load("one", block="one")
-
-        assert record(plugins, "one") == PluginRecord(
-            "one", "1.0", "fake-one", (), "blocked", "named in AGENT_GATEWAY_STORE_BLOCK_PLUGINS"
-        )
-        assert "fake_one" not in sys.modules
+        for name, error in errors.items():
+            state = "active" if error is None else "broken" if name == "slak" else "blocked"
+            assert record(plugins, name).state == state
+            assert (error or "") in (record(plugins, name).error or "")
+            assert (f"fake_{name}" in sys.modules) is (error is None)
+        assert record(plugins, "one").distribution == "fake-one"
 
     @pytest.mark.parametrize(
         ("code", "error"),

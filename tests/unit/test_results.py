@@ -12,12 +12,11 @@ from rich.console import Console
 
 from agent_gateway_store import Page, _text
 from agent_gateway_store._text import escape
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
-from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.keys import ApiKey, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results.cells import cell
-from builders import make_event, make_key
+from builders import make_event, make_key, make_request
 
 pytestmark = pytest.mark.unit
 
@@ -109,15 +108,9 @@ def test_long_cells_are_cut_before_they_are_escaped(monkeypatch: pytest.MonkeyPa
 def test_dicts_are_json_without_hidden_fields() -> None:
     """Tokens and key hashes are left out; the rest is JSON: text for times, enums and ids."""
     approval_id = uuid4()
-    request = ApprovalRequest(
-        approval_id=approval_id,
-        token=SECRET,
-        request_id="r",
-        caller_id="c",
-        tool_call={"server": "s", "tool": "t"},
-        risk_explanation="",
-        created_at=datetime(2024, 5, 1, tzinfo=UTC),
-    )
+    call = {"server": "s", "tool": "t"}
+    created_at = datetime(2024, 5, 1, tzinfo=UTC)
+    request = make_request(approval_id=approval_id, token=SECRET, tool_call=call, created_at=created_at)
     result = ApprovalResult(approval_id=approval_id, token=SECRET, status=ApprovalStatus.APPROVED)
     page = Page([key(), request, result])
     dicts = page.to_dicts()
@@ -153,21 +146,7 @@ def test_dicts_are_copies() -> None:
 
 def test_events_render() -> None:
     """A page as our queries make it, in a notebook and in a terminal."""
-    event = AuditEvent(
-        request_id="r1",
-        caller_id="<b>dev</b>",
-        caller_role="developer",
-        environment="dev",
-        mcp_server="files",
-        tool_name="read_file",
-        raw_args_hash="ab" * 32,
-        sanitized_args={},
-        risk_score=0.1,
-        matched_policy_rule="x",
-        decision="ALLOW",
-        latency_ms=1,
-        deterministic_rationale="y",
-    )
+    event = make_event(caller_id="<b>dev</b>")
     page = Page([event], columns=("request_id", "caller_id", "decision"))
 
     assert ">&lt;b&gt;dev&lt;/b&gt;</td>" in page._repr_html_()

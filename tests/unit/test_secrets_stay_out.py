@@ -13,19 +13,12 @@ from typing import Any
 import fakeredis
 import pytest
 
-from agent_gateway_store import (
-    ApprovalRequest,
-    AuditEvent,
-    GatewayStore,
-    Notice,
-    StoreSettings,
-    SyncGatewayStore,
-    ToolCall,
-    errors,
-)
+from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, ToolCall, errors
 from agent_gateway_store.keys.format import new_key
 from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import Database, create_engine
+from agent_gateway_store.testing import RecordingNotifier
+from builders import make_event, make_request
 
 pytestmark = pytest.mark.unit
 
@@ -34,21 +27,6 @@ PASSWORDS = {"plain-pass-71": "pass-71", "p@ss:w/rd?71#x": "ss:w|rd?71|71#x", "%
 """Passwords, also such as should have been escaped, and pieces by which each is recognised."""
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": RAW_ARGUMENT})
 SHOWN = ToolCall(server="files", tool="delete_file", arguments={"path": "[redacted]"})
-
-
-class Recorder:
-    """A notifier that keeps all it is told, as text."""
-
-    name = "recorder"
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    async def notify_pending(self, notice: Notice) -> None:
-        self.told.append(f"{notice!r}{notice.model_dump_json()}")
-
-    async def notify_decision(self, notice: Notice) -> None:
-        self.told.append(f"{notice!r}{notice.model_dump_json()}")
 
 
 @dataclass
@@ -85,9 +63,7 @@ async def run(store: GatewayStore, trail: Trail) -> None:
     wrong_key = new_key(issued.api_key.key_id)
     rotated = await store.keys.rotate("dev-agent")
     caller = await store.keys.verify(key)
-    request = ApprovalRequest(
-        request_id="r-1", caller_id="dev-agent", tool_call=SHOWN, risk_explanation="deletes a file"
-    )
+    request = make_request(request_id="r-1", tool_call=SHOWN)
     own_token = str(request.token)
     token = await store.approvals.issue_token(request, call=CALL)
     again = await store.approvals.issue_token(request.model_copy(update={"token": "own-token-55a1"}), call=CALL)
@@ -110,20 +86,8 @@ async def run(store: GatewayStore, trail: Trail) -> None:
     used = await store.approvals.consume_token(again, caller_id="dev-agent", tool_call=CALL)
     errors_seen.append(await refused(store.approvals.consume_token(again, caller_id="dev-agent", tool_call=CALL)))
     errors_seen.append(await refused(store.approvals.issue_token(request, call=CALL)))
-    event = AuditEvent(
-        request_id="r-1",
-        caller_id="dev-agent",
-        caller_role="developer",
-        environment="dev",
-        mcp_server="files",
-        tool_name="delete_file",
-        raw_args_hash=raw_hash,
-        sanitized_args={"path": "[redacted]"},
-        risk_score=0.9,
-        matched_policy_rule="deletes",
-        decision="APPROVAL_REQUIRED",
-        latency_ms=1,
-        deterministic_rationale="deletes need an approval",
+    event = make_event(
+        request_id="r-1", raw_args_hash=raw_hash, sanitized_args={"path": "[redacted]"}, decision="APPROVAL_REQUIRED"
     )
     await store.audit.write(event)
 
@@ -147,13 +111,13 @@ async def run(store: GatewayStore, trail: Trail) -> None:
 async def trail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Trail:
     """Everything a whole run leaves, with all logs at DEBUG."""
     caplog.set_level(logging.DEBUG)
-    trail, recorder = Trail(), Recorder()
+    trail, recorder = Trail(), RecordingNotifier()
     async with fakeredis.FakeAsyncRedis(decode_responses=True) as client:
         async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis=client, plugins=[recorder]) as store:
             await run(store, trail)
         trail.redis = {name: str(await client.get(name)) for name in await client.keys()}
     trail.texts["logs"] = caplog.text
-    trail.texts["notices"] = "".join(recorder.told)
+    trail.texts["notices"] = "".join(f"{notice!r}{notice.model_dump_json()}" for notice in recorder.notices)
     for path in tmp_path.iterdir():
         trail.texts[f"file {path.name}"] = path.read_bytes().decode("latin-1")
     return trail
@@ -225,8 +189,7 @@ async def test_password_of_redis_is_not_shown(
         else:
             shown.append(repr(client))
             async with GatewayStore(settings=settings) as store:
-                request = ApprovalRequest(request_id="r", caller_id="c", tool_call=SHOWN, risk_explanation="x")
-                await store.approvals.issue_token(request)
+                await store.approvals.issue_token(make_request())
 
         assert [text for text in [*shown, caplog.text] for piece in pieces.split("|") if piece in text] == []
 

@@ -1,0 +1,111 @@
+"""The writer, its spool and the row-by-row insert: a row leaves the spool once it is committed, and by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+
+from agent_gateway_store import WriteOutcome
+from agent_gateway_store.audit.backends import RowResult, insert_event
+from agent_gateway_store.audit.record import EncodedRow, encode_event, key_of, to_values
+from agent_gateway_store.audit.spool import Spool
+from agent_gateway_store.audit.writer import AuditWriter
+from agent_gateway_store.storage import migrate
+from agent_gateway_store.storage.database import create_engine
+from builders import make_event
+
+pytestmark = pytest.mark.unit
+
+
+class Database:
+    """Keeps the request ids that are committed; while it is `away` it answers, and commits nothing."""
+
+    def __init__(self) -> None:
+        self.committed: list[str] = []
+        self.is_away = False
+
+    async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
+        if self.is_away:
+            raise ConnectionResetError
+        self.committed += [key_of(row)[0] for row in rows]
+        return [WriteOutcome.STORED] * len(rows)
+
+    async def probe(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@pytest.fixture
+def database() -> Database:
+    return Database()
+
+
+@pytest.fixture
+async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
+    opened = Spool(tmp_path / "spool.db", make_url("postgresql://host/db"))
+    yield opened
+    await opened.close()
+
+
+async def fill(spool: Spool, count: int, *, error: str | None = None) -> list[str]:
+    """Spool so many events; return their request ids."""
+    events = [make_event() for _ in range(count)]
+    await spool.add([to_values(encode_event(event)) for event in events], error=error)
+    return [event.request_id for event in events]
+
+
+async def test_a_row_leaves_the_spool_after_its_commit(database: Database, spool: Spool) -> None:
+    """A commit that fails in between loses nothing."""
+    ids = await fill(spool, 3)
+    writer = AuditWriter(database, spool)
+    database.is_away = True
+    assert await writer.flush() == 3
+
+    database.is_away = False
+    assert await writer.flush() == 0
+    await writer.close()
+
+    assert database.committed == ids
+
+
+async def test_more_rows_than_one_commit_takes_come_back_by_themselves(database: Database, spool: Spool) -> None:
+    """In order and once, after nothing but the opening."""
+    ids = await fill(spool, 1_201)
+    writer = AuditWriter(database, spool)
+    await writer.open()
+    async with asyncio.timeout(20):
+        while await spool.counts() != (0, 0):
+            await asyncio.sleep(0.01)
+    await writer.close()
+
+    assert database.committed == ids
+
+
+async def test_what_is_quarantined_stays_where_it_is(database: Database, spool: Spool) -> None:
+    """It is replayed neither on opening nor by `flush`."""
+    await fill(spool, 2, error="DataError")
+    [good] = await fill(spool, 1)
+    writer = AuditWriter(database, spool)
+    await writer.open()
+    assert await writer.flush() == 0
+    await writer.close()
+
+    assert database.committed == [good]
+    assert await spool.counts() == (0, 2)
+
+
+async def test_a_repeat_is_one_in_its_own_organisation() -> None:
+    """The same event of two organisations is two events, and each has its own repeats."""
+    engine = create_engine("sqlite://")
+    await migrate.upgrade(engine)
+    event = make_event()
+    async with engine.begin() as connection:
+        rows = [encode_event(event, org_id=org_id) for org_id in ("acme", "other", "other", "acme")]
+        outcomes = [await insert_event(connection, row) for row in rows]
+    await engine.dispose()
+
+    assert outcomes == [*[WriteOutcome.STORED] * 2, *[WriteOutcome.DUPLICATE] * 2]
