@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,32 @@ _SETTINGS = (
     *("AGENT_GATEWAY_STORE_", "ALLOW_SELF_APPROVAL", "API_KEY_", "APPROVAL_", "AUDIT_", "BCRYPT_", "DATABASE_"),
     *("ENVIRONMENT", "HASH_KEY", "NOTIFICATION_", "OTEL_", "PLUGIN_", "REDIS_"),
 )
+
+
+_WORKERS_PER_CORE = 2
+"""Half of a run is waiting: for servers, for other processes, for a deadline to pass."""
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Where pytest-xdist is not loaded (`-p no:xdist`), its options of pyproject.toml stand for nothing."""
+    if not pluginmanager.hasplugin("xdist"):
+        parser.addoption("--numprocesses")
+        parser.addoption("--dist")
+
+
+def pytest_configure() -> None:
+    """Keep compiled modules: without them each worker, and each process of a test, compiles the package anew."""
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run files and tests that are named in this process: it takes less time than starting workers for them."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if named and all(Path(argument.partition("::")[0]).is_file() for argument in config.args):
+        return 0
+    return _WORKERS_PER_CORE * len(os.sched_getaffinity(0))
 
 
 def pytest_collection_finish() -> None:
@@ -67,9 +94,13 @@ def postgres_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """The URL of a real Redis server; the test fails if there is none."""
+    # Workers share a server that was given to the run: each takes a database of its own there.
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     try:
-        with servers.redis() as url:
-            yield url
+        with servers.redis() as given:
+            url = make_url(given)
+            database = str(int(url.database or 0) + worker)
+            yield url.set(database=database).render_as_string(hide_password=False)
     except LookupError as exc:
         pytest.fail(str(exc))
 

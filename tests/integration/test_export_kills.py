@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,22 +16,55 @@ from builders import make_event
 
 pytestmark = pytest.mark.integration
 
-EVENTS = 4_000
-EXPORTS = """
-import itertools, sys
+BEFORE, EVENTS = 250, 300
+WAYS = {
+    "new.jsonl": {},
+    "new.csv": {},
+    "new.parquet": {},
+    "new.days": {"partition_by": "day"},
+    "old.jsonl": {"overwrite": True},
+    "old.days": {"partition_by": "day", "overwrite": True},
+}
+"""The name of each export and its options; at an `old` name an export of the first events stands already."""
+
+KILLS = """
+import itertools, json, os, shutil, signal, sys
 from pathlib import Path
 from agent_gateway_store import SyncGatewayStore
 
-folder, url = Path(sys.argv[1]), sys.argv[2]
+url, root, ways = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+ON_FILES = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+def export(path, options, moment):
+    left = itertools.count(moment - 1, -1)
+
+    def step(*_):
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with SyncGatewayStore(url, redis_url="") as store:
+        sys.addaudithook(lambda event, args: event in ON_FILES and str(path.parent) in str(args[0]) and step())
+        store.audit.export(path, progress=step, **options)
+
+# What is imported here need not be imported by each that is killed.
+(root / "whole").mkdir()
 with SyncGatewayStore(url, redis_url="") as store:
-    print("ready", flush=True)
-    for number in itertools.count():
-        store.audit.export(folder / f"{number}.jsonl")
-        store.audit.export(folder / f"{number}.parquet")
-        store.audit.export(folder / f"{number}.days", partition_by="day")
-        store.audit.export(folder / f"{number}.csv")
-        store.audit.export(folder / "same.jsonl", overwrite=True)
+    for name, options in ways.items():
+        store.audit.export(root / "whole" / name, **options)
+for name, options in ways.items():
+    for moment in itertools.count(1):
+        folder = root / f"{name}-{moment}"
+        shutil.copytree(root / "before", folder)
+        if (pid := os.fork()) == 0:
+            export(folder / name, options, moment)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        if status == 0:
+            break
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
 """
+"""Exports in every way, each killed before its first operation on a file or report of progress, then before its second,
+and so on, until one comes to its end."""
 
 
 def rows_of(path: Path) -> int:
@@ -48,47 +79,32 @@ def rows_of(path: Path) -> int:
     return len([json.loads(line) for line in lines if line.endswith(b"\n")])
 
 
-def kill_exports(tmp_path: Path, url: str, *, kills: int) -> Counter[str]:
-    """Kill a process that exports without pause, at random moments; returns what was found under which kind of name."""
-    rng = random.Random(4)
-    found: Counter[str] = Counter()
-    for number in range(kills):
-        folder = tmp_path / f"out-{number}"
-        folder.mkdir()
-        process = subprocess.Popen([sys.executable, "-c", EXPORTS, str(folder), url], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + rng.random())
-        process.kill()
-        process.wait(10)
-        process.stdout.close()
-        for path in folder.iterdir():
-            if path.suffix in (".partial", ".old"):
-                found[path.suffix] += 1
-                continue
-            assert rows_of(path) == EVENTS, path.name
-            found["whole"] += 1
-    return found
-
-
-def test_no_partial_file_stands_under_a_final_name(tmp_path: Path) -> None:
-    """Killed at random moments in every format: what has its final name is whole, and the rest is named `.partial`."""
-    url = f"sqlite:///{tmp_path}/gateway.db"
+def test_no_partial_file_stands_under_a_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at every step in every format: what has its final name is whole, and the rest is named `.partial`."""
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+    url, exports = f"sqlite:///{tmp_path}/gateway.db", tmp_path / "exports"
     with SyncGatewayStore(url, redis_url="") as store:
-        store.audit.write_many(make_event(request_id=f"r-{number}") for number in range(EVENTS))
-    found = kill_exports(tmp_path, url, kills=5)
+        store.audit.write_many(make_event(request_id=f"r-{number}") for number in range(BEFORE))
+        (exports / "before").mkdir(parents=True)
+        store.audit.export(exports / "before" / "old.jsonl")
+        store.audit.export(exports / "before" / "old.days", partition_by="day")
+        store.audit.write_many(make_event(request_id=f"r-{number}") for number in range(BEFORE, EVENTS))
+    program = [sys.executable, "-c", KILLS, url, str(exports), json.dumps(WAYS)]
+    subprocess.run(program, check=True, timeout=240)
 
-    assert found["whole"] > 0
-    assert found[".partial"] > 0
+    for name in WAYS:
+        *killed, ended = sorted(exports.glob(f"{name}-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+        found: Counter[str] = Counter()
+        for folder in killed:
+            found.update(path.suffix for path in folder.iterdir() if path.suffix in (".partial", ".old"))
+            if (folder / name).exists():
+                rows = rows_of(folder / name)
+                found[f"{rows} rows"] += 1
+                assert rows == EVENTS or (rows == BEFORE and name.startswith("old"))
 
-
-@pytest.mark.slow
-def test_no_partial_file_after_two_hundred_kills(tmp_path: Path) -> None:
-    """The long form."""
-    url = f"sqlite:///{tmp_path}/gateway.db"
-    with SyncGatewayStore(url, redis_url="") as store:
-        store.audit.write_many(make_event(request_id=f"r-{number}") for number in range(EVENTS))
-    found = kill_exports(tmp_path, url, kills=200)
-
-    assert found["whole"] > 100
-    assert found[".partial"] > 100
+        assert len(killed) > 3
+        # Killed before it had a name, while it was written, and after it was whole.
+        assert found[".partial"] > 1
+        assert found[f"{EVENTS} rows"] > 0
+        assert (name == "old.days") == (found[".old"] > 0)
+        assert rows_of(ended / name) == EVENTS

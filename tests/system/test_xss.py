@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -158,28 +158,26 @@ def test_cards_are_harmless(tab: tuple[Tab, Seen], tmp_path: Path) -> None:
     assert page.locator(".ags-card").count() == 4 * len(PAYLOADS)
 
 
-def hostile_charts() -> dict[str, Any]:
-    """Each plot over hostile data, with a hostile title."""
-    events, title = Page([event(payload) for payload in PAYLOADS]), "".join(PAYLOADS[:6])
-    frame = events.to_pandas()
-    strange = frame.assign(decision=pd.Series(PAYLOADS, dtype="object"))
-    return {
-        "timeline": plot.timeline(strange, title=title),
-        "calls": plot.calls(frame, title=title),
-        "latency": plot.latency(frame, title=title),
-        "latency-by": plot.latency(frame, by="tool_name"),
-        "latency-stats": plot.latency(stats(), title=title),
-        "risk": plot.risk(frame, title=title),
-        "risk-stats": plot.risk(stats()),
-        "waiting": plot.waiting(Page([approval(payload) for payload in PAYLOADS]), title=title),
-        "empty": plot.calls(frame[:0], title=title),
-    }
+TITLE = "".join(PAYLOADS[:6])
+# Drawn within the test: what only collects the tests need not load the libraries that draw.
+CHARTS: dict[str, Callable[[Any], Any]] = {
+    "timeline": lambda frame: plot.timeline(frame.assign(decision=pd.Series(PAYLOADS, dtype="object")), title=TITLE),
+    "calls": lambda frame: plot.calls(frame, title=TITLE),
+    "latency": lambda frame: plot.latency(frame, title=TITLE),
+    "latency-by": lambda frame: plot.latency(frame, by="tool_name"),
+    "latency-stats": lambda _: plot.latency(stats(), title=TITLE),
+    "risk": lambda frame: plot.risk(frame, title=TITLE),
+    "risk-stats": lambda _: plot.risk(stats()),
+    "waiting": lambda _: plot.waiting(Page([approval(payload) for payload in PAYLOADS]), title=TITLE),
+    "empty": lambda frame: plot.calls(frame[:0], title=TITLE),
+}
+"""Each plot over a frame of hostile events, with a hostile title."""
 
 
-@pytest.mark.parametrize("name", [*hostile_charts()])
+@pytest.mark.parametrize("name", CHARTS)
 def test_charts_are_harmless(name: str, tab: tuple[Tab, Seen], tmp_path: Path) -> None:
     """As a notebook shows them (Vega in the page, its libraries inline), tooltips and all, and as SVG."""
-    chart = hostile_charts()[name]
+    chart = CHARTS[name](Page([event(payload) for payload in PAYLOADS]).to_pandas())
 
     live = chart.to_html(inline=True, embed_options={"actions": False})
     page = stay_quiet(tab, live, tmp_path / "live.html", f"chart-{name}", wait_for="svg.marks")
