@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 from pydantic import ValidationError
 
-from agent_gateway_store import AuditEvent, Decision, GatewayStore, StoreSettings, errors
+from agent_gateway_store import AuditEvent, Decision, GatewayStore, RedactionFlag, StoreSettings, clock, errors
 
 pytestmark = pytest.mark.integration
 
@@ -22,15 +22,18 @@ MakeEvent = Callable[..., AuditEvent]
 INVALID: tuple[dict[str, Any], ...] = (
     {"decision": "MAYBE"},
     {"execution_status": "maybe"},
-    {"latency_ms": -5},
-    {"latency_ms": "soon"},
-    {"risk_score": None},
-    {"timestamp": "noon"},
-    {"sanitized_args": [1]},
-    {"risk_labels": None},
-    {"redaction_flags": [{"field": 5}]},
-    {"caller_id": None},
-    {"trace_id": UUID(int=1)},
+    {"output_decision": None},
+    {"raw_args_hash": 5},
+)
+REPAIRED: tuple[tuple[dict[str, Any], Any], ...] = (
+    ({"latency_ms": -5}, 0),
+    ({"latency_ms": "soon"}, 0),
+    ({"risk_score": None}, 0.0),
+    ({"sanitized_args": [1]}, {"[WITHHELD]": "INVALID"}),
+    ({"risk_labels": None}, []),
+    ({"risk_labels": ["a", 5]}, ["a", "$int:5"]),
+    ({"caller_id": None}, ""),
+    ({"trace_id": UUID(int=1)}, f"$uuid:{UUID(int=1)}"),
 )
 
 
@@ -81,12 +84,41 @@ async def test_the_strict_mode_refuses_an_invalid_event(database_url: str, make_
     assert isinstance(caught.value.__cause__, ValidationError)
 
 
-async def test_many_stop_at_an_invalid_event(store: GatewayStore, make_event: MakeEvent) -> None:
-    """As where the iterable raises: what came before is stored."""
+@pytest.mark.parametrize(("given", "kept"), REPAIRED, ids=str)
+async def test_an_invalid_value_is_replaced_and_flagged(
+    store: GatewayStore, make_event: MakeEvent, given: dict[str, Any], kept: Any
+) -> None:
+    """Where the event says the same without it: better than to lose the whole event."""
+    assert await store.audit.write(make_event().model_copy(update=given)) == "STORED"
+
+    (name,) = given
+    (found,) = await store.audit.list_recent()
+    assert getattr(found, name) == kept
+    assert [(flag.field, flag.reason) for flag in found.redaction_flags] == [(name, "INVALID")]
+
+
+async def test_an_invalid_time_or_flag_is_replaced(store: GatewayStore, make_event: MakeEvent) -> None:
+    """By the time of the write; the flags that are valid stay."""
+    flag = RedactionFlag(field="caller_id", reason="KNOWN")
+    given = {"timestamp": "noon", "redaction_flags": [flag, {"field": 5}]}
+    before = clock.utc_now()
+
+    await store.audit.write(make_event().model_copy(update=given))
+
+    (found,) = await store.audit.list_recent()
+    assert before <= found.timestamp <= clock.utc_now()
+    assert {(flag.field, flag.reason) for flag in found.redaction_flags} == {
+        ("caller_id", "KNOWN"),
+        ("timestamp", "INVALID"),
+        ("redaction_flags", "INVALID"),
+    }
+
+
+async def test_many_go_on_past_an_invalid_event(store: GatewayStore, make_event: MakeEvent) -> None:
+    """It is LOST; the others are stored."""
     events = [make_event(request_id=f"r-{number}") for number in range(4)]
     events[2] = events[2].model_copy(update={"decision": "MAYBE"})
 
-    with pytest.raises(ValidationError, match="decision"):
-        await store.audit.write_many(events)
+    assert await store.audit.write_many(events) == {"STORED": 3, "LOST": 1}
 
-    assert sorted(event.request_id for event in await store.audit.list_recent()) == ["r-0", "r-1"]
+    assert sorted(event.request_id for event in await store.audit.list_recent()) == ["r-0", "r-1", "r-3"]
