@@ -203,7 +203,7 @@ async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> A
 
 def _row_of(event: AuditEvent, org_id: str | None) -> dict[str, Any]:
     if not issubclass(type(event), AuditEvent):
-        raise TypeError(f"Hand over a whole AuditEvent, not {type_name(type(event)).removeprefix("builtins.")}.")
+        raise TypeError(f"Hand over a whole AuditEvent, not {type_name(type(event)).removeprefix('builtins.')}.")
     given: Mapping[str, Any] = event.__dict__
     try:
         values = {name: given[name] for name in COLUMNS}
