@@ -48,6 +48,11 @@ _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "c
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _GZIP_LEVEL = 6  # the default of the gzip command
 _BATCH_ROWS = 500  # of a Parquet file that is read at once
+# The longest line that an export writes takes a quarter of it: an event's JSON and texts, every character escaped.
+_MAX_LINE_BYTES = 32 * 2**20
+# Logs shrink to a tenth, and no further than to a fortieth, since each event holds two hashes that do not shrink.
+_UNPACKED_RATIO = 200
+_UNPACKED_AT_LEAST = 64 * 2**20
 _REPORT_ROWS = 100  # rows between two reports of progress
 _PANDAS_INDEX = "__index_level_"  # the columns in which pandas keeps its index
 
@@ -260,8 +265,8 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
     """Yield the events of a file or a dataset, in its order.
 
     Raises:
-        ValueError: The file is not whole; or a record is malformed, or is not what its content_hash says: the text
-            names it and repeats nothing of it.
+        ValueError: The file is not whole, or unpacks to more than any log does; or a record is malformed, or is not
+            what its content_hash says: the text names it and repeats nothing of it.
         MissingExtraError: Parquet or zstd, and pyarrow is not installed.
     """
     records = _json_records(path) if format == "jsonl" else _parquet_records(path)
@@ -286,7 +291,12 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
 
 def _json_records(path: Path) -> Iterator[dict[str, Any] | None]:
     with _read_opened(path) as file:
-        for number, line in enumerate(file, start=1):
+        unpacked = 0
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
+            if len(line) > _MAX_LINE_BYTES:
+                raise _malformed(path, number, f"a line of more than {_MAX_LINE_BYTES // 2**20} MiB")
+            unpacked += len(line)
+            _check_unpacked(path, unpacked)
             if not line.strip():
                 yield None
                 continue
@@ -299,6 +309,18 @@ def _json_records(path: Path) -> Iterator[dict[str, Any] | None]:
             yield record
 
 
+def _check_unpacked(path: Path, size: int) -> None:
+    """Refuse a file that was made to fill the memory or to never end.
+
+    Raises:
+        ValueError: It unpacks to more than any log of events does.
+    """
+    if size > _UNPACKED_AT_LEAST and size > _UNPACKED_RATIO * path.stat().st_size:
+        raise ValueError(
+            f"{path} unpacks to more than {_UNPACKED_RATIO} times its size, as no log does: check where it is from."
+        )
+
+
 def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
     pa = arrow("Reading Parquet")
     from pyarrow import dataset
@@ -309,6 +331,10 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
         unknown = [name for name in source.schema.names if name not in names and not name.startswith(_PANDAS_INDEX)]
         if unknown:
             raise ValueError(f"{path} has columns that no event has ({', '.join(unknown)}): leave them out.")
+        for fragment in source.get_fragments():
+            # As the file says of itself, before the compression; each of its groups of rows is read at once.
+            groups = fragment.row_groups
+            _check_unpacked(Path(fragment.path), sum(group.total_byte_size for group in groups))
         number = 0
         for batch in source.to_batches(columns=names, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
             for record in batch.to_pylist():
