@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
-from collections import Counter
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
-from uuid import UUID
 
 import pytest
-from pydantic import ValidationError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
@@ -19,12 +14,10 @@ from agent_gateway_store import (
     AuditEvent,
     AuditLogger,
     AuditQuery,
-    Decision,
     ExecutionStatus,
     GatewayStore,
     Page,
     RedactionFlag,
-    StoreSettings,
     errors,
 )
 from agent_gateway_store.storage.database import create_engine
@@ -184,73 +177,6 @@ async def test_record_raises_what_went_wrong(store: GatewayStore) -> None:
         await session.rollback()
 
     assert await store.audit.write(make_event()) == "STORED"
-
-
-INVALID: tuple[dict[str, Any], ...] = (
-    {"decision": "MAYBE"},
-    {"execution_status": "maybe"},
-    {"latency_ms": -5},
-    {"latency_ms": "soon"},
-    {"risk_score": None},
-    {"timestamp": "noon"},
-    {"sanitized_args": [1]},
-    {"risk_labels": None},
-    {"redaction_flags": [{"field": 5}]},
-    {"caller_id": None},
-    {"trace_id": UUID(int=1)},
-)
-
-
-async def test_what_the_validation_would_have_taken_is_stored(store: GatewayStore) -> None:
-    """A word for an enum, a float of milliseconds, a naive time, a whole number as a score."""
-    noon = datetime(2026, 1, 2, 12)
-    given = {"decision": "DENY", "latency_ms": 1.7, "timestamp": noon, "risk_score": 1}
-
-    assert await store.audit.write(make_event(trace_id="t").model_copy(update=given)) == "STORED"
-
-    (found,) = await store.audit.list_recent()
-    assert (found.decision, found.latency_ms) == (Decision.DENY, 2)
-    assert (found.timestamp, found.risk_score, found.trace_id) == (noon.replace(tzinfo=UTC), 1.0, "t")
-
-
-@pytest.mark.parametrize("given", INVALID, ids=str)
-async def test_an_invalid_event_costs_no_other_one(
-    store: GatewayStore, caplog: pytest.LogCaptureFixture, given: dict[str, Any]
-) -> None:
-    """It is LOST: `write` does not raise, what is wrong and the whole event are logged; the others are stored."""
-    bad = make_event(request_id="bad").model_copy(update=given)
-    events = [make_event(request_id=f"r-{number}") for number in range(20)]
-
-    with caplog.at_level(logging.ERROR):
-        outcomes = await asyncio.gather(*map(store.audit.write, [*events[:10], bad, *events[10:]]))
-
-    assert Counter(outcomes) == {"STORED": 20, "LOST": 1}
-    assert outcomes[10] == "LOST"
-    assert store.audit.counters.lost == 1
-    wrong, lost = (record.getMessage() for record in caplog.records)
-    assert next(iter(given)) in wrong
-    assert json.loads(lost.partition(": ")[2])["request_id"] == "bad"
-
-
-async def test_the_strict_mode_refuses_an_invalid_event(database_url: str) -> None:
-    """The call must not go through; the cause says why."""
-    async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as strict:
-        with pytest.raises(errors.AuditUnavailableError, match="The event is not valid") as caught:
-            await strict.audit.write(make_event().model_copy(update={"decision": "MAYBE"}))
-        assert await strict.audit.write(make_event()) == "STORED"
-
-    assert isinstance(caught.value.__cause__, ValidationError)
-
-
-async def test_many_stop_at_an_invalid_event(store: GatewayStore) -> None:
-    """As where the iterable raises: what came before is stored."""
-    events = [make_event(request_id=f"r-{number}") for number in range(4)]
-    events[2] = events[2].model_copy(update={"decision": "MAYBE"})
-
-    with pytest.raises(ValidationError, match="decision"):
-        await store.audit.write_many(events)
-
-    assert sorted(event.request_id for event in await store.audit.list_recent()) == ["r-0", "r-1"]
 
 
 async def count(engine: AsyncEngine) -> int:

@@ -114,3 +114,41 @@ async def test_a_column_that_no_event_has_is_refused(store: GatewayStore, tmp_pa
 
     with pytest.raises(ValueError, match=r"has columns that an event does not have \(source\)"):
         await store.audit.import_file(path)
+
+
+def _bomb_of_blank_lines(path: Path) -> None:
+    with gzip.open(path, "wb") as file:
+        for _ in range(80):
+            file.write((b" " * 1023 + b"\n") * 1024)
+
+
+def _endless_line(path: Path) -> None:
+    with gzip.open(path, "wb") as file:
+        for _ in range(40):
+            file.write(b" " * 2**20)
+
+
+def _bomb_of_columns(path: Path) -> None:
+    rows = pa.table({"caller_id": pa.array(["x" * 2**20] * 100)})
+    parquet.write_table(rows, path, use_dictionary=False, compression="zstd")
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "words"),
+    [
+        ("blank.jsonl.gz", _bomb_of_blank_lines, "more than 200 times its size"),
+        ("long.jsonl.gz", _endless_line, "a line of more than 32 MiB"),
+        ("columns.parquet", _bomb_of_columns, "more than 200 times its size"),
+    ],
+    ids=["blank lines", "one line", "columns"],
+)
+async def test_what_was_made_to_fill_the_memory_is_refused(
+    store: GatewayStore, tmp_path: Path, name: str, made: Callable[[Path], None], words: str
+) -> None:
+    """A small file that unpacks without end, or a line without end: one sentence, and nothing is stored."""
+    made(tmp_path / name)
+
+    with pytest.raises(ValueError, match=words):
+        await store.audit.import_file(tmp_path / name)
+
+    assert not await store.audit.list_recent()

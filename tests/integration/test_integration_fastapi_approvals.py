@@ -153,8 +153,20 @@ async def test_expired_approval_is_gone(bench: Bench) -> None:
         {"json": {"decision": "approve", "note": {"a": 1}}},
         {"content": b'{"decision": "approve"', "headers": {"Content-Type": "application/json"}},
         {"content": b"[" * 60_000, "headers": {"Content-Type": "application/json"}},
+        *(
+            {"content": body, "headers": {"Content-Type": "application/json"}}
+            for body in (
+                b'{"decision": "approve", "note": "\\ud800"}',
+                b'{"decision": "approve", "note": NaN}',
+                b'{"decision": -Infinity}',
+                b'{"decision": "approve", "\\ud800": 1}',
+            )
+        ),
     ],
-    ids=["text", "form", "empty", "word", "extra", "long", "type", "cut", "deep"],
+    ids=[
+        *("text", "form", "empty", "word", "extra", "long", "type", "cut", "deep"),
+        *("surrogate", "not a number", "infinity", "name"),
+    ],
 )
 async def test_what_is_no_decision_decides_nothing(bench: Bench, request_options: dict[str, Any]) -> None:
     """Also not what a form of a foreign page could send with the approver's cookies."""

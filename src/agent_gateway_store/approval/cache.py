@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, ConfigDict, ValidationError
 
 from agent_gateway_store.approval.queries import StoredApproval
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.encoding.canonical import is_text
+from agent_gateway_store.encoding.plain import is_text
 from agent_gateway_store.models.approval import ApprovalResult, ApprovalScope
 from agent_gateway_store.models.columns import token_digest
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel

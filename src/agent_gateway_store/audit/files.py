@@ -50,6 +50,12 @@ _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _GZIP_LEVEL = 6
 # Chosen: rows of a Parquet file that are read at once.
 _BATCH_ROWS = 500
+# Four times the longest line that an export writes: an event's JSON and texts, every character escaped.
+_MAX_LINE_BYTES = 32 * 2**20
+# Logs shrink to a tenth, and no further than to a fortieth, since each event holds two hashes that do not shrink.
+_UNPACKED_RATIO = 200
+# Chosen: what any machine unpacks at once, whatever the ratio.
+_UNPACKED_AT_LEAST = 64 * 2**20
 # Chosen: rows between two reports of progress.
 _REPORT_ROWS = 100
 # The limit of most file systems for one name is 255 bytes; the rest is for what `_beside` adds.
@@ -251,8 +257,8 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
     """Yield the events of a file or a dataset, in its order.
 
     Raises:
-        ValueError: The file is incomplete; or a record is malformed, or does not fit its content_hash: the message
-            names its number and repeats nothing of it.
+        ValueError: The file is incomplete, or unpacks to more than any log does; or a record is malformed, or does not
+            fit its content_hash: the message names its number and repeats nothing of it.
         MissingExtraError: Parquet or zstd, and pyarrow is not installed.
     """
     records = _json_records(path) if format == "jsonl" else _parquet_records(path)
@@ -277,7 +283,12 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
 
 def _json_records(path: Path) -> Iterator[dict[str, Any] | None]:
     with _read_opened(path) as file:
-        for number, line in enumerate(file, start=1):
+        unpacked = 0
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
+            if len(line) > _MAX_LINE_BYTES:
+                raise _malformed(path, number, f"a line of more than {_MAX_LINE_BYTES // 2**20} MiB")
+            unpacked += len(line)
+            _check_unpacked(path, unpacked)
             if not line.strip():
                 yield None
                 continue
@@ -290,6 +301,18 @@ def _json_records(path: Path) -> Iterator[dict[str, Any] | None]:
             yield record
 
 
+def _check_unpacked(path: Path, size: int) -> None:
+    """Refuse a file that was made to fill the memory or to never end.
+
+    Raises:
+        ValueError: It unpacks to more than any log of events does.
+    """
+    if size > _UNPACKED_AT_LEAST and size > _UNPACKED_RATIO * path.stat().st_size:
+        raise ValueError(
+            f"{path} unpacks to more than {_UNPACKED_RATIO} times its size, as no log does: check where it is from."
+        )
+
+
 def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
     pa = arrow("Reading Parquet")
     from pyarrow import dataset
@@ -300,6 +323,10 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
         unknown = [name for name in source.schema.names if name not in names and not name.startswith(_PANDAS_INDEX)]
         if unknown:
             raise ValueError(f"{path} has columns that an event does not have ({', '.join(unknown)}): leave them out.")
+        for fragment in source.get_fragments():
+            # As the file says of itself, before the compression; each of its groups of rows is read at once.
+            groups = fragment.row_groups
+            _check_unpacked(Path(fragment.path), sum(group.total_byte_size for group in groups))
         number = 0
         for batch in source.to_batches(columns=names, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
             for record in batch.to_pylist():

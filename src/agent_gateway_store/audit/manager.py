@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from agent_gateway_store._text import describe
 from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from agent_gateway_store.audit.export import ExportResult
 
 __all__ = ["AuditLogger", "AuditManager"]
+
+_logger = logging.getLogger("agent_gateway_store.audit")
 
 # Chosen, of a commit of `write_many`: twice the batch of single writes, as no caller waits for one event of it.
 _BULK_ROWS = 2_000
@@ -63,7 +67,9 @@ class AuditLogger:
             async with self._transactions.write() as session:
                 return await insert_event(session, row)
         except Exception as exc:
-            log_lost(row, exc, request_id=event.request_id)
+            if row is None:
+                _logger.error("An audit event is not valid: %s", describe(exc))
+            log_lost(row, exc, request_id=event.request_id if issubclass(type(event), AuditEvent) else "")
             return WriteOutcome.LOST
 
 
@@ -131,23 +137,28 @@ class AuditManager:
 
         Args:
             events: Any iterable, also one of unknown length; it is read while its events are stored. If it raises,
-                the events before are stored, and the error is raised to the caller.
+                the events before are stored, and the error is raised to the caller. An event that is not valid, since
+                a field was set without validation, is LOST and stops no other.
 
         Returns:
             How many events came to which outcome.
 
         Raises:
-            AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
+            AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored or is not valid; the batches
+                before were stored.
             StoreNotOpenError: The store is not open here.
             TypeError: One is not an AuditEvent.
-            ValidationError: A field of one was set without validation, and is not valid.
         """
         self._database.check_owner()
         writer = self._writer.get()
         outcomes: Counter[WriteOutcome] = Counter()
+
+        def reject(event: AuditEvent, cause: Exception) -> None:
+            outcomes[writer.reject(event, cause)] += 1
+
         under_way: asyncio.Task[list[WriteOutcome]] | None = None
         try:
-            async for batch in encode_batches(events, self._org_id, batch=_BULK_ROWS):
+            async for batch in encode_batches(events, self._org_id, batch=_BULK_ROWS, reject=reject):
                 rows = await self._before.prepare(batch) if self._before.is_wanted else batch
                 # While one batch is committed the next one is encoded.
                 if under_way is not None:

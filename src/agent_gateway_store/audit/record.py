@@ -7,19 +7,23 @@ import hashlib
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from itertools import islice
 from operator import itemgetter
 from typing import Any, TypeAlias
 
+from pydantic import ValidationError
 from sqlalchemy import JSON, Column, Float, Integer
 
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.encoding.canonical import tag
+from agent_gateway_store.encoding.plain import plain, type_name
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, is_storable
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
 
 __all__ = [
     "COLUMNS",
+    "INVALID",
     "PLUGIN_FAILED",
     "REUSED_LABEL",
     "UNSTORABLE",
@@ -36,6 +40,7 @@ __all__ = [
 ]
 
 UNSTORABLE = "UNSTORABLE"
+INVALID = "INVALID"
 PLUGIN_FAILED = "PLUGIN_FAILED"
 WITHHELD = "[WITHHELD]"
 REUSED_LABEL = "REQUEST_ID_REUSED"
@@ -70,6 +75,15 @@ _TEXTS = (*_SHORT, *_LONG)
 _QUOTING = ("output_policy_rationale", "llm_explanation", "deterministic_rationale")
 # What a BIGINT of PostgreSQL and an INTEGER of SQLite hold.
 _LARGEST_BIGINT = 2**63 - 1
+_KINDS = frozenset({str, type(None), int, float, dict, list, datetime, Decision, ExecutionStatus, OutputDecision})
+# A value that is not valid says nothing; neither do these, which replace it.
+_REPLACEMENTS: dict[str, Callable[[], Any]] = {
+    "sanitized_args": lambda: {WITHHELD: INVALID},
+    "redaction_flags": list,
+    "risk_score": float,
+    "latency_ms": int,
+    "timestamp": utc_now,
+}
 # Chosen: a few milliseconds of work, after which other tasks may run.
 _SLICE_EVENTS = 50
 # Chosen: about what a row takes in memory besides its long texts.
@@ -94,7 +108,8 @@ garbage collector does not track; otherwise it would cost as much as everything 
 def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
     """Return the row for `event`, which itself is not changed.
 
-    What no database can hold is replaced and noted in `redaction_flags`.
+    What no database can hold is replaced and noted in `redaction_flags`. So is what was set past the validation and is
+    not valid, as far as the event says the same without it.
 
     Args:
         event: Any event that could be constructed.
@@ -102,7 +117,7 @@ def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
 
     Raises:
         TypeError: It is not an event, or one that `model_construct` left incomplete.
-        ValidationError: A field was set past the validation, as `model_copy(update=...)` does, and is not valid.
+        ValidationError: A decision, a status or a hash was set past the validation, and is not valid.
     """
     values = _row_of(event, org_id)
     if _is_typed(values):
@@ -111,21 +126,56 @@ def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
         except (TypeError, ValueError):
             # A text field holds something else: the validation below says so.
             values = _row_of(event, org_id)
-    return _stored(_row_of(AuditEvent.model_validate(values), org_id))
+    try:
+        valid = AuditEvent.model_validate(values)
+    except ValidationError as exc:
+        # An error without a place was raised by an object inside a flag.
+        invalid = {error["loc"][0] if error["loc"] else "redaction_flags" for error in exc.errors()}
+        valid = AuditEvent.model_validate(_repaired(values, invalid))
+    return _stored(_row_of(valid, org_id))
+
+
+def _repaired(values: Mapping[str, Any], invalid: Iterable[Any]) -> dict[str, Any]:
+    """Return the values with a flagged replacement for each invalid one that has a replacement."""
+    repaired = dict(values)
+    flags = [flag for flag in _listed(values["redaction_flags"]) if type(flag) is RedactionFlag]
+    for name in invalid:
+        if name in _TEXTS:
+            repaired[name] = "" if values[name] is None else str(tag(values[name], as_key=True))
+        elif name == "risk_labels":
+            repaired[name] = [str(tag(label, as_key=True)) for label in _listed(values[name])]
+        elif name in _REPLACEMENTS:
+            repaired[name] = _REPLACEMENTS[name]()
+        else:
+            continue
+        flags.append(RedactionFlag(field=name, reason=INVALID))
+    return repaired | {"redaction_flags": flags}
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    found = plain(value)
+    return found if type(found) is list or type(found) is tuple else ()
 
 
 async def encode_batches(
-    events: Iterable[AuditEvent] | AsyncIterable[AuditEvent], org_id: str | None, *, batch: int
+    events: Iterable[AuditEvent] | AsyncIterable[AuditEvent],
+    org_id: str | None,
+    *,
+    batch: int,
+    reject: Callable[[AuditEvent, Exception], None],
 ) -> AsyncIterator[list[EncodedRow]]:
     """Yield the rows of `events` in batches of about `batch`; other tasks run meanwhile.
 
-    If `events` raises, or one of them is not valid, those before it are yielded first.
+    An event that is not valid goes to `reject`. If that raises, or `events` does, those before it are yielded first.
     """
     rows: list[EncodedRow] = []
-    encode = partial(encode_event, org_id=org_id)
     try:
         async for some in _slices(events):
-            rows.extend(map(encode, some))
+            for event in some:
+                try:
+                    rows.append(encode_event(event, org_id=org_id))
+                except ValidationError as exc:
+                    reject(event, exc)
             if len(rows) >= batch:
                 yield rows
                 rows = []
@@ -158,12 +208,18 @@ async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> A
 
 
 def _row_of(event: AuditEvent, org_id: str | None) -> dict[str, Any]:
+    if not issubclass(type(event), AuditEvent):
+        raise TypeError(
+            f"The event must be a whole AuditEvent, not {type_name(type(event)).removeprefix('builtins.')}."
+        )
+    given: Mapping[str, Any] = event.__dict__
     try:
-        given: Mapping[str, Any] = event.__dict__
         values = {name: given[name] for name in COLUMNS}
-    except (AttributeError, KeyError) as exc:
-        lacking = f" without {exc}" if isinstance(exc, KeyError) else ""
-        raise TypeError(f"The event must be a whole AuditEvent, not {type(event).__name__}{lacking}.") from None
+    except KeyError as exc:
+        raise TypeError(f"The event must be a whole AuditEvent, not AuditEvent without {exc}.") from None
+    if not _KINDS.issuperset(map(type, values.values())):
+        # A subclass may do anything when it is compared, encoded or sent.
+        values = {name: value if issubclass(type(value), datetime) else plain(value) for name, value in values.items()}
     if org_id is not None:
         values["org_id"] = org_id
     return values
@@ -178,14 +234,12 @@ def _is_typed(values: dict[str, Any]) -> bool:
         and type(values["latency_ms"]) is int
         and values["latency_ms"] >= 0
         and type(values["risk_score"]) is float
-        and isinstance(values["timestamp"], datetime)
+        and type(values["timestamp"]) is datetime
         and values["timestamp"].tzinfo is UTC
-        and isinstance(values["sanitized_args"], dict)
-        and isinstance(values["risk_labels"], list)
-        and isinstance(values["redaction_flags"], list)
-        and (
-            not values["redaction_flags"] or all(isinstance(flag, RedactionFlag) for flag in values["redaction_flags"])
-        )
+        and type(values["sanitized_args"]) is dict
+        and type(values["risk_labels"]) is list
+        and type(values["redaction_flags"]) is list
+        and all(type(flag) is RedactionFlag for flag in values["redaction_flags"])
     )
 
 

@@ -26,26 +26,18 @@ are arrays. A container that cannot be read counts as any other object.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import hmac
 import math
 import re
-from collections.abc import Iterable, Mapping
-from collections.abc import Set as AbstractSet
-from datetime import date, datetime, time
-from decimal import Decimal
-from enum import Enum
-from pathlib import PurePath
 from typing import Any
-from uuid import UUID
 
 import rfc8785
-from pydantic import BaseModel
 
+from agent_gateway_store.encoding.plain import CONTAINERS, Members, Tagged, escape_surrogates, is_text, plain
 from agent_gateway_store.settings import default_hash_key
 
-__all__ = ["MAX_SAFE_INTEGER", "canonical_json", "hash_bytes", "hash_json", "is_text", "opened", "tag"]
+__all__ = ["MAX_SAFE_INTEGER", "canonical_json", "hash_bytes", "hash_json", "tag"]
 
 # The largest integer that every reader of JSON takes exactly: section 2.2 of RFC 7493.
 MAX_SAFE_INTEGER = 2**53 - 1
@@ -54,7 +46,6 @@ _COLLAPSE_EVERY = 64
 # 617 digits: below 640, the lowest limit on decimal digits that Python can be set to (sys.set_int_max_str_digits).
 _DECIMAL_BITS = 2048
 _LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def hash_json(value: Any, *, key: str | None = None) -> str:
@@ -82,10 +73,10 @@ class _Frame:
 
     def __init__(self, value: Any, source: Any) -> None:
         self.source_id = id(value)
-        self.is_set = isinstance(value, AbstractSet)
+        self.is_set = type(source) is Members
         self.key: str | None = None
         self.out: dict[str, Any] | list[Any]
-        if isinstance(source, Mapping):
+        if type(source) is dict:
             # A copy: another thread may change the mapping meanwhile.
             self.out, self.items = {}, iter(list(source.items()))
         else:
@@ -114,14 +105,10 @@ def _digest(data: bytes) -> str:
     return f"$sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _source(value: Any) -> Any:
-    return list(value) if isinstance(value, AbstractSet) else opened(value)
-
-
 def _tagged(root: Any) -> Any:
-    source = _source(root)
-    if source is None:
-        return tag(root)
+    source = plain(root)
+    if type(source) not in CONTAINERS:
+        return tag(source)
     frames = [_Frame(root, source)]
     level_of = {id(root): 0}
     sets_open = int(frames[0].is_set)
@@ -130,9 +117,9 @@ def _tagged(root: Any) -> Any:
         for key, value in frame.items:
             if isinstance(frame.out, dict):
                 frame.key = key if type(key) is str and _is_plain(key) else tag(key, as_key=True)
-            inner = _source(value)
-            if inner is None:
-                frame.put(tag(value))
+            inner = plain(value)
+            if type(inner) not in CONTAINERS:
+                frame.put(tag(inner))
                 continue
             if (level := level_of.get(id(value))) is not None:
                 frame.put(f"$cycle:{len(frames) - level}")
@@ -151,45 +138,8 @@ def _tagged(root: Any) -> Any:
             frames[-1].put(result)
 
 
-def opened(value: Any) -> Any:
-    """Return `value` as a list, tuple or mapping; None for a leaf."""
-    kind = type(value)
-    if kind is dict or kind is list or kind is tuple:
-        return value
-    if isinstance(value, Enum):
-        value = value.value
-    try:
-        if isinstance(value, Mapping):
-            return dict(value.items())
-        if isinstance(value, list | tuple):
-            return list(value)
-        if isinstance(value, BaseModel):
-            return _attributes(value, type(value).model_fields) | (value.model_extra or {})
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return _attributes(value, (field.name for field in dataclasses.fields(value)))
-    except Exception:
-        # A container that raises when it is read is hashed by its type and repr.
-        return None
-    return None
-
-
-def _attributes(value: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Return those of the named attributes that `value` has: a field may never have been set."""
-    return {name: getattr(value, name) for name in names if hasattr(value, name)}
-
-
 def _is_plain(text: str) -> bool:
     return not _LIKE_A_TAG.match(text) and (text.isascii() or is_text(text))
-
-
-def is_text(text: str) -> bool:
-    """True if `text` has no lone surrogate, that is, if UTF-8 can hold it."""
-    return text.isascii() or _SURROGATE.search(text) is None
-
-
-def _escape_surrogates(text: str) -> str:
-    r"""Return `text` with backslashes doubled and every lone surrogate as `\udxxx`."""
-    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\\", "\\\\"))
 
 
 def _digits(value: int) -> str:
@@ -199,48 +149,21 @@ def _digits(value: int) -> str:
 
 def tag(value: Any, *, as_key: bool = False) -> Any:
     """Return the I-JSON scalar by which a leaf enters canonical JSON."""
-    # Text first and bool before int: a StrEnum is text as well, and a bool is an int.
-    if isinstance(value, Enum):
-        value = value.value
-    if isinstance(value, str):
-        value = str.__str__(value)
+    value = plain(value)
+    kind = type(value)
+    if kind is str:
         if not is_text(value):
-            return f"$text:{_escape_surrogates(value)}"
+            return f"$text:{escape_surrogates(value)}"
         return f"${value}" if _LIKE_A_TAG.match(value) else value
-    if value is None or isinstance(value, bool):
+    if value is None or kind is bool:
         return f"${'null' if value is None else 'bool'}:{str(value).lower()}" if as_key else value
-    if isinstance(value, int):
-        return f"$int:{_digits(value)}" if as_key or abs(value) > MAX_SAFE_INTEGER else int(value)
-    if isinstance(value, float):
-        return f"$float:{float(value)}" if as_key or not math.isfinite(value) else float(value)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return f"$bytes:{base64.b64encode(bytes(value)).decode()}"
-    if isinstance(value, AbstractSet):
-        return _tagged(value)
-    if as_key and opened(value) is not None:
-        return f"$json:{canonical_json(value).decode()}"
-    return _tag_object(value)
-
-
-# In this order: a datetime is a date as well.
-_TAGGED: tuple[tuple[type[Any], str], ...] = (
-    (datetime, "datetime"),
-    (date, "date"),
-    (time, "time"),
-    (Decimal, "decimal"),
-    (UUID, "uuid"),
-    (PurePath, "path"),
-)
-
-
-def _tag_object(value: Any) -> str:
-    try:
-        for type_, name in _TAGGED:
-            if isinstance(value, type_):
-                text = value.isoformat() if isinstance(value, date | time) else str(value)
-                return f"${name}:{_escape_surrogates(text)}"
-        text = repr(value)
-    except Exception:
-        # A hash must be had of any object, also of one whose `__repr__` raises.
-        text = "?"
-    return f"$object:{type(value).__module__}.{type(value).__qualname__}:{_escape_surrogates(text)}"
+    if kind is int:
+        return f"$int:{_digits(value)}" if as_key or abs(value) > MAX_SAFE_INTEGER else value
+    if kind is float:
+        return f"$float:{value}" if as_key or not math.isfinite(value) else value
+    if kind is bytes:
+        return f"$bytes:{base64.b64encode(value).decode()}"
+    if kind is Tagged:
+        return value.text
+    # A set is text already; a mapping or a sequence is a leaf only as the name of a member.
+    return _tagged(value) if kind is Members else f"$json:{canonical_json(value).decode()}"

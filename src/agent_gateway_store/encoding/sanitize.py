@@ -20,10 +20,10 @@ import hashlib
 import math
 import sys
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
-from agent_gateway_store.encoding.canonical import MAX_SAFE_INTEGER, hash_bytes, is_text, opened, tag
+from agent_gateway_store.encoding.canonical import MAX_SAFE_INTEGER, hash_bytes, tag
+from agent_gateway_store.encoding.plain import CONTAINERS, Members, is_text, plain
 
 __all__ = ["MAX_DEPTH", "MAX_JSON_CHARS", "MAX_KEY_BYTES", "MAX_TEXT_BYTES", "Scrubber", "is_storable", "storable_key"]
 
@@ -51,7 +51,7 @@ _LARGEST_FLOAT = sys.float_info.max
 
 def storable_key(text: str) -> str:
     """Return `text` as an indexed column holds it. Every value that is looked up goes through here."""
-    return _cut(_clean(text), MAX_KEY_BYTES)
+    return _cut(_clean(text if type(text) is str else str.__str__(text)), MAX_KEY_BYTES)
 
 
 def _clean(text: str) -> str:
@@ -146,6 +146,7 @@ class Scrubber:
 
     def text(self, place: str, text: str, *, limit: int = MAX_TEXT_BYTES) -> str:
         """Return `text` without NUL and lone surrogates, at most `limit` bytes of UTF-8."""
+        text = text if type(text) is str else str(tag(text))
         result = _cut(_clean(text), limit)
         if result is not text and result != text:
             self.report(place, text.encode("utf-8", "surrogatepass"))
@@ -187,10 +188,10 @@ class _JsonWalk:
         if (cost := _cost(value)) >= 0:
             self.left -= cost
             return value
-        if isinstance(value, Enum):
-            return self.value(value.value, place, depth)
-        source = opened(value)
-        return self.leaf(value, place) if source is None else self.container(value, source, place, depth)
+        source = plain(value)
+        if type(source) in CONTAINERS and type(source) is not Members:
+            return self.container(value, source, place, depth)
+        return self.leaf(source, place)
 
     def text(self, text: str, place: str) -> str:
         text = self.scrubber.text(place, text)
@@ -198,14 +199,15 @@ class _JsonWalk:
         return text
 
     def leaf(self, value: Any, place: str) -> Any:
-        if isinstance(value, str):
-            return self.text(str.__str__(value), place)
-        if isinstance(value, float) and abs(value) < _FIRST_REWRITTEN_FLOAT:
+        kind = type(value)
+        if kind is str:
+            return self.text(value, place)
+        if kind is float and abs(value) < _FIRST_REWRITTEN_FLOAT:
             if not value and math.copysign(1.0, value) < 0:
                 self.scrubber.report(place, b"-0.0")
                 return 0.0
-            return float(value)
-        tagged = f"$float:{float(value)}" if isinstance(value, float) else tag(value)
+            return value
+        tagged = f"$float:{value}" if kind is float else tag(value)
         if not isinstance(tagged, str):
             return tagged
         self.scrubber.report(place, tagged.encode("utf-8", "surrogatepass"))
@@ -222,7 +224,7 @@ class _JsonWalk:
         # Only the beginning of a place is reported; the whole would grow with every level.
         place = place if len(place) <= MAX_KEY_BYTES // 4 else storable_key(place)
         try:
-            if type(source) is dict or isinstance(source, Mapping):
+            if type(source) is dict:
                 return self.mapping(source, place, depth)
             return self.sequence(source, place, depth)
         finally:
@@ -265,10 +267,9 @@ class _JsonWalk:
         return out
 
     def name(self, given: Any, place: str, taken: Mapping[str, Any]) -> str:
-        if isinstance(given, str):
-            key = str.__str__(given)
-        else:
-            key = str(tag(given, as_key=True))
+        key = plain(given)
+        if type(key) is not str:
+            key = str(tag(key, as_key=True))
             self.scrubber.report(place, key.encode("utf-8", "surrogatepass"))
         name = key
         if "\0" in key or not key.isascii() or len(key) > _MAX_TAG_BYTES:

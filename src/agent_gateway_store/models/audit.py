@@ -15,6 +15,7 @@ from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import hash_json
+from agent_gateway_store.encoding.plain import plain
 from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, UtcDateTime, as_utc
 from agent_gateway_store.models.values import FrozenModel
@@ -68,14 +69,16 @@ class RedactionFlag(FrozenModel):
 
 
 def _mapping(value: Any) -> dict[Any, Any]:
-    if not isinstance(value, Mapping):
+    found = plain(value)
+    if type(found) is not dict:
         raise ValueError("sanitized_args must be a mapping of argument names to values")
-    return dict(value)
+    return dict(found)
 
 
 def _whole(value: Any) -> Any:
+    value = plain(value)
     # Within 64 bits, as the column: a larger float is refused instead of becoming another number.
-    return round(value) if isinstance(value, float) and abs(value) < 2**63 else value
+    return round(value) if type(value) is float and abs(value) < 2**63 else value
 
 
 Instant = Annotated[datetime, AfterValidator(as_utc)]

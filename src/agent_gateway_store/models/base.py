@@ -12,7 +12,8 @@ from copy import deepcopy
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from sqlalchemy import MetaData, event
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import flag_modified, set_attribute
@@ -67,7 +68,15 @@ class StoreModel(ShownAsCard, SQLModel, registry=registry(metadata=MetaData(nami
     def _fill(self, obj: Any, **options: Any) -> None:
         # The validator replaces `__dict__`, and the ORM state with it.
         state = self.__dict__.get(_STATE)
-        self.__pydantic_validator__.validate_python(obj, self_instance=self, **options)
+        try:
+            self.__pydantic_validator__.validate_python(obj, self_instance=self, **options)
+        except ValidationError:
+            raise
+        except Exception as exc:
+            # Pydantic calls methods of the values, and passes on what those raise.
+            error = PydanticCustomError("unreadable", "A value cannot be read: one of its methods raised an error")
+            lines: list[InitErrorDetails] = [{"type": error, "loc": (), "input": None}]
+            raise ValidationError.from_exception_data(type(self).__name__, lines, hide_input=True) from exc
         if state is not None:
             self.__dict__[_STATE] = state
 

@@ -19,16 +19,38 @@ UTC_MAX = datetime.max.replace(tzinfo=UTC)
 
 
 def as_utc(value: datetime) -> datetime:
-    """Return `value` in UTC. Naive is taken as UTC; what UTC cannot hold becomes its first or last instant."""
+    """Return `value` in UTC. Naive is taken as UTC; what UTC cannot hold becomes its first or last instant.
+
+    Raises:
+        ValueError: Its time zone cannot be read, or it is not a time (pandas' NaT).
+    """
+    if type(value) is not datetime:
+        value = _exact(value)
     # Nearly every value is in UTC already and is returned itself.
     if value.tzinfo is UTC:
         return value
-    if value.utcoffset() is None:
+    try:
+        offset = value.utcoffset()
+    except Exception as exc:
+        raise ValueError("its time zone cannot be read") from exc
+    if offset is None:
         return value.replace(tzinfo=UTC, fold=0)
     try:
         return value.astimezone(UTC)
     except OverflowError:
         return UTC_MIN if value.year == 1 else UTC_MAX
+
+
+def _exact(value: datetime) -> datetime:
+    """Return a plain datetime: a subclass may hold nanoseconds, which no database keeps, or override any method."""
+    try:
+        is_time = bool(value == value)
+    except Exception:
+        is_time = True
+    if not is_time:
+        raise ValueError("it is not a time")
+    parts = ("year", "month", "day", "hour", "minute", "second", "microsecond", "tzinfo", "fold")
+    return datetime(**{part: getattr(datetime, part).__get__(value) for part in parts})
 
 
 def token_digest(token: str) -> str:

@@ -9,7 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from agent_gateway_store.integrations.fastapi.exception_handlers import http_errors
+from agent_gateway_store.integrations.fastapi.exception_handlers import StoreRoute, http_errors
 from agent_gateway_store.integrations.fastapi.lifespan import StoreDep
 from agent_gateway_store.models.approval import ApprovalScope
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
@@ -104,7 +104,7 @@ def approvals_router(
         prefix: Path of the list.
     """
     who_decides = Annotated[Approver, Depends(approver)]
-    router = APIRouter(prefix=prefix, tags=["approvals"], max_body_size=_MAX_BODY_BYTES)
+    router = APIRouter(prefix=prefix, tags=["approvals"], route_class=StoreRoute, max_body_size=_MAX_BODY_BYTES)
 
     @router.get("", response_model=ApprovalPage)
     async def list_approvals(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from agent_gateway_store import errors
 from agent_gateway_store._text import sentence
+from agent_gateway_store.encoding.sanitize import Scrubber
 
-__all__ = ["RETRY_AFTER_S", "http_errors", "http_exception_of", "install_error_handlers"]
+__all__ = ["RETRY_AFTER_S", "StoreRoute", "http_errors", "http_exception_of", "install_error_handlers"]
 
 # Seconds: as long as the breaker of Redis and the pool of PostgreSQL need to find out that a server is back.
 RETRY_AFTER_S = 5
@@ -61,6 +65,27 @@ def http_errors() -> Iterator[None]:
         yield
     except errors.GatewayStoreError as exc:
         raise _logged(exc) from exc
+
+
+class StoreRoute(APIRoute):
+    """A route whose answer 422 names the fields and repeats no value of the request.
+
+    FastAPI's own answer holds the values, and fails with 500 where one is a NaN or has a lone surrogate.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what handles a request, with its errors of validation answered as `detail: [{type, loc, msg}]`."""
+        handle = super().get_route_handler()
+
+        async def handle_named(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as exc:
+                wrong = [{name: error[name] for name in ("type", "loc", "msg")} for error in exc.errors()]
+                # The name of an unknown field is the caller's, too.
+                raise HTTPException(422, Scrubber().json("detail", wrong)) from None
+
+        return handle_named
 
 
 def _logged(error: errors.GatewayStoreError) -> HTTPException:

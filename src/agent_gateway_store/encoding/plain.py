@@ -1,0 +1,173 @@
+"""Read any Python object as plain built-ins, whatever its own methods do.
+
+Callers hand over subclasses whose methods raise or lie, proxies of what is gone, objects whose `__class__` raises. A
+built-in base is read by the base's own method, and every other call is guarded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
+from itertools import islice
+from pathlib import PurePath
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel
+
+__all__ = ["CONTAINERS", "Members", "Tagged", "escape_surrogates", "is_text", "plain", "type_name"]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Chosen: a hundred times what is ever stored, and read in a second; an iterator without end must end somewhere.
+_MOST_ITEMS = 10_000_000
+
+
+class Members(list[Any]):
+    """The members of a set, in no order."""
+
+
+class Tagged:
+    """An object that JSON does not know, as the text that stands for it."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+CONTAINERS = frozenset({dict, list, tuple, Members})
+"""The types that `plain` returns for what has items."""
+_UNREADABLE = object()
+_PLAIN = CONTAINERS | {str, int, float, bool, type(None), bytes, Tagged}
+# In this order: a datetime is a date as well.
+_TAGS: tuple[tuple[type[Any], str, Callable[[Any], str]], ...] = (
+    (datetime, "datetime", datetime.isoformat),
+    (date, "date", date.isoformat),
+    (time, "time", time.isoformat),
+    (Decimal, "decimal", Decimal.__str__),
+    (UUID, "uuid", UUID.__str__),
+    (PurePath, "path", PurePath.__str__),
+)
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as a plain built-in; its items are left as they are. Never raises an Exception.
+
+    Returns:
+        A str, int, float, bool, None, bytes, dict, list or tuple, of exactly that type; `Members` for a set; `Tagged`
+        for every other object, and for one that cannot be read as what it is. Enum members are their values,
+        dataclasses and Pydantic models the dicts of their fields.
+    """
+    if type(value) in _PLAIN:
+        return value
+    for read in (_read, _read_proxy):
+        with suppress(Exception):
+            found = read(value)
+            if type(found) in _PLAIN:
+                return found
+    return Tagged(f"$object:{type_name(type(value))}:{_repr(value)}")
+
+
+def is_text(text: str) -> bool:
+    """True if `text` has no lone surrogate, that is, if UTF-8 can hold it."""
+    return text.isascii() or _SURROGATE.search(text) is None
+
+
+def escape_surrogates(text: str) -> str:
+    r"""Return `text` with backslashes doubled and every lone surrogate as `\udxxx`."""
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\\", "\\\\"))
+
+
+def _read(value: Any) -> Any:
+    # By the type, for `isinstance` asks `__class__` as well, which may raise.
+    kind = type(value)
+    # Text before int and both behind enums: a StrEnum is text as well.
+    if issubclass(kind, Enum):
+        return plain(_enum_value(value))
+    if issubclass(kind, str):
+        return str.__str__(value)
+    if issubclass(kind, int):
+        return int.__int__(value)
+    if issubclass(kind, float):
+        return float.__float__(value)
+    if issubclass(kind, bytes | bytearray | memoryview):
+        return memoryview(value).tobytes()
+    return _tagged(value, kind) or _container(value, kind)
+
+
+def _read_proxy(value: Any) -> Any:
+    """Read what stands in for another object: a weak reference that is called, a context-local object."""
+    kind = value.__class__
+    if kind is type(value):
+        return _UNREADABLE
+    for base in (str, bool, int, float):
+        if issubclass(kind, base):
+            return base(value)
+    return _container(value, kind)
+
+
+def _enum_value(member: Any) -> Any:
+    try:
+        return member.value
+    except Exception:
+        return member._value_
+
+
+def _tagged(value: Any, kind: type[Any]) -> Tagged | None:
+    for base, name, method in _TAGS:
+        if not issubclass(kind, base):
+            continue
+        try:
+            text = str.__str__(value.isoformat() if issubclass(base, date | time) else str(value))
+        except Exception:
+            text = method(value)
+        return Tagged(f"${name}:{escape_surrogates(text)}")
+    return None
+
+
+def _container(value: Any, kind: type[Any]) -> Any:
+    if issubclass(kind, AbstractSet):
+        return Members(_items(value))
+    if issubclass(kind, Mapping):
+        return dict(_items(value.items()))
+    if issubclass(kind, list | tuple):
+        return _items(value)
+    if issubclass(kind, BaseModel):
+        return _attributes(value, kind.model_fields) | (value.model_extra or {})
+    if dataclasses.is_dataclass(kind):
+        return _attributes(value, (field.name for field in dataclasses.fields(kind)))
+    return _UNREADABLE
+
+
+def _items(source: Iterable[Any]) -> list[Any]:
+    # A list takes its size from `__len__`, which may claim anything, but not through `islice`.
+    items = list(islice(iter(source), _MOST_ITEMS + 1))
+    if len(items) > _MOST_ITEMS:
+        raise ValueError(f"it has more than {_MOST_ITEMS} items")
+    return items
+
+
+def _attributes(value: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return those of the named attributes that `value` has: a field may never have been set."""
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def type_name(kind: type[Any]) -> str:
+    """Return the name of a type with its module, or `?` where the type does not give it."""
+    try:
+        return escape_surrogates(f"{kind.__module__}.{kind.__qualname__}")
+    except Exception:
+        return "?"
+
+
+def _repr(value: Any) -> str:
+    try:
+        return escape_surrogates(str.__str__(repr(value)))
+    except Exception:
+        return "?"

@@ -1,0 +1,129 @@
+"""Any object may be anywhere in an event: the write keeps the event, and what is read back has the hash of the row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from agent_gateway_store import AuditEvent, AuditLogger, GatewayStore
+from agent_gateway_store.audit.record import encode_event, hash_of
+from builders import make_event
+from corpus.hostile_objects import OBJECTS, Nanoseconds, UnreadableTime
+
+# Pydantic asks an object for its `__class__` and reports what that raises as unraisable.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+
+REPAIRED = (
+    "caller_id",
+    "trace_id",
+    "risk_labels",
+    "risk_score",
+    "latency_ms",
+    "timestamp",
+    "sanitized_args",
+    "redaction_flags",
+)
+REFUSED = ("decision", "execution_status", "output_decision", "raw_args_hash")
+
+
+def places(value: Any) -> list[dict[Any, Any]]:
+    """Put `value` into arguments as an item, in a list and, where it can be, as a name."""
+    found: list[dict[Any, Any]] = [{"a": value}, {"a": [value, (value,)]}]
+    try:
+        return [*found, {value: 1, "b": value}]
+    except Exception:
+        return found
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+async def test_arguments_of_any_object_are_hashed_and_stored(store: GatewayStore, name: str) -> None:
+    """As a leaf, in a list, as a name: hashed the same each time, stored, and read back with its own hash."""
+    for args in places(OBJECTS[name]):
+        assert AuditEvent.hash_args(args) == AuditEvent.hash_args(args)
+
+        assert await store.audit.write(make_event(sanitized_args=args)) == "STORED"
+
+    for event in await store.audit.list_recent():
+        assert hash_of(encode_event(event)) == event.content_hash
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+async def test_what_is_set_past_the_validation_costs_the_value_alone(store: GatewayStore, name: str) -> None:
+    """Where a stand-in claims nothing the event is kept, flagged if the value was not valid; it never raises."""
+    value = OBJECTS[name]
+    for field in REPAIRED:
+        given = [value] if field in ("risk_labels", "redaction_flags") else value
+        event = make_event(request_id=field).model_copy(update={field: given})
+
+        assert await store.audit.write(event) == "STORED", field
+
+    for event in await store.audit.list_recent():
+        assert hash_of(encode_event(event)) == event.content_hash
+
+
+@pytest.mark.parametrize("field", REFUSED)
+async def test_a_decision_is_never_made_up(store: GatewayStore, field: str) -> None:
+    """An event whose decision, status or hash cannot be read is LOST: no stand-in would be true."""
+    outcomes = [
+        await store.audit.write(make_event().model_copy(update={field: value}))
+        for name, value in OBJECTS.items()
+        if name != "text"
+    ]
+
+    assert set(outcomes) == {"LOST"}
+
+
+async def test_a_value_that_was_not_valid_is_flagged(store: GatewayStore) -> None:
+    """The flag names the field; arguments that are no mapping are left out."""
+    await store.audit.write(make_event().model_copy(update={"sanitized_args": object(), "latency_ms": -5}))
+
+    (found,) = await store.audit.list_recent()
+    assert {flag.field for flag in found.redaction_flags if flag.reason == "INVALID"} == {
+        "sanitized_args",
+        "latency_ms",
+    }
+    assert (found.sanitized_args, found.latency_ms) == ({"[WITHHELD]": "INVALID"}, 0)
+
+
+async def test_many_events_are_stored_beside_hostile_ones(store: GatewayStore) -> None:
+    """One that cannot be kept is LOST and stops no other."""
+    events = [
+        make_event(request_id=str(place), sanitized_args={"a": each}) for place, each in enumerate(OBJECTS.values())
+    ]
+    bad = make_event().model_copy(update={"decision": OBJECTS["no class"]})
+
+    assert await store.audit.write_many([*events[:5], bad, *events[5:]]) == Counter(STORED=len(events), LOST=1)
+
+
+@pytest.mark.parametrize("kind", [Nanoseconds, UnreadableTime])
+async def test_a_time_is_kept_to_the_microsecond(store: GatewayStore, kind: type[datetime]) -> None:
+    """Whatever a subclass of datetime makes of it, so that an export can be read back."""
+    await store.audit.write(make_event(timestamp=kind(2026, 1, 2, tzinfo=UTC)))
+
+    (found,) = await store.audit.list_recent()
+    assert (type(found.timestamp), found.timestamp) == (datetime, datetime(2026, 1, 2, tzinfo=UTC))
+    assert hash_of(encode_event(found)) == found.content_hash
+
+
+# A set that cannot be walked makes Pydantic's core panic, in the words of another language.
+@pytest.mark.parametrize("name", [name for name in OBJECTS if name != "set"])
+def test_a_constructor_refuses_in_its_own_words(name: str) -> None:
+    """What a method of the value raises comes out as a ValidationError, or the value is taken."""
+    for field in AuditEvent.model_fields:
+        with suppress(ValidationError):
+            make_event(**{field: OBJECTS[name]})
+
+
+@pytest.mark.parametrize("name", ["dead reference", "no class", "real"])
+async def test_a_logger_says_what_is_no_event(store: GatewayStore, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    """It never raises."""
+    async with store.database.sessions() as session:
+        assert await AuditLogger(session).write(OBJECTS[name]) == "LOST"
+        assert await AuditLogger(session).write(None) == "LOST"  # type: ignore[arg-type]
+
+    assert "The event must be a whole AuditEvent, not NoneType" in caplog.text

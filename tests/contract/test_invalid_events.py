@@ -1,0 +1,115 @@
+"""Events whose fields were set past the validation, as `model_copy(update=...)` does: each concerns itself alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import pytest
+from pydantic import ValidationError
+
+from agent_gateway_store import Decision, GatewayStore, RedactionFlag, StoreSettings, clock, errors
+from builders import make_event
+
+pytestmark = pytest.mark.integration
+
+INVALID: tuple[dict[str, Any], ...] = (
+    {"decision": "MAYBE"},
+    {"execution_status": "maybe"},
+    {"output_decision": None},
+    {"raw_args_hash": 5},
+)
+REPAIRED: tuple[tuple[dict[str, Any], Any], ...] = (
+    ({"latency_ms": -5}, 0),
+    ({"latency_ms": "soon"}, 0),
+    ({"risk_score": None}, 0.0),
+    ({"sanitized_args": [1]}, {"[WITHHELD]": "INVALID"}),
+    ({"risk_labels": None}, []),
+    ({"risk_labels": ["a", 5]}, ["a", "$int:5"]),
+    ({"caller_id": None}, ""),
+    ({"trace_id": UUID(int=1)}, f"$uuid:{UUID(int=1)}"),
+)
+
+
+async def test_what_the_validation_would_have_taken_is_stored(store: GatewayStore) -> None:
+    """A word for an enum, a float of milliseconds, a naive time, a whole number as a score."""
+    noon = datetime(2026, 1, 2, 12)
+    given = {"decision": "DENY", "latency_ms": 1.7, "timestamp": noon, "risk_score": 1}
+
+    assert await store.audit.write(make_event(trace_id="t").model_copy(update=given)) == "STORED"
+
+    (found,) = await store.audit.list_recent()
+    assert (found.decision, found.latency_ms) == (Decision.DENY, 2)
+    assert (found.timestamp, found.risk_score, found.trace_id) == (noon.replace(tzinfo=UTC), 1.0, "t")
+
+
+@pytest.mark.parametrize("given", INVALID, ids=str)
+async def test_an_invalid_event_costs_no_other_one(
+    store: GatewayStore, caplog: pytest.LogCaptureFixture, given: dict[str, Any]
+) -> None:
+    """It is LOST: `write` does not raise, what is wrong and the whole event are logged; the others are stored."""
+    bad = make_event(request_id="bad").model_copy(update=given)
+    events = [make_event(request_id=f"r-{number}") for number in range(20)]
+
+    with caplog.at_level(logging.ERROR):
+        outcomes = await asyncio.gather(*map(store.audit.write, [*events[:10], bad, *events[10:]]))
+
+    assert Counter(outcomes) == {"STORED": 20, "LOST": 1}
+    assert outcomes[10] == "LOST"
+    assert store.audit.counters.lost == 1
+    wrong, lost = (record.getMessage() for record in caplog.records)
+    assert next(iter(given)) in wrong
+    assert json.loads(lost.partition(": ")[2])["request_id"] == "bad"
+
+
+async def test_the_strict_mode_refuses_an_invalid_event(database_url: str) -> None:
+    """The call must not go through; the cause says why."""
+    async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as strict:
+        with pytest.raises(errors.AuditUnavailableError, match="The event is not valid") as caught:
+            await strict.audit.write(make_event().model_copy(update={"decision": "MAYBE"}))
+        assert await strict.audit.write(make_event()) == "STORED"
+
+    assert isinstance(caught.value.__cause__, ValidationError)
+
+
+@pytest.mark.parametrize(("given", "kept"), REPAIRED, ids=str)
+async def test_an_invalid_value_is_replaced_and_flagged(store: GatewayStore, given: dict[str, Any], kept: Any) -> None:
+    """Where the event says the same without it: better than to lose the whole event."""
+    assert await store.audit.write(make_event().model_copy(update=given)) == "STORED"
+
+    (name,) = given
+    (found,) = await store.audit.list_recent()
+    assert getattr(found, name) == kept
+    assert [(flag.field, flag.reason) for flag in found.redaction_flags] == [(name, "INVALID")]
+
+
+async def test_an_invalid_time_or_flag_is_replaced(store: GatewayStore) -> None:
+    """By the time of the write; the flags that are valid stay."""
+    flag = RedactionFlag(field="caller_id", reason="KNOWN")
+    given = {"timestamp": "noon", "redaction_flags": [flag, {"field": 5}]}
+    before = clock.utc_now()
+
+    await store.audit.write(make_event().model_copy(update=given))
+
+    (found,) = await store.audit.list_recent()
+    assert before <= found.timestamp <= clock.utc_now()
+    assert {(flag.field, flag.reason) for flag in found.redaction_flags} == {
+        ("caller_id", "KNOWN"),
+        ("timestamp", "INVALID"),
+        ("redaction_flags", "INVALID"),
+    }
+
+
+async def test_many_go_on_past_an_invalid_event(store: GatewayStore) -> None:
+    """It is LOST; the others are stored."""
+    events = [make_event(request_id=f"r-{number}") for number in range(4)]
+    events[2] = events[2].model_copy(update={"decision": "MAYBE"})
+
+    assert await store.audit.write_many(events) == {"STORED": 3, "LOST": 1}
+
+    assert sorted(event.request_id for event in await store.audit.list_recent()) == ["r-0", "r-1", "r-3"]
