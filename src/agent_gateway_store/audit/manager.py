@@ -113,7 +113,7 @@ class AuditManager:
         except ValidationError as exc:
             return writer.reject(event, exc)
         if self._before.is_wanted:
-            # Cancelling the caller does not cancel the write, so its plugins run in another task.
+            # In another task, so that cancelling the caller does not cancel the write.
             return await self._before.tasks.shielded(self._write_prepared(writer, row))
         return await writer.write(row)
 
@@ -317,10 +317,9 @@ class AuditManager:
     ) -> Page[AuditEvent]:
         """Return the events that were committed since `cursor`, in the order of their commits.
 
-        `next_cursor` is always there and continues from here; if you keep it, also after a restart. However long
-        transactions stay open, no event is missed and none comes twice, also over a crash of the database or a
-        failover. Events committed before one call come before those committed after it; within one call the order is
-        that in which their transactions began.
+        `next_cursor` is always there and continues from here, also after a restart. However long transactions stay
+        open, no event is missed and none comes twice, also over a crash of the database or a failover. Events committed
+        before one call come before those committed after it; within one call, in the order of their transactions.
 
         Args:
             cursor: `next_cursor` of the call before; "now" or None returns no event and the cursor to begin with;
