@@ -316,3 +316,8 @@ class _Core:
                 steps.push_async_callback(self.before_write.join)
             steps.push_async_callback(self.pubsub.close)
             steps.push_async_callback(self.key_cache.close)
+
+
+def parts_of(store: GatewayStore) -> _Core:
+    """Return what a store is made of, which its organisation-bound views share: for tests and benchmarks only."""
+    return store._core
