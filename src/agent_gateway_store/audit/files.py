@@ -215,7 +215,7 @@ def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[by
 
 
 @contextmanager
-def _read_opened(path: Path) -> Iterator[Iterable[bytes]]:
+def _read_opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """Open a file for reading, decompressed if its suffix says so.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store._text import describe
 from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.audit.export import ExportResult
 
 __all__ = ["AuditLogger", "AuditManager"]
-
-_logger = logging.getLogger("agent_gateway_store.audit")
 
 # Chosen, of a commit of `write_many`: twice the batch of single writes, as no caller waits for one event of it.
 _BULK_ROWS = 2_000
@@ -67,8 +63,6 @@ class AuditLogger:
             async with self._transactions.write() as session:
                 return await insert_event(session, row)
         except Exception as exc:
-            if row is None:
-                _logger.error("An audit event is not valid: %s", describe(exc))
             log_lost(row, exc, request_id=event.request_id if issubclass(type(event), AuditEvent) else "")
             return WriteOutcome.LOST
 
@@ -119,7 +113,7 @@ class AuditManager:
         except ValidationError as exc:
             return writer.reject(event, exc)
         if self._before.is_wanted:
-            # Cancelling the caller does not cancel the write, so its plugins run in another task.
+            # In another task, so that cancelling the caller does not cancel the write.
             return await self._before.tasks.shielded(self._write_prepared(writer, row))
         return await writer.write(row)
 
@@ -144,18 +138,14 @@ class AuditManager:
             How many events came to which outcome.
 
         Raises:
-            AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored or is not valid; the batches
-                before were stored.
+            AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored, or is not valid.
             StoreNotOpenError: The store is not open here.
             TypeError: One is not an AuditEvent.
         """
         self._database.check_owner()
         writer = self._writer.get()
         outcomes: Counter[WriteOutcome] = Counter()
-
-        def reject(event: AuditEvent, cause: Exception) -> None:
-            outcomes[writer.reject(event, cause)] += 1
-
+        reject = lambda event, cause: outcomes.update([writer.reject(event, cause)])  # noqa: E731
         under_way: asyncio.Task[list[WriteOutcome]] | None = None
         try:
             async for batch in encode_batches(events, self._org_id, batch=_BULK_ROWS, reject=reject):
@@ -328,10 +318,9 @@ class AuditManager:
     ) -> Page[AuditEvent]:
         """Return the events that were committed since `cursor`, in the order of their commits.
 
-        `next_cursor` is always there and continues from here; if you keep it, also after a restart. However long
-        transactions stay open, no event is missed and none comes twice, also over a crash of the database or a
-        failover. Events committed before one call come before those committed after it; within one call the order is
-        that in which their transactions began.
+        `next_cursor` is always there and continues from here, also after a restart. However long transactions stay
+        open, no event is missed and none comes twice, also over a crash of the database or a failover. Events committed
+        before one call come before those committed after it; within one call, in the order of their transactions.
 
         Args:
             cursor: `next_cursor` of the call before; "now" or None returns no event and the cursor to begin with;

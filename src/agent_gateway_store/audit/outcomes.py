@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from agent_gateway_store._text import describe
 from agent_gateway_store.audit.record import EncodedRow, to_values
 from agent_gateway_store.encoding.sanitize import Scrubber
 
@@ -56,8 +57,13 @@ class AuditCounters:
 
 
 def log_lost(row: EncodedRow | Mapping[str, Any] | None, cause: BaseException, *, request_id: str = "") -> None:
-    """Log an event as one line of JSON: its encoded row or its values, else its request id. Never raises."""
+    """Log an event as one line of JSON: its encoded row or its values, else its request id. Never raises.
+
+    What was wrong with an event that has no encoded row is logged before it.
+    """
     try:
+        if not isinstance(row, tuple):
+            _logger.error("An audit event is not valid: %s", describe(cause))
         values = to_values(row) if isinstance(row, tuple) else row or {"request_id": request_id}
         text = json.dumps(Scrubber().json("event", values), ensure_ascii=True)
         _logger.critical("LOST audit event (%s): %s", type(cause).__name__, text)

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
 from agent_gateway_store._concurrency import BatchQueue
-from agent_gateway_store._text import describe
 from agent_gateway_store.audit.backends import RowResult, Sink, store_batch
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
 from agent_gateway_store.audit.record import COLUMNS, EncodedRow, from_values, size_of, to_values
@@ -119,7 +118,6 @@ class AuditWriter:
             raise AuditUnavailableError(
                 "The event is not valid, so the call must not go through: see the cause for what is wrong."
             ) from cause
-        _logger.error("An audit event is not valid: %s", describe(cause))
         log_lost({name: getattr(event, name) for name in COLUMNS}, cause, request_id=str(event.request_id))
         self._counts[WriteOutcome.LOST] += 1
         return WriteOutcome.LOST
