@@ -17,9 +17,11 @@ from typing import Any
 import httpx
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, hookimpl
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.manager import Plugins
+from agent_gateway_store.store import parts_of
 from benchmarks.approvals import CALLERS, ask, rate
 from benchmarks.report import Figure
 
@@ -81,7 +83,7 @@ class Posting:
         await self.notify_pending(notice)
 
 
-class Heard:
+class Taking:
     """Takes everything."""
 
     def __init__(self, name: str) -> None:
@@ -94,7 +96,7 @@ class Heard:
         """Take it."""
 
 
-class Raising(Heard):
+class Raising(Taking):
     """Takes nothing."""
 
     async def notify_pending(self, notice: Notice) -> None:
@@ -102,7 +104,7 @@ class Raising(Heard):
         raise OSError("nobody there")
 
 
-class Hanging(Heard):
+class Hanging(Taking):
     """Does not come back."""
 
     async def notify_pending(self, notice: Notice) -> None:
@@ -110,7 +112,7 @@ class Hanging(Heard):
         await asyncio.sleep(3600)
 
 
-class Blocking(Heard):
+class Blocking(Taking):
     """Blocks its thread."""
 
     def __init__(self, name: str) -> None:
@@ -142,12 +144,12 @@ class Broken:
 
 def twenty() -> list[object]:
     """Twenty plugins: three are good, two have a name that is taken, all others are bad in one way or another."""
-    kinds: list[type[Heard]] = [Raising, Hanging, Blocking, Heard]
+    kinds: list[type[Taking]] = [Raising, Hanging, Blocking, Taking]
     notifiers = [kind(f"{kind.__name__}-{number}") for kind in kinds for number in range(3)]
     return [
         *notifiers,
-        Heard("Heard-0"),
-        Heard("Raising-0"),
+        Taking("Taking-0"),
+        Taking("Raising-0"),
         *(Garbage() for _ in range(3)),
         *(Broken() for _ in range(3)),
     ]
@@ -171,12 +173,12 @@ async def measure(url: str, *, repeat: int, scale: float) -> list[Figure]:
     """Measure on PostgreSQL, in turn with the limits."""
     sent = Figure(f"deliveries by one worker, {CONCURRENCY} at once", "notices/s", "bare httpx, same concurrency", 0.6)
     outbox = Figure(
-        "issue_token with the outbox, median", "ms", "notifier told directly, no outbox", 1.25, more_is_better=False
+        "issue_token with the outbox, median", "ms", "notifier called directly, no outbox", 1.25, more_is_better=False
     )
     busy = Figure(
-        f"issue and tell with the outbox, {CALLERS} callers",
+        f"issue and deliver with the outbox, {CALLERS} callers",
         "ms",
-        "notifier told directly, no outbox",
+        "notifier called directly, no outbox",
         1.25,
         more_is_better=False,
     )
@@ -209,51 +211,49 @@ async def _sending(url: str, server: str, figure: Figure, count: int) -> None:
 
 
 class Direct:
-    """Tells the notifiers after the commit, without a row."""
+    """Calls the notifiers after the commit, without a row."""
 
     notifiers = ()
     lease_s = None
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self.telling: set[asyncio.Task[Any]] = set()
+        self._calls = BackgroundTasks()
 
     def send(self, notice: Notice, leased: object) -> None:
-        """Tell them in the background."""
-        task = asyncio.get_running_loop().create_task(self._dispatcher.deliver_all(notice))
-        self.telling.add(task)
-        task.add_done_callback(self.telling.discard)
+        """Call them in the background."""
+        self._calls.start(self._dispatcher.deliver_all(notice))
 
     async def idle(self) -> None:
-        """Wait until all are told."""
-        while self.telling:
-            await asyncio.wait(self.telling)
+        """Wait until all have returned."""
+        while self._calls:
+            await self._calls.join()
 
 
 async def _outbox(url: str, lone: Figure, busy: Figure, count: int) -> None:
-    async with opened(url, [Heard("heard")]) as store:
-        dispatcher = Dispatcher(Plugins([Heard("heard")]), store.settings)
+    async with opened(url, [Taking("taking")]) as store:
+        dispatcher = Dispatcher(Plugins([Taking("taking")]), store.settings)
         await dispatcher.open()
         outbox = Direct(dispatcher)
-        direct = ApprovalManager(ApprovalBackend(store.database, store._core.redis, store.settings, outbox))
-        await _told_ms(direct, 10 * CALLERS, outbox.idle)  # opens the connections that both use
+        direct = ApprovalManager(ApprovalBackend(store.database, parts_of(store).redis, store.settings, outbox))
+        await _delivered_ms(direct, 10 * CALLERS, outbox.idle)  # opens the connections that both use
         # In turn, for another process may have the disk for a while.
         taken = [(await _ask_ms(store.approvals), await _ask_ms(direct)) for _ in range(count)]
         for samples, part in ((lone.ours, 0), (lone.limit, 1)):
             samples.append(statistics.median(each[part] for each in taken))
-        worker = store._core.outbox.worker
-        told = [
-            (await _told_ms(store.approvals, count, worker.join), await _told_ms(direct, count, outbox.idle))
+        worker = parts_of(store).outbox.worker
+        delivered = [
+            (await _delivered_ms(store.approvals, count, worker.join), await _delivered_ms(direct, count, outbox.idle))
             for _ in range(3)
         ]
-        busy.ours.append(statistics.median(ours for ours, _ in told))
-        busy.limit.append(statistics.median(limit for _, limit in told))
+        busy.ours.append(statistics.median(ours for ours, _ in delivered))
+        busy.limit.append(statistics.median(limit for _, limit in delivered))
         await dispatcher.aclose()
     lone.facts = {"approvals": count, "seconds between": PAUSE_S}
     busy.facts = {"approvals": count, "callers": CALLERS}
 
 
-async def _told_ms(approvals: ApprovalManager, count: int, idle: Callable[[], Awaitable[None]]) -> float:
+async def _delivered_ms(approvals: ApprovalManager, count: int, idle: Callable[[], Awaitable[None]]) -> float:
     """Return the time one approval takes, its notice included, where many callers ask at once, in ms."""
     asked = [ask() for _ in range(count)]
     start = time.perf_counter()
@@ -268,7 +268,7 @@ async def _plugins(url: str, figure: Figure, count: int) -> None:
     for _ in range(TURNS):
         plugins = twenty()
         async with opened(url, plugins, plugin_timeout_seconds=1) as store:
-            names = store._core.outbox.notifiers
+            names = parts_of(store).outbox.notifiers
             with_plugins += [await _ask_ms(store.approvals, PACE_S) for _ in range(count // TURNS)]
             for plugin in plugins:
                 if isinstance(plugin, Blocking):

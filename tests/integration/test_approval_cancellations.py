@@ -16,6 +16,7 @@ import pytest
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, StoreSettings, ToolCall, errors
 from agent_gateway_store.models.columns import token_digest
 from agent_gateway_store.storage.redis_cache import RedisCache
+from agent_gateway_store.store import parts_of
 from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
@@ -111,7 +112,7 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
                 await asyncio.sleep(0.01)
 
         assert mixed_up == []
-        assert store._core.pubsub._topics == {}
+        assert parts_of(store).pubsub.keys_subscribed == 0
         for token in tokens:
             cached, fresh = [await approvals.check_token(token), await approvals.check_token(token, fresh=True)]
             assert cached.approval_id == fresh.approval_id == ids[token]

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditLogger", "AuditManager"]
 
-# Chosen, of a commit of `write_many`: twice the batch of single writes, as no caller waits for one event of it.
-_BULK_ROWS = 2_000
-
 
 class AuditLogger:
     """Writes audit events through a session that the caller owns.
@@ -130,9 +127,8 @@ class AuditManager:
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
 
         Args:
-            events: Any iterable, also one of unknown length; it is read while its events are stored. If it raises,
-                the events before are stored, and the error is raised to the caller. An event that is not valid, since
-                a field was set without validation, is LOST and stops no other.
+            events: Any iterable, read while its events are stored. If it raises, the events before are stored, and the
+                error is raised to the caller. An event that is not valid is LOST and stops no other.
 
         Returns:
             How many events came to which outcome.
@@ -145,10 +141,13 @@ class AuditManager:
         self._database.check_owner()
         writer = self._writer.get()
         outcomes: Counter[WriteOutcome] = Counter()
-        reject = lambda event, cause: outcomes.update([writer.reject(event, cause)])  # noqa: E731
+
+        def reject(event: AuditEvent, cause: Exception) -> None:
+            outcomes[writer.reject(event, cause)] += 1
+
         under_way: asyncio.Task[list[WriteOutcome]] | None = None
         try:
-            async for batch in encode_batches(events, self._org_id, batch=_BULK_ROWS, reject=reject):
+            async for batch in encode_batches(events, self._org_id, reject=reject):
                 rows = await self._before.prepare(batch) if self._before.is_wanted else batch
                 # While one batch is committed the next one is encoded.
                 if under_way is not None:

@@ -110,6 +110,8 @@ class RedisCache:
         Returns:
             True if every entry was stored, and the message sent.
         """
+        if not self.is_available:
+            return False
         if not entries:
             return message is None or await self.publish(*message)
         steps = [[entry] for entry in entries] if isinstance(self.client, RedisCluster) else [list(entries)]
