@@ -245,7 +245,7 @@ async def follow_writers(
     await began.wait()
     # SQLite has one writer; the pool of PostgreSQL holds twenty connections.
     at_once = asyncio.Semaphore(1 if store.database.dialect == "sqlite" else 16)
-    tasks = [_write_slowly(store, make_event, seed, rounds, longest_s, at_once) for seed in range(writers)]
+    tasks = [_write_slowly(store, seed, rounds, longest_s, at_once) for seed in range(writers)]
     committed = [each for done in await asyncio.gather(*tasks) for each in done]
     await store.audit.write(make_event(request_id="end"))
     await asyncio.wait_for(reader, 60)
@@ -257,7 +257,7 @@ async def test_a_follower_misses_nothing_and_sees_nothing_twice(store: GatewaySt
     sizes = {"writers": 12, "rounds": 8, "longest_s": 0.002}
     if store.database.dialect == "postgresql":
         sizes = {"writers": 50, "rounds": 14, "longest_s": 0.1}
-    committed, seen = await follow_writers(store, make_event, **sizes)  # type: ignore[arg-type]
+    committed, seen = await follow_writers(store, **sizes)  # type: ignore[arg-type]
 
     assert len(committed) == len(set(committed)) > 100
     assert len(seen) == len(set(seen)), "twice"
@@ -273,7 +273,7 @@ async def test_a_hundred_thousand_events_with_slow_transactions(request: pytest.
     """50 writers with transactions open for up to half a second, 100,000 events: none missed, none doubled."""
     url = request.getfixturevalue("contract_postgres")
     async with GatewayStore(url, redis_url="") as store:
-        committed, seen = await follow_writers(store, make_event, writers=50, rounds=780, longest_s=0.5)
+        committed, seen = await follow_writers(store, writers=50, rounds=780, longest_s=0.5)
 
     assert len(committed) >= 100_000
     assert len(seen) == len(set(seen))

@@ -48,7 +48,7 @@ async def test_what_another_program_copied_is_the_same_events(
     store: GatewayStore, tmp_path: Path, rewritten: Callable[[Path], None]
 ) -> None:
     """Types of columns may differ, and pandas may add its index."""
-    await _exported(store, make_event, tmp_path / "e.parquet")
+    await _exported(store, tmp_path / "e.parquet")
     rewritten(tmp_path / "e.parquet")
 
     assert await store.audit.import_file(tmp_path / "e.parquet") == {"DUPLICATE": 3}
@@ -58,7 +58,7 @@ async def test_what_another_program_copied_is_the_same_events(
 async def test_an_event_that_was_changed_is_refused(store: GatewayStore, tmp_path: Path, name: str) -> None:
     """By its content_hash; without one it comes in as a new event."""
     path = tmp_path / name
-    await _exported(store, make_event, path)
+    await _exported(store, path)
     table = parquet.read_table(path) if name == "e.parquet" else None
 
     def change(**values: Any) -> None:
@@ -82,7 +82,7 @@ async def test_an_event_that_was_changed_is_refused(store: GatewayStore, tmp_pat
 
 async def test_an_event_of_another_organisation_keeps_its_content(store: GatewayStore, tmp_path: Path) -> None:
     """A store that is bound stamps its own organisation on events whose hash names another one."""
-    await _exported(store, make_event, tmp_path / "e.jsonl")
+    await _exported(store, tmp_path / "e.jsonl")
 
     assert await store.for_org("acme").audit.import_file(tmp_path / "e.jsonl") == {"STORED": 3}
 
@@ -93,7 +93,7 @@ async def test_a_packed_file_that_is_not_whole_is_one_sentence(
 ) -> None:
     """Cut off, not packed at all, or (gzip) with a wrong checksum."""
     path = tmp_path / f"e.jsonl{packing}"
-    await _exported(store, make_event, path)
+    await _exported(store, path)
     whole = path.read_bytes()
     broken = [whole[:-12], b"{}\n"]
     if packing == ".gz":
@@ -108,7 +108,7 @@ async def test_a_packed_file_that_is_not_whole_is_one_sentence(
 async def test_a_column_that_no_event_has_is_refused(store: GatewayStore, tmp_path: Path) -> None:
     """As an unknown name in JSONL is: nothing of a file is left out silently."""
     path = tmp_path / "e.parquet"
-    await _exported(store, make_event, path)
+    await _exported(store, path)
     table = parquet.read_table(path)
     parquet.write_table(table.append_column("source", pa.array(["x"] * 3)), path)
 

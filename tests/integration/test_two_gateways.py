@@ -35,7 +35,7 @@ from integration.test_two_gateways import serve
 
 asyncio.run(serve(*sys.argv[1:3]))
 """
-SUITES = ("test_approvals", "test_approvals_quorum", "test_approvals_deadlines", "test_keys")
+SUITES = ("test_approvals", "test_approvals_deadlines", "test_keys")
 """Tests of the contract; of these, the ones that need a store and nothing else are run over two processes."""
 INSIDE = ("counted_statements", "store._")
 """Words of tests that look into the process of the store itself."""

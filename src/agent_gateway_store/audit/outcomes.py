@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pydantic import BaseModel
+
 from agent_gateway_store._text import describe
 from agent_gateway_store.audit.record import EncodedRow, to_values
 from agent_gateway_store.encoding.sanitize import Scrubber
@@ -62,11 +64,17 @@ def log_lost(row: EncodedRow | Mapping[str, Any] | None, cause: BaseException, *
     What was wrong with an event that has no encoded row is logged before it.
     """
     try:
-        if not isinstance(row, tuple):
+        if isinstance(row, tuple):
+            values: Any = to_values(row)
+        else:
             _logger.error("An audit event is not valid: %s", describe(cause))
-        values = to_values(row) if isinstance(row, tuple) else row or {"request_id": request_id}
-        text = json.dumps(Scrubber().json("event", values), ensure_ascii=True)
+            values = Scrubber().json("event", row or {"request_id": request_id})
+        text = json.dumps(values, default=_plain, ensure_ascii=True)
         _logger.critical("LOST audit event (%s): %s", type(cause).__name__, text)
     except Exception:
         # Nothing is left to try after this, so it must not raise whatever the event holds.
         _logger.exception("LOST audit event that could not be encoded: %r", request_id)
+
+
+def _plain(value: object) -> object:
+    return value.model_dump() if isinstance(value, BaseModel) else str(value)

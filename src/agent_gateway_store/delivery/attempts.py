@@ -142,15 +142,18 @@ def _claim(due: Any) -> Any:
 
 
 _org_id: ColumnElement[Any] = bindparam("p_org_id", type_=Text())
+_IS_DUE_HERE = and_(
+    _due(),
+    or_(_org_id.is_(None), deliveries.c.org_id == _org_id),
+    deliveries.c.notifier == bindparam("p_notifier", type_=Text()),
+)
+_FIRST_DUE = Statement(
+    select(deliveries.c.id).where(_IS_DUE_HERE).limit(literal_column("1")).offset(literal_column("0"))
+)
 _CLAIM_DUE = Statement(
     _claim(
         select(deliveries.c.id)
-        .where(
-            _due(),
-            or_(_org_id.is_(None), deliveries.c.org_id == _org_id),
-            deliveries.c.notifier == bindparam("p_notifier", type_=Text()),
-            _is_first(),
-        )
+        .where(_IS_DUE_HERE, _is_first())
         .order_by(deliveries.c.next_attempt_at, deliveries.c.id)
         .limit(bindparam("p_limit", type_=Integer()))
         .offset(literal_column("0"))  # SQLite gets one in any case, which would be a parameter
@@ -185,6 +188,16 @@ def _claim_next(dialect: str) -> Any:
 
 
 _CLAIM_NEXT = Statement(_claim_next)
+
+
+async def is_any_due(transactions: Transactions, notifier: str, *, org_id: str | None = None) -> bool:
+    """Return True if a row of one notifier is due; takes no lock, where a claim takes SQLite's only one to find none.
+
+    Raises:
+        StoreUnavailableError: The database is away.
+    """
+    async with transactions.connection("read") as connection:
+        return await _FIRST_DUE.first(connection, {"p_notifier": notifier, "p_org_id": org_id}) is not None
 
 
 async def claim(

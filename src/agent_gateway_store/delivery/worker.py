@@ -13,7 +13,7 @@ from uuid import UUID
 
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store._text import describe
-from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, ResultRecorder, claim, claim_next
+from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, ResultRecorder, claim, claim_next, is_any_due
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.models.delivery import DeliveryStatus
@@ -240,7 +240,7 @@ class DeliveryWorker:
 
     async def _send_due(self, queue: NotifierQueue, org_id: str | None) -> int:
         """Claim and send until nothing more is due for this notifier; returns how many were claimed."""
-        total, is_more = 0, True
+        total, is_more = 0, await is_any_due(self._transactions, queue.name, org_id=org_id)
         while is_more:
             await queue.wait_for_room()
             if self._closing.is_set():
