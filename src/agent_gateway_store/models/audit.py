@@ -69,13 +69,16 @@ class RedactionFlag(FrozenModel):
 
 
 def _mapping(value: Any) -> dict[Any, Any]:
-    found = plain(value)
+    found = value if type(value) is dict else plain(value)
     if type(found) is not dict:
         raise ValueError("sanitized_args must be a mapping of argument names to values")
     return dict(found)
 
 
 def _whole(value: Any) -> Any:
+    # The common case first: every event passes here.
+    if type(value) is int:
+        return value
     value = plain(value)
     # Within 64 bits, as the column: a larger float is refused instead of becoming another number.
     return round(value) if type(value) is float and abs(value) < 2**63 else value
