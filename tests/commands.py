@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from agent_gateway_store.cli.app import app
 from builders import event_fields
 
-_TIMEOUT_S = 30
+_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     if named and all(Path(argument.partition("::")[0]).is_file() for argument in config.args):
         return 0
-    return _WORKERS_PER_CORE * len(os.sched_getaffinity(0))
+    # One for each core: with two, tests that start processes reach their timeouts on a slow machine.
+    return len(os.sched_getaffinity(0))
 
 
 def pytest_collection_finish() -> None:

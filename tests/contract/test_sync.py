@@ -300,7 +300,7 @@ def test_call_from_its_own_thread_is_refused(store: SyncGatewayStore) -> None:
 def test_program_that_forgets_to_close_ends(tmp_path: Path) -> None:
     """A store left open does not keep the interpreter from ending."""
     program = "from agent_gateway_store import SyncGatewayStore as S; print(len(S().open().keys.list()))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, timeout=120, check=False)
 
     assert (done.returncode, done.stdout.strip()) == (0, b"0"), done.stderr
 

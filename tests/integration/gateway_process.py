@@ -65,7 +65,7 @@ class Process:
         """Return what it has printed so far."""
         return self.log.read_text(errors="replace")
 
-    def wait_until_up(self, timeout_s: float = 30) -> str:
+    def wait_until_up(self, timeout_s: float = 120) -> str:
         """Return its URL once it answers requests."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self.popen.poll() is None:

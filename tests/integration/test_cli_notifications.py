@@ -66,7 +66,7 @@ def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome],
                 break
         worker.send_signal(number)
         try:
-            out, err = worker.communicate(timeout=20)
+            out, err = worker.communicate(timeout=120)
         finally:
             worker.kill()
 

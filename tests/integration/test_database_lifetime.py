@@ -94,7 +94,7 @@ print(threading.active_count(), len(os.listdir("/proc/self/fd")))
 """
     command = [sys.executable, "-W", "ignore", "-c", script]
     environment = {**os.environ, "DATABASE_URL": f"sqlite:///{tmp_path}/test.db"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     threads, files = map(int, ended.stdout.split())
 
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -128,7 +128,7 @@ async def main():
 
 asyncio.run(main())
 """
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, timeout=30)
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, timeout=120)
 
     assert ended.returncode == 42
 

@@ -121,7 +121,7 @@ def test_bad_policy_ends_the_start_with_one_sentence(tmp_path: Path, policy: str
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
     )
 
     assert ended.returncode == 1

@@ -434,7 +434,7 @@ asyncio.run(main())
             env={"PYTHONPATH": str(Path(agent_gateway_store.__file__).parents[1])},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
 
