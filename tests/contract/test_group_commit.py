@@ -127,7 +127,8 @@ async def test_a_cancelled_caller_takes_no_event_with_it(store: GatewayStore, mo
     await store.audit.flush()
 
     assert len(begun) == 300
-    assert sum(task.cancelled() for task in tasks) > 100
+    # How many were cancelled before their commit depends on how fast the disk is.
+    assert any(task.cancelled() for task in tasks)
     assert await stored_ids(store) == dict.fromkeys(begun, 1)
     counters = store.audit.counters
     # One that was cancelled in mid-commit goes again, and may find itself there.
