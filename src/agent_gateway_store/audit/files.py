@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import secrets
 import shutil
@@ -283,12 +284,14 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
 
 def _json_records(path: Path) -> Iterator[dict[str, Any] | None]:
     with _read_opened(path) as file:
-        unpacked = 0
+        # Nothing is unpacked of a plain file, whose size may be unknown: it can be a pipe.
+        unpacked, most = 0, _most_unpacked(path) if path.suffix.lower() in _COMPRESSIONS else math.inf
         for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
             if len(line) > _MAX_LINE_BYTES:
                 raise _malformed(path, number, f"a line of more than {_MAX_LINE_BYTES // 2**20} MiB")
             unpacked += len(line)
-            _check_unpacked(path, unpacked)
+            if unpacked > most:
+                raise _unpacks_too_far(path)
             if not line.strip():
                 yield None
                 continue
@@ -301,16 +304,15 @@ def _json_records(path: Path) -> Iterator[dict[str, Any] | None]:
             yield record
 
 
-def _check_unpacked(path: Path, size: int) -> None:
-    """Refuse a file that was made to fill the memory or to never end.
+def _most_unpacked(path: Path) -> int:
+    """Return to how many bytes a file of events may unpack; beyond, it was made to fill the memory or to never end."""
+    return max(_UNPACKED_AT_LEAST, _UNPACKED_RATIO * path.stat().st_size)
 
-    Raises:
-        ValueError: It unpacks to more than any log of events does.
-    """
-    if size > _UNPACKED_AT_LEAST and size > _UNPACKED_RATIO * path.stat().st_size:
-        raise ValueError(
-            f"{path} unpacks to more than {_UNPACKED_RATIO} times its size, as no log does: check where it is from."
-        )
+
+def _unpacks_too_far(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} unpacks to more than {_UNPACKED_RATIO} times its size, as no log does: check where it is from."
+    )
 
 
 def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
@@ -325,8 +327,9 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
             raise ValueError(f"{path} has columns that an event does not have ({', '.join(unknown)}): leave them out.")
         for fragment in source.get_fragments():
             # As the file says of itself, before the compression; each of its groups of rows is read at once.
-            groups = fragment.row_groups
-            _check_unpacked(Path(fragment.path), sum(group.total_byte_size for group in groups))
+            file = Path(fragment.path)
+            if sum(group.total_byte_size for group in fragment.row_groups) > _most_unpacked(file):
+                raise _unpacks_too_far(file)
         number = 0
         for batch in source.to_batches(columns=names, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
             for record in batch.to_pylist():

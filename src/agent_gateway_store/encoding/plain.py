@@ -102,7 +102,7 @@ def _read(value: Any) -> Any:
 
 
 def _read_proxy(value: Any) -> Any:
-    """Read what stands in for another object: a weak reference that is called, a context-local object."""
+    """Read what takes the place of another object: a weak proxy, a context-local object."""
     kind = value.__class__
     if kind is type(value):
         return _UNREADABLE

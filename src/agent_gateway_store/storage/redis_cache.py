@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from redis.asyncio import RedisCluster
@@ -110,8 +109,6 @@ class RedisCache:
         Returns:
             True if every entry was stored, and the message sent.
         """
-        if not self.is_available:
-            return False
         if not entries:
             return message is None or await self.publish(*message)
         steps = [[entry] for entry in entries] if isinstance(self.client, RedisCluster) else [list(entries)]
@@ -121,9 +118,11 @@ class RedisCache:
                 field for _, text, version, ttl_s in step for field in (text, version, milliseconds(ttl_s))
             ]
             args += message if message is not None and step is steps[-1] else ()
-            keys = [entry.key for entry in step]
-            is_stored = bool(await self._run(partial(self._put_newer, keys, args))) and is_stored
+            is_stored = await self._put([entry.key for entry in step], args) and is_stored
         return is_stored
+
+    async def _put(self, keys: list[str], args: list[Any]) -> bool:
+        return bool(await self._run(lambda client: self._put_newer(keys, args, client)))
 
     async def delete(self, key: str) -> None:
         """Delete `key`."""
