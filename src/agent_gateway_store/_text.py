@@ -11,21 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-__all__ = [
-    "MAX_ERROR",
-    "Shown",
-    "arguments_text",
-    "call_name",
-    "code_text",
-    "describe",
-    "escape",
-    "json_text",
-    "mask_tokens",
-    "plugin_text",
-    "sentence",
-    "word",
-]
-
 # Chosen: a few lines of a terminal.
 MAX_ERROR = 500
 # Chosen: a shorter value is in many messages by chance.

@@ -8,8 +8,6 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime, timedelta
 
-__all__ = ["monotonic", "move", "offset", "reset", "utc_now"]
-
 _offset = timedelta()
 
 

@@ -17,8 +17,6 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-__all__ = ["PREFIX", "StoreSettings", "default_hash_key", "mask_url"]
-
 PREFIX = "AGENT_GATEWAY_STORE_"
 
 

@@ -35,8 +35,6 @@ from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
 
-__all__ = ["GatewayStore"]
-
 _logger = logging.getLogger("agent_gateway_store")
 
 

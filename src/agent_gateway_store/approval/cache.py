@@ -21,8 +21,6 @@ from agent_gateway_store.models.columns import token_digest
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 
-__all__ = ["ApprovalCache", "ApprovalSnapshot"]
-
 _MAX_TOKEN_CHARS = 512  # ours have 43; a caller's own longer ones are read from SQL
 
 

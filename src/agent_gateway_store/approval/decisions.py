@@ -39,8 +39,6 @@ from agent_gateway_store.models.values import ApprovalStatus, PendingApproval, T
 from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["Permission", "VoteInput", "approve", "close", "expire", "require_no_veto", "set_outcome", "use"]
-
 
 class VoteInput:
     """What one approver decides, scrubbed.

@@ -27,8 +27,6 @@ from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 
-__all__ = ["Issued", "already_issued", "close_standing", "insert", "insert_or_reissue", "issue_values"]
-
 
 class Issued(NamedTuple):
     """What was asked.

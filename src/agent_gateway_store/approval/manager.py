@@ -26,8 +26,6 @@ from agent_gateway_store.storage.database import AnyConnection, SessionTransacti
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.redis_cache import RedisCache
 
-__all__ = ["ApprovalBackend", "ApprovalManager"]
-
 _LARGEST_BATCH = 10_000  # of `expire_stale`: what one transaction writes within a command's time
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 

@@ -13,8 +13,6 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.values import Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["ApprovalNotifier"]
-
 
 class ApprovalNotifier:
     """Hands notices to every notifier and event hook, each on its own, each within PLUGIN_TIMEOUT_SECONDS.

@@ -20,8 +20,6 @@ from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.db_clock import clock_sql
 from agent_gateway_store.storage.rows import RowsParameter
 
-__all__ = ["Change", "Outbox", "PersistOnlyOutbox", "enqueue", "insert_with_deliveries", "notice_of"]
-
 _deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
 _PENDING = ApprovalStatus.PENDING
 _PLACEHOLDER = UUID(int=0)

@@ -33,18 +33,6 @@ from agent_gateway_store.storage.filters import (
 )
 from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor, listing_fingerprint
 
-__all__ = [
-    "ApprovalFilters",
-    "ApprovalRef",
-    "StoredApproval",
-    "check_search",
-    "find",
-    "get",
-    "history",
-    "result_of",
-    "search",
-]
-
 _requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
 _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 _deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]

@@ -24,32 +24,6 @@ from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.db_clock import clock_sql
 from agent_gateway_store.storage.statements import Statement, typed_text
 
-__all__ = [
-    "APPROVE",
-    "APPROVE_FINAL",
-    "CANCEL",
-    "CANCEL_OTHER_TERMS",
-    "CONSUME",
-    "COUNT_APPROVALS",
-    "DENY",
-    "EXPIRE",
-    "EXPIRE_SAME_CALL",
-    "INSERT",
-    "LOCK_CALL",
-    "LOCK_PENDING",
-    "META_COLUMNS",
-    "READ",
-    "REISSUE",
-    "RELEASE",
-    "SAME_CALL",
-    "SET_OUTCOME",
-    "VOTE",
-    "Key",
-    "fragments",
-    "readable_columns",
-    "sql_statement",
-]
-
 Key: TypeAlias = Literal["token", "id"]
 
 _requests = ApprovalRequest.__table__  # type: ignore[attr-defined]

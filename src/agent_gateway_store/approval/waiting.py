@@ -13,8 +13,6 @@ from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.storage.filters import number
 from agent_gateway_store.storage.pubsub import PubSub, Topic
 
-__all__ = ["Waiting"]
-
 _POLL_S = 0.25  # without messages: what people notice, and four reads a second
 _LAST_READ_S = 1.0  # a database that hangs keeps nobody longer past the timeout
 _AFTER_DEADLINE_S = 0.01  # the database's clock counts milliseconds

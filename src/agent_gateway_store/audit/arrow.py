@@ -19,8 +19,6 @@ from agent_gateway_store.storage.streaming import Rows, copied, streamed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["arrow_blocks", "in_thread", "whole_table"]
-
 # Chosen for SQLite: each batch costs a call in a thread.
 _BATCH_ROWS = 10_000
 # Chosen: bounds memory, where a block is held as text and as a table.

@@ -25,8 +25,6 @@ from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import SqlConnection, dialect_of
 from agent_gateway_store.storage.errors import is_outage
 
-__all__ = ["RowResult", "Sink", "insert_event", "sink_for", "store_batch"]
-
 RowResult: TypeAlias = WriteOutcome | Exception
 """The result of one row of a batch: its outcome, or the error by which the database refuses it."""
 

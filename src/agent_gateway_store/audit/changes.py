@@ -50,8 +50,6 @@ from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
 from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["changes"]
-
 # Ids are signed 64-bit integers in both databases.
 _LARGEST = 2**63
 # 64 bits in hex: enough to distinguish two events that were given the same ids.

@@ -26,8 +26,6 @@ from agent_gateway_store.storage.streaming import Rows, streamed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["ExportResult", "escape_formulas", "export_events"]
-
 # Chosen: with rows of 5 kB about 10 MB.
 _BATCH_ROWS = 2_000
 # Chosen: bounds memory, where a few blocks are held at once, as text and as tables.

@@ -26,20 +26,6 @@ from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow
 
-__all__ = [
-    "Compression",
-    "Format",
-    "counted",
-    "events_in",
-    "export_format",
-    "format_of",
-    "importable",
-    "opened",
-    "partial",
-    "progress_bar",
-    "sync",
-]
-
 T = TypeVar("T")
 
 Format = Literal["jsonl", "csv", "parquet"]

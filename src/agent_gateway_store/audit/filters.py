@@ -22,8 +22,6 @@ from agent_gateway_store.storage.filters import (
 )
 from agent_gateway_store.storage.pagination import listing_fingerprint
 
-__all__ = ["Criteria", "Filters", "criteria"]
-
 
 class Filters(TypedDict, total=False):
     """The filters of `search`, `stream`, `stats`, `export`, `follow` and the bulk reads; None does not narrow.

@@ -19,8 +19,6 @@ from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, aw
 from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 
-__all__ = ["BEFORE", "CHANGEABLE", "WRITTEN", "AfterWriteHooks", "BeforeWriteHooks"]
-
 BEFORE = "gateway_store_before_audit_write"
 WRITTEN = "gateway_store_audit_written"
 

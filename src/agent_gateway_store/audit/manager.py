@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.audit.export import ExportResult
 
-__all__ = ["AuditLogger", "AuditManager"]
-
 
 class AuditLogger:
     """Writes audit events through a session that the caller owns.

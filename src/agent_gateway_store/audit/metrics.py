@@ -12,8 +12,6 @@ from agent_gateway_store.errors import MissingExtraError
 if TYPE_CHECKING:
     from agent_gateway_store.audit.writer import AuditWriter
 
-__all__ = ["observe"]
-
 
 def observe(writer: AuditWriter) -> None:
     """Measure `writer` for as long as it exists, by the meter `agent_gateway_store`.

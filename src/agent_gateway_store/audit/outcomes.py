@@ -15,8 +15,6 @@ from agent_gateway_store._text import describe
 from agent_gateway_store.audit.record import EncodedRow, to_values
 from agent_gateway_store.encoding.sanitize import Scrubber
 
-__all__ = ["AuditCounters", "WriteOutcome", "log_lost"]
-
 _logger = logging.getLogger("agent_gateway_store.audit.lost")
 
 

@@ -18,8 +18,6 @@ from agent_gateway_store.storage.database import Database, SessionTransactions
 from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor
 from agent_gateway_store.storage.streaming import fetched
 
-__all__ = ["COLUMNS", "AuditQuery", "check_limit"]
-
 COLUMNS = (
     "timestamp",
     "caller_id",

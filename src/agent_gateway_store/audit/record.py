@@ -21,25 +21,6 @@ from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, is_st
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
 
-__all__ = [
-    "BULK_ROWS",
-    "COLUMNS",
-    "INVALID",
-    "PLUGIN_FAILED",
-    "REUSED_LABEL",
-    "UNSTORABLE",
-    "EncodedRow",
-    "encode_batches",
-    "encode_event",
-    "from_values",
-    "hash_of",
-    "key_of",
-    "size_of",
-    "to_values",
-    "with_derived_id",
-    "without_payload",
-]
-
 UNSTORABLE = "UNSTORABLE"
 INVALID = "INVALID"
 PLUGIN_FAILED = "PLUGIN_FAILED"

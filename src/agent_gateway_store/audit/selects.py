@@ -33,19 +33,6 @@ from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStat
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
 from agent_gateway_store.storage.statements import Statement
 
-__all__ = [
-    "FIELDS",
-    "JSON_FIELDS",
-    "Shape",
-    "conditions",
-    "events_of",
-    "finite_timestamp",
-    "newest",
-    "oldest",
-    "select_events",
-    "table",
-]
-
 table = AuditEvent.__table__  # type: ignore[attr-defined]
 
 FIELDS = tuple(AuditEvent.model_fields)

@@ -21,8 +21,6 @@ from agent_gateway_store.storage.database import create_engine, db_now
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.urls import is_memory
 
-__all__ = ["Spool"]
-
 # Chosen: a long outage must not fill the disk of the gateway.
 MAX_BYTES = 2**30
 # SQLite's default.

@@ -28,8 +28,6 @@ from agent_gateway_store.results import Stats
 from agent_gateway_store.storage.filters import duration
 from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["GROUPS", "bucket_of", "columns_of", "group_events", "stats_of"]
-
 GROUPS = (
     "caller_id",
     "caller_role",

@@ -17,8 +17,6 @@ from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.streaming import streamed
 
-__all__ = ["changes_page", "event_batches", "follow_pages"]
-
 # The default limit of `changes`.
 _FOLLOWED_ROWS = 1_000
 # Chosen: bounds of the caller's `poll_s` while the database is away, so that it is tried neither in a loop nor too

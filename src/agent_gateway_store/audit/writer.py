@@ -20,8 +20,6 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
 from agent_gateway_store.models.audit import AuditEvent
 
-__all__ = ["AuditWriter", "OpenWriter"]
-
 # Chosen: about ten batches, so that the next one is full while one is committed, and memory is bounded.
 MAX_QUEUED_ROWS, MAX_QUEUED_BYTES = 10_000, 64 * 2**20
 # Chosen, of one commit: no row of a batch is acknowledged before all of it is on disk.

@@ -21,8 +21,6 @@ from agent_gateway_store.cli.doctor import doctor
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import complain
 
-__all__ = ["app"]
-
 # By its name, since an import of the demo, which imports the command line, would be a circle.
 _DEMO = "agent_gateway_store.demo.command"
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalResult
     from agent_gateway_store.store import GatewayStore
 
-__all__ = ["app"]
-
 app = typer.Typer(no_args_is_help=True, help="List approvals and decide them.")
 
 IdArgument = Annotated[str, typer.Argument(metavar="APPROVAL_ID", help="As `approvals list` shows it.")]

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.results import Page
     from agent_gateway_store.store import GatewayStore
 
-__all__ = ["app", "count_text", "filtered", "require_none_lost"]
-
 app = typer.Typer(no_args_is_help=True, help="Write, find and follow audit events.")
 
 _HEADINGS = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms", "latency_p99_ms": "p99 ms"}

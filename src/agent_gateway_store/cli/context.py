@@ -17,18 +17,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
-__all__ = [
-    "Options",
-    "choose",
-    "duration",
-    "in_store",
-    "open_store",
-    "options_of",
-    "run",
-    "settings_of",
-    "sqlite_file",
-]
-
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}

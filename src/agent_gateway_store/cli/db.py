@@ -15,8 +15,6 @@ from agent_gateway_store.cli.output import JsonOption, complain, print_json, pri
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["app", "engine_for", "explain_state", "schema_state"]
-
 app = typer.Typer(no_args_is_help=True, help="Bring the schema up to date, or check it.")
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["doctor"]
-
 # The largest page of `list_requests`: one read, and recent enough for what can still be found out.
 _MAX_USED = 1000
 # In the order of the numbers that `PRAGMA synchronous` returns (https://www.sqlite.org/pragma.html#pragma_synchronous).

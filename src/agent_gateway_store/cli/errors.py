@@ -11,8 +11,6 @@ from agent_gateway_store._text import describe, mask_tokens
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-__all__ = ["CommandError", "ExitCode", "describe_validation", "explain"]
-
 
 class ExitCode(IntEnum):
     """How the process ends; 3 is kept for integrity violations."""

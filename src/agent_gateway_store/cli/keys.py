@@ -20,8 +20,6 @@ from agent_gateway_store.cli.output import (
 if TYPE_CHECKING:
     from agent_gateway_store.models.keys import IssuedKey
 
-__all__ = ["app", "print_issued"]
-
 app = typer.Typer(no_args_is_help=True, help="Issue, list, rotate and revoke API keys.")
 
 CallerArgument = Annotated[str, typer.Argument(metavar="CALLER_ID", help="The caller that the API key is for.")]

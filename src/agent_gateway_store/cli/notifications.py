@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.store import GatewayStore
 
-__all__ = ["app"]
-
 T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, help="List, send, redrive and prune the notices to notifiers.")

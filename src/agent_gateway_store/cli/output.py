@@ -21,20 +21,6 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.results import Page
 
-__all__ = [
-    "JsonOption",
-    "complain",
-    "console",
-    "field_text",
-    "print_fields",
-    "print_json",
-    "print_page",
-    "print_result",
-    "say",
-    "to_dict",
-    "to_json",
-]
-
 # Columns. Rich takes 80 for a file or a pipe, which breaks a row with two ids; 240 holds our widest table.
 _PIPE_WIDTH = 240
 # Columns, more than any table has: to measure how wide a table would be if it had the room.

@@ -16,8 +16,6 @@ from agent_gateway_store.hooks.plugin import REGISTER, PluginRecord, SettingsSta
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["check_plugins", "sample_notices"]
-
 
 async def check_plugins(
     plugins: Plugins,

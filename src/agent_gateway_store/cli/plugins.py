@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.hooks.plugin import SettingsState
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["COMMANDS", "app", "plugin_commands", "plugin_records"]
-
 app = typer.Typer(no_args_is_help=True, help="List the installed plugins, and check them.")
 
 COMMANDS = "gateway_store_register_commands"

@@ -43,8 +43,6 @@ from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.rows import RowsParameter
 from agent_gateway_store.storage.statements import Statement, unindexed
 
-__all__ = ["AttemptResult", "Delivery", "ResultRecorder", "claim", "claim_next", "deliveries", "record"]
-
 # A statement with so many rows takes some 10 ms; in a longer one the first rows would wait for the last.
 _MOST_RESULTS = 500
 # What comes meanwhile is recorded together. Without it asking for approvals with the outbox took 1.39 times as long as

@@ -18,8 +18,6 @@ from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor, listing_fingerprint
 
-__all__ = ["NotificationManager"]
-
 _COLUMNS = (
     *("created_at", "notifier", "event", "status", "attempts", "next_attempt_at", "last_error"),
     *("approval_id", "delivery_id"),

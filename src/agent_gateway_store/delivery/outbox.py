@@ -15,8 +15,6 @@ from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
 
-__all__ = ["StoreOutbox"]
-
 _logger = logging.getLogger("agent_gateway_store.notifications")
 
 

@@ -9,8 +9,6 @@ from agent_gateway_store.hooks.dispatch import DeliveryReport
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["FIRST_WAIT_S", "LONGEST_ASKED_S", "LONGEST_WAIT_S", "Policy", "backoff_s"]
-
 # A receiver that restarts is back in seconds, one that is down for days is asked once an hour.
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 3600.0

@@ -21,8 +21,6 @@ from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions
 
-__all__ = ["DeliveryWorker", "NotifierQueue"]
-
 # A notice takes some KB, so a queue holds a few MB of first attempts while its notifier hangs.
 _MOST_QUEUED = 1000
 # What closing takes beyond its own bound: a commit on a busy disk takes tenths of that.

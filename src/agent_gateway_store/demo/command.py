@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
-__all__ = ["app"]
-
 app = typer.Typer()
 
 CALLER = "demo-agent"

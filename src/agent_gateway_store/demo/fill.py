@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.audit import AuditEvent
     from agent_gateway_store.store import GatewayStore
 
-__all__ = ["fill", "show_filled"]
-
 # Rows of one transaction, and steps of the progress bar: as many as `write_many` commits at a time.
 _CHUNK = 500
 _PENDING: tuple[tuple[str, dict[str, Any], str], ...] = (

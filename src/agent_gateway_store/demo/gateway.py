@@ -22,8 +22,6 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["Approver", "Gateway", "Toolbox"]
-
 SERVER = "files"
 FILES = {
     "customers.csv": "id,name\n1,Ada\n2,Grace\n",

@@ -21,8 +21,6 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, V
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 
-__all__ = ["DAYS", "Approval", "Call", "history"]
-
 DAYS = 14
 # All shares here are made up, and chosen by eye so that each thing to find shows in the plots of 2,000 events, without
 # being the first thing that anybody sees.

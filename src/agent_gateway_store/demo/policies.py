@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from agent_gateway_store.cli.errors import CommandError, describe_validation
 from agent_gateway_store.models.keys import TrustLevel
 
-__all__ = ["PolicyFile", "read_policies"]
-
 _EXAMPLE = "see examples/policies/default.yaml"
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from agent_gateway_store.models.keys import TrustLevel
 
-__all__ = ["APPROVERS", "CALLERS", "PROBED", "PROBES", "SLOW", "TOOLS", "TROUBLEMAKER", "Caller", "Incident", "Tool"]
-
 # Weights of the 24 hours of a day, made up.
 Hours = tuple[float, ...]
 OFFICE: Hours = (*[0.03] * 6, 0.15, 0.5, 1.0, 1.6, 1.8, 1.5, 0.9, 1.4, 1.7, 1.6, 1.2, 0.7, 0.3, 0.15, 0.1, *[0.05] * 3)

@@ -37,8 +37,6 @@ import rfc8785
 from agent_gateway_store.encoding.plain import CONTAINERS, Members, Tagged, escape_surrogates, is_text, plain
 from agent_gateway_store.settings import default_hash_key
 
-__all__ = ["MAX_SAFE_INTEGER", "canonical_json", "hash_bytes", "hash_json", "tag"]
-
 # The largest integer that every reader of JSON takes exactly: section 2.2 of RFC 7493.
 MAX_SAFE_INTEGER = 2**53 - 1
 # rfc8785 recurses: far below Python's limit of 1,000 frames.

@@ -21,8 +21,6 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
-__all__ = ["CONTAINERS", "Members", "Tagged", "escape_surrogates", "is_text", "plain", "type_name"]
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Chosen: a hundred times what is ever stored, and read in a second; an iterator without end must end somewhere.
 _MOST_ITEMS = 10_000_000

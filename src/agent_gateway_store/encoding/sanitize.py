@@ -25,8 +25,6 @@ from typing import Any
 from agent_gateway_store.encoding.canonical import MAX_SAFE_INTEGER, hash_bytes, tag
 from agent_gateway_store.encoding.plain import CONTAINERS, Members, is_text, plain
 
-__all__ = ["MAX_DEPTH", "MAX_JSON_CHARS", "MAX_KEY_BYTES", "MAX_TEXT_BYTES", "Scrubber", "is_storable", "storable_key"]
-
 # Longest text in an indexed column: an index row of PostgreSQL holds 2,704 bytes, and our widest has three such texts.
 MAX_KEY_BYTES = 512
 # Longest text anywhere else: chosen for human readers, no database asks for it.

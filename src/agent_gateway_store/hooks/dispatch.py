@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice, PendingApproval
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["DeliveryReport", "Dispatcher", "Vetoes"]
-
 _EVENT = "gateway_store_approval_event"
 _VETO = "gateway_store_veto_decision"
 

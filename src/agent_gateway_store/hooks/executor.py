@@ -18,8 +18,6 @@ from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 from agent_gateway_store._text import describe, escape
 from agent_gateway_store.errors import NotDeliveredError
 
-__all__ = ["GRACE_SECONDS", "MAX_ABANDONED", "PluginExecutor", "PluginFailure", "awaited", "run_in_thread"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

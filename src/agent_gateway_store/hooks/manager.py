@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.hooks.specs import Notifier
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["BLOCK_VARIABLE", "LOAD_VARIABLE", "Plugins"]
-
 LOAD_VARIABLE = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
 BLOCK_VARIABLE = "AGENT_GATEWAY_STORE_BLOCK_PLUGINS"
 

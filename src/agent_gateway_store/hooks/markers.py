@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pluggy import HookimplMarker, HookspecMarker
 
-__all__ = ["PROJECT", "hookimpl", "hookspec"]
-
 PROJECT = "agent_gateway_store"
 """The pluggy project, and the entry-point group that plugins are found by."""
 

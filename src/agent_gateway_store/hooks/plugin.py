@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.hooks.specs import Notifier
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = ["REGISTER", "SETTINGS", "Offer", "Plugin", "PluginRecord", "SettingsState", "examine_settings"]
-
 REGISTER = "gateway_store_register_notifiers"
 SETTINGS = "gateway_store_plugin_settings"
 

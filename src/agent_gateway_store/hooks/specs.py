@@ -17,18 +17,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice, PendingApproval
     from agent_gateway_store.settings import StoreSettings
 
-__all__ = [
-    "Notifier",
-    "gateway_store_approval_event",
-    "gateway_store_audit_written",
-    "gateway_store_before_audit_write",
-    "gateway_store_map_approver",
-    "gateway_store_plugin_settings",
-    "gateway_store_register_commands",
-    "gateway_store_register_notifiers",
-    "gateway_store_veto_decision",
-]
-
 
 @runtime_checkable
 class Notifier(Protocol):

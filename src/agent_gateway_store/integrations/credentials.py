@@ -6,8 +6,6 @@ from typing import Protocol
 
 from agent_gateway_store.errors import InvalidApiKeyError
 
-__all__ = ["Headers", "key_in"]
-
 # RFC 6750, 2.1; schemes are case-insensitive (RFC 9110, 11.1).
 _SCHEME = "bearer"
 

@@ -24,8 +24,6 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.storage.database import SqlConnection
 from agent_gateway_store.storage.pubsub import PubSub
 
-__all__ = ["REFUSED", "Answer", "KeyCache", "ReadVersion", "VerifiedKey"]
-
 _TOPIC = "api-key:"
 # Chosen: a key that was just issued by another process is accepted after a second.
 _UNKNOWN_S = 1.0

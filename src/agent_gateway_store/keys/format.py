@@ -13,8 +13,6 @@ import secrets
 import string
 import zlib
 
-__all__ = ["KEY_PATTERN", "digest", "new_key", "new_key_id", "parse_key_id"]
-
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 # 62^12 ids are 71 bits: random ones do not collide. 62^43 is the first power above 2^256, and 62^6 above 2^32 (CRC-32).
 _KEY_ID_CHARS, _SECRET_CHARS, _CHECKSUM_CHARS = 12, 43, 6

@@ -32,8 +32,6 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import SqlConnection, Transactions, db_now, first_row
 from agent_gateway_store.storage.filters import require_between
 
-__all__ = ["COLUMNS", "KeyManager"]
-
 COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
 _DEFAULT_ORG = "default"
 # The documented precision of `last_used_at`: one write a minute for each key at most.

@@ -19,8 +19,6 @@ from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, TokenDigest, UtcDateTime
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
 
-__all__ = ["ApprovalRequest", "ApprovalResult", "ApprovalScope", "ApprovalVote", "VoteDecision", "hash_tool_call"]
-
 # The largest number that an INTEGER of PostgreSQL holds.
 _MOST_APPROVERS = 2**31 - 1
 _PENDING = text("status = 'PENDING'")

@@ -20,8 +20,6 @@ from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, UtcDateTime, as_utc
 from agent_gateway_store.models.values import FrozenModel
 
-__all__ = ["AuditEvent", "Decision", "ExecutionStatus", "OutputDecision", "RedactionFlag"]
-
 
 class Decision(StrEnum):
     """What the gateway decided about a tool call."""

@@ -21,8 +21,6 @@ from sqlmodel import SQLModel
 
 from agent_gateway_store.models.values import ShownAsCard
 
-__all__ = ["NAMING_CONVENTION", "StoreModel", "metadata"]
-
 # With names that follow one rule a violated constraint can be recognised, and Alembic can drop it.
 NAMING_CONVENTION = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",

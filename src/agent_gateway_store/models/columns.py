@@ -12,8 +12,6 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Integer, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-__all__ = ["BigKey", "EnumNumber", "EnumText", "Json", "JsonOf", "TokenDigest", "UtcDateTime", "as_utc", "token_digest"]
-
 UTC_MIN = datetime.min.replace(tzinfo=UTC)
 UTC_MAX = datetime.max.replace(tzinfo=UTC)
 

@@ -15,8 +15,6 @@ from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumNumber, UtcDateTime
 from agent_gateway_store.models.values import FrozenModel
 
-__all__ = ["ApiKey", "CallerIdentity", "IssuedKey", "TrustLevel"]
-
 
 class TrustLevel(IntEnum):
     """How far a caller is trusted; levels compare."""

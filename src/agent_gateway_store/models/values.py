@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ApprovalStatus", "FrozenModel", "Notice", "PendingApproval", "ShownAsCard", "ToolCall"]
-
 
 class ApprovalStatus(StrEnum):
     """The status of an approval. PENDING and APPROVED can still change; the others are final."""

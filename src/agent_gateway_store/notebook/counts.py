@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.notebook.charts import Chart
 
-__all__ = ["calls", "risk", "step_for", "timeline"]
-
 OTHERS = "others"
 # Rows that can be read without scrolling; colours that can be told apart, with `others` nine of the ten of tableau10;
 # columns whose slanted labels do not overlap in the width.

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.notebook.charts import Chart
 
-__all__ = ["latency", "waiting"]
-
 # As many rows as the chart of calls has.
 _GROUPS = 20
 # The largest page that `list_requests` gives, and ten of them: enough for percentiles, at most a second or two.

@@ -24,8 +24,6 @@ from agent_gateway_store.results.html import pretty_json, style
 if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalRequest
 
-__all__ = ["Inbox", "approval_texts", "inbox"]
-
 # As many as a card shows of one text.
 _ARGUMENT_CHARS = 20_000
 _VERBS = {"approve": "Approved", "deny": "Denied"}

@@ -10,8 +10,6 @@ from typing import Any
 
 from agent_gateway_store._text import escape, mask_tokens
 
-__all__ = ["MARK", "cut", "fit_arguments", "safe_text"]
-
 MARK = "…"
 # How deep arguments are shown. Deeper ones cannot be read by a human, and come near the recursion limits of receivers.
 MAX_DEPTH = 20

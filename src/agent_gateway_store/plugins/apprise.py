@@ -16,13 +16,6 @@ from agent_gateway_store.plugins._text import safe_text
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
 
-__all__ = [
-    "AppriseNotifier",
-    "AppriseSettings",
-    "gateway_store_plugin_settings",
-    "gateway_store_register_notifiers",
-]
-
 PREFIX = "AGENT_GATEWAY_STORE_APPRISE_"
 # Characters of one text. Apprise splits or cuts what is longer than a service takes; SMS and pagers take a few hundred.
 MAX_TEXT = 500

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.models.values import Notice
 
-__all__ = ["LogNotifier", "gateway_store_register_notifiers"]
-
 logger = logging.getLogger("agent_gateway_store.notifications")
 
 # Characters: half of the 2,048 octets that a receiver of syslog should accept in one message (RFC 5424, 6.1). Only the

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import polars
     import pyarrow as pa
 
-__all__ = ["arrow", "arrow_schema", "as_pandas", "as_polars", "conform", "to_table"]
-
 _INT64 = range(-(2**63), 2**63)
 
 

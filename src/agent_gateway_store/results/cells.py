@@ -19,26 +19,6 @@ from pydantic import BaseModel, SecretStr
 
 from agent_gateway_store import _text
 
-__all__ = [
-    "HEX",
-    "MAX_ROWS",
-    "RICH",
-    "Column",
-    "Kind",
-    "Tone",
-    "as_dict",
-    "caption",
-    "cell",
-    "columns_of",
-    "fields_of",
-    "is_call",
-    "is_number",
-    "summary",
-    "table_rows",
-    "time_text",
-    "tone_of",
-]
-
 # Rows that a view shows: more are not read, and each takes about a kilobyte of the notebook's file.
 MAX_ROWS = 200
 # Characters of one cell, so that a text takes three or four lines of a column; and of JSON that is folded away.

@@ -18,8 +18,6 @@ from agent_gateway_store.results import cells
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["card_html", "pretty_json", "style", "table_html"]
-
 # Characters of JSON in a cell, where 200 rows must stay below the megabyte or so that a notebook saves, and in a card.
 _JSON_CHARS = 4_000
 _TEXT_CHARS = 20_000

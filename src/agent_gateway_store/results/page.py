@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.table import Table
 
-__all__ = ["METRICS", "Page", "Stats"]
-
 T = TypeVar("T")
 
 METRICS = (

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["card", "table"]
-
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, count: int) -> Table:
     """Return a table, and a caption that says how many rows there are.

@@ -18,8 +18,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import GatewayStoreError
 
-__all__ = ["AsyncpgPool", "RawConnection", "close_all", "idle_connections"]
-
 # Chosen: a server that is well answers within milliseconds.
 _CLOSE_TIMEOUT_S = 1.0
 # Chosen: time for the driver to notice that its socket was closed.

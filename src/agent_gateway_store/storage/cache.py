@@ -16,8 +16,6 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import InvalidUrlError
 from agent_gateway_store.settings import StoreSettings, mask_url
 
-__all__ = ["REDIS_FAULTS", "RedisClient", "create_redis", "delete", "get_json", "get_redis", "milliseconds", "set_json"]
-
 RedisClient: TypeAlias = Redis
 
 # redis-py raises ValueError or RecursionError for a reply that is not RESP, and RuntimeError for a connection that

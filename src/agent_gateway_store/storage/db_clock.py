@@ -12,8 +12,6 @@ from sqlalchemy.sql import expression
 from agent_gateway_store import clock
 from agent_gateway_store.models.columns import UtcDateTime
 
-__all__ = ["CLOCK_OFFSET", "clock_sql", "db_now"]
-
 CLOCK_OFFSET = "p_clock_offset"
 """Name of the parameter that holds the offset of `clock`, in seconds, in every statement that reads the time."""
 

@@ -14,8 +14,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from agent_gateway_store.errors import GatewayStoreError, SchemaOutOfDateError, StoreUnavailableError
 
-__all__ = ["is_outage", "translate_errors"]
-
 # asyncpg raises InternalClientError, which has neither of its two roots, when a server is killed during a command.
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)

@@ -14,21 +14,6 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, as_utc
 
-__all__ = [
-    "Moment",
-    "OneOrMore",
-    "check_filters",
-    "duration",
-    "identifier",
-    "instant",
-    "label",
-    "number",
-    "one_or_many",
-    "pattern",
-    "require_between",
-    "word",
-]
-
 OneOrMore: TypeAlias = str | Sequence[str] | set[str] | frozenset[str]
 """A value, or several of which any may match."""
 

@@ -29,18 +29,6 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
-__all__ = [
-    "VERSION_TABLE",
-    "current",
-    "differences",
-    "head",
-    "is_known",
-    "migrations_path",
-    "require_current",
-    "sql",
-    "upgrade",
-]
-
 T = TypeVar("T")
 
 VERSION_TABLE = "agent_gateway_store_version"

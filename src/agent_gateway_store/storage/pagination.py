@@ -16,8 +16,6 @@ from typing import Any
 
 from agent_gateway_store.errors import InvalidCursorError
 
-__all__ = ["decode", "decode_cursor", "encode", "encode_cursor", "invalid_cursor", "listing_fingerprint"]
-
 # Of the format; a later one can then refuse or read the cursors of this one.
 _VERSION = 1
 _POSITION = struct.Struct(">QQ")

@@ -21,8 +21,6 @@ from agent_gateway_store.storage.database import AnyConnection, Database
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.statements import Statement
 
-__all__ = ["PubSub", "Topic"]
-
 _CHANNEL = "agent_gateway_store_changed"
 # Chosen: a server that restarts is back within seconds.
 _RETRY_S = 1.0

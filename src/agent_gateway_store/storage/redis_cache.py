@@ -13,8 +13,6 @@ from redis.exceptions import MaxConnectionsError
 
 from agent_gateway_store.storage.cache import REDIS_FAULTS, RedisClient, milliseconds
 
-__all__ = ["CacheEntry", "RedisCache"]
-
 T = TypeVar("T")
 
 _MAX_CONNECTIONS = 32  # one event loop keeps no more busy; further calls wait rather than open a thousand

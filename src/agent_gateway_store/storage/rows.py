@@ -12,8 +12,6 @@ from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store.models.columns import Json
 
-__all__ = ["RowsParameter"]
-
 
 class RowsParameter:
     """A table inside a statement whose rows come as parameters: one array for each column on PostgreSQL, one JSON

@@ -6,8 +6,6 @@ import sqlite3
 from typing import Any
 from weakref import WeakSet
 
-__all__ = ["ClosingConnection"]
-
 
 class ClosingConnection(sqlite3.Connection):
     """Ends every statement before it closes.

@@ -24,8 +24,6 @@ from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
 
-__all__ = ["CompiledStatement", "Statement", "typed_text", "unindexed"]
-
 _Processor: TypeAlias = Callable[[Any], Any] | None
 _PARAMETER = re.compile(r":(p_\w+)")
 

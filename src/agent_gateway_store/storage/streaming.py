@@ -13,8 +13,6 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.statements import CompiledStatement
 from agent_gateway_store.storage.urls import is_memory
 
-__all__ = ["LONGEST_S", "copied", "fetched", "streamed"]
-
 # Chosen: a day, for one command of a read of any size.
 LONGEST_S = 24 * 3600.0
 

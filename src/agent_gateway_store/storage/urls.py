@@ -14,8 +14,6 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import InvalidUrlError
 from agent_gateway_store.settings import mask_url
 
-__all__ = ["is_memory", "parse_database_url"]
-
 _ASYNC_DRIVERS = {
     "postgres": "postgresql+asyncpg",
     "postgresql": "postgresql+asyncpg",

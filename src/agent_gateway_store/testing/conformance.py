@@ -21,8 +21,6 @@ from agent_gateway_store.testing.doubles import make_notice
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-__all__ = ["HOSTILE_TEXTS", "NotifierConformance"]
-
 T = TypeVar("T")
 
 # Texts that callers put into names, arguments and explanations.

@@ -17,8 +17,6 @@ from agent_gateway_store import clock
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
 
-__all__ = ["MovableClock", "RecordingNotifier", "make_notice", "wait_until"]
-
 # Seconds between two checks: short beside any wait for a database, long enough to leave the processor to others.
 _POLL_S = 0.005
 

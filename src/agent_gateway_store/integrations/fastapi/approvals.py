@@ -14,8 +14,6 @@ from agent_gateway_store.integrations.fastapi.lifespan import StoreDep
 from agent_gateway_store.models.approval import ApprovalScope
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
 
-__all__ = ["ApprovalView", "Approver", "DecisionView", "approvals_router"]
-
 # A note has at most 2,000 characters, which are 12,000 bytes if all of them are escapes; four times that is plenty.
 _MAX_BODY_BYTES = 65_536
 _FROM_ATTRIBUTES = ConfigDict(from_attributes=True)

@@ -13,8 +13,6 @@ from agent_gateway_store.integrations.fastapi.lifespan import StoreDep
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["CallerDep", "CallerStoreDep", "get_caller", "get_caller_store"]
-
 # They only describe the API in OpenAPI: of two headers they would read the first, where `key_in` refuses both.
 _Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
 _ApiKey = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))]

@@ -17,8 +17,6 @@ from agent_gateway_store import errors
 from agent_gateway_store._text import sentence
 from agent_gateway_store.encoding.sanitize import Scrubber
 
-__all__ = ["RETRY_AFTER_S", "StoreRoute", "http_errors", "http_exception_of", "install_error_handlers"]
-
 # Seconds: as long as the breaker of Redis and the pool of PostgreSQL need to find out that a server is back.
 RETRY_AFTER_S = 5
 # The first class that matches counts, so derived classes come before their bases.

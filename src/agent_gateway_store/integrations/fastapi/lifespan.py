@@ -12,8 +12,6 @@ from starlette.requests import HTTPConnection
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["Lifespan", "StoreDep", "get_store", "lifespan"]
-
 _NAME = "agent_gateway_store"
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]

@@ -17,8 +17,6 @@ from agent_gateway_store.models.audit import Decision
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 
-__all__ = ["ask", "note_outcome"]
-
 # Seconds for one write when a caller has gone away: the default of PLUGIN_TIMEOUT_SECONDS, and well below the time that
 # servers give their requests at shutdown (uvicorn's default is no limit, Kubernetes' is 30 seconds).
 _TIDY_TIMEOUT_S = 5.0

@@ -32,8 +32,6 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["GatewayMiddleware"]
-
 _AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
 _BROKEN = "The gateway failed, so the call was not run: tell its operator."
 _WITHHELD = "The call could not be recorded, so its result is withheld: tell the operator."

@@ -11,8 +11,6 @@ from fastmcp.exceptions import ToolError
 from fastmcp.server.middleware.tool_injection import ToolInjectionMiddleware
 from fastmcp.tools import Tool
 
-__all__ = ["CallChangedError", "PinningMiddleware", "pinned", "unpinned"]
-
 _CHANGED = "Another middleware changed the call after it was judged, so it was not run: tell the operator."
 
 

@@ -18,8 +18,6 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import FrozenModel, ToolCall
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["HIDDEN", "CallRecord", "Identify", "Policy", "Sanitize", "Verdict", "argument_names"]
-
 _UNKNOWN = "unknown"
 HIDDEN = "[hidden]"
 

@@ -29,8 +29,6 @@ from agent_gateway_store.integrations.fastmcp.servers import (
 )
 from agent_gateway_store.models.values import ToolCall
 
-__all__ = ["INPUT_RESPONSES", "REQUEST_STATE", "RESERVED", "VERSION", "ResolvedTool", "resolve"]
-
 VERSION = "@version"
 INPUT_RESPONSES = "@input_responses"
 REQUEST_STATE = "@request_state"

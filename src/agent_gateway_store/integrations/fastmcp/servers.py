@@ -20,8 +20,6 @@ from fastmcp.utilities.versions import VersionSpec
 
 from agent_gateway_store.integrations.fastmcp.pinning import PinningMiddleware
 
-__all__ = ["is_alias", "own_name", "require_own_server_name", "require_seen_calls"]
-
 _TWO_SERVERS = "Two servers behind this one have the same name, so the call was not run: tell their operator."
 _UNSEEN = (
     "This tool calls other tools of a mounted server, which nobody would judge, so it was not run: ask its operator to"

@@ -6,8 +6,6 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 from agent_gateway_store.errors import NotDeliveredError
 
-__all__ = ["Address", "AddressPolicy", "Network", "RefusedAddressError"]
-
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 

@@ -18,8 +18,6 @@ from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.plugins._http.addresses import AddressPolicy
 from agent_gateway_store.plugins._http.urls import ParsedUrl, parse_proxy
 
-__all__ = ["Answer", "Resolve", "Transport", "resolve"]
-
 # The rest of an answer whose body nobody asked for: read for this long, so that the connection can be used again.
 DRAIN_SECONDS = 0.25
 # The same in bytes. A body that is longer costs more to read than a new connection would.

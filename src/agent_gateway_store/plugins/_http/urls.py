@@ -9,8 +9,6 @@ from urllib.parse import unquote
 
 from agent_gateway_store.plugins._http.addresses import Address
 
-__all__ = ["ParsedUrl", "parse_proxy", "parse_url"]
-
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::(?P<port>[0-9]{1,5}))?"
     r"(?P<path>(?:[/?][!-~]*)?)",

@@ -15,8 +15,6 @@ from agent_gateway_store.plugins.slack.settings import SlackSettings
 if TYPE_CHECKING:
     from agent_gateway_store.plugins._http.transport import Answer
 
-__all__ = ["EVENT_TYPE", "SlackApi", "SlackRefusedError", "mrkdwn"]
-
 # Type of the metadata (https://docs.slack.dev/messaging/message-metadata) by which a message of ours is recognised.
 EVENT_TYPE = "gateway_store_approval"
 # Bytes. A page of 200 messages of a busy channel has a megabyte or two.

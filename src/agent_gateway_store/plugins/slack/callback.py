@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.hooks.manager import Plugins
     from agent_gateway_store.models.values import ApprovalStatus
 
-__all__ = ["Approvals", "Decided", "SlackCallback", "SlackReply"]
-
 logger = logging.getLogger("agent_gateway_store.notifications")
 
 # Slack waits three seconds for an answer (https://docs.slack.dev/interactivity/handling-user-interaction).

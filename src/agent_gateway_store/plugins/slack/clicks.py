@@ -22,8 +22,6 @@ from agent_gateway_store.plugins.slack.settings import SlackSettings
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.manager import Plugins
 
-__all__ = ["APPROVE", "DENY", "Approvers", "Click", "Signatures", "click_in"]
-
 logger = logging.getLogger("agent_gateway_store.notifications")
 
 APPROVE = "gateway_store_approve"

@@ -25,8 +25,6 @@ from agent_gateway_store.plugins.slack.clicks import APPROVE, DENY
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
 
-__all__ = ["decided_message", "pending_message"]
-
 # Slack's limit for the text of a section is 3000 characters, of which `&amp;` counts five
 # (https://docs.slack.dev/reference/block-kit/blocks/section-block). These leave room for our own words and for marks.
 _MAX_NAME, _MAX_TEXT, _MAX_ARGUMENTS = 200, 2000, 2700

@@ -16,8 +16,6 @@ from agent_gateway_store.plugins.slack.settings import SlackSettings
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
 
-__all__ = ["SlackNotifier"]
-
 logger = logging.getLogger("agent_gateway_store.notifications")
 
 # Approvals: a day of a busy channel, in a few megabytes. A message that is forgotten is looked up in the channel.

@@ -9,8 +9,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from agent_gateway_store.plugins._http.urls import ParsedUrl, parse_proxy, parse_url
 
-__all__ = ["PREFIX", "SlackSettings"]
-
 PREFIX = "AGENT_GATEWAY_STORE_SLACK_"
 
 

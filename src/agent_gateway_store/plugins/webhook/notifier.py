@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
     from agent_gateway_store.plugins._http.transport import Answer, Resolve
 
-__all__ = ["MAX_BYTES", "TYPES", "WebhookNotifier", "body_of", "retry_after_s"]
-
 logger = logging.getLogger("agent_gateway_store.notifications")
 
 # Standard Webhooks asks for less than 20 kB (specification, "Payload best practices").

@@ -15,8 +15,6 @@ from pydantic import SecretStr
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.plugins.webhook.settings import key_of
 
-__all__ = ["Received", "WebhookReceiver"]
-
 # More than the secrets of any rotation; a header could otherwise make us compute thousands of signatures.
 MAX_SIGNATURES = 16
 

@@ -14,8 +14,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from agent_gateway_store.plugins._http.addresses import AddressPolicy, Network
 from agent_gateway_store.plugins._http.urls import parse_proxy, parse_url
 
-__all__ = ["PREFIX", "WebhookEndpoint", "WebhookSettings", "key_of"]
-
 PREFIX = "AGENT_GATEWAY_STORE_WEBHOOK_"
 # Standard Webhooks, "Signature scheme": between 24 bytes (192 bits) and 64 bytes (512 bits).
 MIN_KEY_BYTES, MAX_KEY_BYTES = 24, 64
