@@ -126,6 +126,56 @@ def test_deny_has_aliases_that_the_help_does_not_show(alias: str) -> None:
     assert alias not in gateway_store("approvals", "--help").out
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before the command", "after it"])
+def test_global_options_stand_on_either_side_of_the_command(before: bool, tmp_path: Path) -> None:
+    """Those after the command win; an empty one is refused on both sides."""
+
+    def run(*options: str, command: tuple[str, ...] = ("keys", "list", "--json")) -> Outcome:
+        return gateway_store(*options, *command) if before else gateway_store(*command, *options)
+
+    here, there = (f"sqlite:///{tmp_path / name}" for name in ("here.db", "there.db"))
+    assert run("--database-url", here, command=("keys", "issue", "ann", "--role", "r")).code == 0
+
+    assert run("--database-url", here).json["items"][0]["caller_id"] == "ann"
+    assert run("--database-url", here, "--org", "other").json["items"] == []
+    assert gateway_store("--database-url", here, "keys", "list", "--database-url", there, "--json").json["items"] == []
+    assert "must not be empty" in run("--database-url", "").err
+    assert "must not be empty" in run("--org", "").err
+    assert "Traceback" in run("--database-url", "nonsense", "--debug").err
+    assert gateway_store("keys", "list", "-h").out == gateway_store("keys", "list", "--help").out
+
+
+def test_a_command_that_reads_says_which_database_and_that_it_is_empty(tmp_path: Path) -> None:
+    """A wrong folder looks like an empty log otherwise; programs that read JSON are told nothing."""
+    url = f"sqlite:///{tmp_path / 'cli.db'}"
+    commands = (("audit", "search"), ("audit", "tail", "--no-follow"), ("approvals", "list"), ("notifications", "list"))
+
+    new = gateway_store("--database-url", url, "keys", "list").err
+    empty = [gateway_store("--database-url", url, *command).err for command in commands]
+    assert "cli.db, which is new and empty. --database-url or DATABASE_URL names another database." in new
+    assert all("cli.db, which is empty." in err for err in empty)
+
+    ask(url, "r1")
+    filled = [gateway_store("--database-url", url, *command) for command in commands]
+
+    assert all(f"Reading {tmp_path / 'cli.db'}.\n" in outcome.err for outcome in filled)
+    assert gateway_store("--database-url", url, "audit", "search", "--json").err == ""
+
+
+def test_a_narrow_terminal_gets_a_block_of_lines_for_each_row(cli: Callable[..., Outcome], url: str) -> None:
+    """With 60 columns ids stay whole, and nothing is left out or broken into single letters."""
+    approval_id = ask(url, "r1", name="long-" * 12)
+    cli("keys", "issue", "dev-agent", "--role", "developer")
+
+    listed = cli("approvals", "list", COLUMNS="60").out
+    assert approval_id in listed
+    assert "caller" in listed
+    for command in (("approvals", "list"), ("keys", "list"), ("notifications", "list"), ("plugins", "list")):
+        lines = cli(*command, COLUMNS="60").out.splitlines()
+        assert max(map(len, lines)) <= 60
+        assert [line for line in lines if re.search(r"[│┃] ?\w{1,2} ?[│┃]", line)] == []
+
+
 def test_nobody_approves_their_own_call(cli: Callable[..., Outcome], url: str) -> None:
     """The error is a sentence, the approval stays pending."""
     approval_id = ask(url, "r1")

@@ -106,7 +106,7 @@ def test_tail_follows_what_is_added_and_ends_cleanly_on_ctrl_c(tmp_path: Path) -
         out, err = tail.communicate(timeout=120)
 
     assert seen == ["first", "a", *(f"b{number}" for number in range(450)), "c"]
-    assert (tail.returncode, out, err) == (0, "", "")
+    assert (tail.returncode, out, err) == (0, "", "Stopped.\n")
 
 
 def test_ctrl_c_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) -> None:
@@ -121,8 +121,22 @@ def test_ctrl_c_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) 
         writing.send_signal(signal.SIGINT)
         _, err = writing.communicate(timeout=120)
 
-    assert (writing.returncode, err) == (130, "")
+    assert (writing.returncode, err) == (130, "Stopped.\n")
     assert ids(gateway_store("--database-url", url, "audit", "search", "--json")) == ["r1"]
+
+
+def test_a_follower_ends_when_its_reader_does(tmp_path: Path) -> None:
+    """`audit tail | head` ends although no event comes any more."""
+    url = f"sqlite:///{tmp_path / 'cli.db'}"
+    gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
+    with process("audit", "tail", "--json", "--database-url", url) as tail:
+        assert tail.stdout is not None
+        assert tail.stderr is not None
+        assert json.loads(tail.stdout.readline())["request_id"] == "r1"
+        tail.stdout.close()
+        err = tail.stderr.read()
+
+    assert (tail.wait(10), err) == (141, "")
 
 
 def test_a_reader_that_goes_away_is_no_error_to_shout_about(tmp_path: Path) -> None:
@@ -144,7 +158,7 @@ def test_a_reader_that_goes_away_is_no_error_to_shout_about(tmp_path: Path) -> N
 )
 def test_an_output_that_cannot_be_written_is_no_traceback(tmp_path: Path, target: str, code: int, says: str) -> None:
     """One that the caller closed is what was asked for; a full disk is an error."""
-    command = f"{shlex.quote(sys.executable)} -m agent_gateway_store.cli audit search {target}"
+    command = f"{shlex.quote(sys.executable)} -m agent_gateway_store.cli audit search --json {target}"
     ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=120)
 
     assert (ended.returncode, ended.stderr) == (code, says)

@@ -61,6 +61,19 @@ def test_a_cut_table_says_so(count: int) -> None:
     assert len(page.to_dicts()) == count
 
 
+@pytest.mark.parametrize(("width", "is_table"), [(60, False), (200, True)])
+def test_a_narrow_terminal_shows_each_row_as_lines(width: int, is_table: bool) -> None:
+    """Where a table would break every word, each value gets a line of its own."""
+    console = Console(file=io.StringIO(), width=width)
+    event = make_event()
+    console.print(Page([event], columns=("timestamp", "caller_id", "tool_name", "decision", "request_id", "org_id")))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert ("┃" in text) is is_table
+    assert all(value in text for value in (event.caller_id, event.tool_name, event.decision, event.request_id))
+    assert "1 row" in text
+
+
 @pytest.mark.parametrize("taken", [slice(1), slice(None, None, 2), slice(9, None)])
 def test_a_slice_of_a_page_is_a_page(taken: slice) -> None:
     """It renders and converts like the whole, and does not claim to know where the next page begins."""
@@ -91,6 +104,9 @@ def test_long_cells_are_cut() -> None:
     page = Page([{"a": "x" * 1_000}])
 
     assert f"<td>{'x' * 119}…</td>" in page._repr_html_()
+    assert "1 row; … marks what is cut; .to_dicts() has everything" in page._repr_html_()
+    assert "… marks what is cut" in rendered(page)
+    assert "… marks what is cut" not in rendered(Page([{"a": "short"}])) + Page([{"a": "short"}])._repr_html_()
     assert page.to_dicts() == [{"a": "x" * 1_000}]
 
 

@@ -6,7 +6,10 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
+from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from agent_gateway_store.cli import approvals, db, export_import, keys, notifications, plugins
-from agent_gateway_store.cli.context import Options
+from agent_gateway_store.cli.context import Options, options_of
 from agent_gateway_store.cli.doctor import doctor
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import complain
@@ -41,13 +44,18 @@ class RootGroup(TyperGroup):
         own = super().get_command(ctx, cmd_name) or self._demo_commands.get(cmd_name)
         return own or self._plugin_commands.get(cmd_name)
 
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Let the commands below take the global options, too, before the first of them is read."""
+        _take_global_options(self.commands, self.params)
+        return super().make_context(info_name, args, parent, **extra)
+
     @cached_property
     def _demo_commands(self) -> dict[str, Any]:
-        return dict(typer.main.get_group(import_module(_DEMO).app).commands)
+        return _take_global_options(typer.main.get_group(import_module(_DEMO).app).commands, self.params)
 
     @cached_property
     def _plugin_commands(self) -> dict[str, Any]:
-        return plugins.plugin_commands({*self.commands, *self._demo_commands})
+        return _take_global_options(plugins.plugin_commands({*self.commands, *self._demo_commands}), self.params)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an error becomes one sentence and an exit code."""
@@ -56,6 +64,7 @@ class RootGroup(TyperGroup):
             # Here and not at the end of Python, so that a full disk or a closed pipe is reported as an error.
             sys.stdout.flush()
         except KeyboardInterrupt:
+            complain("Stopped.")
             raise typer.Exit(ExitCode.INTERRUPTED) from None
         except BrokenPipeError:
             _drop_stdout()
@@ -63,7 +72,7 @@ class RootGroup(TyperGroup):
         except Exception as exc:
             if isinstance(exc, typer.Exit | typer.Abort) or hasattr(exc, "format_message"):
                 raise
-            if ctx.params.get("debug"):
+            if ctx.obj and ctx.obj.debug:
                 complain("".join(traceback.format_exception(exc)).rstrip(), lines=True)
             sentence, code = explain(exc)
             complain(sentence)
@@ -73,6 +82,24 @@ class RootGroup(TyperGroup):
                 _drop_stdout()
             raise typer.Exit(code) from None
         return result
+
+
+def _take_global_options(commands: Mapping[str, Any], options: list[Any]) -> dict[str, Any]:
+    """Return the commands, which then take the root's options as well, except those that they have themselves."""
+    for command in commands.values():
+        own = {flag for each in command.params for flag in each.opts}
+        for option in options:
+            if not option.is_eager and not own.intersection(option.opts):
+                again = copy(option)
+                again.expose_value, again.hidden, again.callback = False, True, _take_late
+                command.params.append(again)
+        _take_global_options(getattr(command, "commands", {}), options)
+    return dict(commands)
+
+
+def _take_late(ctx: typer.Context, param: Any, value: Any) -> None:
+    if value is not None and value is not False:
+        _remember(ctx, replace(options_of(ctx), **{param.name: value}))
 
 
 def _drop_stdout() -> None:
@@ -86,9 +113,11 @@ app = typer.Typer(
     cls=RootGroup,
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="The system of record of an AI-agent tool gateway: audit log, human approvals, API keys.",
-    epilog="Exit codes: 0 ok, 1 error, 2 usage, 3 integrity violation, 4 not found or expired, 5 a dependency is down.",
+    epilog="The options above may also stand after the command. "
+    "Exit codes: 0 ok, 1 error, 2 usage, 3 integrity violation, 4 not found or expired, 5 a dependency is down.",
 )
 app.add_typer(db.app, name="db")
 app.add_typer(keys.app, name="keys")
@@ -124,12 +153,16 @@ def root(
     ] = False,
 ) -> None:
     """Take the global options."""
-    if org is not None and not org:
-        raise typer.BadParameter("--org must not be empty.")
-    if database_url is not None and not database_url:
-        raise typer.BadParameter("--database-url must not be empty.")
     # Without a handler Python would print the store's warnings beside the one sentence that a command ends with.
     logging.getLogger("agent_gateway_store").addHandler(logging.NullHandler())
-    if debug:
+    _remember(ctx, Options(database_url, redis_url, org, env_file, debug))
+
+
+def _remember(ctx: typer.Context, options: Options) -> None:
+    if options.org == "":
+        raise typer.BadParameter("--org must not be empty.")
+    if options.database_url == "":
+        raise typer.BadParameter("--database-url must not be empty.")
+    if options.debug:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    ctx.obj = Options(database_url=database_url, redis_url=redis_url, org=org, env_file=env_file)
+    ctx.find_root().obj = options

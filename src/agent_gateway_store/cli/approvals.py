@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from agent_gateway_store.cli.context import choose, in_store
+from agent_gateway_store.cli.context import choose, in_store, read_store
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, print_result, to_dict
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def list_approvals(
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
     print_page(
-        in_store(ctx, lambda store: store.approvals.search(limit=limit, cursor=cursor, **given)),
+        read_store(ctx, lambda store: store.approvals.search(limit=limit, cursor=cursor, **given), as_json=json),
         columns=_COLUMNS,
         whole={"approval_id", "status"},
         optional={"created_at", "approver_id"},
@@ -80,7 +80,7 @@ def history(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = Fals
     """Show what happened to an approval: who asked, voted and decided, its outcome, and who was notified."""
     from agent_gateway_store.results import Page
 
-    found = in_store(ctx, lambda store: store.approvals.history(approval_id))
+    found = read_store(ctx, lambda store: store.approvals.history(approval_id), as_json=json)
     rows = [{**row, "at": f"{row['at'].isoformat().removesuffix('+00:00')}Z"} for row in found]
     print_page(
         Page(rows), columns={name: name for name in ("at", "event", "by", "status", "note", "channel")}, as_json=json
@@ -90,7 +90,7 @@ def history(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = Fals
 @app.command()
 def show(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) -> None:
     """Show one approval with its sanitised arguments."""
-    found = to_dict(in_store(ctx, lambda store: store.approvals.get(approval_id=approval_id)))
+    found = to_dict(read_store(ctx, lambda store: store.approvals.get(approval_id=approval_id), as_json=json))
     if json:
         print_json(found)
         return

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json as jsonlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from agent_gateway_store._text import Shown, call_name, word
-from agent_gateway_store.cli.context import in_store, open_store
+from agent_gateway_store.cli.context import open_store, read_store
 from agent_gateway_store.cli.errors import CommandError, ExitCode, describe_validation
 from agent_gateway_store.cli.output import (
     JsonOption,
@@ -22,6 +22,7 @@ from agent_gateway_store.cli.output import (
     print_fields,
     print_json,
     print_page,
+    reader_is_gone,
     say,
     to_dict,
     to_json,
@@ -70,6 +71,8 @@ _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "text": (str | None, "--text", "Text in the tool name or the rationale, in upper or lower case."),
 }
 _CAPITALS = ("decision", "execution_status")
+# Seconds. `audit tail | head` ends this long after `head`, which a person takes for at once.
+_READER_CHECK_S = 0.5
 
 
 def filtered(command: Callable[..., None]) -> Callable[..., None]:
@@ -227,7 +230,7 @@ def search(
         if filters or cursor:
             raise typer.BadParameter("Use --request-id alone.")
         filters, limit = {"request_id": request_id}, 1
-    found = in_store(ctx, lambda store: store.audit.search(limit=limit, cursor=cursor, **filters))
+    found = read_store(ctx, lambda store: store.audit.search(limit=limit, cursor=cursor, **filters), as_json=json)
     # An id names one event, so that there is no next page, though the limit of one was reached.
     if request_id is not None:
         found.next_cursor = None
@@ -261,7 +264,7 @@ def stats(
         names, length = columns_of(by), bucket_of(bucket)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
-    found = in_store(ctx, lambda store: store.audit.stats(names, length, **filters))
+    found = read_store(ctx, lambda store: store.audit.stats(names, length, **filters), as_json=json)
     rows = [{**row, "bucket": f"{row['bucket'].isoformat()[:-6]}Z"} if "bucket" in row else row for row in found]
     columns = {name: _HEADINGS.get(name, name) for name in found.columns or ()}
     print_page(Page(rows), columns=columns, as_json=json)
@@ -304,12 +307,23 @@ def tail(
         if not follow or start is None:
             return
         shown = {event.id for event in first}
-        async for event in store.audit.follow(start=start, poll_s=interval, patience_s=patience, **filters):
-            if event.id not in shown:
-                _print_lines([event], as_json=json)
 
-    with suppress(KeyboardInterrupt):
-        in_store(ctx, work)
+        async def follow_on() -> None:
+            async for event in store.audit.follow(start=start, poll_s=interval, patience_s=patience, **filters):
+                if event.id not in shown:
+                    _print_lines([event], as_json=json)
+
+        following = asyncio.create_task(follow_on())
+        while not (await asyncio.wait([following], timeout=_READER_CHECK_S))[0]:
+            if reader_is_gone():
+                following.cancel()
+                raise BrokenPipeError
+        await following
+
+    try:
+        read_store(ctx, work, as_json=json, is_endless=True)
+    except KeyboardInterrupt:
+        complain("Stopped.")
 
 
 def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:

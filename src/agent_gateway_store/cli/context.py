@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
+from agent_gateway_store.cli.output import complain
+
 if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
@@ -30,6 +32,7 @@ class Options:
     redis_url: str | None = None
     org: str | None = None
     env_file: Path | None = None
+    debug: bool = False
 
 
 def options_of(ctx: typer.Context) -> Options:
@@ -81,6 +84,51 @@ def in_store(
             return await call(store)
 
     return run(work())
+
+
+def read_store(
+    ctx: typer.Context,
+    call: Callable[[GatewayStore], Awaitable[T]],
+    *,
+    as_json: bool,
+    is_endless: bool = False,
+    settings: StoreSettings | None = None,
+) -> T:
+    """Do as `in_store` for a command that only reads, and say on standard error which database it reads.
+
+    It says, too, whether that database is new or empty: in another folder, or without DATABASE_URL, that is likely not
+    the one that was meant. For JSON it says nothing; nor where the call fails, since the error is said then.
+
+    Args:
+        is_endless: Say it before the call, which prints by itself until somebody ends it.
+    """
+    from agent_gateway_store.settings import mask_url
+
+    chosen = settings or settings_of(ctx)
+    file = sqlite_file(chosen.database_url)
+    is_new = file is not None and not file.exists()
+
+    async def work(store: GatewayStore) -> T:
+        found = None if is_endless else await call(store)
+        if not as_json:
+            complain(_reading(file or mask_url(chosen.database_url), is_new, is_new or await _is_empty(store)))
+        return await call(store) if is_endless else cast("T", found)
+
+    return in_store(ctx, work, settings=chosen)
+
+
+def _reading(name: object, is_new: bool, is_empty: bool) -> str:
+    state = "new and empty" if is_new else "empty"
+    another = f", which is {state}. --database-url or DATABASE_URL names another database" if is_empty else ""
+    return f"Reading {name}{another}."
+
+
+async def _is_empty(store: GatewayStore) -> bool:
+    return not (
+        await store.audit.list_recent(limit=1)
+        or await store.approvals.list_requests(limit=1)
+        or await store.keys.list(limit=1)
+    )
 
 
 def sqlite_file(url: str) -> Path | None:

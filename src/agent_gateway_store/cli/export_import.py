@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from agent_gateway_store.cli.audit import app, count_text, filtered, require_none_lost
-from agent_gateway_store.cli.context import in_store
+from agent_gateway_store.cli.context import in_store, read_store
 from agent_gateway_store.cli.errors import CommandError
 from agent_gateway_store.cli.output import JsonOption, print_result
 from agent_gateway_store.errors import GatewayStoreError
@@ -44,9 +44,10 @@ def export_events(
     options: Any = {"format": format, "compression": compression, "partition_by": partition_by, **filters}
     shown = sys.stderr.isatty() and not quiet
     try:
-        result = in_store(
+        result = read_store(
             ctx,
             lambda store: store.audit.export(path, raw=raw, overwrite=overwrite, progress=shown, **options),
+            as_json=json,
         )
     except GatewayStoreError:
         raise

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.context import choose, duration, in_store
+from agent_gateway_store.cli.context import choose, duration, in_store, read_store
 from agent_gateway_store.cli.output import (
     JsonOption,
     complain,
@@ -87,7 +87,7 @@ def list_keys(
     json: JsonOption = False,
 ) -> None:
     """List API keys, newest first; no secret is among them."""
-    page = in_store(ctx, lambda store: store.keys.list(limit=limit, offset=offset))
+    page = read_store(ctx, lambda store: store.keys.list(limit=limit, offset=offset), as_json=json)
     print_page(page, columns=_COLUMNS, whole={"key_id"}, optional={"last_used_at", "org_id"}, as_json=json)
 
 

@@ -7,20 +7,17 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.context import choose, duration, in_store, settings_of
+from agent_gateway_store.cli.context import choose, duration, in_store, read_store, settings_of
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_page, print_result, say
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
+    from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
-
-T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, help="List, send, redrive and prune the notices to notifiers.")
 
@@ -36,9 +33,9 @@ _COLUMNS = {
 }
 
 
-def _in_silent_store(ctx: typer.Context, call: Callable[[GatewayStore], Awaitable[T]]) -> T:
-    """Do as `in_store`, with a store that sends nothing by itself."""
-    return in_store(ctx, call, settings=settings_of(ctx).model_copy(update={"notification_worker": False}))
+def _silent(ctx: typer.Context) -> StoreSettings:
+    """Return the settings of a store that sends nothing by itself."""
+    return settings_of(ctx).model_copy(update={"notification_worker": False})
 
 
 @app.command("list")
@@ -62,7 +59,7 @@ def list_deliveries(
         )
         return page, await store.notifications.counts()
 
-    page, counts = _in_silent_store(ctx, work)
+    page, counts = read_store(ctx, work, as_json=json, settings=_silent(ctx))
     if json:
         print_json({"items": page.to_dicts(), "next_cursor": page.next_cursor, "notifiers": list(counts)})
         return
@@ -89,7 +86,7 @@ def run_worker(
         return await _until_stopped(store, once=once)
 
     with _logging():
-        arrived = _in_silent_store(ctx, work)
+        arrived = in_store(ctx, work, settings=_silent(ctx))
     if once:
         say(f"{arrived} notices arrived.")
 
@@ -133,7 +130,9 @@ def redrive(
     json: JsonOption = False,
 ) -> None:
     """Send dead letters again: one, or all."""
-    count = _in_silent_store(ctx, lambda store: store.notifications.redrive(_id(delivery_id), notifier=notifier))
+    count = in_store(
+        ctx, lambda store: store.notifications.redrive(_id(delivery_id), notifier=notifier), settings=_silent(ctx)
+    )
     if delivery_id is not None and count == 0:
         raise CommandError(
             "No dead letter has this id: see `gateway-store notifications list --status DEAD`.", ExitCode.NOT_FOUND
@@ -149,7 +148,7 @@ def prune(
 ) -> None:
     """Delete the record of notices that arrived long ago; those that have not arrived stay."""
     age = duration(older_than, "--older-than")
-    count = _in_silent_store(ctx, lambda store: store.notifications.prune(age))
+    count = in_store(ctx, lambda store: store.notifications.prune(age), settings=_silent(ctx))
     print_result({"pruned": count}, f"{count} records of delivered notices are deleted.", as_json=json)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,9 +18,9 @@ from agent_gateway_store._text import Shown, arguments_text, call_name, escape, 
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from agent_gateway_store.results import Page
+    from agent_gateway_store.results.fitting import FittingTable
 
 # Columns. Rich takes 80 for a file or a pipe, which breaks a row with two ids; 240 holds our widest table.
 _PIPE_WIDTH = 240
@@ -43,6 +44,17 @@ def say(text: str) -> None:
 def complain(text: str, *, lines: bool = False) -> None:
     """Print on standard error: one line, or several."""
     typer.echo("\n".join(map(escape, text.splitlines())) if lines else escape(text), err=True)
+
+
+def reader_is_gone() -> bool:
+    """Return True once nobody reads standard output any more, as after `| head`; False where the system cannot tell."""
+    # Windows has no `poll`; there the next line that is printed finds out.
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    # For no event at all: that the other end is closed is reported always.
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def console(*, at_most: int | None = None) -> Console:
@@ -110,23 +122,28 @@ def print_page(
     terminal = console()
     table = _table(items, columns, whole)
     if optional and terminal.measure(table, options=terminal.options.update(width=_ANY_WIDTH)).maximum > terminal.width:
-        left_out = [heading for field, heading in columns.items() if field in optional]
-        table = _table(items, {field: name for field, name in columns.items() if field not in optional}, whole)
-        complain(f"Left out for want of width: {', '.join(left_out)}; --json has everything.")
+        shorter = _table(items, {field: name for field, name in columns.items() if field not in optional}, whole)
+        if shorter.fits(terminal.width):
+            table = shorter
+            left_out = [heading for field, heading in columns.items() if field in optional]
+            complain(f"Left out for want of width: {', '.join(left_out)}; --json has everything.")
     terminal.print(table)
     if page.next_cursor:
         complain(f"There is more: --cursor {page.next_cursor}")
 
 
-def _table(items: list[dict[str, Any]], columns: Mapping[str, str], whole: Container[str]) -> Table:
-    from agent_gateway_store.results import Page
+def _table(items: list[dict[str, Any]], columns: Mapping[str, str], whole: Container[str]) -> FittingTable:
+    from agent_gateway_store.results import terminal
+    from agent_gateway_store.results.cells import MAX_ROWS
 
-    rows = [{heading: field_text(field, item.get(field)) for field, heading in columns.items()} for item in items]
-    table = Page(rows, columns=tuple(columns.values())).__rich__()
-    for field, column in zip(columns, table.columns, strict=True):
+    rows = [
+        {heading: field_text(field, item.get(field)) for field, heading in columns.items()} for item in items[:MAX_ROWS]
+    ]
+    drawn = terminal.table(tuple(columns.values()), rows, count=len(items), whole="--json")
+    for field, column in zip(columns, drawn.columns, strict=True):
         longest = max((len(row[columns[field]]) for row in rows), default=0)
         column.no_wrap = field in whole and longest <= _LONGEST_WHOLE
-    return table
+    return drawn
 
 
 def print_fields(fields: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:

@@ -32,6 +32,7 @@ _COLUMNS = {
     "version": "version",
     "distribution": "distribution",
     "hooks": "hooks",
+    "notifiers": "notifiers",
     "settings": "settings",
     "state": "state",
     "error": "why",
@@ -50,16 +51,27 @@ def _load(settings: StoreSettings) -> tuple[Plugins, dict[str, SettingsState]]:
 
 def plugin_records(settings: StoreSettings) -> list[dict[str, Any]]:
     """Return what is known of each plugin, its settings included. Connects nothing."""
+    from agent_gateway_store.hooks.plugin import REGISTER, SETTINGS
+
     plugins, configured = _load(settings)
-    return [
-        {**asdict(record), "settings": asdict(configured[record.name]) if record.name in configured else None}
-        for record in plugins.records
-    ]
+    found = []
+    for record in plugins.records:
+        state = configured.get(record.name)
+        item = {**asdict(record), "settings": asdict(state) if state else None}
+        does_more = not {REGISTER} <= {*record.hooks} <= {REGISTER, SETTINGS}
+        if record.state == "active" and not (does_more or record.notifiers):
+            prefix = f": set the variables that begin with {state.prefix}" if state else ""
+            item |= {"state": "idle", "error": f"it offers no notifier yet{prefix}"}
+        found.append(item)
+    return found
 
 
 @app.command("list")
 def list_plugins(ctx: typer.Context, json: JsonOption = False) -> None:
-    """List plugins with their hooks, settings and state; needs no database."""
+    """List plugins with their hooks, settings and state; needs no database.
+
+    A plugin is active, idle (it works, and offers no notifier before its settings are given), blocked or broken.
+    """
     _print_plugins(plugin_records(settings_of(ctx)), _COLUMNS, as_json=json)
 
 
@@ -94,7 +106,7 @@ def _print_plugins(items: list[dict[str, Any]], columns: dict[str, str], *, as_j
 
     if not as_json:
         items = [item | {"settings": _settings_text(item["settings"])} for item in items]
-    print_page(Page(items), columns=columns, as_json=as_json)
+    print_page(Page(items), columns=columns, optional={"hooks", "distribution"}, as_json=as_json)
 
 
 def _settings_text(settings: dict[str, Any] | None) -> str:

@@ -6,6 +6,7 @@ The command line loads this module by its name, so that only the demo imports th
 from __future__ import annotations
 
 import asyncio
+import shlex
 import tempfile
 import time
 from contextlib import suppress
@@ -164,7 +165,12 @@ def _show_where(lead: str, settings: StoreSettings) -> None:
     from agent_gateway_store.settings import mask_url
 
     url = mask_url(settings.database_url)
-    say(f"{lead} {sqlite_file(settings.database_url) or url}. In a notebook:")
+    say(f"{lead} {sqlite_file(settings.database_url) or url}. Look at it:")
+    typer.echo()
+    for command in ("audit search", "approvals list"):
+        say(f"    gateway-store --database-url {shlex.quote(url)} {command}")
+    typer.echo()
+    say("or in a notebook:")
     typer.echo()
     say("    from agent_gateway_store import SyncGatewayStore")
     say(f'    store = SyncGatewayStore("{url}").open()')

@@ -82,7 +82,7 @@ class AppriseNotifier:
             f"Call: {_shown(notice.tool_call.server)} / {_shown(notice.tool_call.tool)}",
             f"Why: {_shown(notice.risk_explanation)}",
             f"Decide by: {f'{notice.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC' if notice.expires_at else '-'}",
-            f"Approval: {notice.approval_id}",
+            f"All of it: gateway-store approvals show {notice.approval_id}",
         )
 
     async def notify_decision(self, notice: Notice) -> None:
@@ -96,7 +96,7 @@ class AppriseNotifier:
             f"Caller: {_shown(notice.caller_id)}",
             f"By: {_shown(notice.approver_id) if notice.approver_id else '-'}",
             f"Note: {_shown(notice.note) or '-'}",
-            f"Approval: {notice.approval_id}",
+            f"All of it: gateway-store approvals show {notice.approval_id}",
         )
 
     async def _send(self, title: str, *lines: str) -> None:

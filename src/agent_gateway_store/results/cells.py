@@ -23,6 +23,8 @@ from agent_gateway_store import _text
 MAX_ROWS = 200
 # Characters of one cell, so that a text takes three or four lines of a column; and of JSON that is folded away.
 _CELL_CHARS = 120
+# What shows everything of a page.
+WHOLE = ".to_dicts()"
 _SUMMARY_CHARS = 48
 Kind = Literal["text", "category", "time", "integer", "number", "boolean", "json"]
 # The first that matches counts: a bool is an int to Python, and an enum of ours is an int or a str.
@@ -152,9 +154,12 @@ def is_call(field: str, value: Any) -> bool:
     return field == "tool_call" and isinstance(value, dict) and value.keys() >= {"server", "tool", "arguments"}
 
 
-def caption(count: int) -> str:
-    """Return the line below a table: how many rows there are, and how many of them it shows."""
-    return f"first {MAX_ROWS} of {count} rows" if count > MAX_ROWS else f"{count} row{'' if count == 1 else 's'}"
+def caption(count: int, *, is_cut: bool, whole: str = WHOLE) -> str:
+    """Return the line below a table: how many rows there are, what of them is not shown, and what shows it."""
+    rows = f"first {MAX_ROWS} of {count} rows" if count > MAX_ROWS else f"{count} row{'' if count == 1 else 's'}"
+    if count > MAX_ROWS or is_cut:
+        return f"{rows}; {'… marks what is cut; ' if is_cut else ''}{whole} has everything"
+    return rows
 
 
 def tone_of(field: str, value: Any) -> Tone | None:

@@ -46,10 +46,12 @@ def table_html(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, cou
     """
     head = "".join(_th(name, [row[name] for row in rows if row.get(name) is not None]) for name in columns)
     body = "".join(f"<tr>{''.join(_td(name, row.get(name)) for name in columns)}</tr>" for row in rows)
-    more = "; there is more: pass next_cursor" if has_more else ""
+    # What is cut inside of JSON opens at a click, and says how long it is.
+    is_cut = "…</td>" in body or "…</span>" in body
+    foot = cells.caption(count, is_cut=is_cut) + ("; there is more: pass next_cursor" if has_more else "")
     return (
         f'{style()}<div class="ags-view"><div class="ags-wide"><table class="ags-table"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(cells.caption(count) + more)}</p></div>'
+        f'<tbody>{body}</tbody></table></div><p class="ags-foot">{escape(foot)}</p></div>'
     )
 
 
@@ -139,4 +141,4 @@ def _json(value: Any, whole: bool) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters in all)"

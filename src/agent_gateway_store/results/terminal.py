@@ -15,19 +15,27 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from agent_gateway_store.results.fitting import FittingTable
 
-def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, count: int) -> Table:
-    """Return a table, and a caption that says how many rows there are.
+
+def table(
+    columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, count: int, whole: str = cells.WHOLE
+) -> FittingTable:
+    """Return a table, and a caption that says how many rows there are, and whether values are cut.
+
+    A terminal that is too narrow for it shows a block of lines for each row.
 
     Args:
         columns: Their names, in order.
         rows: Those to show, as `table_rows` returns them.
         count: How many rows there are.
+        whole: What shows a cut value whole.
     """
-    from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(caption=cells.caption(count))
+    from agent_gateway_store.results.fitting import FittingTable
+
+    drawn = FittingTable()
     for name in columns:
         values = [row[name] for row in rows if row.get(name) is not None]
         is_numeric = bool(values) and all(map(cells.is_number, values))
@@ -38,8 +46,12 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, count: i
             justify="right" if is_numeric else "left",
             no_wrap=is_numeric or is_whole,
         )
+    is_cut = False
     for row in rows:
-        drawn.add_row(*(_styled(name, row.get(name)) for name in columns))
+        shown = [_styled(name, row.get(name)) for name in columns]
+        is_cut = is_cut or any(text.plain.endswith("…") for text in shown)
+        drawn.add_row(*shown)
+    drawn.caption = cells.caption(count, is_cut=is_cut, whole=whole)
     return drawn
 
 

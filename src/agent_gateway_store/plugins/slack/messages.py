@@ -96,6 +96,8 @@ def _facts(notice: Notice) -> tuple[list[Block], bool]:
     if call.arguments:
         facts.append(_section(f"*Arguments*{' (cut to fit)' if was_cut else ''}\n```{arguments}```"))
     request = f"Approval {notice.approval_id}, request {_name(notice.request_id)}"
+    if was_cut or any(MARK in str(fact.to_dict()) for fact in facts):
+        request += f". {MARK} marks what is cut: `gateway-store approvals show {notice.approval_id}` has it whole"
     return [*facts, ContextBlock(elements=[_mrkdwn(request)])], was_cut
 
 
