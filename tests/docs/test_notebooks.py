@@ -25,8 +25,8 @@ SHOWN = {
     "03-approvals-review": (4, 1, 2),
     "04-weekly-report": (2, 5, 1),
 }
-# The same of each page whose blocks are cells.
-CELLS = {"inbox": (1, 0, 0), "jupyter": (2, 0, 1), "plots": (0, 8, 0)}
+# The same of each page whose blocks are cells; the live inbox brings its table for where widgets are off.
+CELLS = {"inbox": (2, 0, 0), "jupyter": (2, 0, 1), "plots": (0, 8, 0)}
 
 
 def rendering() -> ModuleType:
