@@ -1,8 +1,12 @@
-"""Write `docs/reference/hooks.md` from the hookspecs: run this file after changing one of them."""
+"""Write `docs/reference/hooks.md` from the hookspecs: run this file after changing one of them.
+
+The examples are written on the page itself, each behind its hook, and stay as they are.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +25,6 @@ arguments it does not need. `from agent_gateway_store import hookimpl` loads nei
 Every plugin is loaded, called and reported alone, in threads of its own, so none can stop, stall or see another. How to
 begin: [Write a notifier](../how-to/write-a-notifier.md), [Test plugins](../how-to/testing-plugins.md).
 """
-
-EXAMPLES = {
-    "gateway_store_audit_written": "hook_written",
-    "gateway_store_before_audit_write": "hook_redact",
-    "gateway_store_register_commands": "hook_commands",
-    "gateway_store_veto_decision": "hook_veto",
-}
-"""Snippets that show a hook, each with a section `plugin`."""
 
 TAIL = """## The shape of a notifier
 
@@ -84,7 +80,8 @@ def generate() -> str:
     """Return the text of the page."""
     rows = "".join(_row(name, function) for name, function in hooks().items())
     table = f"| Hook | Arguments | Async | What for |\n| --- | --- | --- | --- |\n{rows}"
-    return "\n".join([HEAD, table, *(_section(name) for name in hooks()), TAIL])
+    page = PAGE.read_text(encoding="utf-8")
+    return "\n".join([HEAD, table, *(_section(name, page) for name in hooks()), TAIL])
 
 
 def _row(name: str, function: Callable[..., Any]) -> str:
@@ -96,11 +93,10 @@ def _row(name: str, function: Callable[..., Any]) -> str:
     return f"| [`{name}`](#{anchor}) | {arguments} | {may_be_async} | {summary} |\n"
 
 
-def _section(name: str) -> str:
-    text = f"::: agent_gateway_store.hooks.specs.{name}\n"
-    if name in EXAMPLES:
-        text += f'\n```python\n--8<-- "snippets/{EXAMPLES[name]}.py:plugin"\n```\n'
-    return text
+def _section(name: str, page: str) -> str:
+    directive = f"::: agent_gateway_store.hooks.specs.{name}\n"
+    example = re.search(rf"^{directive}(\n```python\n.*?^```\n)", page, re.DOTALL | re.MULTILINE)
+    return directive + (example[1] if example else "")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from jupyter import write_notebook
+from pages import DOCS, PAGES, blocks
+
 pytestmark = pytest.mark.integration
 
-DOCS = Path(__file__).parents[2] / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 EVENTS = 5_000
 # Of each notebook: tables of ours with rows, charts, frames of pandas.
@@ -23,6 +25,8 @@ SHOWN = {
     "03-approvals-review": (4, 1, 2),
     "04-weekly-report": (2, 5, 1),
 }
+# The same of each page whose blocks are cells; the live inbox brings its table for where widgets are off.
+CELLS = {"inbox": (2, 0, 0), "jupyter": (2, 0, 1), "plots": (0, 8, 0)}
 
 
 def rendering() -> ModuleType:
@@ -59,6 +63,25 @@ def test_a_notebook_runs(notebook: Path, demo: tuple[ModuleType, Path, str]) -> 
     assert len(re.findall(r'<table border="1" class="dataframe">', html)) >= frames
     assert "<script" not in html
     assert "in this result." not in html
+
+
+@pytest.mark.parametrize("page", CELLS)
+def test_the_blocks_of_a_page_are_the_cells_of_a_notebook(page: str, demo: tuple[ModuleType, Path, str]) -> None:
+    """Without an error or a warning, on the history that the page has made; each block shows what the page says."""
+    module, folder, url = demo
+    notebook = folder / f"{page}.ipynb"
+    write_notebook(notebook, *(cell.rstrip() for cell in blocks("python", PAGES[f"how-to/{page}.md"])))
+
+    node = module.execute(notebook, folder, url)
+
+    outputs = [output for cell in node.cells for output in cell.outputs]
+    assert [output for output in outputs if output.output_type in ("stream", "error")] == []
+    tables, charts, frames = CELLS[page]
+    html = "".join(output.data.get("text/html", "") for output in outputs)
+    assert len(re.findall(r"<tbody><tr>", html)) == tables
+    assert len([output for output in outputs if "image/svg+xml" in output.data]) == charts
+    assert len([output for output in outputs if "dtype: int64" in output.data["text/plain"]]) == frames
+    assert page != "plots" or (folder / "week.svg").read_text().startswith("<svg")
 
 
 @pytest.mark.unit

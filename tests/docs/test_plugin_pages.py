@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from agent_gateway_store import testing
-from generate_hooks_page import EXAMPLES, PAGE, generate, hooks
+from generate_hooks_page import PAGE, generate
+from pages import BLOCK, DOCS
 from wheels import ROOT, build_wheel, dependencies, offline, run
 
-DOCS = ROOT / "docs"
 HOW_TO = DOCS / "how-to" / "write-a-notifier.md"
-FENCE = re.compile(r'^```(?P<kind>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<body>(?:.*\n)*?)```$', re.MULTILINE)
+CLONE = "git clone https://github.com/agent-gateway-store/agent-gateway-store\n"
 
 
 @pytest.mark.unit
 def test_hooks_page_is_generated_from_the_specs() -> None:
     """Page and specs agree; if not, run `python scripts/generate_hooks_page.py`."""
     assert PAGE.read_text(encoding="utf-8") == generate()
-    assert set(EXAMPLES) <= set(hooks())
+    assert PAGE.read_text(encoding="utf-8").count("```python") == 4
 
 
 @pytest.mark.unit
@@ -45,14 +45,22 @@ def test_every_fixture_and_name_of_the_kit_is_on_its_page() -> None:
 def script_of(page: Path) -> str:
     """Return the page as a script: its files written where they are shown, its commands run as they stand."""
     parts = ["set -euo pipefail"]
-    for found in FENCE.finditer(page.read_text(encoding="utf-8")):
+    for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
         if found["title"]:
-            included = re.fullmatch(r'--8<-- "(.+)"\n', found["body"])
-            body = (ROOT / "examples" / included[1]).read_text(encoding="utf-8") if included else found["body"]
-            parts.append(f"cat > {found['title']} <<'END_OF_FILE'\n{body.rstrip()}\nEND_OF_FILE")
-        elif found["kind"] == "bash":
+            parts.append(f"cat > {found['title']} <<'END_OF_FILE'\n{found['body']}END_OF_FILE")
+        elif found["kind"] == "sh":
             parts.append(found["body"])
     return "\n".join(parts)
+
+
+@pytest.mark.unit
+def test_files_of_the_page_are_those_of_the_example() -> None:
+    """Each file that the page shows is that of the project in `examples`, to the letter."""
+    shown = {found["title"]: found["body"] for found in BLOCK.finditer(HOW_TO.read_text()) if found["title"]}
+
+    assert len(shown) == 3
+    for name, body in shown.items():
+        assert body == (ROOT / "examples" / "gateway-store-notify-file" / name).read_text()
 
 
 @pytest.mark.integration
@@ -61,7 +69,8 @@ def test_a_stranger_who_follows_the_page_has_a_tested_plugin(tmp_path: Path) -> 
     wheel = build_wheel(ROOT, tmp_path / "build")
     folder = tmp_path / "empty"
     folder.mkdir()
-    script = script_of(HOW_TO)
+    (folder / "agent-gateway-store").symlink_to(ROOT)
+    script = script_of(HOW_TO).replace(CLONE, "")
 
     said = run("bash", "-c", script, cwd=folder, **offline(dependencies(tmp_path / "deps"), wheel.parent)).stdout
 

@@ -217,3 +217,28 @@ def test_commands_are_documented() -> None:
     rows = re.findall(r"^\| `([a-z ]+)` \|", reference("cli"), re.MULTILINE)
 
     assert sorted(rows) == sorted(commands_of(typer.main.get_command(app)))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "page", [*WRITTEN, *(ROOT / "examples").rglob("*.md")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_commands_can_be_copied(page: Path) -> None:
+    """Blocks of commands hold no prompt, and a page includes nothing, so it reads the same on the repository's site."""
+    written = page.read_text()
+
+    assert re.findall(r"^ *(?:\$ |>>> |--8<--|;--8<--).*", written, re.MULTILINE) == []
+    assert re.findall(r"^ *```(?:console|shell-session|pycon|mermaid)", written, re.MULTILINE) == []
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/tutorial/first-store.md", "docs/how-to/write-a-notifier.md"]
+)
+def test_first_pages_begin_with_a_clone(page: str) -> None:
+    """What works before the package is on PyPI comes first, and the page says so."""
+    written = (ROOT / page).read_text()
+
+    assert "not on PyPI yet" in written
+    first = next(line for line in re.findall(r"^```sh\n((?:.*\n)*?)```$", written, re.MULTILINE))
+    assert first.startswith("git clone https://github.com/agent-gateway-store/agent-gateway-store")

@@ -290,3 +290,14 @@ def test_a_missing_library_names_the_extra(missing: str, monkeypatch: pytest.Mon
 
     with pytest.raises(MissingExtraError, match=r"agent-gateway-store\[notebook\]"):
         plot.calls(page)
+
+
+@pytest.mark.parametrize(("chosen", "kept"), [("default", "svg"), ("json", "json")])
+def test_a_plot_asks_no_public_server_for_scripts(chosen: str, kept: str) -> None:
+    """Where nobody has chosen a renderer of Altair's, it is a drawing; a choice is kept."""
+    with alt.renderers.enable(chosen):
+        drawn = plot.timeline(events())._repr_mimebundle_()
+
+        assert alt.renderers.active == kept
+    assert "https://cdn" not in json.dumps(drawn)
+    assert kept == "json" or drawn["image/svg+xml"].startswith("<svg")

@@ -178,7 +178,9 @@ def sync(path: Path) -> None:
 
 
 def _exists(path: Path) -> FileExistsError:
-    return FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (`--overwrite` on the command line).")
+    return FileExistsError(
+        f"{path} exists already: choose another name, or pass overwrite=True (`--overwrite` on the command line)."
+    )
 
 
 @contextmanager

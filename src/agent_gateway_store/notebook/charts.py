@@ -168,6 +168,9 @@ def nothing(title: str | None, default: str, what: str) -> Chart:
 def finish(chart: Any, title: str, subtitle: str) -> Chart:
     """Return the chart with its title and the look that all plots share."""
     alt, _ = libraries()
+    # Altair's default loads its scripts from a public server. Whoever has chosen another renderer keeps it.
+    if alt.renderers.active == "default":
+        alt.renderers.enable("svg")
     lines = alt.TitleParams(
         text=safe(title, most=120),
         subtitle=[safe(subtitle, most=160)] if subtitle else [],

@@ -1,0 +1,256 @@
+"""The Python of a page runs as a newcomer runs it: its blocks in one file, from top to bottom, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import typer
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, MetaData, create_engine, text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import create_async_engine
+from typer.testing import CliRunner
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall
+from agent_gateway_store.errors import DecisionVetoedError
+from builders import make_event, make_request
+from pages import PAGES, blocks, python_of
+
+pytestmark = pytest.mark.integration
+
+# The cells of a notebook: `test_notebooks.py` runs them.
+NOTEBOOKS = [f"how-to/{name}.md" for name in ("inbox", "jupyter", "plots")]
+SERVED = [f"how-to/{name}.md" for name in ("fastapi", "fastmcp", "slack", "testing-plugins", "webhook")]
+PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The made-up history that pages ask their reader to make, a small one."""
+    folder = tmp_path_factory.mktemp("demo")
+    run(folder, sys.executable, "-m", "agent_gateway_store.cli", "demo", "--events", "2000")
+    return folder / "gateway-demo.db"
+
+
+def run(folder: Path, *command: str, **environment: str) -> tuple[str, str]:
+    """Run a command that must end well; return what it wrote to its two outputs."""
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": programs, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def assert_shown(printed: str, page: str, behind: str) -> None:
+    """The output is the first text that the page shows behind this code.
+
+    There `...` stands for what differs from run to run, and as a line for any lines.
+    """
+    shown = next(iter(blocks("text", PAGES[page].partition(behind)[2])), "")
+    pattern = re.escape(shown).replace(re.escape("\n...\n"), r"\n(?:.*\n)*").replace(re.escape("..."), ".*")
+    assert re.fullmatch(pattern, printed), printed
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page) and page not in (*NOTEBOOKS, *SERVED)])
+def test_page_runs(page: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Without a warning, on files of its own, or on servers where it asks for them; it prints what the page shows."""
+    (tmp_path / "page.py").write_text(python_of(page))
+    environment: dict[str, str] = {}
+    if "DATABASE_URL" in python_of(page):
+        environment = {"DATABASE_URL": request.getfixturevalue("migrated_postgres_database")()}
+        environment["REDIS_URL"] = request.getfixturevalue("fresh_redis_url")
+    if "gateway-demo.db" in python_of(page):
+        shutil.copy(request.getfixturevalue("demo"), tmp_path)
+
+    printed, said = run(tmp_path, sys.executable, "-W", "error", "page.py", **environment)
+
+    assert said == ""
+    if "asyncio.run(main())" in python_of(page):
+        assert_shown(printed, page, behind="asyncio.run(main())\n```\n")
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+def follow(page: str, folder: Path, *, first: str = "```python", **environment: str) -> tuple[str, str]:
+    """Follow a page that says file and commands, from `first` on; return their two outputs.
+
+    The ports of the page are free ones here, and what is installed already is not installed again. A server runs until
+    the commands have ended; a call that waits for an approver does so in the background.
+    """
+    source = PAGES[page]
+    for port in ("8000", "8001", "8002"):
+        source = source.replace(port, str(free_port()))
+    [name] = re.findall(r"one file, `(\w+\.py)`", source)
+    (folder / name).write_text("\n\n".join(blocks("python", source)))
+    script = ["set -euo pipefail; trap 'kill $(jobs -p) || true' EXIT"]
+    for line in "".join(blocks("sh", source[source.index(first) :])).splitlines():
+        if line.startswith(("uvicorn", "python")):
+            port = (re.findall(r"--port (\d+)", line) or re.findall(r"port=(\d+)", source))[0]
+            script.append(f"{line} >&2 & server=$!")
+            script.append(f"until (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>&-; do kill -0 $server; sleep 0.1; done")
+        elif line.startswith("fastmcp call"):
+            script.append(f"{line} >called & call=$!")
+            script.append(f"until APPROVAL_ID=$({PENDING}); do kill -0 $call; sleep 0.1; done")
+        elif not line.startswith("pip install"):
+            script.append(line.replace("APPROVAL_ID", "$APPROVAL_ID") + ("; echo" if line.startswith("curl") else ""))
+    script.append('[ -z "${call-}" ] || { wait $call; cat called; }')
+    return run(folder, "timeout", "110", "bash", "-c", "\n".join(script), **environment)
+
+
+PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
+
+
+def test_fastapi_page(migrated_postgres_database: Callable[[], str], fresh_redis_url: str, tmp_path: Path) -> None:
+    """The three applications run on real servers, with keys made as the page says."""
+    servers = {"DATABASE_URL": migrated_postgres_database(), "REDIS_URL": fresh_redis_url}
+
+    printed, log = follow("how-to/fastapi.md", tmp_path, PYTHONWARNINGS="error", **servers)
+
+    answers = printed.splitlines(keepends=True)[1:]  # behind that of `db upgrade`
+    assert_shown("".join(answers[:5]), "how-to/fastapi.md", behind="$ALICE_KEY")
+    assert answers[5:] == ["[]\n"]
+    assert "Traceback" not in log
+
+
+def test_fastmcp_page(tmp_path: Path) -> None:
+    """A call waits until it is approved on the command line."""
+    printed, log = follow("how-to/fastmcp.md", tmp_path)
+
+    assert_shown(printed[printed.rindex("{") :], "how-to/fastmcp.md", behind="approvals approve")
+    assert "Traceback" not in log
+
+
+def test_slack_page(tmp_path: Path) -> None:
+    """What Slack did not sign is refused; the directory of the page knows an approver."""
+    settings = {"AGENT_GATEWAY_STORE_SLACK_SIGNING_SECRET": "from-the-app's-basic-information"}
+
+    printed, log = follow("how-to/slack.md", tmp_path, PYTHONWARNINGS="error", **settings)
+
+    assert printed == "401\n\n"
+    assert "Traceback" not in log
+
+
+def test_webhook_page(tmp_path: Path) -> None:
+    """The receiver takes the notices of a made-up approval, and nothing that is not signed."""
+    printed, _ = follow("how-to/webhook.md", tmp_path, PYTHONWARNINGS="error", PYTHONUNBUFFERED="1")
+
+    assert printed.endswith("401\n\n")
+
+
+def test_testing_page(tmp_path: Path) -> None:
+    """Its tests pass as the page runs them."""
+    printed, _ = follow("how-to/testing-plugins.md", tmp_path, first="#")
+
+    assert re.search(r"^=+ \d\d passed, 3 skipped", printed, re.MULTILINE), printed
+
+
+async def test_grants_suffice(postgres_database: Callable[[], str]) -> None:
+    """With the grants of the docs a gateway works, and cannot delete an audit event."""
+    url, role = postgres_database(), f"app_{uuid4().hex}"
+    async with GatewayStore(url, auto_migrate=True):
+        pass
+    [grants] = blocks("sql", PAGES["how-to/postgresql-and-redis.md"].replace("gateway_app", role))
+    owner = await asyncpg.connect(url.replace("+asyncpg", ""))
+    await owner.execute(f"CREATE ROLE {role}; {grants}")
+    engine = create_async_engine(url, connect_args={"server_settings": {"role": role}})
+    try:
+        async with GatewayStore(engine=engine) as store:
+            key = await store.keys.issue("dev-agent", role="developer")
+            await store.keys.verify(key.plaintext)
+            call = ToolCall(server="files", tool="delete_file")
+            asked = ApprovalRequest(
+                request_id="r-1", caller_id="dev-agent", tool_call=call, risk_explanation="Deletes."
+            )
+            token = await store.approvals.issue_token(asked)
+            await store.approvals.approve(token, approver_id="alice")
+            await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=call)
+            outcomes = [await store.audit.write(make_event()), await store.audit.write(make_event())]
+
+            with pytest.raises(ProgrammingError, match="permission denied"):
+                async with store.database.sessions() as session:
+                    await session.execute(text("DELETE FROM audit_events"))
+            assert outcomes == ["STORED", "STORED"]
+            assert len(await store.audit.list_recent()) == 2
+    finally:
+        await engine.dispose()
+        await owner.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        await owner.close()
+
+
+def test_events_hash_as_the_page_says(tmp_path: Path) -> None:
+    """`content_hash` of the page gives the hash of what was stored, whatever it holds."""
+    (tmp_path / "page.py").write_text(python_of("reference/canonical-json.md"))
+    content_hash = runpy.run_path(str(tmp_path / "page.py"))["content_hash"]
+
+    with SyncGatewayStore() as store:
+        for args in ({"path": "ü"}, {"n": 1e300, "z": -0.0, "nul": "\0"}, {"n": 2**70}):
+            store.audit.write(make_event(sanitized_args=args, risk_score=1e-7))
+        events = store.audit.list_recent()
+
+    assert [event.content_hash for event in events] == [content_hash(event) for event in events] != []
+
+
+def test_hooks_do_what_their_page_says(tmp_path: Path) -> None:
+    """Each example of the page, in a store: it hides, counts, objects, and adds its command."""
+    (tmp_path / "page.py").write_text(python_of("reference/hooks.md"))
+    page = runpy.run_path(str(tmp_path / "page.py"))
+    plugins = [page[name]() for name in ("HideAddresses", "CountDenials", "ProductionNeedsAReason")]
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    page["gateway_store_register_commands"](app)
+
+    with SyncGatewayStore(plugins=plugins) as store:
+        store.audit.write(make_event(sanitized_args={"to": "ann@example.com"}, decision="DENY"))
+        [stored] = store.audit.list_recent()
+        call = ToolCall(server="prod-db", tool="drop_table")
+        token = store.approvals.issue_token(make_request(tool_call=call))
+        with pytest.raises(DecisionVetoedError, match="say why"):
+            store.approvals.approve(token, approver_id="alice")
+        counted = CliRunner().invoke(app, ["pending-count"]).stdout
+        store.approvals.approve(token, approver_id="alice", note="ticket 4711, backed up")
+
+    assert stored.sanitized_args == {"to": "(address)"}
+    assert [flag.field for flag in stored.redaction_flags] == ["sanitized_args.to"]
+    assert plugins[1].denials == {stored.caller_id: 1}
+    assert counted == "1\n"
+
+
+def test_alembic_of_a_host_leaves_the_store_alone(tmp_path: Path) -> None:
+    """With the function of the page, a host's Alembic proposes to drop nothing; without it, it would."""
+    source = blocks("python", PAGES["how-to/migrate.md"])[-1]
+    (tmp_path / "env.py").write_text(source)
+    include_object = runpy.run_path(str(tmp_path / "env.py"))["include_object"]
+
+    def differences(connection: Connection, **options: object) -> list[object]:
+        return compare_metadata(MigrationContext.configure(connection, opts=options), MetaData())
+
+    with SyncGatewayStore("sqlite:///host.db"):
+        pass
+    with create_engine("sqlite:///host.db").connect() as connection:
+        assert differences(connection)
+        assert differences(connection, include_object=include_object) == []
