@@ -48,9 +48,47 @@ import os
 over_stdio = GatewayMiddleware(store, judge, identify=lambda context: store.keys.verify(os.environ["AGENT_KEY"]))
 # --8<-- [end:stdio]
 
+# --8<-- [start:login]
+from fastmcp.server.dependencies import get_access_token
+from fastmcp.server.middleware import MiddlewareContext
+
+from agent_gateway_store import TrustLevel
+
+
+def from_login(context: MiddlewareContext[Any]) -> CallerIdentity:
+    login = get_access_token()
+    if login is None or login.subject is None:
+        raise PermissionError("Nobody is logged in.")
+    return CallerIdentity(
+        caller_id=login.subject, role="developer", trust_level=TrustLevel.MEDIUM, environment="prod", org_id="acme"
+    )
+
+
+with_login = GatewayMiddleware(store, judge, identify=from_login)
+# --8<-- [end:login]
+
+
+# --8<-- [start:server-name]
+def tenant(context: MiddlewareContext[Any]) -> str:
+    return f"files-{context.message.arguments['path'].partition('/')[0]}"
+
+
+per_tenant = GatewayMiddleware(store, judge, server=tenant)
+# --8<-- [end:server-name]
+
+
+# --8<-- [start:released]
+async def released_calls(store: GatewayStore) -> int:
+    counted = await store.audit.stats(by="approver_id", decision=Decision.APPROVAL_REQUIRED)
+    return sum(row["calls"] for row in counted if row["approver_id"] is not None)
+
+
+# --8<-- [end:released]
+
 import asyncio
 
 from fastmcp import Client
+from mcp_types import CallToolRequestParams
 
 
 async def main() -> None:
@@ -64,7 +102,14 @@ async def main() -> None:
             await gateway.approvals.approve(approval_id=pending[0].approval_id, approver_id="alice")
             assert (await call).data == "a.txt is deleted"
         (event,) = await gateway.audit.list_recent()
-    assert (event.decision, event.approver_id, event.execution_status) == ("ALLOW", "alice", "SUCCESS")
+        assert await released_calls(gateway) == 1
+        mcp.middleware[-1] = with_login
+        async with Client(mcp) as client:
+            answer = await client.call_tool("delete_file", {"path": "a", "reason": "r"}, raise_on_error=False)
+            assert answer.is_error
+        message = CallToolRequestParams(name="delete_file", arguments={"path": "acme/a.txt"})
+        assert tenant(MiddlewareContext(message=message)) == "files-acme"
+    assert (event.decision, event.approver_id, event.execution_status) == ("APPROVAL_REQUIRED", "alice", "SUCCESS")
     assert show(ToolCall(server="files", tool="t", arguments={"path": "a", "x": 1})) == {"path": "a", "x": "[hidden]"}
 
 

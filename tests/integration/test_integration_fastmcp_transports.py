@@ -110,7 +110,7 @@ async def test_server_over_stdio_waits_for_an_approver_elsewhere(
     if word == "approve":
         assert result.data.startswith("deleted a.txt in ")
         assert result.data != f"deleted a.txt in {os.getpid()}"
-        assert (event.decision, event.execution_status, stored.status) == ("ALLOW", "SUCCESS", "USED")
+        assert (event.decision, event.execution_status, stored.status) == ("APPROVAL_REQUIRED", "SUCCESS", "USED")
     else:
         assert (event.decision, event.execution_status, stored.status) == ("DENY", None, "DENIED")
 
