@@ -22,6 +22,35 @@ async def events(store: CallerStoreDep) -> list[AuditEvent]:
 
 # --8<-- [end:app]
 
+# --8<-- [start:websocket]
+from fastapi import WebSocket
+
+
+@app.websocket("/ws")
+async def greet(socket: WebSocket, caller: CallerDep) -> None:
+    await socket.accept()
+    await socket.send_text(f"hello {caller.caller_id}")
+    await socket.close()
+
+
+# --8<-- [end:websocket]
+
+# --8<-- [start:pages]
+from agent_gateway_store import ApiKey, Page
+
+
+@app.get("/search")
+async def search(store: CallerStoreDep, cursor: str | None = None) -> Page[AuditEvent]:
+    return await store.audit.search(limit=20, cursor=cursor)
+
+
+@app.get("/keys")
+async def keys(store: CallerStoreDep) -> Page[ApiKey]:
+    return await store.keys.list()  # of the caller's organisation
+
+
+# --8<-- [end:pages]
+
 # --8<-- [start:approvals]
 from fastapi import HTTPException
 
@@ -74,6 +103,8 @@ async def main() -> None:
         good = await client.get("/whoami", headers={"Authorization": f"Bearer {agent}"})
         bad = await client.get("/whoami", headers={"X-API-Key": "agw_wrong"})
         recent = await client.get("/events", headers={"X-API-Key": agent})
+        found = await client.get("/search", headers={"X-API-Key": agent})
+        listed = await client.get("/keys", headers={"X-API-Key": agent})
         pending = await client.get("/approvals?status=PENDING", headers={"X-API-Key": alice})
         path = f"/approvals/{pending.json()['items'][0]['approval_id']}/decision"
         refused = await client.post(path, headers={"X-API-Key": agent}, json={"decision": "approve"})
@@ -82,6 +113,9 @@ async def main() -> None:
     assert (good.status_code, good.json()["caller_id"]) == (200, "dev-agent")
     assert (bad.status_code, bad.json()["detail"]) == (401, "Invalid API key: ask the operator for a new one.")
     assert recent.json() == []
+    assert found.json() == {"items": [], "next_cursor": None}
+    assert {key["caller_id"] for key in listed.json()["items"]} == {"dev-agent", "alice"}
+    assert "key_hash" not in listed.text
     assert (refused.status_code, decided.json()["status"], late.status_code) == (403, "APPROVED", 409)
     async with other_app.router.lifespan_context(other_app) as state:
         assert state["greeting"] == "hello"
