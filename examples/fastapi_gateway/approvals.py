@@ -22,7 +22,7 @@ async def follow_approval(
     approvals = store.approvals
     token = x_approval_token
     result = await (approvals.wait_for_decision(token, timeout_s=wait) if wait else approvals.check_token(token))
-    return result.model_dump(mode="json", exclude={"token"})
+    return result.model_dump(mode="json")
 
 
 @router.get("/audit")

@@ -87,6 +87,7 @@ async def call_tool(
         raise RefusalError(403, "denied_by_policy", verdict.reason)
     tool = bind(gateway.sandbox, call)
     if verdict.decision is Decision.ALLOW:
+        record.decision = Decision.ALLOW
         return _done(record, await _run(tool, record, timeout_s=gateway.tool_timeout_seconds))
 
     approvals = gateway.store.for_org(caller.org_id).approvals
@@ -138,11 +139,10 @@ async def _use(
         used = await approvals.consume_token(token, caller_id=caller.caller_id, tool_call=call)
     except ApprovalNotFoundError as exc:
         raise RefusalError(403, "approval_not_found", str(exc)) from exc
-    record.approver_id = used.approver_id
+    record.decision, record.approver_id = Decision.APPROVAL_REQUIRED, used.approver_id
 
 
 async def _run(tool: BoundTool, record: CallRecord, *, timeout_s: float) -> Any:
-    record.decision = Decision.ALLOW
     try:
         async with asyncio.timeout(timeout_s):
             result = await asyncio.to_thread(tool.run)
@@ -150,6 +150,9 @@ async def _run(tool: BoundTool, record: CallRecord, *, timeout_s: float) -> Any:
         # The thread cannot be stopped; what it still does is not known, and the event says TIMEOUT.
         record.execution_status = ExecutionStatus.TIMEOUT
         raise RefusalError(504, "tool_timeout", f"The tool did not end within {timeout_s:g} seconds.") from None
+    except asyncio.CancelledError:
+        record.execution_status = ExecutionStatus.CANCELLED
+        raise
     except BaseException:
         record.execution_status = ExecutionStatus.TOOL_ERROR
         raise

@@ -28,10 +28,11 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 @dataclass
 class CallRecord:
-    """What is known of one request so far. It starts as a refusal; only the last step before the tool makes it ALLOW.
+    """What is known of one request so far. It starts as a refusal; only the last step before the tool changes that.
 
     Attributes:
         call: The call as it was received; it leaves the gateway only as a hash and as `redact` shows it.
+        decision: What the policy decided; APPROVAL_REQUIRED with an `approver_id` is a call that a human released.
         parent_request_id: The request that asked for the approval which this one uses.
     """
 

@@ -121,6 +121,13 @@ class Bench:
         (event,) = await self.store.audit.list_recent()
         return event
 
+    async def first_event(self) -> AuditEvent:
+        """The only event, once it is there."""
+        async with asyncio.timeout(10):
+            while not await self.store.audit.list_recent():
+                await asyncio.sleep(0.01)
+        return await self.event()
+
 
 def denies_old(_caller: CallerIdentity, call: ToolCall) -> Verdict:
     """Version 1 of anything is denied."""

@@ -47,7 +47,7 @@ async def test_approved_call_runs_once(bench: Bench) -> None:
     assert (done.status_code, done.json()["result"]) == (200, {"deleted": True, "bytes": 1})
     assert not (bench.site.sandbox / name).exists()
     assert (again.status_code, again.json()["error"]) == (409, "approval_already_used")
-    assert [event.decision for event in events] == ["APPROVAL_REQUIRED", "DENY", "ALLOW", "DENY"]
+    assert [event.decision for event in events] == ["APPROVAL_REQUIRED", "DENY", "APPROVAL_REQUIRED", "DENY"]
     assert [event.execution_status for event in events] == [None, None, "SUCCESS", None]
     assert [event.approver_id for event in events] == [None, None, bench.approver.caller_id, None]
     assert [event.parent_request_id for event in events] == [None, *[asked["request_id"]] * 3]
@@ -130,7 +130,7 @@ async def test_race_for_one_token_has_one_winner(bench: Bench) -> None:
     counted = Counter((event.decision, event.execution_status) for event in await bench.events())
 
     assert sorted(answer.status_code for answer in answers) == [200, *[409] * 11]
-    assert counted == {("APPROVAL_REQUIRED", None): 1, ("ALLOW", "SUCCESS"): 1, ("DENY", None): 11}
+    assert counted == {("APPROVAL_REQUIRED", None): 1, ("APPROVAL_REQUIRED", "SUCCESS"): 1, ("DENY", None): 11}
 
 
 async def test_approved_call_that_fails_is_used_up(bench: Bench) -> None:
@@ -145,7 +145,7 @@ async def test_approved_call_that_fails_is_used_up(bench: Bench) -> None:
     stored = await bench.store.approvals.get(approval_id=asked["approval_id"])
 
     assert (done.status_code, done.json()["error"]) == (422, "tool_failed")
-    assert (event.decision, event.execution_status) == ("ALLOW", "TOOL_ERROR")
+    assert (event.decision, event.execution_status) == ("APPROVAL_REQUIRED", "TOOL_ERROR")
     assert event.approver_id == bench.approver.caller_id
     assert (stored.status, stored.outcome) == ("USED", "TOOL_ERROR")
 

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fastmcp_helpers
 import pytest
-from fastmcp import Client
+from fastmcp import Client, Context
 from fastmcp.exceptions import ToolError
+from fastmcp.server.middleware import MiddlewareContext
+from fastmcp.tools import Tool
 from fastmcp_helpers import SECRET, Bench, judge
 
-from agent_gateway_store import ApprovalStatus, AuditEvent, CallerIdentity, Decision, ToolCall, errors
+from agent_gateway_store import (
+    ApprovalStatus,
+    AuditEvent,
+    CallerIdentity,
+    Decision,
+    GatewayStore,
+    StoreSettings,
+    ToolCall,
+    TrustLevel,
+    errors,
+)
 from agent_gateway_store.integrations.fastmcp import Verdict
 
 pytestmark = pytest.mark.integration
@@ -90,7 +105,7 @@ async def test_approved_call_runs_once(bench: Bench) -> None:
     assert asked.tool_call == ToolCall(server="files", tool="delete_file", arguments={"path": "a.txt"})
     assert (asked.caller_id, asked.org_id, asked.risk_explanation) == ("dev-agent", "acme", "A deleted file is gone.")
     assert (stored.status, stored.outcome) == ("USED", "SUCCESS")
-    assert (event.decision, event.execution_status, event.approver_id) == ("ALLOW", "SUCCESS", "alice")
+    assert (event.decision, event.execution_status, event.approver_id) == ("APPROVAL_REQUIRED", "SUCCESS", "alice")
     assert event.request_id == asked.request_id
     assert event.sanitized_args == {"path": "a.txt"}
 
@@ -129,15 +144,88 @@ async def test_caller_that_goes_away_leaves_no_open_approval(bench: Bench) -> No
         asked = await bench.pending()
         waiting.cancel()
         await asyncio.wait([waiting])
-    async with asyncio.timeout(10):
-        while not await bench.store.audit.list_recent():
-            await asyncio.sleep(0.01)
+    event = await bench.first_event()
     stored = await bench.store.approvals.get(approval_id=asked.approval_id)
-    event = await bench.event()
 
     assert (stored.status, bench.ran) == (ApprovalStatus.CANCELLED, [])
     assert (event.decision, event.execution_status) == ("DENY", None)
     assert event.deterministic_rationale == "The call was cancelled before it ran."
+
+
+async def test_expired_approval_was_decided_by_nobody(bench: Bench) -> None:
+    """It is no denial, as nobody denied it, and no release."""
+    settings = StoreSettings(approval_token_ttl_seconds=0.3)
+    async with GatewayStore(settings=settings) as store:
+        bench = Bench(store)
+        await bench.refusal(bench.server(approval_timeout_s=20), "delete_file", path="a.txt")
+        event = await bench.event()
+
+    assert (event.decision, event.approver_id, event.execution_status) == ("APPROVAL_REQUIRED", None, None)
+
+
+@pytest.mark.parametrize("tool", ["read_forever", "delete_forever"])
+@pytest.mark.parametrize("way", ["calm", "failing"])
+@pytest.mark.parametrize("end", ["request", "client"])
+async def test_call_that_is_cancelled_while_its_tool_runs_is_no_error(
+    bench: Bench, tool: str, way: str, end: str
+) -> None:
+    """Also where the tool raises an error of its own while it is cancelled, and where the connection ends."""
+    server, begun = bench.server(), asyncio.Event()
+
+    async def forever() -> str:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if way == "failing":
+                raise ValueError("cannot tidy up")
+        return "never"
+
+    server.add_tool(Tool.from_function(forever, name=tool))
+    async with Client(server) as client:
+        waiting = asyncio.create_task(client.call_tool(tool, {}))
+        if tool == "delete_forever":
+            asked = await bench.pending()
+            await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+        await begun.wait()
+        if end == "request":
+            waiting.cancel()
+            await asyncio.wait([waiting])
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    event = await bench.first_event()
+
+    assert event.execution_status == "CANCELLED"
+    if tool == "read_forever":
+        assert (event.decision, event.approver_id) == ("ALLOW", None)
+    else:
+        stored = await bench.store.approvals.get(approval_id=asked.approval_id)
+        assert (event.decision, event.approver_id) == ("APPROVAL_REQUIRED", "alice")
+        assert (stored.status, stored.outcome) == ("USED", "CANCELLED")
+
+
+async def test_released_calls_can_be_counted(bench: Bench) -> None:
+    """`approvals` are the calls for which a human was asked; with an approver they were released."""
+    server = bench.server(approval_timeout_s=20)
+    for word in ("approve", "deny"):
+        async with Client(server) as client:
+            call = asyncio.create_task(client.call_tool("delete_file", {"path": word}, raise_on_error=False))
+            asked = await bench.pending()
+            decide = getattr(bench.store.approvals, word)
+            await decide(approval_id=asked.approval_id, approver_id="alice")
+            await call
+    await bench.refusal(bench.server(approval_timeout_s=0.1), "delete_file", path="nobody")
+    await bench.call(server, "read_file", path="a.txt")
+    (total,) = await bench.store.audit.stats()
+    by = await bench.store.audit.stats(by=["decision", "approver_id"])
+
+    assert (total["calls"], total["approvals"], total["denials"]) == (4, 2, 1)
+    assert {(row["decision"], row["approver_id"]): row["calls"] for row in by} == {
+        ("APPROVAL_REQUIRED", "alice"): 1,
+        ("APPROVAL_REQUIRED", None): 1,
+        ("DENY", "alice"): 1,
+        ("ALLOW", None): 1,
+    }
 
 
 async def test_several_approvers_may_be_asked_for(bench: Bench) -> None:
@@ -197,8 +285,15 @@ def _failing_now(*_: Any) -> Any:
         {"policy": lambda *_: True},
         {"sanitize": _failing_now},
         {"sanitize": lambda _: 7},
+        {"server": _failing},
+        {"server": _failing_now},
+        {"server": lambda _: None},
+        {"server": lambda _: ""},
     ],
-    ids=["identify", "nobody", "not-async", "policy", "policy-now", "no-verdict", "true", "sanitize", "no-arguments"],
+    ids=[
+        *("identify", "nobody", "not-async", "policy", "policy-now", "no-verdict", "true", "sanitize", "no-arguments"),
+        *("server", "server-now", "no-name", "empty-name"),
+    ],
 )
 async def test_broken_callback_runs_nothing(
     bench: Bench, options: dict[str, Any], caplog: pytest.LogCaptureFixture
@@ -209,9 +304,110 @@ async def test_broken_callback_runs_nothing(
 
     assert refusal == "The gateway failed, so the call was not run: tell its operator."
     assert (event.decision, event.execution_status, bench.ran) == ("DENY", None, [])
-    logged = [record.getMessage() for record in caplog.records if record.name.startswith("agent_gateway_store")]
-    assert len(logged) == 1
+    (logged,) = [record.getMessage() for record in caplog.records if record.name.startswith("agent_gateway_store")]
+    assert re.search(rf"Request {event.request_id}: {next(iter(options))} \S+ \({re.escape(__file__)}:\d+\)", logged)
     assert SECRET not in caplog.text
+
+
+def _wrong_verdict(_caller: CallerIdentity, call: ToolCall) -> Verdict:
+    path: Any = call.arguments["path"]
+    return Verdict(decision=path, rule="r", reason="Why.", risk_score=path)  # the line that is named
+
+
+def _wrong_library(_caller: CallerIdentity, call: ToolCall) -> Verdict:
+    return Verdict.model_validate_json(json.dumps(json.loads(call.arguments["path"])))  # the line that is named
+
+
+class _WrongObject:
+    async def __call__(self, _caller: CallerIdentity, call: ToolCall) -> Verdict:
+        raise LookupError(call.arguments["path"])  # the line that is named
+
+
+def _few_arguments(_caller: CallerIdentity) -> Verdict:
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (
+            _wrong_verdict,
+            r"policy _wrong_verdict .* failed: ValidationError at OWN.*\(2 wrong: decision, risk_score\)$",
+        ),
+        (_wrong_library, r"policy _wrong_library .* failed: JSONDecodeError at OWN, .*json.*\.py:\d+$"),
+        (_WrongObject(), r"policy _WrongObject .* failed: LookupError at OWN$"),
+        (partial(_wrong_verdict), r"policy partial .* failed: ValidationError at OWN"),
+        (_few_arguments, r"policy _few_arguments \(\S+:\d+\) failed: TypeError at "),
+        (lambda *_: None, r"policy <lambda> .* must return a Verdict, not NoneType\.$"),
+        (7, r"policy int failed: TypeError at "),
+    ],
+    ids=["fields", "library", "object", "partial", "signature", "nothing", "number"],
+)
+async def test_failing_callback_is_named_by_its_own_line(
+    bench: Bench, policy: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line is the callback's, not that of a library; wrong fields are named, and no value is repeated."""
+    await bench.refusal(bench.server(policy), "read_file", path=SECRET)
+    (logged,) = [record.getMessage() for record in caplog.records if record.name.startswith("agent_gateway_store")]
+    own = {
+        f"{__file__}:{number}"
+        for number, line in enumerate(Path(__file__).read_text(encoding="utf-8").splitlines(), 1)
+        if line.endswith("# the line that is named")
+    }
+
+    assert re.search(said.replace("OWN", f"(?:{'|'.join(map(re.escape, own))})"), logged), logged
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_server_is_named_for_each_call(bench: Bench, is_async: bool) -> None:
+    """By a callback, as it is judged, shown to approvers and recorded; also where the caller is not known."""
+    judged: list[str] = []
+
+    def name(context: MiddlewareContext[Any]) -> Any:
+        found = f"tenant-{context.message.arguments['path']}"
+        return asyncio.sleep(0, found) if is_async else found
+
+    def policy(caller: CallerIdentity, call: ToolCall) -> Verdict:
+        judged.append(call.server)
+        return judge(caller, call)
+
+    server = bench.server(policy, server=name)
+    waiting = asyncio.create_task(bench.call(server, "delete_file", path="a"))
+    asked = await bench.pending()
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    await waiting
+    await bench.refusal(bench.server(server=name, identify=None), "read_file", path="b")
+    events = await bench.store.audit.list_recent()
+
+    assert (asked.tool_call.server, judged) == ("tenant-a", ["tenant-a"])
+    assert [event.mcp_server for event in events] == ["tenant-b", "tenant-a"]
+
+
+async def test_error_of_a_call_that_a_tool_makes_is_an_error_of_the_tool(bench: Bench) -> None:
+    """The tool has run, though what it called is unknown; the inner call has an event of its own."""
+    server = bench.server()
+
+    @server.tool
+    async def read_more(ctx: Context) -> str:
+        bench.ran.append("more")
+        await ctx.fastmcp.call_tool("no_such_tool", {})
+        return "never"
+
+    await bench.refusal(server, "read_more")
+    inner, outer = await bench.store.audit.list_recent()
+
+    assert (outer.decision, outer.execution_status, bench.ran) == ("ALLOW", "TOOL_ERROR", ["more"])
+    assert (inner.decision, inner.execution_status) == ("DENY", None)
+
+
+async def test_caller_of_a_login_of_the_host_has_no_key(bench: Bench) -> None:
+    """A key that does not exist need not be invented."""
+    alice = CallerIdentity(caller_id="alice", role="admin", trust_level=TrustLevel.HIGH, environment="test")
+    await bench.call(bench.server(identify=lambda _context: alice), "read_file", path="a.txt")
+    event = await bench.event()
+
+    assert (event.caller_id, event.key_id, event.org_id) == ("alice", None, "default")
 
 
 async def test_many_calls_at_once_leave_one_event_each(bench: Bench) -> None:
@@ -233,7 +429,11 @@ async def test_many_calls_at_once_leave_one_event_each(bench: Bench) -> None:
         await asyncio.gather(*calls)
     counted = Counter((str(event.decision), event.tool_name) for event in await bench.store.audit.list_recent())
 
-    assert counted == {("ALLOW", "delete_file"): 5, ("ALLOW", "read_file"): 20, ("DENY", "format_disk"): 5}
+    assert counted == {
+        ("APPROVAL_REQUIRED", "delete_file"): 5,
+        ("ALLOW", "read_file"): 20,
+        ("DENY", "format_disk"): 5,
+    }
     assert sorted(bench.ran) == [*map(str, range(5)), *["a.txt"] * 20]
 
 

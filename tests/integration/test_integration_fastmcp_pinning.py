@@ -10,6 +10,7 @@ import pytest
 from fastmcp import Client, Context, FastMCP
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import Tool, ToolResult
+from fastmcp.utilities.versions import VersionSpec
 from fastmcp_helpers import Bench, denies_old, versioned
 from mcp_types import CallToolRequestParams
 
@@ -61,9 +62,10 @@ async def test_tool_replaced_while_the_call_waits_does_not_run(bench: Bench, mou
     assert bench.ran == []
 
 
-async def test_tool_replaced_in_the_last_moment_does_not_run(bench: Bench) -> None:
-    """After the last look, and before FastMCP's own: the object that was judged runs."""
-    server = bench.server()
+@pytest.mark.parametrize("mounts", [0, 1, 2])
+async def test_tool_replaced_in_the_last_moment_does_not_run(bench: Bench, mounts: int) -> None:
+    """After the last look, and before FastMCP's own: the object that was judged runs, also behind mounts."""
+    server, top, name = _mounted(bench, mounts)
 
     class Replacing(Middleware):
         async def on_call_tool(
@@ -74,14 +76,58 @@ async def test_tool_replaced_in_the_last_moment_does_not_run(bench: Bench) -> No
             return await call_next(context)
 
     server.add_middleware(Replacing())
-    await bench.call(server, "read_file", path="a.txt")
+    await bench.call(top, name, path="a.txt")
 
     assert bench.ran == ["a.txt"]
 
 
-async def test_call_renamed_by_a_middleware_behind_is_not_run(bench: Bench) -> None:
-    """What was judged is not what would run."""
-    server = bench.server()
+async def test_tool_replaced_behind_a_mount_is_found_by_the_next_call(bench: Bench) -> None:
+    """What is pinned is pinned for one call; what the server lists is its own."""
+    child, top, name = _mounted(bench, 1)
+    await bench.call(top, name, path="a.txt")
+    child.local_provider.remove_tool("read_file")
+    child.add_tool(Tool.from_function(lambda path: bench.ran.append("other"), name="read_file"))
+    before = len(child.middleware)
+    await bench.call(top, name, path="a.txt")
+    async with Client(child) as client:
+        listed = [tool.name for tool in await client.list_tools()]
+
+    assert bench.ran == ["a.txt", "other"]
+    assert (len(child.middleware), listed.count("read_file")) == (before, 1)
+
+
+async def test_call_that_a_mounted_tool_makes_finds_what_it_asks_for(bench: Bench) -> None:
+    """The pinned version of the tool does not stand in for another version of it."""
+    child, top, name = _mounted(bench, 1)
+
+    async def second(ctx: Context) -> str:
+        await ctx.fastmcp.call_tool("read_log", {}, version=VersionSpec(eq="1"))
+        bench.ran.append("2")
+        return "done"
+
+    child.add_tool(Tool.from_function(lambda: bench.ran.append("1"), name="read_log", version="1"))
+    child.add_tool(Tool.from_function(second, name="read_log", version="2"))
+    await bench.call(top, name.replace("file", "log"))
+
+    assert bench.ran == ["1", "2"]
+
+
+def _mounted(bench: Bench, mounts: int) -> tuple[FastMCP[Any], FastMCP[Any], str]:
+    """Return the server that has the tools, the one that is called, and the name of `read_file` there."""
+    server = top = bench.server()
+    name = "read_file"
+    for number in range(mounts):
+        front: FastMCP[Any] = FastMCP(f"front{number}", middleware=list(top.middleware))
+        top.middleware.clear()
+        front.mount(top, namespace=f"x{number}")
+        top, name = front, f"x{number}_{name}"
+    return server, top, name
+
+
+@pytest.mark.parametrize("mounts", [0, 1])
+async def test_call_renamed_by_a_middleware_behind_is_not_run(bench: Bench, mounts: int) -> None:
+    """What was judged is not what would run, also where a mounted server renames it."""
+    server, top, name = _mounted(bench, mounts)
 
     class Renaming(Middleware):
         async def on_call_tool(
@@ -91,7 +137,7 @@ async def test_call_renamed_by_a_middleware_behind_is_not_run(bench: Bench) -> N
             return await call_next(context.copy(message=message))
 
     server.add_middleware(Renaming())
-    refusal = await bench.refusal(server, "read_file", path="a.txt")
+    refusal = await bench.refusal(top, name, path="a.txt")
     event = await bench.event()
 
     assert refusal.startswith("Another middleware changed the call")

@@ -101,5 +101,5 @@ async def test_end_that_an_extension_hides_is_not_called_a_success(bench: Bench)
     event = await bench.event()
     stored = await bench.store.approvals.get(approval_id=asked.approval_id)
 
-    assert (event.decision, event.execution_status, event.approver_id) == ("ALLOW", None, "alice")
+    assert (event.decision, event.execution_status, event.approver_id) == ("APPROVAL_REQUIRED", None, "alice")
     assert (stored.status, stored.outcome, bench.ran) == ("USED", None, ["a.txt"])

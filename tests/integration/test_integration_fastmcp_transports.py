@@ -76,6 +76,30 @@ async def test_call_without_http_has_no_key(bench: Bench) -> None:
     assert (refusal, bench.ran) == ("Invalid API key: ask the operator for a new one.", [])
 
 
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+@pytest.mark.parametrize("end", ["cancelled", "timeout"])
+async def test_call_that_an_http_client_gives_up_is_cancelled(bench: Bench, mode: Any, end: str) -> None:
+    """By a message of the client, or as its own time limit passes; on connections with and without a handshake."""
+    server, begun = bench.server(), asyncio.Event()
+
+    async def read_forever() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    server.add_tool(Tool.from_function(read_forever))
+    async with serving(server) as url, Client(url, mode=mode) as client:
+        timeout = 1 if end == "timeout" else None
+        waiting = asyncio.create_task(client.call_tool("read_forever", {}, timeout=timeout))
+        await begun.wait()
+        if end == "cancelled":
+            waiting.cancel()
+        await asyncio.wait([waiting])
+        event = await bench.first_event()
+
+    assert waiting.cancelled() or waiting.exception() is not None
+    assert (event.decision, event.execution_status) == ("ALLOW", "CANCELLED")
+
+
 @pytest.mark.parametrize("word", ["approve", "deny"])
 async def test_server_over_stdio_waits_for_an_approver_elsewhere(
     word: str, postgres_database: Callable[[], str], tmp_path: Path
@@ -110,7 +134,7 @@ async def test_server_over_stdio_waits_for_an_approver_elsewhere(
     if word == "approve":
         assert result.data.startswith("deleted a.txt in ")
         assert result.data != f"deleted a.txt in {os.getpid()}"
-        assert (event.decision, event.execution_status, stored.status) == ("ALLOW", "SUCCESS", "USED")
+        assert (event.decision, event.execution_status, stored.status) == ("APPROVAL_REQUIRED", "SUCCESS", "USED")
     else:
         assert (event.decision, event.execution_status, stored.status) == ("DENY", None, "DENIED")
 

@@ -311,11 +311,12 @@ def test_json_and_type_adapters_build_whole_instances() -> None:
 @pytest.mark.parametrize("model", [*TABLES, *VALUES])
 @pytest.mark.parametrize("mode", ["validation", "serialization"])
 def test_every_model_has_a_json_schema(model: type[BaseModel], mode: Any) -> None:
-    """FastAPI can document every model, as body and as response."""
+    """FastAPI can document every model, as body and as response, of which some fields are no part."""
     schema = model.model_json_schema(mode=mode)
+    withheld = {"key_hash", "previous_key_hash", "token", "output_payload"} if mode == "serialization" else set()
 
     assert schema["type"] == "object"
-    assert set(schema["properties"]) == set(model.model_fields)
+    assert set(schema["properties"]) == set(model.model_fields) - withheld
 
 
 def test_values_are_frozen() -> None:

@@ -276,10 +276,10 @@ class AuditManager:
     ) -> Stats:
         """Count events and their latencies, aggregated by the database.
 
-        Each row has the columns of its group, then `calls`, `denials` (DENY), `approvals` (APPROVAL_REQUIRED),
-        `errors` (TOOL_ERROR and TIMEOUT) and the latency percentiles 50, 95 and 99 in milliseconds: a latency that
-        occurred, the first whose rank is at least that share (SQL's `percentile_disc`; the same on both databases).
-        Rows come by time, then the largest group first.
+        Each row has the columns of its group, then `calls`, `denials` (DENY), `approvals` (APPROVAL_REQUIRED: a human
+        was asked; those with an approver were released), `errors` (TOOL_ERROR and TIMEOUT) and the latency percentiles
+        50, 95 and 99 in milliseconds: a latency that occurred, the first whose rank is at least that share (SQL's
+        `percentile_disc`; the same on both databases). Rows come by time, then the largest group first.
 
         Args:
             by: Columns to group by: caller_id, tool_name, mcp_server, decision, risk_label, environment, ... An event

@@ -144,7 +144,8 @@ class KeyCache:
         if self._pubsub is not None and not self._is_subscribed:
             self._pubsub.subscribe(_TOPIC, self._on_change)
             self._is_subscribed = True
-        key_id = good.identity.key_id
+        # A verified key always has its id.
+        key_id = good.identity.key_id or ""
         held = self._verified.get(key_id) or {}
         kept = {entry: other for entry, other in held.items() if other.until > version.at}
         self._verified[key_id] = kept | {(org_id, fingerprint): good}

@@ -186,7 +186,7 @@ class KeyManager:
         writing = self._cache.background.start(self._write_use(good.identity.api_key_id))
         await asyncio.wait([writing], timeout=_RECORD_USE_S)
 
-    async def _write_use(self, row_id: int) -> None:
+    async def _write_use(self, row_id: int | None) -> None:
         statement = update(_keys).where(_keys.c.id == row_id, _is_use_due()).values(last_used_at=db_now())
         try:
             async with self._transactions.write() as connection:

@@ -52,6 +52,9 @@ def hash_tool_call(call: ToolCall, *, key: str | None = None) -> str:
 class ApprovalRequest(StoreModel, table=True):
     """One call that waits for a human, and its result.
 
+    `model_dump` and JSON, and so the response of an endpoint, leave `token` and `output_payload` out: the first
+    releases the call, the second is not released yet.
+
     Attributes:
         approval_id: The handle that approvers see.
         token: The secret by which the gateway follows and uses the approval. The column holds its SHA-256, and
@@ -97,7 +100,7 @@ class ApprovalRequest(StoreModel, table=True):
     id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
     approval_id: UUID = Field(default_factory=uuid4, sa_type=Uuid)
     token: str | None = Field(
-        default_factory=lambda: secrets.token_urlsafe(32), sa_type=TokenDigest, nullable=False, repr=False
+        default_factory=lambda: secrets.token_urlsafe(32), sa_type=TokenDigest, nullable=False, repr=False, exclude=True
     )
     request_id: str = Field(sa_type=Text)
     caller_id: str = Field(sa_type=Text)
@@ -110,7 +113,7 @@ class ApprovalRequest(StoreModel, table=True):
     use_before: Instant | None = Field(default=None, sa_type=UtcDateTime)
     status: ApprovalStatus = Field(default=ApprovalStatus.PENDING, sa_type=EnumText(ApprovalStatus))
     scope: ApprovalScope = Field(default=ApprovalScope.EXECUTION, sa_type=EnumText(ApprovalScope))
-    output_payload: Any = Field(default=None, sa_type=Json(), nullable=True)
+    output_payload: Any = Field(default=None, sa_type=Json(), nullable=True, exclude=True)
     output_hash: str | None = Field(default=None, sa_type=Text)
     required_approvals: PositiveInt = Field(default=1, le=_MOST_APPROVERS, sa_type=Integer)
     approver_id: str | None = Field(default=None, sa_type=Text)
@@ -150,13 +153,13 @@ class ApprovalResult(FrozenModel):
     """The state of an approval, as a caller or an approver receives it.
 
     Attributes:
-        token: None where it was not given; never in a repr.
+        token: None where it was not given; neither in a repr nor in `model_dump` and JSON.
         approver_id: Who decided; None while nobody has.
         note: What the approver wrote.
     """
 
     approval_id: UUID
-    token: str | None = Field(default=None, repr=False)
+    token: str | None = Field(default=None, repr=False, exclude=True)
     status: ApprovalStatus
     scope: ApprovalScope = ApprovalScope.EXECUTION
     approver_id: str | None = None

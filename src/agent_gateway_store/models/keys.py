@@ -29,6 +29,8 @@ class TrustLevel(IntEnum):
 class ApiKey(StoreModel, table=True):
     """The key of one caller in one organisation. Holds the bcrypt of the secret, never the secret.
 
+    `model_dump` and JSON, and so the response of an endpoint, leave the hashes out.
+
     Attributes:
         key_id: Public, unique, and the same after a rotation.
         key_hash: bcrypt.
@@ -49,7 +51,7 @@ class ApiKey(StoreModel, table=True):
     key_id: str = Field(sa_type=Text)
     caller_id: str = Field(sa_type=Text)
     org_id: str = Field(default="default", sa_type=Text)
-    key_hash: str = Field(sa_type=Text, repr=False)
+    key_hash: str = Field(sa_type=Text, repr=False, exclude=True)
     role: str = Field(sa_type=Text)
     trust_level: TrustLevel = Field(sa_type=EnumNumber(TrustLevel))
     environment: str = Field(sa_type=Text)
@@ -60,25 +62,25 @@ class ApiKey(StoreModel, table=True):
     last_used_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
     expires_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
     revoked_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
-    previous_key_hash: str | None = Field(default=None, sa_type=Text, repr=False)
+    previous_key_hash: str | None = Field(default=None, sa_type=Text, repr=False, exclude=True)
     previous_key_expires_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
 
 
 class CallerIdentity(FrozenModel):
-    """The caller that a verified key belongs to.
+    """The caller that a verified key belongs to, or that a login of the host's own knows.
 
     Attributes:
-        key_id: Public id of the key.
-        api_key_id: Its row in `api_keys`.
+        key_id: Public id of the key; None: the caller came by no key of ours.
+        api_key_id: Its row in `api_keys`; None as for `key_id`.
     """
 
     caller_id: str
     role: str
     trust_level: TrustLevel
     environment: str
-    org_id: str
-    key_id: str
-    api_key_id: int
+    org_id: str = "default"
+    key_id: str | None = None
+    api_key_id: int | None = None
 
 
 class IssuedKey(FrozenModel):

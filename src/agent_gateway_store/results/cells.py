@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from uuid import UUID
 
 from pydantic import BaseModel, SecretStr
+from pydantic_core import to_jsonable_python
 
 from agent_gateway_store import _text
 
@@ -83,7 +84,10 @@ def as_dict(item: Any) -> dict[str, Any]:
     """Return a record as JSON values, without the fields that its repr, or that of a model inside it, hides."""
     if not isinstance(item, BaseModel):
         return dict(item) if isinstance(item, Mapping) else {"value": item}
-    return item.model_dump(mode="json", exclude=_hidden(type(item)))
+    found = item.model_dump(mode="json", exclude=_hidden(type(item)))
+    # What a record leaves out of its JSON for other reasons than secrecy is shown to who reads the store.
+    names = [column.name for column in columns_of(type(item)) if column.name in item.__dict__]
+    return {name: found[name] if name in found else to_jsonable_python(getattr(item, name)) for name in names}
 
 
 def fields_of(item: Any) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar, get_args, overload
 
-from pydantic import BaseModel
+from pydantic import BaseModel, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from agent_gateway_store.results import arrow, html, terminal
 from agent_gateway_store.results.cells import Column, as_dict, columns_of, table_rows
@@ -33,7 +34,8 @@ METRICS = (
 class Page(list[T]):
     """A list of records, newest first where time orders them. A slice of it is a `Page`.
 
-    A notebook shows it as a table, and so does a terminal with rich; `repr` is that of a list.
+    A notebook shows it as a table, and so does a terminal with rich; `repr` is that of a list. As a type of Pydantic
+    and FastAPI, `Page[AuditEvent]`, it is the object `{"items": [...], "next_cursor": ...}`.
 
     Attributes:
         next_cursor: Opaque; pass it to the same listing for the next page. None at the end.
@@ -65,6 +67,34 @@ class Page(list[T]):
 
     def _of(self, items: Iterable[T]) -> Self:
         return type(self)(items, columns=self.columns, record_type=self.record_type)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        (item,) = get_args(source) or (Any,)
+        fields = {"items": core_schema.typed_dict_field(core_schema.list_schema(handler.generate_schema(item)))}
+        cursor: CoreSchema = core_schema.nullable_schema(core_schema.str_schema())
+        sent = core_schema.typed_dict_schema({**fields, "next_cursor": core_schema.typed_dict_field(cursor)})
+        cursor = core_schema.with_default_schema(cursor, default=None)
+        given = core_schema.typed_dict_schema(
+            {**fields, "next_cursor": core_schema.typed_dict_field(cursor, required=False)}, extra_behavior="forbid"
+        )
+
+        def validate(value: Any, check: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            if isinstance(value, list):
+                found = check({"items": list(value), "next_cursor": getattr(value, "next_cursor", None)})
+            else:
+                found = check(value)
+            page = value._of(found["items"]) if isinstance(value, cls) else cls(found["items"])
+            page.next_cursor = found["next_cursor"]
+            return page
+
+        return core_schema.no_info_wrap_validator_function(
+            validate,
+            given,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda page: {"items": list(page), "next_cursor": page.next_cursor}, return_schema=sent
+            ),
+        )
 
     def frame_columns(self) -> tuple[Column, ...] | None:
         """Return the columns of its frame; None if they follow from the rows."""

@@ -7,11 +7,12 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, WebSocket, status
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.responses import Response
+from starlette.websockets import WebSocketState
 
 from agent_gateway_store import errors
 from agent_gateway_store._text import sentence
@@ -36,6 +37,9 @@ _STATUSES: tuple[tuple[type[errors.GatewayStoreError], int], ...] = (
     (errors.SchemaOutOfDateError, 503),
 )
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(RETRY_AFTER_S)}}
+_CLOSE_CODES = {500: status.WS_1011_INTERNAL_ERROR, 503: status.WS_1013_TRY_AGAIN_LATER}
+# RFC 6455, 5.5: a control frame has at most 125 bytes, of which the code takes two.
+_MAX_REASON_BYTES = 123
 _GENERAL = {
     500: "The gateway failed: tell its operator.",
     503: "The gateway cannot reach its records: try again later.",
@@ -51,9 +55,9 @@ def http_exception_of(error: errors.GatewayStoreError) -> HTTPException:
     `Retry-After`) for a store that cannot answer, 500 for the rest. Below 500 the sentence is the error's own. From 500
     on it is a general one: which server and which setting failed is for the operator only.
     """
-    status = next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
-    detail = _GENERAL.get(status) or sentence(str(error))
-    return HTTPException(status, detail, _HEADERS.get(status))
+    code = next((code for kind, code in _STATUSES if isinstance(error, kind)), 500)
+    detail = _GENERAL.get(code) or sentence(str(error))
+    return HTTPException(code, detail, _HEADERS.get(code))
 
 
 @contextmanager
@@ -93,12 +97,24 @@ def _logged(error: errors.GatewayStoreError) -> HTTPException:
     return answer
 
 
-async def _answer(request: Request, exc: Exception) -> Response:
+async def _answer(connection: Any, exc: Exception) -> Any:
     # Starlette's signature says Exception; the handler is installed for this class alone.
     assert isinstance(exc, errors.GatewayStoreError)  # noqa: S101
-    return await http_exception_handler(request, _logged(exc))
+    answer = _logged(exc)
+    if isinstance(connection, WebSocket) and connection.application_state is not WebSocketState.CONNECTING:
+        code = _CLOSE_CODES.get(answer.status_code, status.WS_1008_POLICY_VIOLATION)
+        reason = str(answer.detail).encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
+        if connection.application_state is WebSocketState.CONNECTED:
+            await connection.close(code, reason)
+        return None
+    # Before it is accepted, a WebSocket is answered as a request.
+    return await http_exception_handler(connection, answer)
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Let `app` respond by `http_exception_of` to every error of the store that an endpoint does not catch."""
+    """Let `app` respond by `http_exception_of` to every error of the store that an endpoint does not catch.
+
+    An open WebSocket is closed, its reason the sentence: 1013 where the status would be 503, 1011 for 500, 1008 for the
+    rest.
+    """
     app.add_exception_handler(errors.GatewayStoreError, _answer)

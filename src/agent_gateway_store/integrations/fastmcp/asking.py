@@ -79,7 +79,8 @@ def _refusal(record: CallRecord, decided: ApprovalResult, timeout_s: float) -> T
         return ToolError(
             f"Nobody decided about this call within {timeout_s:g} seconds, so it was not run: call again later."
         )
-    record.decision, record.approver_id = Decision.DENY, decided.approver_id
+    if decided.status is not ApprovalStatus.EXPIRED:
+        record.decision, record.approver_id = Decision.DENY, decided.approver_id
     by = f" by {word(decided.approver_id)}" if decided.approver_id else ""
     note = f" Note: {escape(decided.note)}" if decided.note else ""
     return ToolError(f"The approval of this call is {decided.status}{by}, so it was not run.{note}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import traceback
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import anyio
 from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
 from fastmcp.server.dependencies import get_http_request
 from fastmcp.server.middleware import CallNext, MiddlewareContext
@@ -16,11 +19,14 @@ from mcp_types import CallToolRequestParams
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastmcp.asking import ask, note_outcome
+from agent_gateway_store.integrations.fastmcp.callbacks import CallbackError, call_back, failure
+from agent_gateway_store.integrations.fastmcp.origin import origin_of, running
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
 from agent_gateway_store.integrations.fastmcp.record import (
     HIDDEN,
     CallRecord,
     Identify,
+    NameServer,
     Policy,
     Sanitize,
     Verdict,
@@ -52,15 +58,18 @@ class GatewayMiddleware(PinningMiddleware):
 
     Args:
         store: Opened and closed by the host, in the lifespan of the server.
-        policy: Called with the caller and the call, sync or async; returns the `Verdict`.
-        identify: Async; returns the caller, given the context of the middleware. None verifies the API key in
+        policy: Called with the caller and the call; returns the `Verdict`. Each callback may be sync or async.
+        identify: Returns the caller, given the context of the middleware. None verifies the API key in
             `Authorization: Bearer` or `X-API-Key` of the HTTP request; stdio has no such request.
         sanitize: Returns the arguments that approvers and the audit log may see. Default: their names only. The
             version is always shown, and always that there are answers.
-        server: Name of this server in the record; None takes the name of the FastMCP server. Mounted servers keep
-            their own names, each of which must be unique.
+        server: Name of this server in the record, or what returns it for one call, given the context of the
+            middleware; None takes the name of the FastMCP server. Mounted servers keep their own names, each of which
+            must be unique.
         approval_timeout_s: Seconds that a call waits for a human; then its approval is cancelled.
     """
+
+    judges_calls = True
 
     def __init__(
         self,
@@ -69,7 +78,7 @@ class GatewayMiddleware(PinningMiddleware):
         *,
         identify: Identify | None = None,
         sanitize: Sanitize = argument_names,
-        server: str | None = None,
+        server: str | NameServer | None = None,
         approval_timeout_s: float = 300.0,
     ) -> None:
         super().__init__()
@@ -96,18 +105,14 @@ class GatewayMiddleware(PinningMiddleware):
             NotFoundError: There is no such tool.
         """
         message = context.message
-        record = CallRecord(ToolCall(server=self._name(context), tool=message.name, arguments=message.arguments or {}))
+        call = ToolCall(server=_own_name(context), tool=message.name, arguments=message.arguments or {})
+        record = CallRecord(call, origin_of(context))
         record.shown = argument_names(record.call)
         try:
             resolved, token = await self._release(record, context)
             return await self._run(record, resolved, token, context, call_next)
         finally:
             await self._write(record)
-
-    def _name(self, context: MiddlewareContext[Any]) -> str:
-        if self._server is not None:
-            return self._server
-        return context.fastmcp_context.fastmcp.name if context.fastmcp_context is not None else "unknown"
 
     async def _release(
         self, record: CallRecord, context: MiddlewareContext[CallToolRequestParams]
@@ -116,7 +121,7 @@ class GatewayMiddleware(PinningMiddleware):
         try:
             return await self._judge(record, context)
         except ToolError as refusal:
-            record.refused("refused", str(refusal), decision=record.decision)
+            record.explain("refused", str(refusal))
             raise
         except (NotFoundError, DisabledError):
             record.refused("unknown_tool", "There is no such tool.")
@@ -129,9 +134,8 @@ class GatewayMiddleware(PinningMiddleware):
             record.refused("store_unavailable", _AWAY)
             raise ToolError(_AWAY) from exc
         except Exception as exc:
-            # Not its text, which may hold what the callback received: raw arguments.
-            at = traceback.extract_tb(exc.__traceback__)[-1]
-            _logger.error("%s at %s:%s", type(exc).__name__, at.filename, at.lineno)
+            # Not the text of an error, which may hold what a callback received: raw arguments.
+            _logger.error("Request %s: %s", record.request_id, exc if isinstance(exc, CallbackError) else failure(exc))
             record.refused("failure", _BROKEN)
             raise ToolError(_BROKEN) from None
         except BaseException:
@@ -141,15 +145,14 @@ class GatewayMiddleware(PinningMiddleware):
     async def _judge(
         self, record: CallRecord, context: MiddlewareContext[CallToolRequestParams]
     ) -> tuple[ResolvedTool, str | None]:
-        caller = await self._identify(context)
-        if not isinstance(caller, CallerIdentity):
-            raise TypeError("identify must return a CallerIdentity.")
+        server = await self._name(context)
+        record.call = record.call.model_copy(update={"server": server})
+        caller: CallerIdentity = await call_back("identify", self._identify, context, returns=CallerIdentity)
         record.caller = caller
-        resolved = await self._resolve(context, context.message)
+        resolved = await self._resolve(context, context.message, server)
         record.call = resolved.call
-        record.shown = self._shown(record.call)
-        answer = self._policy(caller, _copy(record.call))
-        verdict = answer if isinstance(answer, Verdict) else await answer
+        record.shown = await self._shown(record.call)
+        verdict: Verdict = await call_back("policy", self._policy, caller, _copy(record.call), returns=Verdict)
         record.verdict, record.rule, record.reason = verdict, verdict.rule, verdict.reason
         if verdict.decision == Decision.APPROVAL_REQUIRED:
             return resolved, await ask(
@@ -158,26 +161,34 @@ class GatewayMiddleware(PinningMiddleware):
                 caller,
                 required=verdict.required_approvals,
                 timeout_s=self._approval_timeout_s,
-                before_use=partial(self._require_unchanged, record, resolved, context),
+                before_use=partial(self._require_unchanged, record, resolved, context, server),
             )
         if verdict.decision != Decision.ALLOW:
             raise ToolError(verdict.reason)
         self._store.database.check_owner()
         if self._store.settings.audit_mode == "strict":
             await self._store.ping()
+        record.decision = Decision.ALLOW
         return resolved, None
 
-    async def _resolve(self, context: MiddlewareContext[Any], message: CallToolRequestParams) -> ResolvedTool:
+    async def _name(self, context: MiddlewareContext[Any]) -> str:
+        if callable(self._server):
+            return str(await call_back("server", self._server, context, returns=str))
+        return _own_name(context) if self._server is None else self._server
+
+    async def _resolve(
+        self, context: MiddlewareContext[Any], message: CallToolRequestParams, server: str
+    ) -> ResolvedTool:
         if context.fastmcp_context is None:
             raise RuntimeError("FastMCP gave no context, so the tool that would run cannot be determined.")
         with unpinned():
-            return await resolve(context.fastmcp_context, message, server=self._name(context))
+            return await resolve(context.fastmcp_context, message, server=server)
 
     async def _require_unchanged(
-        self, record: CallRecord, resolved: ResolvedTool, context: MiddlewareContext[Any]
+        self, record: CallRecord, resolved: ResolvedTool, context: MiddlewareContext[Any], server: str
     ) -> None:
         try:
-            now = await self._resolve(context, resolved.message)
+            now = await self._resolve(context, resolved.message, server)
             is_same = (now.call, now.code) == (resolved.call, resolved.code)
         except (NotFoundError, DisabledError, ToolError):
             is_same = False
@@ -185,8 +196,8 @@ class GatewayMiddleware(PinningMiddleware):
             record.decision = Decision.DENY
             raise ToolError(_REPLACED)
 
-    def _shown(self, call: ToolCall) -> dict[str, Any]:
-        shown = dict(self._sanitize(_copy(call)))
+    async def _shown(self, call: ToolCall) -> dict[str, Any]:
+        shown = dict(await call_back("sanitize", self._sanitize, _copy(call), returns=Mapping))
         for name in RESERVED & call.arguments.keys():
             shown.setdefault(name, HIDDEN)
         if VERSION in call.arguments:
@@ -202,28 +213,29 @@ class GatewayMiddleware(PinningMiddleware):
         context: MiddlewareContext[CallToolRequestParams],
         call_next: CallNext[CallToolRequestParams, ToolResult],
     ) -> ToolResult:
-        is_end_known = True
+        assert record.caller is not None  # noqa: S101  `_judge` has set it
+        org_id, is_end_known = record.caller.org_id, True
+        record.was_run = True
         try:
-            record.decision = Decision.ALLOW
-            with pinned(resolved.message.name, resolved.tool):
+            with pinned(resolved.hops) as pins, running(record.request_id, org_id):
                 result = await call_next(context.copy(message=resolved.message))
             # An extension may answer for a tool that goes on in the background; how that ends is not known here.
             is_end_known = isinstance(result, ToolResult)
             if is_end_known:
                 record.execution_status = ExecutionStatus.TOOL_ERROR if result.is_error else ExecutionStatus.SUCCESS
                 record.output_hash = self._store.hash_args(result.model_dump(mode="json", exclude={"meta"}))
-        except CallChangedError as exc:
-            record.refused("changed", str(exc))
-            raise
-        except (NotFoundError, DisabledError):
-            record.refused("unknown_tool", "There is no such tool.")
-            raise
         except BaseException as exc:
-            record.execution_status = ExecutionStatus.TIMEOUT if _is_timeout(exc) else ExecutionStatus.TOOL_ERROR
+            # Once the tool has begun, an error of these classes comes from a call that it made itself.
+            if isinstance(exc, CallChangedError) and not pins.has_begun:
+                record.refused("changed", str(exc))
+            elif isinstance(exc, NotFoundError | DisabledError) and not pins.has_begun:
+                record.refused("unknown_tool", "There is no such tool.")
+            else:
+                record.execution_status = _status_of(exc)
             raise
         finally:
-            if token is not None and record.caller is not None and is_end_known:
-                await note_outcome(self._store.for_org(record.caller.org_id).approvals, token, record)
+            if token is not None and is_end_known:
+                await note_outcome(self._store.for_org(org_id).approvals, token, record)
         return result
 
     async def _write(self, record: CallRecord) -> None:
@@ -232,12 +244,26 @@ class GatewayMiddleware(PinningMiddleware):
             await store.audit.write(record.event(store))
         except GatewayStoreError as exc:
             _logger.error("Request %s: %s: %s", record.request_id, type(exc).__name__, exc)
-            raise ToolError(_WITHHELD if record.decision is Decision.ALLOW else _AWAY) from exc
+            raise ToolError(_WITHHELD if record.was_run else _AWAY) from exc
 
 
 def _copy(call: ToolCall) -> ToolCall:
     """Return a copy for a callback, which may change it; the call that runs stays the call that was hashed."""
     return call.model_copy(deep=True)
+
+
+def _own_name(context: MiddlewareContext[Any]) -> str:
+    return context.fastmcp_context.fastmcp.name if context.fastmcp_context is not None else "unknown"
+
+
+def _status_of(exc: BaseException) -> ExecutionStatus:
+    """Return how a call ended whose tool raised `exc`."""
+    task = asyncio.current_task()
+    # A tool that is cancelled may raise an error of its own while it ends.
+    is_cancelled = anyio.current_effective_deadline() == -math.inf or (task is not None and task.cancelling() > 0)
+    if is_cancelled or isinstance(exc, asyncio.CancelledError | KeyboardInterrupt):
+        return ExecutionStatus.CANCELLED
+    return ExecutionStatus.TIMEOUT if _is_timeout(exc) else ExecutionStatus.TOOL_ERROR
 
 
 def _is_timeout(exc: BaseException) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
+from fastmcp import FastMCP
 from fastmcp.exceptions import ToolError
+from fastmcp.server.dependencies import get_server
+from fastmcp.server.middleware import CallNext, MiddlewareContext
 from fastmcp.server.middleware.tool_injection import ToolInjectionMiddleware
-from fastmcp.tools import Tool
+from fastmcp.tools import Tool, ToolResult
+from mcp_types import CallToolRequestParams
 
 _CHANGED = "Another middleware changed the call after it was judged, so it was not run: tell the operator."
 
@@ -19,45 +24,90 @@ class CallChangedError(ToolError):
 
 
 @dataclass
-class _Pin:
+class Hop:
+    """One lookup on the way to the tool that runs: in the server that was called, then in each server mounted below.
+
+    Attributes:
+        name: What is looked up.
+        tool: What the lookup returns.
+    """
+
+    server: FastMCP[Any]
     name: str
     tool: Tool
-    is_active: bool = True
+    was_passed: bool = False
     was_found: bool = False
 
 
-_pin: ContextVar[_Pin | None] = ContextVar("agent_gateway_store_fastmcp_pin", default=None)
+class Pins:
+    """The lookups of one run."""
+
+    def __init__(self, hops: Sequence[Hop]) -> None:
+        self._hops = {id(hop.server): hop for hop in hops}
+        self.is_active = True
+
+    @property
+    def has_begun(self) -> bool:
+        """True once the last tool was found, which then runs."""
+        return all(hop.was_found for hop in self._hops.values())
+
+    def at(self, server: FastMCP[Any]) -> Hop | None:
+        """Return the lookup in `server` while the run lasts."""
+        return self._hops.get(id(server)) if self.is_active else None
+
+
+_pins: ContextVar[Pins | None] = ContextVar("agent_gateway_store_fastmcp_pins", default=None)
 
 
 @contextmanager
-def pinned(name: str, tool: Tool) -> Iterator[None]:
-    """Let the server's lookup of `name` return `tool`, for one run."""
-    pin = _Pin(name, tool)
-    before = _pin.set(pin)
+def pinned(hops: Sequence[Hop]) -> Iterator[Pins]:
+    """Let the lookups of `hops` return their tools, for one run."""
+    pins = Pins([Hop(hop.server, hop.name, hop.tool) for hop in hops])
+    before = _pins.set(pins)
     try:
-        yield
+        yield pins
     finally:
-        # A task that the tool left behind has a copy of the context, and must not find the pin in it.
-        pin.is_active = False
-        _pin.reset(before)
+        # A task that the tool left behind has a copy of the context, and must not find the pins in it.
+        pins.is_active = False
+        _pins.reset(before)
 
 
 @contextmanager
 def unpinned() -> Iterator[None]:
     """Let lookups find what is registered, also where a tool calls another one."""
-    before = _pin.set(None)
+    before = _pins.set(None)
     try:
         yield
     finally:
-        _pin.reset(before)
+        _pins.reset(before)
 
 
 class PinningMiddleware(ToolInjectionMiddleware):
-    """Makes the server's lookup of a name return the tool that was judged."""
+    """Makes a server's lookup of a name return the tool that was judged.
+
+    Attributes:
+        judges_calls: False for one that a mounted server was given for this purpose alone.
+    """
+
+    judges_calls = False
 
     # Injected tools are the one public way to tell FastMCP which object a name stands for.
     def __init__(self) -> None:
         super().__init__([])
+
+    async def on_call_tool(
+        self,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        """Let the judged call pass to its tool; the calls that the tool makes find what is registered."""
+        pins = _pins.get()
+        hop = pins.at(get_server()) if pins is not None else None
+        if hop is None or hop.was_passed:
+            with unpinned():
+                return await call_next(context)
+        hop.was_passed = True
+        return await call_next(context)
 
     def get_injected_tool(self, name: str) -> Tool | None:
         """Return the pinned tool.
@@ -65,12 +115,19 @@ class PinningMiddleware(ToolInjectionMiddleware):
         Raises:
             CallChangedError: The first lookup after the call was judged is for another name.
         """
-        pin = _pin.get()
-        if pin is None or not pin.is_active:
+        pins = _pins.get()
+        hop = pins.at(get_server()) if pins is not None else None
+        if hop is None:
             return None
-        if pin.name == name:
-            pin.was_found = True
-            return pin.tool
-        if not pin.was_found:
+        if hop.name == name:
+            hop.was_found = True
+            return hop.tool
+        if not hop.was_found:
             raise CallChangedError(_CHANGED)
         return None
+
+
+def pin_lookups(server: FastMCP[Any]) -> None:
+    """Let `server`, which is mounted somewhere, find what is pinned. What it lists and runs otherwise is the same."""
+    if not any(isinstance(middleware, PinningMiddleware) for middleware in server.middleware):
+        server.add_middleware(PinningMiddleware())

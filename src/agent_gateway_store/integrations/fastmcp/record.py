@@ -13,6 +13,7 @@ from fastmcp.server.middleware import MiddlewareContext
 from pydantic import Field
 
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.integrations.fastmcp.origin import Origin
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import FrozenModel, ToolCall
@@ -44,8 +45,9 @@ class Verdict(FrozenModel):
 
 
 Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
-Identify = Callable[[MiddlewareContext[Any]], Awaitable[CallerIdentity]]
-Sanitize = Callable[[ToolCall], Mapping[str, Any]]
+Identify = Callable[[MiddlewareContext[Any]], CallerIdentity | Awaitable[CallerIdentity]]
+Sanitize = Callable[[ToolCall], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
+NameServer = Callable[[MiddlewareContext[Any]], str | Awaitable[str]]
 
 
 def argument_names(call: ToolCall) -> dict[str, Any]:
@@ -55,14 +57,18 @@ def argument_names(call: ToolCall) -> dict[str, Any]:
 
 @dataclass
 class CallRecord:
-    """What is known of one call so far. It starts as a refusal; only the last step before the tool makes it ALLOW.
+    """What is known of one call so far. It starts as a refusal; only the last step before the tool changes that.
 
     Attributes:
         call: The call as it will run; the store receives only its hash.
         shown: Its arguments as the host's sanitiser shows them.
+        decision: What the policy decided, or DENY where the call was refused after that.
+        approver_id: Who released the call, where a human was asked; with DENY: who refused it.
+        was_run: Whether the tool was called, however it ended.
     """
 
     call: ToolCall
+    origin: Origin
     request_id: str = field(default_factory=lambda: uuid4().hex)
     started: float = field(default_factory=time.perf_counter)
     timestamp: datetime = field(default_factory=utc_now)
@@ -73,19 +79,31 @@ class CallRecord:
     rule: str = ""
     reason: str = ""
     approver_id: str | None = None
+    was_run: bool = False
     execution_status: ExecutionStatus | None = None
     output_hash: str | None = None
 
-    def refused(self, word: str, reason: str, *, decision: Decision = Decision.DENY) -> None:
-        """Note why the call does not run; `word` names the rule if the policy has not decided."""
-        self.decision, self.rule, self.reason = decision, self.rule or f"gateway.{word}", reason
+    def refused(self, word: str, reason: str) -> None:
+        """Note that the gateway does not run the call, and why; `word` names the rule if the policy has not decided."""
+        self.decision, self.approver_id, self.was_run = Decision.DENY, None, False
+        self.explain(word, reason)
+
+    def explain(self, word: str, reason: str) -> None:
+        """Note why the call does not run, whoever decided that."""
+        self.rule, self.reason = self.rule or f"gateway.{word}", reason
 
     def event(self, store: GatewayStore) -> AuditEvent:
         """Return the event of what is known now. Its latency includes the wait for a human."""
         caller, verdict = self.caller, self.verdict
+        org_id = caller.org_id if caller else store.org_id or "default"
+        outer = self.origin.outer
         return AuditEvent(
             request_id=self.request_id,
-            org_id=caller.org_id if caller else store.org_id or "default",
+            org_id=org_id,
+            trace_id=self.origin.trace_id,
+            session_id=self.origin.session_id,
+            # An id of another organisation stays there.
+            parent_request_id=outer.request_id if outer is not None and outer.org_id == org_id else None,
             timestamp=self.timestamp,
             caller_id=caller.caller_id if caller else _UNKNOWN,
             caller_role=caller.role if caller else _UNKNOWN,

@@ -21,6 +21,7 @@ from fastmcp.utilities.types import NotSet
 from fastmcp.utilities.versions import VersionSpec
 from mcp_types import CallToolRequestParams
 
+from agent_gateway_store.integrations.fastmcp.pinning import Hop, pin_lookups
 from agent_gateway_store.integrations.fastmcp.servers import (
     is_alias,
     own_name,
@@ -49,14 +50,14 @@ class ResolvedTool:
     Attributes:
         call: The call by the tool's own server and name. Its arguments are those that the tool receives, with
             `@version`, `@input_responses` and `@request_state` if there are any.
-        tool: What the server's own lookup returned; to run it is to run the call.
+        hops: The lookups that lead to the tool; to run what the first one returned is to run the call.
         code: Equal for two lookups that end in the same code and schema.
         message: A copy of the message, to be run: a change of the original, or by a tool of its arguments, changes
             neither what runs nor `call`.
     """
 
     call: ToolCall
-    tool: Tool
+    hops: tuple[Hop, ...]
     code: object
     message: CallToolRequestParams
 
@@ -79,7 +80,8 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
         raise ToolError(_RESERVED_NAME)
     # Names and versions are for FastMCP to interpret: the lookups are its own, in the order of `FastMCP.call_tool`.
     asked, at = message.name, context.fastmcp
-    tool = top = await _look_up(at, asked, _requested_version(message))
+    tool = await _look_up(at, asked, _requested_version(message))
+    hops = [Hop(at, asked, tool)]
     while True:
         if tool.task_config.mode == "required" or (
             tool.task_config.supports_tasks() and context.client_extension_settings(TASKS_EXTENSION_ID) is not None
@@ -89,9 +91,12 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
             arguments = _parent_arguments(tool, arguments)
             tool = tool.parent_tool
         elif isinstance(tool, FastMCPProviderTool):
-            at, asked = tool._server, str(tool._original_name)
+            # No public name of FastMCP leads from such a tool to its server.
+            at, asked = tool._server, str(tool.get_span_attributes()["fastmcp.delegate.original_name"])
             async with Context(fastmcp=at):
                 tool = await _look_up(at, asked, VersionSpec(eq=tool.version) if tool.version else None)
+            pin_lookups(at)
+            hops.append(Hop(at, asked, tool))
         else:
             break
     version = tool.version
@@ -103,7 +108,7 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
     label = require_own_server_name(context.fastmcp, at, server)
     await require_seen_calls(context.fastmcp, at, tool)
     arguments.update(_inputs(context), **({VERSION: version} if version is not None else {}))
-    return ResolvedTool(ToolCall(server=label, tool=name, arguments=arguments), top, _code(tool), message)
+    return ResolvedTool(ToolCall(server=label, tool=name, arguments=arguments), tuple(hops), _code(tool), message)
 
 
 def _requested_version(message: CallToolRequestParams) -> VersionSpec | None:

@@ -73,7 +73,7 @@ async def own_name(server: FastMCP[Any], tool: Tool, asked: str) -> str:
 
 async def _registered_name(server: FastMCP[Any], tool: Tool) -> str:
     if isinstance(tool, ProxyTool):
-        return tool._backend_name or tool.name
+        return _backend_name(tool)
     registered = {
         other.name
         for provider, is_renaming in _providers(server, bool(server.transforms))
@@ -94,7 +94,8 @@ async def require_seen_calls(root: FastMCP[Any], server: FastMCP[Any], tool: Too
     Raises:
         ToolError: The middleware of `root` would not see those calls.
     """
-    if server is root or any(isinstance(middleware, PinningMiddleware) for middleware in server.middleware):
+    guards = (middleware for middleware in server.middleware if isinstance(middleware, PinningMiddleware))
+    if server is root or any(guard.judges_calls for guard in guards):
         return
     transforms = [*server.transforms, *(change for provider in server.providers for change in provider.transforms)]
     if isinstance(tool, ProxyTool) or not any(isinstance(change, CatalogTransform) for change in transforms):
@@ -143,11 +144,15 @@ def _bottom(tool: Tool) -> Tool:
     return tool
 
 
+def _backend_name(tool: ProxyTool) -> str:
+    """Return the name that the proxy calls."""
+    return str(tool.get_span_attributes()["fastmcp.proxy.backend_name"])
+
+
 def _is_same(one: Tool, other: Tool) -> bool:
     """Return True for two copies of a tool, of which one may have another name."""
     if isinstance(one, ProxyTool) and isinstance(other, ProxyTool):
-        names = [tool._backend_name or tool.name for tool in (one, other)]
-        return one._client_factory is other._client_factory and names[0] == names[1]
+        return one._client_factory is other._client_factory and _backend_name(one) == _backend_name(other)
     function = getattr(one, "fn", None)
     if function is not None:
         return function is getattr(other, "fn", None)

@@ -1,0 +1,95 @@
+"""Where a call comes from: its session, its trace, and the call inside which it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from fastmcp.server.context import Context as RequestContext
+from fastmcp.server.dependencies import get_http_headers
+from fastmcp.server.middleware import MiddlewareContext
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+_TRACEPARENT = "traceparent"
+_w3c = TraceContextTextMapPropagator()
+
+
+@dataclass
+class RunningCall:
+    """A call whose tool runs now.
+
+    Attributes:
+        is_running: False afterwards. A task that the tool left behind has a copy of the context, and its calls are not
+            part of this one any more.
+    """
+
+    request_id: str
+    org_id: str
+    is_running: bool = True
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a call comes from; None where that is not known."""
+
+    session_id: str | None = None
+    trace_id: str | None = None
+    outer: RunningCall | None = None
+
+
+_outer: ContextVar[RunningCall | None] = ContextVar("agent_gateway_store_fastmcp_outer", default=None)
+
+
+@contextmanager
+def running(request_id: str, org_id: str) -> Iterator[None]:
+    """Let the calls that are made meanwhile, from here, name this one as their parent."""
+    call = RunningCall(request_id, org_id)
+    before = _outer.set(call)
+    try:
+        yield
+    finally:
+        call.is_running = False
+        _outer.reset(before)
+
+
+def origin_of(context: MiddlewareContext[Any]) -> Origin:
+    """Return where the call in `context` comes from."""
+    outer = _outer.get()
+    request = context.fastmcp_context
+    return Origin(
+        session_id=_session_id(request) if request is not None else None,
+        trace_id=_trace_id(request),
+        outer=outer if outer is not None and outer.is_running else None,
+    )
+
+
+def _session_id(request: RequestContext) -> str | None:
+    try:
+        return request.session_id
+    except RuntimeError:
+        # Called in the process, without a client.
+        return None
+
+
+def _trace_id(request: RequestContext | None) -> str | None:
+    """Return the trace of the current span, else that of the request's `_meta`, else that of its HTTP headers."""
+    # FastMCP continues the trace of `_meta` in a span of its own, unless its telemetry is off.
+    span = trace.get_current_span().get_span_context()
+    if not span.is_valid:
+        sent = request.request_context if request is not None else None
+        span = _remote(sent.meta if sent is not None else None)
+    if not span.is_valid:
+        span = _remote(get_http_headers())
+    return trace.format_trace_id(span.trace_id) if span.is_valid else None
+
+
+def _remote(carrier: Mapping[str, Any] | None) -> trace.SpanContext:
+    parent = (carrier or {}).get(_TRACEPARENT)
+    headers = {_TRACEPARENT: parent} if isinstance(parent, str) else {}
+    # Into an empty context, so that what is current here does not answer for what was sent.
+    return trace.get_current_span(_w3c.extract(headers, Context())).get_span_context()
