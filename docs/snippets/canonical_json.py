@@ -50,6 +50,9 @@ assert canonical_json({1: "a", None: "b"}) == b'{"$int:1":"a","$null:none":"b"}'
 def content_hash(event: AuditEvent) -> str:
     """Return the `content_hash` of a stored event."""
     document = event.model_dump(mode="json", exclude={"id", "content_hash"})
+    for name in ("approval_id", "extra"):
+        if not document[name]:
+            del document[name]
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -410,6 +410,38 @@ async def test_rows_outlive_the_way_to_0004_and_back(engine: AsyncEngine) -> Non
     assert [row[0] for row in await read(engine, "id")] == [1, 2, 7, 8, 9]
 
 
+async def test_rows_outlive_the_way_to_0006_and_back(engine: AsyncEngine) -> None:
+    """Old rows get an empty extra, and so do those of a process that does not know the columns yet."""
+    await migrate.upgrade(engine, "0004_execution_status")
+    await execute(engine, insert(1), insert(2, "TIMEOUT"))
+    before = await read(engine)
+    await migrate.upgrade(engine)
+    await execute(engine, insert(3))
+    added = await read(engine, "approval_id, CAST(extra AS TEXT)")
+    after = await read(engine)
+    await migrate.downgrade(engine, "0004_execution_status")
+
+    assert after[:2] == before
+    assert added == [(None, "{}")] * 3
+    assert await read(engine) == after
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("approval_id", "a" * 32), ("extra", '{"a": 1}')], ids=["approval_id", "extra"]
+)
+async def test_downgrade_drops_no_column_in_use(engine: AsyncEngine, column: str, value: str) -> None:
+    """It is refused in one sentence, and nothing changed."""
+    await migrate.upgrade(engine)
+    await execute(engine, insert(1), insert(2))
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(f"UPDATE audit_events SET {column} = '{value}' WHERE id = 2")
+    before = await read(engine, f"id, {column}")
+    with pytest.raises(CommandError, match="1 audit events have an approval_id or something in extra"):
+        await migrate.downgrade(engine, "0004_execution_status")
+
+    assert (await read(engine, f"id, {column}"), await migrate.current(engine)) == (before, migrate.head())
+
+
 async def test_downgrade_rewrites_no_event(engine: AsyncEngine) -> None:
     """While an event has a word that the older schema does not know, it is refused in one sentence, nothing changed."""
     await migrate.upgrade(engine)

@@ -40,6 +40,8 @@ VALUES = [ApprovalResult, CallerIdentity, IssuedKey, Notice, RedactionFlag, Tool
         ("raw_args_hash", "g" * 64),
         ("sanitized_args", ["a"]),
         ("sanitized_args", None),
+        ("extra", None),
+        ("approval_id", "x"),
         ("risk_labels", "pii"),
         ("risk_labels", [1]),
         ("risk_score", "high"),
