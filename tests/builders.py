@@ -67,5 +67,6 @@ def make_key(**fields: Any) -> ApiKey:
 def rehash(event: AuditEvent) -> str:
     """Anybody's way to the hash of a stored event, as the documentation gives it."""
     document = event.model_dump(mode="json", exclude={"id", "content_hash"})
+    document = {name: value for name, value in document.items() if value or name not in ("approval_id", "extra")}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

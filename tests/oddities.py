@@ -108,5 +108,7 @@ odd_event_fields = st.fixed_dictionaries(
         "output_decision": st.sampled_from(OutputDecision),
         "risk_labels": st.lists(odd_text, max_size=4),
         "redaction_flags": st.lists(_flags, max_size=3),
+        "approval_id": st.none() | st.uuids(),
+        "extra": _arguments,
     },
 )

@@ -78,6 +78,11 @@ def escape(text: str, *, keep: str = "") -> Shown:
     return Shown(_replace_hidden(text, _python_escape, keep))
 
 
+def is_blank(text: str) -> bool:
+    """True if nothing of `text` is seen: it is empty, or holds only blanks and characters that leave no mark."""
+    return not any(each.isprintable() and each != " " and not _BLANK.match(each) for each in text)
+
+
 def sentence(text: str) -> Shown:
     """Return a message of this package with nothing hidden in what it quotes; its backslashes stay single."""
     return text if isinstance(text, Shown) else Shown(_replace_hidden(text, _python_escape, ""))

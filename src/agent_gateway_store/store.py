@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
@@ -36,6 +37,8 @@ from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
 
 _logger = logging.getLogger("agent_gateway_store")
+# Chosen: as long as `close` waits for other transactions.
+_LAST_WITHDRAWALS_S = 5.0
 
 
 class GatewayStore:
@@ -231,7 +234,9 @@ class _Core:
         self.after_write = AfterWriteHooks(lambda: self.plugins, self.executor)
         self.writer = OpenWriter()
         self.outbox = StoreOutbox(database, settings)
-        self.approvals = ApprovalBackend(database, self.redis, settings, self.outbox, self.vetoes, waiting)
+        self.approvals = ApprovalBackend(
+            database, self.redis, settings, self.outbox, self.vetoes, waiting, BackgroundTasks()
+        )
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
@@ -311,6 +316,8 @@ class _Core:
                 steps.push_async_callback(self.before_write.tasks.join)
             steps.push_async_callback(self.pubsub.close)
             steps.push_async_callback(self.key_cache.close)
+            if self.approvals.background is not None:
+                steps.push_async_callback(self.approvals.background.join, _LAST_WITHDRAWALS_S)
 
 
 def parts_of(store: GatewayStore) -> _Core:

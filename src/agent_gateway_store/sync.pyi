@@ -218,10 +218,10 @@ class SyncKeyManager:
         """End the key of `caller_id`, and the one before it, at once. A second call changes nothing."""
 
     def get(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
-        """Return the key row of `caller_id`; its hash is not shown by a repr."""
+        """Return the row of the active key of `caller_id`, else of the one revoked last; a repr shows no hash."""
 
     def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
-        """Return key rows, newest first by id."""
+        """Return key rows, those of revoked keys included (`is_active` is False), newest first by id."""
 
 class SyncNotificationManager:
     def list(

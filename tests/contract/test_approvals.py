@@ -31,7 +31,8 @@ async def test_approved_call_is_released_once_and_its_outcome_noted(store: Gatew
     decided = await store.approvals.approve(token, "approver-1", "looks right")
     used = await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
     unknown = await store.approvals.get(approval_id=asked.approval_id)
-    await store.approvals.record_outcome(token, "deleted")
+    results = [used, await store.approvals.record_outcome(token, "deleted")]
+    results += [await store.approvals.check_token(token, fresh=is_fresh) for is_fresh in (True, False)]
     row = await store.approvals.get(approval_id=str(asked.approval_id))
 
     assert (asked.status, asked.approver_id, asked.decided_at) == ("PENDING", None, None)
@@ -39,6 +40,8 @@ async def test_approved_call_is_released_once_and_its_outcome_noted(store: Gatew
     assert decided.decided_at is not None
     assert (used.status, used.token) == ("USED", token)
     assert (unknown.status, unknown.outcome) == ("USED", None)
+    assert (asked.used_at, asked.outcome) == (decided.used_at, decided.outcome) == (None, None)
+    assert [(each.used_at, each.outcome) for each in results] == [(row.used_at, None), *[(row.used_at, "deleted")] * 3]
     assert (row.outcome, row.version, row.token) == ("deleted", 4, None)
     assert row.created_at <= row.decision_at <= row.used_at
     assert [each.request_id for each in await store.approvals.list_requests(status="USED")] == ["r-1"]
@@ -211,8 +214,12 @@ async def test_wrong_use_is_refused(store: GatewayStore) -> None:
         await store.approvals.approve(approver_id="approver-1")
     with pytest.raises(TypeError, match="either by its token or by approval_id"):
         await store.approvals.approve(token, "approver-1", approval_id=found)
-    with pytest.raises(TypeError, match="approver_id is required"):
-        await store.approvals.approve(token)
+    for decide in (store.approvals.approve, store.approvals.deny, store.approvals.cancel):
+        for blank in ("", " ", "\t\n\u2003", "\u200b\u3164\u2800", "\0", None):
+            with pytest.raises(TypeError, match="approver_id is required"):
+                await decide(token, blank)  # type: ignore[arg-type]
+    assert (await store.approvals.check_token(token, fresh=True)).status == "PENDING"
+    assert (await store.approvals.approve(token, " ann ", None)).note == ""  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="MAYBE"):
         await store.approvals.list_requests(status="MAYBE")
     for limit in (0, -1, 2**31, 2**63, 10**5000):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import text
@@ -21,7 +22,7 @@ from agent_gateway_store import (
     errors,
 )
 from agent_gateway_store.storage.database import create_engine
-from builders import make_event
+from builders import make_event, rehash
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
@@ -49,6 +50,8 @@ async def test_event_reads_back_as_it_was_written(store: GatewayStore) -> None:
         output_policy_rationale="why",
         redaction_flags=[RedactionFlag(field="sanitized_args.path", reason="SECRET", original_hash="1" * 64)],
         llm_explanation="text",
+        approval_id=UUID(int=7),
+        extra={"span": "s-1", "tokens": {"in": 12, "ü": [None]}},
     )
     before = event.model_copy(deep=True)
 
@@ -57,7 +60,8 @@ async def test_event_reads_back_as_it_was_written(store: GatewayStore) -> None:
     assert found is not None
     assert found.model_dump(exclude={"id", "content_hash"}) == event.model_dump(exclude={"id", "content_hash"})
     assert found.id is not None
-    assert found.content_hash is not None
+    assert found.content_hash == rehash(found)
+    assert type(found.approval_id) is UUID
     assert found.timestamp == datetime(2026, 1, 2, 12, 30, 0, 123456, tzinfo=UTC)
     assert (event, event.id, event.content_hash) == (before, None, None)
 

@@ -27,7 +27,7 @@ from agent_gateway_store.results import Page
 from builders import make_event
 from proofs.hostile import Hostile
 
-JSON_COLUMNS = ("sanitized_args", "risk_labels", "redaction_flags")
+JSON_COLUMNS = ("sanitized_args", "risk_labels", "redaction_flags", "extra")
 
 
 async def fill(store: GatewayStore, count: int = 120) -> Page[AuditEvent]:

@@ -26,6 +26,8 @@ REPAIRED = (
     "latency_ms",
     "timestamp",
     "sanitized_args",
+    "extra",
+    "approval_id",
     "redaction_flags",
 )
 REFUSED = ("decision", "execution_status", "output_decision", "raw_args_hash")
@@ -46,7 +48,7 @@ async def test_arguments_of_any_object_are_hashed_and_stored(store: GatewayStore
     for args in places(OBJECTS[name]):
         assert AuditEvent.hash_args(args) == AuditEvent.hash_args(args)
 
-        assert await store.audit.write(make_event(sanitized_args=args)) == "STORED"
+        assert await store.audit.write(make_event(sanitized_args=args, extra=args)) == "STORED"
 
     for event in await store.audit.list_recent():
         assert hash_of(encode_event(event)) == event.content_hash

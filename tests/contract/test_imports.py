@@ -55,6 +55,21 @@ async def test_what_another_program_copied_is_the_same_events(
 
 
 @pytest.mark.parametrize("name", ["e.jsonl", "e.parquet"])
+async def test_an_export_from_before_a_field_is_the_same_events(store: GatewayStore, tmp_path: Path, name: str) -> None:
+    """A file without `approval_id` and `extra`, as an earlier version wrote it."""
+    path = tmp_path / name
+    await _exported(store, path)
+    new = ["approval_id", "extra"]
+    if name == "e.parquet":
+        parquet.write_table(parquet.read_table(path).drop_columns(new), path)
+    else:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(f"{json.dumps({k: line[k] for k in line if k not in new})}\n" for line in lines))
+
+    assert await store.audit.import_file(path) == {"DUPLICATE": 3}
+
+
+@pytest.mark.parametrize("name", ["e.jsonl", "e.parquet"])
 async def test_an_event_that_was_changed_is_refused(store: GatewayStore, tmp_path: Path, name: str) -> None:
     """By its content_hash; without one it comes in as a new event."""
     path = tmp_path / name

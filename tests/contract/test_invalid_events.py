@@ -29,6 +29,8 @@ REPAIRED: tuple[tuple[dict[str, Any], Any], ...] = (
     ({"latency_ms": "soon"}, 0),
     ({"risk_score": None}, 0.0),
     ({"sanitized_args": [1]}, {"[WITHHELD]": "INVALID"}),
+    ({"extra": [1]}, {"[WITHHELD]": "INVALID"}),
+    ({"approval_id": "no UUID"}, None),
     ({"risk_labels": None}, []),
     ({"risk_labels": ["a", 5]}, ["a", "$int:5"]),
     ({"caller_id": None}, ""),

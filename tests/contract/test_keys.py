@@ -16,8 +16,10 @@ import pytest
 from contract_helpers import column, counted_statements
 from key_cache_helpers import issue
 from pydantic import SecretStr
+from sqlalchemy import insert
+from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store import CallerIdentity, GatewayStore, IssuedKey, TrustLevel, clock, errors
+from agent_gateway_store import ApiKey, CallerIdentity, GatewayStore, IssuedKey, TrustLevel, clock, errors
 from agent_gateway_store.keys.format import KEY_PATTERN, new_key, new_key_id, parse_key_id
 
 MINUTE, HOUR, MILLION_DAYS = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1_000_000)
@@ -251,17 +253,69 @@ async def test_of_concurrent_issues_one_succeeds(store: GatewayStore) -> None:
 
 
 async def test_caller_whose_key_was_revoked_gets_a_new_one(store: GatewayStore) -> None:
-    """The new key has a new id and a clean row; the old one stays refused."""
+    """The new key has a new id and a row of its own; the old one stays refused, and its row stays as it was."""
     old = await issue(store)
     await accepts(store, old)
-    await store.keys.revoke("dev-agent")
+    revoked = await store.keys.revoke("dev-agent")
     new = await store.keys.issue("dev-agent", role="admin")
 
     assert await accepts(store, old, new) == [False, True]
     assert new.api_key.key_id != old.api_key.key_id
     row = await store.keys.get("dev-agent")
     assert (row.role, row.is_active, row.revoked_at, row.last_used_at is None) == ("admin", True, None, False)
-    assert len(await store.keys.list()) == 1
+    assert [each.model_dump() for each in await store.keys.list()] == [row.model_dump(), revoked.model_dump()]
+
+
+async def test_every_key_that_a_caller_had_stays_on_record(store: GatewayStore) -> None:
+    """`list` has all of them with their state; `get` and `revoke` give the active one, else the one issued last."""
+    for number in range(3):
+        await store.keys.issue("dev-agent", role=f"role-{number}")
+        clock.move(MINUTE)
+        await store.keys.revoke("dev-agent")
+    last = await store.keys.get("dev-agent")
+    other = await issue(store.for_org("acme"))
+
+    assert (last.role, (await store.keys.revoke("dev-agent")).model_dump()) == ("role-2", last.model_dump())
+    listed = await store.for_org("default").keys.list()
+    assert [(each.role, each.is_active) for each in listed] == [(f"role-{number}", False) for number in (2, 1, 0)]
+    ends = [each.revoked_at for each in listed]
+    assert sorted(ends, reverse=True) == ends
+    assert "revoked_at" in listed._repr_html_()
+    assert await accepts(store, other) == [True]
+    with pytest.raises(errors.ApiKeyNotFoundError):
+        await store.keys.rotate("dev-agent")
+
+
+async def test_the_database_holds_one_active_key_of_a_caller(store: GatewayStore) -> None:
+    """Whoever writes: a second one is refused, another organisation has its own."""
+    await issue(store)
+    await store.keys.revoke("dev-agent")
+    active = (await issue(store)).api_key.model_dump(exclude={"id"})
+    taken = [active | {"key_id": "a", "org_id": "acme"}, active | {"key_id": "b", "is_active": False}]
+    async with store.database.write() as connection:
+        await connection.execute(insert(ApiKey), taken)
+
+    with pytest.raises(IntegrityError):
+        async with store.database.engine.begin() as connection:
+            await connection.execute(insert(ApiKey), [active | {"key_id": "c"}])
+
+
+async def test_a_revocation_and_an_issue_at_once_leave_one_key_or_none(
+    store: GatewayStore, other: GatewayStore
+) -> None:
+    """Whichever is first: a new key is accepted unless it was revoked, and the old one is not."""
+    for _ in range(5):
+        old = await issue(store)
+        _, answer = await asyncio.gather(store.keys.revoke("dev-agent"), issue(other), return_exceptions=True)
+
+        active = [each for each in await store.keys.list() if each.is_active]
+        if isinstance(answer, IssuedKey):
+            assert [each.key_id for each in active] == [answer.api_key.key_id]
+            assert await accepts(store, old, answer) == [False, True]
+            await store.keys.revoke("dev-agent")
+        else:
+            assert isinstance(answer, errors.ApiKeyExistsError)
+            assert active == []
 
 
 async def test_last_use_is_noted_once_a_minute(store: GatewayStore) -> None:

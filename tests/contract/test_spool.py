@@ -255,7 +255,7 @@ async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path
         older.executescript(OLDER)
     url = migrated(f"sqlite:///{tmp_path}/gateway.db")
     spool = Spool(path, make_url(url))
-    events = [make_event(request_id=str(each), execution_status=each) for each in ExecutionStatus]
+    events = [make_event(request_id=str(each), execution_status=each, extra={"n": 1}) for each in ExecutionStatus]
     await spool.add([to_values(encode_event(each)) for each in events])
     await spool.close()
     async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_spool_path=path)) as store:

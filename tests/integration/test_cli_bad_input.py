@@ -304,6 +304,7 @@ def test_a_policy_file_that_is_missing_is_a_usage_error(name: str, tmp_path: Pat
         ("approvals", "list", "--status", "GONE"),
         ("approvals", "approve", "x"),
         ("approvals", "approve", "x", "--approver", " "),
+        ("approvals", "deny", "x", "--approver", "\u200b"),
         ("--org", "", "keys", "list"),
         ("--database-url", "", "keys", "list"),
         ("--env-file", "missing", "keys", "list"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,72 @@ async def test_rows_outlive_the_way_to_0004_and_back(engine: AsyncEngine) -> Non
 
     assert after == before
     assert [row[0] for row in await read(engine, "id")] == [1, 2, 7, 8, 9]
+
+
+async def test_rows_outlive_the_way_to_0006_and_back(engine: AsyncEngine) -> None:
+    """Old rows get an empty extra, and so do those of a process that does not know the columns yet."""
+    await migrate.upgrade(engine, "0004_execution_status")
+    await execute(engine, insert(1), insert(2, "TIMEOUT"))
+    before = await read(engine)
+    await migrate.upgrade(engine)
+    await execute(engine, insert(3))
+    added = await read(engine, "approval_id, CAST(extra AS TEXT)")
+    after = await read(engine)
+    await migrate.downgrade(engine, "0004_execution_status")
+
+    assert after[:2] == before
+    assert added == [(None, "{}")] * 3
+    assert await read(engine) == after
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("approval_id", "a" * 32), ("extra", '{"a": 1}')], ids=["approval_id", "extra"]
+)
+async def test_downgrade_drops_no_column_in_use(engine: AsyncEngine, column: str, value: str) -> None:
+    """It is refused in one sentence, and nothing changed."""
+    await migrate.upgrade(engine)
+    await execute(engine, insert(1), insert(2))
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(f"UPDATE audit_events SET {column} = '{value}' WHERE id = 2")
+    before = await read(engine, f"id, {column}")
+    with pytest.raises(CommandError, match="1 audit events have an approval_id or something in extra"):
+        await migrate.downgrade(engine, "0004_execution_status")
+
+    assert (await read(engine, f"id, {column}"), await migrate.current(engine)) == (before, migrate.head())
+
+
+def insert_key(number: int, active: bool, dialect: str) -> str:
+    """The statement that inserts a key of one caller."""
+    is_active = str(active).lower() if dialect == "postgresql" else str(int(active))
+    return (
+        "INSERT INTO api_keys (key_id, caller_id, org_id, key_hash, role, trust_level, environment, is_active) "
+        f"VALUES ('k-{number}', 'c', 'acme', 'h', 'r', 1, 'e', {is_active})"
+    )
+
+
+async def test_keys_outlive_the_way_to_0007_and_back(engine: AsyncEngine) -> None:
+    """From then on a caller has several rows, one of them active; before, and again afterwards, only one."""
+    key = partial(insert_key, dialect=engine.dialect.name)
+    everything = "SELECT * FROM api_keys ORDER BY id"
+    await migrate.upgrade(engine, "0006_event_extra")
+    await execute(engine, key(1, False))
+    with pytest.raises(IntegrityError):
+        await execute(engine, key(2, True))
+    async with engine.begin() as connection:
+        before = (await connection.exec_driver_sql(everything)).all()
+    await migrate.upgrade(engine)
+    await execute(engine, key(3, True), key(4, False))
+    with pytest.raises(IntegrityError):
+        await execute(engine, key(5, True))
+    with pytest.raises(CommandError, match="1 callers have revoked API keys beside another one"):
+        await migrate.downgrade(engine, "0006_event_extra")
+    await execute(engine, "DELETE FROM api_keys WHERE key_id != 'k-1'")
+    await migrate.downgrade(engine, "0006_event_extra")
+
+    async with engine.begin() as connection:
+        assert (await connection.exec_driver_sql(everything)).all() == before
+    with pytest.raises(IntegrityError):
+        await execute(engine, key(6, True))
 
 
 async def test_downgrade_rewrites_no_event(engine: AsyncEngine) -> None:

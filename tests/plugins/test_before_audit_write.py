@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
+from uuid import UUID
 
 import pytest
 from audit_helpers import SHORT_S, Editor, open_with
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.unit
 SECRET = "hunter2-in-an-argument"
 QUOTING = {
     "sanitized_args": {"path": SECRET},
+    "extra": {"error": SECRET},
     "llm_explanation": f"It reads {SECRET}.",
     "output_policy_rationale": SECRET,
     "deterministic_rationale": SECRET,
@@ -30,7 +32,7 @@ def redact(event: AuditEvent) -> AuditEvent:
     """Do as a redactor does: replace, and say so."""
     flag = RedactionFlag(field="sanitized_args.path", reason="SECRET")
     return event.model_copy(
-        update={"sanitized_args": {"path": "***"}, "redaction_flags": [*event.redaction_flags, flag]}
+        update={"sanitized_args": {"path": "***"}, "extra": {}, "redaction_flags": [*event.redaction_flags, flag]}
     )
 
 
@@ -42,7 +44,7 @@ def file_text() -> str:
 
 async def test_what_a_plugin_returns_is_stored_and_sealed() -> None:
     """The redacted event is stored, its content hash is its own, and the caller's object is untouched."""
-    event = make_event(sanitized_args={"path": SECRET})
+    event = make_event(sanitized_args={"path": SECRET}, extra={"error": SECRET})
     async with open_with(Editor("redactor", redact)) as store:
         outcome = await store.audit.write(event)
         stored = await store.audit.get_by_request_id(event.request_id)
@@ -89,10 +91,24 @@ async def test_each_plugin_sees_what_the_one_before_made() -> None:
         lambda event: event.model_copy(update={"org_id": "another"}),
         lambda event: event.model_copy(update={"request_id": "another"}),
         lambda event: event.model_copy(update={"caller_id": "another"}),
+        lambda event: event.model_copy(update={"approval_id": UUID(int=1)}),
         lambda event: event.model_copy(update={"decision": "DENY"}),
         lambda event: event.model_copy(update={"redaction_flags": []}),
     ],
-    ids=["raises", "garbage", "hangs", "blocks", "exits", "invalid", "org", "id", "caller", "decision", "flags"],
+    ids=[
+        "raises",
+        "garbage",
+        "hangs",
+        "blocks",
+        "exits",
+        "invalid",
+        "org",
+        "id",
+        "caller",
+        "approval",
+        "decision",
+        "flags",
+    ],
 )
 async def test_a_failing_plugin_withholds_what_it_might_have_redacted(
     edit: Callable[[AuditEvent], Any], caplog: pytest.LogCaptureFixture
@@ -108,7 +124,7 @@ async def test_a_failing_plugin_withholds_what_it_might_have_redacted(
     assert stored is not None
     assert (stored.org_id, stored.caller_id, stored.tool_name) == ("default", "dev-agent", "read_file")
     assert (stored.decision, stored.matched_policy_rule) == ("ALLOW", "allow-reads")
-    assert stored.sanitized_args == {"[WITHHELD]": "PLUGIN_FAILED"}
+    assert stored.sanitized_args == stored.extra == {"[WITHHELD]": "PLUGIN_FAILED"}
     assert {stored.llm_explanation, stored.output_policy_rationale, stored.deterministic_rationale} == {"[WITHHELD]"}
     flags = {(each.field, each.reason) for each in stored.redaction_flags}
     assert flags == {("sanitized_args.x", "GATEWAY"), *((name, "PLUGIN_FAILED") for name in QUOTING)}

@@ -91,6 +91,9 @@ class Hostile:
         optional += ("output_hash", "output_policy_rationale", "llm_explanation")
         values |= {name: self.text() for name in (*required, "org_id", "deterministic_rationale") if rng.random() < 0.5}
         values |= {name: rng.choice((None, self.text())) for name in optional if rng.random() < 0.5}
+        if rng.random() < 0.5:
+            values["approval_id"] = UUID(int=rng.getrandbits(128))
+            values["extra"] = {self.key(): self.json(0) for _ in range(rng.randrange(4))}
         if rng.random() < 0.3:
             # Only one or two fields are hostile, so that nothing else hides how those are taken.
             values = {name: values[name] for name in ("request_id", *rng.sample(sorted(values), 2))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
@@ -75,6 +76,19 @@ GOLDEN: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
             "d6d92f1170d9bb6fc90b7f731ea2c1debd5ab98be9247b9605115b0988527890",
             "5cd4b419364da4646de7ec8d1cf0d805bd9f1b418df5176e0e38d13e0be73b0a",
             "85442b792fd39a9866a12b908f5320c04647cd109fd7e777dd69a25fee4cfa15",
+        ),
+    ),
+    "what came later": (
+        {
+            "request_id": "r-3",
+            "timestamp": NOON,
+            "approval_id": UUID(int=2**100),
+            "extra": {"z": [1, {}], "\u20ac": None},
+        },
+        (
+            "03ea1bef4f6c2263575b7313bd54469b97b49bf3bd73551198b8e7a76938e374",
+            "a463b3cb79436f442015e457def1e9c440c3aa56d78f330008634fcd308cc4ce",
+            "dbb7b674cd6c524df3e7b1ee377496734c23622f9cadcc47b1f296399ea867e1",
         ),
     ),
     "empty": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from typing import Any
 from uuid import uuid4
@@ -13,12 +14,14 @@ from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 from sqlalchemy import inspect
 from sqlmodel import SQLModel
 
+from agent_gateway_store.integrations.fastapi import Approver
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+from agent_gateway_store.plugins.slack.settings import SlackSettings
 from builders import event_fields, make_event, make_key, make_request
 
 pytestmark = pytest.mark.unit
@@ -40,6 +43,8 @@ VALUES = [ApprovalResult, CallerIdentity, IssuedKey, Notice, RedactionFlag, Tool
         ("raw_args_hash", "g" * 64),
         ("sanitized_args", ["a"]),
         ("sanitized_args", None),
+        ("extra", None),
+        ("approval_id", "x"),
         ("risk_labels", "pii"),
         ("risk_labels", [1]),
         ("risk_score", "high"),
@@ -205,6 +210,31 @@ def test_trust_levels_compare() -> None:
 def test_only_pending_and_approved_are_not_final() -> None:
     """Everything else cannot move any more."""
     assert [status for status in ApprovalStatus if not status.is_final] == ["PENDING", "APPROVED"]
+
+
+def test_defaults_are_those_of_the_reference() -> None:
+    """A key has an id of its own; a note of None is an empty one."""
+    fields = make_key().model_dump(exclude={"key_id"})
+    ids = {ApiKey(**fields).key_id for _ in range(3)}
+    result = ApprovalResult(approval_id=uuid4(), status=ApprovalStatus.PENDING)
+
+    assert len(ids) == 3
+    assert all(re.fullmatch("[0-9A-Za-z]{12}", key_id) for key_id in ids)
+    assert (result.token, result.scope, result.approver_id, result.note) == (None, "EXECUTION", None, "")
+    assert (result.decided_at, result.expires_at, result.used_at, result.outcome) == (None, None, None, None)
+    assert make_request(approver_note=None).approver_note == ""
+    assert ApprovalResult(**result.model_dump() | {"note": None}) == result
+
+
+@pytest.mark.parametrize("blank", ["", " \t\u3000", "\u200b\u2060", "\u3164"])
+def test_a_nameless_approver_is_refused_wherever_one_is_named(blank: str) -> None:
+    """In a vote, as the approver of a request to the router, and in the settings of Slack."""
+    with pytest.raises(ValidationError, match="must not be blank"):
+        ApprovalVote(approval_id=uuid4(), approver_id=blank, decision="APPROVED")
+    with pytest.raises(ValidationError, match="must not be blank"):
+        Approver(approver_id=blank, org_id="acme")
+    with pytest.raises(ValidationError, match="must not be blank"):
+        SlackSettings(approvers={"U1": blank})
 
 
 def test_reprs_show_no_secret() -> None:

@@ -193,8 +193,9 @@ def test_a_bound_store_shows_its_own_organisation(store: SyncGatewayStore) -> No
 
 def test_a_nameless_approver_is_refused(store: SyncGatewayStore) -> None:
     """A decision has a name on it."""
-    with pytest.raises(ValueError, match="approver must not be empty"):
-        inbox(store, approver="")
+    for blank in ("", " \t", "\u200b"):
+        with pytest.raises(ValueError, match="approver must not be empty"):
+            inbox(store, approver=blank)
 
 
 def test_without_widgets_the_extra_is_named(store: SyncGatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:

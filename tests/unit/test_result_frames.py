@@ -56,6 +56,8 @@ def test_the_schema_of_events() -> None:
         ("sanitized_args", pa.string()),
         ("risk_labels", pa.string()),
         ("redaction_flags", pa.string()),
+        ("approval_id", pa.string()),
+        ("extra", pa.string()),
         ("request_id", pa.string()),
     ):
         assert schema.field(name).type == kind, name

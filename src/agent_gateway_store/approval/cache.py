@@ -13,7 +13,7 @@ from uuid import UUID
 
 from pydantic import AwareDatetime, ConfigDict, ValidationError
 
-from agent_gateway_store.approval.queries import StoredApproval
+from agent_gateway_store.approval.queries import StoredApproval, result_of
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.plain import is_text
 from agent_gateway_store.models.approval import ApprovalResult, ApprovalScope
@@ -38,6 +38,8 @@ class ApprovalSnapshot(FrozenModel):
     decision_at: AwareDatetime | None
     expires_at: AwareDatetime
     use_before: AwareDatetime | None
+    used_at: AwareDatetime | None = None
+    outcome: str | None = None
     token_sha256: str
     read_at: AwareDatetime
     life_ms: int
@@ -57,19 +59,6 @@ class ApprovalSnapshot(FrozenModel):
             0 <= age_ms < trust_s * 1000
             and (now - self.read_at).total_seconds() < trust_s
             and now < deadline  # from then on the database's clock decides
-        )
-
-    def result(self, token: str) -> ApprovalResult:
-        """Where the approval stands."""
-        return ApprovalResult(
-            approval_id=self.approval_id,
-            token=token,
-            status=self.status,
-            scope=self.scope,
-            approver_id=self.approver_id,
-            note=self.approver_note,
-            decided_at=self.decision_at,
-            expires_at=self.expires_at,
         )
 
 
@@ -104,7 +93,7 @@ class ApprovalCache:
             return None
         if snapshot.token_sha256 != token_digest(token) or org_id not in (None, snapshot.org_id) or left_ms <= 0:
             return None
-        return snapshot.result(token) if snapshot.is_fresh(left_ms, trust_s=self._trust_s) else None
+        return result_of(snapshot, token) if snapshot.is_fresh(left_ms, trust_s=self._trust_s) else None
 
     async def put(
         self,

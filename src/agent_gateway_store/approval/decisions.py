@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 from uuid import UUID
 
+from agent_gateway_store._text import is_blank
 from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, find
 from agent_gateway_store.approval.statements import (
     APPROVE,
@@ -44,14 +45,14 @@ class VoteInput:
     """What one approver decides, scrubbed.
 
     Raises:
-        TypeError: `approver_id` is empty.
+        TypeError: `approver_id` is blank, or no text.
     """
 
-    def __init__(self, approver_id: str, note: str, channel: str, decision: VoteDecision) -> None:
-        if not approver_id:
-            raise TypeError("Say who decides: approver_id is required.")
+    def __init__(self, approver_id: str, note: str | None, channel: str, decision: VoteDecision) -> None:
+        if not isinstance(approver_id, str) or is_blank(approver_id):
+            raise TypeError("Say who decides: approver_id is required, and must not be blank.")
         self.approver_id = storable_key(approver_id)
-        self.note = Scrubber().text("note", note)
+        self.note = Scrubber().text("note", note or "")
         self.channel = storable_key(channel)
         self.decision = decision
 

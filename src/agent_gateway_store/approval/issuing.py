@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store.approval.outbox_rows import Outbox, insert_with_deliveries
+from agent_gateway_store._concurrency import BackgroundTasks
+from agent_gateway_store.approval.cache import ApprovalCache
+from agent_gateway_store.approval.outbox_rows import Change, Outbox, insert_with_deliveries, notice_of, take_back
 from agent_gateway_store.approval.queries import StoredApproval
 from agent_gateway_store.approval.statements import (
     CANCEL_OTHER_TERMS,
@@ -19,13 +23,20 @@ from agent_gateway_store.approval.statements import (
     LOCK_CALL,
     REISSUE,
     SAME_CALL,
+    WITHDRAW,
 )
+from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
-from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError
+from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
-from agent_gateway_store.models.values import ToolCall
-from agent_gateway_store.storage.database import AnyConnection, dialect_of
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
+from agent_gateway_store.storage.database import AnyConnection, Transactions, dialect_of
+
+_WITHDRAW_S = 5.0  # chosen: a database that is well writes a few rows in milliseconds
+_TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
+
+_logger = logging.getLogger("agent_gateway_store.approvals")
 
 
 class Issued(NamedTuple):
@@ -164,3 +175,109 @@ def already_issued(values: Mapping[str, Any]) -> ApprovalError:
         "call's: build a new ApprovalRequest.",
         approval_id=approval_id,
     )
+
+
+class Asking:
+    """Asks for approvals, and withdraws what a caller asked that was cancelled before it had its token.
+
+    Args:
+        transactions: Where approvals are kept.
+        outbox: Which notifiers receive a notice.
+        cache: Holds what was asked.
+        waiting: Learns of each change.
+        enqueue: Writes, in the transaction that closes approvals, what others learn of that.
+        publish: Publishes a change that is committed.
+        background: Where the asking runs to its end, so that it is known what is to be withdrawn. None: in the task of
+            the caller, whose session no other task can use; nothing is withdrawn.
+    """
+
+    def __init__(
+        self,
+        transactions: Transactions,
+        outbox: Outbox,
+        cache: ApprovalCache,
+        waiting: Waiting,
+        *,
+        enqueue: Callable[[AnyConnection, Sequence[StoredApproval]], Awaitable[list[Change]]],
+        publish: Callable[[Change], Awaitable[object]],
+        background: BackgroundTasks | None,
+    ) -> None:
+        self._transactions, self._outbox, self._cache, self._waiting = transactions, outbox, cache, waiting
+        self._enqueue, self._publish, self._background = enqueue, publish, background
+
+    async def issue(self, values: dict[str, Any]) -> str:
+        """Ask, and return the token; `values` and errors as for `issue_values` and `ApprovalManager.issue_token`."""
+        if self._background is None:
+            issued = await self._ask(values)
+        else:
+            asking = self._background.start(self._ask(values))
+            try:
+                await asyncio.wait([asking])
+                issued = asking.result()
+            except asyncio.CancelledError:
+                self._background.start(self.withdraw(asking, values))
+                raise
+        if issued.is_new:
+            self._send(issued)
+        return str(values["p_token"])
+
+    async def _ask(self, values: dict[str, Any]) -> Issued:
+        issued = await self._insert(values)
+        self._waiting.note_change()
+        approval, token = issued.approval, str(values["p_token"])
+        old = None if issued.is_new else await self._cache.token_of(approval.request.approval_id)
+        await self._cache.put(approval, token, is_known=False)
+        if old is not None and old != token:
+            # It no longer names the approval, and its entry would go on answering for it.
+            await self._cache.drop(old)
+        return issued
+
+    async def _insert(self, values: dict[str, Any]) -> Issued:
+        for _ in range(_TRIES):
+            async with self._transactions.connection("autocommit") as connection:
+                issued = await insert_or_reissue(connection, values, self._outbox)
+            if issued is not None:
+                return issued
+            async with self._transactions.connection("transaction") as connection:
+                closed = await close_standing(connection, values)
+                changes = await self._enqueue(connection, closed)
+                issued = await insert(connection, values, self._outbox)
+                if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
+                    # Nothing else can be in the way now: this request's own id or token is taken.
+                    raise already_issued(values)
+            for change in changes:
+                await self._publish(change)
+            if issued is not None:
+                return issued
+        raise already_issued(values)
+
+    async def withdraw(self, asking: asyncio.Task[Issued], values: dict[str, Any]) -> None:
+        """Cancel what `asking` asks, once that has ended: nobody has the token. Raises no error of ours.
+
+        Notifiers that were not told that it waits are not told of its end either.
+        """
+        await asyncio.wait([asking])
+        issued = None if asking.cancelled() or asking.exception() else asking.result()
+        new = issued if issued is not None and issued.is_new else None
+        try:
+            async with asyncio.timeout(_WITHDRAW_S), self._transactions.connection("transaction") as connection:
+                row = await WITHDRAW.first(connection, values)
+                if row is not None:
+                    approval = StoredApproval.from_row(row)
+                    change = Change(approval, None, {})
+                    left = await take_back(connection, approval, is_leased=new is not None and bool(new.leased))
+                    if left or new is None:
+                        # Somebody was notified that it waits.
+                        (change,) = await self._enqueue(connection, [approval])
+            if row is not None:
+                await self._publish(change)
+                _logger.info("Approval %s was withdrawn: the task that asked was cancelled.", values["p_approval_id"])
+            elif new is not None:
+                # Another task has asked for the same call since, and has the token now.
+                self._send(new)
+        except (GatewayStoreError, TimeoutError) as exc:
+            text = "Approval %s may wait until it expires, for nobody: the task that asked was cancelled, and %s"
+            _logger.warning(text, values["p_approval_id"], exc)
+
+    def _send(self, issued: Issued) -> None:
+        self._outbox.send(notice_of(issued.approval.request, "pending"), issued.leased)

@@ -10,10 +10,11 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import decisions, issuing, queries
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.decisions import Permission, VoteInput
-from agent_gateway_store.approval.outbox_rows import Change, Outbox, PersistOnlyOutbox, enqueue, notice_of
+from agent_gateway_store.approval.outbox_rows import Change, Outbox, PersistOnlyOutbox, enqueue
 from agent_gateway_store.approval.queries import ApprovalFilters, ApprovalRef, StoredApproval, result_of
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.hooks.dispatch import Vetoes
@@ -27,7 +28,6 @@ from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.redis_cache import RedisCache
 
 _LARGEST_BATCH = 10_000  # of `expire_stale`: what one transaction writes within a command's time
-_TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class ApprovalBackend:
         outbox: Who is notified of changes.
         vetoes: The plugins that may object to a vote; None: none.
         waiting: Wakes the tasks that wait for decisions; None: they poll.
+        background: As for `Asking`; None for a session of the caller's.
     """
 
     transactions: Transactions
@@ -49,6 +50,7 @@ class ApprovalBackend:
     outbox: Outbox = field(default_factory=lambda: PersistOnlyOutbox(()))
     vetoes: Vetoes | None = None
     waiting: Waiting | None = None
+    background: BackgroundTasks | None = None
 
 
 class ApprovalManager:
@@ -89,6 +91,15 @@ class ApprovalManager:
         self._waiting = backend.waiting or Waiting(None, trust_s=trust_s)
         self._pubsub = self._waiting.pubsub
         self._cache = ApprovalCache(backend.redis, trust_s=trust_s)
+        self._asking = issuing.Asking(
+            self._transactions,
+            self._outbox,
+            self._cache,
+            self._waiting,
+            enqueue=self._enqueue,
+            publish=self._after_commit,
+            background=backend.background,
+        )
 
     @property
     def _hash_key(self) -> str | None:
@@ -102,6 +113,10 @@ class ApprovalManager:
         differs (scope, output, required_approvals, shown call, explanation, a deadline that is given), the pending
         approval is cancelled and a new one is asked, in one transaction: no vote for other terms counts. `request`
         itself is not changed.
+
+        A caller that is cancelled before it has the token leaves nothing behind: what was asked is withdrawn in the
+        background, and no notifier receives it unless a worker elsewhere was faster. (Not with a session of the
+        caller's: what that has committed stands.)
 
         Args:
             request: Its `tool_call` is what approvers see. Its `expires_at`, if None, becomes now +
@@ -117,36 +132,7 @@ class ApprovalManager:
         """
         ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
         values = issuing.issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
-        issued = await self._insert_request(values)
-        self._waiting.note_change()
-        approval, token = issued.approval, str(values["p_token"])
-        old = None if issued.is_new else await self._cache.token_of(approval.request.approval_id)
-        await self._cache.put(approval, token, is_known=False)
-        if old is not None and old != token:
-            # It no longer names the approval, and its entry would go on answering for it.
-            await self._cache.drop(old)
-        if issued.is_new:
-            self._outbox.send(notice_of(approval.request, "pending"), issued.leased)
-        return token
-
-    async def _insert_request(self, values: dict[str, Any]) -> issuing.Issued:
-        for _ in range(_TRIES):
-            async with self._transactions.connection("autocommit") as connection:
-                issued = await issuing.insert_or_reissue(connection, values, self._outbox)
-            if issued is not None:
-                return issued
-            async with self._transactions.connection("transaction") as connection:
-                closed = await issuing.close_standing(connection, values)
-                changes = await self._enqueue(connection, closed)
-                issued = await issuing.insert(connection, values, self._outbox)
-                if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
-                    # Nothing else can be in the way now: this request's own id or token is taken.
-                    raise issuing.already_issued(values)
-            for change in changes:
-                await self._after_commit(change)
-            if issued is not None:
-                return issued
-        raise issuing.already_issued(values)
+        return await self._asking.issue(values)
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
         """Return where the approval of `token` stands.

@@ -105,17 +105,24 @@ class StoredApproval(NamedTuple):
         return cls(ApprovalRequest.from_row(columns), row["read_at"], row["token_sha256"])
 
 
-def result_of(request: ApprovalRequest, token: str | None) -> ApprovalResult:
-    """Return where `request` stands, with the token that the caller gave, if any."""
+def result_of(stood: Any, token: str | None) -> ApprovalResult:
+    """Return where an approval stands, with the token that the caller gave, if any.
+
+    Args:
+        stood: An `ApprovalRequest`, or what was remembered of one under the names of its fields.
+        token: As the caller gave it.
+    """
     return ApprovalResult(
-        approval_id=request.approval_id,
+        approval_id=stood.approval_id,
         token=token,
-        status=request.status,
-        scope=request.scope,
-        approver_id=request.approver_id,
-        note=request.approver_note,
-        decided_at=request.decision_at,
-        expires_at=request.expires_at,
+        status=stood.status,
+        scope=stood.scope,
+        approver_id=stood.approver_id,
+        note=stood.approver_note,
+        decided_at=stood.decision_at,
+        expires_at=stood.expires_at,
+        used_at=stood.used_at,
+        outcome=stood.outcome,
     )
 
 

@@ -270,12 +270,13 @@ async def _insert_on_conflict(driver: asyncpg.Connection, rows: Sequence[Encoded
 def _sqlite_values(row: EncodedRow) -> tuple[Any, ...]:
     values = list(row)
     stamp: datetime = values[_TIMESTAMP]
-    # The text that SQLAlchemy's own type writes, so that all rows compare and read back alike.
+    # The texts that SQLAlchemy's own types write, so that all rows compare and read back alike.
     values[_TIMESTAMP] = stamp.replace(tzinfo=None).isoformat(" ", "microseconds")
+    values[_APPROVAL_ID] = values[_APPROVAL_ID] and values[_APPROVAL_ID].replace("-", "")
     return tuple(values)
 
 
-_TIMESTAMP = COLUMNS.index("timestamp")
+_TIMESTAMP, _APPROVAL_ID = map(COLUMNS.index, ("timestamp", "approval_id"))
 _NAMES = ", ".join(COLUMNS)
 _SQLITE_INSERT = f"INSERT INTO {table.name} ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 # SQLite never reorders a CROSS JOIN: it looks each key up in the index, and does not read the whole table.

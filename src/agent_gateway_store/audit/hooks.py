@@ -23,7 +23,7 @@ BEFORE = "gateway_store_before_audit_write"
 WRITTEN = "gateway_store_audit_written"
 
 CHANGEABLE = (
-    *("sanitized_args", "risk_labels", "risk_score", "matched_policy_rule", "policy_version"),
+    *("sanitized_args", "extra", "risk_labels", "risk_score", "matched_policy_rule", "policy_version"),
     *("output_policy_rationale", "llm_explanation", "deterministic_rationale"),
     *("trace_id", "session_id", "parent_request_id"),
 )

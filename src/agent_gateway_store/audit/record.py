@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from operator import itemgetter
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from pydantic import ValidationError
 from sqlalchemy import JSON, Column, Float, Integer
@@ -55,12 +56,19 @@ _LONG = (
 )
 _TEXTS = (*_SHORT, *_LONG)
 _QUOTING = ("output_policy_rationale", "llm_explanation", "deterministic_rationale")
+# An object without members.
+_EMPTY = "{}"
+# Fields that came later, as members of the hashed document. Where they hold nothing they are left out of it, so that an
+# event that was stored before them keeps its hash.
+_OPTIONAL = {"approval_id": '"approval_id":"%s",', "extra": '"extra":%s,'}
 # What a BIGINT of PostgreSQL and an INTEGER of SQLite hold.
 _LARGEST_BIGINT = 2**63 - 1
-_KINDS = frozenset({str, type(None), int, float, dict, list, datetime, Decision, ExecutionStatus, OutputDecision})
+_KINDS = frozenset({str, type(None), int, float, dict, list, datetime, UUID, Decision, ExecutionStatus, OutputDecision})
 # A value that is not valid says nothing; neither do these, which replace it.
 _REPLACEMENTS: dict[str, Callable[[], Any]] = {
     "sanitized_args": lambda: {WITHHELD: INVALID},
+    "extra": lambda: {WITHHELD: INVALID},
+    "approval_id": lambda: None,
     "redaction_flags": list,
     "risk_score": float,
     "latency_ms": int,
@@ -203,7 +211,9 @@ def _row_of(event: AuditEvent, org_id: str | None) -> dict[str, Any]:
         raise TypeError(f"The event must be a whole AuditEvent, not AuditEvent without {exc}.") from None
     if not _KINDS.issuperset(map(type, values.values())):
         # A subclass may do anything when it is compared, encoded or sent.
-        values = {name: value if issubclass(type(value), datetime) else plain(value) for name, value in values.items()}
+        values = {
+            name: value if issubclass(type(value), datetime | UUID) else plain(value) for name, value in values.items()
+        }
     if org_id is not None:
         values["org_id"] = org_id
     return values
@@ -221,6 +231,8 @@ def _is_typed(values: dict[str, Any]) -> bool:
         and type(values["timestamp"]) is datetime
         and values["timestamp"].tzinfo is UTC
         and type(values["sanitized_args"]) is dict
+        and type(values["extra"]) is dict
+        and (values["approval_id"] is None or type(values["approval_id"]) is UUID)
         and type(values["risk_labels"]) is list
         and type(values["redaction_flags"]) is list
         and all(type(flag) is RedactionFlag for flag in values["redaction_flags"])
@@ -251,8 +263,9 @@ def size_of(row: EncodedRow) -> int:
 def to_values(row: EncodedRow) -> dict[str, Any]:
     """Return the row as column name to value, as SQLAlchemy's column types take it."""
     values = dict(zip(COLUMNS, row, strict=True))
-    for name in ("sanitized_args", "risk_labels"):
+    for name in ("sanitized_args", "risk_labels", "extra"):
         values[name] = json.loads(values[name])
+    values["approval_id"] = values["approval_id"] and UUID(values["approval_id"])
     values["redaction_flags"] = [RedactionFlag(**flag) for flag in json.loads(values["redaction_flags"])]
     return values
 
@@ -278,11 +291,10 @@ def with_derived_id(row: EncodedRow) -> EncodedRow:
 
 
 def without_payload(row: EncodedRow) -> EncodedRow:
-    """Return the row without its arguments and free texts, each flagged, because a plugin that redacts them failed."""
+    """Return the row without arguments, extra and free texts, each flagged: a plugin that redacts them failed."""
     values = to_values(row)
     replaced: dict[str, Any] = {name: WITHHELD for name in _QUOTING if values[name]}
-    if values["sanitized_args"]:
-        replaced["sanitized_args"] = {WITHHELD: PLUGIN_FAILED}
+    replaced |= {name: {WITHHELD: PLUGIN_FAILED} for name in ("sanitized_args", "extra") if values[name]}
     known = {(flag.field, flag.reason) for flag in values["redaction_flags"]}
     values["redaction_flags"] += [
         RedactionFlag(field=name, reason=PLUGIN_FAILED) for name in replaced if (name, PLUGIN_FAILED) not in known
@@ -291,21 +303,24 @@ def without_payload(row: EncodedRow) -> EncodedRow:
 
 
 _REQUEST_ID, _ORG_ID, _CONTENT_HASH = map(COLUMNS.index, ("request_id", "org_id", "content_hash"))
-_large = itemgetter(*map(COLUMNS.index, ("sanitized_args", "risk_labels", "redaction_flags", *_LONG)))
+_large = itemgetter(*map(COLUMNS.index, ("sanitized_args", "risk_labels", "redaction_flags", "extra", *_LONG)))
 
 
 def _encode_json(values: dict[str, Any]) -> None:
-    labels, flags = values["risk_labels"], values["redaction_flags"]
+    labels, flags, extra = values["risk_labels"], values["redaction_flags"], values["extra"]
     values["sanitized_args"] = _encode(values["sanitized_args"])
     values["risk_labels"] = f"[{','.join(map(_text, labels))}]" if labels else "[]"
     values["redaction_flags"] = _encode([flag.__dict__ for flag in flags]) if flags else "[]"
+    values["extra"] = _encode(extra) if extra else _EMPTY
+    values["approval_id"] = values["approval_id"] and str(values["approval_id"])
 
 
 def _with_hash(values: dict[str, Any]) -> EncodedRow:
     """Encode the JSON and set `content_hash`: SHA-256 (64 hex digits) of the canonical event.
 
     It is taken over `json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` in UTF-8, where
-    the document is `event.model_dump(mode="json", exclude={"id", "content_hash"})` of the stored event.
+    the document is `event.model_dump(mode="json", exclude={"id", "content_hash"})` of the stored event, without
+    `approval_id` where that is None and without `extra` where that is empty.
     """
     _encode_json(values)
     values["content_hash"] = hashlib.sha256(_document(*_hashed(values)).encode()).hexdigest()
@@ -315,6 +330,8 @@ def _with_hash(values: dict[str, Any]) -> EncodedRow:
 def _member(column: Column[Any]) -> str:
     """Return the part of the document's f-string for this column, whose value is a variable of its name."""
     name = column.name
+    if name in _OPTIONAL:
+        return f"{{_none if {name} in _nothing else _{name} % {name}}}"
     match column.type:
         case Float():
             value = f"{{_real({name})}}"
@@ -327,7 +344,7 @@ def _member(column: Column[Any]) -> str:
             value = f"{{{name}}}"
         case _:
             value = f"{{_null if {name} is None else _text({name})}}" if column.nullable else f"{{_text({name})}}"
-    return f'"{name}":{value}'
+    return f'"{name}":{value},'
 
 
 def _writer(columns: list[Column[Any]]) -> Callable[..., str]:
@@ -336,8 +353,9 @@ def _writer(columns: list[Column[Any]]) -> Callable[..., str]:
     Its code is generated, as that of a dataclass is: hashing is most of the cost of a write, and a loop over the
     columns takes half as long again.
     """
-    parameters, members = ", ".join(column.name for column in columns), ",".join(map(_member, columns))
-    names = {"_null": "null", "_real": float.__repr__, "_text": _text}
+    parameters, members = ", ".join(column.name for column in columns), "".join(map(_member, columns))[:-1]
+    names = {"_null": "null", "_real": float.__repr__, "_text": _text, "_none": "", "_nothing": (None, _EMPTY)}
+    names |= {f"_{name}": member for name, member in _OPTIONAL.items()}
     made: Callable[..., str] = eval(f"lambda {parameters}: f'{{{{{members}}}}}'", names)  # noqa: S307  of our own names
     return made
 
@@ -357,6 +375,7 @@ def _is_plain(values: dict[str, Any]) -> bool:
         and "\0" not in everything
         and is_storable(values["sanitized_args"])
         and is_storable(values["risk_labels"])
+        and (not values["extra"] or is_storable(values["extra"]))
         and 0 < values["risk_score"] < _LARGEST_BIGINT
         and values["latency_ms"] <= _LARGEST_BIGINT
         and UTC_MIN < values["timestamp"] < UTC_MAX
@@ -375,6 +394,7 @@ def _scrub(values: dict[str, Any]) -> None:
             values[name] = scrubber.text(name, values[name])
     values["sanitized_args"] = scrubber.json("sanitized_args", values["sanitized_args"])
     values["risk_labels"] = scrubber.json("risk_labels", values["risk_labels"])
+    values["extra"] = scrubber.json("extra", values["extra"])
     # The order of the calls is that of the flags, which are part of the hash.
     values["risk_score"] = scrubber.number("risk_score", values["risk_score"])
     if values["latency_ms"] > _LARGEST_BIGINT:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
@@ -44,6 +45,8 @@ Shape: TypeAlias = tuple[tuple[str, bool], ...]
 """The filters in use, and whether each has several values."""
 
 _ENUMS = ("decision", "execution_status", "output_decision")
+# Where the groups of a UUID's hex digits begin, and their lengths.
+_GROUPS = ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12))
 # What `json.loads` calls, without its checks: the database gives valid JSON text.
 _scan: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 _DECISIONS = {str(each): each for each in Decision}
@@ -69,18 +72,30 @@ def _event(row: Sequence[Any]) -> AuditEvent:
     values["output_decision"] = _OUTPUTS[values["output_decision"]]
     values["sanitized_args"] = _scan(values["sanitized_args"], 0)[0]
     values["risk_labels"] = _scan(values["risk_labels"], 0)[0]
+    values["extra"] = {} if values["extra"] == "{}" else _scan(values["extra"], 0)[0]
+    values["approval_id"] = values["approval_id"] and UUID(values["approval_id"])
     flags = values["redaction_flags"]
     values["redaction_flags"] = [] if flags == "[]" else [RedactionFlag(**flag) for flag in _scan(flags, 0)[0]]
     return AuditEvent.from_row(values)
 
 
 def select_events(dialect: str, shape: Shape) -> Select[Any]:
-    """Select every column of the events that match, JSON as text."""
+    """Select every column of the events that match, JSON and UUID as text."""
     columns = {name: table.c[name] for name in FIELDS}
+    columns["approval_id"] = _approval_id(dialect).label("approval_id")
     if dialect == "postgresql":
         columns |= {name: cast(table.c[name], Text()).label(name) for name in JSON_FIELDS}
         columns["timestamp"] = finite_timestamp().label("timestamp")
     return select(*columns.values()).where(*conditions(dialect, shape))
+
+
+def _approval_id(dialect: str) -> ColumnElement[str]:
+    """The approval as text with hyphens; SQLite holds 32 hex digits."""
+    if dialect == "postgresql":
+        return cast(table.c.approval_id, Text())
+    digits = type_coerce(table.c.approval_id, Text())
+    first, *others = (func.substr(digits, start, length) for start, length in _GROUPS)
+    return sum((literal_column("'-'", Text()) + each for each in others), first)
 
 
 def finite_timestamp() -> ColumnElement[datetime]:

@@ -11,7 +11,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Index, MetaData, Table, Text, delete, event, func, insert, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    Index,
+    MetaData,
+    Table,
+    Text,
+    delete,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -127,12 +141,22 @@ class Spool:
             event.listen(engine.sync_engine, "connect", _limit_size)
             try:
                 async with engine.begin() as connection:
-                    await connection.run_sync(_events.metadata.create_all)
+                    await connection.run_sync(_create)
             except BaseException:
                 await engine.dispose()
                 raise
             self._engine = engine
         return self._engine
+
+
+def _create(connection: Connection) -> None:
+    """Make the table, or add the columns that a file of an earlier version lacks."""
+    _events.metadata.create_all(connection)
+    known = {column["name"] for column in inspect(connection).get_columns(_events.name)}
+    for column in _events.columns:
+        if column.name not in known:
+            kind = column.type.compile(connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {_events.name} ADD COLUMN {column.name} {kind}")
 
 
 def _limit_size(connection: Any, _record: Any) -> None:

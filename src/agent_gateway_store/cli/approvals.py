@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from agent_gateway_store._text import is_blank
 from agent_gateway_store.cli.context import choose, in_store, read_store
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, print_result, to_dict
 
@@ -107,7 +108,7 @@ def _add_decision(verb: Literal["approve", "deny"], *hidden: str) -> None:
         note: NoteOption = "",
         json: JsonOption = False,
     ) -> None:
-        if not approver.strip():
+        if is_blank(approver):
             raise typer.BadParameter("--approver must not be empty.")
 
         async def work(store: GatewayStore) -> ApprovalResult:

@@ -239,7 +239,7 @@ def search(
     elif request_id is None:
         _print_events(found)
     elif found:
-        print_fields((name, value) for name, value in to_dict(found[0]).items() if value not in (None, []))
+        print_fields((name, value) for name, value in to_dict(found[0]).items() if value not in (None, [], {}))
     if request_id is not None and not found:
         raise CommandError("No event has this request id: check it, and --org if you gave one.", ExitCode.NOT_FOUND)
 

@@ -32,6 +32,7 @@ _COLUMNS = {
     "environment": "env",
     "is_active": "active",
     "last_used_at": "last used",
+    "revoked_at": "revoked",
 }
 
 
@@ -88,7 +89,9 @@ def list_keys(
 ) -> None:
     """List API keys, newest first; no secret is among them."""
     page = read_store(ctx, lambda store: store.keys.list(limit=limit, offset=offset), as_json=json)
-    print_page(page, columns=_COLUMNS, whole={"key_id"}, optional={"last_used_at", "org_id"}, as_json=json)
+    print_page(
+        page, columns=_COLUMNS, whole={"key_id"}, optional={"last_used_at", "org_id", "revoked_at"}, as_json=json
+    )
 
 
 @app.command()

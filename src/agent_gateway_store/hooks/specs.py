@@ -114,13 +114,13 @@ def gateway_store_before_audit_write(event: AuditEvent) -> AuditEvent | Awaitabl
     events may be under way at once. Of several plugins each receives the result of the one before it. The same event
     must give the same result each time, or a repeated write is not a DUPLICATE.
 
-    Changed may be `sanitized_args`, `risk_labels`, `risk_score`, `matched_policy_rule`, `policy_version`,
+    Changed may be `sanitized_args`, `extra`, `risk_labels`, `risk_score`, `matched_policy_rule`, `policy_version`,
     `output_policy_rationale`, `llm_explanation`, `deterministic_rationale`, `trace_id`, `session_id` and
     `parent_request_id`; to `redaction_flags` can be added. All other fields, such as the caller, the tool, the time,
     the organisation and the decision, must stay as they are.
 
     If a plugin raises, takes too long, or changes another field, what it should have redacted must not be stored: the
-    event is stored without its texts and arguments, each marked `[WITHHELD]` and flagged `PLUGIN_FAILED`
+    event is stored without its texts, arguments and `extra`, each marked `[WITHHELD]` and flagged `PLUGIN_FAILED`
     (`store.audit.counters.withheld`). After a timeout the plugin is not called for as long again, and events are
     withheld until then. A plugin that only enriches should catch its own errors.
 

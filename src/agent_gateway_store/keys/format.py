@@ -10,24 +10,25 @@ import base64
 import hashlib
 import re
 import secrets
-import string
 import zlib
 
-_ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-# 62^12 ids are 71 bits: random ones do not collide. 62^43 is the first power above 2^256, and 62^6 above 2^32 (CRC-32).
-_KEY_ID_CHARS, _SECRET_CHARS, _CHECKSUM_CHARS = 12, 43, 6
+from agent_gateway_store.models.keys import BASE62, KEY_ID_CHARS
+from agent_gateway_store.models.keys import random_base62 as _random
 
-KEY_PATTERN = rf"\bagw_[0-9A-Za-z]{{{_KEY_ID_CHARS}}}_[0-9A-Za-z]{{{_SECRET_CHARS + _CHECKSUM_CHARS}}}\b"
+# 62^43 is the first power of 62 above 2^256, and 62^6 above 2^32 (CRC-32).
+_SECRET_CHARS, _CHECKSUM_CHARS = 43, 6
+
+KEY_PATTERN = rf"\bagw_[0-9A-Za-z]{{{KEY_ID_CHARS}}}_[0-9A-Za-z]{{{_SECRET_CHARS + _CHECKSUM_CHARS}}}\b"
 """Regular expression for secret scanners."""
 
 _KEY = re.compile(
-    rf"agw_([0-9A-Za-z]{{{_KEY_ID_CHARS}}})_[0-9A-Za-z]{{{_SECRET_CHARS}}}([0-9A-Za-z]{{{_CHECKSUM_CHARS}}})", re.ASCII
+    rf"agw_([0-9A-Za-z]{{{KEY_ID_CHARS}}})_[0-9A-Za-z]{{{_SECRET_CHARS}}}([0-9A-Za-z]{{{_CHECKSUM_CHARS}}})", re.ASCII
 )
 
 
 def new_key_id() -> str:
     """Return a fresh public id."""
-    return _random(_KEY_ID_CHARS)
+    return _random(KEY_ID_CHARS)
 
 
 def new_key(key_id: str) -> str:
@@ -49,14 +50,10 @@ def digest(plaintext: str) -> bytes:
     return base64.b64encode(hashlib.sha256(plaintext.encode()).digest())
 
 
-def _random(length: int) -> str:
-    return "".join(secrets.choice(_ALPHABET) for _ in range(length))
-
-
 def _checksum(body: str) -> str:
     number = zlib.crc32(body.encode())
     digits = ""
     for _ in range(_CHECKSUM_CHARS):
-        number, rest = divmod(number, len(_ALPHABET))
-        digits = _ALPHABET[rest] + digits
+        number, rest = divmod(number, len(BASE62))
+        digits = BASE62[rest] + digits
     return digits

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import ColumnElement, and_, false, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store import clock
@@ -32,7 +32,17 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import SqlConnection, Transactions, db_now, first_row
 from agent_gateway_store.storage.filters import require_between
 
-COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
+COLUMNS = (
+    "key_id",
+    "caller_id",
+    "org_id",
+    "role",
+    "trust_level",
+    "environment",
+    "is_active",
+    "last_used_at",
+    "revoked_at",
+)
 _DEFAULT_ORG = "default"
 # The documented precision of `last_used_at`: one write a minute for each key at most.
 _LAST_USED_EVERY = timedelta(minutes=1)
@@ -45,7 +55,7 @@ _keys = ApiKey.__table__  # type: ignore[attr-defined]
 
 
 class KeyManager:
-    """API keys: stored as bcrypt, shown once, at most one per caller and organisation.
+    """API keys: stored as bcrypt, shown once, at most one active per caller and organisation.
 
     Args:
         transactions: Where they are kept.
@@ -82,7 +92,7 @@ class KeyManager:
     ) -> IssuedKey:
         """Issue a key for `caller_id`. The plaintext is in the result and nowhere else.
 
-        A caller whose key was revoked gets a new one.
+        A caller whose key was revoked gets a new one, in a row of its own.
 
         Args:
             caller_id: The caller that will use the key.
@@ -93,7 +103,7 @@ class KeyManager:
             org_id: Organisation; default: the one this store is bound to, else "default".
 
         Raises:
-            ApiKeyExistsError: The caller has a key; rotate it instead.
+            ApiKeyExistsError: The caller has an active key; rotate it instead.
             ValueError: The store is bound to another organisation than `org_id`.
         """
         organisation = self._organisation(org_id)
@@ -116,13 +126,9 @@ class KeyManager:
         )
         values = {column.name: getattr(checked, column.name) for column in _keys.c if column.name != "id"}
         values["created_at"] = db_now()
-        is_own = self._of_caller(checked.caller_id, organisation)
         try:
             async with self._transactions.write() as connection:
-                again = update(_keys).where(is_own, _keys.c.is_active.is_(False)).values(values).returning(*_keys.c)
-                row = await first_row(connection, again) or await first_row(
-                    connection, insert(_keys).values(values).returning(*_keys.c)
-                )
+                row = await first_row(connection, insert(_keys).values(values).returning(*_keys.c))
         except IntegrityError as exc:
             raise ApiKeyExistsError(checked.caller_id) from exc
         assert row is not None  # noqa: S101  an INSERT without conflict returns its row
@@ -248,7 +254,7 @@ class KeyManager:
         ended = {"is_active": False, "revoked_at": db_now(), "previous_key_hash": None, "previous_key_expires_at": None}
         async with self._write() as connection:
             statement = update(_keys).where(is_own, _keys.c.is_active).values(ended).returning(*_keys.c)
-            row = await first_row(connection, statement) or await first_row(connection, select(_keys).where(is_own))
+            row = await first_row(connection, statement) or await first_row(connection, _newest(is_own))
             if row is not None:
                 await self._cache.notify(connection, row["key_id"])
         if row is None:
@@ -267,20 +273,20 @@ class KeyManager:
             raise
 
     async def get(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
-        """Return the key row of `caller_id`; its hash is not shown by a repr.
+        """Return the row of the active key of `caller_id`, else of the one revoked last; a repr shows no hash.
 
         Raises:
             ApiKeyNotFoundError: The caller has no key.
         """
         is_own = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         async with self._transactions.read() as connection:
-            row = await first_row(connection, select(_keys).where(is_own))
+            row = await first_row(connection, _newest(is_own))
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         return ApiKey.from_row(row)
 
     async def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
-        """Return key rows, newest first by id.
+        """Return key rows, those of revoked keys included (`is_active` is False), newest first by id.
 
         Raises:
             ValueError: `limit` or `offset` is negative, or beyond what a database can count.
@@ -306,6 +312,11 @@ class KeyManager:
 
     def _seen(self, condition: ColumnElement[bool]) -> ColumnElement[bool]:
         return condition if self._org_id is None else and_(condition, _keys.c.org_id == self._org_id)
+
+
+def _newest(condition: ColumnElement[bool]) -> Select[Any]:
+    """Select the active key of one caller, else the one issued last."""
+    return select(_keys).where(condition).order_by(_keys.c.is_active.desc(), _keys.c.id.desc()).limit(1)
 
 
 def _is_use_due() -> ColumnElement[bool]:

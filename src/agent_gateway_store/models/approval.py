@@ -17,7 +17,7 @@ from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.models.audit import Instant, Sha256Hex
 from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, TokenDigest, UtcDateTime
-from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
+from agent_gateway_store.models.values import ApprovalStatus, ApproverId, FrozenModel, Note, ToolCall
 
 # The largest number that an INTEGER of PostgreSQL holds.
 _MOST_APPROVERS = 2**31 - 1
@@ -118,7 +118,7 @@ class ApprovalRequest(StoreModel, table=True):
     required_approvals: PositiveInt = Field(default=1, le=_MOST_APPROVERS, sa_type=Integer)
     approver_id: str | None = Field(default=None, sa_type=Text)
     decision_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
-    approver_note: str = Field(default="", sa_type=Text)
+    approver_note: Note = Field(default="", sa_type=Text)
     used_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
     outcome: str | None = Field(default=None, sa_type=Text)
     version: PositiveInt = Field(default=1, sa_type=Integer)
@@ -142,9 +142,9 @@ class ApprovalVote(StoreModel, table=True):
         sa_type=Uuid, sa_column_args=[ForeignKey("approval_requests.approval_id", ondelete="CASCADE")]
     )
     org_id: str = Field(default="default", sa_type=Text)
-    approver_id: str = Field(sa_type=Text)
+    approver_id: ApproverId = Field(sa_type=Text)
     decision: VoteDecision = Field(sa_type=EnumText(VoteDecision))
-    note: str = Field(default="", sa_type=Text)
+    note: Note = Field(default="", sa_type=Text)
     channel: str = Field(default="api", sa_type=Text)
     voted_at: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
 
@@ -156,6 +156,8 @@ class ApprovalResult(FrozenModel):
         token: None where it was not given; neither in a repr nor in `model_dump` and JSON.
         approver_id: Who decided; None while nobody has.
         note: What the approver wrote.
+        used_at: When it was used; None: it was not.
+        outcome: What came of the call; None with `used_at` means unknown.
     """
 
     approval_id: UUID
@@ -163,6 +165,8 @@ class ApprovalResult(FrozenModel):
     status: ApprovalStatus
     scope: ApprovalScope = ApprovalScope.EXECUTION
     approver_id: str | None = None
-    note: str = ""
+    note: Note = ""
     decided_at: datetime | None = None
     expires_at: datetime | None = None
+    used_at: datetime | None = None
+    outcome: str | None = None

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
+from uuid import UUID
 
 from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PlainValidator, StringConstraints
-from sqlalchemy import BigInteger, CheckConstraint, Column, Float, Index, Text, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, Column, Float, Index, Text, UniqueConstraint, Uuid, text
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ColumnElement
 from sqlmodel import Field
@@ -69,7 +70,7 @@ class RedactionFlag(FrozenModel):
 def _mapping(value: Any) -> dict[Any, Any]:
     found = value if type(value) is dict else plain(value)
     if type(found) is not dict:
-        raise ValueError("sanitized_args must be a mapping of argument names to values")
+        raise ValueError("it must be a mapping of names to values")
     return dict(found)
 
 
@@ -82,9 +83,20 @@ def _whole(value: Any) -> Any:
     return round(value) if type(value) is float and abs(value) < 2**63 else value
 
 
+def _exact_uuid(value: UUID) -> UUID:
+    # asyncpg reads UUIDs as a class of its own.
+    if type(value) is UUID:
+        return value
+    try:
+        return UUID(UUID.__str__(value))
+    except Exception as exc:
+        raise ValueError("it cannot be read as a UUID") from exc
+
+
 Instant = Annotated[datetime, AfterValidator(as_utc)]
 JsonObject = Annotated[dict[str, Any], PlainValidator(_mapping, json_schema_input_type=dict[str, Any])]
 Sha256Hex = Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f]{64}$", to_lower=True)]
+ExactUuid = Annotated[UUID, AfterValidator(_exact_uuid)]
 Milliseconds = Annotated[NonNegativeInt, BeforeValidator(_whole)]
 
 
@@ -102,6 +114,8 @@ class AuditEvent(StoreModel, table=True):
         risk_score: The gateway's own scale.
         latency_ms: Milliseconds, rounded to whole ones.
         execution_status: None means that the tool was not executed, or that its end is not known.
+        approval_id: The approval that released the call.
+        extra: What has no field of its own: span ids, error texts, counts of tokens, work references.
     """
 
     __tablename__ = "audit_events"
@@ -154,6 +168,9 @@ class AuditEvent(StoreModel, table=True):
     redaction_flags: list[RedactionFlag] = Field(default_factory=list, sa_type=JsonOf(list[RedactionFlag]))
     llm_explanation: str | None = Field(default=None, sa_type=Text)
     deterministic_rationale: str = Field(sa_type=Text)
+    approval_id: ExactUuid | None = Field(default=None, sa_type=Uuid)
+    # With a default in the database, so that a process of the version before goes on writing during an update.
+    extra: JsonObject = Field(default_factory=dict, sa_type=Json(), sa_column_kwargs={"server_default": text("'{}'")})
     content_hash: str | None = Field(default=None, sa_type=Text)
 
     @staticmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 from datetime import datetime
 from enum import IntEnum
 
 from pydantic import SecretStr
-from sqlalchemy import CheckConstraint, Text, UniqueConstraint, text
+from sqlalchemy import CheckConstraint, Index, Text, UniqueConstraint, text
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
@@ -14,6 +16,16 @@ from agent_gateway_store.models.audit import Instant
 from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumNumber, UtcDateTime
 from agent_gateway_store.models.values import FrozenModel
+
+BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
+# 62^12 ids are 71 bits: random ones do not collide.
+KEY_ID_CHARS = 12
+_ACTIVE = text("is_active")
+
+
+def random_base62(length: int) -> str:
+    """Return random digits and letters."""
+    return "".join(secrets.choice(BASE62) for _ in range(length))
 
 
 class TrustLevel(IntEnum):
@@ -29,7 +41,8 @@ class TrustLevel(IntEnum):
 class ApiKey(StoreModel, table=True):
     """The key of one caller in one organisation. Holds the bcrypt of the secret, never the secret.
 
-    `model_dump` and JSON, and so the response of an endpoint, leave the hashes out.
+    A caller has one active key; the rows of revoked ones stay as they were. `model_dump` and JSON, and so the response of
+    an endpoint, leave the hashes out.
 
     Attributes:
         key_id: Public, unique, and the same after a rotation.
@@ -43,12 +56,21 @@ class ApiKey(StoreModel, table=True):
     __tablename__ = "api_keys"
     __table_args__ = (
         UniqueConstraint("key_id"),
-        UniqueConstraint("caller_id", "org_id"),
         CheckConstraint("trust_level BETWEEN 0 AND 4", name="trust_level"),
+        # At most one active key for one caller, however many processes issue at once.
+        Index(
+            "uq_api_keys_active_caller",
+            "caller_id",
+            "org_id",
+            unique=True,
+            postgresql_where=_ACTIVE,
+            sqlite_where=_ACTIVE,
+        ),
+        Index(None, "caller_id", "org_id"),
     )
 
     id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
-    key_id: str = Field(sa_type=Text)
+    key_id: str = Field(default_factory=lambda: random_base62(KEY_ID_CHARS), sa_type=Text)
     caller_id: str = Field(sa_type=Text)
     org_id: str = Field(default="default", sa_type=Text)
     key_hash: str = Field(sa_type=Text, repr=False, exclude=True)

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+
+from agent_gateway_store._text import is_blank
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+def _named(approver_id: str) -> str:
+    if is_blank(approver_id):
+        raise ValueError("an approver id must not be blank: it is written to the record of each decision")
+    return approver_id
+
+
+ApproverId = Annotated[str, AfterValidator(_named)]
+"""Who decides: text of which something can be seen."""
+
+Note = Annotated[str, BeforeValidator(lambda given: "" if given is None else given)]
+"""What somebody wrote; None is taken as nothing."""
 
 
 class ApprovalStatus(StrEnum):
@@ -98,7 +113,7 @@ class Notice(FrozenModel):
     expires_at: datetime | None = None
     status: ApprovalStatus
     approver_id: str | None = None
-    note: str = ""
+    note: Note = ""
     decided_at: datetime | None = None
 
 

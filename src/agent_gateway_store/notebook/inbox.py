@@ -46,10 +46,10 @@ def inbox(store: Any, *, approver: str, limit: int = 50, interval_s: float = 2.0
         widgets: False gives the plain table, which needs no extra.
 
     Raises:
-        ValueError: `approver` is empty.
+        ValueError: `approver` is blank.
         MissingExtraError: The extra `notebook` is not installed.
     """
-    if not approver:
+    if _text.is_blank(approver):
         raise ValueError("approver must not be empty: it is written to the record of each decision.")
     shown: Inbox
     if widgets:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent_gateway_store.integrations.fastapi.exception_handlers import StoreRoute, http_errors
 from agent_gateway_store.integrations.fastapi.lifespan import StoreDep
 from agent_gateway_store.models.approval import ApprovalScope
-from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
+from agent_gateway_store.models.values import ApprovalStatus, ApproverId, FrozenModel, ToolCall
 
 # A note has at most 2,000 characters, which are 12,000 bytes if all of them are escapes; four times that is plenty.
 _MAX_BODY_BYTES = 65_536
@@ -27,7 +27,7 @@ class Approver(FrozenModel):
         org_id: The organisation whose approvals they see and decide.
     """
 
-    approver_id: str = Field(min_length=1)
+    approver_id: ApproverId
     org_id: str = Field(min_length=1)
 
 

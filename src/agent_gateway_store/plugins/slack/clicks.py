@@ -14,7 +14,7 @@ from uuid import UUID
 
 from pydantic import SecretStr
 
-from agent_gateway_store._text import escape
+from agent_gateway_store._text import escape, is_blank
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
 from agent_gateway_store.plugins.slack.settings import SlackSettings
@@ -153,6 +153,6 @@ async def _answer(caller: Callable[..., list[object]], click: Click) -> str:
     )
     known = [answer for answer in answers if answer is not None]
     for answer in known:
-        if not isinstance(answer, str) or not answer.strip():
+        if not isinstance(answer, str) or is_blank(answer):
             raise TypeError(f"{MAP} returned {type(answer).__name__}, not the id of an approver or None")
     return str(known[0]) if known else ""

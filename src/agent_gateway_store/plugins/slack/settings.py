@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from agent_gateway_store.models.values import ApproverId
 from agent_gateway_store.plugins._http.urls import ParsedUrl, parse_proxy, parse_url
 
 PREFIX = "AGENT_GATEWAY_STORE_SLACK_"
@@ -35,7 +36,7 @@ class SlackSettings(BaseSettings):
     # A name would be taken by `chat.postMessage`, but not by `chat.update` and `conversations.history`.
     channel: str | None = Field(default=None, pattern=r"^[CGD][A-Z0-9]{2,30}$")
     signing_secret: SecretStr | None = None
-    approvers: dict[str, str] = {}
+    approvers: dict[str, ApproverId] = {}
     team_id: str | None = None
     api_url: str = "https://slack.com/api/"
     timeout_seconds: float = Field(default=10, gt=0, allow_inf_nan=False)
