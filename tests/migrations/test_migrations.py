@@ -28,7 +28,10 @@ from agent_gateway_store.storage.database import create_engine
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-OURS = {"api_keys", "approval_requests", "approval_votes", "audit_events", "notification_deliveries"}
+OURS = {
+    *("api_keys", "approval_requests", "approval_votes", "audit_events", "database_identity"),
+    "notification_deliveries",
+}
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -126,7 +129,7 @@ async def test_the_migrated_schema_is_that_of_the_models(make_url: Callable[[], 
         await engine.dispose()
 
     assert migrated == created
-    assert sum(len(table["checks"]) for table in migrated.values()) == 15
+    assert sum(len(table["checks"]) for table in migrated.values()) == 16
     assert sum(len(table["indexes"]) for table in migrated.values()) >= 14
 
 
@@ -313,7 +316,7 @@ async def test_sql_for_postgresql_gives_the_same_schema(postgres_database: Calla
     engine = create_engine(url)
 
     assert "JSONB" in script
-    assert script.count("CREATE TABLE") == 6
+    assert script.count("CREATE TABLE") == 7
     assert "secret" not in script
     await migrate.require_current(engine)
     assert await migrate.differences(engine) == []
