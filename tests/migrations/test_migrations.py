@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -24,6 +25,7 @@ from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableErr
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+from agent_gateway_store.storage.identity import read_identity
 
 pytestmark = pytest.mark.integration
 
@@ -304,6 +306,33 @@ async def test_many_databases_may_be_migrated_in_one_process(make_url: Callable[
         assert await migrate.differences(engine) == []
         assert await migrate.current(engine) == migrate.head()
         await engine.dispose()
+
+
+async def test_each_database_has_an_identity_of_its_own(make_url: Callable[[], str]) -> None:
+    """Made by the database that is migrated, so that one script gives each another; the row stays the only one."""
+    found = []
+    for number in range(4):
+        engine = create_engine(make_url())
+        if number < 2:
+            await migrate.upgrade(engine)
+        else:
+            await _run_script(engine, migrate.sql(f"{engine.dialect.name}://host/name"))
+        await migrate.require_current(engine)
+        found.append(await read_identity(engine))
+        with pytest.raises(IntegrityError):
+            await execute(engine, "INSERT INTO database_identity (id, identity) VALUES (2, 'x')")
+        await migrate.upgrade(engine)
+        assert await read_identity(engine) == found[-1]
+        await engine.dispose()
+
+    assert len({*found}) == 4
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in found)
+
+
+async def _run_script(engine: AsyncEngine, script: str) -> None:
+    async with engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await (driver.executescript if engine.dialect.name == "sqlite" else driver.execute)(script)
 
 
 async def test_sql_for_postgresql_gives_the_same_schema(postgres_database: Callable[[], str]) -> None:

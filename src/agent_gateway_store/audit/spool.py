@@ -38,7 +38,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import CreateColumn
 
 from agent_gateway_store._text import code_text
-from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, db_now, reader_of
@@ -118,7 +118,7 @@ class Spool:
             if self.exists:
                 async with self._transaction("write the spool"):
                     pass
-        except (OSError, ValueError, StoreUnavailableError) as exc:
+        except (OSError, ValueError, GatewayStoreError) as exc:
             reason = getattr(exc.__cause__, "orig", None) or getattr(exc, "strerror", None) or exc
             raise StoreUnavailableError(
                 f"The spool {code_text(str(self.path))} cannot be written ({reason}): set AUDIT_SPOOL_PATH to a file "
@@ -145,7 +145,7 @@ class Spool:
         async with self._transaction("read the spool") as connection:
             await self._name(connection, self._url)
             found = await connection.execute(statement.order_by(_events.c.id).limit(limit))
-            return [(row["id"], _complete(row)) for row in found.mappings()]
+            return [(row["id"], _complete(dict(row))) for row in found.mappings()]
 
     async def adopt(self, target: str) -> int:
         """Have this database receive the rows that wait for `target`; return how many these are."""

@@ -251,7 +251,7 @@ class AuditWriter:
                 async with self._committing:
                     if await self._replay_some() < _REPLAY_ROWS:
                         if self._is_away:
-                            _logger.warning("The audit database is back, the spool is empty.")
+                            _logger.warning("The audit database is back, and nothing in the spool waits for it.")
                         self._is_away = False
                         return
 
