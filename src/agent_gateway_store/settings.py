@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from platformdirs import user_state_path
-from pydantic import Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -33,6 +33,18 @@ def default_hash_key() -> str | None:
     return os.environ.get(f"{PREFIX}HASH_KEY", os.environ.get("HASH_KEY")) or None
 
 
+def _spool_path(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        return value
+    # Path("") is the current folder.
+    if str(value).strip() in ("", "."):
+        raise ValueError("it must name a file, or be left out")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("it begins with ~, and this user has no home folder") from None
+
+
 class StoreSettings(BaseSettings):
     """Settings of a store.
 
@@ -47,7 +59,7 @@ class StoreSettings(BaseSettings):
         approval_cache_seconds: How old a status read through Redis may be at most.
         audit_mode: `spool`: `write` never raises, and keeps events locally while the database is away; `strict`: it
             raises.
-        audit_spool_path: SQLite file for those events.
+        audit_spool_path: SQLite file for those events; `~` is the user's home.
         redis_timeout_seconds: Longest wait for one Redis command.
         plugin_timeout_seconds: Longest wait for one plugin call.
         bcrypt_rounds: Cost of the key hash, as a power of two.
@@ -70,7 +82,9 @@ class StoreSettings(BaseSettings):
     approval_token_ttl_seconds: float = Field(default=3600, gt=0, le=1_000_000 * 86_400, allow_inf_nan=False)
     approval_cache_seconds: float = Field(default=2, ge=0, allow_inf_nan=False)
     audit_mode: Literal["spool", "strict"] = "spool"
-    audit_spool_path: Path = Field(default_factory=lambda: user_state_path("agent-gateway-store") / "spool.db")
+    audit_spool_path: Annotated[Path, BeforeValidator(_spool_path)] = Field(
+        default_factory=lambda: user_state_path("agent-gateway-store") / "spool.db"
+    )
     redis_timeout_seconds: float = Field(default=0.2, gt=0, allow_inf_nan=False)
     plugin_timeout_seconds: float = Field(default=5, gt=0, allow_inf_nan=False)
     # bcrypt itself takes 4 to 31. At 10 a check takes about 50 ms.

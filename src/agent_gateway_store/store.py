@@ -32,6 +32,7 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
+from agent_gateway_store.storage.identity import read_identity
 from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
@@ -252,10 +253,13 @@ class _Core:
             return
         try:
             await self._prepare_schema()
+            identity = await read_identity(self.database.engine)
             dispatcher = Dispatcher(self.plugins, self.settings, self.executor)
             notifiers = await dispatcher.open()
             notify = self.after_write.notify if self.after_write.is_wanted else None
-            writer = AuditWriter(sink_for(self.database.engine), self._spool(), notify=notify)
+            spool = Spool(self.settings.audit_spool_path, self.database.engine.url, identity)
+            strict = self.settings.audit_mode == "strict"
+            writer = AuditWriter(sink_for(self.database.engine), spool, strict=strict, notify=notify)
             if self.settings.otel_enabled:
                 observe(writer)
         except BaseException:
@@ -269,11 +273,6 @@ class _Core:
         self.outbox.open(dispatcher, notifiers)
         self.key_cache.open()
         await writer.open()
-
-    def _spool(self) -> Spool | None:
-        if self.settings.audit_mode == "strict":
-            return None
-        return Spool(self.settings.audit_spool_path, self.database.engine.url)
 
     def _is_open_here(self) -> bool:
         """True if open; raises StoreNotOpenError if that was done in another process or event loop."""

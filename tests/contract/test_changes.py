@@ -15,6 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from agent_gateway_store import AuditEvent, GatewayStore, errors
+from agent_gateway_store.audit.restored import renew_identity
 from agent_gateway_store.storage.pagination import decode, encode
 from builders import make_event
 
@@ -109,12 +110,17 @@ async def test_cursors_of_earlier_versions_lead_on(store: GatewayStore) -> None:
     for page in (await store.audit.changes(), await store.audit.changes("beginning", limit=2)):
         scope, place = opened(page.next_cursor or "")
         assert place.pop("mark")[0]
+        assert place.pop("database")
         cursors.append(encode(scope, json.dumps(place, separators=(",", ":")).encode()))
     await store.audit.write(make_event(request_id="new"))
 
     assert ids(await store.audit.changes(cursors[0])) == ["new"]
     walk = await store.audit.changes(cursors[1])
     assert ids(walk) + ids(await store.audit.changes(walk.next_cursor)) == ["old-2", "new"]
+    await renew_identity(store.database.engine, by="ann", environment="test")
+    for cursor in cursors:
+        with pytest.raises(errors.InvalidCursorError, match="before `gateway-store db restored`"):
+            await store.audit.changes(cursor)
 
 
 async def test_a_log_that_lost_the_newest_event_passed_refuses_the_cursor(store: GatewayStore) -> None:
@@ -187,7 +193,7 @@ async def test_forged_places_are_refused(store: GatewayStore) -> None:
         b'{"since":"1:99999999999999999999:","until":null,"transaction":0,"id":0}',
         b'{"since":null,"until":null,"transaction":null,"id":true}',
         *(b'{"nothing":1}', b'{"since":"1:2:","mark":1}', b'{"since":"1:2:","mark":[-1,"0"]}'),
-        *(b'{"id":1,"mark":["1","0"]}', b'{"id":1,"mark":[1,"0","0"]}'),
+        *(b'{"id":1,"mark":["1","0"]}', b'{"id":1,"mark":[1,"0","0"]}', b'{"id":1,"database":1}'),
     ]
     for payload in forged:
         if store.database.dialect == "sqlite" and payload == b"{}":

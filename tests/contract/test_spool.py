@@ -30,6 +30,7 @@ from proofs.harness import (
     child,
     eventually,
     execute,
+    identity_of,
     migrated,
     spool_is_empty,
     spooled_by,
@@ -183,7 +184,7 @@ async def test_a_long_spool_is_replayed_by_itself(place: Place, path: Path) -> N
 
 async def test_every_connection_to_the_file_syncs_and_has_the_size_limit(path: Path) -> None:
     """WAL with synchronous=FULL, so that a commit is on disk; and each connection knows how large the file may be."""
-    spool = Spool(path, HERE)
+    spool = Spool(path, HERE, "identity")
     await spool.add([to_values(encode_event(make_event()))])
     engine = await spool.engine()
     found = []
@@ -254,7 +255,7 @@ async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path
     with closing(sqlite3.connect(path)) as older:
         older.executescript(OLDER)
     url = migrated(f"sqlite:///{tmp_path}/gateway.db")
-    spool = Spool(path, make_url(url))
+    spool = Spool(path, make_url(url), await identity_of(url))
     events = [make_event(request_id=str(each), execution_status=each, extra={"n": 1}) for each in ExecutionStatus]
     await spool.add([to_values(encode_event(each)) for each in events])
     await spool.close()
@@ -267,7 +268,7 @@ async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path
 
 async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:
     """One process replays rows that another has replayed already, while a third spools: the new row stays."""
-    slow, fast = Spool(path, HERE), Spool(path, HERE)
+    slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
     old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
     await slow.add([old])
     seen = [row_id for row_id, _ in await slow.waiting(10)]

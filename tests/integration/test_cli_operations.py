@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_helpers import KEY
+from sqlalchemy import make_url
 
 import servers
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, TrustLevel
+from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, TrustLevel, errors
+from agent_gateway_store.audit.record import encode_event, to_values
+from agent_gateway_store.audit.spool import Spool
+from builders import make_event
 from commands import Outcome, event_line, gateway_store
+from proofs.harness import identity_of
 
 pytestmark = pytest.mark.integration
 
@@ -126,10 +132,59 @@ def test_doctor_finds_a_restored_dump(postgres_database: Callable[[], str]) -> N
     assert restored.code == 1
     (problem,) = restored.json["problems"]
     advised = problem.split("`")[7]
-    assert advised == "UPDATE audit_events SET transaction_id = NULL"
-    servers.run(_execute(url, advised))
+    assert advised == "gateway-store db restored --by NAME"
+    gateway_store("--database-url", url, *advised.split()[1:])
 
     assert doctor().code == 0
+    assert doctor().json["database"]["identity"] != own.json["database"]["identity"]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.FixtureRequest) -> None:
+    """It says so in an audit event; cursors from before are refused, and what was there is read as history."""
+    url = "sqlite:///cli.db" if kind == "sqlite" else request.getfixturevalue("postgres_database")()
+
+    def cli(*args: str, **options: Any) -> Outcome:
+        return gateway_store("--database-url", url, *args, **options)
+
+    cli("db", "restored", "--by", "ann").assert_fails(1, "db upgrade")
+    cli("db", "upgrade")
+    cli("audit", "write", input=f"{event_line('r1')}\n{event_line('r2')}")
+    cursors: list[str | None] = []
+
+    async def look() -> None:
+        async with GatewayStore(url) as store:
+            cursors.append((await store.audit.changes()).next_cursor)
+            cursors.append((await store.audit.changes("beginning", limit=1)).next_cursor)
+
+    servers.run(look())
+    if kind == "postgres":
+        ahead = "pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 1000"
+        servers.run(_execute(url, f"UPDATE audit_events SET transaction_id = {ahead}"))
+    blank = cli("db", "restored", "--by", " ")
+    assert (blank.code, "--by must not be empty" in blank.err) == (2, True)
+    found = cli("db", "restored", "--by", "ann", "--json").json
+
+    event, *_ = cli("audit", "search", "--tool", "db.restored", "--json").json["items"]
+    assert (event["mcp_server"], event["caller_id"], event["sanitized_args"]) == ("gateway-store", "ann", found)
+    assert found["history_id"] == 2
+    assert found["new_identity"] == cli("doctor", "--json").json["database"]["identity"] != found["old_identity"]
+
+    async def follow() -> tuple[list[str], list[str]]:
+        async with GatewayStore(url) as store:
+            for cursor in cursors:
+                with pytest.raises(errors.InvalidCursorError, match="before `gateway-store db restored`"):
+                    await store.audit.changes(cursor)
+            pages = [await store.audit.changes("beginning", limit=2)]
+            now = await store.audit.changes()
+            await store.audit.write(make_event(request_id="new"))
+            for _ in range(2):
+                pages.append(await store.audit.changes(pages[-1].next_cursor, limit=2))
+            new = await store.audit.changes(now.next_cursor)
+            return [event.request_id for page in pages for event in page], [event.request_id for event in new]
+
+    name = f"db.restored-{found['new_identity']}"
+    assert servers.run(follow()) == (["r1", "r2", name, "new"], ["new"])
 
 
 def test_doctor_reports_on_sqlite_and_on_approvals_without_outcome(tmp_path: Path) -> None:
@@ -201,3 +256,53 @@ def test_an_env_file_is_read_only_when_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "from-env-file.db").exists()
     gateway_store("--env-file", ".env", "--database-url", "sqlite:///option.db", "keys", "list")
     assert (tmp_path / "option.db").exists()
+
+
+def test_doctor_lists_every_database_that_events_wait_for(tmp_path: Path) -> None:
+    """Those of another one by its identity and its last URL, with the command that brings them in here."""
+    here, there = (f"sqlite:///{tmp_path}/{name}.db" for name in ("here", "there"))
+    for url in (here, there):
+        gateway_store("--database-url", url, "db", "upgrade")
+        servers.run(_spool(url, tmp_path / "spool.db", ("waits", None), ("refused", "DataError")))
+
+    found = gateway_store("--database-url", here, "doctor", "--json")
+
+    audit = found.json["audit"]
+    assert (audit["spool_waiting"], audit["spool_quarantined"]) == (1, 1)
+    (other,) = audit["spool_other_targets"]
+    assert other == {
+        "target": servers.run(identity_of(there)),
+        "url": f"sqlite://:/{tmp_path}/there.db",
+        "waiting": 1,
+        "quarantined": 1,
+    }
+    advised = found.json["warnings"][-1].split("`")[1].split()
+    (tmp_path / "there.db").unlink()
+    gateway_store("--database-url", here, "audit", "adopt", "unknown").assert_fails(4, "doctor")
+    taken = gateway_store("--database-url", here, *advised[1:])
+    assert taken.out == "2 events taken over, 0 still waiting.\n"
+    assert gateway_store("--database-url", here, "doctor", "--json").json["audit"]["spool_other_targets"] == []
+    assert len(gateway_store("--database-url", here, "audit", "search", "--json").json["items"]) == 2
+
+
+async def _spool(url: str, path: Path, *rows: tuple[str, str | None]) -> None:
+    spool = Spool(path, make_url(url), await identity_of(url))
+    for request_id, error in rows:
+        await spool.add([to_values(encode_event(make_event(request_id=f"{url}/{request_id}")))], error=error)
+    await spool.close()
+
+
+def test_doctor_says_when_events_could_not_be_spooled(tmp_path: Path) -> None:
+    """A problem, exit code 1, and nothing is made; in strict mode nothing needs that place."""
+    (tmp_path / "file").touch()
+    path = str(tmp_path / "file" / "spool.db")
+
+    found = gateway_store("doctor", "--json", AUDIT_SPOOL_PATH=path)
+
+    assert found.code == 1
+    assert "events would be lost" in found.json["problems"][0]
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert gateway_store("doctor", AUDIT_SPOOL_PATH=path, AUDIT_MODE="strict").code == 0
+    unread = gateway_store("doctor", "--json", AUDIT_SPOOL_PATH=str(tmp_path), AUDIT_MODE="strict")
+    assert unread.json["problems"][0].startswith("What waits there is not brought in. The spool")
+    gateway_store("doctor", AUDIT_SPOOL_PATH="").assert_fails(2, "audit_spool_path: ", "must name a file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -25,11 +26,15 @@ from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableErr
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+from agent_gateway_store.storage.identity import read_identity
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-OURS = {"api_keys", "approval_requests", "approval_votes", "audit_events", "notification_deliveries"}
+OURS = {
+    *("api_keys", "approval_requests", "approval_votes", "audit_events", "database_identity"),
+    "notification_deliveries",
+}
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -127,7 +132,7 @@ async def test_the_migrated_schema_is_that_of_the_models(make_url: Callable[[], 
         await engine.dispose()
 
     assert migrated == created
-    assert sum(len(table["checks"]) for table in migrated.values()) == 15
+    assert sum(len(table["checks"]) for table in migrated.values()) == 16
     assert sum(len(table["indexes"]) for table in migrated.values()) >= 14
 
 
@@ -304,6 +309,33 @@ async def test_many_databases_may_be_migrated_in_one_process(make_url: Callable[
         await engine.dispose()
 
 
+async def test_each_database_has_an_identity_of_its_own(make_url: Callable[[], str]) -> None:
+    """Made by the database that is migrated, so that one script gives each another; the row stays the only one."""
+    found = []
+    for number in range(4):
+        engine = create_engine(make_url())
+        if number < 2:
+            await migrate.upgrade(engine)
+        else:
+            await _run_script(engine, migrate.sql(f"{engine.dialect.name}://host/name"))
+        await migrate.require_current(engine)
+        found.append(await read_identity(engine))
+        with pytest.raises(IntegrityError):
+            await execute(engine, "INSERT INTO database_identity (id, identity) VALUES (2, 'x')")
+        await migrate.upgrade(engine)
+        assert await read_identity(engine) == found[-1]
+        await engine.dispose()
+
+    assert len({*found}) == 4
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in found)
+
+
+async def _run_script(engine: AsyncEngine, script: str) -> None:
+    async with engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await (driver.executescript if engine.dialect.name == "sqlite" else driver.execute)(script)
+
+
 async def test_sql_for_postgresql_gives_the_same_schema(postgres_database: Callable[[], str]) -> None:
     """`sql()` connects to nothing; what it prints, run by hand, is a database at `head`."""
     script = migrate.sql("postgresql://nobody:secret@127.0.0.1:1/nothing")
@@ -314,7 +346,7 @@ async def test_sql_for_postgresql_gives_the_same_schema(postgres_database: Calla
     engine = create_engine(url)
 
     assert "JSONB" in script
-    assert script.count("CREATE TABLE") == 6
+    assert script.count("CREATE TABLE") == 7
     assert "secret" not in script
     await migrate.require_current(engine)
     assert await migrate.differences(engine) == []

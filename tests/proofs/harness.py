@@ -25,6 +25,7 @@ from agent_gateway_store.audit.backends import RowResult, Sink, sink_for
 from agent_gateway_store.audit.record import EncodedRow
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+from agent_gateway_store.storage.identity import read_identity
 
 TRIGGERS = {
     "sqlite": "CREATE TRIGGER refuse BEFORE INSERT ON audit_events WHEN NEW.tool_name = 'poison' "
@@ -72,6 +73,15 @@ def migrated(url: str) -> str:
 
     servers.run(upgrade())
     return url
+
+
+async def identity_of(url: str) -> str:
+    """The identity of a database."""
+    engine = create_engine(url)
+    try:
+        return await read_identity(engine)
+    finally:
+        await engine.dispose()
 
 
 async def stored_events(store: GatewayStore) -> list[AuditEvent]:
@@ -157,10 +167,10 @@ class WatchedSink:
             raise ConnectionResetError
         return results
 
-    async def probe(self) -> None:
+    async def probe(self) -> str:
         if self.fault:
             raise ConnectionResetError
-        await self._sink.probe()
+        return await self._sink.probe()
 
     async def close(self) -> None:
         await self._sink.close()

@@ -34,7 +34,8 @@ class Database:
         self.committed += [key_of(row)[0] for row in rows]
         return [WriteOutcome.STORED] * len(rows)
 
-    async def probe(self) -> None: ...
+    async def probe(self) -> str:
+        return "identity"
 
     async def close(self) -> None: ...
 
@@ -46,7 +47,7 @@ def database() -> Database:
 
 @pytest.fixture
 async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
-    opened = Spool(tmp_path / "spool.db", make_url("postgresql://host/db"))
+    opened = Spool(tmp_path / "spool.db", make_url("postgresql://host/db"), "identity")
     yield opened
     await opened.close()
 

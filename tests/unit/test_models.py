@@ -362,6 +362,7 @@ def test_our_tables_are_not_in_the_global_metadata() -> None:
         "approval_requests",
         "approval_votes",
         "audit_events",
+        "database_identity",
         "notification_deliveries",
     }
     assert not set(metadata.tables) & set(SQLModel.metadata.tables)

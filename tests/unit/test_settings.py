@@ -187,6 +187,21 @@ def test_wrong_values_are_refused_without_being_repeated(
     assert PASSWORD not in f"{caught.value}{caught.value!r}"
 
 
+@pytest.mark.parametrize("empty", ["", " ", "\n", ".", Path()])
+def test_a_spool_without_a_name_is_refused(empty: str | Path) -> None:
+    """It would be the current folder."""
+    with pytest.raises(ValidationError, match="must name a file"):
+        StoreSettings(audit_spool_path=empty)
+
+
+def test_the_spool_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An env file is read by no shell, so `~` is expanded here; a user without a home is told so."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert StoreSettings(audit_spool_path="~/spool.db").audit_spool_path == tmp_path / "spool.db"
+    with pytest.raises(ValidationError, match="no home folder"):
+        StoreSettings(audit_spool_path="~nobody-has-this-name/spool.db")
+
+
 def test_the_default_hash_key_follows_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prefixed name wins, also where it is empty to switch the key off."""
     assert default_hash_key() is None

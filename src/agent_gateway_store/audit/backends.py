@@ -24,6 +24,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import SqlConnection, dialect_of
 from agent_gateway_store.storage.errors import is_outage
+from agent_gateway_store.storage.identity import IDENTITY, identity_on, known
 
 RowResult: TypeAlias = WriteOutcome | Exception
 """The result of one row of a batch: its outcome, or the error by which the database refuses it."""
@@ -46,8 +47,8 @@ class Sink(Protocol):
         """Commit `rows`, whose keys differ; return the result of each, in order."""
         ...
 
-    async def probe(self) -> None:
-        """Return soon if the database answers, raise soon if it does not."""
+    async def probe(self) -> str:
+        """Return the identity of the database that answers, soon; raise soon if none does."""
         ...
 
     async def close(self) -> None:
@@ -147,10 +148,10 @@ class RowSink:
                 return [exc]
         return [(await self.store([row]))[0] for row in rows]
 
-    async def probe(self) -> None:
+    async def probe(self) -> str:
         """Open a transaction; on SQLite one that may write, since reading works while another process has the lock."""
         async with self._engine.begin() as connection:
-            await connection.exec_driver_sql("SELECT 1")
+            return await identity_on(connection)
 
     async def close(self) -> None:
         """There is no connection to close."""
@@ -221,10 +222,10 @@ class PostgresSink:
                     raise
         return await self._store(rows, deadline - loop.time())
 
-    async def probe(self) -> None:
+    async def probe(self) -> str:
         """Have the connection answer within a second."""
         async with self._pool.connection(_PROBE_TIMEOUT_S) as driver:
-            await driver.execute("SELECT 1")
+            return known(await driver.fetchval(str(IDENTITY)))
 
     async def _store(self, rows: Sequence[EncodedRow], timeout_s: float) -> list[RowResult]:
         async with self._pool.connection(timeout_s) as driver:

@@ -11,6 +11,9 @@ newest one in the log that it had flushed, and SQLite gives the id of a deleted 
 kept ends at the newest event that it contains: that event was flushed before anybody could see it, and no id up to its
 own is given again. A cursor also names that event. If it is missing, this is not the database that the cursor came
 from; it may be a standby that was promoted before it had received everything.
+
+A cursor names its database, too, and is refused after `gateway-store db restored`. What was in the backup is history
+from then on: its transaction ids are those of another server.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ class _Place:
         id: Of the last row read.
         mark: The newest event passed: its id and a digest of what it is. None in cursors of earlier versions, and
             where no event was passed.
+        database: The identity of the database. None in cursors of earlier versions.
     """
 
     since: str | None = None
@@ -76,6 +80,7 @@ class _Place:
     transaction: int | None = None
     id: int = 0
     mark: tuple[int, str] | None = None
+    database: str | None = None
 
 
 async def changes(
@@ -98,10 +103,11 @@ async def _sqlite_step(
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     # Both statements read the same snapshot, so the new position may skip every event that no filter matches.
     values = {"p_mark": place.mark[0] if place and place.mark else None}
-    newest_id, newest, marked = (await _STATE.tuples(connection, values))[0]
+    newest_id, newest, marked, identity, history_id = (await _STATE.tuples(connection, values))[0]
+    _check_database(place, identity, history_id)
     if place is not None and not ((newest_id or 0) >= place.id and _holds(place, marked)):
         raise _other_database()
-    end = _Place(id=newest_id or 0, mark=_mark(newest_id, newest))
+    end = _Place(id=newest_id or 0, mark=_mark(newest_id, newest), database=identity)
     if place is None and is_now:
         return [], end, False
     values = {**found.values, "p_id": place.id if place else 0}
@@ -109,14 +115,16 @@ async def _sqlite_step(
     if len(rows) <= limit:
         return rows, end, False
     last_id, request_id = rows[limit - 1][:2]
-    return rows[:limit], _Place(id=last_id, mark=_mark(last_id, request_id)), True
+    return rows[:limit], _Place(id=last_id, mark=_mark(last_id, request_id), database=identity), True
 
 
 async def _postgres_step(
     connection: AnyConnection, found: Criteria, place: _Place | None, is_now: bool, limit: int
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     values: dict[str, Any] = {"p_mark": place.mark[0] if place and place.mark else None}
-    snapshot, is_standby, end, last, newest_id, newest, marked = (await _STATE.tuples(connection, values))[0]
+    state = (await _STATE.tuples(connection, values))[0]
+    snapshot, is_standby, end, last, newest_id, newest, marked, identity, history_id = state
+    _check_database(place, identity, history_id)
     if place is not None and not (_holds(place, marked) and _end(place) <= end):
         if is_standby:
             # It has not received yet what the cursor has passed.
@@ -128,10 +136,11 @@ async def _postgres_step(
             place = _Place(since=now, mark=mark) if is_now else _Place(until=now, mark=mark)
         else:
             place = _Place(since=place.since, until=now, transaction=0, mark=mark)
+    place = replace(place, database=identity)
     if place.until is None:
         return [], place, False
     is_history = place.since is None
-    values = {**found.values, "p_snapshot": place.until, "p_id": place.id}
+    values = {**found.values, "p_snapshot": place.until, "p_id": place.id, "p_history": history_id or 0}
     if place.since is not None:
         first_open, in_progress = _unseen(place.since)
         p_end, still_in_progress = _unseen(place.until)
@@ -144,10 +153,20 @@ async def _postgres_step(
     is_more, rows = len(rows) > limit, [tuple(row) for row in rows[:limit]]
     events = [row[:-1] for row in rows]
     if not is_more:
-        return events, _Place(since=place.until, mark=place.mark), False
+        return events, _Place(since=place.until, mark=place.mark, database=identity), False
     last_row = rows[-1]
     transaction = None if is_history else last_row[-1]
     return events, replace(place, transaction=transaction, id=last_row[0]), True
+
+
+def _check_database(place: _Place | None, identity: str | None, history_id: int | None) -> None:
+    """Refuse a place of another database, or of this one before it was restored."""
+    # A cursor of an earlier version names none; it was not handed out after a restore, which that version cannot do.
+    if place is not None and not (history_id is None if place.database is None else place.database == identity):
+        raise InvalidCursorError(
+            "This cursor is of another database, or of this one before `gateway-store db restored`: begin with a new "
+            'cursor, or with "beginning".'
+        )
 
 
 def _mark(row_id: int | None, what: str | None) -> tuple[int, str] | None:
@@ -186,7 +205,8 @@ def _end(place: _Place) -> int:
 
 _SQLITE_STATE = """
 SELECT max(id), (SELECT request_id FROM audit_events ORDER BY id DESC LIMIT 1),
-    (SELECT request_id FROM audit_events WHERE id = :p_mark)
+    (SELECT request_id FROM audit_events WHERE id = :p_mark),
+    (SELECT identity FROM database_identity), (SELECT history_id FROM database_identity)
 FROM audit_events
 """
 
@@ -194,7 +214,8 @@ FROM audit_events
 # ids of these transactions. A standby's snapshot does not list them, so there the oldest open transaction is the end.
 _POSTGRES_STATE = """
 SELECT snapshot::text, is_standby, edge, newest.transaction_id, newest.id,
-    newest.transaction_id || ' ' || newest.request_id, mark.transaction_id || ' ' || mark.request_id
+    newest.transaction_id || ' ' || newest.request_id, mark.transaction_id || ' ' || mark.request_id,
+    (SELECT identity FROM database_identity), (SELECT history_id FROM database_identity)
 FROM (
     SELECT snapshot, is_standby,
         (CASE WHEN is_standby THEN pg_snapshot_xmin(snapshot) ELSE pg_snapshot_xmax(snapshot) END)::text::bigint AS edge
@@ -210,7 +231,9 @@ LEFT JOIN LATERAL (
     ) AS gap
     CROSS JOIN LATERAL (
         SELECT transaction_id, id, request_id FROM audit_events
-        WHERE transaction_id > low AND transaction_id < high ORDER BY transaction_id DESC LIMIT 1
+        WHERE transaction_id > low AND transaction_id < high
+            AND id > (SELECT coalesce(max(history_id), 0) FROM database_identity)
+        ORDER BY transaction_id DESC LIMIT 1
     ) AS found
     ORDER BY found.transaction_id DESC LIMIT 1
 ) AS newest ON TRUE
@@ -225,6 +248,7 @@ def _state(dialect: str) -> TextClause:
 
 _STATE = Statement(_state)
 _TRANSACTION = table.c.transaction_id
+_HISTORY = bindparam("p_history", type_=BigInteger())
 
 
 @lru_cache(maxsize=128)
@@ -244,9 +268,9 @@ def _added(dialect: str, shape: Shape, count: int) -> Select[Any]:
 
 
 def _history(dialect: str, shape: Shape, count: int) -> Select[Any]:
-    """Select the rows in the snapshot `until`, by id; rows from before the column existed have no transaction."""
+    """Select the rows in the snapshot `until`, by id; those from before the column or a restore count as in it."""
     statement = select_events(dialect, shape).add_columns(_TRANSACTION)
-    seen = or_(_TRANSACTION.is_(None), _visible())
+    seen = or_(_TRANSACTION.is_(None), table.c.id <= _HISTORY, _visible())
     statement = statement.where(table.c.id > bindparam("p_id", type_=BigInteger()), seen)
     return _first(statement, count, table.c.id)
 
@@ -260,7 +284,9 @@ def _new(dialect: str, shape: Shape, count: int) -> Select[Any]:
         bindparam("p_open", type_=BigInteger()) <= _TRANSACTION, bindparam("p_end", type_=BigInteger()) > _TRANSACTION
     )
     in_progress = any_(bindparam("p_in_progress", type_=ARRAY(BigInteger())))
-    events = select_events(dialect, shape).add_columns(_TRANSACTION).where(behind, _visible())
+    # An expression, so that the planner goes by the index of the transactions.
+    new = table.c.id + literal_column("0") > _HISTORY
+    events = select_events(dialect, shape).add_columns(_TRANSACTION).where(behind, new, _visible())
     arms = [
         _first(events.where(unseen), count, _TRANSACTION, table.c.id) for unseen in (later, in_progress == _TRANSACTION)
     ]
@@ -287,6 +313,8 @@ def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
     payload = decode(scope, cursor)
     try:
         place = _Place(**json.loads(payload))
+        if not isinstance(place.database, str | None):
+            raise TypeError
         numbers = [place.id, place.transaction or 0]
         if place.mark is not None:
             row_id, digest = place.mark

@@ -1,15 +1,21 @@
 """The spool: rows that wait, on this machine's disk, for a database that is away.
 
 A SQLite file with the columns of `audit_events`, so that rows are replayed unchanged. Several processes may share one
-file, also with different databases: each row names its target, and only the rows of that target are replayed.
+file, also with different databases: each row names its target, and only the rows of that target are replayed. The
+target is the identity of the database, which is the same under every spelling of its URL. Earlier versions knew only
+the URL: such a row is taken by the first database that answers under it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
+import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Column,
@@ -24,14 +30,18 @@ from sqlalchemy import (
     insert,
     inspect,
     select,
+    text,
     update,
 )
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.schema import CreateColumn
 
+from agent_gateway_store._text import code_text
+from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
-from agent_gateway_store.storage.database import create_engine, db_now
+from agent_gateway_store.storage.database import create_engine, db_now, reader_of
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.urls import is_memory
 
@@ -39,23 +49,38 @@ from agent_gateway_store.storage.urls import is_memory
 MAX_BYTES = 2**30
 # SQLite's default.
 _PAGE_BYTES = 4096
+_columns = AuditEvent.__table__.c  # type: ignore[attr-defined]
+_FIELDS = tuple(name for name in AuditEvent.model_fields if name != "id")
 _events = Table(
     "spooled_events",
     MetaData(),
-    *(
-        Column(name, AuditEvent.__table__.c[name].type, nullable=True)  # type: ignore[attr-defined]
-        for name in AuditEvent.model_fields
-        if name != "id"
-    ),
+    *(Column(name, _columns[name].type, nullable=True) for name in _FIELDS),
     Column("target", Text, nullable=False),
+    # For people: an identity does not say which database it is.
+    Column("url", Text),
     Column("spooled_at", UtcDateTime, nullable=False),
     Column("error", Text),
-    Column("id", AuditEvent.__table__.c.id.type, primary_key=True),  # type: ignore[attr-defined]
+    Column("id", _columns.id.type, primary_key=True),
     Index("ix_spooled_events_target_id", "target", "id"),
     # Never the id of a removed row again: another process that replays the old row now would remove the new one.
     sqlite_autoincrement=True,
 )
-_NOT_OURS = ("target", "spooled_at", "error", "id")
+
+
+class Target(NamedTuple):
+    """What waits for one database.
+
+    Attributes:
+        target: Its identity; its URL in rows of earlier versions.
+        url: Its URL without user and password, as it was spelt last; None in rows of earlier versions.
+        waiting: How many rows wait.
+        quarantined: How many it has refused.
+    """
+
+    target: str
+    url: str | None
+    waiting: int
+    quarantined: int
 
 
 class Spool:
@@ -64,11 +89,14 @@ class Spool:
     Args:
         path: The SQLite file, at most 1 GiB; its folder is made for the first row.
         database: URL of the database that the rows are for.
+        identity: Its identity; None: not known, so that rows can be counted and neither added nor replayed.
     """
 
-    def __init__(self, path: Path, database: URL) -> None:
-        self.path = path
-        self._target = _target(database)
+    def __init__(self, path: Path, database: URL, identity: str | None = None) -> None:
+        # The folder of the process may change before the first outage. A path that begins with ~ has no home to be in.
+        self.path = path if path.parts[:1] == ("~",) else path.absolute()
+        self.identity = identity
+        self._url = _without_user(database)
         self._engine: AsyncEngine | None = None
 
     @property
@@ -79,6 +107,24 @@ class Spool:
         except OSError:
             return True
 
+    async def check(self) -> None:
+        """Find out whether rows could be added. Nothing is left behind; a file that is there is opened.
+
+        Raises:
+            StoreUnavailableError: They could not; the text says why and what to do.
+        """
+        try:
+            await asyncio.to_thread(_check_place, self.path)
+            if self.exists:
+                async with self._transaction("write the spool"):
+                    pass
+        except (OSError, ValueError, GatewayStoreError) as exc:
+            reason = getattr(exc.__cause__, "orig", None) or getattr(exc, "strerror", None) or exc
+            raise StoreUnavailableError(
+                f"The spool {code_text(str(self.path))} cannot be written ({reason}): set AUDIT_SPOOL_PATH to a file "
+                "in a folder that this process may write to."
+            ) from exc
+
     async def add(self, rows: Sequence[Mapping[str, Any]], *, error: str | None = None) -> None:
         """Keep `rows`. With an `error` they are quarantined: shown, and never replayed.
 
@@ -86,17 +132,29 @@ class Spool:
             StoreUnavailableError: The file cannot be written, or is full.
         """
         async with self._transaction("spool the event") as connection:
-            extra = {"target": self._target, "error": error}
+            extra = {"target": self.identity, "url": self._url, "error": error}
             statement = insert(_events).values(spooled_at=db_now())
             await connection.execute(statement, [{**row, **extra} for row in rows])
 
     async def waiting(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
-        """Return up to `limit` rows to replay, oldest first, with their ids."""
-        statement = select(_events).where(_events.c.target == self._target, _events.c.error.is_(None))
+        """Return up to `limit` rows to replay, oldest first, with their ids.
+
+        Those of earlier versions for this URL are given the identity before.
+        """
+        statement = select(_events).where(_events.c.target == self.identity, _events.c.error.is_(None))
         async with self._transaction("read the spool") as connection:
+            await self._name(connection, self._url)
             found = await connection.execute(statement.order_by(_events.c.id).limit(limit))
-            rows = [dict(row) for row in found.mappings()]
-        return [(row["id"], {name: row[name] for name in row if name not in _NOT_OURS}) for row in rows]
+            return [(row["id"], _complete(dict(row))) for row in found.mappings()]
+
+    async def adopt(self, target: str) -> int:
+        """Have this database receive the rows that wait for `target`; return how many these are."""
+        async with self._transaction("write the spool") as connection:
+            return await self._name(connection, target)
+
+    async def _name(self, connection: AsyncConnection, target: str) -> int:
+        named = update(_events).where(_events.c.target == target).values(target=self.identity, url=self._url)
+        return (await connection.execute(named)).rowcount
 
     async def remove(self, ids: Sequence[int]) -> None:
         """Remove rows that the database holds now. Removing them twice does no harm."""
@@ -108,14 +166,25 @@ class Spool:
         async with self._transaction("write the spool") as connection:
             await connection.execute(update(_events).where(_events.c.id == row_id).values(error=error))
 
-    async def counts(self) -> tuple[int, int]:
-        """Return how many rows wait, and how many are quarantined."""
+    async def targets(self) -> list[Target]:
+        """Return what waits, for each database."""
         if not self.exists:
-            return 0, 0
-        statement = select(func.count(), func.count(_events.c.error)).where(_events.c.target == self._target)
-        async with self._transaction("read the spool") as connection:
-            total, quarantined = (await connection.execute(statement)).one()
-        return total - quarantined, quarantined
+            return []
+        counts = (func.count() - func.count(_events.c.error), func.count(_events.c.error))
+        statement = select(_events.c.target, func.max(_events.c.url), *counts).group_by(_events.c.target)
+        async with self._transaction("read the spool", writes=False) as connection:
+            return [Target(*row) for row in await connection.execute(statement)]
+
+    def is_own(self, target: Target) -> bool:
+        """True if this database receives what waits for `target`; without an identity the URL has to tell."""
+        return self._url == target.target or (
+            self._url == target.url if self.identity is None else self.identity == target.target
+        )
+
+    async def counts(self) -> tuple[int, int]:
+        """Return how many rows wait for this database, and how many are quarantined."""
+        own = [target for target in await self.targets() if self.is_own(target)]
+        return sum(target.waiting for target in own), sum(target.quarantined for target in own)
 
     async def close(self) -> None:
         """Close the file. Rows that wait stay in it."""
@@ -124,10 +193,10 @@ class Spool:
             await engine.dispose()
 
     @asynccontextmanager
-    async def _transaction(self, doing: str) -> AsyncIterator[AsyncConnection]:
+    async def _transaction(self, doing: str, *, writes: bool = True) -> AsyncIterator[AsyncConnection]:
         with translate_errors(doing):
             engine = await self.engine()
-            async with engine.begin() as connection:
+            async with (engine if writes else reader_of(engine)).begin() as connection:
                 yield connection
 
     async def engine(self) -> AsyncEngine:
@@ -136,12 +205,14 @@ class Spool:
             # The file was removed: what is written to it now would be lost when this process ends.
             await self.close()
         if self._engine is None:
+            _check_place(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            engine = create_engine(f"sqlite:///{self.path}", pool_size=2)
+            # Not as text: a path may hold what ends one in a URL.
+            engine = create_engine(URL.create("sqlite", database=str(self.path)), pool_size=2)
             event.listen(engine.sync_engine, "connect", _limit_size)
             try:
                 async with engine.begin() as connection:
-                    await connection.run_sync(_create)
+                    await connection.run_sync(_prepare)
             except BaseException:
                 await engine.dispose()
                 raise
@@ -149,14 +220,40 @@ class Spool:
         return self._engine
 
 
-def _create(connection: Connection) -> None:
-    """Make the table, or add the columns that a file of an earlier version lacks."""
+def _check_place(path: Path) -> None:
+    """Raise what is wrong with the place of a file that is to be written, and perhaps to be made with its folders."""
+    if not path.is_absolute():
+        raise FileNotFoundError(2, "this user has no home folder")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        folder = next(parent for parent in path.parents if parent.exists())
+        # To ask for the rights is not enough: a disk may be read-only, and a file stand where a folder should.
+        with TemporaryFile(dir=folder):
+            return
+    if not stat.S_ISREG(mode):
+        raise IsADirectoryError(21, "this is not a file")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(13, os.strerror(13))
+
+
+def _prepare(connection: Connection) -> None:
+    """Make the table, or add the columns that the version which made it did not know."""
     _events.metadata.create_all(connection)
-    known = {column["name"] for column in inspect(connection).get_columns(_events.name)}
+    present = {column["name"] for column in inspect(connection).get_columns(_events.name)}
     for column in _events.columns:
-        if column.name not in known:
-            kind = column.type.compile(connection.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {_events.name} ADD COLUMN {column.name} {kind}")
+        if column.name not in present:
+            definition = CreateColumn(column).compile(dialect=connection.dialect)
+            connection.execute(text(f"ALTER TABLE {_events.name} ADD COLUMN {definition}"))
+
+
+def _complete(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the event's fields, with the default of each that the version which wrote the row did not know."""
+    values = {name: row[name] for name in _FIELDS}
+    for name, value in values.items():
+        if value is None and not _columns[name].nullable:
+            values[name] = AuditEvent.model_fields[name].get_default(call_default_factory=True)
+    return values
 
 
 def _limit_size(connection: Any, _record: Any) -> None:
@@ -165,8 +262,8 @@ def _limit_size(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def _target(url: URL) -> str:
-    """Name a database without its user and password."""
+def _without_user(url: URL) -> str:
+    """Return the URL of a database without its user and password. Earlier versions named rows by it."""
     name = url.database or ""
     if url.get_backend_name() == "sqlite" and not is_memory(url):
         name = str(Path(name).absolute())

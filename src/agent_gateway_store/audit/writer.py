@@ -17,7 +17,7 @@ from agent_gateway_store.audit.backends import RowResult, Sink, store_batch
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
 from agent_gateway_store.audit.record import COLUMNS, EncodedRow, from_values, size_of, to_values
 from agent_gateway_store.audit.spool import Spool
-from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
+from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
 
 # Chosen: about ten batches, so that the next one is full while one is committed, and memory is bounded.
@@ -56,14 +56,21 @@ class AuditWriter:
 
     Args:
         sink: Where rows are committed; closed with this.
-        spool: Where rows wait while the database is away; None is the strict mode, in which writes raise.
+        spool: Where rows wait while the database is away.
+        strict: Writes raise instead; what an earlier mode left in the spool is brought in all the same.
         notify: Receives the rows that were committed; must not raise. None: there is no plugin for them.
     """
 
     def __init__(
-        self, sink: Sink, spool: Spool | None, *, notify: Callable[[Sequence[EncodedRow]], None] | None = None
+        self,
+        sink: Sink,
+        spool: Spool,
+        *,
+        strict: bool = False,
+        notify: Callable[[Sequence[EncodedRow]], None] | None = None,
     ) -> None:
         self.spool = spool
+        self._is_strict = strict
         self._sink = sink
         self._notify = notify
         self._queue: BatchQueue[EncodedRow, WriteOutcome] = BatchQueue(
@@ -90,8 +97,13 @@ class AuditWriter:
         return AuditCounters(**counts, replayed=self._replayed, queue_depth=len(self._queue))
 
     async def open(self) -> None:
-        """Start to replay what an earlier process left in the spool."""
-        if self.spool is not None and self.spool.exists:
+        """Start to replay what an earlier process left in the spool; log at once if nothing could be spooled."""
+        if not self._is_strict:
+            try:
+                await self.spool.check()
+            except StoreUnavailableError as exc:
+                _logger.error("While the database is away events would be lost. %s", exc)
+        if self.spool.exists:
             self._start_recovery(at_once=True)
 
     async def write(self, row: EncodedRow) -> WriteOutcome:
@@ -112,7 +124,7 @@ class AuditWriter:
         Raises:
             AuditUnavailableError: In the strict mode.
         """
-        if self.spool is None:
+        if self._is_strict:
             raise AuditUnavailableError(
                 "The event is not valid, so the call must not go through: see the cause for what is wrong."
             ) from cause
@@ -137,7 +149,7 @@ class AuditWriter:
     async def flush(self) -> int:
         """Wait until everything queued is acknowledged and try to empty the spool; return how many rows still wait."""
         await self._queue.join()
-        if self.spool is None or not self.spool.exists:
+        if not self.spool.exists:
             return 0
         with suppress(Exception):
             await self._replay_spool()
@@ -153,8 +165,7 @@ class AuditWriter:
         # A replay or a bulk commit that is under way still uses the sink.
         async with self._recovering, self._committing:
             await self._sink.close()
-            if self.spool is not None:
-                await self.spool.close()
+            await self.spool.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -164,7 +175,7 @@ class AuditWriter:
         """Write `rows` to the database or to the spool. Raises nothing but a cancellation of its own task."""
         async with self._committing:
             # With a spool only the replay finds that the database is back: rows that wait go before new ones.
-            if self._is_away and (self.spool is not None or asyncio.get_running_loop().time() < self._retry_at):
+            if self._is_away and (not self._is_strict or asyncio.get_running_loop().time() < self._retry_at):
                 return await self._spool_or_fail(rows, None)
             try:
                 results = await store_batch(self._sink, rows)
@@ -194,7 +205,7 @@ class AuditWriter:
     async def _spool_or_fail(
         self, rows: Sequence[EncodedRow], cause: Exception | None, *, quarantined_for: str | None = None
     ) -> list[_Answer]:
-        if self.spool is None:
+        if self._is_strict:
             error = AuditUnavailableError(
                 "The event could not be recorded, so the call must not go through: check the database."
             )
@@ -240,14 +251,18 @@ class AuditWriter:
                 async with self._committing:
                     if await self._replay_some() < _REPLAY_ROWS:
                         if self._is_away:
-                            _logger.warning("The audit database is back, the spool is empty.")
+                            _logger.warning("The audit database is back, and nothing in the spool waits for it.")
                         self._is_away = False
                         return
 
     async def _replay_some(self) -> int:
-        assert self.spool is not None  # noqa: S101
         if not self.spool.exists:
             return 0
+        # Before each batch: another server may answer under the same URL by now, and it must not get these rows.
+        identity = await self._sink.probe()
+        if identity != self.spool.identity:
+            _logger.error("The URL of the database leads to another one now: `gateway-store doctor` lists what waits.")
+            self.spool.identity = identity
         with self._spool_must_answer():
             waiting = await self.spool.waiting(_REPLAY_ROWS)
         if not waiting:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from agent_gateway_store._text import Shown, call_name, word
-from agent_gateway_store.cli.context import open_store, read_store
+from agent_gateway_store.cli.context import in_store, open_store, read_store, run
 from agent_gateway_store.cli.errors import CommandError, ExitCode, describe_validation
 from agent_gateway_store.cli.output import (
     JsonOption,
@@ -23,6 +23,7 @@ from agent_gateway_store.cli.output import (
     print_json,
     print_page,
     reader_is_gone,
+    print_result,
     say,
     to_dict,
     to_json,
@@ -211,6 +212,35 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
             say(" ".join(filter(None, (str(line.line), line.outcome, line.request_id))))
 
     _ingest(ctx, sys.stdin.buffer, report)
+
+
+@app.command()
+def adopt(
+    ctx: typer.Context,
+    target: Annotated[str, typer.Argument(help="What the events wait for, as `gateway-store doctor` names it.")],
+    json: JsonOption = False,
+) -> None:
+    """Bring in events that wait in this machine's spool for another database, such as one that this replaces."""
+
+    async def work() -> dict[str, Any]:
+        from agent_gateway_store.audit.spool import Spool
+        from agent_gateway_store.storage.identity import read_identity
+
+        store = open_store(ctx)
+        async with store:
+            engine = store.database.engine
+            spool = Spool(store.settings.audit_spool_path, engine.url, await read_identity(engine))
+            try:
+                adopted = await spool.adopt(target) if spool.exists else 0
+            finally:
+                await spool.close()
+            return {"adopted": adopted, "waiting": await store.audit.flush()}
+
+    found = run(work())
+    if not found["adopted"]:
+        raise CommandError("No event waits for that: see `gateway-store doctor`.", ExitCode.NOT_FOUND)
+    text = f"{count_text(found['adopted'], 'event')} taken over, {found['waiting']:,} still waiting."
+    print_result(found, text, as_json=json)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -111,6 +111,32 @@ def explain_state(state: dict[str, Any]) -> str:
     return (
         f"The database schema ({state['current'] or 'none'}) is {relation} this package ({state['expected']}): {step}."
     )
+
+
+@app.command()
+def restored(
+    ctx: typer.Context,
+    by: Annotated[str, typer.Option(help="Who says so, as the audit event names them.")],
+    json: JsonOption = False,
+) -> None:
+    """Give a database that came up from a backup a new identity. Run it once, before anything writes there."""
+    if not by.strip():
+        raise typer.BadParameter("--by must not be empty.")
+    settings = settings_of(ctx)
+
+    async def work() -> dict[str, Any]:
+        from agent_gateway_store.audit.restored import renew_identity
+
+        state = await schema_state(settings.database_url)
+        if state["state"] != "current":
+            raise CommandError(explain_state(state))
+        async with engine_for(settings.database_url) as engine:
+            return await renew_identity(engine, by=by.strip(), environment=settings.environment)
+
+    facts = run(work())
+    text = f"The database is {facts['new_identity']} from now on, and no longer {facts['old_identity']}."
+    print_result(facts, text, as_json=json)
+    complain("Restart the gateways that have it open, and begin with new cursors.")
 
 
 @app.command()

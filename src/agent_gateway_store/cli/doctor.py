@@ -28,6 +28,7 @@ _SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 _FOREIGN_TRANSACTIONS = """
 SELECT EXISTS (
     SELECT FROM audit_events WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+        AND id > (SELECT coalesce(max(history_id), 0) FROM database_identity)
 )
 """
 
@@ -110,6 +111,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     _check_plugins(report, settings)
     if report.schema_is_current:
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
+            await _read_identity(report, engine)
             await _check_transactions(report, engine)
             await _check_approvals(report, ctx, engine, settings)
             await _check_notifications(report, ctx, engine, settings)
@@ -156,6 +158,12 @@ async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine
         report.warning("synchronous_commit is off: a crash of the server may lose what it acknowledged; set it to on.")
 
 
+async def _read_identity(report: Report, engine: AsyncEngine) -> None:
+    from agent_gateway_store.storage.identity import read_identity
+
+    report.facts["database"]["identity"] = await read_identity(engine)
+
+
 async def _check_transactions(report: Report, engine: AsyncEngine) -> None:
     """Find events with transaction ids that this PostgreSQL server has not given out: those of a restored dump."""
     if engine.dialect.name != "postgresql":
@@ -165,8 +173,8 @@ async def _check_transactions(report: Report, engine: AsyncEngine) -> None:
     if is_foreign:
         report.problem(
             "Audit events hold transaction ids of another server, as after restoring a dump, so that `audit tail`, "
-            "`follow` and `changes` would miss events: while nothing writes, run `UPDATE audit_events SET "
-            "transaction_id = NULL` once as the owner of the table, and begin with new cursors.",
+            "`follow` and `changes` would miss events: run `gateway-store db restored --by NAME` once as the owner of "
+            "the tables, and begin with new cursors.",
             ExitCode.ERROR,
         )
 
@@ -209,21 +217,44 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
 
 
 async def _check_spool(report: Report, settings: StoreSettings) -> None:
+    """Find out whether events could be spooled, and for which databases some wait."""
+    from shlex import quote
+
+    from agent_gateway_store._text import word
     from agent_gateway_store.audit.spool import Spool
+    from agent_gateway_store.errors import StoreUnavailableError
     from agent_gateway_store.storage.urls import parse_database_url
 
     facts: dict[str, Any] = {"mode": settings.audit_mode, "spool_path": str(settings.audit_spool_path)}
     report.facts["audit"] = facts
-    spool = Spool(settings.audit_spool_path, parse_database_url(settings.database_url)[0])
+    identity = report.facts.get("database", {}).get("identity")
+    spool = Spool(settings.audit_spool_path, parse_database_url(settings.database_url)[0], identity)
     try:
+        if settings.audit_mode == "spool" or spool.exists:
+            await spool.check()
+        targets = await spool.targets()
         waiting, quarantined = await spool.counts()
+    except StoreUnavailableError as exc:
+        strict = settings.audit_mode == "strict"
+        effect = "What waits there is not brought in." if strict else "While the database is away events would be lost."
+        report.problem(f"{effect} {exc}", ExitCode.ERROR)
+        return
     finally:
         await spool.close()
+    others = [each for each in targets if not spool.is_own(each)]
     facts |= {"spool_waiting": waiting, "spool_quarantined": quarantined}
+    facts["spool_other_targets"] = [each._asdict() for each in others]
     if waiting:
         report.warning(f"{waiting} events wait in the spool: an open store brings them in while the database answers.")
     if quarantined:
         report.warning(f"{quarantined} events were refused by the database and are kept in the spool's quarantine.")
+    for each in others:
+        place = f", last at {word(each.url)}" if each.url else ""
+        report.warning(
+            f"{each.waiting} events wait in the spool for another database ({word(each.target)}{place}), and "
+            f"{each.quarantined} are quarantined: a store open on it brings them in; if this one replaces it, run "
+            f"`gateway-store audit adopt {quote(each.target)}`."
+        )
 
 
 def _check_plugins(report: Report, settings: StoreSettings) -> None:

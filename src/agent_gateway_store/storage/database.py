@@ -103,7 +103,7 @@ class Transactions(Protocol):
         ...
 
 
-def create_engine(url: str, *, pool_size: int = 10) -> AsyncEngine:
+def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
     """Return an engine for `url` (see `parse_database_url`). Nothing is connected yet.
 
     SQLite runs in WAL with synchronous=FULL, foreign keys and a busy timeout; its transactions begin IMMEDIATE unless

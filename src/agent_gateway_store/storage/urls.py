@@ -36,7 +36,7 @@ _TAKEN = {
 _TRUE = ("1", "true", "yes", "on")
 
 
-def parse_database_url(text: str) -> tuple[URL, dict[str, Any]]:
+def parse_database_url(text: str | URL) -> tuple[URL, dict[str, Any]]:
     """Return the SQLAlchemy URL with our async driver, and the driver's connect arguments.
 
     Takes `postgresql://`, `postgres://` and `sqlite:///`, libpq's `sslmode`, `sslrootcert`, `sslcert`, `sslkey`,
@@ -50,7 +50,7 @@ def parse_database_url(text: str) -> tuple[URL, dict[str, Any]]:
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
-        raise InvalidUrlError(f"{code_text(mask_url(text))} is not a database URL: {_EXAMPLES}.") from None
+        raise InvalidUrlError(f"{code_text(mask_url(str(text)))} is not a database URL: {_EXAMPLES}.") from None
     driver = _ASYNC_DRIVERS.get(url.drivername)
     if driver is None:
         raise InvalidUrlError(f"The URL scheme {code_text(url.drivername)} is not supported: {_EXAMPLES}.")

@@ -1,0 +1,63 @@
+"""A new identity for a database that came up from a backup: what was meant for the original does not reach it."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from sqlalchemy import func, insert, select, text, update
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from agent_gateway_store.audit.backends import insert_event, table
+from agent_gateway_store.audit.record import encode_event
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
+from agent_gateway_store.models.identity import identity_table
+from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.identity import IDENTITY
+
+
+async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> dict[str, str | int | None]:
+    """Give the database a new identity, and write an audit event that says so, in one transaction.
+
+    Every event that is there becomes history for followers: it is read from the beginning and is never new, whatever
+    its transaction id is. Cursors from before are refused. No event is changed.
+
+    Args:
+        engine: A role that may write the table `database_identity`.
+        by: The `caller_id` of the event.
+        environment: The event's.
+
+    Returns:
+        `old_identity` (None if the row was missing), `new_identity` and `history_id`, the highest id of an event.
+
+    Raises:
+        StoreUnavailableError: The database does not answer, or the role may not do this.
+    """
+    new = uuid4().hex
+    with translate_errors("be given a new identity"):
+        async with engine.begin() as connection:
+            if connection.dialect.name == "postgresql":
+                # Waits for open inserts: one with a lower id that commits later would be history that nobody has read.
+                await connection.execute(text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
+            old = (await connection.execute(IDENTITY)).scalar()
+            history_id = (await connection.execute(select(func.coalesce(func.max(table.c.id), 0)))).scalar_one()
+            change = insert(identity_table).values(id=1) if old is None else update(identity_table)
+            await connection.execute(change.values(identity=new, history_id=history_id))
+            facts = {"old_identity": old, "new_identity": new, "history_id": history_id}
+            event = AuditEvent(
+                request_id=f"db.restored-{new}",
+                caller_id=by,
+                caller_role="operator",
+                environment=environment,
+                mcp_server="gateway-store",
+                tool_name="db.restored",
+                raw_args_hash=AuditEvent.hash_args(facts),
+                sanitized_args=facts,
+                risk_score=0,
+                matched_policy_rule="",
+                decision=Decision.ALLOW,
+                execution_status=ExecutionStatus.SUCCESS,
+                latency_ms=0,
+                deterministic_rationale="An operator said that this database came up from a backup.",
+            )
+            await insert_event(connection, encode_event(event))
+    return facts

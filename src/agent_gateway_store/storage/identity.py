@@ -1,0 +1,43 @@
+"""What names a database, however its URL is spelt: read from its one row of `database_identity`."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from agent_gateway_store.errors import SchemaOutOfDateError
+from agent_gateway_store.models.identity import identity_table
+from agent_gateway_store.storage.database import SqlConnection, reader_of
+from agent_gateway_store.storage.errors import translate_errors
+
+IDENTITY = select(identity_table.c.identity)
+
+
+async def read_identity(engine: AsyncEngine) -> str:
+    """Return the identity of the database that answers.
+
+    Raises:
+        SchemaOutOfDateError: See `identity_on`; or the table is missing.
+        StoreUnavailableError: The database does not answer.
+    """
+    with translate_errors("read its identity"):
+        async with reader_of(engine).connect() as connection:
+            return await identity_on(connection)
+
+
+async def identity_on(connection: SqlConnection) -> str:
+    """Return the identity of the database on this connection. Raises what `known` raises."""
+    return known((await connection.execute(IDENTITY)).scalar())
+
+
+def known(identity: str | None) -> str:
+    """Return `identity`.
+
+    Raises:
+        SchemaOutOfDateError: It is None: somebody has deleted the row.
+    """
+    if identity is None:
+        raise SchemaOutOfDateError(
+            "The database has lost its identity: run `gateway-store db restored --by NAME`, which gives it a new one."
+        )
+    return identity
