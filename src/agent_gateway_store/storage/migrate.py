@@ -326,6 +326,9 @@ async def differences(engine: AsyncEngine) -> list[str]:
     from agent_gateway_store.models.tables import metadata
 
     def compare(connection: Connection) -> list[str]:
+        if connection.dialect.name == "postgresql":
+            # SQLAlchemy reads the texts of types and expressions, which would come in quotes.
+            connection.execute(text("SET LOCAL quote_all_identifiers = off"))
         context = MigrationContext.configure(
             connection,
             opts={"version_table": VERSION_TABLE, "compare_type": True, "include_object": include_object},
