@@ -190,6 +190,8 @@ def _tls_hint(error: ssl.SSLError) -> str:
         return "the server's certificate is for another name: use its name as the host in DATABASE_URL"
     if code is not None:
         return "the server's certificate is of an authority that is not trusted: check sslrootcert in DATABASE_URL"
+    if "CERTIFICATE_REQUIRED" in (error.reason or ""):
+        return "the server asks for a client certificate: add sslcert= and sslkey= to DATABASE_URL"
     if "ALERT" in (error.reason or ""):
         return "the server refuses our certificate: check sslcert and sslkey in DATABASE_URL"
     return f"TLS failed ({error.reason or type(error).__name__}): check sslmode in DATABASE_URL and the server's TLS"

@@ -210,8 +210,9 @@ async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
                     yield connection
                 return
             # The lock has a transaction of its own, since that of the migration ends before an index is built
-            # concurrently; and a transaction it is because PgBouncer gives nobody a session.
-            async with _connection_of_its_own(engine) as lock, _connection_of_its_own(engine) as connection:
+            # concurrently; a transaction, because PgBouncer gives nobody a session. Its connection is outside the pool,
+            # which may have a single place.
+            async with _unlimited(engine, in_pool=False) as lock, _unlimited(engine, in_pool=True) as connection:
                 await _take_advisory_lock(lock)
                 await _require_create(connection)
                 try:
@@ -226,21 +227,28 @@ async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def _connection_of_its_own(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Open a connection without our timeouts that takes no place in the pool and is closed afterwards."""
+async def _unlimited(engine: AsyncEngine, *, in_pool: bool) -> AsyncIterator[AsyncConnection]:
+    """Open a connection without limits of time, which is closed afterwards; `in_pool`: it takes a place in the pool."""
     async with read_committed(engine).connect() as connection:
         driver = (await connection.get_raw_connection()).driver_connection
-        await connection.run_sync(lambda sync: sync.detach())
+        if not in_pool:
+            await connection.run_sync(lambda sync: sync.detach())
         if engine.dialect.driver == "asyncpg" and driver is not None:
             # asyncpg takes the limit of a command with each command, or when it connects; Alembic gives none.
             driver._config = driver._config._replace(command_timeout=None)
         event.listen(connection.sync_connection, "begin", lambda sync: sync.exec_driver_sql(_LIMITS))
-        yield connection
+        try:
+            yield connection
+        finally:
+            if in_pool:
+                await connection.invalidate()
 
 
 async def _take_advisory_lock(connection: AsyncConnection) -> None:
     try:
         await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})"))
+        # A SELECT keeps its snapshot until the next statement, and a concurrent build would wait for it without end.
+        await connection.execute(text("SET LOCAL lock_timeout = 0"))
     except DBAPIError as exc:
         if sqlstate_of(exc) != _LOCK_NOT_AVAILABLE:
             raise
