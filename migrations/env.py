@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def run(connection: Connection) -> None:
-    """Run on `connection`, in the transaction it is in, if any."""
+    """Run on `connection`, which is in no transaction, so that a step can commit before it builds an index."""
     context.configure(connection=connection, **OPTIONS)
     with context.begin_transaction():
         context.run_migrations()
@@ -50,7 +50,7 @@ def run(connection: Connection) -> None:
 async def run_by_url() -> None:
     """Run on DATABASE_URL: the way of `alembic` on the command line of a checkout."""
     engine = create_engine(StoreSettings().database_url)
-    async with engine.begin() as connection:
+    async with engine.connect() as connection:
         await connection.run_sync(run)
     await engine.dispose()
 

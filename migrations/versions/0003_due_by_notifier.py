@@ -5,6 +5,8 @@ Revision: 0003_due_by_notifier, after 0002_transaction_id
 
 from alembic import op
 
+from agent_gateway_store.storage.online import create_index
+
 revision = "0003_due_by_notifier"
 down_revision = "0002_transaction_id"
 branch_labels = None
@@ -15,8 +17,7 @@ _INDEX = "ix_notification_deliveries_status_notifier_next_attempt_at_id"
 
 def upgrade() -> None:
     """Apply."""
-    columns = ["status", "notifier", "next_attempt_at", "id"]
-    op.create_index(op.f(_INDEX), "notification_deliveries", columns, unique=False)
+    create_index(_INDEX, "notification_deliveries", ["status", "notifier", "next_attempt_at", "id"])
 
 
 def downgrade() -> None:

@@ -7,6 +7,8 @@ import sqlalchemy as sa
 from alembic import op
 from alembic.util import CommandError
 
+from agent_gateway_store.storage.online import create_check
+
 revision = "0004_execution_status"
 down_revision = "0003_due_by_notifier"
 branch_labels = None
@@ -88,12 +90,11 @@ def _change(old: str, new: str) -> None:
             batch.drop_constraint(op.f(_NAME), type_="check")
             batch.create_check_constraint(op.f(_NAME), new)
         return
-    op.drop_constraint(op.f(_NAME), "audit_events", type_="check")
-    op.create_check_constraint(op.f(_NAME), "audit_events", new)
+    create_check(_NAME, "audit_events", new)
 
 
 def upgrade() -> None:
-    """Apply. PostgreSQL reads the table once while it is locked; SQLite copies it."""
+    """Apply. PostgreSQL reads the table once, a large one while others write to it; SQLite copies it."""
     _change(_OLD, _NEW)
 
 

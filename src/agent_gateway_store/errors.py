@@ -16,7 +16,9 @@
     ├── ApiKeyExistsError
     ├── InvalidUrlError (also ValueError)
     ├── StoreUnavailableError
-    │   └── AuditUnavailableError
+    │   ├── AuditUnavailableError
+    │   └── TransactionConflictError
+    ├── UnsupportedDatabaseError
     ├── SchemaOutOfDateError
     ├── StoreNotOpenError
     ├── MissingExtraError (also ImportError)
@@ -62,6 +64,8 @@ __all__ = [
     "SelfApprovalError",
     "StoreNotOpenError",
     "StoreUnavailableError",
+    "TransactionConflictError",
+    "UnsupportedDatabaseError",
 ]
 
 
@@ -211,6 +215,35 @@ class StoreUnavailableError(GatewayStoreError):
 
 class AuditUnavailableError(StoreUnavailableError):
     """AUDIT_MODE=strict: the event could not be recorded, so the call must not go through."""
+
+
+class TransactionConflictError(StoreUnavailableError):
+    """The database is well, but ended this transaction in favour of another one. Nothing of it was stored.
+
+    The store has run its own transactions several times by then. In a session of the caller's it runs nothing again,
+    since what the caller did there was rolled back as well.
+
+    Attributes:
+        sqlstate: "40001" (serialization failure) or "40P01" (deadlock).
+        in_session: True if the transaction was the caller's.
+    """
+
+    def __init__(self, message: str, *, sqlstate: str, in_session: bool = False) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+        self.in_session = in_session
+
+
+class UnsupportedDatabaseError(GatewayStoreError):
+    """The database cannot hold every text, because it was not created with the encoding UTF8.
+
+    Attributes:
+        encoding: The one it was created with.
+    """
+
+    def __init__(self, message: str, *, encoding: str) -> None:
+        super().__init__(message)
+        self.encoding = encoding
 
 
 class SchemaOutOfDateError(GatewayStoreError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 
@@ -25,3 +26,15 @@ async def write(work: Database | SessionTransactions, *statements: str, error: E
             await executor.execute(text(statement))
         if error is not None:
             raise error
+
+
+async def set_defaults(url: str, **settings: str) -> None:
+    """Set what every later connection to the database of `url` begins with."""
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        for name, value in settings.items():
+            # DateStyle is a list, which quotes would make one word.
+            given = value if name == "DateStyle" else f"'{value}'"
+            await connection.execute(f'ALTER DATABASE "{url.rpartition("/")[2]}" SET {name} = {given}')
+    finally:
+        await connection.close()

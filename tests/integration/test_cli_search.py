@@ -97,8 +97,10 @@ def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], 
     assert (exported.code, exported.json["rows"], exported.json["files"]) == (0, 7, 1)
     assert (again.code, again.err) == (
         1,
-        f"{tmp_path}/e.jsonl.gz exists already: choose another name, or pass overwrite=True "
-        "(`--overwrite` on the command line).\n",
+        (
+            f"{tmp_path}/e.jsonl.gz exists already: choose another name, or pass overwrite=True "
+            "(`--overwrite` on the command line).\n"
+        ),
     )
     assert other("audit", "import", str(tmp_path / "e.jsonl.gz")).out == "7 STORED\n"
     assert other("audit", "import", str(tmp_path / "days"), "--json").json == {"DUPLICATE": 7, "STORED": 3}

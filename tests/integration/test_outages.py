@@ -175,15 +175,27 @@ async def test_a_killed_server_loses_and_doubles_nothing(
 
 
 async def test_the_proof_catches_a_server_that_forgets() -> None:
-    """The same with synchronous_commit=off finds lost events, so the proof above can fail."""
+    """The same where synchronous_commit=off is left alone finds lost events, so the proof above can fail."""
     with PostgresServer(durable=True, settings=FORGETFUL) as forgetful:
         url = migrated(forgetful.url)
         await execute(url, "CHECKPOINT")  # of the tables, lest it forget those
-        verdict, load = await kill_the_server(forgetful, url, events=10_000, kills=2, seed=1)
+        # Through a pooler we set nothing for the session.
+        through = f"{url}?pgbouncer=true"
+        verdict, load = await kill_the_server(forgetful, through, events=10_000, kills=2, seed=1)
     print(f"2 kills of a server with synchronous_commit=off: {load}: {verdict}")
 
     assert verdict.lost > 0
     assert verdict.errors == 0
+
+
+async def test_our_connections_make_a_server_remember_that_forgets() -> None:
+    """synchronous_commit=off in its settings: 0 acknowledged events lost all the same."""
+    with PostgresServer(durable=True, settings=FORGETFUL) as forgetful:
+        url = migrated(forgetful.url)
+        verdict, load = await kill_the_server(forgetful, url, events=5_000, kills=2, seed=2)
+    print(f"2 kills of a server with synchronous_commit=off: {load}: {verdict}")
+
+    assert verdict == Verdict()
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.slow)], ids=["short", "long"])

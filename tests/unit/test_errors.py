@@ -34,6 +34,9 @@ FACTS: dict[str, Any] = {
     "plugins": ("slack", "teams"),
     "retry_after_s": 2.5,
     "is_permanent": True,
+    "sqlstate": "40001",
+    "in_session": True,
+    "encoding": "LATIN1",
 }
 """A value for every argument that an error of the tree takes."""
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 from uuid import UUID
 
 from agent_gateway_store._text import is_blank
-from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, find
+from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, find, get
 from agent_gateway_store.approval.statements import (
     APPROVE,
     APPROVE_FINAL,
@@ -38,6 +38,7 @@ from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalScope, VoteDecision, hash_tool_call
 from agent_gateway_store.models.values import ApprovalStatus, PendingApproval, ToolCall
 from agent_gateway_store.storage.database import AnyConnection, Transactions
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.statements import Statement
 
 
@@ -78,9 +79,11 @@ async def require_no_veto(vetoes: Vetoes | None, transactions: Transactions, ref
     """
     if vetoes is None or not vetoes.is_wanted:
         return
-    async with transactions.connection("read") as connection:
-        found = await find(connection, ref)
-    if found is None or found.request.status is not ApprovalStatus.PENDING:
+    try:
+        found = await get(transactions, ref)
+    except ApprovalNotFoundError:
+        return
+    if found.request.status is not ApprovalStatus.PENDING:
         return
     await vetoes.require_none(
         _pending(found.request),
@@ -203,6 +206,7 @@ class Permission(NamedTuple):
         return {f"p_{field}": value for field, value in self._asdict().items()}
 
 
+@retry_conflicts
 async def use(
     transactions: Transactions, ref: ApprovalRef, permission: Permission, *, hash_key: str | None
 ) -> StoredApproval:
@@ -256,6 +260,7 @@ def _check_output(request: ApprovalRequest, hash_key: str | None) -> None:
     )
 
 
+@retry_conflicts
 async def set_outcome(transactions: Transactions, ref: ApprovalRef, outcome: str) -> StoredApproval:
     """Store the outcome of a used approval, once, and commit. The very same outcome again changes nothing.
 

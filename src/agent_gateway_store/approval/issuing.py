@@ -32,6 +32,7 @@ from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError, Gat
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.storage.database import AnyConnection, Transactions, dialect_of
+from agent_gateway_store.storage.errors import retry_conflicts
 
 _WITHDRAW_S = 5.0  # chosen: a database that is well writes a few rows in milliseconds
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
@@ -234,22 +235,31 @@ class Asking:
 
     async def _insert(self, values: dict[str, Any]) -> Issued:
         for _ in range(_TRIES):
-            async with self._transactions.connection("autocommit") as connection:
-                issued = await insert_or_reissue(connection, values, self._outbox)
+            issued = await self._insert_or_reissue(values)
             if issued is not None:
                 return issued
-            async with self._transactions.connection("transaction") as connection:
-                closed = await close_standing(connection, values)
-                changes = await self._enqueue(connection, closed)
-                issued = await insert(connection, values, self._outbox)
-                if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
-                    # Nothing else can be in the way now: this request's own id or token is taken.
-                    raise already_issued(values)
+            changes, issued = await self._close_and_insert(values)
             for change in changes:
                 await self._publish(change)
             if issued is not None:
                 return issued
         raise already_issued(values)
+
+    @retry_conflicts
+    async def _insert_or_reissue(self, values: dict[str, Any]) -> Issued | None:
+        async with self._transactions.connection("autocommit") as connection:
+            return await insert_or_reissue(connection, values, self._outbox)
+
+    @retry_conflicts
+    async def _close_and_insert(self, values: dict[str, Any]) -> tuple[list[Change], Issued | None]:
+        async with self._transactions.connection("transaction") as connection:
+            closed = await close_standing(connection, values)
+            changes = await self._enqueue(connection, closed)
+            issued = await insert(connection, values, self._outbox)
+            if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
+                # Nothing else can be in the way now: this request's own id or token is taken.
+                raise already_issued(values)
+            return changes, issued
 
     async def withdraw(self, asking: asyncio.Task[Issued], values: dict[str, Any]) -> None:
         """Cancel what `asking` asks, once that has ended: nobody has the token. Raises no error of ours.
@@ -260,16 +270,9 @@ class Asking:
         issued = None if asking.cancelled() or asking.exception() else asking.result()
         new = issued if issued is not None and issued.is_new else None
         try:
-            async with asyncio.timeout(_WITHDRAW_S), self._transactions.connection("transaction") as connection:
-                row = await WITHDRAW.first(connection, values)
-                if row is not None:
-                    approval = StoredApproval.from_row(row)
-                    change = Change(approval, None, {})
-                    left = await take_back(connection, approval, is_leased=new is not None and bool(new.leased))
-                    if left or new is None:
-                        # Somebody was notified that it waits.
-                        (change,) = await self._enqueue(connection, [approval])
-            if row is not None:
+            async with asyncio.timeout(_WITHDRAW_S):
+                change = await self._withdraw(values, new)
+            if change is not None:
                 await self._publish(change)
                 _logger.info("Approval %s was withdrawn: the task that asked was cancelled.", values["p_approval_id"])
             elif new is not None:
@@ -278,6 +281,20 @@ class Asking:
         except (GatewayStoreError, TimeoutError) as exc:
             text = "Approval %s may wait until it expires, for nobody: the task that asked was cancelled, and %s"
             _logger.warning(text, values["p_approval_id"], exc)
+
+    @retry_conflicts
+    async def _withdraw(self, values: dict[str, Any], new: Issued | None) -> Change | None:
+        async with self._transactions.connection("transaction") as connection:
+            row = await WITHDRAW.first(connection, values)
+            if row is None:
+                return None
+            approval = StoredApproval.from_row(row)
+            left = await take_back(connection, approval, is_leased=new is not None and bool(new.leased))
+            if not left and new is not None:
+                return Change(approval, None, {})
+            # Somebody was notified that it waits.
+            (change,) = await self._enqueue(connection, [approval])
+            return change
 
     def _send(self, issued: Issued) -> None:
         self._outbox.send(notice_of(issued.approval.request, "pending"), issued.leased)

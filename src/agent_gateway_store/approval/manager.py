@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Unpack
 from uuid import UUID
 
@@ -24,6 +25,7 @@ from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.redis_cache import RedisCache
 
@@ -189,9 +191,8 @@ class ApprovalManager:
         ref = ApprovalRef.by_either(token, approval_id, self._org_id)
         vote = VoteInput(approver_id, note, channel, VoteDecision.APPROVED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
-        async with self._transactions.connection("transaction") as connection:
-            approval = await decisions.approve(connection, ref, vote, allow_self=self._settings.allow_self_approval)
-            (change,) = await self._enqueue(connection, [approval])
+        allow_self = self._settings.allow_self_approval
+        (change,) = await self._change(partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self))
         return await self._after_commit(change, token)
 
     async def deny(
@@ -226,9 +227,7 @@ class ApprovalManager:
         return await self._close(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
 
     async def _close(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
-        async with self._transactions.connection("transaction") as connection:
-            approval = await decisions.close(connection, ref, vote)
-            (change,) = await self._enqueue(connection, [approval])
+        (change,) = await self._change(partial(decisions.close, ref=ref, vote=vote))
         return await self._after_commit(change, token)
 
     async def consume_token(
@@ -334,9 +333,7 @@ class ApprovalManager:
         require_between("batch_size", batch_size, 1, _LARGEST_BATCH, hint="every batch is swept until none is left")
         swept, batch = 0, batch_size
         while batch == batch_size:
-            async with self._transactions.write() as connection:
-                expired = await decisions.expire(connection, org_id=self._org_id, batch_size=batch_size)
-                changes = await self._enqueue(connection, expired)
+            changes = await self._change(partial(decisions.expire, org_id=self._org_id, batch_size=batch_size))
             for change in changes:
                 await self._after_commit(change)
             batch = len(changes)
@@ -396,6 +393,16 @@ class ApprovalManager:
             ApprovalNotFoundError: There is no such approval.
         """
         return await queries.history(self._transactions, ApprovalRef.by_id(approval_id, self._org_id))
+
+    @retry_conflicts
+    async def _change(
+        self, work: Callable[[AnyConnection], Awaitable[StoredApproval | Sequence[StoredApproval]]]
+    ) -> list[Change]:
+        """Run `work` in one transaction, with what others learn of the approvals that it changed."""
+        async with self._transactions.connection("transaction") as connection:
+            changed = await work(connection)
+            approvals = [changed] if isinstance(changed, StoredApproval) else changed
+            return await self._enqueue(connection, approvals)
 
     async def _enqueue(self, connection: AnyConnection, approvals: Sequence[StoredApproval]) -> list[Change]:
         """Write, in the transaction that changes them, what other processes and the notifiers learn of approvals."""

@@ -20,6 +20,7 @@ from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import AnyConnection, SqlConnection, Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import (
     Moment,
     OneOrMore,
@@ -132,6 +133,7 @@ async def find(connection: AnyConnection, ref: ApprovalRef) -> StoredApproval | 
     return None if row is None else StoredApproval.from_row(row)
 
 
+@retry_conflicts
 async def get(transactions: Transactions, ref: ApprovalRef) -> StoredApproval:
     """Return the approval that `ref` names as a reader sees it.
 

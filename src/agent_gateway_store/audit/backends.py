@@ -1,7 +1,7 @@
 """The sinks, where batches of rows are committed in the fastest safe way of each driver.
 
-A sink raises if the database cannot answer. A row that the database refuses does not fail its batch: its place in the
-results holds the error instead of an outcome.
+A sink raises if the database cannot answer, or ends the transaction in favour of others each time it is tried. A row
+that the database refuses does not fail its batch: its place in the results holds the error instead of an outcome.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.record import COLUMNS, EncodedRow, hash_of, key_of, to_values, with_derived_id
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
-from agent_gateway_store.storage.database import SqlConnection, dialect_of
-from agent_gateway_store.storage.errors import is_outage
+from agent_gateway_store.storage.database import SqlConnection, dialect_of, read_committed
+from agent_gateway_store.storage.errors import is_outage, retry_conflicts
 from agent_gateway_store.storage.identity import IDENTITY, identity_on, known
 
 RowResult: TypeAlias = WriteOutcome | Exception
@@ -134,8 +134,9 @@ class RowSink:
     """One INSERT per row, for drivers without a faster way, and for batches that another way refused."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+        self._engine = read_committed(engine)
 
+    @retry_conflicts
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows` together; if one is refused, each on its own."""
         try:
@@ -212,11 +213,14 @@ class PostgresSink:
 
         If the answer to a commit was lost, the second attempt finds the same events stored: DUPLICATE.
         """
+        return await self._store_until(asyncio.get_running_loop().time() + _TIMEOUT_S, rows)
+
+    @retry_conflicts
+    async def _store_until(self, deadline: float, rows: Sequence[EncodedRow]) -> list[RowResult]:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + _TIMEOUT_S
         if self._pool.has_idle:
             try:
-                return await self._store(rows, _TIMEOUT_S)
+                return await self._store(rows, deadline - loop.time())
             except _CONNECTION_LOST:
                 if loop.time() >= deadline:
                     raise

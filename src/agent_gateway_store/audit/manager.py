@@ -203,12 +203,13 @@ class AuditManager:
 
         Raises:
             StoreUnavailableError: The database could not take it.
+            TransactionConflictError: It ended the caller's transaction in favour of another one.
             ValidationError: A field was set without validation, and is not valid.
         """
         row = encode_event(event, org_id=self._org_id)
         if self._before.is_wanted:
             (row,) = await self._before.prepare([row])
-        with translate_errors("record the event"):
+        with translate_errors("record the event", in_session=True):
             return await insert_event(session, row)
 
     async def flush(self) -> int:

@@ -15,6 +15,7 @@ from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.storage.database import Database, SessionTransactions
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor
 from agent_gateway_store.storage.streaming import fetched
 
@@ -111,6 +112,7 @@ class AuditQuery:
                 raise ValueError(f"{name} must be zero or more, not {value}.")
         return _page(await self._read(criteria(filters, org_id=self._org_id), limit=limit, offset=offset))
 
+    @retry_conflicts
     async def _read(
         self, found: Criteria, *, limit: int, offset: int = 0, after: tuple[datetime, int] | None = None
     ) -> list[AuditEvent]:

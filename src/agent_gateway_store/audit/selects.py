@@ -154,8 +154,10 @@ def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
         case "text":
             pattern = bindparam("p_text", type_=Text())
             places = (table.c.tool_name, table.c.deterministic_rationale, table.c.llm_explanation)
-            like = "ilike" if dialect == "postgresql" else "like"
-            return or_(*(getattr(place, like)(pattern, escape="\\") for place in places))
+            if dialect == "postgresql":
+                # The backslash escapes by itself; in a literal it would depend on standard_conforming_strings.
+                return or_(*(place.ilike(pattern) for place in places))
+            return or_(*(place.like(pattern, escape="\\") for place in places))
         case "risk_label":
             return _labelled(dialect, several)
     column = type_coerce(table.c[name], Text()) if name in _ENUMS else table.c[name]

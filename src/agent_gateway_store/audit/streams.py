@@ -15,6 +15,7 @@ from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.streaming import streamed
 
 # The default limit of `changes`.
@@ -33,6 +34,7 @@ async def event_batches(database: Database, found: Criteria) -> AsyncGenerator[l
             yield events_of(rows)
 
 
+@retry_conflicts
 async def changes_page(database: Database, found: Criteria, cursor: str, limit: int) -> tuple[Page[AuditEvent], bool]:
     """Return the events committed since `cursor`, and whether there are more."""
     async with database.connection("read") as connection:

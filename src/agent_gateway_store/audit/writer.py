@@ -19,6 +19,7 @@ from agent_gateway_store.audit.record import COLUMNS, EncodedRow, from_values, s
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.storage.errors import conflict_of
 
 # Chosen: about ten batches, so that the next one is full while one is committed, and memory is bounded.
 MAX_QUEUED_ROWS, MAX_QUEUED_BYTES = 10_000, 64 * 2**20
@@ -180,6 +181,9 @@ class AuditWriter:
             try:
                 results = await store_batch(self._sink, rows)
             except Exception as exc:
+                if conflict_of(exc) is not None:
+                    _logger.error("Other transactions were in the way of audit events, also when tried again.")
+                    return await self._spool_or_fail(rows, exc)
                 if not self._is_away:
                     _logger.error("The audit database is away (%s).", type(exc).__name__)
                 self._is_away = True
@@ -206,9 +210,9 @@ class AuditWriter:
         self, rows: Sequence[EncodedRow], cause: Exception | None, *, quarantined_for: str | None = None
     ) -> list[_Answer]:
         if self._is_strict:
-            error = AuditUnavailableError(
-                "The event could not be recorded, so the call must not go through: check the database."
-            )
+            is_conflict = cause is not None and conflict_of(cause) is not None
+            step = "other transactions were in its way, so try again" if is_conflict else "check the database"
+            error = AuditUnavailableError(f"The event could not be recorded, so the call must not go through: {step}.")
             error.__cause__ = cause
             return [error] * len(rows)
         try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from agent_gateway_store._text import Shown, call_name, word
-from agent_gateway_store.cli.context import in_store, open_store, read_store, run
+from agent_gateway_store.cli.context import open_store, read_store, run
 from agent_gateway_store.cli.errors import CommandError, ExitCode, describe_validation
 from agent_gateway_store.cli.output import (
     JsonOption,
@@ -22,8 +22,8 @@ from agent_gateway_store.cli.output import (
     print_fields,
     print_json,
     print_page,
-    reader_is_gone,
     print_result,
+    reader_is_gone,
     say,
     to_dict,
     to_json,

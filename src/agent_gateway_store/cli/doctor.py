@@ -138,6 +138,8 @@ async def _check_database(report: Report, url: str) -> None:
                 return
         await _read_facts(report, facts, engine)
         facts["reachable"] = True
+        async with report.noting_errors():
+            await migrate.check_server(engine)
         report.facts["schema"] = state
         if state["state"] != "current":
             report.problem(explain_state(state), ExitCode.ERROR)
@@ -153,9 +155,21 @@ async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine
         facts["synchronous"] = _SYNCHRONOUS[await _scalar(engine, "PRAGMA synchronous")]
         return
     facts["server_version"] = await _scalar(engine, "SHOW server_version")
-    facts["synchronous_commit"] = await _scalar(engine, "SHOW synchronous_commit")
+    facts["encoding"] = await _scalar(engine, "SHOW server_encoding")
+    # What the role or the server says: our own connections set it to on.
+    facts["synchronous_commit"] = await _scalar(
+        engine, "SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'"
+    )
     if facts["synchronous_commit"] == "off":
-        report.warning("synchronous_commit is off: a crash of the server may lose what it acknowledged; set it to on.")
+        report.warning(
+            "synchronous_commit is off by default: through PgBouncer, or with an engine that is handed in, a crash of "
+            "the server may lose what it acknowledged; set it to on for the gateway's role."
+        )
+    if await _scalar(engine, "SHOW transaction_read_only") == "on":
+        report.warning(
+            "The database takes no writes: it is a standby, or default_transaction_read_only is on; events wait in the "
+            "spool until that ends."
+        )
 
 
 async def _read_identity(report: Report, engine: AsyncEngine) -> None:

@@ -40,6 +40,7 @@ from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDeli
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.storage.database import Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.rows import RowsParameter
 from agent_gateway_store.storage.statements import Statement, unindexed
 
@@ -188,6 +189,7 @@ def _claim_next(dialect: str) -> Any:
 _CLAIM_NEXT = Statement(_claim_next)
 
 
+@retry_conflicts
 async def is_any_due(transactions: Transactions, notifier: str, *, org_id: str | None = None) -> bool:
     """Return True if a row of one notifier is due; takes no lock, where a claim takes SQLite's only one to find none.
 
@@ -198,6 +200,7 @@ async def is_any_due(transactions: Transactions, notifier: str, *, org_id: str |
         return await _FIRST_DUE.first(connection, {"p_notifier": notifier, "p_org_id": org_id}) is not None
 
 
+@retry_conflicts
 async def claim(
     transactions: Transactions, notifier: str, limit: int, policy: Policy, *, org_id: str | None = None
 ) -> list[Delivery]:
@@ -219,6 +222,7 @@ async def claim(
         return _leased(await _CLAIM_DUE.rows(connection, values), leased_at, policy)
 
 
+@retry_conflicts
 async def claim_next(
     transactions: Transactions, approvals: Iterable[tuple[str, UUID]], policy: Policy
 ) -> list[Delivery]:
@@ -292,6 +296,7 @@ def _record(dialect: str) -> Any:
 _RECORD = Statement(_record)
 
 
+@retry_conflicts
 async def record(transactions: Transactions, results: Sequence[AttemptResult]) -> None:
     """Record results in one statement. Of a row that was claimed again meanwhile, only that it was delivered counts.
 

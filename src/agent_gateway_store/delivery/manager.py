@@ -15,6 +15,7 @@ from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDeli
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor, listing_fingerprint
 
@@ -120,8 +121,13 @@ class NotificationManager:
             .where(deliveries.c.status == DeliveryStatus.DEAD, *self._conditions(notifier=notifier, delivery_id=named))
             .values(status=DeliveryStatus.DUE, attempts=0, next_attempt_at=db_now())
         )
-        async with self._database.write() as connection:
-            return (await connection.execute(statement)).rowcount
+
+        @retry_conflicts
+        async def send_again() -> int:
+            async with self._database.write() as connection:
+                return (await connection.execute(statement)).rowcount
+
+        return await send_again()
 
     async def run(self, *, once: bool = False) -> int:
         """Send what is due to the notifiers of this process. Any number of processes may do so at once.
@@ -162,13 +168,18 @@ class NotificationManager:
             .limit(_PRUNE_BATCH)
             .with_for_update(skip_locked=True)
         )
-        total, found = 0, _PRUNE_BATCH
-        while found == _PRUNE_BATCH:
+
+        @retry_conflicts
+        async def prune_some() -> int:
             async with self._database.write() as connection:
                 ids = (await connection.execute(old)).scalars().all()
                 if ids:
                     await connection.execute(delete(deliveries).where(deliveries.c.id.in_(ids)))
-            found = len(ids)
+                return len(ids)
+
+        total, found = 0, _PRUNE_BATCH
+        while found == _PRUNE_BATCH:
+            found = await prune_some()
             total += found
         return total
 

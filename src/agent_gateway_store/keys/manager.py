@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import ColumnElement, Select, and_, false, insert, or_, select, update
+from sqlalchemy import ColumnElement, Executable, Select, and_, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store import clock
@@ -29,7 +28,8 @@ from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import SqlConnection, Transactions, db_now, first_row
+from agent_gateway_store.storage.database import Transactions, db_now, first_row
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 
 COLUMNS = (
@@ -127,10 +127,10 @@ class KeyManager:
         values = {column.name: getattr(checked, column.name) for column in _keys.c if column.name != "id"}
         values["created_at"] = db_now()
         try:
-            async with self._transactions.write() as connection:
-                row = await first_row(connection, insert(_keys).values(values).returning(*_keys.c))
-        except IntegrityError as exc:
-            raise ApiKeyExistsError(checked.caller_id) from exc
+            row = await self._insert(values)
+        except IntegrityError:
+            # The database's own words say nothing more.
+            raise ApiKeyExistsError(checked.caller_id) from None
         assert row is not None  # noqa: S101  an INSERT without conflict returns its row
         return IssuedKey(plaintext=SecretStr(plaintext), api_key=ApiKey.from_row(row))
 
@@ -232,10 +232,7 @@ class KeyManager:
             )
             .returning(*_keys.c)
         )
-        async with self._write() as connection:
-            row = await first_row(connection, statement)
-            if row is not None:
-                await self._cache.notify(connection, row["key_id"])
+        row = await self._change(statement)
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         await self._cache.publish(row["key_id"])
@@ -252,22 +249,32 @@ class KeyManager:
         """
         is_own = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         ended = {"is_active": False, "revoked_at": db_now(), "previous_key_hash": None, "previous_key_expires_at": None}
-        async with self._write() as connection:
-            statement = update(_keys).where(is_own, _keys.c.is_active).values(ended).returning(*_keys.c)
-            row = await first_row(connection, statement) or await first_row(connection, _newest(is_own))
-            if row is not None:
-                await self._cache.notify(connection, row["key_id"])
+        statement = update(_keys).where(is_own, _keys.c.is_active).values(ended).returning(*_keys.c)
+        row = await self._change(statement, _newest(is_own))
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         await self._cache.publish(row["key_id"])
         return ApiKey.from_row(row)
 
-    @asynccontextmanager
-    async def _write(self) -> AsyncIterator[SqlConnection]:
-        """Open a transaction for a change. If it raises, the commit may have succeeded: trust nothing read before."""
+    @retry_conflicts
+    async def _insert(self, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        async with self._transactions.write() as connection:
+            return await first_row(connection, insert(_keys).values(values).returning(*_keys.c))
+
+    @retry_conflicts
+    async def _change(self, *statements: Executable) -> Mapping[str, Any] | None:
+        """Commit the first of `statements` that gives a row, and notify others of that key.
+
+        If it raises, the commit may have succeeded: nothing that was read before is trusted then.
+        """
         try:
             async with self._transactions.write() as connection:
-                yield connection
+                for statement in statements:
+                    row = await first_row(connection, statement)
+                    if row is not None:
+                        await self._cache.notify(connection, row["key_id"])
+                        return row
+                return None
         except BaseException:
             self._cache.drop_all()
             raise

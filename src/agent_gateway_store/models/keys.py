@@ -41,8 +41,8 @@ class TrustLevel(IntEnum):
 class ApiKey(StoreModel, table=True):
     """The key of one caller in one organisation. Holds the bcrypt of the secret, never the secret.
 
-    A caller has one active key; the rows of revoked ones stay as they were. `model_dump` and JSON, and so the response of
-    an endpoint, leave the hashes out.
+    A caller has one active key; the rows of revoked ones stay as they were. `model_dump` and JSON, and so the response
+    of an endpoint, leave the hashes out.
 
     Attributes:
         key_id: Public, unique, and the same after a rotation.

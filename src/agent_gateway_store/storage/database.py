@@ -41,6 +41,7 @@ __all__ = [
     "dialect_of",
     "first_row",
     "get_db",
+    "read_committed",
     "reader_of",
 ]
 
@@ -64,6 +65,14 @@ _COMMAND_TIMEOUT_S = 30.0
 _LAST_TRANSACTIONS_S = 5.0
 # The largest that our own engine has: pool_size 10 and as many in overflow.
 _MOST_RAW_CONNECTIONS = 20
+# Defaults of a server, database or role that would change how our SQL is read, how times and numbers become text, which
+# transactions conflict, and whether a commit is on disk. A stronger synchronous_commit than "on" is left alone.
+_SESSION = """
+SET default_transaction_isolation = 'read committed'; SET standard_conforming_strings = on;
+SET transform_null_equals = off; SET array_nulls = on; SET quote_all_identifiers = off;
+SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 1;
+SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
+"""
 
 
 def dialect_of(executor: AnyConnection) -> str:
@@ -75,6 +84,13 @@ def dialect_of(executor: AnyConnection) -> str:
 def reader_of(engine: AsyncEngine) -> AsyncEngine:
     """Return `engine` with transactions that only read, which on SQLite do not wait for a writer."""
     return engine.execution_options(**{_READ_ONLY: True})
+
+
+def read_committed(engine: AsyncEngine) -> AsyncEngine:
+    """Return `engine` with transactions that say READ COMMITTED themselves, whatever the server's default is."""
+    if engine.dialect.name != "postgresql":
+        return engine
+    return engine.execution_options(isolation_level="READ COMMITTED")
 
 
 async def first_row(executor: SqlConnection, statement: Executable) -> Mapping[str, Any] | None:
@@ -107,7 +123,9 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
     """Return an engine for `url` (see `parse_database_url`). Nothing is connected yet.
 
     SQLite runs in WAL with synchronous=FULL, foreign keys and a busy timeout; its transactions begin IMMEDIATE unless
-    marked as reading only, because one that reads first and then writes fails at once under load.
+    marked as reading only, because one that reads first and then writes fails at once under load. PostgreSQL's
+    transactions say READ COMMITTED, and its connections do not follow defaults of the server that would change what
+    our statements mean or whether a commit is on disk.
 
     Raises:
         InvalidUrlError: See `parse_database_url`.
@@ -115,8 +133,10 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
     parsed, connect_args = parse_database_url(url)
     if parsed.get_backend_name() == "sqlite":
         return _sqlite_engine(parsed, pool_size)
-    return create_async_engine(
+    engine = create_async_engine(
         parsed,
+        # Said in each BEGIN, so that it holds through PgBouncer as well.
+        isolation_level="READ COMMITTED",
         connect_args={"timeout": _CONNECT_TIMEOUT_S, "command_timeout": _COMMAND_TIMEOUT_S, **connect_args},
         # A connection that died while idle is replaced, at the price of a round trip for each checkout.
         pool_pre_ping=True,
@@ -125,6 +145,14 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
         pool_timeout=_CONNECT_TIMEOUT_S,
         hide_parameters=True,
     )
+    # Not as startup parameters, which poolers refuse; and in PgBouncer's transaction mode others would get them.
+    if connect_args.get("statement_cache_size") != 0:
+        event.listen(engine.sync_engine, "connect", _prepare_postgresql)
+    return engine
+
+
+def _prepare_postgresql(connection: Any, _record: Any) -> None:
+    connection.run_async(lambda driver: driver.execute(_SESSION))
 
 
 def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
@@ -221,7 +249,8 @@ class Database:
         self.owned = owned
         self.url = url
         self.sessions = async_sessionmaker(engine, expire_on_commit=False)
-        self._reader = reader_of(engine)
+        self._writer = read_committed(engine)
+        self._reader = reader_of(self._writer)
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
         self._raw_pool: AsyncpgPool | None = None
@@ -267,7 +296,7 @@ class Database:
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
         with self._counted(), translate_errors("be written"):
-            async with self.engine.begin() as connection:
+            async with self._writer.begin() as connection:
                 yield connection
 
     @asynccontextmanager
@@ -290,7 +319,7 @@ class Database:
                 if access != "transaction":
                     yield connection
                     return
-                async with driver.transaction():
+                async with driver.transaction(isolation="read_committed"):
                     yield connection
 
     @asynccontextmanager
@@ -365,7 +394,7 @@ class SessionTransactions:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
         """Read in the session's transaction, which is left as it is."""
-        with translate_errors("be read"):
+        with translate_errors("be read", in_session=True):
             yield self._session
 
     @asynccontextmanager
@@ -377,7 +406,7 @@ class SessionTransactions:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
         """Write in the session's transaction and commit it."""
-        with translate_errors("be written"):
+        with translate_errors("be written", in_session=True):
             try:
                 yield self._session
                 await self._session.commit()

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import sqlite3
+import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from traceback import walk_tb
+from typing import Any, ParamSpec, TypeVar
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from agent_gateway_store.errors import GatewayStoreError, SchemaOutOfDateError, StoreUnavailableError
+from agent_gateway_store.errors import (
+    GatewayStoreError,
+    SchemaOutOfDateError,
+    StoreUnavailableError,
+    TransactionConflictError,
+)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# serialization_failure and deadlock_detected: the same transaction may succeed when it is run again.
+_CONFLICTS = ("40001", "40P01")
+# Chosen: a row lock is held for milliseconds. The server waits a second itself before it calls a wait a deadlock.
+_PAUSES_S = (0.01, 0.05, 0.2)
 # asyncpg raises InternalClientError, which has neither of its two roots, when a server is killed during a command.
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
@@ -25,7 +42,10 @@ _PLUMBING = sys.stdlib_module_names | {"uvloop", "winloop"}
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
-    ("invalidauthorization", "the database refuses the user: check DATABASE_URL"),
+    ("valid client certificate", "the server asks for a client certificate: add sslcert= and sslkey= to DATABASE_URL"),
+    ("no encryption", "the server takes this user only with TLS: add sslmode=require or verify-full to DATABASE_URL"),
+    ("no pg_hba.conf entry", "the server's pg_hba.conf lets nobody in like this: add an entry for this user and host"),
+    ("invalidauthorization", "the database refuses the user: create the role or check DATABASE_URL"),
     ("invalidcatalogname", "the database does not exist: create it or check DATABASE_URL"),
     ("readonly", "the database is read-only: check the file's folder or the server's role"),
     ("insufficientprivilege", "the database user may not do this: grant it the rights to our tables"),
@@ -36,11 +56,19 @@ _HINTS = (
     ("database is locked", "the file is locked by another process: try again"),
     ("database or disk is full", "the disk is full: make room"),
     ("diskfull", "the disk is full: make room"),
+    ("querycanceled", "the server's statement_timeout ended it: raise it for our role with ALTER ROLE ... SET"),
+    ("locknotavailable", "another transaction held a lock for too long: end it, or raise lock_timeout for our role"),
+    ("gaierror", "the server's name is not known here: check the host in DATABASE_URL"),
+    ("rejected ssl upgrade", "the server has no TLS: switch it on there, or lower sslmode in DATABASE_URL"),
+    (
+        "root certificate file",
+        "no root certificate is known to check the server's: add sslrootcert= to DATABASE_URL",
+    ),
 )
 
 
 @contextmanager
-def translate_errors(doing: str) -> Iterator[None]:
+def translate_errors(doing: str, *, in_session: bool = False) -> Iterator[None]:
     """Turn what SQLAlchemy, the drivers and the network raise into ours, with the cause kept.
 
     Ours, integrity errors and programming errors of Python pass unchanged, and so do errors of files and the network
@@ -48,8 +76,10 @@ def translate_errors(doing: str) -> Iterator[None]:
 
     Args:
         doing: What was attempted, as it ends the sentence "The database could not ...".
+        in_session: The transaction is the caller's.
 
     Raises:
+        TransactionConflictError: The database ended the transaction in favour of another one.
         StoreUnavailableError: The database is away, refuses us, or does not answer in time.
         SchemaOutOfDateError: A table or column is missing.
     """
@@ -60,7 +90,7 @@ def translate_errors(doing: str) -> Iterator[None]:
     except (SQLAlchemyError, *_DRIVER, *_OUTAGE) as exc:
         if not isinstance(exc, (SQLAlchemyError, *_DRIVER)) and not _from_driver(exc):
             raise
-        raise _translated(exc, doing) from exc
+        raise _translated(exc, doing, in_session=in_session) from exc
 
 
 def _from_driver(exc: BaseException) -> bool:
@@ -68,6 +98,39 @@ def _from_driver(exc: BaseException) -> bool:
     names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(exc.__traceback__)]
     foreign = [name for name in names if name.partition(".")[0] not in _PLUMBING]
     return bool(foreign) and f"{foreign[-1]}.".startswith(tuple(f"{module}." for module in _DRIVER_MODULES))
+
+
+def retry_conflicts(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Run a function, which is one whole transaction, up to four times if the database ends it in favour of another.
+
+    One of the caller's transaction is not run again: what the caller did in it before is gone with it.
+    """
+
+    @wraps(function)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        for pause_s in _PAUSES_S:
+            try:
+                return await function(*args, **kwargs)
+            except Exception as exc:
+                if conflict_of(exc) is None or getattr(exc, "in_session", False):
+                    raise
+            # Transactions that met once would meet again if all of them waited equally long.
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311
+        return await function(*args, **kwargs)
+
+    return run
+
+
+def conflict_of(exc: BaseException) -> str | None:
+    """Return "40001" or "40P01" if the database ended a transaction in favour of another one, else None."""
+    state = getattr(exc, "sqlstate", None) if isinstance(exc, GatewayStoreError) else sqlstate_of(exc)
+    return state if state in _CONFLICTS else None
+
+
+def sqlstate_of(exc: BaseException) -> str | None:
+    """Return PostgreSQL's five letters for an error of a driver, or None."""
+    state: str | None = getattr(_driver_error(exc), "sqlstate", None)
+    return state
 
 
 def is_outage(exc: BaseException) -> bool:
@@ -83,10 +146,19 @@ def is_outage(exc: BaseException) -> bool:
     return not isinstance(exc, _ROW_FAULTS)
 
 
-def _translated(exc: BaseException, doing: str) -> GatewayStoreError:
+def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayStoreError:
     if isinstance(exc, NoSuchModuleError):
         return StoreUnavailableError(f"The database could not {doing}: no driver for this kind of URL.")
     error = _driver_error(exc)
+    if (state := conflict_of(exc)) is not None:
+        return TransactionConflictError(
+            f"The database could not {doing}: it ended the transaction in favour of another one "
+            f"({type(error).__name__}). Nothing was stored: run the whole transaction again.",
+            sqlstate=state,
+            in_session=in_session,
+        )
+    if isinstance(error, ssl.SSLError):
+        return StoreUnavailableError(f"The database could not {doing}: {_tls_hint(error)}.")
     name, text = type(error).__name__.lower(), str(error).lower()
     if isinstance(exc, (DBAPIError, *_DRIVER)) and any(word in name or word in text for word in _MISSING_SCHEMA):
         return SchemaOutOfDateError(
@@ -107,3 +179,19 @@ def _driver_error(exc: BaseException) -> BaseException:
     if isinstance(exc, DBAPIError) and exc.orig is not None:
         exc = exc.orig
     return exc.__cause__ if exc.__cause__ is not None else exc
+
+
+def _tls_hint(error: ssl.SSLError) -> str:
+    # Numbers of OpenSSL's X509_verify_cert_error_string: expired, not yet valid, another host name, another address.
+    code = getattr(error, "verify_code", None)
+    if code in (9, 10):
+        return "the server's certificate is not valid at this time: renew it, or set this machine's clock"
+    if code in (62, 64):
+        return "the server's certificate is for another name: use its name as the host in DATABASE_URL"
+    if code is not None:
+        return "the server's certificate is of an authority that is not trusted: check sslrootcert in DATABASE_URL"
+    if "CERTIFICATE_REQUIRED" in (error.reason or ""):
+        return "the server asks for a client certificate: add sslcert= and sslkey= to DATABASE_URL"
+    if "ALERT" in (error.reason or ""):
+        return "the server refuses our certificate: check sslcert and sslkey in DATABASE_URL"
+    return f"TLS failed ({error.reason or type(error).__name__}): check sslmode in DATABASE_URL and the server's TLS"

@@ -6,6 +6,7 @@ Everything runs on the caller's async engine, under a running loop, from a check
 from __future__ import annotations
 
 import io
+import logging
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, event, inspect, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store._text import code_text
-from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
-from agent_gateway_store.storage.database import reader_of
-from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError, UnsupportedDatabaseError
+from agent_gateway_store.storage.database import read_committed, reader_of
+from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
 if TYPE_CHECKING:
@@ -36,7 +38,15 @@ VERSION_TABLE = "agent_gateway_store_version"
 _LOCK_KEY = 0x616773_6D6967
 # Chosen: longer than a migration of an empty database, shorter than a supervisor waits.
 _LOCK_TIMEOUT_S = 60.0
+# In each transaction of a migration, since PgBouncer would hand a setting of the session to others. No statement has a
+# limit, as an index of a large table takes hours; a lock has one, because all writers queue behind who waits for it.
+_LIMITS = f"""
+SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{_LOCK_TIMEOUT_S:.0f}s' ELSE '0' END, true) FROM pg_settings
+WHERE name IN ('statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
+"""  # noqa: S608
+_INSUFFICIENT_PRIVILEGE, _LOCK_NOT_AVAILABLE = "42501", "55P03"
 _alembic = threading.Lock()
+_logger = logging.getLogger("agent_gateway_store.storage")
 
 
 def migrations_path() -> Path:
@@ -97,8 +107,44 @@ async def is_empty(engine: AsyncEngine) -> bool:
     return not await _read(engine, "read its tables", lambda sync: inspect(sync).get_table_names())
 
 
+async def check_server(engine: AsyncEngine) -> None:
+    """Raise UnsupportedDatabaseError, with the command that makes a right one, unless the database can hold every text.
+
+    A server whose commits are not on disk when it acknowledges them is named in the log.
+    """
+
+    def check(connection: Connection) -> None:
+        encoding, durable, database, role = connection.execute(
+            text(
+                "SELECT current_setting('server_encoding'), current_setting('synchronous_commit') <> 'off', "
+                "quote_ident(current_database() || '_utf8'), quote_ident(current_user)"
+            )
+        ).one()
+        if encoding != "UTF8":
+            raise UnsupportedDatabaseError(
+                f"The database was created with the encoding {encoding}, which cannot hold every text: run `CREATE "
+                f"DATABASE {database} ENCODING 'UTF8' LOCALE 'C' TEMPLATE template0`, and name that one in "
+                "DATABASE_URL.",
+                encoding=encoding,
+            )
+        if not durable:
+            _logger.warning(
+                "synchronous_commit is off, so a crash of the server may lose what it acknowledged: "
+                "run `ALTER ROLE %s SET synchronous_commit = on`.",
+                role,
+            )
+
+    if engine.dialect.name == "postgresql":
+        await _read(engine, "be examined", check)
+
+
 async def require_current(engine: AsyncEngine) -> None:
-    """Raise SchemaOutOfDateError, with the step to take, unless the database is at `head()`."""
+    """Raise SchemaOutOfDateError, with the step to take, unless the database is at `head()`.
+
+    Raises:
+        UnsupportedDatabaseError: See `check_server`.
+    """
+    await check_server(engine)
     found, expected = await current(engine), head()
     if found == expected:
         return
@@ -126,14 +172,19 @@ def is_known(revision: str) -> bool:
 
 
 async def upgrade(engine: AsyncEngine, revision: str = "head") -> None:
-    """Bring the database to `revision`, in one transaction. Any number of processes may do so at once.
+    """Bring the database to `revision`. Any number of processes may do so at once.
+
+    It is one transaction, unless an index is built on a large table of PostgreSQL: see `create_index`.
 
     Raises:
         SchemaOutOfDateError: The database is newer than this package.
-        StoreUnavailableError: The database is away, or another process held the lock for a minute.
+        StoreUnavailableError: The database is away, another process held the lock for a minute, or our role may not
+            change the schema.
+        UnsupportedDatabaseError: See `check_server`.
     """
     from alembic import command
 
+    await check_server(engine)
     found = await current(engine)
     if found is not None and not is_known(found):
         await require_current(engine)
@@ -151,13 +202,83 @@ async def downgrade(engine: AsyncEngine, revision: str) -> None:
 
 @asynccontextmanager
 async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Open the one transaction in which this database is migrated: no other thread or process migrates it meanwhile."""
+    """Open the connection on which this database is migrated: no other thread or process migrates it meanwhile."""
     with translate_errors("be migrated"):
-        async with _process_lock(), _file_lock(engine), engine.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                # Ends with the transaction, so that it also works through PgBouncer's transaction mode.
-                await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})"))
+        async with _process_lock(), _file_lock(engine):
+            if engine.dialect.name != "postgresql":
+                async with engine.connect() as connection:
+                    yield connection
+                return
+            # The lock has a transaction of its own, since that of the migration ends before an index is built
+            # concurrently; a transaction, because PgBouncer gives nobody a session. Its connection is outside the pool,
+            # which may have a single place.
+            async with _unlimited(engine, in_pool=False) as lock, _unlimited(engine, in_pool=True) as connection:
+                await _take_advisory_lock(lock)
+                await _require_create(connection)
+                try:
+                    yield connection
+                except DBAPIError as exc:
+                    if sqlstate_of(exc) != _INSUFFICIENT_PRIVILEGE:
+                        raise
+                    raise StoreUnavailableError(
+                        "The database could not be migrated: only the owner of our tables may change them. Run "
+                        "`gateway-store db upgrade` with the role that owns them in DATABASE_URL."
+                    ) from exc
+
+
+@asynccontextmanager
+async def _unlimited(engine: AsyncEngine, *, in_pool: bool) -> AsyncIterator[AsyncConnection]:
+    """Open a connection without limits of time, which is closed afterwards; `in_pool`: it takes a place in the pool."""
+    async with read_committed(engine).connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        if not in_pool:
+            await connection.run_sync(lambda sync: sync.detach())
+        if engine.dialect.driver == "asyncpg" and driver is not None:
+            # asyncpg takes the limit of a command with each command, or when it connects; Alembic gives none.
+            driver._config = driver._config._replace(command_timeout=None)
+        event.listen(connection.sync_connection, "begin", lambda sync: sync.exec_driver_sql(_LIMITS))
+        try:
             yield connection
+        finally:
+            if in_pool:
+                await connection.invalidate()
+
+
+async def _take_advisory_lock(connection: AsyncConnection) -> None:
+    try:
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})"))
+        # A SELECT keeps its snapshot until the next statement, and a concurrent build would wait for it without end.
+        await connection.execute(text("SET LOCAL lock_timeout = 0"))
+    except DBAPIError as exc:
+        if sqlstate_of(exc) != _LOCK_NOT_AVAILABLE:
+            raise
+        raise StoreUnavailableError(
+            "The database could not be migrated: another process has been migrating it for "
+            f"{_LOCK_TIMEOUT_S:.0f} seconds. Wait until that one ends, then try again."
+        ) from exc
+
+
+async def _require_create(connection: AsyncConnection) -> None:
+    """Raise StoreUnavailableError, with the step to take, unless our role may create tables."""
+    role, schema, may_create = (
+        await connection.execute(
+            text(
+                "SELECT quote_ident(current_user), quote_ident(current_schema()), "
+                "has_schema_privilege(current_schema(), 'CREATE')"
+            )
+        )
+    ).one()
+    await connection.rollback()
+    if schema is None:
+        raise StoreUnavailableError(
+            "The database could not be migrated: no schema of the role's search_path exists, or it may use none. "
+            f"Run `CREATE SCHEMA AUTHORIZATION {role}`, or set search_path for the role."
+        )
+    if not may_create:
+        raise StoreUnavailableError(
+            f"The database could not be migrated: the role {role} may not create tables in the schema {schema}. "
+            f"Run `GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}` as its owner."
+        )
 
 
 @asynccontextmanager
@@ -213,6 +334,9 @@ async def differences(engine: AsyncEngine) -> list[str]:
     from agent_gateway_store.models.tables import metadata
 
     def compare(connection: Connection) -> list[str]:
+        if connection.dialect.name == "postgresql":
+            # SQLAlchemy reads the texts of types and expressions, which would come in quotes.
+            connection.execute(text("SET LOCAL quote_all_identifiers = off"))
         context = MigrationContext.configure(
             connection,
             opts={"version_table": VERSION_TABLE, "compare_type": True, "include_object": include_object},

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import aiosqlite
+import asyncpg
 
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.statements import CompiledStatement
 from agent_gateway_store.storage.urls import is_memory
 
@@ -19,17 +22,31 @@ LONGEST_S = 24 * 3600.0
 Rows: TypeAlias = Sequence[Sequence[Any]]
 # With events of 5 kB about 5 MB.
 _BATCH_ROWS = 1_000
-# COPY writes values as the session is set, and the reader expects these forms.
-_OUTPUT_FORMAT = "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1"
+# COPY writes values as the session is set, and the reader expects these forms. The server's limits are meant for short
+# transactions; pg_dump lifts them as well.
+_LONG_READ = """
+SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1;
+SELECT set_config(name, '0', true) FROM pg_settings
+WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
+"""
 
 
+@asynccontextmanager
+async def _long_read(driver: asyncpg.Connection) -> AsyncIterator[None]:
+    async with driver.transaction(isolation="read_committed", readonly=True):
+        await driver.execute(_LONG_READ)
+        yield
+
+
+@retry_conflicts
 async def fetched(database: Database, query: CompiledStatement, values: Mapping[str, Any]) -> Rows:
     """Return all rows of a query that may take long."""
     arguments = query.arguments(values)
     async with database.raw_connection() as driver:
         if isinstance(driver, aiosqlite.Connection):
             return list(await driver.execute_fetchall(query.text, arguments))
-        return await driver.fetch(query.text, *arguments, timeout=LONGEST_S)  # type: ignore[no-any-return]
+        async with _long_read(driver):
+            return await driver.fetch(query.text, *arguments, timeout=LONGEST_S)  # type: ignore[no-any-return]
 
 
 async def streamed(
@@ -49,7 +66,7 @@ async def streamed(
                 while found := list(await cursor.fetchmany(batch)):
                     yield found
             return
-        async with driver.transaction(readonly=True):
+        async with _long_read(driver):
             cursor = await driver.cursor(query.text, *arguments, timeout=LONGEST_S)
             while found := await cursor.fetch(batch, timeout=LONGEST_S):
                 yield found
@@ -94,8 +111,7 @@ async def copied(
     # One thread for all blocks: the allocators of C libraries keep memory for each thread that uses them.
     with ThreadPoolExecutor(1, thread_name_prefix="gateway-store bulk") as thread:
         try:
-            async with database.raw_connection() as driver, driver.transaction(readonly=True):
-                await driver.execute(_OUTPUT_FORMAT)
+            async with database.raw_connection() as driver, _long_read(driver):
                 await driver.copy_from_query(query.text, *arguments, output=receive, format="csv", timeout=LONGEST_S)
             await flush()
         finally:

@@ -1,0 +1,357 @@
+"""Serialization failures and deadlocks, provoked for real: run again a few times, and never an outage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from database_helpers import set_defaults
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+from agent_gateway_store import GatewayStore, WriteOutcome
+from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError, TransactionConflictError
+from agent_gateway_store.storage.errors import retry_conflicts, translate_errors
+from builders import CALL, make_event, make_request
+
+pytestmark = pytest.mark.integration
+
+STORED = WriteOutcome.STORED
+_FAILS = """
+CREATE TABLE fails (state TEXT, times INTEGER);
+CREATE SEQUENCE tries;
+CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    -- A sequence keeps its place when the transaction is rolled back.
+    IF nextval('tries') <= (SELECT times FROM fails) THEN
+        RAISE EXCEPTION 'in favour of another' USING ERRCODE = (SELECT state FROM fails);
+    END IF;
+    RETURN NULL;
+END $$;
+"""
+"""The host's trigger that ends our transactions: in READ COMMITTED a serialization failure comes from elsewhere."""
+
+
+@pytest.fixture
+def url(migrated_postgres_database: Callable[[], str]) -> str:
+    """The URL of a migrated, empty database."""
+    return migrated_postgres_database()
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def make_fail(url: str, table: str, *, state: str, times: int) -> None:
+    """Let the first so many statements that write to `table` end their transactions with `state`."""
+    async with connected(url) as connection:
+        await connection.execute(_FAILS)
+        await connection.execute("INSERT INTO fails VALUES ($1, $2)", state, times)
+        await connection.execute(
+            f"CREATE TRIGGER failing AFTER INSERT OR UPDATE OR DELETE ON {table} EXECUTE FUNCTION fail()"
+        )
+
+
+async def ask(store: GatewayStore) -> str:
+    return await store.approvals.issue_token(make_request())
+
+
+async def issue(store: GatewayStore) -> None:
+    await store.keys.issue("dev-agent", role="developer", environment="dev")
+
+
+async def nothing(_store: GatewayStore) -> None: ...
+
+
+async def approved(store: GatewayStore) -> str:
+    token = await ask(store)
+    await store.approvals.approve(token, "anna")
+    return token
+
+
+async def used(store: GatewayStore) -> str:
+    token = await approved(store)
+    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    return token
+
+
+async def overdue(store: GatewayStore) -> None:
+    await ask(store)
+    async with store.database.write() as connection:
+        await connection.execute(text("UPDATE approval_requests SET expires_at = now() - interval '1 hour'"))
+
+
+CALLS: dict[
+    str, tuple[str, Callable[[GatewayStore], Awaitable[Any]], Callable[[GatewayStore, Any], Awaitable[Any]]]
+] = {
+    "audit.write": ("audit_events", nothing, lambda store, _: store.audit.write(make_event())),
+    "audit.write_many": (
+        "audit_events",
+        nothing,
+        lambda store, _: store.audit.write_many(make_event() for _ in range(20)),
+    ),
+    "issue_token": ("approval_requests", nothing, lambda store, _: ask(store)),
+    "approve": ("approval_requests", ask, lambda store, token: store.approvals.approve(token, "anna")),
+    "vote": ("approval_votes", ask, lambda store, token: store.approvals.approve(token, "anna")),
+    "deny": ("approval_requests", ask, lambda store, token: store.approvals.deny(token, "anna")),
+    "cancel": ("approval_requests", ask, lambda store, token: store.approvals.cancel(token, "dev-agent")),
+    "consume_token": (
+        "approval_requests",
+        approved,
+        lambda store, token: store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
+    ),
+    "record_outcome": (
+        "approval_requests",
+        used,
+        lambda store, token: store.approvals.record_outcome(token, "done"),
+    ),
+    "expire_stale": ("approval_requests", overdue, lambda store, _: store.approvals.expire_stale()),
+    "keys.issue": ("api_keys", nothing, lambda store, _: issue(store)),
+    "keys.rotate": ("api_keys", issue, lambda store, _: store.keys.rotate("dev-agent")),
+    "keys.revoke": ("api_keys", issue, lambda store, _: store.keys.revoke("dev-agent")),
+    "redrive": ("notification_deliveries", nothing, lambda store, _: store.notifications.redrive()),
+}
+"""By name: the table that it writes, what goes before, and the call."""
+
+
+@pytest.mark.parametrize("state", ["40001", "40P01"])
+@pytest.mark.parametrize("name", CALLS)
+async def test_every_write_is_run_again(url: str, name: str, state: str) -> None:
+    """It fails twice and succeeds as if nothing had been: nothing is spooled, nothing is done twice."""
+    table, before, call = CALLS[name]
+    async with GatewayStore(url, redis_url="") as store:
+        given = await before(store)
+        await make_fail(url, table, state=state, times=2)
+        answer = await call(store, given)
+        spooled = store.audit.counters.spooled
+    async with connected(url) as connection:
+        tries = await connection.fetchval("SELECT last_value FROM tries")
+        rows = await connection.fetchval("SELECT count(*) FROM audit_events")
+
+    assert tries >= 3
+    assert (spooled, rows) == (0, {"audit.write": 1, "audit.write_many": 20}.get(name, 0))
+    assert answer not in (WriteOutcome.SPOOLED, WriteOutcome.LOST)
+
+
+async def test_it_gives_up_and_says_so(url: str) -> None:
+    """After four tries: an error of its own, which says what to do; nothing was written."""
+    async with GatewayStore(url, redis_url="") as store:
+        token = await ask(store)
+        await make_fail(url, "approval_requests", state="40001", times=4)
+        with pytest.raises(TransactionConflictError, match=r"in favour of another one .* run the whole") as given_up:
+            await store.approvals.approve(token, "anna")
+        pending = await store.approvals.check_token(token, fresh=True)
+        approved = await store.approvals.approve(token, "anna")
+
+    assert (given_up.value.sqlstate, given_up.value.in_session) == ("40001", False)
+    assert (pending.status, approved.status) == ("PENDING", "APPROVED")
+
+
+@pytest.mark.parametrize("size", [1, 20])
+async def test_events_that_give_up_are_kept_and_others_go_on(url: str, size: int) -> None:
+    """They are spooled and come in by themselves; it is no outage: the next event is stored at once."""
+    async with GatewayStore(url, redis_url="") as store:
+        # A batch is tried by COPY only: nothing else follows, as no row was refused.
+        await make_fail(url, "audit_events", state="40P01", times=4)
+        first = await store.audit.write_many(make_event() for _ in range(size))
+        second = await store.audit.write(make_event())
+        waiting = await store.audit.flush()
+        stored = await store.audit.stats()
+
+    assert (first, second, waiting) == ({WriteOutcome.SPOOLED: size}, STORED, 0)
+    assert stored[0]["calls"] == size + 1
+
+
+async def test_strict_says_that_it_was_no_outage(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call must not go through, and the next one is tried at once."""
+    monkeypatch.setenv("AUDIT_MODE", "strict")
+    async with GatewayStore(url, redis_url="") as store:
+        await make_fail(url, "audit_events", state="40001", times=4)
+        with pytest.raises(AuditUnavailableError, match="other transactions were in its way, so try again"):
+            await store.audit.write(make_event())
+        assert await store.audit.write(make_event()) is STORED
+
+
+async def waits_for_a_lock(connection: asyncpg.Connection) -> None:
+    """Return once another connection of this database waits for a lock."""
+    async with asyncio.timeout(20):
+        while not await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        ):
+            await asyncio.sleep(0.01)
+
+
+WAYS = ["own", "pgbouncer", "host's engine"]
+
+
+@asynccontextmanager
+async def store_on(url: str, way: str) -> AsyncIterator[GatewayStore]:
+    async with AsyncExitStack() as stack:
+        engine = None
+        if way == "host's engine":
+            engine = create_async_engine(url)
+            stack.push_async_callback(engine.dispose)
+        address = None if engine else url + ("?pgbouncer=true" if way == "pgbouncer" else "")
+        yield await stack.enter_async_context(GatewayStore(address, engine=engine, redis_url=""))
+
+
+@pytest.fixture
+async def patient_url(url: str) -> str:
+    """A database where our connections have two seconds for the host's next step, and the host's never give way."""
+    await set_defaults(url, deadlock_timeout="2s")
+    return url
+
+
+_NEVER_GIVES_WAY = "SET deadlock_timeout = '1min'"
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_real_deadlock_of_a_single_statement(patient_url: str, way: str) -> None:
+    """The host locks its own row and then ours, our UPDATE (by the host's trigger) ours and then the host's."""
+    url = patient_url
+    async with store_on(url, way) as store, connected(url) as host, connected(url) as watcher:
+        token = await approved(store)
+        await host.execute(_NEVER_GIVES_WAY)
+        await watcher.execute(
+            "CREATE TABLE h (n INTEGER); INSERT INTO h VALUES (0);"
+            "CREATE FUNCTION count_uses() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN UPDATE h SET n = n + 1; RETURN NULL; END';"
+            "CREATE TRIGGER counting AFTER UPDATE ON approval_requests FOR EACH ROW EXECUTE FUNCTION count_uses()"
+        )
+        async with host.transaction():
+            await host.execute("UPDATE h SET n = n + 10")
+            use = store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+            using = asyncio.create_task(use)
+            await waits_for_a_lock(watcher)
+            await host.execute("SELECT FROM approval_requests FOR UPDATE")
+        result = await using
+        uses = await host.fetchval("SELECT n FROM h")
+
+    assert (result.status, uses) == ("USED", 11)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_real_deadlock_of_a_transaction(patient_url: str, way: str) -> None:
+    """A vote locks the approval and then, by the host's trigger, the host's row."""
+    url = patient_url
+    async with store_on(url, way) as store, connected(url) as host, connected(url) as watcher:
+        token = await ask(store)
+        await host.execute(_NEVER_GIVES_WAY)
+        await watcher.execute(
+            "CREATE TABLE h (n INTEGER); INSERT INTO h VALUES (0);"
+            "CREATE FUNCTION count_votes() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN UPDATE h SET n = n + 1; RETURN NULL; END';"
+            "CREATE TRIGGER counting AFTER INSERT ON approval_votes FOR EACH ROW EXECUTE FUNCTION count_votes()"
+        )
+        async with host.transaction():
+            await host.execute("UPDATE h SET n = n + 10")
+            voting = asyncio.create_task(store.approvals.approve(token, "anna"))
+            await waits_for_a_lock(watcher)
+            await host.execute("SELECT FROM approval_requests FOR UPDATE")
+        result = await voting
+        votes = await host.fetchval("SELECT n FROM h")
+
+    assert (result.status, votes) == ("APPROVED", 11)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_real_deadlock_of_a_batch(patient_url: str, way: str) -> None:
+    """The host records two of a batch's events in its own transaction, in the other order."""
+    url = patient_url
+    one, two = make_event(), make_event()
+    async with store_on(url, way) as store, connected(url) as watcher, AsyncSession(store.database.engine) as session:
+        await session.execute(text(_NEVER_GIVES_WAY))
+        await store.audit.record(two, session=session)
+        batch = asyncio.create_task(store.audit.write_many([one, two]))
+        await waits_for_a_lock(watcher)
+        await store.audit.record(one, session=session)
+        await session.commit()
+        outcomes = await batch
+        stored = await store.audit.stats()
+
+    assert outcomes == {WriteOutcome.DUPLICATE: 2}
+    assert stored[0]["calls"] == 2
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_real_serialization_failure_of_single_statements(url: str, way: str, level: str) -> None:
+    """Each waits for a row of another transaction that commits: our statement sees it, or is run again."""
+    await set_defaults(url, default_transaction_isolation=level)
+    event = make_event()
+    async with store_on(url, way) as store, connected(url) as host, connected(url) as watcher:
+        token = await approved(store)
+        async with host.transaction():
+            await host.execute("UPDATE approval_requests SET approver_note = 'seen'")
+            use = store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+            using = asyncio.create_task(use)
+            await waits_for_a_lock(watcher)
+        result = await using
+        async with AsyncSession(store.database.engine) as session:
+            await store.audit.record(event, session=session)
+            writing = asyncio.create_task(store.audit.write(event))
+            await waits_for_a_lock(watcher)
+            await session.commit()
+        outcome = await writing
+
+    assert (result.status, outcome) == ("USED", WriteOutcome.DUPLICATE)
+
+
+async def test_in_a_session_of_the_hosts_nothing_is_run_again(url: str) -> None:
+    """Its earlier work would be missing in the second run; the host, who can run it all again, is told."""
+    engine = create_async_engine(url, isolation_level="REPEATABLE READ")
+    async with GatewayStore(url, redis_url="") as store, AsyncSession(engine) as session:
+        token = await approved(store)
+        await session.execute(text("CREATE TABLE earlier AS SELECT 1 AS n"))
+        await store.approvals.cancel(token, "dev-agent")
+        with pytest.raises(TransactionConflictError) as failed:
+            await ApprovalManager(session).consume_token(token, caller_id="dev-agent", tool_call=CALL)
+        found = await session.scalar(text("SELECT to_regclass('earlier')"))
+    await engine.dispose()
+
+    assert (failed.value.sqlstate, failed.value.in_session, found) == ("40001", True, None)
+
+
+async def test_an_event_in_the_hosts_transaction_tells_the_host(url: str) -> None:
+    """`record` raises what the host's own retry can go by, with the driver's error as its cause."""
+    engine = create_async_engine(url, isolation_level="SERIALIZABLE")
+    event = make_event()
+    async with GatewayStore(url, redis_url="") as store, AsyncSession(engine) as session:
+        await session.execute(text("SELECT 1"))
+        await store.audit.write(event)
+        with pytest.raises(TransactionConflictError) as failed:
+            await store.audit.record(event, session=session)
+        await session.rollback()
+        again = await store.audit.record(event, session=session)
+    await engine.dispose()
+
+    assert (failed.value.sqlstate, failed.value.in_session) == ("40001", True)
+    assert again is WriteOutcome.DUPLICATE
+
+
+async def test_other_errors_are_not_run_again(url: str) -> None:
+    """Only what may succeed the next time."""
+    tries = 0
+
+    @retry_conflicts
+    async def work() -> None:
+        nonlocal tries
+        tries += 1
+        with translate_errors("be written"):
+            async with connected(url) as connection:
+                await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    with pytest.raises(StoreUnavailableError):
+        await work()
+
+    assert tries == 1

@@ -1,0 +1,166 @@
+"""Migrations of large tables of PostgreSQL: no limit of time, one migrator at a time, writers go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
+from agent_gateway_store.storage import database, migrate, online
+from agent_gateway_store.storage.database import create_engine
+
+pytestmark = pytest.mark.integration
+
+INDEX = "ix_audit_events_transaction_id"
+FILL = """
+INSERT INTO audit_events (request_id, org_id, timestamp, caller_id, caller_role, environment, mcp_server, tool_name,
+    raw_args_hash, sanitized_args, risk_labels, risk_score, matched_policy_rule, decision, latency_ms, output_decision,
+    redaction_flags, deterministic_rationale)
+SELECT 'r' || n || random(), 'acme', now(), 'c', 'r', 'e', 's', 't', repeat('0', 64), '{}', '[]', 0.5, 'p', 'ALLOW', 1,
+    'ALLOW', '[]', 'd' FROM generate_series(1, $1::int) AS n
+"""
+
+
+@pytest.fixture
+async def url(postgres_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A database at 0001 whose audit log counts as large."""
+    monkeypatch.setattr(online, "_LARGE_BYTES", 1)
+    made = postgres_database()
+    engine = create_engine(made)
+    await migrate.upgrade(engine, "0001_initial")
+    await engine.dispose()
+    async with connected(made) as connection:
+        await connection.execute(FILL, 10)
+    return made
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def engine_of(url: str, **options: Any) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(url, **options) if options else create_engine(url)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+async def until(connection: asyncpg.Connection, condition: str) -> None:
+    async with asyncio.timeout(30):
+        while not await connection.fetchval(f"SELECT count(*) FROM pg_stat_activity WHERE {condition}"):
+            await asyncio.sleep(0.01)
+
+
+_BUILDING = "query LIKE 'CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'"
+
+
+async def test_writers_go_on_while_an_index_is_built(url: str) -> None:
+    """The build waits for an old transaction; events are stored meanwhile, and the schema is right at the end."""
+    async with engine_of(url) as engine, connected(url) as old, connected(url) as writer:
+        transaction = old.transaction(isolation="repeatable_read")
+        await transaction.start()
+        await old.execute("SELECT 1")
+        # Not of the audit log, so that only the build waits for it.
+        await old.fetch("SELECT count(*) FROM api_keys")
+        upgrading = asyncio.create_task(migrate.upgrade(engine))
+        await until(writer, _BUILDING)
+        await writer.execute(FILL, 5, timeout=5)
+        written = await writer.fetchval("SELECT count(*) FROM audit_events")
+        await transaction.rollback()
+        await upgrading
+        differences = await migrate.differences(engine)
+
+    assert (written, differences) == (15, [])
+
+
+async def test_a_build_that_was_stopped_is_done_again(url: str) -> None:
+    """It leaves an INVALID index, which is never used; the next run drops it and builds another."""
+    async with engine_of(url) as engine, connected(url) as old, connected(url) as admin:
+        transaction = old.transaction(isolation="repeatable_read")
+        await transaction.start()
+        await old.fetch("SELECT count(*) FROM api_keys")
+        upgrading = asyncio.create_task(migrate.upgrade(engine))
+        await until(admin, _BUILDING)
+        await admin.execute(f"SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE {_BUILDING}")
+        with pytest.raises(StoreUnavailableError):
+            await upgrading
+        valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1)"
+        left = await admin.fetchval(valid, INDEX)
+        await transaction.rollback()
+        await migrate.upgrade(engine)
+        built = await admin.fetchval(valid, INDEX)
+        differences = await migrate.differences(engine)
+
+    assert (left, built, differences) == (False, True, [])
+
+
+async def test_no_limit_of_time_ends_a_migration(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither ours for a command, nor the server's for a statement or a lock that the build waits for."""
+    monkeypatch.setattr(database, "_COMMAND_TIMEOUT_S", 0.5)
+    name = url.rpartition("/")[2]
+    async with connected(url) as old:
+        await old.execute(f'ALTER DATABASE "{name}" SET statement_timeout = 500')
+        await old.execute(f'ALTER DATABASE "{name}" SET lock_timeout = 500')
+        transaction = old.transaction(isolation="repeatable_read")
+        await transaction.start()
+        await old.fetch("SELECT count(*) FROM api_keys")
+        async with engine_of(url) as engine, connected(url) as watcher:
+            upgrading = asyncio.create_task(migrate.upgrade(engine))
+            await until(watcher, f"{_BUILDING} AND clock_timestamp() - query_start > interval '1 second'")
+            await transaction.rollback()
+            await upgrading
+            differences = await migrate.differences(engine)
+
+    assert differences == []
+
+
+async def test_a_small_table_keeps_the_one_transaction(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails later takes back the whole upgrade, the index included."""
+    monkeypatch.setattr(online, "_LARGE_BYTES", 2**30)
+    async with engine_of(url) as engine, connected(url) as connection:
+        await connection.execute("ALTER TABLE audit_events RENAME CONSTRAINT ck_audit_events_execution_status TO gone")
+        await connection.execute("ALTER TABLE audit_events ADD CONSTRAINT never CHECK (latency_ms < 5) NOT VALID")
+        await connection.execute("ALTER TABLE notification_deliveries RENAME TO elsewhere")
+        with pytest.raises(SchemaOutOfDateError):
+            await migrate.upgrade(engine)
+        found = await connection.fetchval("SELECT to_regclass($1)", INDEX)
+        revision = await migrate.current(engine)
+
+    assert (found, revision) == (None, "0001_initial")
+
+
+async def test_another_migrator_is_waited_for_and_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a command may take; when the time is up, one sentence says who is in the way."""
+    monkeypatch.setattr(database, "_COMMAND_TIMEOUT_S", 0.2)
+    async with engine_of(url) as engine, connected(url) as other:
+        await other.execute(f"SELECT pg_advisory_lock({migrate._LOCK_KEY})")
+        waiting = asyncio.create_task(migrate.upgrade(engine))
+        await until(other, "wait_event = 'advisory' AND clock_timestamp() - query_start > interval '0.5 seconds'")
+        await other.execute(f"SELECT pg_advisory_unlock({migrate._LOCK_KEY})")
+        await waiting
+        await other.execute(f"SELECT pg_advisory_lock({migrate._LOCK_KEY})")
+        monkeypatch.setattr(migrate, "_LIMITS", migrate._LIMITS.replace("60s", "1s"))
+        with pytest.raises(StoreUnavailableError, match="another process has been migrating it for 60 seconds"):
+            await migrate.downgrade(engine, "base")
+
+
+async def test_a_pool_of_one_connection_is_enough(url: str) -> None:
+    """The lock has a connection of its own, which takes no place in the host's pool."""
+    async with engine_of(url, pool_size=1, max_overflow=0, pool_timeout=1) as engine:
+        await migrate.upgrade(engine)
+        differences = await migrate.differences(engine)
+
+    assert differences == []
