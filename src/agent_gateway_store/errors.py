@@ -19,6 +19,7 @@
     │   └── AuditUnavailableError
     ├── SchemaOutOfDateError
     ├── StoreNotOpenError
+    ├── SessionInUseError (also RuntimeError)
     ├── MissingExtraError (also ImportError)
     ├── PluginError
     ├── NotDeliveredError
@@ -60,6 +61,7 @@ __all__ = [
     "PluginError",
     "SchemaOutOfDateError",
     "SelfApprovalError",
+    "SessionInUseError",
     "StoreNotOpenError",
     "StoreUnavailableError",
 ]
@@ -229,6 +231,15 @@ class SchemaOutOfDateError(GatewayStoreError):
 
 class StoreNotOpenError(GatewayStoreError):
     """The store is closed, was never opened, or was opened in another process or event loop."""
+
+
+class SessionInUseError(GatewayStoreError, RuntimeError):
+    """One session was used by several tasks at once."""
+
+    def __init__(
+        self, message: str = "One session was used by several tasks at once: give each task a session of its own."
+    ) -> None:
+        super().__init__(message)
 
 
 class MissingExtraError(GatewayStoreError, ImportError):

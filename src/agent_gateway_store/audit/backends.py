@@ -16,13 +16,13 @@ import aiosqlite
 import asyncpg
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.record import COLUMNS, EncodedRow, hash_of, key_of, to_values, with_derived_id
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
-from agent_gateway_store.storage.database import SqlConnection, dialect_of
+from agent_gateway_store.storage.database import dialect_of
 from agent_gateway_store.storage.errors import is_outage
 
 RowResult: TypeAlias = WriteOutcome | Exception
@@ -89,7 +89,7 @@ async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]
     return [results[index] for index in range(len(rows))]
 
 
-async def insert_event(connection: SqlConnection, row: EncodedRow) -> WriteOutcome:
+async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOutcome:
     """Insert one row through SQLAlchemy, which works on every connection; does not commit.
 
     The same event again changes nothing (DUPLICATE). Another event under a used request_id is stored under a derived id

@@ -27,6 +27,7 @@ from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.storage.database import Database, SessionTransactions
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.host import require_session, session_connection, sole_use
 
 if TYPE_CHECKING:
     import pandas
@@ -41,10 +42,14 @@ class AuditLogger:
 
     Args:
         session: Committed by each write, and left usable whatever happens. Events that fail are not spooled.
+
+    Raises:
+        TypeError: `session` is not an AsyncSession.
+        ValueError: The store cannot work in this session: the sentence says what to give in its place.
     """
 
     def __init__(self, session: AsyncSession) -> None:
-        self._transactions = SessionTransactions(session)
+        self._transactions = SessionTransactions(session, AuditEvent)
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit the session. Never raises: what cannot be stored is logged as LOST.
@@ -55,8 +60,8 @@ class AuditLogger:
         row: EncodedRow | None = None
         try:
             row = encode_event(event)
-            async with self._transactions.write() as session:
-                return await insert_event(session, row)
+            async with self._transactions.write() as connection:
+                return await insert_event(connection, row)
         except Exception as exc:
             log_lost(row, exc, request_id=event.request_id if issubclass(type(event), AuditEvent) else "")
             return WriteOutcome.LOST
@@ -203,13 +208,18 @@ class AuditManager:
 
         Raises:
             StoreUnavailableError: The database could not take it.
+            SessionInUseError: Another task uses the session at this moment.
+            TypeError: `session` is not an AsyncSession.
             ValidationError: A field was set without validation, and is not valid.
+            ValueError: The store cannot work in this session, say in AUTOCOMMIT, where nothing is rolled back.
         """
+        require_session(session, AuditEvent, atomic=True)
         row = encode_event(event, org_id=self._org_id)
         if self._before.is_wanted:
             (row,) = await self._before.prepare([row])
-        with translate_errors("record the event"):
-            return await insert_event(session, row)
+        with translate_errors("record the event"), sole_use(session):
+            connection = await session_connection(session, AuditEvent, writing=True, atomic=True)
+            return await insert_event(connection, row)
 
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import SecretStr
 from sqlalchemy import ColumnElement, and_, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store import clock
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, storable_key
@@ -29,7 +30,7 @@ from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import SqlConnection, Transactions, db_now, first_row
+from agent_gateway_store.storage.database import Transactions, db_now, first_row
 from agent_gateway_store.storage.filters import require_between
 
 COLUMNS = ("key_id", "caller_id", "org_id", "role", "trust_level", "environment", "is_active", "last_used_at")
@@ -257,7 +258,7 @@ class KeyManager:
         return ApiKey.from_row(row)
 
     @asynccontextmanager
-    async def _write(self) -> AsyncIterator[SqlConnection]:
+    async def _write(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction for a change. If it raises, the commit may have succeeded: trust nothing read before."""
         try:
             async with self._transactions.write() as connection:

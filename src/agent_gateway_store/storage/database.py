@@ -18,13 +18,21 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool, StaticPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
 
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.host import (
+    READ_ONLY,
+    require_engine,
+    require_session,
+    require_transaction,
+    session_connection,
+    sole_use,
+)
 from agent_gateway_store.storage.sqlite import ClosingConnection
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
@@ -33,7 +41,6 @@ __all__ = [
     "AnyConnection",
     "Database",
     "SessionTransactions",
-    "SqlConnection",
     "Transactions",
     "close_db",
     "create_engine",
@@ -44,16 +51,12 @@ __all__ = [
     "reader_of",
 ]
 
-SqlConnection: TypeAlias = AsyncConnection | AsyncSession
-"""What Core statements run on, by `await connection.execute(...)`."""
-
-AnyConnection: TypeAlias = SqlConnection | RawConnection
+AnyConnection: TypeAlias = AsyncConnection | RawConnection
 """What a `Statement` runs on."""
 
 Access: TypeAlias = Literal["read", "autocommit", "transaction"]
 """To read; to write by statements that each commit themselves; to write by several that commit together."""
 
-_READ_ONLY = "agent_gateway_store_read_only"
 # Chosen: SQLite has one writer at a time, and a crowd of them takes seconds.
 _BUSY_TIMEOUT_MS = 10_000
 # Chosen: TLS and a server that just starts included; asyncpg's own default is 60 seconds.
@@ -66,20 +69,19 @@ _LAST_TRANSACTIONS_S = 5.0
 _MOST_RAW_CONNECTIONS = 20
 
 
-def dialect_of(executor: AnyConnection) -> str:
+def dialect_of(connection: AnyConnection) -> str:
     """Return `sqlite` or `postgresql`."""
-    bind = executor.get_bind() if isinstance(executor, AsyncSession) else executor
-    return bind.dialect.name
+    return connection.dialect.name
 
 
 def reader_of(engine: AsyncEngine) -> AsyncEngine:
     """Return `engine` with transactions that only read, which on SQLite do not wait for a writer."""
-    return engine.execution_options(**{_READ_ONLY: True})
+    return engine.execution_options(**{READ_ONLY: True})
 
 
-async def first_row(executor: SqlConnection, statement: Executable) -> Mapping[str, Any] | None:
+async def first_row(connection: AsyncConnection, statement: Executable) -> Mapping[str, Any] | None:
     """Run `statement` and return its first row by column name, or None."""
-    row = (await executor.execute(statement)).mappings().first()
+    row = (await connection.execute(statement)).mappings().first()
     return None if row is None else dict(row)
 
 
@@ -90,11 +92,11 @@ class Transactions(Protocol):
         """Raise StoreNotOpenError where these transactions cannot be used."""
         ...
 
-    def read(self) -> AbstractAsyncContextManager[SqlConnection]:
+    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that only reads."""
         ...
 
-    def write(self) -> AbstractAsyncContextManager[SqlConnection]:
+    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
         ...
 
@@ -188,7 +190,7 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 def _begin_sqlite(connection: Any) -> None:
     # The driver's own transactions are off (isolation_level None), so this is the only BEGIN.
-    read_only = connection.get_execution_options().get(_READ_ONLY)
+    read_only = connection.get_execution_options().get(READ_ONLY)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
@@ -208,15 +210,12 @@ class Database:
         url: Where the engine came from; None for the caller's.
 
     Raises:
-        ValueError: The engine gives one connection to several tasks at once, which would end each other's transactions.
+        TypeError: `engine` is not an AsyncEngine.
+        ValueError: The store cannot do all its work on this engine: the sentence says what to give in its place.
     """
 
     def __init__(self, engine: AsyncEngine, *, owned: bool, url: str | None = None) -> None:
-        if isinstance(engine.pool, StaticPool):
-            raise ValueError(
-                "This engine gives one connection to several tasks at once (StaticPool, SQLAlchemy's default for "
-                "SQLite in memory): give the URL sqlite:// in its place."
-            )
+        require_engine(engine)
         self.engine = engine
         self.owned = owned
         self.url = url
@@ -268,6 +267,9 @@ class Database:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
         with self._counted(), translate_errors("be written"):
             async with self.engine.begin() as connection:
+                if not self.owned:
+                    # A host can set its driver so that only the connection itself tells.
+                    await require_transaction(connection)
                 yield connection
 
     @asynccontextmanager
@@ -354,32 +356,43 @@ class Database:
 
 
 class SessionTransactions:
-    """Transactions in a session that the caller owns: `write` commits it, and rolls it back on an error."""
+    """Transactions in a session that the caller owns: `write` commits it, and rolls it back on an error.
 
-    def __init__(self, session: AsyncSession) -> None:
-        self._session = session
+    Args:
+        session: Used by one task at a time.
+        model: The table whose rows are read or written: a session may be bound to several engines.
+        atomic: Whether the statements of one `write` must commit together, or not at all.
+
+    Raises:
+        TypeError: `session` is not an AsyncSession.
+        ValueError: The store cannot work in this session: the sentence says what to give in its place.
+    """
+
+    def __init__(self, session: AsyncSession, model: type, *, atomic: bool = False) -> None:
+        require_session(session, model, atomic=atomic)
+        self._session, self._model, self._atomic = session, model, atomic
 
     def check_owner(self) -> None:
         """Return: where a session can be used is for its owner to know."""
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncSession]:
+    async def read(self) -> AsyncIterator[AsyncConnection]:
         """Read in the session's transaction, which is left as it is."""
-        with translate_errors("be read"):
-            yield self._session
+        with translate_errors("be read"), sole_use(self._session):
+            yield await session_connection(self._session, self._model, writing=False, atomic=False)
 
     @asynccontextmanager
     async def connection(self, access: Access) -> AsyncIterator[AnyConnection]:
-        """Give the session: to read, or to write and commit it."""
-        async with self.read() if access == "read" else self.write() as session:
-            yield session
+        """Give the session's connection: to read, or to write and commit it."""
+        async with self.read() if access == "read" else self.write() as connection:
+            yield connection
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncSession]:
+    async def write(self) -> AsyncIterator[AsyncConnection]:
         """Write in the session's transaction and commit it."""
-        with translate_errors("be written"):
+        with translate_errors("be written"), sole_use(self._session):
             try:
-                yield self._session
+                yield await session_connection(self._session, self._model, writing=True, atomic=self._atomic)
                 await self._session.commit()
             except BaseException:
                 await self._session.rollback()
@@ -395,6 +408,12 @@ async def get_db() -> AsyncIterator[AsyncSession]:
     For FastAPI: `session: Annotated[AsyncSession, Depends(get_db)]`. The engine is made at the first call, one for
     each process and event loop; `close_db` closes it. On SQLite the session's transactions begin IMMEDIATE, so keep
     them short.
+
+    Raises:
+        StoreUnavailableError: This database is away, or does not answer in time. What else is raised while the session
+            is used, also by other engines, passes unchanged.
+        SchemaOutOfDateError: A table or column is missing.
+        SessionInUseError: Several tasks used the session at once.
     """
     loop, url = asyncio.get_running_loop(), StoreSettings().database_url
     database = _environment.get(loop)
@@ -406,7 +425,7 @@ async def get_db() -> AsyncIterator[AsyncSession]:
         database.bind_to_loop()
         for left_behind in retired:
             await left_behind.dispose_detached()
-    with translate_errors("be used"):
+    with translate_errors("be used", engine=database.engine):
         async with database.sessions() as session:
             yield session
 
