@@ -427,12 +427,13 @@ class AuditManager:
             partition_by: "day": `path` becomes a Parquet dataset with a folder `day=YYYY-MM-DD` for each UTC day.
             raw: CSV only. False puts an apostrophe before text that a spreadsheet could take for a formula, which
                 alters the data; True leaves the data as it is.
-            overwrite: Replace the file or folder at `path`.
+            overwrite: Replace the file at `path`, or the dataset there by a dataset. A link stays, and what it leads to
+                is replaced.
             progress: True shows a progress bar; a function is called with the rows written so far, also from a thread.
             filters: See `Filters`.
 
         Raises:
-            FileExistsError: `path` exists, and `overwrite` is False.
+            FileExistsError: `path` exists, and `overwrite` is False; or it is a device, a pipe or another folder.
             OSError: The file cannot be written.
             MissingExtraError: Parquet or zstd, and pyarrow is not installed.
             TypeError: There is no such filter, or its value has the wrong type.

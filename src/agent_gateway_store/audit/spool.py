@@ -19,6 +19,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, db_now
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.permissions import create_folder
 from agent_gateway_store.storage.urls import is_memory
 
 # Chosen: a long outage must not fill the disk of the gateway.
@@ -122,7 +123,7 @@ class Spool:
             # The file was removed: what is written to it now would be lost when this process ends.
             await self.close()
         if self._engine is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            create_folder(self.path.parent)
             engine = create_engine(f"sqlite:///{self.path}", pool_size=2)
             event.listen(engine.sync_engine, "connect", _limit_size)
             try:

@@ -6,6 +6,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import aiosqlite
@@ -33,8 +35,9 @@ from agent_gateway_store.storage.host import (
     session_connection,
     sole_use,
 )
+from agent_gateway_store.storage.permissions import create_database_file
 from agent_gateway_store.storage.sqlite import ClosingConnection
-from agent_gateway_store.storage.urls import is_memory, parse_database_url
+from agent_gateway_store.storage.urls import is_memory, parse_database_url, sqlite_file
 
 __all__ = [
     "Access",
@@ -137,7 +140,7 @@ def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
         connect_args={
             "timeout": _BUSY_TIMEOUT_MS / 1000,
             "isolation_level": None,
-            "async_creator_fn": _connect_sqlite,
+            "async_creator_fn": partial(_connect_sqlite, _file_to_create(url)),
         },
         poolclass=AsyncAdaptedQueuePool,
         pool_timeout=_CONNECT_TIMEOUT_S * 3,
@@ -153,7 +156,13 @@ async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
     return await connection
 
 
-async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
+def _file_to_create(url: URL) -> Path | None:
+    return sqlite_file(url) if url.query.get("mode", "rwc") == "rwc" else None
+
+
+async def _connect_sqlite(file: Path | None, *args: Any, **options: Any) -> aiosqlite.Connection:
+    if file is not None:
+        create_database_file(file)
     connection = aiosqlite.connect(*args, factory=ClosingConnection, **options)
     # Its thread must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
     thread = connection._thread

@@ -27,16 +27,9 @@ from agent_gateway_store.errors import GatewayStoreError, SchemaOutOfDateError, 
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
 # Of SQLAlchemy's own errors these alone say something of the database: the others are the program's.
-_DATABASE = (DBAPIError, NoSuchModuleError, *_DRIVER, *_OUTAGE)
+_DATABASE = (DBAPIError, NoSuchModuleError, PoolTimeoutError, *_DRIVER)
 _ROW_FAULTS = (ValueError, TypeError, OverflowError, IntegrityError, sqlite3.IntegrityError, sqlite3.DataError)
-_DRIVER_MODULES = (
-    "aiosqlite",
-    "asyncpg",
-    "sqlalchemy",
-    "agent_gateway_store.storage.asyncpg_pool",
-    "agent_gateway_store.storage.database",
-    "agent_gateway_store.storage.sqlite",
-)
+_DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.storage.asyncpg_pool")
 # The event loop and the standard library are between the driver and the caller in every traceback.
 _PLUMBING = sys.stdlib_module_names | {"uvloop", "winloop"}
 # By class name and text, as the two drivers share no codes: asyncpg has a class for each error, sqlite3 only texts.
@@ -81,7 +74,7 @@ def translate_errors(doing: str, *, engine: AsyncEngine | None = None) -> Iterat
     except (SQLAlchemyError, *_DRIVER, *_OUTAGE) as exc:
         if _is_shared(exc):
             raise SessionInUseError from exc
-        if not isinstance(exc, _DATABASE) or not _from_driver(exc):
+        if not isinstance(exc, _DATABASE) and (isinstance(exc, SQLAlchemyError) or not _from_driver(exc)):
             raise
         if engine is not None and not (_came_through(exc, engine) and is_outage(exc) and not _is_statements(exc)):
             raise
