@@ -18,14 +18,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
-from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
+from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, check_limit
 from agent_gateway_store.audit.record import EncodedRow, encode_batches, encode_event
 from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
-from agent_gateway_store.storage.database import Database, SessionTransactions
+from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.host import require_session, session_connection, sole_use
 
@@ -35,36 +35,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from agent_gateway_store.audit.export import ExportResult
-
-
-class AuditLogger:
-    """Writes audit events through a session that the caller owns.
-
-    Args:
-        session: Committed by each write, and left usable whatever happens. Events that fail are not spooled.
-
-    Raises:
-        TypeError: `session` is not an AsyncSession.
-        ValueError: The store cannot work in this session: the sentence says what to give in its place.
-    """
-
-    def __init__(self, session: AsyncSession) -> None:
-        self._transactions = SessionTransactions(session, AuditEvent)
-
-    async def write(self, event: AuditEvent) -> WriteOutcome:
-        """Store `event` and commit the session. Never raises: what cannot be stored is logged as LOST.
-
-        Returns:
-            STORED, DUPLICATE or LOST.
-        """
-        row: EncodedRow | None = None
-        try:
-            row = encode_event(event)
-            async with self._transactions.write() as connection:
-                return await insert_event(connection, row)
-        except Exception as exc:
-            log_lost(row, exc, request_id=event.request_id if issubclass(type(event), AuditEvent) else "")
-            return WriteOutcome.LOST
 
 
 class AuditManager:
