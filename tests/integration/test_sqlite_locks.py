@@ -95,8 +95,9 @@ async def test_a_write_ends_within_five_seconds_while_another_process_has_the_lo
     async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
         assert await store.audit.write(make_event(request_id="r-0")) == "STORED"
         tokens = [await store.approvals.issue_token(ask()) for _ in range(12)]
-        holder = sqlite3.connect(path, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
+        holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        # In a thread: a task of the store that has the lock needs this event loop to let it go.
+        await asyncio.to_thread(holder.execute, "BEGIN IMMEDIATE")
         deciding = [asyncio.create_task(store.approvals.approve(token, "approver-1")) for token in tokens]
         await asyncio.sleep(0.05)
         async with asyncio.timeout(5):

@@ -35,8 +35,8 @@ table = AuditEvent.__table__  # type: ignore[attr-defined]
 
 # Chosen: callers wait for it. Longer than any commit of a database that is well; after it the spool takes over.
 _TIMEOUT_S = 5.0
-# Chosen: it leaves the spool, on the same disk, a second of these.
-_SQLITE_TIMEOUT_S = _TIMEOUT_S - 1
+# Chosen: it leaves the spool, on the same disk, two seconds of these.
+_SQLITE_TIMEOUT_S = _TIMEOUT_S - 2
 # Chosen: the database is probed every half second while it is away.
 _PROBE_TIMEOUT_S = 1.0
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
@@ -142,7 +142,7 @@ class SqliteSink:
         self._busy_timeout_ms: int | None = None
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Commit `rows` together, or raise within four seconds.
+        """Commit `rows` together, or raise within three seconds.
 
         If a key is taken, look for all keys first; if a row is refused, commit each on its own.
         """
