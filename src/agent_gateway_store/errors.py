@@ -21,6 +21,7 @@
     ├── UnsupportedDatabaseError
     ├── SchemaOutOfDateError
     ├── StoreNotOpenError
+    ├── SessionInUseError (also RuntimeError)
     ├── MissingExtraError (also ImportError)
     ├── PluginError
     ├── NotDeliveredError
@@ -62,6 +63,7 @@ __all__ = [
     "PluginError",
     "SchemaOutOfDateError",
     "SelfApprovalError",
+    "SessionInUseError",
     "StoreNotOpenError",
     "StoreUnavailableError",
     "TransactionConflictError",
@@ -262,6 +264,15 @@ class SchemaOutOfDateError(GatewayStoreError):
 
 class StoreNotOpenError(GatewayStoreError):
     """The store is closed, was never opened, or was opened in another process or event loop."""
+
+
+class SessionInUseError(GatewayStoreError, RuntimeError):
+    """One session was used by several tasks at once."""
+
+    def __init__(
+        self, message: str = "One session was used by several tasks at once: give each task a session of its own."
+    ) -> None:
+        super().__init__(message)
 
 
 class MissingExtraError(GatewayStoreError, ImportError):

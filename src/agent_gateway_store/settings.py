@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from platformdirs import user_state_path
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr, field_serializer, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -16,6 +16,8 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+
+from agent_gateway_store._text import require_visible, strip_texts
 
 PREFIX = "AGENT_GATEWAY_STORE_"
 
@@ -30,7 +32,7 @@ def mask_url(url: str) -> str:
 
 def default_hash_key() -> str | None:
     """Return HASH_KEY from the environment (the prefixed name wins), or None."""
-    return os.environ.get(f"{PREFIX}HASH_KEY", os.environ.get("HASH_KEY")) or None
+    return os.environ.get(f"{PREFIX}HASH_KEY", os.environ.get("HASH_KEY", "")).strip() or None
 
 
 def _spool_path(value: Any) -> Any:
@@ -49,7 +51,8 @@ class StoreSettings(BaseSettings):
     """Settings of a store.
 
     An argument wins over the environment, and there `AGENT_GATEWAY_STORE_NAME` wins over `NAME`. A `.env` file is read
-    only when asked for: `StoreSettings(_env_file=".env")`. A repr shows no password.
+    only when asked for: `StoreSettings(_env_file=".env")`. Blanks and line ends around a value are left out. Neither a
+    repr nor a dump shows a password.
 
     Attributes:
         database_url: Where the store lives: `sqlite:///file.db`, `postgresql://user:password@host/name`.
@@ -98,6 +101,9 @@ class StoreSettings(BaseSettings):
     notification_max_attempts: int = Field(default=15, ge=1)
     notification_poll_seconds: float = Field(default=1, gt=0, allow_inf_nan=False)
 
+    _strip = model_validator(mode="before")(strip_texts)
+    _require_visible = model_validator(mode="after")(require_visible)
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -118,9 +124,13 @@ class StoreSettings(BaseSettings):
             DotEnvSettingsSource(settings_cls, env_file=file, env_prefix=""),
         )
 
+    @field_serializer("database_url", "redis_url")
+    def _masked(self, url: str | None) -> str | None:
+        return url and mask_url(url)
+
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
         """Mask the passwords in URLs."""
         return [
-            (name, mask_url(value) if name in ("database_url", "redis_url") and value else value)
+            (name, self._masked(value) if name in ("database_url", "redis_url") else value)
             for name, value in super().__repr_args__()
         ]

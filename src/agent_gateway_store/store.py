@@ -52,7 +52,7 @@ class GatewayStore:
         database_url: Default: the setting DATABASE_URL, else the SQLite file `gateway.db` in the current folder.
         redis_url: Default: the setting REDIS_URL; "" does without.
         settings: Default: from the environment.
-        engine: An engine of the caller's in place of a URL; it is not disposed of.
+        engine: An engine of the caller's in place of a URL, of asyncpg or aiosqlite; it is not disposed of.
         redis: A client of the caller's in place of a URL; it is not closed.
         plugins: Plugins or notifiers besides the installed ones.
         auto_migrate: None sets up an empty SQLite database and nothing else; True brings any schema up to date;
@@ -60,7 +60,8 @@ class GatewayStore:
 
     Raises:
         InvalidUrlError: A URL that cannot be used as it stands.
-        ValueError: The engine lends one connection to several tasks at once (StaticPool).
+        TypeError: `engine` is not an AsyncEngine.
+        ValueError: The store cannot do all its work on this engine: the sentence says what to give in its place.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
-from agent_gateway_store import clock
+from agent_gateway_store import AuditEvent, clock
 from agent_gateway_store.storage.database import Database, SessionTransactions, create_engine, db_now
 
 pytestmark = pytest.mark.integration
@@ -168,7 +168,7 @@ async def test_integrity_errors_pass_unchanged(database: Database) -> None:
 async def test_a_session_of_the_caller_is_committed_or_rolled_back(database: Database) -> None:
     """`SessionTransactions.write` commits what its body did, or takes it back and leaves the session usable."""
     async with database.sessions() as session:
-        work = SessionTransactions(session)
+        work = SessionTransactions(session, AuditEvent)
         await write(work, "UPDATE counter SET n = 1")
         with pytest.raises(RuntimeError):
             await write(work, "UPDATE counter SET n = 2", error=RuntimeError())

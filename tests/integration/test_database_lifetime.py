@@ -7,13 +7,18 @@ import os
 import sqlite3
 import subprocess
 import sys
-from contextlib import aclosing, closing
+from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
 
+import asyncpg
 import database_helpers
 import pytest
 from database_helpers import write
 from sqlalchemy import text
+from sqlalchemy.exc import MultipleResultsFound, NoResultFound, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 
 from agent_gateway_store import errors
 from agent_gateway_store.storage.database import Database, close_db, create_engine, get_db
@@ -58,7 +63,22 @@ async def test_get_db_follows_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not [link for link in Path("/proc/self/fd").iterdir() if "two.db" in os.path.realpath(link)]
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("mine"), TimeoutError("mine"), EOFError("mine"), KeyError("mine")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("mine"),
+        TimeoutError("mine"),
+        EOFError("mine"),
+        KeyError("mine"),
+        NoResultFound("mine"),
+        MultipleResultsFound("mine"),
+        DetachedInstanceError("mine"),
+        StaleDataError("mine"),
+        PoolTimeoutError("mine"),
+        OperationalError("mine", {}, Exception()),
+        asyncpg.PostgresConnectionError("mine"),
+    ],
+)
 async def test_errors_of_the_handler_are_not_taken_for_the_databases(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -73,12 +93,82 @@ async def test_errors_of_the_handler_are_not_taken_for_the_databases(
     await close_db()
 
 
+FAULTS_OF_THE_HANDLER = {
+    "no row": "SELECT 1 WHERE 1 = 2",
+    "two rows": "SELECT 1 UNION SELECT 2",
+    "a wrong statement": "SELEKT 1",
+    "an unknown function": "SELECT no_such_function(1)",
+    "a constraint": "INSERT INTO t VALUES (1), (1)",
+    "a value": "SELECT CAST('x' AS INTEGER) / n FROM t",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_THE_HANDLER)
+async def test_a_fault_of_the_handlers_statement_is_not_an_outage(
+    url: str, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """What SQLAlchemy raises for it passes unchanged: the database answers, and no setting is wrong."""
+    monkeypatch.setenv("DATABASE_URL", url)
+    statement = FAULTS_OF_THE_HANDLER[fault]
+    if fault == "a value" and url.startswith("sqlite"):
+        statement = "SELECT abs(-9223372036854775808)"
+    async with asynccontextmanager(get_db)() as session:
+        await session.execute(text("CREATE TABLE t (n INTEGER PRIMARY KEY)"))
+        await session.commit()
+    with pytest.raises(SQLAlchemyError):
+        async with asynccontextmanager(get_db)() as session:
+            (await session.execute(text(statement))).scalar_one()
+    await close_db()
+
+
+async def test_only_its_own_database_that_is_away_is_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one that the handler uses meanwhile fails as it does elsewhere: DATABASE_URL is not its address."""
+    away = "postgresql+asyncpg://user@127.0.0.1:1/db"
+    other = create_async_engine(away)
+    monkeypatch.setenv("DATABASE_URL", "sqlite://")
+
+    async def handle() -> None:
+        async with asynccontextmanager(get_db)() as session, AsyncSession(other) as own:
+            await session.execute(text("SELECT 1"))
+            await own.execute(text("SELECT 1"))
+
+    with pytest.raises(ConnectionRefusedError):
+        await handle()
+    monkeypatch.setenv("DATABASE_URL", away)
+    with pytest.raises(errors.StoreUnavailableError, match="check that it runs"):
+        async with asynccontextmanager(get_db)() as session:
+            await session.execute(text("SELECT 1"))
+    await close_db()
+
+
+async def test_a_missing_table_in_a_session_asks_for_a_migration(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step is `db upgrade`."""
+    monkeypatch.setenv("DATABASE_URL", url)
+    with pytest.raises(errors.SchemaOutOfDateError, match="db upgrade"):
+        async with asynccontextmanager(get_db)() as session:
+            await session.execute(text("SELECT * FROM audit_events"))
+    await close_db()
+
+
+async def test_a_session_that_several_tasks_use_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is neither an outage nor a fault of the server."""
+    monkeypatch.setenv("DATABASE_URL", url)
+    with pytest.raises(errors.SessionInUseError, match="give each task a session of its own"):
+        async with asynccontextmanager(get_db)() as session:
+            await asyncio.gather(*(session.execute(text("SELECT 1")) for _ in range(5)))
+    await close_db()
+
+
 @pytest.mark.parametrize("closing_line", ["", "await close_db()"])
 def test_a_process_that_used_get_db_ends_promptly(tmp_path: Path, closing_line: str) -> None:
     """Twenty event loops one after another leave no thread, no file, and nothing that holds the process back."""
     script = f"""
 import asyncio, os, threading
 from sqlalchemy import text
+from sqlalchemy.exc import MultipleResultsFound, NoResultFound, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 from agent_gateway_store.storage.database import close_db, get_db
 
 async def use():

@@ -1,4 +1,4 @@
-"""A task that is cancelled in the middle of a statement leaves no lock on the SQLite file."""
+"""The write lock of a SQLite file: none is left by a cancelled task, and none holds up the audit log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from uuid import uuid4
 import aiosqlite
 import pytest
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall
+from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
+from builders import make_event
 
 pytestmark = pytest.mark.integration
 
@@ -84,3 +85,39 @@ async def test_tasks_cancelled_at_any_moment_leave_no_lock(tmp_path: Path) -> No
             deciding.cancel()
             await asyncio.wait([deciding])
             await asyncio.to_thread(take_the_write_lock, path)
+
+
+@pytest.mark.parametrize("mode", ["spool", "strict"])
+async def test_a_write_ends_within_five_seconds_while_another_process_has_the_lock(tmp_path: Path, mode: Any) -> None:
+    """A crowd of deciders that wait for the lock, too, takes it no longer; nothing is lost and nothing comes twice."""
+    path = tmp_path / "gateway.db"
+    settings = StoreSettings(audit_mode=mode)
+    async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
+        assert await store.audit.write(make_event(request_id="r-0")) == "STORED"
+        tokens = [await store.approvals.issue_token(ask()) for _ in range(12)]
+        holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        # In a thread: a task of the store that has the lock needs this event loop to let it go.
+        await asyncio.to_thread(holder.execute, "BEGIN IMMEDIATE")
+        deciding = [asyncio.create_task(store.approvals.approve(token, "approver-1")) for token in tokens]
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(5):
+            writing = [store.audit.write(make_event(request_id=f"r-{number}")) for number in (1, 2)]
+            outcomes = await asyncio.gather(*writing, return_exceptions=True)
+        holder.execute("ROLLBACK")
+        holder.close()
+        await asyncio.gather(*deciding)
+        await store.audit.flush()
+        stored = [event.request_id for event in await store.audit.search()]
+        timeouts = set()
+        for _ in range(20):
+            async with store.database.engine.connect() as connection:
+                timeouts.add((await connection.exec_driver_sql("PRAGMA busy_timeout")).scalar())
+
+    if mode == "spool":
+        assert outcomes == ["SPOOLED", "SPOOLED"]
+        assert sorted(stored) == ["r-0", "r-1", "r-2"]
+    else:
+        assert {type(outcome) for outcome in outcomes} == {errors.AuditUnavailableError}
+        assert stored == ["r-0"]
+    # What has no spool still waits its turn.
+    assert timeouts == {10_000}

@@ -132,6 +132,21 @@ class TestInstalled:
         assert sorted(r.state for r in plugins.records if r.name == "same") == ["active", "broken"]
         assert len(plugins.notifiers(settings)) == 1
 
+    @pytest.mark.parametrize("name", ["apprise", "log", "slack", "webhook"])
+    def test_names_of_bundled_plugins_are_not_taken(self, install: Install, settings: StoreSettings, name: str) -> None:
+        """Neither that of the plugin, nor, under another name, that of its notifier, set up or not."""
+        install(f"aa-{name}", GOOD.replace("NAME", name), entry=name)
+        install(f"bb-{name}", GOOD.replace("NAME", name), entry="aaa")
+
+        plugins = load(name, "aaa")
+        notifiers = plugins.notifiers(settings)
+
+        ours, theirs = [record for record in plugins.records if record.name == name]
+        assert (ours.distribution, ours.state) == ("agent-gateway-store", "active")
+        assert (theirs.distribution, theirs.error) == (f"fake-aa-{name}", "another installed plugin has taken its name")
+        assert record(plugins, "aaa").error == f"the name {name} is that of a bundled notifier"
+        assert not any(type(notifier).__module__.startswith("fake_") for notifier in notifiers.values())
+
     def test_distribution_found_twice_counts_once(self, install: Install, tmp_path: Path) -> None:
         """An old copy further down sys.path is not a second plugin."""
         install("good")

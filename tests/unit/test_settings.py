@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from agent_gateway_store.plugins.apprise import AppriseSettings
+from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.webhook.settings import WebhookSettings
 from agent_gateway_store.settings import StoreSettings, default_hash_key, mask_url
 
 pytestmark = pytest.mark.unit
@@ -133,6 +136,7 @@ def test_no_password_shows(url: str) -> None:
     settings = StoreSettings(database_url=url, redis_url=url, hash_key=PASSWORD)
 
     assert PASSWORD not in f"{settings!r}{settings!s}{mask_url(url)}"
+    assert PASSWORD not in f"{settings.model_dump()}{settings.model_dump(mode='json')}{settings.model_dump_json()}"
     assert "***" in mask_url(url)
     assert "host" in mask_url(url) or "redis.sock" in mask_url(url)
     assert settings.database_url == url
@@ -151,6 +155,69 @@ def test_no_password_shows(url: str) -> None:
 def test_a_url_without_a_password_shows_as_it_is(url: str) -> None:
     """Masking is for passwords only."""
     assert mask_url(url) == url
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "value"),
+    [
+        (StoreSettings, "DATABASE_URL", "sqlite:///gateway.db"),
+        (StoreSettings, "REDIS_URL", "redis://host"),
+        (StoreSettings, "ENVIRONMENT", "prod"),
+        (StoreSettings, "AUDIT_MODE", "strict"),
+        (StoreSettings, "AUDIT_SPOOL_PATH", "/var/spool.db"),
+        (StoreSettings, "HASH_KEY", "a key"),
+        (StoreSettings, "ALLOW_SELF_APPROVAL", "true"),
+        (StoreSettings, "BCRYPT_ROUNDS", "12"),
+        (SlackSettings, "SIGNING_SECRET", "5ecret"),
+        (SlackSettings, "TEAM_ID", "T024BE7LH"),
+        (WebhookSettings, "CA_FILE", "/etc/ca.pem"),
+        (AppriseSettings, "URLS", "json://host"),
+    ],
+)
+@pytest.mark.parametrize("around", ["\n", "\r\n", " \t", "\u00a0"])
+def test_blanks_and_line_ends_around_a_value_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, model: type[Any], name: str, value: str, around: str
+) -> None:
+    """A secret that was read from a file ends with one, and would be set and never work."""
+    variable, field = f"{model.model_config['env_prefix']}{name}", name.lower()
+    monkeypatch.setenv(variable, value)
+    plain = model()
+    monkeypatch.setenv(variable, f"{around}{value}{around}")
+
+    assert getattr(model(), field) == getattr(plain, field)
+    assert getattr(model(**{field: f"{value}{around}"}), field) == getattr(plain, field)
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        (StoreSettings, "database_url"),
+        (StoreSettings, "redis_url"),
+        (StoreSettings, "audit_spool_path"),
+        (StoreSettings, "hash_key"),
+        (SlackSettings, "signing_secret"),
+        (WebhookSettings, "ca_file"),
+    ],
+)
+@pytest.mark.parametrize("inside", ["\n", "\r", "\0", "\u200b", "\ufeff"])
+def test_what_cannot_be_seen_inside_a_value_is_refused(model: type[Any], field: str, inside: str) -> None:
+    """The error names the setting and repeats nothing of it."""
+    with pytest.raises(ValidationError, match=field) as caught:
+        model(**{field: f"{PASSWORD}{inside}{PASSWORD}"})
+
+    assert PASSWORD not in f"{caught.value}{caught.value!r}"
+
+
+def test_a_hash_key_is_the_same_key_wherever_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes of arguments that were made without a store are those of the store."""
+    monkeypatch.setenv("HASH_KEY", " a key\n")
+    settings = StoreSettings()
+    assert settings.hash_key is not None
+    assert default_hash_key() == settings.hash_key.get_secret_value() == "a key"
+    monkeypatch.setenv("HASH_KEY", " \n")
+
+    assert default_hash_key() is None
+    assert not StoreSettings().hash_key
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,11 @@ class ApprovalManager:
         org_id: See and change only this organisation; None: all.
         notifiers: Names of notifiers for which a delivery is written with each change, in the session's transaction;
             `gateway-store notifications run` sends them. Default: none.
+
+    Raises:
+        TypeError: `session` is not an AsyncSession.
+        ValueError: The store cannot work in this session, say in AUTOCOMMIT: the sentence says what to give in its
+            place.
     """
 
     def __init__(
@@ -85,7 +90,8 @@ class ApprovalManager:
         else:
             settings = settings or StoreSettings()
             guarded = RedisCache(redis, timeout_s=settings.redis_timeout_seconds)
-            backend = ApprovalBackend(SessionTransactions(session), guarded, settings, PersistOnlyOutbox(notifiers))
+            transactions = SessionTransactions(session, ApprovalRequest, atomic=True)
+            backend = ApprovalBackend(transactions, guarded, settings, PersistOnlyOutbox(notifiers))
         trust_s = backend.settings.approval_cache_seconds
         self._transactions, self._settings, self._outbox = backend.transactions, backend.settings, backend.outbox
         self._org_id = org_id

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 from uuid import UUID
 
 from sqlalchemy import BigInteger, BindParameter, Float, Text, bindparam, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store import clock
 from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key, fragments, readable_columns
@@ -18,7 +19,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult,
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.database import AnyConnection, SqlConnection, Transactions, dialect_of
+from agent_gateway_store.storage.database import AnyConnection, Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import (
@@ -254,7 +255,7 @@ def _parameter(name: str, value: Any) -> BindParameter[Any]:
 
 
 async def _page(
-    connection: SqlConnection, conditions: str, parameters: list[BindParameter[Any]]
+    connection: AsyncConnection, conditions: str, parameters: list[BindParameter[Any]]
 ) -> list[Mapping[str, Any]]:
     dialect = dialect_of(connection)
     words = fragments(dialect) | _JSON_FIELDS[dialect]
@@ -288,7 +289,7 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
     return Page((rows[index] for index in order), columns=_HISTORY_COLUMNS)
 
 
-async def _rows_of(connection: SqlConnection, table: Any, at: Any, approval_id: UUID) -> list[Mapping[str, Any]]:
+async def _rows_of(connection: AsyncConnection, table: Any, at: Any, approval_id: UUID) -> list[Mapping[str, Any]]:
     statement = select(table).where(table.c.approval_id == approval_id).order_by(at, table.c.id)
     return [dict(row) for row in (await connection.execute(statement)).mappings()]
 

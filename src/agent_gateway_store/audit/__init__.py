@@ -1,6 +1,7 @@
 """The audit log: write events, find them again."""
 
-from agent_gateway_store.audit.manager import AuditLogger, AuditManager
+from agent_gateway_store.audit.logger import AuditLogger
+from agent_gateway_store.audit.manager import AuditManager
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery
 

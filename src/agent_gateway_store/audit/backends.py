@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
@@ -16,15 +17,15 @@ import aiosqlite
 import asyncpg
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.record import COLUMNS, EncodedRow, hash_of, key_of, to_values, with_derived_id
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
-from agent_gateway_store.storage.database import SqlConnection, dialect_of, read_committed
+from agent_gateway_store.storage.database import dialect_of, read_committed
 from agent_gateway_store.storage.errors import is_outage, retry_conflicts
-from agent_gateway_store.storage.identity import IDENTITY, identity_on, known
+from agent_gateway_store.storage.identity import IDENTITY, known
 
 RowResult: TypeAlias = WriteOutcome | Exception
 """The result of one row of a batch: its outcome, or the error by which the database refuses it."""
@@ -35,6 +36,8 @@ table = AuditEvent.__table__  # type: ignore[attr-defined]
 
 # Chosen: callers wait for it. Longer than any commit of a database that is well; after it the spool takes over.
 _TIMEOUT_S = 5.0
+# Chosen: it leaves the spool, on the same disk, two seconds of these.
+_SQLITE_TIMEOUT_S = _TIMEOUT_S - 2
 # Chosen: the database is probed every half second while it is away.
 _PROBE_TIMEOUT_S = 1.0
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
@@ -58,9 +61,7 @@ class Sink(Protocol):
 
 def sink_for(engine: AsyncEngine) -> Sink:
     """Return the sink for an engine's driver."""
-    if engine.dialect.driver == "asyncpg":
-        return PostgresSink(engine)
-    return SqliteSink(engine) if engine.dialect.driver == "aiosqlite" else RowSink(engine)
+    return PostgresSink(engine) if engine.dialect.driver == "asyncpg" else SqliteSink(engine)
 
 
 async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]:
@@ -90,7 +91,7 @@ async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]
     return [results[index] for index in range(len(rows))]
 
 
-async def insert_event(connection: SqlConnection, row: EncodedRow) -> WriteOutcome:
+async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOutcome:
     """Insert one row through SQLAlchemy, which works on every connection; does not commit.
 
     The same event again changes nothing (DUPLICATE). Another event under a used request_id is stored under a derived id
@@ -130,56 +131,79 @@ async def _insert_free(
     return [results[index] for index in range(len(rows))]
 
 
-class RowSink:
-    """One INSERT per row, for drivers without a faster way, and for batches that another way refused."""
+class SqliteSink:
+    """`executemany` in one transaction on the driver's own connection.
+
+    It waits less long for another process that has the write lock than an ordinary transaction does: there is the
+    spool.
+    """
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = read_committed(engine)
+        self._engine = engine
+        self._busy_timeout_ms: int | None = None
 
-    @retry_conflicts
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Commit `rows` together; if one is refused, each on its own."""
-        try:
-            async with self._engine.begin() as connection:
-                return [await insert_event(connection, row) for row in rows]
-        except Exception as exc:
-            if is_outage(exc):
-                raise
-            if len(rows) == 1:
-                return [exc]
-        return [(await self.store([row]))[0] for row in rows]
+        """Commit `rows` together, or raise within three seconds.
+
+        If a key is taken, look for all keys first; if a row is refused, commit each on its own.
+        """
+        deadline = asyncio.get_running_loop().time() + _SQLITE_TIMEOUT_S
+        async with self._driver(deadline) as driver:
+            return await _store_on(driver, rows, deadline)
 
     async def probe(self) -> str:
-        """Open a transaction; on SQLite one that may write, since reading works while another process has the lock."""
-        async with self._engine.begin() as connection:
-            return await identity_on(connection)
+        """Begin to write, since reading works while another process has the lock."""
+        deadline = asyncio.get_running_loop().time() + _PROBE_TIMEOUT_S
+        async with self._driver(deadline) as driver:
+            await _begin(driver, deadline)
+            try:
+                ((identity,),) = await driver.execute_fetchall(str(IDENTITY))
+            finally:
+                await driver.rollback()
+        return known(identity)
 
     async def close(self) -> None:
         """There is no connection to close."""
 
-
-class SqliteSink(RowSink):
-    """`executemany` in one transaction on the driver's own connection."""
-
-    async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Commit `rows` together; if a key is taken, look for all keys first; if a row is refused, one by one."""
-        async with self._engine.connect() as connection:
+    @asynccontextmanager
+    async def _driver(self, deadline: float) -> AsyncIterator[aiosqlite.Connection]:
+        async with AsyncExitStack() as stack:
+            async with asyncio.timeout_at(deadline):
+                connection = await stack.enter_async_context(self._engine.connect())
             driver = (await connection.get_raw_connection()).driver_connection
             assert isinstance(driver, aiosqlite.Connection)  # noqa: S101
-            for insert in (_insert_all, _insert_unknown):
-                try:
-                    await driver.execute("BEGIN IMMEDIATE")
-                    results = await insert(driver, rows)
-                    await driver.commit()
-                except aiosqlite.IntegrityError:
-                    await driver.rollback()
-                except BaseException:
-                    if driver.in_transaction:
-                        await driver.rollback()
-                    raise
-                else:
-                    return results
-        return await super().store(rows)
+            if self._busy_timeout_ms is None:
+                ((self._busy_timeout_ms,),) = await driver.execute_fetchall("PRAGMA busy_timeout")
+            try:
+                yield driver
+            finally:
+                # The next user of the connection has no spool.
+                await driver.execute(f"PRAGMA busy_timeout={self._busy_timeout_ms}")
+
+
+async def _store_on(driver: aiosqlite.Connection, rows: Sequence[EncodedRow], deadline: float) -> list[RowResult]:
+    refused: list[RowResult] = []
+    for insert in (_insert_all, _insert_unknown):
+        try:
+            await _begin(driver, deadline)
+            results = await insert(driver, rows)
+            await driver.commit()
+        except aiosqlite.IntegrityError as exc:
+            await driver.rollback()
+            refused = [exc]
+        except BaseException:
+            if driver.in_transaction:
+                await driver.rollback()
+            raise
+        else:
+            return results
+    return refused if len(rows) == 1 else [(await _store_on(driver, [row], deadline))[0] for row in rows]
+
+
+async def _begin(driver: aiosqlite.Connection, deadline: float) -> None:
+    left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+    # SQLite's own wait ends where the deadline is: the driver's thread cannot be stopped in it.
+    await driver.executescript(f"PRAGMA busy_timeout={left_s * 1000:.0f}; BEGIN IMMEDIATE")
 
 
 async def _insert_all(driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
@@ -205,7 +229,7 @@ class PostgresSink:
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._rows = RowSink(engine)
+        self._engine = read_committed(engine)
         self._pool = AsyncpgPool(engine, size=1)
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
@@ -252,11 +276,25 @@ class PostgresSink:
         except Exception as exc:
             if is_outage(exc):
                 raise
-        return await self._rows.store(rows)
+        return await _store_each(self._engine, rows)
 
     async def close(self) -> None:
         """Close the connection."""
         await self._pool.close()
+
+
+@retry_conflicts
+async def _store_each(engine: AsyncEngine, rows: Sequence[EncodedRow]) -> list[RowResult]:
+    """Commit `rows` by one INSERT each, together; if one is refused, each on its own."""
+    try:
+        async with engine.begin() as connection:
+            return [await insert_event(connection, row) for row in rows]
+    except Exception as exc:
+        if is_outage(exc):
+            raise
+        if len(rows) == 1:
+            return [exc]
+    return [(await _store_each(engine, [row]))[0] for row in rows]
 
 
 async def _insert_on_conflict(driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:

@@ -21,6 +21,7 @@ from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS, oldest
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow, arrow_schema
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.permissions import FOLDER_MODE, create_file
 from agent_gateway_store.storage.streaming import Rows, streamed
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ async def export_events(
     `report` receives the number of rows written so far.
     """
     files = 1
-    with partial(path, overwrite=overwrite) as written:
+    with partial(path, overwrite=overwrite, as_folder=by_day) as written:
         if format == "parquet":
             with ParquetFiles(written, compression=compression, by_day=by_day) as target:
 
@@ -216,7 +217,7 @@ class ParquetFiles:
 
     def __enter__(self) -> Self:
         if self._by_day:
-            self._path.mkdir()
+            self._path.mkdir(FOLDER_MODE)
         else:
             self._open(self._path)
         return self
@@ -251,7 +252,7 @@ class ParquetFiles:
                 self._close()
                 self._day = run
                 folder = self._path / f"day={run}"
-                folder.mkdir()
+                folder.mkdir(FOLDER_MODE)
                 self._open(folder / "part-0.parquet")
             self._add(table.slice(start, length))
             start += length
@@ -274,6 +275,7 @@ class ParquetFiles:
     def _open(self, path: Path) -> None:
         from pyarrow import parquet
 
+        create_file(path)
         self._file = path
         self._writer = parquet.ParquetWriter(path, self._schema, compression=self._compression)
         self.files += 1

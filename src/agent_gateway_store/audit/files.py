@@ -25,6 +25,7 @@ from agent_gateway_store.audit.record import encode_event, hash_of
 from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow
+from agent_gateway_store.storage.permissions import create_file
 
 T = TypeVar("T")
 
@@ -98,20 +99,25 @@ def export_format(
 
 
 @contextmanager
-def partial(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def partial(path: Path, *, overwrite: bool, as_folder: bool = False) -> Iterator[Path]:
     """Yield a name beside `path` for a file or folder; at the end that becomes `path`, at once and complete.
 
     If the body raises, the file or folder is removed. If the process is killed it stays as `.<name>.<random>.partial`,
-    never under `path`.
+    never under `path`. A link stays, and what it leads to is replaced.
 
     Raises:
-        FileExistsError: `path` exists, and `overwrite` is False.
+        FileExistsError: `path` exists, and `overwrite` is False; or it is no regular file, nor, with `as_folder`, a
+            dataset of days.
         FileNotFoundError: The folder of `path` does not exist.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent}: make it first.")
     if not overwrite and os.path.lexists(path):
         raise _exists(path)
+    if not _is_replaceable(path, as_folder=as_folder):
+        raise FileExistsError(f"{path} is not a file or dataset of an export: choose another name.")
+    # Of a link, what it leads to is replaced.
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent}: make it first.")
     written = _beside(path, "partial")
     try:
         yield written
@@ -126,6 +132,13 @@ def partial(path: Path, *, overwrite: bool) -> Iterator[Path]:
         else:
             written.unlink(missing_ok=True)
         raise
+
+
+def _is_replaceable(path: Path, *, as_folder: bool) -> bool:
+    # A device or a pipe would be gone, and so would a folder with all that is in it.
+    if as_folder and path.is_dir():
+        return all(each.is_dir() and each.name.startswith("day=") for each in path.iterdir())
+    return path.is_file() or not path.exists()
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -168,9 +181,9 @@ def _place_folder(written: Path, path: Path, *, overwrite: bool) -> None:
 
 def sync(path: Path) -> None:
     """Force the file at `path` to disk, or the names in a folder where the system can do that."""
-    # Windows opens no folders.
+    # Windows opens no folders, and forces to disk only what may be written.
     with suppress(OSError) if path.is_dir() else nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
@@ -185,21 +198,22 @@ def _exists(path: Path) -> FileExistsError:
 
 @contextmanager
 def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[bytes], object]]:
-    """Open a new file and yield the function that writes to it.
+    """Open a new file, for its owner alone, and yield the function that writes to it.
 
     Raises:
         MissingExtraError: zstd, and pyarrow is not installed.
     """
-    if compression == "zstd":
-        pa = arrow("Compressing by zstd")
+    pa = arrow("Compressing by zstd") if compression == "zstd" else None
+    create_file(path)
+    if pa is not None:
         with pa.OSFile(str(path), "wb") as file, pa.CompressedOutputStream(file, "zstd") as stream:
             yield stream.write
     elif compression == "gzip":
         # No time in the header, so that the same events give the same file.
-        with path.open("xb") as file, gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
+        with path.open("wb") as file, gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
             yield packed.write
     else:
-        with path.open("xb") as file:
+        with path.open("wb") as file:
             yield file.write
 
 

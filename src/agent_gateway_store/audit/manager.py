@@ -18,15 +18,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
-from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
+from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, check_limit
 from agent_gateway_store.audit.record import EncodedRow, encode_batches, encode_event
 from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
-from agent_gateway_store.storage.database import Database, SessionTransactions
+from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.host import require_session, session_connection, sole_use
 
 if TYPE_CHECKING:
     import pandas
@@ -34,32 +35,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from agent_gateway_store.audit.export import ExportResult
-
-
-class AuditLogger:
-    """Writes audit events through a session that the caller owns.
-
-    Args:
-        session: Committed by each write, and left usable whatever happens. Events that fail are not spooled.
-    """
-
-    def __init__(self, session: AsyncSession) -> None:
-        self._transactions = SessionTransactions(session)
-
-    async def write(self, event: AuditEvent) -> WriteOutcome:
-        """Store `event` and commit the session. Never raises: what cannot be stored is logged as LOST.
-
-        Returns:
-            STORED, DUPLICATE or LOST.
-        """
-        row: EncodedRow | None = None
-        try:
-            row = encode_event(event)
-            async with self._transactions.write() as session:
-                return await insert_event(session, row)
-        except Exception as exc:
-            log_lost(row, exc, request_id=event.request_id if issubclass(type(event), AuditEvent) else "")
-            return WriteOutcome.LOST
 
 
 class AuditManager:
@@ -203,14 +178,19 @@ class AuditManager:
 
         Raises:
             StoreUnavailableError: The database could not take it.
-            TransactionConflictError: It ended the caller's transaction in favour of another one.
+            SessionInUseError: Another task uses the session at this moment.
+            TransactionConflictError: The database ended the caller's transaction in favour of another one.
+            TypeError: `session` is not an AsyncSession.
             ValidationError: A field was set without validation, and is not valid.
+            ValueError: The store cannot work in this session, say in AUTOCOMMIT, where nothing is rolled back.
         """
+        require_session(session, AuditEvent, atomic=True)
         row = encode_event(event, org_id=self._org_id)
         if self._before.is_wanted:
             (row,) = await self._before.prepare([row])
-        with translate_errors("record the event", in_session=True):
-            return await insert_event(session, row)
+        with translate_errors("record the event", in_session=True), sole_use(session):
+            connection = await session_connection(session, AuditEvent, writing=True, atomic=True)
+            return await insert_event(connection, row)
 
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.
@@ -418,12 +398,13 @@ class AuditManager:
             partition_by: "day": `path` becomes a Parquet dataset with a folder `day=YYYY-MM-DD` for each UTC day.
             raw: CSV only. False puts an apostrophe before text that a spreadsheet could take for a formula, which
                 alters the data; True leaves the data as it is.
-            overwrite: Replace the file or folder at `path`.
+            overwrite: Replace the file at `path`, or the dataset there by a dataset. A link stays, and what it leads to
+                is replaced.
             progress: True shows a progress bar; a function is called with the rows written so far, also from a thread.
             filters: See `Filters`.
 
         Raises:
-            FileExistsError: `path` exists, and `overwrite` is False.
+            FileExistsError: `path` exists, and `overwrite` is False; or it is a device, a pipe or another folder.
             OSError: The file cannot be written.
             MissingExtraError: Parquet or zstd, and pyarrow is not installed.
             TypeError: There is no such filter, or its value has the wrong type.

@@ -46,11 +46,15 @@ class AuditQuery:
     Args:
         session: A session of the caller's, which is neither committed nor closed; or a whole database.
         org_id: See only this organisation; None sees all.
+
+    Raises:
+        TypeError: `session` is not an AsyncSession.
+        ValueError: The store cannot work in this session: the sentence says what to give in its place.
     """
 
     def __init__(self, session: AsyncSession | Database, *, org_id: str | None = None) -> None:
         self._source: Database | SessionTransactions = (
-            session if isinstance(session, Database) else SessionTransactions(session)
+            session if isinstance(session, Database) else SessionTransactions(session, AuditEvent)
         )
         self._org_id = org_id
 

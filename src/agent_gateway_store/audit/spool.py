@@ -43,6 +43,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, db_now, reader_of
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.permissions import create_folder
 from agent_gateway_store.storage.urls import is_memory
 
 # Chosen: a long outage must not fill the disk of the gateway.
@@ -206,7 +207,7 @@ class Spool:
             await self.close()
         if self._engine is None:
             _check_place(self.path)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            create_folder(self.path.parent)
             # Not as text: a path may hold what ends one in a URL.
             engine = create_engine(URL.create("sqlite", database=str(self.path)), pool_size=2)
             event.listen(engine.sync_engine, "connect", _limit_size)

@@ -133,13 +133,9 @@ async def _is_empty(store: GatewayStore) -> bool:
 
 def sqlite_file(url: str) -> Path | None:
     """Return the file of a SQLite URL; None for another database, and for one in memory."""
-    from agent_gateway_store.storage.urls import is_memory, parse_database_url
+    from agent_gateway_store.storage import urls
 
-    parsed, _ = parse_database_url(url)
-    if parsed.get_backend_name() != "sqlite" or is_memory(parsed) or not parsed.database:
-        return None
-    # SQLite also takes `file:name?mode=ro`, of which only the name is a path.
-    return Path(parsed.database.removeprefix("file:").partition("?")[0])
+    return urls.sqlite_file(urls.parse_database_url(url)[0])
 
 
 def choose(kind: type[E], text: str, option: str) -> E:

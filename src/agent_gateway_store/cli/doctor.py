@@ -16,6 +16,8 @@ from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from agent_gateway_store.settings import StoreSettings
@@ -132,6 +134,7 @@ async def _check_database(report: Report, url: str) -> None:
         state = await schema_state(url)
         if (file := sqlite_file(url)) is not None:
             facts["file"] = str(file.absolute())
+            _check_modes(report, file, file.with_name(f"{file.name}.lock"))
             if not file.exists():
                 report.facts["schema"] = state
                 report.warning("The database file does not exist: the first use creates it.")
@@ -147,6 +150,15 @@ async def _check_database(report: Report, url: str) -> None:
         state["differences"] = await migrate.differences(engine)
         if state["differences"]:
             report.problem("The schema differs from the models: see `gateway-store db check`.", ExitCode.ERROR)
+
+
+def _check_modes(report: Report, *paths: Path) -> None:
+    from agent_gateway_store.storage.permissions import open_to_others
+
+    for path in paths:
+        if mode := open_to_others(path):
+            wanted = "700" if path.is_dir() else "600"
+            report.warning(f"{path} is open to other users of this machine (mode {mode}): run `chmod {wanted} {path}`.")
 
 
 async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
@@ -241,6 +253,7 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
 
     facts: dict[str, Any] = {"mode": settings.audit_mode, "spool_path": str(settings.audit_spool_path)}
     report.facts["audit"] = facts
+    _check_modes(report, settings.audit_spool_path.parent, settings.audit_spool_path)
     identity = report.facts.get("database", {}).get("identity")
     spool = Spool(settings.audit_spool_path, parse_database_url(settings.database_url)[0], identity)
     try:

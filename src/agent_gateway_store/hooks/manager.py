@@ -24,6 +24,7 @@ LOAD_VARIABLE = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
 BLOCK_VARIABLE = "AGENT_GATEWAY_STORE_BLOCK_PLUGINS"
 
 _UNKNOWN = "unknown"
+_DISTRIBUTION = "agent-gateway-store"
 
 logger = logging.getLogger("agent_gateway_store.hooks")
 
@@ -32,7 +33,8 @@ class Plugins:
     """The plugins of a store: those given to it, then those installed. All are loaded at once, in the calling thread.
 
     Each is loaded, called and reported apart from the others. One that cannot be imported, raises (`SystemExit`
-    included) or has the wrong shape is recorded as broken, and the rest are used.
+    included) or has the wrong shape is recorded as broken, and the rest are used. Of those installed the bundled ones
+    come first, and no other distribution takes their names.
 
     Args:
         given: Modules, objects with hook implementations, notifiers, or classes of these that need no argument. They
@@ -50,7 +52,10 @@ class Plugins:
         for each in given:
             self._add_given(each)
         first_installed = len(self._plugins)
+        self._bundled: set[str] = set()
         for entry_point, distribution in _installed():
+            if _is_ours(distribution):
+                self._bundled.add(entry_point.name)
             self._add_installed(entry_point, distribution)
         found = {plugin.name for plugin in self._plugins[first_installed:]}
         for name in sorted((self._load or set()) - found):
@@ -101,7 +106,10 @@ class Plugins:
             for problem in offer.problems:
                 plugin.add_problem(problem, of_notifier=True)
             for name, notifier in offer.fitting:
-                if notifiers.setdefault(name, notifier) is not notifier:
+                if name in self._bundled and plugin.origin and plugin.origin[0] != _DISTRIBUTION:
+                    # Also where the bundled one is not set up: its notices may not go to somebody else.
+                    plugin.add_problem(f"the name {name} is that of a bundled notifier", of_notifier=True)
+                elif notifiers.setdefault(name, notifier) is not notifier:
                     plugin.add_problem(f"a notifier named {name} is already there", of_notifier=True)
                 else:
                     plugin.notifiers.append(name)
@@ -161,7 +169,7 @@ class Plugins:
 
 
 def _installed() -> Iterator[tuple[metadata.EntryPoint, metadata.Distribution]]:
-    """Yield the entry points of our group, sorted by name, none of them loaded.
+    """Yield the entry points of our group, the bundled ones first, sorted by name, none of them loaded.
 
     Of a distribution that is found twice the first on `sys.path` counts. One whose metadata cannot be read is left out.
     """
@@ -180,7 +188,11 @@ def _installed() -> Iterator[tuple[metadata.EntryPoint, metadata.Distribution]]:
         if package == _UNKNOWN or package not in seen:
             seen.add(package)
             found.extend((entry_point, distribution) for entry_point in entry_points)
-    return iter(sorted(found, key=lambda pair: pair[0].name))
+    return iter(sorted(found, key=lambda pair: (not _is_ours(pair[1]), pair[0].name)))
+
+
+def _is_ours(distribution: metadata.Distribution) -> bool:
+    return _identity(distribution)[0] == _DISTRIBUTION
 
 
 def _identity(distribution: metadata.Distribution) -> tuple[str, str]:

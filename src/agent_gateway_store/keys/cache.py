@@ -16,12 +16,12 @@ from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from cachetools import LRUCache
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store import clock
 from agent_gateway_store._concurrency import BackgroundTasks, SingleFlight
 from agent_gateway_store.keys.hashing import MAX_REFUSED, MAX_VERIFIED, Hasher, KeyVerifier
 from agent_gateway_store.models.keys import CallerIdentity
-from agent_gateway_store.storage.database import SqlConnection
 from agent_gateway_store.storage.pubsub import PubSub
 
 _TOPIC = "api-key:"
@@ -175,7 +175,7 @@ class KeyCache:
         self._refused.clear()
         self._unknown.clear()
 
-    async def notify(self, connection: SqlConnection, key_id: str) -> None:
+    async def notify(self, connection: AsyncConnection, key_id: str) -> None:
         """Send the change with the commit of the transaction, where messages go through the database."""
         if self._pubsub is not None:
             await self._pubsub.notify(connection, _TOPIC + key_id)

@@ -6,9 +6,10 @@ import logging
 from datetime import UTC
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, SecretStr
+from pydantic import BeforeValidator, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
 from agent_gateway_store.hooks.markers import hookimpl
 from agent_gateway_store.plugins._text import safe_text
@@ -35,6 +36,9 @@ class AppriseSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True, frozen=True)
 
     urls: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_words)] = ()
+
+    _strip = model_validator(mode="before")(strip_texts)
+    _require_visible = model_validator(mode="after")(require_visible)
 
 
 class AppriseNotifier:

@@ -6,6 +6,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import aiosqlite
@@ -18,22 +20,30 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool, StaticPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
 
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.host import (
+    READ_ONLY,
+    require_engine,
+    require_session,
+    require_transaction,
+    session_connection,
+    sole_use,
+)
+from agent_gateway_store.storage.permissions import create_database_file
 from agent_gateway_store.storage.sqlite import ClosingConnection
-from agent_gateway_store.storage.urls import is_memory, parse_database_url
+from agent_gateway_store.storage.urls import is_memory, parse_database_url, sqlite_file
 
 __all__ = [
     "Access",
     "AnyConnection",
     "Database",
     "SessionTransactions",
-    "SqlConnection",
     "Transactions",
     "close_db",
     "create_engine",
@@ -45,16 +55,12 @@ __all__ = [
     "reader_of",
 ]
 
-SqlConnection: TypeAlias = AsyncConnection | AsyncSession
-"""What Core statements run on, by `await connection.execute(...)`."""
-
-AnyConnection: TypeAlias = SqlConnection | RawConnection
+AnyConnection: TypeAlias = AsyncConnection | RawConnection
 """What a `Statement` runs on."""
 
 Access: TypeAlias = Literal["read", "autocommit", "transaction"]
 """To read; to write by statements that each commit themselves; to write by several that commit together."""
 
-_READ_ONLY = "agent_gateway_store_read_only"
 # Chosen: SQLite has one writer at a time, and a crowd of them takes seconds.
 _BUSY_TIMEOUT_MS = 10_000
 # Chosen: TLS and a server that just starts included; asyncpg's own default is 60 seconds.
@@ -75,15 +81,14 @@ SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('sync
 """
 
 
-def dialect_of(executor: AnyConnection) -> str:
+def dialect_of(connection: AnyConnection) -> str:
     """Return `sqlite` or `postgresql`."""
-    bind = executor.get_bind() if isinstance(executor, AsyncSession) else executor
-    return bind.dialect.name
+    return connection.dialect.name
 
 
 def reader_of(engine: AsyncEngine) -> AsyncEngine:
     """Return `engine` with transactions that only read, which on SQLite do not wait for a writer."""
-    return engine.execution_options(**{_READ_ONLY: True})
+    return engine.execution_options(**{READ_ONLY: True})
 
 
 def read_committed(engine: AsyncEngine) -> AsyncEngine:
@@ -93,9 +98,9 @@ def read_committed(engine: AsyncEngine) -> AsyncEngine:
     return engine.execution_options(isolation_level="READ COMMITTED")
 
 
-async def first_row(executor: SqlConnection, statement: Executable) -> Mapping[str, Any] | None:
+async def first_row(connection: AsyncConnection, statement: Executable) -> Mapping[str, Any] | None:
     """Run `statement` and return its first row by column name, or None."""
-    row = (await executor.execute(statement)).mappings().first()
+    row = (await connection.execute(statement)).mappings().first()
     return None if row is None else dict(row)
 
 
@@ -106,11 +111,11 @@ class Transactions(Protocol):
         """Raise StoreNotOpenError where these transactions cannot be used."""
         ...
 
-    def read(self) -> AbstractAsyncContextManager[SqlConnection]:
+    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that only reads."""
         ...
 
-    def write(self) -> AbstractAsyncContextManager[SqlConnection]:
+    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
         ...
 
@@ -163,7 +168,7 @@ def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
         connect_args={
             "timeout": _BUSY_TIMEOUT_MS / 1000,
             "isolation_level": None,
-            "async_creator_fn": _connect_sqlite,
+            "async_creator_fn": partial(_connect_sqlite, _file_to_create(url)),
         },
         poolclass=AsyncAdaptedQueuePool,
         pool_timeout=_CONNECT_TIMEOUT_S * 3,
@@ -179,7 +184,13 @@ async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
     return await connection
 
 
-async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
+def _file_to_create(url: URL) -> Path | None:
+    return sqlite_file(url) if url.query.get("mode", "rwc") == "rwc" else None
+
+
+async def _connect_sqlite(file: Path | None, *args: Any, **options: Any) -> aiosqlite.Connection:
+    if file is not None:
+        create_database_file(file)
     connection = aiosqlite.connect(*args, factory=ClosingConnection, **options)
     # Its thread must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
     thread = connection._thread
@@ -216,7 +227,7 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 def _begin_sqlite(connection: Any) -> None:
     # The driver's own transactions are off (isolation_level None), so this is the only BEGIN.
-    read_only = connection.get_execution_options().get(_READ_ONLY)
+    read_only = connection.get_execution_options().get(READ_ONLY)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
@@ -236,15 +247,12 @@ class Database:
         url: Where the engine came from; None for the caller's.
 
     Raises:
-        ValueError: The engine gives one connection to several tasks at once, which would end each other's transactions.
+        TypeError: `engine` is not an AsyncEngine.
+        ValueError: The store cannot do all its work on this engine: the sentence says what to give in its place.
     """
 
     def __init__(self, engine: AsyncEngine, *, owned: bool, url: str | None = None) -> None:
-        if isinstance(engine.pool, StaticPool):
-            raise ValueError(
-                "This engine gives one connection to several tasks at once (StaticPool, SQLAlchemy's default for "
-                "SQLite in memory): give the URL sqlite:// in its place."
-            )
+        require_engine(engine)
         self.engine = engine
         self.owned = owned
         self.url = url
@@ -297,6 +305,9 @@ class Database:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
         with self._counted(), translate_errors("be written"):
             async with self._writer.begin() as connection:
+                if not self.owned:
+                    # A host can set its driver so that only the connection itself tells.
+                    await require_transaction(connection)
                 yield connection
 
     @asynccontextmanager
@@ -383,32 +394,43 @@ class Database:
 
 
 class SessionTransactions:
-    """Transactions in a session that the caller owns: `write` commits it, and rolls it back on an error."""
+    """Transactions in a session that the caller owns: `write` commits it, and rolls it back on an error.
 
-    def __init__(self, session: AsyncSession) -> None:
-        self._session = session
+    Args:
+        session: Used by one task at a time.
+        model: The table whose rows are read or written: a session may be bound to several engines.
+        atomic: Whether the statements of one `write` must commit together, or not at all.
+
+    Raises:
+        TypeError: `session` is not an AsyncSession.
+        ValueError: The store cannot work in this session: the sentence says what to give in its place.
+    """
+
+    def __init__(self, session: AsyncSession, model: type, *, atomic: bool = False) -> None:
+        require_session(session, model, atomic=atomic)
+        self._session, self._model, self._atomic = session, model, atomic
 
     def check_owner(self) -> None:
         """Return: where a session can be used is for its owner to know."""
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncSession]:
+    async def read(self) -> AsyncIterator[AsyncConnection]:
         """Read in the session's transaction, which is left as it is."""
-        with translate_errors("be read", in_session=True):
-            yield self._session
+        with translate_errors("be read", in_session=True), sole_use(self._session):
+            yield await session_connection(self._session, self._model, writing=False, atomic=False)
 
     @asynccontextmanager
     async def connection(self, access: Access) -> AsyncIterator[AnyConnection]:
-        """Give the session: to read, or to write and commit it."""
-        async with self.read() if access == "read" else self.write() as session:
-            yield session
+        """Give the session's connection: to read, or to write and commit it."""
+        async with self.read() if access == "read" else self.write() as connection:
+            yield connection
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncSession]:
+    async def write(self) -> AsyncIterator[AsyncConnection]:
         """Write in the session's transaction and commit it."""
-        with translate_errors("be written", in_session=True):
+        with translate_errors("be written", in_session=True), sole_use(self._session):
             try:
-                yield self._session
+                yield await session_connection(self._session, self._model, writing=True, atomic=self._atomic)
                 await self._session.commit()
             except BaseException:
                 await self._session.rollback()
@@ -424,6 +446,12 @@ async def get_db() -> AsyncIterator[AsyncSession]:
     For FastAPI: `session: Annotated[AsyncSession, Depends(get_db)]`. The engine is made at the first call, one for
     each process and event loop; `close_db` closes it. On SQLite the session's transactions begin IMMEDIATE, so keep
     them short.
+
+    Raises:
+        StoreUnavailableError: This database is away, or does not answer in time. What else is raised while the session
+            is used, also by other engines, passes unchanged.
+        SchemaOutOfDateError: A table or column is missing.
+        SessionInUseError: Several tasks used the session at once.
     """
     loop, url = asyncio.get_running_loop(), StoreSettings().database_url
     database = _environment.get(loop)
@@ -435,7 +463,7 @@ async def get_db() -> AsyncIterator[AsyncSession]:
         database.bind_to_loop()
         for left_behind in retired:
             await left_behind.dispose_detached()
-    with translate_errors("be used"):
+    with translate_errors("be used", engine=database.engine):
         async with database.sessions() as session:
             yield session
 

@@ -14,12 +14,22 @@ from traceback import walk_tb
 from typing import Any, ParamSpec, TypeVar
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import (
+    DBAPIError,
+    IllegalStateChangeError,
+    IntegrityError,
+    NoSuchModuleError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.errors import (
     GatewayStoreError,
     SchemaOutOfDateError,
+    SessionInUseError,
     StoreUnavailableError,
     TransactionConflictError,
 )
@@ -34,6 +44,8 @@ _PAUSES_S = (0.01, 0.05, 0.2)
 # asyncpg raises InternalClientError, which has neither of its two roots, when a server is killed during a command.
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _OUTAGE = (OSError, TimeoutError, PoolTimeoutError, EOFError)
+# Of SQLAlchemy's own errors these alone say something of the database: the others are the program's.
+_DATABASE = (DBAPIError, NoSuchModuleError, PoolTimeoutError, *_DRIVER)
 _ROW_FAULTS = (ValueError, TypeError, OverflowError, IntegrityError, sqlite3.IntegrityError, sqlite3.DataError)
 _DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.storage.asyncpg_pool")
 # The event loop and the standard library are between the driver and the caller in every traceback.
@@ -68,29 +80,45 @@ _HINTS = (
 
 
 @contextmanager
-def translate_errors(doing: str, *, in_session: bool = False) -> Iterator[None]:
-    """Turn what SQLAlchemy, the drivers and the network raise into ours, with the cause kept.
+def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngine | None = None) -> Iterator[None]:
+    """Turn what the drivers and the network raise into ours, with the cause kept.
 
-    Ours, integrity errors and programming errors of Python pass unchanged, and so do errors of files and the network
-    that do not come from a driver: the body may be a request handler that misses a file.
+    What does not come from a driver passes unchanged, and so do integrity errors: the body may be a request handler
+    that misses a file, or a row.
 
     Args:
         doing: What was attempted, as it ends the sentence "The database could not ...".
         in_session: The transaction is the caller's.
+        engine: Translate only what is raised through this engine, and is not the fault of a statement or of its values:
+            the body is the application's.
 
     Raises:
         TransactionConflictError: The database ended the transaction in favour of another one.
         StoreUnavailableError: The database is away, refuses us, or does not answer in time.
         SchemaOutOfDateError: A table or column is missing.
+        SessionInUseError: Several tasks used one session or connection at once.
     """
     try:
         yield
     except (GatewayStoreError, IntegrityError):
         raise
     except (SQLAlchemyError, *_DRIVER, *_OUTAGE) as exc:
-        if not isinstance(exc, (SQLAlchemyError, *_DRIVER)) and not _from_driver(exc):
+        if _is_shared(exc):
+            raise SessionInUseError from exc
+        if not isinstance(exc, _DATABASE) and (isinstance(exc, SQLAlchemyError) or not _from_driver(exc)):
+            raise
+        if engine is not None and not (_came_through(exc, engine) and is_outage(exc) and not _is_statements(exc)):
             raise
         raise _translated(exc, doing, in_session=in_session) from exc
+
+
+def _is_shared(exc: BaseException) -> bool:
+    """True if a session, or a connection of the driver, was still busy with the work of another task."""
+    # "isce" is SQLAlchemy's code of "concurrent operations are not permitted"; asyncpg has a text only.
+    is_sessions = isinstance(exc, IllegalStateChangeError) or getattr(exc, "code", None) == "isce"
+    return is_sessions or (
+        isinstance(_driver_error(exc), asyncpg.InterfaceError) and "another operation" in str(_driver_error(exc))
+    )
 
 
 def _from_driver(exc: BaseException) -> bool:
@@ -133,6 +161,22 @@ def sqlstate_of(exc: BaseException) -> str | None:
     return state
 
 
+def _came_through(exc: BaseException, engine: AsyncEngine) -> bool:
+    """True if a method of this engine, or of one of its connections, is in the traceback."""
+    callers = (frame.f_locals.get("self") for frame, _ in walk_tb(exc.__traceback__))
+    engines = (caller.engine for caller in callers if isinstance(caller, Connection | Engine))
+    return any(each is engine.sync_engine for each in engines)
+
+
+def _is_statements(exc: BaseException) -> bool:
+    """True if a statement is wrong, and not only for a table or column that is not there."""
+    # SQLite has one code for all that is wrong with a statement.
+    is_wrong = (
+        isinstance(exc, ProgrammingError) or getattr(_driver_error(exc), "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR
+    )
+    return is_wrong and not _misses_schema(exc)
+
+
 def is_outage(exc: BaseException) -> bool:
     """True if the database could not answer; False if it refused this row."""
     if isinstance(exc, DBAPIError):
@@ -160,7 +204,7 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
     if isinstance(error, ssl.SSLError):
         return StoreUnavailableError(f"The database could not {doing}: {_tls_hint(error)}.")
     name, text = type(error).__name__.lower(), str(error).lower()
-    if isinstance(exc, (DBAPIError, *_DRIVER)) and any(word in name or word in text for word in _MISSING_SCHEMA):
+    if _misses_schema(exc):
         return SchemaOutOfDateError(
             f"The database could not {doing}: a table or column is missing. Run `gateway-store db upgrade`."
         )
@@ -172,6 +216,12 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
     return StoreUnavailableError(
         f"The database could not {doing} ({type(error).__name__}): check that it runs and that DATABASE_URL is right."
     )
+
+
+def _misses_schema(exc: BaseException) -> bool:
+    error = _driver_error(exc)
+    name, text = type(error).__name__.lower(), str(error).lower()
+    return isinstance(exc, (DBAPIError, *_DRIVER)) and any(word in name or word in text for word in _MISSING_SCHEMA)
 
 
 def _driver_error(exc: BaseException) -> BaseException:

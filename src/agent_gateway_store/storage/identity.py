@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError
 from agent_gateway_store.models.identity import identity_table
-from agent_gateway_store.storage.database import SqlConnection, reader_of
+from agent_gateway_store.storage.database import reader_of
 from agent_gateway_store.storage.errors import translate_errors
 
 IDENTITY = select(identity_table.c.identity)
@@ -25,7 +25,7 @@ async def read_identity(engine: AsyncEngine) -> str:
             return await identity_on(connection)
 
 
-async def identity_on(connection: SqlConnection) -> str:
+async def identity_on(connection: AsyncConnection) -> str:
     """Return the identity of the database on this connection. Raises what `known` raises."""
     return known((await connection.execute(IDENTITY)).scalar())
 

@@ -25,6 +25,7 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError, UnsupportedDatabaseError
 from agent_gateway_store.storage.database import read_committed, reader_of
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
+from agent_gateway_store.storage.permissions import create_database_file
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
 if TYPE_CHECKING:
@@ -308,6 +309,7 @@ async def _file_lock(engine: AsyncEngine) -> AsyncIterator[None]:
 
 
 def _take(path: Path) -> sqlite3.Connection:
+    create_database_file(path)
     # SQLite's own locks work on every platform, and end with the process that holds them.
     try:
         lock = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import asyncpg
 from sqlalchemy import ColumnElement, Dialect, Executable, Float, Text, bindparam, cast, literal_column, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import TextualSelect
 from sqlalchemy.types import TypeEngine
@@ -58,7 +57,7 @@ class Statement:
 
     async def rows(self, connection: AnyConnection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Do as `first`, and return every row."""
-        compiled = self.compiled(_dialect_of(connection))
+        compiled = self.compiled(connection.dialect)
         if isinstance(connection, RawConnection):
             return await compiled.run(connection.driver, values)
         result = await connection.execute(compiled.statement, compiled.named(values))
@@ -66,12 +65,11 @@ class Statement:
 
     async def tuples(self, connection: AnyConnection, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         """Run and return every row as the driver gives it, without converting values."""
-        compiled = self.compiled(_dialect_of(connection))
+        compiled = self.compiled(connection.dialect)
         arguments = compiled.arguments(values)
         if isinstance(connection, RawConnection):
             return await connection.driver.fetch(compiled.text, *arguments)  # type: ignore[no-any-return]
-        sql_connection = await connection.connection() if isinstance(connection, AsyncSession) else connection
-        return (await sql_connection.exec_driver_sql(compiled.text, tuple(arguments))).all()
+        return (await connection.exec_driver_sql(compiled.text, tuple(arguments))).all()
 
 
 class CompiledStatement:
@@ -153,7 +151,3 @@ def unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
     For columns whose index looks selective by the statistics of quiet times, but matches a whole backlog at others.
     """
     return cast(text, Text()).op("||")(literal_column("''"))
-
-
-def _dialect_of(connection: AnyConnection) -> Dialect:
-    return (connection.get_bind() if isinstance(connection, AsyncSession) else connection).dialect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,30 +23,46 @@ _ASYNC_DRIVERS = {
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
 _EXAMPLES = "write sqlite:///gateway.db or postgresql://user:password@host/database"
-# What SQLAlchemy and asyncpg take as text; for anything else they raise a TypeError at the first connection.
-_TAKEN = {
-    "host",
-    "passfile",
-    "password",
-    "port",
-    "prepared_statement_cache_size",
-    "ssl",
-    "target_session_attrs",
-    "user",
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+# Ours, libpq's, and what SQLAlchemy and asyncpg take as text, with the values where they are few. Anything else fails
+# at the first connection, with an error of theirs.
+_POSTGRESQL: dict[str, tuple[str, ...]] = {
+    "application_name": (),
+    "connect_timeout": (),
+    "host": (),
+    "passfile": (),
+    "password": (),
+    "pgbouncer": (*_TRUE, *_FALSE),
+    "port": (),
+    "prepared_statement_cache_size": (),
+    "ssl": _SSL_MODES,
+    "sslcert": (),
+    "sslkey": (),
+    "sslmode": _SSL_MODES,
+    "sslrootcert": (),
+    "target_session_attrs": ("any", "primary", "standby", "read-write", "read-only", "prefer-standby"),
+    "user": (),
 }
-_TRUE = ("1", "true", "yes", "on")
+# SQLite itself ignores what it does not know, and what comes after a name that does not begin with `file:`.
+_SQLITE: dict[str, tuple[str, ...]] = {
+    "uri": (*_TRUE, *_FALSE),
+    "mode": ("ro", "rw", "rwc", "memory"),
+    "cache": ("private", "shared"),
+}
 
 
 def parse_database_url(text: str | URL) -> tuple[URL, dict[str, Any]]:
     """Return the SQLAlchemy URL with our async driver, and the driver's connect arguments.
 
-    Takes `postgresql://`, `postgres://` and `sqlite:///`, libpq's `sslmode`, `sslrootcert`, `sslcert`, `sslkey`,
-    `connect_timeout` (seconds) and `application_name`, and `pgbouncer=true` for PgBouncer in transaction mode, which
-    switches the caching of prepared statements off and makes their names unique.
+    Takes `postgresql://`, `postgres://` and `sqlite:///` (or `sqlite:///file:name?mode=ro&uri=true`); of libpq
+    `sslmode`, `sslrootcert`, `sslcert`, `sslkey`, `connect_timeout` (seconds) and `application_name`; and
+    `pgbouncer=true` for PgBouncer in transaction mode, which switches the caching of prepared statements off and makes
+    their names unique.
 
     Raises:
-        InvalidUrlError: The text is not a URL, names a database that is not supported, or has a parameter that the
-            driver does not take. The message never repeats a password.
+        InvalidUrlError: The text is not a URL, names a database that is not supported, or has a parameter or a value
+            that would be ignored, or fail later. The message never repeats a password.
     """
     try:
         url = make_url(text)
@@ -56,6 +73,7 @@ def parse_database_url(text: str | URL) -> tuple[URL, dict[str, Any]]:
         raise InvalidUrlError(f"The URL scheme {code_text(url.drivername)} is not supported: {_EXAMPLES}.")
     url = url.set(drivername=driver)
     if url.get_backend_name() == "sqlite":
+        _require_sqlite(url)
         return url, {}
     return _postgresql(url)
 
@@ -67,13 +85,52 @@ def is_memory(url: URL) -> bool:
     )
 
 
+def sqlite_file(url: URL) -> Path | None:
+    """Return the file of a SQLite URL; None for another database, and for one in memory."""
+    if url.get_backend_name() != "sqlite" or is_memory(url) or not url.database:
+        return None
+    # SQLite also takes `file:name?mode=ro`, of which only the name is a path.
+    return Path(url.database.removeprefix("file:").partition("?")[0])
+
+
+def _require_sqlite(url: URL) -> None:
+    if url.host or url.username or url.port:
+        raise InvalidUrlError("A SQLite URL has no host: write sqlite:///gateway.db, with three slashes.")
+    query = _values(url, _SQLITE)
+    is_uri, is_file = query.get("uri", "").lower() in _TRUE, str(url.database).startswith("file:")
+    if is_uri != is_file or (query and not is_uri):
+        raise InvalidUrlError(
+            "Parameters of a SQLite URL need a name that begins with file: and uri=true, or have no effect: "
+            "write sqlite:///file:gateway.db?mode=ro&uri=true."
+        )
+    if query.get("cache") == "shared" and not is_memory(url):
+        raise InvalidUrlError("cache=shared in the database URL makes writers fail at once: remove it.")
+
+
+def _values(url: URL, taken: Mapping[str, tuple[str, ...]], *, repeated: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the parameters of a URL, after a check that each is taken, has a possible value, and comes once."""
+    for name, value in url.query.items():
+        if name not in taken:
+            raise InvalidUrlError(f"The parameter {code_text(name)} in the database URL is not supported: remove it.")
+        if not isinstance(value, str) and name not in repeated:
+            raise InvalidUrlError(f"{name} stands in the database URL twice: remove one.")
+        possible = taken[name]
+        # Words for yes and no may be in capitals; the rest is handed on as it is.
+        if possible and (str(value).lower() if "true" in possible else value) not in possible:
+            raise InvalidUrlError(f"{name} in the database URL must be one of {', '.join(possible)}.")
+    return {name: value if isinstance(value, str) else value[-1] for name, value in url.query.items()}
+
+
 def _postgresql(url: URL) -> tuple[URL, dict[str, Any]]:
     query = dict(url.query)
     options: dict[str, Any] = {}
-    text = {name: value if isinstance(value, str) else value[-1] for name, value in query.items()}
+    text = _values(url, _POSTGRESQL, repeated=("host", "port"))
     tls = {name: text.pop(name, None) for name in ("sslmode", "sslrootcert", "sslcert", "sslkey")}
     if any(tls.values()):
         options["ssl"] = _tls(**tls)
+    for number in ("port", "prepared_statement_cache_size"):
+        if not text.get(number, "0").isdecimal():
+            raise InvalidUrlError(f"{number} in the database URL must be a whole number.")
     if timeout := text.pop("connect_timeout", None):
         if not timeout.isdecimal():
             raise InvalidUrlError("connect_timeout in the database URL must be a whole number of seconds.")
@@ -86,16 +143,11 @@ def _postgresql(url: URL) -> tuple[URL, dict[str, Any]]:
         options["statement_cache_size"] = 0
         options["prepared_statement_cache_size"] = 0
         options["prepared_statement_name_func"] = lambda: f"__ags_{uuid4()}__"
-    if unknown := sorted(text.keys() - _TAKEN):
-        raise InvalidUrlError(f"The parameter {code_text(unknown[0])} in the database URL is not supported: remove it.")
     return url.set(query={name: query[name] for name in text}), options
 
 
 def _tls(sslmode: str | None, sslrootcert: str | None, sslcert: str | None, sslkey: str | None) -> str | ssl.SSLContext:
     mode = sslmode or "prefer"
-    modes = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-    if mode not in modes:
-        raise InvalidUrlError(f"sslmode in the database URL must be one of {', '.join(modes)}.")
     if mode == "disable" or not (sslrootcert or sslcert):
         return mode
     try:

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.models.values import ApproverId
 from agent_gateway_store.plugins._http.urls import ParsedUrl, parse_proxy, parse_url
 
@@ -42,6 +43,9 @@ class SlackSettings(BaseSettings):
     timeout_seconds: float = Field(default=10, gt=0, allow_inf_nan=False)
     proxy: SecretStr | None = None
     ca_file: str | None = None
+
+    _strip = model_validator(mode="before")(strip_texts)
+    _require_visible = model_validator(mode="after")(require_visible)
 
     @field_validator("bot_token", "signing_secret")
     @classmethod

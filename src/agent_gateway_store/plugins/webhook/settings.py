@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.plugins._http.addresses import AddressPolicy, Network
 from agent_gateway_store.plugins._http.urls import parse_proxy, parse_url
 
@@ -91,6 +92,9 @@ class WebhookSettings(BaseSettings):
     proxy: SecretStr | None = None
     ca_file: str | None = None
     max_connections: int = Field(default=20, gt=0)
+
+    _strip = model_validator(mode="before")(strip_texts)
+    _require_visible = model_validator(mode="after")(require_visible)
 
     @field_validator("allowed_networks", mode="before")
     @classmethod
