@@ -17,7 +17,7 @@ from contract_helpers import until
 from sqlalchemy import make_url
 
 import agent_gateway_store.audit.spool as spool_module
-import agent_gateway_store.storage.database as database_module
+import agent_gateway_store.storage.sqlite as sqlite_module
 import servers
 from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, to_values
@@ -117,7 +117,7 @@ def server() -> Iterator[PostgresServer]:
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """A migrated, empty database that can go away."""
     if request.param == "sqlite":
-        monkeypatch.setattr(database_module, "_BUSY_TIMEOUT_MS", 150)
+        monkeypatch.setattr(sqlite_module, "_BUSY_TIMEOUT_MS", 150)
         local = SqlitePlace(Path(migrated(f"sqlite:///{tmp_path}/gateway.db").removeprefix("sqlite:///")))
         yield local
         asyncio.run(local.come_back())
@@ -284,7 +284,7 @@ async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None
 
 async def test_rows_for_another_database_stay(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two databases share a spool; the one that is back gets its own rows, the others wait on."""
-    monkeypatch.setattr(database_module, "_BUSY_TIMEOUT_MS", 150)
+    monkeypatch.setattr(sqlite_module, "_BUSY_TIMEOUT_MS", 150)
     one, two = (SqlitePlace(tmp_path / name) for name in ("one.db", "two.db"))
     async with GatewayStore(one.url, redis_url="") as first, GatewayStore(two.url, redis_url="") as second:
         await one.go_away()

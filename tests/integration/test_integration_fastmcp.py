@@ -106,6 +106,7 @@ async def test_approved_call_runs_once(bench: Bench) -> None:
     assert (asked.caller_id, asked.org_id, asked.risk_explanation) == ("dev-agent", "acme", "A deleted file is gone.")
     assert (stored.status, stored.outcome) == ("USED", "SUCCESS")
     assert (event.decision, event.execution_status, event.approver_id) == ("APPROVAL_REQUIRED", "SUCCESS", "alice")
+    assert event.approval_id == asked.approval_id
     assert event.request_id == asked.request_id
     assert event.sanitized_args == {"path": "a.txt"}
 
@@ -121,6 +122,7 @@ async def test_denied_approval_releases_nothing(bench: Bench) -> None:
     assert event_reason == "The approval of this call is DENIED by alice, so it was not run. Note: Not today."
     assert bench.ran == []
     assert (event.decision, event.execution_status, event.approver_id) == ("DENY", None, "alice")
+    assert event.approval_id is None
     assert event.deterministic_rationale == event_reason
 
 

@@ -39,11 +39,11 @@ TRIGGERS = {
 
 SPOOLING = """
 import asyncio, sys
-import agent_gateway_store.storage.database as database
+import agent_gateway_store.storage.sqlite as sqlite
 from agent_gateway_store import GatewayStore
 from builders import make_event
 
-database._BUSY_TIMEOUT_MS = 150
+sqlite._BUSY_TIMEOUT_MS = 150
 
 async def main(url, count):
     async with GatewayStore(url, redis_url="") as store:

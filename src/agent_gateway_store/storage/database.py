@@ -6,11 +6,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-import aiosqlite
 from sqlalchemy import Executable, event
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import (
@@ -20,7 +17,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
+from sqlalchemy.pool import Pool, QueuePool
 
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.settings import StoreSettings
@@ -35,9 +32,8 @@ from agent_gateway_store.storage.host import (
     session_connection,
     sole_use,
 )
-from agent_gateway_store.storage.permissions import create_database_file
-from agent_gateway_store.storage.sqlite import ClosingConnection
-from agent_gateway_store.storage.urls import is_memory, parse_database_url, sqlite_file
+from agent_gateway_store.storage.sqlite import sqlite_engine
+from agent_gateway_store.storage.urls import parse_database_url
 
 __all__ = [
     "Access",
@@ -61,8 +57,6 @@ AnyConnection: TypeAlias = AsyncConnection | RawConnection
 Access: TypeAlias = Literal["read", "autocommit", "transaction"]
 """To read; to write by statements that each commit themselves; to write by several that commit together."""
 
-# Chosen: SQLite has one writer at a time, and a crowd of them takes seconds.
-_BUSY_TIMEOUT_MS = 10_000
 # Chosen: TLS and a server that just starts included; asyncpg's own default is 60 seconds.
 _CONNECT_TIMEOUT_S = 10.0
 # Chosen: for statements that find their rows by an index; long reads set their own.
@@ -137,7 +131,7 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
     """
     parsed, connect_args = parse_database_url(url)
     if parsed.get_backend_name() == "sqlite":
-        return _sqlite_engine(parsed, pool_size)
+        return sqlite_engine(parsed, pool_size)
     engine = create_async_engine(
         parsed,
         # Said in each BEGIN, so that it holds through PgBouncer as well.
@@ -158,77 +152,6 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
 
 def _prepare_postgresql(connection: Any, _record: Any) -> None:
     connection.run_async(lambda driver: driver.execute(_SESSION))
-
-
-def _sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
-    # A database in memory ends with its connection, so there is exactly one, which is never closed.
-    limits = {"pool_size": 1, "max_overflow": 0} if is_memory(url) else {"pool_size": pool_size, "max_overflow": 0}
-    engine = create_async_engine(
-        url,
-        connect_args={
-            "timeout": _BUSY_TIMEOUT_MS / 1000,
-            "isolation_level": None,
-            "async_creator_fn": partial(_connect_sqlite, _file_to_create(url)),
-        },
-        poolclass=AsyncAdaptedQueuePool,
-        pool_timeout=_CONNECT_TIMEOUT_S * 3,
-        hide_parameters=True,
-        **limits,
-    )
-    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
-    event.listen(engine.sync_engine, "begin", _begin_sqlite)
-    return engine
-
-
-async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
-    return await connection
-
-
-def _file_to_create(url: URL) -> Path | None:
-    return sqlite_file(url) if url.query.get("mode", "rwc") == "rwc" else None
-
-
-async def _connect_sqlite(file: Path | None, *args: Any, **options: Any) -> aiosqlite.Connection:
-    if file is not None:
-        create_database_file(file)
-    connection = aiosqlite.connect(*args, factory=ClosingConnection, **options)
-    # Its thread must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
-    thread = connection._thread
-    thread.daemon = True
-    opening = asyncio.ensure_future(_opened(connection))
-    try:
-        return await asyncio.shield(opening)
-    except BaseException:
-        # The connection opens all the same when the caller is cancelled, and would never be closed.
-        with suppress(Exception, asyncio.CancelledError):
-            await (await opening).close()
-        # The thread calls this loop once more; if the loop were closed by then, it would print a traceback.
-        while thread.is_alive():
-            await asyncio.sleep(0.001)
-        raise
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    try:
-        cursor = connection.cursor()
-        for pragma in (
-            f"busy_timeout={_BUSY_TIMEOUT_MS}",
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            "foreign_keys=ON",
-        ):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-    except BaseException:
-        # The pool does not know it yet, and its thread would go on for ever.
-        connection.close()
-        raise
-
-
-def _begin_sqlite(connection: Any) -> None:
-    # The driver's own transactions are off (isolation_level None), so this is the only BEGIN.
-    read_only = connection.get_execution_options().get(READ_ONLY)
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
 def _raw_pool_size(pool: Pool) -> int:

@@ -1,10 +1,29 @@
-"""A connection of SQLite whose locks end when it is closed."""
+"""Engines for SQLite, and a connection whose locks end when it is closed."""
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
+
+import aiosqlite
+from sqlalchemy import event
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from agent_gateway_store.storage.host import READ_ONLY
+from agent_gateway_store.storage.permissions import create_database_file
+from agent_gateway_store.storage.urls import is_memory, sqlite_file
+
+# Chosen: SQLite has one writer at a time, and a crowd of them takes seconds.
+_BUSY_TIMEOUT_MS = 10_000
+# Chosen: three times what a connection to a server may take, since a crowd of writers waits for the one lock.
+_POOL_TIMEOUT_S = 30.0
 
 
 class ClosingConnection(sqlite3.Connection):
@@ -30,3 +49,75 @@ class ClosingConnection(sqlite3.Connection):
         for cursor in list(self._cursors):
             cursor.close()
         super().close()
+
+
+def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
+    """Return an engine for a SQLite URL: see `create_engine`."""
+    # A database in memory ends with its connection, so there is exactly one, which is never closed.
+    limits = {"pool_size": 1, "max_overflow": 0} if is_memory(url) else {"pool_size": pool_size, "max_overflow": 0}
+    engine = create_async_engine(
+        url,
+        connect_args={
+            "timeout": _BUSY_TIMEOUT_MS / 1000,
+            "isolation_level": None,
+            "async_creator_fn": partial(_connect_sqlite, _file_to_create(url)),
+        },
+        poolclass=AsyncAdaptedQueuePool,
+        pool_timeout=_POOL_TIMEOUT_S,
+        hide_parameters=True,
+        **limits,
+    )
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
+    return await connection
+
+
+def _file_to_create(url: URL) -> Path | None:
+    return sqlite_file(url) if url.query.get("mode", "rwc") == "rwc" else None
+
+
+async def _connect_sqlite(file: Path | None, *args: Any, **options: Any) -> aiosqlite.Connection:
+    if file is not None:
+        create_database_file(file)
+    connection = aiosqlite.connect(*args, factory=ClosingConnection, **options)
+    # Its thread must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
+    thread = connection._thread
+    thread.daemon = True
+    opening = asyncio.ensure_future(_opened(connection))
+    try:
+        return await asyncio.shield(opening)
+    except BaseException:
+        # The connection opens all the same when the caller is cancelled, and would never be closed.
+        with suppress(Exception, asyncio.CancelledError):
+            await (await opening).close()
+        # The thread calls this loop once more; if the loop were closed by then, it would print a traceback.
+        while thread.is_alive():
+            await asyncio.sleep(0.001)
+        raise
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    try:
+        cursor = connection.cursor()
+        for pragma in (
+            f"busy_timeout={_BUSY_TIMEOUT_MS}",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+    except BaseException:
+        # The pool does not know it yet, and its thread would go on for ever.
+        connection.close()
+        raise
+
+
+def _begin_sqlite(connection: Any) -> None:
+    # The driver's own transactions are off (isolation_level None), so this is the only BEGIN.
+    read_only = connection.get_execution_options().get(READ_ONLY)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

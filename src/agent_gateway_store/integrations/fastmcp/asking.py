@@ -70,7 +70,7 @@ async def ask(
     finally:
         if is_open:
             await _tidy(approvals.cancel(token, caller.caller_id, "Nobody waits for it any more.", channel="fastmcp"))
-    record.approver_id = used.approver_id
+    record.approver_id, record.approval_id = used.approver_id, used.approval_id
     return token
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from fastmcp.server.middleware import MiddlewareContext
 from pydantic import Field
@@ -64,6 +64,7 @@ class CallRecord:
         shown: Its arguments as the host's sanitiser shows them.
         decision: What the policy decided, or DENY where the call was refused after that.
         approver_id: Who released the call, where a human was asked; with DENY: who refused it.
+        approval_id: The approval that released the call.
         was_run: Whether the tool was called, however it ended.
     """
 
@@ -79,13 +80,15 @@ class CallRecord:
     rule: str = ""
     reason: str = ""
     approver_id: str | None = None
+    approval_id: UUID | None = None
     was_run: bool = False
     execution_status: ExecutionStatus | None = None
     output_hash: str | None = None
 
     def refused(self, word: str, reason: str) -> None:
         """Note that the gateway does not run the call, and why; `word` names the rule if the policy has not decided."""
-        self.decision, self.approver_id, self.was_run = Decision.DENY, None, False
+        self.decision, self.was_run = Decision.DENY, False
+        self.approver_id = self.approval_id = None
         self.explain(word, reason)
 
     def explain(self, word: str, reason: str) -> None:
@@ -119,6 +122,7 @@ class CallRecord:
             policy_version=verdict.policy_version if verdict else None,
             decision=self.decision,
             approver_id=self.approver_id,
+            approval_id=self.approval_id,
             execution_status=self.execution_status,
             latency_ms=round((time.perf_counter() - self.started) * 1000),
             output_hash=self.output_hash,
