@@ -49,6 +49,7 @@ class SyncAuditManager:
         path: str | PathLike[str],
         *,
         format: Literal["jsonl", "parquet"] | None = None,
+        on_refused: Callable[[str], None] | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> Counter[WriteOutcome]:
         """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store."""

@@ -35,8 +35,8 @@ async def test_every_filter_finds_what_it_means(store: GatewayStore) -> None:
 
     assert await found() == ["3", "2", "1", "0"]
     assert await found(caller_id="agent-1") == ["3", "1"]
-    assert await found(tool="Tool%2") == await found(tool=["Tool%2", "x"]) == ["2"]
-    assert await found(server="server-0") == ["2", "0"]
+    assert await found(tool_name="Tool%2") == await found(tool_name=["Tool%2", "x"]) == ["2"]
+    assert await found(mcp_server="server-0") == ["2", "0"]
     assert await found(status="PENDING") == ["3", "0"]
     assert await found(status=[ApprovalStatus.APPROVED, "DENIED"]) == ["2", "1"]
     assert await found(approver_id="carla") == ["1"]
@@ -46,7 +46,7 @@ async def test_every_filter_finds_what_it_means(store: GatewayStore) -> None:
     assert await found(text="\\ 100%") == ["3"]
     assert await found(text="%") == ["3", "2", "1", "0"]
     assert await found(since="1h", until=timedelta(seconds=-60)) == ["3", "2", "1", "0"]
-    assert await found(until="1h") == await found(tool=[]) == []
+    assert await found(until="1h") == await found(tool_name=[]) == []
     clock.move(timedelta(hours=3))
     assert await found(status="EXPIRED") == ["3", "1", "0"]
 
@@ -64,8 +64,8 @@ async def test_cursors_are_of_one_search(store: GatewayStore) -> None:
             await store.approvals.search(cursor=cursor, **filters)  # type: ignore[arg-type]
     with pytest.raises(errors.InvalidCursorError):
         await store.for_org("org-1").approvals.search(cursor=first.next_cursor)
-    with pytest.raises(TypeError, match="no filter 'tool_name': use one of caller_id"):
-        await store.approvals.search(tool_name="x")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="no filter 'tool': use one of caller_id"):
+        await store.approvals.search(tool="x")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="status must be one of PENDING"):
         await store.approvals.search(status="MAYBE")
 
@@ -78,7 +78,10 @@ async def test_history_tells_the_story_in_order(store: GatewayStore) -> None:
     await store.approvals.approve(token, "dora")
     await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
     before = await store.approvals.history(approval_id)
+    assert [found.approval_id for found in await store.approvals.search(outcome="unknown")] == [approval_id]
     await store.approvals.record_outcome(token, "SUCCESS")
+    assert await store.approvals.search(outcome="unknown") == []
+    assert [found.approval_id for found in await store.approvals.search(outcome=["SUCCESS", "x"])] == [approval_id]
     story = [row for row in await store.approvals.history(str(approval_id)) if row["event"] != "notice"]
 
     told = [(row["event"], row["by"], row["status"]) for row in story]

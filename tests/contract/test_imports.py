@@ -167,3 +167,29 @@ async def test_what_was_made_to_fill_the_memory_is_refused(
         await store.audit.import_file(tmp_path / name)
 
     assert not await store.audit.list_recent()
+
+
+@pytest.mark.parametrize("name", ["e.jsonl", "e.parquet"])
+async def test_an_import_can_go_on_past_what_it_refuses(store: GatewayStore, tmp_path: Path, name: str) -> None:
+    """Each refused record is reported by its number, and the others are stored."""
+    path = tmp_path / name
+    await _exported(store, path)
+    if name == "e.jsonl":
+        lines = path.read_text().splitlines()
+        changed = json.dumps(json.loads(lines[2]) | {"caller_id": "mallory"})
+        path.write_text("\n".join((lines[0], "{broken", "[]", '{"request_id": "x"}', changed, lines[1])))
+        numbers = [2, 3, 4, 5]
+    else:
+        rows = parquet.read_table(path).to_pylist()
+        rows[1] |= {"sanitized_args": "{broken"}
+        rows[2] |= {"caller_id": "mallory"}
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+        numbers = [2, 3]
+    refused: list[str] = []
+
+    outcomes = await store.audit.import_file(path, on_refused=refused.append)
+
+    assert outcomes == {"DUPLICATE": 2 if name == "e.jsonl" else 1}
+    assert [int(sentence.split()[1]) for sentence in refused] == numbers
+    with pytest.raises(ValueError, match="Record 2"):
+        await store.audit.import_file(path)

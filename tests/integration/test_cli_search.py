@@ -151,3 +151,19 @@ def test_approvals_are_found_by_filters_and_tell_their_story(url: str, cli: Call
     assert "asked" in cli("approvals", "history", second).out
     assert cli("approvals", "history", "none").code == 4
     assert cli("approvals", "list", "--since", "soon").code == 2
+
+
+def test_an_import_goes_on_past_refused_lines_if_it_may(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Each is reported, the others are stored, and the exit code says that something is missing."""
+    path = tmp_path / "events.jsonl"
+    lines = [event_line(name, timestamp="2026-05-01T00:00:00Z") for name in ("r1", "r2")]
+    path.write_text("\n".join((lines[0], "{broken", lines[1])))
+
+    stopped = cli("audit", "import", str(path))
+    went_on = cli("audit", "import", str(path), "--keep-going")
+
+    stopped.assert_fails(1, "Record 2", "not JSON")
+    assert went_on.code == 1
+    assert "Record 2" in went_on.err
+    assert "1 record refused: the others are stored." in went_on.err
+    assert sorted(ids(cli("audit", "search", "--json"))) == ["r1", "r2"]

@@ -372,7 +372,7 @@ class ApprovalManager:
         Args:
             limit: At most so many, 1 to 2^31 - 1.
             cursor: `next_cursor` of the page before; the filters must be the same.
-            filters: caller_id, request_id, org_id, tool, server, status, approver_id, since, until, text.
+            filters: see `ApprovalFilters`; tool_name and mcp_server are named as for `audit.search`.
 
         Raises:
             InvalidCursorError: The cursor did not come from this search.

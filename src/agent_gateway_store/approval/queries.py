@@ -154,8 +154,7 @@ class ApprovalFilters(TypedDict, total=False):
     Several filters must all match. Where a filter takes several values, any of them may match.
 
     Attributes:
-        tool: Name of the tool.
-        server: Name of the server.
+        outcome: What came of the use; "unknown" where that was not recorded.
         status: As a reader sees it: EXPIRED from the deadline on.
         approver_id: Who decided.
         since: Asked from this time on.
@@ -167,10 +166,11 @@ class ApprovalFilters(TypedDict, total=False):
     caller_id: OneOrMore | None
     request_id: OneOrMore | None
     org_id: OneOrMore | None
-    tool: OneOrMore | None
-    server: OneOrMore | None
+    tool_name: OneOrMore | None
+    mcp_server: OneOrMore | None
     status: OneOrMore | None
     approver_id: OneOrMore | None
+    outcome: OneOrMore | None
     since: Moment | None
     until: Moment | None
     text: str | None
@@ -179,7 +179,7 @@ class ApprovalFilters(TypedDict, total=False):
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **{
         name: partial(one_or_many, identifier)
-        for name in ("caller_id", "request_id", "org_id", "tool", "server", "approver_id")
+        for name in ("caller_id", "request_id", "org_id", "tool_name", "mcp_server", "approver_id", "outcome")
     },
     "status": partial(one_or_many, partial(word, ApprovalStatus)),
     "since": instant,
@@ -187,8 +187,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "text": pattern,
 }
 _CONDITIONS = {
-    "tool": "{tool} IN :p_tool",
-    "server": "{server} IN :p_server",
+    "tool_name": "{tool} IN :p_tool_name",
+    "mcp_server": "{server} IN :p_mcp_server",
+    # A call that was released and of which nobody said how it ended is the one to look at.
+    "outcome": "COALESCE(outcome, CASE WHEN status = 'USED' THEN 'unknown' END) IN :p_outcome",
     "status": "{readable_status} IN :p_status",
     "since": "created_at >= :p_since",
     "until": "created_at < :p_until",

@@ -256,8 +256,16 @@ def importable(path: Path, given: str | None) -> Format:
     return found
 
 
-def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
+def events_in(
+    path: Path,
+    format: Format,  # noqa: A002
+    *,
+    on_refused: Callable[[str], None] | None = None,
+) -> Iterator[AuditEvent]:
     """Yield the events of a file or a dataset, in its order.
+
+    Args:
+        on_refused: Called with a sentence for each record that is refused, which is then left out; None: it is raised.
 
     Raises:
         ValueError: The file is incomplete, or unpacks to more than any log does; or a record is malformed, or does not
@@ -268,23 +276,33 @@ def events_in(path: Path, format: Format) -> Iterator[AuditEvent]:  # noqa: A002
     for number, record in enumerate(records, start=1):
         if record is None:
             continue
-        try:
-            event = AuditEvent(**{name: value for name, value in record.items() if name != "id"})
-        except ValidationError as exc:
-            faults = "; ".join(
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-                for fault in exc.errors(include_input=False, include_url=False, include_context=False)
-            )
-            raise _malformed(path, number, faults) from None
-        if event.content_hash is not None and hash_of(encode_event(event)) != event.content_hash:
-            raise ValueError(
-                f"Record {number} of {path} does not fit its content_hash, so it was changed after its export: "
-                "import the file as it was exported, or leave content_hash out."
-            )
-        yield event
+        event = record if isinstance(record, ValueError) else _event_of(record, path, number)
+        if isinstance(event, AuditEvent):
+            yield event
+        elif on_refused is None:
+            raise event
+        else:
+            on_refused(str(event))
 
 
-def _json_records(path: Path) -> Iterator[dict[str, Any] | None]:
+def _event_of(record: dict[str, Any], path: Path, number: int) -> AuditEvent | ValueError:
+    try:
+        event = AuditEvent(**{name: value for name, value in record.items() if name != "id"})
+    except ValidationError as exc:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+            for fault in exc.errors(include_input=False, include_url=False, include_context=False)
+        )
+        return _malformed(path, number, faults)
+    if event.content_hash is not None and hash_of(encode_event(event)) != event.content_hash:
+        return ValueError(
+            f"Record {number} of {path} does not fit its content_hash, so it was changed after its export: "
+            "import the file as it was exported, or leave content_hash out."
+        )
+    return event
+
+
+def _json_records(path: Path) -> Iterator[dict[str, Any] | ValueError | None]:
     with _read_opened(path) as file:
         # Nothing is unpacked of a plain file, whose size may be unknown: it can be a pipe.
         unpacked, most = 0, _most_unpacked(path) if path.suffix.lower() in _COMPRESSIONS else math.inf
@@ -300,10 +318,9 @@ def _json_records(path: Path) -> Iterator[dict[str, Any] | None]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                raise _malformed(path, number, "not JSON") from None
-            if not isinstance(record, dict):
-                raise _malformed(path, number, "not a JSON object")
-            yield record
+                yield _malformed(path, number, "not JSON")
+                continue
+            yield record if isinstance(record, dict) else _malformed(path, number, "not a JSON object")
 
 
 def _most_unpacked(path: Path) -> int:
@@ -317,7 +334,7 @@ def _unpacks_too_far(path: Path) -> ValueError:
     )
 
 
-def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
+def _parquet_records(path: Path) -> Iterator[dict[str, Any] | ValueError | None]:
     pa = arrow("Reading Parquet")
     from pyarrow import dataset
 
@@ -336,20 +353,19 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any] | None]:
         for batch in source.to_batches(columns=names, batch_size=_BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
             for record in batch.to_pylist():
                 number += 1
-                for name in record.keys() & set(JSON_FIELDS):
-                    record[name] = _read(record[name], path, number, name)
-                yield record
+                yield _with_json(record, path, number)
     except pa.ArrowInvalid as exc:
         raise ValueError(f"{path} is not Parquet: check that the file is complete.") from exc
 
 
-def _read(text: Any, path: Path, number: int, name: str) -> Any:
-    if not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise _malformed(path, number, f"{name}: not JSON") from None
+def _with_json(record: dict[str, Any], path: Path, number: int) -> dict[str, Any] | ValueError:
+    for name in JSON_FIELDS:
+        if isinstance(record.get(name), str):
+            try:
+                record[name] = json.loads(record[name])
+            except (ValueError, RecursionError):
+                return _malformed(path, number, f"{name}: not JSON")
+    return record
 
 
 def _malformed(path: Path, number: int, fault: str) -> ValueError:

@@ -48,6 +48,7 @@ class Filters(TypedDict, total=False):
     mcp_server: OneOrMore | None
     tool_name: OneOrMore | None
     approver_id: OneOrMore | None
+    raw_args_hash: OneOrMore | None
     decision: OneOrMore | None
     output_decision: OneOrMore | None
     execution_status: OneOrMore | None
@@ -110,6 +111,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
             "session_id",
             "key_id",
             "approver_id",
+            "raw_args_hash",
             "request_id",
             "trace_id",
             "parent_request_id",

@@ -139,6 +139,7 @@ class AuditManager:
         path: str | PathLike[str],
         *,
         format: Literal["jsonl", "parquet"] | None = None,  # noqa: A002  as `export` has it
+        on_refused: Callable[[str], None] | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> Counter[WriteOutcome]:
         """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store.
@@ -148,6 +149,8 @@ class AuditManager:
         Args:
             path: A JSONL file (also .gz or .zst), a Parquet file, or the folder of a dataset.
             format: None: by the suffix; a folder is Parquet.
+            on_refused: Called with a sentence for each record that is refused, and the others are stored; None: the
+                first one is raised.
             progress: True shows a progress bar; a function is called with the events read so far.
 
         Returns:
@@ -165,7 +168,7 @@ class AuditManager:
         source = Path(path)
         kind = importable(source, format)
         with progress_bar(progress, f"Importing {source.name}") as report:
-            return await self.write_many(counted(events_in(source, kind), report))
+            return await self.write_many(counted(events_in(source, kind, on_refused=on_refused), report))
 
     async def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.

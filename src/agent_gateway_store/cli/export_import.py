@@ -13,7 +13,7 @@ import typer
 from agent_gateway_store.cli.audit import app, count_text, filtered, require_none_lost
 from agent_gateway_store.cli.context import in_store, read_store
 from agent_gateway_store.cli.errors import CommandError
-from agent_gateway_store.cli.output import JsonOption, print_result
+from agent_gateway_store.cli.output import JsonOption, complain, print_result
 from agent_gateway_store.errors import GatewayStoreError
 
 __all__ = ["app"]
@@ -64,14 +64,23 @@ def import_events(
     ctx: typer.Context,
     path: Annotated[Path, typer.Argument(help="JSONL (also .gz, .zst) or Parquet file, or the folder of a dataset.")],
     format: Annotated[str | None, typer.Option(help="jsonl or parquet; default: by the suffix.")] = None,  # noqa: A002
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Report the records that are refused, and store the others.")
+    ] = False,
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
     """Store the events of a file that `audit export` wrote; those that are stored already change nothing."""
     form: Any = format
     shown = sys.stderr.isatty() and not quiet
+    refused: list[str] = []
     try:
-        outcomes = in_store(ctx, lambda store: store.audit.import_file(path, format=form, progress=shown))
+        outcomes = in_store(
+            ctx,
+            lambda store: store.audit.import_file(
+                path, format=form, on_refused=refused.append if keep_going else None, progress=shown
+            ),
+        )
     except GatewayStoreError:
         raise
     except (OSError, ValueError) as exc:
@@ -79,7 +88,11 @@ def import_events(
     found = {str(outcome): number for outcome, number in sorted(outcomes.items())}
     text = ", ".join(f"{number:,} {outcome}" for outcome, number in found.items()) or "0 events"
     print_result(found, text, as_json=json)
+    for sentence in refused:
+        complain(sentence)
     require_none_lost(found.get("LOST", 0))
+    if refused:
+        raise CommandError(f"{count_text(len(refused), 'record')} refused: the others are stored.")
 
 
 def _reason(exc: Exception, path: Path) -> str:

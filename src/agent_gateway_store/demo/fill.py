@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Rows of one transaction, and steps of the progress bar: as many as `write_many` commits at a time.
 _CHUNK = 500
+# Of a store that is there to be explored.
+_KEYS = 1000
 _PENDING: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("payments.refund_payment", {"payment": "pay_918273", "amount_eur": 249.9}, "Refunds cannot be undone."),
     ("kubernetes.restart_deployment", {"deployment": "checkout", "namespace": "production"}, "Touches production."),
@@ -54,7 +56,7 @@ async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | 
     with _progress() as progress:
         task = progress.add_task("Writing events", total=count)
         approvals: list[Approval] = []
-        calls = _ticking(history(count, seed=seed, end=end), progress, task)
+        calls = _ticking(history(count, seed=seed, end=end, keys=keys), progress, task)
         outcomes: Counter[WriteOutcome] = await store.audit.write_many(_events(calls, approvals))
     decided = await _write_approvals(store, approvals)
     pending = await _ask(store, seed)
@@ -63,7 +65,7 @@ async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | 
         "events": {str(outcome): number for outcome, number in outcomes.items()},
         "approvals": decided,
         "pending": pending,
-        "keys": keys,
+        "keys": len(keys),
         "since": (end - timedelta(days=DAYS)).isoformat(),
         "until": end.isoformat(),
         "seed": seed,
@@ -155,7 +157,8 @@ def _request(seed: int, number: int, tool: str, arguments: dict[str, Any], why: 
     )
 
 
-async def _issue_keys(store: GatewayStore) -> int:
+async def _issue_keys(store: GatewayStore) -> dict[str, str]:
+    """Give each caller a key, and return caller to key id."""
     from agent_gateway_store.demo.world import CALLERS
     from agent_gateway_store.errors import ApiKeyExistsError
 
@@ -166,4 +169,6 @@ async def _issue_keys(store: GatewayStore) -> int:
             )
         except ApiKeyExistsError:
             continue
-    return len(CALLERS)
+    names = {caller.name for caller in CALLERS}
+    # Newest first, so that of a caller with several keys the first one counts, whatever was issued since.
+    return {key.caller_id: key.key_id for key in await store.keys.list(limit=_KEYS) if key.caller_id in names}

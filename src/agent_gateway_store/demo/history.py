@@ -9,7 +9,7 @@ in the last four days, so that a search of one week finds it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import accumulate
@@ -48,14 +48,17 @@ class Call:
     approval: Approval | None = None
 
 
-def history(count: int, *, seed: int, end: datetime) -> Iterator[Call]:
+def history(count: int, *, seed: int, end: datetime, keys: Mapping[str, str]) -> Iterator[Call]:
     """Yield `count` calls of the two weeks before `end`, oldest first.
 
     Args:
         end: UTC; with large counts the newest call is at most a few minutes before it.
+        keys: Caller to the id of its API key.
     """
     random = Random(seed)  # noqa: S311  reproducible, and no secret comes of it
-    maker = _Maker(random, end, prefix=hashlib.sha256(f"{seed} {count} {end.isoformat()}".encode()).hexdigest()[:10])
+    maker = _Maker(
+        random, end, prefix=hashlib.sha256(f"{seed} {count} {end.isoformat()}".encode()).hexdigest()[:10], keys=keys
+    )
     probes = int(count * _PROBE_SHARE)
     cover = round(probes * _PROBE_COVER)
     planned = [(_moment(random, caller, end), caller) for caller in _callers(random, count - probes - cover)]
@@ -86,8 +89,8 @@ def _moment(random: Random, caller: Caller, end: datetime) -> datetime:
 class _Maker:
     """Makes calls one after the other; remembers each caller's session."""
 
-    def __init__(self, random: Random, end: datetime, *, prefix: str) -> None:
-        self._random, self._end, self._prefix = random, end, prefix
+    def __init__(self, random: Random, end: datetime, *, prefix: str, keys: Mapping[str, str]) -> None:
+        self._random, self._end, self._prefix, self._keys = random, end, prefix, keys
         self._slow_from = SLOW.start(end)
         self._number = 0
         self._sessions: dict[str, tuple[str, datetime]] = {}
@@ -160,10 +163,11 @@ class _Maker:
             timestamp=when,
             caller_id=caller.name,
             caller_role=caller.role,
+            key_id=self._keys.get(caller.name),
             environment=caller.environment,
             mcp_server=tool.server,
             tool_name=tool.name,
-            raw_args_hash=AuditEvent.hash_args({**arguments, "request": self._number}),
+            raw_args_hash=AuditEvent.hash_args(arguments),
             sanitized_args=arguments,
             risk_labels=labels,
             risk_score=round(risk, 3),
@@ -171,6 +175,7 @@ class _Maker:
             policy_version="v42" if when >= self._end - _POLICY_CHANGED else "v41",
             decision=decision,
             approver_id=approval.request.approver_id if approval else None,
+            approval_id=approval.request.approval_id if approval and is_run else None,
             execution_status=status,
             latency_ms=latency_ms,
             output_decision=OutputDecision.REDACT if "PERSONAL_DATA" in labels and is_run else OutputDecision.ALLOW,
