@@ -65,7 +65,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{path}"
     url: str = request.getfixturevalue("contract_postgres")
     names = [table.name for table in reversed(metadata.sorted_tables) if table.name != "database_identity"]
-    servers.run(_execute(url, "; ".join(f"DELETE FROM {name}" for name in names)))
+    emptied = [*(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
+    servers.run(_execute(url, "; ".join(emptied)))
     return url
 
 

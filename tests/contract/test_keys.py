@@ -290,7 +290,8 @@ async def test_the_database_holds_one_active_key_of_a_caller(store: GatewayStore
     """Whoever writes: a second one is refused, another organisation has its own."""
     await issue(store)
     await store.keys.revoke("dev-agent")
-    active = (await issue(store)).api_key.model_dump(exclude={"id"})
+    row = (await issue(store)).api_key
+    active = {name: getattr(row, name) for name in ApiKey.model_fields if name != "id"}
     taken = [active | {"key_id": "a", "org_id": "acme"}, active | {"key_id": "b", "is_active": False}]
     async with store.database.write() as connection:
         await connection.execute(insert(ApiKey), taken)

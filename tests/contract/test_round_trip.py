@@ -78,7 +78,7 @@ async def assert_round_trip(url: str, events: list[AuditEvent]) -> None:
 
 
 def spelt(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=datetime.isoformat)
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 async def test_named_nasty_values_read_back_identical(database_url: str) -> None:

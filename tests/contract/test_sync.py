@@ -136,7 +136,12 @@ def test_errors_come_through_unchanged(store: SyncGatewayStore) -> None:
         store.keys.issue("dev-agent", role="r")
 
     assert caught.value.caller_id == "dev-agent"
-    assert caught.value.__cause__ is not None
+    with (
+        pytest.raises(errors.StoreUnavailableError) as unavailable,
+        SyncGatewayStore("sqlite:////dev/null/none.db", redis_url=""),
+    ):
+        pass
+    assert unavailable.value.__cause__ is not None
     assert "keys/manager.py" in "".join(str(entry.path) for entry in caught.traceback)
     with pytest.raises(TypeError, match="no_such_argument"):
         store.keys.list(no_such_argument=1)  # type: ignore[call-arg]

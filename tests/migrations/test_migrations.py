@@ -317,7 +317,7 @@ async def test_each_database_has_an_identity_of_its_own(make_url: Callable[[], s
         if number < 2:
             await migrate.upgrade(engine)
         else:
-            await _run_script(engine, migrate.sql(f"{engine.dialect.name}://host/name"))
+            await _run_script(engine, migrate.sql(f"{engine.dialect.name}:///name"))
         await migrate.require_current(engine)
         found.append(await read_identity(engine))
         with pytest.raises(IntegrityError):

@@ -214,7 +214,7 @@ def test_only_pending_and_approved_are_not_final() -> None:
 
 def test_defaults_are_those_of_the_reference() -> None:
     """A key has an id of its own; a note of None is an empty one."""
-    fields = make_key().model_dump(exclude={"key_id"})
+    fields = make_key().model_dump(exclude={"key_id"}) | {"key_hash": "$2b$..."}
     ids = {ApiKey(**fields).key_id for _ in range(3)}
     result = ApprovalResult(approval_id=uuid4(), status=ApprovalStatus.PENDING)
 

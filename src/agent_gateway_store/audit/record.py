@@ -400,8 +400,11 @@ def _scrub(values: dict[str, Any]) -> None:
     if values["latency_ms"] > _LARGEST_BIGINT:
         values["latency_ms"] = _LARGEST_BIGINT
         scrubber.report("latency_ms")
-    if values["timestamp"] in (UTC_MIN, UTC_MAX) and not any(
-        (flag.field, flag.reason) == ("timestamp", UNSTORABLE) for flag in values["redaction_flags"]
+    # The flag of an event that was stored before may be one of those beyond the number that is kept.
+    if (
+        values["content_hash"] is None
+        and values["timestamp"] in (UTC_MIN, UTC_MAX)
+        and not any((flag.field, flag.reason) == ("timestamp", UNSTORABLE) for flag in values["redaction_flags"])
     ):
         scrubber.report("timestamp")
     values["redaction_flags"] = _flags(values["redaction_flags"], scrubber)
