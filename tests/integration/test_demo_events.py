@@ -20,12 +20,13 @@ from commands import gateway_store
 pytestmark = pytest.mark.integration
 
 END = datetime(2026, 5, 20, 17, tzinfo=UTC)
+KEYS = {"coding-agent": "k-1"}
 
 
 @pytest.fixture(scope="module")
 def calls() -> list[Call]:
     """A history that is large enough to see its habits."""
-    return list(history(8_000, seed=7, end=END))
+    return list(history(8_000, seed=7, end=END, keys=KEYS))
 
 
 @pytest.fixture
@@ -53,13 +54,13 @@ def hour_of(event: AuditEvent) -> datetime:
 
 def test_the_same_seed_gives_the_same_history() -> None:
     """To the last digit; another seed, number or end gives another, with ids of its own."""
-    first, again = (list(history(400, seed=1, end=END)) for _ in range(2))
+    first, again = (list(history(400, seed=1, end=END, keys=KEYS)) for _ in range(2))
 
     assert dumped(first) == dumped(again)
     for other in (
-        history(400, seed=2, end=END),
-        history(401, seed=1, end=END),
-        history(400, seed=1, end=END + timedelta(hours=1)),
+        history(400, seed=2, end=END, keys=KEYS),
+        history(401, seed=1, end=END, keys=KEYS),
+        history(400, seed=1, end=END + timedelta(hours=1), keys=KEYS),
     ):
         ids = {call.event.request_id for call in other}
         assert not ids & {call.event.request_id for call in first}

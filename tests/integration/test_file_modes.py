@@ -36,7 +36,7 @@ async def test_what_a_store_makes_is_for_its_owner(tmp_path: Path, form: str) ->
     settings = StoreSettings(audit_spool_path=tmp_path / "state" / "gateway" / "spool.db")
     async with GatewayStore(form.format(tmp_path / "gateway.db"), redis_url="", settings=settings) as store:
         await store.audit.write(make_event())
-        spool = Spool(settings.audit_spool_path, store.database.engine.url)
+        spool = Spool(settings.audit_spool_path, store.database.engine.url, "an identity")
         await spool.add([dict(make_event())])
         for name in ("a.jsonl", "a.csv.gz", "a.jsonl.zst", "a.parquet"):
             await store.audit.export(tmp_path / name)

@@ -146,13 +146,13 @@ async def test_another_migrator_is_waited_for_and_named(url: str, monkeypatch: p
     """Longer than a command may take; when the time is up, one sentence says who is in the way."""
     monkeypatch.setattr(database, "_COMMAND_TIMEOUT_S", 0.2)
     async with engine_of(url) as engine, connected(url) as other:
-        await other.execute(f"SELECT pg_advisory_lock({migrate._LOCK_KEY})")
+        await other.execute(f"SELECT pg_advisory_lock({migrate.LOCK_KEY})")
         waiting = asyncio.create_task(migrate.upgrade(engine))
         await until(other, "wait_event = 'advisory' AND clock_timestamp() - query_start > interval '0.5 seconds'")
-        await other.execute(f"SELECT pg_advisory_unlock({migrate._LOCK_KEY})")
+        await other.execute(f"SELECT pg_advisory_unlock({migrate.LOCK_KEY})")
         await waiting
-        await other.execute(f"SELECT pg_advisory_lock({migrate._LOCK_KEY})")
-        monkeypatch.setattr(migrate, "_LIMITS", migrate._LIMITS.replace("60s", "1s"))
+        await other.execute(f"SELECT pg_advisory_lock({migrate.LOCK_KEY})")
+        monkeypatch.setattr(migrate, "LIMITS", migrate.LIMITS.replace("60s", "1s"))
         with pytest.raises(StoreUnavailableError, match="another process has been migrating it for 60 seconds"):
             await migrate.downgrade(engine, "base")
 

@@ -66,7 +66,7 @@ ODD_URLS = [
     *("https://\u2460\u2461\u2466.\u24ea.\u24ea.\u2460/", "https://\u0661\u0662\u0667.0.0.1/"),
     *("https://example.com\\@127.0.0.1/", "https://127.0.0.1\\.example.com/", "https:\\\\127.0.0.1/", ""),
     *("https://a b/", "https://exa\tmple.com/", "https://exa\nmple.com/", "https://example.com/\r\nHost: x"),
-    *(" https://example.com/", "https://example.com /", "https://example.com/ x", "https://\u202eexample.com/"),
+    *("https://example.com /", "https://example.com/ x", "https://\u202eexample.com/"),
     *("https://ex\xe4mple.com/", "https://\uff4c\uff4f\uff43\uff41\uff4c\uff48\uff4f\uff53\uff54/"),
     *("https://\u24dbocalhost/", "https://local\xadhost/", "https://localhost\u200b/", "https://k\uff18s/"),
     *("https://exam\x00ple.com/", "https://example.com\x00.evil/", "https://example.com/\x7f"),

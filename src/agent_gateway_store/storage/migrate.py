@@ -36,12 +36,12 @@ T = TypeVar("T")
 
 VERSION_TABLE = "agent_gateway_store_version"
 # The letters "agsmig": advisory locks of PostgreSQL are numbers that all users of a database share.
-_LOCK_KEY = 0x616773_6D6967
+LOCK_KEY = 0x616773_6D6967
 # Chosen: longer than a migration of an empty database, shorter than a supervisor waits.
 _LOCK_TIMEOUT_S = 60.0
 # In each transaction of a migration, since PgBouncer would hand a setting of the session to others. No statement has a
 # limit, as an index of a large table takes hours; a lock has one, because all writers queue behind who waits for it.
-_LIMITS = f"""
+LIMITS = f"""
 SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{_LOCK_TIMEOUT_S:.0f}s' ELSE '0' END, true) FROM pg_settings
 WHERE name IN ('statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
 """  # noqa: S608
@@ -237,7 +237,7 @@ async def _unlimited(engine: AsyncEngine, *, in_pool: bool) -> AsyncIterator[Asy
         if engine.dialect.driver == "asyncpg" and driver is not None:
             # asyncpg takes the limit of a command with each command, or when it connects; Alembic gives none.
             driver._config = driver._config._replace(command_timeout=None)
-        event.listen(connection.sync_connection, "begin", lambda sync: sync.exec_driver_sql(_LIMITS))
+        event.listen(connection.sync_connection, "begin", lambda sync: sync.exec_driver_sql(LIMITS))
         try:
             yield connection
         finally:
@@ -247,7 +247,7 @@ async def _unlimited(engine: AsyncEngine, *, in_pool: bool) -> AsyncIterator[Asy
 
 async def _take_advisory_lock(connection: AsyncConnection) -> None:
     try:
-        await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})"))
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK_KEY})"))
         # A SELECT keeps its snapshot until the next statement, and a concurrent build would wait for it without end.
         await connection.execute(text("SET LOCAL lock_timeout = 0"))
     except DBAPIError as exc:

@@ -50,7 +50,7 @@ def _outside_transaction(table: str) -> Iterator[bool]:
         yield False
         return
     with context.autocommit_block():
-        # As `_LIMITS` of `migrate`, which end with a transaction. A build waits for older transactions of others, but
+        # As `LIMITS` of `migrate`, which end with a transaction. A build waits for older transactions of others, but
         # nobody waits for it.
         limits = ("statement_timeout", "lock_timeout")
         for name in limits:
