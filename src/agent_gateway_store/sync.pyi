@@ -190,6 +190,9 @@ class SyncApprovalManager:
     ) -> Page[ApprovalRequest]:
         """Return approvals that match every filter (see `ApprovalFilters`), newest first, ties broken by id."""
 
+    def stream(self, **filters: Unpack[ApprovalFilters]) -> Generator[ApprovalRequest]:
+        """Yield every approval that `search` finds, in its order; no connection is held between two pages of it."""
+
     def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
         """Return the approval of this id, without its token."""
 

@@ -51,6 +51,20 @@ async def test_every_filter_finds_what_it_means(store: GatewayStore) -> None:
     assert await found(status="EXPIRED") == ["3", "1", "0"]
 
 
+async def test_a_stream_goes_through_every_page(store: GatewayStore) -> None:
+    """More approvals than one page holds, each once, newest first, with the filters of the search."""
+    await filled(store)
+    for number in range(510):
+        await store.approvals.issue_token(make_request(request_id=f"s-{number}", caller_id="streamer"))
+
+    streamed = [request.request_id async for request in store.approvals.stream(caller_id="streamer")]
+
+    assert streamed == [f"s-{number}" for number in reversed(range(510))]
+    assert [request.request_id async for request in store.approvals.stream(status="DENIED")] == ["r-2"]
+    with pytest.raises(TypeError, match="no filter 'tool'"):
+        _ = [request async for request in store.approvals.stream(tool="x")]  # type: ignore[call-arg]
+
+
 async def test_cursors_are_of_one_search(store: GatewayStore) -> None:
     """A page leads to the next; with other filters, or in a store for another organisation, it is refused."""
     await filled(store)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -30,6 +30,8 @@ from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.redis_cache import RedisCache
 
 _LARGEST_BATCH = 10_000  # of `expire_stale`: what one transaction writes within a command's time
+
+_STREAMED_ROWS = 500  # chosen: about a megabyte of requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +374,6 @@ class ApprovalManager:
         Args:
             limit: At most so many, 1 to 2^31 - 1.
             cursor: `next_cursor` of the page before; the filters must be the same.
-            filters: see `ApprovalFilters`; tool_name and mcp_server are named as for `audit.search`.
 
         Raises:
             InvalidCursorError: The cursor did not come from this search.
@@ -380,6 +381,16 @@ class ApprovalManager:
             ValueError: There is no such status or time, or `limit` is out of range.
         """
         return await queries.search(self._transactions, filters, org_id=self._org_id, limit=limit, cursor=cursor)
+
+    async def stream(self, **filters: Unpack[ApprovalFilters]) -> AsyncGenerator[ApprovalRequest]:
+        """Yield every approval that `search` finds, in its order; no connection is held between two pages of it."""
+        cursor: str | None = None
+        while True:
+            page = await self.search(limit=_STREAMED_ROWS, cursor=cursor, **filters)
+            for request in page:
+                yield request
+            if (cursor := page.next_cursor) is None:
+                return
 
     async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
         """Return the approval of this id, without its token.
