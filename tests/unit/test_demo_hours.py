@@ -28,7 +28,7 @@ def hour_of(event: AuditEvent) -> datetime:
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: f"{end:%a-%H}")
 def test_the_incident_review_finds_its_incidents(end: datetime) -> None:
     """In the week before the end: the hour of the denials, calls of the same caller that ran, and the slow queries."""
-    week = [call.event for call in history(3_000, seed=7, end=end) if call.event.timestamp >= end - WEEK]
+    week = [call.event for call in history(3_000, seed=7, end=end, keys={}) if call.event.timestamp >= end - WEEK]
 
     [(worst, most), (_, second)] = Counter(hour_of(each) for each in week if each.decision == "DENY").most_common(2)
     assert worst == PROBED.start(end)
