@@ -6,8 +6,8 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from agent_gateway_store._text import escape, mask_tokens
 from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.plugins._text import safe_text
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -79,8 +79,7 @@ def gateway_store_register_notifiers() -> list[LogNotifier]:
 
 
 def _clean(text: str) -> str:
-    text = escape(mask_tokens(text))
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
+    return safe_text(text, MAX_TEXT)
 
 
 def _quoted(text: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError
 from agent_gateway_store.models.identity import identity_table
@@ -17,17 +17,12 @@ async def read_identity(engine: AsyncEngine) -> str:
     """Return the identity of the database that answers.
 
     Raises:
-        SchemaOutOfDateError: See `identity_on`; or the table is missing.
+        SchemaOutOfDateError: See `known`; or the table is missing.
         StoreUnavailableError: The database does not answer.
     """
     with translate_errors("read its identity"):
         async with reader_of(engine).connect() as connection:
-            return await identity_on(connection)
-
-
-async def identity_on(connection: AsyncConnection) -> str:
-    """Return the identity of the database on this connection. Raises what `known` raises."""
-    return known((await connection.execute(IDENTITY)).scalar())
+            return known((await connection.execute(IDENTITY)).scalar())
 
 
 def known(identity: str | None) -> str:
