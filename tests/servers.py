@@ -19,9 +19,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -46,6 +46,34 @@ def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine to its end in a thread, so that it also works where an event loop is running."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
+    """Connect to PostgreSQL by the driver itself; takes the URL of a store, too."""
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def serving(app: Any, *, ws: Any) -> AsyncIterator[str]:
+    """Serve an ASGI application on a free port of the loopback; yields `127.0.0.1:<port>`."""
+    # Imported here, since few tests need it.
+    import uvicorn
+
+    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws=ws))
+    task = asyncio.create_task(web.serve())
+    try:
+        async with asyncio.timeout(20):
+            while not web.started:
+                await asyncio.sleep(0.01)
+        yield f"127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        web.should_exit = True
+        await task
 
 
 def alive(pid: int) -> bool:

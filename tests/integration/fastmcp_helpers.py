@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import uvicorn
 from fastmcp import Client, FastMCP
 from fastmcp.client.client import CallToolResult
 from fastmcp.exceptions import ToolError
 from fastmcp.tools import Tool
 
+import servers
 from agent_gateway_store import (
     ApprovalRequest,
     ApprovalStatus,
@@ -153,16 +153,8 @@ def versioned(bench: Bench, server: FastMCP[Any], name: str = "read_log") -> Non
 @asynccontextmanager
 async def serving(server: FastMCP[Any]) -> AsyncIterator[str]:
     """Serve on a free port; yields the URL."""
-    web = uvicorn.Server(uvicorn.Config(server.http_app(), port=0, log_level="warning", ws="none"))
-    task = asyncio.create_task(web.serve())
-    try:
-        async with asyncio.timeout(20):
-            while not web.started:
-                await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}/mcp"
-    finally:
-        web.should_exit = True
-        await task
+    async with servers.serving(server.http_app(), ws="none") as place:
+        yield f"http://{place}/mcp"
 
 
 @pytest.fixture

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+import servers
 from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.integrations.fastapi import (
     CallerDep,
@@ -67,17 +66,8 @@ def build_app(store: GatewayStore) -> FastAPI:
 @asynccontextmanager
 async def serving(store: GatewayStore) -> AsyncIterator[str]:
     """Serve on a free port; yields the URL."""
-    config = uvicorn.Config(build_app(store), port=0, log_level="warning", ws="websockets-sansio")
-    web = uvicorn.Server(config)
-    task = asyncio.create_task(web.serve())
-    try:
-        async with asyncio.timeout(20):
-            while not web.started:
-                await asyncio.sleep(0.01)
-        yield f"ws://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        web.should_exit = True
-        await task
+    async with servers.serving(build_app(store), ws="websockets-sansio") as place:
+        yield f"ws://{place}"
 
 
 async def test_key_of_the_handshake_names_the_caller() -> None:

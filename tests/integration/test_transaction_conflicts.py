@@ -18,6 +18,7 @@ from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError, TransactionConflictError
 from agent_gateway_store.storage.errors import retry_conflicts, translate_errors
 from builders import CALL, make_event, make_request
+from servers import connected
 
 pytestmark = pytest.mark.integration
 
@@ -41,15 +42,6 @@ END $$;
 def url(migrated_postgres_database: Callable[[], str]) -> str:
     """The URL of a migrated, empty database."""
     return migrated_postgres_database()
-
-
-@asynccontextmanager
-async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 async def make_fail(url: str, table: str, *, state: str, times: int) -> None:

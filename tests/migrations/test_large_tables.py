@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
 from agent_gateway_store.storage import database, migrate, online
 from agent_gateway_store.storage.database import create_engine
+from servers import connected
 
 pytestmark = pytest.mark.integration
 
@@ -38,15 +39,6 @@ async def url(postgres_database: Callable[[], str], monkeypatch: pytest.MonkeyPa
     async with connected(made) as connection:
         await connection.execute(FILL, 10)
     return made
-
-
-@asynccontextmanager
-async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 @asynccontextmanager
