@@ -217,6 +217,11 @@ CASES: dict[str, Case] = {
         view.approvals.search(text=MARK, cursor=other.cursor),
         view.approvals.search(approver_id=f"by-{MARK}"),
     ],
+    "approvals.stream": lambda view, other: [
+        _all(view.approvals.stream()),
+        _all(view.approvals.stream(org_id="globex")),
+        _all(view.approvals.stream(text=MARK)),
+    ],
     "approvals.history": lambda view, other: [view.approvals.history(each) for each in other.ids.values()],
     "approvals.expire_stale": lambda view, other: [view.approvals.expire_stale()],
     "keys.issue": lambda view, other: [
