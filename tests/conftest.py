@@ -72,6 +72,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AUDIT_SPOOL_PATH", str(tmp_path / "spool.db"))
     monkeypatch.setenv("BCRYPT_ROUNDS", "4")
+    # Many tests ask for more approvals at once, as one caller, than the default allows.
+    monkeypatch.setenv("APPROVAL_MAX_PENDING", "1000000")
     monkeypatch.chdir(tmp_path)
 
 

@@ -59,6 +59,9 @@ class StoreSettings(BaseSettings):
         redis_url: Redis that makes reads and waiting fast; None or "": no Redis.
         environment: Name of this deployment, stamped on API keys.
         approval_token_ttl_seconds: How long an approval waits for a decision by default; a million days at most.
+        acquire_decision_seconds: How long an approval that `acquire` asks for waits for a decision by default.
+        approval_denial_seconds: How long a denial answers whoever acquires the same call again; 0: not at all.
+        approval_max_pending: How many approvals of one caller may wait for a decision at once.
         approval_cache_seconds: How old a status read through Redis may be at most.
         audit_mode: `spool`: `write` never raises, and keeps events locally while the database is away; `strict`: it
             raises.
@@ -83,6 +86,9 @@ class StoreSettings(BaseSettings):
     environment: str = "dev"
     # A million days is 2,738 years: both databases hold times until the year 9999 at least.
     approval_token_ttl_seconds: float = Field(default=3600, gt=0, le=1_000_000 * 86_400, allow_inf_nan=False)
+    acquire_decision_seconds: float = Field(default=86_400, gt=0, le=1_000_000 * 86_400, allow_inf_nan=False)
+    approval_denial_seconds: float = Field(default=300, ge=0, le=1_000_000 * 86_400, allow_inf_nan=False)
+    approval_max_pending: int = Field(default=100, ge=1, le=2**31 - 1)
     approval_cache_seconds: float = Field(default=2, ge=0, allow_inf_nan=False)
     audit_mode: Literal["spool", "strict"] = "spool"
     audit_spool_path: Annotated[Path, BeforeValidator(_spool_path)] = Field(

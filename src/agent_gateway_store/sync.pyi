@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from os import PathLike
 from types import TracebackType
@@ -53,6 +54,24 @@ class SyncAuditManager:
         progress: bool | Callable[[int], None] = False,
     ) -> Counter[WriteOutcome]:
         """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store."""
+
+    def call(
+        self,
+        call: ToolCall,
+        caller: CallerIdentity,
+        *,
+        decision: Decision | str,
+        rule: str = "",
+        rationale: str = "",
+        approval_id: UUID | str | None = None,
+        sanitize: Callable[[ToolCall], Mapping[str, Any]] = ...,
+        intent: bool = False,
+        **fields: Any,
+    ) -> AbstractContextManager[AuditEvent]:
+        """Record one tool call, which runs in the body: `async with store.audit.call(call, caller, ...) as event:`."""
+
+    def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
+        """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed."""
 
     def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work."""
@@ -122,6 +141,11 @@ class SyncApprovalManager:
     def issue_token(self, request: ApprovalRequest, *, call: ToolCall | None = None) -> str:
         """Ask for an approval and return the token that follows and uses it."""
 
+    def acquire(
+        self, request: ApprovalRequest, *, call: ToolCall | None = None, bind: str = "", wait_s: float = 0.0
+    ) -> ApprovalResult:
+        """Ask, before each run of a call, whether it may go: USED (run it now), PENDING (come back) or DENIED."""
+
     def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
         """Return where the approval of `token` stands."""
 
@@ -171,7 +195,9 @@ class SyncApprovalManager:
     def release_output(self, token: str, *, caller_id: str) -> Any:
         """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved."""
 
-    def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
+    def record_outcome(
+        self, token: str | None = None, outcome: str = "", *, approval_id: UUID | str | None = None
+    ) -> ApprovalResult:
         """Store what came of the call, after its use; once. A used approval without an outcome is shown as unknown."""
 
     def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:

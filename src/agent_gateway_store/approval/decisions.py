@@ -109,8 +109,17 @@ def _pending(request: ApprovalRequest) -> PendingApproval:
     )
 
 
-async def approve(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, *, allow_self: bool) -> StoredApproval:
+async def approve(
+    connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, *, allow_self: bool, use_s: float
+) -> StoredApproval:
     """Store a vote to approve, and approve where it is the last one needed; does not commit.
+
+    Args:
+        connection: In a transaction.
+        ref: Which approval.
+        vote: APPROVED.
+        allow_self: Whether the caller of the tool call may vote.
+        use_s: For how many seconds an approval that was asked for by `acquire` without a deadline can be used.
 
     Returns:
         The approval as it then stands: APPROVED, or PENDING while votes are missing.
@@ -118,7 +127,7 @@ async def approve(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, 
     Raises:
         ApprovalError: As `ApprovalManager.approve` says; what was written must be rolled back.
     """
-    values = {**ref.values, **vote.values, "p_allow_self": allow_self}
+    values = {**ref.values, **vote.values, "p_allow_self": allow_self, "p_ttl_s": use_s}
     row = await APPROVE[ref.by].first(connection, values)
     if row is not None:
         return await _store_vote(connection, row, vote)
@@ -269,7 +278,7 @@ async def set_outcome(transactions: Transactions, ref: ApprovalRef, outcome: str
     """
     text = Scrubber().text("outcome", outcome)
     async with transactions.connection("autocommit") as connection:
-        row = await SET_OUTCOME.first(connection, {**ref.values, "p_outcome": text})
+        row = await SET_OUTCOME[ref.by].first(connection, {**ref.values, "p_outcome": text})
         if row is not None:
             return StoredApproval.from_row(row)
         found = await find(connection, ref)

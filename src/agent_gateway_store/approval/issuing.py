@@ -7,7 +7,6 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -19,6 +18,7 @@ from agent_gateway_store.approval.outbox_rows import Change, Outbox, insert_with
 from agent_gateway_store.approval.queries import StoredApproval
 from agent_gateway_store.approval.statements import (
     CANCEL_OTHER_TERMS,
+    COUNT_PENDING,
     EXPIRE_SAME_CALL,
     LOCK_CALL,
     REISSUE,
@@ -28,7 +28,7 @@ from agent_gateway_store.approval.statements import (
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
-from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError, GatewayStoreError
+from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError, GatewayStoreError, TooManyPendingError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.storage.database import AnyConnection, Transactions, dialect_of
@@ -55,7 +55,13 @@ class Issued(NamedTuple):
 
 
 def issue_values(
-    request: ApprovalRequest, *, call: ToolCall | None, org_id: str | None, ttl: timedelta, hash_key: str | None
+    request: ApprovalRequest,
+    *,
+    call: ToolCall | None,
+    org_id: str | None,
+    ttl_s: float,
+    max_pending: int,
+    hash_key: str | None,
 ) -> dict[str, Any]:
     """Return the parameters by which `request` is asked, scrubbed; it begins PENDING whatever it says.
 
@@ -80,12 +86,14 @@ def issue_values(
         "p_tool_call_hash": _hash(request, call, hash_key),
         "p_risk_explanation": scrubber.text("risk_explanation", request.risk_explanation),
         "p_expires_at": request.expires_at,
-        "p_ttl_s": ttl.total_seconds(),
+        "p_ttl_s": ttl_s,
         "p_use_before": request.use_before,
         "p_scope": request.scope,
         "p_output_payload": payload,
         "p_output_hash": _output_hash(request, payload, hash_key),
         "p_required_approvals": request.required_approvals,
+        "p_acquire_key": None,
+        "p_max_pending": max_pending,
     }
 
 
@@ -166,6 +174,17 @@ async def close_standing(connection: AnyConnection, values: dict[str, Any]) -> l
 def _lock_of(values: Mapping[str, Any]) -> int:
     name = "\0".join(values[f"p_{each}"] for each in SAME_CALL)
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)  # a bigint
+
+
+async def require_room(connection: AnyConnection, values: Mapping[str, Any]) -> None:
+    """Return if the caller may ask for one more approval.
+
+    Raises:
+        TooManyPendingError: As many as APPROVAL_MAX_PENDING wait for a decision.
+    """
+    found = await COUNT_PENDING.first(connection, values)
+    if found is not None and found["pending"] >= values["p_max_pending"]:
+        raise TooManyPendingError(values["p_caller_id"], found["pending"])
 
 
 def already_issued(values: Mapping[str, Any]) -> ApprovalError:
@@ -259,6 +278,8 @@ class Asking:
             if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
                 # Nothing else can be in the way now: this request's own id or token is taken.
                 raise already_issued(values)
+            if issued is None:
+                await require_room(connection, values)
             return changes, issued
 
     async def withdraw(self, asking: asyncio.Task[Issued], values: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from typing import Any, Unpack
 from uuid import UUID
@@ -13,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import decisions, issuing, queries
+from agent_gateway_store.approval.acquiring import Acquiring, acquire_values
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.decisions import Permission, VoteInput
 from agent_gateway_store.approval.outbox_rows import Change, Outbox, PersistOnlyOutbox, enqueue
@@ -110,6 +110,9 @@ class ApprovalManager:
             publish=self._after_commit,
             background=backend.background,
         )
+        self._acquiring = Acquiring(
+            self._transactions, self._outbox, self._waiting, enqueue=self._enqueue, publish=self._after_commit
+        )
 
     @property
     def _hash_key(self) -> str | None:
@@ -140,9 +143,52 @@ class ApprovalManager:
             ApprovalError: The same request object was issued before, and has been decided or changed since.
             StoreUnavailableError: The database is away.
         """
-        ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
-        values = issuing.issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
-        return await self._asking.issue(values)
+        ttl_s = self._settings.approval_token_ttl_seconds
+        return await self._asking.issue(self._values(request, call, ttl_s))
+
+    def _values(self, request: ApprovalRequest, call: ToolCall | None, ttl_s: float) -> dict[str, Any]:
+        return issuing.issue_values(
+            request,
+            call=call,
+            org_id=self._org_id,
+            ttl_s=ttl_s,
+            max_pending=self._settings.approval_max_pending,
+            hash_key=self._hash_key,
+        )
+
+    async def acquire(
+        self, request: ApprovalRequest, *, call: ToolCall | None = None, bind: str = "", wait_s: float = 0.0
+    ) -> ApprovalResult:
+        """Ask, before each run of a call, whether it may go: USED (run it now), PENDING (come back) or DENIED.
+
+        An approval that stands approved is used up by one of any number of callers in any number of processes. One that
+        is pending is returned, and nobody is notified again. A denial is returned for APPROVAL_DENIAL_SECONDS. Else a
+        new approval is asked for; where the last one was used and its outcome is unknown, its explanation says so.
+        The first asking's deadlines and explanation stand; a higher quorum, or another shown call, cancels what stands,
+        and asks anew.
+
+        It sees only approvals that `acquire` asked for: of the same organisation, caller, call and `bind`. They have no
+        token; `record_outcome` takes their `approval_id`. An error after the use may have used it up: it is never
+        released twice. A caller that goes away cancels nothing.
+
+        Args:
+            request: As for `issue_token`; its `approval_id` and `token` are not used. Without `expires_at` there are
+                ACQUIRE_DECISION_SECONDS to decide, and then APPROVAL_TOKEN_TTL_SECONDS from the decision to use it.
+            call: The call as it will run, if `request.tool_call` is a sanitised one.
+            bind: Whatever else must be equal for two calls to be the same: a session, an end user.
+            wait_s: Seconds to wait for a decision; then it looks again.
+
+        Raises:
+            ApprovalMismatchError: The request names another organisation than this store is bound to.
+            TooManyPendingError: APPROVAL_MAX_PENDING approvals of this caller wait already.
+            StoreUnavailableError: The database is away.
+            ValueError: The request's scope is not EXECUTION.
+        """
+        if request.scope is not ApprovalScope.EXECUTION:
+            raise ValueError("Only the execution of a call can be acquired: use `issue_token` for an output.")
+        issued = self._values(request, call, self._settings.acquire_decision_seconds)
+        values = acquire_values(issued, bind=bind, settings=self._settings)
+        return await self._acquiring.acquire(values, wait_s=wait_s)
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
         """Return where the approval of `token` stands.
@@ -200,7 +246,9 @@ class ApprovalManager:
         vote = VoteInput(approver_id, note, channel, VoteDecision.APPROVED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
         allow_self = self._settings.allow_self_approval
-        (change,) = await self._change(partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self))
+        use_s = self._settings.approval_token_ttl_seconds
+        work = partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self, use_s=use_s)
+        (change,) = await self._change(work)
         return await self._after_commit(change, token)
 
     async def deny(
@@ -292,15 +340,22 @@ class ApprovalManager:
         await self._after_use(approval, token)
         return approval.request.output_payload
 
-    async def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
+    async def record_outcome(
+        self, token: str | None = None, outcome: str = "", *, approval_id: UUID | str | None = None
+    ) -> ApprovalResult:
         """Store what came of the call, after its use; once. A used approval without an outcome is shown as unknown.
 
+        Args:
+            token: The token, or None with `approval_id`.
+            outcome: What came of it, such as SUCCESS.
+            approval_id: The handle that approvers see, in place of the token.
+
         Raises:
-            ApprovalNotFoundError: No approval has this token.
+            ApprovalNotFoundError: There is no such approval.
             ApprovalNotApprovedError: It has not been used.
             ApprovalAlreadyUsedError: Another outcome was recorded before (the same one again changes nothing).
         """
-        ref = ApprovalRef.by_token(token, self._org_id)
+        ref = ApprovalRef.by_either(token, approval_id, self._org_id)
         return await self._after_use(await decisions.set_outcome(self._transactions, ref, outcome), token)
 
     async def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
@@ -444,7 +499,7 @@ class ApprovalManager:
             self._outbox.send(notice, leased)
         return result_of(approval.request, token)
 
-    async def _after_use(self, approval: StoredApproval, token: str) -> ApprovalResult:
+    async def _after_use(self, approval: StoredApproval, token: str | None) -> ApprovalResult:
         self._waiting.note_change()
         await self._cache.put(approval, token)
         return result_of(approval.request, token)

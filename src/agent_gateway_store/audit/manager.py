@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+from uuid import UUID
 
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.backends import insert_event
+from agent_gateway_store.audit.calls import argument_names, draft_event, recorded
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
@@ -23,10 +25,14 @@ from agent_gateway_store.audit.query import AuditQuery, check_limit
 from agent_gateway_store.audit.record import EncodedRow, encode_batches, encode_event
 from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
+from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import AuditEvent, Decision
+from agent_gateway_store.models.keys import CallerIdentity
+from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.filters import duration
 from agent_gateway_store.storage.host import require_session, session_connection, sole_use
 
 if TYPE_CHECKING:
@@ -46,6 +52,7 @@ class AuditManager:
         org_id: Stamp this organisation on each event and see only it; None takes the event's own and sees all.
         before: The plugins that may change events before they are stored.
         after: The plugins that are notified of events afterwards.
+        hash_args: Hashes the arguments of a call, as `GatewayStore.hash_args` does.
     """
 
     def __init__(
@@ -56,7 +63,9 @@ class AuditManager:
         org_id: str | None = None,
         before: BeforeWriteHooks,
         after: AfterWriteHooks,
+        hash_args: Callable[[Mapping[str, Any]], str],
     ) -> None:
+        self._hash_args = hash_args
         self._database = database
         self._queries = AuditQuery(database, org_id=org_id)
         self._writer = writer
@@ -170,6 +179,72 @@ class AuditManager:
         with progress_bar(progress, f"Importing {source.name}") as report:
             return await self.write_many(counted(events_in(source, kind, on_refused=on_refused), report))
 
+    @asynccontextmanager
+    async def call(
+        self,
+        call: ToolCall,
+        caller: CallerIdentity,
+        *,
+        decision: Decision | str,
+        rule: str = "",
+        rationale: str = "",
+        approval_id: UUID | str | None = None,
+        sanitize: Callable[[ToolCall], Mapping[str, Any]] = argument_names,
+        intent: bool = False,
+        **fields: Any,
+    ) -> AsyncGenerator[AuditEvent]:
+        """Record one tool call, which runs in the body: `async with store.audit.call(call, caller, ...) as event:`.
+
+        On exit exactly one event is written, by `write`, with its latency and its status: SUCCESS; for what was raised
+        TOOL_ERROR, TIMEOUT (TimeoutError) or CANCELLED; none where the decision lets nothing run (DENY, or
+        APPROVAL_REQUIRED without `approval_id`). What was raised is raised on. What the body sets in `event` stands,
+        its `execution_status`, too.
+
+        A process that is killed in the body leaves no event, unless `intent` is True: then an event with
+        `extra["phase"]` "intent" is acknowledged before the body runs, and the event of the outcome names it in
+        `parent_request_id`. `orphans` lists the intents without outcome.
+
+        Args:
+            call: The call as it runs; its arguments are hashed under this store's HASH_KEY.
+            caller: Who makes it.
+            decision: What the policy decided.
+            rule: The rule that decided: `matched_policy_rule`.
+            rationale: Why: `deterministic_rationale`.
+            approval_id: The approval that released it.
+            sanitize: Returns the arguments that the log may show. Default: their names, each value hidden.
+            fields: Other fields of `AuditEvent`; `request_id` is made if it is not given.
+
+        Raises:
+            AuditUnavailableError: The intent could not be stored, and the body did not run; or as for `write`.
+            ValidationError: A field is not valid.
+        """
+        event = draft_event(
+            call,
+            caller,
+            decision=decision,
+            rule=rule,
+            rationale=rationale,
+            approval_id=approval_id,
+            shown=sanitize(call),
+            args_hash=self._hash_args(call.arguments),
+            fields=fields,
+        )
+        async with recorded(event, self.write, intent=intent):
+            yield event
+
+    async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
+        """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed.
+
+        Args:
+            older_than: Only those from before so long ago, as in "10m": younger ones may run still.
+            limit: At most so many, 1 to 100,000.
+
+        Raises:
+            TypeError, ValueError: `older_than` is not a period, or `limit` is out of range.
+        """
+        before = utc_now() - duration("older_than", older_than)
+        return await self._queries.orphans(before, limit=check_limit(limit))
+
     async def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.
 
@@ -273,8 +348,7 @@ class AuditManager:
             filters: See `Filters`.
 
         Raises:
-            TypeError: There is no such filter, or a value has the wrong type.
-            ValueError: There is no such column, decision, status or time.
+            TypeError, ValueError: As for `search`; or there is no such column.
         """
         return await self._queries.stats(by, bucket, **filters)
 
@@ -282,11 +356,8 @@ class AuditManager:
         """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for.
 
         Takes constant memory: the database is read by a server-side cursor, which holds a connection until the end.
-        A caller that stops early closes it: `async with contextlib.aclosing(store.audit.stream()) as events`.
-
-        Raises:
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time.
+        A caller that stops early closes it: `async with contextlib.aclosing(store.audit.stream()) as events`. Raises
+        TypeError and ValueError as `search` does.
         """
         found = criteria(filters, org_id=self._org_id)
         async with aclosing(event_batches(self._database, found)) as batches:
@@ -312,8 +383,7 @@ class AuditManager:
         Raises:
             InvalidCursorError: The cursor did not come from this method with these filters, or the newest event that it
                 has passed is not in this database, as on a promoted standby that had not received it.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time, or `limit` is out of range.
+            TypeError, ValueError: As for `search`.
         """
         check_limit(limit)
         found = criteria(filters, org_id=self._org_id, listing="changes")
@@ -338,8 +408,7 @@ class AuditManager:
             InvalidCursorError: `start` is not a cursor of `changes`, or the newest event passed is not in the database
                 any more, as after a failover to a standby that had not received it.
             StoreUnavailableError: The database was away for longer than `patience_s`.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time, or `poll_s` is not above zero.
+            TypeError, ValueError: As for `search`; or `poll_s` is not above zero.
         """
         if not poll_s > 0:
             raise ValueError(f"poll_s must be above zero, not {poll_s}.")
@@ -358,8 +427,7 @@ class AuditManager:
 
         Raises:
             MissingExtraError: pyarrow is not installed.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time.
+            TypeError, ValueError: As for `search`.
         """
         from agent_gateway_store.audit.arrow import whole_table
 
@@ -410,8 +478,7 @@ class AuditManager:
             FileExistsError: `path` exists, and `overwrite` is False; or it is a device, a pipe or another folder.
             OSError: The file cannot be written.
             MissingExtraError: Parquet or zstd, and pyarrow is not installed.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: The format is unknown or does not go with the other arguments, or a filter has no such value.
+            TypeError, ValueError: As for `search`; or the format is unknown or does not go with the other arguments.
         """
         from agent_gateway_store.audit.export import export_events
         from agent_gateway_store.audit.files import export_format, progress_bar

@@ -8,6 +8,7 @@ from typing import Unpack
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from agent_gateway_store.audit.calls import orphans
 from agent_gateway_store.audit.filters import Criteria, Filters, criteria
 from agent_gateway_store.audit.selects import events_of, newest
 from agent_gateway_store.audit.stats import bucket_of, columns_of, group_events, stats_of
@@ -109,6 +110,13 @@ class AuditQuery:
             async with self._source.connection("read") as connection:
                 rows = await statement.tuples(connection, values)
         return stats_of(rows, names, length)
+
+    async def orphans(self, before: datetime, *, limit: int) -> Page[AuditEvent]:
+        """Return the intents from before a time that have no outcome, newest first."""
+        found = criteria({}, org_id=self._org_id)
+        statement = orphans(found.shape, limit=limit)
+        async with self._source.connection("read") as connection:
+            return _page(events_of(await statement.tuples(connection, {**found.values, "p_before": before})))
 
     async def _newest(self, filters: Filters, *, limit: int, offset: int = 0) -> Page[AuditEvent]:
         for name, value in (("limit", limit), ("offset", offset)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -148,6 +149,21 @@ def choose(kind: type[E], text: str, option: str) -> E:
         return kind[text.upper()]
     except KeyError:
         raise typer.BadParameter(f"{option} must be one of {', '.join(kind.__members__)}.") from None
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds.
+
+    Raises:
+        typer.BadParameter: It is not JSON, or holds something else.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"""{option} must be a JSON object, such as '{{"path": "/tmp/report.txt"}}'.""")
+    return found
 
 
 def duration(text: str, option: str) -> timedelta:

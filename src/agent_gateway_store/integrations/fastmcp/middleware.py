@@ -16,6 +16,7 @@ from fastmcp.server.middleware import CallNext, MiddlewareContext
 from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 
+from agent_gateway_store.audit.calls import HIDDEN, argument_names
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastmcp.asking import ask, note_outcome
@@ -23,14 +24,12 @@ from agent_gateway_store.integrations.fastmcp.callbacks import CallbackError, ca
 from agent_gateway_store.integrations.fastmcp.origin import origin_of, running
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
 from agent_gateway_store.integrations.fastmcp.record import (
-    HIDDEN,
     CallRecord,
     Identify,
     NameServer,
     Policy,
     Sanitize,
     Verdict,
-    argument_names,
 )
 from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
 from agent_gateway_store.models.audit import Decision, ExecutionStatus

@@ -20,7 +20,6 @@ from agent_gateway_store.models.values import FrozenModel, ToolCall
 from agent_gateway_store.store import GatewayStore
 
 _UNKNOWN = "unknown"
-HIDDEN = "[hidden]"
 
 
 class Verdict(FrozenModel):
@@ -48,11 +47,6 @@ Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
 Identify = Callable[[MiddlewareContext[Any]], CallerIdentity | Awaitable[CallerIdentity]]
 Sanitize = Callable[[ToolCall], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 NameServer = Callable[[MiddlewareContext[Any]], str | Awaitable[str]]
-
-
-def argument_names(call: ToolCall) -> dict[str, Any]:
-    """Return the names of the arguments of `call`, each value hidden."""
-    return dict.fromkeys(call.arguments, HIDDEN)
 
 
 @dataclass
