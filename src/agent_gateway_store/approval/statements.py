@@ -269,10 +269,11 @@ CANCEL_ACQUIRED = sql_statement("""
     RETURNING {returning}
     """)
 
+# `|| ''` keeps the planner from the index over the status, where denials are rare by the statistics.
 RECENTLY_DENIED = sql_statement(
     """
     SELECT {readable} FROM approval_requests
-    WHERE acquire_key = :p_acquire_key AND decision_at > {denied_since} AND status = 'DENIED'
+    WHERE acquire_key = :p_acquire_key AND decision_at > {denied_since} AND status || '' = 'DENIED'
     ORDER BY decision_at DESC LIMIT 1
     """,
     denied_since={dialect: clock_sql(dialect, plus=":p_since_s") for dialect in ("sqlite", "postgresql")},
