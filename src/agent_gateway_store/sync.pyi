@@ -84,13 +84,13 @@ class SyncAuditManager:
         """How many events came to which outcome in this process since the store was opened; a copy."""
 
     def get_by_request_id(self, request_id: str) -> AuditEvent | None:
-        """Return the event with this `request_id`, or None."""
+        """Return the event with this `request_id`, or None; of several organisations' events the newest."""
 
     def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
         """Return up to `limit` events of one caller, after skipping `offset`."""
 
     def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
-        """Return up to `limit` events with this decision."""
+        """Return up to `limit` events with this decision; ValueError if there is no such decision."""
 
     def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
         """Return the `limit` newest events."""
@@ -180,7 +180,7 @@ class SyncApprovalManager:
         approval_id: UUID | str | None = None,
         channel: str = "api",
     ) -> ApprovalResult:
-        """Withdraw an approval that is pending, or approved and not used. The caller may cancel, too."""
+        """Withdraw an approval that is pending, or approved and not used; the caller may do so, too."""
 
     def consume_token(
         self,

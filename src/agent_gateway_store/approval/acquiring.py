@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
 from agent_gateway_store.approval import queries
+from agent_gateway_store.approval.changes import Changes
 from agent_gateway_store.approval.issuing import Issued, insert, require_room
-from agent_gateway_store.approval.outbox_rows import Change, Outbox, notice_of
+from agent_gateway_store.approval.outbox_rows import Change, notice_of
 from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, result_of
 from agent_gateway_store.approval.statements import (
     CANCEL_ACQUIRED,
@@ -20,14 +20,13 @@ from agent_gateway_store.approval.statements import (
     RECENTLY_DENIED,
     USE_ACQUIRED,
 )
-from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import Scrubber
 from agent_gateway_store.errors import ApprovalError
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import AnyConnection, Transactions
+from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import number
 
@@ -66,24 +65,11 @@ class Acquiring:
     """Uses, finds or asks for the approval of a call.
 
     Args:
-        transactions: Where approvals are kept.
-        outbox: Which notifiers receive a notice.
-        waiting: Learns of each change, and waits for decisions.
-        enqueue: Writes, in the transaction that closes approvals, what others learn of that.
-        publish: Publishes a change that is committed.
+        changes: Where approvals are kept, and who learns of them.
     """
 
-    def __init__(
-        self,
-        transactions: Transactions,
-        outbox: Outbox,
-        waiting: Waiting,
-        *,
-        enqueue: Callable[[AnyConnection, Sequence[StoredApproval]], Awaitable[list[Change]]],
-        publish: Callable[[Change], Awaitable[object]],
-    ) -> None:
-        self._transactions, self._outbox, self._waiting = transactions, outbox, waiting
-        self._enqueue, self._publish = enqueue, publish
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
 
     async def acquire(self, values: dict[str, Any], *, wait_s: float) -> ApprovalResult:
         """Do as `ApprovalManager.acquire` says; `values` as `acquire_values` gives them."""
@@ -94,10 +80,10 @@ class Acquiring:
         ref = ApprovalRef.by_id(found.approval_id, values["p_org_id"])
 
         async def read() -> ApprovalResult:
-            return result_of((await queries.get(self._transactions, ref)).request, None)
+            return result_of((await queries.get(self._changes.transactions, ref)).request, None)
 
         key = str(found.approval_id)
-        decided = await self._waiting.wait(values["p_org_id"], key, read, timeout_s=wait_s)
+        decided = await self._changes.waiting.wait(values["p_org_id"], key, read, timeout_s=wait_s)
         if decided.status in (ApprovalStatus.PENDING, ApprovalStatus.DENIED):
             return decided
         return await self._acquire(values)
@@ -108,14 +94,14 @@ class Acquiring:
             if found is None:
                 changes, found = await self._ask(values)
                 for change in changes:
-                    await self._publish(change)
+                    await self._changes.publish(change)
             if found is not None:
                 return result_of(found.request, None)
         raise ApprovalError("Others changed the approval of this call again and again meanwhile: call again.")
 
     @retry_conflicts
     async def _use_or_find(self, values: dict[str, Any]) -> StoredApproval | None:
-        async with self._transactions.connection("autocommit") as connection:
+        async with self._changes.transactions.connection("autocommit") as connection:
             row = await USE_ACQUIRED.first(connection, values)
             if row is None:
                 row = await READ_ACQUIRED.first(connection, values)
@@ -123,7 +109,7 @@ class Acquiring:
             return None
         found = StoredApproval.from_row(row)
         if found.request.status is ApprovalStatus.USED:
-            self._waiting.note_change()
+            self._changes.waiting.note_change()
         return found
 
     async def _ask(self, values: dict[str, Any]) -> tuple[list[Change], StoredApproval | None]:
@@ -134,18 +120,18 @@ class Acquiring:
             return [], exc.denied
         if issued is None:
             return changes, None
-        self._waiting.note_change()
-        self._outbox.send(notice_of(issued.approval.request, "pending"), issued.leased)
+        self._changes.waiting.note_change()
+        self._changes.outbox.send(notice_of(issued.approval.request, "pending"), issued.leased)
         return changes, issued.approval
 
     @retry_conflicts
     async def _close_and_insert(self, values: dict[str, Any]) -> tuple[list[Change], Issued | None]:
-        async with self._transactions.connection("transaction") as connection:
+        async with self._changes.transactions.connection("transaction") as connection:
             await _require_not_denied(connection, values)
             rows = await EXPIRE_ACQUIRED.rows(connection, values) + await CANCEL_ACQUIRED.rows(connection, values)
-            changes = await self._enqueue(connection, [StoredApproval.from_row(row) for row in rows])
+            changes = await self._changes.enqueue(connection, [StoredApproval.from_row(row) for row in rows])
             used = await LAST_USE.first(connection, values)
-            issued = await insert(connection, values | _explained(values, used), self._outbox)
+            issued = await insert(connection, values | _explained(values, used), self._changes.outbox)
             if issued is None:
                 await require_room(connection, values)
             else:

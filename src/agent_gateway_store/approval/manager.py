@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Unpack
@@ -14,9 +14,10 @@ from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import decisions, issuing, queries
 from agent_gateway_store.approval.acquiring import Acquiring, acquire_values
 from agent_gateway_store.approval.cache import ApprovalCache
+from agent_gateway_store.approval.changes import Changes
 from agent_gateway_store.approval.decisions import Permission, VoteInput
-from agent_gateway_store.approval.outbox_rows import Change, Outbox, PersistOnlyOutbox, enqueue
-from agent_gateway_store.approval.queries import ApprovalFilters, ApprovalRef, StoredApproval, result_of
+from agent_gateway_store.approval.outbox_rows import Outbox, PersistOnlyOutbox
+from agent_gateway_store.approval.queries import ApprovalFilters, ApprovalRef, result_of
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, VoteDecision
@@ -24,13 +25,11 @@ from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
-from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.database import SessionTransactions, Transactions
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.redis_cache import RedisCache
 
 _LARGEST_BATCH = 10_000  # of `expire_stale`: what one transaction writes within a command's time
-
 _STREAMED_ROWS = 500  # chosen: about a megabyte of requests
 
 
@@ -74,8 +73,7 @@ class ApprovalManager:
 
     Raises:
         TypeError: `session` is not an AsyncSession.
-        ValueError: The store cannot work in this session, say in AUTOCOMMIT: the sentence says what to give in its
-            place.
+        ValueError: The store cannot work in this session, say in AUTOCOMMIT: the sentence says what to give instead.
     """
 
     def __init__(
@@ -95,24 +93,14 @@ class ApprovalManager:
             transactions = SessionTransactions(session, ApprovalRequest, atomic=True)
             backend = ApprovalBackend(transactions, guarded, settings, PersistOnlyOutbox(notifiers))
         trust_s = backend.settings.approval_cache_seconds
-        self._transactions, self._settings, self._outbox = backend.transactions, backend.settings, backend.outbox
+        self._transactions, self._settings = backend.transactions, backend.settings
         self._org_id = org_id
         self._vetoes = backend.vetoes
         self._waiting = backend.waiting or Waiting(None, trust_s=trust_s)
-        self._pubsub = self._waiting.pubsub
         self._cache = ApprovalCache(backend.redis, trust_s=trust_s)
-        self._asking = issuing.Asking(
-            self._transactions,
-            self._outbox,
-            self._cache,
-            self._waiting,
-            enqueue=self._enqueue,
-            publish=self._after_commit,
-            background=backend.background,
-        )
-        self._acquiring = Acquiring(
-            self._transactions, self._outbox, self._waiting, enqueue=self._enqueue, publish=self._after_commit
-        )
+        self._changes = Changes(self._transactions, backend.outbox, self._cache, self._waiting)
+        self._asking = issuing.Asking(self._changes, background=backend.background)
+        self._acquiring = Acquiring(self._changes)
 
     @property
     def _hash_key(self) -> str | None:
@@ -128,8 +116,8 @@ class ApprovalManager:
         itself is not changed.
 
         A caller that is cancelled before it has the token leaves nothing behind: what was asked is withdrawn in the
-        background, and no notifier receives it unless a worker elsewhere was faster. (Not with a session of the
-        caller's: what that has committed stands.)
+        background, and no notifier receives it unless a worker elsewhere was faster. (What a session of the caller's
+        has committed stands.)
 
         Args:
             request: Its `tool_call` is what approvers see. Its `expires_at`, if None, becomes now +
@@ -143,8 +131,7 @@ class ApprovalManager:
             ApprovalError: The same request object was issued before, and has been decided or changed since.
             StoreUnavailableError: The database is away.
         """
-        ttl_s = self._settings.approval_token_ttl_seconds
-        return await self._asking.issue(self._values(request, call, ttl_s))
+        return await self._asking.issue(self._values(request, call, self._settings.approval_token_ttl_seconds))
 
     def _values(self, request: ApprovalRequest, call: ToolCall | None, ttl_s: float) -> dict[str, Any]:
         return issuing.issue_values(
@@ -168,13 +155,13 @@ class ApprovalManager:
         and asks anew.
 
         It sees only approvals that `acquire` asked for: of the same organisation, caller, call and `bind`. They have no
-        token; `record_outcome` takes their `approval_id`. An error after the use may have used it up: it is never
-        released twice. A caller that goes away cancels nothing.
+        token; `record_outcome` takes their `approval_id`. An error may have used one up: it is never released twice. A
+        caller that goes away cancels nothing.
 
         Args:
             request: As for `issue_token`; its `approval_id` and `token` are not used. Without `expires_at` there are
                 ACQUIRE_DECISION_SECONDS to decide, and then APPROVAL_TOKEN_TTL_SECONDS from the decision to use it.
-            call: The call as it will run, if `request.tool_call` is a sanitised one.
+            call: As for `issue_token`.
             bind: Whatever else must be equal for two calls to be the same: a session, an end user.
             wait_s: Seconds to wait for a decision; then it looks again.
 
@@ -186,8 +173,8 @@ class ApprovalManager:
         """
         if request.scope is not ApprovalScope.EXECUTION:
             raise ValueError("Only the execution of a call can be acquired: use `issue_token` for an output.")
-        issued = self._values(request, call, self._settings.acquire_decision_seconds)
-        values = acquire_values(issued, bind=bind, settings=self._settings)
+        values = self._values(request, call, self._settings.acquire_decision_seconds)
+        values = acquire_values(values, bind=bind, settings=self._settings)
         return await self._acquiring.acquire(values, wait_s=wait_s)
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
@@ -248,8 +235,8 @@ class ApprovalManager:
         allow_self = self._settings.allow_self_approval
         use_s = self._settings.approval_token_ttl_seconds
         work = partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self, use_s=use_s)
-        (change,) = await self._change(work)
-        return await self._after_commit(change, token)
+        (change,) = await self._changes.apply(work)
+        return await self._changes.publish(change, token)
 
     async def deny(
         self,
@@ -275,7 +262,7 @@ class ApprovalManager:
         approval_id: UUID | str | None = None,
         channel: str = "api",
     ) -> ApprovalResult:
-        """Withdraw an approval that is pending, or approved and not used. The caller may cancel, too.
+        """Withdraw an approval that is pending, or approved and not used; the caller may do so, too.
 
         Arguments and errors as for `approve`; no plugin can refuse it.
         """
@@ -283,8 +270,8 @@ class ApprovalManager:
         return await self._close(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
 
     async def _close(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
-        (change,) = await self._change(partial(decisions.close, ref=ref, vote=vote))
-        return await self._after_commit(change, token)
+        (change,) = await self._changes.apply(partial(decisions.close, ref=ref, vote=vote))
+        return await self._changes.publish(change, token)
 
     async def consume_token(
         self,
@@ -312,7 +299,7 @@ class ApprovalManager:
         ref = ApprovalRef.by_token(token, self._org_id)
         permission = Permission.of_call(caller_id, scope, tool_call, hash_key=self._hash_key)
         approval = await decisions.use(self._transactions, ref, permission, hash_key=self._hash_key)
-        return await self._after_use(approval, token)
+        return await self._changes.publish_use(approval, token)
 
     async def release_output(self, token: str, *, caller_id: str) -> Any:
         """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved.
@@ -334,10 +321,9 @@ class ApprovalManager:
             ApprovalAlreadyUsedError: It has released its output.
             StoreUnavailableError: The database is away.
         """
-        ref = ApprovalRef.by_token(token, self._org_id)
-        permission = Permission.of_output(caller_id)
+        ref, permission = ApprovalRef.by_token(token, self._org_id), Permission.of_output(caller_id)
         approval = await decisions.use(self._transactions, ref, permission, hash_key=self._hash_key)
-        await self._after_use(approval, token)
+        await self._changes.publish_use(approval, token)
         return approval.request.output_payload
 
     async def record_outcome(
@@ -345,10 +331,7 @@ class ApprovalManager:
     ) -> ApprovalResult:
         """Store what came of the call, after its use; once. A used approval without an outcome is shown as unknown.
 
-        Args:
-            token: The token, or None with `approval_id`.
-            outcome: What came of it, such as SUCCESS.
-            approval_id: The handle that approvers see, in place of the token.
+        `token` or `approval_id` names the approval, as for `approve`.
 
         Raises:
             ApprovalNotFoundError: There is no such approval.
@@ -356,7 +339,7 @@ class ApprovalManager:
             ApprovalAlreadyUsedError: Another outcome was recorded before (the same one again changes nothing).
         """
         ref = ApprovalRef.by_either(token, approval_id, self._org_id)
-        return await self._after_use(await decisions.set_outcome(self._transactions, ref, outcome), token)
+        return await self._changes.publish_use(await decisions.set_outcome(self._transactions, ref, outcome), token)
 
     async def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
         """Wait until the approval is no longer PENDING, and return how it stands.
@@ -394,14 +377,14 @@ class ApprovalManager:
             ValueError: `batch_size` is out of range.
         """
         require_between("batch_size", batch_size, 1, _LARGEST_BATCH, hint="every batch is swept until none is left")
-        swept, batch = 0, batch_size
-        while batch == batch_size:
-            changes = await self._change(partial(decisions.expire, org_id=self._org_id, batch_size=batch_size))
+        swept = 0
+        while True:
+            changes = await self._changes.apply(partial(decisions.expire, org_id=self._org_id, batch_size=batch_size))
             for change in changes:
-                await self._after_commit(change)
-            batch = len(changes)
-            swept += batch
-        return swept
+                await self._changes.publish(change)
+            swept += len(changes)
+            if len(changes) < batch_size:
+                return swept
 
     async def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
@@ -465,41 +448,3 @@ class ApprovalManager:
             ApprovalNotFoundError: There is no such approval.
         """
         return await queries.history(self._transactions, ApprovalRef.by_id(approval_id, self._org_id))
-
-    @retry_conflicts
-    async def _change(
-        self, work: Callable[[AnyConnection], Awaitable[StoredApproval | Sequence[StoredApproval]]]
-    ) -> list[Change]:
-        """Run `work` in one transaction, with what others learn of the approvals that it changed."""
-        async with self._transactions.connection("transaction") as connection:
-            changed = await work(connection)
-            approvals = [changed] if isinstance(changed, StoredApproval) else changed
-            return await self._enqueue(connection, approvals)
-
-    async def _enqueue(self, connection: AnyConnection, approvals: Sequence[StoredApproval]) -> list[Change]:
-        """Write, in the transaction that changes them, what other processes and the notifiers learn of approvals."""
-        if self._pubsub is not None:
-            for approval in approvals:
-                await self._pubsub.notify(connection, str(approval.request.approval_id))
-        return await enqueue(connection, approvals, self._outbox)
-
-    async def _after_commit(self, change: Change, token: str | None = None) -> ApprovalResult:
-        """Publish a change whose transaction is committed, and return where the approval stands."""
-        approval, notice, leased = change
-        approval_id = approval.request.approval_id
-        known = token or await self._cache.token_of(approval_id)
-        # Before anybody can learn of the change: a read that began before it must not be shared from now on.
-        self._waiting.note_change()
-        if notice is None or self._pubsub is None:
-            await self._cache.put(approval, known)
-        else:
-            await self._cache.put(approval, known, message=self._pubsub.message(str(approval_id)))
-            self._pubsub.notify_local(str(approval_id))
-        if notice is not None:
-            self._outbox.send(notice, leased)
-        return result_of(approval.request, token)
-
-    async def _after_use(self, approval: StoredApproval, token: str | None) -> ApprovalResult:
-        self._waiting.note_change()
-        await self._cache.put(approval, token)
-        return result_of(approval.request, token)

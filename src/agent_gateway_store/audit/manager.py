@@ -22,9 +22,10 @@ from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, check_limit
-from agent_gateway_store.audit.record import EncodedRow, encode_batches, encode_event
+from agent_gateway_store.audit.record import encode_event
 from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
-from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
+from agent_gateway_store.audit.writer import OpenWriter
+from agent_gateway_store.audit.writes import write_batches, write_prepared
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
@@ -93,17 +94,8 @@ class AuditManager:
             return writer.reject(event, exc)
         if self._before.is_wanted:
             # In another task, so that cancelling the caller does not cancel the write.
-            return await self._before.tasks.shielded(self._write_prepared(writer, row))
+            return await self._before.tasks.shielded(write_prepared(writer, self._before, row))
         return await writer.write(row)
-
-    async def _write_prepared(self, writer: AuditWriter, row: EncodedRow) -> WriteOutcome:
-        try:
-            (prepared,) = await self._before.prepare([row])
-        except asyncio.CancelledError:
-            # The host cancels every task there is; the event is stored all the same.
-            writer.enqueue_detached(self._before.withhold(row))
-            raise
-        return await writer.write(prepared)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
@@ -121,27 +113,7 @@ class AuditManager:
             TypeError: One is not an AuditEvent.
         """
         self._database.check_owner()
-        writer = self._writer.get()
-        outcomes: Counter[WriteOutcome] = Counter()
-
-        def reject(event: AuditEvent, cause: Exception) -> None:
-            outcomes[writer.reject(event, cause)] += 1
-
-        under_way: asyncio.Task[list[WriteOutcome]] | None = None
-        try:
-            async for batch in encode_batches(events, self._org_id, reject=reject):
-                rows = await self._before.prepare(batch) if self._before.is_wanted else batch
-                # While one batch is committed the next one is encoded.
-                if under_way is not None:
-                    # `wait`, because cancelling the caller must not cancel a commit that has begun.
-                    await asyncio.wait([under_way])
-                    outcomes.update(under_way.result())
-                under_way = asyncio.create_task(writer.write_batch(rows))
-        finally:
-            if under_way is not None:
-                await asyncio.wait([under_way])
-                outcomes.update(under_way.result())
-        return outcomes
+        return await write_batches(self._writer.get(), self._before, events, self._org_id)
 
     async def import_file(
         self,
@@ -166,10 +138,9 @@ class AuditManager:
             How many events came to which outcome.
 
         Raises:
-            FileNotFoundError: There is nothing at `path`.
+            FileNotFoundError, MissingExtraError: There is nothing at `path`; or it takes pyarrow, which is not installed.
             ValueError: The format is not known; or the file is not whole, or a record is malformed or is not what its
                 content_hash says: those before it are stored.
-            MissingExtraError: Parquet or zstd, and pyarrow is not installed.
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
         """
         from agent_gateway_store.audit.files import counted, events_in, importable, progress_bar
@@ -207,9 +178,7 @@ class AuditManager:
         Args:
             call: The call as it runs; its arguments are hashed under this store's HASH_KEY.
             caller: Who makes it.
-            decision: What the policy decided.
-            rule: The rule that decided: `matched_policy_rule`.
-            rationale: Why: `deterministic_rationale`.
+            decision: What the policy decided; `rule` and `rationale`: by which rule, and why.
             approval_id: The approval that released it.
             sanitize: Returns the arguments that the log may show. Default: their names, each value hidden.
             fields: Other fields of `AuditEvent`; `request_id` is made if it is not given.
@@ -273,8 +242,7 @@ class AuditManager:
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.
 
-        Returns:
-            How many events still wait in the spool: 0 unless the database is away.
+        Returns how many events still wait in the spool: 0 unless the database is away.
         """
         self._database.check_owner()
         await self._before.tasks.join()
@@ -286,10 +254,7 @@ class AuditManager:
         return replace(self._writer.get().counters, withheld=self._before.withheld, untold=self._after.untold)
 
     async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
-        """Return the event with this `request_id`, or None.
-
-        Across organisations the id may be used several times; the newest is returned.
-        """
+        """Return the event with this `request_id`, or None; of several organisations' events the newest."""
         return await self._queries.get_by_request_id(request_id)
 
     async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
@@ -297,11 +262,7 @@ class AuditManager:
         return await self._queries.list_by_caller(caller_id, limit, offset)
 
     async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
-        """Return up to `limit` events with this decision.
-
-        Raises:
-            ValueError: There is no such decision.
-        """
+        """Return up to `limit` events with this decision; ValueError if there is no such decision."""
         return await self._queries.list_by_decision(decision, limit)
 
     async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
@@ -322,8 +283,7 @@ class AuditManager:
 
         Raises:
             InvalidCursorError: The cursor did not come from this search.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time, or `limit` is out of range.
+            TypeError, ValueError: There is no such filter, or it takes no such value; or `limit` is out of range.
         """
         return await self._queries.search(limit=limit, cursor=cursor, **filters)
 

@@ -1,0 +1,67 @@
+"""Changes of approvals: written with what others learn of them, and published once they are committed."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from agent_gateway_store.approval.cache import ApprovalCache
+from agent_gateway_store.approval.outbox_rows import Change, Outbox, enqueue
+from agent_gateway_store.approval.queries import StoredApproval, result_of
+from agent_gateway_store.approval.waiting import Waiting
+from agent_gateway_store.models.approval import ApprovalResult
+from agent_gateway_store.storage.database import AnyConnection, Transactions
+from agent_gateway_store.storage.errors import retry_conflicts
+
+
+class Changes:
+    """Writes and publishes changes, whoever made them.
+
+    Attributes:
+        transactions: Where approvals are kept.
+        outbox: Which notifiers receive a notice.
+        cache: Holds the approvals that have a token.
+        waiting: Wakes the tasks that wait for a decision.
+    """
+
+    def __init__(self, transactions: Transactions, outbox: Outbox, cache: ApprovalCache, waiting: Waiting) -> None:
+        self.transactions, self.outbox, self.cache, self.waiting = transactions, outbox, cache, waiting
+
+    @retry_conflicts
+    async def apply(
+        self, work: Callable[[AnyConnection], Awaitable[StoredApproval | Sequence[StoredApproval]]]
+    ) -> list[Change]:
+        """Run `work` in one transaction, with what others learn of the approvals that it changed."""
+        async with self.transactions.connection("transaction") as connection:
+            changed = await work(connection)
+            approvals = [changed] if isinstance(changed, StoredApproval) else changed
+            return await self.enqueue(connection, approvals)
+
+    async def enqueue(self, connection: AnyConnection, approvals: Sequence[StoredApproval]) -> list[Change]:
+        """Write, in the transaction that changes them, what other processes and the notifiers learn of approvals."""
+        if self.waiting.pubsub is not None:
+            for approval in approvals:
+                await self.waiting.pubsub.notify(connection, str(approval.request.approval_id))
+        return await enqueue(connection, approvals, self.outbox)
+
+    async def publish(self, change: Change, token: str | None = None) -> ApprovalResult:
+        """Publish a change whose transaction is committed, and return where the approval stands."""
+        approval, notice, leased = change
+        approval_id = approval.request.approval_id
+        known = token or await self.cache.token_of(approval_id)
+        # Before anybody can learn of the change: a read that began before it must not be shared from now on.
+        self.waiting.note_change()
+        pubsub = self.waiting.pubsub
+        if notice is None or pubsub is None:
+            await self.cache.put(approval, known)
+        else:
+            await self.cache.put(approval, known, message=pubsub.message(str(approval_id)))
+            pubsub.notify_local(str(approval_id))
+        if notice is not None:
+            self.outbox.send(notice, leased)
+        return result_of(approval.request, token)
+
+    async def publish_use(self, approval: StoredApproval, token: str | None) -> ApprovalResult:
+        """Do the same for an approval that was used, or has its outcome: of that nobody is notified."""
+        self.waiting.note_change()
+        await self.cache.put(approval, token)
+        return result_of(approval.request, token)
