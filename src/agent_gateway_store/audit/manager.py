@@ -51,8 +51,7 @@ class AuditManager:
         database: Where they are kept.
         writer: Holds the group-commit writer while the store is open.
         org_id: Stamp this organisation on each event and see only it; None takes the event's own and sees all.
-        before: The plugins that may change events before they are stored.
-        after: The plugins that are notified of events afterwards.
+        before, after: The plugins that may change events before they are stored, and are notified afterwards.
         hash_args: Hashes the arguments of a call, as `GatewayStore.hash_args` does.
     """
 
@@ -138,7 +137,7 @@ class AuditManager:
             How many events came to which outcome.
 
         Raises:
-            FileNotFoundError, MissingExtraError: There is nothing at `path`; or it takes pyarrow, which is not installed.
+            FileNotFoundError, MissingExtraError: There is nothing at `path`; or pyarrow is needed, and not installed.
             ValueError: The format is not known; or the file is not whole, or a record is malformed or is not what its
                 content_hash says: those before it are stored.
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
@@ -207,9 +206,6 @@ class AuditManager:
         Args:
             older_than: Only those from before so long ago, as in "10m": younger ones may run still.
             limit: At most so many, 1 to 100,000.
-
-        Raises:
-            TypeError, ValueError: `older_than` is not a period, or `limit` is out of range.
         """
         before = utc_now() - duration("older_than", older_than)
         return await self._queries.orphans(before, limit=check_limit(limit))
@@ -227,8 +223,7 @@ class AuditManager:
             StoreUnavailableError: The database could not take it.
             SessionInUseError: Another task uses the session at this moment.
             TransactionConflictError: The database ended the caller's transaction in favour of another one.
-            TypeError: `session` is not an AsyncSession.
-            ValidationError: A field was set without validation, and is not valid.
+            TypeError, ValidationError: `session` is not an AsyncSession; a field was set to what is not valid.
             ValueError: The store cannot work in this session, say in AUTOCOMMIT, where nothing is rolled back.
         """
         require_session(session, AuditEvent, atomic=True)
@@ -360,8 +355,7 @@ class AuditManager:
         Args:
             start: "now" or None: events committed from the first iteration on; "beginning": all events; or a cursor of
                 `changes` with the same filters.
-            poll_s: Seconds between two reads of the database.
-            patience_s: Longest wait for a database that is away, in seconds.
+            poll_s, patience_s: Seconds between two reads, and the longest wait for a database that is away.
             filters: See `Filters`.
 
         Raises:
@@ -436,8 +430,7 @@ class AuditManager:
 
         Raises:
             FileExistsError: `path` exists, and `overwrite` is False; or it is a device, a pipe or another folder.
-            OSError: The file cannot be written.
-            MissingExtraError: Parquet or zstd, and pyarrow is not installed.
+            OSError, MissingExtraError: The file cannot be written; Parquet or zstd, and pyarrow is not installed.
             TypeError, ValueError: As for `search`; or the format is unknown or does not go with the other arguments.
         """
         from agent_gateway_store.audit.export import export_events
