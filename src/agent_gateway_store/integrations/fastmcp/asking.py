@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from uuid import UUID
 
 import anyio
 from fastmcp.exceptions import ToolError
+from fastmcp.tools import ToolResult
 
 from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager
@@ -21,6 +23,61 @@ from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 # servers give their requests at shutdown (uvicorn's default is no limit, Kubernetes' is 30 seconds).
 _TIDY_TIMEOUT_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.integrations")
+
+
+class CallPendingError(Exception):
+    """The call waits for a human; it was not run, and may be called again."""
+
+    def __init__(self, approval: ApprovalResult) -> None:
+        until = f" before {approval.expires_at:%Y-%m-%d %H:%M:%S} UTC" if approval.expires_at else ""
+        super().__init__(
+            f"A human must approve this call, so it was not run: call again with the same arguments{until}. "
+            f"The approval {approval.approval_id} is {approval.status}."
+        )
+        self.approval = approval
+
+    def answer(self) -> ToolResult:
+        """Return what the client receives: an error in words, and the same for programs."""
+        shown = self.approval.model_dump(mode="json", include={"approval_id", "status", "expires_at"})
+        return ToolResult(
+            content=str(self),
+            structured_content={**shown, "next": "call again with the same arguments"},
+            is_error=True,
+        )
+
+
+async def acquire(
+    approvals: ApprovalManager, record: CallRecord, caller: CallerIdentity, *, required: int, wait_s: float
+) -> None:
+    """Acquire an approval of the call; it may run if this returns.
+
+    Raises:
+        CallPendingError: Nobody has decided yet.
+        ToolError: It was denied.
+        ApprovalError: It cannot be asked for.
+        StoreUnavailableError: The store cannot answer.
+    """
+    record.decision = Decision.APPROVAL_REQUIRED
+    acquired = await approvals.acquire(_request(record, caller, required), call=record.call, wait_s=wait_s)
+    if acquired.status is ApprovalStatus.PENDING:
+        # One event says that the call waits: that of the call by which it was asked for.
+        asked = await approvals.get(approval_id=acquired.approval_id)
+        record.is_silent = asked.request_id != record.request_id
+        raise CallPendingError(acquired)
+    if acquired.status is not ApprovalStatus.USED:
+        raise _refusal(record, acquired, wait_s)
+    record.approver_id, record.approval_id = acquired.approver_id, acquired.approval_id
+
+
+def _request(record: CallRecord, caller: CallerIdentity, required: int) -> ApprovalRequest:
+    return ApprovalRequest(
+        request_id=record.request_id,
+        caller_id=caller.caller_id,
+        org_id=caller.org_id,
+        tool_call=ToolCall(server=record.call.server, tool=record.call.tool, arguments=record.shown),
+        risk_explanation=record.reason,
+        required_approvals=required,
+    )
 
 
 async def ask(
@@ -47,17 +104,7 @@ async def ask(
     """
     call = record.call
     record.decision = Decision.APPROVAL_REQUIRED
-    token = await approvals.issue_token(
-        ApprovalRequest(
-            request_id=record.request_id,
-            caller_id=caller.caller_id,
-            org_id=caller.org_id,
-            tool_call=ToolCall(server=call.server, tool=call.tool, arguments=record.shown),
-            risk_explanation=record.reason,
-            required_approvals=required,
-        ),
-        call=call,
-    )
+    token = await approvals.issue_token(_request(record, caller, required), call=call)
     is_open = True
     try:
         decided = await approvals.wait_for_decision(token, timeout_s=timeout_s)
@@ -86,9 +133,16 @@ def _refusal(record: CallRecord, decided: ApprovalResult, timeout_s: float) -> T
     return ToolError(f"The approval of this call is {decided.status}{by}, so it was not run.{note}")
 
 
-async def note_outcome(approvals: ApprovalManager, token: str, record: CallRecord) -> None:
-    """Record how the approved call ended; if that fails, its outcome is shown as unknown."""
-    await _tidy(approvals.record_outcome(token, str(record.execution_status or "NOT_RUN")))
+async def note_outcome(
+    approvals: ApprovalManager, record: CallRecord, *, token: str | None, approval_id: UUID | None
+) -> None:
+    """Record how the approved call ended; if that fails, its outcome is shown as unknown.
+
+    The approval is named by its token, if it has one.
+    """
+    outcome = str(record.execution_status or "NOT_RUN")
+    approval_id = approval_id if token is None else None
+    await _tidy(approvals.record_outcome(token, outcome, approval_id=approval_id))
 
 
 async def _tidy(step: Awaitable[object]) -> None:
