@@ -12,6 +12,6 @@ except ImportError as exc:
 
 from agent_gateway_store.audit.calls import argument_names
 from agent_gateway_store.integrations.fastmcp.middleware import GatewayMiddleware
-from agent_gateway_store.integrations.fastmcp.record import Verdict
+from agent_gateway_store.integrations.guard import Verdict
 
 __all__ = ["GatewayMiddleware", "Verdict", "argument_names"]

@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from uuid import UUID
 
-import anyio
 from fastmcp.exceptions import ToolError
 from fastmcp.tools import ToolResult
 
-from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager
-from agent_gateway_store.errors import ApprovalError, GatewayStoreError
 from agent_gateway_store.integrations.fastmcp.record import CallRecord
+from agent_gateway_store.integrations.guard import CallPendingError, finish, refusal_text
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import Decision
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 
-# Seconds for one write when a caller has gone away: the default of PLUGIN_TIMEOUT_SECONDS, and well below the time that
-# servers give their requests at shutdown (uvicorn's default is no limit, Kubernetes' is 30 seconds).
-_TIDY_TIMEOUT_S = 5.0
-_logger = logging.getLogger("agent_gateway_store.integrations")
 
-
-class CallPendingError(Exception):
-    """The call waits for a human; it was not run, and may be called again."""
-
-    def __init__(self, approval: ApprovalResult) -> None:
-        until = f" before {approval.expires_at:%Y-%m-%d %H:%M:%S} UTC" if approval.expires_at else ""
-        super().__init__(
-            f"A human must approve this call, so it was not run: call again with the same arguments{until}. "
-            f"The approval {approval.approval_id} is {approval.status}."
-        )
-        self.approval = approval
-
-    def answer(self) -> ToolResult:
-        """Return what the client receives: an error in words, and the same for programs."""
-        shown = self.approval.model_dump(mode="json", include={"approval_id", "status", "expires_at"})
-        return ToolResult(
-            content=str(self),
-            structured_content={**shown, "next": "call again with the same arguments"},
-            is_error=True,
-        )
+def pending_answer(pending: CallPendingError) -> ToolResult:
+    """Return what the client receives: an error in words, and the same for programs."""
+    facts = {**pending.facts, "next": "call again with the same arguments"}
+    return ToolResult(content=str(pending), structured_content=facts, is_error=True)
 
 
 async def acquire(
@@ -116,7 +93,7 @@ async def ask(
         is_open = False
     finally:
         if is_open:
-            await _tidy(approvals.cancel(token, caller.caller_id, "Nobody waits for it any more.", channel="fastmcp"))
+            await finish(approvals.cancel(token, caller.caller_id, "Nobody waits for it any more.", channel="fastmcp"))
     record.approver_id, record.approval_id = used.approver_id, used.approval_id
     return token
 
@@ -128,9 +105,7 @@ def _refusal(record: CallRecord, decided: ApprovalResult, timeout_s: float) -> T
         )
     if decided.status is not ApprovalStatus.EXPIRED:
         record.decision, record.approver_id = Decision.DENY, decided.approver_id
-    by = f" by {word(decided.approver_id)}" if decided.approver_id else ""
-    note = f" Note: {escape(decided.note)}" if decided.note else ""
-    return ToolError(f"The approval of this call is {decided.status}{by}, so it was not run.{note}")
+    return ToolError(refusal_text(decided))
 
 
 async def note_outcome(
@@ -142,17 +117,4 @@ async def note_outcome(
     """
     outcome = str(record.execution_status or "NOT_RUN")
     approval_id = approval_id if token is None else None
-    await _tidy(approvals.record_outcome(token, outcome, approval_id=approval_id))
-
-
-async def _tidy(step: Awaitable[object]) -> None:
-    """Await a step that is tried even if the caller has gone away, for a few seconds at most."""
-    # Shielded: a caller that goes away cancels this task, and the step with it.
-    with anyio.move_on_after(_TIDY_TIMEOUT_S, shield=True):
-        try:
-            await step
-        except ApprovalError:
-            # It was decided meanwhile, or its deadline passed: nothing is left to do.
-            pass
-        except GatewayStoreError as exc:
-            _logger.warning("An approval could not be brought up to date: %s", exc)
+    await finish(approvals.record_outcome(token, outcome, approval_id=approval_id))

@@ -19,7 +19,7 @@ from mcp_types import CallToolRequestParams
 from agent_gateway_store.audit.calls import HIDDEN, argument_names
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.credentials import key_in
-from agent_gateway_store.integrations.fastmcp.asking import CallPendingError, acquire, ask, note_outcome
+from agent_gateway_store.integrations.fastmcp.asking import acquire, ask, note_outcome, pending_answer
 from agent_gateway_store.integrations.fastmcp.callbacks import CallbackError, call_back, failure
 from agent_gateway_store.integrations.fastmcp.origin import origin_of, running
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
@@ -27,18 +27,15 @@ from agent_gateway_store.integrations.fastmcp.record import (
     CallRecord,
     Identify,
     NameServer,
-    Policy,
     Sanitize,
-    Verdict,
 )
 from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
+from agent_gateway_store.integrations.guard import AWAY, BROKEN, CallPendingError, Policy, Verdict
 from agent_gateway_store.models.audit import Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.store import GatewayStore
 
-_AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
-_BROKEN = "The gateway failed, so the call was not run: tell its operator."
 _WITHHELD = "The call could not be recorded, so its result is withheld: tell the operator."
 _REPLACED = "The tool changed while the call waited, so it was not run: call again."
 _logger = logging.getLogger("agent_gateway_store.integrations")
@@ -120,7 +117,7 @@ class GatewayMiddleware(PinningMiddleware):
             resolved, token = await self._release(record, context)
             return await self._run(record, resolved, token, context, call_next)
         except CallPendingError as exc:
-            return exc.answer()
+            return pending_answer(exc)
         finally:
             if not record.is_silent:
                 await self._write(record)
@@ -142,13 +139,13 @@ class GatewayMiddleware(PinningMiddleware):
             raise ToolError(str(exc)) from exc
         except GatewayStoreError as exc:
             _logger.error("%s: %s", type(exc).__name__, exc)
-            record.refused("store_unavailable", _AWAY)
-            raise ToolError(_AWAY) from exc
+            record.refused("store_unavailable", AWAY)
+            raise ToolError(AWAY) from exc
         except Exception as exc:
             # Not the text of an error, which may hold what a callback received: raw arguments.
             _logger.error("Request %s: %s", record.request_id, exc if isinstance(exc, CallbackError) else failure(exc))
-            record.refused("failure", _BROKEN)
-            raise ToolError(_BROKEN) from None
+            record.refused("failure", BROKEN)
+            raise ToolError(BROKEN) from None
         except BaseException:
             record.refused("cancelled", "The call was cancelled before it ran.")
             raise
@@ -264,7 +261,7 @@ class GatewayMiddleware(PinningMiddleware):
             await store.audit.write(record.event(store))
         except GatewayStoreError as exc:
             _logger.error("Request %s: %s: %s", record.request_id, type(exc).__name__, exc)
-            raise ToolError(_WITHHELD if record.was_run else _AWAY) from exc
+            raise ToolError(_WITHHELD if record.was_run else AWAY) from exc
 
 
 def _copy(call: ToolCall) -> ToolCall:

@@ -6,44 +6,22 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID, uuid4
 
 from fastmcp.server.middleware import MiddlewareContext
-from pydantic import Field
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.integrations.fastmcp.origin import Origin
+from agent_gateway_store.integrations.guard import Verdict
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
-from agent_gateway_store.models.values import FrozenModel, ToolCall
+from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.store import GatewayStore
 
 _UNKNOWN = "unknown"
 
 
-class Verdict(FrozenModel):
-    """Whether a call may run.
-
-    Attributes:
-        decision: ALLOW, DENY, or APPROVAL_REQUIRED: a human decides.
-        rule: The rule of the policy that decided.
-        reason: Why, in one sentence; approvers read it, and the caller of a denied call does, too.
-        risk_score: On the host's own scale.
-        policy_version: Version of the policy.
-        required_approvals: How many different approvers must approve, if a human is asked.
-    """
-
-    decision: Literal[Decision.ALLOW, Decision.DENY, Decision.APPROVAL_REQUIRED]
-    rule: str
-    reason: str
-    risk_score: float = 0.0
-    risk_labels: tuple[str, ...] = ()
-    policy_version: str | None = None
-    required_approvals: int = Field(default=1, ge=1)
-
-
-Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
 Identify = Callable[[MiddlewareContext[Any]], CallerIdentity | Awaitable[CallerIdentity]]
 Sanitize = Callable[[ToolCall], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 NameServer = Callable[[MiddlewareContext[Any]], str | Awaitable[str]]
