@@ -161,6 +161,7 @@ CASES: dict[str, Case] = {
     ],
     "audit.record": lambda view, other: [_recorded(view, make_event(**SAME_NAMES, org_id="globex"))],
     "audit.flush": lambda view, other: [view.audit.flush()],
+    "audit.get": lambda view, other: [view.audit.get(other.event.id or 0), view.audit.get(2**63), view.audit.get(-1)],
     "audit.get_by_request_id": lambda view, other: [view.audit.get_by_request_id("r-1")],
     "audit.list_by_caller": lambda view, other: [view.audit.list_by_caller("dev-agent", limit=1000)],
     "audit.list_by_decision": lambda view, other: [view.audit.list_by_decision("ALLOW", limit=1000)],
