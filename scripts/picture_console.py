@@ -17,14 +17,13 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 sys.path.insert(0, str(ROOT / "tests"))
 
-from browser import browser  # noqa: E402
-
 from agent_gateway_store import GatewayStore, StoreSettings  # noqa: E402
 from agent_gateway_store.console import create_console  # noqa: E402
-from agent_gateway_store.demo.fill import fill  # noqa: E402
+from agent_gateway_store.console.command import prepare_demo  # noqa: E402
+from browser import browser  # noqa: E402
 
 # Pixels: as wide as a page of the docs shows it at twice the density.
-_WIDTH = 1100
+_WIDTH, _HEIGHT = 1100, 760
 
 
 @contextmanager
@@ -36,8 +35,7 @@ def served(folder: Path) -> Iterator[tuple[str, str]]:
 
     async def prepare() -> str:
         async with GatewayStore(settings=settings, redis_url="") as store:
-            await fill(store, 400, seed=7)
-            return (await store.keys.issue("alice", role="approver")).plaintext.get_secret_value()
+            return await prepare_demo(store)
 
     key = asyncio.run(prepare())
     app = create_console(GatewayStore(settings=settings, redis_url=""))
@@ -66,7 +64,9 @@ def main() -> None:
                 page.click("text=Sign in >> nth=-1")
                 page.get_by_role("link", name="payments.refund_payment").click()
                 page.wait_for_selector("[data-until]:has-text('left')")
-                page.screenshot(path=IMAGES / f"console-{theme}.png", clip={"x": 0, "y": 0, "width": _WIDTH, "height": 760})
+                page.screenshot(
+                    path=IMAGES / f"console-{theme}.png", clip={"x": 0, "y": 0, "width": _WIDTH, "height": 760}
+                )
 
 
 if __name__ == "__main__":

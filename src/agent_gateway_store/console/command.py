@@ -19,6 +19,8 @@ from agent_gateway_store.errors import ApiKeyExistsError, MissingExtraError, Sto
 from agent_gateway_store.settings import PREFIX, StoreSettings
 
 if TYPE_CHECKING:
+    from agent_gateway_store.models.approval import ApprovalRequest
+    from agent_gateway_store.models.audit import AuditEvent
     from agent_gateway_store.store import GatewayStore
 
 app = typer.Typer()
@@ -62,7 +64,7 @@ def console(
 
         if "database_url" not in settings.model_fields_set:
             settings = settings.model_copy(update={"database_url": DATABASE})
-        key = in_store(ctx, _prepare_demo, settings=settings)
+        key = in_store(ctx, prepare_demo, settings=settings)
         say("Sign in with this key; it is shown once, and a new one each time:")
         typer.echo(key)
     try:
@@ -113,14 +115,41 @@ def _hand_on(settings: StoreSettings, org: str | None) -> None:
         os.environ[_ORG] = org
 
 
-async def _prepare_demo(store: GatewayStore) -> str:
+async def prepare_demo(store: GatewayStore) -> str:
     """Fill the store unless something waits in it, and return a new key of the demo's approver."""
     from agent_gateway_store.demo.fill import fill
 
     if not await store.approvals.list_requests("PENDING", limit=1):
         await fill(store, _DEMO_EVENTS, seed=_DEMO_SEED)
+    for request in await store.approvals.list_requests("PENDING"):
+        await store.audit.write(_stopped(request))
     try:
         issued = await store.keys.issue(_DEMO_APPROVER, role=_DEMO_ROLE)
     except ApiKeyExistsError:
         issued = await store.keys.rotate(_DEMO_APPROVER, timedelta())
     return issued.plaintext.get_secret_value()
+
+
+def _stopped(request: ApprovalRequest) -> AuditEvent:
+    """Return the event that a gateway writes when it stops a call, the same one each time."""
+    from agent_gateway_store.models.audit import AuditEvent, Decision
+
+    return AuditEvent(
+        request_id=request.request_id,
+        org_id=request.org_id,
+        timestamp=request.created_at,
+        caller_id=request.caller_id,
+        caller_role="agent",
+        environment="demo",
+        mcp_server=request.tool_call.server,
+        tool_name=request.tool_call.tool,
+        raw_args_hash=AuditEvent.hash_args(request.tool_call.arguments),
+        sanitized_args=request.tool_call.arguments,
+        risk_labels=["irreversible"],
+        risk_score=0.8,
+        matched_policy_rule="ask-before-changes",
+        decision=Decision.APPROVAL_REQUIRED,
+        latency_ms=2,
+        deterministic_rationale="The tool changes what cannot be changed back.",
+        approval_id=request.approval_id,
+    )

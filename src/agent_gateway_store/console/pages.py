@@ -27,7 +27,7 @@ from agent_gateway_store.store import GatewayStore
 _FOLD, _PREVIEW = 1_500, 120
 # Chosen: our largest form has four fields.
 _FIELDS = 20
-_STATIC = {"console.css": "text/css", "console.js": "text/javascript"}
+_STATIC = {"console.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
 @dataclass
