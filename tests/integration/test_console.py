@@ -549,7 +549,8 @@ async def test_a_search_is_walked_page_by_page(running: tuple[GatewayStore, Any]
     assert set(found[56:65]) <= set(re.findall(r'href="/audit/(\d+)"', middle))
 
 
-async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[GatewayStore, Any]) -> None:
+@pytest.mark.parametrize("count", [1_200, pytest.param(5_000, marks=pytest.mark.slow)])
+async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[GatewayStore, Any], count: int) -> None:
     """Whatever is sent, to every path, signed in or not: an answer below 500."""
     store, app = running
     request = await waiting(store)
@@ -562,7 +563,7 @@ async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[Gateway
     paths += ["/login", "/logout", "/charts/{}.svg", "/{}", "/static/{}/console.css", "/readyz"]
     names = [*FILTERS, "cursor", "status", "next", "decision", "note", "csrf", "key"]
 
-    for number in range(1_200):
+    for number in range(count):
         path = dice.choice(paths).format(dice.choice(pieces))
         values = [(dice.choice(names), dice.choice(pieces)) for _ in range(dice.randrange(4))]
         query = "&".join(f"{name}={value}" for name, value in values)

@@ -18,7 +18,7 @@ from agent_gateway_store.store import GatewayStore
 # Chosen: two weeks show a week and the one before; calls of one tool beyond the 20 busiest are not drawn.
 _SINCE, _BUCKET = "14d", "6h"
 _APPROVALS = 2_000
-# A chart takes about a tenth of a second to draw, and a page shows four of them to everybody.
+# A chart takes a quarter of a second of processor time, and a page shows four of them to everybody.
 _KEPT, _KEPT_S = 64, 60.0
 _drawn: TTLCache[tuple[str | None, str], bytes] = TTLCache(_KEPT, _KEPT_S)
 
