@@ -20,7 +20,16 @@ import servers
 from agent_gateway_store import clock
 
 _SETTINGS = (
-    *("AGENT_GATEWAY_STORE_", "ALLOW_SELF_APPROVAL", "API_KEY_", "APPROVAL_", "AUDIT_", "BCRYPT_", "DATABASE_"),
+    *(
+        "AGENT_GATEWAY_STORE_",
+        "ALLOW_SELF_APPROVAL",
+        "API_KEY_",
+        "APPROVAL_",
+        "AUDIT_",
+        "BCRYPT_",
+        "CONSOLE_",
+        "DATABASE_",
+    ),
     *("ENVIRONMENT", "HASH_KEY", "NOTIFICATION_", "OTEL_", "PLUGIN_", "REDIS_"),
 )
 
