@@ -65,13 +65,9 @@ class AuditManager:
         after: AfterWriteHooks,
         hash_args: Callable[[Mapping[str, Any]], str],
     ) -> None:
-        self._hash_args = hash_args
-        self._database = database
+        self._database, self._writer, self._org_id = database, writer, org_id
+        self._before, self._after, self._hash_args = before, after, hash_args
         self._queries = AuditQuery(database, org_id=org_id)
-        self._writer = writer
-        self._org_id = org_id
-        self._before = before
-        self._after = after
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit, together with other events that arrive meanwhile. Never raises in the default mode.
@@ -103,8 +99,7 @@ class AuditManager:
             events: Any iterable, read while its events are stored. If it raises, the events before are stored, and the
                 error is raised to the caller. An event that is not valid is LOST and stops no other.
 
-        Returns:
-            How many events came to which outcome.
+        Returns how many events came to which outcome.
 
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored, or is not valid.
@@ -133,8 +128,7 @@ class AuditManager:
                 first one is raised.
             progress: True shows a progress bar; a function is called with the events read so far.
 
-        Returns:
-            How many events came to which outcome.
+        Returns how many events came to which outcome.
 
         Raises:
             FileNotFoundError, MissingExtraError: There is nothing at `path`; or pyarrow is needed, and not installed.
@@ -216,8 +210,7 @@ class AuditManager:
         Plugins may change it before (`gateway_store_before_audit_write`); none is notified afterwards, since only the
         caller knows when it commits.
 
-        Returns:
-            STORED or DUPLICATE.
+        Returns STORED or DUPLICATE.
 
         Raises:
             StoreUnavailableError: The database could not take it.
