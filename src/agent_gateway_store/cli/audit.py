@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json as jsonlib
 import sys
@@ -331,6 +330,8 @@ def tail(
     """Show the newest audit events, then new ones in the order of their commits, each once; Ctrl-C ends it."""
 
     async def work(store: GatewayStore) -> None:
+        import asyncio
+
         # First the cursor, then the list: what is committed between the two is in both, and shown once.
         start = (await store.audit.changes(**filters)).next_cursor
         first = await store.audit.search(limit=lines, **filters) if lines else []

@@ -118,7 +118,8 @@ def _settings_text(settings: dict[str, Any] | None) -> str:
 def plugin_commands(taken: Container[str]) -> dict[str, Any]:
     """Load the plugins and return their commands and groups by name. Raises nothing but KeyboardInterrupt.
 
-    The commands of a plugin that fails are left out, with one line on standard error for each plugin.
+    The bundled ones, which have none, are not loaded. The commands of a plugin that fails are left out, with one line
+    on standard error for each plugin.
 
     Args:
         taken: Names that no plugin can have.
@@ -128,7 +129,7 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
 
     # Before any command runs, and so before `root` does the same: what is broken is printed below, once.
     logging.getLogger("agent_gateway_store").addHandler(logging.NullHandler())
-    plugins = Plugins()
+    plugins = Plugins(load_bundled=False)
     for record in plugins.records:
         if record.state == "broken":
             complain(f"Plugin {record.name} is broken: {record.error}.")

@@ -42,12 +42,16 @@ class Plugins:
         environ: Where the two variables are read; None means `os.environ`. `AGENT_GATEWAY_STORE_LOAD_PLUGINS` names the
             installed plugins to load, separated by commas: empty means none, unset all.
             `AGENT_GATEWAY_STORE_BLOCK_PLUGINS` names plugins, given or installed, that are never loaded.
+        load_bundled: False leaves the bundled ones unloaded, which keep their names all the same.
     """
 
-    def __init__(self, given: Iterable[object] = (), *, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, given: Iterable[object] = (), *, environ: Mapping[str, str] | None = None, load_bundled: bool = True
+    ) -> None:
         environ = os.environ if environ is None else environ
         self._load = _names_in(environ[LOAD_VARIABLE]) if LOAD_VARIABLE in environ else None
         self._block = _names_in(environ.get(BLOCK_VARIABLE, ""))
+        self._load_bundled = load_bundled
         self._plugins: list[Plugin] = []
         for each in given:
             self._add_given(each)
@@ -164,7 +168,7 @@ class Plugins:
             plugin.blocked = "the store was given a plugin that takes its place"
         elif rivals:
             plugin.add_problem("another installed plugin has taken its name")
-        else:
+        elif self._load_bundled or plugin.name not in self._bundled:
             plugin.adopt(entry_point.load)
 
 
