@@ -124,7 +124,6 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
     Args:
         taken: Names that no plugin can have.
     """
-    from agent_gateway_store.hooks.executor import run_in_thread
     from agent_gateway_store.hooks.manager import Plugins
 
     # Before any command runs, and so before `root` does the same: what is broken is printed below, once.
@@ -135,6 +134,8 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
             complain(f"Plugin {record.name} is broken: {record.error}.")
     commands: dict[str, Any] = {}
     for plugin, caller in plugins.callers(COMMANDS).items():
+        from agent_gateway_store.hooks.executor import run_in_thread
+
         try:
             made = run_in_thread(partial(_commands, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
         except KeyboardInterrupt:

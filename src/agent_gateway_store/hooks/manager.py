@@ -12,7 +12,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from agent_gateway_store._text import describe, escape
-from agent_gateway_store.hooks.executor import run_in_thread
 from agent_gateway_store.hooks.markers import PROJECT
 from agent_gateway_store.hooks.plugin import REGISTER, SETTINGS, Plugin, PluginRecord, SettingsState
 
@@ -88,6 +87,9 @@ class Plugins:
         Returns:
             Notifiers by name, in the order of loading; new ones at each call.
         """
+        # Here, so that a command line without a store loads no asyncio.
+        from agent_gateway_store.hooks.executor import run_in_thread
+
         timeout = settings.plugin_timeout_seconds
         deadline = time.monotonic() + timeout
         asked = []
@@ -124,6 +126,8 @@ class Plugins:
 
         Each plugin has `timeout_s` seconds to answer.
         """
+        from agent_gateway_store.hooks.executor import run_in_thread
+
         found: dict[str, SettingsState] = {}
         for plugin in self._plugins:
             if plugin.caller(SETTINGS) is None:
