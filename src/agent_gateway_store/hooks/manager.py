@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -56,10 +56,10 @@ class Plugins:
             self._add_given(each)
         first_installed = len(self._plugins)
         self._bundled: set[str] = set()
-        for entry_point, distribution in _installed():
-            if _is_ours(distribution):
+        for entry_point, origin in _installed():
+            if origin[0] == _DISTRIBUTION:
                 self._bundled.add(entry_point.name)
-            self._add_installed(entry_point, distribution)
+            self._add_installed(entry_point, origin)
         found = {plugin.name for plugin in self._plugins[first_installed:]}
         for name in sorted((self._load or set()) - found):
             self._new(name).add_problem(f"{LOAD_VARIABLE} names it, but no such plugin is installed")
@@ -161,9 +161,9 @@ class Plugins:
         if plugin.blocked is None:
             plugin.adopt(lambda: given)
 
-    def _add_installed(self, entry_point: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
+    def _add_installed(self, entry_point: metadata.EntryPoint, origin: tuple[str, str]) -> None:
         rivals = [plugin for plugin in self._plugins if plugin.name in (entry_point.name, entry_point.value)]
-        plugin = self._new(entry_point.name, origin=_identity(distribution))
+        plugin = self._new(entry_point.name, origin=origin)
         if plugin.blocked is not None:
             return
         if self._load is not None and plugin.name not in self._load:
@@ -176,12 +176,13 @@ class Plugins:
             plugin.adopt(entry_point.load)
 
 
-def _installed() -> Iterator[tuple[metadata.EntryPoint, metadata.Distribution]]:
-    """Yield the entry points of our group, the bundled ones first, sorted by name, none of them loaded.
+def _installed() -> list[tuple[metadata.EntryPoint, tuple[str, str]]]:
+    """Return the entry points of our group, each with the name and version of its distribution, none of them loaded.
 
-    Of a distribution that is found twice the first on `sys.path` counts. One whose metadata cannot be read is left out.
+    The bundled ones come first, each part sorted by name. Of a distribution that is found twice the first on `sys.path`
+    counts. One whose metadata cannot be read is left out.
     """
-    found: list[tuple[metadata.EntryPoint, metadata.Distribution]] = []
+    found: list[tuple[metadata.EntryPoint, tuple[str, str]]] = []
     seen: set[str] = set()
     for distribution in metadata.distributions():
         # One by one, as `metadata.entry_points` raises if the metadata of any package is damaged.
@@ -192,15 +193,12 @@ def _installed() -> Iterator[tuple[metadata.EntryPoint, metadata.Distribution]]:
             continue
         if not entry_points:
             continue
-        package = _identity(distribution)[0].lower()
+        origin = _identity(distribution)
+        package = origin[0].lower()
         if package == _UNKNOWN or package not in seen:
             seen.add(package)
-            found.extend((entry_point, distribution) for entry_point in entry_points)
-    return iter(sorted(found, key=lambda pair: (not _is_ours(pair[1]), pair[0].name)))
-
-
-def _is_ours(distribution: metadata.Distribution) -> bool:
-    return _identity(distribution)[0] == _DISTRIBUTION
+            found.extend((entry_point, origin) for entry_point in entry_points)
+    return sorted(found, key=lambda pair: (pair[1][0] != _DISTRIBUTION, pair[0].name))
 
 
 def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
