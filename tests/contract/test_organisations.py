@@ -147,9 +147,9 @@ async def _texts(frame: Awaitable[Any]) -> list[Any]:
     return list(found.to_dict("records") if hasattr(found, "to_numpy") and hasattr(found, "iloc") else found.to_dicts())
 
 
-async def _exported(view: GatewayStore, name: str) -> Any:
+async def _exported(service: Any, name: str, **filters: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        result = await view.audit.export(Path(folder) / name)
+        result = await service.export(Path(folder) / name, **filters)
         return result.rows, (Path(folder) / name).read_bytes() if name != "e.parquet" else b""
 
 
@@ -188,6 +188,7 @@ CASES: dict[str, Case] = {
         view.audit.stats(),
         view.audit.stats("org_id", "1h"),
         view.audit.stats(["session_id"], org_id="globex"),
+        view.audit.stats(["hour_of_day", "session_id"], time_zone="Europe/Berlin"),
     ],
     "audit.changes": lambda view, other: [
         _without_cursor(view.audit.changes("beginning")),
@@ -198,7 +199,7 @@ CASES: dict[str, Case] = {
     "audit.to_arrow": lambda view, other: [_texts(view.audit.to_arrow()), _texts(view.audit.to_arrow(text=MARK))],
     "audit.to_pandas": lambda view, other: [_texts(view.audit.to_pandas())],
     "audit.to_polars": lambda view, other: [_texts(view.audit.to_polars())],
-    "audit.export": lambda view, other: [_exported(view, name) for name in ("e.jsonl", "e.csv", "e.parquet")],
+    "audit.export": lambda view, other: [_exported(view.audit, name) for name in ("e.jsonl", "e.csv", "e.parquet")],
     "audit.import_file": lambda view, other: [_imported(view, make_event(**SAME_NAMES, org_id="globex"))],
     "approvals.issue_token": lambda view, other: [
         *(view.approvals.issue_token(make_request(request_id=f"r-{status}")) for status in other.tokens),
@@ -239,6 +240,15 @@ CASES: dict[str, Case] = {
         _all(view.approvals.stream()),
         _all(view.approvals.stream(org_id="globex")),
         _all(view.approvals.stream(text=MARK)),
+    ],
+    "approvals.stats": lambda view, other: [
+        view.approvals.stats(),
+        view.approvals.stats(["org_id", "approver_id"], "1h"),
+        view.approvals.stats("approver_id", time_zone="Europe/Berlin", org_id="globex"),
+    ],
+    "approvals.export": lambda view, other: [
+        *(_exported(view.approvals, name) for name in ("a.jsonl", "a.csv", "e.parquet")),
+        _exported(view.approvals, "a.jsonl", org_id="globex"),
     ],
     "approvals.history": lambda view, other: [view.approvals.history(each) for each in other.ids.values()],
     "approvals.expire_stale": lambda view, other: [view.approvals.expire_stale()],

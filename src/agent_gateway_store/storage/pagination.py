@@ -40,21 +40,39 @@ def listing_fingerprint(listing: str, org_id: str | None, filters: Any) -> bytes
     return hashlib.sha256(text.encode()).digest()[:_SCOPE_BYTES]
 
 
-def encode_cursor(scope: bytes, at: datetime, row_id: int) -> str:
-    """Return the cursor that continues after the row with this time and id."""
-    return encode(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id))
+def encode_cursor(scope: bytes, at: datetime, row_id: int, restored: str | None) -> str:
+    """Return the cursor that continues after the row with this time and id.
+
+    Args:
+        scope: See `listing_fingerprint`.
+        at: The row's time.
+        row_id: Its id.
+        restored: The identity of the database since `db restored`; None: it never ran.
+    """
+    return encode(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id) + _mark(restored))
 
 
-def decode_cursor(scope: bytes, cursor: str) -> tuple[datetime, int]:
-    """Return the time and id in `cursor`.
+def _mark(restored: str | None) -> bytes:
+    return b"" if restored is None else hashlib.sha256(restored.encode()).digest()[:_SCOPE_BYTES]
+
+
+def decode_cursor(scope: bytes, cursor: str, restored: str | None) -> tuple[datetime, int]:
+    """Return the time and id in `cursor`; `restored` as for `encode_cursor`.
 
     Raises:
-        InvalidCursorError: It did not come from this listing.
+        InvalidCursorError: It did not come from this listing, or it is from before the database was restored.
     """
     try:
-        ticks, row_id = _POSITION.unpack(decode(scope, cursor))
+        payload = decode(scope, cursor)
+        ticks, row_id = _POSITION.unpack(payload[: _POSITION.size])
+        mark = payload[_POSITION.size :]
+        if len(mark) in (0, _SCOPE_BYTES) and mark != _mark(restored):
+            raise InvalidCursorError(
+                "This cursor is of another database, or of this one before `gateway-store db restored`: start again "
+                "without one."
+            )
         # Ids are signed 64-bit integers; a driver would raise for a larger one.
-        if row_id < 2**63:
+        if row_id < 2**63 and mark == _mark(restored):
             return _FIRST + ticks * _TICK, row_id
     except (struct.error, OverflowError):
         pass
