@@ -15,6 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, ApprovalScope, GatewayStore, ToolCall, clock, errors
+from agent_gateway_store.models.delivery import NotificationDelivery
 from builders import CALL, make_request
 
 SECRET = "never-released"
@@ -182,14 +183,25 @@ async def test_what_another_organisation_asked_is_not_exported(store: GatewaySto
             await ApprovalManager(session).export(tmp_path / "b.jsonl")
 
 
+async def record_notices(store: GatewayStore) -> None:
+    """Write what the store has sent of four approvals, as if a notifier were loaded."""
+    ids = [request.approval_id for request in await store.approvals.search()]
+    async with AsyncSession(store.database.engine) as session:
+        session.add_all(
+            NotificationDelivery(approval_id=each, notifier="log", event="pending", payload={}) for each in ids
+        )
+        await session.commit()
+
+
 async def test_cursors_from_before_a_restore_are_refused(store: GatewayStore) -> None:
-    """Those of both searches; those that come after it work."""
+    """Those of every listing; those that come after it work."""
     from agent_gateway_store.audit.restored import renew_identity
     from builders import make_event
 
     await filled(store)
     await store.audit.write_many(make_event(request_id=f"e-{number}") for number in range(4))
-    searches: tuple[Any, ...] = (store.audit.search, store.approvals.search)
+    searches: tuple[Any, ...] = (store.audit.search, store.approvals.search, store.notifications.list)
+    await record_notices(store)
     before = [(await search(limit=2)).next_cursor for search in searches]
     for search, cursor in zip(searches, before, strict=True):
         assert await search(limit=2, cursor=cursor)
