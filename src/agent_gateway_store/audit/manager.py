@@ -300,12 +300,9 @@ class AuditManager:
             by: Columns to group by: caller_id, tool_name, mcp_server, decision, risk_label, environment, ... An event
                 counts once for each of its risk labels, and under None without one. Also hour_of_day (0 to 23) and
                 weekday (1, a Monday, to 7). None: one row over everything.
-            bucket: Length of time buckets, such as "1h" or a timedelta of whole seconds; they begin with the hour,
-                day or (Monday) week.
-            time_zone: Whose hours and days these are, such as "Europe/Berlin", by the rules on this machine; `bucket`
-                is then a time of that zone. A day in which the clock changes has 23 or 25 hours, and an hour that it
-                shows twice is two buckets. None: UTC.
-            filters: See `Filters`.
+            bucket: Length of time buckets, such as "1h", in whole seconds, from the hour, day or (Monday) week on.
+            time_zone: Whose hours and days these are, such as "Europe/Berlin", by the rules on this machine. A day in
+                which the clock changes has 23 or 25 hours; an hour that it shows twice is two buckets. None: UTC.
 
         Raises:
             TypeError, ValueError: As for `search`; or there is no such column or time zone.
@@ -432,7 +429,6 @@ class AuditManager:
             overwrite: Replace the file at `path`, or the dataset there by a dataset. A link stays, and what it leads to
                 is replaced.
             progress: True shows a progress bar; a function is called with the rows written so far, also from a thread.
-            filters: See `Filters`.
 
         Raises:
             FileExistsError: `path` exists, and `overwrite` is False; or it is a device, a pipe or another folder.
