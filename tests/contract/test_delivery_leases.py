@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from contract_helpers import make_request
-from delivery_helpers import Post, quiet, rows
+from delivery_helpers import Post, quiet, rows, settled
 
 from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, claim, claim_next, record
 from agent_gateway_store.delivery.policy import Policy
-from agent_gateway_store.models.delivery import DeliveryStatus
+from agent_gateway_store.delivery.worker import DeliveryWorker
+from agent_gateway_store.models.delivery import DeliveryStatus, Leased
+from agent_gateway_store.models.values import Notice
+from agent_gateway_store.storage.statements import Statement
 
 pytestmark = pytest.mark.integration
 
@@ -109,3 +113,37 @@ async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -
             events.append((delivery.notice.event, delivery.notice.status.value))
 
         assert events == [("pending", "PENDING"), ("decision", "APPROVED"), ("decision", "CANCELLED")]
+
+
+async def test_a_lease_counts_from_before_its_row_is_written(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from the commit, which may come when most of the lease has passed."""
+    written: list[float] = []
+    begun: list[float] = []
+    wrote_before: list[float] = []
+    rows_of, send = Statement.rows, DeliveryWorker.send
+
+    async def writing(statement: Statement, connection: Any, values: Any) -> Any:
+        if "INSERT INTO notification_deliveries" in statement.compiled(connection.dialect).text:
+            written.append(time.monotonic())
+        return await rows_of(statement, connection, values)
+
+    def sending(worker: DeliveryWorker, notice: Notice, leased: Leased) -> None:
+        begun.append(leased.since)
+        wrote_before.append(written[-1])
+        send(worker, notice, leased)
+
+    monkeypatch.setattr(Statement, "rows", writing)
+    monkeypatch.setattr(DeliveryWorker, "send", sending)
+    async with GatewayStore(database_url, redis_url="", plugins=[Post()]) as store:
+        approvals = store.approvals
+        for required, decide in ((1, approvals.approve), (2, approvals.approve), (1, approvals.deny)):
+            token = await approvals.issue_token(make_request(required_approvals=required))
+            for voter in range(required):
+                await decide(token, f"approver-{voter}")
+        await settled(store, 6)
+
+    assert len(begun) == 6
+    # The statement that wrote the row is the last one that was sent before the notice was.
+    assert all(since <= wrote for since, wrote in zip(begun, wrote_before, strict=True))

@@ -37,6 +37,7 @@ from agent_gateway_store.errors import (
 from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalScope, VoteDecision, hash_tool_call
 from agent_gateway_store.models.values import ApprovalStatus, PendingApproval, ToolCall
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.statements import Statement
@@ -119,7 +120,8 @@ async def approve(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, 
         ApprovalError: As `ApprovalManager.approve` says; what was written must be rolled back.
     """
     values = {**ref.values, **vote.values, "p_allow_self": allow_self}
-    row = await APPROVE[ref.by].first(connection, values)
+    # `decide_at_once` has tried that on PostgreSQL.
+    row = None if isinstance(connection, RawConnection) else await APPROVE[ref.by].first(connection, values)
     if row is not None:
         return await _store_vote(connection, row, vote)
     # More than one vote is needed, or it is refused. The lock makes voters wait for each other, so that each counts all

@@ -15,7 +15,7 @@ from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import decisions, issuing, queries
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.decisions import Permission, VoteInput
-from agent_gateway_store.approval.outbox_rows import Change, Outbox, PersistOnlyOutbox, enqueue
+from agent_gateway_store.approval.outbox_rows import Change, Outbox, PersistOnlyOutbox, decide_at_once, enqueue
 from agent_gateway_store.approval.queries import ApprovalFilters, ApprovalRef, StoredApproval, result_of
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.hooks.dispatch import Vetoes
@@ -23,6 +23,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult,
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
@@ -200,8 +201,8 @@ class ApprovalManager:
         vote = VoteInput(approver_id, note, channel, VoteDecision.APPROVED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
         allow_self = self._settings.allow_self_approval
-        (change,) = await self._change(partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self))
-        return await self._after_commit(change, token)
+        work = partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self)
+        return await self._after_commit(await self._decide(ref, vote, work), token)
 
     async def deny(
         self,
@@ -235,7 +236,7 @@ class ApprovalManager:
         return await self._close(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
 
     async def _close(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
-        (change,) = await self._change(partial(decisions.close, ref=ref, vote=vote))
+        change = await self._decide(ref, vote, partial(decisions.close, ref=ref, vote=vote))
         return await self._after_commit(change, token)
 
     async def consume_token(
@@ -341,7 +342,7 @@ class ApprovalManager:
         require_between("batch_size", batch_size, 1, _LARGEST_BATCH, hint="every batch is swept until none is left")
         swept, batch = 0, batch_size
         while batch == batch_size:
-            changes = await self._change(partial(decisions.expire, org_id=self._org_id, batch_size=batch_size))
+            changes = await self._expire(batch_size)
             for change in changes:
                 await self._after_commit(change)
             batch = len(changes)
@@ -412,14 +413,29 @@ class ApprovalManager:
         return await queries.history(self._transactions, ApprovalRef.by_id(approval_id, self._org_id))
 
     @retry_conflicts
-    async def _change(
-        self, work: Callable[[AnyConnection], Awaitable[StoredApproval | Sequence[StoredApproval]]]
-    ) -> list[Change]:
-        """Run `work` in one transaction, with what others learn of the approvals that it changed."""
+    async def _decide(
+        self, ref: ApprovalRef, vote: VoteInput, work: Callable[[AnyConnection], Awaitable[StoredApproval]]
+    ) -> Change:
+        """Decide by one statement where that can be, else by `work` in a transaction."""
+        async with self._transactions.connection("autocommit") as connection:
+            if not isinstance(connection, RawConnection):
+                # Then this is a transaction.
+                return (await self._enqueue(connection, [await work(connection)]))[0]
+            values = {**ref.values, **vote.values, "p_allow_self": self._settings.allow_self_approval}
+            publishes = self._pubsub is not None and self._pubsub.notifies
+            decided = await decide_at_once(
+                connection, vote.decision, ref.by, values, outbox=self._outbox, publishes=publishes
+            )
+            if decided is not None:
+                return decided
+            async with connection.transaction():
+                return (await self._enqueue(connection, [await work(connection)]))[0]
+
+    @retry_conflicts
+    async def _expire(self, batch_size: int) -> list[Change]:
         async with self._transactions.connection("transaction") as connection:
-            changed = await work(connection)
-            approvals = [changed] if isinstance(changed, StoredApproval) else changed
-            return await self._enqueue(connection, approvals)
+            swept = await decisions.expire(connection, org_id=self._org_id, batch_size=batch_size)
+            return await self._enqueue(connection, swept)
 
     async def _enqueue(self, connection: AnyConnection, approvals: Sequence[StoredApproval]) -> list[Change]:
         """Write, in the transaction that changes them, what other processes and the notifiers learn of approvals."""

@@ -110,20 +110,24 @@ def sql_statement(
     return Statement(of_dialect)
 
 
+REFS: dict[Key, str] = {"token": "token = :p_token AND {own}", "id": "approval_id = :p_approval_id AND {own}"}
+"""What finds an approval by what names it: the text of `{ref}`."""
+
+
 def _by_token_or_id(sql: str) -> dict[Key, Statement]:
-    keys: dict[Key, str] = {"token": "token = :p_token", "id": "approval_id = :p_approval_id"}
-    return {by: sql_statement(sql.replace("{ref}", f"{key} AND {{own}}")) for by, key in keys.items()}
+    return {by: sql_statement(sql.replace("{ref}", ref)) for by, ref in REFS.items()}
 
 
 READ = _by_token_or_id("""
     SELECT {readable} FROM approval_requests WHERE {ref}
     """)
 
-APPROVE = _by_token_or_id("""
+APPROVE_SQL = """
     UPDATE approval_requests SET status = 'APPROVED', version = version + 1, {decision}
     WHERE {ref} AND {is_pending} AND required_approvals <= 1 AND (:p_allow_self OR caller_id != :p_approver_id)
     RETURNING {returning}
-    """)
+    """
+APPROVE = _by_token_or_id(APPROVE_SQL)
 
 # Of two voters one waits here for the other.
 LOCK_PENDING = _by_token_or_id("""
@@ -138,22 +142,25 @@ APPROVE_FINAL = _by_token_or_id("""
     RETURNING {returning}
     """)
 
-DENY = _by_token_or_id("""
+DENY_SQL = """
     UPDATE approval_requests SET status = 'DENIED', version = version + 1, {decision}
     WHERE {ref} AND {is_pending}
     RETURNING {returning}
-    """)
+    """
+DENY = _by_token_or_id(DENY_SQL)
 
-CANCEL = _by_token_or_id("""
+CANCEL_SQL = """
     UPDATE approval_requests SET status = 'CANCELLED', version = version + 1, {decision}
     WHERE {ref} AND ({is_pending} OR {is_approved})
     RETURNING {returning}
-    """)
-
-VOTE = sql_statement(
     """
-    INSERT INTO approval_votes (approval_id, org_id, approver_id, decision, note, channel, voted_at)
-    VALUES (:p_approval_id, :p_org_id, :p_approver_id, :p_decision, :p_note, :p_channel, {now})
+CANCEL = _by_token_or_id(CANCEL_SQL)
+
+VOTES_SQL = "INSERT INTO approval_votes (approval_id, org_id, approver_id, decision, note, channel, voted_at)"
+VOTE = sql_statement(
+    f"""
+    {VOTES_SQL}
+    VALUES (:p_approval_id, :p_org_id, :p_approver_id, :p_decision, :p_note, :p_channel, {{now}})
     ON CONFLICT DO NOTHING
     RETURNING id
     """,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 from pydantic import NonNegativeInt
@@ -16,7 +17,7 @@ from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, UtcDateTime
 from agent_gateway_store.models.values import Notice
 
-__all__ = ["DeliveryStatus", "Notice", "NoticeEvent", "NotificationDelivery"]
+__all__ = ["DeliveryStatus", "Leased", "Notice", "NoticeEvent", "NotificationDelivery"]
 
 
 class NoticeEvent(StrEnum):
@@ -32,6 +33,19 @@ class DeliveryStatus(StrEnum):
     DUE = "DUE"
     DELIVERED = "DELIVERED"
     DEAD = "DEAD"
+
+
+class Leased(NamedTuple):
+    """The rows of one notice that are leased to this process.
+
+    Attributes:
+        ids: Notifier to delivery id.
+        since: When the lease began at the earliest, by `time.monotonic()`: before the statement was sent, for the
+            database counts from there, and a commit may take long.
+    """
+
+    ids: Mapping[str, UUID]
+    since: float
 
 
 class NotificationDelivery(StoreModel, table=True):

@@ -253,7 +253,7 @@ class Database:
                 if access != "transaction":
                     yield connection
                     return
-                async with driver.transaction(isolation="read_committed"):
+                async with connection.transaction():
                     yield connection
 
     @asynccontextmanager
