@@ -13,7 +13,7 @@ from sqlalchemy import BigInteger, BindParameter, Float, Text, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store import clock
-from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key, fragments, readable_columns
+from agent_gateway_store.approval.statements import META_COLUMNS, OVERDUE, READ, Key, fragments, readable_columns
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote
 from agent_gateway_store.models.delivery import NotificationDelivery
@@ -191,7 +191,6 @@ _CONDITIONS = {
     "mcp_server": "{server} IN :p_mcp_server",
     # A call that was released and of which nobody said how it ended is the one to look at.
     "outcome": "COALESCE(outcome, CASE WHEN status = 'USED' THEN 'unknown' END) IN :p_outcome",
-    "status": "{readable_status} IN :p_status",
     "since": "created_at >= :p_since",
     "until": "created_at < :p_until",
     "text": "({tool} {like} OR risk_explanation {like} OR approver_note {like})",
@@ -204,9 +203,15 @@ _JSON_FIELDS = {
         "like": "LIKE :p_text ESCAPE '\\'",
     },
 }
-_PAGE = """
-    SELECT {readable} FROM approval_requests WHERE {conditions} ORDER BY created_at DESC, id DESC LIMIT :p_limit
-    """
+# A status as a reader sees it, by what is stored: the index over it serves no CASE.
+_STANDS = {
+    **{status: [f"status = '{status.value}'"] for status in ApprovalStatus},
+    ApprovalStatus.PENDING: ["status = 'PENDING' AND expires_at > {now_once}"],
+    ApprovalStatus.APPROVED: ["status = 'APPROVED' AND COALESCE(use_before, expires_at) > {now_once}"],
+    ApprovalStatus.EXPIRED: ["status = 'EXPIRED'", *(condition for condition, _ in OVERDUE)],
+}
+_ROWS = "SELECT * FROM approval_requests WHERE {conditions} ORDER BY created_at DESC, id DESC LIMIT :p_limit"
+_PAGE = "SELECT {readable} FROM ({pages}) AS pages ORDER BY created_at DESC, id DESC LIMIT :p_limit"
 
 
 def check_search(filters: Mapping[str, Any]) -> None:
@@ -226,10 +231,15 @@ async def search(
     require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
     async with transactions.read() as connection:
         conditions: list[str] = ["1 = 1"]
+        standing = ["1 = 1"]
         parameters: list[BindParameter[Any]] = [bindparam("p_limit", limit + 1, type_=BigInteger())]
         described: dict[str, Any] = {}
         for name, value, text_of_value in check_filters(filters, _CHECKS):
             described[name] = text_of_value
+            if name == "status":
+                wanted = value if isinstance(value, list) else [value]
+                standing = [each for status in dict.fromkeys(wanted) for each in _STANDS[ApprovalStatus(status)]]
+                continue
             conditions.append(_CONDITIONS.get(name, f"{name} IN :p_{name}"))
             parameters.append(_parameter(name, value))
         scope = listing_fingerprint("approvals", org_id, described)
@@ -241,7 +251,7 @@ async def search(
             conditions.append("(created_at, id) < (:p_before, :p_before_id)")
             parameters.append(bindparam("p_before", created_at, type_=_requests.c.created_at.type))
             parameters.append(bindparam("p_before_id", row_id, type_=BigInteger()))
-        rows = await _page(connection, " AND ".join(conditions), parameters)
+        rows = await _page(connection, [" AND ".join([each, *conditions]) for each in standing], parameters)
     found = [StoredApproval.from_row(row).request for row in rows[:limit]]
     following = encode_cursor(scope, found[-1].created_at, found[-1].id or 0) if len(rows) > limit else None
     return Page(found, next_cursor=following, columns=_COLUMNS, record_type=ApprovalRequest)
@@ -257,11 +267,16 @@ def _parameter(name: str, value: Any) -> BindParameter[Any]:
 
 
 async def _page(
-    connection: AsyncConnection, conditions: str, parameters: list[BindParameter[Any]]
+    connection: AsyncConnection, alternatives: list[str], parameters: list[BindParameter[Any]]
 ) -> list[Mapping[str, Any]]:
     dialect = dialect_of(connection)
     words = fragments(dialect) | _JSON_FIELDS[dialect]
-    sql = _PAGE.replace("{conditions}", conditions).format_map(words)
+    # A page of each, in the order of an index, and of these a page: of an OR the planner would sort all that match.
+    pages = [
+        f"SELECT * FROM ({_ROWS.replace('{conditions}', each)}) AS page_{at}"  # noqa: S608  pieces of the program's own
+        for at, each in enumerate(alternatives)
+    ]
+    sql = _PAGE.replace("{pages}", " UNION ALL ".join(pages)).format_map(words)
     now = bindparam(CLOCK_OFFSET, clock.offset().total_seconds(), type_=Float(53))
     statement = text(sql).bindparams(now, *parameters).columns(*readable_columns)
     return [dict(row) for row in (await connection.execute(statement)).mappings()]

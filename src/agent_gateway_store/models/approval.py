@@ -22,6 +22,7 @@ from agent_gateway_store.models.values import ApprovalStatus, ApproverId, Frozen
 # The largest number that an INTEGER of PostgreSQL holds.
 _MOST_APPROVERS = 2**31 - 1
 _PENDING = text("status = 'PENDING'")
+_APPROVED = text("status = 'APPROVED'")
 
 
 class ApprovalScope(StrEnum):
@@ -95,6 +96,9 @@ class ApprovalRequest(StoreModel, table=True):
             postgresql_where=_PENDING,
             sqlite_where=_PENDING,
         ),
+        # What is overdue: few of many.
+        Index(None, "expires_at", postgresql_where=_PENDING, sqlite_where=_PENDING),
+        Index(None, "use_before", "expires_at", postgresql_where=_APPROVED, sqlite_where=_APPROVED),
     )
 
     id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
