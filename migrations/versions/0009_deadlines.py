@@ -1,4 +1,4 @@
-"""Find what is overdue by its deadline, however many approvals there are
+"""Find what is overdue, and what is old enough to be pruned, however many rows there are
 
 Revision: 0009_deadlines, after 0007_key_history
 """
@@ -13,19 +13,25 @@ down_revision = "0007_key_history"
 branch_labels = None
 depends_on = None
 
-_INDEXES = {
-    "ix_approval_requests_expires_at": (["expires_at"], sa.text("status = 'PENDING'")),
-    "ix_approval_requests_use_before_expires_at": (["use_before", "expires_at"], sa.text("status = 'APPROVED'")),
-}
+_INDEXES = (
+    ("approval_requests", ["expires_at"], "PENDING"),
+    ("approval_requests", ["use_before", "expires_at"], "APPROVED"),
+    ("notification_deliveries", ["delivered_at"], "DELIVERED"),
+)
 
 
 def upgrade() -> None:
     """Apply."""
-    for name, (columns, where) in _INDEXES.items():
-        create_index(name, "approval_requests", columns, postgresql_where=where, sqlite_where=where)
+    for table, columns, status in _INDEXES:
+        where = sa.text(f"status = '{status}'")
+        create_index(_name(table, columns), table, columns, postgresql_where=where, sqlite_where=where)
 
 
 def downgrade() -> None:
     """Take back."""
-    for name in _INDEXES:
-        op.drop_index(op.f(name), table_name="approval_requests")
+    for table, columns, _ in _INDEXES:
+        op.drop_index(op.f(_name(table, columns)), table_name=table)
+
+
+def _name(table: str, columns: list[str]) -> str:
+    return f"ix_{table}_{'_'.join(columns)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import timedelta
 from typing import Any
@@ -13,9 +14,8 @@ from delivery_helpers import Post, quiet, rows, settled
 from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, claim, claim_next, record
 from agent_gateway_store.delivery.policy import Policy
-from agent_gateway_store.delivery.worker import DeliveryWorker
-from agent_gateway_store.models.delivery import DeliveryStatus, Leased
-from agent_gateway_store.models.values import Notice
+from agent_gateway_store.delivery.worker import NotifierQueue
+from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.storage.statements import Statement
 
 pytestmark = pytest.mark.integration
@@ -122,20 +122,20 @@ async def test_a_lease_counts_from_before_its_row_is_written(
     written: list[float] = []
     begun: list[float] = []
     wrote_before: list[float] = []
-    rows_of, send = Statement.rows, DeliveryWorker.send
+    rows_of, put = Statement.rows, NotifierQueue.put
 
     async def writing(statement: Statement, connection: Any, values: Any) -> Any:
-        if "INSERT INTO notification_deliveries" in statement.compiled(connection.dialect).text:
+        if re.search("(INSERT INTO|UPDATE) notification_deliveries", statement.compiled(connection.dialect).text):
             written.append(time.monotonic())
         return await rows_of(statement, connection, values)
 
-    def sending(worker: DeliveryWorker, notice: Notice, leased: Leased) -> None:
-        begun.append(leased.since)
+    def putting(queue: NotifierQueue, delivery: Delivery) -> None:
+        begun.append(delivery.send_before - POLICY.send_within_s)
         wrote_before.append(written[-1])
-        send(worker, notice, leased)
+        put(queue, delivery)
 
     monkeypatch.setattr(Statement, "rows", writing)
-    monkeypatch.setattr(DeliveryWorker, "send", sending)
+    monkeypatch.setattr(NotifierQueue, "put", putting)
     async with GatewayStore(database_url, redis_url="", plugins=[Post()]) as store:
         approvals = store.approvals
         for required, decide in ((1, approvals.approve), (2, approvals.approve), (1, approvals.deny)):
@@ -145,5 +145,5 @@ async def test_a_lease_counts_from_before_its_row_is_written(
         await settled(store, 6)
 
     assert len(begun) == 6
-    # The statement that wrote the row is the last one that was sent before the notice was.
+    # The statement that leased the row, by an insert or a claim, is the last one or was sent before that.
     assert all(since <= wrote for since, wrote in zip(begun, wrote_before, strict=True))

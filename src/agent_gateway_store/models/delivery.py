@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 from pydantic import NonNegativeInt
-from sqlalchemy import CheckConstraint, Index, Integer, Text, UniqueConstraint, Uuid
+from sqlalchemy import CheckConstraint, Index, Integer, Text, UniqueConstraint, Uuid, text
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
@@ -48,6 +48,9 @@ class Leased(NamedTuple):
     since: float
 
 
+_DELIVERED = text("status = 'DELIVERED'")
+
+
 class NotificationDelivery(StoreModel, table=True):
     """One notice on its way to one notifier. Delivered at least once, always under the same `delivery_id`.
 
@@ -67,6 +70,8 @@ class NotificationDelivery(StoreModel, table=True):
         Index(None, "status", "next_attempt_at", "id"),
         Index(None, "status", "notifier", "next_attempt_at", "id"),
         Index(None, "approval_id"),
+        # What is pruned.
+        Index(None, "delivered_at", postgresql_where=_DELIVERED, sqlite_where=_DELIVERED),
         Index(None, "org_id", "created_at", "id"),
     )
 
