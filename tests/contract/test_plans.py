@@ -28,6 +28,7 @@ from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit.manager import AuditManager
 from agent_gateway_store.delivery.manager import NotificationManager
 from agent_gateway_store.keys.manager import KeyManager
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from builders import make_event
 from servers import connected, run
 
@@ -378,3 +379,18 @@ async def test_no_plan_surprises(filled: str, no_plugins: None) -> None:
                 assert at or reports.plans, "PostgreSQL reports no plans"
 
     assert not problems, "\n".join(problems)
+
+
+async def test_asking_and_deciding_are_not_planned_each_time(filled: str, no_plugins: None) -> None:
+    """From the sixth time on PostgreSQL keeps one plan: making it takes longer than running it."""
+    async with GatewayStore(filled, redis_url="", settings=quiet(), plugins=[Post(), Post("away")]) as store:
+        for decide in (store.approvals.approve, store.approvals.deny, store.approvals.cancel):
+            for _ in range(8):
+                await decide(await store.approvals.issue_token(make_request()), "alice")
+        async with store.database.connection("read") as connection:
+            assert isinstance(connection, RawConnection)
+            statements = await connection.driver.fetch("SELECT statement, generic_plans FROM pg_prepared_statements")
+
+    found = [each for each in statements if each["statement"].lstrip().startswith(("WITH asked", "WITH decided"))]
+    assert len(found) == 4
+    assert [each["statement"] for each in found if each["generic_plans"] < 3] == []

@@ -86,13 +86,21 @@ _DUE = {
 # A notice that waits for an earlier one about the same approval is sent by the process that delivers that one, so it is
 # not leased. `|| ''` keeps the planner from the index over status and notifier, which may hold a whole backlog; the one
 # over approval_id finds a few rows. LIMIT and OFFSET keep it from a join, for which it would read the whole table.
-_IS_LEASED = """:p_lease_s IS NOT NULL AND NOT EXISTS (
+# As a CASE, because where nothing is leased a plan for these parameters would leave the look out, look cheaper than one
+# for any, and be made anew each time.
+_IS_LEASED = """CASE WHEN NOT EXISTS (
             SELECT 1 FROM notification_deliveries AS before
             WHERE before.approval_id = given.approval_id
                 AND before.notifier || '' = given.notifier
                 AND before.status || '' = 'DUE'
             LIMIT 1 OFFSET 0
-        ) AS is_leased"""
+        ) THEN :p_lease_s END IS NOT NULL AS is_leased"""
+# Of an unknown LIMIT PostgreSQL expects a tenth, so one row, and of an unknown array ten: then the plan for any
+# parameters looks dearer than one for these, and the statement is planned for longer than it runs, each time.
+_RECIPIENTS = """(
+            SELECT * FROM unnest(:p_notifiers, :p_delivery_ids) AS each(notifier, delivery_id)
+            LIMIT cardinality(:p_notifiers)
+        ) AS recipient"""
 _DECISION_TYPES: dict[str, TypeEngine[Any]] = {
     "p_delivery_ids": ARRAY(Uuid()),
     "p_lease_s": Float(53),
@@ -103,7 +111,7 @@ _DECISION_TYPES: dict[str, TypeEngine[Any]] = {
 
 
 def _fragment(sql: str) -> dict[str, str]:
-    more = {"insert_deliveries": _INSERT_DELIVERIES, "is_leased": _IS_LEASED}
+    more = {"insert_deliveries": _INSERT_DELIVERIES, "is_leased": _IS_LEASED, "recipients": _RECIPIENTS}
     return {dialect: sql.format_map({**fragments(dialect), **more, "due": due}) for dialect, due in _DUE.items()}
 
 
@@ -127,13 +135,14 @@ _INSERT_WITH_DELIVERIES = sql_statement(
             {due}
         FROM asked CROSS JOIN (
             SELECT *, :p_lease_s IS NOT NULL AS is_leased
-            FROM unnest(:p_notifiers, :p_delivery_ids) AS recipient(notifier, delivery_id)
+            FROM {recipients}
         ) AS given
     )
     SELECT * FROM asked
     """,
     types=_DECISION_TYPES,
     insert=_fragment(INSERT_SQL),
+    recipients=_fragment(_RECIPIENTS),
     insert_deliveries=_fragment(_INSERT_DELIVERIES),
     due=_DUE,
     created_at=_fragment(_utc("created_at")),
@@ -154,7 +163,7 @@ def _decide(update: str, on_conflict: str = "") -> dict[Key, Statement]:
         {on_conflict}
     ), given AS (
         SELECT decided.*, delivery_id, notifier
-        FROM decided CROSS JOIN unnest(:p_notifiers, :p_delivery_ids) AS recipient(notifier, delivery_id)
+        FROM decided CROSS JOIN {{recipients}}
     ), notices AS MATERIALIZED (
         SELECT given.*, {{is_leased}} FROM given
     ), written AS ({{insert_deliveries}}
