@@ -10,6 +10,7 @@
     │   ├── ApprovalAlreadyUsedError
     │   ├── ApprovalMismatchError
     │   ├── SelfApprovalError
+    │   ├── TooManyPendingError
     │   └── DecisionVetoedError
     ├── InvalidApiKeyError
     ├── ApiKeyNotFoundError
@@ -66,6 +67,7 @@ __all__ = [
     "SessionInUseError",
     "StoreNotOpenError",
     "StoreUnavailableError",
+    "TooManyPendingError",
     "TransactionConflictError",
     "UnsupportedDatabaseError",
 ]
@@ -156,6 +158,23 @@ class ApprovalMismatchError(ApprovalError):
 
 class SelfApprovalError(ApprovalError):
     """The caller of a tool call may not decide about it (setting ALLOW_SELF_APPROVAL)."""
+
+
+class TooManyPendingError(ApprovalError):
+    """As many approvals of one caller wait for a decision as APPROVAL_MAX_PENDING allows. Nothing was asked.
+
+    Attributes:
+        caller_id: Who asked.
+        pending: How many wait.
+    """
+
+    def __init__(self, caller_id: str, pending: int) -> None:
+        super().__init__(
+            f"{pending} approvals of {code_text(caller_id)} wait for a decision already: decide or cancel some, or "
+            "raise APPROVAL_MAX_PENDING."
+        )
+        self.caller_id = caller_id
+        self.pending = pending
 
 
 class DecisionVetoedError(ApprovalError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from platformdirs import user_state_path
-from pydantic import BeforeValidator, Field, SecretStr, field_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_serializer, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -47,6 +49,20 @@ def _spool_path(value: Any) -> Any:
         raise ValueError("it begins with ~, and this user has no home folder") from None
 
 
+def _web_url(value: str | None) -> str | None:
+    parts = urlsplit(value or "https://host")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise ValueError("it must look like https://gateway.example/console")
+    return value and value.rstrip("/")
+
+
+def _networks(value: str | None) -> str | None:
+    for each in (value or "").split(","):
+        if each.strip():
+            ip_network(each.strip(), strict=False)
+    return value or None
+
+
 class StoreSettings(BaseSettings):
     """Settings of a store.
 
@@ -59,6 +75,9 @@ class StoreSettings(BaseSettings):
         redis_url: Redis that makes reads and waiting fast; None or "": no Redis.
         environment: Name of this deployment, stamped on API keys.
         approval_token_ttl_seconds: How long an approval waits for a decision by default; a million days at most.
+        acquire_decision_seconds: How long an approval that `acquire` asks for waits for a decision by default.
+        approval_denial_seconds: How long a denial answers whoever acquires the same call again; 0: not at all.
+        approval_max_pending: How many approvals of one caller may wait for a decision at once.
         approval_cache_seconds: How old a status read through Redis may be at most.
         audit_mode: `spool`: `write` never raises, and keeps events locally while the database is away; `strict`: it
             raises.
@@ -74,6 +93,12 @@ class StoreSettings(BaseSettings):
         notification_concurrency: How many notices one notifier receives at once.
         notification_max_attempts: After how many failed attempts a delivery becomes a dead letter.
         notification_poll_seconds: How often a worker looks for notices that are due.
+        console_roles: Roles whose keys may sign in to the console, separated by commas.
+        console_session_seconds: How long a sign-in to the console lasts at most.
+        console_url: Where browsers reach the console, such as `https://gateway.example/console`.
+        console_trusted_proxies: Addresses and networks, separated by commas, whose forwarded headers the console
+            believes; None: nobody's.
+        console_require_note: Whether a decision in the console needs a note.
     """
 
     model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True)
@@ -83,6 +108,9 @@ class StoreSettings(BaseSettings):
     environment: str = "dev"
     # A million days is 2,738 years: both databases hold times until the year 9999 at least.
     approval_token_ttl_seconds: float = Field(default=3600, gt=0, le=1_000_000 * 86_400, allow_inf_nan=False)
+    acquire_decision_seconds: float = Field(default=86_400, gt=0, le=1_000_000 * 86_400, allow_inf_nan=False)
+    approval_denial_seconds: float = Field(default=300, ge=0, le=1_000_000 * 86_400, allow_inf_nan=False)
+    approval_max_pending: int = Field(default=100, ge=1, le=2**31 - 1)
     approval_cache_seconds: float = Field(default=2, ge=0, allow_inf_nan=False)
     audit_mode: Literal["spool", "strict"] = "spool"
     audit_spool_path: Annotated[Path, BeforeValidator(_spool_path)] = Field(
@@ -100,6 +128,12 @@ class StoreSettings(BaseSettings):
     notification_concurrency: int = Field(default=8, ge=1)
     notification_max_attempts: int = Field(default=15, ge=1)
     notification_poll_seconds: float = Field(default=1, gt=0, allow_inf_nan=False)
+    console_roles: str = "admin,approver"
+    # Eight hours, a day of work; a year at most.
+    console_session_seconds: float = Field(default=28_800, gt=0, le=366 * 86_400, allow_inf_nan=False)
+    console_url: Annotated[str | None, AfterValidator(_web_url)] = None
+    console_trusted_proxies: Annotated[str | None, AfterValidator(_networks)] = None
+    console_require_note: bool = False
 
     _strip = model_validator(mode="before")(strip_texts)
     _require_visible = model_validator(mode="after")(require_visible)

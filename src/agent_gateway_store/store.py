@@ -90,7 +90,12 @@ class GatewayStore:
     def _bind(self, core: _Core, org_id: str | None) -> None:
         self._core, self._org_id, self.settings = core, org_id, core.settings
         self._audit = AuditManager(
-            core.database, core.writer, org_id=org_id, before=core.before_write, after=core.after_write
+            core.database,
+            core.writer,
+            org_id=org_id,
+            before=core.before_write,
+            after=core.after_write,
+            hash_args=self.hash_args,
         )
         self._approvals = ApprovalManager(core.approvals, org_id=org_id)
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, core.settings, org_id=org_id)

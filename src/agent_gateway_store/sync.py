@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import update_wrapper
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -145,6 +146,23 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
                     self._portal.call(items.aclose)
 
         return iterate
+
+    if inspect.isasyncgenfunction(inspect.unwrap(method)):  # @asynccontextmanager
+
+        @_like(method)
+        @contextmanager
+        def manage(self: Any, *args: Any, **kwargs: Any) -> Generator[Any]:
+            managed = getattr(self._twin, name)(*args, **kwargs)
+            entered = self._portal.call(managed.__aenter__)
+            try:
+                yield entered
+            except BaseException as exc:
+                if not self._portal.call(managed.__aexit__, type(exc), exc, exc.__traceback__):
+                    raise
+            else:
+                self._portal.call(managed.__aexit__, None, None, None)
+
+        return manage
 
     if inspect.iscoroutinefunction(method):
 

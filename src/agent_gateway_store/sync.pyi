@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from os import PathLike
 from types import TracebackType
@@ -54,6 +55,24 @@ class SyncAuditManager:
     ) -> Counter[WriteOutcome]:
         """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store."""
 
+    def call(
+        self,
+        call: ToolCall,
+        caller: CallerIdentity,
+        *,
+        decision: Decision | str,
+        rule: str = "",
+        rationale: str = "",
+        approval_id: UUID | str | None = None,
+        sanitize: Callable[[ToolCall], Mapping[str, Any]] = ...,
+        intent: bool = False,
+        **fields: Any,
+    ) -> AbstractContextManager[AuditEvent]:
+        """Record one tool call, which runs in the body: `async with store.audit.call(call, caller, ...) as event:`."""
+
+    def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
+        """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed."""
+
     def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work."""
 
@@ -64,14 +83,17 @@ class SyncAuditManager:
     def counters(self) -> AuditCounters:
         """How many events came to which outcome in this process since the store was opened; a copy."""
 
+    def get(self, event_id: int) -> AuditEvent | None:
+        """Return the event of this row (its `id`), or None; one of another organisation looks absent."""
+
     def get_by_request_id(self, request_id: str) -> AuditEvent | None:
-        """Return the event with this `request_id`, or None."""
+        """Return the event with this `request_id`, or None; of several organisations' events the newest."""
 
     def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
         """Return up to `limit` events of one caller, after skipping `offset`."""
 
     def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
-        """Return up to `limit` events with this decision."""
+        """Return up to `limit` events with this decision; ValueError if there is no such decision."""
 
     def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
         """Return the `limit` newest events."""
@@ -122,6 +144,11 @@ class SyncApprovalManager:
     def issue_token(self, request: ApprovalRequest, *, call: ToolCall | None = None) -> str:
         """Ask for an approval and return the token that follows and uses it."""
 
+    def acquire(
+        self, request: ApprovalRequest, *, call: ToolCall | None = None, bind: str = "", wait_s: float = 0.0
+    ) -> ApprovalResult:
+        """Ask, before each run of a call, whether it may go: USED (run it now), PENDING (come back) or DENIED."""
+
     def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
         """Return where the approval of `token` stands."""
 
@@ -156,7 +183,7 @@ class SyncApprovalManager:
         approval_id: UUID | str | None = None,
         channel: str = "api",
     ) -> ApprovalResult:
-        """Withdraw an approval that is pending, or approved and not used. The caller may cancel, too."""
+        """Withdraw an approval that is pending, or approved and not used; the caller may do so, too."""
 
     def consume_token(
         self,
@@ -171,7 +198,9 @@ class SyncApprovalManager:
     def release_output(self, token: str, *, caller_id: str) -> Any:
         """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved."""
 
-    def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
+    def record_outcome(
+        self, token: str | None = None, outcome: str = "", *, approval_id: UUID | str | None = None
+    ) -> ApprovalResult:
         """Store what came of the call, after its use; once. A used approval without an outcome is shown as unknown."""
 
     def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:

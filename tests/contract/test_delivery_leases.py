@@ -18,8 +18,6 @@ from agent_gateway_store.delivery.worker import NotifierQueue
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.storage.statements import Statement
 
-pytestmark = pytest.mark.integration
-
 POLICY = Policy.of(quiet())
 STATE = "status, attempts, next_attempt_at, last_error, delivered_at"
 

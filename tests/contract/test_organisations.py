@@ -20,7 +20,7 @@ from contract_helpers import WITH_REDIS, column
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import AuditEvent, GatewayStore, IssuedKey, Page, clock, errors
+from agent_gateway_store import AuditEvent, CallerIdentity, GatewayStore, IssuedKey, Page, TrustLevel, clock, errors
 from builders import CALL, make_event, make_request
 
 MARK = "belongs-to-globex"
@@ -115,6 +115,14 @@ async def _recorded(view: GatewayStore, event: AuditEvent) -> Any:
     return outcome
 
 
+async def _called(view: GatewayStore, org_id: str) -> AuditEvent:
+    caller = CallerIdentity(
+        caller_id="dev-agent", role="r", trust_level=TrustLevel.LOW, environment="dev", org_id=org_id
+    )
+    async with view.audit.call(CALL, caller, decision="ALLOW", intent=True) as event:
+        return event
+
+
 async def _all(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
     return [event async for event in events]
 
@@ -160,7 +168,10 @@ CASES: dict[str, Case] = {
         view.audit.write_many([make_event(**SAME_NAMES), make_event(**SAME_NAMES, org_id="globex")])
     ],
     "audit.record": lambda view, other: [_recorded(view, make_event(**SAME_NAMES, org_id="globex"))],
+    "audit.call": lambda view, other: [_called(view, "acme"), _called(view, "globex")],
+    "audit.orphans": lambda view, other: [view.audit.orphans(older_than=timedelta())],
     "audit.flush": lambda view, other: [view.audit.flush()],
+    "audit.get": lambda view, other: [view.audit.get(other.event.id or 0), view.audit.get(2**63), view.audit.get(-1)],
     "audit.get_by_request_id": lambda view, other: [view.audit.get_by_request_id("r-1")],
     "audit.list_by_caller": lambda view, other: [view.audit.list_by_caller("dev-agent", limit=1000)],
     "audit.list_by_decision": lambda view, other: [view.audit.list_by_decision("ALLOW", limit=1000)],
@@ -195,6 +206,10 @@ CASES: dict[str, Case] = {
         *(view.approvals.issue_token(make_request(token=token)) for token in other.tokens.values()),
         *(view.approvals.issue_token(make_request(approval_id=each)) for each in other.ids.values()),
     ],
+    "approvals.acquire": lambda view, other: [
+        view.approvals.acquire(make_request()),
+        view.approvals.acquire(make_request(org_id="globex")),
+    ],
     "approvals.check_token": lambda view, other: [
         view.approvals.check_token(token, fresh=fresh) for token in other.tokens.values() for fresh in (False, True)
     ],
@@ -203,7 +218,10 @@ CASES: dict[str, Case] = {
     "approvals.cancel": by_token_and_id("cancel"),
     "approvals.consume_token": by_token("consume_token", caller_id="dev-agent", tool_call=CALL),
     "approvals.release_output": by_token("release_output", caller_id="dev-agent"),
-    "approvals.record_outcome": by_token("record_outcome", "SUCCESS"),
+    "approvals.record_outcome": lambda view, other: [
+        *(view.approvals.record_outcome(token, "SUCCESS") for token in other.tokens.values()),
+        *(view.approvals.record_outcome(approval_id=each, outcome="SUCCESS") for each in other.ids.values()),
+    ],
     "approvals.wait_for_decision": by_token("wait_for_decision", timeout_s=0.01),
     "approvals.get": lambda view, other: [view.approvals.get(approval_id=each) for each in other.ids.values()],
     "approvals.list_requests": lambda view, other: [
@@ -332,8 +350,8 @@ async def test_nothing_of_the_other_organisation_is_shown_or_changed(store: Gate
         assert await rows(store) == before, name
 
 
-WRITING = {"approvals.issue_token", "keys.issue"} | {
-    f"audit.{name}" for name in ("write", "write_many", "record", "import_file")
+WRITING = {"approvals.issue_token", "approvals.acquire", "keys.issue"} | {
+    f"audit.{name}" for name in ("write", "write_many", "record", "call", "import_file")
 }
 
 

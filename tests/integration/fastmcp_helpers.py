@@ -69,7 +69,7 @@ class Bench:
 
     def server(self, policy: Any = judge, *, identify: Any = always, **options: Any) -> FastMCP[Any]:
         """Build a server on the store, which is opened by whoever made the bench."""
-        middleware = GatewayMiddleware(self.store, policy, identify=identify, **options)
+        middleware = GatewayMiddleware(self.store, policy, identify=identify, **({"on_pending": "wait"} | options))
         server: FastMCP[Any] = FastMCP("files", middleware=[middleware])
 
         @server.tool

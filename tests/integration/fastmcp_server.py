@@ -28,7 +28,14 @@ def judge(_caller: CallerIdentity, _call: ToolCall) -> Verdict:
 server: FastMCP[Any] = FastMCP(
     "files",
     lifespan=lifespan,
-    middleware=[GatewayMiddleware(store, judge, identify=lambda _: store.keys.verify(os.environ["AGENT_KEY"]))],
+    middleware=[
+        GatewayMiddleware(
+            store,
+            judge,
+            identify=lambda _: store.keys.verify(os.environ["AGENT_KEY"]),
+            on_pending=os.environ.get("ON_PENDING", "wait"),  # type: ignore[arg-type]
+        )
+    ],
 )
 
 

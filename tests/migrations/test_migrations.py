@@ -151,7 +151,7 @@ async def test_json_is_jsonb_on_postgresql(engine: AsyncEngine) -> None:
     ("edit", "expected"),
     [
         ("DROP INDEX ix_audit_events_timestamp_id", "ix_audit_events_timestamp_id"),
-        ("DROP INDEX uq_approval_requests_pending_call", "uq_approval_requests_pending_call"),
+        ("DROP INDEX uq_approval_requests_issued_call", "uq_approval_requests_issued_call"),
         ("CREATE INDEX extra ON audit_events (caller_role)", "extra"),
         ("DROP TABLE approval_votes", "approval_votes"),
         ("ALTER TABLE audit_events DROP COLUMN llm_explanation", "llm_explanation"),

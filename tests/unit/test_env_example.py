@@ -42,7 +42,7 @@ def test_every_setting_of_the_example_gateway_is_named(named: dict[str, str]) ->
 
 def test_file_holds_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded as it stands, the file changes nothing."""
-    for name in ("AUDIT_SPOOL_PATH", "BCRYPT_ROUNDS"):
+    for name in ("AUDIT_SPOOL_PATH", "BCRYPT_ROUNDS", "APPROVAL_MAX_PENDING"):
         monkeypatch.delenv(name)
 
     assert StoreSettings(_env_file=FILE) == StoreSettings()  # type: ignore[call-arg]
@@ -50,7 +50,7 @@ def test_file_holds_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_examples_of_unset_settings_can_be_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With every commented setting uncommented the file loads, too."""
-    for name in ("AUDIT_SPOOL_PATH", "BCRYPT_ROUNDS"):
+    for name in ("AUDIT_SPOOL_PATH", "BCRYPT_ROUNDS", "APPROVAL_MAX_PENDING"):
         monkeypatch.delenv(name)
     everything = tmp_path / "all.env"
     everything.write_text(_LINE.sub(r"\2=\3", FILE.read_text()))

@@ -22,6 +22,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
     """With an empty environment a store is embedded, without Redis, in the default modes."""
     monkeypatch.delenv("AUDIT_SPOOL_PATH")
     monkeypatch.delenv("BCRYPT_ROUNDS")
+    monkeypatch.delenv("APPROVAL_MAX_PENDING")
     settings = StoreSettings()
 
     assert settings.audit_spool_path.name == "spool.db"
@@ -31,6 +32,9 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
         "redis_url": None,
         "environment": "dev",
         "approval_token_ttl_seconds": 3600,
+        "acquire_decision_seconds": 86_400,
+        "approval_denial_seconds": 300,
+        "approval_max_pending": 100,
         "approval_cache_seconds": 2,
         "audit_mode": "spool",
         "redis_timeout_seconds": 0.2,
@@ -44,6 +48,11 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
         "notification_concurrency": 8,
         "notification_max_attempts": 15,
         "notification_poll_seconds": 1,
+        "console_roles": "admin,approver",
+        "console_session_seconds": 28_800,
+        "console_url": None,
+        "console_trusted_proxies": None,
+        "console_require_note": False,
     }
 
 

@@ -110,17 +110,28 @@ def _pending(request: ApprovalRequest) -> PendingApproval:
     )
 
 
-async def approve(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, *, allow_self: bool) -> StoredApproval:
-    """Store a vote to approve, and approve where it is the last one needed; does not commit.
+async def decide(
+    connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, *, allow_self: bool, use_s: float
+) -> StoredApproval:
+    """Store a vote, and decide where it is the last one needed; does not commit.
+
+    Args:
+        connection: In a transaction.
+        ref: Which approval.
+        vote: What one approver decides.
+        allow_self: Whether the caller of the tool call may approve.
+        use_s: For how many seconds an approval that was asked for by `acquire` without a deadline can be used.
 
     Returns:
-        The approval as it then stands: APPROVED, or PENDING while votes are missing.
+        The approval as it then stands: PENDING while votes to approve are missing.
 
     Raises:
         ApprovalError: As `ApprovalManager.approve` says; what was written must be rolled back.
     """
-    values = {**ref.values, **vote.values, "p_allow_self": allow_self}
-    # `decide_at_once` has tried that on PostgreSQL.
+    if vote.decision is not VoteDecision.APPROVED:
+        return await _close(connection, ref, vote)
+    values = {**ref.values, **vote.values, "p_allow_self": allow_self, "p_ttl_s": use_s}
+    # `Changes.decide` has tried that on PostgreSQL.
     row = None if isinstance(connection, RawConnection) else await APPROVE[ref.by].first(connection, values)
     if row is not None:
         return await _store_vote(connection, row, vote)
@@ -139,17 +150,7 @@ async def approve(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, 
     return StoredApproval.from_row(row)
 
 
-async def close(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput) -> StoredApproval:
-    """Deny or cancel by this one vote; does not commit.
-
-    Args:
-        connection: In a transaction.
-        ref: Which approval.
-        vote: DENIED or CANCELLED.
-
-    Raises:
-        ApprovalError: As `ApprovalManager.deny` says; what was written must be rolled back.
-    """
+async def _close(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput) -> StoredApproval:
     statement = (CANCEL if vote.decision is VoteDecision.CANCELLED else DENY)[ref.by]
     row = await statement.first(connection, {**ref.values, **vote.values})
     if row is None:
@@ -271,7 +272,7 @@ async def set_outcome(transactions: Transactions, ref: ApprovalRef, outcome: str
     """
     text = Scrubber().text("outcome", outcome)
     async with transactions.connection("autocommit") as connection:
-        row = await SET_OUTCOME.first(connection, {**ref.values, "p_outcome": text})
+        row = await SET_OUTCOME[ref.by].first(connection, {**ref.values, "p_outcome": text})
         if row is not None:
             return StoredApproval.from_row(row)
         found = await find(connection, ref)

@@ -6,33 +6,32 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store._concurrency import BackgroundTasks
-from agent_gateway_store.approval.cache import ApprovalCache
+from agent_gateway_store.approval.changes import Changes
 from agent_gateway_store.approval.outbox_rows import Change, Outbox, insert_with_deliveries, notice_of, take_back
 from agent_gateway_store.approval.queries import StoredApproval
 from agent_gateway_store.approval.statements import (
     CANCEL_OTHER_TERMS,
+    COUNT_PENDING,
     EXPIRE_SAME_CALL,
     LOCK_CALL,
     REISSUE,
     SAME_CALL,
     WITHDRAW,
 )
-from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
-from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError, GatewayStoreError
+from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError, GatewayStoreError, TooManyPendingError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.delivery import Leased
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
-from agent_gateway_store.storage.database import AnyConnection, Transactions, dialect_of
+from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
 
 _WITHDRAW_S = 5.0  # chosen: a database that is well writes a few rows in milliseconds
@@ -56,7 +55,13 @@ class Issued(NamedTuple):
 
 
 def issue_values(
-    request: ApprovalRequest, *, call: ToolCall | None, org_id: str | None, ttl: timedelta, hash_key: str | None
+    request: ApprovalRequest,
+    *,
+    call: ToolCall | None,
+    org_id: str | None,
+    ttl_s: float,
+    max_pending: int,
+    hash_key: str | None,
 ) -> dict[str, Any]:
     """Return the parameters by which `request` is asked, scrubbed; it begins PENDING whatever it says.
 
@@ -81,12 +86,14 @@ def issue_values(
         "p_tool_call_hash": _hash(request, call, hash_key),
         "p_risk_explanation": scrubber.text("risk_explanation", request.risk_explanation),
         "p_expires_at": request.expires_at,
-        "p_ttl_s": ttl.total_seconds(),
+        "p_ttl_s": ttl_s,
         "p_use_before": request.use_before,
         "p_scope": request.scope,
         "p_output_payload": payload,
         "p_output_hash": _output_hash(request, payload, hash_key),
         "p_required_approvals": request.required_approvals,
+        "p_acquire_key": None,
+        "p_max_pending": max_pending,
     }
 
 
@@ -169,6 +176,17 @@ def _lock_of(values: Mapping[str, Any]) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)  # a bigint
 
 
+async def require_room(connection: AnyConnection, values: Mapping[str, Any]) -> None:
+    """Return if the caller may ask for one more approval.
+
+    Raises:
+        TooManyPendingError: As many as APPROVAL_MAX_PENDING wait for a decision.
+    """
+    found = await COUNT_PENDING.first(connection, values)
+    if found is not None and found["pending"] >= values["p_max_pending"]:
+        raise TooManyPendingError(values["p_caller_id"], found["pending"])
+
+
 def already_issued(values: Mapping[str, Any]) -> ApprovalError:
     """Return what to raise for a request that cannot be asked (again)."""
     approval_id: UUID = values["p_approval_id"]
@@ -183,29 +201,13 @@ class Asking:
     """Asks for approvals, and withdraws what a caller asked that was cancelled before it had its token.
 
     Args:
-        transactions: Where approvals are kept.
-        outbox: Which notifiers receive a notice.
-        cache: Holds what was asked.
-        waiting: Learns of each change.
-        enqueue: Writes, in the transaction that closes approvals, what others learn of that.
-        publish: Publishes a change that is committed.
+        changes: Where approvals are kept, and who learns of them.
         background: Where the asking runs to its end, so that it is known what is to be withdrawn. None: in the task of
             the caller, whose session no other task can use; nothing is withdrawn.
     """
 
-    def __init__(
-        self,
-        transactions: Transactions,
-        outbox: Outbox,
-        cache: ApprovalCache,
-        waiting: Waiting,
-        *,
-        enqueue: Callable[[AnyConnection, Sequence[StoredApproval]], Awaitable[list[Change]]],
-        publish: Callable[[Change], Awaitable[object]],
-        background: BackgroundTasks | None,
-    ) -> None:
-        self._transactions, self._outbox, self._cache, self._waiting = transactions, outbox, cache, waiting
-        self._enqueue, self._publish, self._background = enqueue, publish, background
+    def __init__(self, changes: Changes, *, background: BackgroundTasks | None) -> None:
+        self._changes, self._background = changes, background
 
     async def issue(self, values: dict[str, Any]) -> str:
         """Ask, and return the token; `values` and errors as for `issue_values` and `ApprovalManager.issue_token`."""
@@ -225,13 +227,13 @@ class Asking:
 
     async def _ask(self, values: dict[str, Any]) -> Issued:
         issued = await self._insert(values)
-        self._waiting.note_change()
+        self._changes.waiting.note_change()
         approval, token = issued.approval, str(values["p_token"])
-        old = None if issued.is_new else await self._cache.token_of(approval.request.approval_id)
-        await self._cache.put(approval, token, is_known=False)
+        old = None if issued.is_new else await self._changes.cache.token_of(approval.request.approval_id)
+        await self._changes.cache.put(approval, token, is_known=False)
         if old is not None and old != token:
             # It no longer names the approval, and its entry would go on answering for it.
-            await self._cache.drop(old)
+            await self._changes.cache.drop(old)
         return issued
 
     async def _insert(self, values: dict[str, Any]) -> Issued:
@@ -241,25 +243,27 @@ class Asking:
                 return issued
             changes, issued = await self._close_and_insert(values)
             for change in changes:
-                await self._publish(change)
+                await self._changes.publish(change)
             if issued is not None:
                 return issued
         raise already_issued(values)
 
     @retry_conflicts
     async def _insert_or_reissue(self, values: dict[str, Any]) -> Issued | None:
-        async with self._transactions.connection("autocommit") as connection:
-            return await insert_or_reissue(connection, values, self._outbox)
+        async with self._changes.transactions.connection("autocommit") as connection:
+            return await insert_or_reissue(connection, values, self._changes.outbox)
 
     @retry_conflicts
     async def _close_and_insert(self, values: dict[str, Any]) -> tuple[list[Change], Issued | None]:
-        async with self._transactions.connection("transaction") as connection:
+        async with self._changes.transactions.connection("transaction") as connection:
             closed = await close_standing(connection, values)
-            changes = await self._enqueue(connection, closed)
-            issued = await insert(connection, values, self._outbox)
+            changes = await self._changes.enqueue(connection, closed)
+            issued = await insert(connection, values, self._changes.outbox)
             if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
                 # Nothing else can be in the way now: this request's own id or token is taken.
                 raise already_issued(values)
+            if issued is None:
+                await require_room(connection, values)
             return changes, issued
 
     async def withdraw(self, asking: asyncio.Task[Issued], values: dict[str, Any]) -> None:
@@ -274,7 +278,7 @@ class Asking:
             async with asyncio.timeout(_WITHDRAW_S):
                 change = await self._withdraw(values, new)
             if change is not None:
-                await self._publish(change)
+                await self._changes.publish(change)
                 _logger.info("Approval %s was withdrawn: the task that asked was cancelled.", values["p_approval_id"])
             elif new is not None:
                 # Another task has asked for the same call since, and has the token now.
@@ -285,7 +289,7 @@ class Asking:
 
     @retry_conflicts
     async def _withdraw(self, values: dict[str, Any], new: Issued | None) -> Change | None:
-        async with self._transactions.connection("transaction") as connection:
+        async with self._changes.transactions.connection("transaction") as connection:
             row = await WITHDRAW.first(connection, values)
             if row is None:
                 return None
@@ -294,8 +298,8 @@ class Asking:
             if not left and new is not None:
                 return Change(approval, None, Leased({}, 0))
             # Somebody was notified that it waits.
-            (change,) = await self._enqueue(connection, [approval])
+            (change,) = await self._changes.enqueue(connection, [approval])
             return change
 
     def _send(self, issued: Issued) -> None:
-        self._outbox.send(notice_of(issued.approval.request, "pending"), issued.leased)
+        self._changes.outbox.send(notice_of(issued.approval.request, "pending"), issued.leased)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import partial
 from typing import Any, Unpack
 from uuid import UUID
 
@@ -13,25 +11,24 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import decisions, issuing, queries
+from agent_gateway_store.approval.acquiring import Acquiring, acquire_values
 from agent_gateway_store.approval.cache import ApprovalCache
+from agent_gateway_store.approval.changes import Changes
 from agent_gateway_store.approval.decisions import Permission, VoteInput
-from agent_gateway_store.approval.outbox_rows import Change, Outbox, PersistOnlyOutbox, decide_at_once, enqueue
-from agent_gateway_store.approval.queries import ApprovalFilters, ApprovalRef, StoredApproval, result_of
+from agent_gateway_store.approval.outbox_rows import Outbox, PersistOnlyOutbox
+from agent_gateway_store.approval.queries import ApprovalFilters, ApprovalRef, result_of
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, VoteDecision
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
-from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.database import SessionTransactions, Transactions
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.redis_cache import RedisCache
 
 _LARGEST_BATCH = 10_000  # of `expire_stale`: what one transaction writes within a command's time
-
 _STREAMED_ROWS = 500  # chosen: about a megabyte of requests
 
 
@@ -75,8 +72,7 @@ class ApprovalManager:
 
     Raises:
         TypeError: `session` is not an AsyncSession.
-        ValueError: The store cannot work in this session, say in AUTOCOMMIT: the sentence says what to give in its
-            place.
+        ValueError: The store cannot work in this session, say in AUTOCOMMIT: the sentence says what to give instead.
     """
 
     def __init__(
@@ -96,21 +92,14 @@ class ApprovalManager:
             transactions = SessionTransactions(session, ApprovalRequest, atomic=True)
             backend = ApprovalBackend(transactions, guarded, settings, PersistOnlyOutbox(notifiers))
         trust_s = backend.settings.approval_cache_seconds
-        self._transactions, self._settings, self._outbox = backend.transactions, backend.settings, backend.outbox
+        self._transactions, self._settings = backend.transactions, backend.settings
         self._org_id = org_id
         self._vetoes = backend.vetoes
         self._waiting = backend.waiting or Waiting(None, trust_s=trust_s)
-        self._pubsub = self._waiting.pubsub
         self._cache = ApprovalCache(backend.redis, trust_s=trust_s)
-        self._asking = issuing.Asking(
-            self._transactions,
-            self._outbox,
-            self._cache,
-            self._waiting,
-            enqueue=self._enqueue,
-            publish=self._after_commit,
-            background=backend.background,
-        )
+        self._changes = Changes(self._transactions, backend.outbox, self._cache, self._waiting)
+        self._asking = issuing.Asking(self._changes, background=backend.background)
+        self._acquiring = Acquiring(self._changes)
 
     @property
     def _hash_key(self) -> str | None:
@@ -126,8 +115,8 @@ class ApprovalManager:
         itself is not changed.
 
         A caller that is cancelled before it has the token leaves nothing behind: what was asked is withdrawn in the
-        background, and no notifier receives it unless a worker elsewhere was faster. (Not with a session of the
-        caller's: what that has committed stands.)
+        background, and no notifier receives it unless a worker elsewhere was faster. (What a session of the caller's
+        has committed stands.)
 
         Args:
             request: Its `tool_call` is what approvers see. Its `expires_at`, if None, becomes now +
@@ -141,9 +130,51 @@ class ApprovalManager:
             ApprovalError: The same request object was issued before, and has been decided or changed since.
             StoreUnavailableError: The database is away.
         """
-        ttl = timedelta(seconds=self._settings.approval_token_ttl_seconds)
-        values = issuing.issue_values(request, call=call, org_id=self._org_id, ttl=ttl, hash_key=self._hash_key)
-        return await self._asking.issue(values)
+        return await self._asking.issue(self._values(request, call, self._settings.approval_token_ttl_seconds))
+
+    def _values(self, request: ApprovalRequest, call: ToolCall | None, ttl_s: float) -> dict[str, Any]:
+        return issuing.issue_values(
+            request,
+            call=call,
+            org_id=self._org_id,
+            ttl_s=ttl_s,
+            max_pending=self._settings.approval_max_pending,
+            hash_key=self._hash_key,
+        )
+
+    async def acquire(
+        self, request: ApprovalRequest, *, call: ToolCall | None = None, bind: str = "", wait_s: float = 0.0
+    ) -> ApprovalResult:
+        """Ask, before each run of a call, whether it may go: USED (run it now), PENDING (come back) or DENIED.
+
+        An approval that stands approved is used up by one of any number of callers in any number of processes. One that
+        is pending is returned, and nobody is notified again. A denial is returned for APPROVAL_DENIAL_SECONDS. Else a
+        new approval is asked for; where the last one was used and its outcome is unknown, its explanation says so.
+        The first asking's deadlines and explanation stand; a higher quorum, or another shown call, cancels what stands,
+        and asks anew.
+
+        It sees only approvals that `acquire` asked for: of the same organisation, caller, call and `bind`. They have no
+        token; `record_outcome` takes their `approval_id`. An error may have used one up: it is never released twice. A
+        caller that goes away cancels nothing.
+
+        Args:
+            request: As for `issue_token`; its `approval_id` and `token` are not used. Without `expires_at` there are
+                ACQUIRE_DECISION_SECONDS to decide, and then APPROVAL_TOKEN_TTL_SECONDS from the decision to use it.
+            call: As for `issue_token`.
+            bind: Whatever else must be equal for two calls to be the same: a session, an end user.
+            wait_s: Seconds to wait for a decision; then it looks again.
+
+        Raises:
+            ApprovalMismatchError: The request names another organisation than this store is bound to.
+            TooManyPendingError: APPROVAL_MAX_PENDING approvals of this caller wait already.
+            StoreUnavailableError: The database is away.
+            ValueError: The request's scope is not EXECUTION.
+        """
+        if request.scope is not ApprovalScope.EXECUTION:
+            raise ValueError("Only the execution of a call can be acquired: use `issue_token` for an output.")
+        values = self._values(request, call, self._settings.acquire_decision_seconds)
+        values = acquire_values(values, bind=bind, settings=self._settings)
+        return await self._acquiring.acquire(values, wait_s=wait_s)
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
         """Return where the approval of `token` stands.
@@ -200,9 +231,7 @@ class ApprovalManager:
         ref = ApprovalRef.by_either(token, approval_id, self._org_id)
         vote = VoteInput(approver_id, note, channel, VoteDecision.APPROVED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
-        allow_self = self._settings.allow_self_approval
-        work = partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self)
-        return await self._after_commit(await self._decide(ref, vote, work), token)
+        return await self._decide(ref, vote, token)
 
     async def deny(
         self,
@@ -217,7 +246,7 @@ class ApprovalManager:
         ref = ApprovalRef.by_either(token, approval_id, self._org_id)
         vote = VoteInput(approver_id, note, channel, VoteDecision.DENIED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
-        return await self._close(ref, vote, token)
+        return await self._decide(ref, vote, token)
 
     async def cancel(
         self,
@@ -228,16 +257,17 @@ class ApprovalManager:
         approval_id: UUID | str | None = None,
         channel: str = "api",
     ) -> ApprovalResult:
-        """Withdraw an approval that is pending, or approved and not used. The caller may cancel, too.
+        """Withdraw an approval that is pending, or approved and not used; the caller may do so, too.
 
         Arguments and errors as for `approve`; no plugin can refuse it.
         """
         vote = VoteInput(approver_id, note, channel, VoteDecision.CANCELLED)
-        return await self._close(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
+        return await self._decide(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
 
-    async def _close(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
-        change = await self._decide(ref, vote, partial(decisions.close, ref=ref, vote=vote))
-        return await self._after_commit(change, token)
+    async def _decide(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
+        allow_self, use_s = self._settings.allow_self_approval, self._settings.approval_token_ttl_seconds
+        change = await self._changes.decide(ref, vote, allow_self=allow_self, use_s=use_s)
+        return await self._changes.publish(change, token)
 
     async def consume_token(
         self,
@@ -265,7 +295,7 @@ class ApprovalManager:
         ref = ApprovalRef.by_token(token, self._org_id)
         permission = Permission.of_call(caller_id, scope, tool_call, hash_key=self._hash_key)
         approval = await decisions.use(self._transactions, ref, permission, hash_key=self._hash_key)
-        return await self._after_use(approval, token)
+        return await self._changes.publish_use(approval, token)
 
     async def release_output(self, token: str, *, caller_id: str) -> Any:
         """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved.
@@ -287,22 +317,25 @@ class ApprovalManager:
             ApprovalAlreadyUsedError: It has released its output.
             StoreUnavailableError: The database is away.
         """
-        ref = ApprovalRef.by_token(token, self._org_id)
-        permission = Permission.of_output(caller_id)
+        ref, permission = ApprovalRef.by_token(token, self._org_id), Permission.of_output(caller_id)
         approval = await decisions.use(self._transactions, ref, permission, hash_key=self._hash_key)
-        await self._after_use(approval, token)
+        await self._changes.publish_use(approval, token)
         return approval.request.output_payload
 
-    async def record_outcome(self, token: str, outcome: str) -> ApprovalResult:
+    async def record_outcome(
+        self, token: str | None = None, outcome: str = "", *, approval_id: UUID | str | None = None
+    ) -> ApprovalResult:
         """Store what came of the call, after its use; once. A used approval without an outcome is shown as unknown.
 
+        `token` or `approval_id` names the approval, as for `approve`.
+
         Raises:
-            ApprovalNotFoundError: No approval has this token.
+            ApprovalNotFoundError: There is no such approval.
             ApprovalNotApprovedError: It has not been used.
             ApprovalAlreadyUsedError: Another outcome was recorded before (the same one again changes nothing).
         """
-        ref = ApprovalRef.by_token(token, self._org_id)
-        return await self._after_use(await decisions.set_outcome(self._transactions, ref, outcome), token)
+        ref = ApprovalRef.by_either(token, approval_id, self._org_id)
+        return await self._changes.publish_use(await decisions.set_outcome(self._transactions, ref, outcome), token)
 
     async def wait_for_decision(self, token: str, *, timeout_s: float = 60.0) -> ApprovalResult:
         """Wait until the approval is no longer PENDING, and return how it stands.
@@ -340,14 +373,14 @@ class ApprovalManager:
             ValueError: `batch_size` is out of range.
         """
         require_between("batch_size", batch_size, 1, _LARGEST_BATCH, hint="every batch is swept until none is left")
-        swept, batch = 0, batch_size
-        while batch == batch_size:
-            changes = await self._expire(batch_size)
+        swept = 0
+        while True:
+            changes = await self._changes.expire(self._org_id, batch_size)
             for change in changes:
-                await self._after_commit(change)
-            batch = len(changes)
-            swept += batch
-        return swept
+                await self._changes.publish(change)
+            swept += len(changes)
+            if len(changes) < batch_size:
+                return swept
 
     async def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
@@ -411,56 +444,3 @@ class ApprovalManager:
             ApprovalNotFoundError: There is no such approval.
         """
         return await queries.history(self._transactions, ApprovalRef.by_id(approval_id, self._org_id))
-
-    @retry_conflicts
-    async def _decide(
-        self, ref: ApprovalRef, vote: VoteInput, work: Callable[[AnyConnection], Awaitable[StoredApproval]]
-    ) -> Change:
-        """Decide by one statement where that can be, else by `work` in a transaction."""
-        async with self._transactions.connection("autocommit") as connection:
-            if not isinstance(connection, RawConnection):
-                # Then this is a transaction.
-                return (await self._enqueue(connection, [await work(connection)]))[0]
-            values = {**ref.values, **vote.values, "p_allow_self": self._settings.allow_self_approval}
-            publishes = self._pubsub is not None and self._pubsub.notifies
-            decided = await decide_at_once(
-                connection, vote.decision, ref.by, values, outbox=self._outbox, publishes=publishes
-            )
-            if decided is not None:
-                return decided
-            async with connection.transaction():
-                return (await self._enqueue(connection, [await work(connection)]))[0]
-
-    @retry_conflicts
-    async def _expire(self, batch_size: int) -> list[Change]:
-        async with self._transactions.connection("transaction") as connection:
-            swept = await decisions.expire(connection, org_id=self._org_id, batch_size=batch_size)
-            return await self._enqueue(connection, swept)
-
-    async def _enqueue(self, connection: AnyConnection, approvals: Sequence[StoredApproval]) -> list[Change]:
-        """Write, in the transaction that changes them, what other processes and the notifiers learn of approvals."""
-        if self._pubsub is not None:
-            for approval in approvals:
-                await self._pubsub.notify(connection, str(approval.request.approval_id))
-        return await enqueue(connection, approvals, self._outbox)
-
-    async def _after_commit(self, change: Change, token: str | None = None) -> ApprovalResult:
-        """Publish a change whose transaction is committed, and return where the approval stands."""
-        approval, notice, leased = change
-        approval_id = approval.request.approval_id
-        known = token or await self._cache.token_of(approval_id)
-        # Before anybody can learn of the change: a read that began before it must not be shared from now on.
-        self._waiting.note_change()
-        if notice is None or self._pubsub is None:
-            await self._cache.put(approval, known)
-        else:
-            await self._cache.put(approval, known, message=self._pubsub.message(str(approval_id)))
-            self._pubsub.notify_local(str(approval_id))
-        if notice is not None:
-            self._outbox.send(notice, leased)
-        return result_of(approval.request, token)
-
-    async def _after_use(self, approval: StoredApproval, token: str) -> ApprovalResult:
-        self._waiting.note_change()
-        await self._cache.put(approval, token)
-        return result_of(approval.request, token)

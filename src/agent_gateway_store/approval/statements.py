@@ -46,6 +46,8 @@ _TYPES: dict[str, TypeEngine[Any]] = {
     "p_allow_self": Boolean(),
     "p_batch_size": Integer(),
     "p_lock": BigInteger(),
+    "p_max_pending": Integer(),
+    "p_since_s": Float(53),
     "p_ttl_s": Float(53),
 }
 
@@ -74,7 +76,22 @@ def fragments(dialect: str) -> dict[str, str]:
         "readable": ", ".join(f"{status} AS status" if name == "status" else name for name in names) + f", {meta}",
         "returning": f"{', '.join(names)}, {meta}",
         "decision": f"approver_id = :p_approver_id, approver_note = :p_note, decision_at = {now}",
-        "same_call": " AND ".join(f"{name} = :p_{name}" for name in SAME_CALL),
+        "use_before": f"""use_before = CASE WHEN acquire_key IS NULL THEN use_before
+            ELSE COALESCE(use_before, {clock_sql(dialect, plus=":p_ttl_s")}) END""",
+        "same_call": " AND ".join([*(f"{name} = :p_{name}" for name in SAME_CALL), "acquire_key IS NULL"]),
+        # As the partial index has it: SQLite uses that for the same words only.
+        "acquired": """org_id = :p_org_id AND caller_id = :p_caller_id AND acquire_key = :p_acquire_key
+            AND status IN ('PENDING', 'APPROVED')""",
+        "same_ask": f"""required_approvals >= :p_required_approvals
+            AND CAST(tool_call AS TEXT) {same} CAST(:p_tool_call AS TEXT)""",
+        # Twice, because each kind has a partial index of its own.
+        "pending_of_caller": f"""
+            (SELECT count(*) FROM approval_requests
+                WHERE org_id = :p_org_id AND caller_id = :p_caller_id
+                AND acquire_key IS NULL AND status = 'PENDING' AND expires_at > {now})
+            + (SELECT count(*) FROM approval_requests
+                WHERE org_id = :p_org_id AND caller_id = :p_caller_id AND status IN ('PENDING', 'APPROVED')
+                AND acquire_key IS NOT NULL AND status = 'PENDING' AND expires_at > {now})""",  # noqa: S608
         # JSON is compared as the text that the database shows: as JSONB, 1 would equal 1.0.
         "same_terms": f"""scope = :p_scope
             AND required_approvals = :p_required_approvals
@@ -125,7 +142,7 @@ READ = _by_token_or_id("""
     """)
 
 APPROVE_SQL = """
-    UPDATE approval_requests SET status = 'APPROVED', version = version + 1, {decision}
+    UPDATE approval_requests SET status = 'APPROVED', version = version + 1, {decision}, {use_before}
     WHERE {ref} AND {is_pending} AND required_approvals <= 1 AND (:p_allow_self OR caller_id != :p_approver_id)
     RETURNING {returning}
     """
@@ -139,7 +156,7 @@ LOCK_PENDING = _by_token_or_id("""
     """)
 
 APPROVE_FINAL = _by_token_or_id("""
-    UPDATE approval_requests SET status = 'APPROVED', version = version + 1, {decision}
+    UPDATE approval_requests SET status = 'APPROVED', version = version + 1, {decision}, {use_before}
     WHERE {ref} AND {is_pending}
     RETURNING {returning}
     """)
@@ -190,21 +207,23 @@ RELEASE = sql_statement("""
     RETURNING {returning}
     """)
 
-SET_OUTCOME = sql_statement("""
+SET_OUTCOME = _by_token_or_id("""
     UPDATE approval_requests SET outcome = :p_outcome, version = version + 1
-    WHERE token = :p_token AND {own} AND status = 'USED' AND outcome IS NULL
+    WHERE {ref} AND status = 'USED' AND outcome IS NULL
     RETURNING {returning}
     """)
 
 INSERT_SQL = """
     INSERT INTO approval_requests (
         approval_id, token, request_id, caller_id, org_id, tool_call, tool_call_hash, risk_explanation, use_before,
-        scope, output_payload, output_hash, required_approvals, created_at, expires_at, status, approver_note, version
-    ) VALUES (
+        scope, output_payload, output_hash, required_approvals, acquire_key, created_at, expires_at, status,
+        approver_note, version
+    )
+    SELECT
         :p_approval_id, :p_token, :p_request_id, :p_caller_id, :p_org_id, :p_tool_call, :p_tool_call_hash,
         :p_risk_explanation, :p_use_before, :p_scope, :p_output_payload, :p_output_hash, :p_required_approvals,
-        {now}, COALESCE(:p_expires_at, {ttl_end}), 'PENDING', '', 1
-    )
+        :p_acquire_key, {now}, COALESCE(:p_expires_at, {ttl_end}), 'PENDING', '', 1
+    WHERE {pending_of_caller} < :p_max_pending
     ON CONFLICT DO NOTHING
     RETURNING {returning}
     """
@@ -235,6 +254,50 @@ EXPIRE_SAME_CALL = sql_statement("""
     WHERE {same_call} AND {is_overdue}
     RETURNING {returning}
     """)
+
+USE_ACQUIRED = sql_statement("""
+    UPDATE approval_requests SET status = 'USED', version = version + 1, used_at = {now}
+    WHERE {acquired} AND {is_approved} AND {same_ask}
+    RETURNING {returning}
+    """)
+
+READ_ACQUIRED = sql_statement(
+    "SELECT {readable} FROM approval_requests WHERE {acquired} AND {is_pending} AND {same_ask}"
+)
+
+EXPIRE_ACQUIRED = sql_statement("""
+    UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
+    WHERE {acquired} AND {is_overdue}
+    RETURNING {returning}
+    """)
+
+CANCEL_ACQUIRED = sql_statement("""
+    UPDATE approval_requests SET status = 'CANCELLED', version = version + 1,
+        approver_id = caller_id, approver_note = 'Asked again with other terms.', decision_at = {now}
+    WHERE {acquired} AND ({is_pending} OR {is_approved}) AND NOT ({same_ask})
+    RETURNING {returning}
+    """)
+
+# `|| ''` keeps the planner from the index over the status, where denials are rare by the statistics.
+RECENTLY_DENIED = sql_statement(
+    """
+    SELECT {readable} FROM approval_requests
+    WHERE acquire_key = :p_acquire_key AND decision_at > {denied_since} AND status || '' = 'DENIED'
+    ORDER BY decision_at DESC LIMIT 1
+    """,
+    denied_since={dialect: clock_sql(dialect, plus=":p_since_s") for dialect in ("sqlite", "postgresql")},
+)
+
+LAST_USE = sql_statement(
+    """
+    SELECT used_at, outcome FROM approval_requests
+    WHERE acquire_key = :p_acquire_key AND decision_at IS NOT NULL AND used_at IS NOT NULL
+    ORDER BY decision_at DESC LIMIT 1
+    """,
+    (_requests.c.used_at, _requests.c.outcome),
+)
+
+COUNT_PENDING = sql_statement("SELECT {pending_of_caller} AS pending", (column("pending", BigInteger()),))
 
 # PostgreSQL alone: held to the end of the transaction.
 LOCK_CALL = sql_statement("SELECT pg_advisory_xact_lock(:p_lock) AS locked", (column("locked", Text()),))

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+from uuid import UUID
 
 from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.backends import insert_event
+from agent_gateway_store.audit.calls import argument_names, draft_event, recorded
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, check_limit
-from agent_gateway_store.audit.record import EncodedRow, encode_batches, encode_event
+from agent_gateway_store.audit.record import encode_event
 from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
-from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
+from agent_gateway_store.audit.writer import OpenWriter
+from agent_gateway_store.audit.writes import write_batches, write_prepared
+from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import AuditEvent, Decision
+from agent_gateway_store.models.keys import CallerIdentity
+from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.filters import duration
 from agent_gateway_store.storage.host import require_session, session_connection, sole_use
 
 if TYPE_CHECKING:
@@ -44,8 +51,8 @@ class AuditManager:
         database: Where they are kept.
         writer: Holds the group-commit writer while the store is open.
         org_id: Stamp this organisation on each event and see only it; None takes the event's own and sees all.
-        before: The plugins that may change events before they are stored.
-        after: The plugins that are notified of events afterwards.
+        before, after: The plugins that may change events before they are stored, and are notified afterwards.
+        hash_args: Hashes the arguments of a call, as `GatewayStore.hash_args` does.
     """
 
     def __init__(
@@ -56,13 +63,11 @@ class AuditManager:
         org_id: str | None = None,
         before: BeforeWriteHooks,
         after: AfterWriteHooks,
+        hash_args: Callable[[Mapping[str, Any]], str],
     ) -> None:
-        self._database = database
+        self._database, self._writer, self._org_id = database, writer, org_id
+        self._before, self._after, self._hash_args = before, after, hash_args
         self._queries = AuditQuery(database, org_id=org_id)
-        self._writer = writer
-        self._org_id = org_id
-        self._before = before
-        self._after = after
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit, together with other events that arrive meanwhile. Never raises in the default mode.
@@ -84,17 +89,8 @@ class AuditManager:
             return writer.reject(event, exc)
         if self._before.is_wanted:
             # In another task, so that cancelling the caller does not cancel the write.
-            return await self._before.tasks.shielded(self._write_prepared(writer, row))
+            return await self._before.tasks.shielded(write_prepared(writer, self._before, row))
         return await writer.write(row)
-
-    async def _write_prepared(self, writer: AuditWriter, row: EncodedRow) -> WriteOutcome:
-        try:
-            (prepared,) = await self._before.prepare([row])
-        except asyncio.CancelledError:
-            # The host cancels every task there is; the event is stored all the same.
-            writer.enqueue_detached(self._before.withhold(row))
-            raise
-        return await writer.write(prepared)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
@@ -103,8 +99,7 @@ class AuditManager:
             events: Any iterable, read while its events are stored. If it raises, the events before are stored, and the
                 error is raised to the caller. An event that is not valid is LOST and stops no other.
 
-        Returns:
-            How many events came to which outcome.
+        Returns how many events came to which outcome.
 
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored, or is not valid.
@@ -112,27 +107,7 @@ class AuditManager:
             TypeError: One is not an AuditEvent.
         """
         self._database.check_owner()
-        writer = self._writer.get()
-        outcomes: Counter[WriteOutcome] = Counter()
-
-        def reject(event: AuditEvent, cause: Exception) -> None:
-            outcomes[writer.reject(event, cause)] += 1
-
-        under_way: asyncio.Task[list[WriteOutcome]] | None = None
-        try:
-            async for batch in encode_batches(events, self._org_id, reject=reject):
-                rows = await self._before.prepare(batch) if self._before.is_wanted else batch
-                # While one batch is committed the next one is encoded.
-                if under_way is not None:
-                    # `wait`, because cancelling the caller must not cancel a commit that has begun.
-                    await asyncio.wait([under_way])
-                    outcomes.update(under_way.result())
-                under_way = asyncio.create_task(writer.write_batch(rows))
-        finally:
-            if under_way is not None:
-                await asyncio.wait([under_way])
-                outcomes.update(under_way.result())
-        return outcomes
+        return await write_batches(self._writer.get(), self._before, events, self._org_id)
 
     async def import_file(
         self,
@@ -153,14 +128,12 @@ class AuditManager:
                 first one is raised.
             progress: True shows a progress bar; a function is called with the events read so far.
 
-        Returns:
-            How many events came to which outcome.
+        Returns how many events came to which outcome.
 
         Raises:
-            FileNotFoundError: There is nothing at `path`.
+            FileNotFoundError, MissingExtraError: There is nothing at `path`; or pyarrow is needed, and not installed.
             ValueError: The format is not known; or the file is not whole, or a record is malformed or is not what its
                 content_hash says: those before it are stored.
-            MissingExtraError: Parquet or zstd, and pyarrow is not installed.
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
         """
         from agent_gateway_store.audit.files import counted, events_in, importable, progress_bar
@@ -170,21 +143,80 @@ class AuditManager:
         with progress_bar(progress, f"Importing {source.name}") as report:
             return await self.write_many(counted(events_in(source, kind, on_refused=on_refused), report))
 
+    @asynccontextmanager
+    async def call(
+        self,
+        call: ToolCall,
+        caller: CallerIdentity,
+        *,
+        decision: Decision | str,
+        rule: str = "",
+        rationale: str = "",
+        approval_id: UUID | str | None = None,
+        sanitize: Callable[[ToolCall], Mapping[str, Any]] = argument_names,
+        intent: bool = False,
+        **fields: Any,
+    ) -> AsyncGenerator[AuditEvent]:
+        """Record one tool call, which runs in the body: `async with store.audit.call(call, caller, ...) as event:`.
+
+        On exit exactly one event is written, by `write`, with its latency and its status: SUCCESS; for what was raised
+        TOOL_ERROR, TIMEOUT (TimeoutError) or CANCELLED; none where the decision lets nothing run (DENY, or
+        APPROVAL_REQUIRED without `approval_id`). What was raised is raised on. What the body sets in `event` stands,
+        its `execution_status`, too.
+
+        A process that is killed in the body leaves no event, unless `intent` is True: then an event with
+        `extra["phase"]` "intent" is acknowledged before the body runs, and the event of the outcome names it in
+        `parent_request_id`. `orphans` lists the intents without outcome.
+
+        Args:
+            call: The call as it runs; its arguments are hashed under this store's HASH_KEY.
+            caller: Who makes it.
+            decision: What the policy decided; `rule` and `rationale`: by which rule, and why.
+            approval_id: The approval that released it.
+            sanitize: Returns the arguments that the log may show. Default: their names, each value hidden.
+            fields: Other fields of `AuditEvent`; `request_id` is made if it is not given.
+
+        Raises:
+            AuditUnavailableError: The intent could not be stored, and the body did not run; or as for `write`.
+            ValidationError: A field is not valid.
+        """
+        event = draft_event(
+            call,
+            caller,
+            decision=decision,
+            rule=rule,
+            rationale=rationale,
+            approval_id=approval_id,
+            shown=sanitize(call),
+            args_hash=self._hash_args(call.arguments),
+            fields=fields,
+        )
+        async with recorded(event, self.write, intent=intent):
+            yield event
+
+    async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
+        """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed.
+
+        Args:
+            older_than: Only those from before so long ago, as in "10m": younger ones may run still.
+            limit: At most so many, 1 to 100,000.
+        """
+        before = utc_now() - duration("older_than", older_than)
+        return await self._queries.orphans(before, limit=check_limit(limit))
+
     async def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.
 
         Plugins may change it before (`gateway_store_before_audit_write`); none is notified afterwards, since only the
         caller knows when it commits.
 
-        Returns:
-            STORED or DUPLICATE.
+        Returns STORED or DUPLICATE.
 
         Raises:
             StoreUnavailableError: The database could not take it.
             SessionInUseError: Another task uses the session at this moment.
             TransactionConflictError: The database ended the caller's transaction in favour of another one.
-            TypeError: `session` is not an AsyncSession.
-            ValidationError: A field was set without validation, and is not valid.
+            TypeError, ValidationError: `session` is not an AsyncSession; a field was set to what is not valid.
             ValueError: The store cannot work in this session, say in AUTOCOMMIT, where nothing is rolled back.
         """
         require_session(session, AuditEvent, atomic=True)
@@ -198,8 +230,7 @@ class AuditManager:
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.
 
-        Returns:
-            How many events still wait in the spool: 0 unless the database is away.
+        Returns how many events still wait in the spool: 0 unless the database is away.
         """
         self._database.check_owner()
         await self._before.tasks.join()
@@ -210,11 +241,12 @@ class AuditManager:
         """How many events came to which outcome in this process since the store was opened; a copy."""
         return replace(self._writer.get().counters, withheld=self._before.withheld, untold=self._after.untold)
 
-    async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
-        """Return the event with this `request_id`, or None.
+    async def get(self, event_id: int) -> AuditEvent | None:
+        """Return the event of this row (its `id`), or None; one of another organisation looks absent."""
+        return await self._queries.get(event_id)
 
-        Across organisations the id may be used several times; the newest is returned.
-        """
+    async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
+        """Return the event with this `request_id`, or None; of several organisations' events the newest."""
         return await self._queries.get_by_request_id(request_id)
 
     async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
@@ -222,11 +254,7 @@ class AuditManager:
         return await self._queries.list_by_caller(caller_id, limit, offset)
 
     async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
-        """Return up to `limit` events with this decision.
-
-        Raises:
-            ValueError: There is no such decision.
-        """
+        """Return up to `limit` events with this decision; ValueError if there is no such decision."""
         return await self._queries.list_by_decision(decision, limit)
 
     async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
@@ -247,8 +275,7 @@ class AuditManager:
 
         Raises:
             InvalidCursorError: The cursor did not come from this search.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time, or `limit` is out of range.
+            TypeError, ValueError: There is no such filter, or it takes no such value; or `limit` is out of range.
         """
         return await self._queries.search(limit=limit, cursor=cursor, **filters)
 
@@ -273,8 +300,7 @@ class AuditManager:
             filters: See `Filters`.
 
         Raises:
-            TypeError: There is no such filter, or a value has the wrong type.
-            ValueError: There is no such column, decision, status or time.
+            TypeError, ValueError: As for `search`; or there is no such column.
         """
         return await self._queries.stats(by, bucket, **filters)
 
@@ -282,11 +308,8 @@ class AuditManager:
         """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for.
 
         Takes constant memory: the database is read by a server-side cursor, which holds a connection until the end.
-        A caller that stops early closes it: `async with contextlib.aclosing(store.audit.stream()) as events`.
-
-        Raises:
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time.
+        A caller that stops early closes it: `async with contextlib.aclosing(store.audit.stream()) as events`. Raises
+        TypeError and ValueError as `search` does.
         """
         found = criteria(filters, org_id=self._org_id)
         async with aclosing(event_batches(self._database, found)) as batches:
@@ -312,8 +335,7 @@ class AuditManager:
         Raises:
             InvalidCursorError: The cursor did not come from this method with these filters, or the newest event that it
                 has passed is not in this database, as on a promoted standby that had not received it.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time, or `limit` is out of range.
+            TypeError, ValueError: As for `search`.
         """
         check_limit(limit)
         found = criteria(filters, org_id=self._org_id, listing="changes")
@@ -330,16 +352,14 @@ class AuditManager:
         Args:
             start: "now" or None: events committed from the first iteration on; "beginning": all events; or a cursor of
                 `changes` with the same filters.
-            poll_s: Seconds between two reads of the database.
-            patience_s: Longest wait for a database that is away, in seconds.
+            poll_s, patience_s: Seconds between two reads, and the longest wait for a database that is away.
             filters: See `Filters`.
 
         Raises:
             InvalidCursorError: `start` is not a cursor of `changes`, or the newest event passed is not in the database
                 any more, as after a failover to a standby that had not received it.
             StoreUnavailableError: The database was away for longer than `patience_s`.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time, or `poll_s` is not above zero.
+            TypeError, ValueError: As for `search`; or `poll_s` is not above zero.
         """
         if not poll_s > 0:
             raise ValueError(f"poll_s must be above zero, not {poll_s}.")
@@ -358,8 +378,7 @@ class AuditManager:
 
         Raises:
             MissingExtraError: pyarrow is not installed.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: There is no such decision, status or time.
+            TypeError, ValueError: As for `search`.
         """
         from agent_gateway_store.audit.arrow import whole_table
 
@@ -408,10 +427,8 @@ class AuditManager:
 
         Raises:
             FileExistsError: `path` exists, and `overwrite` is False; or it is a device, a pipe or another folder.
-            OSError: The file cannot be written.
-            MissingExtraError: Parquet or zstd, and pyarrow is not installed.
-            TypeError: There is no such filter, or its value has the wrong type.
-            ValueError: The format is unknown or does not go with the other arguments, or a filter has no such value.
+            OSError, MissingExtraError: The file cannot be written; Parquet or zstd, and pyarrow is not installed.
+            TypeError, ValueError: As for `search`; or the format is unknown or does not go with the other arguments.
         """
         from agent_gateway_store.audit.export import export_events
         from agent_gateway_store.audit.files import export_format, progress_bar

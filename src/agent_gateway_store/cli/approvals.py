@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from agent_gateway_store._text import is_blank
-from agent_gateway_store.cli.context import choose, in_store, read_store
+from agent_gateway_store.cli.context import choose, in_store, json_object, read_store
+from agent_gateway_store.cli.errors import ExitCode
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, print_result, to_dict
 
 if TYPE_CHECKING:
@@ -100,6 +101,45 @@ def show(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) 
     if found["status"] == "USED" and found["outcome"] is None:
         found["outcome"] = "unknown"
     print_fields((name, value) for name, value in found.items() if name not in ("id", "version") and value is not None)
+
+
+@app.command()
+def acquire(
+    ctx: typer.Context,
+    server: Annotated[str, typer.Option(help="The server that the call is for.")],
+    tool: Annotated[str, typer.Option(help="The tool that is called.")],
+    caller: Annotated[str, typer.Option(help="Who makes the call.")],
+    arguments: Annotated[str, typer.Option(help="Its arguments as a JSON object; approvers see them.")] = "{}",
+    reason: Annotated[str, typer.Option(help="Why a human is asked.")] = "",
+    request_id: Annotated[str | None, typer.Option(help="The id of the call; default: a new one.")] = None,
+    approvals: Annotated[int, typer.Option(min=1, help="How many different approvers must approve.")] = 1,
+    bind: Annotated[str, typer.Option(help="Whatever else must be equal, such as a session.")] = "",
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a decision.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Ask whether a call may run now: ends with 0 (run it once), 6 (pending, ask again later) or 7 (refused)."""
+    from uuid import uuid4
+
+    from agent_gateway_store.models.approval import ApprovalRequest
+    from agent_gateway_store.models.values import ApprovalStatus, ToolCall
+
+    call = ToolCall(server=server, tool=tool, arguments=json_object(arguments, "--arguments"))
+    request = ApprovalRequest(
+        request_id=request_id or uuid4().hex,
+        caller_id=caller,
+        tool_call=call,
+        risk_explanation=reason,
+        required_approvals=approvals,
+    )
+    result = in_store(ctx, lambda store: store.approvals.acquire(request, bind=bind, wait_s=wait))
+    texts = {
+        ApprovalStatus.USED: f"Approval {result.approval_id} released the call: run it now, once.",
+        ApprovalStatus.PENDING: f"Approval {result.approval_id} is PENDING: run this command again after the decision.",
+    }
+    refused = f"Approval {result.approval_id} is {result.status}: the call must not run."
+    print_result(to_dict(result), texts.get(result.status, refused), as_json=json)
+    codes = {ApprovalStatus.USED: ExitCode.OK, ApprovalStatus.PENDING: ExitCode.PENDING}
+    raise typer.Exit(codes.get(result.status, ExitCode.REFUSED))
 
 
 def _add_decision(verb: Literal["approve", "deny"], *hidden: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json as jsonlib
 import sys
@@ -331,6 +330,8 @@ def tail(
     """Show the newest audit events, then new ones in the order of their commits, each once; Ctrl-C ends it."""
 
     async def work(store: GatewayStore) -> None:
+        import asyncio
+
         # First the cursor, then the list: what is committed between the two is in both, and shown once.
         start = (await store.audit.changes(**filters)).next_cursor
         first = await store.audit.search(limit=lines, **filters) if lines else []
@@ -345,11 +346,15 @@ def tail(
                     _print_lines([event], as_json=json)
 
         following = asyncio.create_task(follow_on())
-        while not (await asyncio.wait([following], timeout=_READER_CHECK_S))[0]:
-            if reader_is_gone():
-                following.cancel()
-                raise BrokenPipeError
-        await following
+        try:
+            while not (await asyncio.wait([following], timeout=_READER_CHECK_S))[0]:
+                if reader_is_gone():
+                    raise BrokenPipeError
+            await following
+        finally:
+            # It must not meet the store closed, after Ctrl-C for example.
+            following.cancel()
+            await asyncio.wait([following])
 
     try:
         read_store(ctx, work, as_json=json, is_endless=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -67,6 +67,9 @@ def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a command's coroutine to its end."""
+    # Here, as in other commands: printing help must not wait for it.
+    import asyncio
+
     return asyncio.run(coroutine)
 
 
@@ -148,6 +151,21 @@ def choose(kind: type[E], text: str, option: str) -> E:
         return kind[text.upper()]
     except KeyError:
         raise typer.BadParameter(f"{option} must be one of {', '.join(kind.__members__)}.") from None
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds.
+
+    Raises:
+        typer.BadParameter: It is not JSON, or holds something else.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"""{option} must be a JSON object, such as '{{"path": "/tmp/report.txt"}}'.""")
+    return found
 
 
 def duration(text: str, option: str) -> timedelta:

@@ -23,6 +23,8 @@ class ExitCode(IntEnum):
     INTEGRITY = 3
     NOT_FOUND = 4
     UNAVAILABLE = 5
+    PENDING = 6
+    REFUSED = 7
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 

@@ -5,7 +5,6 @@ The command line loads this module by its name, so that only the demo imports th
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import tempfile
 import time
@@ -92,6 +91,8 @@ def _end(until: str, events: int | None) -> datetime:
 
 
 async def _demo(store: GatewayStore, report: Any) -> dict[str, Any]:
+    import asyncio
+
     from agent_gateway_store.demo.gateway import Approver, Gateway, Toolbox
 
     started = time.perf_counter()
@@ -169,6 +170,11 @@ def _show_where(lead: str, settings: StoreSettings) -> None:
     typer.echo()
     for command in ("audit search", "approvals list"):
         say(f"    gateway-store --database-url {shlex.quote(url)} {command}")
+    typer.echo()
+    say("in a browser, with requests that wait for you (needs the extra `console`):")
+    typer.echo()
+    given = "" if settings.database_url == DATABASE else f" --database-url {shlex.quote(url)}"
+    say(f"    gateway-store{given} console --demo")
     typer.echo()
     say("or in a notebook:")
     typer.echo()

@@ -23,6 +23,9 @@ from agent_gateway_store.models.values import ApprovalStatus, ApproverId, Frozen
 _MOST_APPROVERS = 2**31 - 1
 _PENDING = text("status = 'PENDING'")
 _APPROVED = text("status = 'APPROVED'")
+_ISSUED = text("status = 'PENDING' AND acquire_key IS NULL")
+_STANDING = text("status IN ('PENDING', 'APPROVED') AND acquire_key IS NOT NULL")
+_ACQUIRED = text("acquire_key IS NOT NULL")
 
 
 class ApprovalScope(StrEnum):
@@ -70,6 +73,7 @@ class ApprovalRequest(StoreModel, table=True):
         approver_id: Who decided (with several, the last of them).
         outcome: The result of the call, recorded after its use; None with the status USED means unknown.
         version: Grows with each transition.
+        acquire_key: What `acquire` finds its approvals by; None where `issue_token` asked.
     """
 
     __tablename__ = "approval_requests"
@@ -87,15 +91,25 @@ class ApprovalRequest(StoreModel, table=True):
         Index(None, "created_at", "id"),
         # At most one pending request for one call, however many processes ask at once.
         Index(
-            "uq_approval_requests_pending_call",
+            "uq_approval_requests_issued_call",
             "org_id",
             "caller_id",
             "request_id",
             "tool_call_hash",
             unique=True,
-            postgresql_where=_PENDING,
-            sqlite_where=_PENDING,
+            postgresql_where=_ISSUED,
+            sqlite_where=_ISSUED,
         ),
+        Index(
+            "uq_approval_requests_acquired_call",
+            "org_id",
+            "caller_id",
+            "acquire_key",
+            unique=True,
+            postgresql_where=_STANDING,
+            sqlite_where=_STANDING,
+        ),
+        Index(None, "acquire_key", "decision_at", postgresql_where=_ACQUIRED, sqlite_where=_ACQUIRED),
         # What is overdue: few of many.
         Index(None, "expires_at", postgresql_where=_PENDING, sqlite_where=_PENDING),
         Index(None, "use_before", "expires_at", postgresql_where=_APPROVED, sqlite_where=_APPROVED),
@@ -126,6 +140,7 @@ class ApprovalRequest(StoreModel, table=True):
     used_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
     outcome: str | None = Field(default=None, sa_type=Text)
     version: PositiveInt = Field(default=1, sa_type=Integer)
+    acquire_key: str | None = Field(default=None, sa_type=Text, repr=False, exclude=True)
 
 
 class ApprovalVote(StoreModel, table=True):

@@ -136,6 +136,20 @@ class AuditEvent(StoreModel, table=True):
         Index(None, "tool_name", "timestamp", "id"),
         Index(None, "org_id", "timestamp", "id"),
         Index(None, "session_id", "timestamp", "id"),
+        Index(
+            None,
+            "parent_request_id",
+            postgresql_where=text("parent_request_id IS NOT NULL"),
+            sqlite_where=text("parent_request_id IS NOT NULL"),
+        ),
+        # What `audit.call(intent=True)` writes before a call runs.
+        Index(
+            "ix_audit_events_intents",
+            "timestamp",
+            "id",
+            postgresql_where=text("extra ->> 'phase' = 'intent'"),
+            sqlite_where=text("json_extract(extra, '$.phase') = 'intent'"),
+        ),
     )
 
     id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)

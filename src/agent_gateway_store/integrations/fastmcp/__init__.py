@@ -10,7 +10,8 @@ try:
 except ImportError as exc:
     raise MissingExtraError("agent_gateway_store.integrations.fastmcp", extra="fastmcp") from exc
 
+from agent_gateway_store.audit.calls import argument_names
 from agent_gateway_store.integrations.fastmcp.middleware import GatewayMiddleware
-from agent_gateway_store.integrations.fastmcp.record import Verdict, argument_names
+from agent_gateway_store.integrations.guard import Verdict
 
 __all__ = ["GatewayMiddleware", "Verdict", "argument_names"]

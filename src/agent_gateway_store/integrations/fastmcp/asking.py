@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
+from uuid import UUID
 
-import anyio
 from fastmcp.exceptions import ToolError
+from fastmcp.tools import ToolResult
 
-from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager
-from agent_gateway_store.errors import ApprovalError, GatewayStoreError
+from agent_gateway_store.integrations import guard
 from agent_gateway_store.integrations.fastmcp.record import CallRecord
+from agent_gateway_store.integrations.guard import CallPendingError, finish, refusal_text
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import Decision
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 
-# Seconds for one write when a caller has gone away: the default of PLUGIN_TIMEOUT_SECONDS, and well below the time that
-# servers give their requests at shutdown (uvicorn's default is no limit, Kubernetes' is 30 seconds).
-_TIDY_TIMEOUT_S = 5.0
-_logger = logging.getLogger("agent_gateway_store.integrations")
+
+def pending_answer(pending: CallPendingError) -> ToolResult:
+    """Return what the client receives: an error in words, and the same for programs."""
+    facts = {**pending.facts, "next": "call again with the same arguments"}
+    return ToolResult(content=str(pending), structured_content=facts, is_error=True)
+
+
+async def acquire(
+    approvals: ApprovalManager,
+    record: CallRecord,
+    caller: CallerIdentity,
+    *,
+    required: int,
+    wait_s: float,
+    before_use: Callable[[], Awaitable[None]],
+) -> None:
+    """Acquire an approval of the call; it may run if this returns.
+
+    Args:
+        before_use: Awaited once it is acquired; raises if another tool would run now than was asked for. The approval
+            is spent then.
+
+    Raises:
+        CallPendingError: Nobody has decided yet.
+        ToolError: It was denied, or the tool changed.
+        ApprovalError: It cannot be asked for.
+        StoreUnavailableError: The store cannot answer.
+    """
+    record.decision = Decision.APPROVAL_REQUIRED
+    request = _request(record, caller, required)
+    try:
+        acquired = await guard.acquire(approvals, request, call=record.call, wait_s=wait_s)
+    except CallPendingError as exc:
+        record.is_silent = not exc.is_first
+        raise
+    if acquired.status is not ApprovalStatus.USED:
+        raise _refusal(record, acquired, wait_s)
+    try:
+        await before_use()
+    except ToolError:
+        await note_outcome(approvals, record, token=None, approval_id=acquired.approval_id)
+        raise
+    record.approver_id, record.approval_id = acquired.approver_id, acquired.approval_id
+
+
+def _request(record: CallRecord, caller: CallerIdentity, required: int) -> ApprovalRequest:
+    return ApprovalRequest(
+        request_id=record.request_id,
+        caller_id=caller.caller_id,
+        org_id=caller.org_id,
+        tool_call=ToolCall(server=record.call.server, tool=record.call.tool, arguments=record.shown),
+        risk_explanation=record.reason,
+        required_approvals=required,
+    )
 
 
 async def ask(
@@ -47,17 +97,7 @@ async def ask(
     """
     call = record.call
     record.decision = Decision.APPROVAL_REQUIRED
-    token = await approvals.issue_token(
-        ApprovalRequest(
-            request_id=record.request_id,
-            caller_id=caller.caller_id,
-            org_id=caller.org_id,
-            tool_call=ToolCall(server=call.server, tool=call.tool, arguments=record.shown),
-            risk_explanation=record.reason,
-            required_approvals=required,
-        ),
-        call=call,
-    )
+    token = await approvals.issue_token(_request(record, caller, required), call=call)
     is_open = True
     try:
         decided = await approvals.wait_for_decision(token, timeout_s=timeout_s)
@@ -69,7 +109,7 @@ async def ask(
         is_open = False
     finally:
         if is_open:
-            await _tidy(approvals.cancel(token, caller.caller_id, "Nobody waits for it any more.", channel="fastmcp"))
+            await finish(approvals.cancel(token, caller.caller_id, "Nobody waits for it any more.", channel="fastmcp"))
     record.approver_id, record.approval_id = used.approver_id, used.approval_id
     return token
 
@@ -81,24 +121,16 @@ def _refusal(record: CallRecord, decided: ApprovalResult, timeout_s: float) -> T
         )
     if decided.status is not ApprovalStatus.EXPIRED:
         record.decision, record.approver_id = Decision.DENY, decided.approver_id
-    by = f" by {word(decided.approver_id)}" if decided.approver_id else ""
-    note = f" Note: {escape(decided.note)}" if decided.note else ""
-    return ToolError(f"The approval of this call is {decided.status}{by}, so it was not run.{note}")
+    return ToolError(refusal_text(decided))
 
 
-async def note_outcome(approvals: ApprovalManager, token: str, record: CallRecord) -> None:
-    """Record how the approved call ended; if that fails, its outcome is shown as unknown."""
-    await _tidy(approvals.record_outcome(token, str(record.execution_status or "NOT_RUN")))
+async def note_outcome(
+    approvals: ApprovalManager, record: CallRecord, *, token: str | None, approval_id: UUID | None
+) -> None:
+    """Record how the approved call ended; if that fails, its outcome is shown as unknown.
 
-
-async def _tidy(step: Awaitable[object]) -> None:
-    """Await a step that is tried even if the caller has gone away, for a few seconds at most."""
-    # Shielded: a caller that goes away cancels this task, and the step with it.
-    with anyio.move_on_after(_TIDY_TIMEOUT_S, shield=True):
-        try:
-            await step
-        except ApprovalError:
-            # It was decided meanwhile, or its deadline passed: nothing is left to do.
-            pass
-        except GatewayStoreError as exc:
-            _logger.warning("An approval could not be brought up to date: %s", exc)
+    The approval is named by its token, if it has one.
+    """
+    outcome = str(record.execution_status or "NOT_RUN")
+    approval_id = approval_id if token is None else None
+    await finish(approvals.record_outcome(token, outcome, approval_id=approval_id))

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
@@ -16,30 +16,26 @@ from fastmcp.server.middleware import CallNext, MiddlewareContext
 from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 
+from agent_gateway_store.audit.calls import HIDDEN, argument_names
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.credentials import key_in
-from agent_gateway_store.integrations.fastmcp.asking import ask, note_outcome
+from agent_gateway_store.integrations.fastmcp.asking import acquire, ask, note_outcome, pending_answer
 from agent_gateway_store.integrations.fastmcp.callbacks import CallbackError, call_back, failure
 from agent_gateway_store.integrations.fastmcp.origin import origin_of, running
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
 from agent_gateway_store.integrations.fastmcp.record import (
-    HIDDEN,
     CallRecord,
     Identify,
     NameServer,
-    Policy,
     Sanitize,
-    Verdict,
-    argument_names,
 )
 from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
+from agent_gateway_store.integrations.guard import AWAY, BROKEN, CallPendingError, Policy, Verdict
 from agent_gateway_store.models.audit import Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.store import GatewayStore
 
-_AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
-_BROKEN = "The gateway failed, so the call was not run: tell its operator."
 _WITHHELD = "The call could not be recorded, so its result is withheld: tell the operator."
 _REPLACED = "The tool changed while the call waited, so it was not run: call again."
 _logger = logging.getLogger("agent_gateway_store.integrations")
@@ -66,7 +62,11 @@ class GatewayMiddleware(PinningMiddleware):
         server: Name of this server in the record, or what returns it for one call, given the context of the
             middleware; None takes the name of the FastMCP server. Mounted servers keep their own names, each of which
             must be unique.
-        approval_timeout_s: Seconds that a call waits for a human; then its approval is cancelled.
+        on_pending: "return": a call that nobody has approved answers, after `approval_wait_s`, that it is pending; the
+            same call again, hours later and over another connection, runs once it is approved. "wait": it waits
+            `approval_timeout_s` for a human, and then its approval is cancelled, as when the client goes away.
+        approval_wait_s: Seconds; below the time after which clients give a call up.
+        approval_timeout_s: Seconds.
     """
 
     judges_calls = True
@@ -79,12 +79,17 @@ class GatewayMiddleware(PinningMiddleware):
         identify: Identify | None = None,
         sanitize: Sanitize = argument_names,
         server: str | NameServer | None = None,
+        on_pending: Literal["return", "wait"] = "return",
+        approval_wait_s: float = 20.0,
         approval_timeout_s: float = 300.0,
     ) -> None:
         super().__init__()
         self._store, self._policy, self._sanitize = store, policy, sanitize
         self._identify = identify or self._verify_http_key
         self._server, self._approval_timeout_s = server, approval_timeout_s
+        if on_pending not in ("return", "wait"):
+            raise ValueError(f'on_pending must be "return" or "wait", not {on_pending!r}.')
+        self._waits, self._approval_wait_s = on_pending == "wait", approval_wait_s
 
     async def _verify_http_key(self, _context: MiddlewareContext[Any]) -> CallerIdentity:
         try:
@@ -111,8 +116,11 @@ class GatewayMiddleware(PinningMiddleware):
         try:
             resolved, token = await self._release(record, context)
             return await self._run(record, resolved, token, context, call_next)
+        except CallPendingError as exc:
+            return pending_answer(exc)
         finally:
-            await self._write(record)
+            if not record.is_silent:
+                await self._write(record)
 
     async def _release(
         self, record: CallRecord, context: MiddlewareContext[CallToolRequestParams]
@@ -120,7 +128,7 @@ class GatewayMiddleware(PinningMiddleware):
         """Return, once the call may run, the tool that will run and the token of its approval if it has one."""
         try:
             return await self._judge(record, context)
-        except ToolError as refusal:
+        except (ToolError, CallPendingError) as refusal:
             record.explain("refused", str(refusal))
             raise
         except (NotFoundError, DisabledError):
@@ -131,13 +139,13 @@ class GatewayMiddleware(PinningMiddleware):
             raise ToolError(str(exc)) from exc
         except GatewayStoreError as exc:
             _logger.error("%s: %s", type(exc).__name__, exc)
-            record.refused("store_unavailable", _AWAY)
-            raise ToolError(_AWAY) from exc
+            record.refused("store_unavailable", AWAY)
+            raise ToolError(AWAY) from exc
         except Exception as exc:
             # Not the text of an error, which may hold what a callback received: raw arguments.
             _logger.error("Request %s: %s", record.request_id, exc if isinstance(exc, CallbackError) else failure(exc))
-            record.refused("failure", _BROKEN)
-            raise ToolError(_BROKEN) from None
+            record.refused("failure", BROKEN)
+            raise ToolError(BROKEN) from None
         except BaseException:
             record.refused("cancelled", "The call was cancelled before it ran.")
             raise
@@ -155,14 +163,17 @@ class GatewayMiddleware(PinningMiddleware):
         verdict: Verdict = await call_back("policy", self._policy, caller, _copy(record.call), returns=Verdict)
         record.verdict, record.rule, record.reason = verdict, verdict.rule, verdict.reason
         if verdict.decision == Decision.APPROVAL_REQUIRED:
-            return resolved, await ask(
-                self._store.for_org(caller.org_id).approvals,
-                record,
-                caller,
-                required=verdict.required_approvals,
-                timeout_s=self._approval_timeout_s,
-                before_use=partial(self._require_unchanged, record, resolved, context, server),
-            )
+            approvals, required = self._store.for_org(caller.org_id).approvals, verdict.required_approvals
+            before_use = partial(self._require_unchanged, record, resolved, context, server)
+            if self._waits:
+                timeout_s = self._approval_timeout_s
+                token = await ask(
+                    approvals, record, caller, required=required, timeout_s=timeout_s, before_use=before_use
+                )
+                return resolved, token
+            wait_s = self._approval_wait_s
+            await acquire(approvals, record, caller, required=required, wait_s=wait_s, before_use=before_use)
+            return resolved, None
         if verdict.decision != Decision.ALLOW:
             raise ToolError(verdict.reason)
         self._store.database.check_owner()
@@ -214,7 +225,7 @@ class GatewayMiddleware(PinningMiddleware):
         call_next: CallNext[CallToolRequestParams, ToolResult],
     ) -> ToolResult:
         assert record.caller is not None  # noqa: S101  `_judge` has set it
-        org_id, is_end_known = record.caller.org_id, True
+        org_id, approval_id, is_end_known = record.caller.org_id, record.approval_id, True
         record.was_run = True
         try:
             with pinned(resolved.hops) as pins, running(record.request_id, org_id):
@@ -234,8 +245,9 @@ class GatewayMiddleware(PinningMiddleware):
                 record.execution_status = _status_of(exc)
             raise
         finally:
-            if token is not None and is_end_known:
-                await note_outcome(self._store.for_org(org_id).approvals, token, record)
+            if approval_id is not None and is_end_known:
+                approvals = self._store.for_org(org_id).approvals
+                await note_outcome(approvals, record, token=token, approval_id=approval_id)
         return result
 
     async def _write(self, record: CallRecord) -> None:
@@ -244,7 +256,7 @@ class GatewayMiddleware(PinningMiddleware):
             await store.audit.write(record.event(store))
         except GatewayStoreError as exc:
             _logger.error("Request %s: %s: %s", record.request_id, type(exc).__name__, exc)
-            raise ToolError(_WITHHELD if record.was_run else _AWAY) from exc
+            raise ToolError(_WITHHELD if record.was_run else AWAY) from exc
 
 
 def _copy(call: ToolCall) -> ToolCall:

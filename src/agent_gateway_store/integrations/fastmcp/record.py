@@ -6,53 +6,25 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID, uuid4
 
 from fastmcp.server.middleware import MiddlewareContext
-from pydantic import Field
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.integrations.fastmcp.origin import Origin
+from agent_gateway_store.integrations.guard import Verdict
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
-from agent_gateway_store.models.values import FrozenModel, ToolCall
+from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.store import GatewayStore
 
 _UNKNOWN = "unknown"
-HIDDEN = "[hidden]"
 
 
-class Verdict(FrozenModel):
-    """Whether a call may run.
-
-    Attributes:
-        decision: ALLOW, DENY, or APPROVAL_REQUIRED: a human decides.
-        rule: The rule of the policy that decided.
-        reason: Why, in one sentence; approvers read it, and the caller of a denied call does, too.
-        risk_score: On the host's own scale.
-        policy_version: Version of the policy.
-        required_approvals: How many different approvers must approve, if a human is asked.
-    """
-
-    decision: Literal[Decision.ALLOW, Decision.DENY, Decision.APPROVAL_REQUIRED]
-    rule: str
-    reason: str
-    risk_score: float = 0.0
-    risk_labels: tuple[str, ...] = ()
-    policy_version: str | None = None
-    required_approvals: int = Field(default=1, ge=1)
-
-
-Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
 Identify = Callable[[MiddlewareContext[Any]], CallerIdentity | Awaitable[CallerIdentity]]
 Sanitize = Callable[[ToolCall], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 NameServer = Callable[[MiddlewareContext[Any]], str | Awaitable[str]]
-
-
-def argument_names(call: ToolCall) -> dict[str, Any]:
-    """Return the names of the arguments of `call`, each value hidden."""
-    return dict.fromkeys(call.arguments, HIDDEN)
 
 
 @dataclass
@@ -66,6 +38,7 @@ class CallRecord:
         approver_id: Who released the call, where a human was asked; with DENY: who refused it.
         approval_id: The approval that released the call.
         was_run: Whether the tool was called, however it ended.
+        is_silent: Whether the event of another call says all that there is to say of this one.
     """
 
     call: ToolCall
@@ -82,6 +55,7 @@ class CallRecord:
     approver_id: str | None = None
     approval_id: UUID | None = None
     was_run: bool = False
+    is_silent: bool = False
     execution_status: ExecutionStatus | None = None
     output_hash: str | None = None
 

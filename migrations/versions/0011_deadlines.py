@@ -1,6 +1,6 @@
 """Find what is overdue, and what is old enough to be pruned, however many rows there are
 
-Revision: 0009_deadlines, after 0007_key_history
+Revision: 0011_deadlines, after 0010_acquire
 """
 
 import sqlalchemy as sa
@@ -8,8 +8,8 @@ from alembic import op
 
 from agent_gateway_store.storage.online import create_index
 
-revision = "0009_deadlines"
-down_revision = "0007_key_history"
+revision = "0011_deadlines"
+down_revision = "0010_acquire"
 branch_labels = None
 depends_on = None
 

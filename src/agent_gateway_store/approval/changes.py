@@ -1,0 +1,89 @@
+"""Changes of approvals: written with what others learn of them, and published once they are committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agent_gateway_store.approval import decisions
+from agent_gateway_store.approval.cache import ApprovalCache
+from agent_gateway_store.approval.decisions import VoteInput
+from agent_gateway_store.approval.outbox_rows import Change, Outbox, decide_at_once, enqueue
+from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, result_of
+from agent_gateway_store.approval.waiting import Waiting
+from agent_gateway_store.models.approval import ApprovalResult
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
+from agent_gateway_store.storage.database import AnyConnection, Transactions
+from agent_gateway_store.storage.errors import retry_conflicts
+
+
+class Changes:
+    """Writes and publishes changes, whoever made them.
+
+    Attributes:
+        transactions: Where approvals are kept.
+        outbox: Which notifiers receive a notice.
+        cache: Holds the approvals that have a token.
+        waiting: Wakes the tasks that wait for a decision.
+    """
+
+    def __init__(self, transactions: Transactions, outbox: Outbox, cache: ApprovalCache, waiting: Waiting) -> None:
+        self.transactions, self.outbox, self.cache, self.waiting = transactions, outbox, cache, waiting
+
+    @retry_conflicts
+    async def decide(self, ref: ApprovalRef, vote: VoteInput, *, allow_self: bool, use_s: float) -> Change:
+        """Decide by one statement where that can be, else in a transaction; arguments as for `decisions.decide`."""
+
+        async def in_transaction(connection: AnyConnection) -> Change:
+            decided = await decisions.decide(connection, ref, vote, allow_self=allow_self, use_s=use_s)
+            return (await self.enqueue(connection, [decided]))[0]
+
+        async with self.transactions.connection("autocommit") as connection:
+            if not isinstance(connection, RawConnection):
+                # Then this is a transaction.
+                return await in_transaction(connection)
+            values = {**ref.values, **vote.values, "p_allow_self": allow_self, "p_ttl_s": use_s}
+            publishes = self.waiting.pubsub is not None and self.waiting.pubsub.notifies
+            decided = await decide_at_once(
+                connection, vote.decision, ref.by, values, outbox=self.outbox, publishes=publishes
+            )
+            if decided is not None:
+                return decided
+            async with connection.transaction():
+                return await in_transaction(connection)
+
+    @retry_conflicts
+    async def expire(self, org_id: str | None, batch_size: int) -> list[Change]:
+        """Write EXPIRED to one batch of what is overdue."""
+        async with self.transactions.connection("transaction") as connection:
+            swept = await decisions.expire(connection, org_id=org_id, batch_size=batch_size)
+            return await self.enqueue(connection, swept)
+
+    async def enqueue(self, connection: AnyConnection, approvals: Sequence[StoredApproval]) -> list[Change]:
+        """Write, in the transaction that changes them, what other processes and the notifiers learn of approvals."""
+        if self.waiting.pubsub is not None:
+            for approval in approvals:
+                await self.waiting.pubsub.notify(connection, str(approval.request.approval_id))
+        return await enqueue(connection, approvals, self.outbox)
+
+    async def publish(self, change: Change, token: str | None = None) -> ApprovalResult:
+        """Publish a change whose transaction is committed, and return where the approval stands."""
+        approval, notice, leased = change
+        approval_id = approval.request.approval_id
+        known = token or await self.cache.token_of(approval_id)
+        # Before anybody can learn of the change: a read that began before it must not be shared from now on.
+        self.waiting.note_change()
+        pubsub = self.waiting.pubsub
+        if notice is None or pubsub is None:
+            await self.cache.put(approval, known)
+        else:
+            await self.cache.put(approval, known, message=pubsub.message(str(approval_id)))
+            pubsub.notify_local(str(approval_id))
+        if notice is not None:
+            self.outbox.send(notice, leased)
+        return result_of(approval.request, token)
+
+    async def publish_use(self, approval: StoredApproval, token: str | None) -> ApprovalResult:
+        """Do the same for an approval that was used, or has its outcome: of that nobody is notified."""
+        self.waiting.note_change()
+        await self.cache.put(approval, token)
+        return result_of(approval.request, token)

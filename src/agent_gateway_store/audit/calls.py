@@ -1,0 +1,134 @@
+"""One tool call from its beginning to its audit event, and the calls whose end nobody recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import Integer, bindparam, exists, literal_column, select
+
+from agent_gateway_store.audit.outcomes import WriteOutcome
+from agent_gateway_store.audit.selects import Shape, select_events, table
+from agent_gateway_store.errors import AuditUnavailableError
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
+from agent_gateway_store.models.columns import UtcDateTime
+from agent_gateway_store.models.keys import CallerIdentity
+from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.storage.statements import Statement
+
+HIDDEN = "[hidden]"
+INTENT, OUTCOME = "intent", "outcome"
+_RUNS = (Decision.ALLOW, Decision.SANITIZE_AND_ALLOW)
+
+
+def argument_names(call: ToolCall) -> dict[str, Any]:
+    """Return the names of the arguments of `call`, each value hidden."""
+    return dict.fromkeys(call.arguments, HIDDEN)
+
+
+def draft_event(
+    call: ToolCall,
+    caller: CallerIdentity,
+    *,
+    decision: Decision | str,
+    rule: str,
+    rationale: str,
+    approval_id: UUID | str | None,
+    shown: Mapping[str, Any],
+    args_hash: str,
+    fields: Mapping[str, Any],
+) -> AuditEvent:
+    """Return the event of a call that has not run yet.
+
+    Raises:
+        ValidationError: A field is not valid, or there is no such field.
+    """
+    given: dict[str, Any] = {
+        "request_id": uuid4().hex,
+        "org_id": caller.org_id,
+        "caller_id": caller.caller_id,
+        "caller_role": caller.role,
+        "key_id": caller.key_id,
+        "environment": caller.environment,
+        "mcp_server": call.server,
+        "tool_name": call.tool,
+        "raw_args_hash": args_hash,
+        "sanitized_args": dict(shown),
+        "risk_score": 0.0,
+        "matched_policy_rule": rule,
+        "decision": decision,
+        "approval_id": approval_id,
+        "latency_ms": 0,
+        "deterministic_rationale": rationale,
+    }
+    return AuditEvent(**(given | dict(fields)))
+
+
+@asynccontextmanager
+async def recorded(
+    event: AuditEvent, write: Callable[[AuditEvent], Awaitable[WriteOutcome]], *, intent: bool
+) -> AsyncGenerator[AuditEvent]:
+    """Yield `event`, then write it once with its latency and its status, whatever was raised meanwhile.
+
+    Args:
+        event: As `draft_event` returns it.
+        write: Stores an event.
+        intent: Whether to write an event of the intent before, which the outcome names as its parent.
+
+    Raises:
+        AuditUnavailableError: The intent could not be stored; the call must not run.
+    """
+    if intent:
+        first = event.model_copy(update={"request_id": uuid4().hex, "extra": event.extra | {"phase": INTENT}})
+        if await write(first) == WriteOutcome.LOST:
+            raise AuditUnavailableError("The intent of the call could not be stored, so the call was not run.")
+        event.parent_request_id, event.extra = first.request_id, event.extra | {"phase": OUTCOME}
+    started = time.perf_counter()
+    status = ExecutionStatus.SUCCESS
+    try:
+        yield event
+    except BaseException as exc:
+        status = _status_of(exc)
+        raise
+    finally:
+        # A call that the policy stopped has no status, even if its refusal was raised here.
+        if event.execution_status is None and (event.decision in _RUNS or event.approval_id is not None):
+            event.execution_status = status
+        event.latency_ms = round((time.perf_counter() - started) * 1000)
+        # A caller that is cancelled once more does not cancel the write.
+        await write(event)
+
+
+def _status_of(exc: BaseException) -> ExecutionStatus:
+    if isinstance(exc, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
+        return ExecutionStatus.CANCELLED
+    return ExecutionStatus.TIMEOUT if isinstance(exc, TimeoutError) else ExecutionStatus.TOOL_ERROR
+
+
+def orphans(shape: Shape, *, limit: int) -> Statement:
+    """Return the SELECT of intents without outcome from before the parameter `p_before`, newest first."""
+
+    def build(dialect: str) -> Any:
+        phase = "{}.extra ->> 'phase' = '{}'" if dialect == "postgresql" else "json_extract({}.extra, '$.phase') = '{}'"
+        outcome = table.alias("outcome")
+        has_outcome = exists(select(literal_column("1")).select_from(outcome)).where(
+            outcome.c.parent_request_id == table.c.request_id,
+            outcome.c.org_id == table.c.org_id,
+            literal_column(phase.format("outcome", OUTCOME)),
+        )
+        return (
+            select_events(dialect, shape)
+            .where(
+                literal_column(phase.format("audit_events", INTENT)),
+                table.c.timestamp < bindparam("p_before", type_=UtcDateTime()),
+                ~has_outcome,
+            )
+            .order_by(table.c.timestamp.desc(), table.c.id.desc())
+            .limit(literal_column(str(limit), Integer()))
+        )
+
+    return Statement(build)

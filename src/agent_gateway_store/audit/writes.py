@@ -1,0 +1,53 @@
+"""Events on their way through the plugins to the writer: one by one, and in batches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterable, Iterable
+
+from agent_gateway_store.audit.hooks import BeforeWriteHooks
+from agent_gateway_store.audit.outcomes import WriteOutcome
+from agent_gateway_store.audit.record import EncodedRow, encode_batches
+from agent_gateway_store.audit.writer import AuditWriter
+from agent_gateway_store.models.audit import AuditEvent
+
+
+async def write_prepared(writer: AuditWriter, hooks: BeforeWriteHooks, row: EncodedRow) -> WriteOutcome:
+    """Write a row as the plugins leave it."""
+    try:
+        (prepared,) = await hooks.prepare([row])
+    except asyncio.CancelledError:
+        # The host cancels every task there is; the event is stored all the same.
+        writer.enqueue_detached(hooks.withhold(row))
+        raise
+    return await writer.write(prepared)
+
+
+async def write_batches(
+    writer: AuditWriter,
+    hooks: BeforeWriteHooks,
+    events: Iterable[AuditEvent] | AsyncIterable[AuditEvent],
+    org_id: str | None,
+) -> Counter[WriteOutcome]:
+    """Write many events; arguments, result and errors as for `AuditManager.write_many`."""
+    outcomes: Counter[WriteOutcome] = Counter()
+
+    def reject(event: AuditEvent, cause: Exception) -> None:
+        outcomes[writer.reject(event, cause)] += 1
+
+    under_way: asyncio.Task[list[WriteOutcome]] | None = None
+    try:
+        async for batch in encode_batches(events, org_id, reject=reject):
+            rows = await hooks.prepare(batch) if hooks.is_wanted else batch
+            # While one batch is committed the next one is encoded.
+            if under_way is not None:
+                # `wait`, because cancelling the caller must not cancel a commit that has begun.
+                await asyncio.wait([under_way])
+                outcomes.update(under_way.result())
+            under_way = asyncio.create_task(writer.write_batch(rows))
+    finally:
+        if under_way is not None:
+            await asyncio.wait([under_way])
+            outcomes.update(under_way.result())
+    return outcomes

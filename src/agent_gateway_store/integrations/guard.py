@@ -1,0 +1,264 @@
+"""What every framework's adapter does with one tool call: judge it, acquire an approval, run it, and record it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal, NoReturn, TypeVar
+from uuid import uuid4
+
+import anyio
+from pydantic import Field
+
+from agent_gateway_store._text import escape, word
+from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.audit.calls import argument_names
+from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.audit import Decision
+from agent_gateway_store.models.keys import CallerIdentity
+from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
+from agent_gateway_store.store import GatewayStore
+
+T = TypeVar("T")
+
+# Seconds for one write when a caller has gone away: the default of PLUGIN_TIMEOUT_SECONDS, and well below the time that
+# servers give their requests at shutdown (uvicorn's default is no limit, Kubernetes' is 30 seconds).
+_LAST_WRITE_S = 5.0
+AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
+BROKEN = "The gateway failed, so the call was not run: tell its operator."
+_logger = logging.getLogger("agent_gateway_store.integrations")
+
+
+class Verdict(FrozenModel):
+    """Whether a call may run.
+
+    Attributes:
+        decision: ALLOW, DENY, or APPROVAL_REQUIRED: a human decides.
+        rule: The rule of the policy that decided.
+        reason: Why, in one sentence; approvers read it, and the caller of a denied call does, too.
+        risk_score: On the host's own scale.
+        policy_version: Version of the policy.
+        required_approvals: How many different approvers must approve, if a human is asked.
+    """
+
+    decision: Literal[Decision.ALLOW, Decision.DENY, Decision.APPROVAL_REQUIRED]
+    rule: str
+    reason: str
+    risk_score: float = 0.0
+    risk_labels: tuple[str, ...] = ()
+    policy_version: str | None = None
+    required_approvals: int = Field(default=1, ge=1)
+
+
+Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
+Sanitize = Callable[[ToolCall], Mapping[str, Any]]
+
+
+class CallRefusedError(Exception):
+    """The call must not run. The text is for the model."""
+
+
+class CallPendingError(Exception):
+    """The call waits for a human; it was not run, and may be called again.
+
+    Attributes:
+        approval: Where its approval stands.
+        is_first: Whether this call asked for it, and so leaves the one event that says so.
+    """
+
+    def __init__(self, approval: ApprovalResult, *, is_first: bool) -> None:
+        until = f" before {approval.expires_at:%Y-%m-%d %H:%M:%S} UTC" if approval.expires_at else ""
+        super().__init__(
+            f"A human must approve this call, so it was not run: call again with the same arguments{until}. "
+            f"The approval {approval.approval_id} is {approval.status}."
+        )
+        self.approval, self.is_first = approval, is_first
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What programs need: `approval_id`, `status` and `expires_at`, as JSON values."""
+        return self.approval.model_dump(mode="json", include={"approval_id", "status", "expires_at"})
+
+
+def refusal_text(decided: ApprovalResult | ApprovalRequest) -> str:
+    """Return the sentence about a call whose approval releases nothing."""
+    by = f" by {word(decided.approver_id)}" if decided.approver_id else ""
+    written = decided.note if isinstance(decided, ApprovalResult) else decided.approver_note
+    note = f" Note: {escape(written)}" if written else ""
+    return f"The approval of this call is {decided.status}{by}, so it was not run.{note}"
+
+
+class CallGuard:
+    """Runs tool calls that the policy allows or a human approves, and writes one audit event for each.
+
+    It fails closed: nothing runs if the policy raises, or if the store does not answer where a human must decide. With
+    AUDIT_MODE=strict the database must answer before any call. The policy and the tool receive raw arguments; the store
+    receives their hash, and what `sanitize` returns.
+
+    Args:
+        store: Opened and closed by the host.
+        policy: Called with the caller and the call; returns the `Verdict`. Sync or async.
+        sanitize: Returns the arguments that approvers and the audit log may see. Default: their names only.
+        approval_wait_s: Seconds that a call waits for a human before it is pending.
+    """
+
+    def __init__(
+        self,
+        store: GatewayStore,
+        policy: Policy,
+        *,
+        sanitize: Sanitize = argument_names,
+        approval_wait_s: float = 0.0,
+    ) -> None:
+        self._store, self._policy, self._sanitize = store, policy, sanitize
+        self._approval_wait_s = approval_wait_s
+
+    async def run(
+        self,
+        call: ToolCall,
+        caller: CallerIdentity,
+        tool: Callable[[], Awaitable[T]],
+        *,
+        bind: str = "",
+        **fields: Any,
+    ) -> T:
+        """Run `tool` once if `call` may run, and return or raise what comes of it.
+
+        Args:
+            call: As it runs, with raw arguments.
+            caller: Who makes it.
+            tool: Runs it.
+            bind: As for `store.approvals.acquire`.
+            fields: Further fields of the event, such as `session_id`.
+
+        Raises:
+            CallPendingError: A human is asked. Only the call that asked leaves an event.
+            CallRefusedError: The policy or a human denied it, or the gateway cannot decide.
+        """
+        store = self._store.for_org(caller.org_id)
+        event = {"request_id": uuid4().hex, "sanitize": self._sanitize, **fields}
+        verdict = await self._judge(store, call, caller, event)
+        event |= {
+            "rule": verdict.rule,
+            "risk_score": verdict.risk_score,
+            "risk_labels": list(verdict.risk_labels),
+            "policy_version": verdict.policy_version,
+        }
+        approval_id = None
+        try:
+            if verdict.decision == Decision.DENY:
+                await self._refuse(store, call, caller, verdict.reason, event)
+            if verdict.decision == Decision.APPROVAL_REQUIRED:
+                acquired = await self._acquire(store, call, caller, verdict, bind, event)
+                approval_id = event["approval_id"] = acquired.approval_id
+                event["approver_id"] = acquired.approver_id
+            elif store.settings.audit_mode == "strict":
+                await store.ping()
+        except GatewayStoreError as exc:
+            _logger.error("%s: %s", type(exc).__name__, exc)
+            await self._refuse(store, call, caller, str(exc) if isinstance(exc, ApprovalError) else AWAY, event)
+        outcome = None
+        try:
+            async with store.audit.call(
+                call, caller, decision=verdict.decision, rationale=verdict.reason, **event
+            ) as written:
+                outcome = written
+                return await tool()
+        finally:
+            if approval_id is not None:
+                ended = outcome.execution_status if outcome is not None else None
+                await finish(store.approvals.record_outcome(approval_id=approval_id, outcome=str(ended or "NOT_RUN")))
+
+    async def _judge(
+        self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, event: dict[str, Any]
+    ) -> Verdict:
+        try:
+            verdict = self._policy(caller, call.model_copy(deep=True))
+            if inspect.isawaitable(verdict):
+                verdict = await verdict
+            problem = f"returned a {type(verdict).__name__}, not a Verdict"
+        except Exception as exc:
+            # Not the text of the error, which may hold raw arguments.
+            verdict, problem = None, f"raised {type(exc).__name__}"
+        if not isinstance(verdict, Verdict):
+            _logger.error("The policy %s: a call was refused.", problem)
+            await self._refuse(store, call, caller, BROKEN, {**event, "rule": "gateway.failure"})
+        return verdict
+
+    async def _acquire(
+        self,
+        store: GatewayStore,
+        call: ToolCall,
+        caller: CallerIdentity,
+        verdict: Verdict,
+        bind: str,
+        event: dict[str, Any],
+    ) -> ApprovalResult:
+        request = ApprovalRequest(
+            request_id=event["request_id"],
+            caller_id=caller.caller_id,
+            org_id=caller.org_id,
+            tool_call=call.model_copy(update={"arguments": dict(self._sanitize(call))}),
+            risk_explanation=verdict.reason,
+            required_approvals=verdict.required_approvals,
+        )
+        try:
+            acquired = await acquire(store.approvals, request, call=call, bind=bind, wait_s=self._approval_wait_s)
+        except CallPendingError as exc:
+            if exc.is_first:
+                decision, text = Decision.APPROVAL_REQUIRED, str(exc)
+                async with store.audit.call(call, caller, decision=decision, rationale=text, **event):
+                    pass
+            raise
+        if acquired.status is not ApprovalStatus.USED:
+            event["approver_id"] = acquired.approver_id
+            await self._refuse(store, call, caller, refusal_text(acquired), event)
+        return acquired
+
+    async def _refuse(
+        self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, reason: str, event: dict[str, Any]
+    ) -> NoReturn:
+        async with store.audit.call(call, caller, decision=Decision.DENY, rationale=reason, **event):
+            pass
+        raise CallRefusedError(reason)
+
+
+async def acquire(
+    approvals: ApprovalManager, request: ApprovalRequest, *, call: ToolCall, bind: str = "", wait_s: float
+) -> ApprovalResult:
+    """Acquire an approval: USED, or one that releases nothing. Arguments and errors as for `approvals.acquire`.
+
+    Raises:
+        CallPendingError: Nobody has decided yet.
+    """
+    acquired = await approvals.acquire(request, call=call, bind=bind, wait_s=wait_s)
+    if acquired.status is ApprovalStatus.PENDING:
+        asked = await approvals.get(approval_id=acquired.approval_id)
+        raise CallPendingError(acquired, is_first=asked.request_id == request.request_id)
+    return acquired
+
+
+async def approval_of(store: GatewayStore, facts: Any) -> ApprovalRequest | None:
+    """Return the approval that the `facts` of a pending call name; None if they name none of this store."""
+    approval_id = facts.get("approval_id") if isinstance(facts, Mapping) else None
+    if approval_id is None:
+        return None
+    try:
+        return await store.approvals.get(approval_id=approval_id)
+    except ApprovalNotFoundError:
+        return None
+
+
+async def finish(step: Awaitable[object]) -> None:
+    """Await a step that is tried even if the caller has gone away, for a few seconds at most."""
+    # Shielded: a caller that goes away cancels this task, and the step with it.
+    with anyio.move_on_after(_LAST_WRITE_S, shield=True):
+        try:
+            await step
+        except ApprovalError:
+            # It was decided meanwhile, or its deadline passed: nothing is left to do.
+            pass
+        except GatewayStoreError as exc:
+            _logger.warning("An approval could not be brought up to date: %s", exc)

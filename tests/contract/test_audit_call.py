@@ -1,0 +1,217 @@
+"""`audit.call`: one event for one call, whatever happens in its body; and the intents that found no end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from pydantic import ValidationError
+
+from agent_gateway_store import (
+    AuditEvent,
+    CallerIdentity,
+    GatewayStore,
+    StoreSettings,
+    SyncGatewayStore,
+    ToolCall,
+    TrustLevel,
+    clock,
+    errors,
+)
+from builders import CALL, make_event
+
+CALLER = CallerIdentity(
+    caller_id="dev-agent",
+    role="developer",
+    trust_level=TrustLevel.MEDIUM,
+    environment="staging",
+    org_id="acme",
+    key_id="k1",
+)
+
+
+class Broken(Exception):
+    """What a tool raises."""
+
+
+async def only(store: GatewayStore) -> AuditEvent:
+    (event,) = await store.audit.list_recent()
+    return event
+
+
+async def test_a_call_leaves_one_event(store: GatewayStore) -> None:
+    """Everything that is known of the call and its caller, with no field by hand and no argument in clear."""
+    approval_id = uuid4()
+    async with store.audit.call(
+        CALL,
+        CALLER,
+        decision="APPROVAL_REQUIRED",
+        rule="deletes",
+        rationale="deletes are asked for",
+        approval_id=approval_id,
+        session_id="s-1",
+        risk_score=0.7,
+    ) as event:
+        assert not await store.audit.list_recent()
+        await asyncio.sleep(0.02)
+        event.output_hash = store.hash_args({"ok": True})
+
+    stored = await only(store)
+    assert stored.latency_ms >= 20
+    assert stored.model_dump(exclude={"id", "latency_ms", "timestamp", "content_hash", "request_id"}) == {
+        **make_event().model_dump(exclude={"id", "latency_ms", "timestamp", "content_hash", "request_id"}),
+        "org_id": "acme",
+        "caller_id": "dev-agent",
+        "caller_role": "developer",
+        "key_id": "k1",
+        "environment": "staging",
+        "mcp_server": "files",
+        "tool_name": "delete_file",
+        "raw_args_hash": AuditEvent.hash_args(CALL.arguments),
+        "sanitized_args": {"path": "[hidden]"},
+        "matched_policy_rule": "deletes",
+        "decision": "APPROVAL_REQUIRED",
+        "deterministic_rationale": "deletes are asked for",
+        "approval_id": approval_id,
+        "session_id": "s-1",
+        "risk_score": 0.7,
+        "execution_status": "SUCCESS",
+        "output_hash": event.output_hash,
+    }
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (Broken("no"), "TOOL_ERROR"),
+        (TimeoutError(), "TIMEOUT"),
+        (asyncio.CancelledError(), "CANCELLED"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+@pytest.mark.parametrize("decision", ["ALLOW", "SANITIZE_AND_ALLOW", "DENY", "APPROVAL_REQUIRED"])
+async def test_what_is_raised_is_recorded_and_raised_on(
+    store: GatewayStore, raised: BaseException, status: str, decision: str
+) -> None:
+    """A call that was not let through has no status, however its refusal is raised."""
+    with pytest.raises(type(raised)) as caught:
+        async with store.audit.call(CALL, CALLER, decision=decision):
+            raise raised
+    assert caught.value is raised
+    assert (await only(store)).execution_status == (status if decision.endswith("ALLOW") else None)
+
+
+async def test_the_body_has_the_last_word(store: GatewayStore) -> None:
+    """A tool that answers with an error raises nothing."""
+    async with store.audit.call(CALL, CALLER, decision="ALLOW", request_id="r-1", sanitize=dict_of_path) as event:
+        event.execution_status = "TOOL_ERROR"  # type: ignore[assignment]
+    stored = await only(store)
+    assert (stored.request_id, stored.execution_status, stored.sanitized_args) == ("r-1", "TOOL_ERROR", {"path": "…"})
+
+
+def dict_of_path(_call: ToolCall) -> dict[str, Any]:
+    return {"path": "…"}
+
+
+async def test_a_cancelled_call_is_recorded(store: GatewayStore) -> None:
+    """Cancelled once, and once more while its event is written."""
+    begun = asyncio.Event()
+
+    async def run() -> None:
+        async with store.audit.call(CALL, CALLER, decision="ALLOW"):
+            begun.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(run())
+    await begun.wait()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+    with suppress(asyncio.CancelledError):
+        await task
+    await store.audit.flush()
+    assert (await only(store)).execution_status == "CANCELLED"
+
+
+async def test_arguments_are_hashed_under_the_key_of_the_store(database_url: str) -> None:
+    """HASH_KEY of this store's settings."""
+    settings = StoreSettings(hash_key="a secret")  # type: ignore[arg-type]
+    async with GatewayStore(database_url, redis_url="", settings=settings) as store:
+        async with store.audit.call(CALL, CALLER, decision="ALLOW"):
+            pass
+        assert (await only(store)).raw_args_hash == AuditEvent.hash_args(CALL.arguments, key="a secret")
+
+
+@pytest.mark.parametrize("wrong", [{"decision": "PERHAPS"}, {"no_such_field": 1}, {"risk_score": "high"}])
+async def test_a_wrong_field_stops_the_call(store: GatewayStore, wrong: dict[str, Any]) -> None:
+    """Before the body runs."""
+    with pytest.raises(ValidationError):
+        async with store.audit.call(CALL, CALLER, **({"decision": "ALLOW"} | wrong)):
+            pytest.fail("the call ran")
+    assert not await store.audit.list_recent()
+
+
+async def test_an_intent_is_stored_before_the_body_runs(store: GatewayStore) -> None:
+    """The outcome keeps the call's request id and names the intent, which keeps the parent that was given."""
+    given: dict[str, Any] = {"request_id": "r-1", "parent_request_id": "outer", "extra": {"span": "1"}}
+    async with store.audit.call(CALL, CALLER, decision="ALLOW", intent=True, **given):
+        intent = await only(store)
+        assert (intent.execution_status, intent.extra) == (None, {"span": "1", "phase": "intent"})
+        assert [each.id for each in await store.audit.orphans(older_than=timedelta())] == [intent.id]
+    outcome, _ = await store.audit.list_recent()
+    assert (outcome.request_id, outcome.parent_request_id) == ("r-1", intent.request_id)
+    assert (outcome.extra, outcome.execution_status) == ({"span": "1", "phase": "outcome"}, "SUCCESS")
+    assert intent.parent_request_id == "outer"
+    assert not await store.audit.orphans(older_than=timedelta())
+
+
+async def test_orphans_are_intents_of_this_organisation_that_nothing_ended(store: GatewayStore) -> None:
+    """Another call inside it, an outcome elsewhere and a younger intent end nothing; newest first."""
+    for number, org_id in enumerate(["acme", "acme", "other"]):
+        await store.audit.write(make_event(request_id=f"i-{number}", org_id=org_id, extra={"phase": "intent"}))
+    await store.audit.write(make_event(org_id="acme", parent_request_id="i-0"))
+    await store.audit.write(make_event(org_id="other", parent_request_id="i-1", extra={"phase": "outcome"}))
+    assert not await store.audit.orphans(older_than="10m")
+    clock.move(timedelta(minutes=11))
+
+    async def found(view: GatewayStore, limit: int = 100) -> list[str]:
+        return [each.request_id for each in await view.audit.orphans(older_than="10m", limit=limit)]
+
+    assert await found(store) == ["i-2", "i-1", "i-0"]
+    assert await found(store, 1) == ["i-2"]
+    assert await found(store.for_org("acme")) == ["i-1", "i-0"]
+    await store.audit.write(make_event(org_id="acme", parent_request_id="i-0", extra={"phase": "outcome"}))
+    assert await found(store.for_org("acme")) == ["i-1"]
+    with pytest.raises(ValueError, match="older_than"):
+        await store.audit.orphans(older_than="soon")
+    with pytest.raises(ValueError, match="limit"):
+        await store.audit.orphans(limit=0)
+
+
+async def test_a_call_whose_intent_is_lost_does_not_run(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would say that it ran."""
+
+    async def lost(_event: AuditEvent) -> str:
+        return "LOST"
+
+    monkeypatch.setattr(store.audit, "write", lost)
+    with pytest.raises(errors.AuditUnavailableError):
+        async with store.audit.call(CALL, CALLER, decision="ALLOW", intent=True):
+            pytest.fail("the call ran")
+
+
+def test_the_blocking_twin_records_a_call(database_url: str) -> None:
+    """`with store.audit.call(...)`, whatever is raised inside."""
+    with SyncGatewayStore(database_url, redis_url="") as store:
+        with store.audit.call(CALL, CALLER, decision="ALLOW", intent=True) as event:
+            event.risk_labels = ["seen"]
+        with pytest.raises(Broken), store.audit.call(CALL, CALLER, decision="ALLOW"):
+            raise Broken
+        statuses = [(each.execution_status, each.risk_labels) for each in store.audit.list_recent()]
+        assert statuses == [("TOOL_ERROR", []), ("SUCCESS", ["seen"]), (None, [])]
+        assert isinstance(store.audit.list_recent()[0].id, int)
+        assert not store.audit.orphans(older_than=timedelta())

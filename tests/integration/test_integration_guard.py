@@ -1,0 +1,285 @@
+"""One core for the adapters of agent frameworks, and two of them with scripted models, ended and resumed elsewhere."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, ToolMessage
+from langchain_core.tools import tool as langchain_tool
+from langgraph.checkpoint.memory import InMemorySaver
+from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
+from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter, ModelResponse, TextPart, ToolCallPart
+from pydantic_ai.models.function import AgentInfo, FunctionModel
+
+from agent_gateway_store import AuditEvent, CallerIdentity, Decision, GatewayStore, StoreSettings, ToolCall, TrustLevel
+from agent_gateway_store.integrations import langchain as for_langchain
+from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
+from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict
+from builders import CALL
+
+pytestmark = pytest.mark.integration
+
+CALLER = CallerIdentity(
+    caller_id="dev-agent", role="developer", trust_level=TrustLevel.MEDIUM, environment="test", org_id="acme"
+)
+READ = ToolCall(server="files", tool="read_file", arguments={"path": "secret.txt"})
+
+
+def judge(_caller: CallerIdentity, call: ToolCall) -> Verdict:
+    """Reading is allowed, deleting needs a human, the rest is denied."""
+    decisions = {"read_file": Decision.ALLOW, "delete_file": Decision.APPROVAL_REQUIRED}
+    decision = decisions.get(call.tool, Decision.DENY)
+    return Verdict(decision=decision, rule=f"{call.tool} rule", reason=f"{call.tool} reason", risk_score=0.4)
+
+
+@dataclass
+class Bench:
+    """A guard on an open store, and what ran."""
+
+    store: GatewayStore
+    ran: list[str] = field(default_factory=list)
+
+    def guard(self, policy: Any = judge, **options: Any) -> CallGuard:
+        return CallGuard(self.store, policy, **options)
+
+    async def run(self, call: ToolCall, guard: CallGuard | None = None) -> str:
+        async def tool() -> str:
+            self.ran.append(call.tool)
+            return "done"
+
+        return await (guard or self.guard()).run(call, CALLER, tool, session_id="s-1")
+
+    async def decide(self, verb: str) -> None:
+        (request,) = await self.store.approvals.list_requests("PENDING")
+        await getattr(self.store.approvals, verb)(approval_id=request.approval_id, approver_id="alice", note="seen")
+
+    async def events(self) -> list[AuditEvent]:
+        """Oldest first."""
+        return list(reversed(await self.store.audit.list_recent()))
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url="") as store:
+        yield Bench(store)
+
+
+async def test_an_allowed_call_runs_and_leaves_one_event(bench: Bench) -> None:
+    """With the verdict, the fields that were given, and no argument in clear."""
+    assert await bench.run(READ) == "done"
+    (event,) = await bench.events()
+    assert (event.decision, event.execution_status, event.matched_policy_rule) == ("ALLOW", "SUCCESS", "read_file rule")
+    assert (event.session_id, event.risk_score, event.org_id) == ("s-1", 0.4, "acme")
+    assert event.sanitized_args == {"path": "[hidden]"}
+
+
+async def test_what_a_human_approves_runs_once(bench: Bench) -> None:
+    """Pending, and no event for asking again; then one run, with its outcome recorded."""
+    for _ in range(2):
+        with pytest.raises(CallPendingError, match="call again with the same arguments") as pending:
+            await bench.run(CALL)
+    await bench.decide("approve")
+    assert await bench.run(CALL) == "done"
+    with pytest.raises(CallPendingError):
+        await bench.run(CALL)
+
+    asked, ran, _ = await bench.events()
+    assert (asked.execution_status, ran.execution_status, bench.ran) == (None, "SUCCESS", ["delete_file"])
+    assert (ran.approver_id, ran.approval_id) == ("alice", pending.value.approval.approval_id)
+    assert (await bench.store.approvals.get(approval_id=pending.value.approval.approval_id)).outcome == "SUCCESS"
+
+
+async def test_refused_calls_do_not_run(bench: Bench) -> None:
+    """Denied by the policy, by a human, by a policy that fails, by one that returns something else."""
+    with pytest.raises(CallRefusedError, match="format reason"):
+        await bench.run(ToolCall(server="files", tool="format"))
+    with pytest.raises(CallPendingError):
+        await bench.run(CALL)
+    await bench.decide("deny")
+    with pytest.raises(CallRefusedError, match=r"DENIED by alice.* Note: seen"):
+        await bench.run(CALL)
+
+    async def broken(_caller: CallerIdentity, call: ToolCall) -> Verdict:
+        raise ValueError(call.arguments["path"])
+
+    policies: list[Callable[..., Any]] = [broken, lambda *_: True]
+    for policy in policies:
+        with pytest.raises(CallRefusedError, match="The gateway failed"):
+            await bench.run(READ, bench.guard(policy))
+    events = await bench.events()
+    assert [str(each.decision) for each in events] == ["DENY", "APPROVAL_REQUIRED", "DENY", "DENY", "DENY"]
+    assert {each.execution_status for each in events} == {None}
+    assert events[2].approver_id == "alice"
+    assert bench.ran == []
+    assert not any("secret.txt" in each.model_dump_json() for each in events)
+
+
+async def test_a_tool_that_fails_is_recorded(bench: Bench) -> None:
+    """The error is the caller's; the approval knows how its use ended."""
+
+    async def fail() -> str:
+        raise ConnectionError
+
+    with pytest.raises(CallPendingError) as pending:
+        await bench.run(CALL)
+    await bench.decide("approve")
+    with pytest.raises(ConnectionError):
+        await bench.guard().run(CALL, CALLER, fail)
+    assert (await bench.events())[-1].execution_status == "TOOL_ERROR"
+    stored = await bench.store.approvals.get(approval_id=pending.value.approval.approval_id)
+    assert (stored.status, stored.outcome) == ("USED", "TOOL_ERROR")
+
+
+async def test_nothing_runs_without_a_record(tmp_path: Path) -> None:
+    """In strict mode the database must answer first."""
+    settings = StoreSettings(audit_mode="strict")
+    store = await GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url="", settings=settings).open()
+    bench = Bench(store)
+    await store.database.engine.dispose()
+    (tmp_path / "gateway.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(Exception, match=r"cannot reach its records|could not be"):
+        await bench.run(READ)
+    assert bench.ran == []
+    await store.close()
+
+
+def calling(name: str) -> FunctionModel:
+    """A model that calls one tool, and then says what the tool answered."""
+
+    def answer(messages: list[ModelMessage], _info: AgentInfo) -> ModelResponse:
+        last = messages[-1].parts[-1]
+        if last.part_kind in ("tool-return", "retry-prompt"):
+            return ModelResponse(parts=[TextPart(f"It said: {last.content}")])
+        return ModelResponse(parts=[ToolCallPart(name, {"path": "a.txt"}, tool_call_id="c-1")])
+
+    return FunctionModel(answer)
+
+
+def pydantic_agent(bench: Bench, name: str) -> Agent[None, Any]:
+    async def delete_file(path: str) -> str:
+        bench.ran.append(path)
+        return f"{path} is deleted"
+
+    async def format_disk(path: str) -> str:
+        raise AssertionError
+
+    toolset = for_pydantic_ai.GatewayToolset(
+        FunctionToolset([delete_file, format_disk]), bench.guard(), lambda _ctx: CALLER, server="files"
+    )
+    return Agent(calling(name), toolsets=[toolset], output_type=[str, DeferredToolRequests])
+
+
+class TestPydanticAi:
+    """A run that ended pending is resumed from its message history, by an agent that was built anew."""
+
+    @pytest.mark.parametrize(("verb", "said"), [("approve", "a.txt is deleted"), ("deny", "DENIED by alice")])
+    async def test_a_run_is_resumed_after_the_decision(self, bench: Bench, verb: str, said: str) -> None:
+        ended = await pydantic_agent(bench, "delete_file").run("delete a.txt")
+        assert isinstance(ended.output, DeferredToolRequests)
+        assert await for_pydantic_ai.results_of(bench.store, ended.output) is None
+        kept = ModelMessagesTypeAdapter.dump_json(ended.all_messages()), pickle.dumps(ended.output)
+        await bench.decide(verb)
+
+        history, requests = ModelMessagesTypeAdapter.validate_json(kept[0]), pickle.loads(kept[1])
+        results = await for_pydantic_ai.results_of(bench.store, requests)
+        resumed = await pydantic_agent(bench, "delete_file").run(message_history=history, deferred_tool_results=results)
+        assert said in resumed.output
+        assert bench.ran == (["a.txt"] if verb == "approve" else [])
+
+    async def test_an_answer_that_nobody_gave_releases_nothing(self, bench: Bench) -> None:
+        """The host says that all is approved; no human has."""
+        ended = await pydantic_agent(bench, "delete_file").run("delete a.txt")
+        again = await pydantic_agent(bench, "delete_file").run(
+            message_history=ended.all_messages(), deferred_tool_results=ended.output.build_results(approve_all=True)
+        )
+        assert isinstance(again.output, DeferredToolRequests)
+        assert bench.ran == []
+
+    async def test_a_denied_call_is_told_to_the_model(self, bench: Bench) -> None:
+        ended = await pydantic_agent(bench, "format_disk").run("format it")
+        assert "format_disk reason" in ended.output
+
+
+def langchain_agent(bench: Bench, saver: InMemorySaver, name: str = "delete_file", **options: Any) -> Any:
+    @langchain_tool
+    async def delete_file(path: str) -> str:
+        """Delete a file."""
+        bench.ran.append(path)
+        return f"{path} is deleted"
+
+    @langchain_tool
+    async def format_disk(path: str) -> str:
+        """Format a disk."""
+        raise AssertionError
+
+    class Scripted(GenericFakeChatModel):
+        def bind_tools(self, *_args: Any, **_options: Any) -> Any:
+            return self
+
+        def _generate(self, messages: Any, *args: Any, **options: Any) -> Any:
+            if isinstance(messages[-1], ToolMessage):
+                next(self.messages)  # the call was made before, maybe in another process
+            return super()._generate(messages, *args, **options)
+
+    asked = AIMessage("", tool_calls=[{"name": name, "args": {"path": "a.txt"}, "id": "c-1"}])
+    middleware = for_langchain.GatewayMiddleware(bench.guard(), lambda _request: CALLER, server="files", **options)
+    return create_agent(
+        Scripted(messages=iter([asked, AIMessage("end"), AIMessage("end")])),
+        [delete_file, format_disk],
+        middleware=[middleware],
+        checkpointer=saver,
+    )
+
+
+class TestLangChain:
+    """A graph that was interrupted goes on in an agent that was built anew, on the same checkpoints."""
+
+    config: ClassVar[Any] = {"configurable": {"thread_id": "t-1"}}
+    question: ClassVar[Any] = {"messages": [("user", "delete a.txt")]}
+
+    @staticmethod
+    def answer(state: Any) -> ToolMessage:
+        (found,) = [each for each in state["messages"] if isinstance(each, ToolMessage)]
+        return found
+
+    @pytest.mark.parametrize(("verb", "said"), [("approve", "a.txt is deleted"), ("deny", "DENIED by alice")])
+    async def test_a_graph_goes_on_after_the_decision(self, bench: Bench, verb: str, said: str) -> None:
+        saver = InMemorySaver()
+        state = await langchain_agent(bench, saver).ainvoke(self.question, self.config)
+        assert await for_langchain.resume(bench.store, state) is None
+        await bench.decide(verb)
+        command = await for_langchain.resume(bench.store, state)
+        state = await langchain_agent(bench, saver).ainvoke(command, self.config)
+        assert said in self.answer(state).content
+        assert bench.ran == (["a.txt"] if verb == "approve" else [])
+
+    async def test_resumed_too_early_it_is_interrupted_again(self, bench: Bench) -> None:
+        """A command that nobody's decision stands behind releases nothing."""
+        saver = InMemorySaver()
+        state = await langchain_agent(bench, saver).ainvoke(self.question, self.config)
+        (first,) = state["__interrupt__"]
+        command = for_langchain.Command(resume={first.id: "APPROVED"})
+        state = await langchain_agent(bench, saver).ainvoke(command, self.config)
+        (second,) = state["__interrupt__"]
+        assert second.value["approval_id"] == first.value["approval_id"]
+        assert bench.ran == []
+
+    async def test_without_interrupts_the_model_reads_that_it_is_pending(self, bench: Bench) -> None:
+        state = await langchain_agent(bench, InMemorySaver(), on_pending="return").ainvoke(self.question, self.config)
+        assert "call again with the same arguments" in self.answer(state).content
+        assert self.answer(state).status == "error"
+
+    async def test_a_denied_call_is_told_to_the_model(self, bench: Bench) -> None:
+        state = await langchain_agent(bench, InMemorySaver(), "format_disk").ainvoke(self.question, self.config)
+        assert self.answer(state).content == "format_disk reason"
+
+    def test_another_word_is_refused(self, bench: Bench) -> None:
+        with pytest.raises(ValueError, match='"interrupt" or "return"'):
+            for_langchain.GatewayMiddleware(bench.guard(), lambda _: CALLER, on_pending="later")  # type: ignore[arg-type]
