@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from contract_helpers import CALL, make_request
@@ -29,7 +30,7 @@ from agent_gateway_store.audit.manager import AuditManager
 from agent_gateway_store.delivery.manager import NotificationManager
 from agent_gateway_store.keys.manager import KeyManager
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
-from builders import make_event
+from builders import CALLER, make_event
 from servers import connected, run
 
 pytestmark = pytest.mark.integration
@@ -73,7 +74,7 @@ def copies(table: str, count: int, **columns: str) -> str:
 
 
 def filling(size: Size) -> list[str]:
-    """SQL of a year's history: few approvals are open, and a fifth of the notices waits for a receiver that is away."""
+    """SQL of a long history: few approvals are open, and a fifth of the notices waits for a receiver that is away."""
     ago = "now() - n * interval '1 minute'"
     return [
         copies(
@@ -87,6 +88,9 @@ def filling(size: Size) -> list[str]:
             session_id="'session-' || n % 5000",
             decision="CASE WHEN n % 20 = 0 THEN 'DENY' ELSE 'ALLOW' END",
             transaction_id="NULL",
+            # Of ten events one says that a call begins, and the next one how it ended.
+            extra="""jsonb_build_object('phase', CASE n % 10 WHEN 0 THEN 'intent' WHEN 1 THEN 'outcome' END)""",
+            parent_request_id="CASE WHEN n % 10 = 1 THEN 'event-' || n - 1 END",
         ),
         copies(
             "approval_requests",
@@ -97,11 +101,15 @@ def filling(size: Size) -> list[str]:
             caller_id="'caller-' || n % 50",
             created_at=ago,
             expires_at=f"{ago} + interval '1 hour'",
+            decision_at=ago,
+            used_at=ago,
+            # Half of them are runs of one call.
+            acquire_key="CASE WHEN n % 2 = 0 THEN old.acquire_key END",
             status="CASE WHEN n % 100 = 0 THEN 'EXPIRED' WHEN n % 50 = 1 THEN 'DENIED' ELSE 'USED' END",
         ),
         """INSERT INTO approval_votes (approval_id, org_id, approver_id, decision, note, channel, voted_at)
            SELECT approval_id, org_id, 'alice', 'APPROVED', '', 'api', created_at FROM approval_requests
-           WHERE status IN ('USED', 'DENIED')""",
+           WHERE status IN ('USED', 'DENIED') ON CONFLICT DO NOTHING""",
         copies(
             "notification_deliveries",
             size.deliveries,
@@ -123,7 +131,7 @@ async def _filled(url: str, size: Size | None, *, is_analysed: bool) -> None:
     if size is None:
         return
     async with GatewayStore(url, redis_url="", settings=quiet(), plugins=[Post()]) as store:
-        await store.approvals.approve(await store.approvals.issue_token(make_request(caller_id=_OLD)), "alice")
+        await _acquire(store)
         await store.audit.write(make_event(risk_labels=["pii"], caller_id=_OLD))
     async with connected(url) as connection:
         for statement in filling(size):
@@ -246,6 +254,32 @@ async def _of_two(store: GatewayStore) -> None:
     await store.approvals.history((await store.approvals.check_token(token)).approval_id)
 
 
+async def _acquire(store: GatewayStore) -> None:
+    acquire = partial(store.approvals.acquire, make_request(caller_id=_OLD))
+    asked = await acquire()
+    await store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    used = await acquire()
+    assert used.status == "USED"
+    await store.approvals.record_outcome(approval_id=used.approval_id, outcome="done")
+
+
+async def _acquire_again(store: GatewayStore) -> None:
+    acquire = partial(store.approvals.acquire, bind=uuid4().hex)
+    asked = await acquire(make_request())
+    await store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    # A higher quorum cancels what stands.
+    asked = await acquire(make_request(required_approvals=2))
+    await _execute(store, f"UPDATE approval_requests SET expires_at = now() WHERE approval_id = '{asked.approval_id}'")
+    asked = await acquire(make_request())
+    await store.approvals.deny(approval_id=asked.approval_id, approver_id="alice")
+    assert (await acquire(make_request())).status == "DENIED"
+
+
+async def _call(store: GatewayStore) -> None:
+    async with store.audit.call(CALL, CALLER, decision="ALLOW", intent=True):
+        pass
+
+
 async def _release(store: GatewayStore) -> None:
     token = await store.approvals.issue_token(make_request(scope="OUTPUT_RELEASE", output_payload={"rows": 1}))
     await store.approvals.approve(token, "alice")
@@ -300,6 +334,8 @@ CALLS = [
     ),
     Called("history", _of_two),
     Called("release_output", _release),
+    Called("acquire", _acquire),
+    Called("acquire", _acquire_again),
     Called("expire_stale", _expire),
     *(
         Called("list_requests", lambda store, status=status: store.approvals.list_requests(status, limit=5))
@@ -314,6 +350,8 @@ CALLS = [
     Called("record", _record),
     Called("flush", lambda store: store.audit.flush()),
     Called("export import_file", _export),
+    Called("call", _call),
+    Called("orphans", lambda store: store.audit.orphans(), reads_all=True),
     Called("get_by_request_id", lambda store: store.audit.get_by_request_id("event-7")),
     Called("list_by_caller", lambda store: store.audit.list_by_caller("caller-7")),
     Called("list_by_decision", lambda store: store.audit.list_by_decision("DENY")),
