@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from os import PathLike
 from typing import Any, Literal, Unpack
 from uuid import UUID
@@ -201,11 +200,7 @@ class ApprovalManager:
         ref = ApprovalRef.by_either(token, approval_id, self._org_id)
         vote = VoteInput(approver_id, note, channel, VoteDecision.APPROVED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
-        allow_self = self._settings.allow_self_approval
-        use_s = self._settings.approval_token_ttl_seconds
-        work = partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self, use_s=use_s)
-        (change,) = await self._changes.apply(work)
-        return await self._changes.publish(change, token)
+        return await self._decide(ref, vote, token)
 
     async def deny(
         self,
@@ -220,7 +215,7 @@ class ApprovalManager:
         ref = ApprovalRef.by_either(token, approval_id, self._org_id)
         vote = VoteInput(approver_id, note, channel, VoteDecision.DENIED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
-        return await self._close(ref, vote, token)
+        return await self._decide(ref, vote, token)
 
     async def cancel(
         self,
@@ -236,10 +231,11 @@ class ApprovalManager:
         Arguments and errors as for `approve`; no plugin can refuse it.
         """
         vote = VoteInput(approver_id, note, channel, VoteDecision.CANCELLED)
-        return await self._close(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
+        return await self._decide(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
 
-    async def _close(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
-        (change,) = await self._changes.apply(partial(decisions.close, ref=ref, vote=vote))
+    async def _decide(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
+        allow_self, use_s = self._settings.allow_self_approval, self._settings.approval_token_ttl_seconds
+        change = await self._changes.decide(ref, vote, allow_self=allow_self, use_s=use_s)
         return await self._changes.publish(change, token)
 
     async def consume_token(

@@ -200,6 +200,8 @@ class AuditManager:
     async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
         """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed.
 
+        Unless it finds `limit` of them it looks at every intent, and takes longer the more there are.
+
         Args:
             older_than: Only those from before so long ago, as in "10m": younger ones may run still.
             limit: At most so many, 1 to 100,000.

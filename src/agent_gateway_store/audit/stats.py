@@ -70,13 +70,16 @@ def _base(dialect: str, shape: Shape, by: tuple[str, ...]) -> Select[Any]:
         source, label = _with_labels(dialect)
         columns.append(label.label("g_risk_label"))
     statement = select(*columns).select_from(source).where(*conditions(dialect, shape))
-    # An event that carries the same label twice counts once.
-    return statement.distinct() if "risk_label" in by else statement
+    # An event that carries the same label twice counts once. PostgreSQL looks at the labels of each event: of all rows
+    # it would sort the whole table.
+    return statement.distinct() if "risk_label" in by and dialect == "sqlite" else statement
 
 
 def _with_labels(dialect: str) -> tuple[Any, ColumnElement[Any]]:
-    function = func.jsonb_array_elements_text if dialect == "postgresql" else func.json_each
-    labels: Any = function(table.c.risk_labels).table_valued("value", name="labels")
+    labels: Any
     if dialect == "postgresql":
-        labels = labels.lateral()
+        elements = func.jsonb_array_elements_text(table.c.risk_labels).table_valued("value", name="elements")
+        labels = select(elements.c.value).distinct().lateral("labels")
+    else:
+        labels = func.json_each(table.c.risk_labels).table_valued("value", name="labels")
     return table.outerjoin(labels, true()), labels.c.value

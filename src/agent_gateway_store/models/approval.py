@@ -21,6 +21,8 @@ from agent_gateway_store.models.values import ApprovalStatus, ApproverId, Frozen
 
 # The largest number that an INTEGER of PostgreSQL holds.
 _MOST_APPROVERS = 2**31 - 1
+_PENDING = text("status = 'PENDING'")
+_APPROVED = text("status = 'APPROVED'")
 _ISSUED = text("status = 'PENDING' AND acquire_key IS NULL")
 _STANDING = text("status IN ('PENDING', 'APPROVED') AND acquire_key IS NOT NULL")
 _ACQUIRED = text("acquire_key IS NOT NULL")
@@ -111,6 +113,9 @@ class ApprovalRequest(StoreModel, table=True):
             sqlite_where=_STANDING,
         ),
         Index(None, "acquire_key", "decision_at", postgresql_where=_ACQUIRED, sqlite_where=_ACQUIRED),
+        # What is overdue: few of many.
+        Index(None, "expires_at", postgresql_where=_PENDING, sqlite_where=_PENDING),
+        Index(None, "use_before", "expires_at", postgresql_where=_APPROVED, sqlite_where=_APPROVED),
     )
 
     id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
