@@ -68,7 +68,8 @@ _CONDITIONS = {
     "outcome": "{outcome_known} {in_outcome}",
     "tool_name": "{tool} {in_tool_name}",
     "mcp_server": "{server} {in_mcp_server}",
-    "status": "{readable_status} {in_status}",
+    # As stored first, since no index knows what has expired meanwhile.
+    "status": "status {in_stored} AND {readable_status} {in_status}",
     "since": "created_at >= :p_since",
     "until": "created_at < :p_until",
     "text": "({tool} {like} OR risk_explanation {like} OR approver_note {like})",
@@ -92,6 +93,8 @@ _DIALECTS = {
 }
 # A call that was released and of which nobody said how it ended is the one to look at.
 _OUTCOME = "COALESCE(outcome, CASE WHEN status = 'USED' THEN 'unknown' END)"
+
+_MAY_EXPIRE = ("PENDING", "APPROVED")
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None = None) -> Criter
         shape.append(name)
         if name not in ("since", "until", "text"):
             value = list(map(str, value if isinstance(value, list) else [value]))
+        if name == "status":
+            values["p_stored"] = [*value, *(_MAY_EXPIRE if ApprovalStatus.EXPIRED in value else ())]
         values[f"p_{name}"] = value
     return Criteria(tuple(sorted(shape)), values, listing_fingerprint("approvals", org_id, described))
 
@@ -131,7 +136,7 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None = None) -> Criter
 def words_of(dialect: str) -> dict[str, str]:
     """Return `fragments` and the pieces of the conditions, by the names under which they stand in braces."""
     found = fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME}
-    return found | {f"in_{name}": found["in"].format(name) for name in _CHECKS}
+    return found | {f"in_{name}": found["in"].format(name) for name in (*_CHECKS, "stored")}
 
 
 def conditions(dialect: str, shape: tuple[str, ...]) -> str:
@@ -152,4 +157,6 @@ def types_of(dialect: str) -> dict[str, TypeEngine[Any]]:
         "text": Text(),
         "own": Text(),
     }
-    return {f"p_{name}": several for name in _CHECKS} | {f"p_{name}": type_ for name, type_ in single.items()}
+    return {f"p_{name}": several for name in (*_CHECKS, "stored")} | {
+        f"p_{name}": type_ for name, type_ in single.items()
+    }
