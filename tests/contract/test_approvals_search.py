@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 
 from agent_gateway_store import ApprovalStatus, GatewayStore, ToolCall, clock, errors
-from agent_gateway_store.approval.filters import conditions, criteria, types_of
-from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
-from agent_gateway_store.storage.statements import typed_text
 from builders import CALL, make_request
 
 
@@ -52,20 +49,6 @@ async def test_every_filter_finds_what_it_means(store: GatewayStore) -> None:
     assert await found(until="1h") == await found(tool_name=[]) == []
     clock.move(timedelta(hours=3))
     assert await found(status="EXPIRED") == ["3", "1", "0"]
-
-
-async def test_those_that_wait_are_found_by_an_index(store: GatewayStore) -> None:
-    """Also where the planner knows nothing of the table: the inbox asks for them again and again."""
-    dialect, found = store.database.dialect, criteria({"status": "PENDING"})
-    explain = "EXPLAIN" if dialect == "postgresql" else "EXPLAIN QUERY PLAN"
-    sql = f"{explain} SELECT 1 FROM approval_requests WHERE {conditions(dialect, found.shape)}"
-    async with store.database.write() as connection:
-        if dialect == "postgresql":
-            await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
-        given = {**found.values, CLOCK_OFFSET: 0}
-        plan = (await connection.execute(typed_text(sql, types_of(dialect)), given)).all()
-
-    assert "ix_approval_requests_status_created_at_id" in str(plan)
 
 
 async def test_a_stream_goes_through_every_page(store: GatewayStore) -> None:

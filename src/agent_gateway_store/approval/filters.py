@@ -95,6 +95,8 @@ _DIALECTS = {
 _OUTCOME = "COALESCE(outcome, CASE WHEN status = 'USED' THEN 'unknown' END)"
 
 _MAY_EXPIRE = ("PENDING", "APPROVED")
+# Ends the name of a condition with one value: of an unknown array PostgreSQL expects ten, and reads all in their order.
+_ONE = "="
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,9 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None = None) -> Criter
             value = list(map(str, value if isinstance(value, list) else [value]))
         if name == "status":
             values["p_stored"] = [*value, *(_MAY_EXPIRE if ApprovalStatus.EXPIRED in value else ())]
+        elif isinstance(value, list) and len(value) == 1:
+            shape[-1] += _ONE
+            name, (value,) = f"one_{name}", value
         values[f"p_{name}"] = value
     return Criteria(tuple(sorted(shape)), values, listing_fingerprint("approvals", org_id, described))
 
@@ -141,8 +146,10 @@ def words_of(dialect: str) -> dict[str, str]:
 
 def conditions(dialect: str, shape: tuple[str, ...]) -> str:
     """Return the conditions as SQL."""
-    texts = (_CONDITIONS.get(name, f"{name} {{in_{name}}}") for name in shape)
-    return " AND ".join(texts).format_map(words_of(dialect)) or "1 = 1"
+    words = words_of(dialect)
+    words |= {f"in_{name}": f"= :p_one_{name}" for name in (each.removesuffix(_ONE) for each in shape if _ONE in each)}
+    texts = (_CONDITIONS.get(name, f"{name} {{in_{name}}}") for name in (each.removesuffix(_ONE) for each in shape))
+    return " AND ".join(texts).format_map(words) or "1 = 1"
 
 
 def types_of(dialect: str) -> dict[str, TypeEngine[Any]]:
@@ -157,6 +164,8 @@ def types_of(dialect: str) -> dict[str, TypeEngine[Any]]:
         "text": Text(),
         "own": Text(),
     }
-    return {f"p_{name}": several for name in (*_CHECKS, "stored")} | {
-        f"p_{name}": type_ for name, type_ in single.items()
+    return {
+        **{f"p_{name}": several for name in (*_CHECKS, "stored")},
+        **{f"p_one_{name}": Text() for name in _CHECKS},
+        **{f"p_{name}": type_ for name, type_ in single.items()},
     }

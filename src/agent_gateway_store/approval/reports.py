@@ -178,7 +178,9 @@ async def search(
     """Read one page, newest first, ties broken by id. Arguments and errors as for `ApprovalManager.search`."""
     require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
     shape, values = tuple(name for name in found.shape if name != "status"), dict(found.values)
+    # Each status has its own index here, instead of the condition over all.
     statuses = tuple(values.pop("p_status", ()))
+    values.pop("p_stored", None)
     if cursor is not None:
         decode(found.scope, cursor)
     async with transactions.connection("read") as connection:
