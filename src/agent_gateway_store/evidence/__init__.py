@@ -1,0 +1,1 @@
+"""The sealed log of audit events, and proofs from it that others can check."""
