@@ -25,6 +25,7 @@
     ├── MissingExtraError (also ImportError)
     ├── PluginError
     ├── NotDeliveredError
+    ├── InvalidEvidenceError (also ValueError)
     └── InvalidCursorError (also ValueError)
 
 Facts sit in attributes; the text is one sentence that ends with the next step. No error text holds a token, a key
@@ -57,6 +58,7 @@ __all__ = [
     "GatewayStoreError",
     "InvalidApiKeyError",
     "InvalidCursorError",
+    "InvalidEvidenceError",
     "InvalidUrlError",
     "MissingExtraError",
     "NotDeliveredError",
@@ -315,3 +317,7 @@ class NotDeliveredError(GatewayStoreError):
 
 class InvalidCursorError(GatewayStoreError, ValueError):
     """A cursor that this listing did not hand out, or that has passed an audit event which is not in the database."""
+
+
+class InvalidEvidenceError(GatewayStoreError, ValueError):
+    """A text that should be evidence or a checkpoint and cannot be read as one. It proves nothing."""
