@@ -26,6 +26,7 @@
     ├── PluginError
     ├── NotDeliveredError
     ├── InvalidEvidenceError (also ValueError)
+    ├── LogMismatchError
     └── InvalidCursorError (also ValueError)
 
 Facts sit in attributes; the text is one sentence that ends with the next step. No error text holds a token, a key
@@ -60,6 +61,7 @@ __all__ = [
     "InvalidCursorError",
     "InvalidEvidenceError",
     "InvalidUrlError",
+    "LogMismatchError",
     "MissingExtraError",
     "NotDeliveredError",
     "PluginError",
@@ -321,3 +323,7 @@ class InvalidCursorError(GatewayStoreError, ValueError):
 
 class InvalidEvidenceError(GatewayStoreError, ValueError):
     """A text that should be evidence or a checkpoint and cannot be read as one. It proves nothing."""
+
+
+class LogMismatchError(GatewayStoreError):
+    """The sealed log does not go on from a checkpoint of it that was kept: one of both was rewritten, or restored."""

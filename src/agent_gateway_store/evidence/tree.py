@@ -151,6 +151,17 @@ class TileHashes:
     def __init__(self, tiles: Mapping[tuple[int, int], bytes]) -> None:
         self._tiles = tiles
 
+    def tile(self, level: int, index: int, count: int = TILE_WIDTH) -> bytes:
+        """Return the first `count` hashes of a tile.
+
+        Raises:
+            LookupError: The tiles lack one of them.
+        """
+        hashes = self._tiles[level, index][: count * HASH_BYTES]
+        if len(hashes) != count * HASH_BYTES:
+            raise LookupError(f"Tile {index} of level {level} has no hash {len(hashes) // HASH_BYTES}.")
+        return hashes
+
     def node(self, level: int, index: int) -> bytes:
         """Return the hash of a complete subtree.
 
@@ -160,9 +171,7 @@ class TileHashes:
         tile_level, above = divmod(level, TILE_HEIGHT)
         count = 1 << above
         tile, start = divmod(index * count, TILE_WIDTH)
-        hashes = self._tiles[tile_level, tile][start * HASH_BYTES : (start + count) * HASH_BYTES]
-        if len(hashes) != count * HASH_BYTES:
-            raise LookupError(f"Tile {tile} of level {tile_level} has no hash {start + len(hashes) // HASH_BYTES}.")
+        hashes = self.tile(tile_level, tile, start + count)[start * HASH_BYTES :]
         row = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
         while len(row) > 1:
             row = [node_hash(*pair) for pair in zip(row[::2], row[1::2], strict=True)]
