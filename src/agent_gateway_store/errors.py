@@ -25,6 +25,7 @@
     ├── MissingExtraError (also ImportError)
     ├── PluginError
     ├── NotDeliveredError
+    ├── AuditEventNotFoundError
     ├── InvalidEvidenceError (also ValueError)
     ├── LogMismatchError
     └── InvalidCursorError (also ValueError)
@@ -54,6 +55,7 @@ __all__ = [
     "ApprovalMismatchError",
     "ApprovalNotApprovedError",
     "ApprovalNotFoundError",
+    "AuditEventNotFoundError",
     "AuditUnavailableError",
     "DecisionVetoedError",
     "GatewayStoreError",
@@ -327,3 +329,15 @@ class InvalidEvidenceError(GatewayStoreError, ValueError):
 
 class LogMismatchError(GatewayStoreError):
     """The sealed log does not go on from a checkpoint of it that was kept: one of both was rewritten, or restored."""
+
+
+class AuditEventNotFoundError(GatewayStoreError):
+    """No audit event has this request id. One of another organisation looks the same.
+
+    Attributes:
+        request_id: The id asked for.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"No audit event has the request id {code_text(request_id)}: `gateway-store audit search`.")
+        self.request_id = request_id

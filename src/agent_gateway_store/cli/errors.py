@@ -65,6 +65,7 @@ def _code(error: Exception) -> ExitCode:
         errors.ApprovalNotFoundError: ExitCode.NOT_FOUND,
         errors.ApprovalExpiredError: ExitCode.NOT_FOUND,
         errors.ApiKeyNotFoundError: ExitCode.NOT_FOUND,
+        errors.AuditEventNotFoundError: ExitCode.NOT_FOUND,
         errors.InvalidUrlError: ExitCode.USAGE,
         errors.InvalidCursorError: ExitCode.USAGE,
         errors.InvalidEvidenceError: ExitCode.INTEGRITY,

@@ -241,3 +241,18 @@ def _signature(line: str) -> Signature:
             if len(data) > _KEY_ID_BYTES:
                 return Signature(name, data[:_KEY_ID_BYTES], data[_KEY_ID_BYTES:])
     raise InvalidEvidenceError("A signature of this checkpoint is not one: its text must be kept as it was written.")
+
+
+def split_notes(text: str) -> list[str]:
+    """Return the checkpoints of a file that holds several, one behind the other, as the plugin `witness-file` writes.
+
+    Each is still to be read by `parse_note`: what stands between two checkpoints comes with one of them.
+    """
+    blocks = [block.strip("\n") for block in text.split("\n\n") if block.strip("\n")]
+    notes: list[str] = []
+    for block in blocks:
+        if block.startswith("— ") and notes and "\n\n" not in notes[-1]:
+            notes[-1] += f"\n{block}\n"
+        else:
+            notes.append(f"{block}\n")
+    return notes

@@ -5,16 +5,46 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from agent_gateway_store.errors import InvalidEvidenceError
+from sqlalchemy import select
+
+from agent_gateway_store.approval.queries import ApprovalRef, get, search
+from agent_gateway_store.audit.query import AuditQuery
+from agent_gateway_store.errors import (
+    ApprovalNotFoundError,
+    AuditEventNotFoundError,
+    InvalidEvidenceError,
+    LogMismatchError,
+)
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, decode64, encode64, parse_note
-from agent_gateway_store.evidence.tree import EMPTY_ROOT, HASH_BYTES, leaf_hash, verify_inclusion
+from agent_gateway_store.evidence.tree import (
+    EMPTY_ROOT,
+    HASH_BYTES,
+    ReadTiles,
+    inclusion_path,
+    leaf_hash,
+    tiles_for_inclusion,
+    verify_inclusion,
+)
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, hash_approval
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.models.evidence import Checkpoint, Finding, FindingKind, Verification
+from agent_gateway_store.models.evidence import (
+    AuditCheckpoint,
+    AuditLeaf,
+    Checkpoint,
+    Finding,
+    FindingKind,
+    Verification,
+)
 from agent_gateway_store.models.values import FrozenModel
+from agent_gateway_store.storage.database import Database, first_row
+
+_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 
 APPROVAL_HASH = "approval_sha256"
 """The name in an event's `extra` under which it holds the hash of the approval that released the call."""
@@ -88,6 +118,61 @@ class Evidence(FrozenModel):
         entry = encode64(self.salt + bytes.fromhex(self.event.content_hash or ""))
         path = "".join(f"{encode64(node)}\n" for node in self.path)
         return f"{_TLOG_PROOF}extra {entry}\nindex {self.position}\n{path}\n{self.checkpoint.note}"
+
+
+async def prove(database: Database, read: ReadTiles, request_id: str, *, org_id: str | None) -> Evidence:
+    """Collect the evidence of the newest event with this request id.
+
+    The approval is the one that the event names, else the newest that was asked for under its request id.
+
+    Args:
+        database: Where the events are.
+        read: Where the tiles come from.
+        request_id: As the gateway gave it.
+        org_id: See only this organisation; None sees all.
+
+    Raises:
+        AuditEventNotFoundError: There is no such event.
+        LogMismatchError: A hash of the log is missing.
+    """
+    event = await AuditQuery(database, org_id=org_id).get_by_request_id(request_id)
+    if event is None:
+        raise AuditEventNotFoundError(request_id)
+    approval = await _approval_of(database, event)
+    votes: tuple[ApprovalVote, ...] = ()
+    async with database.read() as connection:
+        leaf = await first_row(connection, select(_leaves).where(_leaves.c.event_id == event.id))
+        newest = await first_row(connection, select(_checkpoints).order_by(_checkpoints.c.size.desc()).limit(1))
+        if approval is not None:
+            ballots = select(_votes).where(_votes.c.approval_id == approval.approval_id).order_by(_votes.c.voted_at)
+            rows = (await connection.execute(ballots)).mappings()
+            votes = tuple(ApprovalVote.from_row(dict(row)) for row in rows)
+    if leaf is None or newest is None or newest["size"] <= leaf["position"]:
+        return Evidence(event=event, approval=approval, votes=votes)
+    position, size = leaf["position"], newest["size"]
+    try:
+        path = inclusion_path(await read(tiles_for_inclusion(position, size)), position, size)
+    except LookupError as exc:
+        raise LogMismatchError("A hash of the log is missing: run `gateway-store evidence verify`.") from exc
+    return Evidence(
+        event=event,
+        approval=approval,
+        votes=votes,
+        position=position,
+        salt=leaf["salt"],
+        leaf_hash=leaf["leaf_hash"],
+        path=tuple(path),
+        checkpoint=Checkpoint(**newest),
+    )
+
+
+async def _approval_of(database: Database, event: AuditEvent) -> ApprovalRequest | None:
+    if event.approval_id is None:
+        found = await search(database, {"request_id": event.request_id}, org_id=event.org_id, limit=1, cursor=None)
+        return found[0] if found else None
+    with suppress(ApprovalNotFoundError):
+        return (await get(database, ApprovalRef.by_id(event.approval_id, event.org_id))).request
+    return None
 
 
 def _approval_json(request: ApprovalRequest, votes: Iterable[ApprovalVote]) -> dict[str, Any]:

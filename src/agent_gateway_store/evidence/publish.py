@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from agent_gateway_store.audit.files import partial, sync
 from agent_gateway_store.errors import LogMismatchError
 from agent_gateway_store.evidence.notes import ParsedNote, parse_note
-from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, TileHashes, root_from, tiles_for_root
+from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, ReadTiles, TileHashes, root_from, tiles_for_root
 from agent_gateway_store.models.evidence import Checkpoint
-
-ReadTiles: TypeAlias = Callable[[Sequence[tuple[int, int]]], Awaitable[TileHashes]]
-"""Reads the tiles of these levels and indexes."""
 
 # Chosen: 512 KiB of hashes in memory.
 _TILES_AT_ONCE = 64

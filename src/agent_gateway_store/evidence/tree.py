@@ -6,9 +6,10 @@ are kept; the hashes at the ragged right edge of a tree are made of those.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from hashlib import sha256
+from typing import TypeAlias
 
 # Bytes of SHA-256.
 HASH_BYTES = 32
@@ -180,6 +181,10 @@ class TileHashes:
     def over(self, low: int, high: int) -> bytes:
         """Return the hash over leaves `low` to before `high`: a whole subtree, or the rest of a tree from one on."""
         return _merge([self.node(*node) for node in _nodes(low, high)])
+
+
+ReadTiles: TypeAlias = Callable[[Sequence[tuple[int, int]]], Awaitable[TileHashes]]
+"""Reads the tiles of these levels and indexes."""
 
 
 def inclusion_path(tiles: TileHashes, index: int, size: int) -> list[bytes]:
