@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typer import Typer
 
     from agent_gateway_store.models.audit import AuditEvent
+    from agent_gateway_store.models.evidence import Checkpoint
     from agent_gateway_store.models.values import Notice, PendingApproval
     from agent_gateway_store.settings import StoreSettings
 
@@ -196,4 +197,17 @@ def gateway_store_map_approver(
 
     Returns:
         The approver id that is written to the record, or None if the plugin does not know the user.
+    """
+
+
+@hookspec
+def gateway_store_checkpoint(checkpoint: Checkpoint) -> Awaitable[None] | None:
+    """Take a new checkpoint of the sealed log, and keep it where whoever owns the database cannot rewrite it.
+
+    Called after its commit, in the plugin's own thread, by the store that sealed; may be async. Raising, or taking
+    longer than `PLUGIN_TIMEOUT_SECONDS`, is logged, and this checkpoint is not handed over again: the next one vouches
+    for all that this one does.
+
+    Args:
+        checkpoint: What the log was at one size; `note` is its text. Frozen.
     """
