@@ -152,6 +152,22 @@ def gateway_store_audit_written(events: Sequence[AuditEvent]) -> Awaitable[None]
 
 
 @hookspec
+def gateway_store_checkpoint(checkpoint: Checkpoint) -> Awaitable[None] | None:
+    """Receive each new checkpoint of the sealed log, to keep it where the database's owner cannot change it.
+
+    May be sync or async. Called after the checkpoint was committed, by the process that made it, in the plugin's own
+    thread, within `PLUGIN_TIMEOUT_SECONDS`. It is not repeated: a checkpoint that a plugin did not keep is followed by
+    larger ones, each of which vouches for everything before it.
+
+    Args:
+        checkpoint: Its `note` is what to keep, byte by byte.
+
+    Returns:
+        Ignored.
+    """
+
+
+@hookspec
 def gateway_store_register_commands(app: Typer) -> None:
     """Add commands to `gateway-store`. Called in a thread when the command line needs to know them; must not be async.
 
