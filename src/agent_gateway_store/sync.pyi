@@ -274,7 +274,7 @@ class SyncEvidenceManager:
         """Return the evidence of one event: what happened, who approved it, and the proof that the log holds it."""
 
     def publish(self, folder: str | PathLike[str]) -> Checkpoint | None:
-        """Write the last checkpoint and the hash tiles below it to a folder, from which any web server serves the log."""
+        """Write the last checkpoint and the hash tiles below it to a folder, which any web server can serve."""
 
 class SyncGatewayStore:
     @property

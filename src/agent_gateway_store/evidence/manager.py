@@ -93,7 +93,7 @@ class EvidenceManager:
         return await proof.prove(self._database, self._read_tiles, request_id, org_id=self._org_id)
 
     async def publish(self, folder: str | PathLike[str]) -> Checkpoint | None:
-        """Write the last checkpoint and the hash tiles below it to a folder, from which any web server serves the log.
+        """Write the last checkpoint and the hash tiles below it to a folder, which any web server can serve.
 
         No event and no salt is among them. Whoever reads meanwhile finds a checkpoint with all its tiles.
 
