@@ -327,6 +327,11 @@ def _with_hash(values: dict[str, Any]) -> EncodedRow:
     return tuple(values.values())
 
 
+def stored_hash(values: dict[str, Any]) -> str:
+    """Return the `content_hash` of an event as it is stored, computed from its values; these are changed."""
+    return hash_of(_with_hash({name: values[name] for name in COLUMNS}))
+
+
 def _member(column: Column[Any]) -> str:
     """Return the part of the document's f-string for this column, whose value is a variable of its name."""
     name = column.name
