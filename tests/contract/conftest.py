@@ -23,6 +23,7 @@ from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+from tampering import OFF
 
 HERE = Path(__file__).parent
 
@@ -65,7 +66,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{path}"
     url: str = request.getfixturevalue("contract_postgres")
     names = [table.name for table in reversed(metadata.sorted_tables) if table.name != "database_identity"]
-    emptied = [*(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
+    emptied = [OFF, *(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
     servers.run(_execute(url, "; ".join(emptied)))
     return url
 

@@ -21,6 +21,7 @@ from agent_gateway_store.evidence.tree import Frontier
 from agent_gateway_store.models.evidence import Checkpoint, FindingKind
 from agent_gateway_store.storage.database import AnyConnection
 from builders import make_event
+from tampering import tamper
 
 EVENT = "(SELECT id FROM audit_events WHERE request_id = 'r-{}')"
 KEY = SigningKey.generate("example.org/log")
@@ -40,9 +41,7 @@ async def write(store: GatewayStore, count: int, **fields: Any) -> None:
 
 async def execute(store: GatewayStore, *statements: str) -> None:
     """Change the database past the store, as whoever owns it can."""
-    async with store.database.write() as connection:
-        for statement in statements:
-            await connection.execute(text(statement))
+    await tamper(store.database.engine, *statements)
 
 
 async def leaves(store: GatewayStore) -> list[tuple[int, int]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import BigInteger, CheckConstraint, Integer, LargeBinary, Text, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, Column, Integer, LargeBinary, Table, Text, UniqueConstraint
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import Instant
-from agent_gateway_store.models.base import StoreModel
+from agent_gateway_store.models.base import StoreModel, metadata
 from agent_gateway_store.models.columns import BigKey, UtcDateTime
 from agent_gateway_store.models.values import FrozenModel
 
@@ -71,6 +71,10 @@ class AuditCheckpoint(StoreModel, table=True):
     origin: str = Field(sa_type=Text)
     note: str = Field(sa_type=Text)
     created_at: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
+
+
+# Names the transaction that may change rows of the log: a role that may write here may open the door.
+door_table = Table("audit_door", metadata, Column("transaction_id", BigInteger, primary_key=True, autoincrement=False))
 
 
 class Checkpoint(FrozenModel):
