@@ -106,7 +106,9 @@ class GatewayStore:
         self._approvals = ApprovalManager(core.approvals, org_id=org_id)
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, core.settings, org_id=org_id)
         self._notifications = NotificationManager(core.database, core.outbox, org_id=org_id)
-        self._evidence = EvidenceManager(core.database, core.sealer, org_id=org_id)
+        self._evidence = EvidenceManager(
+            core.database, core.sealer, seals=core.settings.audit_seal_seconds > 0, org_id=org_id
+        )
 
     @property
     def audit(self) -> AuditManager:
@@ -265,7 +267,7 @@ class _Core:
             publish=self.checkpoint_hooks.notify,
         )
         self.background_sealer = BackgroundSealer(
-            self.sealer, every_s=settings.audit_seal_seconds, has_written=self._has_written
+            self.sealer, every_s=settings.audit_seal_seconds, has_written=lambda: self.writer.has_written
         )
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
@@ -303,10 +305,6 @@ class _Core:
         self.key_cache.open()
         await writer.open()
         self.background_sealer.start()
-
-    def _has_written(self) -> bool:
-        writer = self.writer.writer
-        return writer is not None and writer.counters.stored + writer.counters.replayed > 0
 
     def _is_open_here(self) -> bool:
         """True if open; raises StoreNotOpenError if that was done in another process or event loop."""

@@ -266,10 +266,10 @@ class TestTampering:
 
     @pytest.fixture
     async def log(self, sealing: GatewayStore) -> tuple[GatewayStore, Checkpoint]:
-        for number in range(300):
-            await sealing.audit.write(make_event(request_id=f"r-{number}", latency_ms=number))
-            if number == 99:
-                await sealing.evidence.seal()
+        events = [make_event(request_id=f"r-{number}", latency_ms=number) for number in range(300)]
+        await sealing.audit.write_many(events[:100])
+        await sealing.evidence.seal()
+        await sealing.audit.write_many(events[100:])
         kept = await sealing.evidence.seal()
         assert kept is not None
         return sealing, kept

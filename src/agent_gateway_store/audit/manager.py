@@ -232,6 +232,7 @@ class AuditManager:
             (row,) = await self._before.prepare([row])
         with translate_errors("record the event", in_session=True), sole_use(session):
             connection = await session_connection(session, AuditEvent, writing=True, atomic=True)
+            self._writer.has_recorded = True
             return await insert_event(connection, row)
 
     async def flush(self) -> int:

@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 
 from agent_gateway_store.audit.files import progress_bar
-from agent_gateway_store.errors import LogMismatchError
+from agent_gateway_store.errors import GatewayStoreError, LogMismatchError
 from agent_gateway_store.evidence import proof, publish, verify
-from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint
+from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint, may_not_write
 from agent_gateway_store.evidence.tiles import read_tiles
 from agent_gateway_store.evidence.tree import TileHashes
 from agent_gateway_store.models.evidence import Checkpoint, Verification
@@ -24,11 +24,12 @@ class EvidenceManager:
     Args:
         database: Where the log is.
         sealer: Seals it.
+        seals: Whether this store seals by itself.
         org_id: The organisation; None: all.
     """
 
-    def __init__(self, database: Database, sealer: Sealer, *, org_id: str | None = None) -> None:
-        self._database, self._sealer, self._org_id = database, sealer, org_id
+    def __init__(self, database: Database, sealer: Sealer, *, seals: bool, org_id: str | None = None) -> None:
+        self._database, self._sealer, self._seals, self._org_id = database, sealer, seals, org_id
 
     async def seal(self) -> Checkpoint | None:
         """Give every event that is committed its position in the log, and return the checkpoint over all of them.
@@ -63,12 +64,13 @@ class EvidenceManager:
         """Recompute the log from the columns of its events, and say what does not fit.
 
         Takes constant memory. Three statements, apart from each other: integrity (`ok`), anchoring (`anchored`: up to
-        which size a checkpoint that was kept elsewhere vouches for it) and completeness (`unsealed`).
+        which size a checkpoint that was kept elsewhere vouches for it) and completeness (`unsealed`). It sees the
+        database as it is at one moment; events that were not sealed then are sealed afterwards, if nothing was found
+        and this store may write and seals by itself.
 
         Args:
             against: Checkpoints that were kept elsewhere, or their notes.
-            keys: Verifier keys (vkeys) of which one must have signed each of those, or without them the last
-                checkpoint.
+            keys: Verifier keys (vkeys) of which one must have signed each of those, and the last checkpoint.
             progress: True shows a progress bar; a function is called with the events checked so far.
 
         Raises:
@@ -78,7 +80,15 @@ class EvidenceManager:
         """
         self._require_all()
         with progress_bar(progress, "Verifying the log") as report:
-            return await verify.verify(self._database, against=against, keys=keys, report=report)
+            found = await verify.verify(self._database, against=against, keys=keys, report=report)
+        if found.ok and found.unsealed and self._seals:
+            # What is committed and was missed: ids of transactions are given out again after a crash of the server.
+            try:
+                await self._sealer.seal(wait=False, anew=True)
+            except GatewayStoreError as exc:
+                if not may_not_write(exc):
+                    raise
+        return found
 
     async def prove(self, request_id: str) -> proof.Evidence:
         """Return the evidence of one event: what happened, who approved it, and the proof that the log holds it.

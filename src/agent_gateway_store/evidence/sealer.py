@@ -6,32 +6,33 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-import asyncpg
 from sqlalchemy import BigInteger, Boolean, Integer, Text, column, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import GatewayStoreError, LogMismatchError
+from agent_gateway_store.errors import LogMismatchError
 from agent_gateway_store.evidence.notes import SigningKey, checkpoint_note
-from agent_gateway_store.evidence.tiles import append, read_tiles
-from agent_gateway_store.evidence.tree import leaf_hash, root_from, tiles_for_root
+from agent_gateway_store.evidence.tiles import grown, put_tiles, read_tiles
+from agent_gateway_store.evidence.tree import HASH_BYTES, TileHashes, leaf_hash, root_from, tiles_for_root
 from agent_gateway_store.models.columns import UtcDateTime
-from agent_gateway_store.models.evidence import AuditCheckpoint, AuditLeaf, Checkpoint
-from agent_gateway_store.storage.database import AnyConnection, Database
+from agent_gateway_store.models.evidence import AuditLeaf, Checkpoint
+from agent_gateway_store.storage.database import AnyConnection, Database, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts, sqlstate_of
 from agent_gateway_store.storage.identity import known
 from agent_gateway_store.storage.statements import Statement, typed_text
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
-_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
 
 SALT_BYTES = 16
 """128 random bits: nobody guesses an event from its leaf."""
 
 # Events of one transaction: on PostgreSQL some 100 ms; on SQLite, where others wait for it, some 20 ms.
 _BATCH = {"postgresql": 5_000, "sqlite": 1_000}
+# Events that are compared with leaves in one statement: some 50 ms.
+_SPAN = 50_000
 # Any number that is not used otherwise: the bytes of "agwseal".
 _LOCK_KEY = int.from_bytes(b"agwseal", "big")
 # PostgreSQL: read-only transaction, insufficient privilege. SQLite says "readonly database".
@@ -40,13 +41,9 @@ _logger = logging.getLogger("agent_gateway_store.evidence")
 _checkpoint_logger = logging.getLogger("agent_gateway_store.checkpoints")
 
 _TYPES: dict[str, Any] = {
-    "p_after": BigInteger(),
-    "p_limit": Integer(),
-    "p_xmin": BigInteger(),
-    "p_size": BigInteger(),
-    "p_root_hash": Text(),
-    "p_origin": Text(),
-    "p_note": Text(),
+    **dict.fromkeys(("p_after", "p_until", "p_since", "p_end", "p_transaction", "p_size"), BigInteger()),
+    **dict.fromkeys(("p_limit", "p_span"), Integer()),
+    **dict.fromkeys(("p_root_hash", "p_origin", "p_note"), Text()),
     "p_created_at": UtcDateTime(),
 }
 
@@ -57,42 +54,66 @@ def _statement(sql: str, **columns: Any) -> Statement:
 
 _TRY_LOCK = _statement(f"SELECT pg_try_advisory_xact_lock({_LOCK_KEY}) AS locked", locked=Boolean())
 _WAIT_LOCK = _statement(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})::text AS locked", locked=Text())
-# The start of the server: transaction ids that a crash took back are given out again afterwards.
+# What began before `oldest` has ended. An id that a crash took back is given again, but none up to that of an event
+# which could be seen: so a look ends at the newest of those. `started` tells one server from the next.
 _SNAPSHOT = _statement(
     """
-    SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xmin, pg_postmaster_start_time()::text AS started
+    SELECT pg_postmaster_start_time()::text AS started, ended,
+        (SELECT coalesce(max(transaction_id), 0) + 1 FROM audit_events WHERE transaction_id < oldest) AS since
+    FROM (
+        SELECT pg_snapshot_xmin(now)::text::bigint AS oldest, pg_snapshot_xmax(now)::text::bigint AS ended
+        FROM (SELECT pg_current_snapshot() AS now) AS asked
+    ) AS snapshot
     """,
-    xmin=BigInteger(),
     started=Text(),
+    ended=BigInteger(),
+    since=BigInteger(),
 )
+_CHECKPOINT = {"size": BigInteger(), "root_hash": Text(), "origin": Text(), "note": Text(), "created_at": UtcDateTime()}
+_LAST_SQL = f"SELECT {', '.join(_CHECKPOINT)} FROM audit_checkpoints ORDER BY size DESC LIMIT 1"  # noqa: S608
+_LAST = _statement(_LAST_SQL, **_CHECKPOINT)
 _STATE = _statement(
-    """
-    SELECT (SELECT coalesce(max(position), -1) + 1 FROM audit_leaves) AS size,
-        (SELECT identity FROM database_identity) AS identity
-    """,
-    size=BigInteger(),
+    f"""
+    SELECT (SELECT coalesce(max(position), -1) + 1 FROM audit_leaves) AS leaves,
+        (SELECT identity FROM database_identity) AS identity, last.*
+    FROM (SELECT 1) AS once LEFT JOIN ({_LAST_SQL}) AS last ON true
+    """,  # noqa: S608  names of our own
+    leaves=BigInteger(),
     identity=Text(),
+    **_CHECKPOINT,
 )
-_UNSEALED = """
-    SELECT event.id, event.content_hash FROM audit_events AS event
-    WHERE {condition} AND NOT EXISTS (SELECT 1 FROM audit_leaves AS leaf WHERE leaf.event_id = event.id)
-    ORDER BY {order} LIMIT :p_limit
+_SPAN_END = _statement(
     """
-_WALK = _statement(
-    _UNSEALED.format(condition="event.id > :p_after", order="event.id"), id=BigInteger(), content_hash=Text()
+    SELECT max(id) AS until, count(*) AS events
+    FROM (SELECT id FROM audit_events WHERE id > :p_after ORDER BY id LIMIT :p_span) AS span
+    """,
+    until=BigInteger(),
+    events=BigInteger(),
 )
+_EVENT = {"id": BigInteger(), "content_hash": Text()}
+# The bounds of the events once more for the leaves: no planner would draw that conclusion.
+_COMPARE = _statement(
+    """
+    SELECT event.id, event.content_hash FROM audit_events AS event
+    WHERE event.id > :p_after AND event.id <= :p_until AND NOT EXISTS (
+        SELECT 1 FROM audit_leaves AS leaf
+        WHERE leaf.event_id = event.id AND leaf.event_id > :p_after AND leaf.event_id <= :p_until
+    )
+    ORDER BY event.id LIMIT :p_limit
+    """,
+    **_EVENT,
+)
+# Events of a dump may hold transaction ids that this server has not given out yet: those are beyond `p_end`.
 _RECENT = _statement(
-    _UNSEALED.format(condition="event.transaction_id >= :p_xmin", order="event.transaction_id, event.id"),
-    id=BigInteger(),
-    content_hash=Text(),
-)
-_LAST = _statement(
-    "SELECT size, root_hash, origin, note, created_at FROM audit_checkpoints ORDER BY size DESC LIMIT 1",
-    size=BigInteger(),
-    root_hash=Text(),
-    origin=Text(),
-    note=Text(),
-    created_at=UtcDateTime(),
+    """
+    SELECT event.id, event.content_hash, event.transaction_id FROM audit_events AS event
+    WHERE event.transaction_id >= :p_since AND event.transaction_id < :p_end
+        AND (event.transaction_id, event.id) > (:p_transaction, :p_after)
+        AND NOT EXISTS (SELECT 1 FROM audit_leaves AS leaf WHERE leaf.event_id = event.id)
+    ORDER BY event.transaction_id, event.id LIMIT :p_limit
+    """,
+    **_EVENT,
+    transaction_id=BigInteger(),
 )
 _INSERT_CHECKPOINT = _statement(
     """
@@ -104,27 +125,36 @@ _INSERT_CHECKPOINT = _statement(
 )
 
 
-class Progress(NamedTuple):
-    """How far this sealer has looked.
+class _Look(NamedTuple):
+    """How far a sealer has looked for events without a leaf.
 
     Attributes:
         after: Up to which event id it has compared events with leaves, one by one.
-        is_compared: Whether that has come to the end.
-        xmin: Transactions with a lower id were finished when it looked last. PostgreSQL.
-        started: The start of the server in which that is true.
+        is_compared: Whether that has come to the end; on PostgreSQL it then goes by transactions.
+        since: Transactions with a lower id are sealed, or gone.
+        started: The start of the server of which that is true.
     """
 
     after: int = 0
     is_compared: bool = False
-    xmin: int = 0
+    since: int = 0
     started: str = ""
 
 
-class _Batch(NamedTuple):
-    progress: Progress
-    is_last: bool
-    checkpoint: Checkpoint | None
-    is_new: bool
+class _Scan(NamedTuple):
+    """A look at the events of recent transactions, which takes several batches: what was found last, and its bounds."""
+
+    since: int
+    end: int
+    transaction: int = 0
+    id: int = 0
+
+
+class _Found(NamedTuple):
+    rows: Sequence[Mapping[str, Any]]
+    look: _Look
+    scan: _Scan | None = None
+    is_last: bool = False
 
 
 async def last_checkpoint(connection: AnyConnection) -> Checkpoint | None:
@@ -157,73 +187,83 @@ class Sealer:
         publish: Callable[[Checkpoint], None] = lambda _checkpoint: None,
     ) -> None:
         self._database, self._origin, self._signer, self._publish = database, origin, signer, publish
-        self._progress = Progress()
+        self._look = _Look()
         self._one_at_a_time = asyncio.Lock()
 
-    async def seal(self, *, wait: bool = True) -> Checkpoint | None:
+    async def seal(self, *, wait: bool = True, anew: bool = False) -> Checkpoint | None:
         """Seal every event that was committed before the call, and return the checkpoint over all; None: there is none.
 
         Args:
             wait: False returns None at once where another sealer is at work.
+            anew: Compare every event with the leaves, as at the first time.
 
         Raises:
             LogMismatchError: The log does not agree with its last checkpoint; nothing is added to it.
             StoreUnavailableError: The database is away, or this role may not write.
         """
         async with self._one_at_a_time:
-            is_first = True
+            if anew:
+                self._look = _Look()
+            scan: _Scan | None = None
             while True:
-                batch = await self._batch(wait=wait, is_first=is_first)
-                if batch is None:
+                sealed = await self._batch(scan, wait=wait)
+                if sealed is None:
                     return None
-                self._progress, is_first = batch.progress, False
-                if batch.checkpoint is not None and batch.is_new:
-                    _checkpoint_logger.info("%s", batch.checkpoint.note.rstrip("\n"))
-                    self._publish(batch.checkpoint)
-                if batch.is_last:
-                    return batch.checkpoint
+                found, checkpoint = sealed
+                self._look, scan = found.look, found.scan
+                if found.rows and checkpoint is not None:
+                    _checkpoint_logger.info("%s", checkpoint.note.rstrip("\n"))
+                    self._publish(checkpoint)
+                if found.is_last:
+                    return checkpoint
 
     @retry_conflicts
-    async def _batch(self, *, wait: bool, is_first: bool) -> _Batch | None:
+    async def _batch(self, scan: _Scan | None, *, wait: bool) -> tuple[_Found, Checkpoint | None] | None:
+        """Seal some events, with a checkpoint over them, in one transaction: a log is never without its checkpoint."""
         async with self._database.connection("transaction") as connection:
-            if connection.dialect.name == "postgresql":
+            if dialect_of(connection) == "postgresql":
                 lock = await (_WAIT_LOCK if wait else _TRY_LOCK).first(connection, {})
                 if lock is not None and lock["locked"] is False:
                     return None
-            state = await _STATE.first(connection, {})
-            assert state is not None  # noqa: S101  an aggregate has a row
-            last = await last_checkpoint(connection)
-            if is_first and last is not None:
-                await _require_agreement(connection, state["size"], last)
-            rows, progress, is_last = await self._unsealed(connection)
-            size = await _add(connection, state["size"], rows)
-            if not is_last or size == (last.size if last else 0):
-                return _Batch(progress, is_last, last, False)
-            return _Batch(progress, True, await self._checkpoint(connection, size, known(state["identity"])), True)
+            state = await _STATE.first(connection, {}) or {}
+            last = Checkpoint(**{name: state[name] for name in _CHECKPOINT}) if state["size"] is not None else None
+            size = last.size if last else 0
+            edge = await read_tiles(connection, tiles_for_root(size))
+            if state["leaves"] != size or (last is not None and _root(edge, size).hex() != last.root_hash):
+                raise _mismatch(f"does not agree with its last checkpoint, over {size:,} events")
+            found = await self._unsealed(connection, scan)
+            if not found.rows:
+                return found, last
+            leaves = [_leaf(size + place, row) for place, row in enumerate(found.rows)]
+            tiles = grown(edge, size, [leaf for *_, leaf in leaves])
+            await _insert(connection, leaves)
+            await put_tiles(connection, tiles)
+            size += len(leaves)
+            root = _root(edge.with_tiles(tiles), size)
+            return found, await self._checkpoint(connection, size, root, known(state["identity"]))
 
-    async def _unsealed(self, connection: AnyConnection) -> tuple[Sequence[Mapping[str, Any]], Progress, bool]:
-        """Return events without a leaf, how far that leads, and whether there are no more."""
-        limit = _BATCH[connection.dialect.name]
-        progress, xmin = self._progress, 0
-        if connection.dialect.name == "postgresql":
-            # Before the events are looked for: what this snapshot does not know is looked for again.
-            snapshot = await _SNAPSHOT.first(connection, {})
-            assert snapshot is not None  # noqa: S101  a SELECT of constants has a row
-            xmin = snapshot["xmin"]
-            if snapshot["started"] != progress.started:
-                progress = Progress(xmin=xmin, started=snapshot["started"])
-        if not progress.is_compared or connection.dialect.name == "sqlite":
-            rows = await _WALK.rows(connection, {"p_after": progress.after, "p_limit": limit})
-            is_end = len(rows) < limit
-            progress = progress._replace(after=rows[-1]["id"] if rows else progress.after, is_compared=is_end)
-            # On PostgreSQL a lower id may have been committed meanwhile, which is found by its transaction.
-            return rows, progress, is_end and connection.dialect.name == "sqlite"
-        rows = await _RECENT.rows(connection, {"p_xmin": progress.xmin, "p_limit": limit})
-        is_end = len(rows) < limit
-        return rows, progress._replace(xmin=xmin) if is_end else progress, is_end
+    async def _unsealed(self, connection: AnyConnection, scan: _Scan | None) -> _Found:
+        """Return events without a leaf, and how far that leads."""
+        look, limit = self._look, _BATCH[dialect_of(connection)]
+        if dialect_of(connection) == "sqlite":
+            # Ids are in the order of commits there.
+            found = await _compared(connection, look, limit)
+            return found._replace(is_last=found.look.is_compared)
+        if scan is None:
+            # Before the events are looked for: what this snapshot does not know is looked for the next time.
+            now = await _SNAPSHOT.first(connection, {}) or {}
+            if now["started"] != look.started:
+                look = _Look(since=now["since"], started=now["started"])
+            if not look.is_compared:
+                return await _compared(connection, look, limit)
+            scan = _Scan(now["since"], now["ended"])
+        values = {"p_since": look.since, "p_end": scan.end, "p_transaction": scan.transaction, "p_after": scan.id}
+        rows = await _RECENT.rows(connection, values | {"p_limit": limit})
+        if len(rows) < limit:
+            return _Found(rows, look._replace(since=max(look.since, scan.since)), is_last=True)
+        return _Found(rows, look, scan._replace(transaction=rows[-1]["transaction_id"], id=rows[-1]["id"]))
 
-    async def _checkpoint(self, connection: AnyConnection, size: int, identity: str) -> Checkpoint:
-        root = await _root(connection, size)
+    async def _checkpoint(self, connection: AnyConnection, size: int, root: bytes, identity: str) -> Checkpoint:
         origin = f"{self._origin}/{identity}"
         note = checkpoint_note(origin, size, root, self._signer)
         made = Checkpoint(origin=origin, size=size, root_hash=root.hex(), note=note, created_at=utc_now())
@@ -231,14 +271,21 @@ class Sealer:
         return made
 
 
-async def _require_agreement(connection: AnyConnection, size: int, last: Checkpoint) -> None:
-    if size < last.size or (await _root(connection, last.size)).hex() != last.root_hash:
-        raise _mismatch(f"does not agree with its checkpoint at {last.size:,} events")
+async def _compared(connection: AnyConnection, look: _Look, limit: int) -> _Found:
+    """Compare the next events with the leaves, by their ids."""
+    span = await _SPAN_END.first(connection, {"p_after": look.after, "p_span": _SPAN}) or {}
+    if span["until"] is None:
+        return _Found([], look._replace(is_compared=True))
+    values = {"p_after": look.after, "p_until": span["until"], "p_limit": limit}
+    rows = await _COMPARE.rows(connection, values)
+    is_full = len(rows) == limit
+    after = rows[-1]["id"] if is_full else span["until"]
+    return _Found(rows, look._replace(after=after, is_compared=not is_full and span["events"] < _SPAN))
 
 
-async def _root(connection: AnyConnection, size: int) -> bytes:
+def _root(tiles: TileHashes, size: int) -> bytes:
     try:
-        return root_from(await read_tiles(connection, tiles_for_root(size)), size)
+        return root_from(tiles, size)
     except LookupError:
         raise _mismatch("lacks a hash") from None
 
@@ -247,22 +294,24 @@ def _mismatch(what: str) -> LogMismatchError:
     return LogMismatchError(f"The log {what}, so nothing is added to it: run `gateway-store evidence verify`.")
 
 
-async def _add(connection: AnyConnection, size: int, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Insert the leaves of events, and the nodes above them; return the new size."""
-    if not rows:
-        return size
-    salts = os.urandom(SALT_BYTES * len(rows))
-    records = []
-    for place, row in enumerate(rows):
-        salt = salts[place * SALT_BYTES : (place + 1) * SALT_BYTES]
-        records.append((size + place, row["id"], salt, leaf_hash(salt, row["content_hash"])))
+def _leaf(position: int, row: Mapping[str, Any]) -> tuple[int, int, bytes, bytes]:
+    """Return the leaf of an event, as a row of its table."""
+    try:
+        content = bytes.fromhex(row["content_hash"] or "")
+    except ValueError:
+        content = b""
+    # Somebody wrote that row past the store. It keeps nobody else's event waiting, and `verify` names it.
+    content = content if len(content) == HASH_BYTES else bytes(HASH_BYTES)
+    salt = os.urandom(SALT_BYTES)
+    return position, row["id"], salt, leaf_hash(salt, content)
+
+
+async def _insert(connection: AnyConnection, leaves: Sequence[tuple[int, int, bytes, bytes]]) -> None:
     names = ("position", "event_id", "salt", "leaf_hash")
     if isinstance(connection, AsyncConnection):
-        await connection.execute(insert(_leaves), [dict(zip(names, record, strict=True)) for record in records])
+        await connection.execute(insert(_leaves), [dict(zip(names, leaf, strict=True)) for leaf in leaves])
     else:
-        await connection.driver.copy_records_to_table(_leaves.name, records=records, columns=names)
-    await append(connection, size, [leaf for *_, leaf in records])
-    return size + len(rows)
+        await connection.driver.copy_records_to_table(_leaves.name, records=leaves, columns=names)
 
 
 class BackgroundSealer:
@@ -289,14 +338,13 @@ class BackgroundSealer:
         """End; a seal under way gets `timeout_s` seconds to finish."""
         if self._task is None:
             return
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        except TimeoutError:
-            pass
         task, self._task = self._task, None
         task.cancel()
-        await asyncio.wait([task])
+        # A statement of SQLite that waits for another process cannot be stopped.
+        await asyncio.wait([task], timeout=timeout_s)
 
     async def _run(self) -> None:
         said: object = None
@@ -308,12 +356,11 @@ class BackgroundSealer:
             try:
                 await self._sealer.seal(wait=False)
                 said = None
-            except GatewayStoreError as exc:
+            except Exception as exc:
                 if may_not_write(exc):
-                    # A role that only reads, or a standby: sealing is the work of others.
+                    # A role that only reads, or a standby, which may become the primary: sealing is others' work.
                     _logger.debug("This store does not seal: %s", exc)
-                    return
-                if said != (said := (type(exc), str(exc))):
+                elif said != (said := (type(exc), str(exc))):
                     _logger.error("Sealing failed, and is tried again: %s", exc)
             finally:
                 self._idle.set()
@@ -321,11 +368,4 @@ class BackgroundSealer:
 
 def may_not_write(exc: BaseException) -> bool:
     """True for the error of a role, or of a server, that only reads."""
-    cause: BaseException | None = exc
-    while cause is not None:
-        if sqlstate_of(cause) in _MAY_NOT_WRITE or "readonly database" in str(cause):
-            return True
-        if isinstance(cause, asyncpg.InsufficientPrivilegeError | asyncpg.ReadOnlySQLTransactionError):
-            return True
-        cause = cause.__cause__
-    return False
+    return sqlstate_of(exc) in _MAY_NOT_WRITE or "readonly database" in str(exc.__cause__)

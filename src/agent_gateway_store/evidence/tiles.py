@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import BigInteger, Integer, LargeBinary, column
@@ -18,6 +18,7 @@ _TYPES: dict[str, Any] = {
     "p_index": BigInteger(),
     "p_hashes": LargeBinary(),
 }
+_TILE_BYTES = TILE_WIDTH * HASH_BYTES
 _LEAVES = Statement(
     typed_text(
         """
@@ -63,27 +64,36 @@ async def _read(connection: AnyConnection, level: int, index: int) -> bytes:
     return b"".join(row["leaf_hash"] for place, row in enumerate(rows) if row["position"] == first + place)
 
 
-async def append(connection: AnyConnection, size: int, leaves: Sequence[bytes]) -> None:
-    """Write the nodes that are complete once these leaves follow the first `size` ones; does not commit."""
+def grown(edge: TileHashes, size: int, leaves: Sequence[bytes]) -> dict[tuple[int, int], bytes]:
+    """Return the tiles that leaves change which follow the first `size` ones.
+
+    Args:
+        edge: The tiles of `tiles_for_root(size)`.
+        size: How many leaves there are.
+        leaves: Those to come.
+    """
+    made: dict[tuple[int, int], bytes] = {}
     level, count, new = 0, size, list(leaves)
     while new:
-        tile = await _read(connection, level, count // TILE_WIDTH) if count % TILE_WIDTH else b""
-        # Of the leaves, those that are new are in the table already.
-        kept = tile[: count % TILE_WIDTH * HASH_BYTES]
-        row = [kept[at : at + HASH_BYTES] for at in range(0, len(kept), HASH_BYTES)] + new
+        index, kept = divmod(count, TILE_WIDTH)
+        row = [edge.tile(level, index, kept), *new] if kept else new
+        hashes = b"".join(row)
+        tiles = [hashes[at : at + _TILE_BYTES] for at in range(0, len(hashes), _TILE_BYTES)]
+        made |= {(level, index + place): tile for place, tile in enumerate(tiles)}
+        new = [_root(tile) for tile in tiles if len(tile) == _TILE_BYTES]
+        level, count = level + 1, index
+    return made
+
+
+async def put_tiles(connection: AnyConnection, tiles: Mapping[tuple[int, int], bytes]) -> None:
+    """Write tiles, those of level 0 excepted; does not commit."""
+    for (level, index), hashes in tiles.items():
         if level:
-            await _put(connection, level, count // TILE_WIDTH, row)
-        new = [_root(row[at : at + TILE_WIDTH]) for at in range(0, len(row) - TILE_WIDTH + 1, TILE_WIDTH)]
-        level, count = level + 1, count // TILE_WIDTH
+            await _PUT.rows(connection, {"p_level": level, "p_index": index, "p_hashes": hashes})
 
 
-async def _put(connection: AnyConnection, level: int, index: int, row: Sequence[bytes]) -> None:
-    for at in range(0, len(row), TILE_WIDTH):
-        hashes = b"".join(row[at : at + TILE_WIDTH])
-        await _PUT.rows(connection, {"p_level": level, "p_index": index + at // TILE_WIDTH, "p_hashes": hashes})
-
-
-def _root(row: Sequence[bytes]) -> bytes:
+def _root(tile: bytes) -> bytes:
+    row = [tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)]
     while len(row) > 1:
         row = [node_hash(*pair) for pair in zip(row[::2], row[1::2], strict=True)]
     return row[0]

@@ -70,6 +70,39 @@ class Frontier:
         return _merge(self.peaks) if self.peaks else EMPTY_ROOT
 
 
+class GrowingTree:
+    """A tree that grows leaf by leaf, and hands out each hash that a tile above the leaves holds.
+
+    Args:
+        completed: Receives level, index and hash of each node at a height of 8, 16, ... once it is complete.
+    """
+
+    def __init__(self, completed: Callable[[int, int, bytes], None]) -> None:
+        self._completed = completed
+        self._levels = [Frontier()]
+        self.size = 0
+
+    def append(self, leaf: bytes) -> None:
+        """Add the hash of the next leaf."""
+        self.size += 1
+        level, node = 0, leaf
+        while True:
+            frontier = self._levels[level]
+            frontier.append(node)
+            if frontier.size < TILE_WIDTH:
+                return
+            (node,), self._levels[level] = frontier.peaks, Frontier()
+            level += 1
+            self._completed(level, (self.size >> TILE_HEIGHT * level) - 1, node)
+            if level == len(self._levels):
+                self._levels.append(Frontier())
+
+    def root(self) -> bytes:
+        """Return the hash of the whole tree."""
+        peaks = [peak for frontier in reversed(self._levels) for peak in frontier.peaks]
+        return _merge(peaks) if peaks else EMPTY_ROOT
+
+
 _Range = tuple[int, int]
 """Leaves from the first to before the second: a whole subtree, or the ragged rest of the tree."""
 
@@ -151,6 +184,10 @@ class TileHashes:
 
     def __init__(self, tiles: Mapping[tuple[int, int], bytes]) -> None:
         self._tiles = tiles
+
+    def with_tiles(self, tiles: Mapping[tuple[int, int], bytes]) -> TileHashes:
+        """Return these with others added, or in place of them."""
+        return TileHashes({**self._tiles, **tiles})
 
     def tile(self, level: int, index: int, count: int = TILE_WIDTH) -> bytes:
         """Return the first `count` hashes of a tile.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from sqlalchemy import Select, exists, func, select
+from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
 
 from agent_gateway_store.audit.record import stored_hash
 from agent_gateway_store.audit.selects import FIELDS, select_events, table, values_of
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
-from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, Frontier, leaf_hash
+from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, GrowingTree, leaf_hash
 from agent_gateway_store.models.evidence import (
     AuditCheckpoint,
     AuditLeaf,
@@ -25,52 +28,65 @@ from agent_gateway_store.models.evidence import (
 )
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.statements import Statement
-from agent_gateway_store.storage.streaming import fetched, streamed
+from agent_gateway_store.storage.streaming import Snapshot, snapshot
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 _tiles = AuditTile.__table__  # type: ignore[attr-defined]
 _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
-# Chosen: whoever altered more has altered everything; the count says how much.
+# Chosen: whoever altered more has altered everything.
 _MOST_FINDINGS = 1_000
+
+DOOR_SERVER = "gateway-store"
+"""`mcp_server` of the events by which doors say what they did."""
+PRUNE, ERASE = "audit.prune", "audit.erase"
+"""Their `tool_name`. In `sanitized_args` a prune names `positions` (pairs: the first and the last of a run), an erasure
+`position` and `row_sha256`: `stored_hash` of the event as it was blanked, which has no `content_hash` and no salt."""
+
+
+def _events_with_leaves(dialect: str) -> Select[Any]:
+    leaf = (_leaves.c.position, _leaves.c.event_id, _leaves.c.salt, _leaves.c.leaf_hash)
+    return select_events(dialect, ()).add_columns(*leaf)
 
 
 def _log(dialect: str) -> Select[Any]:
-    events = select_events(dialect, ())
     joined = _leaves.outerjoin(table, table.c.id == _leaves.c.event_id)
-    leaf = (_leaves.c.position, _leaves.c.event_id, _leaves.c.salt, _leaves.c.leaf_hash)
-    return events.add_columns(*leaf).select_from(joined).order_by(_leaves.c.position)
+    counted = _leaves.c.position >= 0, _leaves.c.position < _SIZE
+    return _events_with_leaves(dialect).select_from(joined).where(*counted).order_by(_leaves.c.position)
 
 
-_LOG = Statement(_log)
+def _doors(dialect: str) -> Select[Any]:
+    joined = table.join(_leaves, table.c.id == _leaves.c.event_id)
+    says_so = or_(table.c.tool_name == PRUNE, table.c.tool_name == ERASE), table.c.mcp_server == DOOR_SERVER
+    return _events_with_leaves(dialect).select_from(joined).where(*says_so, _leaves.c.position < _SIZE)
+
+
+_SIZE = bindparam("p_size", type_=BigInteger())
+_CHECKPOINT = (_checkpoints.c.size, _checkpoints.c.root_hash, _checkpoints.c.origin, _checkpoints.c.note)
+_LOG, _DOORS = Statement(_log), Statement(_doors)
 _UNSEALED = Statement(
     select(func.count().label("events")).where(~exists().where(_leaves.c.event_id == table.c.id)).select_from(table)
 )
-_STORED_TILES = Statement(
-    select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes).order_by(_tiles.c.level, _tiles.c.index)
+_BEYOND = Statement(
+    select(func.count().label("leaves")).where(or_(_leaves.c.position < 0, _leaves.c.position >= _SIZE))
 )
-_STORED_CHECKPOINTS = Statement(
-    select(_checkpoints.c.size, _checkpoints.c.root_hash, _checkpoints.c.origin, _checkpoints.c.note).order_by(
-        _checkpoints.c.size
-    )
+_STORED_TILES = Statement(select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes))
+_LAST = Statement(select(*_CHECKPOINT).order_by(_checkpoints.c.size.desc()).limit(1))
+_BETWEEN = Statement(
+    select(*_CHECKPOINT)
+    .where(_checkpoints.c.size > bindparam("p_after", type_=BigInteger()), _checkpoints.c.size <= _SIZE)
+    .order_by(_checkpoints.c.size)
 )
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """A root that the tree must have had at one size.
-
-    Attributes:
-        is_kept: It was kept elsewhere; False: it stands in the database.
-    """
+class _Root(NamedTuple):
+    """What the root must be at one size; `is_kept`: a checkpoint says so that was kept elsewhere."""
 
     size: int
     root: bytes
-    origin: str
     is_kept: bool
 
 
-@dataclass
-class _Mismatch:
+class _Mismatch(NamedTuple):
     position: int
     event_id: int
     request_id: str | None
@@ -79,140 +95,163 @@ class _Mismatch:
     content: str
 
 
-class _Levels:
-    """The nodes above the leaves, recomputed as they become complete, and compared with the tiles that are stored."""
+@dataclass
+class _Doors:
+    """What sealed events say that doors did.
 
-    def __init__(self, stored: Mapping[tuple[int, int], bytes], note: Callable[..., None]) -> None:
-        self._stored, self._note = stored, note
-        self._open: list[tuple[int, Frontier]] = []
-        self._made: dict[int, int] = {}
+    Attributes:
+        runs: First and last position of each run of pruned events, with the position of the event that says so.
+        erased: Hashes of the blanked event, by its position.
+    """
 
-    def add(self, node: bytes, level: int = 0) -> None:
-        """Add the next node of a level, and what it completes above."""
-        if len(self._open) == level:
-            self._open.append((0, Frontier()))
-        count, frontier = self._open[level]
-        if level:
-            self._compare(level, count, node)
-        frontier.append(node)
-        if frontier.size == TILE_WIDTH:
-            root, frontier = frontier.root(), Frontier()
-            self._open[level] = (count + 1, frontier)
-            self.add(root, level + 1)
-        else:
-            self._open[level] = (count + 1, frontier)
-        self._made[level] = count + 1
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    erased: dict[int, set[str]] = field(default_factory=dict)
 
-    def _compare(self, level: int, count: int, node: bytes) -> None:
-        tile, place = divmod(count, TILE_WIDTH)
-        stored = self._stored.get((level, tile), b"")[place * HASH_BYTES : (place + 1) * HASH_BYTES]
-        if stored != node:
-            self._note(
-                FindingKind.BAD_TREE,
-                f"Hash {count:,} of level {level} is not that of the leaves below it.",
-                position=count << TILE_HEIGHT * level,
-            )
+    def add(self, tool: str, said: Mapping[str, Any], position: int) -> None:
+        """Take the word of an event at `position`, as far as it is about events before it."""
+        if tool == ERASE:
+            if type(said.get("position")) is int and said["position"] < position:
+                self.erased.setdefault(said["position"], set()).add(str(said.get("row_sha256")))
+            return
+        pairs = said.get("positions")
+        for pair in pairs if isinstance(pairs, list) else ():
+            if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair):
+                self.runs.append((pair[0], min(pair[1], position - 1), position))
 
-    def require_no_more(self) -> None:
-        """Note tiles that hold more nodes than the leaves give."""
-        for (level, tile), hashes in self._stored.items():
-            count = tile * TILE_WIDTH + len(hashes) // HASH_BYTES
-            if level < 1 or count > self._made.get(level, 0) or len(hashes) % HASH_BYTES:
-                self._note(
-                    FindingKind.BAD_TREE,
-                    f"Tile {tile:,} of level {level} holds hashes of leaves that are not there.",
-                    position=tile << TILE_HEIGHT * (level + 1) if level >= 1 else None,
-                )
+    def close(self) -> None:
+        """Sort and join the runs, so that one position is found among any number of them."""
+        joined: list[tuple[int, int, int]] = []
+        for first, last, position in sorted(self.runs):
+            if joined and first <= joined[-1][1] + 1:
+                first, before, _ = joined.pop()
+                last = max(before, last)
+            joined.append((first, last, position))
+        self.runs = joined
+
+    def pruned(self, position: int) -> bool:
+        """True if a sealed prune names this position."""
+        place = bisect_right(self.runs, (position, float("inf"))) - 1
+        return place >= 0 and self.runs[place][0] <= position <= self.runs[place][1]
 
 
 class _Walk:
     """The leaves from the first to the last, and what was found on the way.
 
     Args:
-        expected: Roots that the tree must have had, by size.
+        size: Of the last checkpoint.
         tiles: Those that are stored.
+        doors: What may be missing or blanked.
     """
 
-    def __init__(self, expected: dict[int, list[_Expected]], tiles: Mapping[tuple[int, int], bytes]) -> None:
-        self.expected = expected
-        self.tree, self.levels = Frontier(), _Levels(tiles, self.note)
-        self.next_position = self.checked = self.anchored = 0
+    def __init__(self, size: int, tiles: Mapping[tuple[int, int], bytes], doors: _Doors) -> None:
+        self.size, self._stored, self._doors = size, tiles, doors
+        self.kept: dict[int, list[_Root]] = {}
+        self.tree = GrowingTree(self._compare)
+        self.next_position = self.checked = self.anchored = self.pruned = self.erased = 0
         self.findings: list[Finding] = []
-        self.mismatches: list[_Mismatch] = []
-
-    def append(self, leaf: bytes) -> None:
-        """Add a leaf to the tree, and compare the roots that it must have had at this size."""
-        self.tree.append(leaf)
-        self.levels.add(leaf)
-        self._check_roots()
+        self._mismatches: list[_Mismatch] = []
 
     def note(self, kind: FindingKind, text: str, **where: Any) -> None:
+        """Add a finding."""
         if len(self.findings) < _MOST_FINDINGS:
             self.findings.append(Finding(kind=kind, text=text, **where))
 
-    def take(self, row: Sequence[Any]) -> None:
-        """Check one leaf and its event, and add it to the tree."""
-        position, event_id, salt, leaf = row[-4:]
-        self._require_place(position, event_id)
-        if row[FIELDS.index("id")] is None:
-            self.note(
-                FindingKind.MISSING,
-                "The event is gone, and no sealed event says that it was pruned.",
-                position=position,
-                event_id=event_id,
-            )
-        else:
+    def take_all(self, rows: Sequence[Sequence[Any]], roots: Sequence[_Root]) -> None:
+        """Check the next leaves and their events, and the roots that the tree must have on the way."""
+        expected = {each.size: each for each in roots}
+        for row in rows:
+            position, event_id, salt, leaf = row[-4:]
+            self._require_place(position)
             self._check(row, position, event_id, salt, leaf)
-        self.append(leaf if len(leaf) == HASH_BYTES else bytes(HASH_BYTES))
+            self.tree.append(leaf if len(leaf) == HASH_BYTES else bytes(HASH_BYTES))
+            if self.tree.size in expected:
+                self.check_root(expected.pop(self.tree.size))
+            for kept in self.kept.pop(self.tree.size, ()):
+                self.check_root(kept)
+        for root in expected.values():
+            # The leaves that would lead there are gone.
+            self._forked(root)
 
-    def _require_place(self, position: int, event_id: int) -> None:
-        if position != self.next_position:
-            self.note(
-                FindingKind.MISSING,
-                f"The leaf at {self.next_position:,} is gone: the next one stands at {position:,}.",
-                position=self.next_position,
-            )
+    def _require_place(self, position: int) -> None:
+        if position > self.next_position:
+            text = f"The leaf at {self.next_position:,} is gone: the next one stands at {position:,}."
+            self.note(FindingKind.MISSING, text, position=self.next_position)
+        elif position < self.next_position:
+            self.note(FindingKind.BAD_TREE, f"There are two leaves at {position:,}.", position=position)
         # So that what follows is compared with the right hashes; where very much is gone, nothing would fit anyway.
         for _ in range(min(max(position - self.tree.size, 0), _MOST_FINDINGS)):
-            self.append(bytes(HASH_BYTES))
+            self.tree.append(bytes(HASH_BYTES))
         self.next_position = position + 1
 
     def _check(self, row: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes) -> None:
-        stored: str | None = None
-        try:
-            values = values_of(row[: len(FIELDS)])
-            stored, written = values["request_id"], values["content_hash"]
-            content = stored_hash(values)
-            fits = salt is not None and leaf_hash(salt, content) == leaf and written == content
-        except Exception:
-            # What a database can be made to hold and is no event: every error means the same.
-            content, fits = "", False
-        if fits:
+        if row[_ID] is None:
+            if self._doors.pruned(position):
+                self.pruned += 1
+            else:
+                text = "The event is gone, and no sealed event says that it was pruned."
+                self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
+            return
+        request_id, written, content = _read(row)
+        if salt is not None and content and written == content and leaf_hash(salt, content) == leaf:
             self.checked += 1
-        else:
-            self.mismatches.append(_Mismatch(position, event_id, stored, salt, leaf, content))
+        elif not (salt or written) and content in self._doors.erased.get(position, ()):
+            self.erased += 1
+        elif len(self._mismatches) < _MOST_FINDINGS:
+            self._mismatches.append(_Mismatch(position, event_id, request_id, salt, leaf, content))
 
-    def _check_roots(self) -> None:
-        for expected in self.expected.pop(self.tree.size, ()):
-            if self.tree.root() != expected.root:
-                kept = "that was kept elsewhere" if expected.is_kept else "in the database"
-                self.note(
-                    FindingKind.FORKED,
-                    f"The first {expected.size:,} events are not those of the checkpoint {kept}.",
-                    position=expected.size - 1 if expected.size else None,
-                )
-            elif expected.is_kept:
-                self.anchored = max(self.anchored, expected.size)
+    def _compare(self, level: int, count: int, node: bytes) -> None:
+        tile, place = divmod(count, TILE_WIDTH)
+        stored = self._stored.get((level, tile), b"")[place * HASH_BYTES : (place + 1) * HASH_BYTES]
+        if stored != node:
+            text = f"Hash {count:,} of level {level} is not that of the leaves below it."
+            self.note(FindingKind.BAD_TREE, text, position=count << TILE_HEIGHT * level)
 
-    def name_mismatches(self) -> None:
-        """Say of each event that does not fit its leaf whether it belongs to another one, or was altered."""
-        known = self.mismatches[:_MOST_FINDINGS]
-        for found in known:
-            owner = next((each for each in known if each is not found and _fits(found.content, each)), None)
+    def check_root(self, expected: _Root) -> None:
+        """Compare the root of the tree as it stands."""
+        if self.tree.root() != expected.root:
+            self._forked(expected)
+        elif expected.is_kept:
+            self.anchored = max(self.anchored, expected.size)
+
+    def _forked(self, expected: _Root) -> None:
+        kept = "that was kept elsewhere" if expected.is_kept else "in the database"
+        text = f"The first {expected.size:,} events are not those of the checkpoint {kept}."
+        self.note(FindingKind.FORKED, text, position=expected.size - 1 if expected.size else None)
+
+    def finish(self, beyond: int) -> None:
+        """Say what only the end of the log shows."""
+        for (level, tile), hashes in self._stored.items():
+            count = tile * TILE_WIDTH + len(hashes) // HASH_BYTES
+            if level < 1 or count > self.tree.size >> TILE_HEIGHT * level or len(hashes) % HASH_BYTES:
+                text = f"Tile {tile:,} of level {level} holds hashes of leaves that are not there."
+                at = tile << TILE_HEIGHT * (level + 1) if level >= 1 else None
+                self.note(FindingKind.BAD_TREE, text, position=at)
+        if beyond:
+            self.note(FindingKind.BAD_TREE, f"There are {beyond:,} leaves outside of the last checkpoint.")
+        if (largest := max((self.size, *self.kept))) > self.tree.size:
+            text = f"There was a checkpoint over {largest:,} events, and {self.tree.size:,} are left."
+            self.note(FindingKind.TRUNCATED, text, position=self.tree.size)
+        for found in self._mismatches:
+            owner = next((each for each in self._mismatches if each is not found and _fits(found.content, each)), None)
             kind, text = FindingKind.ALTERED, "The event, or its leaf, is not what was sealed."
             if owner is not None:
                 kind, text = FindingKind.MOVED, f"The event was sealed at {owner.position:,}."
             self.note(kind, text, position=found.position, event_id=found.event_id, request_id=found.request_id)
+
+
+_ID = FIELDS.index("id")
+
+
+def _read(row: Sequence[Any]) -> tuple[str | None, str | None, str]:
+    """Return the request id of an event, the hash that is written in it, and the one that it has ("": none)."""
+    request_id: str | None = None
+    try:
+        values = values_of(row[: len(FIELDS)])
+        request_id, written = values["request_id"], values["content_hash"]
+        return request_id, written, stored_hash(values)
+    except Exception:
+        # What a database can be made to hold and is no event: every error means the same.
+        return request_id, None, ""
 
 
 def _fits(content: str, place: _Mismatch) -> bool:
@@ -228,90 +267,105 @@ async def verify(
 ) -> Verification:
     """Recompute every hash from the columns of the events; arguments and result as for `EvidenceManager.verify`."""
     verifiers = [VerifierKey.parse(key) for key in keys]
-    kept = [_kept(each) for each in against]
-    dialect = database.engine.dialect
-    stored = await fetched(database, _STORED_CHECKPOINTS.compiled(dialect), {})
-    expected: dict[int, list[_Expected]] = {}
-    walk = _Walk(expected, await _stored_tiles(database))
-    largest = 0
-    for size, root_hash, origin, note in stored:
-        largest = max(largest, size)
-        _check_note(walk, size, root_hash, origin, note)
-        root = bytes.fromhex(root_hash) if _is_hash(root_hash) else b""
-        expected.setdefault(size, []).append(_Expected(size, root, origin, False))
-    origin = stored[-1][2] if stored else None
-    for note in kept:
-        _check_kept(walk, note, origin, verifiers)
-        expected.setdefault(note.size, []).append(_Expected(note.size, note.root, note.origin, True))
-        largest = max(largest, note.size)
-    if verifiers and not kept:
-        _require_signature(walk, stored, verifiers)
-    async with aclosing(streamed(database, _LOG.compiled(dialect), {})) as batches:
-        async for rows in batches:
-            for row in rows:
-                walk.take(row)
-            report(walk.tree.size)
-    walk.levels.require_no_more()
-    walk.name_mismatches()
-    if largest > walk.tree.size:
-        walk.note(
-            FindingKind.TRUNCATED,
-            f"There was a checkpoint over {largest:,} events, and {walk.tree.size:,} are left.",
-            position=walk.tree.size,
-        )
-    ((unsealed,),) = await fetched(database, _UNSEALED.compiled(dialect), {})
+    kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
+    async with snapshot(database) as reader:
+        last = next(iter(await reader.fetched(_LAST)), None)
+        walk = _Walk(last[0] if last else 0, await _stored_tiles(reader), await _read_doors(reader, last))
+        _check_signatures(walk, last, kept, verifiers)
+        for note in kept:
+            walk.kept.setdefault(note.size, []).append(_Root(note.size, note.root, True))
+        for empty in walk.kept.pop(0, ()):
+            walk.check_root(empty)
+        await _walk_log(reader, walk, report)
+        ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
+        ((unsealed,),) = await reader.fetched(_UNSEALED)
+    walk.finish(beyond)
     return Verification(
         ok=not walk.findings,
         size=walk.tree.size,
         root_hash=walk.tree.root().hex(),
         checked=walk.checked,
         unsealed=unsealed,
+        erased=walk.erased,
+        pruned=walk.pruned,
         anchored=walk.anchored,
         findings=tuple(walk.findings),
     )
 
 
-async def _stored_tiles(database: Database) -> dict[tuple[int, int], bytes]:
-    # 32 bytes for 256 events: of a hundred million, 12 MB.
-    rows = await fetched(database, _STORED_TILES.compiled(database.engine.dialect), {})
-    return {(level, index): hashes for level, index, hashes in rows}
-
-
-def _kept(given: str | Checkpoint) -> ParsedNote:
-    return parse_note(given.note if isinstance(given, Checkpoint) else given)
-
-
-def _is_hash(text: str) -> bool:
+async def _walk_log(reader: Snapshot, walk: _Walk, report: Callable[[int], None]) -> None:
+    """Check the log, each batch in a thread while the server reads the next one."""
+    under_way: asyncio.Future[None] | None = None
+    after = 0
     try:
-        return len(bytes.fromhex(text)) == HASH_BYTES
-    except (TypeError, ValueError):
-        return False
+        async with aclosing(reader.streamed(_LOG, {"p_size": walk.size})) as batches:
+            async for rows in batches:
+                until = max(after, rows[-1][-4] + 1)
+                found = await reader.fetched(_BETWEEN, {"p_after": after, "p_size": until})
+                if under_way is not None:
+                    await under_way
+                    report(walk.tree.size)
+                for checkpoint in found:
+                    _check_note(walk, checkpoint)
+                roots = [_Root(size, _bytes(root_hash), False) for size, root_hash, *_ in found]
+                under_way = asyncio.ensure_future(asyncio.to_thread(walk.take_all, rows, roots))
+                after = until
+    finally:
+        if under_way is not None:
+            await asyncio.wait([under_way])
+    if under_way is not None:
+        under_way.result()
+        report(walk.tree.size)
 
 
-def _check_note(walk: _Walk, size: int, root_hash: str, origin: str, text: str) -> None:
+async def _stored_tiles(reader: Snapshot) -> dict[tuple[int, int], bytes]:
+    # 32 bytes for 256 events: of a hundred million, 12 MB.
+    return {(level, index): hashes for level, index, hashes in await reader.fetched(_STORED_TILES)}
+
+
+async def _read_doors(reader: Snapshot, last: Sequence[Any] | None) -> _Doors:
+    """Return what the doors did, as far as the events that say so fit their leaves."""
+    doors = _Doors()
+    for row in await reader.fetched(_DOORS, {"p_size": last[0] if last else 0}):
+        position, _, salt, leaf = row[-4:]
+        _, written, content = _read(row)
+        if salt is not None and written == content and leaf_hash(salt, content) == leaf:
+            said = json.loads(row[FIELDS.index("sanitized_args")])
+            doors.add(row[FIELDS.index("tool_name")], said, position)
+    doors.close()
+    return doors
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""
+
+
+def _check_note(walk: _Walk, checkpoint: Sequence[Any]) -> None:
+    size, root_hash, origin, text = checkpoint
     try:
         note = parse_note(text)
         fits = (note.origin, note.size, note.root.hex()) == (origin, size, root_hash)
     except InvalidEvidenceError:
         fits = False
     if not fits:
-        walk.note(
-            FindingKind.BAD_SIGNATURE,
-            f"The checkpoint over {size:,} events and its note differ.",
-        )
+        walk.note(FindingKind.BAD_SIGNATURE, f"The checkpoint over {size:,} events and its note differ.")
 
 
-def _check_kept(walk: _Walk, note: ParsedNote, origin: str | None, verifiers: Sequence[VerifierKey]) -> None:
-    if verifiers and not note.signed_by(verifiers):
-        walk.note(FindingKind.BAD_SIGNATURE, f"No key has signed the kept checkpoint over {note.size:,} events.")
-    if origin is not None and note.origin.rpartition("/")[0] != origin.rpartition("/")[0]:
-        walk.note(FindingKind.FORKED, f"The kept checkpoint is of another log, {note.origin}.")
-
-
-def _require_signature(walk: _Walk, stored: Sequence[Sequence[Any]], verifiers: Sequence[VerifierKey]) -> None:
+def _check_signatures(
+    walk: _Walk, last: Sequence[Any] | None, kept: Sequence[ParsedNote], verifiers: Sequence[VerifierKey]
+) -> None:
+    if not verifiers:
+        return
+    for note in kept:
+        if not note.signed_by(verifiers):
+            text = f"No key that was named has signed the kept checkpoint over {note.size:,} events."
+            walk.note(FindingKind.BAD_SIGNATURE, text)
     try:
-        is_signed = bool(stored) and parse_note(stored[-1][3]).signed_by(verifiers)
+        is_signed = last is None or parse_note(last[3]).signed_by(verifiers)
     except InvalidEvidenceError:
         is_signed = False
     if not is_signed:
-        walk.note(FindingKind.BAD_SIGNATURE, "No key has signed the last checkpoint.")
+        walk.note(FindingKind.BAD_SIGNATURE, "No key that was named has signed the last checkpoint.")
