@@ -327,11 +327,6 @@ def _with_hash(values: dict[str, Any]) -> EncodedRow:
     return tuple(values.values())
 
 
-def stored_hash(values: dict[str, Any]) -> str:
-    """Return the `content_hash` of an event as it is stored, computed from its values; these are changed."""
-    return hash_of(_with_hash({name: values[name] for name in COLUMNS}))
-
-
 def _member(column: Column[Any]) -> str:
     """Return the part of the document's f-string for this column, whose value is a variable of its name."""
     name = column.name
@@ -368,6 +363,33 @@ def _writer(columns: list[Column[Any]]) -> Callable[..., str]:
 _HASHED = sorted(set(COLUMNS) - {"content_hash"})
 _hashed = itemgetter(*_HASHED)
 _document = _writer([AuditEvent.__table__.c[name] for name in _HASHED])  # type: ignore[attr-defined]
+
+
+_stored_values = itemgetter(*map(COLUMNS.index, _HASHED))
+_STAMP, _FLAGS, _APPROVAL = map(_HASHED.index, ("timestamp", "redaction_flags", "approval_id"))
+_JSON = tuple(map(_HASHED.index, ("sanitized_args", "risk_labels", "extra")))
+
+
+def hash_of_stored(row: Sequence[Any]) -> str:
+    """Return the `content_hash` of an event from its columns as the drivers give them, in the order of `COLUMNS`.
+
+    JSON and UUID are text. Raises what may be, where somebody has changed the row past the store and it is no event.
+    """
+    values = list(_stored_values(row))
+    if type(values[_STAMP]) is str:
+        values[_STAMP] = datetime.fromisoformat(values[_STAMP]).replace(tzinfo=UTC)
+    for place in _JSON:
+        values[place] = _canonical(values[place])
+    if values[_FLAGS] != "[]":
+        flags = [RedactionFlag(**flag) for flag in json.loads(values[_FLAGS])]
+        values[_FLAGS] = _encode([flag.__dict__ for flag in flags])
+    values[_APPROVAL] = values[_APPROVAL] and str(UUID(values[_APPROVAL]))
+    return hashlib.sha256(_document(*values).encode()).hexdigest()
+
+
+def _canonical(text: str) -> str:
+    # Most are empty.
+    return text if text in (_EMPTY, "[]") else _encode(json.loads(text))
 
 
 def _is_plain(values: dict[str, Any]) -> bool:

@@ -63,15 +63,6 @@ def events_of(rows: Iterable[Sequence[Any]]) -> list[AuditEvent]:
 
 
 def _event(row: Sequence[Any]) -> AuditEvent:
-    return AuditEvent.from_row(values_of(row))
-
-
-def values_of(row: Sequence[Any]) -> dict[str, Any]:
-    """Return the values of the event in a row that holds `FIELDS`, by name.
-
-    Raises:
-        KeyError, TypeError, ValueError: It is no event: somebody changed the row past the store.
-    """
     values = dict(zip(FIELDS, row, strict=True))
     stamp = values["timestamp"]
     if type(stamp) is str:
@@ -85,7 +76,7 @@ def values_of(row: Sequence[Any]) -> dict[str, Any]:
     values["approval_id"] = values["approval_id"] and UUID(values["approval_id"])
     flags = values["redaction_flags"]
     values["redaction_flags"] = [] if flags == "[]" else [RedactionFlag(**flag) for flag in _scan(flags, 0)[0]]
-    return values
+    return AuditEvent.from_row(values)
 
 
 def select_events(dialect: str, shape: Shape) -> Select[Any]:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
 
-from agent_gateway_store.audit.record import stored_hash
-from agent_gateway_store.audit.selects import FIELDS, select_events, table, values_of
+from agent_gateway_store.audit.record import COLUMNS, hash_of_stored
+from agent_gateway_store.audit.selects import FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
 from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, GrowingTree, leaf_hash
@@ -40,7 +40,7 @@ DOOR_SERVER = "gateway-store"
 """`mcp_server` of the events by which doors say what they did."""
 PRUNE, ERASE = "audit.prune", "audit.erase"
 """Their `tool_name`. In `sanitized_args` a prune names `positions` (pairs: the first and the last of a run), an erasure
-`position` and `row_sha256`: `stored_hash` of the event as it was blanked, which has no `content_hash` and no salt."""
+`position` and `row_sha256`: `hash_of_stored` of the event as it was blanked, without `content_hash` and salt."""
 
 
 def _events_with_leaves(dialect: str) -> Select[Any]:
@@ -161,7 +161,9 @@ class _Walk:
         expected = {each.size: each for each in roots}
         for row in rows:
             position, event_id, salt, leaf = row[-4:]
-            self._require_place(position)
+            if position != self.next_position:
+                self._require_place(position)
+            self.next_position = position + 1
             self._check(row, position, event_id, salt, leaf)
             self.tree.append(leaf if len(leaf) == HASH_BYTES else bytes(HASH_BYTES))
             if self.tree.size in expected:
@@ -176,12 +178,11 @@ class _Walk:
         if position > self.next_position:
             text = f"The leaf at {self.next_position:,} is gone: the next one stands at {position:,}."
             self.note(FindingKind.MISSING, text, position=self.next_position)
-        elif position < self.next_position:
+        else:
             self.note(FindingKind.BAD_TREE, f"There are two leaves at {position:,}.", position=position)
         # So that what follows is compared with the right hashes; where very much is gone, nothing would fit anyway.
         for _ in range(min(max(position - self.tree.size, 0), _MOST_FINDINGS)):
             self.tree.append(bytes(HASH_BYTES))
-        self.next_position = position + 1
 
     def _check(self, row: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes) -> None:
         if row[_ID] is None:
@@ -191,13 +192,13 @@ class _Walk:
                 text = "The event is gone, and no sealed event says that it was pruned."
                 self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
             return
-        request_id, written, content = _read(row)
+        content, written = _hash(row), row[_CONTENT_HASH]
         if salt is not None and content and written == content and leaf_hash(salt, content) == leaf:
             self.checked += 1
         elif not (salt or written) and content in self._doors.erased.get(position, ()):
             self.erased += 1
         elif len(self._mismatches) < _MOST_FINDINGS:
-            self._mismatches.append(_Mismatch(position, event_id, request_id, salt, leaf, content))
+            self._mismatches.append(_Mismatch(position, event_id, row[_REQUEST_ID], salt, leaf, content))
 
     def _compare(self, level: int, count: int, node: bytes) -> None:
         tile, place = divmod(count, TILE_WIDTH)
@@ -239,19 +240,18 @@ class _Walk:
             self.note(kind, text, position=found.position, event_id=found.event_id, request_id=found.request_id)
 
 
-_ID = FIELDS.index("id")
+_ID, _REQUEST_ID, _CONTENT_HASH = map(FIELDS.index, ("id", "request_id", "content_hash"))
+# Behind the id.
+_EVENT = slice(1, len(COLUMNS) + 1)
 
 
-def _read(row: Sequence[Any]) -> tuple[str | None, str | None, str]:
-    """Return the request id of an event, the hash that is written in it, and the one that it has ("": none)."""
-    request_id: str | None = None
+def _hash(row: Sequence[Any]) -> str:
+    """Return the hash of an event, computed from its columns; "" if they hold none."""
     try:
-        values = values_of(row[: len(FIELDS)])
-        request_id, written = values["request_id"], values["content_hash"]
-        return request_id, written, stored_hash(values)
+        return hash_of_stored(row[_EVENT])
     except Exception:
         # What a database can be made to hold and is no event: every error means the same.
-        return request_id, None, ""
+        return ""
 
 
 def _fits(content: str, place: _Mismatch) -> bool:
@@ -328,8 +328,8 @@ async def _read_doors(reader: Snapshot, last: Sequence[Any] | None) -> _Doors:
     doors = _Doors()
     for row in await reader.fetched(_DOORS, {"p_size": last[0] if last else 0}):
         position, _, salt, leaf = row[-4:]
-        _, written, content = _read(row)
-        if salt is not None and written == content and leaf_hash(salt, content) == leaf:
+        content = _hash(row)
+        if salt is not None and content and row[_CONTENT_HASH] == content and leaf_hash(salt, content) == leaf:
             said = json.loads(row[FIELDS.index("sanitized_args")])
             doors.add(row[FIELDS.index("tool_name")], said, position)
     doors.close()
