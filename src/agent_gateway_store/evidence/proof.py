@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from hashlib import sha256
 from typing import Any, NamedTuple
+from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import BigInteger, Integer, Select, Text, Uuid, bindparam, literal_column, select, true
 
-from agent_gateway_store.approval.queries import ApprovalRef, get, search
+from agent_gateway_store.approval.queries import ApprovalRef, get
 from agent_gateway_store.audit.query import AuditQuery
 from agent_gateway_store.errors import (
     ApprovalNotFoundError,
@@ -40,11 +40,32 @@ from agent_gateway_store.models.evidence import (
     Verification,
 )
 from agent_gateway_store.models.values import FrozenModel
-from agent_gateway_store.storage.database import Database, first_row
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.statements import Statement
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
+_requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
 _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+
+
+def _place() -> Select[Any]:
+    """Select in one row the leaf of an event, the last checkpoint, and the approval asked for under its request id."""
+    event, one = bindparam("p_event", type_=BigInteger()), literal_column("1", Integer())
+    newest = select(_checkpoints).order_by(_checkpoints.c.size.desc()).limit(one).subquery()
+    mine = _requests.c.request_id == bindparam("p_request", type_=Text())
+    asked = select(_requests.c.approval_id).where(mine, _requests.c.org_id == bindparam("p_org", type_=Text()))
+    asked = asked.order_by(_requests.c.created_at.desc(), _requests.c.id.desc()).limit(one)
+    once = select(event.label("event")).subquery()
+    joined = once.outerjoin(_leaves, _leaves.c.event_id == once.c.event).outerjoin(newest, true())
+    leaf = (_leaves.c.position, _leaves.c.salt, _leaves.c.leaf_hash)
+    return select(*leaf, *newest.c, asked.scalar_subquery().label("approval_id")).select_from(joined)
+
+
+_PLACE = Statement(_place())
+_VOTES = Statement(
+    select(_votes).where(_votes.c.approval_id == bindparam("p_approval", type_=Uuid())).order_by(_votes.c.voted_at)
+)
 
 APPROVAL_HASH = "approval_sha256"
 """The name in an event's `extra` under which it holds the hash of the approval that released the call."""
@@ -138,18 +159,13 @@ async def prove(database: Database, read: ReadTiles, request_id: str, *, org_id:
     event = await AuditQuery(database, org_id=org_id).get_by_request_id(request_id)
     if event is None:
         raise AuditEventNotFoundError(request_id)
-    approval = await _approval_of(database, event)
-    votes: tuple[ApprovalVote, ...] = ()
-    async with database.read() as connection:
-        leaf = await first_row(connection, select(_leaves).where(_leaves.c.event_id == event.id))
-        newest = await first_row(connection, select(_checkpoints).order_by(_checkpoints.c.size.desc()).limit(1))
-        if approval is not None:
-            ballots = select(_votes).where(_votes.c.approval_id == approval.approval_id).order_by(_votes.c.voted_at)
-            rows = (await connection.execute(ballots)).mappings()
-            votes = tuple(ApprovalVote.from_row(dict(row)) for row in rows)
-    if leaf is None or newest is None or newest["size"] <= leaf["position"]:
+    async with database.connection("read") as connection:
+        values = {"p_event": event.id, "p_request": event.request_id, "p_org": event.org_id}
+        found = await _PLACE.first(connection, values) or {}
+    approval, votes = await _approval_of(database, event, found["approval_id"])
+    position, size = found["position"], found["size"]
+    if position is None or size is None or size <= position:
         return Evidence(event=event, approval=approval, votes=votes)
-    position, size = leaf["position"], newest["size"]
     try:
         path = inclusion_path(await read(tiles_for_inclusion(position, size)), position, size)
     except LookupError as exc:
@@ -159,20 +175,25 @@ async def prove(database: Database, read: ReadTiles, request_id: str, *, org_id:
         approval=approval,
         votes=votes,
         position=position,
-        salt=leaf["salt"],
-        leaf_hash=leaf["leaf_hash"],
+        salt=found["salt"],
+        leaf_hash=found["leaf_hash"],
         path=tuple(path),
-        checkpoint=Checkpoint(**newest),
+        checkpoint=Checkpoint(**{name: found[name] for name in Checkpoint.model_fields}),
     )
 
 
-async def _approval_of(database: Database, event: AuditEvent) -> ApprovalRequest | None:
-    if event.approval_id is None:
-        found = await search(database, {"request_id": event.request_id}, org_id=event.org_id, limit=1, cursor=None)
-        return found[0] if found else None
-    with suppress(ApprovalNotFoundError):
-        return (await get(database, ApprovalRef.by_id(event.approval_id, event.org_id))).request
-    return None
+async def _approval_of(
+    database: Database, event: AuditEvent, asked_for: UUID | None
+) -> tuple[ApprovalRequest | None, tuple[ApprovalVote, ...]]:
+    if (approval_id := event.approval_id or asked_for) is None:
+        return None, ()
+    try:
+        approval = (await get(database, ApprovalRef.by_id(approval_id, event.org_id))).request
+    except ApprovalNotFoundError:
+        return None, ()
+    async with database.connection("read") as connection:
+        rows = await _VOTES.rows(connection, {"p_approval": approval.approval_id})
+    return approval, tuple(map(ApprovalVote.from_row, rows))
 
 
 def _approval_json(request: ApprovalRequest, votes: Iterable[ApprovalVote]) -> dict[str, Any]:

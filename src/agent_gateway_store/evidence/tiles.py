@@ -56,12 +56,12 @@ async def read_tiles(connection: AnyConnection, wanted: Sequence[tuple[int, int]
 
 async def _read(connection: AnyConnection, level: int, index: int) -> bytes:
     if level:
-        row = await _TILE.first(connection, {"p_level": level, "p_index": index})
-        return b"" if row is None else row["hashes"]
+        found = await _TILE.tuples(connection, {"p_level": level, "p_index": index})
+        return found[0][0] if found else b""
     first = index * TILE_WIDTH
-    rows = await _LEAVES.rows(connection, {"p_first": first, "p_end": first + TILE_WIDTH})
+    rows = await _LEAVES.tuples(connection, {"p_first": first, "p_end": first + TILE_WIDTH})
     # A gap ends the tile: what follows it stands at another place than its position.
-    return b"".join(row["leaf_hash"] for place, row in enumerate(rows) if row["position"] == first + place)
+    return b"".join(leaf for place, (position, leaf) in enumerate(rows) if position == first + place)
 
 
 def grown(edge: TileHashes, size: int, leaves: Sequence[bytes]) -> dict[tuple[int, int], bytes]:
