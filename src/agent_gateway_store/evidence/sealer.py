@@ -34,7 +34,7 @@ _BATCH = {"postgresql": 5_000, "sqlite": 1_000}
 # Events that are compared with leaves in one statement: some 50 ms.
 _SPAN = 50_000
 # Any number that is not used otherwise: the bytes of "agwseal".
-_LOCK_KEY = int.from_bytes(b"agwseal", "big")
+LOCK_KEY = int.from_bytes(b"agwseal", "big")
 # PostgreSQL: read-only transaction, insufficient privilege. SQLite says "readonly database".
 _MAY_NOT_WRITE = ("25006", "42501")
 _logger = logging.getLogger("agent_gateway_store.evidence")
@@ -52,11 +52,11 @@ def _statement(sql: str, **columns: Any) -> Statement:
     return Statement(typed_text(sql, _TYPES, tuple(column(name, kind) for name, kind in columns.items())))
 
 
-_TRY_LOCK = _statement(f"SELECT pg_try_advisory_xact_lock({_LOCK_KEY}) AS locked", locked=Boolean())
-_WAIT_LOCK = _statement(f"SELECT pg_advisory_xact_lock({_LOCK_KEY})::text AS locked", locked=Text())
+_TRY_LOCK = _statement(f"SELECT pg_try_advisory_xact_lock({LOCK_KEY}) AS locked", locked=Boolean())
+_WAIT_LOCK = _statement(f"SELECT pg_advisory_xact_lock({LOCK_KEY})::text AS locked", locked=Text())
 # What began before `oldest` has ended. An id that a crash took back is given again, but none up to that of an event
 # which could be seen: so a look ends at the newest of those. `started` tells one server from the next.
-_SNAPSHOT = _statement(
+SNAPSHOT = _statement(
     """
     SELECT pg_postmaster_start_time()::text AS started, ended,
         (SELECT coalesce(max(transaction_id), 0) + 1 FROM audit_events WHERE transaction_id < oldest) AS since
@@ -82,7 +82,7 @@ _STATE = _statement(
     identity=Text(),
     **_CHECKPOINT,
 )
-_SPAN_END = _statement(
+SPAN_END = _statement(
     """
     SELECT max(id) AS until, count(*) AS events
     FROM (SELECT id FROM audit_events WHERE id > :p_after ORDER BY id LIMIT :p_span) AS span
@@ -92,7 +92,7 @@ _SPAN_END = _statement(
 )
 _EVENT = {"id": BigInteger(), "content_hash": Text()}
 # The bounds of the events once more for the leaves: no planner would draw that conclusion.
-_COMPARE = _statement(
+COMPARE = _statement(
     """
     SELECT event.id, event.content_hash FROM audit_events AS event
     WHERE event.id > :p_after AND event.id <= :p_until AND NOT EXISTS (
@@ -104,7 +104,7 @@ _COMPARE = _statement(
     **_EVENT,
 )
 # Events of a dump may hold transaction ids that this server has not given out yet: those are beyond `p_end`.
-_RECENT = _statement(
+RECENT = _statement(
     """
     SELECT event.id, event.content_hash, event.transaction_id FROM audit_events AS event
     WHERE event.transaction_id >= :p_since AND event.transaction_id < :p_end
@@ -251,14 +251,14 @@ class Sealer:
             return found._replace(is_last=found.look.is_compared)
         if scan is None:
             # Before the events are looked for: what this snapshot does not know is looked for the next time.
-            now = await _SNAPSHOT.first(connection, {}) or {}
+            now = await SNAPSHOT.first(connection, {}) or {}
             if now["started"] != look.started:
                 look = _Look(since=now["since"], started=now["started"])
             if not look.is_compared:
                 return await _compared(connection, look, limit)
             scan = _Scan(now["since"], now["ended"])
         values = {"p_since": look.since, "p_end": scan.end, "p_transaction": scan.transaction, "p_after": scan.id}
-        rows = await _RECENT.rows(connection, values | {"p_limit": limit})
+        rows = await RECENT.rows(connection, values | {"p_limit": limit})
         if len(rows) < limit:
             return _Found(rows, look._replace(since=max(look.since, scan.since)), is_last=True)
         return _Found(rows, look, scan._replace(transaction=rows[-1]["transaction_id"], id=rows[-1]["id"]))
@@ -273,11 +273,11 @@ class Sealer:
 
 async def _compared(connection: AnyConnection, look: _Look, limit: int) -> _Found:
     """Compare the next events with the leaves, by their ids."""
-    span = await _SPAN_END.first(connection, {"p_after": look.after, "p_span": _SPAN}) or {}
+    span = await SPAN_END.first(connection, {"p_after": look.after, "p_span": _SPAN}) or {}
     if span["until"] is None:
         return _Found([], look._replace(is_compared=True))
     values = {"p_after": look.after, "p_until": span["until"], "p_limit": limit}
-    rows = await _COMPARE.rows(connection, values)
+    rows = await COMPARE.rows(connection, values)
     is_full = len(rows) == limit
     after = rows[-1]["id"] if is_full else span["until"]
     return _Found(rows, look._replace(after=after, is_compared=not is_full and span["events"] < _SPAN))
