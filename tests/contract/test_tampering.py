@@ -20,7 +20,8 @@ from agent_gateway_store.audit.record import COLUMNS, encode_event, hash_of_stor
 from agent_gateway_store.audit.selects import select_events
 from agent_gateway_store.evidence.tree import leaf_hash
 from agent_gateway_store.models.audit import ExecutionStatus, OutputDecision, RedactionFlag
-from agent_gateway_store.models.evidence import AuditCheckpoint, AuditLeaf, AuditTile, Checkpoint, FindingKind
+from agent_gateway_store.models.evidence import Checkpoint, FindingKind
+from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage.append_only import open_door
 from builders import make_event
 from proofs.hostile import Hostile
@@ -28,8 +29,7 @@ from tampering import triggers_off
 
 SIZE = 300
 EVENTS, LEAVES, TILES, CHECKPOINTS = (
-    model.__table__
-    for model in (AuditEvent, AuditLeaf, AuditTile, AuditCheckpoint)  # type: ignore[attr-defined]
+    metadata.tables[f"audit_{name}"] for name in ("events", "leaves", "tiles", "checkpoints")
 )
 SETTINGS = StoreSettings(audit_seal_seconds=0)
 Change = Callable[["Log", AsyncConnection], Any]
@@ -180,7 +180,7 @@ async def the_end_cut(log: Log, connection: AsyncConnection) -> None:
 async def dressed_up(log: Log, connection: AsyncConnection) -> None:
     """A door that was not opened: its event is not sealed, is about another row, or is of another server."""
     event, tool = log.event(), log.chance.choice(("audit.prune", "audit.erase"))
-    said = {"positions": [[log.position, log.position]], "position": log.position}
+    said: dict[str, Any] = {"positions": [[log.position, log.position]], "position": log.position}
     if tool == "audit.prune":
         await connection.execute(delete(EVENTS).where(EVENTS.c.id == event["id"]))
     else:
@@ -293,7 +293,12 @@ async def erase(store: GatewayStore, position: int) -> None:
     async with store.database.engine.begin() as connection, open_door(connection):
         found = await connection.execute(select(LEAVES.c.event_id).where(LEAVES.c.position == position))
         event_id = found.scalar_one()
-        blank = {"sanitized_args": {}, "risk_labels": [], "deterministic_rationale": "", "content_hash": None}
+        blank: dict[str, Any] = {
+            "sanitized_args": {},
+            "risk_labels": [],
+            "deterministic_rationale": "",
+            "content_hash": None,
+        }
         await connection.execute(update(EVENTS).where(EVENTS.c.id == event_id).values(blank))
         await connection.execute(update(LEAVES).where(LEAVES.c.position == position).values(salt=None))
         digest, _ = await stored(connection, event_id)
