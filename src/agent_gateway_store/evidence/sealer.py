@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import BigInteger, Boolean, Integer, Text, column, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -151,7 +151,9 @@ class _Scan(NamedTuple):
 
 
 class _Found(NamedTuple):
-    rows: Sequence[Mapping[str, Any]]
+    """Events without a leaf, their ids and hashes, and how far that leads."""
+
+    rows: Sequence[Sequence[Any]]
     look: _Look
     scan: _Scan | None = None
     is_last: bool = False
@@ -234,13 +236,11 @@ class Sealer:
             found = await self._unsealed(connection, scan)
             if not found.rows:
                 return found, last
-            leaves = [_leaf(size + place, row) for place, row in enumerate(found.rows)]
-            tiles = grown(edge, size, [leaf for *_, leaf in leaves])
+            # In a thread: some tens of milliseconds, for which no writer should wait.
+            leaves, tiles, root = await asyncio.to_thread(_hashed, edge, size, found.rows)
             await _insert(connection, leaves)
             await put_tiles(connection, tiles)
-            size += len(leaves)
-            root = _root(edge.with_tiles(tiles), size)
-            return found, await self._checkpoint(connection, size, root, known(state["identity"]))
+            return found, await self._checkpoint(connection, size + len(leaves), root, known(state["identity"]))
 
     async def _unsealed(self, connection: AnyConnection, scan: _Scan | None) -> _Found:
         """Return events without a leaf, and how far that leads."""
@@ -258,10 +258,10 @@ class Sealer:
                 return await _compared(connection, look, limit)
             scan = _Scan(now["since"], now["ended"])
         values = {"p_since": look.since, "p_end": scan.end, "p_transaction": scan.transaction, "p_after": scan.id}
-        rows = await RECENT.rows(connection, values | {"p_limit": limit})
+        rows = await RECENT.tuples(connection, values | {"p_limit": limit})
         if len(rows) < limit:
             return _Found(rows, look._replace(since=max(look.since, scan.since)), is_last=True)
-        return _Found(rows, look, scan._replace(transaction=rows[-1]["transaction_id"], id=rows[-1]["id"]))
+        return _Found(rows, look, scan._replace(id=rows[-1][0], transaction=rows[-1][2]))
 
     async def _checkpoint(self, connection: AnyConnection, size: int, root: bytes, identity: str) -> Checkpoint:
         origin = f"{self._origin}/{identity}"
@@ -277,9 +277,9 @@ async def _compared(connection: AnyConnection, look: _Look, limit: int) -> _Foun
     if span["until"] is None:
         return _Found([], look._replace(is_compared=True))
     values = {"p_after": look.after, "p_until": span["until"], "p_limit": limit}
-    rows = await COMPARE.rows(connection, values)
+    rows = await COMPARE.tuples(connection, values)
     is_full = len(rows) == limit
-    after = rows[-1]["id"] if is_full else span["until"]
+    after = rows[-1][0] if is_full else span["until"]
     return _Found(rows, look._replace(after=after, is_compared=not is_full and span["events"] < _SPAN))
 
 
@@ -294,19 +294,33 @@ def _mismatch(what: str) -> LogMismatchError:
     return LogMismatchError(f"The log {what}, so nothing is added to it: run `gateway-store evidence verify`.")
 
 
-def _leaf(position: int, row: Mapping[str, Any]) -> tuple[int, int, bytes, bytes]:
-    """Return the leaf of an event, as a row of its table."""
+_Leaf: TypeAlias = tuple[int, int, bytes, bytes]
+"""A row of leaves: position, event id, salt and hash."""
+
+
+def _hashed(
+    edge: TileHashes, size: int, rows: Sequence[Sequence[Any]]
+) -> tuple[list[_Leaf], dict[tuple[int, int], bytes], bytes]:
+    """Return the leaves of events that follow the first `size` ones, the tiles above them, and the root over all."""
+    salts = os.urandom(SALT_BYTES * len(rows))
+    leaves: list[_Leaf] = []
+    for place, (event_id, content_hash, *_) in enumerate(rows):
+        salt = salts[place * SALT_BYTES : (place + 1) * SALT_BYTES]
+        leaves.append((size + place, event_id, salt, leaf_hash(salt, _content(content_hash))))
+    tiles = grown(edge, size, [leaf for *_, leaf in leaves])
+    return leaves, tiles, _root(edge.with_tiles(tiles), size + len(leaves))
+
+
+def _content(content_hash: str | None) -> bytes:
     try:
-        content = bytes.fromhex(row["content_hash"] or "")
+        content = bytes.fromhex(content_hash or "")
     except ValueError:
         content = b""
     # Somebody wrote that row past the store. It keeps nobody else's event waiting, and `verify` names it.
-    content = content if len(content) == HASH_BYTES else bytes(HASH_BYTES)
-    salt = os.urandom(SALT_BYTES)
-    return position, row["id"], salt, leaf_hash(salt, content)
+    return content if len(content) == HASH_BYTES else bytes(HASH_BYTES)
 
 
-async def _insert(connection: AnyConnection, leaves: Sequence[tuple[int, int, bytes, bytes]]) -> None:
+async def _insert(connection: AnyConnection, leaves: Sequence[_Leaf]) -> None:
     names = ("position", "event_id", "salt", "leaf_hash")
     if isinstance(connection, AsyncConnection):
         await connection.execute(insert(_leaves), [dict(zip(names, leaf, strict=True)) for leaf in leaves])

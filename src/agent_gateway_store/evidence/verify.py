@@ -223,7 +223,7 @@ class _Walk:
         """Say what only the end of the log shows."""
         for (level, tile), hashes in self._stored.items():
             count = tile * TILE_WIDTH + len(hashes) // HASH_BYTES
-            if level < 1 or count > self.tree.size >> TILE_HEIGHT * level or len(hashes) % HASH_BYTES:
+            if level < 1 or tile < 0 or count > self.tree.size >> TILE_HEIGHT * level or len(hashes) % HASH_BYTES:
                 text = f"Tile {tile:,} of level {level} holds hashes of leaves that are not there."
                 at = tile << TILE_HEIGHT * (level + 1) if level >= 1 else None
                 self.note(FindingKind.BAD_TREE, text, position=at)
