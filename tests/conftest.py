@@ -20,13 +20,21 @@ import servers
 from agent_gateway_store import clock
 
 _SETTINGS = (
-    *("AGENT_GATEWAY_STORE_", "ALLOW_SELF_APPROVAL", "API_KEY_", "APPROVAL_", "AUDIT_", "BCRYPT_", "DATABASE_"),
+    *(
+        "AGENT_GATEWAY_STORE_",
+        "ALLOW_SELF_APPROVAL",
+        "API_KEY_",
+        "APPROVAL_",
+        "AUDIT_",
+        "BCRYPT_",
+        "CONSOLE_",
+        "DATABASE_",
+    ),
     *("ENVIRONMENT", "HASH_KEY", "NOTIFICATION_", "OTEL_", "PLUGIN_", "REDIS_"),
 )
 
 
-_WORKERS_PER_CORE = 2
-"""Half of a run is waiting: for servers, for other processes, for a deadline to pass."""
+HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -40,6 +48,22 @@ def pytest_configure() -> None:
     """Keep compiled modules: without them each worker, and each process of a test, compiles the package anew."""
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    # The processes of tests find there what pytest itself finds by `pythonpath`.
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if (absent := str(HERE / "absent")) not in given:
+        os.environ["PYTHONPATH"] = os.pathsep.join([absent, *filter(None, given)])
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import, for `-m unit`, the folders in which each test is marked otherwise."""
+    is_needless = collection_path.parent == HERE and collection_path.name in ("contract", "integration", "system")
+    return True if is_needless and config.option.markexpr == "unit" else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of the folders that `-m unit` leaves out; the long ones of `system` are marked there."""
+    if not {HERE / "contract", HERE / "integration"}.isdisjoint(item.path.parents):
+        item.add_marker(pytest.mark.integration)
 
 
 @pytest.hookimpl(optionalhook=True)

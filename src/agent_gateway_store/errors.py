@@ -10,6 +10,7 @@
     │   ├── ApprovalAlreadyUsedError
     │   ├── ApprovalMismatchError
     │   ├── SelfApprovalError
+    │   ├── TooManyPendingError
     │   └── DecisionVetoedError
     ├── InvalidApiKeyError
     ├── ApiKeyNotFoundError

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from platformdirs import user_state_path
-from pydantic import BeforeValidator, Field, SecretStr, field_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_serializer, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -47,6 +49,20 @@ def _spool_path(value: Any) -> Any:
         raise ValueError("it begins with ~, and this user has no home folder") from None
 
 
+def _web_url(value: str | None) -> str | None:
+    parts = urlsplit(value or "https://host")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise ValueError("it must look like https://gateway.example/console")
+    return value and value.rstrip("/")
+
+
+def _networks(value: str | None) -> str | None:
+    for each in (value or "").split(","):
+        if each.strip():
+            ip_network(each.strip(), strict=False)
+    return value or None
+
+
 class StoreSettings(BaseSettings):
     """Settings of a store.
 
@@ -80,6 +96,12 @@ class StoreSettings(BaseSettings):
         notification_concurrency: How many notices one notifier receives at once.
         notification_max_attempts: After how many failed attempts a delivery becomes a dead letter.
         notification_poll_seconds: How often a worker looks for notices that are due.
+        console_roles: Roles whose keys may sign in to the console, separated by commas.
+        console_session_seconds: How long a sign-in to the console lasts at most.
+        console_url: Where browsers reach the console, such as `https://gateway.example/console`.
+        console_trusted_proxies: Addresses and networks, separated by commas, whose forwarded headers the console
+            believes; None: nobody's.
+        console_require_note: Whether a decision in the console needs a note.
     """
 
     model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True)
@@ -112,6 +134,12 @@ class StoreSettings(BaseSettings):
     notification_concurrency: int = Field(default=8, ge=1)
     notification_max_attempts: int = Field(default=15, ge=1)
     notification_poll_seconds: float = Field(default=1, gt=0, allow_inf_nan=False)
+    console_roles: str = "admin,approver"
+    # Eight hours, a day of work; a year at most.
+    console_session_seconds: float = Field(default=28_800, gt=0, le=366 * 86_400, allow_inf_nan=False)
+    console_url: Annotated[str | None, AfterValidator(_web_url)] = None
+    console_trusted_proxies: Annotated[str | None, AfterValidator(_networks)] = None
+    console_require_note: bool = False
 
     _strip = model_validator(mode="before")(strip_texts)
     _require_visible = model_validator(mode="after")(require_visible)

@@ -86,6 +86,9 @@ class SyncAuditManager:
     def counters(self) -> AuditCounters:
         """How many events came to which outcome in this process since the store was opened; a copy."""
 
+    def get(self, event_id: int) -> AuditEvent | None:
+        """Return the event of this row (its `id`), or None; one of another organisation looks absent."""
+
     def get_by_request_id(self, request_id: str) -> AuditEvent | None:
         """Return the event with this `request_id`, or None; of several organisations' events the newest."""
 

@@ -5,9 +5,11 @@ PostgreSQL tests share one migrated database, emptied by DELETE before each test
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -24,16 +26,6 @@ from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from tampering import OFF
-
-HERE = Path(__file__).parent
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder needs servers or files."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.integration)
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +49,33 @@ def contract_postgres(postgres_url: str) -> Iterator[str]:
     servers.run(_execute(admin.render_as_string(hide_password=False), f"DROP DATABASE {name} WITH (FORCE)"))
 
 
+@pytest.fixture(scope="session")
+def empty_postgres(contract_postgres: str) -> Iterator[Callable[[], None]]:
+    """Delete all rows of that database, by one connection for the session: to connect costs more than to delete."""
+    names = [table.name for table in reversed(metadata.sorted_tables) if table.name != "database_identity"]
+    emptied = "; ".join(
+        [OFF, *(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
+    )
+    runner = asyncio.Runner()
+    connection: asyncpg.Connection | None = None
+
+    async def empty() -> None:
+        nonlocal connection
+        if connection is None or connection.is_closed():
+            connection = await asyncpg.connect(contract_postgres)
+        await connection.execute(emptied)
+
+    async def close() -> None:
+        if connection is not None:
+            await connection.close()
+
+    # In a thread: the one that asks may run a loop of its own.
+    with ThreadPoolExecutor(1) as pool:
+        yield lambda: pool.submit(runner.run, empty()).result()
+        pool.submit(runner.run, close()).result()
+        pool.submit(runner.close).result()
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a migrated, empty database."""
@@ -65,9 +84,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
         return f"sqlite:///{path}"
     url: str = request.getfixturevalue("contract_postgres")
-    names = [table.name for table in reversed(metadata.sorted_tables) if table.name != "database_identity"]
-    emptied = [OFF, *(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
-    servers.run(_execute(url, "; ".join(emptied)))
+    request.getfixturevalue("empty_postgres")()
     return url
 
 

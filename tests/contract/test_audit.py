@@ -138,6 +138,9 @@ async def test_listings_filter(store: GatewayStore) -> None:
     assert [event.request_id for event in await store.audit.list_by_decision("DENY")] == ["r-1"]
     assert await store.audit.list_by_caller("nobody") == []
     assert await store.audit.get_by_request_id("nothing") is None
+    assert page[0].id is not None
+    assert await store.audit.get(page[0].id) == page[0]
+    assert [await store.audit.get(absent) for absent in (10**6, 0, -1, 2**80)] == [None] * 4
 
 
 async def test_wrong_arguments_are_refused(store: GatewayStore) -> None:

@@ -18,8 +18,6 @@ from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.manager import Plugins
 
-pytestmark = pytest.mark.integration
-
 DOWN = errors.NotDeliveredError("the receiver is down")
 
 

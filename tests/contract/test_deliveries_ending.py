@@ -13,8 +13,6 @@ from delivery_helpers import Post, quiet, rows, until
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, errors, hookimpl
 from agent_gateway_store.delivery import DeliveryWorker, worker
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(autouse=True)
 def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:

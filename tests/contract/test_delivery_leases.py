@@ -14,8 +14,6 @@ from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, claim
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.models.delivery import DeliveryStatus
 
-pytestmark = pytest.mark.integration
-
 POLICY = Policy.of(quiet())
 STATE = "status, attempts, next_attempt_at, last_error, delivered_at"
 

@@ -15,8 +15,6 @@ from sqlalchemy import event
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.storage import statements
 
-pytestmark = pytest.mark.integration
-
 _LOOKS_BACK = re.compile(r'AS "?before\b')
 _BY_APPROVAL = "ix_notification_deliveries_approval_id"
 

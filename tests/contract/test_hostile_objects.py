@@ -16,7 +16,7 @@ from builders import make_event
 from corpus.hostile_objects import OBJECTS, Nanoseconds, UnreadableTime
 
 # Pydantic asks an object for its `__class__` and reports what that raises as unraisable.
-pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 REPAIRED = (
     "caller_id",

@@ -16,8 +16,6 @@ from pydantic import ValidationError
 from agent_gateway_store import Decision, GatewayStore, RedactionFlag, StoreSettings, clock, errors
 from builders import make_event
 
-pytestmark = pytest.mark.integration
-
 INVALID: tuple[dict[str, Any], ...] = (
     {"decision": "MAYBE"},
     {"execution_status": "maybe"},

@@ -171,6 +171,7 @@ CASES: dict[str, Case] = {
     "audit.call": lambda view, other: [_called(view, "acme"), _called(view, "globex")],
     "audit.orphans": lambda view, other: [view.audit.orphans(older_than=timedelta())],
     "audit.flush": lambda view, other: [view.audit.flush()],
+    "audit.get": lambda view, other: [view.audit.get(other.event.id or 0), view.audit.get(2**63), view.audit.get(-1)],
     "audit.get_by_request_id": lambda view, other: [view.audit.get_by_request_id("r-1")],
     "audit.list_by_caller": lambda view, other: [view.audit.list_by_caller("dev-agent", limit=1000)],
     "audit.list_by_decision": lambda view, other: [view.audit.list_by_decision("ALLOW", limit=1000)],

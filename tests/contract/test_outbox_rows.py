@@ -12,8 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from agent_gateway_store import ApprovalManager, GatewayStore, Notice, StoreSettings, clock, errors, hookimpl
 from agent_gateway_store.storage.database import create_engine
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(autouse=True)
 def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:

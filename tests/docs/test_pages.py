@@ -32,7 +32,7 @@ pytestmark = pytest.mark.integration
 
 # The cells of a notebook: `test_notebooks.py` runs them.
 NOTEBOOKS = [f"how-to/{name}.md" for name in ("inbox", "jupyter", "plots")]
-SERVED = [f"how-to/{name}.md" for name in ("fastapi", "fastmcp", "slack", "testing-plugins", "webhook")]
+SERVED = [f"how-to/{name}.md" for name in ("console", "fastapi", "fastmcp", "slack", "testing-plugins", "webhook")]
 PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
 
 

@@ -111,7 +111,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
     assert "agent_gateway_store/migrations/versions/0001_initial.py" in scripts
     assert modules | scripts | extra <= names
-    assert {Path(name).suffix for name in names} <= {".py", ".pyi", ".typed", ".mako", ".yaml", ".html", ".js", ".css"}
+    assert {Path(name).suffix for name in names} <= {
+        ".py",
+        ".pyi",
+        ".typed",
+        ".mako",
+        ".yaml",
+        ".html",
+        ".js",
+        ".css",
+        ".svg",
+    }
     assert all(name.startswith("agent_gateway_store/") for name in names)
     assert not any(Path(name).name.startswith("test_") or "__pycache__" in name or ".env" in name for name in names)
     assert b"user:private@" not in contents

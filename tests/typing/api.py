@@ -63,6 +63,7 @@ async def asynchronous(event: AuditEvent, request: ApprovalRequest, session: Asy
         assert_type(await store.audit.write(event), WriteOutcome)
         assert_type(await store.audit.write_many([event]), Counter[WriteOutcome])
         assert_type(await store.audit.record(event, session=session), WriteOutcome)
+        assert_type(await store.audit.get(1), AuditEvent | None)
         assert_type(await store.audit.get_by_request_id("r"), AuditEvent | None)
         page = await store.audit.list_by_decision(Decision.DENY, limit=5)
         assert_type(page, Page[AuditEvent])

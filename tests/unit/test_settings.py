@@ -51,6 +51,11 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
         "notification_concurrency": 8,
         "notification_max_attempts": 15,
         "notification_poll_seconds": 1,
+        "console_roles": "admin,approver",
+        "console_session_seconds": 28_800,
+        "console_url": None,
+        "console_trusted_proxies": None,
+        "console_require_note": False,
     }
 
 

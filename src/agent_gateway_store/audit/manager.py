@@ -249,6 +249,10 @@ class AuditManager:
         """How many events came to which outcome in this process since the store was opened; a copy."""
         return replace(self._writer.get().counters, withheld=self._before.withheld, untold=self._after.untold)
 
+    async def get(self, event_id: int) -> AuditEvent | None:
+        """Return the event of this row (its `id`), or None; one of another organisation looks absent."""
+        return await self._queries.get(event_id)
+
     async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
         """Return the event with this `request_id`, or None; of several organisations' events the newest."""
         return await self._queries.get_by_request_id(request_id)

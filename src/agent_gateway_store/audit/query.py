@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Unpack
 
@@ -38,6 +39,8 @@ COLUMNS = (
 _MAX_LIMIT = 100_000
 # Beyond any number of rows, and within the 64 bits that both databases take as a LIMIT.
 _NEVER = 2**62
+# Of the 64 bits that `id` has in both databases.
+_LARGEST_ID = 2**63 - 1
 _SECOND = timedelta(seconds=1)
 
 
@@ -58,6 +61,15 @@ class AuditQuery:
             session if isinstance(session, Database) else SessionTransactions(session, AuditEvent)
         )
         self._org_id = org_id
+
+    async def get(self, event_id: int) -> AuditEvent | None:
+        """Return the event of this row, or None."""
+        if not 0 < event_id <= _LARGEST_ID:
+            return None
+        bound = criteria({}, org_id=self._org_id)
+        found = replace(bound, shape=(*bound.shape, ("id", False)), values={**bound.values, "p_row_id": event_id})
+        events = await self._read(found, limit=1)
+        return events[0] if events else None
 
     async def get_by_request_id(self, request_id: str) -> AuditEvent | None:
         """Return the newest event with this id, or None."""

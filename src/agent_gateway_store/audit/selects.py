@@ -145,6 +145,8 @@ def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
     match name:
         case "bound":
             return table.c.org_id == bindparam("p_bound", type_=Text())  # type: ignore[no-any-return]
+        case "id":
+            return table.c.id == bindparam("p_row_id", type_=BigInteger())  # type: ignore[no-any-return]
         case "since":
             return table.c.timestamp >= bindparam("p_since", type_=UtcDateTime())  # type: ignore[no-any-return]
         case "until":

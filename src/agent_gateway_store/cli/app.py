@@ -24,24 +24,24 @@ from agent_gateway_store.cli.doctor import doctor
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import complain
 
-# By its name, since an import of the demo, which imports the command line, would be a circle.
-_DEMO = "agent_gateway_store.demo.command"
+# By their names, since an import of the demo or the console, which import the command line, would be a circle.
+_ABOVE = ("agent_gateway_store.demo.command", "agent_gateway_store.console.command")
 
 
 class RootGroup(TyperGroup):
     """The root command, which catches what fails below it. Usage errors are left to Typer.
 
-    The demo and the plugins are loaded only where their commands may be meant: for the list of all commands, and for a
-    name that is none of the groups below.
+    The demo, the console and the plugins are loaded only where their commands may be meant: for the list of all
+    commands, and for a name that is none of the groups below.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of our commands, then those of plugins."""
-        return [*self._demo_commands, *super().list_commands(ctx), *self._plugin_commands]
+        return [*self._commands_above, *super().list_commands(ctx), *self._plugin_commands]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command by name, ours or a plugin's; None if there is none."""
-        own = super().get_command(ctx, cmd_name) or self._demo_commands.get(cmd_name)
+        own = super().get_command(ctx, cmd_name) or self._commands_above.get(cmd_name)
         return own or self._plugin_commands.get(cmd_name)
 
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -50,12 +50,14 @@ class RootGroup(TyperGroup):
         return super().make_context(info_name, args, parent, **extra)
 
     @cached_property
-    def _demo_commands(self) -> dict[str, Any]:
-        return _take_global_options(typer.main.get_group(import_module(_DEMO).app).commands, self.params)
+    def _commands_above(self) -> dict[str, Any]:
+        groups = (typer.main.get_group(import_module(module).app) for module in _ABOVE)
+        found = {name: each for group in groups for name, each in group.commands.items()}
+        return _take_global_options(found, self.params)
 
     @cached_property
     def _plugin_commands(self) -> dict[str, Any]:
-        return _take_global_options(plugins.plugin_commands({*self.commands, *self._demo_commands}), self.params)
+        return _take_global_options(plugins.plugin_commands({*self.commands, *self._commands_above}), self.params)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an error becomes one sentence and an exit code."""

@@ -345,11 +345,15 @@ def tail(
                     _print_lines([event], as_json=json)
 
         following = asyncio.create_task(follow_on())
-        while not (await asyncio.wait([following], timeout=_READER_CHECK_S))[0]:
-            if reader_is_gone():
-                following.cancel()
-                raise BrokenPipeError
-        await following
+        try:
+            while not (await asyncio.wait([following], timeout=_READER_CHECK_S))[0]:
+                if reader_is_gone():
+                    raise BrokenPipeError
+            await following
+        finally:
+            # It must not meet the store closed, after Ctrl-C for example.
+            following.cancel()
+            await asyncio.wait([following])
 
     try:
         read_store(ctx, work, as_json=json, is_endless=True)

@@ -170,6 +170,11 @@ def _show_where(lead: str, settings: StoreSettings) -> None:
     for command in ("audit search", "approvals list"):
         say(f"    gateway-store --database-url {shlex.quote(url)} {command}")
     typer.echo()
+    say("in a browser, with requests that wait for you (needs the extra `console`):")
+    typer.echo()
+    given = "" if settings.database_url == DATABASE else f" --database-url {shlex.quote(url)}"
+    say(f"    gateway-store{given} console --demo")
+    typer.echo()
     say("or in a notebook:")
     typer.echo()
     say("    from agent_gateway_store import SyncGatewayStore")

@@ -1,0 +1,161 @@
+"""The application: its routes, what an error looks like, and the store that it may have to open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from agent_gateway_store.console import audit, charts, events, inbox, pages, safety, signing_in
+from agent_gateway_store.console.sessions import COOKIE, Sessions, logger
+from agent_gateway_store.errors import (
+    ApprovalNotFoundError,
+    GatewayStoreError,
+    InvalidCursorError,
+)
+from agent_gateway_store.store import GatewayStore
+
+# Chosen: a load balancer asks every few seconds and gives up on an answer soon after.
+_READY_S = 2.0
+_ASK = Callable[[Request], Awaitable[Response]]
+
+
+def build(store: GatewayStore) -> ASGIApp:
+    """Return the console; see `create_console`."""
+    settings = store.settings
+    console = pages.Console(store, Sessions(store))
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        console.owns_store = True
+        try:
+            await store.open()
+        except GatewayStoreError as exc:
+            logger.warning("The console waits for its database: %s", exc)
+        yield
+        await store.close()
+
+    routes = [
+        Route("/", _home),
+        Route("/login", signing_in.show_login),
+        Route("/login", _opened(signing_in.login), methods=["POST"]),
+        Route("/logout", _opened(signing_in.logout), methods=["POST"]),
+        Route("/approvals", _opened(inbox.inbox)),
+        Route("/approvals/{approval_id}", _opened(inbox.approval)),
+        Route("/approvals/{approval_id}/decision", _opened(inbox.decide), methods=["POST"]),
+        Route("/audit", _opened(audit.search)),
+        Route("/audit/{event_id:int}", _opened(audit.event)),
+        Route("/audit/{event_id:int}/evidence.json", _opened(audit.evidence)),
+        Route("/charts", _opened(charts.charts)),
+        Route("/charts/{name}.svg", _opened(charts.chart)),
+        Route("/events", _opened(events.events)),
+        Route("/healthz", _alive),
+        Route("/readyz", _ready),
+        Route("/static/{version}/{name}", pages.static),
+    ]
+    handlers = {
+        HTTPException: _refused,
+        ApprovalNotFoundError: _absent,
+        InvalidCursorError: _bad_cursor,
+        GatewayStoreError: _away,
+    }
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
+    app.state.console, app.state.watch = console, events.Watch()
+    guarded: ASGIApp = safety.Safety(app, origin=safety.origin_of(settings.console_url))
+    proxies = [each.strip() for each in (settings.console_trusted_proxies or "").split(",") if each.strip()]
+    return ProxyHeadersMiddleware(guarded, trusted_hosts=proxies) if proxies else guarded  # type: ignore[arg-type, return-value]
+
+
+def _opened(page: _ASK) -> _ASK:
+    """Return a page that first opens the store, which may have been away when the console started."""
+
+    async def opened(request: Request) -> Response:
+        console = pages.console_of(request)
+        if console.owns_store:
+            await console.store.open()
+        return await page(request)
+
+    return opened
+
+
+async def _home(request: Request) -> Response:
+    return pages.to(request, "/approvals")
+
+
+async def _alive(_request: Request) -> Response:
+    return PlainTextResponse("ok")
+
+
+async def _ready(request: Request) -> Response:
+    """Say whether database, schema and sealer are well; not what is wrong, for whoever may ask."""
+    console = pages.console_of(request)
+    try:
+        async with asyncio.timeout(_READY_S):
+            if console.owns_store:
+                await console.store.open()
+            await console.store.ping()
+            if hasattr(console.store, "evidence"):
+                await console.store.evidence.checkpoint()
+    except (GatewayStoreError, TimeoutError) as exc:
+        logger.warning("The console is not ready: %s", exc)
+        return PlainTextResponse("not ready", 503)
+    return PlainTextResponse("ready")
+
+
+async def _refused(request: Request, exc: HTTPException) -> Response:
+    if exc.status_code == 401:
+        return _to_login(request)
+    titles = {400: "Not understood", 403: "Not allowed", 404: "Not found", 405: "Not allowed"}
+    texts = {
+        403: "This form is not from your session. Go back, load the page again, and decide anew.",
+        404: "There is no such page. What belongs to another organisation looks the same.",
+    }
+    is_ours = exc.detail and exc.detail not in ("Not Found", "Forbidden", "Method Not Allowed")
+    text = exc.detail if is_ours else texts.get(exc.status_code, exc.detail)
+    response = pages.message(request, titles.get(exc.status_code, "Refused"), text, status=exc.status_code)
+    response.headers.update(exc.headers or {})
+    return response
+
+
+def _to_login(request: Request) -> Response:
+    if request.url.path.endswith("/events"):
+        return PlainTextResponse("Sign in.", 401)
+    if request.headers.get("sec-fetch-site") == "cross-site" and COOKIE not in request.cookies:
+        # A link from a chat: a SameSite=Strict cookie comes only once the page itself asks again.
+        return HTMLResponse('<!doctype html><title>Console</title><meta http-equiv="refresh" content="0">')
+    path = request.url.path.removeprefix(pages.base_of(request))
+    query = f"?{request.url.query}" if request.url.query else ""
+    following = f"?next={quote(path + query, safe='')}" if request.method == "GET" else ""
+    return pages.to(request, f"/login{following}")
+
+
+async def _absent(request: Request, _exc: Exception) -> Response:
+    return await _refused(request, HTTPException(404, "There is no such approval."))
+
+
+async def _bad_cursor(request: Request, _exc: Exception) -> Response:
+    return await _refused(request, HTTPException(400, "This page of the list is gone: begin with the first one."))
+
+
+async def _away(request: Request, exc: Exception) -> Response:
+    """Say that the store cannot answer, and try again; what was sent by a form is not sent a second time."""
+    logger.warning("The console has no database: %s", exc)
+    if request.url.path.endswith("/events"):
+        return PlainTextResponse("away", 503)
+    is_form = request.method == "POST"
+    text = "The database is away. This page tries again by itself."
+    if is_form:
+        text = "The database is away, and it is not known whether what you sent was recorded. Look again below."
+    path = request.url.path.removeprefix(pages.base_of(request)).removesuffix("/decision")
+    query = f"?{request.url.query}" if request.url.query else ""
+    retry = "/approvals" if path == "/logout" else path + query
+    return pages.message(request, "The database is away", text, status=503, retry=retry)

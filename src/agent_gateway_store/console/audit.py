@@ -1,0 +1,166 @@
+"""The audit log: search with every filter, one event with what belongs to it, and its evidence."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from agent_gateway_store.console import pages
+from agent_gateway_store.console.sessions import Session
+from agent_gateway_store.errors import ApprovalNotFoundError
+from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision
+
+_PAGE = 50
+_TEXTS = ("text", "caller_id", "tool_name", "mcp_server", "risk_label", "min_risk_score", "since", "until")
+_IDS = (
+    *("request_id", "session_id", "trace_id", "parent_request_id", "approver_id", "key_id"),
+    *("environment", "raw_args_hash", "org_id"),
+)
+_CHOICES: dict[str, list[str]] = {
+    "decision": list(Decision),
+    "execution_status": list(ExecutionStatus),
+    "output_decision": list(OutputDecision),
+}
+FILTERS = (*_TEXTS, *_IDS, *_CHOICES)
+# These take one value; of the others a URL may hold several, of which any may match.
+_SINGLE = frozenset({"text", "min_risk_score", "since", "until"})
+# Chosen: what one sees of a session before and after an event; the whole session is one click away.
+_NEIGHBOURS = 5
+# Search gives the newest first, so what comes right after an event is the end of the shortest span that holds some.
+_SPANS = (timedelta(minutes=1), timedelta(hours=1), timedelta(days=1), timedelta(days=365))
+_SPAN_EVENTS = 200
+
+
+async def search(request: Request) -> Response:
+    """`GET /audit?...&cursor=`: a wrong filter is told above the form that keeps it."""
+    session = await pages.session_of(request)
+    given = _given(request)
+    cursor = request.query_params.get("cursor") or None
+    try:
+        events = await session.store.audit.search(limit=_PAGE, cursor=cursor, **_filters(given))
+        said, code = "", 200
+    except ValueError as exc:
+        events, said, code = None, str(exc), 400
+    pairs = [(name, value) for name, values in given.items() for value in values]
+    return pages.page(
+        request,
+        "audit.html",
+        code=code,
+        said=said,
+        events=events or [],
+        given=given,
+        pairs=pairs,
+        texts=_TEXTS,
+        ids=_IDS,
+        choices=_CHOICES,
+        more=None if events is None or not events.next_cursor else urlencode([*pairs, ("cursor", events.next_cursor)]),
+        first=urlencode(pairs) if cursor else None,
+    )
+
+
+def _given(request: Request) -> dict[str, list[str]]:
+    values = {name: [each for each in request.query_params.getlist(name) if each] for name in FILTERS}
+    return {name: found for name, found in values.items() if found}
+
+
+def _filters(given: dict[str, list[str]]) -> dict[str, Any]:
+    """Return the filters of `search`. Raises ValueError for a value that is none."""
+    filters: dict[str, Any] = {}
+    for name, values in given.items():
+        if name in _SINGLE and len(values) > 1:
+            raise ValueError(f"{name} is given more than once.")
+        filters[name] = values[0] if name in _SINGLE else values
+    if "min_risk_score" in filters:
+        try:
+            filters["min_risk_score"] = float(filters["min_risk_score"])
+        except ValueError:
+            raise ValueError("min_risk_score must be a number.") from None
+    return filters
+
+
+async def _event_of(request: Request, session: Session) -> AuditEvent:
+    event = await session.store.audit.get(request.path_params["event_id"])
+    if event is None:
+        raise HTTPException(404, "There is no such event.")
+    return event
+
+
+async def event(request: Request) -> Response:
+    """`GET /audit/{id}`."""
+    session = await pages.session_of(request)
+    found = await _event_of(request, session)
+    fields = {name: getattr(found, name) for name in type(found).model_fields}
+    return pages.page(
+        request,
+        "event.html",
+        event=found,
+        fields=fields,
+        approval=await _approval_of(session, found),
+        neighbours=await _neighbours(session, found),
+        seal=await _seal_of(session, found),
+    )
+
+
+async def _approval_of(session: Session, found: AuditEvent) -> ApprovalRequest | None:
+    approvals = session.store.approvals
+    if found.approval_id is not None:
+        try:
+            return await approvals.get(approval_id=found.approval_id)
+        except ApprovalNotFoundError:
+            return None
+    asked = await approvals.search(request_id=found.request_id, limit=1)
+    return asked[0] if asked else None
+
+
+async def _neighbours(session: Session, found: AuditEvent) -> list[AuditEvent]:
+    """Return the event among those of its session right before and after it, oldest first."""
+    if not found.session_id:
+        return []
+    search_events, after = session.store.audit.search, []
+    before = await search_events(session_id=found.session_id, until=found.timestamp, limit=_NEIGHBOURS)
+    for span in _SPANS:
+        later = await search_events(
+            session_id=found.session_id,
+            since=found.timestamp,
+            until=found.timestamp + span,
+            limit=_SPAN_EVENTS,
+        )
+        after = list(later)
+        if len(after) > 1:
+            break
+    row = sorted([*before, *after], key=lambda each: (each.timestamp, each.id or 0))
+    place = next((index for index, each in enumerate(row) if each.id == found.id), 0)
+    return row[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1]
+
+
+async def _seal_of(session: Session, found: AuditEvent) -> Any:
+    """Return the proof that an event is sealed; None where the store seals nothing, or not this event yet."""
+    return await _proof(session, found) if hasattr(session.store, "evidence") else None
+
+
+async def _proof(session: Session, found: AuditEvent) -> Any:
+    from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
+
+    try:
+        return await session.store.evidence.prove(found.request_id)  # type: ignore[attr-defined]
+    except StoreUnavailableError:
+        raise
+    except (GatewayStoreError, ValueError):
+        return None
+
+
+async def evidence(request: Request) -> Response:
+    """`GET /audit/{id}/evidence.json`."""
+    session = await pages.session_of(request)
+    found = await _event_of(request, session)
+    proof = await _seal_of(session, found)
+    if proof is None:
+        raise HTTPException(404, "There is no evidence of this event: it is not sealed.")
+    name = f'attachment; filename="evidence-{found.id}.json"'
+    return Response(proof.to_json(), media_type="application/json", headers={"Content-Disposition": name})

@@ -1,0 +1,137 @@
+"""The inbox: what waits for a decision, one approval with all that is needed to decide, and the decision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from agent_gateway_store import _text
+from agent_gateway_store.console import pages
+from agent_gateway_store.console.sessions import Session, address_of, is_right, logger
+from agent_gateway_store.errors import (
+    ApprovalAlreadyDecidedError,
+    ApprovalAlreadyVotedError,
+    ApprovalError,
+    ApprovalExpiredError,
+    ApprovalNotFoundError,
+    DecisionVetoedError,
+    SelfApprovalError,
+)
+from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.values import ApprovalStatus
+
+# Chosen: a page that a person reads, and the neighbours of one approval that fit beside it.
+PAGE, _BESIDE = 50, 8
+# What was decided about the same tool; longer ago it says little about today.
+_BEFORE = "30d"
+_DECIDED = [ApprovalStatus.APPROVED, ApprovalStatus.DENIED, ApprovalStatus.USED]
+# Characters; the limit of a form leaves room for three bytes each.
+_NOTE = 20_000
+CHANNEL = "console"
+
+
+async def inbox(request: Request) -> Response:
+    """`GET /approvals?status=&cursor=`."""
+    session = await pages.session_of(request)
+    status = request.query_params.get("status", ApprovalStatus.PENDING)
+    if status != "ALL" and status not in list(ApprovalStatus):
+        raise HTTPException(400, "There is no such status.")
+    cursor = request.query_params.get("cursor") or None
+    narrowed = None if status == "ALL" else status
+    found = await session.store.approvals.search(status=narrowed, limit=PAGE, cursor=cursor)
+    return pages.page(
+        request,
+        "inbox.html",
+        requests=found,
+        status=status,
+        statuses=[*ApprovalStatus, "ALL"],
+        cursor=cursor,
+        next_cursor=found.next_cursor,
+    )
+
+
+async def approval(request: Request) -> Response:
+    """`GET /approvals/{approval_id}`."""
+    session = await pages.session_of(request)
+    return await _approval_page(request, session)
+
+
+async def _approval_page(
+    request: Request, session: Session, *, status: int = 200, said: str = "", note: str = ""
+) -> Response:
+    found = await session.store.approvals.get(approval_id=request.path_params["approval_id"])
+    values = {
+        "asked": found,
+        "history": await session.store.approvals.history(found.approval_id),
+        "said": said,
+        "note": note,
+        "needs_note": session.store.settings.console_require_note,
+        "is_own": found.caller_id == session.caller_id and not session.store.settings.allow_self_approval,
+        **await _surroundings(session, found),
+    }
+    return pages.page(request, "approval.html", code=status, **values)
+
+
+async def _surroundings(session: Session, found: ApprovalRequest) -> dict[str, Any]:
+    """Return what helps to judge: why it was stopped, what the caller did lately, what was decided about this tool."""
+    audit, call = session.store.audit, found.tool_call
+    before = await session.store.approvals.search(
+        tool_name=call.tool, mcp_server=call.server, status=_DECIDED, since=_BEFORE, limit=_BESIDE + 1
+    )
+    return {
+        "events": await audit.search(request_id=found.request_id, limit=_BESIDE),
+        "counts": await audit.stats(by="decision", caller_id=found.caller_id, since="24h"),
+        "recent": await audit.search(caller_id=found.caller_id, since="24h", limit=_BESIDE),
+        "before": [each for each in before if each.approval_id != found.approval_id][:_BESIDE],
+    }
+
+
+async def decide(request: Request) -> Response:
+    """`POST /approvals/{approval_id}/decision`: 303 back to the approval; 409 names who was first."""
+    session = await pages.session_of(request)
+    form = await pages.form_of(request)
+    if not is_right(session, form.get("csrf", "")):
+        raise HTTPException(403)
+    approvals, note = session.store.approvals, form.get("note", "").replace("\r\n", "\n").strip()
+    verbs = {"approve": approvals.approve, "deny": approvals.deny}
+    verb = form.get("decision", "")
+    if verb not in verbs:
+        raise HTTPException(400, "Choose: approve or deny.")
+    if len(note) > _NOTE:
+        raise HTTPException(400, f"A note has {_NOTE:,} characters at most.")
+    if session.store.settings.console_require_note and _text.is_blank(note):
+        return await _approval_page(request, session, status=400, said="Say why: a decision needs a note here.")
+    approval_id = request.path_params["approval_id"]
+    try:
+        result = await verbs[verb](approval_id=approval_id, approver_id=session.caller_id, note=note, channel=CHANNEL)
+    except ApprovalNotFoundError:
+        raise
+    except ApprovalError as exc:
+        reason = _text.sentence(str(exc))
+        logger.info("%s could not %s %s: %s", _text.escape(session.caller_id), verb, exc.approval_id, reason)
+        return await _approval_page(request, session, status=_status_of(exc), said=_reason(exc), note=note)
+    logger.info(
+        "%s decided to %s %s, from %s; it is %s.",
+        _text.escape(session.caller_id),
+        verb,
+        result.approval_id,
+        _text.escape(address_of(request)),
+        result.status,
+    )
+    return pages.to(request, f"/approvals/{result.approval_id}")
+
+
+def _status_of(error: ApprovalError) -> int:
+    if isinstance(error, ApprovalAlreadyDecidedError | ApprovalAlreadyVotedError | ApprovalExpiredError):
+        return 409
+    return 403 if isinstance(error, SelfApprovalError | DecisionVetoedError) else 400
+
+
+def _reason(error: ApprovalError) -> str:
+    if isinstance(error, ApprovalAlreadyDecidedError) and error.approver_id:
+        at = f" at {pages.utc_text(error.decided_at)} UTC" if error.decided_at else ""
+        return f"{error.approver_id} was first: {error.status}{at}. Your decision was not recorded."
+    return str(error)

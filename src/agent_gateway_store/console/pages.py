@@ -1,0 +1,187 @@
+"""Pages from templates: every text is shown with nothing hidden in it, and nothing of it becomes markup."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from agent_gateway_store import _text
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.console.sessions import COOKIE, Session, Sessions
+from agent_gateway_store.results.cells import tone_of
+from agent_gateway_store.store import GatewayStore
+
+# Characters of a value that are read at a glance; above it is folded, whole, below a line that tells its length.
+_FOLD, _PREVIEW = 1_500, 120
+# Chosen: our largest form has four fields.
+_FIELDS = 20
+_STATIC = {"console.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
+
+
+@dataclass
+class Console:
+    """What every page works with.
+
+    Attributes:
+        owns_store: Whether the console opens and closes the store itself.
+    """
+
+    store: GatewayStore
+    sessions: Sessions
+    owns_store: bool = False
+
+
+def console_of(request: Request) -> Console:
+    """Return the console that a request came to."""
+    found: Console = request.app.state.console
+    return found
+
+
+async def session_of(request: Request) -> Session:
+    """Return who is signed in.
+
+    Raises:
+        HTTPException: 401 if nobody is.
+        StoreUnavailableError: The database is away.
+    """
+    session = await console_of(request).sessions.find(request.cookies.get(COOKIE))
+    if session is None:
+        raise HTTPException(401)
+    request.state.session = session
+    return session
+
+
+async def form_of(request: Request) -> dict[str, str]:
+    """Return the fields of a form; of a field that is there twice the last one.
+
+    Raises:
+        HTTPException: 400 if it is not a form.
+    """
+    try:
+        text = (await request.body()).decode("ascii")
+        return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=_FIELDS))
+    except ValueError:
+        raise HTTPException(400, "This is not a form of the console.") from None
+
+
+def base_of(request: Request) -> str:
+    """Return the path under which the console is mounted, without a slash at its end."""
+    root: str = request.scope.get("root_path", "")
+    return quote(root.rstrip("/"))
+
+
+def to(request: Request, path: str, *, status: int = 303) -> RedirectResponse:
+    """Redirect to a path of the console."""
+    return RedirectResponse(base_of(request) + path, status_code=status)
+
+
+def page(request: Request, template: str, *, code: int = 200, **values: Any) -> HTMLResponse:
+    """Return a page; `code` is the status of the answer."""
+    session = getattr(request.state, "session", None)
+    base = base_of(request)
+    given = {"base": base, "session": session, "now": utc_now(), "static": f"{base}/static/{static_version()}"}
+    return HTMLResponse(_environment().get_template(template).render(given | values), status_code=code)
+
+
+def message(request: Request, title: str, text: str, *, status: int, retry: str | None = None) -> HTMLResponse:
+    """Return a page that says one thing.
+
+    Args:
+        retry: Path that the page tries again by itself every few seconds.
+    """
+    response = page(request, "message.html", code=status, title=title, text=text, retry=retry)
+    if retry is not None:
+        response.headers["Retry-After"] = "5"
+    return response
+
+
+@cache
+def static_version() -> str:
+    """Return a word that changes with our style or script, for their URLs."""
+    digest = hashlib.sha256(b"".join(_static(name) for name in sorted(_STATIC)))
+    return digest.hexdigest()[:12]
+
+
+async def static(request: Request) -> Response:
+    """Serve our style sheet and our script."""
+    name = request.path_params["name"]
+    if name not in _STATIC:
+        raise HTTPException(404)
+    # Under a name that changes with the content it may be kept for good: it holds nothing of the store.
+    kept = {"Cache-Control": "public, max-age=31536000, immutable"}
+    return Response(_static(name), media_type=_STATIC[name], headers=kept)
+
+
+def _static(name: str) -> bytes:
+    return files(__package__).joinpath("static", name).read_bytes()
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(__package__, "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.filters.update(
+        utc=utc_text, json=_json, folded=_folded, lines=_lines, raw=_raw, iso=_iso, tone=_tone, query=urlencode
+    )
+    environment.globals["call_name"] = _text.call_name
+    return environment
+
+
+def _visible(value: Any) -> Any:
+    """Show what an expression of a template gives; None as nothing."""
+    if value is None:
+        return ""
+    if hasattr(value, "__html__"):
+        return value
+    return _text.escape(str(value))
+
+
+def utc_text(value: datetime | None) -> str:
+    """Return an instant in UTC, to the second."""
+    return "" if value is None else value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _iso(value: datetime | None) -> str:
+    return "" if value is None else value.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
+def _json(value: Any) -> str:
+    return _text.json_text(value, indent=2)
+
+
+def _lines(value: str) -> str:
+    """Show a text over several lines."""
+    return _text.escape(value, keep="\n")
+
+
+def _raw(value: str) -> Markup:
+    """Give a form field the value that it came with, for what is shown escaped would be sent back escaped."""
+    return Markup.escape(str(value))
+
+
+def _tone(value: Any) -> str:
+    return tone_of("status", str(value)) or "off"
+
+
+def _folded(value: Any) -> Mapping[str, Any]:
+    """Return a value as text that is whole, and whether it is too long to be read at a glance."""
+    text = value if isinstance(value, _text.Shown) else _text.json_text(value, indent=2)
+    return {"text": text, "is_long": len(text) > _FOLD, "preview": text[:_PREVIEW], "length": len(text)}

@@ -1,0 +1,109 @@
+"""What holds for every request: no form is too large or from elsewhere, every answer carries the headers."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Bytes: a note of 20,000 characters, as an approval takes at most on a page, in three bytes each.
+MAX_BODY = 65_536
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+    # Not no-referrer, with which browsers send `Origin: null` with our own forms.
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_READING = ("GET", "HEAD", "OPTIONS")
+_FORM = "application/x-www-form-urlencoded"
+
+
+class Safety:
+    """Guards an application.
+
+    Args:
+        app: What is guarded.
+        origin: Scheme and host that browsers know the console by; None: those of the Host header.
+    """
+
+    def __init__(self, app: ASGIApp, *, origin: str | None) -> None:
+        self._app = app
+        self._origin = origin
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is None and scope["method"] not in _READING:
+            body = await _read(receive)
+            if body is None:
+                refusal = PlainTextResponse("The form is too large.", 413)
+            else:
+                receive = _Again(body, receive)
+        await (refusal or self._app)(scope, receive, send_guarded)
+
+    def _refusal(self, scope: Scope) -> PlainTextResponse | None:
+        if scope["method"] in _READING:
+            return None
+        headers = Headers(scope=scope)
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
+        here = self._origin or f"{scope['scheme']}://{headers.get('host', '')}"
+        if site not in ("same-origin", "none") or (origin is not None and origin != here):
+            return PlainTextResponse("This form was sent from another site.", 403)
+        if headers.get("content-type", "").partition(";")[0].strip().lower() not in (_FORM, ""):
+            return PlainTextResponse("Send a form.", 415)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > MAX_BODY:
+            return PlainTextResponse("The form is too large.", 413)
+        return None
+
+
+class _Again:
+    """Gives a body that was read already, then what the server says next."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._message: Message | None = {"type": "http.request", "body": body, "more_body": False}
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        message, self._message = self._message, None
+        return message or await self._receive()
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """Return the body, or None as soon as it is too large, whatever its headers said."""
+    body: bytes = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
+            return None
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return body
+
+
+def origin_of(url: str | None) -> str | None:
+    """Return scheme and host of a URL as a browser writes them in the Origin header."""
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}".lower()

@@ -1,0 +1,188 @@
+"""Who is signed in. The audit log itself is the memory of sessions, so every worker process sees the same ones.
+
+A sign-in is an audit event whose request id is a hash of the cookie, and so is a sign-out. That needs no table and no
+secret of its own, survives restarts, leaves a record of who looked, and refuses a cookie that is played back after the
+sign-out in every process. A signed cookie without memory could not do the last of these. To forge a sign-in event gives
+nothing: what counts is the caller's key as it stands now, which only a holder of that key has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from cachetools import TTLCache
+from starlette.requests import Request
+
+from agent_gateway_store import _text
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import ApiKeyNotFoundError, InvalidApiKeyError, StoreUnavailableError
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
+from agent_gateway_store.models.keys import ApiKey
+from agent_gateway_store.store import GatewayStore
+
+COOKIE = "gateway_store_console"
+SERVER = "gateway-store"
+_SIGN_IN, _SIGN_OUT = "console.sign_in", "console.sign_out"
+# The form of secrets.token_urlsafe(32), 256 bits.
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
+# Chosen: a minute of sign-ins that need not be read again; what can end a session is read at every request.
+_REMEMBERED, _REMEMBERED_S = 10_000, 60.0
+# Chosen: a person who mistypes needs a few, a machine that guesses wants thousands.
+_FAILURES, _FAILURES_S = 10, 60.0
+_ADDRESSES = 100_000
+
+logger = logging.getLogger("agent_gateway_store.console")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One person who is signed in.
+
+    Attributes:
+        store: The store as that person's organisation sees it.
+        csrf: What every form of this session must send back.
+        ends_at: When it ends by itself, UTC.
+    """
+
+    store: GatewayStore
+    caller_id: str
+    role: str
+    key_id: str
+    org_id: str
+    csrf: str
+    ends_at: datetime
+
+
+class Sessions:
+    """Begins, finds and ends sessions.
+
+    Args:
+        store: Unbound, or bound to the one organisation that may sign in.
+    """
+
+    def __init__(self, store: GatewayStore) -> None:
+        self._store = store
+        self._roles = {role.strip() for role in store.settings.console_roles.split(",") if role.strip()}
+        self._lasts = timedelta(seconds=store.settings.console_session_seconds)
+        self._sign_ins: TTLCache[str, AuditEvent] = TTLCache(_REMEMBERED, _REMEMBERED_S)
+        self._failures: TTLCache[str, int] = TTLCache(_ADDRESSES, _FAILURES_S)
+
+    def is_limited(self, address: str) -> bool:
+        """Return True while an address has failed too often; counted in this process."""
+        return self._failures.get(address, 0) >= _FAILURES
+
+    async def sign_in(self, key: str, *, address: str) -> str:
+        """Return a new session id for the holder of `key`.
+
+        Raises:
+            InvalidApiKeyError: The key is not accepted, or its role may not use the console; one answer for both.
+            StoreUnavailableError: The database is away.
+        """
+        try:
+            identity = await self._store.keys.verify(key.strip())
+            if identity.role not in self._roles:
+                raise InvalidApiKeyError
+        except InvalidApiKeyError:
+            self._failures[address] = self._failures.get(address, 0) + 1
+            logger.warning("Sign-in to the console refused, from %s.", _text.escape(address))
+            raise
+        row = await self._store.for_org(identity.org_id).keys.get(identity.caller_id)
+        session_id = secrets.token_urlsafe(32)
+        await self._write(_SIGN_IN, session_id, row, address)
+        logger.info("%s signed in to the console, from %s.", _text.escape(row.caller_id), _text.escape(address))
+        return session_id
+
+    async def find(self, session_id: str | None) -> Session | None:
+        """Return the session of this id, or None if there is none, or it or its key has ended.
+
+        Raises:
+            StoreUnavailableError: The database is away.
+        """
+        if session_id is None or not _SESSION_ID.fullmatch(session_id):
+            return None
+        name = _request_id(_SIGN_IN, session_id)
+        event = self._sign_ins.get(name) or await self._store.audit.get_by_request_id(name)
+        if event is None or (event.mcp_server, event.tool_name) != (SERVER, _SIGN_IN):
+            return None
+        ends_at = event.timestamp + self._lasts
+        if ends_at <= utc_now():
+            return None
+        self._sign_ins[name] = event
+        store = self._store.for_org(event.org_id)
+        if await store.audit.get_by_request_id(_request_id(_SIGN_OUT, session_id)) is not None:
+            return None
+        try:
+            row = await store.keys.get(event.caller_id)
+        except ApiKeyNotFoundError:
+            return None
+        if row.key_id != event.key_id or not self._may_enter(row, event.extra.get("key")):
+            return None
+        csrf = _digest("csrf", session_id)
+        return Session(store, row.caller_id, row.role, row.key_id, event.org_id, csrf, ends_at)
+
+    async def end(self, session: Session, session_id: str, *, address: str) -> None:
+        """End a session in every process. Raises StoreUnavailableError if the database is away."""
+        await self._write(_SIGN_OUT, session_id, await session.store.keys.get(session.caller_id), address)
+        logger.info("%s signed out of the console.", _text.escape(session.caller_id))
+
+    def _may_enter(self, row: ApiKey, mark: object) -> bool:
+        now = utc_now()
+        if not row.is_active or row.role not in self._roles or (row.expires_at and row.expires_at <= now):
+            return False
+        # After a rotation the sessions of the old key end with its overlap.
+        has_previous = row.previous_key_expires_at is not None and row.previous_key_expires_at > now
+        return mark == _mark(row.key_hash) or (has_previous and mark == _mark(row.previous_key_hash or ""))
+
+    async def _write(self, tool: str, session_id: str, row: ApiKey, address: str) -> None:
+        event = AuditEvent(
+            request_id=_request_id(tool, session_id),
+            org_id=row.org_id,
+            caller_id=row.caller_id,
+            caller_role=row.role,
+            key_id=row.key_id,
+            environment=row.environment,
+            mcp_server=SERVER,
+            tool_name=tool,
+            raw_args_hash=self._store.hash_args({"address": address}),
+            sanitized_args={"address": address},
+            risk_score=0.0,
+            matched_policy_rule="CONSOLE_ROLES",
+            decision=Decision.ALLOW,
+            execution_status=ExecutionStatus.SUCCESS,
+            latency_ms=0,
+            deterministic_rationale="The console was entered or left with a valid API key.",
+            extra={"key": _mark(row.key_hash)},
+        )
+        outcome = await self._store.audit.write(event)
+        # A spooled sign-out would be unknown to the other processes until the spool is replayed.
+        if outcome not in ("STORED", "DUPLICATE"):
+            raise StoreUnavailableError("The database is away: try again when it is back.")
+
+
+def is_right(session: Session, csrf: str) -> bool:
+    """Return True if a form was made for this session."""
+    return hmac.compare_digest(session.csrf.encode(), csrf.encode("utf-8", "replace"))
+
+
+def address_of(request: Request) -> str:
+    """Return where a request comes from, as far as the server and its trusted proxies know."""
+    return request.client.host if request.client else "unknown"
+
+
+def _request_id(tool: str, session_id: str) -> str:
+    return f"{tool}-{_digest(tool, session_id)}"
+
+
+def _digest(purpose: str, session_id: str) -> str:
+    return hmac.new(session_id.encode(), purpose.encode(), hashlib.sha256).hexdigest()
+
+
+def _mark(key_hash: str) -> str:
+    # Of the bcrypt text, which cannot be found from it.
+    return hashlib.sha256(key_hash.encode()).hexdigest()[:16]

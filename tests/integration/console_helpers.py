@@ -1,0 +1,74 @@
+"""A console on a store of its own, and browsers without a screen: a client keeps its cookies and its form's secret."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.console import create_console
+
+URL = "http://console.test"
+_CSRF = re.compile(r'name="csrf" value="(\w+)"')
+
+
+class Visitor:
+    """One person with a browser.
+
+    Attributes:
+        client: Speaks to the console; holds the cookies.
+    """
+
+    def __init__(self, app: Any, *, base: str = "", address: str = "192.0.2.1") -> None:
+        transport = httpx.ASGITransport(app=app, client=(address, 1234), raise_app_exceptions=True)
+        self.client = httpx.AsyncClient(transport=transport, base_url=URL)
+        self.base = base
+
+    async def get(self, path: str, **options: Any) -> httpx.Response:
+        """Read a page."""
+        return await self.client.get(self.base + path, **options)
+
+    async def post(self, path: str, data: Mapping[str, str], **options: Any) -> httpx.Response:
+        """Send a form."""
+        return await self.client.post(self.base + path, data=dict(data), **options)
+
+    async def sign_in(self, key: str) -> httpx.Response:
+        """Send the form of the sign-in page."""
+        return await self.post("/login", {"key": key})
+
+    async def csrf(self, path: str = "/approvals") -> str:
+        """Return the secret that the forms of this session hold."""
+        [first, *_] = _CSRF.findall((await self.get(path)).text)
+        return str(first)
+
+    async def decide(self, approval_id: Any, decision: str, note: str = "") -> httpx.Response:
+        """Send the form of an approval's page."""
+        form = {"decision": decision, "note": note, "csrf": await self.csrf()}
+        return await self.post(f"/approvals/{approval_id}/decision", form)
+
+
+async def key_of(
+    store: GatewayStore, caller: str = "alice", *, role: str = "approver", org_id: str | None = None
+) -> str:
+    """Issue a key and return it."""
+    issued = await store.keys.issue(caller, role=role, org_id=org_id)
+    return issued.plaintext.get_secret_value()
+
+
+async def signed_in(store: GatewayStore, app: Any, caller: str = "alice", **options: Any) -> Visitor:
+    """Return somebody with a key of their own who has signed in."""
+    visitor = Visitor(app)
+    answer = await visitor.sign_in(await key_of(store, caller, **options))
+    assert answer.status_code == 303
+    return visitor
+
+
+@asynccontextmanager
+async def console(url: str, **settings: Any) -> AsyncIterator[tuple[GatewayStore, Any]]:
+    """Open a store, and give it with its console."""
+    async with GatewayStore(url, redis_url="", settings=StoreSettings(**settings)) as store:
+        yield store, create_console(store)

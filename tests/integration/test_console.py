@@ -1,0 +1,708 @@
+"""The console: who may enter and until when, what a page shows, what a form does, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import logging
+import random
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from console_helpers import URL, Visitor, console, key_of, signed_in
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, clock
+from agent_gateway_store.console import create_console
+from agent_gateway_store.console.audit import FILTERS
+from agent_gateway_store.console.sessions import COOKIE
+from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.storage.migrate import VERSION_TABLE
+from builders import make_event, make_request
+from xss import PAYLOADS
+
+pytestmark = pytest.mark.integration
+
+# What nobody sees on a screen, or what reorders it.
+HIDDEN = ("\u202e", "\u200b", "\u2066", "\ufeff", "\u00ad", "\U000e0041", "\u3164", "\x1b")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A SQLite file of the test's own."""
+    return f"sqlite:///{tmp_path}/gateway.db"
+
+
+@pytest.fixture
+async def running(url: str) -> AsyncIterator[tuple[GatewayStore, Any]]:
+    """An open store with its console."""
+    async with console(url) as found:
+        yield found
+
+
+async def waiting(store: GatewayStore, **fields: Any) -> ApprovalRequest:
+    """Ask for an approval."""
+    request = make_request(**fields)
+    await store.approvals.issue_token(request)
+    return request
+
+
+async def status(visitor: Visitor, path: str = "/approvals") -> int:
+    """Return the status of a page: 303 for who must sign in."""
+    return (await visitor.get(path)).status_code
+
+
+async def test_a_person_signs_in_decides_and_finds_it_in_the_audit_log(running: tuple[GatewayStore, Any]) -> None:
+    """The whole way, without a script in any page."""
+    store, app = running
+    request = await waiting(store)
+    await store.audit.write(make_event(request_id=request.request_id, risk_labels=["deletes"], risk_score=0.75))
+    alice = await signed_in(store, app)
+    inbox = (await alice.get("/")).headers["location"]
+
+    listed = (await alice.get(inbox)).text
+    detail = (await alice.get(f"/approvals/{request.approval_id}")).text
+    decided = await alice.decide(request.approval_id, "deny", "Still needed.")
+
+    assert f"/approvals/{request.approval_id}" in listed
+    for shown in ("files.delete_file", "/tmp/report.txt", "dev-agent", "deletes", "0.75", "allow-reads"):
+        assert shown in detail
+    assert (decided.status_code, decided.headers["location"]) == (303, f"/approvals/{request.approval_id}")
+    found = await store.approvals.get(approval_id=request.approval_id)
+    assert (found.status, found.approver_id, found.approver_note) == ("DENIED", "alice", "Still needed.")
+    votes = [row for row in await store.approvals.history(request.approval_id) if row["event"] == "vote"]
+    assert [vote["channel"] for vote in votes] == ["console"]
+    event = (await store.audit.search(request_id=request.request_id))[0]
+    page = (await alice.get(f"/audit?request_id={request.request_id}&decision=ALLOW")).text
+    assert f"/audit/{event.id}" in page
+    shown = (await alice.get(f"/audit/{event.id}")).text
+    assert f"/approvals/{request.approval_id}" in shown
+    assert "Still needed." in shown
+
+
+@pytest.mark.parametrize(
+    ("role", "key"), [("developer", None), ("approver", "agw_wrong"), ("approver", ""), ("approver", "x" * 9000)]
+)
+async def test_who_holds_no_key_of_an_approver_stays_outside(
+    running: tuple[GatewayStore, Any], role: str, key: str | None
+) -> None:
+    """One answer for a wrong key and for a wrong role, and no cookie."""
+    store, app = running
+    issued = await key_of(store, role=role)
+    visitor = Visitor(app)
+
+    answer = await visitor.sign_in(issued if key is None else key)
+
+    assert answer.status_code == 403
+    assert "was not accepted" in answer.text
+    assert issued not in answer.text
+    assert COOKIE not in visitor.client.cookies
+    assert await status(visitor) == 303
+
+
+async def test_a_cookie_played_back_after_the_sign_out_is_refused_in_every_process(
+    running: tuple[GatewayStore, Any], url: str
+) -> None:
+    """Another process has read the session before, and refuses it all the same."""
+    store, app = running
+    alice = await signed_in(store, app)
+    cookie = alice.client.cookies[COOKIE]
+    async with console(url) as (_, elsewhere):
+        thief = Visitor(elsewhere)
+        thief.client.cookies.set(COOKIE, cookie)
+        assert await status(thief) == 200
+
+        await alice.post("/logout", {"csrf": await alice.csrf()})
+
+        assert COOKIE not in alice.client.cookies
+        assert await status(thief) == 303
+
+
+async def test_a_session_id_is_new_with_each_sign_in_and_never_a_visitors_own(
+    running: tuple[GatewayStore, Any],
+) -> None:
+    """A planted id is not taken over, and the session of the cookie that came with a sign-in ends."""
+    store, app = running
+    key = await key_of(store)
+    visitor = Visitor(app)
+    visitor.client.cookies.set(COOKIE, "A" * 43, domain="console.test", path="/")
+    await visitor.sign_in(key)
+    first = visitor.client.cookies.get(COOKIE, domain="console.test")
+    await visitor.sign_in(key)
+    second = visitor.client.cookies.get(COOKIE, domain="console.test")
+
+    old = Visitor(app)
+    old.client.cookies.set(COOKIE, first or "")
+
+    assert len({"A" * 43, first, second}) == 3
+    assert await status(visitor) == 200
+    assert await status(old) == 303
+
+
+async def test_a_session_ends_with_its_key(running: tuple[GatewayStore, Any]) -> None:
+    """Revoked, or replaced at once: the next request of the session is one of a stranger."""
+    store, app = running
+    revoked, rotated, overlapping = [await signed_in(store, app, name) for name in ("alice", "bob", "carol")]
+
+    await store.keys.revoke("alice")
+    await store.keys.rotate("bob", timedelta())
+    await store.keys.rotate("carol", timedelta(hours=1))
+
+    assert [await status(each) for each in (revoked, rotated, overlapping)] == [303, 303, 200]
+    clock.move(timedelta(hours=2))
+    assert await status(overlapping) == 303
+
+
+async def test_a_session_ends_by_itself(url: str) -> None:
+    """After CONSOLE_SESSION_SECONDS, however busy it was."""
+    async with console(url, console_session_seconds=600) as (store, app):
+        alice = await signed_in(store, app)
+        clock.move(timedelta(seconds=590))
+        assert await status(alice) == 200
+
+        clock.move(timedelta(seconds=20))
+
+        assert await status(alice) == 303
+
+
+async def test_an_event_that_looks_like_a_sign_in_opens_nothing(running: tuple[GatewayStore, Any]) -> None:
+    """A sign-in event copied under another id, or for another caller, needs that caller's key as it stands."""
+    store, app = running
+    await key_of(store)
+    alice = await signed_in(store, app, "bob")
+    [event] = await store.audit.search(tool_name="console.sign_in")
+    other = alice.client.cookies[COOKIE][::-1]
+    await store.audit.write(make_event(request_id=f"console.sign_in-{other}", tool_name="console.sign_in"))
+
+    for cookie in (event.request_id, event.request_id.removeprefix("console.sign_in-"), other):
+        forger = Visitor(app)
+        forger.client.cookies.set(COOKIE, cookie)
+        assert await status(forger) == 303
+    assert alice.client.cookies[COOKIE] not in event.model_dump_json()
+
+
+async def test_another_organisation_is_not_there(running: tuple[GatewayStore, Any]) -> None:
+    """Its approvals, events and evidence look absent, and cannot be decided or found by a filter."""
+    store, app = running
+    request = await waiting(store, org_id="globex", caller_id="globex-agent")
+    await store.audit.write(make_event(org_id="globex", caller_id="globex-agent"))
+    [event] = await store.audit.search(caller_id="globex-agent")
+    alice, globe = await signed_in(store, app), await signed_in(store, app, "gina", org_id="globex")
+
+    for path in (f"/approvals/{request.approval_id}", f"/audit/{event.id}", f"/audit/{event.id}/evidence.json"):
+        assert await status(alice, path) == 404
+    assert (await alice.decide(request.approval_id, "approve")).status_code == 404
+    for path in ("/approvals?status=ALL", "/audit?org_id=globex", "/audit"):
+        assert "globex-agent" not in (await alice.get(path)).text
+    assert await status(globe, f"/approvals/{request.approval_id}") == 200
+    assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"
+
+
+async def test_a_form_of_another_site_or_session_does_nothing(running: tuple[GatewayStore, Any]) -> None:
+    """Without the session's own secret, or with the marks of another site, a decision is refused."""
+    store, app = running
+    request = await waiting(store)
+    alice, bob = await signed_in(store, app), await signed_in(store, app, "bob")
+    path, right = f"/approvals/{request.approval_id}/decision", await alice.csrf()
+    form = {"decision": "approve", "csrf": right}
+
+    answers = [
+        await alice.post(path, form | {"csrf": ""}),
+        await alice.post(path, form | {"csrf": await bob.csrf()}),
+        await alice.post(path, {"decision": "approve"}),
+        await alice.post(path, form, headers={"Origin": "https://evil.example"}),
+        await alice.post(path, form, headers={"Origin": "null"}),
+        await alice.post(path, form, headers={"Sec-Fetch-Site": "cross-site"}),
+        await alice.post("/logout", {}),
+        await alice.client.post("/login", data={"key": "x"}, headers={"Origin": "https://evil.example"}),
+    ]
+
+    assert [answer.status_code for answer in answers] == [403] * 8
+    assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"
+    assert (await alice.post(path, form, headers={"Origin": URL})).status_code == 303
+
+
+async def test_every_answer_carries_the_headers_that_protect_it(running: tuple[GatewayStore, Any]) -> None:
+    """No frame, no cache, no script but our own, on errors and redirects, too; no page holds inline script or style."""
+    store, app = running
+    request = await waiting(store)
+    alice = await signed_in(store, app)
+    paths = (
+        "/",
+        "/login",
+        "/approvals",
+        f"/approvals/{request.approval_id}",
+        "/audit",
+        "/charts",
+        "/nothing",
+        "/healthz",
+    )
+
+    for path in paths:
+        answer = await alice.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert not re.search(r"<style|<script(?! src=)|\son\w+=|\sstyle=|javascript:|https?://", answer.text), path
+
+
+async def test_the_cookie_cannot_be_read_or_sent_from_elsewhere(url: str) -> None:
+    """HttpOnly and SameSite=Strict always, Secure over TLS; for the path of the console alone."""
+    async with console(url, console_url="https://gateway.example/console") as (store, app):
+        mounted = Starlette(routes=[Mount("/console", app)])
+        visitor = Visitor(mounted, base="/console")
+        answer = await visitor.sign_in(await key_of(store))
+
+    cookie = answer.headers["set-cookie"].lower()
+    for word in ("httponly", "samesite=strict", "secure", "path=/console"):
+        assert word in cookie
+    assert answer.headers["location"] == "/console/approvals"
+
+
+async def test_it_works_under_a_path(running: tuple[GatewayStore, Any]) -> None:
+    """Every link and form of a mounted console stays below its path."""
+    store, app = running
+    request = await waiting(store)
+    visitor = Visitor(Starlette(routes=[Mount("/ops/console", app)]), base="/ops/console")
+    await visitor.sign_in(await key_of(store))
+
+    pages = [(await visitor.get(path)).text for path in ("/approvals", f"/approvals/{request.approval_id}", "/audit")]
+    links = [link for page in pages for link in re.findall(r'(?:href|src|action|data-events)="(/[^"]*)"', page)]
+
+    assert len(links) > 20
+    assert all(link.startswith("/ops/console/") for link in links)
+    assert await visitor.decide(request.approval_id, "approve")
+    assert (await store.approvals.get(approval_id=request.approval_id)).status == "APPROVED"
+
+
+async def test_after_sign_in_it_leads_back_and_nowhere_else(running: tuple[GatewayStore, Any]) -> None:
+    """A link to an approval survives the sign-in; a link to another site does not."""
+    store, app = running
+    key = await key_of(store)
+    stranger = Visitor(app)
+    asked = (await stranger.get("/approvals?status=ALL")).headers["location"]
+    form = (await stranger.get(asked)).text
+
+    assert 'name="next" value="/approvals?status=ALL"' in form
+    for wish, reached in (
+        ("/approvals?status=ALL", "/approvals?status=ALL"),
+        ("//evil.example", "/approvals"),
+        ("https://evil.example", "/approvals"),
+        ("/\\evil.example", "/approvals"),
+        ("/approvals//evil.example\r\nX: y", "/approvals"),
+        ("/logout", "/approvals"),
+    ):
+        answer = await Visitor(app).post("/login", {"key": key, "next": wish})
+        assert answer.headers["location"] == reached
+
+
+async def test_many_wrong_keys_are_stopped(running: tuple[GatewayStore, Any]) -> None:
+    """An address that guesses waits, with a right key, too; another address does not."""
+    store, app = running
+    key = await key_of(store)
+    guesser = Visitor(app, address="198.51.100.7")
+
+    answers = [(await guesser.sign_in(f"agw_guess{number}")).status_code for number in range(12)]
+
+    assert answers == [403] * 10 + [429] * 2
+    assert (await guesser.sign_in(key)).status_code == 429
+    assert (await Visitor(app, address="198.51.100.8").sign_in(key)).status_code == 303
+
+
+@pytest.mark.parametrize(("proxies", "seen"), [("192.0.2.0/24", "203.0.113.9"), ("198.51.100.1", "192.0.2.1")])
+async def test_forwarded_headers_are_believed_from_named_proxies_alone(url: str, proxies: str, seen: str) -> None:
+    """The address of a sign-in is the one that a trusted proxy names, else that of the connection."""
+    async with console(url, console_trusted_proxies=proxies) as (store, app):
+        visitor = Visitor(app)
+        headers = {"X-Forwarded-For": "10.9.9.9, 203.0.113.9", "X-Forwarded-Proto": "https"}
+        answer = await visitor.post("/login", {"key": await key_of(store)}, headers=headers)
+        [event] = await store.audit.search(tool_name="console.sign_in")
+
+    assert event.sanitized_args == {"address": seen}
+    assert ("secure" in answer.headers["set-cookie"].lower()) == (seen == "203.0.113.9")
+
+
+async def test_large_and_foreign_forms_are_refused(running: tuple[GatewayStore, Any]) -> None:
+    """By the length that a header names, and by the bytes that come without one."""
+    store, app = running
+    alice = await signed_in(store, app)
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"key=" + b"x" * 10_000
+
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    named = await alice.post("/login", {"key": "x" * 70_000})
+    streamed = await alice.client.post("/login", content=endless(), headers=form)
+    fields = await alice.client.post("/login", content="&".join(f"k{n}=1" for n in range(100)), headers=form)
+    other = await alice.client.post("/login", json={"key": "x"})
+
+    assert [each.status_code for each in (named, streamed, fields, other)] == [413, 413, 400, 415]
+
+
+async def test_of_two_approvers_the_second_reads_who_was_first(running: tuple[GatewayStore, Any]) -> None:
+    """Both send at the same time: one decision counts, and the other page names its author."""
+    store, app = running
+    request = await waiting(store)
+    people = [await signed_in(store, app, name) for name in ("alice", "bob")]
+
+    answers = await asyncio.gather(
+        people[0].decide(request.approval_id, "approve", "fine"), people[1].decide(request.approval_id, "deny", "no")
+    )
+
+    assert sorted(answer.status_code for answer in answers) == [303, 409]
+    [late] = [answer for answer in answers if answer.status_code == 409]
+    winner = (await store.approvals.get(approval_id=request.approval_id)).approver_id
+    assert f"{winner} was first" in late.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "form", "code", "said"),
+    [
+        ({"caller_id": "alice"}, {}, {"decision": "approve"}, 403, "may not"),
+        ({}, {"console_require_note": True}, {"decision": "deny", "note": " \u200b"}, 400, "needs a note"),
+        ({}, {}, {"decision": "maybe"}, 400, "approve or deny"),
+        ({}, {}, {"decision": "approve", "note": "x" * 20_001}, 400, "20,000"),
+    ],
+    ids=["own call", "no note", "no decision", "long note"],
+)
+async def test_a_decision_that_cannot_be_is_explained(
+    url: str, fields: dict[str, Any], settings: dict[str, Any], form: dict[str, str], code: int, said: str
+) -> None:
+    """Nothing is decided, and the page says why."""
+    async with console(url, **settings) as (store, app):
+        request = await waiting(store, **fields)
+        alice = await signed_in(store, app)
+        answer = await alice.post(f"/approvals/{request.approval_id}/decision", form | {"csrf": await alice.csrf()})
+        found = await store.approvals.get(approval_id=request.approval_id)
+
+    assert (answer.status_code, found.status) == (code, "PENDING")
+    assert said in answer.text
+
+
+async def test_an_approval_that_expired_says_so(running: tuple[GatewayStore, Any]) -> None:
+    """A form that was open over the deadline is answered with the reason; the page no longer offers a decision."""
+    store, app = running
+    request = await waiting(store, expires_at=clock.utc_now() + timedelta(minutes=1))
+    alice = await signed_in(store, app)
+    clock.move(timedelta(minutes=2))
+
+    answer = await alice.decide(request.approval_id, "approve")
+
+    assert answer.status_code == 409
+    assert "expired" in answer.text
+    assert 'value="approve"' not in answer.text
+
+
+async def test_nothing_becomes_markup_and_nothing_is_hidden(running: tuple[GatewayStore, Any]) -> None:
+    """Every payload in every text of a request and an event: no page holds a tag of it, or an unseen character."""
+    store, app = running
+    alice = await signed_in(store, app)
+    plain = {path: tags(await page(alice, path)) for path in ("/approvals", "/audit")}
+    for number, payload in enumerate([*PAYLOADS, *(f"a{hidden}b" for hidden in HIDDEN)]):
+        call = ToolCall(server=payload, tool=payload, arguments={payload: payload, "nested": [{payload: payload}]})
+        request = await waiting(
+            store, request_id=f"{number}{payload}", caller_id=payload, tool_call=call, risk_explanation=payload
+        )
+        texts = ("caller_id", "mcp_server", "tool_name", "matched_policy_rule", "deterministic_rationale")
+        await store.audit.write(
+            make_event(
+                **dict.fromkeys((*texts, "llm_explanation", "environment", "session_id", "caller_role"), payload),
+                request_id=request.request_id,
+                sanitized_args={payload: payload},
+                risk_labels=[payload],
+                extra={payload: payload},
+            )
+        )
+        [event] = await store.audit.search(request_id=request.request_id)
+        await alice.decide(request.approval_id, "deny", payload)
+        for path in (f"/approvals/{request.approval_id}", f"/audit/{event.id}"):
+            harmless(await page(alice, path))
+        harmless(await page(alice, f"/audit?{httpx.QueryParams({'caller_id': payload, 'text': payload})}"), typed=True)
+    for path in ("/approvals?status=ALL", "/audit"):
+        harmless(await page(alice, path))
+    assert plain["/approvals"] <= tags(await page(alice, "/approvals?status=ALL")) | plain["/approvals"]
+
+
+async def page(visitor: Visitor, path: str) -> str:
+    """Return the text of a page."""
+    answer = await visitor.get(path)
+    assert answer.status_code == 200, (path, answer.text[:500])
+    return answer.text
+
+
+def tags(text: str) -> set[str]:
+    """Return the names of the elements in a page."""
+    return set(re.findall(r"<(\w+)", text))
+
+
+def harmless(text: str, *, typed: bool = False) -> None:
+    """Check that a page holds our elements and attributes alone, and no character that is not seen."""
+    ours = {"html", "head", "meta", "title", "link", "script", "body", "a", "header", "span", "nav", "form", "b"}
+    ours |= {"small", "input", "button", "main", "p", "h1", "h2", "h3", "section", "div", "ol", "ul", "li", "dl", "dt"}
+    ours |= {
+        "dd",
+        "pre",
+        "code",
+        "details",
+        "summary",
+        "time",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "blockquote",
+    }
+    ours |= {"label", "fieldset", "legend", "textarea"}
+    assert tags(text) <= ours
+    assert len(re.findall("<script", text)) == 1
+    assert not re.search(r"<[^>]*\s(?:on\w+|style|srcdoc|formaction)=", re.sub(r'"[^"]*"', '""', text))
+    # A field of a form holds what was typed, as it was typed.
+    shown = html.unescape(re.sub(r'value="[^"]*"', "", text) if typed else text)
+    assert all(each.isprintable() or each == "\n" for each in shown), [each for each in shown if not each.isprintable()]
+
+
+async def test_long_values_are_folded_and_whole(running: tuple[GatewayStore, Any]) -> None:
+    """Nothing is cut: the last character of a long argument is on the page of the approval and in the inbox."""
+    store, app = running
+    arguments = {"body": "x" * 30_000 + "THE-END", "lines": [f"line {number}" for number in range(2_000)]}
+    request = await waiting(store, tool_call=ToolCall(server="s", tool="t", arguments=arguments))
+    alice = await signed_in(store, app)
+
+    for path in ("/approvals", f"/approvals/{request.approval_id}"):
+        text = (await alice.get(path)).text
+        assert "THE-END" in text
+        assert "line 1999" in text
+        assert "<details>" in text
+
+
+async def test_no_token_key_or_session_is_on_a_page_in_a_log_or_in_a_url(
+    running: tuple[GatewayStore, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sign-ins and decisions are logged with who did what, and no secret is."""
+    caplog.set_level(logging.INFO, "agent_gateway_store.console")
+    store, app = running
+    request = make_request()
+    token = await store.approvals.issue_token(request)
+    key = await key_of(store)
+    alice = Visitor(app)
+    await alice.sign_in("agw_" + "w" * 55)
+    await alice.sign_in(key)
+    pages = [
+        await alice.get(path) for path in ("/approvals", f"/approvals/{request.approval_id}", "/audit", "/audit/1")
+    ]
+    pages.append(await alice.decide(request.approval_id, "approve"))
+
+    written = caplog.text + "".join(f"{each.text}{each.url}{each.headers.get('location')}" for each in pages)
+    for secret in (key, token, alice.client.cookies[COOKIE], "w" * 20):
+        assert secret not in written
+    for words in ("refused", "alice signed in", f"alice decided to approve {request.approval_id}"):
+        assert words in caplog.text
+
+
+async def test_every_filter_of_search_is_in_the_form(running: tuple[GatewayStore, Any]) -> None:
+    """A page for a wrong value says what is wrong and keeps what was typed."""
+    from agent_gateway_store.audit.filters import Filters
+
+    store, app = running
+    alice = await signed_in(store, app)
+
+    form = (await alice.get("/audit")).text
+    wrong = await alice.get("/audit?min_risk_score=many&caller_id=dev-agent")
+
+    assert sorted(FILTERS) == sorted(Filters.__annotations__)
+    assert set(FILTERS) <= set(re.findall(r'name="(\w+)"', form))
+    assert wrong.status_code == 400
+    assert "must be a number" in wrong.text
+    assert 'value="dev-agent"' in wrong.text
+
+
+async def test_a_search_is_walked_page_by_page(running: tuple[GatewayStore, Any]) -> None:
+    """The link to older events keeps the filters, and each event is on one page."""
+    store, app = running
+    await store.audit.write_many([make_event(caller_id="walker", session_id="s") for _ in range(120)])
+    await store.audit.write_many([make_event(caller_id="other") for _ in range(20)])
+    alice = await signed_in(store, app)
+
+    path, found = "/audit?caller_id=walker&decision=ALLOW&decision=DENY", []
+    while path:
+        text = (await alice.get(path)).text
+        found += re.findall(r'href="/audit/(\d+)"', text)
+        older = re.search(r'rel="next" href="([^"]+)"', text)
+        path = html.unescape(older[1]) if older else ""
+
+    assert len(found) == len(set(found)) == 120
+    middle = (await alice.get(f"/audit/{found[60]}")).text
+    assert set(found[56:65]) <= set(re.findall(r'href="/audit/(\d+)"', middle))
+
+
+@pytest.mark.parametrize("count", [1_200, pytest.param(5_000, marks=pytest.mark.slow)])
+async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[GatewayStore, Any], count: int) -> None:
+    """Whatever is sent, to every path, signed in or not: an answer below 500."""
+    store, app = running
+    request = await waiting(store)
+    await store.audit.write(make_event())
+    alice, dice = await signed_in(store, app), random.Random(7)
+    csrf = await alice.csrf()
+    pieces = ["", "0", "-1", "9" * 30, "%00", "%ff%fe", "é", "☃", "..", "%2e%2e", "'", '"', "<", "24h", "NaN", "1e999"]
+    pieces += ["%F0%9F", "a" * 600, "PENDING", "ALLOW", "true", "null", "\u202e", str(request.approval_id), "=", "&"]
+    paths = ["/approvals", "/approvals/{}", "/approvals/{}/decision", "/audit", "/audit/{}", "/audit/{}/evidence.json"]
+    paths += ["/login", "/logout", "/charts/{}.svg", "/{}", "/static/{}/console.css", "/readyz"]
+    names = [*FILTERS, "cursor", "status", "next", "decision", "note", "csrf", "key"]
+
+    for number in range(count):
+        path = dice.choice(paths).format(dice.choice(pieces))
+        values = [(dice.choice(names), dice.choice(pieces)) for _ in range(dice.randrange(4))]
+        query = "&".join(f"{name}={value}" for name, value in values)
+        body = (query if dice.random() < 0.8 else dice.choice(pieces)).encode()
+        if dice.random() < 0.7:
+            answer = await alice.get(f"{path}?{query}")
+        else:
+            body += f"&csrf={csrf}".encode() if path != "/logout" else b""
+            kind = dice.choice(
+                ["application/x-www-form-urlencoded", "text/plain", "", "multipart/form-data; boundary=x"]
+            )
+            answer = await alice.client.post(path, content=body, headers={"Content-Type": kind})
+        assert answer.status_code < 500, (number, path, query, body, answer.text[:300])
+
+
+class _Away:
+    """A store whose database can be taken away."""
+
+    def __init__(self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_away = False
+        connection = store.database.read
+
+        @asynccontextmanager
+        async def read() -> AsyncIterator[Any]:
+            if self.is_away:
+                raise StoreUnavailableError("The database cannot be reached.")
+            async with connection() as found:
+                yield found
+
+        monkeypatch.setattr(store.database, "read", read)
+
+
+async def test_a_database_that_is_away_is_told_and_its_return_is_noticed(
+    running: tuple[GatewayStore, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page tries again by itself without a script, keeps the address, and says nothing of the cause."""
+    store, app = running
+    request = await waiting(store)
+    alice = await signed_in(store, app)
+    csrf = await alice.csrf()
+    database = _Away(store, monkeypatch)
+
+    database.is_away = True
+    answer = await alice.get("/audit?caller_id=x")
+    form = await alice.post(f"/approvals/{request.approval_id}/decision", {"decision": "approve", "csrf": csrf})
+    health = [await status(alice, path) for path in ("/healthz", "/readyz")]
+    database.is_away = False
+
+    assert (answer.status_code, form.status_code, health) == (503, 503, [200, 503])
+    assert 'http-equiv="refresh" content="5;url=/audit?caller_id=x"' in answer.text
+    assert f'content="5;url=/approvals/{request.approval_id}"' in form.text
+    assert "reached" not in answer.text
+    assert await status(alice, "/audit?caller_id=x") == 200
+    assert await status(alice, "/readyz") == 200
+
+
+async def test_the_console_starts_before_its_database(tmp_path: Path) -> None:
+    """Served by itself it opens the store once that can be, and closes it at the end."""
+    folder = tmp_path / "later"
+    store = GatewayStore(f"sqlite:///{folder}/gateway.db", redis_url="")
+    app = create_console(store)
+    async with life(app):
+        visitor = Visitor(app)
+        before = await status(visitor, "/approvals")
+        folder.mkdir()
+        after = await status(visitor, "/approvals")
+        assert await status(visitor, "/readyz") == 200
+
+    assert (before, after) == (503, 303)
+    with pytest.raises(Exception, match="not open"):
+        await store.ping()
+
+
+@asynccontextmanager
+async def life(app: Any) -> AsyncIterator[None]:
+    """Start and stop an application as a server does."""
+    inbox: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    outbox: asyncio.Queue[Any] = asyncio.Queue()
+    task = asyncio.create_task(app({"type": "lifespan", "asgi": {"version": "3.0"}}, inbox.get, outbox.put))
+    await inbox.put({"type": "lifespan.startup"})
+    assert (await outbox.get())["type"] == "lifespan.startup.complete"
+    yield
+    await inbox.put({"type": "lifespan.shutdown"})
+    assert (await outbox.get())["type"] == "lifespan.shutdown.complete"
+    await task
+
+
+async def test_a_thousand_wait_and_each_is_reached(running: tuple[GatewayStore, Any]) -> None:
+    """Fifty on a page, and a link to the older ones."""
+    store, app = running
+    async with store.database.sessions() as session, session.begin():
+        session.add_all(
+            make_request(tool_call_hash="0" * 64, expires_at=clock.utc_now() + timedelta(hours=1)) for _ in range(1_000)
+        )
+    alice = await signed_in(store, app)
+
+    path, found, pages = "/approvals", set[str](), 0
+    while path:
+        body = (await alice.get(path)).text
+        found |= set(re.findall(r'data-id="([\w-]+)"', body))
+        older = re.search(r'rel="next" href="([^"]+)"', body)
+        path, pages = html.unescape(older[1]) if older else "", pages + 1
+
+    assert (len(found), pages) == (1_000, 20)
+
+
+async def test_events_tell_of_what_is_new(running: tuple[GatewayStore, Any]) -> None:
+    """A page that saw another inbox is told so at once; who is not signed in is not."""
+    store, app = running
+    alice = await signed_in(store, app)
+    await waiting(store)
+
+    assert (await Visitor(app).get("/events")).status_code == 401
+    scope = {"type": "http", "method": "GET", "path": "/events", "raw_path": b"/events", "query_string": b""}
+    cookie = f"{COOKIE}={alice.client.cookies[COOKIE]}".encode()
+    scope |= {"headers": [(b"cookie", cookie), (b"last-event-id", b"old")], "scheme": "http", "server": ("c", 80)}
+    parts: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    hangs_up = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await hangs_up.wait()
+        return {"type": "http.disconnect"}
+
+    task = asyncio.create_task(app(scope, receive, parts.put))
+    async with asyncio.timeout(10):
+        heard = b"".join([(await parts.get()).get("body", b"") for _ in range(3)])
+    hangs_up.set()
+    await task
+
+    assert b"event: inbox\ndata: 1" in heard
+
+
+async def test_the_schema_of_another_version_is_not_ready(running: tuple[GatewayStore, Any], url: str) -> None:
+    """A console that is served by itself waits for `db upgrade`, and says that it is not ready."""
+    store, _ = running
+    async with store.database.sessions() as session, session.begin():
+        await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0001'"))
+    later = create_console(GatewayStore(url, redis_url=""))
+
+    async with life(later):
+        assert await status(Visitor(later), "/readyz") == 503
+        assert await status(Visitor(later), "/approvals") == 503
