@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
+from agent_gateway_store.approval.queries import ApprovalRef, decision_hash
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.audit.backends import sink_for
@@ -102,6 +103,7 @@ class GatewayStore:
             before=core.before_write,
             after=core.after_write,
             hash_args=self.hash_args,
+            hash_approval=lambda approval_id: decision_hash(core.database, ApprovalRef.by_id(approval_id, org_id)),
         )
         self._approvals = ApprovalManager(core.approvals, org_id=org_id)
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, core.settings, org_id=org_id)

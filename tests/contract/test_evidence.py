@@ -304,3 +304,25 @@ class TestTampering:
         with pytest.raises(LogMismatchError, match="evidence verify"):
             await store.evidence.seal()
         assert len(await leaves(store)) == 270
+
+
+async def test_a_recorded_call_proves_its_approval(sealing: GatewayStore) -> None:
+    """`audit.call` puts the hash of the approval and its votes into the event; a changed vote is seen."""
+    from agent_gateway_store import CallerIdentity, TrustLevel
+    from builders import CALL, make_request
+
+    caller = CallerIdentity(caller_id="dev-agent", role="r", trust_level=TrustLevel.LOW, environment="dev")
+    asked = await sealing.approvals.acquire(make_request())
+    await sealing.approvals.approve(approval_id=asked.approval_id, approver_id="alice", note="seen")
+    used = await sealing.approvals.acquire(make_request())
+    async with sealing.audit.call(
+        CALL, caller, decision="APPROVAL_REQUIRED", approval_id=used.approval_id, request_id="r-1"
+    ):
+        pass
+    await sealing.approvals.record_outcome(approval_id=used.approval_id, outcome="SUCCESS")
+    await sealing.evidence.seal()
+    shown = (await sealing.evidence.prove("r-1")).to_json()
+    assert '"approver_id": "alice"' in shown or '"approver_id":"alice"' in shown
+    found = check(shown, keys=[str(KEY.verifier)])
+    assert (found.ok, found.remarks) == (True, ())
+    assert not check(shown.replace("alice", "mallory"), keys=[str(KEY.verifier)]).ok

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from os import PathLike
@@ -27,6 +27,7 @@ from agent_gateway_store.audit.streams import changes_page, event_batches, follo
 from agent_gateway_store.audit.writer import OpenWriter
 from agent_gateway_store.audit.writes import write_batches, write_prepared
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
@@ -53,6 +54,7 @@ class AuditManager:
         org_id: Stamp this organisation on each event and see only it; None takes the event's own and sees all.
         before, after: The plugins that may change events before they are stored, and are notified afterwards.
         hash_args: Hashes the arguments of a call, as `GatewayStore.hash_args` does.
+        hash_approval: Returns the hash of an approval and its votes.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class AuditManager:
         before: BeforeWriteHooks,
         after: AfterWriteHooks,
         hash_args: Callable[[Mapping[str, Any]], str],
+        hash_approval: Callable[[UUID | str], Awaitable[str]],
     ) -> None:
-        self._hash_args = hash_args
+        self._hash_args, self._hash_approval = hash_args, hash_approval
         self._database = database
         self._queries = AuditQuery(database, org_id=org_id)
         self._writer = writer
@@ -178,7 +181,7 @@ class AuditManager:
             call: The call as it runs; its arguments are hashed under this store's HASH_KEY.
             caller: Who makes it.
             decision: What the policy decided; `rule` and `rationale`: by which rule, and why.
-            approval_id: The approval that released it.
+            approval_id: The approval that released it. Its hash goes into `extra`, so that evidence proves it, too.
             sanitize: Returns the arguments that the log may show. Default: their names, each value hidden.
             fields: Other fields of `AuditEvent`; `request_id` is made if it is not given.
 
@@ -197,6 +200,10 @@ class AuditManager:
             args_hash=self._hash_args(call.arguments),
             fields=fields,
         )
+        if approval_id is not None:
+            # An approval of another store, or a database that is away: the event says less, and the call runs.
+            with suppress(GatewayStoreError):
+                event.extra = {"approval_sha256": await self._hash_approval(approval_id)} | event.extra
         async with recorded(event, self.write, intent=intent):
             yield event
 
