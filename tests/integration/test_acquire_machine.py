@@ -19,7 +19,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -27,12 +26,11 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.store import parts_of
-from proofs.harness import child, migrated
+from proofs.harness import child, migrated, run_machine
 
 pytestmark = pytest.mark.integration
 
@@ -229,19 +227,7 @@ def test_acquire_never_leaves_the_model(
     redis_url = request.getfixturevalue("fresh_redis_url") if shared else ""
     machine = type("Machine", (Acquiring,), {"database_url": staticmethod(database_url), "redis_url": redis_url})
     Acquiring.steps = 0
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=length,
-            deadline=None,
-            database=None,
-            derandomize=examples < 10,
-            print_blob=True,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_machine(machine, examples=examples, length=length)
     assert Acquiring.steps >= (10_000 if examples > 4 else 100)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,12 +20,11 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.store import parts_of
-from proofs.harness import migrated
+from proofs.harness import migrated, run_machine
 from servers import RedisServer
 
 pytestmark = pytest.mark.integration
@@ -424,18 +422,6 @@ def test_gateways_never_leave_the_model(
 
     machine = type("Machine", (Approvals,), {"database_url": staticmethod(database_url), "server": server})
     Approvals.steps, Approvals.calls, start = 0, 0, time.monotonic()
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=length,
-            deadline=None,
-            database=None,
-            derandomize=examples < 10,
-            print_blob=True,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_machine(machine, examples=examples, length=length)
     print(f"{backend}: {Approvals.steps} steps, {Approvals.calls} calls, {time.monotonic() - start:.1f} s")
     assert Approvals.steps >= (10_000 if examples > 4 else 100)

@@ -20,7 +20,15 @@ def run_pytest(folder: Path, tests: str, *options: str, ini: str = "") -> str:
     (folder / "pytest.ini").write_text(f"[pytest]\nfilterwarnings = error\n{ini}")
     (folder / "test_it.py").write_text(textwrap.dedent(tests))
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:valkey", *options],
+        # Plugins of other packages that this project's tests need, and an author's project does not have.
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            *(f"-pno:{name}" for name in ("cacheprovider", "valkey", "langsmith_plugin")),
+            *options,
+        ],
         cwd=folder,
         # What is set on the machine must not matter.
         env=os.environ | {"DATABASE_URL": "postgresql://nowhere/x", "AUDIT_MODE": "strict", "PYTHONPATH": ""},

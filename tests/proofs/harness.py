@@ -63,6 +63,26 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """A program for `child`: opens a store, and at each line of input goes on to write, then to replay."""
 
 
+def run_machine(machine: Any, *, examples: int, length: int) -> None:
+    """Run a state machine of Hypothesis: the short form with the same steps each time, the long one with new ones."""
+    from hypothesis import HealthCheck, Phase, settings
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=length,
+            deadline=None,
+            database=None,
+            derandomize=examples < 10,
+            print_blob=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
 def migrated(url: str) -> str:
     """Bring the schema of an empty database up to date and return its URL."""
 

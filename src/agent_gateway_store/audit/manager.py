@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from os import PathLike
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.backends import insert_event
-from agent_gateway_store.audit.calls import argument_names, draft_event, recorded
+from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_event, recorded
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
@@ -27,7 +27,6 @@ from agent_gateway_store.audit.streams import changes_page, event_batches, follo
 from agent_gateway_store.audit.writer import OpenWriter
 from agent_gateway_store.audit.writes import write_batches, write_prepared
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
@@ -66,15 +65,11 @@ class AuditManager:
         before: BeforeWriteHooks,
         after: AfterWriteHooks,
         hash_args: Callable[[Mapping[str, Any]], str],
-        hash_approval: Callable[[UUID | str], Awaitable[str]],
+        hash_approval: HashApproval,
     ) -> None:
-        self._hash_args, self._hash_approval = hash_args, hash_approval
-        self._database = database
+        self._database, self._writer, self._org_id = database, writer, org_id
+        self._before, self._after, self._hash_args, self._hash_approval = before, after, hash_args, hash_approval
         self._queries = AuditQuery(database, org_id=org_id)
-        self._writer = writer
-        self._org_id = org_id
-        self._before = before
-        self._after = after
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit, together with other events that arrive meanwhile. Never raises in the default mode.
@@ -106,8 +101,7 @@ class AuditManager:
             events: Any iterable, read while its events are stored. If it raises, the events before are stored, and the
                 error is raised to the caller. An event that is not valid is LOST and stops no other.
 
-        Returns:
-            How many events came to which outcome.
+        Returns how many events came to which outcome.
 
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored, or is not valid.
@@ -136,8 +130,7 @@ class AuditManager:
                 first one is raised.
             progress: True shows a progress bar; a function is called with the events read so far.
 
-        Returns:
-            How many events came to which outcome.
+        Returns how many events came to which outcome.
 
         Raises:
             FileNotFoundError, MissingExtraError: There is nothing at `path`; or pyarrow is needed, and not installed.
@@ -200,11 +193,7 @@ class AuditManager:
             args_hash=self._hash_args(call.arguments),
             fields=fields,
         )
-        if approval_id is not None:
-            # An approval of another store, or a database that is away: the event says less, and the call runs.
-            with suppress(GatewayStoreError):
-                event.extra = {"approval_sha256": await self._hash_approval(approval_id)} | event.extra
-        async with recorded(event, self.write, intent=intent):
+        async with recorded(event, self.write, intent=intent, hash_approval=self._hash_approval):
             yield event
 
     async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
@@ -223,8 +212,7 @@ class AuditManager:
         Plugins may change it before (`gateway_store_before_audit_write`); none is notified afterwards, since only the
         caller knows when it commits.
 
-        Returns:
-            STORED or DUPLICATE.
+        Returns STORED or DUPLICATE.
 
         Raises:
             StoreUnavailableError: The database could not take it.

@@ -38,7 +38,7 @@ _SPAN_EVENTS = 200
 
 
 async def search(request: Request) -> Response:
-    """`GET /audit?...&cursor=`: a wrong filter is told above the form that keeps it."""
+    """`GET /audit?...&cursor=`: what is wrong with a filter stands above the form, which keeps it."""
     session = await pages.session_of(request)
     given = _given(request)
     cursor = request.query_params.get("cursor") or None

@@ -1,4 +1,4 @@
-"""Server-sent events: a page hears that its inbox has changed, and reads itself again."""
+"""Server-sent events: a page is notified that its inbox has changed, and reads itself again."""
 
 from __future__ import annotations
 

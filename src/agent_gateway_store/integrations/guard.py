@@ -12,8 +12,9 @@ import anyio
 from pydantic import Field
 
 from agent_gateway_store._text import escape, word
+from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit.calls import argument_names
-from agent_gateway_store.errors import ApprovalError, GatewayStoreError
+from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import Decision
 from agent_gateway_store.models.keys import CallerIdentity
@@ -64,15 +65,16 @@ class CallPendingError(Exception):
 
     Attributes:
         approval: Where its approval stands.
+        is_first: Whether this call asked for it, and so leaves the one event that says so.
     """
 
-    def __init__(self, approval: ApprovalResult) -> None:
+    def __init__(self, approval: ApprovalResult, *, is_first: bool) -> None:
         until = f" before {approval.expires_at:%Y-%m-%d %H:%M:%S} UTC" if approval.expires_at else ""
         super().__init__(
             f"A human must approve this call, so it was not run: call again with the same arguments{until}. "
             f"The approval {approval.approval_id} is {approval.status}."
         )
-        self.approval = approval
+        self.approval, self.is_first = approval, is_first
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -202,20 +204,18 @@ class CallGuard:
             risk_explanation=verdict.reason,
             required_approvals=verdict.required_approvals,
         )
-        acquired = await store.approvals.acquire(request, call=call, bind=bind, wait_s=self._approval_wait_s)
-        if acquired.status is ApprovalStatus.USED:
-            return acquired
-        if acquired.status is not ApprovalStatus.PENDING:
+        try:
+            acquired = await acquire(store.approvals, request, call=call, bind=bind, wait_s=self._approval_wait_s)
+        except CallPendingError as exc:
+            if exc.is_first:
+                decision, text = Decision.APPROVAL_REQUIRED, str(exc)
+                async with store.audit.call(call, caller, decision=decision, rationale=text, **event):
+                    pass
+            raise
+        if acquired.status is not ApprovalStatus.USED:
             event["approver_id"] = acquired.approver_id
             await self._refuse(store, call, caller, refusal_text(acquired), event)
-        pending = CallPendingError(acquired)
-        asked = await store.approvals.get(approval_id=acquired.approval_id)
-        if asked.request_id == event["request_id"]:
-            async with store.audit.call(
-                call, caller, decision=Decision.APPROVAL_REQUIRED, rationale=str(pending), **event
-            ):
-                pass
-        raise pending
+        return acquired
 
     async def _refuse(
         self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, reason: str, event: dict[str, Any]
@@ -223,6 +223,32 @@ class CallGuard:
         async with store.audit.call(call, caller, decision=Decision.DENY, rationale=reason, **event):
             pass
         raise CallRefusedError(reason)
+
+
+async def acquire(
+    approvals: ApprovalManager, request: ApprovalRequest, *, call: ToolCall, bind: str = "", wait_s: float
+) -> ApprovalResult:
+    """Acquire an approval: USED, or one that releases nothing. Arguments and errors as for `approvals.acquire`.
+
+    Raises:
+        CallPendingError: Nobody has decided yet.
+    """
+    acquired = await approvals.acquire(request, call=call, bind=bind, wait_s=wait_s)
+    if acquired.status is ApprovalStatus.PENDING:
+        asked = await approvals.get(approval_id=acquired.approval_id)
+        raise CallPendingError(acquired, is_first=asked.request_id == request.request_id)
+    return acquired
+
+
+async def approval_of(store: GatewayStore, facts: Any) -> ApprovalRequest | None:
+    """Return the approval that the `facts` of a pending call name; None if they name none of this store."""
+    approval_id = facts.get("approval_id") if isinstance(facts, Mapping) else None
+    if approval_id is None:
+        return None
+    try:
+        return await store.approvals.get(approval_id=approval_id)
+    except ApprovalNotFoundError:
+        return None
 
 
 async def finish(step: Awaitable[object]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
-from agent_gateway_store.errors import ApprovalNotFoundError, MissingExtraError
-from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict
+from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict, approval_of
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
@@ -85,12 +85,8 @@ async def resume(store: GatewayStore, state: Mapping[str, Any]) -> Command[Any] 
     """
     answers: dict[str, Any] = {}
     for each in state.get("__interrupt__", ()):
-        approval_id = each.value.get("approval_id") if isinstance(each.value, Mapping) else None
-        if approval_id is None:
-            continue
-        try:
-            found = await store.approvals.get(approval_id=approval_id)
-        except ApprovalNotFoundError:
+        found = await approval_of(store, each.value)
+        if found is None:
             continue
         if found.status is ApprovalStatus.PENDING:
             return None

@@ -6,8 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from agent_gateway_store.errors import ApprovalNotFoundError, MissingExtraError
-from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict, refusal_text
+from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.integrations.guard import (
+    CallGuard,
+    CallPendingError,
+    CallRefusedError,
+    Verdict,
+    approval_of,
+    refusal_text,
+)
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
@@ -71,12 +78,8 @@ async def results_of(store: GatewayStore, requests: DeferredToolRequests) -> Def
     """
     results: dict[str, Any] = {}
     for call in requests.approvals:
-        approval_id = requests.metadata.get(call.tool_call_id, {}).get("approval_id")
-        if approval_id is None:
-            continue
-        try:
-            found = await store.approvals.get(approval_id=approval_id)
-        except ApprovalNotFoundError:
+        found = await approval_of(store, requests.metadata.get(call.tool_call_id))
+        if found is None:
             continue
         if found.status is ApprovalStatus.PENDING:
             return None

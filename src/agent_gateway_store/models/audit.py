@@ -142,7 +142,7 @@ class AuditEvent(StoreModel, table=True):
             postgresql_where=text("parent_request_id IS NOT NULL"),
             sqlite_where=text("parent_request_id IS NOT NULL"),
         ),
-        # What `audit.call` writes before a call runs, if it is told to.
+        # What `audit.call(intent=True)` writes before a call runs.
         Index(
             "ix_audit_events_intents",
             "timestamp",

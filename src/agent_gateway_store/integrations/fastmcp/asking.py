@@ -9,6 +9,7 @@ from fastmcp.exceptions import ToolError
 from fastmcp.tools import ToolResult
 
 from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.integrations import guard
 from agent_gateway_store.integrations.fastmcp.record import CallRecord
 from agent_gateway_store.integrations.guard import CallPendingError, finish, refusal_text
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
@@ -24,25 +25,40 @@ def pending_answer(pending: CallPendingError) -> ToolResult:
 
 
 async def acquire(
-    approvals: ApprovalManager, record: CallRecord, caller: CallerIdentity, *, required: int, wait_s: float
+    approvals: ApprovalManager,
+    record: CallRecord,
+    caller: CallerIdentity,
+    *,
+    required: int,
+    wait_s: float,
+    before_use: Callable[[], Awaitable[None]],
 ) -> None:
     """Acquire an approval of the call; it may run if this returns.
 
+    Args:
+        before_use: Awaited once it is acquired; raises if another tool would run now than was asked for. The approval
+            is spent then.
+
     Raises:
         CallPendingError: Nobody has decided yet.
-        ToolError: It was denied.
+        ToolError: It was denied, or the tool changed.
         ApprovalError: It cannot be asked for.
         StoreUnavailableError: The store cannot answer.
     """
     record.decision = Decision.APPROVAL_REQUIRED
-    acquired = await approvals.acquire(_request(record, caller, required), call=record.call, wait_s=wait_s)
-    if acquired.status is ApprovalStatus.PENDING:
-        # One event says that the call waits: that of the call by which it was asked for.
-        asked = await approvals.get(approval_id=acquired.approval_id)
-        record.is_silent = asked.request_id != record.request_id
-        raise CallPendingError(acquired)
+    request = _request(record, caller, required)
+    try:
+        acquired = await guard.acquire(approvals, request, call=record.call, wait_s=wait_s)
+    except CallPendingError as exc:
+        record.is_silent = not exc.is_first
+        raise
     if acquired.status is not ApprovalStatus.USED:
         raise _refusal(record, acquired, wait_s)
+    try:
+        await before_use()
+    except ToolError:
+        await note_outcome(approvals, record, token=None, approval_id=acquired.approval_id)
+        raise
     record.approver_id, record.approval_id = acquired.approver_id, acquired.approval_id
 
 

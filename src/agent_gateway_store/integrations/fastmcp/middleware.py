@@ -171,13 +171,8 @@ class GatewayMiddleware(PinningMiddleware):
                     approvals, record, caller, required=required, timeout_s=timeout_s, before_use=before_use
                 )
                 return resolved, token
-            await acquire(approvals, record, caller, required=required, wait_s=self._approval_wait_s)
-            try:
-                await before_use()
-            except ToolError:
-                await note_outcome(approvals, record, token=None, approval_id=record.approval_id)
-                record.approver_id = record.approval_id = None
-                raise
+            wait_s = self._approval_wait_s
+            await acquire(approvals, record, caller, required=required, wait_s=wait_s, before_use=before_use)
             return resolved, None
         if verdict.decision != Decision.ALLOW:
             raise ToolError(verdict.reason)
