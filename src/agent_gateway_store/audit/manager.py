@@ -95,13 +95,11 @@ class AuditManager:
         return await writer.write(row)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
-        """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
+        """Store many events, in order, in batches that are committed one by one; return how many came to which outcome.
 
         Args:
-            events: Any iterable, read while its events are stored. If it raises, the events before are stored, and the
-                error is raised to the caller. An event that is not valid is LOST and stops no other.
-
-        Returns how many events came to which outcome.
+            events: Any iterable, read in constant memory while its events are stored. If it raises, the events before
+                are stored, and the caller gets the error. An event that is not valid is LOST and stops no other.
 
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored, or is not valid.
@@ -438,11 +436,10 @@ class AuditManager:
 
         target = Path(path)
         kind, packed = export_format(target, format, compression, partition_by=partition_by, raw=raw)
-        found = criteria(filters, org_id=self._org_id)
         with progress_bar(progress, f"Exporting to {target.name}") as report:
             return await export_events(
                 self._database,
-                found,
+                criteria(filters, org_id=self._org_id),
                 target,
                 format=kind,
                 compression=packed,

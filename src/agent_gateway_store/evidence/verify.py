@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from agent_gateway_store.storage.streaming import Snapshot, snapshot
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 _tiles = AuditTile.__table__  # type: ignore[attr-defined]
 _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
-# Chosen: whoever altered more has altered everything.
+# Of one kind. Chosen: whoever altered more has altered everything.
 _MOST_FINDINGS = 1_000
 
 DOOR_SERVER = "gateway-store"
@@ -79,11 +80,12 @@ _BETWEEN = Statement(
 
 
 class _Root(NamedTuple):
-    """What the root must be at one size; `is_kept`: a checkpoint says so that was kept elsewhere."""
+    """What the root must be at one size; `is_kept`: a checkpoint says so that was kept elsewhere, and may vouch."""
 
     size: int
     root: bytes
     is_kept: bool
+    vouches: bool = False
 
 
 class _Mismatch(NamedTuple):
@@ -149,11 +151,13 @@ class _Walk:
         self.tree = GrowingTree(self._compare)
         self.next_position = self.checked = self.anchored = self.pruned = self.erased = 0
         self.findings: list[Finding] = []
+        self._found: Counter[FindingKind] = Counter()
         self._mismatches: list[_Mismatch] = []
 
     def note(self, kind: FindingKind, text: str, **where: Any) -> None:
         """Add a finding."""
-        if len(self.findings) < _MOST_FINDINGS:
+        self._found[kind] += 1
+        if self._found[kind] <= _MOST_FINDINGS:
             self.findings.append(Finding(kind=kind, text=text, **where))
 
     def take_all(self, rows: Sequence[Sequence[Any]], roots: Sequence[_Root]) -> None:
@@ -211,7 +215,7 @@ class _Walk:
         """Compare the root of the tree as it stands."""
         if self.tree.root() != expected.root:
             self._forked(expected)
-        elif expected.is_kept:
+        elif expected.vouches:
             self.anchored = max(self.anchored, expected.size)
 
     def _forked(self, expected: _Root) -> None:
@@ -273,10 +277,12 @@ async def verify(
         walk = _Walk(last[0] if last else 0, await _stored_tiles(reader), await _read_doors(reader, last))
         _check_signatures(walk, last, kept, verifiers)
         for note in kept:
-            walk.kept.setdefault(note.size, []).append(_Root(note.size, note.root, True))
+            # Without a key it vouches by where it was kept; with keys, only if one of them has signed it.
+            vouches = not verifiers or bool(note.signed_by(verifiers))
+            walk.kept.setdefault(note.size, []).append(_Root(note.size, note.root, True, vouches))
         for empty in walk.kept.pop(0, ()):
             walk.check_root(empty)
-        await _walk_log(reader, walk, report)
+        await _walk_log(reader, walk, verifiers, report)
         ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
         ((unsealed,),) = await reader.fetched(_UNSEALED)
     walk.finish(beyond)
@@ -293,7 +299,9 @@ async def verify(
     )
 
 
-async def _walk_log(reader: Snapshot, walk: _Walk, report: Callable[[int], None]) -> None:
+async def _walk_log(
+    reader: Snapshot, walk: _Walk, verifiers: Sequence[VerifierKey], report: Callable[[int], None]
+) -> None:
     """Check the log, each batch in a thread while the server reads the next one."""
     under_way: asyncio.Future[None] | None = None
     after = 0
@@ -306,7 +314,7 @@ async def _walk_log(reader: Snapshot, walk: _Walk, report: Callable[[int], None]
                     await under_way
                     report(walk.tree.size)
                 for checkpoint in found:
-                    _check_note(walk, checkpoint)
+                    _check_note(walk, checkpoint, verifiers)
                 roots = [_Root(size, _bytes(root_hash), False) for size, root_hash, *_ in found]
                 under_way = asyncio.ensure_future(asyncio.to_thread(walk.take_all, rows, roots))
                 after = until
@@ -343,13 +351,17 @@ def _bytes(text: str) -> bytes:
         return b""
 
 
-def _check_note(walk: _Walk, checkpoint: Sequence[Any]) -> None:
+def _check_note(walk: _Walk, checkpoint: Sequence[Any], verifiers: Sequence[VerifierKey]) -> None:
     size, root_hash, origin, text = checkpoint
     try:
         note = parse_note(text)
         fits = (note.origin, note.size, note.root.hex()) == (origin, size, root_hash)
     except InvalidEvidenceError:
         fits = False
+    else:
+        # An earlier one may be signed by a key of its time, or by none; what names one of these keys must be by it.
+        if verifiers and note.signed_by(verifiers) is False:
+            walk.note(FindingKind.BAD_SIGNATURE, f"The signature of the checkpoint over {size:,} events is forged.")
     if not fits:
         walk.note(FindingKind.BAD_SIGNATURE, f"The checkpoint over {size:,} events and its note differ.")
 
