@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import servers  # noqa: E402
-from benchmarks import approvals, audit_writes, building, deliveries, exports, keys, memory, queries  # noqa: E402
+from benchmarks import approvals, audit_writes, building, deliveries, evidence, exports, keys, memory, queries  # noqa: E402
 from benchmarks.report import Figure, as_json, print_table  # noqa: E402
 
 
@@ -55,6 +55,9 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
     if "exports" in arguments.only:
         rows = int(min(arguments.rows, 1_000_000) * scale)
         figures += asyncio.run(exports.measure(url, repeat=repeat, rows=rows, folder=arguments.folder))
+    if "evidence" in arguments.only:
+        rows = int(min(arguments.rows, 1_000_000) * scale)
+        figures += asyncio.run(evidence.measure(url, repeat=repeat, rows=rows, scale=scale))
     if "memory" in arguments.only:
         figures += memory.measure(url, scale=scale)
     return figures
@@ -62,7 +65,18 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
 
 def main() -> None:
     """Read the arguments, find a server, measure, print."""
-    parts = ["building", "audit", "sqlite", "approvals", "deliveries", "keys", "queries", "exports", "memory"]
+    parts = [
+        "building",
+        "audit",
+        "sqlite",
+        "approvals",
+        "deliveries",
+        "keys",
+        "queries",
+        "exports",
+        "evidence",
+        "memory",
+    ]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--postgres-url", help="an empty database on a server with fsync=on")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)

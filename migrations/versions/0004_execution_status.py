@@ -109,6 +109,7 @@ def downgrade() -> None:
         if count:
             raise CommandError(
                 f"{count} audit events have the execution_status CANCELLED or APPROVED_OUTPUT_RELEASE, which the older "
-                "schema does not know: export and delete them first, or stay at this revision."
+                "schema does not know: export them, go down to 0007_key_history, delete them there, and go on, or stay "
+                "at this revision."
             )
     _change(_NEW, _OLD)

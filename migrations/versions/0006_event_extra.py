@@ -28,7 +28,8 @@ def downgrade() -> None:
         if count := op.get_bind().scalar(sa.text(used)):
             raise CommandError(
                 f"{count} audit events have an approval_id or something in extra, which the older schema does not "
-                "know: export and delete them first, or stay at this revision."
+                "know: export them, go down to 0007_key_history, delete them there, and go on, or stay "
+                "at this revision."
             )
     op.drop_column("audit_events", "extra")
     op.drop_column("audit_events", "approval_id")

@@ -1,6 +1,6 @@
 """Approvals that are acquired, beside those asked for by token; indexes for calls inside calls and for intents
 
-Revision: 0010_acquire, after 0007_key_history
+Revision: 0010_acquire, after 0008_sealed_log
 """
 
 import sqlalchemy as sa
@@ -9,7 +9,7 @@ from alembic import op
 from agent_gateway_store.storage.online import create_index
 
 revision = "0010_acquire"
-down_revision = "0007_key_history"
+down_revision = "0008_sealed_log"
 branch_labels = None
 depends_on = None
 

@@ -26,6 +26,9 @@
     ├── MissingExtraError (also ImportError)
     ├── PluginError
     ├── NotDeliveredError
+    ├── AuditEventNotFoundError
+    ├── InvalidEvidenceError (also ValueError)
+    ├── LogMismatchError
     └── InvalidCursorError (also ValueError)
 
 Facts sit in attributes; the text is one sentence that ends with the next step. No error text holds a token, a key
@@ -53,12 +56,15 @@ __all__ = [
     "ApprovalMismatchError",
     "ApprovalNotApprovedError",
     "ApprovalNotFoundError",
+    "AuditEventNotFoundError",
     "AuditUnavailableError",
     "DecisionVetoedError",
     "GatewayStoreError",
     "InvalidApiKeyError",
     "InvalidCursorError",
+    "InvalidEvidenceError",
     "InvalidUrlError",
+    "LogMismatchError",
     "MissingExtraError",
     "NotDeliveredError",
     "PluginError",
@@ -334,3 +340,23 @@ class NotDeliveredError(GatewayStoreError):
 
 class InvalidCursorError(GatewayStoreError, ValueError):
     """A cursor that this listing did not hand out, or that has passed an audit event which is not in the database."""
+
+
+class InvalidEvidenceError(GatewayStoreError, ValueError):
+    """A text that should be evidence or a checkpoint and cannot be read as one. It proves nothing."""
+
+
+class LogMismatchError(GatewayStoreError):
+    """The sealed log does not go on from a checkpoint of it that was kept: one of both was rewritten, or restored."""
+
+
+class AuditEventNotFoundError(GatewayStoreError):
+    """No audit event has this request id. One of another organisation looks the same.
+
+    Attributes:
+        request_id: The id asked for.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"No audit event has the request id {code_text(request_id)}: `gateway-store audit search`.")
+        self.request_id = request_id

@@ -86,6 +86,9 @@ class StoreSettings(BaseSettings):
         plugin_timeout_seconds: Longest wait for one plugin call.
         bcrypt_rounds: Cost of the key hash, as a power of two.
         api_key_cache_seconds: How long a verified key is trusted without reading its row again.
+        audit_seal_seconds: How often an open store that writes seals the log; 0: never.
+        audit_signing_key: Signs the checkpoints of the log, as `gateway-store evidence keygen` makes it.
+        audit_log_origin: Name of the log, to which the identity of the database is added.
         hash_key: Set, argument hashes are HMAC-SHA-256 under it; otherwise SHA-256.
         allow_self_approval: Whether the caller of a tool call may decide about it.
         otel_enabled: Whether OpenTelemetry metrics are kept (extra `otel`).
@@ -121,6 +124,9 @@ class StoreSettings(BaseSettings):
     # bcrypt itself takes 4 to 31. At 10 a check takes about 50 ms.
     bcrypt_rounds: int = Field(default=10, ge=4, le=31)
     api_key_cache_seconds: float = Field(default=30, ge=0, allow_inf_nan=False)
+    audit_seal_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
+    audit_signing_key: SecretStr | None = None
+    audit_log_origin: str = "agent-gateway-store.local"
     hash_key: SecretStr | None = None
     allow_self_approval: bool = False
     otel_enabled: bool = False

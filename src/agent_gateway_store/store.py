@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
+from agent_gateway_store.approval.queries import ApprovalRef, decision_hash
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.audit.backends import sink_for
@@ -21,6 +22,10 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
+from agent_gateway_store.evidence.hooks import CheckpointHooks
+from agent_gateway_store.evidence.manager import EvidenceManager
+from agent_gateway_store.evidence.notes import SigningKey
+from agent_gateway_store.evidence.sealer import BackgroundSealer, Sealer
 from agent_gateway_store.hooks.dispatch import Dispatcher, Vetoes
 from agent_gateway_store.hooks.executor import PluginExecutor
 from agent_gateway_store.hooks.manager import Plugins
@@ -40,6 +45,8 @@ from agent_gateway_store.storage.urls import is_memory
 _logger = logging.getLogger("agent_gateway_store")
 # Chosen: as long as `close` waits for other transactions.
 _LAST_WITHDRAWALS_S = 5.0
+# What is not sealed then is sealed by the next store that opens.
+_LAST_SEAL_S = 1.0
 
 
 class GatewayStore:
@@ -96,10 +103,14 @@ class GatewayStore:
             before=core.before_write,
             after=core.after_write,
             hash_args=self.hash_args,
+            hash_approval=lambda approval_id: decision_hash(core.database, ApprovalRef.by_id(approval_id, org_id)),
         )
         self._approvals = ApprovalManager(core.approvals, org_id=org_id)
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, core.settings, org_id=org_id)
         self._notifications = NotificationManager(core.database, core.outbox, org_id=org_id)
+        self._evidence = EvidenceManager(
+            core.database, core.sealer, seals=core.settings.audit_seal_seconds > 0, org_id=org_id
+        )
 
     @property
     def audit(self) -> AuditManager:
@@ -115,6 +126,11 @@ class GatewayStore:
     def keys(self) -> KeyManager:
         """Issue and verify API keys."""
         return self._keys
+
+    @property
+    def evidence(self) -> EvidenceManager:
+        """Seal the audit log, verify it, and prove from it what happened."""
+        return self._evidence
 
     @property
     def notifications(self) -> NotificationManager:
@@ -244,6 +260,17 @@ class _Core:
         self.approvals = ApprovalBackend(
             database, self.redis, settings, self.outbox, self.vetoes, waiting, BackgroundTasks()
         )
+        self.checkpoint_hooks = CheckpointHooks(lambda: self.plugins, self.executor)
+        signing_key = settings.audit_signing_key
+        self.sealer = Sealer(
+            database,
+            origin=settings.audit_log_origin,
+            signer=SigningKey.parse(signing_key.get_secret_value()) if signing_key else None,
+            publish=self.checkpoint_hooks.notify,
+        )
+        self.background_sealer = BackgroundSealer(
+            self.sealer, every_s=settings.audit_seal_seconds, has_written=lambda: self.writer.has_written
+        )
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
@@ -279,6 +306,7 @@ class _Core:
         self.outbox.open(dispatcher, notifiers)
         self.key_cache.open()
         await writer.open()
+        self.background_sealer.start()
 
     def _is_open_here(self) -> bool:
         """True if open; raises StoreNotOpenError if that was done in another process or event loop."""
@@ -321,6 +349,8 @@ class _Core:
                 steps.push_async_callback(self.before_write.tasks.join)
             steps.push_async_callback(self.pubsub.close)
             steps.push_async_callback(self.key_cache.close)
+            steps.push_async_callback(self.checkpoint_hooks.close)
+            steps.push_async_callback(self.background_sealer.stop, _LAST_SEAL_S)
             if self.approvals.background is not None:
                 steps.push_async_callback(self.approvals.background.join, _LAST_WITHDRAWALS_S)
 

@@ -22,11 +22,19 @@ from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.delivery import NotificationManager
 from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.evidence.manager import EvidenceManager
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.store import GatewayStore
 
-__all__ = ["SyncApprovalManager", "SyncAuditManager", "SyncGatewayStore", "SyncKeyManager", "SyncNotificationManager"]
+__all__ = [
+    "SyncApprovalManager",
+    "SyncAuditManager",
+    "SyncEvidenceManager",
+    "SyncGatewayStore",
+    "SyncKeyManager",
+    "SyncNotificationManager",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -203,6 +211,7 @@ SyncAuditManager: Any = twin_of(AuditManager)
 SyncApprovalManager: Any = twin_of(ApprovalManager)
 SyncKeyManager: Any = twin_of(KeyManager)
 SyncNotificationManager: Any = twin_of(NotificationManager)
+SyncEvidenceManager: Any = twin_of(EvidenceManager)
 _StoreTwin: Any = twin_of(GatewayStore)
 
 
@@ -219,6 +228,7 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
         self._approvals = SyncApprovalManager(store.approvals, portal)
         self._keys = SyncKeyManager(store.keys, portal)
         self._notifications = SyncNotificationManager(store.notifications, portal)
+        self._evidence = SyncEvidenceManager(store.evidence, portal)
 
     @property
     def audit(self) -> Any:
@@ -239,6 +249,11 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
     def notifications(self) -> Any:
         """The notices that notifiers received, and those that they have still to receive."""
         return self._notifications
+
+    @property
+    def evidence(self) -> Any:
+        """Seal the audit log, verify it, and prove from it what happened."""
+        return self._evidence
 
     @property
     def settings(self) -> StoreSettings:

@@ -18,10 +18,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from agent_gateway_store.approval.filters import ApprovalFilters
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
+from agent_gateway_store.evidence import proof
 from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
+from agent_gateway_store.models.evidence import Checkpoint, Verification
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page, Stats
@@ -33,6 +35,7 @@ from agent_gateway_store.storage.export import ExportResult
 __all__ = [
     "SyncApprovalManager",
     "SyncAuditManager",
+    "SyncEvidenceManager",
     "SyncGatewayStore",
     "SyncKeyManager",
     "SyncNotificationManager",
@@ -43,7 +46,7 @@ class SyncAuditManager:
         """Store `event` and commit, together with other events that arrive meanwhile."""
 
     def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
-        """Store many events, in order, in batches that are committed one after the other. Takes constant memory."""
+        """Store many events, in order, in batches that are committed one by one; return how many came to which outcome."""
 
     def import_file(
         self,
@@ -307,6 +310,28 @@ class SyncNotificationManager:
     def prune(self, older_than: timedelta) -> int:
         """Delete the record of notices that arrived longer ago than `older_than`; returns how many."""
 
+class SyncEvidenceManager:
+    def seal(self) -> Checkpoint | None:
+        """Give every event that is committed its position in the log, and return the checkpoint over all of them."""
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the last checkpoint, or None; ValueError on a store that is bound to one organisation."""
+
+    def verify(
+        self,
+        *,
+        against: Iterable[str | Checkpoint] = ...,
+        keys: Iterable[str] = ...,
+        progress: bool | Callable[[int], None] = False,
+    ) -> Verification:
+        """Recompute the log from the columns of its events, and say what does not fit."""
+
+    def prove(self, request_id: str) -> proof.Evidence:
+        """Return the evidence of one event: what happened, who approved it, and the proof that the log holds it."""
+
+    def publish(self, folder: str | PathLike[str]) -> Checkpoint | None:
+        """Write the last checkpoint and the hash tiles below it to a folder, which any web server can serve."""
+
 class SyncGatewayStore:
     @property
     def settings(self) -> StoreSettings:
@@ -334,6 +359,10 @@ class SyncGatewayStore:
     @property
     def keys(self) -> SyncKeyManager:
         """Issue and verify API keys."""
+
+    @property
+    def evidence(self) -> SyncEvidenceManager:
+        """Seal the audit log, verify it, and prove from it what happened."""
 
     @property
     def notifications(self) -> SyncNotificationManager:

@@ -25,6 +25,7 @@ from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+from tampering import OFF
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +53,9 @@ def contract_postgres(postgres_url: str) -> Iterator[str]:
 def empty_postgres(contract_postgres: str) -> Iterator[Callable[[], None]]:
     """Delete all rows of that database, by one connection for the session: to connect costs more than to delete."""
     names = [table.name for table in reversed(metadata.sorted_tables) if table.name != "database_identity"]
-    emptied = "; ".join([*(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"])
+    emptied = "; ".join(
+        [OFF, *(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
+    )
     runner = asyncio.Runner()
     connection: asyncpg.Connection | None = None
 

@@ -233,7 +233,7 @@ async def test_query_of_one_organisation(session: AsyncSession) -> None:
 
 async def test_query_leaves_the_transaction_alone(session: AsyncSession) -> None:
     """Reading neither commits nor rolls back what the caller has under way."""
-    await session.execute(text("DELETE FROM audit_events"))
+    await session.execute(text("DELETE FROM api_keys"))
     await AuditQuery(session).list_recent()
 
     assert session.in_transaction()

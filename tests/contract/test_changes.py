@@ -18,6 +18,7 @@ from agent_gateway_store import AuditEvent, GatewayStore, errors
 from agent_gateway_store.audit.restored import renew_identity
 from agent_gateway_store.storage.pagination import decode, encode
 from builders import make_event
+from tampering import tamper
 
 
 def opened(cursor: str) -> tuple[bytes, dict[str, Any]]:
@@ -94,8 +95,7 @@ async def test_pages_of_changes_lead_on(store: GatewayStore) -> None:
 async def test_rows_from_before_the_column_are_history(store: GatewayStore) -> None:
     """An event without a transaction id (from before migration 0002) comes from the beginning, and is never new."""
     await store.audit.write(make_event(request_id="old"))
-    async with store.database.engine.begin() as connection:
-        await connection.exec_driver_sql("UPDATE audit_events SET transaction_id = NULL")
+    await tamper(store.database.engine, "UPDATE audit_events SET transaction_id = NULL")
     now = (await store.audit.changes()).next_cursor or ""
     await store.audit.write(make_event(request_id="new"))
 
@@ -130,8 +130,7 @@ async def test_a_log_that_lost_the_newest_event_passed_refuses_the_cursor(store:
     kept = (await store.audit.changes()).next_cursor
     await store.audit.write(make_event(request_id="lost"))
     cursor = (await store.audit.changes(kept)).next_cursor
-    async with store.database.engine.begin() as connection:
-        await connection.exec_driver_sql("DELETE FROM audit_events WHERE request_id = 'lost'")
+    await tamper(store.database.engine, "DELETE FROM audit_events WHERE request_id = 'lost'")
     with pytest.raises(errors.InvalidCursorError, match="newest event that this cursor has passed"):
         await store.audit.changes(cursor)
     await store.audit.write(make_event(request_id="new"))

@@ -217,15 +217,23 @@ CASES |= {
     "notifications.prune": lambda view, other: [view.notifications.prune(timedelta())],
 }
 
+CASES |= {
+    "evidence.prove": lambda view, other: [view.evidence.prove("r-1"), view.evidence.prove("r-2")],
+    "evidence.seal": lambda view, other: [view.evidence.seal()],
+    "evidence.checkpoint": lambda view, other: [view.evidence.checkpoint()],
+    "evidence.verify": lambda view, other: [view.evidence.verify()],
+    "evidence.publish": lambda view, other: [view.evidence.publish("log")],
+}
+
 PROPERTIES = {"audit.counters"}
 """What a process counts of itself; numbers only."""
 
 
 def surface() -> set[str]:
-    """Every public method and property of the four services."""
+    """Every public method and property of the services."""
     store = GatewayStore("sqlite://", redis_url="")
     found = set()
-    for service in ("audit", "approvals", "keys", "notifications"):
+    for service in ("audit", "approvals", "keys", "notifications", "evidence"):
         kind = type(getattr(store, service))
         # A method that is bound to the class is another constructor.
         public = [name for name in dir(kind) if not name.startswith("_") and not inspect.ismethod(getattr(kind, name))]

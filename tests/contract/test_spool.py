@@ -39,6 +39,7 @@ from proofs.harness import (
     stored_ids,
 )
 from servers import PostgresServer
+from tampering import OFF
 
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 HERE = make_url("sqlite:///here.db")
@@ -123,7 +124,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         asyncio.run(local.come_back())
         return
     started: PostgresServer = request.getfixturevalue("server")
-    clean = ("DELETE FROM audit_events", "DROP FUNCTION IF EXISTS refuse CASCADE")
+    clean = (OFF, "DELETE FROM audit_events", "DROP FUNCTION IF EXISTS refuse CASCADE")
     asyncio.run(execute(started.url, *clean))
     yield PostgresPlace(started, started.url)
     if not servers.alive(started.pid):

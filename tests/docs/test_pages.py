@@ -190,6 +190,7 @@ async def test_grants_suffice(postgres_database: Callable[[], str]) -> None:
             await store.approvals.approve(token, approver_id="alice")
             await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=call)
             outcomes = [await store.audit.write(make_event()), await store.audit.write(make_event())]
+            assert await store.evidence.seal() is not None
 
             with pytest.raises(ProgrammingError, match="permission denied"):
                 async with store.database.sessions() as session:

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 from cli_helpers import KEY
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 import servers
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, TrustLevel, errors
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.spool import Spool
+from agent_gateway_store.models.evidence import Checkpoint
+from agent_gateway_store.storage.database import create_engine
 from builders import make_event
 from commands import Outcome, event_line, gateway_store
 from proofs.harness import identity_of
+from tampering import tamper
 
 pytestmark = pytest.mark.integration
 
@@ -46,13 +49,15 @@ def test_db_upgrade_current_check_and_sql(postgres_database: Callable[[], str]) 
 
 
 async def _execute(url: str, statement: str) -> None:
-    from sqlalchemy import text
-
-    from agent_gateway_store.storage.database import create_engine
-
     engine = create_engine(url)
     async with engine.begin() as connection:
         await connection.execute(text(statement))
+    await engine.dispose()
+
+
+async def _tamper(url: str, statement: str) -> None:
+    engine = create_engine(url)
+    await tamper(engine, statement)
     await engine.dispose()
 
 
@@ -99,6 +104,25 @@ def test_doctor_reports_on_postgresql_and_redis(postgres_database: Callable[[], 
     }
     assert well.json["redis"]["state"] == "reachable"
     assert well.json["problems"] == []
+    assert well.json["log"] == {"sealed": 0, "unsealed": 0, "last_checkpoint": None, "triggers_missing": []}
+    assert any("owns the tables it writes" in warning for warning in well.json["warnings"])
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_doctor_finds_a_log_that_nothing_protects(kind: str, request: pytest.FixtureRequest) -> None:
+    """A trigger that is gone is a problem, with the statement that brings it back; what is not sealed is counted."""
+    url = "sqlite:///cli.db" if kind == "sqlite" else request.getfixturevalue("postgres_database")()
+    gateway_store("--database-url", url, "db", "upgrade")
+    gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
+    name = "audit_events_no_update" if kind == "sqlite" else "audit_events_append_only"
+    servers.run(_execute(url, f"DROP TRIGGER {name}{' ON audit_events' if kind == 'postgres' else ''}"))
+    bare = gateway_store("--database-url", url, "doctor", "--json")
+    (problem,) = bare.json["problems"]
+
+    assert (bare.code, bare.json["log"]["unsealed"], bare.json["log"]["triggers_missing"]) == (1, 1, [name])
+    assert problem.startswith(f"The trigger {name} is missing")
+    servers.run(_execute(url, problem.split("`")[1]))
+    assert gateway_store("--database-url", url, "doctor").code == 0
 
 
 def test_doctor_warns_of_a_postgresql_that_may_lose_commits(postgres_database: Callable[[], str]) -> None:
@@ -111,7 +135,7 @@ def test_doctor_warns_of_a_postgresql_that_may_lose_commits(postgres_database: C
 
     assert outcome.code == 0
     assert outcome.json["database"]["synchronous_commit"] == "off"
-    assert "synchronous_commit" in outcome.json["warnings"][0]
+    assert any("synchronous_commit" in warning for warning in outcome.json["warnings"])
 
 
 def test_doctor_finds_a_restored_dump(postgres_database: Callable[[], str]) -> None:
@@ -127,7 +151,7 @@ def test_doctor_finds_a_restored_dump(postgres_database: Callable[[], str]) -> N
     assert (own.code, own.json["problems"]) == (0, [])
     assert own.json["database"]["foreign_transactions"] is False
     ahead = "pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 1000"
-    servers.run(_execute(url, f"UPDATE audit_events SET transaction_id = {ahead}"))
+    servers.run(_tamper(url, f"UPDATE audit_events SET transaction_id = {ahead}"))
     restored = doctor()
     assert restored.code == 1
     (problem,) = restored.json["problems"]
@@ -150,17 +174,19 @@ def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.Fixtu
     cli("db", "restored", "--by", "ann").assert_fails(1, "db upgrade")
     cli("db", "upgrade")
     cli("audit", "write", input=f"{event_line('r1')}\n{event_line('r2')}")
+    sealed: list[Checkpoint | None] = []
     cursors: list[str | None] = []
 
     async def look() -> None:
         async with GatewayStore(url) as store:
+            sealed.append(await store.evidence.seal())
             cursors.append((await store.audit.changes()).next_cursor)
             cursors.append((await store.audit.changes("beginning", limit=1)).next_cursor)
 
     servers.run(look())
     if kind == "postgres":
         ahead = "pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 1000"
-        servers.run(_execute(url, f"UPDATE audit_events SET transaction_id = {ahead}"))
+        servers.run(_tamper(url, f"UPDATE audit_events SET transaction_id = {ahead}"))
     blank = cli("db", "restored", "--by", " ")
     assert (blank.code, "--by must not be empty" in blank.err) == (2, True)
     found = cli("db", "restored", "--by", "ann", "--json").json
@@ -168,6 +194,10 @@ def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.Fixtu
     event, *_ = cli("audit", "search", "--tool", "db.restored", "--json").json["items"]
     assert (event["mcp_server"], event["caller_id"], event["sanitized_args"]) == ("gateway-store", "ann", found)
     assert found["history_id"] == 2
+    (last,) = sealed
+    assert last is not None
+    assert (found["old_origin"], found["old_size"], found["old_root_hash"]) == (last.origin, 2, last.root_hash)
+    assert last.origin.endswith(f"/{found['old_identity']}")
     assert found["new_identity"] == cli("doctor", "--json").json["database"]["identity"] != found["old_identity"]
 
     async def follow() -> tuple[list[str], list[str]]:

@@ -27,13 +27,14 @@ from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.identity import read_identity
+from tampering import tamper, triggers_off
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 OURS = {
-    *("api_keys", "approval_requests", "approval_votes", "audit_events", "database_identity"),
-    "notification_deliveries",
+    *("api_keys", "approval_requests", "approval_votes", "audit_checkpoints", "audit_door", "audit_events"),
+    *("audit_leaves", "audit_tiles", "database_identity", "notification_deliveries"),
 }
 
 
@@ -85,12 +86,19 @@ def _schema(connection: Connection) -> dict[str, Any]:
             "unique": sorted((str(one["name"]), one["column_names"]) for one in look.get_unique_constraints(table)),
             "checks": sorted((str(one["name"]), one["sqltext"]) for one in look.get_check_constraints(table)),
             "foreign": look.get_foreign_keys(table),
+            "counted": "AUTOINCREMENT" in (_sql(connection, table) or ""),
             "indexes": sorted(
                 (str(one["name"]), one["column_names"], one["unique"], _text(one.get("dialect_options")))
                 for one in look.get_indexes(table)
             ),
         }
     return found
+
+
+def _sql(connection: Connection, table: str) -> str | None:
+    if connection.dialect.name != "sqlite":
+        return None
+    return connection.scalar(text("SELECT sql FROM sqlite_master WHERE name = :name"), {"name": table})
 
 
 def _text(options: Any) -> list[str]:
@@ -132,7 +140,7 @@ async def test_the_migrated_schema_is_that_of_the_models(make_url: Callable[[], 
         await engine.dispose()
 
     assert migrated == created
-    assert sum(len(table["checks"]) for table in migrated.values()) == 16
+    assert sum(len(table["checks"]) for table in migrated.values()) == 17
     assert sum(len(table["indexes"]) for table in migrated.values()) >= 14
 
 
@@ -346,7 +354,7 @@ async def test_sql_for_postgresql_gives_the_same_schema(postgres_database: Calla
     engine = create_engine(url)
 
     assert "JSONB" in script
-    assert script.count("CREATE TABLE") == 7
+    assert script.count("CREATE TABLE") == 11
     assert "secret" not in script
     await migrate.require_current(engine)
     assert await migrate.differences(engine) == []
@@ -466,7 +474,7 @@ async def test_downgrade_drops_no_column_in_use(engine: AsyncEngine, column: str
     """It is refused in one sentence, and nothing changed."""
     await migrate.upgrade(engine)
     await execute(engine, insert(1), insert(2))
-    async with engine.begin() as connection:
+    async with engine.begin() as connection, triggers_off(connection):
         await connection.exec_driver_sql(f"UPDATE audit_events SET {column} = '{value}' WHERE id = 2")
     before = await read(engine, f"id, {column}")
     with pytest.raises(CommandError, match="1 audit events have an approval_id or something in extra"):
@@ -517,7 +525,7 @@ async def test_downgrade_rewrites_no_event(engine: AsyncEngine) -> None:
     with pytest.raises(CommandError, match=r"2 audit events have the execution_status CANCELLED or .* delete them"):
         await migrate.downgrade(engine, "0003_due_by_notifier")
     assert (await read(engine), await migrate.current(engine)) == (before, migrate.head())
-    await execute(engine, "DELETE FROM audit_events WHERE id > 1")
+    await tamper(engine, "DELETE FROM audit_events WHERE id > 1")
     await migrate.downgrade(engine, "0003_due_by_notifier")
 
     assert await read(engine) == before[:1]

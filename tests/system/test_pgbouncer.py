@@ -22,6 +22,7 @@ from agent_gateway_store.errors import ApprovalAlreadyUsedError
 from builders import make_event
 from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty, stored_ids
 from servers import PostgresServer, _free_port
+from tampering import OFF
 
 pytestmark = pytest.mark.system
 
@@ -97,7 +98,7 @@ def server() -> Iterator[PostgresServer]:
 @pytest.fixture
 def bouncer(server: PostgresServer) -> Iterator[PgBouncer]:
     """A PgBouncer before it, over an empty database."""
-    asyncio.run(execute(server.url, "DELETE FROM audit_events"))
+    asyncio.run(execute(server.url, OFF, "DELETE FROM audit_events"))
     made = PgBouncer(server)
     try:
         made.start()

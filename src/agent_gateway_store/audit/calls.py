@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -13,7 +13,7 @@ from sqlalchemy import Integer, bindparam, exists, literal_column, select
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.selects import Shape, select_events, table
-from agent_gateway_store.errors import AuditUnavailableError
+from agent_gateway_store.errors import AuditUnavailableError, GatewayStoreError
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.models.keys import CallerIdentity
@@ -21,6 +21,7 @@ from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.storage.statements import Statement
 
 HIDDEN = "[hidden]"
+HashApproval = Callable[[UUID | str], Awaitable[str]]
 INTENT, OUTCOME = "intent", "outcome"
 _RUNS = (Decision.ALLOW, Decision.SANITIZE_AND_ALLOW)
 
@@ -70,7 +71,11 @@ def draft_event(
 
 @asynccontextmanager
 async def recorded(
-    event: AuditEvent, write: Callable[[AuditEvent], Awaitable[WriteOutcome]], *, intent: bool
+    event: AuditEvent,
+    write: Callable[[AuditEvent], Awaitable[WriteOutcome]],
+    *,
+    intent: bool,
+    hash_approval: HashApproval,
 ) -> AsyncGenerator[AuditEvent]:
     """Yield `event`, then write it once with its latency and its status, whatever was raised meanwhile.
 
@@ -78,10 +83,15 @@ async def recorded(
         event: As `draft_event` returns it.
         write: Stores an event.
         intent: Whether to write an event of the intent before, which the outcome names as its parent.
+        hash_approval: Returns the hash of an approval, which the event holds so that evidence proves both.
 
     Raises:
         AuditUnavailableError: The intent could not be stored; the call must not run.
     """
+    if event.approval_id is not None:
+        # An approval of another store, or a database that is away: the event says less, and the call runs.
+        with suppress(GatewayStoreError):
+            event.extra = {"approval_sha256": await hash_approval(event.approval_id)} | event.extra
     if intent:
         first = event.model_copy(update={"request_id": uuid4().hex, "extra": event.extra | {"phase": INTENT}})
         if await write(first) == WriteOutcome.LOST:

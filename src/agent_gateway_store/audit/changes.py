@@ -7,7 +7,8 @@ that had ended when it was taken. New since then are the rows of all other trans
 commits.
 
 Both kinds of ids can be given twice. A PostgreSQL server that was killed gives again every transaction id above the
-newest one in the log that it had flushed, and SQLite gives the id of a deleted newest row again. So a snapshot that is
+newest one in the log that it had flushed, and SQLite may have given the id of a deleted newest row again before
+migration 0008. So a snapshot that is
 kept ends at the newest event that it contains: that event was flushed before anybody could see it, and no id up to its
 own is given again. A cursor also names that event. If it is missing, this is not the database that the cursor came
 from; it may be a standby that was promoted before it had received everything.

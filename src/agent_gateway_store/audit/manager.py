@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.backends import insert_event
-from agent_gateway_store.audit.calls import argument_names, draft_event, recorded
+from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_event, recorded
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
@@ -55,6 +55,7 @@ class AuditManager:
         org_id: Stamp this organisation on each event and see only it; None takes the event's own and sees all.
         before, after: The plugins that may change events before they are stored, and are notified afterwards.
         hash_args: Hashes the arguments of a call, as `GatewayStore.hash_args` does.
+        hash_approval: Returns the hash of an approval and its votes.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class AuditManager:
         before: BeforeWriteHooks,
         after: AfterWriteHooks,
         hash_args: Callable[[Mapping[str, Any]], str],
+        hash_approval: HashApproval,
     ) -> None:
         self._database, self._writer, self._org_id = database, writer, org_id
-        self._before, self._after, self._hash_args = before, after, hash_args
+        self._before, self._after, self._hash_args, self._hash_approval = before, after, hash_args, hash_approval
         self._queries = AuditQuery(database, org_id=org_id)
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
@@ -95,13 +97,11 @@ class AuditManager:
         return await writer.write(row)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
-        """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
+        """Store many events, in order, in batches that are committed one by one; return how many came to which outcome.
 
         Args:
-            events: Any iterable, read while its events are stored. If it raises, the events before are stored, and the
-                error is raised to the caller. An event that is not valid is LOST and stops no other.
-
-        Returns how many events came to which outcome.
+            events: Any iterable, read in constant memory while its events are stored. If it raises, the events before
+                are stored, and the caller gets the error. An event that is not valid is LOST and stops no other.
 
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored, or is not valid.
@@ -175,7 +175,7 @@ class AuditManager:
             call: The call as it runs; its arguments are hashed under this store's HASH_KEY.
             caller: Who makes it.
             decision: What the policy decided; `rule` and `rationale`: by which rule, and why.
-            approval_id: The approval that released it.
+            approval_id: The approval that released it. Its hash goes into `extra`, so that evidence proves it, too.
             sanitize: Returns the arguments that the log may show. Default: their names, each value hidden.
             fields: Other fields of `AuditEvent`; `request_id` is made if it is not given.
 
@@ -194,7 +194,7 @@ class AuditManager:
             args_hash=self._hash_args(call.arguments),
             fields=fields,
         )
-        async with recorded(event, self.write, intent=intent):
+        async with recorded(event, self.write, intent=intent, hash_approval=self._hash_approval):
             yield event
 
     async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
@@ -230,6 +230,7 @@ class AuditManager:
             (row,) = await self._before.prepare([row])
         with translate_errors("record the event", in_session=True), sole_use(session):
             connection = await session_connection(session, AuditEvent, writing=True, atomic=True)
+            self._writer.has_recorded = True
             return await insert_event(connection, row)
 
     async def flush(self) -> int:

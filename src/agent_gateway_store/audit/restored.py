@@ -10,9 +10,17 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from agent_gateway_store.audit.backends import insert_event, table
 from agent_gateway_store.audit.record import encode_event
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
+from agent_gateway_store.models.evidence import AuditCheckpoint
 from agent_gateway_store.models.identity import identity_table
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.identity import IDENTITY
+
+_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
+_LAST_CHECKPOINT = (
+    select(_checkpoints.c.origin, _checkpoints.c.size, _checkpoints.c.root_hash)
+    .order_by(_checkpoints.c.size.desc())
+    .limit(1)
+)
 
 
 async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> dict[str, str | int | None]:
@@ -27,7 +35,8 @@ async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> d
         environment: The event's.
 
     Returns:
-        `old_identity` (None if the row was missing), `new_identity` and `history_id`, the highest id of an event.
+        `old_identity` (None if the row was missing), `new_identity`, `history_id`, the highest id of an event, and
+        `old_origin`, `old_size` and `old_root_hash` of the last checkpoint of the sealed log (None without one).
 
     Raises:
         StoreUnavailableError: The database does not answer, or the role may not do this.
@@ -42,7 +51,9 @@ async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> d
             history_id = (await connection.execute(select(func.coalesce(func.max(table.c.id), 0)))).scalar_one()
             change = insert(identity_table).values(id=1) if old is None else update(identity_table)
             await connection.execute(change.values(identity=new, history_id=history_id))
+            last = (await connection.execute(_LAST_CHECKPOINT)).first() or (None, None, None)
             facts = {"old_identity": old, "new_identity": new, "history_id": history_id}
+            facts |= dict(zip(("old_origin", "old_size", "old_root_hash"), last, strict=True))
             event = AuditEvent(
                 request_id=f"db.restored-{new}",
                 caller_id=by,

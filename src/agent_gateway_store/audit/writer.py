@@ -36,10 +36,21 @@ _logger = logging.getLogger("agent_gateway_store.audit")
 
 
 class OpenWriter:
-    """Holds the writer of a store while the store is open."""
+    """Holds the writer of a store while the store is open.
+
+    Attributes:
+        has_recorded: True once an event was stored past the writer, in a transaction of the caller's.
+    """
 
     def __init__(self) -> None:
         self.writer: AuditWriter | None = None
+        self.has_recorded = False
+
+    @property
+    def has_written(self) -> bool:
+        """True once this store has added an event to the database."""
+        counters = self.writer.counters if self.writer else None
+        return self.has_recorded or (counters is not None and counters.stored + counters.replayed > 0)
 
     def get(self) -> AuditWriter:
         """Return the writer.

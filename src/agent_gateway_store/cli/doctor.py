@@ -34,6 +34,18 @@ SELECT EXISTS (
 )
 """
 
+_LOG = """
+SELECT (SELECT count(*) FROM audit_leaves) AS sealed, (SELECT max(size) FROM audit_checkpoints) AS last_checkpoint, (
+    SELECT count(*) FROM audit_events AS event
+    WHERE NOT EXISTS (SELECT 1 FROM audit_leaves AS leaf WHERE leaf.event_id = event.id)
+) AS unsealed
+"""
+# A superuser is a member of every role.
+_OWNS_TABLES = """
+SELECT bool_or(pg_has_role(relowner, 'MEMBER')) FROM pg_class
+WHERE oid IN (to_regclass('audit_events'), to_regclass('audit_leaves'), to_regclass('audit_checkpoints'))
+"""
+
 
 @dataclass
 class Report:
@@ -115,6 +127,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
             await _read_identity(report, engine)
             await _check_transactions(report, engine)
+            await _check_log(report, engine)
             await _check_approvals(report, ctx, engine, settings)
             await _check_notifications(report, ctx, engine, settings)
     async with report.noting_errors():
@@ -202,6 +215,31 @@ async def _check_transactions(report: Report, engine: AsyncEngine) -> None:
             "`follow` and `changes` would miss events: run `gateway-store db restored --by NAME` once as the owner of "
             "the tables, and begin with new cursors.",
             ExitCode.ERROR,
+        )
+
+
+async def _check_log(report: Report, engine: AsyncEngine) -> None:
+    """Find triggers that do not protect the log, a role that could switch them off, and what is not sealed."""
+    from sqlalchemy import text
+
+    from agent_gateway_store.storage.append_only import unprotected
+    from agent_gateway_store.storage.errors import translate_errors
+
+    with translate_errors("be examined"):
+        async with engine.connect() as connection:
+            missing = await unprotected(connection)
+            log = (await connection.execute(text(_LOG))).mappings().one()
+    report.facts["log"] = {**log, "triggers_missing": [*missing]}
+    for name, statement in missing.items():
+        report.problem(
+            f"The trigger {name} is missing or switched off, so that rows of the audit log can be changed: find out "
+            f"who did that, verify the log, and run `{statement}` as the owner of the tables.",
+            ExitCode.ERROR,
+        )
+    if engine.dialect.name == "postgresql" and await _scalar(engine, _OWNS_TABLES):
+        report.warning(
+            "This role owns the tables it writes, so that it can switch off the triggers of the audit log: let another "
+            "role own them (see `A role that can only add to the audit log` in the documentation)."
         )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ExitCode(IntEnum):
-    """How the process ends; 3 is kept for integrity violations."""
+    """How the process ends; 3 means that what is there was tampered with, or does not verify."""
 
     # 2 is what Click uses for usage errors; 128 and the number of the signal (SIGINT 2, SIGPIPE 13) is what shells
     # report for a process that a signal ended.
@@ -67,8 +67,11 @@ def _code(error: Exception) -> ExitCode:
         errors.ApprovalNotFoundError: ExitCode.NOT_FOUND,
         errors.ApprovalExpiredError: ExitCode.NOT_FOUND,
         errors.ApiKeyNotFoundError: ExitCode.NOT_FOUND,
+        errors.AuditEventNotFoundError: ExitCode.NOT_FOUND,
         errors.InvalidUrlError: ExitCode.USAGE,
         errors.InvalidCursorError: ExitCode.USAGE,
+        errors.InvalidEvidenceError: ExitCode.INTEGRITY,
+        errors.LogMismatchError: ExitCode.INTEGRITY,
         errors.StoreUnavailableError: ExitCode.UNAVAILABLE,
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), ExitCode.ERROR)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typer import Typer
 
     from agent_gateway_store.models.audit import AuditEvent
+    from agent_gateway_store.models.evidence import Checkpoint
     from agent_gateway_store.models.values import Notice, PendingApproval
     from agent_gateway_store.settings import StoreSettings
 
@@ -144,6 +145,22 @@ def gateway_store_audit_written(events: Sequence[AuditEvent]) -> Awaitable[None]
     Args:
         events: Up to 500, scrubbed as they are stored; an event under a used request id has that id, and not the
             derived one. Without duplicates, but with events that waited in the spool. Copies.
+
+    Returns:
+        Ignored.
+    """
+
+
+@hookspec
+def gateway_store_checkpoint(checkpoint: Checkpoint) -> Awaitable[None] | None:
+    """Receive each new checkpoint of the sealed log, to keep it where the database's owner cannot change it.
+
+    May be sync or async. Called after the checkpoint was committed, by the process that made it, in the plugin's own
+    thread, within `PLUGIN_TIMEOUT_SECONDS`. It is not repeated: a checkpoint that a plugin did not keep is followed by
+    larger ones, each of which vouches for everything before it.
+
+    Args:
+        checkpoint: Its `note` is what to keep, byte by byte.
 
     Returns:
         Ignored.

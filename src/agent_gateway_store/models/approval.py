@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
+from hashlib import sha256
 from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
@@ -13,7 +15,7 @@ from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, Text, Unique
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.encoding.canonical import hash_json
+from agent_gateway_store.encoding.canonical import canonical_json, hash_json
 from agent_gateway_store.models.audit import Instant, Sha256Hex
 from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, TokenDigest, UtcDateTime
@@ -184,6 +186,29 @@ class ApprovalVote(StoreModel, table=True):
     note: Note = Field(default="", sa_type=Text)
     channel: str = Field(default="api", sa_type=Text)
     voted_at: Instant = Field(default_factory=utc_now, sa_type=UtcDateTime)
+
+
+# What does not change any more once an approval is decided. Fields that come later stay out: a hash must stay the same.
+_DECIDED_FIELDS = frozenset(
+    {"approval_id", "org_id", "request_id", "caller_id", "tool_call", "tool_call_hash", "risk_explanation", "scope"}
+    | {"created_at", "expires_at", "use_before", "output_hash", "required_approvals"}
+    | {"approver_id", "decision_at", "approver_note"}
+)
+_VOTE_FIELDS = frozenset({"approver_id", "decision", "note", "channel", "voted_at"})
+
+
+def hash_approval(request: ApprovalRequest, votes: Iterable[ApprovalVote]) -> str:
+    """Return the hash by which an event can hold a decided approval and its votes, as `extra.approval_sha256`.
+
+    SHA-256 (64 hex digits, under no key) over RFC 8785 canonical JSON. Status, use and outcome are left out, as they
+    still change after the decision.
+    """
+    ballots = [vote.model_dump(mode="json", include=set(_VOTE_FIELDS)) for vote in votes]
+    document = {
+        "approval": request.model_dump(mode="json", include=set(_DECIDED_FIELDS)),
+        "votes": sorted(ballots, key=lambda ballot: (ballot["voted_at"], ballot["approver_id"])),
+    }
+    return sha256(canonical_json(document)).hexdigest()
 
 
 class ApprovalResult(FrozenModel):

@@ -150,6 +150,8 @@ class AuditEvent(StoreModel, table=True):
             postgresql_where=text("extra ->> 'phase' = 'intent'"),
             sqlite_where=text("json_extract(extra, '$.phase') = 'intent'"),
         ),
+        # No id is given twice, also not that of a row that was deleted: leaves name events by it.
+        {"sqlite_autoincrement": True},
     )
 
     id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)

@@ -108,6 +108,8 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
+            # REPLACE deletes rows, which the triggers of append-only tables refuse then.
+            "recursive_triggers=ON",
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()

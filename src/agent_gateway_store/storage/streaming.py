@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import aiosqlite
 import asyncpg
+from sqlalchemy import Dialect
 
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import retry_conflicts
-from agent_gateway_store.storage.statements import CompiledStatement
+from agent_gateway_store.storage.statements import CompiledStatement, Statement
 from agent_gateway_store.storage.urls import is_memory
 
 # Chosen: a day, for one command of a read of any size.
@@ -32,10 +33,63 @@ WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'tran
 
 
 @asynccontextmanager
-async def _long_read(driver: asyncpg.Connection) -> AsyncIterator[None]:
-    async with driver.transaction(isolation="read_committed", readonly=True):
+async def _long_read(driver: asyncpg.Connection, isolation: str = "read_committed") -> AsyncIterator[None]:
+    async with driver.transaction(isolation=isolation, readonly=True):
         await driver.execute(_LONG_READ)
         yield
+
+
+class Snapshot:
+    """A connection on which every read sees the database as it was at the first one."""
+
+    def __init__(self, driver: Any, dialect: Dialect) -> None:
+        self._driver, self.dialect = driver, dialect
+
+    async def fetched(self, query: Statement, values: Mapping[str, Any] | None = None) -> Rows:
+        """Return all rows of a query."""
+        compiled = query.compiled(self.dialect)
+        return await _fetched(self._driver, compiled.text, compiled.arguments(values or {}))
+
+    async def streamed(
+        self, query: Statement, values: Mapping[str, Any], *, batch: int = _BATCH_ROWS
+    ) -> AsyncGenerator[Rows, None]:
+        """Yield the rows of a query in batches. Callers that stop early close it (`aclosing`)."""
+        compiled = query.compiled(self.dialect)
+        async with aclosing(_batches(self._driver, compiled.text, compiled.arguments(values), batch)) as batches:
+            async for rows in batches:
+                yield rows
+
+
+@asynccontextmanager
+async def snapshot(database: Database) -> AsyncIterator[Snapshot]:
+    """Open a `Snapshot` for reads that may take long; holds a connection until the end."""
+    async with database.raw_connection() as driver:
+        if isinstance(driver, aiosqlite.Connection):
+            await driver.execute("BEGIN")
+            try:
+                yield Snapshot(driver, database.engine.dialect)
+            finally:
+                await driver.rollback()
+            return
+        async with _long_read(driver, "repeatable_read"):
+            yield Snapshot(driver, database.engine.dialect)
+
+
+async def _fetched(driver: Any, text: str, arguments: Sequence[Any]) -> Rows:
+    if isinstance(driver, aiosqlite.Connection):
+        return list(await driver.execute_fetchall(text, arguments))
+    return await driver.fetch(text, *arguments, timeout=LONGEST_S)  # type: ignore[no-any-return]
+
+
+async def _batches(driver: Any, text: str, arguments: Sequence[Any], batch: int) -> AsyncGenerator[Rows, None]:
+    if isinstance(driver, aiosqlite.Connection):
+        async with driver.execute(text, arguments) as cursor:
+            while found := list(await cursor.fetchmany(batch)):
+                yield found
+        return
+    cursor = await driver.cursor(text, *arguments, timeout=LONGEST_S)
+    while found := await cursor.fetch(batch, timeout=LONGEST_S):
+        yield found
 
 
 @retry_conflicts
@@ -44,9 +98,9 @@ async def fetched(database: Database, query: CompiledStatement, values: Mapping[
     arguments = query.arguments(values)
     async with database.raw_connection() as driver:
         if isinstance(driver, aiosqlite.Connection):
-            return list(await driver.execute_fetchall(query.text, arguments))
+            return await _fetched(driver, query.text, arguments)
         async with _long_read(driver):
-            return await driver.fetch(query.text, *arguments, timeout=LONGEST_S)  # type: ignore[no-any-return]
+            return await _fetched(driver, query.text, arguments)
 
 
 async def streamed(
@@ -60,16 +114,12 @@ async def streamed(
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch]
         return
-    async with database.raw_connection() as driver:
-        if isinstance(driver, aiosqlite.Connection):
-            async with driver.execute(query.text, arguments) as cursor:
-                while found := list(await cursor.fetchmany(batch)):
-                    yield found
-            return
-        async with _long_read(driver):
-            cursor = await driver.cursor(query.text, *arguments, timeout=LONGEST_S)
-            while found := await cursor.fetch(batch, timeout=LONGEST_S):
-                yield found
+    async with database.raw_connection() as driver, AsyncExitStack() as stack:
+        if not isinstance(driver, aiosqlite.Connection):
+            await stack.enter_async_context(_long_read(driver))
+        async with aclosing(_batches(driver, query.text, arguments, batch)) as batches:
+            async for rows in batches:
+                yield rows
 
 
 async def copied(

@@ -30,6 +30,7 @@ _STATUSES: tuple[tuple[type[errors.GatewayStoreError], int], ...] = (
     (errors.DecisionVetoedError, 403),
     (errors.ApprovalError, 409),
     (errors.ApiKeyNotFoundError, 404),
+    (errors.AuditEventNotFoundError, 404),
     (errors.ApiKeyExistsError, 409),
     (errors.InvalidCursorError, 400),
     (errors.StoreUnavailableError, 503),

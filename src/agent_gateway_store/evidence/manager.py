@@ -1,0 +1,132 @@
+"""`store.evidence`: a sealed log that others can verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from os import PathLike
+from pathlib import Path
+
+from agent_gateway_store.errors import GatewayStoreError, LogMismatchError
+from agent_gateway_store.evidence import proof, publish, verify
+from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint, may_not_write
+from agent_gateway_store.evidence.tiles import read_tiles
+from agent_gateway_store.evidence.tree import TileHashes
+from agent_gateway_store.models.evidence import Checkpoint, Verification
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.files import progress_bar
+
+
+class EvidenceManager:
+    """`store.evidence`: seals the audit log, verifies it, and proves from it what happened.
+
+    On a store that is bound to one organisation only `prove` works, since the log is that of all organisations.
+
+    Args:
+        database: Where the log is.
+        sealer: Seals it.
+        seals: Whether this store seals by itself.
+        org_id: The organisation; None: all.
+    """
+
+    def __init__(self, database: Database, sealer: Sealer, *, seals: bool, org_id: str | None = None) -> None:
+        self._database, self._sealer, self._seals, self._org_id = database, sealer, seals, org_id
+
+    async def seal(self) -> Checkpoint | None:
+        """Give every event that is committed its position in the log, and return the checkpoint over all of them.
+
+        Another sealer at work, in any process, is waited for. Safe to repeat and to kill: there is never a gap, and no
+        event is sealed twice.
+
+        Returns:
+            The checkpoint; None: there is no event.
+
+        Raises:
+            LogMismatchError: The log does not agree with its last checkpoint, so nothing is added to it.
+            StoreUnavailableError: The database is away, or this role may not write.
+            ValueError: The store is bound to one organisation.
+        """
+        self._require_all()
+        return await self._sealer.seal()
+
+    async def checkpoint(self) -> Checkpoint | None:
+        """Return the last checkpoint, or None; ValueError on a store that is bound to one organisation."""
+        self._require_all()
+        async with self._database.connection("read") as connection:
+            return await last_checkpoint(connection)
+
+    async def verify(
+        self,
+        *,
+        against: Iterable[str | Checkpoint] = (),
+        keys: Iterable[str] = (),
+        progress: bool | Callable[[int], None] = False,
+    ) -> Verification:
+        """Recompute the log from the columns of its events, and say what does not fit.
+
+        Takes constant memory. Three statements, apart from each other: integrity (`ok`), anchoring (`anchored`: up to
+        which size a checkpoint that was kept elsewhere vouches for it) and completeness (`unsealed`). It sees the
+        database as it is at one moment; events that were not sealed then are sealed afterwards, if nothing was found
+        and this store may write and seals by itself.
+
+        Args:
+            against: Checkpoints that were kept elsewhere, or their notes.
+            keys: Verifier keys (vkeys) of which one must have signed each of those, and the last checkpoint.
+            progress: True shows a progress bar; a function is called with the events checked so far.
+
+        Raises:
+            InvalidEvidenceError: What was kept cannot be read as a checkpoint.
+            StoreUnavailableError: The database is away.
+            ValueError: A key cannot be read, or the store is bound to one organisation.
+        """
+        self._require_all()
+        with progress_bar(progress, "Verifying the log") as report:
+            found = await verify.verify(self._database, against=against, keys=keys, report=report)
+        if found.ok and found.unsealed and self._seals:
+            # What is committed and was missed: ids of transactions are given out again after a crash of the server.
+            try:
+                await self._sealer.seal(wait=False, anew=True)
+            except GatewayStoreError as exc:
+                if not may_not_write(exc):
+                    raise
+        return found
+
+    async def prove(self, request_id: str) -> proof.Evidence:
+        """Return the evidence of one event: what happened, who approved it, and the proof that the log holds it.
+
+        Of several events with this id the newest is taken. It shows the log's size and the event's position.
+
+        Raises:
+            AuditEventNotFoundError: There is no such event.
+            LogMismatchError: A hash of the log is missing.
+            StoreUnavailableError: The database is away.
+        """
+        return await proof.prove(self._database, self._read_tiles, request_id, org_id=self._org_id)
+
+    async def publish(self, folder: str | PathLike[str]) -> Checkpoint | None:
+        """Write the last checkpoint and the hash tiles below it to a folder, which any web server can serve.
+
+        No event and no salt is among them. Whoever reads meanwhile finds a checkpoint with all its tiles.
+
+        Returns:
+            The checkpoint; None: there is none, and nothing was written.
+
+        Raises:
+            LogMismatchError: The folder holds another log, or another past of this one; or a hash is missing.
+            OSError: The folder cannot be written.
+            ValueError: The store is bound to one organisation.
+        """
+        checkpoint = await self.checkpoint()
+        if checkpoint is not None:
+            try:
+                await publish.publish(Path(folder), checkpoint, self._read_tiles)
+            except LookupError as exc:
+                raise LogMismatchError("A hash of the log is missing: run `gateway-store evidence verify`.") from exc
+        return checkpoint
+
+    async def _read_tiles(self, wanted: Iterable[tuple[int, int]]) -> TileHashes:
+        async with self._database.connection("read") as connection:
+            return await read_tiles(connection, list(wanted))
+
+    def _require_all(self) -> None:
+        if self._org_id is not None:
+            raise ValueError("The log is that of all organisations: use the store itself, not `for_org`.")

@@ -1,0 +1,368 @@
+"""Evidence of one event, and its check, which needs neither the store nor this package: the formats are open."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import BigInteger, Integer, Select, Text, Uuid, bindparam, literal_column, select, true
+
+from agent_gateway_store.approval.queries import ApprovalRef, get
+from agent_gateway_store.audit.query import AuditQuery
+from agent_gateway_store.errors import (
+    ApprovalNotFoundError,
+    AuditEventNotFoundError,
+    InvalidEvidenceError,
+    LogMismatchError,
+)
+from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, decode64, encode64, parse_note
+from agent_gateway_store.evidence.tree import (
+    EMPTY_ROOT,
+    HASH_BYTES,
+    ReadTiles,
+    inclusion_path,
+    leaf_hash,
+    tiles_for_inclusion,
+    verify_inclusion,
+)
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, hash_approval
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.evidence import (
+    AuditCheckpoint,
+    AuditLeaf,
+    Checkpoint,
+    Finding,
+    FindingKind,
+    Verification,
+)
+from agent_gateway_store.models.values import FrozenModel
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.statements import Statement
+
+_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
+_requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+
+
+def _place() -> Select[Any]:
+    """Select in one row the leaf of an event, the last checkpoint, and the approval asked for under its request id."""
+    event, one = bindparam("p_event", type_=BigInteger()), literal_column("1", Integer())
+    newest = select(_checkpoints).order_by(_checkpoints.c.size.desc()).limit(one).subquery()
+    mine = _requests.c.request_id == bindparam("p_request", type_=Text())
+    asked = select(_requests.c.approval_id).where(mine, _requests.c.org_id == bindparam("p_org", type_=Text()))
+    asked = asked.order_by(_requests.c.created_at.desc(), _requests.c.id.desc()).limit(one)
+    once = select(event.label("event")).subquery()
+    joined = once.outerjoin(_leaves, _leaves.c.event_id == once.c.event).outerjoin(newest, true())
+    leaf = (_leaves.c.position, _leaves.c.salt, _leaves.c.leaf_hash)
+    return select(*leaf, *newest.c, asked.scalar_subquery().label("approval_id")).select_from(joined)
+
+
+_PLACE = Statement(_place())
+_VOTES = Statement(
+    select(_votes).where(_votes.c.approval_id == bindparam("p_approval", type_=Uuid())).order_by(_votes.c.voted_at)
+)
+
+APPROVAL_HASH = "approval_sha256"
+"""The name in an event's `extra` under which it holds the hash of the approval that released the call."""
+
+_FORMAT = "agent-gateway-store evidence 1"
+# C2SP tlog-proof.
+_TLOG_PROOF = "c2sp.org/tlog-proof@v1\n"
+_PROOF = re.compile(
+    f"{re.escape(_TLOG_PROOF)}"
+    r"extra (?P<entry>[^\n]+)\nindex (?P<index>0|[1-9][0-9]{0,18})\n(?P<path>(?:[^\n]+\n)*)\n(?P<note>.+)",
+    re.DOTALL,
+)
+_UNPROVED = (
+    "Nothing proves the approval and its votes: the event does not hold their hash. They are what the database said."
+)
+_PROVED = "The approval and its votes are those that the event names. Its status, use and outcome are not proved."
+_NO_KEY = "Nothing vouches for the checkpoint: no key was given, and whoever made this text can have made it up."
+# What reading hostile JSON into our models may raise.
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+
+
+class Evidence(FrozenModel):
+    """What is kept, or handed on, to show later what happened in one call.
+
+    Attributes:
+        event: As it is stored.
+        approval: The approval that released the call, or was asked for it; None without.
+        votes: Who voted on it, and how.
+        position: The event's in the log; None: it was not sealed yet, and nothing proves it.
+        salt: What the leaf was hashed with; None: not sealed yet, or erased.
+        leaf_hash: The leaf at that position.
+        path: The inclusion proof, from the leaf's sibling to the root.
+        checkpoint: Of the log that the proof leads to.
+    """
+
+    event: AuditEvent
+    approval: ApprovalRequest | None = None
+    votes: tuple[ApprovalVote, ...] = ()
+    position: int | None = None
+    salt: bytes | None = None
+    leaf_hash: bytes | None = None
+    path: tuple[bytes, ...] = ()
+    checkpoint: Checkpoint | None = None
+
+    def to_json(self) -> str:
+        """Return everything as JSON, which `check` takes. Holds no approval token, and no output that waits."""
+        document = {
+            "format": _FORMAT,
+            "event": self.event.model_dump(mode="json", exclude={"id"}),
+            "approval": self.approval and _approval_json(self.approval, self.votes),
+            "position": self.position,
+            "salt": _hex(self.salt),
+            "leaf_hash": _hex(self.leaf_hash),
+            "path": [node.hex() for node in self.path],
+            "checkpoint": self.checkpoint and self.checkpoint.note,
+        }
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    def to_tlog_proof(self) -> str:
+        """Return the proof alone as C2SP tlog-proof, for the tools of others.
+
+        Its extra data is what the leaf is hashed from: the salt, then `content_hash` as 32 bytes.
+
+        Raises:
+            ValueError: The event was not sealed yet, or was erased.
+        """
+        if self.checkpoint is None:
+            raise ValueError("The event is not sealed yet, so there is no proof: run `gateway-store evidence seal`.")
+        if self.salt is None:
+            raise ValueError("The event was erased, and with it what its leaf was hashed from.")
+        entry = encode64(self.salt + bytes.fromhex(self.event.content_hash or ""))
+        path = "".join(f"{encode64(node)}\n" for node in self.path)
+        return f"{_TLOG_PROOF}extra {entry}\nindex {self.position}\n{path}\n{self.checkpoint.note}"
+
+
+async def prove(database: Database, read: ReadTiles, request_id: str, *, org_id: str | None) -> Evidence:
+    """Collect the evidence of the newest event with this request id.
+
+    The approval is the one that the event names, else the newest that was asked for under its request id.
+
+    Args:
+        database: Where the events are.
+        read: Where the tiles come from.
+        request_id: As the gateway gave it.
+        org_id: See only this organisation; None sees all.
+
+    Raises:
+        AuditEventNotFoundError: There is no such event.
+        LogMismatchError: A hash of the log is missing.
+    """
+    event = await AuditQuery(database, org_id=org_id).get_by_request_id(request_id)
+    if event is None:
+        raise AuditEventNotFoundError(request_id)
+    async with database.connection("read") as connection:
+        values = {"p_event": event.id, "p_request": event.request_id, "p_org": event.org_id}
+        found = await _PLACE.first(connection, values) or {}
+    approval, votes = await _approval_of(database, event, found["approval_id"])
+    position, size = found["position"], found["size"]
+    if position is None or size is None or size <= position:
+        return Evidence(event=event, approval=approval, votes=votes)
+    try:
+        path = inclusion_path(await read(tiles_for_inclusion(position, size)), position, size)
+    except LookupError as exc:
+        raise LogMismatchError("A hash of the log is missing: run `gateway-store evidence verify`.") from exc
+    return Evidence(
+        event=event,
+        approval=approval,
+        votes=votes,
+        position=position,
+        salt=found["salt"],
+        leaf_hash=found["leaf_hash"],
+        path=tuple(path),
+        checkpoint=Checkpoint(**{name: found[name] for name in Checkpoint.model_fields}),
+    )
+
+
+async def _approval_of(
+    database: Database, event: AuditEvent, asked_for: UUID | None
+) -> tuple[ApprovalRequest | None, tuple[ApprovalVote, ...]]:
+    if (approval_id := event.approval_id or asked_for) is None:
+        return None, ()
+    try:
+        approval = (await get(database, ApprovalRef.by_id(approval_id, event.org_id))).request
+    except ApprovalNotFoundError:
+        return None, ()
+    async with database.connection("read") as connection:
+        rows = await _VOTES.rows(connection, {"p_approval": approval.approval_id})
+    return approval, tuple(map(ApprovalVote.from_row, rows))
+
+
+def _approval_json(request: ApprovalRequest, votes: Iterable[ApprovalVote]) -> dict[str, Any]:
+    ballots = [vote.model_dump(mode="json", exclude={"id", "approval_id", "org_id"}) for vote in votes]
+    return request.model_dump(mode="json", exclude={"id", "version"}) | {"votes": ballots}
+
+
+def check(text: str, *, keys: Iterable[str] = ()) -> Verification:
+    """Check evidence of either form, JSON or C2SP tlog-proof. Needs no store.
+
+    `ok` means that the text fits together: the event gives the leaf, and the leaf is in the tree of the checkpoint. An
+    event that was not sealed yet, or that was erased, is never ok. Without `keys` nobody vouches for the checkpoint,
+    and the remarks say so. They say as well whether the approval is proved.
+
+    Args:
+        text: As `to_json` or `to_tlog_proof` returned it.
+        keys: vkey texts, of which one must have signed the checkpoint; not taken from whom the evidence came from.
+
+    Returns:
+        `checked` is 1 where the event was recomputed; `anchored` is the checkpoint's size where a key has signed it.
+
+    Raises:
+        InvalidEvidenceError: The text is not evidence.
+        ValueError: A key is not a vkey.
+        MissingExtraError: There are keys, and the extra `signing` is not installed.
+    """
+    trusted = [VerifierKey.parse(key) for key in keys]
+    try:
+        claim = _read_tlog_proof(text) if text.startswith(_TLOG_PROOF) else _read_json(text)
+    except InvalidEvidenceError:
+        raise
+    except _UNREADABLE as exc:
+        raise InvalidEvidenceError(
+            "This is not evidence: it must be the whole text that `gateway-store evidence prove` wrote."
+        ) from exc
+    wrong, remarks, proof = [*claim.wrong], [*claim.remarks], claim.proof
+    if proof is None:
+        wrong.append((FindingKind.MISSING, "The event was not sealed when this was made: nothing proves it."))
+    elif not verify_inclusion(proof.leaf, proof.position, proof.note.size, proof.path, proof.note.root):
+        wrong.append((FindingKind.BAD_TREE, "The proof does not lead from the event's leaf to the checkpoint's root."))
+    is_signed = proof is not None and bool(trusted) and bool(proof.note.signed_by(trusted))
+    if trusted and not is_signed:
+        wrong.append((FindingKind.BAD_SIGNATURE, "None of the given keys has signed a checkpoint of the event."))
+    elif not trusted:
+        remarks.append(_NO_KEY)
+    if claim.approval is not None:
+        remarks.append(_PROVED if claim.approval and not wrong else _UNPROVED)
+    position, size, root = (proof.position, proof.note.size, proof.note.root) if proof else (None, 0, EMPTY_ROOT)
+    return Verification(
+        ok=not wrong,
+        size=size,
+        root_hash=root.hex(),
+        checked=int(claim.has_event and not wrong),
+        unsealed=int(proof is None),
+        erased=int(claim.is_erased),
+        anchored=size if is_signed else 0,
+        findings=tuple(
+            Finding(kind=kind, position=position, request_id=claim.request_id, text=said) for kind, said in wrong
+        ),
+        remarks=tuple(remarks),
+    )
+
+
+class _Proof(NamedTuple):
+    """That a leaf is in the tree of a checkpoint, as somebody says."""
+
+    position: int
+    leaf: bytes
+    path: list[bytes]
+    note: ParsedNote
+
+
+class _Claim(NamedTuple):
+    """What a text says, the proof still to be checked.
+
+    Attributes:
+        proof: None: the event was not sealed.
+        wrong: What does not fit before the proof.
+        approval: Whether the event holds the hash of the approval that is shown; None: none is shown.
+    """
+
+    proof: _Proof | None
+    wrong: list[tuple[FindingKind, str]]
+    remarks: list[str]
+    request_id: str | None = None
+    has_event: bool = True
+    is_erased: bool = False
+    approval: bool | None = None
+
+
+def _read_json(text: str) -> _Claim:
+    document = json.loads(text, object_pairs_hook=_members, parse_constant=_refuse)
+    _require(document.keys() == {"format", *Evidence.model_fields} - {"votes"} and document["format"] == _FORMAT)
+    position, salt, leaf = document["position"], _bytes(document["salt"]), _bytes(document["leaf_hash"])
+    path, note = [_bytes(node) or b"" for node in document["path"]], document["checkpoint"]
+    # A proof is whole, or not there at all.
+    is_sealed = note is not None
+    _require(type(position) is int and leaf is not None if is_sealed else not any((position, salt, leaf, path)))
+    proof = _Proof(position, leaf, path, parse_note(note)) if is_sealed and leaf is not None else None
+    held = AuditEvent.model_validate(document["event"])
+    content_hash = _content_hash(document["event"])
+    wrong, remarks = [], []
+    if is_sealed and salt is None:
+        wrong.append((FindingKind.ALTERED, "The event was erased: what is left of it is not proved, only its place."))
+    elif content_hash != held.content_hash or (salt is not None and leaf_hash(salt, content_hash) != leaf):
+        wrong.append((FindingKind.ALTERED, "The event is not the one that was sealed."))
+    named, approval = held.extra.get(APPROVAL_HASH), None
+    if (shown := document["approval"]) is not None:
+        request, votes = _read_approval(shown)
+        approval = named == hash_approval(request, votes)
+        if named is not None and not approval:
+            wrong.append((FindingKind.ALTERED, "The approval or a vote on it is not the one that the event names."))
+    elif named is not None:
+        remarks.append("The event names an approval, which is not in this text.")
+    return _Claim(proof, wrong, remarks, held.request_id, is_erased=is_sealed and salt is None, approval=approval)
+
+
+def _read_approval(shown: Mapping[str, Any]) -> tuple[ApprovalRequest, list[ApprovalVote]]:
+    request = ApprovalRequest.model_validate({name: value for name, value in shown.items() if name != "votes"})
+    both = {"approval_id": request.approval_id, "org_id": request.org_id}
+    votes = [ApprovalVote.model_validate(vote | both) for vote in shown["votes"]]
+    # What is shown is what is hashed: a value in another spelling, or left to its default, is not.
+    _require(_approval_json(request, votes) == shown)
+    return request, votes
+
+
+def _read_tlog_proof(text: str) -> _Claim:
+    found = _PROOF.fullmatch(text)
+    if found is None:
+        raise ValueError("it has another form")
+    entry, path = decode64(found["entry"]), [decode64(line) for line in found["path"].splitlines()]
+    salt, content = entry[:-HASH_BYTES], entry[-HASH_BYTES:]
+    proof = _Proof(int(found["index"]), leaf_hash(salt, content), path, parse_note(found["note"]))
+    remark = f"This form shows no event: it proves that one whose content_hash is {content.hex()} is in the log."
+    return _Claim(proof, [], [remark], has_event=False)
+
+
+def _content_hash(event: Mapping[str, Any]) -> str:
+    """Return SHA-256 of the event as the reference says it is taken, from its JSON alone."""
+    document = {name: value for name, value in event.items() if name != "content_hash"}
+    if document.get("approval_id") is None:
+        document.pop("approval_id", None)
+    if not document.get("extra"):
+        document.pop("extra", None)
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return sha256(text.encode()).hexdigest()
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of two members of one name, readers would show either."""
+    members = dict(pairs)
+    _require(len(members) == len(pairs))
+    return members
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _require(fits: bool) -> None:
+    if not fits:
+        raise ValueError("it has another form")
+
+
+def _bytes(digits: str | None) -> bytes | None:
+    data = None if digits is None else bytes.fromhex(digits)
+    _require(_hex(data) == digits)
+    return data
+
+
+def _hex(data: bytes | None) -> str | None:
+    return None if data is None else data.hex()

@@ -1,0 +1,109 @@
+"""The log as files that any web server or bucket serves to monitors: C2SP tlog-tiles, without the entries."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from agent_gateway_store.errors import LogMismatchError
+from agent_gateway_store.evidence.notes import ParsedNote, parse_note
+from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, ReadTiles, TileHashes, root_from, tiles_for_root
+from agent_gateway_store.models.evidence import Checkpoint
+from agent_gateway_store.storage.files import partial, sync
+
+# Chosen: 512 KiB of hashes in memory.
+_TILES_AT_ONCE = 64
+
+
+def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
+    """Return where C2SP tlog-tiles has a tile: `tile/0/x001/x234/067`, and `.p/WIDTH` below that for a partial one."""
+    name, rest = f"{index % 1000:03}", index // 1000
+    while rest:
+        name, rest = f"x{rest % 1000:03}/{name}", rest // 1000
+    return f"tile/{level}/{name}" + ("" if width == TILE_WIDTH else f".p/{width}")
+
+
+async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
+    """Write the tiles of the log at `checkpoint` that `folder` lacks, and then the checkpoint.
+
+    Whoever reads the folder meanwhile, or after a crash, finds a checkpoint with all its tiles. Full tiles never change
+    and are written once. No event and no salt is in there.
+
+    Args:
+        folder: Made if it does not exist.
+        checkpoint: The newest.
+        read: Where the tiles come from.
+
+    Returns:
+        How many tiles were written.
+
+    Raises:
+        LogMismatchError: The folder holds a later checkpoint, or one of another log or of another past of this one.
+        LookupError: A hash is missing in the log.
+        OSError: The folder cannot be written.
+    """
+    await _require_same_log(await asyncio.to_thread(_published, folder), checkpoint, read)
+    missing = await asyncio.to_thread(lambda: list(_missing(folder, checkpoint.size)))
+    for start in range(0, len(missing), _TILES_AT_ONCE):
+        batch = missing[start : start + _TILES_AT_ONCE]
+        tiles = await read([(level, index) for level, index, _ in batch])
+        await asyncio.to_thread(_write_tiles, folder, batch, tiles)
+    await asyncio.to_thread(_write, folder / "checkpoint", checkpoint.note.encode())
+    return len(missing)
+
+
+def _published(folder: Path) -> ParsedNote | None:
+    path = folder / "checkpoint"
+    return parse_note(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
+
+
+async def _require_same_log(old: ParsedNote | None, new: Checkpoint, read: ReadTiles) -> None:
+    sizes = {new.size: new.root_hash}
+    if old is not None:
+        if old.origin != new.origin or old.size > new.size:
+            raise LogMismatchError(
+                f"The folder has {old.origin} at {old.size} events, and this log is {new.origin} at {new.size}: "
+                "publish it to a folder of its own."
+            )
+        sizes[old.size] = old.root.hex()
+    for size, root in sizes.items():
+        if root_from(await read(tiles_for_root(size)), size).hex() != root:
+            raise LogMismatchError(
+                f"The log at {size} events is not the one of its checkpoint: run `gateway-store evidence verify`."
+            )
+
+
+def _missing(folder: Path, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield level, index and width of the tiles of a tree that are not there, or not whole."""
+    level = 0
+    while count := size // TILE_WIDTH**level:
+        for index in range(-(-count // TILE_WIDTH)):
+            width = min(count - index * TILE_WIDTH, TILE_WIDTH)
+            path = folder / tile_path(level, index, width)
+            if not path.is_file() or path.stat().st_size != width * HASH_BYTES:
+                yield level, index, width
+        level += 1
+
+
+def _write_tiles(folder: Path, batch: Sequence[tuple[int, int, int]], tiles: TileHashes) -> None:
+    for level, index, width in batch:
+        path = folder / tile_path(level, index, width)
+        _write(path, tiles.tile(level, index, width))
+        if width == TILE_WIDTH:
+            # Readers of an older checkpoint take the full tile in place of its first hashes.
+            shutil.rmtree(path.with_name(f"{path.name}.p"), ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    _make_folder(path.parent)
+    with partial(path, overwrite=True) as written:
+        written.write_bytes(data)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)

@@ -1,0 +1,385 @@
+"""Seals events: gives each that is committed the next position in the log, however long transactions stay open."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeAlias
+
+from sqlalchemy import BigInteger, Boolean, Integer, Text, column, insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import LogMismatchError
+from agent_gateway_store.evidence.notes import SigningKey, checkpoint_note
+from agent_gateway_store.evidence.tiles import grown, put_tiles, read_tiles
+from agent_gateway_store.evidence.tree import HASH_BYTES, TileHashes, leaf_hash, root_from, tiles_for_root
+from agent_gateway_store.models.columns import UtcDateTime
+from agent_gateway_store.models.evidence import AuditLeaf, Checkpoint
+from agent_gateway_store.storage.database import AnyConnection, Database, dialect_of
+from agent_gateway_store.storage.errors import retry_conflicts, sqlstate_of
+from agent_gateway_store.storage.identity import known
+from agent_gateway_store.storage.statements import Statement, typed_text
+
+_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+
+SALT_BYTES = 16
+"""128 random bits: nobody guesses an event from its leaf."""
+
+# Events of one transaction: on PostgreSQL some 100 ms; on SQLite, where others wait for it, some 20 ms.
+_BATCH = {"postgresql": 5_000, "sqlite": 1_000}
+# Events that are compared with leaves in one statement: some 50 ms.
+_SPAN = 50_000
+# Any number that is not used otherwise: the bytes of "agwseal".
+LOCK_KEY = int.from_bytes(b"agwseal", "big")
+# PostgreSQL: read-only transaction, insufficient privilege. SQLite says "readonly database".
+_MAY_NOT_WRITE = ("25006", "42501")
+_logger = logging.getLogger("agent_gateway_store.evidence")
+_checkpoint_logger = logging.getLogger("agent_gateway_store.checkpoints")
+
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("p_after", "p_until", "p_since", "p_end", "p_transaction", "p_size"), BigInteger()),
+    **dict.fromkeys(("p_limit", "p_span"), Integer()),
+    **dict.fromkeys(("p_root_hash", "p_origin", "p_note"), Text()),
+    "p_created_at": UtcDateTime(),
+}
+
+
+def _statement(sql: str, **columns: Any) -> Statement:
+    return Statement(typed_text(sql, _TYPES, tuple(column(name, kind) for name, kind in columns.items())))
+
+
+_TRY_LOCK = _statement(f"SELECT pg_try_advisory_xact_lock({LOCK_KEY}) AS locked", locked=Boolean())
+_WAIT_LOCK = _statement(f"SELECT pg_advisory_xact_lock({LOCK_KEY})::text AS locked", locked=Text())
+# What began before `oldest` has ended. An id that a crash took back is given again, but none up to that of an event
+# which could be seen: so a look ends at the newest of those. `started` tells one server from the next.
+SNAPSHOT = _statement(
+    """
+    SELECT pg_postmaster_start_time()::text AS started, ended,
+        (SELECT coalesce(max(transaction_id), 0) + 1 FROM audit_events WHERE transaction_id < oldest) AS since
+    FROM (
+        SELECT pg_snapshot_xmin(now)::text::bigint AS oldest, pg_snapshot_xmax(now)::text::bigint AS ended
+        FROM (SELECT pg_current_snapshot() AS now) AS asked
+    ) AS snapshot
+    """,
+    started=Text(),
+    ended=BigInteger(),
+    since=BigInteger(),
+)
+_CHECKPOINT = {"size": BigInteger(), "root_hash": Text(), "origin": Text(), "note": Text(), "created_at": UtcDateTime()}
+_LAST_SQL = f"SELECT {', '.join(_CHECKPOINT)} FROM audit_checkpoints ORDER BY size DESC LIMIT 1"  # noqa: S608
+_LAST = _statement(_LAST_SQL, **_CHECKPOINT)
+_STATE = _statement(
+    f"""
+    SELECT (SELECT coalesce(max(position), -1) + 1 FROM audit_leaves) AS leaves,
+        (SELECT identity FROM database_identity) AS identity, last.*
+    FROM (SELECT 1) AS once LEFT JOIN ({_LAST_SQL}) AS last ON true
+    """,  # noqa: S608  names of our own
+    leaves=BigInteger(),
+    identity=Text(),
+    **_CHECKPOINT,
+)
+SPAN_END = _statement(
+    """
+    SELECT max(id) AS until, count(*) AS events
+    FROM (SELECT id FROM audit_events WHERE id > :p_after ORDER BY id LIMIT :p_span) AS span
+    """,
+    until=BigInteger(),
+    events=BigInteger(),
+)
+_EVENT = {"id": BigInteger(), "content_hash": Text()}
+# The bounds of the events once more for the leaves: no planner would draw that conclusion.
+COMPARE = _statement(
+    """
+    SELECT event.id, event.content_hash FROM audit_events AS event
+    WHERE event.id > :p_after AND event.id <= :p_until AND NOT EXISTS (
+        SELECT 1 FROM audit_leaves AS leaf
+        WHERE leaf.event_id = event.id AND leaf.event_id > :p_after AND leaf.event_id <= :p_until
+    )
+    ORDER BY event.id LIMIT :p_limit
+    """,
+    **_EVENT,
+)
+# Events of a dump may hold transaction ids that this server has not given out yet: those are beyond `p_end`.
+RECENT = _statement(
+    """
+    SELECT event.id, event.content_hash, event.transaction_id FROM audit_events AS event
+    WHERE event.transaction_id >= :p_since AND event.transaction_id < :p_end
+        AND (event.transaction_id, event.id) > (:p_transaction, :p_after)
+        AND NOT EXISTS (SELECT 1 FROM audit_leaves AS leaf WHERE leaf.event_id = event.id)
+    ORDER BY event.transaction_id, event.id LIMIT :p_limit
+    """,
+    **_EVENT,
+    transaction_id=BigInteger(),
+)
+_INSERT_CHECKPOINT = _statement(
+    """
+    INSERT INTO audit_checkpoints (size, root_hash, origin, note, created_at)
+    VALUES (:p_size, :p_root_hash, :p_origin, :p_note, :p_created_at)
+    RETURNING size
+    """,
+    size=BigInteger(),
+)
+
+
+class _Look(NamedTuple):
+    """How far a sealer has looked for events without a leaf.
+
+    Attributes:
+        after: Up to which event id it has compared events with leaves, one by one.
+        is_compared: Whether that has come to the end; on PostgreSQL it then goes by transactions.
+        since: Transactions with a lower id are sealed, or gone.
+        started: The start of the server of which that is true.
+    """
+
+    after: int = 0
+    is_compared: bool = False
+    since: int = 0
+    started: str = ""
+
+
+class _Scan(NamedTuple):
+    """A look at the events of recent transactions, which takes several batches: what was found last, and its bounds."""
+
+    since: int
+    end: int
+    transaction: int = 0
+    id: int = 0
+
+
+class _Found(NamedTuple):
+    """Events without a leaf, their ids and hashes, and how far that leads."""
+
+    rows: Sequence[Sequence[Any]]
+    look: _Look
+    scan: _Scan | None = None
+    is_last: bool = False
+
+
+async def last_checkpoint(connection: AnyConnection) -> Checkpoint | None:
+    """Return the checkpoint of the largest size, or None."""
+    row = await _LAST.first(connection, {})
+    return None if row is None else Checkpoint(**row)
+
+
+class Sealer:
+    """Seals what is committed, one batch in one transaction after the other.
+
+    At most one sealer works at a time in all processes; killed anywhere it leaves no gap, because the positions of a
+    batch are committed together, and no fork, because a position and an event are each taken once. Events of
+    transactions that were open when it looked are found later by the ids of those transactions; where these cannot be
+    trusted, at its start and after a restart of the server, every event is compared with the leaves.
+
+    Args:
+        database: Where the log is.
+        origin: AUDIT_LOG_ORIGIN, to which the database's identity is added.
+        signer: Signs the checkpoints; None: they are not signed.
+        publish: Receives each new checkpoint once it is committed.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        origin: str,
+        signer: SigningKey | None,
+        publish: Callable[[Checkpoint], None] = lambda _checkpoint: None,
+    ) -> None:
+        self._database, self._origin, self._signer, self._publish = database, origin, signer, publish
+        self._look = _Look()
+        self._one_at_a_time = asyncio.Lock()
+
+    async def seal(self, *, wait: bool = True, anew: bool = False) -> Checkpoint | None:
+        """Seal every event that was committed before the call, and return the checkpoint over all; None: there is none.
+
+        Args:
+            wait: False returns None at once where another sealer is at work.
+            anew: Compare every event with the leaves, as at the first time.
+
+        Raises:
+            LogMismatchError: The log does not agree with its last checkpoint; nothing is added to it.
+            StoreUnavailableError: The database is away, or this role may not write.
+        """
+        async with self._one_at_a_time:
+            if anew:
+                self._look = _Look()
+            scan: _Scan | None = None
+            while True:
+                sealed = await self._batch(scan, wait=wait)
+                if sealed is None:
+                    return None
+                found, checkpoint = sealed
+                self._look, scan = found.look, found.scan
+                if found.rows and checkpoint is not None:
+                    _checkpoint_logger.info("%s", checkpoint.note.rstrip("\n"))
+                    self._publish(checkpoint)
+                if found.is_last:
+                    return checkpoint
+
+    @retry_conflicts
+    async def _batch(self, scan: _Scan | None, *, wait: bool) -> tuple[_Found, Checkpoint | None] | None:
+        """Seal some events, with a checkpoint over them, in one transaction: a log is never without its checkpoint."""
+        async with self._database.connection("transaction") as connection:
+            if dialect_of(connection) == "postgresql":
+                lock = await (_WAIT_LOCK if wait else _TRY_LOCK).first(connection, {})
+                if lock is not None and lock["locked"] is False:
+                    return None
+            state = await _STATE.first(connection, {}) or {}
+            last = Checkpoint(**{name: state[name] for name in _CHECKPOINT}) if state["size"] is not None else None
+            size = last.size if last else 0
+            edge = await read_tiles(connection, tiles_for_root(size))
+            if state["leaves"] != size or (last is not None and _root(edge, size).hex() != last.root_hash):
+                raise _mismatch(f"does not agree with its last checkpoint, over {size:,} events")
+            found = await self._unsealed(connection, scan)
+            if not found.rows:
+                return found, last
+            # In a thread: some tens of milliseconds, for which no writer should wait.
+            leaves, tiles, root = await asyncio.to_thread(_hashed, edge, size, found.rows)
+            await _insert(connection, leaves)
+            await put_tiles(connection, tiles)
+            return found, await self._checkpoint(connection, size + len(leaves), root, known(state["identity"]))
+
+    async def _unsealed(self, connection: AnyConnection, scan: _Scan | None) -> _Found:
+        """Return events without a leaf, and how far that leads."""
+        look, limit = self._look, _BATCH[dialect_of(connection)]
+        if dialect_of(connection) == "sqlite":
+            # Ids are in the order of commits there.
+            found = await _compared(connection, look, limit)
+            return found._replace(is_last=found.look.is_compared)
+        if scan is None:
+            # Before the events are looked for: what this snapshot does not know is looked for the next time.
+            now = await SNAPSHOT.first(connection, {}) or {}
+            if now["started"] != look.started:
+                look = _Look(since=now["since"], started=now["started"])
+            if not look.is_compared:
+                return await _compared(connection, look, limit)
+            scan = _Scan(now["since"], now["ended"])
+        values = {"p_since": look.since, "p_end": scan.end, "p_transaction": scan.transaction, "p_after": scan.id}
+        rows = await RECENT.tuples(connection, values | {"p_limit": limit})
+        if len(rows) < limit:
+            return _Found(rows, look._replace(since=max(look.since, scan.since)), is_last=True)
+        return _Found(rows, look, scan._replace(id=rows[-1][0], transaction=rows[-1][2]))
+
+    async def _checkpoint(self, connection: AnyConnection, size: int, root: bytes, identity: str) -> Checkpoint:
+        origin = f"{self._origin}/{identity}"
+        note = checkpoint_note(origin, size, root, self._signer)
+        made = Checkpoint(origin=origin, size=size, root_hash=root.hex(), note=note, created_at=utc_now())
+        await _INSERT_CHECKPOINT.rows(connection, {f"p_{name}": value for name, value in made.model_dump().items()})
+        return made
+
+
+async def _compared(connection: AnyConnection, look: _Look, limit: int) -> _Found:
+    """Compare the next events with the leaves, by their ids."""
+    span = await SPAN_END.first(connection, {"p_after": look.after, "p_span": _SPAN}) or {}
+    if span["until"] is None:
+        return _Found([], look._replace(is_compared=True))
+    values = {"p_after": look.after, "p_until": span["until"], "p_limit": limit}
+    rows = await COMPARE.tuples(connection, values)
+    is_full = len(rows) == limit
+    after = rows[-1][0] if is_full else span["until"]
+    return _Found(rows, look._replace(after=after, is_compared=not is_full and span["events"] < _SPAN))
+
+
+def _root(tiles: TileHashes, size: int) -> bytes:
+    try:
+        return root_from(tiles, size)
+    except LookupError:
+        raise _mismatch("lacks a hash") from None
+
+
+def _mismatch(what: str) -> LogMismatchError:
+    return LogMismatchError(f"The log {what}, so nothing is added to it: run `gateway-store evidence verify`.")
+
+
+_Leaf: TypeAlias = tuple[int, int, bytes, bytes]
+"""A row of leaves: position, event id, salt and hash."""
+
+
+def _hashed(
+    edge: TileHashes, size: int, rows: Sequence[Sequence[Any]]
+) -> tuple[list[_Leaf], dict[tuple[int, int], bytes], bytes]:
+    """Return the leaves of events that follow the first `size` ones, the tiles above them, and the root over all."""
+    salts = os.urandom(SALT_BYTES * len(rows))
+    leaves: list[_Leaf] = []
+    for place, (event_id, content_hash, *_) in enumerate(rows):
+        salt = salts[place * SALT_BYTES : (place + 1) * SALT_BYTES]
+        leaves.append((size + place, event_id, salt, leaf_hash(salt, _content(content_hash))))
+    tiles = grown(edge, size, [leaf for *_, leaf in leaves])
+    return leaves, tiles, _root(edge.with_tiles(tiles), size + len(leaves))
+
+
+def _content(content_hash: str | None) -> bytes:
+    try:
+        content = bytes.fromhex(content_hash or "")
+    except ValueError:
+        content = b""
+    # Somebody wrote that row past the store. It keeps nobody else's event waiting, and `verify` names it.
+    return content if len(content) == HASH_BYTES else bytes(HASH_BYTES)
+
+
+async def _insert(connection: AnyConnection, leaves: Sequence[_Leaf]) -> None:
+    names = ("position", "event_id", "salt", "leaf_hash")
+    if isinstance(connection, AsyncConnection):
+        await connection.execute(insert(_leaves), [dict(zip(names, leaf, strict=True)) for leaf in leaves])
+    else:
+        await connection.driver.copy_records_to_table(_leaves.name, records=leaves, columns=names)
+
+
+class BackgroundSealer:
+    """Seals at intervals while a store is open, from its first write on; what goes wrong is logged, once for each kind.
+
+    Args:
+        sealer: Seals.
+        every_s: Seconds between two looks; 0: never.
+        has_written: Whether this store has written an event.
+    """
+
+    def __init__(self, sealer: Sealer, *, every_s: float, has_written: Callable[[], bool]) -> None:
+        self._sealer, self._every_s, self._has_written = sealer, every_s, has_written
+        self._task: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(self) -> None:
+        """Begin, unless the interval is 0."""
+        if self._every_s > 0 and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self, timeout_s: float) -> None:
+        """End within `timeout_s` seconds; a seal under way gets three quarters of them to finish."""
+        if self._task is None:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s * 3 / 4):
+                await self._idle.wait()
+        task, self._task = self._task, None
+        task.cancel()
+        # A statement of SQLite that waits for another process cannot be stopped.
+        await asyncio.wait([task], timeout=timeout_s / 4)
+
+    async def _run(self) -> None:
+        said: object = None
+        while True:
+            await asyncio.sleep(self._every_s)
+            if not self._has_written():
+                continue
+            self._idle.clear()
+            try:
+                await self._sealer.seal(wait=False)
+                said = None
+            except Exception as exc:
+                if may_not_write(exc):
+                    # A role that only reads, or a standby, which may become the primary: sealing is others' work.
+                    _logger.debug("This store does not seal: %s", exc)
+                elif said != (said := (type(exc), str(exc))):
+                    _logger.error("Sealing failed, and is tried again: %s", exc)
+            finally:
+                self._idle.set()
+
+
+def may_not_write(exc: BaseException) -> bool:
+    """True for the error of a role, or of a server, that only reads."""
+    return sqlstate_of(exc) in _MAY_NOT_WRITE or "readonly database" in str(exc.__cause__)

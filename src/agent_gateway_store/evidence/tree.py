@@ -1,0 +1,315 @@
+"""The Merkle tree of the sealed log, hashed as in RFC 9162 and kept in tiles 256 hashes wide. Nothing here does I/O.
+
+A node is named by its level (0: the leaves) and its index within the level. Only nodes over 2^level leaves, all there,
+are kept; the hashes at the ragged right edge of a tree are made of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from hashlib import sha256
+from typing import TypeAlias
+
+# Bytes of SHA-256.
+HASH_BYTES = 32
+# C2SP tlog-tiles: a tile is a subtree of height 8, so 256 hashes wide.
+TILE_HEIGHT = 8
+TILE_WIDTH = 2**TILE_HEIGHT
+EMPTY_ROOT = sha256(b"").digest()
+
+
+def leaf_hash(salt: bytes, content_hash: bytes | str) -> bytes:
+    """Return the leaf of an event: SHA-256 over a zero byte, the salt, and `content_hash` as 32 bytes.
+
+    Args:
+        salt: Keeps a leaf from being guessed by whoever knows what an event may say.
+        content_hash: The event's, as 64 hex digits or as 32 bytes.
+    """
+    content = bytes.fromhex(content_hash) if isinstance(content_hash, str) else content_hash
+    return sha256(b"\0" + salt + content).digest()
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    """Return the hash of the node above two others."""
+    return sha256(b"\1" + left + right).digest()
+
+
+def _merge(hashes: Sequence[bytes]) -> bytes:
+    """Return the hash over complete subtrees that shrink from left to right."""
+    return reduce(lambda right, left: node_hash(left, right), reversed(hashes))
+
+
+class Frontier:
+    """A tree that grows leaf by leaf, of which only the roots of its complete subtrees are kept.
+
+    Attributes:
+        size: How many leaves.
+        peaks: Those roots, from the largest subtree to the smallest.
+
+    Raises:
+        ValueError: A tree of this size has another number of peaks.
+    """
+
+    def __init__(self, size: int = 0, peaks: Iterable[bytes] = ()) -> None:
+        self.size = size
+        self.peaks = list(peaks)
+        if len(self.peaks) != size.bit_count():
+            raise ValueError(f"A tree of {size} leaves has {size.bit_count()} peaks, not {len(self.peaks)}.")
+
+    def append(self, leaf: bytes) -> None:
+        """Add the hash of the next leaf."""
+        node, size = leaf, self.size
+        while size & 1:
+            node, size = node_hash(self.peaks.pop(), node), size >> 1
+        self.peaks.append(node)
+        self.size += 1
+
+    def root(self) -> bytes:
+        """Return the hash of the whole tree."""
+        return _merge(self.peaks) if self.peaks else EMPTY_ROOT
+
+
+class GrowingTree:
+    """A tree that grows leaf by leaf, and hands out each hash that a tile above the leaves holds.
+
+    Args:
+        completed: Receives level, index and hash of each node at a height of 8, 16, ... once it is complete.
+    """
+
+    def __init__(self, completed: Callable[[int, int, bytes], None]) -> None:
+        self._completed = completed
+        self._levels = [Frontier()]
+        self.size = 0
+
+    def append(self, leaf: bytes) -> None:
+        """Add the hash of the next leaf."""
+        self.size += 1
+        level, node = 0, leaf
+        while True:
+            frontier = self._levels[level]
+            frontier.append(node)
+            if frontier.size < TILE_WIDTH:
+                return
+            (node,), self._levels[level] = frontier.peaks, Frontier()
+            level += 1
+            self._completed(level, (self.size >> TILE_HEIGHT * level) - 1, node)
+            if level == len(self._levels):
+                self._levels.append(Frontier())
+
+    def root(self) -> bytes:
+        """Return the hash of the whole tree."""
+        peaks = [peak for frontier in reversed(self._levels) for peak in frontier.peaks]
+        return _merge(peaks) if peaks else EMPTY_ROOT
+
+
+_Range = tuple[int, int]
+"""Leaves from the first to before the second: a whole subtree, or the ragged rest of the tree."""
+
+
+def _split(low: int, high: int) -> int:
+    """Return where the two subtrees under the node over these leaves meet."""
+    return low + (1 << (high - low - 1).bit_length() - 1)
+
+
+def _inclusion_ranges(index: int, size: int) -> list[_Range]:
+    if not 0 <= index < size:
+        raise ValueError(f"A tree of {size} leaves has no leaf {index}.")
+    low, high, siblings = 0, size, list[_Range]()
+    while high - low > 1:
+        middle = _split(low, high)
+        if index < middle:
+            siblings.append((middle, high))
+            high = middle
+        else:
+            siblings.append((low, middle))
+            low = middle
+    return siblings[::-1]
+
+
+def _consistency_ranges(old: int, new: int) -> list[_Range]:
+    if not 0 <= old <= new:
+        raise ValueError(f"A tree of {new} leaves does not go on from one of {old}.")
+    low, high, siblings = 0, new, list[_Range]()
+    while 0 < old < high:
+        middle = _split(low, high)
+        if old <= middle:
+            siblings.append((middle, high))
+            high = middle
+        else:
+            siblings.append((low, middle))
+            low = middle
+    # A verifier knows the old root, which is the last subtree where that begins at the first leaf.
+    if low:
+        siblings.append((low, high))
+    return siblings[::-1]
+
+
+def _nodes(low: int, high: int) -> list[tuple[int, int]]:
+    """Return level and index of the complete subtrees over these leaves, from the largest to the smallest."""
+    nodes = []
+    while low < high:
+        level = (high - low).bit_length() - 1
+        nodes.append((level, low >> level))
+        low += 1 << level
+    return nodes
+
+
+def _tiles(ranges: Iterable[_Range]) -> list[tuple[int, int]]:
+    nodes = (node for each in ranges for node in _nodes(*each))
+    return sorted({(level // TILE_HEIGHT, index >> TILE_HEIGHT - level % TILE_HEIGHT) for level, index in nodes})
+
+
+def tiles_for_inclusion(index: int, size: int) -> list[tuple[int, int]]:
+    """Return level and index of the tiles that `inclusion_path` reads: a few for each factor of 256 in `size`."""
+    return _tiles(_inclusion_ranges(index, size))
+
+
+def tiles_for_consistency(old: int, new: int) -> list[tuple[int, int]]:
+    """Return level and index of the tiles that `consistency_path` reads."""
+    return _tiles(_consistency_ranges(old, new))
+
+
+def tiles_for_root(size: int) -> list[tuple[int, int]]:
+    """Return level and index of the tiles that `root_from` and `frontier_from` read."""
+    return _tiles([(0, size)])
+
+
+class TileHashes:
+    """Resolves the hashes of complete subtrees from tiles.
+
+    Args:
+        tiles: Level and index to the concatenated hashes of that tile; more hashes than a tree needs do no harm.
+    """
+
+    def __init__(self, tiles: Mapping[tuple[int, int], bytes]) -> None:
+        self._tiles = tiles
+
+    def with_tiles(self, tiles: Mapping[tuple[int, int], bytes]) -> TileHashes:
+        """Return these with others added, or in place of them."""
+        return TileHashes({**self._tiles, **tiles})
+
+    def tile(self, level: int, index: int, count: int = TILE_WIDTH) -> bytes:
+        """Return the first `count` hashes of a tile.
+
+        Raises:
+            LookupError: The tiles lack one of them.
+        """
+        hashes = self._tiles[level, index][: count * HASH_BYTES]
+        if len(hashes) != count * HASH_BYTES:
+            raise LookupError(f"Tile {index} of level {level} has no hash {len(hashes) // HASH_BYTES}.")
+        return hashes
+
+    def node(self, level: int, index: int) -> bytes:
+        """Return the hash of a complete subtree.
+
+        Raises:
+            LookupError: The tiles lack one of its hashes.
+        """
+        tile_level, above = divmod(level, TILE_HEIGHT)
+        count = 1 << above
+        tile, start = divmod(index * count, TILE_WIDTH)
+        hashes = self.tile(tile_level, tile, start + count)[start * HASH_BYTES :]
+        row = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+        while len(row) > 1:
+            row = [node_hash(*pair) for pair in zip(row[::2], row[1::2], strict=True)]
+        return row[0]
+
+    def over(self, low: int, high: int) -> bytes:
+        """Return the hash over leaves `low` to before `high`: a whole subtree, or the rest of a tree from one on."""
+        return _merge([self.node(*node) for node in _nodes(low, high)])
+
+
+ReadTiles: TypeAlias = Callable[[Sequence[tuple[int, int]]], Awaitable[TileHashes]]
+"""Reads the tiles of these levels and indexes."""
+
+
+def inclusion_path(tiles: TileHashes, index: int, size: int) -> list[bytes]:
+    """Return the proof that leaf `index` is in the tree of the first `size` leaves (RFC 9162, 2.1.3.1).
+
+    Raises:
+        ValueError: That tree has no such leaf.
+        LookupError: The tiles lack a hash: see `tiles_for_inclusion`.
+    """
+    return [tiles.over(*each) for each in _inclusion_ranges(index, size)]
+
+
+def consistency_path(tiles: TileHashes, old: int, new: int) -> list[bytes]:
+    """Return the proof that the tree of `new` leaves begins with the tree of `old` (RFC 9162, 2.1.4.1).
+
+    It is empty where `old` is 0 or `new`.
+
+    Raises:
+        ValueError: `old` is larger than `new`.
+        LookupError: The tiles lack a hash: see `tiles_for_consistency`.
+    """
+    return [tiles.over(*each) for each in _consistency_ranges(old, new)]
+
+
+def frontier_from(tiles: TileHashes, size: int) -> Frontier:
+    """Return the tree of the first `size` leaves, to which more can be appended.
+
+    Raises:
+        LookupError: The tiles lack a hash: see `tiles_for_root`.
+    """
+    return Frontier(size, [tiles.node(*node) for node in _nodes(0, size)])
+
+
+def root_from(tiles: TileHashes, size: int) -> bytes:
+    """Return the root of the tree of the first `size` leaves.
+
+    Raises:
+        LookupError: The tiles lack a hash: see `tiles_for_root`.
+    """
+    return frontier_from(tiles, size).root()
+
+
+def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], root: bytes) -> bool:
+    """True if `path` proves that leaf `index` of the tree with this size and root is `leaf` (RFC 9162, 2.1.3.2)."""
+    if not 0 <= index < size or not _are_hashes(leaf, root, *path):
+        return False
+    node, last, result = index, size - 1, leaf
+    for sibling in path:
+        if last == 0:
+            return False
+        if node & 1 or node == last:
+            result = node_hash(sibling, result)
+            while node and not node & 1:
+                node, last = node >> 1, last >> 1
+        else:
+            result = node_hash(result, sibling)
+        node, last = node >> 1, last >> 1
+    return last == 0 and result == root
+
+
+def verify_consistency(old: int, old_root: bytes, new: int, new_root: bytes, path: Sequence[bytes]) -> bool:
+    """True if `path` proves that the new tree begins with the old one (RFC 9162, 2.1.4.2).
+
+    Every tree begins with the empty one, and with itself: there the path is empty.
+    """
+    if not 0 <= old <= new:
+        return False
+    if old in (0, new):
+        return not path and (old != new or old_root == new_root)
+    if not path or not _are_hashes(old_root, new_root, *path):
+        return False
+    node, last = old - 1, new - 1
+    while node & 1:
+        node, last = node >> 1, last >> 1
+    first, *rest = path if node else (old_root, *path)
+    old_result = new_result = first
+    for sibling in rest:
+        if last == 0:
+            return False
+        if node & 1 or node == last:
+            old_result, new_result = node_hash(sibling, old_result), node_hash(sibling, new_result)
+            while node and not node & 1:
+                node, last = node >> 1, last >> 1
+        else:
+            new_result = node_hash(new_result, sibling)
+        node, last = node >> 1, last >> 1
+    return last == 0 and old_result == old_root and new_result == new_root
+
+
+def _are_hashes(*values: bytes) -> bool:
+    return all(len(value) == HASH_BYTES for value in values)

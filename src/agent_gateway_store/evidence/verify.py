@@ -1,0 +1,383 @@
+"""Recompute the log from its events, and name what does not fit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
+
+from agent_gateway_store.audit.record import COLUMNS, hash_of_stored
+from agent_gateway_store.audit.selects import FIELDS, select_events, table
+from agent_gateway_store.errors import InvalidEvidenceError
+from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
+from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, GrowingTree, leaf_hash
+from agent_gateway_store.models.evidence import (
+    AuditCheckpoint,
+    AuditLeaf,
+    AuditTile,
+    Checkpoint,
+    Finding,
+    FindingKind,
+    Verification,
+)
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.streaming import Snapshot, snapshot
+
+_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+_tiles = AuditTile.__table__  # type: ignore[attr-defined]
+_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
+# Of one kind. Chosen: whoever altered more has altered everything.
+_MOST_FINDINGS = 1_000
+
+DOOR_SERVER = "gateway-store"
+"""`mcp_server` of the events by which doors say what they did."""
+PRUNE, ERASE = "audit.prune", "audit.erase"
+"""Their `tool_name`. In `sanitized_args` a prune names `positions` (pairs: the first and the last of a run), an erasure
+`position` and `row_sha256`: `hash_of_stored` of the event as it was blanked, without `content_hash` and salt."""
+
+
+def _events_with_leaves(dialect: str) -> Select[Any]:
+    leaf = (_leaves.c.position, _leaves.c.event_id, _leaves.c.salt, _leaves.c.leaf_hash)
+    return select_events(dialect, ()).add_columns(*leaf)
+
+
+def _log(dialect: str) -> Select[Any]:
+    joined = _leaves.outerjoin(table, table.c.id == _leaves.c.event_id)
+    counted = _leaves.c.position >= 0, _leaves.c.position < _SIZE
+    return _events_with_leaves(dialect).select_from(joined).where(*counted).order_by(_leaves.c.position)
+
+
+def _doors(dialect: str) -> Select[Any]:
+    joined = table.join(_leaves, table.c.id == _leaves.c.event_id)
+    says_so = or_(table.c.tool_name == PRUNE, table.c.tool_name == ERASE), table.c.mcp_server == DOOR_SERVER
+    return _events_with_leaves(dialect).select_from(joined).where(*says_so, _leaves.c.position < _SIZE)
+
+
+_SIZE = bindparam("p_size", type_=BigInteger())
+_CHECKPOINT = (_checkpoints.c.size, _checkpoints.c.root_hash, _checkpoints.c.origin, _checkpoints.c.note)
+_LOG, _DOORS = Statement(_log), Statement(_doors)
+_UNSEALED = Statement(
+    select(func.count().label("events")).where(~exists().where(_leaves.c.event_id == table.c.id)).select_from(table)
+)
+_BEYOND = Statement(
+    select(func.count().label("leaves")).where(or_(_leaves.c.position < 0, _leaves.c.position >= _SIZE))
+)
+_STORED_TILES = Statement(select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes))
+_LAST = Statement(select(*_CHECKPOINT).order_by(_checkpoints.c.size.desc()).limit(1))
+_BETWEEN = Statement(
+    select(*_CHECKPOINT)
+    .where(_checkpoints.c.size > bindparam("p_after", type_=BigInteger()), _checkpoints.c.size <= _SIZE)
+    .order_by(_checkpoints.c.size)
+)
+
+
+class _Root(NamedTuple):
+    """What the root must be at one size; `is_kept`: a checkpoint says so that was kept elsewhere, and may vouch."""
+
+    size: int
+    root: bytes
+    is_kept: bool
+    vouches: bool = False
+
+
+class _Mismatch(NamedTuple):
+    position: int
+    event_id: int
+    request_id: str | None
+    salt: bytes | None
+    leaf: bytes
+    content: str
+
+
+@dataclass
+class _Doors:
+    """What sealed events say that doors did.
+
+    Attributes:
+        runs: First and last position of each run of pruned events, with the position of the event that says so.
+        erased: Hashes of the blanked event, by its position.
+    """
+
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    erased: dict[int, set[str]] = field(default_factory=dict)
+
+    def add(self, tool: str, said: Mapping[str, Any], position: int) -> None:
+        """Take the word of an event at `position`, as far as it is about events before it."""
+        if tool == ERASE:
+            if type(said.get("position")) is int and said["position"] < position:
+                self.erased.setdefault(said["position"], set()).add(str(said.get("row_sha256")))
+            return
+        pairs = said.get("positions")
+        for pair in pairs if isinstance(pairs, list) else ():
+            if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair):
+                self.runs.append((pair[0], min(pair[1], position - 1), position))
+
+    def close(self) -> None:
+        """Sort and join the runs, so that one position is found among any number of them."""
+        joined: list[tuple[int, int, int]] = []
+        for first, last, position in sorted(self.runs):
+            if joined and first <= joined[-1][1] + 1:
+                first, before, _ = joined.pop()
+                last = max(before, last)
+            joined.append((first, last, position))
+        self.runs = joined
+
+    def pruned(self, position: int) -> bool:
+        """True if a sealed prune names this position."""
+        place = bisect_right(self.runs, (position, float("inf"))) - 1
+        return place >= 0 and self.runs[place][0] <= position <= self.runs[place][1]
+
+
+class _Walk:
+    """The leaves from the first to the last, and what was found on the way.
+
+    Args:
+        size: Of the last checkpoint.
+        tiles: Those that are stored.
+        doors: What may be missing or blanked.
+    """
+
+    def __init__(self, size: int, tiles: Mapping[tuple[int, int], bytes], doors: _Doors) -> None:
+        self.size, self._stored, self._doors = size, tiles, doors
+        self.kept: dict[int, list[_Root]] = {}
+        self.tree = GrowingTree(self._compare)
+        self.next_position = self.checked = self.anchored = self.pruned = self.erased = 0
+        self.findings: list[Finding] = []
+        self._found: Counter[FindingKind] = Counter()
+        self._mismatches: list[_Mismatch] = []
+
+    def note(self, kind: FindingKind, text: str, **where: Any) -> None:
+        """Add a finding."""
+        self._found[kind] += 1
+        if self._found[kind] <= _MOST_FINDINGS:
+            self.findings.append(Finding(kind=kind, text=text, **where))
+
+    def take_all(self, rows: Sequence[Sequence[Any]], roots: Sequence[_Root]) -> None:
+        """Check the next leaves and their events, and the roots that the tree must have on the way."""
+        expected = {each.size: each for each in roots}
+        for row in rows:
+            position, event_id, salt, leaf = row[-4:]
+            if position != self.next_position:
+                self._require_place(position)
+            self.next_position = position + 1
+            self._check(row, position, event_id, salt, leaf)
+            self.tree.append(leaf if len(leaf) == HASH_BYTES else bytes(HASH_BYTES))
+            if self.tree.size in expected:
+                self.check_root(expected.pop(self.tree.size))
+            for kept in self.kept.pop(self.tree.size, ()):
+                self.check_root(kept)
+        for root in expected.values():
+            # The leaves that would lead there are gone.
+            self._forked(root)
+
+    def _require_place(self, position: int) -> None:
+        if position > self.next_position:
+            text = f"The leaf at {self.next_position:,} is gone: the next one stands at {position:,}."
+            self.note(FindingKind.MISSING, text, position=self.next_position)
+        else:
+            self.note(FindingKind.BAD_TREE, f"There are two leaves at {position:,}.", position=position)
+        # So that what follows is compared with the right hashes; where very much is gone, nothing would fit anyway.
+        for _ in range(min(max(position - self.tree.size, 0), _MOST_FINDINGS)):
+            self.tree.append(bytes(HASH_BYTES))
+
+    def _check(self, row: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes) -> None:
+        if row[_ID] is None:
+            if self._doors.pruned(position):
+                self.pruned += 1
+            else:
+                text = "The event is gone, and no sealed event says that it was pruned."
+                self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
+            return
+        content, written = _hash(row), row[_CONTENT_HASH]
+        if salt is not None and content and written == content and leaf_hash(salt, content) == leaf:
+            self.checked += 1
+        elif not (salt or written) and content in self._doors.erased.get(position, ()):
+            self.erased += 1
+        elif len(self._mismatches) < _MOST_FINDINGS:
+            self._mismatches.append(_Mismatch(position, event_id, row[_REQUEST_ID], salt, leaf, content))
+
+    def _compare(self, level: int, count: int, node: bytes) -> None:
+        tile, place = divmod(count, TILE_WIDTH)
+        stored = self._stored.get((level, tile), b"")[place * HASH_BYTES : (place + 1) * HASH_BYTES]
+        if stored != node:
+            text = f"Hash {count:,} of level {level} is not that of the leaves below it."
+            self.note(FindingKind.BAD_TREE, text, position=count << TILE_HEIGHT * level)
+
+    def check_root(self, expected: _Root) -> None:
+        """Compare the root of the tree as it stands."""
+        if self.tree.root() != expected.root:
+            self._forked(expected)
+        elif expected.vouches:
+            self.anchored = max(self.anchored, expected.size)
+
+    def _forked(self, expected: _Root) -> None:
+        kept = "that was kept elsewhere" if expected.is_kept else "in the database"
+        text = f"The first {expected.size:,} events are not those of the checkpoint {kept}."
+        self.note(FindingKind.FORKED, text, position=expected.size - 1 if expected.size else None)
+
+    def finish(self, beyond: int) -> None:
+        """Say what only the end of the log shows."""
+        for (level, tile), hashes in self._stored.items():
+            count = tile * TILE_WIDTH + len(hashes) // HASH_BYTES
+            if level < 1 or tile < 0 or count > self.tree.size >> TILE_HEIGHT * level or len(hashes) % HASH_BYTES:
+                text = f"Tile {tile:,} of level {level} holds hashes of leaves that are not there."
+                at = tile << TILE_HEIGHT * (level + 1) if level >= 1 else None
+                self.note(FindingKind.BAD_TREE, text, position=at)
+        if beyond:
+            self.note(FindingKind.BAD_TREE, f"There are {beyond:,} leaves outside of the last checkpoint.")
+        if (largest := max((self.size, *self.kept))) > self.tree.size:
+            text = f"There was a checkpoint over {largest:,} events, and {self.tree.size:,} are left."
+            self.note(FindingKind.TRUNCATED, text, position=self.tree.size)
+        for found in self._mismatches:
+            owner = next((each for each in self._mismatches if each is not found and _fits(found.content, each)), None)
+            kind, text = FindingKind.ALTERED, "The event, or its leaf, is not what was sealed."
+            if owner is not None:
+                kind, text = FindingKind.MOVED, f"The event was sealed at {owner.position:,}."
+            self.note(kind, text, position=found.position, event_id=found.event_id, request_id=found.request_id)
+
+
+_ID, _REQUEST_ID, _CONTENT_HASH = map(FIELDS.index, ("id", "request_id", "content_hash"))
+# Behind the id.
+_EVENT = slice(1, len(COLUMNS) + 1)
+
+
+def _hash(row: Sequence[Any]) -> str:
+    """Return the hash of an event, computed from its columns; "" if they hold none."""
+    try:
+        return hash_of_stored(row[_EVENT])
+    except Exception:
+        # What a database can be made to hold and is no event: every error means the same.
+        return ""
+
+
+def _fits(content: str, place: _Mismatch) -> bool:
+    return bool(content) and place.salt is not None and leaf_hash(place.salt, content) == place.leaf
+
+
+async def verify(
+    database: Database,
+    *,
+    against: Iterable[str | Checkpoint] = (),
+    keys: Iterable[str] = (),
+    report: Callable[[int], None] = lambda _rows: None,
+) -> Verification:
+    """Recompute every hash from the columns of the events; arguments and result as for `EvidenceManager.verify`."""
+    verifiers = [VerifierKey.parse(key) for key in keys]
+    kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
+    async with snapshot(database) as reader:
+        last = next(iter(await reader.fetched(_LAST)), None)
+        walk = _Walk(last[0] if last else 0, await _stored_tiles(reader), await _read_doors(reader, last))
+        _check_signatures(walk, last, kept, verifiers)
+        for note in kept:
+            # Without a key it vouches by where it was kept; with keys, only if one of them has signed it.
+            vouches = not verifiers or bool(note.signed_by(verifiers))
+            walk.kept.setdefault(note.size, []).append(_Root(note.size, note.root, True, vouches))
+        for empty in walk.kept.pop(0, ()):
+            walk.check_root(empty)
+        await _walk_log(reader, walk, verifiers, report)
+        ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
+        ((unsealed,),) = await reader.fetched(_UNSEALED)
+    walk.finish(beyond)
+    return Verification(
+        ok=not walk.findings,
+        size=walk.tree.size,
+        root_hash=walk.tree.root().hex(),
+        checked=walk.checked,
+        unsealed=unsealed,
+        erased=walk.erased,
+        pruned=walk.pruned,
+        anchored=walk.anchored,
+        findings=tuple(walk.findings),
+    )
+
+
+async def _walk_log(
+    reader: Snapshot, walk: _Walk, verifiers: Sequence[VerifierKey], report: Callable[[int], None]
+) -> None:
+    """Check the log, each batch in a thread while the server reads the next one."""
+    under_way: asyncio.Future[None] | None = None
+    after = 0
+    try:
+        async with aclosing(reader.streamed(_LOG, {"p_size": walk.size})) as batches:
+            async for rows in batches:
+                until = max(after, rows[-1][-4] + 1)
+                found = await reader.fetched(_BETWEEN, {"p_after": after, "p_size": until})
+                if under_way is not None:
+                    await under_way
+                    report(walk.tree.size)
+                for checkpoint in found:
+                    _check_note(walk, checkpoint, verifiers)
+                roots = [_Root(size, _bytes(root_hash), False) for size, root_hash, *_ in found]
+                under_way = asyncio.ensure_future(asyncio.to_thread(walk.take_all, rows, roots))
+                after = until
+    finally:
+        if under_way is not None:
+            await asyncio.wait([under_way])
+    if under_way is not None:
+        under_way.result()
+        report(walk.tree.size)
+
+
+async def _stored_tiles(reader: Snapshot) -> dict[tuple[int, int], bytes]:
+    # 32 bytes for 256 events: of a hundred million, 12 MB.
+    return {(level, index): hashes for level, index, hashes in await reader.fetched(_STORED_TILES)}
+
+
+async def _read_doors(reader: Snapshot, last: Sequence[Any] | None) -> _Doors:
+    """Return what the doors did, as far as the events that say so fit their leaves."""
+    doors = _Doors()
+    for row in await reader.fetched(_DOORS, {"p_size": last[0] if last else 0}):
+        position, _, salt, leaf = row[-4:]
+        content = _hash(row)
+        if salt is not None and content and row[_CONTENT_HASH] == content and leaf_hash(salt, content) == leaf:
+            said = json.loads(row[FIELDS.index("sanitized_args")])
+            doors.add(row[FIELDS.index("tool_name")], said, position)
+    doors.close()
+    return doors
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""
+
+
+def _check_note(walk: _Walk, checkpoint: Sequence[Any], verifiers: Sequence[VerifierKey]) -> None:
+    size, root_hash, origin, text = checkpoint
+    try:
+        note = parse_note(text)
+        fits = (note.origin, note.size, note.root.hex()) == (origin, size, root_hash)
+    except InvalidEvidenceError:
+        fits = False
+    else:
+        # An earlier one may be signed by a key of its time, or by none; what names one of these keys must be by it.
+        if verifiers and note.signed_by(verifiers) is False:
+            walk.note(FindingKind.BAD_SIGNATURE, f"The signature of the checkpoint over {size:,} events is forged.")
+    if not fits:
+        walk.note(FindingKind.BAD_SIGNATURE, f"The checkpoint over {size:,} events and its note differ.")
+
+
+def _check_signatures(
+    walk: _Walk, last: Sequence[Any] | None, kept: Sequence[ParsedNote], verifiers: Sequence[VerifierKey]
+) -> None:
+    if not verifiers:
+        return
+    for note in kept:
+        if not note.signed_by(verifiers):
+            text = f"No key that was named has signed the kept checkpoint over {note.size:,} events."
+            walk.note(FindingKind.BAD_SIGNATURE, text)
+    try:
+        is_signed = last is None or parse_note(last[3]).signed_by(verifiers)
+    except InvalidEvidenceError:
+        is_signed = False
+    if not is_signed:
+        walk.note(FindingKind.BAD_SIGNATURE, "No key that was named has signed the last checkpoint.")

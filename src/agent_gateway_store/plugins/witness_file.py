@@ -1,0 +1,74 @@
+"""Plugin `witness-file`: keeps each checkpoint of the sealed log in a file outside of the database."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import AliasChoices, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from agent_gateway_store._text import require_visible, strip_texts
+from agent_gateway_store.hooks.markers import hookimpl
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models.evidence import Checkpoint
+
+NAME = "WITNESS_FILE_PATH"
+PREFIX = "AGENT_GATEWAY_STORE_"
+
+
+class WitnessFileSettings(BaseSettings):
+    """The setting `WITNESS_FILE_PATH`, also read with the prefix `AGENT_GATEWAY_STORE_`, which wins.
+
+    Attributes:
+        path: File to append to; its folder must exist. None: the plugin does nothing.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="ignore", env_prefix=f"{PREFIX}WITNESS_FILE_", hide_input_in_errors=True, frozen=True
+    )
+
+    path: Path | None = Field(default=None, validation_alias=AliasChoices(f"{PREFIX}{NAME}", NAME))
+
+    _strip = model_validator(mode="before")(strip_texts)
+    _require_visible = model_validator(mode="after")(require_visible)
+
+
+@hookimpl
+def gateway_store_checkpoint(checkpoint: Checkpoint) -> None:
+    """Append the note and a blank line to the file, and force it to disk. A new file is for its owner alone."""
+    path = WitnessFileSettings().path
+    if path is not None:
+        append(path.expanduser(), f"{checkpoint.note}\n".encode())
+
+
+@hookimpl
+def gateway_store_plugin_settings() -> type[WitnessFileSettings]:
+    """Return the class of its settings."""
+    return WitnessFileSettings
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append all of `data` to a file and force it to disk, or leave the file as it was and raise OSError."""
+    is_new = not path.exists()
+    # Windows would write a line end as two characters, which no signature is over.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+    file = os.open(path, flags, 0o600)
+    try:
+        size = os.fstat(file).st_size
+        if os.write(file, data) < len(data):
+            # A full disk takes a part, behind which the next note could not be read.
+            os.ftruncate(file, size)
+            raise OSError("The disk is full: the checkpoint was not kept.")
+        os.fsync(file)
+    finally:
+        os.close(file)
+    if is_new and hasattr(os, "O_DIRECTORY"):
+        # The file's name is on disk only when its folder is.
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

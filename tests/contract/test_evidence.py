@@ -1,0 +1,352 @@
+"""`store.evidence`: dense positions, checkpoints, and a verification that names what was changed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contract_helpers import until
+from sqlalchemy import text
+
+from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, hookimpl
+from agent_gateway_store.errors import InvalidEvidenceError, LogMismatchError
+from agent_gateway_store.evidence import check
+from agent_gateway_store.evidence.notes import SigningKey, parse_note
+from agent_gateway_store.evidence.tree import Frontier
+from agent_gateway_store.models.evidence import Checkpoint
+from builders import make_event
+from tampering import tamper
+
+EVENT = "(SELECT id FROM audit_events WHERE request_id = 'r-{}')"
+KEY = SigningKey.generate("example.org/log")
+SETTINGS = StoreSettings(audit_signing_key=KEY.to_text(), audit_log_origin="example.org/log")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def sealing(database_url: str) -> AsyncIterator[GatewayStore]:
+    """An open store that signs its checkpoints, and seals when it is told to."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        yield store
+
+
+async def write(store: GatewayStore, count: int, **fields: Any) -> None:
+    await store.audit.write_many([make_event(**fields) for _ in range(count)])
+
+
+async def execute(store: GatewayStore, *statements: str) -> None:
+    """Change the database past the store, as whoever owns it can."""
+    await tamper(store.database.engine, *statements)
+
+
+async def leaves(store: GatewayStore) -> list[tuple[int, int]]:
+    """Position and event of each leaf."""
+    async with store.database.read() as connection:
+        found = await connection.execute(text("SELECT position, event_id FROM audit_leaves ORDER BY position"))
+        return [(position, event_id) for position, event_id in found]
+
+
+async def event_ids(store: GatewayStore) -> list[int]:
+    async with store.database.read() as connection:
+        return list((await connection.execute(text("SELECT id FROM audit_events ORDER BY id"))).scalars())
+
+
+async def require_dense(store: GatewayStore) -> None:
+    """Every event has one position, and there is no gap."""
+    found = await leaves(store)
+    assert [position for position, _ in found] == list(range(len(found)))
+    assert sorted(event_id for _, event_id in found) == await event_ids(store)
+
+
+async def test_an_empty_log_has_no_checkpoint(sealing: GatewayStore) -> None:
+    assert await sealing.evidence.seal() is None
+    assert await sealing.evidence.checkpoint() is None
+    assert (await sealing.evidence.verify()).ok
+
+
+async def test_sealing_gives_every_event_a_position(sealing: GatewayStore) -> None:
+    """In batches; the checkpoint is signed, names the database, and stays while nothing is new."""
+    await write(sealing, 1_300)
+    first = await sealing.evidence.seal()
+    assert first is not None
+    await require_dense(sealing)
+    assert (first.size, await sealing.evidence.checkpoint()) == (1_300, first)
+    note = parse_note(first.note)
+    assert note.signed_by([KEY.verifier])
+    assert (note.origin, note.size, note.root.hex()) == (first.origin, 1_300, first.root_hash)
+    assert first.origin.startswith("example.org/log/")
+    assert await sealing.evidence.seal() == first
+
+    await write(sealing, 2)
+    second = await sealing.evidence.seal()
+    assert second is not None
+    assert second.size == 1_302
+    found = await sealing.evidence.verify(against=[first, second.note], keys=[str(KEY.verifier)])
+    assert (found.ok, found.size, found.checked, found.unsealed, found.anchored) == (True, 1_302, 1_302, 0, 1_302)
+    assert found.root_hash == second.root_hash
+
+
+async def test_what_is_not_sealed_is_said(sealing: GatewayStore) -> None:
+    """Integrity, anchoring and completeness are three statements."""
+    await write(sealing, 3)
+    await sealing.evidence.seal()
+    await write(sealing, 2)
+    found = await sealing.evidence.verify()
+    assert (found.ok, found.checked, found.unsealed, found.anchored) == (True, 3, 2, 0)
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_transactions_that_stay_open_are_sealed_after_their_commit(sealing: GatewayStore) -> None:
+    """Their events have lower ids than sealed ones, and stand behind them in the log."""
+    async with sealing.database.sessions() as session, session.begin():
+        await sealing.audit.record(make_event(request_id="slow"), session=session)
+        for _ in range(3):
+            await write(sealing, 2)
+            await sealing.evidence.seal()
+        assert len(await leaves(sealing)) == 6
+    await sealing.evidence.seal()
+    await require_dense(sealing)
+    evidence = await sealing.evidence.prove("slow")
+    assert evidence.position == 6
+    assert (await sealing.evidence.verify()).ok
+
+
+async def test_a_new_store_finds_what_another_left_unsealed(sealing: GatewayStore, database_url: str) -> None:
+    """It compares every event with the leaves when it begins."""
+    await write(sealing, 5)
+    await sealing.evidence.seal()
+    await write(sealing, 5)
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as other:
+        await other.evidence.seal()
+    await require_dense(sealing)
+
+
+async def test_a_store_that_writes_seals_by_itself(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Every AUDIT_SEAL_SECONDS; each checkpoint is logged, and handed to the plugins."""
+    received: list[Checkpoint] = []
+
+    class Witness:
+        @hookimpl
+        async def gateway_store_checkpoint(self, checkpoint: Checkpoint) -> None:
+            received.append(checkpoint)
+
+    caplog.set_level(logging.INFO, "agent_gateway_store.checkpoints")
+    settings = SETTINGS.model_copy(update={"audit_seal_seconds": 0.02})
+    async with GatewayStore(database_url, redis_url="", settings=settings, plugins=[Witness()]) as store:
+        await asyncio.sleep(0.1)
+        assert await store.evidence.checkpoint() is None
+        await write(store, 3)
+        await until(lambda: bool(received))
+        assert received == [await store.evidence.checkpoint()]
+        assert received[0].note.rstrip("\n") in caplog.messages
+
+
+async def test_a_store_that_only_reads_seals_nothing(sealing: GatewayStore, database_url: str) -> None:
+    """Its loop looks at nothing before it has written."""
+    await write(sealing, 3)
+    settings = SETTINGS.model_copy(update={"audit_seal_seconds": 0.01})
+    async with GatewayStore(database_url, redis_url="", settings=settings) as reader:
+        assert len(await reader.audit.list_recent()) == 3
+        await asyncio.sleep(0.1)
+    assert await leaves(sealing) == []
+
+
+async def test_a_view_of_an_organisation_only_proves(sealing: GatewayStore, tmp_path: Path) -> None:
+    """The log is that of all organisations."""
+    await sealing.audit.write(make_event(request_id="r-1", org_id="acme"))
+    await sealing.evidence.seal()
+    view = sealing.for_org("acme").evidence
+    calls: list[Callable[[], Any]] = [
+        view.seal,
+        view.checkpoint,
+        view.verify,
+        lambda: view.publish(tmp_path / "log"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="all organisations"):
+            await call()
+    assert (await view.prove("r-1")).position == 0
+
+
+async def test_evidence_is_checked_without_a_store(sealing: GatewayStore) -> None:
+    """From the file and the public key alone; a changed file does not pass."""
+    await write(sealing, 300)
+    await sealing.audit.write(make_event(request_id="r-1"))
+    await sealing.evidence.seal()
+    shown = (await sealing.evidence.prove("r-1")).to_json()
+    assert check(shown, keys=[str(KEY.verifier)]).ok
+    try:
+        assert not check(shown.replace('"read_file"', '"send_mail"'), keys=[str(KEY.verifier)]).ok
+    except InvalidEvidenceError:
+        pytest.fail("it can be read, and does not fit")
+
+
+async def test_the_published_log_is_that_of_the_checkpoint(sealing: GatewayStore, tmp_path: Path) -> None:
+    """From its tiles alone anybody computes the root; a second time it goes on."""
+    for count in (300, 700):
+        await write(sealing, count)
+        last = await sealing.evidence.seal()
+        assert await sealing.evidence.publish(tmp_path / "log") == last
+    tree = Frontier()
+    for name in ("000", "001", "002", "003.p/232"):
+        tile = (tmp_path / "log/tile/0" / name).read_bytes()
+        for at in range(0, len(tile), 32):
+            tree.append(tile[at : at + 32])
+    note = parse_note((tmp_path / "log/checkpoint").read_text())
+    assert (tree.size, tree.root()) == (note.size, note.root) == (1_000, note.root)
+
+
+def test_the_blocking_twin_seals_and_verifies(database_url: str) -> None:
+    with SyncGatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        store.audit.write(make_event())
+        last = store.evidence.seal()
+        assert store.evidence.verify(against=[last]).anchored == 1
+
+
+class TestTampering:
+    """Whoever owns the database changes it past the store; the leaf of each event was sealed before."""
+
+    @pytest.fixture
+    async def log(self, sealing: GatewayStore) -> tuple[GatewayStore, Checkpoint]:
+        events = [make_event(request_id=f"r-{number}", latency_ms=number) for number in range(300)]
+        await sealing.audit.write_many(events[:100])
+        await sealing.evidence.seal()
+        await sealing.audit.write_many(events[100:])
+        kept = await sealing.evidence.seal()
+        assert kept is not None
+        return sealing, kept
+
+    MUTATIONS: dict[str, tuple[list[str], set[str]]] = {  # noqa: RUF012
+        "a column": (["UPDATE audit_events SET tool_name = 'harmless' WHERE request_id = 'r-7'"], {"ALTERED"}),
+        "a number": (["UPDATE audit_events SET latency_ms = 1 WHERE request_id = 'r-7'"], {"ALTERED"}),
+        "its hash": ([f"UPDATE audit_events SET content_hash = '{'0' * 64}' WHERE request_id = 'r-7'"], {"ALTERED"}),
+        "an event gone": (["DELETE FROM audit_events WHERE request_id = 'r-7'"], {"MISSING"}),
+        "two events swapped": (
+            [
+                "UPDATE audit_leaves SET event_id = -1 WHERE position = 7",
+                f"UPDATE audit_leaves SET event_id = {EVENT.format(7)} WHERE position = 9",
+                f"UPDATE audit_leaves SET event_id = {EVENT.format(9)} WHERE position = 7",
+            ],
+            {"MOVED"},
+        ),
+        "two leaves swapped": (
+            [
+                "UPDATE audit_leaves SET position = 9999 WHERE position = 7",
+                "UPDATE audit_leaves SET position = 7 WHERE position = 9",
+                "UPDATE audit_leaves SET position = 9 WHERE position = 9999",
+            ],
+            {"BAD_TREE", "FORKED"},
+        ),
+        "a salt": (["UPDATE audit_leaves SET salt = leaf_hash WHERE position = 7"], {"ALTERED"}),
+        "a leaf": (
+            ["UPDATE audit_leaves SET leaf_hash = (SELECT hashes FROM audit_tiles) WHERE position = 7"],
+            {"ALTERED", "BAD_TREE", "FORKED"},
+        ),
+        "a leaf gone": (["DELETE FROM audit_leaves WHERE position = 7"], {"MISSING", "BAD_TREE", "FORKED"}),
+        "the end cut": (["DELETE FROM audit_leaves WHERE position >= 270"], {"TRUNCATED"}),
+        "a tile": (["UPDATE audit_tiles SET hashes = salt FROM (SELECT salt FROM audit_leaves LIMIT 1) AS other"],
+                   {"BAD_TREE"}),
+        "a tile gone": (["DELETE FROM audit_tiles"], {"BAD_TREE"}),
+        "a root": (
+            [f"UPDATE audit_checkpoints SET root_hash = '{'0' * 64}' WHERE size = 100"], {"BAD_SIGNATURE", "FORKED"},
+        ),
+        "a note": (["UPDATE audit_checkpoints SET note = 'x' WHERE size = 100"], {"BAD_SIGNATURE"}),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("name", MUTATIONS)
+    async def test_each_change_is_seen_and_named(self, log: tuple[GatewayStore, Checkpoint], name: str) -> None:
+        store, kept = log
+        statements, kinds = self.MUTATIONS[name]
+        await execute(store, *statements)
+        found = await store.evidence.verify(against=[kept])
+        assert not found.ok
+        assert {str(each.kind) for each in found.findings} == kinds
+
+    async def test_everything_sealed_anew_is_caught_by_a_kept_checkpoint_alone(
+        self, log: tuple[GatewayStore, Checkpoint], database_url: str
+    ) -> None:
+        """Without one it verifies, and says that nothing vouches for it."""
+        store, kept = log
+        await execute(
+            store,
+            "DELETE FROM audit_checkpoints",
+            "DELETE FROM audit_tiles",
+            "DELETE FROM audit_leaves",
+            "DELETE FROM audit_events WHERE request_id = 'r-7'",
+        )
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as forger:
+            await forger.evidence.seal()
+        found = await store.evidence.verify()
+        assert (found.ok, found.anchored) == (True, 0)
+        found = await store.evidence.verify(against=[kept])
+        assert {str(each.kind) for each in found.findings} == {"TRUNCATED"}
+        await write(store, 1)
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as forger:
+            await forger.evidence.seal()
+        found = await store.evidence.verify(against=[kept])
+        assert {str(each.kind) for each in found.findings} == {"FORKED"}
+
+    async def test_another_key_is_seen(self, log: tuple[GatewayStore, Checkpoint]) -> None:
+        store, kept = log
+        other = str(SigningKey.generate("example.org/log").verifier)
+        for against in ([], [kept]):
+            found = await store.evidence.verify(against=against, keys=[other])
+            assert {str(each.kind) for each in found.findings} == {"BAD_SIGNATURE"}
+            assert found.anchored == 0
+            assert (await store.evidence.verify(against=against, keys=[other, str(KEY.verifier)])).ok
+
+    async def test_a_forged_signature_of_an_earlier_checkpoint_is_seen(
+        self, log: tuple[GatewayStore, Checkpoint]
+    ) -> None:
+        """Only with the key: whoever has none takes it for a signature of another time."""
+        store, kept = log
+        await write(store, 1)
+        await store.evidence.seal()
+        body, _, line = kept.note.rpartition("\n\n")
+        name, encoded = line.split()[1:]
+        forged = bytearray(b64decode(encoded))
+        forged[-1] ^= 1
+        note = f"{body}\n\n— {name} {b64encode(forged).decode()}\n"
+
+        await execute(store, f"UPDATE audit_checkpoints SET note = '{note}' WHERE size = {kept.size}")
+
+        found = await store.evidence.verify(keys=[str(KEY.verifier)])
+        assert [(str(each.kind), "forged" in each.text) for each in found.findings] == [("BAD_SIGNATURE", True)]
+        assert (await store.evidence.verify()).ok
+
+    async def test_a_log_that_was_changed_is_not_extended(self, log: tuple[GatewayStore, Checkpoint]) -> None:
+        store, _ = log
+        await execute(store, "DELETE FROM audit_leaves WHERE position >= 270")
+        await write(store, 1)
+        with pytest.raises(LogMismatchError, match="evidence verify"):
+            await store.evidence.seal()
+        assert len(await leaves(store)) == 270
+
+
+async def test_a_recorded_call_proves_its_approval(sealing: GatewayStore) -> None:
+    """`audit.call` puts the hash of the approval and its votes into the event; a changed vote is seen."""
+    from agent_gateway_store import CallerIdentity, TrustLevel
+    from builders import CALL, make_request
+
+    caller = CallerIdentity(caller_id="dev-agent", role="r", trust_level=TrustLevel.LOW, environment="dev")
+    asked = await sealing.approvals.acquire(make_request())
+    await sealing.approvals.approve(approval_id=asked.approval_id, approver_id="alice", note="seen")
+    used = await sealing.approvals.acquire(make_request())
+    async with sealing.audit.call(
+        CALL, caller, decision="APPROVAL_REQUIRED", approval_id=used.approval_id, request_id="r-1"
+    ):
+        pass
+    await sealing.approvals.record_outcome(approval_id=used.approval_id, outcome="SUCCESS")
+    await sealing.evidence.seal()
+    shown = (await sealing.evidence.prove("r-1")).to_json()
+    assert '"approver_id": "alice"' in shown
+    found = check(shown, keys=[str(KEY.verifier)])
+    assert found.ok
+    assert [remark.split(".")[0] for remark in found.remarks] == [
+        "The approval and its votes are those that the event names"
+    ]
+    assert not check(shown.replace("alice", "mallory"), keys=[str(KEY.verifier)]).ok

@@ -1,0 +1,279 @@
+"""The sealer among writers, other sealers and crashes: dense positions, one log, and nobody who waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.evidence import sealer
+from agent_gateway_store.models.evidence import Checkpoint, Finding, FindingKind
+from builders import make_event
+from tampering import tamper
+
+ON_POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+SCRIPT = Path(__file__).parent / "sealing_process.py"
+
+
+def settings(seal_s: float = 0) -> StoreSettings:
+    return StoreSettings(audit_seal_seconds=seal_s)
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[GatewayStore]:
+    """An open store that seals when it is told to."""
+    async with GatewayStore(database_url, redis_url="", settings=settings()) as opened:
+        yield opened
+
+
+async def rows(store: GatewayStore, statement: str) -> list[tuple[Any, ...]]:
+    async with store.database.read() as connection:
+        return [tuple(row) for row in await connection.execute(text(statement))]
+
+
+async def require_one_log(store: GatewayStore) -> int:
+    """Positions are dense, every event has one, and everything verifies; return the size."""
+    found = await rows(store, "SELECT position, event_id FROM audit_leaves ORDER BY position")
+    events = await rows(store, "SELECT id FROM audit_events ORDER BY id")
+    assert [position for position, _ in found] == list(range(len(found)))
+    assert sorted((event_id,) for _, event_id in found) == events
+    verified = await store.evidence.verify()
+    assert (verified.ok, verified.checked, verified.unsealed) == (True, len(events), 0)
+    return len(events)
+
+
+def run(url: str, what: str) -> str:
+    """Run the processes of `sealing_process`; return what they print."""
+    command = [sys.executable, str(SCRIPT), url, what]
+    environment = {**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+async def test_a_sealer_killed_at_any_statement_leaves_one_log(store: GatewayStore, database_url: str) -> None:
+    """kill -9 before each of its statements in turn; each process finds what the one before left."""
+    kills = int(await asyncio.to_thread(run, database_url, "kills"))
+    assert kills >= 8
+    await store.evidence.seal()
+    assert await require_one_log(store) == 300 * (kills + 1)
+
+
+async def test_eight_sealers_at_once_leave_one_log(store: GatewayStore, database_url: str) -> None:
+    """In as many processes, beside writers whose transactions stay open and are taken back."""
+    await asyncio.to_thread(run, database_url, "crowd")
+    await store.evidence.seal()
+    assert await require_one_log(store) > 0
+
+
+async def test_each_batch_has_its_checkpoint(store: GatewayStore) -> None:
+    """So that no leaf is ever there which a checkpoint does not vouch for; each one goes on from the one before."""
+    await store.audit.write_many([make_event() for _ in range(11_000)])
+    last = await store.evidence.seal()
+    sizes = [size for (size,) in await rows(store, "SELECT size FROM audit_checkpoints ORDER BY size")]
+    assert last is not None
+    assert sizes[-1] == last.size == 11_000
+    assert len(sizes) >= 3
+
+
+async def test_an_event_without_a_hash_keeps_nobody_waiting(store: GatewayStore) -> None:
+    """Somebody wrote it past the store: it is sealed with the others, and found."""
+    await store.audit.write_many([make_event(request_id=f"r-{n}") for n in range(3)])
+    await tamper(
+        store.database.engine,
+        "UPDATE audit_events SET content_hash = NULL WHERE request_id = 'r-0'",
+        "UPDATE audit_events SET content_hash = 'none' WHERE request_id = 'r-1'",
+    )
+    last = await store.evidence.seal()
+    assert last is not None
+    assert last.size == 3
+    found = await store.evidence.verify()
+    assert [(each.kind, each.request_id) for each in found.findings] == [
+        (FindingKind.ALTERED, "r-0"), (FindingKind.ALTERED, "r-1")]  # fmt: skip
+
+
+@ON_POSTGRES
+async def test_an_id_of_a_transaction_that_was_given_twice_is_found_by_verify(database_url: str) -> None:
+    """A crash gives ids out again, below those that a sealer has passed: it misses such an event, `verify` does not."""
+    async with GatewayStore(database_url, redis_url="", settings=settings(3_600)) as store:
+        await store.audit.write(make_event())
+        await store.evidence.seal()
+        await store.audit.write(make_event(request_id="late"))
+        await tamper(store.database.engine, "UPDATE audit_events SET transaction_id = 4 WHERE request_id = 'late'")
+        last = await store.evidence.seal()
+        assert last is not None
+        assert last.size == 1
+        found = await store.evidence.verify()
+        assert (found.ok, found.unsealed) == (True, 1)
+        assert await require_one_log(store) == 2
+
+
+@ON_POSTGRES
+async def test_ids_of_another_server_do_not_hide_events(store: GatewayStore) -> None:
+    """After a dump was restored: ids that this server has not given out yet are sealed, and what comes later is."""
+    await store.audit.write_many([make_event(request_id=f"old-{n}") for n in range(3)])
+    await tamper(store.database.engine, "UPDATE audit_events SET transaction_id = transaction_id + 1000000")
+    await store.evidence.seal()
+    await store.audit.write_many([make_event() for _ in range(3)])
+    await store.evidence.seal()
+    assert await require_one_log(store) == 6
+
+
+async def test_an_event_in_the_callers_transaction_starts_the_sealer(database_url: str) -> None:
+    async with GatewayStore(database_url, redis_url="", settings=settings(0.02)) as store:
+        async with store.database.sessions() as session, session.begin():
+            await store.audit.record(make_event(), session=session)
+
+        async def is_sealed() -> bool:
+            return await store.evidence.checkpoint() is not None
+
+        async with asyncio.timeout(10):
+            while not await is_sealed():
+                await asyncio.sleep(0.01)
+
+
+@ON_POSTGRES
+async def test_sealing_waits_for_another_sealer_and_the_background_does_not(
+    store: GatewayStore, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An open store tries again later, quietly, and closes at once."""
+    async with store.database.engine.begin() as connection:
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock({sealer.LOCK_KEY})"))
+        async with GatewayStore(database_url, redis_url="", settings=settings(0.01)) as other:
+            await other.audit.write(make_event())
+            waiting = asyncio.create_task(store.evidence.seal())
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            started = time.monotonic()
+        assert time.monotonic() - started < 1
+    checkpoint = await waiting
+    assert checkpoint is not None
+    assert checkpoint.size == 1
+    assert caplog.records == []
+
+
+@ON_POSTGRES
+async def test_closing_waits_a_second_at_most_for_a_seal(store: GatewayStore, database_url: str) -> None:
+    """What is not sealed then is sealed by the next one."""
+    async with store.database.engine.begin() as connection:
+        await connection.execute(text("LOCK TABLE audit_leaves IN EXCLUSIVE MODE"))
+        other = await GatewayStore(database_url, redis_url="", settings=settings(0.01)).open()
+        await other.audit.write(make_event())
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'audit_leaves'::regclass"
+        async with asyncio.timeout(10):
+            while (await connection.execute(text(waiting))).scalar() == 0:
+                await asyncio.sleep(0.01)
+        started = time.monotonic()
+        await other.close()
+        assert time.monotonic() - started < 2.5
+    await store.evidence.seal()
+    assert await require_one_log(store) == 1
+
+
+@ON_POSTGRES
+async def test_who_may_not_write_seals_nothing_and_hears_nothing(
+    store: GatewayStore, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A role without the grants writes events, and leaves it to others to seal them; it verifies as it is."""
+    caplog.set_level(logging.INFO, "agent_gateway_store")
+    engine = store.database.engine
+    async with engine.begin() as connection:
+        for statement in PLAIN_ROLE:
+            await connection.execute(text(statement))
+    try:
+        async with reader(database_url, {"role": "plain"}, 0.01) as other:
+            assert await other.audit.write(make_event()) == "STORED"
+            await asyncio.sleep(0.1)
+            assert (await other.evidence.verify()).unsealed == 1
+    finally:
+        async with engine.begin() as connection:
+            await connection.execute(text("DROP OWNED BY plain"))
+            await connection.execute(text("DROP ROLE plain"))
+    assert [record for record in caplog.records if record.name.endswith((".evidence", ".checkpoints"))] == []
+    assert await rows(store, "SELECT * FROM audit_leaves") == []
+
+
+@ON_POSTGRES
+async def test_a_server_that_only_reads_verifies(store: GatewayStore, database_url: str) -> None:
+    """As a standby does: what is not sealed is said, and nothing is written."""
+    await store.audit.write(make_event())
+    async with reader(database_url, {"default_transaction_read_only": "on"}, 0.01) as other:
+        found = await other.evidence.verify()
+        assert (found.ok, found.unsealed) == (True, 1)
+        with pytest.raises(StoreUnavailableError):
+            await other.evidence.seal()
+
+
+PLAIN_ROLE = (
+    "CREATE ROLE plain",
+    "GRANT INSERT, SELECT ON ALL TABLES IN SCHEMA public TO plain",
+    "GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO plain",
+    "REVOKE INSERT ON audit_leaves FROM plain",
+)
+
+
+@asynccontextmanager
+async def reader(url: str, options: dict[str, str], seal_s: float) -> AsyncIterator[GatewayStore]:
+    """A store on an engine whose connections have these options of the server."""
+    engine = create_async_engine(
+        make_url(url).set(drivername="postgresql+asyncpg"), connect_args={"server_settings": options}
+    )
+    try:
+        async with GatewayStore(engine=engine, redis_url="", settings=settings(seal_s)) as opened:
+            yield opened
+    finally:
+        await engine.dispose()
+
+
+async def test_verifying_among_sealers_gives_no_false_alarm(store: GatewayStore, database_url: str) -> None:
+    """It sees one moment of the log, whatever is sealed meanwhile."""
+    kept: list[Checkpoint] = []
+    async with GatewayStore(database_url, redis_url="", settings=settings()) as other:
+        done = False
+
+        async def go_on() -> None:
+            while not done:
+                await other.audit.write_many([make_event() for _ in range(300)])
+                kept.extend(filter(None, [await other.evidence.seal()]))
+
+        writing = asyncio.create_task(go_on())
+        findings: list[Finding] = []
+        for _ in range(15):
+            found = await store.evidence.verify(against=kept[-3:])
+            findings += found.findings
+        done = True
+        await writing
+    assert findings == []
+
+
+@ON_POSTGRES
+@pytest.mark.parametrize("has_statistics", [False, True])
+async def test_the_sealer_reads_by_indexes(store: GatewayStore, has_statistics: bool) -> None:
+    """With and without statistics: nothing that grows with the log is read whole."""
+    await store.audit.write_many([make_event() for _ in range(8_000)])
+    await store.evidence.seal()
+    values = dict.fromkeys(("p_since", "p_transaction"), 10**9) | {"p_end": 2 * 10**9}
+    (values["p_after"],) = (await rows(store, "SELECT min(id) + 4000 FROM audit_events"))[0]
+    values |= {"p_until": values["p_after"] + 1_000, "p_span": 1_000, "p_limit": 500}
+    async with store.database.engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if has_statistics:
+            await driver.execute("ANALYZE audit_events; ANALYZE audit_leaves")
+        for statement in (sealer.SPAN_END, sealer.COMPARE, sealer.RECENT, sealer.SNAPSHOT):
+            compiled = statement.compiled(store.database.engine.dialect)
+            plan = await driver.fetch(f"EXPLAIN {compiled.text}", *compiled.arguments(values))
+            text_of_plan = "\n".join(line for (line,) in plan)
+            assert "Seq Scan on audit_" not in text_of_plan, text_of_plan
