@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agent_gateway_store import ApprovalStatus, GatewayStore, ToolCall, clock, errors
-from builders import CALL, make_request
+from builders import CALL, make_event, make_request
 
 
 async def filled(store: GatewayStore) -> dict[str, str]:
@@ -109,6 +109,30 @@ async def test_history_tells_the_story_in_order(store: GatewayStore) -> None:
     ]
     assert (story[1]["note"], story[1]["channel"], story[-1]["note"]) == ("yes", "cli", "SUCCESS")
     assert "unknown" in [row["note"] for row in before]
+
+
+async def test_history_shows_the_calls_of_an_approval(store: GatewayStore) -> None:
+    """The one that asked and those that it released, of its own organisation; in the order of time."""
+    request = make_request(request_id="r-asked", org_id="acme")
+    pending = await store.approvals.acquire(request)
+    asked = await store.approvals.get(approval_id=pending.approval_id)
+    for request_id, later_s, fields in (
+        ("r-other", 2, {}),
+        ("r-asked", 0, {"decision": "APPROVAL_REQUIRED", "execution_status": None}),
+        ("r-run", 1, {"approval_id": pending.approval_id, "execution_status": "SUCCESS"}),
+        ("r-foreign", 1, {"approval_id": pending.approval_id, "org_id": "globex"}),
+    ):
+        at = asked.created_at + timedelta(seconds=later_s)
+        await store.audit.write(make_event(**{"request_id": request_id, "org_id": "acme", "timestamp": at, **fields}))
+
+    story = await store.for_org("acme").approvals.history(pending.approval_id)
+    assert [(row["event"], row["status"], row["note"]) for row in story if row["event"] != "notice"] == [
+        ("asked", None, asked.risk_explanation),
+        ("call", "APPROVAL_REQUIRED", "request r-asked"),
+        ("call", "SUCCESS", "request r-run"),
+    ]
+    released = await store.for_org("acme").audit.search(approval_id=pending.approval_id)
+    assert [event.request_id for event in released] == ["r-run"]
 
 
 async def test_history_of_what_expired_was_cancelled_or_is_not_there(store: GatewayStore) -> None:

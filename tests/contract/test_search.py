@@ -8,6 +8,7 @@ import random
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -17,6 +18,9 @@ from builders import make_event
 from proofs.hostile import Hostile
 
 START = datetime(2026, 5, 1, tzinfo=UTC)
+
+
+APPROVALS = (UUID(int=1), UUID(int=2**127 + 5))
 
 
 def random_fields(rng: random.Random, number: int) -> dict[str, Any]:
@@ -33,6 +37,7 @@ def random_fields(rng: random.Random, number: int) -> dict[str, Any]:
         "key_id": rng.choice((None, "k-1")),
         "approver_id": rng.choice((None, "carla")),
         "parent_request_id": rng.choice((None, "r-0")),
+        "approval_id": rng.choice((None, *APPROVALS)),
         "raw_args_hash": AuditEvent.hash_args({"n": rng.randrange(3)}),
         "decision": rng.choice(("ALLOW", "DENY", "APPROVAL_REQUIRED")),
         "output_decision": rng.choice(("ALLOW", "REDACT")),
@@ -55,7 +60,7 @@ def matches(event: AuditEvent, name: str, wanted: Any) -> bool:
     if name == "text":
         texts = (event.tool_name, event.deterministic_rationale, event.llm_explanation or "")
         return any(wanted.lower() in text.lower() for text in texts)
-    several = [wanted] if isinstance(wanted, str) else list(wanted)
+    several = [wanted] if isinstance(wanted, str | UUID) else list(wanted)
     if name == "risk_label":
         return bool(set(event.risk_labels) & set(several))
     if name == "caller_id" and "x" * 600 in several:
@@ -75,6 +80,7 @@ FILTERS: dict[str, tuple[Any, ...]] = {
     "key_id": ("k-1",),
     "approver_id": ("carla",),
     "parent_request_id": ("r-0",),
+    "approval_id": (APPROVALS[0], [APPROVALS[0]], APPROVALS),
     "raw_args_hash": (AuditEvent.hash_args({"n": 1}),),
     "decision": ("DENY", ["DENY", "ALLOW"]),
     "output_decision": ("REDACT",),
@@ -131,6 +137,7 @@ async def test_times_are_told_in_many_ways(store: GatewayStore) -> None:
         ({"callerid": "x"}, TypeError, "no filter 'callerid': use one of caller_id, tool_name"),
         ({"caller_id": 5}, TypeError, "caller_id must be text, not int"),
         ({"caller_id": ["a", 5]}, TypeError, "caller_id must be text, not int"),
+        ({"approval_id": ["a"]}, ValueError, "approval_id must be a UUID, not 'a'"),
         ({"decision": "MAYBE"}, ValueError, "decision must be one of ALLOW, DENY"),
         ({"execution_status": ["MAYBE"]}, ValueError, "execution_status must be one of SUCCESS"),
         ({"since": "yesterday"}, ValueError, "since must be a time such as"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastmcp import Client, FastMCP
+from fastmcp import Client, Context, FastMCP
 from fastmcp.client.client import CallToolResult
+from fastmcp.client.elicitation import ElicitResult
+from fastmcp.server import create_proxy
 from fastmcp_helpers import Bench
+from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResult
 
-from agent_gateway_store import AuditEvent, GatewayStore, clock
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, clock
 
 pytestmark = pytest.mark.integration
 
@@ -143,3 +146,92 @@ def test_another_word_is_refused(bench: Bench) -> None:
     """When the middleware is built."""
     with pytest.raises(ValueError, match='"return" or "wait"'):
         bench.server(on_pending="later")
+
+
+class Pages:
+    """A client's user, who is sent to pages; and does there what `then` does."""
+
+    def __init__(self, then: Callable[[], Awaitable[None]] | None = None) -> None:
+        self.then, self.seen = then, []
+
+    async def open(self, _message: str, _type: Any, params: Any, _context: Any) -> ElicitResult[None]:
+        self.seen.append(params.url)
+        if self.then is not None:
+            await self.then()
+        return ElicitResult(action="accept")
+
+
+@pytest.fixture
+async def paged(tmp_path: Path) -> AsyncIterator[Bench]:
+    """A bench whose store knows where its console is."""
+    settings = StoreSettings(console_url="https://gateway.example/console/")
+    async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url="", settings=settings) as store:
+        yield Bench(store)
+
+
+async def ask_with_pages(served: FastMCP[Any], pages: Pages, tool: str = "delete_file", **arguments: Any) -> Any:
+    async with Client(served, elicitation_handler=pages.open) as client:
+        return await client.call_tool(tool, arguments or {"path": "a.txt"}, raise_on_error=False)
+
+
+async def test_a_user_is_sent_to_the_page_and_the_call_runs(paged: Bench) -> None:
+    """Within the one call of the client: asked, decided on the page, run; two events."""
+    pages = Pages(lambda: decide(paged, "approve"))
+    assert (await ask_with_pages(server(paged), pages)).data is True
+
+    asked, ran = await events(paged)
+    assert pages.seen == [f"https://gateway.example/console/approvals/{ran.approval_id}"]
+    assert (asked.execution_status, ran.execution_status, paged.ran) == (None, "SUCCESS", ["a.txt"])
+    assert ran.sanitized_args == {"path": "[hidden]"}
+
+
+async def test_a_user_who_has_not_decided_is_not_asked_again_within_the_call(paged: Bench) -> None:
+    """The call ends as pending; the next one sends to the same page."""
+    pages = Pages()
+    for _ in range(2):
+        assert (await ask_with_pages(server(paged), pages)).structured_content["status"] == "PENDING"
+    assert len(pages.seen) == 2
+    assert len(set(pages.seen)) == 1
+    assert (len(await events(paged)), paged.ran) == (1, [])
+
+
+@pytest.mark.parametrize("case", ["no page", "no elicitation", "earlier protocol"])
+async def test_without_pages_the_call_is_pending(bench: Bench, paged: Bench, case: str) -> None:
+    """No CONSOLE_URL, a client without elicitation, or one of an earlier protocol: the error as ever."""
+    pages = Pages()
+    options: dict[str, Any] = {} if case == "no elicitation" else {"elicitation_handler": pages.open}
+    if case == "earlier protocol":
+        options["mode"] = "legacy"
+    async with Client(server(bench if case == "no page" else paged), **options) as client:
+        answer = await client.call_tool("delete_file", {"path": "a.txt"}, raise_on_error=False)
+    assert (answer.is_error, answer.structured_content["status"], pages.seen) == (True, "PENDING", [])
+
+
+@pytest.mark.parametrize("is_proxy", [False, True])
+async def test_a_tool_that_asks_its_client_sees_only_its_own_answers(paged: Bench, is_proxy: bool) -> None:
+    """The page first, then the tool's own question; with what was answered to that, a new call waits as an error."""
+    answers: list[Any] = []
+    behind: FastMCP[Any] = FastMCP("behind")
+
+    @behind.tool
+    async def delete_slowly(path: str, ctx: Context) -> str | InputRequiredResult:
+        answers.append(ctx.input_responses)
+        if ctx.input_responses is None:
+            form = ElicitRequestFormParams(message="Sure?", requested_schema={"type": "object", "properties": {}})
+            return InputRequiredResult(input_requests={"sure": ElicitRequest(params=form)}, request_state="1")
+        return path
+
+    served = server(paged)
+    served.mount(create_proxy(behind) if is_proxy else behind)
+    opened: list[str] = []
+
+    async def answer(_message: str, _type: Any, params: Any, _context: Any) -> ElicitResult[Any]:
+        if params.mode == "url":
+            opened.append(params.url)
+            await decide(paged, "approve")
+        return ElicitResult(action="accept", content=None if params.mode == "url" else {})
+
+    async with Client(served, elicitation_handler=answer) as client:
+        ended = await client.call_tool("delete_slowly", {"path": "a.txt"}, raise_on_error=False)
+    assert ended.structured_content["status"] == "PENDING"
+    assert (answers, len(opened)) == ([None], 1)

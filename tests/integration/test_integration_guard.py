@@ -1,4 +1,4 @@
-"""One core for the adapters of agent frameworks, and two of them with scripted models, ended and resumed elsewhere."""
+"""One core for the adapters of agent frameworks, and these with scripted models, ended and resumed elsewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from agents import Agent as OpenAIAgent
+from agents import RunConfig, Runner, RunState, function_tool
+from agents.testing import ScriptedModel, assistant_message, function_call
 from langchain.agents import create_agent
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, ToolMessage
+from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool as langchain_tool
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
@@ -20,6 +24,7 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 
 from agent_gateway_store import AuditEvent, CallerIdentity, Decision, GatewayStore, StoreSettings, ToolCall, TrustLevel
 from agent_gateway_store.integrations import langchain as for_langchain
+from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict
 from builders import CALL
@@ -221,17 +226,16 @@ def langchain_agent(bench: Bench, saver: InMemorySaver, name: str = "delete_file
 
     class Scripted(GenericFakeChatModel):
         def bind_tools(self, *_args: Any, **_options: Any) -> Any:
-            return self
+            # It is asked what comes next, not what came before: maybe the call was made in another process.
+            return RunnableLambda(lambda messages: AIMessage("end") if is_answered(messages) else asked)
 
-        def _generate(self, messages: Any, *args: Any, **options: Any) -> Any:
-            if isinstance(messages[-1], ToolMessage):
-                next(self.messages)  # the call was made before, maybe in another process
-            return super()._generate(messages, *args, **options)
+    def is_answered(messages: Any) -> bool:
+        return isinstance(messages[-1], ToolMessage)
 
     asked = AIMessage("", tool_calls=[{"name": name, "args": {"path": "a.txt"}, "id": "c-1"}])
     middleware = for_langchain.GatewayMiddleware(bench.guard(), lambda _request: CALLER, server="files", **options)
     return create_agent(
-        Scripted(messages=iter([asked, AIMessage("end"), AIMessage("end")])),
+        Scripted(messages=iter(())),
         [delete_file, format_disk],
         middleware=[middleware],
         checkpointer=saver,
@@ -283,3 +287,111 @@ class TestLangChain:
     def test_another_word_is_refused(self, bench: Bench) -> None:
         with pytest.raises(ValueError, match='"interrupt" or "return"'):
             for_langchain.GatewayMiddleware(bench.guard(), lambda _: CALLER, on_pending="later")  # type: ignore[arg-type]
+
+
+class OpenAIRun:
+    """Runs of an agent that calls one tool and ends; each is built anew, and goes on from the text of a state."""
+
+    def __init__(self, bench: Bench, *names: str) -> None:
+        self.bench, self.names = bench, names
+        self.arguments: str | None = None
+
+    def agent(self, *, is_resumed: bool = False) -> OpenAIAgent[None]:
+        bench = self.bench
+
+        @function_tool
+        async def delete_file(path: str) -> str:
+            bench.ran.append(path)
+            return f"{path} is deleted"
+
+        @function_tool
+        async def format_disk(path: str) -> str:
+            raise AssertionError
+
+        @function_tool
+        async def read_file(path: str) -> str:
+            raise ConnectionError("secret.txt")
+
+        self.tools = tools = for_openai.GatewayTools(bench.guard(), lambda _context: CALLER, server="files")
+        calls = [
+            function_call(name, self.arguments or {"path": f"{n}.txt"}, call_id=f"c-{n}")
+            for n, name in enumerate(self.names)
+        ]
+        steps: list[Any] = [[assistant_message("The end.")]]
+        model = ScriptedModel(steps if is_resumed else [calls, *steps])
+        return OpenAIAgent("files", model=model, tools=tools.wrap(delete_file, format_disk, read_file))
+
+    async def begin(self) -> Any:
+        return await Runner.run(self.agent(), "Go.", run_config=RunConfig(tracing_disabled=True))
+
+    async def go_on(self, ended: Any, *, answered: bool | None = None) -> Any:
+        """Answer from the store, expecting `answered`; None: the host approves by itself."""
+        agent = self.agent(is_resumed=True)
+        state = await RunState.from_string(agent, ended.to_state().to_string())
+        for each in state.get_interruptions() if answered is None else ():
+            state.approve(each)
+        if answered is not None:
+            assert await self.tools.answer(state) is answered
+        return await Runner.run(agent, state, run_config=RunConfig(tracing_disabled=True))
+
+    @staticmethod
+    def outputs(ended: Any) -> list[str]:
+        return [each.output for each in ended.new_items if each.type == "tool_call_output_item"]
+
+
+class TestOpenAIAgents:
+    """A run that was interrupted goes on from its serialised state, in an agent that was built anew."""
+
+    @pytest.mark.parametrize(("verb", "said"), [("approve", "0.txt is deleted"), ("deny", "DENIED by alice")])
+    async def test_a_run_goes_on_after_the_decision(self, bench: Bench, verb: str, said: str) -> None:
+        """Pending as often as it is resumed before; then one run or one refusal, with the approver's note."""
+        run = OpenAIRun(bench, "delete_file")
+        ended = await run.begin()
+        for _ in range(2):
+            assert [each.tool_name for each in ended.interruptions] == ["delete_file"]
+            ended = await run.go_on(ended, answered=False)
+        await bench.decide(verb)
+        ended = await run.go_on(ended, answered=True)
+
+        assert (ended.final_output, ended.interruptions) == ("The end.", [])
+        assert said in run.outputs(ended)[0]
+        assert bench.ran == (["0.txt"] if verb == "approve" else [])
+        asked, last = await bench.events()
+        assert (asked.execution_status, last.approver_id) == (None, "alice")
+        assert last.execution_status == ("SUCCESS" if verb == "approve" else None)
+
+    async def test_what_the_host_approves_in_the_state_releases_nothing(self, bench: Bench) -> None:
+        run = OpenAIRun(bench, "delete_file")
+        ended = await run.go_on(await run.begin())
+        assert "call again with the same arguments" in run.outputs(ended)[0]
+        assert bench.ran == []
+
+    async def test_calls_of_one_turn_are_decided_one_by_one(self, bench: Bench) -> None:
+        """The approved one runs once, however often the run is resumed for the other."""
+        run = OpenAIRun(bench, "delete_file", "delete_file")
+        ended = await run.begin()
+        first, second = await bench.store.approvals.list_requests("PENDING")
+        for request in (second, first):
+            await bench.store.approvals.approve(approval_id=request.approval_id, approver_id="alice")
+            ended = await run.go_on(ended, answered=request is first)
+        assert ended.final_output == "The end."
+        assert sorted(bench.ran) == ["0.txt", "1.txt"]
+
+    async def test_a_denied_call_is_told_to_the_model(self, bench: Bench) -> None:
+        ended = await (run := OpenAIRun(bench, "format_disk")).begin()
+        assert run.outputs(ended) == ["format_disk reason"]
+        assert [event.decision for event in await bench.events()] == ["DENY"]
+
+    async def test_a_tool_that_fails_is_recorded_as_that(self, bench: Bench) -> None:
+        """The model reads what the SDK tells it of an error."""
+        ended = await (run := OpenAIRun(bench, "read_file")).begin()
+        assert "error occurred while running the tool" in run.outputs(ended)[0]
+        assert [event.execution_status for event in await bench.events()] == ["TOOL_ERROR"]
+
+    async def test_arguments_that_cannot_be_read_are_told_to_the_model(self, bench: Bench) -> None:
+        """The SDK interrupts the run; nobody is asked."""
+        run = OpenAIRun(bench, "delete_file")
+        run.arguments = "[1"
+        ended = await run.go_on(await run.begin(), answered=True)
+        assert "not a JSON object" in run.outputs(ended)[0]
+        assert (await bench.events(), bench.ran) == ([], [])

@@ -436,8 +436,8 @@ class ApprovalManager:
     async def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
         """Return what happened to an approval, in the order of time.
 
-        Each row has `at`, `event` (asked, vote, decided, expired, used, outcome, notice), `by` (caller, approver or
-        notifier), `status`, `note` and `channel`. A used approval without an outcome shows it as unknown.
+        Each row has `at`, `event` (asked, vote, decided, expired, used, outcome, notice, call), `by` (caller, approver,
+        notifier), `status`, `note`, `channel`. A call is an audit event; an outcome that nobody recorded is "unknown".
 
         Raises:
             ApprovalNotFoundError: There is no such approval.

@@ -8,12 +8,13 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote, hash_approval
+from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
@@ -21,6 +22,7 @@ from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 
 _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+_events = AuditEvent.__table__  # type: ignore[attr-defined]
 _deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
 
 _HISTORY_COLUMNS = ("at", "event", "by", "status", "note", "channel")
@@ -147,11 +149,23 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
         if found is None:
             raise ApprovalNotFoundError
         request = found.request
-        votes = await _rows_of(connection, _votes, _votes.c.voted_at, request.approval_id)
-        deliveries = await _rows_of(connection, _deliveries, _deliveries.c.created_at, request.approval_id)
+        of_this = request.approval_id
+        votes = await _rows_of(connection, _votes, _votes.c.voted_at, _votes.c.approval_id == of_this)
+        deliveries = await _rows_of(
+            connection, _deliveries, _deliveries.c.created_at, _deliveries.c.approval_id == of_this
+        )
+        # The call that asked, too: it may have ended before anybody decided.
+        calls = or_(_events.c.approval_id == of_this, _events.c.request_id == request.request_id)
+        events = await _rows_of(
+            connection, _events, _events.c.timestamp, and_(_events.c.org_id == request.org_id, calls)
+        )
     rows = _steps_of(request, votes)
     # A decision is stamped microseconds before the vote that it follows from, so the order of the steps comes first.
     reached = list(accumulate((row["at"] for row in rows), max))
+    for event in events:
+        reached.append(event["timestamp"])
+        ended, note = event["execution_status"] or event["decision"], f"request {event['request_id']}"
+        rows.append(_step(reached[-1], "call", by=event["caller_id"], status=ended, note=note))
     for delivery in deliveries:
         reached.append(delivery["delivered_at"] or delivery["created_at"])
         note = delivery["last_error"] or f"{delivery['event']}, {delivery['attempts']} attempts"
@@ -160,8 +174,10 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
     return Page((rows[index] for index in order), columns=_HISTORY_COLUMNS)
 
 
-async def _rows_of(connection: AsyncConnection, table: Any, at: Any, approval_id: UUID) -> list[Mapping[str, Any]]:
-    statement = select(table).where(table.c.approval_id == approval_id).order_by(at, table.c.id)
+async def _rows_of(
+    connection: AsyncConnection, table: Any, at: Any, where: ColumnElement[bool]
+) -> list[Mapping[str, Any]]:
+    statement = select(table).where(where).order_by(at, table.c.id)
     return [dict(row) for row in (await connection.execute(statement)).mappings()]
 
 

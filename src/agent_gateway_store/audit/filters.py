@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict
+from uuid import UUID
 
 from agent_gateway_store.models.audit import Decision, ExecutionStatus, OutputDecision
 from agent_gateway_store.storage.filters import (
@@ -18,6 +19,7 @@ from agent_gateway_store.storage.filters import (
     number,
     one_or_many,
     pattern,
+    uuid_digits,
     word,
 )
 from agent_gateway_store.storage.pagination import listing_fingerprint
@@ -29,6 +31,7 @@ class Filters(TypedDict, total=False):
     Several filters must all match. Where a filter takes several values, any of them may match.
 
     Attributes:
+        approval_id: Calls that this approval released.
         risk_label: Events that carry this label.
         min_risk_score: This score or a higher one.
         since: From this time on.
@@ -48,6 +51,7 @@ class Filters(TypedDict, total=False):
     mcp_server: OneOrMore | None
     tool_name: OneOrMore | None
     approver_id: OneOrMore | None
+    approval_id: OneOrMore | UUID | Sequence[UUID] | None
     raw_args_hash: OneOrMore | None
     decision: OneOrMore | None
     output_decision: OneOrMore | None
@@ -117,6 +121,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
             "parent_request_id",
         )
     },
+    "approval_id": partial(one_or_many, uuid_digits),
     "decision": partial(one_or_many, partial(word, Decision)),
     "execution_status": partial(one_or_many, partial(word, ExecutionStatus)),
     "output_decision": partial(one_or_many, partial(word, OutputDecision)),

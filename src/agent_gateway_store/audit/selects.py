@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     Select,
     Text,
+    Uuid,
     any_,
     bindparam,
     cast,
@@ -44,7 +45,8 @@ JSON_FIELDS = tuple(name for name in FIELDS if isinstance(table.c[name].type, JS
 Shape: TypeAlias = tuple[tuple[str, bool], ...]
 """The filters in use, and whether each has several values."""
 
-_ENUMS = ("decision", "execution_status", "output_decision")
+# Columns whose parameters are text: enums, and on SQLite the hex digits of a UUID.
+_AS_TEXT = ("decision", "execution_status", "output_decision", "approval_id")
 # Where the groups of a UUID's hex digits begin, and their lengths.
 _GROUPS = ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12))
 # What `json.loads` calls, without its checks: the database gives valid JSON text.
@@ -162,7 +164,11 @@ def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
             return or_(*(place.like(pattern, escape="\\") for place in places))
         case "risk_label":
             return _labelled(dialect, several)
-    column = type_coerce(table.c[name], Text()) if name in _ENUMS else table.c[name]
+        case "approval_id" if dialect == "postgresql":
+            ids: Any = cast(bindparam("p_approval_id", type_=ARRAY(Text())), ARRAY(Uuid()))
+            one = cast(bindparam("p_approval_id", type_=Text()), Uuid())
+            return table.c.approval_id == (any_(ids) if several else one)  # type: ignore[no-any-return]
+    column = type_coerce(table.c[name], Text()) if name in _AS_TEXT else table.c[name]
     if not several:
         return column == bindparam(f"p_{name}", type_=Text())
     if dialect == "postgresql":

@@ -125,7 +125,7 @@ def export_approvals(
 
 @app.command()
 def history(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) -> None:
-    """Show what happened to an approval: who asked, voted and decided, its outcome, and who was notified."""
+    """Show what happened to an approval: who asked, voted and decided, what was called, and who was notified."""
     from agent_gateway_store.results import Page
 
     found = read_store(ctx, lambda store: store.approvals.history(approval_id), as_json=json)

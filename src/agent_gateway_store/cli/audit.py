@@ -63,6 +63,7 @@ _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "trace_id": (list[str] | None, "--trace", "Events of this trace."),
     "key_id": (list[str] | None, "--key", "Calls under this API key id."),
     "approver_id": (list[str] | None, "--approver", "Calls that this approver decided."),
+    "approval_id": (list[str] | None, "--approval", "Calls that this approval released."),
     "raw_args_hash": (list[str] | None, "--args-hash", "Calls with these arguments, by their raw_args_hash."),
     "risk_label": (list[str] | None, "--label", "Events with this risk label."),
     "execution_status": (

@@ -20,7 +20,7 @@ from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStat
 _PAGE = 50
 _TEXTS = ("text", "caller_id", "tool_name", "mcp_server", "risk_label", "min_risk_score", "since", "until")
 _IDS = (
-    *("request_id", "session_id", "trace_id", "parent_request_id", "approver_id", "key_id"),
+    *("request_id", "session_id", "trace_id", "parent_request_id", "approver_id", "approval_id", "key_id"),
     *("environment", "raw_args_hash", "org_id"),
 )
 _CHOICES: dict[str, list[str]] = {

@@ -90,6 +90,28 @@ def refusal_text(decided: ApprovalResult | ApprovalRequest) -> str:
     return f"The approval of this call is {decided.status}{by}, so it was not run.{note}"
 
 
+class ReleasedCall:
+    """A call that may run once; `CallGuard.release` makes it."""
+
+    def __init__(
+        self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, verdict: Verdict, event: dict[str, Any]
+    ) -> None:
+        self._store, self._call, self._caller, self._verdict, self._event = store, call, caller, verdict, event
+
+    async def run(self, tool: Callable[[], Awaitable[T]]) -> T:
+        """Run `tool`, and return or raise what comes of it."""
+        store, decision, reason = self._store, self._verdict.decision, self._verdict.reason
+        outcome, approval_id = None, self._event.get("approval_id")
+        try:
+            recording = store.audit.call(self._call, self._caller, decision=decision, rationale=reason, **self._event)
+            async with recording as outcome:
+                return await tool()
+        finally:
+            if approval_id is not None:
+                ended = outcome.execution_status if outcome is not None else None
+                await finish(store.approvals.record_outcome(approval_id=approval_id, outcome=str(ended or "NOT_RUN")))
+
+
 class CallGuard:
     """Runs tool calls that the policy allows or a human approves, and writes one audit event for each.
 
@@ -124,12 +146,15 @@ class CallGuard:
         bind: str = "",
         **fields: Any,
     ) -> T:
-        """Run `tool` once if `call` may run, and return or raise what comes of it.
+        """Run `tool` once if `call` may run, and return or raise what comes of it; all else as `release`."""
+        return await (await self.release(call, caller, bind=bind, **fields)).run(tool)
+
+    async def release(self, call: ToolCall, caller: CallerIdentity, *, bind: str = "", **fields: Any) -> ReleasedCall:
+        """Return the call if it may run, for a framework that asks before it calls: run it at once, or it is spent.
 
         Args:
             call: As it runs, with raw arguments.
             caller: Who makes it.
-            tool: Runs it.
             bind: As for `store.approvals.acquire`.
             fields: Further fields of the event, such as `session_id`.
 
@@ -146,30 +171,18 @@ class CallGuard:
             "risk_labels": list(verdict.risk_labels),
             "policy_version": verdict.policy_version,
         }
-        approval_id = None
         try:
             if verdict.decision == Decision.DENY:
                 await self._refuse(store, call, caller, verdict.reason, event)
             if verdict.decision == Decision.APPROVAL_REQUIRED:
                 acquired = await self._acquire(store, call, caller, verdict, bind, event)
-                approval_id = event["approval_id"] = acquired.approval_id
-                event["approver_id"] = acquired.approver_id
+                event |= {"approval_id": acquired.approval_id, "approver_id": acquired.approver_id}
             elif store.settings.audit_mode == "strict":
                 await store.ping()
         except GatewayStoreError as exc:
             _logger.error("%s: %s", type(exc).__name__, exc)
             await self._refuse(store, call, caller, str(exc) if isinstance(exc, ApprovalError) else AWAY, event)
-        outcome = None
-        try:
-            async with store.audit.call(
-                call, caller, decision=verdict.decision, rationale=verdict.reason, **event
-            ) as written:
-                outcome = written
-                return await tool()
-        finally:
-            if approval_id is not None:
-                ended = outcome.execution_status if outcome is not None else None
-                await finish(store.approvals.record_outcome(approval_id=approval_id, outcome=str(ended or "NOT_RUN")))
+        return ReleasedCall(store, call, caller, verdict, event)
 
     async def _judge(
         self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, event: dict[str, Any]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from agent_gateway_store._text import code_text
 from agent_gateway_store.clock import utc_now
@@ -107,6 +108,14 @@ def one_or_many(check: Callable[[str, Any], Any], name: str, given: Any) -> Any:
 def identifier(name: str, given: Any) -> str:
     """Return text as an indexed column holds it; TypeError for anything else."""
     return storable_key(_text(name, given))
+
+
+def uuid_digits(name: str, given: Any) -> str:
+    """Return the 32 hex digits of a UUID or of its text, as SQLite holds them; ValueError if it is none."""
+    try:
+        return (given if isinstance(given, UUID) else UUID(_text(name, given))).hex
+    except ValueError:
+        raise ValueError(f"{name} must be a UUID, not {code_text(given)}.") from None
 
 
 def word(kind: type[StrEnum], name: str, given: Any) -> StrEnum:

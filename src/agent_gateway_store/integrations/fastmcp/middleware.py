@@ -21,6 +21,7 @@ from agent_gateway_store.errors import ApprovalError, GatewayStoreError, Invalid
 from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastmcp.asking import acquire, ask, note_outcome, pending_answer
 from agent_gateway_store.integrations.fastmcp.callbacks import CallbackError, call_back, failure
+from agent_gateway_store.integrations.fastmcp.elicitation import page_request, take_answer
 from agent_gateway_store.integrations.fastmcp.origin import origin_of, running
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
 from agent_gateway_store.integrations.fastmcp.record import (
@@ -63,7 +64,8 @@ class GatewayMiddleware(PinningMiddleware):
             middleware; None takes the name of the FastMCP server. Mounted servers keep their own names, each of which
             must be unique.
         on_pending: "return": a call that nobody has approved answers, after `approval_wait_s`, that it is pending; the
-            same call again, hours later and over another connection, runs once it is approved. "wait": it waits
+            same call again, hours later and over another connection, runs once it is approved. With CONSOLE_URL, a
+            client that can open pages for its user is first asked to open the one of the approval. "wait": it waits
             `approval_timeout_s` for a human, and then its approval is cancelled, as when the client goes away.
         approval_wait_s: Seconds; below the time after which clients give a call up.
         approval_timeout_s: Seconds.
@@ -109,7 +111,8 @@ class GatewayMiddleware(PinningMiddleware):
             ToolError: It was refused, or could not be recorded. Errors of the tool itself are passed on unchanged.
             NotFoundError: There is no such tool.
         """
-        message = context.message
+        message, session = context.message, context.fastmcp_context
+        has_seen_page = session is not None and take_answer(session)
         call = ToolCall(server=_own_name(context), tool=message.name, arguments=message.arguments or {})
         record = CallRecord(call, origin_of(context))
         record.shown = argument_names(record.call)
@@ -117,7 +120,12 @@ class GatewayMiddleware(PinningMiddleware):
             resolved, token = await self._release(record, context)
             return await self._run(record, resolved, token, context, call_next)
         except CallPendingError as exc:
-            return pending_answer(exc)
+            page = None
+            # Once a call: a person is not sent there again every `approval_wait_s` seconds. And only where that loses
+            # neither what the client answered to the tool nor, in a call inside a call, the outer tool.
+            if session is not None and not has_seen_page and record.is_plain:
+                page = page_request(session, exc, self._store.settings.console_url)
+            return page or pending_answer(exc)
         finally:
             if not record.is_silent:
                 await self._write(record)

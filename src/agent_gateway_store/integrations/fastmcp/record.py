@@ -13,6 +13,7 @@ from fastmcp.server.middleware import MiddlewareContext
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.integrations.fastmcp.origin import Origin
+from agent_gateway_store.integrations.fastmcp.resolution import INPUT_RESPONSES, REQUEST_STATE
 from agent_gateway_store.integrations.guard import Verdict
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
@@ -58,6 +59,11 @@ class CallRecord:
     is_silent: bool = False
     execution_status: ExecutionStatus | None = None
     output_hash: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it neither carries what a client answered to the tool nor is made by another call's tool."""
+        return self.origin.outer is None and not {INPUT_RESPONSES, REQUEST_STATE} & self.call.arguments.keys()
 
     def refused(self, word: str, reason: str) -> None:
         """Note that the gateway does not run the call, and why; `word` names the rule if the policy has not decided."""

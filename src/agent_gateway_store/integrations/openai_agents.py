@@ -1,0 +1,152 @@
+"""For agents of the OpenAI Agents SDK: function tools are judged, approved and recorded. Extra: `openai-agents`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from cachetools import TTLCache
+
+from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.integrations.guard import (
+    CallGuard,
+    CallPendingError,
+    CallRefusedError,
+    ReleasedCall,
+    Verdict,
+)
+from agent_gateway_store.models.keys import CallerIdentity
+from agent_gateway_store.models.values import ToolCall
+
+try:
+    from agents import FunctionTool, RunContextWrapper, RunState
+    from agents.tool import (
+        maybe_invoke_function_tool_failure_error_function,
+        set_function_tool_failure_error_function,
+    )
+    from agents.tool_context import ToolContext
+except ImportError as exc:
+    raise MissingExtraError("agent_gateway_store.integrations.openai_agents", extra="openai-agents") from exc
+
+__all__ = ["CallGuard", "GatewayTools", "Verdict"]
+
+# The SDK asks whether a call needs an approval, and then calls: at once, but for guardrails, which may ask a model.
+_RELEASED_S = 60.0
+# Chosen: far more calls than one process makes side by side. One that falls out is asked for anew.
+_RELEASED_CALLS = 10_000
+_UNREADABLE = "The arguments are not a JSON object, so the call was not run: call again with arguments of the schema."
+
+
+class GatewayTools:
+    """Function tools that run if the policy allows it or a human approves; each call leaves one audit event.
+
+    A call that waits for a human interrupts the run. Keep `result.to_state()` as text; later, in any process, `answer`
+    the state by what humans have decided, and run it. What the host approves in the state itself releases nothing.
+
+    Args:
+        guard: Judges, approves and records.
+        identify: Returns the caller, given the `context` of the run.
+        server: Name of the agent's tools in the record.
+    """
+
+    def __init__(self, guard: CallGuard, identify: Callable[[Any], CallerIdentity], *, server: str = "agent") -> None:
+        self._guard, self._identify, self._server = guard, identify, server
+        self._judged: TTLCache[str, ReleasedCall | CallRefusedError] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
+        self._names: set[str] = set()
+
+    def wrap(self, *tools: FunctionTool) -> list[Any]:
+        """Return the tools as an agent takes them; their own `needs_approval` gives way to the policy."""
+        self._names |= {tool.name for tool in tools}
+        return [self._wrapped(tool) for tool in tools]
+
+    async def answer(self, state: RunState[Any, Any], context: Any = None) -> bool:
+        """Answer the interruptions of a run from the store; run the state at once after that.
+
+        Approved calls run, denied ones tell the model who denied them and why. Interruptions of other tools are left.
+
+        Args:
+            state: Of an agent that has the tools of this object.
+            context: That of the run, for `identify`.
+
+        Returns:
+            False while a call still waits for a human.
+        """
+        is_answered = True
+        for item in state.get_interruptions():
+            name, call_id = item.tool_name, item.call_id
+            if name not in self._names or call_id is None:
+                continue
+            try:
+                judged = await self._judge(name, context, _read(item.arguments), call_id)
+            except CallPendingError:
+                is_answered = False
+                continue
+            if isinstance(judged, CallRefusedError):
+                state.reject(item, rejection_message=str(judged))
+            else:
+                state.approve(item)
+        return is_answered
+
+    async def _judge(
+        self, name: str, context: Any, arguments: dict[str, Any] | None, call_id: str, *, is_taken: bool = False
+    ) -> ReleasedCall | CallRefusedError:
+        """Return the call if it may run, or why not. Asked again, the SDK must not spend a second approval."""
+        if arguments is None:
+            return CallRefusedError(_UNREADABLE)
+        caller = self._identify(context)
+        call = ToolCall(server=self._server, tool=name, arguments=arguments)
+        key = json.dumps([caller.org_id, caller.caller_id, name, call_id, arguments], sort_keys=True)
+        judged = self._judged.get(key)
+        if judged is None:
+            try:
+                judged = await self._guard.release(call, caller)
+            except CallRefusedError as exc:
+                judged = exc
+        if is_taken:
+            self._judged.pop(key, None)
+        else:
+            self._judged[key] = judged
+        return judged
+
+    def _wrapped(self, tool: FunctionTool) -> FunctionTool:
+        # As text for the model, which the SDK makes of it, an error would pass for a success.
+        raising = set_function_tool_failure_error_function(copy.copy(tool), None)
+
+        async def needs_approval(context: RunContextWrapper[Any], arguments: dict[str, Any], call_id: str) -> bool:
+            try:
+                await self._judge(tool.name, context.context, arguments, call_id)
+            except CallPendingError:
+                return True
+            return False
+
+        async def invoke(context: ToolContext[Any], given: str) -> Any:
+            try:
+                judged = await self._judge(
+                    tool.name, context.context, _read(given), context.tool_call_id, is_taken=True
+                )
+            except CallPendingError as exc:
+                return str(exc)
+            if isinstance(judged, CallRefusedError):
+                return str(judged)
+            try:
+                return await judged.run(lambda: raising.on_invoke_tool(context, given))
+            except Exception as exc:
+                text = await maybe_invoke_function_tool_failure_error_function(
+                    function_tool=tool, context=context, error=exc
+                )
+                if text is None:
+                    raise
+                return text
+
+        return dataclasses.replace(tool, on_invoke_tool=invoke, needs_approval=needs_approval)
+
+
+def _read(arguments: str | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(arguments or "{}")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
