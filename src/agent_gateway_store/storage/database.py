@@ -22,6 +22,7 @@ from sqlalchemy.pool import Pool, QueuePool
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
+from agent_gateway_store.storage.connecting import Connector
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.host import (
@@ -137,7 +138,12 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
         parsed,
         # Said in each BEGIN, so that it holds through PgBouncer as well.
         isolation_level="READ COMMITTED",
-        connect_args={"timeout": _CONNECT_TIMEOUT_S, "command_timeout": _COMMAND_TIMEOUT_S, **connect_args},
+        connect_args={
+            "timeout": _CONNECT_TIMEOUT_S,
+            "command_timeout": _COMMAND_TIMEOUT_S,
+            "async_creator_fn": Connector(),
+            **connect_args,
+        },
         # A connection that died while idle is replaced, at the price of a round trip for each checkout.
         pool_pre_ping=True,
         pool_size=pool_size,

@@ -18,7 +18,7 @@ from sqlalchemy import Text, bindparam, func, literal_column, select
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.cache import REDIS_FAULTS
 from agent_gateway_store.storage.database import AnyConnection, Database
-from agent_gateway_store.storage.redis_cache import RedisCache
+from agent_gateway_store.storage.redis_cache import OutageLog, RedisCache
 from agent_gateway_store.storage.statements import Statement
 
 CHANNEL = "agent_gateway_store_changed"
@@ -102,6 +102,8 @@ class PubSub:
         self._topics: dict[str, Topic] = {}
         self._callbacks: dict[str, Callable[[str | None], None]] = {}
         self._subscription: asyncio.Task[None] | None = None
+        # A Redis that is away is one outage, for reads and for the subscription.
+        self._log = OutageLog(_logger) if redis.client is None else redis.log
         self.is_live = False
 
     @property
@@ -203,7 +205,7 @@ class PubSub:
             try:
                 await listen()
             except (*REDIS_FAULTS, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-                _logger.info("No subscription for now (%s): polling.", type(exc).__name__)
+                self._log.away("No subscription for now (%s): polling.", type(exc).__name__)
             except Exception:
                 _logger.exception("No subscription for now: polling.")
             self.is_live = False
@@ -212,6 +214,7 @@ class PubSub:
     def _begin(self) -> None:
         # Messages published before the subscription are lost, so every waiting task reads once.
         self.is_live = True
+        self._log.back("Subscribed again.")
         self.notify_all()
         for callback in self._callbacks.values():
             callback(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +16,7 @@ from agent_gateway_store.storage.cache import REDIS_FAULTS, RedisClient, millise
 
 T = TypeVar("T")
 
+_LOG_AGAIN_S = 60.0  # chosen: an outage of an hour is sixty lines
 _MAX_CONNECTIONS = 32  # one event loop keeps no more busy; further calls wait rather than open a thousand
 
 _logger = logging.getLogger("agent_gateway_store.redis")
@@ -46,6 +48,27 @@ return stored
 """
 
 
+class OutageLog:
+    """Says that something is away at most once a minute, however often that is met, and once that it is back."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._said_at = -math.inf
+        self._is_said = False
+
+    def away(self, text: str, *args: object) -> None:
+        """Log a warning, unless there was one in the last minute."""
+        if (now := time.monotonic()) - self._said_at >= _LOG_AGAIN_S:
+            self._logger.warning(text, *args)
+            self._said_at, self._is_said = now, True
+
+    def back(self, text: str) -> None:
+        """Log that it is back, if the log still says otherwise."""
+        if self._is_said:
+            self._logger.warning(text)
+            self._is_said = False
+
+
 class CacheEntry(NamedTuple):
     """The value to store under a key: JSON with a `version`, for `ttl_s` seconds."""
 
@@ -66,6 +89,9 @@ class RedisCache:
         timeout_s: Longest wait for an answer in seconds, whatever the client's own timeouts are; connecting may take as
             long again.
         pause_s: Seconds without Redis after a fault.
+
+    Attributes:
+        log: Where faults of this Redis are noted.
     """
 
     def __init__(self, client: RedisClient | None, *, timeout_s: float = 0.2, pause_s: float = 1.0) -> None:
@@ -73,6 +99,7 @@ class RedisCache:
         self._timeout_s = timeout_s
         self._pause_s = pause_s
         self._breaker_until = 0.0
+        self.log = OutageLog(_logger)
         if client is not None:
             # The pool of a client from outside may be smaller. A cluster's client has none, but one for each node.
             pool = getattr(client, "connection_pool", None)
@@ -140,11 +167,13 @@ class RedisCache:
             try:
                 # Twice: once to connect, once to answer.
                 async with asyncio.timeout(2 * self._timeout_s):
-                    return await command(self.client)
+                    reply = await command(self.client)
             except (UnicodeDecodeError, MaxConnectionsError):
                 # Not a fault of Redis: a client that decodes met bytes, or the host itself uses the whole pool.
                 return None
             except REDIS_FAULTS as exc:
                 self._breaker_until = time.monotonic() + self._pause_s
-                _logger.warning("Redis does not answer (%s): going on without it.", type(exc).__name__)
+                self.log.away("Redis does not answer (%s): going on without it.", type(exc).__name__)
                 return None
+        self.log.back("Redis answers again.")
+        return reply
