@@ -178,10 +178,9 @@ async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine
             "the server may lose what it acknowledged; set it to on for the gateway's role."
         )
     if await _scalar(engine, "SHOW transaction_read_only") == "on":
-        report.warning(
-            "The database takes no writes: it is a standby, or default_transaction_read_only is on; events wait in the "
-            "spool until that ends."
-        )
+        from agent_gateway_store.storage.database import NO_WRITES
+
+        report.problem(f"{NO_WRITES} Until then events wait in the spool.", ExitCode.UNAVAILABLE)
 
 
 async def _read_identity(report: Report, engine: AsyncEngine) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import asyncpg
 from sqlalchemy import Text, bindparam, func, literal_column, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.cache import REDIS_FAULTS
@@ -22,6 +23,8 @@ from agent_gateway_store.storage.redis_cache import OutageLog, RedisCache
 from agent_gateway_store.storage.statements import Statement
 
 CHANNEL = "agent_gateway_store_changed"
+# Connecting raises SQLAlchemy's errors, and InternalClientError where no server takes writes.
+_DATABASE_FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, SQLAlchemyError)
 # Chosen: a server that restarts is back within seconds.
 _RETRY_S = 1.0
 # Chosen: longest wait for a message before redis-py checks the connection.
@@ -204,7 +207,7 @@ class PubSub:
         while True:
             try:
                 await listen()
-            except (*REDIS_FAULTS, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+            except (*REDIS_FAULTS, *_DATABASE_FAULTS) as exc:
                 self._log.away("No subscription for now (%s): polling.", type(exc).__name__)
             except Exception:
                 _logger.exception("No subscription for now: polling.")
