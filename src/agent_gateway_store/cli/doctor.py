@@ -217,7 +217,7 @@ async def _scalar(engine: AsyncEngine, statement: str) -> Any:
 async def _check_redis(report: Report, settings: StoreSettings) -> None:
     """Ask Redis for a key that nobody writes."""
     from agent_gateway_store.settings import mask_url
-    from agent_gateway_store.storage.cache import create_redis
+    from agent_gateway_store.storage.cache import NO_CLUSTER, create_redis
     from agent_gateway_store.storage.redis_cache import RedisCache
 
     if not settings.redis_url:
@@ -228,11 +228,15 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         client = create_redis(settings.redis_url, timeout_s=settings.redis_timeout_seconds)
         try:
             redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
+            await redis.drop_cluster()
             await redis.get("agent-gateway-store:doctor")
         finally:
             await client.aclose()
         # The cache hides a Redis that fails, as the store wants it, so that the failure must be asked for.
-        if redis.is_available:
+        if redis.is_cluster:
+            facts["state"] = "cluster"
+            report.problem(NO_CLUSTER, ExitCode.ERROR)
+        elif redis.is_available:
             facts["state"] = "reachable"
         else:
             report.problem(
