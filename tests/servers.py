@@ -19,7 +19,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -336,11 +336,15 @@ def _postgres_binaries(work: Path, owner: pwd.struct_passwd | None) -> Path:
 
 
 class RedisServer(_Server):
-    """A Redis or Valkey server of our own that saves nothing; it asks for `password` if one is given."""
+    """A Redis or Valkey server of our own that saves nothing; it asks for `password` if one is given.
 
-    def __init__(self, *, password: str | None = None) -> None:
+    `options` are further ones of its command line.
+    """
+
+    def __init__(self, *, password: str | None = None, options: Sequence[str] = ()) -> None:
         super().__init__()
         self._password = password
+        self._options = options
         self._binary = ""
 
     @property
@@ -356,10 +360,29 @@ class RedisServer(_Server):
 
     def _command(self, work: Path) -> tuple[list[str], dict[str, Any]]:
         command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        return command + (["--requirepass", self._password] if self._password else []), {"cwd": work}
+        command += ["--requirepass", self._password] if self._password else []
+        return [*command, *self._options], {"cwd": work}
 
     def _ready(self, work: Path) -> bool:
         return "Ready to accept connections" in (work / "log").read_text(errors="replace")
+
+
+class SentinelServer(RedisServer):
+    """A Sentinel that watches the master `gateway`, and calls it dead after half a second if `quorum` agree."""
+
+    def __init__(self, master: RedisServer, *, quorum: int) -> None:
+        super().__init__()
+        self._master, self._quorum = master, quorum
+
+    def _command(self, work: Path) -> tuple[list[str], dict[str, Any]]:
+        settings = [f"port {self.port}", "bind 127.0.0.1", "sentinel resolve-hostnames no"]
+        settings += [f"sentinel monitor gateway 127.0.0.1 {self._master.port} {self._quorum}"]
+        settings += ["sentinel down-after-milliseconds gateway 500", "sentinel failover-timeout gateway 2000"]
+        (work / "sentinel.conf").write_text("\n".join(settings))
+        return [self._binary, f"{work}/sentinel.conf", "--sentinel"], {"cwd": work}
+
+    def _ready(self, work: Path) -> bool:
+        return "+monitor master" in (work / "log").read_text(errors="replace")
 
 
 async def _postgres_answers(url: str) -> bool:

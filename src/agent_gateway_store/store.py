@@ -191,14 +191,13 @@ class GatewayStore:
         await self._core.migrate()
 
     async def ping(self) -> None:
-        """Return if the database answers. For health checks.
+        """Return if the database answers, and takes writes. For health checks.
 
         Raises:
             StoreUnavailableError: It does not.
             StoreNotOpenError: The store is not open here.
         """
-        async with self._core.database.read() as connection:
-            await connection.exec_driver_sql("SELECT 1")
+        await self._core.database.ping()
 
     def hash_args(self, args: Mapping[str, Any]) -> str:
         """Return `raw_args_hash` for the raw arguments of a call, under this store's setting HASH_KEY.

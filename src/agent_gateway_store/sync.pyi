@@ -393,7 +393,7 @@ class SyncGatewayStore:
         """Bring the schema up to date. Any number of processes may call this at once; works before `open`, too."""
 
     def ping(self) -> None:
-        """Return if the database answers. For health checks."""
+        """Return if the database answers, and takes writes. For health checks."""
 
     def hash_args(self, args: Mapping[str, Any]) -> str:
         """Return `raw_args_hash` for the raw arguments of a call, under this store's setting HASH_KEY."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -309,19 +308,17 @@ async def live(store: GatewayStore, disturb: Callable[[], Awaitable[Any]] = noth
 async def test_redis_that_fails_costs_one_timeout(
     database_url: str, server: servers.RedisServer, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With Redis hung or gone everything goes on, at the price of one timeout a second; back again, it is used."""
+    """With Redis hung or gone everything goes on, and one line in the log says so; back again, it is used."""
     async with GatewayStore(database_url, redis_url=server.url) as store:
         token = await store.approvals.issue_token(make_request())
         getattr(server, fault)()
-        started = time.monotonic()
         await live(store)
         assert (await store.approvals.check_token(token)).status == "PENDING"
-        seconds = time.monotonic() - started
         server.resume() if fault == "pause" else server.start()
         await live(store)
 
     faults = [record for record in caplog.records if "Redis does not answer" in record.message]
-    assert 1 <= len(faults) <= 1 + seconds
+    assert len(faults) == 1
 
 
 async def test_decision_made_while_redis_hangs_is_seen_after(database_url: str, server: servers.RedisServer) -> None:

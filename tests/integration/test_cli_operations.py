@@ -138,6 +138,19 @@ def test_doctor_warns_of_a_postgresql_that_may_lose_commits(postgres_database: C
     assert any("synchronous_commit" in warning for warning in outcome.json["warnings"])
 
 
+def test_doctor_finds_a_database_that_takes_no_writes(postgres_database: Callable[[], str]) -> None:
+    """Exit 5, as where it is away: nothing can be decided or written."""
+    url = postgres_database()
+    gateway_store("--database-url", url, "db", "upgrade")
+    servers.run(_execute(url, f'ALTER DATABASE "{url.rpartition("/")[2]}" SET default_transaction_read_only = on'))
+
+    outcome = gateway_store("--database-url", url, "doctor", "--json")
+
+    assert outcome.code == 5
+    assert outcome.json["database"]["reachable"] is True
+    assert "takes no writes" in outcome.json["problems"][0]
+
+
 def test_doctor_finds_a_restored_dump(postgres_database: Callable[[], str]) -> None:
     """Events that hold transaction ids which this server has not given out are a problem; its own are none."""
     url = postgres_database()

@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 from agent_gateway_store.errors import InvalidUrlError
 from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import create_engine
-from agent_gateway_store.storage.urls import is_memory, parse_database_url
+from agent_gateway_store.storage.urls import can_listen, is_memory, parse_database_url
 
 pytestmark = pytest.mark.unit
 
@@ -130,6 +130,57 @@ def test_special_characters_in_a_password_survive() -> None:
     assert (url.username, url.password, url.host, url.port) == ("us@er", "p@ss/w:rd%", "host", 6543)
 
 
+@pytest.mark.parametrize(
+    ("text", "hosts", "ports"),
+    [
+        ("postgresql://u:p%2C@h1:5433,h2/db", ["h1", "h2"], [5433, 5432]),
+        ("postgres://h1,h2,10.0.0.3", ["h1", "h2", "10.0.0.3"], [5432] * 3),
+        ("postgresql://u@[::1]:1,[fe80::2]/db?sslmode=disable", ["::1", "fe80::2"], [1, 5432]),
+        ("postgresql:///db?host=a,b", ["a", "b"], [5432, 5432]),
+        ("postgresql:///db?host=a,b&port=1,2", ["a", "b"], [1, 2]),
+        ("postgresql:///db?host=a,b&port=9", ["a", "b"], [9, 9]),
+        ("postgresql:///db?host=a:1&host=b:2", ["a", "b"], [1, 2]),
+        ("postgresql:///db?host=/run/one,/run/two", ["/run/one", "/run/two"], [5432, 5432]),
+    ],
+)
+@pytest.mark.parametrize("wanted", [None, "any", "read-write"])
+def test_several_hosts_are_taken_as_libpq_takes_them(
+    text: str, hosts: list[str], ports: list[int], wanted: str | None
+) -> None:
+    """In the place of the host or as a parameter; the one that takes writes is looked for, unless the URL says else."""
+    if wanted:
+        text += f"{'&' if '?' in text else '?'}target_session_attrs={wanted}"
+    url, arguments = parse_database_url(text)
+
+    assert (arguments["host"], arguments["port"]) == (hosts, ports)
+    assert url.query == {"target_session_attrs": wanted or "read-write"}
+    assert url.database == (None if text.startswith("postgres://") else "db")
+
+
+def test_one_host_with_a_comma_elsewhere_stays_one() -> None:
+    """A comma in a password, or in the name of an application, is no second host."""
+    url, arguments = parse_database_url("postgresql://u:a,b@host:6543/db?application_name=x,y")
+
+    assert (url.password, url.host, url.port) == ("a,b", "host", 6543)
+    assert "host" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "listens"),
+    [
+        ("postgresql://h/db", True),
+        ("postgresql://h/db?listen=true&pgbouncer=false", True),
+        ("postgresql://h/db?sslmode=disable&listen=FALSE", False),
+        ("postgresql://h/db?pgbouncer=true", False),
+    ],
+)
+def test_a_url_says_where_there_is_no_listen(text: str, listens: bool) -> None:
+    """For engines and poolers without LISTEN and NOTIFY."""
+    parse_database_url(text)
+
+    assert can_listen(text) is listens
+
+
 REDIS_URLS = [
     *(f"http://user:{PASSWORD}@host", f"redis://:{PASSWORD}@host:port/0", "host:6379", ""),
     *(f"redis://:{PASSWORD}@host/0?no_such_parameter=1", f"redis://:{PASSWORD}@host/0?socket_timeout=soon"),
@@ -158,6 +209,16 @@ DATABASE_URLS = [
     f"postgresql://user:{PASSWORD}@host/db?ssl=maybe",
     f"postgresql://user:{PASSWORD}@host/db?sslmode=disable&sslmode=require",
     f"postgresql://user:{PASSWORD}@host/db?target_session_attrs=best",
+    f"postgresql://user:{PASSWORD}@host,/db",
+    f"postgresql://user:{PASSWORD}@host:one,other/db",
+    f"postgresql://user:{PASSWORD}@host:65536,other/db",
+    f"postgresql://user:{PASSWORD}@host,other/db?host=third",
+    f"postgresql://user:{PASSWORD}@host:1,other:2/db?port=3",
+    f"postgresql://user:{PASSWORD}@/db?host=a,b&port=1,2,3",
+    f"postgresql://user:{PASSWORD}@/db?host=a&port=1,2",
+    f"postgresql://user:{PASSWORD}@host/db?listen=maybe",
+    f"mysql://user:{PASSWORD}@host,other/db",
+    "sqlite://host,other/gateway.db",
     "sqlite://gateway.db",
     f"sqlite://user:{PASSWORD}@host/gateway.db",
     "sqlite:///gateway.db?mode=ro",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from datetime import datetime
 from typing import Any
@@ -74,7 +75,9 @@ class Acquiring:
     async def acquire(self, values: dict[str, Any], *, wait_s: float) -> ApprovalResult:
         """Do as `ApprovalManager.acquire` says; `values` as `acquire_values` gives them."""
         wait_s = number("wait_s", wait_s)
-        found = await self._acquire(values)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_s
+        found = await self._changes.waiting.through_outage(lambda: self._acquire(values), end)
         if found.status is not ApprovalStatus.PENDING or wait_s <= 0:
             return found
         ref = ApprovalRef.by_id(found.approval_id, values["p_org_id"])
@@ -83,10 +86,10 @@ class Acquiring:
             return result_of((await queries.get(self._changes.transactions, ref)).request, None)
 
         key = str(found.approval_id)
-        decided = await self._changes.waiting.wait(values["p_org_id"], key, read, timeout_s=wait_s)
+        decided = await self._changes.waiting.wait(values["p_org_id"], key, read, timeout_s=end - loop.time())
         if decided.status in (ApprovalStatus.PENDING, ApprovalStatus.DENIED):
             return decided
-        return await self._acquire(values)
+        return await self._changes.waiting.through_outage(lambda: self._acquire(values), end)
 
     async def _acquire(self, values: dict[str, Any]) -> ApprovalResult:
         for _ in range(_TRIES):

@@ -131,7 +131,7 @@ class ApprovalManager:
                 ACQUIRE_DECISION_SECONDS to decide, and then APPROVAL_TOKEN_TTL_SECONDS from the decision to use it.
             call: As for `issue_token`.
             bind: Whatever else must be equal for two calls to be the same: a session, an end user.
-            wait_s: Seconds to wait for a decision; then it looks again.
+            wait_s: Seconds to wait for a decision, or for a database that is away; then it looks again.
 
         Raises:
             ApprovalMismatchError: The request names another organisation than this store is bound to.
@@ -306,7 +306,7 @@ class ApprovalManager:
         """Wait until the approval is no longer PENDING, and return how it stands.
 
         Thousands may wait: a process has one subscription, and one read answers all tasks that wait for the same
-        approval. A message that was missed is caught by a slow poll. Cancelling leaves nothing behind.
+        approval. A slow poll catches missed messages; a database that is away is waited for. Cancelling leaves nothing.
 
         Args:
             token: As returned by `issue_token`.
@@ -315,7 +315,7 @@ class ApprovalManager:
 
         Raises:
             ApprovalNotFoundError: No approval has this token.
-            StoreUnavailableError: The database is away.
+            StoreUnavailableError: The database was away all the time.
             TypeError, ValueError: `timeout_s` is not a number.
         """
         ref = ApprovalRef.by_token(token, self._org_id)

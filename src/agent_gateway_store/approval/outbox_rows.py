@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 from uuid import UUID, uuid4
 
-from sqlalchemy import Boolean, Float, Integer, Text, Uuid, column
+from sqlalchemy import Float, Integer, Text, Uuid, column
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.types import TypeEngine
@@ -32,7 +33,7 @@ from agent_gateway_store.models.delivery import Leased, NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.db_clock import clock_sql
-from agent_gateway_store.storage.pubsub import CHANNEL
+from agent_gateway_store.storage.pubsub import NOTIFY_SQL
 from agent_gateway_store.storage.rows import RowsParameter
 from agent_gateway_store.storage.statements import Statement
 
@@ -106,7 +107,6 @@ _DECISION_TYPES: dict[str, TypeEngine[Any]] = {
     "p_lease_s": Float(53),
     "p_notice": JSONB(),
     "p_notifiers": ARRAY(Text()),
-    "p_publishes": Boolean(),
 }
 
 
@@ -150,12 +150,15 @@ _INSERT_WITH_DELIVERIES = sql_statement(
 )
 
 
-def _decide(update: str, on_conflict: str = "") -> dict[Key, Statement]:
+@cache
+def _decide(decision: VoteDecision, by: Key, publishes: bool) -> Statement:
     """A decision, the vote and the rows of the notice in one statement, with the message to other processes.
 
-    A second vote of the same approver raises IntegrityError, and nothing is written, unless `on_conflict` says what to
-    do. The JSON is that of `notice_of`.
+    A second vote of the same approver raises IntegrityError, and nothing is written, unless it cancels. The JSON is
+    that of `notice_of`. Without a message it does not name the function, which may not be there.
     """
+    update, on_conflict = _DECISIONS[decision]
+    sent = NOTIFY_SQL.format("approval_id") if publishes else "CAST(NULL AS TEXT)"
     sql = f"""
     WITH decided AS ({update}), voted AS (
         {VOTES_SQL}
@@ -180,22 +183,18 @@ def _decide(update: str, on_conflict: str = "") -> dict[Key, Statement]:
         FROM notices
         RETURNING delivery_id, attempts
     )
-    SELECT decided.*, ARRAY(SELECT delivery_id FROM written WHERE attempts > 0) AS leased,
-        CASE WHEN :p_publishes THEN CAST(pg_notify('{CHANNEL}', CAST(approval_id AS TEXT)) AS TEXT) END AS sent
+    SELECT decided.*, ARRAY(SELECT delivery_id FROM written WHERE attempts > 0) AS leased, {sent} AS sent
     FROM decided
     """  # noqa: S608  pieces of the program's own
     columns = (*readable_columns, column("leased", ARRAY(Uuid())), column("sent", Text()))
-    return {
-        by: sql_statement("{whole}", columns, types=_DECISION_TYPES, whole=_fragment(sql.replace("{ref}", ref)))
-        for by, ref in REFS.items()
-    }
+    return sql_statement("{whole}", columns, types=_DECISION_TYPES, whole=_fragment(sql.replace("{ref}", REFS[by])))
 
 
-_DECIDE = {
-    VoteDecision.APPROVED: _decide(APPROVE_SQL),
-    VoteDecision.DENIED: _decide(DENY_SQL),
+_DECISIONS = {
+    VoteDecision.APPROVED: (APPROVE_SQL, ""),
+    VoteDecision.DENIED: (DENY_SQL, ""),
     # Somebody who has voted may still cancel; the first vote stays on record.
-    VoteDecision.CANCELLED: _decide(CANCEL_SQL, "ON CONFLICT DO NOTHING"),
+    VoteDecision.CANCELLED: (CANCEL_SQL, "ON CONFLICT DO NOTHING"),
 }
 
 _FIELDS: dict[str, TypeEngine[Any]] = {
@@ -371,7 +370,7 @@ async def decide_at_once(
     since, ids = time.monotonic(), {name: uuid4() for name in outbox.notifiers}
     given = {"p_notifiers": list(ids), "p_delivery_ids": list(ids.values()), "p_lease_s": outbox.lease_s}
     try:
-        row = await _DECIDE[decision][by].first(connection, {**values, **given, "p_publishes": publishes})
+        row = await _decide(decision, by, publishes).first(connection, {**values, **given})
     except IntegrityError:
         # The approver has voted before.
         return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeAlias, TypeVar
 
 from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.storage.filters import number
@@ -15,8 +16,11 @@ from agent_gateway_store.storage.pubsub import PubSub, Topic
 
 _POLL_S = 0.25  # without messages: what people notice, and four reads a second
 _LAST_READ_S = 1.0  # a database that hangs keeps nobody longer past the timeout
+_FIRST_READ_S = 5.0  # chosen: a database that is slow, and does not hang, still answers a short wait
+_RETRY_S = 1.0  # chosen: a server that restarts or is replaced is back within seconds
 _AFTER_DEADLINE_S = 0.01  # the database's clock counts milliseconds
 
+T = TypeVar("T")
 _Read: TypeAlias = Callable[[], Coroutine[Any, Any, ApprovalResult]]
 
 
@@ -45,20 +49,47 @@ class Waiting:
     async def wait(self, org_id: str | None, token: str, read: _Read, *, timeout_s: float) -> ApprovalResult:
         """Return what `read` returns once that is not PENDING, or at the timeout (seconds).
 
-        The last read may take a second longer; if it does not answer by then, the one before it is returned.
+        A database that is away is waited for. The last read may take a second longer; if it does not answer by then,
+        the one before it is returned.
 
         Raises:
+            StoreUnavailableError: It was away all the time.
             TypeError, ValueError: `timeout_s` is not a number.
         """
         timeout_s = number("timeout_s", timeout_s)
         end = asyncio.get_running_loop().time() + timeout_s
-        last = await self.read(org_id, token, read)
+        last = await self.through_outage(lambda: self._first_read(org_id, token, read, end), end)
         if last.status is not ApprovalStatus.PENDING or timeout_s <= 0:
             return last
         if self.pubsub is None:
             return await self._wait(org_id, token, read, Topic(), last, end)
         with self.pubsub.subscription(str(last.approval_id)) as topic:
             return await self._wait(org_id, token, read, topic, last, end)
+
+    async def through_outage(self, work: Callable[[], Awaitable[T]], end: float) -> T:
+        """Return what `work` returns; while the database is away it is tried again, until `end` by the loop's clock.
+
+        Raises:
+            StoreUnavailableError: It is away then; or it was, and what ended was a transaction of the caller's session.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await work()
+            except StoreUnavailableError:
+                if self.pubsub is None or (left := end - loop.time()) <= 0:
+                    raise
+            await asyncio.sleep(min(left, _RETRY_S))
+
+    async def _first_read(self, org_id: str | None, token: str, read: _Read, end: float) -> ApprovalResult:
+        left = end - asyncio.get_running_loop().time()
+        if self.pubsub is None or left <= 0:
+            return await self.read(org_id, token, read)
+        try:
+            async with asyncio.timeout(max(left + _LAST_READ_S, _FIRST_READ_S)):
+                return await self.read(org_id, token, read)
+        except TimeoutError as exc:
+            raise StoreUnavailableError("The database could not be read in time: check its health.") from exc
 
     async def _wait(
         self, org_id: str | None, token: str, read: _Read, topic: Topic, last: ApprovalResult, end: float
@@ -72,6 +103,13 @@ class Waiting:
                     last = await self._reads.run((org_id, token, topic, seen), read)
             except TimeoutError:
                 return last
+            except StoreUnavailableError:
+                if self.pubsub is None:
+                    raise
+                if (left := end - loop.time()) <= 0:
+                    return last
+                await topic.wait(seen, min(left, _RETRY_S))
+                continue
             left = end - loop.time()
             if last.status is not ApprovalStatus.PENDING or left <= 0:
                 return last

@@ -191,10 +191,9 @@ async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine
             "the server may lose what it acknowledged; set it to on for the gateway's role."
         )
     if await _scalar(engine, "SHOW transaction_read_only") == "on":
-        report.warning(
-            "The database takes no writes: it is a standby, or default_transaction_read_only is on; events wait in the "
-            "spool until that ends."
-        )
+        from agent_gateway_store.storage.database import NO_WRITES
+
+        report.problem(f"{NO_WRITES} Until then events wait in the spool.", ExitCode.UNAVAILABLE)
 
 
 async def _read_identity(report: Report, engine: AsyncEngine) -> None:
@@ -256,7 +255,7 @@ async def _scalar(engine: AsyncEngine, statement: str) -> Any:
 async def _check_redis(report: Report, settings: StoreSettings) -> None:
     """Ask Redis for a key that nobody writes."""
     from agent_gateway_store.settings import mask_url
-    from agent_gateway_store.storage.cache import create_redis
+    from agent_gateway_store.storage.cache import NO_CLUSTER, create_redis
     from agent_gateway_store.storage.redis_cache import RedisCache
 
     if not settings.redis_url:
@@ -267,11 +266,15 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         client = create_redis(settings.redis_url, timeout_s=settings.redis_timeout_seconds)
         try:
             redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
+            await redis.drop_cluster()
             await redis.get("agent-gateway-store:doctor")
         finally:
             await client.aclose()
         # The cache hides a Redis that fails, as the store wants it, so that the failure must be asked for.
-        if redis.is_available:
+        if redis.is_cluster:
+            facts["state"] = "cluster"
+            report.problem(NO_CLUSTER, ExitCode.ERROR)
+        elif redis.is_available:
             facts["state"] = "reachable"
         else:
             report.problem(

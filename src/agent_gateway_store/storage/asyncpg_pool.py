@@ -18,6 +18,7 @@ from sqlalchemy import Dialect, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import GatewayStoreError
+from agent_gateway_store.storage.connecting import is_away
 
 # Chosen: a server that is well answers within milliseconds.
 _CLOSE_TIMEOUT_S = 1.0
@@ -47,6 +48,7 @@ class AsyncpgPool:
 
     def __init__(self, engine: AsyncEngine, *, size: int) -> None:
         self._engine = engine
+        self._target = engine.url.query.get("target_session_attrs")
         self._places = asyncio.Semaphore(size)
         self._idle: list[tuple[asyncpg.Connection, AsyncConnection]] = []
         self._is_closed = False
@@ -55,7 +57,8 @@ class AsyncpgPool:
     async def connection(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
         """Acquire a connection for at most `timeout_s` seconds, the time to get one included.
 
-        A connection whose use raised is not used again, unless it was an error of ours. When the time is up the socket
+        A connection whose use raised is not used again, unless it was an error of ours; nor is one whose server takes
+        no writes, so that the next one may reach one that does. When the time is up the socket
         is closed, because a server that hangs does not answer a request to cancel either.
 
         Raises:
@@ -79,6 +82,9 @@ class AsyncpgPool:
                 raise
             except BaseException as exc:
                 await _drop(driver, connection)
+                if isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
+                    # The others lead to the same server, which may tell nobody (through a pooler).
+                    await self._drop_idle()
                 if isinstance(exc, Exception) and loop.time() >= deadline:
                     # The driver answers a closed socket with any error, also with an AttributeError.
                     raise TimeoutError("The database did not answer in time.") from exc
@@ -105,7 +111,8 @@ class AsyncpgPool:
         return None
 
     async def _release(self, driver: asyncpg.Connection, connection: AsyncConnection) -> None:
-        if self._is_closed or driver.is_closed() or driver.is_in_transaction():
+        is_useless = driver.is_closed() or driver.is_in_transaction() or is_away(driver, self._target)
+        if self._is_closed or is_useless:
             await _drop(driver, connection)
         else:
             self._idle.append((driver, connection))
@@ -125,6 +132,9 @@ class AsyncpgPool:
     async def close(self) -> None:
         """Close idle connections now, and those in use when they are released."""
         self._is_closed = True
+        await self._drop_idle()
+
+    async def _drop_idle(self) -> None:
         idle, self._idle = self._idle, []
         await close_all(driver for driver, _ in idle)
         for driver, connection in idle:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any, TypeAlias
+from urllib.parse import parse_qsl, unquote, urlsplit
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
@@ -18,35 +21,105 @@ from agent_gateway_store.settings import StoreSettings, mask_url
 
 RedisClient: TypeAlias = Redis
 
+_SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
+
 # redis-py raises ValueError or RecursionError for a reply that is not RESP, and RuntimeError for a connection that
 # belongs to another event loop.
 REDIS_FAULTS = (RedisError, OSError, EOFError, ValueError, RuntimeError)
 """What commands raise if Redis is away, hangs, or sends what is not its protocol."""
 
 
+NO_CLUSTER = (
+    "The store does not use a Redis Cluster: name one Redis, or those with Sentinel by "
+    "redis+sentinel://host:26379,host2:26379/name/0."
+)
+"""What to say of a cluster: without pub/sub on its client and scripts over several keys, it would serve half."""
+
+# `host`, `host:port` or `[address]:port`.
+_SENTINEL = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:@]+)(?::([0-9]{1,5}))?")
+
+
+def require_redis(client: object) -> None:
+    """Return if the store can use `client`.
+
+    Raises:
+        TypeError: It is a Sentinel, which is not yet a client.
+        ValueError: It is the client of a cluster.
+    """
+    if isinstance(client, RedisCluster):
+        raise ValueError(NO_CLUSTER)
+    if isinstance(client, Sentinel):
+        raise TypeError("redis must be a client: give sentinel.master_for(name), not the Sentinel itself.")
+
+
+class _MasterClient(Redis):
+    """A client of the master that sentinels name, which closes their clients as well."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close the connections."""
+        await super().aclose(close_connection_pool)
+        for sentinel in self.connection_pool.sentinel_manager.sentinels:  # type: ignore[attr-defined]
+            await sentinel.aclose()
+
+
 def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
     """Return a client for `url`. Nothing is connected yet; the caller closes it with `aclose`.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`.
+        url: `redis://`, `rediss://` or `unix://`; or `redis+sentinel://host:26379,host2:26379/name/0`, which follows
+            the master of that name. There the user and password are those of Redis; those of the sentinels are
+            `?sentinel_username=` and `sentinel_password=`.
         timeout_s: Longest wait for one command, in seconds. The driver's default retries would make a server that
             hangs cost most of a minute, so they are off.
 
     Raises:
-        InvalidUrlError: The text is not a Redis URL.
+        InvalidUrlError: The text is not a Redis URL, or that of a cluster.
     """
+    scheme, _, rest = url.partition("://")
+    if scheme == "redis+sentinel":
+        return _master_client(url, timeout_s)
+    if "cluster" in scheme or (scheme in ("redis", "rediss") and "," in re.split("[/?]", rest)[0].rpartition("@")[2]):
+        raise InvalidUrlError(NO_CLUSTER)
     try:
-        client: RedisClient = Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            retry_on_error=[],
-        )
+        client: RedisClient = Redis.from_url(url, **_impatient(timeout_s))
         # Does not connect, but raises for parameters in the URL that it does not know.
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis gives it no hints
     except (ValueError, TypeError):
         raise InvalidUrlError(f"{code_text(mask_url(url))} is not a Redis URL: write redis://host:6379/0.") from None
+    return client
+
+
+def _impatient(timeout_s: float) -> dict[str, Any]:
+    return {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "retry_on_error": [],
+    }
+
+
+def _master_client(url: str, timeout_s: float) -> RedisClient:
+    parts = urlsplit(url)
+    user, _, hosts = parts.netloc.rpartition("@")
+    found = [_SENTINEL.fullmatch(host) for host in hosts.split(",")]
+    name, _, database = parts.path.removeprefix("/").partition("/")
+    query = dict(parse_qsl(parts.query))
+    credentials = {key.removeprefix("sentinel_"): query.pop(key) for key in _SENTINEL_LOGIN if key in query}
+    if query or not name or not (database or "0").isdecimal() or not all(found):
+        raise InvalidUrlError(
+            f"{code_text(mask_url(url))} is not a Redis URL: write redis+sentinel://host:26379,host2:26379/name/0."
+        )
+    username, _, password = (unquote(part) for part in user.partition(":"))
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]  # redis gives it no hints
+        [(match[1].strip("[]"), int(match[2] or 26379)) for match in found if match],
+        # Together they have the time of one: a sentinel that hangs must leave time to ask the next one.
+        sentinel_kwargs={**_impatient(timeout_s / len(found)), **credentials},
+        db=int(database or 0),
+        username=username or None,
+        password=password or None,
+        **_impatient(timeout_s),
+    )
+    client: RedisClient = sentinel.master_for(unquote(name), redis_class=_MasterClient)
     return client
 
 

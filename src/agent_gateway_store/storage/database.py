@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from typing import Any, Literal, Protocol, TypeAlias
 
 from sqlalchemy import Executable, event
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -17,13 +17,14 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.pool import Pool, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
-from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
+from agent_gateway_store.storage.connecting import Connector, is_away
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
 from agent_gateway_store.storage.host import (
     READ_ONLY,
     require_engine,
@@ -33,7 +34,7 @@ from agent_gateway_store.storage.host import (
     sole_use,
 )
 from agent_gateway_store.storage.sqlite import sqlite_engine
-from agent_gateway_store.storage.urls import parse_database_url
+from agent_gateway_store.storage.urls import can_listen, parse_database_url
 
 __all__ = [
     "Access",
@@ -74,6 +75,13 @@ SET transform_null_equals = off; SET array_nulls = on; SET quote_all_identifiers
 SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 1;
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
 """
+
+
+NO_WRITES = (
+    "The database takes no writes: it is a standby, or default_transaction_read_only is on. Promote it, or name the "
+    "primary in DATABASE_URL."
+)
+"""What to say of a server that only reads."""
 
 
 def dialect_of(connection: AnyConnection) -> str:
@@ -137,7 +145,12 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
         parsed,
         # Said in each BEGIN, so that it holds through PgBouncer as well.
         isolation_level="READ COMMITTED",
-        connect_args={"timeout": _CONNECT_TIMEOUT_S, "command_timeout": _COMMAND_TIMEOUT_S, **connect_args},
+        connect_args={
+            "timeout": _CONNECT_TIMEOUT_S,
+            "command_timeout": _COMMAND_TIMEOUT_S,
+            "async_creator_fn": Connector(),
+            **connect_args,
+        },
         # A connection that died while idle is replaced, at the price of a round trip for each checkout.
         pool_pre_ping=True,
         pool_size=pool_size,
@@ -148,11 +161,25 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
     # Not as startup parameters, which poolers refuse; and in PgBouncer's transaction mode others would get them.
     if connect_args.get("statement_cache_size") != 0:
         event.listen(engine.sync_engine, "connect", _prepare_postgresql)
+    event.listen(engine.sync_engine, "handle_error", _replace_read_only)
+    target = parsed.query.get("target_session_attrs")
+
+    @event.listens_for(engine.sync_engine, "checkin")
+    def replace_standby(connection: Any, record: ConnectionPoolEntry) -> None:
+        if connection is not None and is_away(connection.driver_connection, target):
+            record.invalidate()
+
     return engine
 
 
 def _prepare_postgresql(connection: Any, _record: Any) -> None:
     connection.run_async(lambda driver: driver.execute(_SESSION))
+
+
+def _replace_read_only(context: ExceptionContext) -> None:
+    # read_only_sql_transaction: the server has become a standby, and the pool's other connections lead there as well.
+    if sqlstate_of(context.original_exception) == "25006":
+        context.is_disconnect = True
 
 
 def _raw_pool_size(pool: Pool) -> int:
@@ -182,6 +209,9 @@ class Database:
         self.url = url
         self.sessions = async_sessionmaker(engine, expire_on_commit=False)
         self._writer = read_committed(engine)
+        if not owned and self._writer is not engine:
+            # On a view of the host's engine, whose own uses it leaves alone.
+            event.listen(self._writer.sync_engine, "handle_error", _replace_read_only)
         self._reader = reader_of(self._writer)
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
@@ -195,8 +225,8 @@ class Database:
 
     @property
     def can_listen(self) -> bool:
-        """True if LISTEN and NOTIFY work: on PostgreSQL, not through PgBouncer's transaction mode."""
-        return self.engine.dialect.driver == "asyncpg" and "pgbouncer=" not in (self.url or "")
+        """True if LISTEN and NOTIFY work: on PostgreSQL, unless the URL says `listen=false` or `pgbouncer=true`."""
+        return self.engine.dialect.driver == "asyncpg" and can_listen(self.url or self.engine.url)
 
     def bind_to_loop(self) -> None:
         """Bind to this process and event loop; from elsewhere every use raises."""
@@ -280,6 +310,19 @@ class Database:
                         # When a COPY is cancelled the driver raises other errors instead.
                         raise asyncio.CancelledError from exc
                     raise
+
+    async def ping(self) -> None:
+        """Return if the database answers, and takes writes.
+
+        Raises:
+            StoreUnavailableError: It does not.
+        """
+        async with self.read() as connection:
+            if self.dialect == "sqlite":
+                await connection.exec_driver_sql("SELECT 1")
+            # A standby says so, too.
+            elif (await connection.exec_driver_sql("SHOW transaction_read_only")).scalar() == "on":
+                raise StoreUnavailableError(NO_WRITES)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

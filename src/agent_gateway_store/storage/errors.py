@@ -70,6 +70,10 @@ _HINTS = (
     ("diskfull", "the disk is full: make room"),
     ("querycanceled", "the server's statement_timeout ended it: raise it for our role with ALTER ROLE ... SET"),
     ("locknotavailable", "another transaction held a lock for too long: end it, or raise lock_timeout for our role"),
+    (
+        "targetserverattributenotmatched",
+        "no server in DATABASE_URL is what target_session_attrs asks for: promote a standby, or name the primary",
+    ),
     ("gaierror", "the server's name is not known here: check the host in DATABASE_URL"),
     ("rejected ssl upgrade", "the server has no TLS: switch it on there, or lower sslmode in DATABASE_URL"),
     (

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import asyncpg
-from sqlalchemy import Text, bindparam, func, literal_column, select
+from sqlalchemy import Text, column
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from agent_gateway_store.errors import TransactionConflictError
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.cache import REDIS_FAULTS
 from agent_gateway_store.storage.database import AnyConnection, Database
-from agent_gateway_store.storage.redis_cache import RedisCache
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.redis_cache import OutageLog, RedisCache
+from agent_gateway_store.storage.statements import Statement, typed_text
 
 CHANNEL = "agent_gateway_store_changed"
+# Connecting raises SQLAlchemy's errors, and InternalClientError where no server takes writes.
+_DATABASE_FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, SQLAlchemyError)
 # Chosen: a server that restarts is back within seconds.
 _RETRY_S = 1.0
 # Chosen: longest wait for a message before redis-py checks the connection.
@@ -35,9 +40,16 @@ _CANCEL_AGAIN_S = 0.1
 # Ten years: the pool limits every use of a connection, and this one lasts as long as the store.
 _FOREVER_S = 10 * 365 * 86_400.0
 
-# As text: `pg_notify` returns void, which has no type in SQLAlchemy.
+# Chosen: who may not notify now is hardly allowed to a minute later.
+_MUTED_S = 60.0
+
+# A full queue, the work of a listener that stands still, would fail the commit. As text: `pg_notify` returns void.
+NOTIFY_SQL = (
+    f"CASE WHEN pg_notification_queue_usage() < 0.9 THEN CAST(pg_notify('{CHANNEL}', CAST({{}} AS TEXT)) AS TEXT) END"
+)
+"""Sends the message about a key, in whose place it has `{}`."""
 _NOTIFY = Statement(
-    select(func.pg_notify(literal_column(f"'{CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("sent"))
+    typed_text(f"SELECT {NOTIFY_SQL.format(':p_key')} AS sent", {"p_key": Text()}, [column("sent", Text())])
 )
 
 _logger = logging.getLogger("agent_gateway_store.pubsub")
@@ -102,6 +114,9 @@ class PubSub:
         self._topics: dict[str, Topic] = {}
         self._callbacks: dict[str, Callable[[str | None], None]] = {}
         self._subscription: asyncio.Task[None] | None = None
+        self._muted_until = 0.0
+        # A Redis that is away is one outage, for reads and for the subscription.
+        self._log = OutageLog(_logger) if redis.client is None else redis.log
         self.is_live = False
 
     @property
@@ -117,7 +132,7 @@ class PubSub:
     @property
     def poll_s(self) -> float:
         """How many seconds a task may wait for a message before it polls."""
-        return _SLOW_POLL_S if self.is_live else _FAST_POLL_S
+        return _SLOW_POLL_S if self.is_live and (self.notifies or not self._listens) else _FAST_POLL_S
 
     @contextmanager
     def subscription(self, key: str) -> Iterator[Topic]:
@@ -143,13 +158,32 @@ class PubSub:
             self._start()
 
     def _start(self) -> None:
-        if self._subscription is None and (self._redis.client is not None or self.notifies):
+        if self._subscription is None and (self._redis.client is not None or self._listens):
             self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
 
     async def notify(self, connection: AnyConnection, key: str) -> None:
-        """Send the message with the commit of `connection`, where messages go through the database."""
+        """Send the message with the commit of `connection`, where messages go through the database; see `muting`."""
         if self.notifies:
-            await _NOTIFY.first(connection, {"p_key": key})
+            with self.muting():
+                await _NOTIFY.first(connection, {"p_key": key})
+
+    @contextmanager
+    def muting(self) -> Iterator[None]:
+        """Run a statement that notifies. If it fails for that, the next ones are to do without.
+
+        Raises:
+            TransactionConflictError: It failed, and its transaction with it, which is to be run again.
+        """
+        try:
+            yield
+        except (asyncpg.PostgresError, DBAPIError) as exc:
+            # "permission denied for function pg_notify", "function pg_notify(...) does not exist", "too many
+            # notifications": the states of these errors are those of many others.
+            if "notif" not in str(exc).lower():
+                raise
+            self._muted_until = time.monotonic() + _MUTED_S
+            self._log.away("No notification can be sent (%s): others poll.", type(exc).__name__)
+            raise TransactionConflictError("No notification can be sent.", sqlstate="40001") from exc
 
     async def publish(self, key: str) -> bool:
         """Publish a change that was committed: to this process at once, to others through Redis.
@@ -194,16 +228,20 @@ class PubSub:
 
     @property
     def notifies(self) -> bool:
-        """True if messages go through the database, with the commit of what they are about."""
+        """True if messages go through the database, with the commit of the change."""
+        return self._listens and time.monotonic() >= self._muted_until
+
+    @property
+    def _listens(self) -> bool:
         return self._redis.client is None and self._database.can_listen
 
     async def _subscribe(self) -> None:
-        listen = self._listen_to_redis if self._redis.client is not None else self._listen_to_postgres
-        while True:
+        while self._redis.client is not None or self._listens:
+            listen = self._listen_to_redis if self._redis.client is not None else self._listen_to_postgres
             try:
                 await listen()
-            except (*REDIS_FAULTS, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-                _logger.info("No subscription for now (%s): polling.", type(exc).__name__)
+            except (*REDIS_FAULTS, *_DATABASE_FAULTS) as exc:
+                self._log.away("No subscription for now (%s): polling.", type(exc).__name__)
             except Exception:
                 _logger.exception("No subscription for now: polling.")
             self.is_live = False
@@ -212,16 +250,19 @@ class PubSub:
     def _begin(self) -> None:
         # Messages published before the subscription are lost, so every waiting task reads once.
         self.is_live = True
+        self._log.back("Subscribed again.")
         self.notify_all()
         for callback in self._callbacks.values():
             callback(None)
 
     async def _listen_to_redis(self) -> None:
-        assert self._redis.client is not None  # noqa: S101
+        await self._redis.drop_cluster()
+        if self._redis.client is None:
+            return
         async with self._redis.client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(CHANNEL)
             self._begin()
-            while True:
+            while not self._redis.is_cluster:
                 message = await pubsub.get_message(timeout=_CHECK_S)
                 if message is not None:
                     # Bytes or text, as the client decodes replies or not.

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from redis.asyncio import RedisCluster
-from redis.exceptions import MaxConnectionsError
+from redis.exceptions import (
+    AskError,
+    ClusterCrossSlotError,
+    ClusterError,
+    MaxConnectionsError,
+    MovedError,
+    ResponseError,
+)
 
-from agent_gateway_store.storage.cache import REDIS_FAULTS, RedisClient, milliseconds
+from agent_gateway_store.storage.cache import NO_CLUSTER, REDIS_FAULTS, RedisClient, milliseconds, require_redis
 
 T = TypeVar("T")
 
+_LOG_AGAIN_S = 60.0  # chosen: an outage of an hour is sixty lines
 _MAX_CONNECTIONS = 32  # one event loop keeps no more busy; further calls wait rather than open a thousand
+
+# What a member answers to a command for keys of others, of several, or in a cluster that has lost some.
+_OF_CLUSTERS = (AskError, MovedError, ClusterCrossSlotError, ClusterError)
 
 _logger = logging.getLogger("agent_gateway_store.redis")
 
@@ -46,6 +57,27 @@ return stored
 """
 
 
+class OutageLog:
+    """Says that something is away at most once a minute, however often that is met, and once that it is back."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._said_at = -math.inf
+        self._is_said = False
+
+    def away(self, text: str, *args: object) -> None:
+        """Log a warning, unless there was one in the last minute."""
+        if (now := time.monotonic()) - self._said_at >= _LOG_AGAIN_S:
+            self._logger.warning(text, *args)
+            self._said_at, self._is_said = now, True
+
+    def back(self, text: str) -> None:
+        """Log that it is back, if the log still says otherwise."""
+        if self._is_said:
+            self._logger.warning(text)
+            self._is_said = False
+
+
 class CacheEntry(NamedTuple):
     """The value to store under a key: JSON with a `version`, for `ttl_s` seconds."""
 
@@ -62,21 +94,31 @@ class RedisCache:
     time.
 
     Args:
-        client: A client of the caller's, or None for no Redis at all.
+        client: A client of the caller's, or None for no Redis at all. One that leads to a member of a cluster is
+            dropped when that is noticed.
         timeout_s: Longest wait for an answer in seconds, whatever the client's own timeouts are; connecting may take as
             long again.
         pause_s: Seconds without Redis after a fault.
+
+    Attributes:
+        log: Where faults of this Redis are noted.
+        is_cluster: True once the client turned out to lead to a member of a cluster.
+
+    Raises:
+        TypeError, ValueError: See `require_redis`.
     """
 
     def __init__(self, client: RedisClient | None, *, timeout_s: float = 0.2, pause_s: float = 1.0) -> None:
+        require_redis(client)
         self.client = client
+        self.is_cluster = False
         self._timeout_s = timeout_s
         self._pause_s = pause_s
         self._breaker_until = 0.0
+        self.log = OutageLog(_logger)
         if client is not None:
-            # The pool of a client from outside may be smaller. A cluster's client has none, but one for each node.
-            pool = getattr(client, "connection_pool", None)
-            self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, getattr(pool, "max_connections", _MAX_CONNECTIONS)))
+            # The pool of a client from outside may be smaller.
+            self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, client.connection_pool.max_connections))
             self._get, self._put_newer = client.register_script(_GET), client.register_script(_PUT_NEWER)
 
     @property
@@ -98,8 +140,6 @@ class RedisCache:
     async def put_newer(self, entries: Sequence[CacheEntry], *, message: tuple[str, str] | None = None) -> bool:
         """Store each entry unless a newer version is there, then publish; in one round trip.
 
-        In a cluster, where keys live apart, each entry takes one; the message then goes out with the last.
-
         Args:
             entries: What to store. A value that is there without a version is replaced, of whatever type it is.
             message: A channel and what to publish on it.
@@ -109,17 +149,11 @@ class RedisCache:
         """
         if not entries:
             return message is None or await self.publish(*message)
-        steps = [[entry] for entry in entries] if isinstance(self.client, RedisCluster) else [list(entries)]
-        is_stored = True
-        for step in steps:
-            args: list[Any] = [
-                field for _, text, version, ttl_s in step for field in (text, version, milliseconds(ttl_s))
-            ]
-            args += message if message is not None and step is steps[-1] else ()
-            is_stored = await self._put([entry.key for entry in step], args) and is_stored
-        return is_stored
-
-    async def _put(self, keys: list[str], args: list[Any]) -> bool:
+        keys = [entry.key for entry in entries]
+        args: list[Any] = [
+            field for _, text, version, ttl_s in entries for field in (text, version, milliseconds(ttl_s))
+        ]
+        args += message or ()
         return bool(await self._run(lambda client: self._put_newer(keys, args, client)))
 
     async def delete(self, key: str) -> None:
@@ -129,6 +163,24 @@ class RedisCache:
     async def publish(self, channel: str, message: str) -> bool:
         """Publish `message`; False if Redis does not answer, and it is lost."""
         return await self._run(lambda client: client.publish(channel, message)) is not None
+
+    async def drop_cluster(self) -> None:
+        """Ask whether the client leads to a member of a cluster, and drop it if so."""
+
+        async def ask(client: RedisClient) -> bool:
+            try:
+                return bool((await client.info("cluster")).get("cluster_enabled"))
+            except ResponseError:
+                # A user without the right to ask: the first key of another member tells as well.
+                return False
+
+        if await self._run(ask):
+            self._drop_cluster()
+
+    def _drop_cluster(self) -> None:
+        # Some keys would be served and others not, so that it would seem to go away and come back all the time.
+        self.client, self.is_cluster = None, True
+        _logger.warning("Redis is a member of a cluster: going on without it. %s", NO_CLUSTER)
 
     async def _run(self, command: Callable[[RedisClient], Awaitable[T]]) -> T | None:
         if not self.is_available or self.client is None:
@@ -140,11 +192,17 @@ class RedisCache:
             try:
                 # Twice: once to connect, once to answer.
                 async with asyncio.timeout(2 * self._timeout_s):
-                    return await command(self.client)
+                    reply = await command(self.client)
             except (UnicodeDecodeError, MaxConnectionsError):
                 # Not a fault of Redis: a client that decodes met bytes, or the host itself uses the whole pool.
                 return None
+            except _OF_CLUSTERS:
+                if self.client is not None:
+                    self._drop_cluster()
+                return None
             except REDIS_FAULTS as exc:
                 self._breaker_until = time.monotonic() + self._pause_s
-                _logger.warning("Redis does not answer (%s): going on without it.", type(exc).__name__)
+                self.log.away("Redis does not answer (%s): going on without it.", type(exc).__name__)
                 return None
+        self.log.back("Redis answers again.")
+        return reply

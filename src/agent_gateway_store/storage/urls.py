@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ _ASYNC_DRIVERS = {
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
 _EXAMPLES = "write sqlite:///gateway.db or postgresql://user:password@host/database"
+_NO_HOST = "A SQLite URL has no host: write sqlite:///gateway.db, with three slashes."
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 # Ours, libpq's, and what SQLAlchemy and asyncpg take as text, with the values where they are few. Anything else fails
@@ -31,6 +33,7 @@ _POSTGRESQL: dict[str, tuple[str, ...]] = {
     "application_name": (),
     "connect_timeout": (),
     "host": (),
+    "listen": (*_TRUE, *_FALSE),
     "passfile": (),
     "password": (),
     "pgbouncer": (*_TRUE, *_FALSE),
@@ -44,6 +47,12 @@ _POSTGRESQL: dict[str, tuple[str, ...]] = {
     "target_session_attrs": ("any", "primary", "standby", "read-write", "read-only", "prefer-standby"),
     "user": (),
 }
+# What comes before several hosts, these, and what comes after them. A single host is left to SQLAlchemy.
+_SEVERAL_HOSTS = re.compile(r"(?s)([\w+]+://(?:[^/?]*@)?)([^/?@]*,[^/?@]*)([/?].*)?")
+# A name or address, with brackets where it holds colons, and a port.
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:]+|/.*?)(?::(\d+))?")
+_PORT = "5432"
+_PARAMETER = re.compile(r"[?&](\w+)=([^&]*)")
 # SQLite itself ignores what it does not know, and what comes after a name that does not begin with `file:`.
 _SQLITE: dict[str, tuple[str, ...]] = {
     "uri": (*_TRUE, *_FALSE),
@@ -55,17 +64,19 @@ _SQLITE: dict[str, tuple[str, ...]] = {
 def parse_database_url(text: str | URL) -> tuple[URL, dict[str, Any]]:
     """Return the SQLAlchemy URL with our async driver, and the driver's connect arguments.
 
-    Takes `postgresql://`, `postgres://` and `sqlite:///` (or `sqlite:///file:name?mode=ro&uri=true`); of libpq
-    `sslmode`, `sslrootcert`, `sslcert`, `sslkey`, `connect_timeout` (seconds) and `application_name`; and
-    `pgbouncer=true` for PgBouncer in transaction mode, which switches the caching of prepared statements off and makes
-    their names unique.
+    Takes `postgresql://`, `postgres://` and `sqlite:///` (or `sqlite:///file:name?mode=ro&uri=true`); of libpq several
+    hosts, `target_session_attrs` (`read-write` for several hosts), `sslmode`, `sslrootcert`, `sslcert`, `sslkey`,
+    `connect_timeout` (seconds) and `application_name`; `pgbouncer=true` for PgBouncer in transaction mode, which
+    switches the caching of prepared statements off and makes their names unique; and `listen=false` where there is no
+    LISTEN and NOTIFY.
 
     Raises:
         InvalidUrlError: The text is not a URL, names a database that is not supported, or has a parameter or a value
             that would be ignored, or fail later. The message never repeats a password.
     """
+    several = _SEVERAL_HOSTS.fullmatch(text) if isinstance(text, str) else None
     try:
-        url = make_url(text)
+        url = make_url(f"{several[1]}{several[3] or ''}" if several else text)
     except (ArgumentError, ValueError):
         raise InvalidUrlError(f"{code_text(mask_url(str(text)))} is not a database URL: {_EXAMPLES}.") from None
     driver = _ASYNC_DRIVERS.get(url.drivername)
@@ -73,9 +84,17 @@ def parse_database_url(text: str | URL) -> tuple[URL, dict[str, Any]]:
         raise InvalidUrlError(f"The URL scheme {code_text(url.drivername)} is not supported: {_EXAMPLES}.")
     url = url.set(drivername=driver)
     if url.get_backend_name() == "sqlite":
+        if several:
+            raise InvalidUrlError(_NO_HOST)
         _require_sqlite(url)
         return url, {}
-    return _postgresql(url)
+    return _postgresql(url, several[2].split(",") if several else [])
+
+
+def can_listen(url: str | URL) -> bool:
+    """True unless a database URL says that there is no LISTEN and NOTIFY."""
+    given = dict(_PARAMETER.findall(str(url).lower()))
+    return given.get("listen") not in _FALSE and given.get("pgbouncer") not in _TRUE
 
 
 def is_memory(url: URL) -> bool:
@@ -95,7 +114,7 @@ def sqlite_file(url: URL) -> Path | None:
 
 def _require_sqlite(url: URL) -> None:
     if url.host or url.username or url.port:
-        raise InvalidUrlError("A SQLite URL has no host: write sqlite:///gateway.db, with three slashes.")
+        raise InvalidUrlError(_NO_HOST)
     query = _values(url, _SQLITE)
     is_uri, is_file = query.get("uri", "").lower() in _TRUE, str(url.database).startswith("file:")
     if is_uri != is_file or (query and not is_uri):
@@ -121,10 +140,50 @@ def _values(url: URL, taken: Mapping[str, tuple[str, ...]], *, repeated: tuple[s
     return {name: value if isinstance(value, str) else value[-1] for name, value in url.query.items()}
 
 
-def _postgresql(url: URL) -> tuple[URL, dict[str, Any]]:
+def _servers(url: URL, named: list[str]) -> list[tuple[str, int]]:
+    """Return the hosts and ports of a URL that names several, by `named` or by its parameters; else nothing."""
+    hosts, ports = (
+        [part for value in _as_tuple(url.query.get(name, ())) for part in value.split(",")] for name in ("host", "port")
+    )
+    if named and hosts:
+        raise InvalidUrlError("The hosts stand in the database URL twice: leave out the parameter host.")
+    hosts = named or hosts
+    if len(hosts) < 2:
+        if len(ports) > 1:
+            raise InvalidUrlError("port in the database URL must be one whole number for one host.")
+        return []
+    found = [_HOST.fullmatch(host) for host in hosts]
+    if len(ports) not in (0, 1, len(hosts)) or (ports and any(match and match[2] for match in found)):
+        raise InvalidUrlError("The database URL must have no port, one for all its hosts, or one for each.")
+    ports = ports * len(hosts) if len(ports) == 1 else ports or [_PORT] * len(hosts)
+    servers = []
+    for match, port in zip(found, ports, strict=True):
+        given = (match and match[2]) or port
+        # Five digits, as int() takes thousands, and isdecimal() the digits of other scripts as well.
+        if match is None or not re.fullmatch(r"[0-9]{1,5}", given) or not 0 < int(given) < 65536:
+            raise InvalidUrlError(
+                "Each host in the database URL must be a name or address, and a port: host1:5432,host2."
+            )
+        servers.append((match[1].strip("[]"), int(given)))
+    return servers
+
+
+def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _postgresql(url: URL, named: list[str]) -> tuple[URL, dict[str, Any]]:
     query = dict(url.query)
     options: dict[str, Any] = {}
     text = _values(url, _POSTGRESQL, repeated=("host", "port"))
+    if servers := _servers(url, named):
+        options["host"], options["port"] = map(list, zip(*servers, strict=True))
+        # For people; what is connected to are the options.
+        url = url.set(host=servers[0][0], port=servers[0][1])
+        text = {name: value for name, value in text.items() if name not in ("host", "port")}
+        # A standby first in the list is no place to write, and everything here is written.
+        query.setdefault("target_session_attrs", "read-write")
+        text.setdefault("target_session_attrs", "read-write")
     tls = {name: text.pop(name, None) for name in ("sslmode", "sslrootcert", "sslcert", "sslkey")}
     if any(tls.values()):
         options["ssl"] = _tls(**tls)
