@@ -67,7 +67,7 @@ def prove(
     json: JsonOption = False,
 ) -> None:
     """Write the evidence of one call: the event, its approval with the votes, and the proof that it is in the log."""
-    from agent_gateway_store.audit.files import opened, partial
+    from agent_gateway_store.storage.files import opened, partial
 
     evidence = read_store(ctx, lambda store: store.evidence.prove(request_id), as_json=json)
     try:
