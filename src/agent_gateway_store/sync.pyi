@@ -46,7 +46,7 @@ class SyncAuditManager:
         """Store `event` and commit, together with other events that arrive meanwhile."""
 
     def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
-        """Store many events, in order, in batches, each committed; return how many came to which outcome."""
+        """Store many events, in order, in batches that are committed one by one; return the number of each outcome."""
 
     def import_file(
         self,

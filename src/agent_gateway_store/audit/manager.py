@@ -97,7 +97,7 @@ class AuditManager:
         return await writer.write(row)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
-        """Store many events, in order, in batches, each committed; return how many came to which outcome.
+        """Store many events, in order, in batches that are committed one by one; return the number of each outcome.
 
         Args:
             events: Any iterable, read in constant memory while its events are stored. If it raises, the events before
