@@ -15,8 +15,7 @@ import pyarrow as pa
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from agent_gateway_store.approval.queries import ApprovalFilters
-from agent_gateway_store.audit.export import ExportResult
+from agent_gateway_store.approval.filters import ApprovalFilters
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.hooks.manager import Plugins
@@ -29,6 +28,7 @@ from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.export import ExportResult
 
 __all__ = [
     "SyncApprovalManager",
@@ -102,7 +102,11 @@ class SyncAuditManager:
         """Return events that match every filter (see `Filters`), newest first, ties broken by id."""
 
     def stats(
-        self, by: str | Sequence[str] | None = None, bucket: timedelta | str | None = None, **filters: Unpack[Filters]
+        self,
+        by: str | Sequence[str] | None = None,
+        bucket: timedelta | str | None = None,
+        time_zone: str | None = None,
+        **filters: Unpack[Filters],
     ) -> Stats:
         """Count events and their latencies, aggregated by the database."""
 
@@ -223,7 +227,30 @@ class SyncApprovalManager:
         """Yield every approval that `search` finds, in its order; no connection is held between two pages of it."""
 
     def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
-        """Return the approval of this id, without its token."""
+        """Return the approval of this id with its votes, without its token."""
+
+    def stats(
+        self,
+        by: str | Sequence[str] | None = None,
+        bucket: timedelta | str | None = None,
+        time_zone: str | None = None,
+        **filters: Unpack[ApprovalFilters],
+    ) -> Stats:
+        """Count approvals and how long they waited for a decision, aggregated by the database."""
+
+    def export(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: Literal["jsonl", "csv", "parquet"] | None = None,
+        compression: Literal["gzip", "zstd"] | None = None,
+        partition_by: Literal["day"] | None = None,
+        raw: bool = False,
+        overwrite: bool = False,
+        progress: bool | Callable[[int], None] = False,
+        **filters: Unpack[ApprovalFilters],
+    ) -> ExportResult:
+        """Write every approval that matches, with its votes, to a file, oldest first, as they stood at one moment."""
 
     def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
         """Return what happened to an approval, in the order of time."""

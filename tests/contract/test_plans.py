@@ -345,6 +345,13 @@ CALLS = [
     Called("search", lambda store: store.approvals.search(request_id="request-7")),
     Called("search", lambda store: store.approvals.search(caller_id="nobody", since="1h"), by_statistics=True),
     Called("stream", lambda store: _all_of(store.approvals.stream(status="PENDING"))),
+    Called("stats", lambda store: store.approvals.stats("status"), reads_all=True),
+    Called("stats", lambda store: store.approvals.stats("tool_name", status="PENDING"), by_statistics=True),
+    Called(
+        "export",
+        lambda store: store.approvals.export("approvals.jsonl", status="PENDING", overwrite=True),
+        by_statistics=True,
+    ),
     Called("write", lambda store: store.audit.write(make_event())),
     Called("write_many", lambda store: store.audit.write_many([make_event() for _ in range(20)])),
     Called("record", _record),

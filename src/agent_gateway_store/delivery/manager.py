@@ -17,7 +17,8 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
-from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor, listing_fingerprint
+from agent_gateway_store.storage.identity import restored_identity
+from agent_gateway_store.storage.pagination import decode_place, encode_place, invalid_cursor, listing_fingerprint
 
 _COLUMNS = (
     *("created_at", "notifier", "event", "status", "attempts", "next_attempt_at", "last_error"),
@@ -68,12 +69,13 @@ class NotificationManager:
         # Few rows are about one approval: read in the order of ids the whole table would be looked through for them.
         newest = deliveries.c.id if about is None else deliveries.c.id + literal_column("0")
         statement = select(deliveries).where(*conditions).order_by(newest.desc()).limit(_literal(limit + 1))
-        if cursor is not None:
-            statement = statement.where(deliveries.c.id < _decode(scope, cursor))
         async with self._database.read() as connection:
+            restored = await restored_identity(connection)
+            if cursor is not None:
+                statement = statement.where(deliveries.c.id < _decode(scope, cursor, restored))
             rows = (await connection.execute(statement)).mappings().all()
         found = [NotificationDelivery.from_row(dict(row)) for row in rows[:limit]]
-        next_cursor = encode(scope, rows[limit - 1]["id"].to_bytes(8)) if len(rows) > limit else None
+        next_cursor = encode_place(scope, rows[limit - 1]["id"].to_bytes(8), restored) if len(rows) > limit else None
         return Page(found, next_cursor=next_cursor, columns=_COLUMNS)
 
     async def counts(self) -> Page[dict[str, Any]]:
@@ -208,9 +210,8 @@ def _literal(value: DeliveryStatus | int) -> ColumnElement[Any]:
     return literal_column(repr(str(value)) if isinstance(value, DeliveryStatus) else str(int(value)))
 
 
-def _decode(scope: bytes, cursor: str) -> int:
-    payload = decode(scope, cursor)
-    if len(payload) != 8 or (row_id := int.from_bytes(payload)) >= 2**63:
+def _decode(scope: bytes, cursor: str, restored: str | None) -> int:
+    if (row_id := int.from_bytes(decode_place(scope, cursor, 8, restored))) >= 2**63:
         raise invalid_cursor()
     return row_id
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
 from pydantic import PositiveInt
@@ -74,7 +74,10 @@ class ApprovalRequest(StoreModel, table=True):
         outcome: The result of the call, recorded after its use; None with the status USED means unknown.
         version: Grows with each transition.
         acquire_key: What `acquire` finds its approvals by; None where `issue_token` asked.
+        votes: See the property; no field, since it is read with listings and `get` alone.
     """
+
+    shown_with: ClassVar = ("votes",)
 
     __tablename__ = "approval_requests"
     __table_args__ = (
@@ -141,6 +144,21 @@ class ApprovalRequest(StoreModel, table=True):
     outcome: str | None = Field(default=None, sa_type=Text)
     version: PositiveInt = Field(default=1, sa_type=Integer)
     acquire_key: str | None = Field(default=None, sa_type=Text, repr=False, exclude=True)
+
+    @property
+    def votes(self) -> list[CastVote] | None:
+        """Who voted, in the order of time; None where it was not read."""
+        return self.__dict__.get("votes")
+
+
+class CastVote(FrozenModel):
+    """One vote, as a listing tells it; the fields are those of `ApprovalVote`."""
+
+    approver_id: str
+    decision: VoteDecision
+    note: str
+    channel: str
+    voted_at: datetime
 
 
 class ApprovalVote(StoreModel, table=True):

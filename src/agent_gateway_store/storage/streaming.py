@@ -25,7 +25,7 @@ _BATCH_ROWS = 1_000
 # COPY writes values as the session is set, and the reader expects these forms. The server's limits are meant for short
 # transactions; pg_dump lifts them as well.
 _LONG_READ = """
-SET LOCAL jit = off; SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1;
+SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1;
 SELECT set_config(name, '0', true) FROM pg_settings
 WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
 """

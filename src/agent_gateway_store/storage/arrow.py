@@ -1,19 +1,17 @@
-"""Events as Arrow tables, block by block, without an object for each: by COPY on PostgreSQL, by rows on SQLite."""
+"""Rows as Arrow tables, block by block, without an object for each: by COPY on PostgreSQL, by rows on SQLite."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.audit.selects import newest, oldest
-from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
-from agent_gateway_store.results.cells import columns_of
+from agent_gateway_store.results.cells import Column
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.statements import Statement
 from agent_gateway_store.storage.streaming import Rows, copied, streamed
 
 if TYPE_CHECKING:
@@ -27,36 +25,38 @@ _BLOCK_BYTES = 8 * 2**20
 
 async def arrow_blocks(
     database: Database,
-    found: Criteria,
+    statement: Statement,
+    values: Mapping[str, Any],
+    columns: tuple[Column, ...],
     take: Callable[[pa.Table], None],
     *,
-    oldest_first: bool,
     block_bytes: int = _BLOCK_BYTES,
 ) -> None:
-    """Hand the events that match to `take`, in a thread, one table after the other, in one snapshot.
+    """Hand the rows of `statement`, which holds `columns`, to `take`: in a thread, table after table, in one snapshot.
 
     A table is about `block_bytes` large; larger ones are read faster and take more memory.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
     """
-    arrow("Reading events into Arrow")
-    statement = oldest(found.shape) if oldest_first else newest(found.shape, limit=None)
-    query, values = statement.compiled(database.engine.dialect), found.values
+    arrow("Reading into Arrow")
+    query = statement.compiled(database.engine.dialect)
     if database.dialect == "postgresql":
-        await copied(database, query, values, lambda block: take(_from_csv(block)), block_bytes=block_bytes)
+        await copied(database, query, values, lambda block: take(_from_csv(block, columns)), block_bytes=block_bytes)
         return
     async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS)) as batches:
         async for rows in batches:
-            await in_thread(partial(lambda rows: take(_from_rows(rows)), rows))
+            await in_thread(partial(lambda rows: take(_from_rows(rows, columns)), rows))
 
 
-async def whole_table(database: Database, found: Criteria) -> pa.Table:
-    """Return everything that matches as one table, newest first."""
+async def whole_table(
+    database: Database, statement: Statement, values: Mapping[str, Any], columns: tuple[Column, ...]
+) -> pa.Table:
+    """Return the rows of `statement` as one table."""
     pa = arrow()
     tables: list[Any] = []
-    await arrow_blocks(database, found, tables.append, oldest_first=False)
-    return pa.concat_tables(tables) if tables else conform(arrow_schema(AuditEvent).empty_table(), AuditEvent)
+    await arrow_blocks(database, statement, values, columns, tables.append)
+    return pa.concat_tables(tables) if tables else conform(arrow_schema(columns).empty_table(), columns)
 
 
 async def in_thread(function: Callable[[], Any]) -> Any:
@@ -69,11 +69,11 @@ async def in_thread(function: Callable[[], Any]) -> Any:
         raise
 
 
-def _from_csv(block: bytes) -> pa.Table:
+def _from_csv(block: bytes, columns: tuple[Column, ...]) -> pa.Table:
     pa = arrow()
     from pyarrow import csv
 
-    columns, schema = columns_of(AuditEvent), arrow_schema(AuditEvent)
+    schema = arrow_schema(columns)
     types = {
         column.name: pa.string() if column.kind == "category" else schema.field(column.name).type for column in columns
     }
@@ -86,14 +86,14 @@ def _from_csv(block: bytes) -> pa.Table:
             column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
         ),
     )
-    return conform(table, AuditEvent)
+    return conform(table, columns)
 
 
-def _from_rows(rows: Rows) -> pa.Table:
+def _from_rows(rows: Rows, columns: tuple[Column, ...]) -> pa.Table:
     pa = arrow()
     import pyarrow.compute as pc
 
-    columns, schema = columns_of(AuditEvent), arrow_schema(AuditEvent)
+    schema = arrow_schema(columns)
     arrays = []
     for column, values in zip(columns, zip(*rows, strict=True), strict=True):
         target = schema.field(column.name).type
@@ -102,4 +102,4 @@ def _from_rows(rows: Rows) -> pa.Table:
         else:
             array = pa.array(values, pa.string() if column.kind == "category" else target)
         arrays.append(array)
-    return conform(pa.Table.from_arrays(arrays, names=[column.name for column in columns]), AuditEvent)
+    return conform(pa.Table.from_arrays(arrays, names=[column.name for column in columns]), columns)
