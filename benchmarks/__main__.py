@@ -46,6 +46,8 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
     if "approvals" in arguments.only:
         with servers.RedisServer() as redis:
             figures += asyncio.run(approvals.measure(url, redis.url, repeat=repeat, scale=scale))
+    if arguments.hangar:
+        figures += asyncio.run(approvals.measure_peer(url, arguments.hangar, repeat=repeat, scale=scale))
     if "deliveries" in arguments.only:
         figures += asyncio.run(deliveries.measure(url, repeat=repeat, scale=scale))
     if "keys" in arguments.only:
@@ -79,10 +81,11 @@ def main() -> None:
     ]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--postgres-url", help="an empty database on a server with fsync=on")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts)
     parser.add_argument("--repeat", type=int, default=3, help="repetitions; medians are shown")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full row counts")
     parser.add_argument("--rows", type=int, default=1_000_000, help="events that queries read; 10,000,000 takes long")
+    parser.add_argument("--hangar", type=Path, help="a Python with mcp-hangar[postgres]; measures beside it")
     parser.add_argument("--json", type=Path, help="write the JSON here and not to the terminal")
     parser.add_argument("--folder", type=Path, help="where SQLite files are put, on the disk to measure")
     arguments = parser.parse_args()

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -182,6 +183,47 @@ async def _steps(store: GatewayStore, url: str, figures: list[Figure], count: in
     async with _bare_steps(url, count) as bare:
         for figure, step, limit in zip(figures, _works(store, count), bare, strict=True):
             await in_turns(figure, step, limit, CALLERS)
+
+
+async def measure_peer(url: str, python: Path, *, repeat: int, scale: float) -> list[Figure]:
+    """Measure one caller without Redis beside `mcp-hangar`, which `python` can import, in a database of its own."""
+    figures = [Figure(f"{step}, 1 caller, no Redis", "approvals/s", "mcp-hangar, psycopg2", 1.0) for step in STEPS]
+    async with _connected(url) as connection:
+        await connection.execute("DROP DATABASE IF EXISTS hangar")
+        await connection.execute("CREATE DATABASE hangar")
+    script, theirs = str(Path(__file__).with_name("hangar.py")), url.rpartition("/")[0] + "/hangar"
+    peer = await asyncio.create_subprocess_exec(
+        str(python), script, theirs, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert peer.stdin is not None
+    assert peer.stdout is not None
+
+    async def seconds_of_peer(step: str, count: int) -> float:
+        peer.stdin.write(f"{step} {count}\n".encode())
+        return float(await peer.stdout.readline())
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(LOAD_PLUGINS, "")
+        store = GatewayStore(url, redis_url="", settings=StoreSettings(), auto_migrate=True)
+    async with store:
+        # From the sixth time on PostgreSQL keeps a plan.
+        for _ in range(8):
+            await _warm(store)
+            for step in STEPS:
+                await seconds_of_peer(step, 1)
+        turns, size = max(1, int(50 * scale)), 10
+        for _ in range(repeat):
+            seconds = [[0.0, 0.0] for _ in STEPS]
+            for _ in range(turns):
+                for sums, step, (work, items) in zip(seconds, STEPS, _works(store, size), strict=True):
+                    sums[0] += size / await rate(work, items, 1)
+                    sums[1] += await seconds_of_peer(step, size)
+            for figure, (own, other) in zip(figures, seconds, strict=True):
+                figure.ours.append(turns * size / own)
+                figure.limit.append(turns * size / other)
+    peer.stdin.close()
+    await peer.wait()
+    return figures
 
 
 async def _notified_steps(notifying: GatewayStore, plain: GatewayStore, figures: list[Figure], count: int) -> None:
