@@ -134,7 +134,8 @@ async def decision_hash(transactions: Transactions, ref: ApprovalRef) -> str:
         found = await find(connection, ref)
         if found is None:
             raise ApprovalNotFoundError
-        votes = await _rows_of(connection, _votes, _votes.c.voted_at, found.request.approval_id)
+        of_this = _votes.c.approval_id == found.request.approval_id
+        votes = await _rows_of(connection, _votes, _votes.c.voted_at, of_this)
     return hash_approval(found.request, map(ApprovalVote.from_row, votes))
 
 
