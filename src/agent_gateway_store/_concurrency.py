@@ -8,13 +8,15 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # an item
 R = TypeVar("R")
 
-_Batch: TypeAlias = "list[tuple[I, asyncio.Future[R]]]"
+# An item with its number, in the order of their coming, and the future of its result.
+_Entry: TypeAlias = "tuple[int, I, asyncio.Future[R]]"
 
 
 class BackgroundTasks:
@@ -106,16 +108,18 @@ class _Flight(Generic[T]):
 
 
 class BatchQueue(Generic[I, R]):
-    """Group commit: what arrives while a batch is under way goes together in the next one.
+    """Group commit: what arrives while every place is taken goes together in the next batch.
 
-    Where `run` finds nothing under way it processes the item at once, in its caller's own task, so that a lone caller
-    does not wait; batches form by themselves under load. Items are processed in the order in which they are queued, one
-    batch at a time. Cancelling a caller does not withdraw its item.
+    A batch takes what is ready in the same turn of the event loop and waits for nothing else; a lone caller processes
+    its item in its own task. Items are taken in the order in which they are queued; batches that are under way at the
+    same time end in any order. Cancelling a caller does not withdraw its item.
 
     Args:
         process: Takes a batch and returns one result for each item, in order; raises nothing but a cancellation. An
             exception in the place of a result is raised to the caller of that item.
         max_items: Most items of a batch.
+        places: How many batches may be under way at once.
+        min_share: What waits is shared out to the free places if each gets so many items at least.
         max_bytes: A batch is closed once it holds so much.
         size: Bytes of an item, as `max_bytes` and `max_queued_bytes` count them.
         max_queued: From this number of waiting items on, `run` waits for room.
@@ -129,6 +133,8 @@ class BatchQueue(Generic[I, R]):
         process: Callable[[Sequence[I]], Awaitable[Sequence[R | Exception]]],
         *,
         max_items: int,
+        places: int = 1,
+        min_share: int = sys.maxsize,
         max_bytes: int = sys.maxsize,
         size: Callable[[I], int] = lambda _: 0,
         max_queued: int = sys.maxsize,
@@ -138,18 +144,22 @@ class BatchQueue(Generic[I, R]):
         self._process = process
         self._max_items, self._max_bytes, self._size = max_items, max_bytes, size
         self._max_queued, self._max_queued_bytes = max_queued, max_queued_bytes
+        self._places, self._min_share = places, min_share
         self._abandon = abandon
-        self._queue: deque[tuple[I, asyncio.Future[R]]] = deque()
+        self._queue: deque[_Entry[I, R]] = deque()
+        self._under_way: list[list[_Entry[I, R]]] = []
         self._queued_bytes = 0
         self._waiting_for_room = 0
-        self._added = self._done = 0
+        self._added = 0
         self._room, self._progress = asyncio.Event(), asyncio.Event()
-        self._drainer: asyncio.Task[None] | None = None
-        self._is_inline = False
+        self._drainers: set[asyncio.Task[None]] = set()
+        self._inline = 0
+        # Takes its batch in the next turn of the loop; until then nobody else begins one.
+        self._gathering: asyncio.Task[Any] | None = None
 
     def __len__(self) -> int:
         """How many items wait or are under way."""
-        return self._added - self._done
+        return len(self._queue) + sum(map(len, self._under_way))
 
     @property
     def is_full(self) -> bool:
@@ -160,14 +170,14 @@ class BatchQueue(Generic[I, R]):
         """Have `item` processed and return its result; while the queue is full this waits first."""
         if self.is_full:
             await self._wait_for_room(item)
-        elif self._drainer is None and not self._is_inline and not self._queue:
+        elif not self._queue and self._gathering is None and self._has_place:
             return await self._run_inline(item)
         return await self.add(item)
 
     def add(self, item: I) -> asyncio.Future[R]:
         """Queue `item`, full or not, and return the future of its result."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._queue.append((item, future))
+        self._queue.append((self._added, item, future))
         self._queued_bytes += self._size(item)
         self._added += 1
         self._start()
@@ -176,7 +186,7 @@ class BatchQueue(Generic[I, R]):
     async def join(self) -> None:
         """Wait until everything that has arrived so far is done."""
         until = self._added + self._waiting_for_room
-        while self._done < until:
+        while self._oldest() < until:
             self._start()
             await self._progress.wait()
 
@@ -189,9 +199,11 @@ class BatchQueue(Generic[I, R]):
             async with asyncio.timeout(timeout_s):
                 await self.join()
         left = len(self)
-        if self._drainer is not None:
-            self._drainer.cancel()
-            await asyncio.wait([self._drainer])
+        drainers = set(self._drainers)
+        for drainer in drainers:
+            drainer.cancel()
+        if drainers:
+            await asyncio.wait(drainers)
         return left
 
     async def _wait_for_room(self, item: I) -> None:
@@ -209,86 +221,108 @@ class BatchQueue(Generic[I, R]):
         finally:
             self._waiting_for_room -= 1
 
+    @property
+    def _has_place(self) -> bool:
+        return len(self._drainers) + self._inline < self._places
+
     async def _run_inline(self, item: I) -> R:
         # In another task each item would cost a lone caller two switches of tasks.
-        self._is_inline = True
-        self._added += 1
+        self._inline += 1
+        self._gathering = task = asyncio.current_task()
+        future = self.add(item)
         try:
-            result = (await self._process([item]))[0]
+            # Whoever else is ready in this turn of the loop is in the queue after it.
+            await asyncio.sleep(0)
+            self._gathering = None
+            if len(self._queue) == 1 and self._queue[0][-1] is future:
+                await self._process_next()
         except asyncio.CancelledError:
             # The item may be half done, and its caller is gone: the queue's own task processes it again.
-            future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
             future.cancel()
-            self._requeue([(item, future)])
             raise
-        else:
-            self._note_done(1)
         finally:
-            self._is_inline = False
+            self._inline -= 1
+            if self._gathering is task:
+                self._gathering = None
             self._start()
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return await future
 
     def _start(self) -> None:
-        if self._queue and self._drainer is None and not self._is_inline:
-            self._drainer = asyncio.get_running_loop().create_task(self._drain())
-            self._drainer.add_done_callback(self._stop)
+        if self._queue and self._gathering is None and self._has_place:
+            self._gathering = drainer = asyncio.get_running_loop().create_task(self._drain())
+            self._drainers.add(drainer)
+            drainer.add_done_callback(self._stop)
 
     def _stop(self, drainer: asyncio.Task[None]) -> None:
         # In a callback, because a task that is cancelled before its first step runs nothing, not even a `finally`.
-        if self._drainer is drainer:
-            self._drainer = None
+        self._drainers.discard(drainer)
+        if self._gathering is drainer:
+            self._gathering = None
         if not drainer.cancelled():
             # Items that came between its last step and this callback.
             self._start()
         elif self._abandon is not None:
             self._abandon_all(self._abandon)
-        self._note_done(0)
+        self._note_progress()
 
     async def _drain(self) -> None:
+        self._gathering = None
         while self._queue:
-            batch = self._next_batch()
-            try:
-                results = await self._process([item for item, _ in batch])
-            except asyncio.CancelledError:
-                self._requeue(batch)
-                raise
-            for (_, future), result in zip(batch, results, strict=True):
-                if future.done():
-                    continue
-                if isinstance(result, Exception):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
-            self._note_done(len(batch))
+            await self._process_next()
 
-    def _next_batch(self) -> _Batch[I, R]:
-        batch: _Batch[I, R] = []
+    async def _process_next(self) -> None:
+        batch = self._next_batch()
+        self._under_way.append(batch)
+        # What it leaves in the queue.
+        self._start()
+        try:
+            results = await self._process([item for _, item, _ in batch])
+        except asyncio.CancelledError:
+            self._requeue(batch)
+            raise
+        finally:
+            self._under_way.remove(batch)
+        for (_, _, future), result in zip(batch, results, strict=True):
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+        self._note_progress()
+
+    def _next_batch(self) -> list[_Entry[I, R]]:
+        batch: list[_Entry[I, R]] = []
         size = 0
-        while self._queue and len(batch) < self._max_items and size < self._max_bytes:
+        free = max(1, self._places - len(self._under_way))
+        waiting = len(self._queue)
+        most = min(self._max_items, -(-waiting // free) if waiting // free >= self._min_share else waiting)
+        while self._queue and len(batch) < most and size < self._max_bytes:
             batch.append(self._queue.popleft())
-            size += self._size(batch[-1][0])
+            size += self._size(batch[-1][1])
         self._queued_bytes -= size
         if not self.is_full:
             self._room.set()
         return batch
 
-    def _requeue(self, batch: _Batch[I, R]) -> None:
-        self._queue.extendleft(reversed(batch))
-        self._queued_bytes += sum(self._size(item) for item, _ in batch)
+    def _requeue(self, batch: list[_Entry[I, R]]) -> None:
+        # Sorted, because a batch that was taken later may have come back before.
+        self._queue = deque(sorted([*batch, *self._queue], key=itemgetter(0)))
+        self._queued_bytes += sum(self._size(item) for _, item, _ in batch)
 
     def _abandon_all(self, abandon: Callable[[I], R]) -> None:
         while self._queue:
-            batch = self._next_batch()
-            for item, future in batch:
+            for _, item, future in self._next_batch():
                 result = abandon(item)
                 if not future.done():
                     future.set_result(result)
-            self._done += len(batch)
 
-    def _note_done(self, count: int) -> None:
-        self._done += count
+    def _oldest(self) -> int:
+        """Return the number of the oldest item that is not done, or that of the next one to come."""
+        numbers = [batch[0][0] for batch in (*self._under_way, self._queue) if batch]
+        return min(numbers, default=self._added)
+
+    def _note_progress(self) -> None:
         # A new event each time: setting and clearing one would lose those that begin to wait in between.
         progress, self._progress = self._progress, asyncio.Event()
         progress.set()

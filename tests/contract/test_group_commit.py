@@ -1,4 +1,4 @@
-"""Group commit: what arrives during a commit goes together in the next, and nothing given to it is forgotten."""
+"""Group commit: what arrives during commits goes together in the next, and nothing given to it is forgotten."""
 
 from __future__ import annotations
 
@@ -73,22 +73,48 @@ async def test_two_hundred_concurrent_writers_are_all_stored(store: GatewayStore
     assert (store.audit.counters.stored, store.audit.counters.queue_depth) == (200, 0)
 
 
-async def test_what_arrives_during_a_commit_goes_together_in_the_next(store: GatewayStore) -> None:
-    """The first write starts at once; those that come while it is under way form one batch, in their order."""
-    sink = await WatchedSink.within(store)
+@pytest.fixture
+def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no crowd shared out, so that a batch holds everything that waited."""
+    monkeypatch.setattr(writer_module, "MIN_SHARE_ROWS", 10_000)
+
+
+async def held_writes(store: GatewayStore, sink: WatchedSink) -> list[asyncio.Task[WriteOutcome]]:
+    """Begin a write for each batch that the sink takes at once, and hold them there."""
     sink.gate.clear()
-    first = await begin_writes(store, 1)
-    await asyncio.sleep(0)
-    assert sink.batches == [1]
+    tasks = []
+    for number in range(sink.places):
+        tasks += await begin_writes(store, 1)
+        await asyncio.sleep(0)
+        assert sink.batches == [1] * (number + 1)
+    return tasks
+
+
+@pytest.mark.usefixtures("unshared")
+async def test_what_arrives_during_commits_goes_together_in_the_next(store: GatewayStore) -> None:
+    """The first writes start at once; those that come while they are under way form one batch, in their order."""
+    sink = await WatchedSink.within(store)
+    first = await held_writes(store, sink)
 
     numbers = iter(range(150))
-    rest = await begin_writes(store, 150, lambda: make_event(latency_ms=next(numbers)))
-    assert store.audit.counters.queue_depth == 151
+    rest = await begin_writes(store, 150, lambda: make_event(latency_ms=next(numbers), tool_name="rest"))
+    assert store.audit.counters.queue_depth == len(first) + 150
     sink.gate.set()
     await asyncio.gather(*first, *rest)
 
-    assert sink.batches == [1, 150]
-    assert [event.latency_ms for event in (await stored_events(store))[1:]] == list(range(150))
+    assert sink.batches == [*[1] * len(first), 150]
+    stored = [event.latency_ms for event in await stored_events(store) if event.tool_name == "rest"]
+    assert stored == list(range(150))
+
+
+@pytest.mark.parametrize("size", [2, 31, 64])
+async def test_a_crowd_is_taken_from_the_first_on(store: GatewayStore, size: int) -> None:
+    """Nobody goes alone; a large crowd is shared out to the connections, of which SQLite has one."""
+    sink = await WatchedSink.within(store)
+
+    assert await asyncio.gather(*await begin_writes(store, size)) == [STORED] * size
+
+    assert sink.batches == ([32, 32] if size == 64 and sink.places == 2 else [size])
 
 
 async def test_the_event_itself_is_not_changed(store: GatewayStore) -> None:
@@ -206,34 +232,34 @@ async def test_a_full_queue_holds_writers_back(
     sink.gate.set()
     outcomes = await asyncio.wait_for(asyncio.gather(*tasks), 30)
 
-    assert kept <= 15
+    assert kept <= 10 + 5 * sink.places
     assert outcomes == [STORED] * 100
     assert max(sink.batches) <= 5
 
 
+@pytest.mark.usefixtures("unshared")
 @pytest.mark.parametrize("mode", ["spool", "strict"])
 async def test_one_bad_row_fails_nobody_else(refusing_url: str, mode: str) -> None:
     """What a trigger refuses is set aside, or raises for its own caller; the rest of its batch is stored."""
     settings = StoreSettings(audit_mode=mode)
     async with GatewayStore(refusing_url, redis_url="", settings=settings) as store:
         sink = await WatchedSink.within(store)
-        sink.gate.clear()
-        first = await begin_writes(store, 1)
+        first = await held_writes(store, sink)
         before = await begin_writes(store, 30)
         poison = await begin_writes(store, 1, lambda: make_event(tool_name="poison"))
         after = await begin_writes(store, 30)
         sink.gate.set()
 
-        assert await asyncio.gather(*first, *before, *after) == [STORED] * 61
+        assert await asyncio.gather(*first, *before, *after) == [STORED] * (60 + sink.places)
         if mode == "strict":
             with pytest.raises(AuditUnavailableError):
                 await poison[0]
         else:
             assert await poison[0] is SPOOLED
-        assert sink.batches == [1, 61]
+        assert sink.batches == [*[1] * sink.places, 61]
         assert await store.audit.write(make_event()) is STORED
         assert await store.audit.flush() == 0
-        assert len(await stored_ids(store)) == 62
+        assert len(await stored_ids(store)) == 61 + sink.places
         if mode == "spool":
             assert len(spooled_ids(settings.audit_spool_path, poisoned=True)) == 1
             assert spooled_ids(settings.audit_spool_path) == []

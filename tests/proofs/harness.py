@@ -162,6 +162,7 @@ class WatchedSink:
     """
 
     def __init__(self, sink: Sink) -> None:
+        self.places = sink.places
         self.batches: list[int] = []
         self.gate = asyncio.Event()
         self.gate.set()

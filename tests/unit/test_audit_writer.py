@@ -24,6 +24,8 @@ pytestmark = pytest.mark.unit
 class Database:
     """Keeps the request ids that are committed; while it is `away` it answers, and commits nothing."""
 
+    places = 2
+
     def __init__(self) -> None:
         self.committed: list[str] = []
         self.is_away = False

@@ -41,9 +41,11 @@ async def turns(number: int = 3) -> None:
 
 
 async def begin(queue: BatchQueue[int, str], *items: int) -> list[asyncio.Task[str]]:
-    """Begin to run each item in a task of its own."""
-    tasks = [asyncio.create_task(queue.run(item)) for item in items]
-    await turns()
+    """Begin to run each item in a task of its own, one after the other."""
+    tasks = []
+    for item in items:
+        tasks.append(asyncio.create_task(queue.run(item)))
+        await turns()
     return tasks
 
 
@@ -95,6 +97,93 @@ async def test_a_lone_item_is_processed_in_its_callers_task() -> None:
 
     assert [await queue.run(1), await queue.run(2)] == ["1", "2"]
     assert batches.tasks == [asyncio.current_task()] * 2
+
+
+@pytest.mark.parametrize("by", ["run", "add"])
+async def test_the_first_of_a_crowd_goes_with_the_others(by: str) -> None:
+    """Whoever is ready in the same turn of the loop is in the first batch; who comes a turn later is in the next."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=10)
+    if by == "run":
+        crowd = [asyncio.create_task(queue.run(item)) for item in range(5)]
+    else:
+        crowd = [queue.add(item) for item in range(5)]
+
+    assert await asyncio.gather(*crowd) == [*map(str, range(5))]
+    assert batches.seen == [[0, 1, 2, 3, 4]]
+
+
+async def test_places_are_filled_one_after_the_other() -> None:
+    """As many batches are under way as there are places; what comes then waits for the first place that is free."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=10, places=2)
+    batches.gate.clear()
+    tasks = await begin(queue, *range(6))
+    assert (batches.seen, len(queue)) == ([[0], [1]], 6)
+
+    batches.gate.set()
+
+    assert await asyncio.gather(*tasks) == [*map(str, range(6))]
+    assert batches.seen == [[0], [1], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(("count", "shares"), [(5, [5]), (6, [3, 3]), (7, [4, 3]), (25, [10, 10, 5])])
+async def test_a_large_crowd_is_shared_out(count: int, shares: list[int]) -> None:
+    """Where each free place gets enough; no batch is larger than the limit."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=10, places=2, min_share=3)
+
+    batches.gate.clear()
+    futures = [queue.add(item) for item in range(count)]
+    await turns()
+    batches.gate.set()
+    await asyncio.gather(*futures)
+
+    assert [len(batch) for batch in batches.seen] == shares
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+async def test_join_waits_for_a_batch_that_later_ones_overtake(hung: int) -> None:
+    """Not only for as many items as there were."""
+    gate, done = asyncio.Event(), list[int]()
+
+    async def process(items: Sequence[int]) -> list[str | Exception]:
+        if hung in items:
+            await gate.wait()
+        done.extend(items)
+        return [str(item) for item in items]
+
+    queue = BatchQueue(process, max_items=10, places=2)
+    first = await begin(queue, 0, 1)
+    joined = asyncio.create_task(queue.join())
+    await turns()
+    later = await begin(queue, 2, 3, 4)
+    assert (len(done), joined.done()) == (4, False)
+
+    gate.set()
+    await asyncio.wait_for(joined, 5)
+
+    assert hung in done
+    assert await asyncio.gather(*first, *later) == ["0", "1", "2", "3", "4"]
+
+
+async def test_batches_that_come_back_go_again_in_order() -> None:
+    """Two that were cancelled, in whichever order, stand before what came after them."""
+    batches = Batches()
+    queue = BatchQueue(batches.process, max_items=2, places=2)
+    batches.gate.clear()
+    futures = [queue.add(item) for item in range(6)]
+    await turns()
+    assert batches.seen == [[0, 1], [2, 3]]
+    for task in sorted(asyncio.all_tasks() - {asyncio.current_task()}, key=batches.tasks.index, reverse=True):
+        task.cancel()
+        await turns()
+
+    batches.gate.set()
+    await asyncio.wait_for(queue.join(), 5)
+
+    assert [future.result() for future in futures] == [*map(str, range(6))]
+    assert [item for batch in batches.seen[-3:] for item in batch] == [*range(6)]
 
 
 async def test_what_arrives_during_a_batch_goes_together_in_the_next_in_order() -> None:

@@ -44,7 +44,13 @@ _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionE
 
 
 class Sink(Protocol):
-    """Commits batches. Not to be used by two tasks at once."""
+    """Commits batches, of as many tasks at once as it has places.
+
+    Attributes:
+        places: How many batches it commits at once.
+    """
+
+    places: int
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows`, whose keys differ; return the result of each, in order."""
@@ -55,7 +61,7 @@ class Sink(Protocol):
         ...
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         ...
 
 
@@ -137,6 +143,9 @@ class SqliteSink:
     It waits less long for another process that has the write lock than an ordinary transaction does: there is the
     spool.
     """
+
+    # The database has one writer.
+    places = 1
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -223,26 +232,49 @@ async def _insert_unknown(driver: aiosqlite.Connection, rows: Sequence[EncodedRo
 
 
 class PostgresSink:
-    """COPY on a separate connection, outside the pool; a single row by INSERT.
+    """COPY on two separate connections, outside the pool; a single row by INSERT.
 
     COPY cannot skip a conflict, so if a key is taken the batch is sent again as one INSERT ... ON CONFLICT.
     """
 
+    # Measured: with a third one nothing is won, as Python and the server are both at work with two.
+    places = 2
+
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = read_committed(engine)
-        self._pool = AsyncpgPool(engine, size=1)
+        self._pool = AsyncpgPool(engine, size=self.places)
+        self._under_way: dict[asyncio.Future[None], frozenset[_Key]] = {}
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
-        """Commit `rows`, or raise within five seconds. A connection that died idle is replaced once.
+        """Commit `rows`, or raise within five seconds. A connection that died idle is replaced.
 
         If the answer to a commit was lost, the second attempt finds the same events stored: DUPLICATE.
         """
-        return await self._store_until(asyncio.get_running_loop().time() + _TIMEOUT_S, rows)
+        deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
+        async with self._apart(rows, deadline):
+            return await self._store_until(deadline, rows)
+
+    @asynccontextmanager
+    async def _apart(self, rows: Sequence[EncodedRow], deadline: float) -> AsyncIterator[None]:
+        """Wait for the batches under way that share a key with this one.
+
+        Two transactions that insert the same keys in different orders would wait for each other.
+        """
+        keys, done = frozenset(map(key_of, rows)), asyncio.get_running_loop().create_future()
+        async with asyncio.timeout_at(deadline):
+            while others := [other for other, its_keys in self._under_way.items() if not keys.isdisjoint(its_keys)]:
+                await asyncio.wait(others)
+        self._under_way[done] = keys
+        try:
+            yield
+        finally:
+            del self._under_way[done]
+            done.set_result(None)
 
     @retry_conflicts
     async def _store_until(self, deadline: float, rows: Sequence[EncodedRow]) -> list[RowResult]:
         loop = asyncio.get_running_loop()
-        if self._pool.has_idle:
+        while self._pool.has_idle:
             try:
                 return await self._store(rows, deadline - loop.time())
             except _CONNECTION_LOST:
@@ -279,7 +311,7 @@ class PostgresSink:
         return await _store_each(self._engine, rows)
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         await self._pool.close()
 
 

@@ -99,6 +99,7 @@ class Spool:
         self.identity = identity
         self._url = _without_user(database)
         self._engine: AsyncEngine | None = None
+        self._opening = asyncio.Lock()
 
     @property
     def exists(self) -> bool:
@@ -202,23 +203,25 @@ class Spool:
 
     async def engine(self) -> AsyncEngine:
         """Return the engine of the file, which the first call makes."""
-        if self._engine is not None and not self.exists:
-            # The file was removed: what is written to it now would be lost when this process ends.
-            await self.close()
-        if self._engine is None:
-            _check_place(self.path)
-            create_folder(self.path.parent)
-            # Not as text: a path may hold what ends one in a URL.
-            engine = create_engine(URL.create("sqlite", database=str(self.path)), pool_size=2)
-            event.listen(engine.sync_engine, "connect", _limit_size)
-            try:
-                async with engine.begin() as connection:
-                    await connection.run_sync(_prepare)
-            except BaseException:
-                await engine.dispose()
-                raise
-            self._engine = engine
-        return self._engine
+        # Batches that fail at the same time come here at the same time.
+        async with self._opening:
+            if self._engine is not None and not self.exists:
+                # The file was removed: what is written to it now would be lost when this process ends.
+                await self.close()
+            if self._engine is None:
+                _check_place(self.path)
+                create_folder(self.path.parent)
+                # Not as text: a path may hold what ends one in a URL.
+                engine = create_engine(URL.create("sqlite", database=str(self.path)), pool_size=2)
+                event.listen(engine.sync_engine, "connect", _limit_size)
+                try:
+                    async with engine.begin() as connection:
+                        await connection.run_sync(_prepare)
+                except BaseException:
+                    await engine.dispose()
+                    raise
+                self._engine = engine
+            return self._engine
 
 
 def _check_place(path: Path) -> None:
