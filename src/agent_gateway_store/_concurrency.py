@@ -15,8 +15,8 @@ T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # an item
 R = TypeVar("R")
 
-# An item with its number, in the order of their coming, and the future of its result.
-_Entry: TypeAlias = "tuple[int, I, asyncio.Future[R]]"
+# An item with its number, in the order of their coming, its size, and the future of its result.
+_Entry: TypeAlias = "tuple[int, I, int, asyncio.Future[R]]"
 
 
 class BackgroundTasks:
@@ -177,8 +177,9 @@ class BatchQueue(Generic[I, R]):
     def add(self, item: I) -> asyncio.Future[R]:
         """Queue `item`, full or not, and return the future of its result."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._queue.append((self._added, item, future))
-        self._queued_bytes += self._size(item)
+        size = self._size(item)
+        self._queue.append((self._added, item, size, future))
+        self._queued_bytes += size
         self._added += 1
         self._start()
         return future
@@ -276,13 +277,13 @@ class BatchQueue(Generic[I, R]):
         # What it leaves in the queue.
         self._start()
         try:
-            results = await self._process([item for _, item, _ in batch])
+            results = await self._process([item for _, item, _, _ in batch])
         except asyncio.CancelledError:
             self._requeue(batch)
             raise
         finally:
             self._under_way.remove(batch)
-        for (_, _, future), result in zip(batch, results, strict=True):
+        for (*_, future), result in zip(batch, results, strict=True):
             if future.done():
                 continue
             if isinstance(result, Exception):
@@ -299,7 +300,7 @@ class BatchQueue(Generic[I, R]):
         most = min(self._max_items, -(-waiting // free) if waiting // free >= self._min_share else waiting)
         while self._queue and len(batch) < most and size < self._max_bytes:
             batch.append(self._queue.popleft())
-            size += self._size(batch[-1][1])
+            size += batch[-1][2]
         self._queued_bytes -= size
         if not self.is_full:
             self._room.set()
@@ -308,11 +309,11 @@ class BatchQueue(Generic[I, R]):
     def _requeue(self, batch: list[_Entry[I, R]]) -> None:
         # Sorted, because a batch that was taken later may have come back before.
         self._queue = deque(sorted([*batch, *self._queue], key=itemgetter(0)))
-        self._queued_bytes += sum(self._size(item) for _, item, _ in batch)
+        self._queued_bytes += sum(size for _, _, size, _ in batch)
 
     def _abandon_all(self, abandon: Callable[[I], R]) -> None:
         while self._queue:
-            for _, item, future in self._next_batch():
+            for _, item, _, future in self._next_batch():
                 result = abandon(item)
                 if not future.done():
                     future.set_result(result)
