@@ -16,7 +16,7 @@ from sqlalchemy import JSON, Column, Float, Integer
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import tag
 from agent_gateway_store.encoding.plain import plain, type_name
-from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, is_storable
+from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, is_heavy, is_storable
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
 
@@ -106,12 +106,25 @@ def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
         ValidationError: A decision, a status or a hash was set past the validation, and is not valid.
     """
     given = _values_of(event)
+    return _quick_row(given, org_id) or _any_row(given, org_id)
+
+
+def encode_light(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow | None:
+    """Return the row as `encode_event` does, or None if that could hold the event loop up: use a thread."""
+    given = _values_of(event)
+    row = _quick_row(given, org_id)
+    return row if row is not None or is_heavy(given) else _any_row(given, org_id)
+
+
+def _quick_row(given: tuple[Any, ...], org_id: str | None) -> EncodedRow | None:
     try:
-        if (row := _plain_row(given, org_id)) is not None:
-            return row
+        return _plain_row(given, org_id)
     except TypeError:
-        # A text is something else, which the validation below says.
-        pass
+        # A text is something else, which the validation says.
+        return None
+
+
+def _any_row(given: tuple[Any, ...], org_id: str | None) -> EncodedRow:
     values = _row_of(given, org_id)
     if _is_typed(values):
         try:
