@@ -16,7 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from agent_gateway_store import AuditEvent, GatewayStore
 from agent_gateway_store.audit.backends import Sink, sink_for
-from agent_gateway_store.audit.record import COLUMNS, encode_event
+from agent_gateway_store.audit.document import COLUMNS
+from agent_gateway_store.audit.record import encode_event
 from agent_gateway_store.storage.database import create_engine
 from benchmarks.events import events
 from benchmarks.report import Figure

@@ -10,8 +10,8 @@ from typing import Any
 import asyncpg
 
 from agent_gateway_store import GatewayStore
+from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.filters import criteria
-from agent_gateway_store.audit.record import COLUMNS
 from agent_gateway_store.audit.selects import newest
 from benchmarks.audit_writes import records
 from benchmarks.filling import database, fill

@@ -92,6 +92,8 @@ class StoreSettings(BaseSettings):
         hash_key: Set, argument hashes are HMAC-SHA-256 under it; otherwise SHA-256.
         allow_self_approval: Whether the caller of a tool call may decide about it.
         otel_enabled: Whether OpenTelemetry metrics are kept (extra `otel`).
+        freeze_after_open: Whether `open` collects garbage and then has Python's collector pass by what is there, so
+            that it never holds the event loop up by looking at what imports made.
         notification_worker: Whether an open store sends notices itself; off, `gateway-store notifications run` does.
         notification_concurrency: How many notices one notifier receives at once.
         notification_max_attempts: After how many failed attempts a delivery becomes a dead letter.
@@ -130,6 +132,7 @@ class StoreSettings(BaseSettings):
     hash_key: SecretStr | None = None
     allow_self_approval: bool = False
     otel_enabled: bool = False
+    freeze_after_open: bool = False
     notification_worker: bool = True
     notification_concurrency: int = Field(default=8, ge=1)
     notification_max_attempts: int = Field(default=15, ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
@@ -306,6 +307,10 @@ class _Core:
         self.key_cache.open()
         await writer.open()
         self.background_sealer.start()
+        if self.settings.freeze_after_open:
+            # First collected, because circles that are frozen are never freed.
+            gc.collect()
+            gc.freeze()
 
     def _is_open_here(self) -> bool:
         """True if open; raises StoreNotOpenError if that was done in another process or event loop."""

@@ -15,6 +15,7 @@ import redis.asyncio
 from contract_helpers import BY_TOKEN, GatedNotifier, approved, forked, seen
 from sqlalchemy import event, text
 
+import agent_gateway_store.store as store_module
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, Notice, StoreSettings, SyncGatewayStore, errors
 from agent_gateway_store.keys.format import new_key
@@ -396,6 +397,24 @@ LOST = {
         ("api_keys RENAME role TO lost", "api_keys RENAME lost TO role"),
     ],
 }
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_the_collector_passes_by_what_is_there_after_opening_if_that_is_wanted(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    """Collected first, once for each time that the store is opened."""
+    calls: list[str] = []
+    store = GatewayStore(database_url, redis_url="", settings=StoreSettings(freeze_after_open=wanted))
+    for name in ("collect", "freeze"):
+        monkeypatch.setattr(store_module.gc, name, partial(calls.append, name))
+    async with store:
+        await store.open()
+        assert calls == ["collect", "freeze"] * wanted
+        await store.close()
+        await store.open()
+
+    assert calls == ["collect", "freeze"] * 2 * wanted
 
 
 @pytest.fixture(params=LOST)

@@ -16,7 +16,8 @@ from sqlalchemy import Table, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store import AuditEvent, Decision, GatewayStore, StoreSettings
-from agent_gateway_store.audit.record import COLUMNS, encode_event, hash_of_stored, to_values
+from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
+from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.selects import select_events
 from agent_gateway_store.evidence.tree import leaf_hash
 from agent_gateway_store.models.audit import ExecutionStatus, OutputDecision, RedactionFlag

@@ -47,6 +47,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
         "hash_key": None,
         "allow_self_approval": False,
         "otel_enabled": False,
+        "freeze_after_open": False,
         "notification_worker": True,
         "notification_concurrency": 8,
         "notification_max_attempts": 15,
@@ -80,6 +81,7 @@ def test_the_prefix_wins_and_an_argument_wins_over_both(monkeypatch: pytest.Monk
         ("BCRYPT_ROUNDS", "12", "bcrypt_rounds", 12),
         ("ALLOW_SELF_APPROVAL", "true", "allow_self_approval", True),
         ("OTEL_ENABLED", "1", "otel_enabled", True),
+        ("FREEZE_AFTER_OPEN", "yes", "freeze_after_open", True),
         ("NOTIFICATION_WORKER", "false", "notification_worker", False),
     ],
 )

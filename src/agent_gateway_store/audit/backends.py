@@ -19,8 +19,9 @@ from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.record import COLUMNS, EncodedRow, hash_of, key_of, to_values, with_derived_id
+from agent_gateway_store.audit.record import EncodedRow, hash_of, key_of, to_values, with_derived_id
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import dialect_of, read_committed

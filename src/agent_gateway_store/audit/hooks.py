@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 
 from agent_gateway_store._concurrency import BackgroundTasks, BatchQueue
 from agent_gateway_store._text import describe, escape
-from agent_gateway_store.audit.record import COLUMNS, EncodedRow, encode_event, to_values, without_payload
+from agent_gateway_store.audit.document import COLUMNS
+from agent_gateway_store.audit.record import EncodedRow, encode_event, to_values, without_payload
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
 from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag

@@ -6,7 +6,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.outcomes import WriteOutcome, log_lost
-from agent_gateway_store.audit.record import EncodedRow, encode_event
+from agent_gateway_store.audit.record import EncodedRow
+from agent_gateway_store.audit.writes import encode_aside
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import SessionTransactions
 
@@ -33,7 +34,7 @@ class AuditLogger:
         """
         row: EncodedRow | None = None
         try:
-            row = encode_event(event)
+            row = await encode_aside(event)
             async with self._transactions.write() as connection:
                 return await insert_event(connection, row)
         except Exception as exc:

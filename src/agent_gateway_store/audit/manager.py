@@ -22,11 +22,11 @@ from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, check_limit
-from agent_gateway_store.audit.record import encode_event
+from agent_gateway_store.audit.record import encode_light
 from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
 from agent_gateway_store.audit.writer import OpenWriter
-from agent_gateway_store.audit.writes import write_batches, write_prepared
+from agent_gateway_store.audit.writes import encode_aside, write_batches, write_heavy, write_prepared
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
@@ -88,13 +88,15 @@ class AuditManager:
         self._database.check_owner()
         writer = self._writer.get()
         try:
-            row = encode_event(event, org_id=self._org_id)
+            row = encode_light(event, org_id=self._org_id)
         except ValidationError as exc:
             return writer.reject(event, exc)
-        if self._before.is_wanted:
-            # In another task, so that cancelling the caller does not cancel the write.
-            return await self._before.tasks.shielded(write_prepared(writer, self._before, row))
-        return await writer.write(row)
+        if row is not None and not self._before.is_wanted:
+            return await writer.write(row)
+        # In another task, so that cancelling the caller does not cancel the write.
+        hooks = self._before
+        slowly = write_prepared(writer, hooks, row) if row else write_heavy(writer, hooks, event, self._org_id)
+        return await hooks.tasks.shielded(slowly)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one by one; return the number of each outcome.
@@ -225,7 +227,7 @@ class AuditManager:
             ValueError: The store cannot work in this session, say in AUTOCOMMIT, where nothing is rolled back.
         """
         require_session(session, AuditEvent, atomic=True)
-        row = encode_event(event, org_id=self._org_id)
+        row = await encode_aside(event, org_id=self._org_id)
         if self._before.is_wanted:
             (row,) = await self._before.prepare([row])
         with translate_errors("record the event", in_session=True), sole_use(session):

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any, TypeAlias
 from uuid import UUID
 
 from pydantic import ValidationError
-from sqlalchemy import JSON, Column, Float, Integer
 
+from agent_gateway_store.audit.document import COLUMNS, EMPTY, HASHED, document, document_writer, encode, encode_labels
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import tag
 from agent_gateway_store.encoding.plain import plain, type_name
-from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, is_storable
+from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, is_heavy, is_storable
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
-from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
+from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
 
 UNSTORABLE = "UNSTORABLE"
 INVALID = "INVALID"
 PLUGIN_FAILED = "PLUGIN_FAILED"
 WITHHELD = "[WITHHELD]"
 REUSED_LABEL = "REQUEST_ID_REUSED"
-
-COLUMNS = tuple(name for name in AuditEvent.model_fields if name != "id")
-"""The columns of an encoded row, in order."""
 
 # Cut to the length that an index holds, as events are found by them.
 _SHORT = (
@@ -54,11 +51,6 @@ _LONG = (
 )
 _TEXTS = (*_SHORT, *_LONG)
 _QUOTING = ("output_policy_rationale", "llm_explanation", "deterministic_rationale")
-# An object without members.
-_EMPTY = "{}"
-# Fields that came later, as members of the hashed document. Where they hold nothing they are left out of it, so that an
-# event that was stored before them keeps its hash.
-_OPTIONAL = {"approval_id": '"approval_id":"%s",', "extra": '"extra":%s,'}
 # What a BIGINT of PostgreSQL and an INTEGER of SQLite hold.
 _LARGEST_BIGINT = 2**63 - 1
 _KINDS = frozenset({str, type(None), int, float, dict, list, datetime, UUID, Decision, ExecutionStatus, OutputDecision})
@@ -74,17 +66,6 @@ _REPLACEMENTS: dict[str, Callable[[], Any]] = {
 }
 # Chosen: about what a row takes in memory besides its long texts.
 _ROW_BYTES = 2_000
-
-_text = json.encoder.encode_basestring
-# The C encoder, which `JSONEncoder.encode` makes anew at each call. Only CPython has it.
-_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
-_chunks = _make_encoder and _make_encoder(None, str, _text, None, ":", ",", True, False, True)
-_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, check_circular=False)
-
-
-def _encode(value: Any) -> str:
-    return "".join(_chunks(value, 0)) if _chunks else _encoder.encode(value)
-
 
 EncodedRow: TypeAlias = tuple[Any, ...]
 """One row as the drivers take it: values in the order of `COLUMNS`, JSON as text. A tuple of plain values, which the
@@ -106,12 +87,25 @@ def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
         ValidationError: A decision, a status or a hash was set past the validation, and is not valid.
     """
     given = _values_of(event)
+    return _quick_row(given, org_id) or _any_row(given, org_id)
+
+
+def encode_light(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow | None:
+    """Return the row as `encode_event` does, or None if that could hold the event loop up: use a thread."""
+    given = _values_of(event)
+    row = _quick_row(given, org_id)
+    return row if row is not None or is_heavy(given) else _any_row(given, org_id)
+
+
+def _quick_row(given: tuple[Any, ...], org_id: str | None) -> EncodedRow | None:
     try:
-        if (row := _plain_row(given, org_id)) is not None:
-            return row
+        return _plain_row(given, org_id)
     except TypeError:
-        # A text is something else, which the validation below says.
-        pass
+        # A text is something else, which the validation says.
+        return None
+
+
+def _any_row(given: tuple[Any, ...], org_id: str | None) -> EncodedRow:
     values = _row_of(given, org_id)
     if _is_typed(values):
         try:
@@ -218,9 +212,9 @@ def _plain_row(given: tuple[Any, ...], org_id: str | None) -> EncodedRow | None:
         return None
     encoded = (
         request_id, org, trace_id, session_id, parent_request_id, timestamp, caller_id, caller_role, key_id,
-        environment, mcp_server, tool_name, args_hash, _encode(args), _encode_labels(labels), risk_score, rule,
+        environment, mcp_server, tool_name, args_hash, encode(args), encode_labels(labels), risk_score, rule,
         policy_version, decision, approver_id, status, latency_ms, output_hash, output_decision, output_rationale, "[]",
-        explanation, rationale, approval_id and str(approval_id), _encode(extra) if extra else _EMPTY,
+        explanation, rationale, approval_id and str(approval_id), encode(extra) if extra else EMPTY,
     )
     # fmt: on
     return (*encoded, hashlib.sha256(_plain_document(*encoded).encode()).hexdigest())
@@ -309,21 +303,19 @@ def without_payload(row: EncodedRow) -> EncodedRow:
     return _with_hash(values | replaced)
 
 
+_hashed = itemgetter(*HASHED)
+_plain_document = document_writer(_TEXTS)
 _in_order: Callable[[Mapping[str, Any]], EncodedRow] = itemgetter(*COLUMNS)
 _REQUEST_ID, _ORG_ID, _CONTENT_HASH = map(COLUMNS.index, ("request_id", "org_id", "content_hash"))
 _large = itemgetter(*map(COLUMNS.index, ("sanitized_args", "risk_labels", "redaction_flags", "extra", *_LONG)))
 
 
-def _encode_labels(labels: list[str]) -> str:
-    return f"[{','.join(map(_text, labels))}]" if labels else "[]"
-
-
 def _encode_json(values: dict[str, Any]) -> None:
     labels, flags, extra = values["risk_labels"], values["redaction_flags"], values["extra"]
-    values["sanitized_args"] = _encode(values["sanitized_args"])
-    values["risk_labels"] = _encode_labels(labels)
-    values["redaction_flags"] = _encode([flag.__dict__ for flag in flags]) if flags else "[]"
-    values["extra"] = _encode(extra) if extra else _EMPTY
+    values["sanitized_args"] = encode(values["sanitized_args"])
+    values["risk_labels"] = encode_labels(labels)
+    values["redaction_flags"] = encode([flag.__dict__ for flag in flags]) if flags else "[]"
+    values["extra"] = encode(extra) if extra else EMPTY
     values["approval_id"] = values["approval_id"] and str(values["approval_id"])
 
 
@@ -335,73 +327,8 @@ def _with_hash(values: dict[str, Any]) -> EncodedRow:
     `approval_id` where that is None and without `extra` where that is empty.
     """
     _encode_json(values)
-    values["content_hash"] = hashlib.sha256(_document(*_hashed(values)).encode()).hexdigest()
+    values["content_hash"] = hashlib.sha256(document(*_hashed(values)).encode()).hexdigest()
     return tuple(values.values())
-
-
-def _member(column: Column[Any], plain: Collection[str]) -> str:
-    """Return the part of the document's f-string for this column, whose value is a variable of its name."""
-    name = column.name
-    if name in _OPTIONAL:
-        return f"{{_none if {name} in _nothing else _{name} % {name}}}"
-    match column.type:
-        case Float():
-            value = f"{{_real({name})}}"
-        case Integer():
-            value = f"{{{name}:d}}"
-        case UtcDateTime():
-            value = f'"{{{name}.replace(tzinfo=None).isoformat()}}Z"'
-        case JSON() | JsonOf():
-            # Encoded already.
-            value = f"{{{name}}}"
-        case _ if name in plain:
-            value = f"{{_null if {name} is None else _quote + {name} + _quote}}" if column.nullable else f'"{{{name}}}"'
-        case _:
-            value = f"{{_null if {name} is None else _text({name})}}" if column.nullable else f"{{_text({name})}}"
-    return f'"{name}":{value},'
-
-
-def _writer(plain: Collection[str]) -> Callable[..., str]:
-    """Return a function that makes the document from the values of the columns; texts in `plain` need no escape.
-
-    Its code is generated, as that of a dataclass is: hashing is most of the cost of a write, and a loop over the
-    columns takes half as long again.
-    """
-    columns = AuditEvent.__table__.c  # type: ignore[attr-defined]
-    parameters, members = ", ".join(_HASHED), "".join(_member(columns[name], plain) for name in sorted(_HASHED))[:-1]
-    names = {"_null": "null", "_quote": '"', "_real": float.__repr__, "_text": _text}
-    names |= {"_none": "", "_nothing": (None, _EMPTY)}
-    names |= {f"_{name}": member for name, member in _OPTIONAL.items()}
-    made: Callable[..., str] = eval(f"lambda {parameters}: f'{{{{{members}}}}}'", names)  # noqa: S307  of our own names
-    return made
-
-
-# The content_hash is the last column.
-_HASHED = COLUMNS[:-1]
-_hashed = itemgetter(*_HASHED)
-_document = _writer(())
-_plain_document = _writer(_TEXTS)
-_STAMP, _FLAGS, _APPROVAL = map(_HASHED.index, ("timestamp", "redaction_flags", "approval_id"))
-_JSON = tuple(map(_HASHED.index, ("sanitized_args", "risk_labels", "extra")))
-
-
-def hash_of_stored(row: Sequence[Any]) -> str:
-    """Return the `content_hash` of an event from its columns as the drivers give them, in the order of `COLUMNS`.
-
-    JSON and UUID are text. Raises what may be, where somebody has changed the row past the store and it is no event.
-    """
-    values = list(row[:-1])
-    if type(values[_STAMP]) is str:
-        values[_STAMP] = datetime.fromisoformat(values[_STAMP]).replace(tzinfo=UTC)
-    for place in _JSON:
-        # Most are empty.
-        if values[place] not in (_EMPTY, "[]"):
-            values[place] = _encode(json.loads(values[place]))
-    if values[_FLAGS] != "[]":
-        flags = [RedactionFlag(**flag) for flag in json.loads(values[_FLAGS])]
-        values[_FLAGS] = _encode([flag.__dict__ for flag in flags])
-    values[_APPROVAL] = values[_APPROVAL] and str(UUID(values[_APPROVAL]))
-    return hashlib.sha256(_document(*values).encode()).hexdigest()
 
 
 def _scrub(values: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 from agent_gateway_store._concurrency import BatchQueue
 from agent_gateway_store.audit.backends import RowResult, Sink, store_batch
+from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
-from agent_gateway_store.audit.record import COLUMNS, EncodedRow, from_values, size_of, to_values
+from agent_gateway_store.audit.record import EncodedRow, from_values, size_of, to_values
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent

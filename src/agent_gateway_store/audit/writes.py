@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from agent_gateway_store.audit.hooks import BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.record import EncodedRow, encode_event
+from agent_gateway_store.audit.record import EncodedRow, encode_event, encode_light
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
 
@@ -19,6 +19,34 @@ from agent_gateway_store.models.audit import AuditEvent
 BULK_ROWS = 2_000
 # Chosen: a few milliseconds of work, after which other tasks may run.
 _SLICE_EVENTS = 50
+
+
+async def encode_aside(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
+    """Return the row for `event` as `encode_event` does; other tasks run meanwhile."""
+    row = encode_light(event, org_id=org_id)
+    if row is None:
+        try:
+            row = await asyncio.to_thread(encode_event, event, org_id=org_id)
+        except RuntimeError:
+            # Another task has edited the event's values meanwhile, which it cannot do here.
+            row = encode_event(event, org_id=org_id)
+    return row
+
+
+async def write_heavy(
+    writer: AuditWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None
+) -> WriteOutcome:
+    """Write an event that takes long to encode."""
+    try:
+        row = await encode_aside(event, org_id=org_id)
+    except ValidationError as exc:
+        return writer.reject(event, exc)
+    except asyncio.CancelledError:
+        # The host cancels every task there is; the event is stored all the same.
+        row = encode_event(event, org_id=org_id)
+        writer.enqueue_detached(hooks.withhold(row) if hooks.is_wanted else row)
+        raise
+    return await (write_prepared(writer, hooks, row) if hooks.is_wanted else writer.write(row))
 
 
 async def write_prepared(writer: AuditWriter, hooks: BeforeWriteHooks, row: EncodedRow) -> WriteOutcome:
@@ -76,7 +104,7 @@ async def encode_batches(
         async for some in _slices(events):
             for event in some:
                 try:
-                    rows.append(encode_event(event, org_id=org_id))
+                    rows.append(encode_light(event, org_id=org_id) or await encode_aside(event, org_id=org_id))
                 except ValidationError as exc:
                     reject(event, exc)
             if len(rows) >= BULK_ROWS:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
 
-from agent_gateway_store.audit.record import COLUMNS, hash_of_stored
+from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
 from agent_gateway_store.audit.selects import FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
