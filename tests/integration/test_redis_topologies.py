@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.sentinel import Sentinel
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, ToolCall
 from agent_gateway_store.storage.cache import create_redis
+from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from commands import gateway_store
 from proofs.harness import eventually, migrated
@@ -145,7 +147,7 @@ def test_doctor_names_a_cluster(member: RedisServer) -> None:
 async def test_the_client_of_a_cluster_is_refused_at_construction() -> None:
     """In one sentence, wherever a client is handed over; so is a Sentinel that is no client yet."""
     cluster: Any = RedisCluster(host="127.0.0.1", port=1)
-    session: Any = None
+    session = AsyncSession(create_engine("sqlite://"))
     with pytest.raises(ValueError, match=r"does not use a Redis Cluster.*\.$"):
         GatewayStore("sqlite://", redis=cluster)
     with pytest.raises(ValueError, match="does not use a Redis Cluster"):
