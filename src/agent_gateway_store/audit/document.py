@@ -78,6 +78,8 @@ def document_writer(plain: Collection[str]) -> Callable[..., str]:
 
 # The content_hash is the last column.
 HASHED = COLUMNS[:-1]
+"""The columns of the document, in the order of its writers' arguments."""
+
 document = document_writer(())
 _STAMP, _FLAGS, _APPROVAL = map(HASHED.index, ("timestamp", "redaction_flags", "approval_id"))
 _JSON = tuple(map(HASHED.index, ("sanitized_args", "risk_labels", "extra")))
