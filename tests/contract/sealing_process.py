@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from os import _exit as end_process
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def fork(work: Callable[[str, int], Awaitable[None]], url: str, number: int) -> 
         asyncio.run(work(url, number))  # type: ignore[arg-type]
         code = 0
     finally:
-        os._exit(code)
+        # Past what the parent would do at its end.
+        end_process(code)
 
 
 def wait(pid: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
@@ -192,18 +192,19 @@ async def test_an_outage_that_both_batches_meet_at_once_loses_nothing(url: str) 
 
 async def test_connections_that_died_idle_are_both_replaced(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that meets the one and then the other is STORED by a new one."""
-    copy: Callable[..., Awaitable[Any]] = PostgresSink._copy
+    execute_sql = asyncpg.Connection.execute
     met = list[asyncpg.Connection]()
 
-    async def dead(self: PostgresSink, driver: asyncpg.Connection, rows: Any) -> Any:
-        met.append(driver)
-        if len(met) <= 2:
-            raise ConnectionResetError
-        return await copy(self, driver, rows)
+    async def dead(self: asyncpg.Connection, sql: str, *values: Any, **options: Any) -> str:
+        if sql.startswith("INSERT"):
+            met.append(self)
+            if len(met) <= 2:
+                raise ConnectionResetError
+        return await execute_sql(self, sql, *values, **options)
 
     async with GatewayStore(url, redis_url="") as store:
         await asyncio.gather(*write(store, *(make_event() for _ in range(64))))
-        monkeypatch.setattr(PostgresSink, "_copy", dead)
+        monkeypatch.setattr(asyncpg.Connection, "execute", dead)
         assert await store.audit.write(make_event()) is STORED
 
     assert len({*met}) == len(met) == 3
