@@ -23,8 +23,7 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
-from agent_gateway_store.evidence.hooks import CheckpointHooks
-from agent_gateway_store.evidence.manager import EvidenceManager
+from agent_gateway_store.evidence.manager import CheckpointHooks, EvidenceManager
 from agent_gateway_store.evidence.notes import SigningKey
 from agent_gateway_store.evidence.sealer import BackgroundSealer, Sealer
 from agent_gateway_store.hooks.dispatch import Dispatcher, Vetoes

@@ -10,8 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from agent_gateway_store.audit.backends import insert_event, table
 from agent_gateway_store.audit.record import encode_event
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
-from agent_gateway_store.models.evidence import AuditCheckpoint
-from agent_gateway_store.models.identity import identity_table
+from agent_gateway_store.models.evidence import AuditCheckpoint, identity_table
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.identity import IDENTITY
 

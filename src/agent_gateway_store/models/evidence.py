@@ -14,6 +14,16 @@ from agent_gateway_store.models.base import StoreModel, metadata
 from agent_gateway_store.models.columns import BigKey, UtcDateTime
 from agent_gateway_store.models.values import FrozenModel
 
+identity_table = Table(
+    "database_identity",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("identity", Text, nullable=False),
+    # The highest id of an event from before `db restored`, which followers take for history; None: it never ran.
+    Column("history_id", BigInteger),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
 _GIVEN = {"autoincrement": False}
 
 

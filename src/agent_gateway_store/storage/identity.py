@@ -6,7 +6,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError
-from agent_gateway_store.models.identity import identity_table
+from agent_gateway_store.models.evidence import identity_table
 from agent_gateway_store.storage.database import AnyConnection, reader_of
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.statements import Statement
