@@ -33,6 +33,8 @@ from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.retention import RetentionManager
+from agent_gateway_store.retention.lock import RetentionLock
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
@@ -111,6 +113,9 @@ class GatewayStore:
         self._evidence = EvidenceManager(
             core.database, core.sealer, seals=core.settings.audit_seal_seconds > 0, org_id=org_id
         )
+        self._retention = RetentionManager(
+            core.database, core.sealer, core.retention_lock, core.settings, org_id=org_id
+        )
 
     @property
     def audit(self) -> AuditManager:
@@ -131,6 +136,11 @@ class GatewayStore:
     def evidence(self) -> EvidenceManager:
         """Seal the audit log, verify it, and prove from it what happened."""
         return self._evidence
+
+    @property
+    def retention(self) -> RetentionManager:
+        """What is kept and for how long: holds, pruning into an archive, erasing."""
+        return self._retention
 
     @property
     def notifications(self) -> NotificationManager:
@@ -268,6 +278,7 @@ class _Core:
             signer=SigningKey.parse(signing_key.get_secret_value()) if signing_key else None,
             publish=self.checkpoint_hooks.notify,
         )
+        self.retention_lock = RetentionLock(database)
         self.background_sealer = BackgroundSealer(
             self.sealer, every_s=settings.audit_seal_seconds, has_written=lambda: self.writer.has_written
         )

@@ -277,6 +277,15 @@ CASES |= {
     "evidence.publish": lambda view, other: [view.evidence.publish("log")],
 }
 
+CASES |= {
+    "retention.prune": lambda view, other: [
+        view.retention.prune(timedelta(), by="acme", discard=True, below_floor=True),
+    ],
+    "retention.hold": lambda view, other: [view.retention.hold("h", reason="r", by="acme", org_id="globex")],
+    "retention.release_hold": lambda view, other: [view.retention.release_hold("h", by="acme")],
+    "retention.holds": lambda view, other: [view.retention.holds()],
+}
+
 PROPERTIES = {"audit.counters"}
 """What a process counts of itself; numbers only."""
 
@@ -285,7 +294,7 @@ def surface() -> set[str]:
     """Every public method and property of the services."""
     store = GatewayStore("sqlite://", redis_url="")
     found = set()
-    for service in ("audit", "approvals", "keys", "notifications", "evidence"):
+    for service in ("audit", "approvals", "keys", "notifications", "evidence", "retention"):
         kind = type(getattr(store, service))
         # A method that is bound to the class is another constructor.
         public = [name for name in dir(kind) if not name.startswith("_") and not inspect.ismethod(getattr(kind, name))]

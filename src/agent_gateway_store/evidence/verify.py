@@ -8,10 +8,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
+from sqlalchemy import ARRAY, JSON, BigInteger, Select, any_, bindparam, exists, func, or_, select
 
+from agent_gateway_store.archive.manifest import Positions, runs_of
+from agent_gateway_store.archive.reader import ArchiveWalk
+from agent_gateway_store.audit.doors import DOOR_SERVER, ERASE, PRUNE
 from agent_gateway_store.audit.record import COLUMNS, hash_of_stored
 from agent_gateway_store.audit.selects import FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
@@ -35,12 +39,6 @@ _tiles = AuditTile.__table__  # type: ignore[attr-defined]
 _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
 # Chosen: whoever altered more has altered everything.
 _MOST_FINDINGS = 1_000
-
-DOOR_SERVER = "gateway-store"
-"""`mcp_server` of the events by which doors say what they did."""
-PRUNE, ERASE = "audit.prune", "audit.erase"
-"""Their `tool_name`. In `sanitized_args` a prune names `positions` (pairs: the first and the last of a run), an erasure
-`position` and `row_sha256`: `hash_of_stored` of the event as it was blanked, without `content_hash` and salt."""
 
 
 def _events_with_leaves(dialect: str) -> Select[Any]:
@@ -69,6 +67,18 @@ _UNSEALED = Statement(
 _BEYOND = Statement(
     select(func.count().label("leaves")).where(or_(_leaves.c.position < 0, _leaves.c.position >= _SIZE))
 )
+
+
+def _leaves_at(dialect: str) -> Select[Any]:
+    if dialect == "postgresql":
+        wanted = _leaves.c.position == any_(bindparam("p_positions", type_=ARRAY(BigInteger())))
+    else:
+        each = func.json_each(bindparam("p_positions", type_=JSON())).table_valued("value").c.value
+        wanted = _leaves.c.position.in_(select(each))
+    return select(_leaves.c.position, _leaves.c.leaf_hash).where(wanted)
+
+
+_LEAVES_AT = Statement(_leaves_at)
 _STORED_TILES = Statement(select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes))
 _LAST = Statement(select(*_CHECKPOINT).order_by(_checkpoints.c.size.desc()).limit(1))
 _BETWEEN = Statement(
@@ -102,10 +112,12 @@ class _Doors:
     Attributes:
         runs: First and last position of each run of pruned events, with the position of the event that says so.
         erased: Hashes of the blanked event, by its position.
+        archived: The runs of events that went to an archive.
     """
 
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     erased: dict[int, set[str]] = field(default_factory=dict)
+    archived: list[list[int]] = field(default_factory=list)
 
     def add(self, tool: str, said: Mapping[str, Any], position: int) -> None:
         """Take the word of an event at `position`, as far as it is about events before it."""
@@ -117,6 +129,8 @@ class _Doors:
         for pair in pairs if isinstance(pairs, list) else ():
             if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair):
                 self.runs.append((pair[0], min(pair[1], position - 1), position))
+                if said.get("archived") is True:
+                    self.archived.append([pair[0], pair[1]])
 
     def close(self) -> None:
         """Sort and join the runs, so that one position is found among any number of them."""
@@ -134,6 +148,23 @@ class _Doors:
         return place >= 0 and self.runs[place][0] <= position <= self.runs[place][1]
 
 
+@dataclass
+class _Archived:
+    """What the archives hold of this log.
+
+    Attributes:
+        intact: Events that fit their leaf.
+        erased: Events that are blanked, as a sealed event says.
+        expected: Events that must be there, as sealed events say; none where no archive is looked at.
+        altered: Events that are there, and fit nothing.
+    """
+
+    intact: Positions = field(default_factory=Positions)
+    erased: Positions = field(default_factory=Positions)
+    expected: Positions = field(default_factory=Positions)
+    altered: set[int] = field(default_factory=set)
+
+
 class _Walk:
     """The leaves from the first to the last, and what was found on the way.
 
@@ -147,7 +178,8 @@ class _Walk:
         self.size, self._stored, self._doors = size, tiles, doors
         self.kept: dict[int, list[_Root]] = {}
         self.tree = GrowingTree(self._compare)
-        self.next_position = self.checked = self.anchored = self.pruned = self.erased = 0
+        self.next_position = self.checked = self.anchored = self.pruned = self.archived = self.erased = 0
+        self.archive = _Archived()
         self.findings: list[Finding] = []
         self._mismatches: list[_Mismatch] = []
 
@@ -188,6 +220,7 @@ class _Walk:
         if row[_ID] is None:
             if self._doors.pruned(position):
                 self.pruned += 1
+                self._check_archived(position, event_id)
             else:
                 text = "The event is gone, and no sealed event says that it was pruned."
                 self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
@@ -199,6 +232,16 @@ class _Walk:
             self.erased += 1
         elif len(self._mismatches) < _MOST_FINDINGS:
             self._mismatches.append(_Mismatch(position, event_id, row[_REQUEST_ID], salt, leaf, content))
+
+    def _check_archived(self, position: int, event_id: int) -> None:
+        if position in self.archive.intact:
+            self.archived += 1
+        elif position in self.archive.erased:
+            self.archived += 1
+            self.erased += 1
+        elif position in self.archive.expected and position not in self.archive.altered:
+            text = "The event was pruned into an archive, and is not in the one that was looked at."
+            self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
 
     def _compare(self, level: int, count: int, node: bytes) -> None:
         tile, place = divmod(count, TILE_WIDTH)
@@ -263,6 +306,7 @@ async def verify(
     *,
     against: Iterable[str | Checkpoint] = (),
     keys: Iterable[str] = (),
+    archives: Iterable[Path] = (),
     report: Callable[[int], None] = lambda _rows: None,
 ) -> Verification:
     """Recompute every hash from the columns of the events; arguments and result as for `EvidenceManager.verify`."""
@@ -270,7 +314,9 @@ async def verify(
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
         last = next(iter(await reader.fetched(_LAST)), None)
-        walk = _Walk(last[0] if last else 0, await _stored_tiles(reader), await _read_doors(reader, last))
+        doors = await _read_doors(reader, last)
+        walk = _Walk(last[0] if last else 0, await _stored_tiles(reader), doors)
+        await _read_archives(reader, walk, doors, list(archives))
         _check_signatures(walk, last, kept, verifiers)
         for note in kept:
             walk.kept.setdefault(note.size, []).append(_Root(note.size, note.root, True))
@@ -288,9 +334,42 @@ async def verify(
         unsealed=unsealed,
         erased=walk.erased,
         pruned=walk.pruned,
+        archived=walk.archived,
         anchored=walk.anchored,
         findings=tuple(walk.findings),
     )
+
+
+async def _read_archives(reader: Snapshot, walk: _Walk, doors: _Doors, folders: list[Path]) -> None:
+    """Check every event of the archives, and compare it with its leaf in the log."""
+    intact: list[list[int]] = []
+    erased: list[list[int]] = []
+    for folder in folders:
+        archive = ArchiveWalk(folder)
+        batches = archive.checked_rows()
+        while (rows := await asyncio.to_thread(next, batches, None)) is not None:
+            wanted = [position for position, _, _ in rows]
+            leaves = dict(map(tuple, await reader.fetched(_LEAVES_AT, {"p_positions": wanted})))
+            fitting: list[int] = []
+            blanked: list[int] = []
+            for position, leaf, left in rows:
+                is_ours = leaves.get(position, b"").hex() == leaf
+                if is_ours and left is None:
+                    fitting.append(position)
+                elif is_ours and left in doors.erased.get(position, ()):
+                    blanked.append(position)
+                else:
+                    text = "The archived event is not that of this log, or was blanked and no sealed event says so."
+                    walk.archive.altered.add(position)
+                    walk.note(FindingKind.ALTERED, text, position=position)
+            intact += runs_of(fitting)
+            erased += runs_of(blanked)
+        for finding in archive.findings:
+            walk.archive.altered.add(-1 if finding.position is None else finding.position)
+            walk.note(finding.kind, finding.text, position=finding.position, request_id=finding.request_id)
+    walk.archive.intact, walk.archive.erased = Positions(intact), Positions(erased)
+    if folders:
+        walk.archive.expected = Positions(doors.archived)
 
 
 async def _walk_log(reader: Snapshot, walk: _Walk, report: Callable[[int], None]) -> None:

@@ -142,6 +142,12 @@ class AuditEvent(StoreModel, table=True):
             postgresql_where=text("parent_request_id IS NOT NULL"),
             sqlite_where=text("parent_request_id IS NOT NULL"),
         ),
+        Index(
+            None,
+            "approval_id",
+            postgresql_where=text("approval_id IS NOT NULL"),
+            sqlite_where=text("approval_id IS NOT NULL"),
+        ),
         # What `audit.call(intent=True)` writes before a call runs.
         Index(
             "ix_audit_events_intents",

@@ -1,0 +1,62 @@
+"""Holds, the runs of prunes, and an index that finds the events which cite an approval
+
+Revision: 0012_retention, after 0010_acquire
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from agent_gateway_store.storage.online import create_index
+
+revision = "0012_retention"
+down_revision = "0010_acquire"
+branch_labels = None
+depends_on = None
+
+_KEY = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+_JSON = sa.JSON().with_variant(sa.dialects.postgresql.JSONB(), "postgresql")
+
+
+def upgrade() -> None:
+    """Apply."""
+    op.create_table(
+        "audit_holds",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("placed_by", sa.Text(), nullable=False),
+        sa.Column("placed_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("filters", _JSON, nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_audit_holds")),
+        if_not_exists=True,
+    )
+    op.create_table(
+        "audit_prunes",
+        sa.Column("id", _KEY, nullable=False),
+        sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("pruned_by", sa.Text(), nullable=False),
+        sa.Column("pruned_before", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("archive", sa.Text(), nullable=True),
+        sa.Column("events", sa.BigInteger(), nullable=False),
+        sa.Column("result", sa.Text(), nullable=True),
+        sa.Column("last_event_id", sa.BigInteger(), nullable=True),
+        sa.Column("last_transaction_id", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint("events >= 0", name=op.f("ck_audit_prunes_events")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_audit_prunes")),
+        if_not_exists=True,
+    )
+    cited = sa.text("approval_id IS NOT NULL")
+    create_index(
+        "ix_audit_events_approval_id",
+        "audit_events",
+        ["approval_id"],
+        postgresql_where=cited,
+        sqlite_where=cited,
+    )
+
+
+def downgrade() -> None:
+    """Take back. Holds are gone with it: events that were kept by one can be pruned afterwards."""
+    op.drop_index("ix_audit_events_approval_id", table_name="audit_events", if_exists=True)
+    op.drop_table("audit_prunes")
+    op.drop_table("audit_holds")

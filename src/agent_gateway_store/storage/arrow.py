@@ -1,0 +1,105 @@
+"""Rows as Arrow tables, block by block, without an object for each: by COPY on PostgreSQL, by rows on SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
+from agent_gateway_store.results.cells import Column
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.streaming import Rows, copied, streamed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Chosen for SQLite: each batch costs a call in a thread.
+_BATCH_ROWS = 10_000
+# Chosen: bounds memory, where a block is held as text and as a table.
+_BLOCK_BYTES = 8 * 2**20
+
+
+async def arrow_blocks(
+    database: Database,
+    statement: Statement,
+    values: Mapping[str, Any],
+    columns: tuple[Column, ...],
+    take: Callable[[pa.Table], None],
+    *,
+    block_bytes: int = _BLOCK_BYTES,
+) -> None:
+    """Hand the rows of `statement`, which holds `columns`, to `take`: in a thread, table after table, in one snapshot.
+
+    A table is about `block_bytes` large; larger ones are read faster and take more memory.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+    """
+    arrow("Reading into Arrow")
+    query = statement.compiled(database.engine.dialect)
+    if database.dialect == "postgresql":
+        await copied(database, query, values, lambda block: take(_from_csv(block, columns)), block_bytes=block_bytes)
+        return
+    async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS)) as batches:
+        async for rows in batches:
+            await in_thread(partial(lambda rows: take(_from_rows(rows, columns)), rows))
+
+
+async def whole_table(
+    database: Database, statement: Statement, values: Mapping[str, Any], columns: tuple[Column, ...]
+) -> pa.Table:
+    """Return the rows of `statement` as one table."""
+    pa = arrow()
+    tables: list[Any] = []
+    await arrow_blocks(database, statement, values, columns, tables.append)
+    return pa.concat_tables(tables) if tables else conform(arrow_schema(columns).empty_table(), columns)
+
+
+async def in_thread(function: Callable[[], Any]) -> Any:
+    """Run `function` in a thread; a caller that is cancelled still waits for its end, so that it can clean up."""
+    task = asyncio.create_task(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def _from_csv(block: bytes, columns: tuple[Column, ...]) -> pa.Table:
+    pa = arrow()
+    from pyarrow import csv
+
+    schema = arrow_schema(columns)
+    types = {
+        column.name: pa.string() if column.kind == "category" else schema.field(column.name).type for column in columns
+    }
+    # One block for the parser, too, which refuses a row that is longer than its block.
+    table = csv.read_csv(
+        pa.BufferReader(block),
+        read_options=csv.ReadOptions(column_names=list(types), block_size=len(block)),
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(
+            column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+        ),
+    )
+    return conform(table, columns)
+
+
+def _from_rows(rows: Rows, columns: tuple[Column, ...]) -> pa.Table:
+    pa = arrow()
+    import pyarrow.compute as pc
+
+    schema = arrow_schema(columns)
+    arrays = []
+    for column, values in zip(columns, zip(*rows, strict=True), strict=True):
+        target = schema.field(column.name).type
+        if column.kind == "time":
+            array = pc.assume_timezone(pa.array(values, pa.string()).cast(pa.timestamp("us")), "UTC")
+        else:
+            array = pa.array(values, pa.string() if column.kind == "category" else target)
+        arrays.append(array)
+    return conform(pa.Table.from_arrays(arrays, names=[column.name for column in columns]), columns)
