@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
+from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.queries import ApprovalRef, decision_hash
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
@@ -114,7 +116,7 @@ class GatewayStore:
             core.database, core.sealer, seals=core.settings.audit_seal_seconds > 0, org_id=org_id
         )
         self._retention = RetentionManager(
-            core.database, core.sealer, core.retention_lock, core.settings, org_id=org_id
+            core.database, core.sealer, core.retention_lock, core.settings, forget=core.forget_approval, org_id=org_id
         )
 
     @property
@@ -285,6 +287,11 @@ class _Core:
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
+
+    async def forget_approval(self, approval_id: UUID) -> bool:
+        if self.redis.client is None:
+            return True
+        return await ApprovalCache(self.redis, trust_s=self.settings.approval_cache_seconds).forget(approval_id)
 
     @property
     def plugins(self) -> Plugins:

@@ -283,6 +283,16 @@ CASES |= {
     ],
     "retention.hold": lambda view, other: [view.retention.hold("h", reason="r", by="acme", org_id="globex")],
     "retention.release_hold": lambda view, other: [view.retention.release_hold("h", by="acme")],
+    "retention.prune_approvals": lambda view, other: [
+        view.retention.prune_approvals(timedelta(), by="acme", discard=True, below_floor=True),
+    ],
+    "retention.erase": lambda view, other: [
+        view.retention.erase(name, reason="r", by="acme") for name in ("r-1", "r-2", "r-PENDING")
+    ],
+    "retention.find": lambda view, other: [
+        view.retention.find(caller_id="dev-agent"),
+        view.retention.find(text=MARK),
+    ],
     "retention.holds": lambda view, other: [view.retention.holds()],
 }
 

@@ -54,7 +54,7 @@ class Archive:
             ValueError: There is no such value.
         """
         for _, batch in self.batches(filters, _EVENT_NAMES):
-            yield from events_of(map(_stored_form, rows_of(batch)))
+            yield from events_of(map(stored_form, rows_of(batch)))
 
     def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
         """Return the events that match as one table, with the columns of `store.audit.to_arrow`; see `events`."""
@@ -163,7 +163,7 @@ class ArchiveWalk:
         self, event: list[Any], position: int, salt: str | None, leaf: str
     ) -> tuple[int, str, str | None] | None:
         try:
-            content = hash_of_stored(_stored_form(event)[1:])
+            content = hash_of_stored(stored_form(event)[1:])
         except Exception:
             # What a file can be made to hold and is no event: every error means the same.
             content = ""
@@ -198,7 +198,7 @@ def arrow_schema_of() -> Any:
     return arrow_schema(EVENT_COLUMNS)
 
 
-def _stored_form(row: Sequence[Any]) -> list[Any]:
+def stored_form(row: Sequence[Any]) -> list[Any]:
     """Return the columns of an event as the drivers give them."""
     values = list(row)
     # pyarrow's time zone is another object, which our own code would not take for UTC.

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from os import PathLike
 from pathlib import Path
 from typing import Unpack
+from uuid import UUID
 
 from agent_gateway_store.audit.files import progress_bar
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.evidence.sealer import Sealer
-from agent_gateway_store.models.retention import Hold, Pruned
+from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
 from agent_gateway_store.results.page import Page
-from agent_gateway_store.retention import holds
+from agent_gateway_store.retention import find, holds
+from agent_gateway_store.retention.approvals import ApprovalPruner
+from agent_gateway_store.retention.erase import Eraser
 from agent_gateway_store.retention.lock import PAUSE_S, RetentionLock
 from agent_gateway_store.retention.prune import Place, Pruner
 from agent_gateway_store.settings import StoreSettings
@@ -35,6 +38,7 @@ class RetentionManager:
         database: Where the log is.
         sealer: Seals it.
         lock: Lets one of these commands work at a time, in all processes.
+        forget: Deletes the Redis entries of an approval; False where Redis does not answer.
         org_id: The organisation; None: all.
     """
 
@@ -45,10 +49,11 @@ class RetentionManager:
         lock: RetentionLock,
         settings: StoreSettings,
         *,
+        forget: Callable[[UUID], Awaitable[bool]],
         org_id: str | None = None,
     ) -> None:
         self._database, self._sealer, self._lock, self._settings = database, sealer, lock, settings
-        self._org_id = org_id
+        self._forget, self._org_id = forget, org_id
 
     async def prune(
         self,
@@ -86,12 +91,7 @@ class RetentionManager:
             ValueError: Neither `archive` nor `discard`, or both; `before` is within the floor; the store is bound to
                 one organisation.
         """
-        self._require_all()
-        holds.require_named(by=by)
-        if (archive is None) is not discard:
-            raise ValueError("Give archive=FOLDER, or discard=True if the events are to be gone for good.")
-        end = instant("before", before)
-        self._require_floor("before", end, below_floor=below_floor)
+        end = self._checked(before, by, archive, discard=discard, below_floor=below_floor)
         pruner = Pruner(
             self._database,
             self._sealer,
@@ -173,13 +173,122 @@ class RetentionManager:
         async with self._database.read() as connection:
             return Page(await holds.read_holds(connection))
 
-    def _require_floor(self, name: str, end: datetime, *, below_floor: bool) -> None:
-        days = self._settings.audit_retention_floor_days
+    async def erase(
+        self, request_id: str, *, reason: str, by: str, archive: str | PathLike[str] | None = None
+    ) -> Erased:
+        """Blank what one request held: arguments, labels, free texts, and every hash by which they could be guessed.
+
+        In the table, or in the archive, whose file is written anew; with the request's approvals, their votes and
+        notices, in SQL and in Redis. Who called which tool when, and what was decided, stays. So does the leaf: the log
+        verifies, and says "erased". What arrives later under this id is kept blanked. Killed anywhere, a second call
+        completes it. Backups, exports, and what notifiers received are not reached.
+
+        Args:
+            request_id: Of the event. In several organisations: use a store that is bound to one.
+            reason: Why, as the log will say.
+            by: Who asks for it.
+            archive: Where pruned events are; None: only the table is looked at.
+
+        Raises:
+            ArchiveError: A file of the archive is not what was written.
+            AuditEventNotFoundError: There is no such event.
+            EventHeldError: A hold covers it.
+            StoreUnavailableError: The database or Redis is away, or this role may not do it.
+            ValueError: An approval of the request is still open; or several organisations have this id.
+        """
+        holds.require_named(reason=reason, by=by)
+        await self._sealer.seal()
+        eraser = Eraser(
+            self._database,
+            self._sealer,
+            org_id=self._org_id,
+            environment=self._settings.environment,
+            archive=None if archive is None else Path(archive),
+            forget=self._forget,
+        )
+        async with self._lock():
+            return await eraser.erase(request_id, reason=reason, by=by)
+
+    async def find(
+        self, *, caller_id: str | None = None, text: str | None = None, archive: str | PathLike[str] | None = None
+    ) -> Page[FoundRecord]:
+        """Return what an erasure request is about: events and approvals, of a caller or that hold a text, or both.
+
+        Args:
+            caller_id: Of the caller.
+            text: Part of arguments, ids, labels, rationales or notes, in upper or lower case.
+            archive: Where pruned events are; None: only the tables are looked at.
+
+        Raises:
+            ArchiveError: The folder is no archive, or a file of it is not what was written.
+            StoreUnavailableError: The database is away.
+            ValueError: Neither `caller_id` nor `text`.
+        """
+        if caller_id is None and text is None:
+            raise ValueError("Give caller_id, text, or both: what is looked for.")
+        folder = None if archive is None else Path(archive)
+        found = await find.find(self._database, caller_id=caller_id, text=text, org_id=self._org_id, archive=folder)
+        return Page(found, record_type=FoundRecord)
+
+    async def prune_approvals(
+        self,
+        before: Moment,
+        *,
+        by: str,
+        archive: str | PathLike[str] | None = None,
+        discard: bool = False,
+        below_floor: bool = False,
+    ) -> PrunedApprovals:
+        """Take approvals that are over out of the table, with votes and delivered notices.
+
+        One that an event in the table cites stays, so it goes after its event, and never while that is held. In the
+        archive they are lines of JSON. Killed anywhere, every approval is in the table or in the archive.
+
+        Args:
+            before: Approvals that ended from this time on stay: a datetime, or how long ago ("365d").
+            by: Who asks for it, as the log will say.
+            archive: As of `prune`; the same folder, or another one.
+            discard: True does without an archive.
+            below_floor: True also takes approvals younger than AUDIT_RETENTION_FLOOR_DAYS.
+
+        Raises:
+            ArchiveError: The folder is no archive, or a file of it is not what was written.
+            OSError: The folder cannot be written.
+            StoreUnavailableError: The database is away, or this role may not delete.
+            ValueError: As of `prune`.
+        """
+        end = self._checked(before, by, archive, discard=discard, below_floor=below_floor)
+        folder = None if archive is None else Path(archive)
+        environment = self._settings.environment
+        pruner = ApprovalPruner(self._database, by=by, environment=environment, before=end, archive=folder)
+        async with self._lock():
+            await pruner.start()
+        total = PrunedApprovals()
+        while True:
+            async with self._lock():
+                step = await pruner.step()
+            if not step.approvals:
+                return total
+            total = PrunedApprovals(
+                approvals=total.approvals + step.approvals,
+                notices=total.notices + step.notices,
+                files=total.files + step.files,
+            )
+            await asyncio.sleep(PAUSE_S)
+
+    def _checked(self, before: Moment, by: str, archive: object, *, discard: bool, below_floor: bool) -> datetime:
+        """Return the end of what may go, after a check that what must be said was said."""
+        self._require_all()
+        holds.require_named(by=by)
+        if (archive is None) is not discard:
+            raise ValueError("Give archive=FOLDER, or discard=True if they are to be gone for good.")
+        end, days = instant("before", before), self._settings.audit_retention_floor_days
         if not below_floor and end > utc_now() - timedelta(days=days):
             raise ValueError(
-                f"{name} is less than {days:g} days ago (AUDIT_RETENTION_FLOOR_DAYS): choose an earlier time, or pass "
+                f"before is less than {days:g} days ago (AUDIT_RETENTION_FLOOR_DAYS): choose an earlier time, or pass "
                 "below_floor=True (`--below-floor`)."
             )
+        return end
 
     def _require_all(self) -> None:
         if self._org_id is not None:
