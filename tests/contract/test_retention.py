@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +27,7 @@ from tampering import tamper
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 BEFORE = OLD + timedelta(days=60)
 NEW = BEFORE + timedelta(days=1)
+PROCESS = Path(__file__).parent / "pruning_process.py"
 
 
 @pytest.fixture
@@ -388,6 +392,31 @@ class TestArchiveFolder:
 
 async def _matches(store: GatewayStore, event: AuditEvent, filters: dict[str, Any]) -> bool:
     return bool(await store.audit.search(request_id=event.request_id, **filters))
+
+
+async def test_a_pruner_killed_at_any_step_loses_nothing(
+    store: GatewayStore, database_url: str, tmp_path: Path
+) -> None:
+    """kill -9 before its statements and the steps of its files in turn: after each kill every event is in the table or
+    in the archive, in neither twice, and the log verifies; a last run leaves each in one of them.
+    """
+    archive = tmp_path / "a"
+    # Every eleventh step, as each takes a second; `-m slow` takes every one.
+    command = [sys.executable, str(PROCESS), database_url, str(archive), str(stride)]
+    ended = await asyncio.to_thread(
+        subprocess.run, command, env={**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}, capture_output=True,
+        text=True, timeout=550, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    kills = int(ended.stdout)
+    assert kills >= 40 // stride
+    print(kills, "kills")
+    await store.audit.write(make_event(request_id="newest", timestamp=NEW))
+    await store.retention.prune(BEFORE, by="ops", archive=archive)
+    archived = [event.request_id for event in Archive(archive).events()]
+    assert await request_ids(store) == {"newest"}
+    assert len(archived) == len(set(archived)) == 6 * (kills + 1)
+    assert (await store.evidence.verify(archive=archive)).archived == len(archived)
 
 
 async def test_the_last_runs_are_kept(store: GatewayStore) -> None:
