@@ -7,11 +7,19 @@ import json
 from typing import Any
 from uuid import uuid4
 
-from agent_gateway_store import ApiKey, ApprovalRequest, AuditEvent, ToolCall
+from agent_gateway_store import ApiKey, ApprovalRequest, AuditEvent, CallerIdentity, ToolCall, TrustLevel
 
-__all__ = ["CALL", "event_fields", "make_event", "make_key", "make_request", "rehash"]
+__all__ = ["CALL", "CALLER", "event_fields", "make_event", "make_key", "make_request", "rehash"]
 
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
+CALLER = CallerIdentity(
+    caller_id="dev-agent",
+    role="developer",
+    trust_level=TrustLevel.MEDIUM,
+    environment="staging",
+    org_id="acme",
+    key_id="k1",
+)
 
 _HASHED = AuditEvent.hash_args({"path": "/etc/hosts"})
 

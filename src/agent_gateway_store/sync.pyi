@@ -15,8 +15,7 @@ import pyarrow as pa
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from agent_gateway_store.approval.queries import ApprovalFilters
-from agent_gateway_store.audit.export import ExportResult
+from agent_gateway_store.approval.filters import ApprovalFilters
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.evidence import proof
@@ -32,6 +31,7 @@ from agent_gateway_store.retention import RetentionManager
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.export import ExportResult
 
 __all__ = [
     "SyncApprovalManager",
@@ -47,7 +47,7 @@ class SyncAuditManager:
         """Store `event` and commit, together with other events that arrive meanwhile."""
 
     def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
-        """Store many events, in order, in batches that are committed one after the other. Takes constant memory."""
+        """Store many events, in order, in batches that are committed one by one; return the number of each outcome."""
 
     def import_file(
         self,
@@ -106,7 +106,11 @@ class SyncAuditManager:
         """Return events that match every filter (see `Filters`), newest first, ties broken by id."""
 
     def stats(
-        self, by: str | Sequence[str] | None = None, bucket: timedelta | str | None = None, **filters: Unpack[Filters]
+        self,
+        by: str | Sequence[str] | None = None,
+        bucket: timedelta | str | None = None,
+        time_zone: str | None = None,
+        **filters: Unpack[Filters],
     ) -> Stats:
         """Count events and their latencies, aggregated by the database."""
 
@@ -227,7 +231,30 @@ class SyncApprovalManager:
         """Yield every approval that `search` finds, in its order; no connection is held between two pages of it."""
 
     def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
-        """Return the approval of this id, without its token."""
+        """Return the approval of this id with its votes, without its token."""
+
+    def stats(
+        self,
+        by: str | Sequence[str] | None = None,
+        bucket: timedelta | str | None = None,
+        time_zone: str | None = None,
+        **filters: Unpack[ApprovalFilters],
+    ) -> Stats:
+        """Count approvals and how long they waited for a decision, aggregated by the database."""
+
+    def export(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: Literal["jsonl", "csv", "parquet"] | None = None,
+        compression: Literal["gzip", "zstd"] | None = None,
+        partition_by: Literal["day"] | None = None,
+        raw: bool = False,
+        overwrite: bool = False,
+        progress: bool | Callable[[int], None] = False,
+        **filters: Unpack[ApprovalFilters],
+    ) -> ExportResult:
+        """Write every approval that matches, with its votes, to a file, oldest first, as they stood at one moment."""
 
     def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
         """Return what happened to an approval, in the order of time."""

@@ -192,6 +192,8 @@ async def test_asking_costs_as_few_statements_as_before(store: GatewayStore) -> 
     with counted_statements(store) as second:
         await store.approvals.issue_token(ask(**TERMS), call=CALL)
 
+    # Not those of the worker, which sends the first notice meanwhile.
+    first, second = ([each for each in ran if "UPDATE notification_deliveries" not in each] for ran in (first, second))
     assert (len(first), len(second)) == (2 if store.database.dialect == "sqlite" else 1, 2)
 
 

@@ -13,25 +13,14 @@ from pydantic import ValidationError
 
 from agent_gateway_store import (
     AuditEvent,
-    CallerIdentity,
     GatewayStore,
     StoreSettings,
     SyncGatewayStore,
     ToolCall,
-    TrustLevel,
     clock,
     errors,
 )
-from builders import CALL, make_event
-
-CALLER = CallerIdentity(
-    caller_id="dev-agent",
-    role="developer",
-    trust_level=TrustLevel.MEDIUM,
-    environment="staging",
-    org_id="acme",
-    key_id="k1",
-)
+from builders import CALL, CALLER, make_event
 
 
 class Broken(Exception):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from contract_helpers import make_request
-from delivery_helpers import Post, quiet, rows
+from delivery_helpers import Post, quiet, rows, settled
 
 from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, claim, claim_next, record
 from agent_gateway_store.delivery.policy import Policy
+from agent_gateway_store.delivery.worker import NotifierQueue
 from agent_gateway_store.models.delivery import DeliveryStatus
+from agent_gateway_store.storage.statements import Statement
 
 POLICY = Policy.of(quiet())
 STATE = "status, attempts, next_attempt_at, last_error, delivered_at"
@@ -107,3 +111,37 @@ async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -
             events.append((delivery.notice.event, delivery.notice.status.value))
 
         assert events == [("pending", "PENDING"), ("decision", "APPROVED"), ("decision", "CANCELLED")]
+
+
+async def test_a_lease_counts_from_before_its_row_is_written(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from the commit, which may come when most of the lease has passed."""
+    written: list[float] = []
+    begun: list[float] = []
+    wrote_before: list[float] = []
+    rows_of, put = Statement.rows, NotifierQueue.put
+
+    async def writing(statement: Statement, connection: Any, values: Any) -> Any:
+        if re.search("(INSERT INTO|UPDATE) notification_deliveries", statement.compiled(connection.dialect).text):
+            written.append(time.monotonic())
+        return await rows_of(statement, connection, values)
+
+    def putting(queue: NotifierQueue, delivery: Delivery) -> None:
+        begun.append(delivery.send_before - POLICY.send_within_s)
+        wrote_before.append(written[-1])
+        put(queue, delivery)
+
+    monkeypatch.setattr(Statement, "rows", writing)
+    monkeypatch.setattr(NotifierQueue, "put", putting)
+    async with GatewayStore(database_url, redis_url="", plugins=[Post()]) as store:
+        approvals = store.approvals
+        for required, decide in ((1, approvals.approve), (2, approvals.approve), (1, approvals.deny)):
+            token = await approvals.issue_token(make_request(required_approvals=required))
+            for voter in range(required):
+                await decide(token, f"approver-{voter}")
+        await settled(store, 6)
+
+    assert len(begun) == 6
+    # The statement that leased the row, by an insert or a claim, is the last one or was sent before that.
+    assert all(since <= wrote for since, wrote in zip(begun, wrote_before, strict=True))

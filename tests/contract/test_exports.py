@@ -22,8 +22,8 @@ import pytest
 from pyarrow import dataset, parquet
 
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome, errors
-from agent_gateway_store.audit.export import ExportResult, escape_formulas
 from agent_gateway_store.results import Page
+from agent_gateway_store.storage.export import ExportResult, escape_formulas
 from builders import make_event
 from proofs.hostile import Hostile
 

@@ -9,80 +9,18 @@ import asyncio
 import inspect
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pytest
 from contract_helpers import WITH_REDIS, column
+from organisation_helpers import MARK, SAME_NAMES, TABLES, Other, settle, settle_deliveries
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import AuditEvent, CallerIdentity, GatewayStore, IssuedKey, Page, TrustLevel, clock, errors
+from agent_gateway_store import AuditEvent, CallerIdentity, GatewayStore, Page, TrustLevel, clock, errors
 from builders import CALL, make_event, make_request
-
-MARK = "belongs-to-globex"
-"""Stands in everything that the other organisation has written."""
-TABLES = ("audit_events", "api_keys", "approval_requests", "approval_votes", "notification_deliveries")
-
-SAME_NAMES = {"request_id": "r-1", "caller_id": "dev-agent"}
-
-
-@dataclass
-class Other:
-    """What the other organisation holds, as an outsider might have come by it."""
-
-    view: GatewayStore
-    event: AuditEvent
-    key: IssuedKey
-    tokens: dict[str, str] = field(default_factory=dict)
-    ids: dict[str, UUID] = field(default_factory=dict)
-    cursor: str | None = None
-    deliveries: list[UUID] = field(default_factory=list)
-    delivery_cursor: str | None = None
-
-
-async def settle(view: GatewayStore, mark: str) -> Other:
-    """Let an organisation write one of everything, with its mark in it and the names that others use, too."""
-    event = make_event(**SAME_NAMES, deterministic_rationale=mark, llm_explanation=mark, session_id=mark)
-    await view.audit.write(event)
-    other = Other(view, event, await view.keys.issue("dev-agent", role=mark))
-    for status in ("PENDING", "APPROVED", "DENIED", "USED"):
-        request = make_request(request_id=f"r-{status}", risk_explanation=mark, use_before=None)
-        token = other.tokens[status] = await view.approvals.issue_token(request)
-        if status == "DENIED":
-            await view.approvals.deny(token, f"by-{mark}", mark)
-        elif status != "PENDING":
-            await view.approvals.approve(token, f"by-{mark}", mark)
-        if status == "USED":
-            await view.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-        other.ids[status] = (await view.approvals.check_token(token)).approval_id
-    await view.audit.write(make_event(request_id="r-2", deterministic_rationale=mark))
-    other.audit_cursor = (await view.audit.search(limit=1)).next_cursor
-    other.changes_cursor = (await view.audit.changes()).next_cursor or ""
-    other.cursor = (await view.approvals.list_requests(limit=1)).next_cursor
-    return other
-
-
-async def settle_deliveries(other: Other) -> None:
-    """Let its notices arrive; then some are dead letters, and some wait for a notifier that is not here."""
-    notifications = other.view.notifications
-    while await notifications.list("DUE"):
-        await asyncio.sleep(0.01)
-    async with other.view.database.write() as connection:
-        for status, notifier, event in (("DEAD", "log", "decision"), ("DUE", MARK, "pending")):
-            await connection.execute(
-                text(
-                    "UPDATE notification_deliveries SET status = :status, notifier = :notifier, last_error = :mark "
-                    "WHERE org_id = 'globex' AND event = :event AND id % 2 = 0"
-                ),
-                {"status": status, "notifier": notifier, "event": event, "mark": MARK},
-            )
-    first = await notifications.list(limit=1)
-    other.deliveries, other.delivery_cursor = [row.delivery_id for row in await notifications.list()], first.next_cursor
-
 
 Case = Callable[[GatewayStore, Other], Any]
 """What an outsider tries with one method: an answer, or a list of answers."""
@@ -147,9 +85,9 @@ async def _texts(frame: Awaitable[Any]) -> list[Any]:
     return list(found.to_dict("records") if hasattr(found, "to_numpy") and hasattr(found, "iloc") else found.to_dicts())
 
 
-async def _exported(view: GatewayStore, name: str) -> Any:
+async def _exported(service: Any, name: str, **filters: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        result = await view.audit.export(Path(folder) / name)
+        result = await service.export(Path(folder) / name, **filters)
         return result.rows, (Path(folder) / name).read_bytes() if name != "e.parquet" else b""
 
 
@@ -188,6 +126,7 @@ CASES: dict[str, Case] = {
         view.audit.stats(),
         view.audit.stats("org_id", "1h"),
         view.audit.stats(["session_id"], org_id="globex"),
+        view.audit.stats(["hour_of_day", "session_id"], time_zone="Europe/Berlin"),
     ],
     "audit.changes": lambda view, other: [
         _without_cursor(view.audit.changes("beginning")),
@@ -198,7 +137,7 @@ CASES: dict[str, Case] = {
     "audit.to_arrow": lambda view, other: [_texts(view.audit.to_arrow()), _texts(view.audit.to_arrow(text=MARK))],
     "audit.to_pandas": lambda view, other: [_texts(view.audit.to_pandas())],
     "audit.to_polars": lambda view, other: [_texts(view.audit.to_polars())],
-    "audit.export": lambda view, other: [_exported(view, name) for name in ("e.jsonl", "e.csv", "e.parquet")],
+    "audit.export": lambda view, other: [_exported(view.audit, name) for name in ("e.jsonl", "e.csv", "e.parquet")],
     "audit.import_file": lambda view, other: [_imported(view, make_event(**SAME_NAMES, org_id="globex"))],
     "approvals.issue_token": lambda view, other: [
         *(view.approvals.issue_token(make_request(request_id=f"r-{status}")) for status in other.tokens),
@@ -239,6 +178,15 @@ CASES: dict[str, Case] = {
         _all(view.approvals.stream()),
         _all(view.approvals.stream(org_id="globex")),
         _all(view.approvals.stream(text=MARK)),
+    ],
+    "approvals.stats": lambda view, other: [
+        view.approvals.stats(),
+        view.approvals.stats(["org_id", "approver_id"], "1h"),
+        view.approvals.stats("approver_id", time_zone="Europe/Berlin", org_id="globex"),
+    ],
+    "approvals.export": lambda view, other: [
+        *(_exported(view.approvals, name) for name in ("a.jsonl", "a.csv", "e.parquet")),
+        _exported(view.approvals, "a.jsonl", org_id="globex"),
     ],
     "approvals.history": lambda view, other: [view.approvals.history(each) for each in other.ids.values()],
     "approvals.expire_stale": lambda view, other: [view.approvals.expire_stale()],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from contract_helpers import counted_statements, make_request
+from contract_helpers import CALL, counted_statements, make_request
 from delivery_helpers import Post, quiet, rows, settled
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -80,6 +80,23 @@ async def test_issuing_is_one_round_trip_on_postgresql(contract_postgres: str) -
             await store.approvals.issue_token(make_request())
 
         assert len(statements) == 1
+
+
+@pytest.mark.parametrize("redis_setting", ["no-redis", "redis"], indirect=True)
+async def test_deciding_and_using_are_one_round_trip_on_postgresql(contract_postgres: str, redis_setting: str) -> None:
+    """The decision, the vote, the rows and the message to other processes are one statement, which commits itself."""
+    async with GatewayStore(contract_postgres, redis_url=redis_setting, settings=quiet(), plugins=[Post()]) as store:
+        approvals = store.approvals
+        tokens = [await approvals.issue_token(make_request()) for _ in range(3)]
+        for token, decide in zip(tokens, (approvals.approve, approvals.deny, approvals.cancel), strict=True):
+            with counted_statements(store) as statements:
+                await decide(token, "alice")
+            assert len(statements) == 1
+        with counted_statements(store) as statements:
+            await approvals.consume_token(tokens[0], caller_id="dev-agent", tool_call=CALL)
+
+        assert len(statements) == 1
+        assert (await rows(store, "event"))[-6:] == [("pending",)] * 3 + [("decision",)] * 3
 
 
 async def test_asking_again_and_votes_that_do_not_decide_tell_nobody(database_url: str) -> None:

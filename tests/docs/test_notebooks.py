@@ -24,6 +24,7 @@ SHOWN = {
     "02-incident-review": (4, 4, 1),
     "03-approvals-review": (4, 1, 2),
     "04-weekly-report": (2, 5, 1),
+    "05-sealed-log": (5, 0, 0),
 }
 # The same of each page whose blocks are cells; the live inbox brings its table for where widgets are off.
 CELLS = {"inbox": (2, 0, 0), "jupyter": (2, 0, 1), "plots": (0, 8, 0)}

@@ -26,13 +26,14 @@ from typer.testing import CliRunner
 from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall
 from agent_gateway_store.errors import DecisionVetoedError
 from builders import make_event, make_request
-from pages import PAGES, blocks, python_of
+from pages import BLOCK, PAGES, blocks, python_of
 
 pytestmark = pytest.mark.integration
 
 # The cells of a notebook: `test_notebooks.py` runs them.
 NOTEBOOKS = [f"how-to/{name}.md" for name in ("inbox", "jupyter", "plots")]
 SERVED = [f"how-to/{name}.md" for name in ("console", "fastapi", "fastmcp", "slack", "testing-plugins", "webhook")]
+ELSEWHERE = (*NOTEBOOKS, *SERVED)
 PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
 
 
@@ -70,7 +71,7 @@ def assert_shown(printed: str, page: str, behind: str) -> None:
     assert re.fullmatch(pattern, printed), printed
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page) and page not in (*NOTEBOOKS, *SERVED)])
+@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page) and page not in ELSEWHERE])
 def test_page_runs(page: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Without a warning, on files of its own, or on servers where it asks for them; it prints what the page shows."""
     (tmp_path / "page.py").write_text(python_of(page))
@@ -160,6 +161,27 @@ def test_webhook_page(tmp_path: Path) -> None:
     printed, _ = follow("how-to/webhook.md", tmp_path, PYTHONWARNINGS="error", PYTHONUNBUFFERED="1")
 
     assert printed.endswith("401\n\n")
+
+
+def test_prove_page(tmp_path: Path) -> None:
+    """Keys, witness, verification, evidence and the published log, as the page says; then a changed event is found."""
+    commands = [block for block in blocks("sh", PAGES["how-to/prove.md"]) if not block.startswith("pip install")]
+    [program] = [block["body"] for block in BLOCK.finditer(PAGES["how-to/prove.md"]) if block["title"] == "check.py"]
+    (tmp_path / "check.py").write_text(program)
+    script = ["set -euo pipefail", *commands, "python -W error check.py", "cat public/checkpoint"]
+
+    printed, _ = run(tmp_path, "bash", "-c", "\n".join(script), DATABASE_URL="sqlite:///gateway.db", REDIS_URL="")
+
+    assert "integrity    ok" in printed
+    assert re.search(r"^True 1\n", printed, re.MULTILINE)
+    assert printed.endswith((tmp_path / "witness.txt").read_text().rstrip("\n") + "\n")
+    proof = tmp_path / "r-1.json"
+    proof.write_text(proof.read_text().replace("delete_file", "read_file"))
+    again = subprocess.run([*CHECK, (tmp_path / "log.vkey").read_text()], cwd=tmp_path, check=False, timeout=60)
+    assert again.returncode == 3
+
+
+CHECK = [sys.executable, "-m", "agent_gateway_store.cli", "evidence", "check", "r-1.json", "--key"]
 
 
 def test_testing_page(tmp_path: Path) -> None:

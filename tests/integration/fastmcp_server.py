@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastmcp import FastMCP
@@ -42,6 +44,12 @@ server: FastMCP[Any] = FastMCP(
 @server.tool
 def delete_file(path: str) -> str:
     return f"deleted {path} in {os.getpid()}"
+
+
+@server.tool
+async def wait_forever() -> None:
+    Path("began").touch()
+    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":

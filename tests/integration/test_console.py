@@ -25,6 +25,7 @@ from agent_gateway_store.console import create_console
 from agent_gateway_store.console.audit import FILTERS
 from agent_gateway_store.console.sessions import COOKIE
 from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.evidence import check
 from agent_gateway_store.storage.migrate import VERSION_TABLE
 from builders import make_event, make_request
 from xss import PAYLOADS
@@ -204,6 +205,31 @@ async def test_another_organisation_is_not_there(running: tuple[GatewayStore, An
         assert "globex-agent" not in (await alice.get(path)).text
     assert await status(globe, f"/approvals/{request.approval_id}") == 200
     assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"
+
+
+async def test_an_event_is_shown_as_sealed_once_it_is(running: tuple[GatewayStore, Any]) -> None:
+    """Before that nothing proves it, and there is no evidence to download."""
+    store, app = running
+    await store.audit.write(make_event(request_id="r-1"))
+    [event] = await store.audit.search(request_id="r-1")
+    alice = await signed_in(store, app)
+    path = f"/audit/{event.id}/evidence.json"
+
+    before = await status(alice, path), "Not sealed." in (await alice.get(f"/audit/{event.id}")).text
+    await store.evidence.seal()
+    after = await alice.get(path)
+
+    assert before == (404, True)
+    assert path in (await alice.get(f"/audit/{event.id}")).text
+    assert check(after.text).ok
+
+
+async def test_a_console_of_one_organisation_is_ready(running: tuple[GatewayStore, Any]) -> None:
+    """It asks such a store nothing about the log, which is that of all organisations."""
+    store, _ = running
+
+    async with life(app := create_console(store.for_org("acme"))):
+        assert await status(Visitor(app), "/readyz") == 200
 
 
 async def test_a_form_of_another_site_or_session_does_nothing(running: tuple[GatewayStore, Any]) -> None:

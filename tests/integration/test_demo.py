@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +15,10 @@ pytestmark = pytest.mark.integration
 
 
 def test_the_demo_runs_in_an_empty_folder_and_shows_its_audit_log(tmp_path: Path) -> None:
-    """Under 10 seconds, in 80 columns, with the real cost of the key hash."""
-    started = time.monotonic()
-
+    """In 80 columns, with the real cost of the key hash."""
     outcome = run_process("demo", NO_COLOR="1", COLUMNS="80", BCRYPT_ROUNDS="10")
 
     assert (outcome.code, outcome.err) == (0, "")
-    assert time.monotonic() - started < 10
     assert max(map(len, outcome.out.splitlines())) <= 80
     for text in ("delete_file", "APPROVAL_REQUIRED", "DENY", "access_code=***", "gateway-demo.db", "list_recent()"):
         assert text in outcome.out

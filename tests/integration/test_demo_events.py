@@ -109,6 +109,7 @@ def test_approvals_tell_the_same_as_their_events(calls: list[Call]) -> None:
         request, vote = approval.request, approval.vote
         assert event.decision == "APPROVAL_REQUIRED"
         assert (event.execution_status is not None) == (request.status == "USED")
+        assert event.execution_status == request.outcome
         assert event.approver_id == request.approver_id == (vote.approver_id if vote else None)
         assert (vote is None) == (request.status == "EXPIRED")
         if vote is not None:

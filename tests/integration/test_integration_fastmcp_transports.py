@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,31 +101,37 @@ async def test_call_that_an_http_client_gives_up_is_cancelled(bench: Bench, mode
     assert (event.decision, event.execution_status) == ("ALLOW", "CANCELLED")
 
 
-@pytest.mark.parametrize("word", ["approve", "deny"])
-async def test_server_over_stdio_waits_for_an_approver_elsewhere(
-    word: str, postgres_database: Callable[[], str], tmp_path: Path
-) -> None:
-    """The server is a process of its own; the decision is made here, on the same database."""
-    url = postgres_database()
+@asynccontextmanager
+async def over_stdio(url: str, folder: Path) -> AsyncIterator[tuple[Bench, Client[Any]]]:
+    """A store here, and the client of a server that is a process of its own on the same database."""
     async with GatewayStore(url, auto_migrate=True) as store:
-        bench = Bench(store)
         issued = await store.keys.issue("desk-agent", role="developer", org_id="acme")
         environment = {
             "PATH": os.defpath,
             "PYTHONWARNINGS": "error",
             "DATABASE_URL": url,
-            "AUDIT_SPOOL_PATH": str(tmp_path / "server-spool.db"),
+            "AUDIT_SPOOL_PATH": str(folder / "server-spool.db"),
             "BCRYPT_ROUNDS": "4",
-            "HOME": str(tmp_path),
+            "HOME": str(folder),
             "AGENT_KEY": issued.plaintext.get_secret_value(),
         }
-        transport = StdioTransport(sys.executable, [str(SERVER)], env=environment, cwd=str(tmp_path), keep_alive=False)
+        transport = StdioTransport(sys.executable, [str(SERVER)], env=environment, cwd=str(folder), keep_alive=False)
         async with Client(transport) as client:
-            waiting = asyncio.create_task(client.call_tool("delete_file", {"path": "a.txt"}, raise_on_error=False))
-            asked = await bench.pending()
-            decide = store.approvals.approve if word == "approve" else store.approvals.deny
-            await decide(approval_id=asked.approval_id, approver_id="alice")
-            result = await waiting
+            yield Bench(store), client
+
+
+@pytest.mark.parametrize("word", ["approve", "deny"])
+async def test_server_over_stdio_waits_for_an_approver_elsewhere(
+    word: str, postgres_database: Callable[[], str], tmp_path: Path
+) -> None:
+    """The server is a process of its own; the decision is made here, on the same database."""
+    async with over_stdio(postgres_database(), tmp_path) as (bench, client):
+        store = bench.store
+        waiting = asyncio.create_task(client.call_tool("delete_file", {"path": "a.txt"}, raise_on_error=False))
+        asked = await bench.pending()
+        decide = store.approvals.approve if word == "approve" else store.approvals.deny
+        await decide(approval_id=asked.approval_id, approver_id="alice")
+        result = await waiting
         event = await bench.event()
         stored = await store.approvals.get(approval_id=asked.approval_id)
 
@@ -169,3 +176,28 @@ async def test_version_passed_on_by_a_proxy_is_judged(bench: Bench) -> None:
         ("proxy", "read_log", "DENY"),
         ("proxy", "read_log", "ALLOW"),
     ]
+
+
+@pytest.mark.parametrize("step", ["waiting", "running"])
+async def test_call_that_a_stdio_client_cancels(
+    step: str, postgres_database: Callable[[], str], tmp_path: Path
+) -> None:
+    """While it waits for a human its approval is withdrawn; while its tool runs it ends as CANCELLED."""
+    async with over_stdio(postgres_database(), tmp_path) as (bench, client):
+        call = asyncio.create_task(client.call_tool("wait_forever", {}))
+        asked = await bench.pending()
+        if step == "running":
+            await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+            while not (tmp_path / "began").exists():
+                await asyncio.sleep(0.02)
+        call.cancel()
+        await asyncio.wait([call])
+        event = await bench.first_event()
+        stored = await bench.store.approvals.get(approval_id=asked.approval_id)
+        # The connection goes on.
+        assert [tool.name for tool in await client.list_tools()] == ["delete_file", "wait_forever"]
+
+    if step == "running":
+        assert (event.execution_status, event.approver_id, stored.status) == ("CANCELLED", "alice", "USED")
+    else:
+        assert (event.execution_status, event.approver_id, stored.status) == (None, None, "CANCELLED")

@@ -68,6 +68,7 @@ def test_a_stranger_goes_the_whole_way(tmp_path: Path) -> None:
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "agent_gateway_store.cli", "console", "--demo", "--port", port]
     environment = {**os.environ, "AUDIT_SPOOL_PATH": str(tmp_path / "spool.db"), "REDIS_URL": ""}
+    environment["AUDIT_SEAL_SECONDS"] = "0.2"
     options: Any = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "text": True}
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stderr=log, **options) as server:
         try:
@@ -92,10 +93,14 @@ def test_a_stranger_goes_the_whole_way(tmp_path: Path) -> None:
                     page.locator("tbody a").first.click()
                     expect(page.locator("section", has_text="Approval").get_by_text(word).first).to_be_visible()
                     expect(page.get_by_text("demo-approver").first).to_be_visible()
-                if hasattr(GatewayStore, "evidence"):
-                    with page.expect_download() as download:
-                        page.get_by_role("link", name="Download the evidence").click()
-                    assert download.value.path().read_text().startswith("{")
+                for _ in range(40):
+                    if page.get_by_role("link", name="Download the evidence").count():
+                        break
+                    time.sleep(0.5)
+                    page.reload()
+                with page.expect_download() as download:
+                    page.get_by_role("link", name="Download the evidence").click()
+                assert download.value.path().read_text().startswith("{")
                 picture(page, "console-event")
             assert (seen.requests, seen.tried, seen.errors) == ([], [], [])
         finally:

@@ -19,6 +19,7 @@ PAGES = {
     "02-incident-review": (4, 4),
     "03-approvals-review": (4, 1),
     "04-weekly-report": (2, 5),
+    "05-sealed-log": (5, 0),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_gateway_store.audit.files import Compression, opened, partial
+from agent_gateway_store.storage.files import Compression, opened, partial
 
 pytestmark = pytest.mark.unit
 

@@ -116,3 +116,11 @@ def test_keygen_names_the_key_by_default() -> None:
 
 def test_keygen_refuses_a_name_that_no_verifier_takes() -> None:
     assert gateway_store("evidence", "keygen", "--name", "a b").code == 2
+
+
+def test_publishing_an_empty_log_writes_nothing(tmp_path: Path) -> None:
+    ended = gateway_store("evidence", "publish", str(tmp_path / "log"), DATABASE_URL=f"sqlite:///{tmp_path}/gateway.db")
+
+    assert ended.code == 0
+    assert "Nothing is sealed yet" in ended.said
+    assert not (tmp_path / "log").exists()

@@ -10,7 +10,7 @@ import pytest
 
 from agent_gateway_store import AuditEvent
 from agent_gateway_store.demo.history import history
-from agent_gateway_store.demo.world import PROBED, SLOW, TROUBLEMAKER, Incident
+from agent_gateway_store.demo.world import LEAKED, PROBED, SLOW, STOLEN, THIEF_ADDRESS, TROUBLEMAKER, Incident
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +44,31 @@ def test_the_incident_review_finds_its_incidents(end: datetime) -> None:
     assert slowest - SLOW.start(end) in (timedelta(), HOUR)
 
 
-@pytest.mark.parametrize("incident", [PROBED, SLOW], ids=["probed", "slow"])
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: f"{end:%a-%H}")
+def test_a_leaked_key_and_retries_can_be_found(end: datetime) -> None:
+    """One caller comes from two addresses, by night from the foreign one; some ask again what was denied them."""
+    calls = list(history(3_000, seed=7, end=end, keys={}))
+
+    places = defaultdict(set)
+    for call in calls:
+        places[call.event.caller_id].add(call.event.extra["client"])
+    [leaked] = [caller for caller, found in places.items() if len(found) > 1]
+    stolen = [call.event for call in calls if call.event.extra["client"] == THIEF_ADDRESS]
+    assert {each.caller_id for each in stolen} == {leaked} == {LEAKED}
+    assert {hour_of(each) for each in stolen} == {STOLEN.start(end)}
+    assert len(stolen) > 10
+    denied: dict[tuple[str, str], datetime] = {}
+    again = 0
+    for call in calls:
+        event, asked = call.event, call.approval and call.approval.request
+        same = (event.caller_id, event.raw_args_hash)
+        again += timedelta() <= event.timestamp - denied.get(same, end) < HOUR
+        if asked and asked.status == "DENIED":
+            denied[same] = asked.decision_at or end
+    assert again >= 2
+
+
+@pytest.mark.parametrize("incident", [PROBED, SLOW, STOLEN], ids=["probed", "slow", "stolen"])
 def test_an_incident_begins_at_its_hour(incident: Incident) -> None:
     """On the latest day that is old enough, be the end to the second or the microsecond before."""
     for number in range(7 * 24):

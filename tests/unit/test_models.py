@@ -365,7 +365,11 @@ def test_our_tables_are_not_in_the_global_metadata() -> None:
         "api_keys",
         "approval_requests",
         "approval_votes",
+        "audit_checkpoints",
+        "audit_door",
         "audit_events",
+        "audit_leaves",
+        "audit_tiles",
         "database_identity",
         "notification_deliveries",
     }

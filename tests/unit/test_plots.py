@@ -262,6 +262,20 @@ def test_text_of_the_data_is_neither_markup_nor_a_field_name() -> None:
         assert "x3c/script>" in text
 
 
+@pytest.mark.parametrize("name", ["a" * 40, "W" * 25, "\u5de5" * 25])
+def test_labels_that_are_cut_say_so(name: str) -> None:
+    """A line tells what shows the whole; the data, and so the tooltip, has it; names that begin alike stay two."""
+    pages = [Page([make_event(tool_name=f"{name}{n}", caller_id=f"{name}{n}", risk_labels=[f"{name}{n}"],
+                              execution_status="SUCCESS") for n in range(2)])]  # fmt: skip
+    short = Page([make_event(tool_name="read_file", execution_status="SUCCESS", risk_labels=["PII"])])
+
+    for draw in (plot.calls, plot.risk, lambda page: plot.latency(page, by="tool_name")):
+        chart = draw(pages[0])
+        assert "… marks labels that are cut" in chart.to_dict()["title"]["subtitle"][-1]
+        assert {f"{name}0", f"{name}1"} <= {value for row in rows_of(chart) for value in row.values()}
+        assert "…" not in str(draw(short).to_dict()["title"])
+
+
 def test_what_is_missing_is_named() -> None:
     """The error says which column a plot needs, and which there are."""
     with pytest.raises(ValueError, match="needs decision; the result has timestamp"):

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from agent_gateway_store import Page
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.models.approval import CastVote, VoteDecision
 from agent_gateway_store.models.audit import AuditEvent, ExecutionStatus
 from agent_gateway_store.models.keys import TrustLevel
 from agent_gateway_store.results.html import style
@@ -182,3 +184,14 @@ def test_a_notice_has_a_card_without_the_orm() -> None:
 
     assert "files.delete_file" in notice._repr_html_()
     assert "2026-05-01 00:00:00" in notice._repr_html_()
+
+
+def test_votes_are_one_line_of_a_table() -> None:
+    """Who voted what by which channel; hostile names are escaped."""
+    request = make_request()
+    vote = CastVote(approver_id=NASTY, decision=VoteDecision.DENIED, note="", channel="slack", voted_at=utc_now())
+    request.__dict__["votes"] = [vote]
+    reader = Reader(Page([request], columns=("votes",))._repr_html_())
+
+    assert "<script>alert" in reader.text
+    assert "DENIED (slack)" in reader.text

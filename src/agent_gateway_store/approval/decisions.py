@@ -37,6 +37,7 @@ from agent_gateway_store.errors import (
 from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalScope, VoteDecision, hash_tool_call
 from agent_gateway_store.models.values import ApprovalStatus, PendingApproval, ToolCall
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.statements import Statement
@@ -109,26 +110,29 @@ def _pending(request: ApprovalRequest) -> PendingApproval:
     )
 
 
-async def approve(
+async def decide(
     connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, *, allow_self: bool, use_s: float
 ) -> StoredApproval:
-    """Store a vote to approve, and approve where it is the last one needed; does not commit.
+    """Store a vote, and decide where it is the last one needed; does not commit.
 
     Args:
         connection: In a transaction.
         ref: Which approval.
-        vote: APPROVED.
-        allow_self: Whether the caller of the tool call may vote.
+        vote: What one approver decides.
+        allow_self: Whether the caller of the tool call may approve.
         use_s: For how many seconds an approval that was asked for by `acquire` without a deadline can be used.
 
     Returns:
-        The approval as it then stands: APPROVED, or PENDING while votes are missing.
+        The approval as it then stands: PENDING while votes to approve are missing.
 
     Raises:
         ApprovalError: As `ApprovalManager.approve` says; what was written must be rolled back.
     """
+    if vote.decision is not VoteDecision.APPROVED:
+        return await _close(connection, ref, vote)
     values = {**ref.values, **vote.values, "p_allow_self": allow_self, "p_ttl_s": use_s}
-    row = await APPROVE[ref.by].first(connection, values)
+    # `Changes.decide` has tried that on PostgreSQL.
+    row = None if isinstance(connection, RawConnection) else await APPROVE[ref.by].first(connection, values)
     if row is not None:
         return await _store_vote(connection, row, vote)
     # More than one vote is needed, or it is refused. The lock makes voters wait for each other, so that each counts all
@@ -146,17 +150,7 @@ async def approve(
     return StoredApproval.from_row(row)
 
 
-async def close(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput) -> StoredApproval:
-    """Deny or cancel by this one vote; does not commit.
-
-    Args:
-        connection: In a transaction.
-        ref: Which approval.
-        vote: DENIED or CANCELLED.
-
-    Raises:
-        ApprovalError: As `ApprovalManager.deny` says; what was written must be rolled back.
-    """
+async def _close(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput) -> StoredApproval:
     statement = (CANCEL if vote.decision is VoteDecision.CANCELLED else DENY)[ref.by]
     row = await statement.first(connection, {**ref.values, **vote.values})
     if row is None:

@@ -29,6 +29,7 @@ from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError, GatewayStoreError, TooManyPendingError
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
+from agent_gateway_store.models.delivery import Leased
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
@@ -45,12 +46,12 @@ class Issued(NamedTuple):
     Attributes:
         approval: As it stands.
         is_new: False: it is the pending approval of the same call, under the new token.
-        leased: Notifier to delivery id, of the rows leased to this process.
+        leased: The rows of its notice that are leased to this process.
     """
 
     approval: StoredApproval
     is_new: bool
-    leased: dict[str, UUID]
+    leased: Leased
 
 
 def issue_values(
@@ -151,7 +152,7 @@ async def insert_or_reissue(connection: AnyConnection, values: dict[str, Any], o
         row = await REISSUE.first(connection, values)
     except IntegrityError:
         raise already_issued(values) from None
-    return None if row is None else Issued(StoredApproval.from_row(row), False, {})
+    return None if row is None else Issued(StoredApproval.from_row(row), False, Leased({}, 0))
 
 
 async def close_standing(connection: AnyConnection, values: dict[str, Any]) -> list[StoredApproval]:
@@ -293,9 +294,9 @@ class Asking:
             if row is None:
                 return None
             approval = StoredApproval.from_row(row)
-            left = await take_back(connection, approval, is_leased=new is not None and bool(new.leased))
+            left = await take_back(connection, approval, is_leased=new is not None and bool(new.leased.ids))
             if not left and new is not None:
-                return Change(approval, None, {})
+                return Change(approval, None, Leased({}, 0))
             # Somebody was notified that it waits.
             (change,) = await self._changes.enqueue(connection, [approval])
             return change

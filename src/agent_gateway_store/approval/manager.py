@@ -2,58 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Unpack
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from os import PathLike
+from typing import Any, Literal, Unpack
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store._concurrency import BackgroundTasks
-from agent_gateway_store.approval import decisions, issuing, queries
+from agent_gateway_store.approval import decisions, issuing, queries, reports
 from agent_gateway_store.approval.acquiring import Acquiring, acquire_values
 from agent_gateway_store.approval.cache import ApprovalCache
-from agent_gateway_store.approval.changes import Changes
+from agent_gateway_store.approval.changes import ApprovalBackend, Changes, in_session
 from agent_gateway_store.approval.decisions import Permission, VoteInput
-from agent_gateway_store.approval.outbox_rows import Outbox, PersistOnlyOutbox
-from agent_gateway_store.approval.queries import ApprovalFilters, ApprovalRef, result_of
+from agent_gateway_store.approval.filters import ApprovalFilters, Criteria, criteria
+from agent_gateway_store.approval.queries import ApprovalRef, result_of
 from agent_gateway_store.approval.waiting import Waiting
-from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, VoteDecision
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
-from agent_gateway_store.results import Page
+from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
-from agent_gateway_store.storage.database import SessionTransactions, Transactions
+from agent_gateway_store.storage.export import ExportOptions, ExportResult
 from agent_gateway_store.storage.filters import require_between
-from agent_gateway_store.storage.redis_cache import RedisCache
+from agent_gateway_store.storage.grouping import grouping
 
 _LARGEST_BATCH = 10_000  # of `expire_stale`: what one transaction writes within a command's time
-_STREAMED_ROWS = 500  # chosen: about a megabyte of requests
-
-
-@dataclass(frozen=True, slots=True)
-class ApprovalBackend:
-    """What approvals work with: one for each store, shared by its views, or one for a session of the caller's.
-
-    Attributes:
-        transactions: Where they are kept.
-        redis: The guarded client.
-        settings: In force.
-        outbox: Who is notified of changes.
-        vetoes: The plugins that may object to a vote; None: none.
-        waiting: Wakes the tasks that wait for decisions; None: they poll.
-        background: As for `Asking`; None for a session of the caller's.
-    """
-
-    transactions: Transactions
-    redis: RedisCache
-    settings: StoreSettings
-    outbox: Outbox = field(default_factory=lambda: PersistOnlyOutbox(()))
-    vetoes: Vetoes | None = None
-    waiting: Waiting | None = None
-    background: BackgroundTasks | None = None
 
 
 class ApprovalManager:
@@ -85,13 +59,7 @@ class ApprovalManager:
         org_id: str | None = None,
         notifiers: Iterable[str] = (),
     ) -> None:
-        if isinstance(session, ApprovalBackend):
-            backend = session
-        else:
-            settings = settings or StoreSettings()
-            guarded = RedisCache(redis, timeout_s=settings.redis_timeout_seconds)
-            transactions = SessionTransactions(session, ApprovalRequest, atomic=True)
-            backend = ApprovalBackend(transactions, guarded, settings, PersistOnlyOutbox(notifiers))
+        backend = session if isinstance(session, ApprovalBackend) else in_session(session, redis, settings, notifiers)
         trust_s = backend.settings.approval_cache_seconds
         self._transactions, self._settings = backend.transactions, backend.settings
         self._org_id = org_id
@@ -232,11 +200,7 @@ class ApprovalManager:
         ref = ApprovalRef.by_either(token, approval_id, self._org_id)
         vote = VoteInput(approver_id, note, channel, VoteDecision.APPROVED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
-        allow_self = self._settings.allow_self_approval
-        use_s = self._settings.approval_token_ttl_seconds
-        work = partial(decisions.approve, ref=ref, vote=vote, allow_self=allow_self, use_s=use_s)
-        (change,) = await self._changes.apply(work)
-        return await self._changes.publish(change, token)
+        return await self._decide(ref, vote, token)
 
     async def deny(
         self,
@@ -251,7 +215,7 @@ class ApprovalManager:
         ref = ApprovalRef.by_either(token, approval_id, self._org_id)
         vote = VoteInput(approver_id, note, channel, VoteDecision.DENIED)
         await decisions.require_no_veto(self._vetoes, self._transactions, ref, vote)
-        return await self._close(ref, vote, token)
+        return await self._decide(ref, vote, token)
 
     async def cancel(
         self,
@@ -267,10 +231,11 @@ class ApprovalManager:
         Arguments and errors as for `approve`; no plugin can refuse it.
         """
         vote = VoteInput(approver_id, note, channel, VoteDecision.CANCELLED)
-        return await self._close(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
+        return await self._decide(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
 
-    async def _close(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
-        (change,) = await self._changes.apply(partial(decisions.close, ref=ref, vote=vote))
+    async def _decide(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
+        allow_self, use_s = self._settings.allow_self_approval, self._settings.approval_token_ttl_seconds
+        change = await self._changes.decide(ref, vote, allow_self=allow_self, use_s=use_s)
         return await self._changes.publish(change, token)
 
     async def consume_token(
@@ -313,12 +278,8 @@ class ApprovalManager:
             caller_id: Must be who asked.
 
         Raises:
-            ApprovalNotFoundError: No approval has this token.
             ApprovalMismatchError: Another caller, an approval that releases no output, or a payload that does not
-                match its hash.
-            ApprovalNotApprovedError: It is pending, denied or cancelled.
-            ApprovalExpiredError: The deadline to use it has passed.
-            ApprovalAlreadyUsedError: It has released its output.
+                match its hash. All other errors are those of `consume_token`.
             StoreUnavailableError: The database is away.
         """
         ref, permission = ApprovalRef.by_token(token, self._org_id), Permission.of_output(caller_id)
@@ -377,14 +338,7 @@ class ApprovalManager:
             ValueError: `batch_size` is out of range.
         """
         require_between("batch_size", batch_size, 1, _LARGEST_BATCH, hint="every batch is swept until none is left")
-        swept = 0
-        while True:
-            changes = await self._changes.apply(partial(decisions.expire, org_id=self._org_id, batch_size=batch_size))
-            for change in changes:
-                await self._changes.publish(change)
-            swept += len(changes)
-            if len(changes) < batch_size:
-                return swept
+        return await self._changes.expire(self._org_id, batch_size)
 
     async def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
@@ -393,12 +347,8 @@ class ApprovalManager:
 
         Args:
             status: Only these, as a reader sees them (EXPIRED from the deadline on). None: all.
-            limit: At most so many, 1 to 2^31 - 1.
+            limit: As for `search`, and so are `cursor` and the errors.
             cursor: `next_cursor` of the page before.
-
-        Raises:
-            InvalidCursorError: The cursor did not come from this listing.
-            ValueError: There is no such status, or `limit` is out of range.
         """
         return await self.search(limit=limit, cursor=cursor, status=status)
 
@@ -414,29 +364,74 @@ class ApprovalManager:
             cursor: `next_cursor` of the page before; the filters must be the same.
 
         Raises:
-            InvalidCursorError: The cursor did not come from this search.
+            InvalidCursorError: The cursor did not come from this search, or is from before `db restored`.
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such status or time, or `limit` is out of range.
         """
-        return await queries.search(self._transactions, filters, org_id=self._org_id, limit=limit, cursor=cursor)
+        return await reports.search(self._transactions, self._found(filters), limit=limit, cursor=cursor)
+
+    def _found(self, filters: ApprovalFilters) -> Criteria:
+        return criteria(filters, org_id=self._org_id)
 
     async def stream(self, **filters: Unpack[ApprovalFilters]) -> AsyncGenerator[ApprovalRequest]:
         """Yield every approval that `search` finds, in its order; no connection is held between two pages of it."""
-        cursor: str | None = None
-        while True:
-            page = await self.search(limit=_STREAMED_ROWS, cursor=cursor, **filters)
-            for request in page:
-                yield request
-            if (cursor := page.next_cursor) is None:
-                return
+        async for request in reports.stream(self._transactions, self._found(filters)):
+            yield request
 
     async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
-        """Return the approval of this id, without its token.
+        """Return the approval of this id with its votes, without its token.
 
         Raises:
             ApprovalNotFoundError: There is none.
         """
-        return (await queries.get(self._transactions, ApprovalRef.by_id(approval_id, self._org_id))).request
+        return await reports.get(self._transactions, ApprovalRef.by_id(approval_id, self._org_id))
+
+    async def stats(
+        self,
+        by: str | Sequence[str] | None = None,
+        bucket: timedelta | str | None = None,
+        time_zone: str | None = None,
+        **filters: Unpack[ApprovalFilters],
+    ) -> Stats:
+        """Count approvals and how long they waited for a decision, aggregated by the database.
+
+        Each row has the columns of its group, then `approvals`, of them `pending`, `approved`, `denied`, `expired`,
+        `cancelled` and `used` as a reader sees them, `unknown_outcomes`, and `wait_p50_s`, `wait_p90_s`, `wait_p99_s`:
+        percentiles of the seconds from asking to the decision (None: nothing was decided).
+
+        Args:
+            by: Columns to group by: status, outcome ("unknown" where it was not recorded after the use), caller_id,
+                tool_name, mcp_server, approver_id, scope, org_id; hour_of_day or weekday, of asking.
+            bucket, time_zone: As for `store.audit.stats`, by the time of asking.
+
+        Raises:
+            TypeError, ValueError: As for `search`; or there is no such column or time zone.
+        """
+        grouped = grouping(by, bucket, time_zone, reports.GROUPS)
+        return await reports.stats(self._transactions, self._found(filters), grouped)
+
+    async def export(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: Literal["jsonl", "csv", "parquet"] | None = None,  # noqa: A002  the natural name
+        compression: Literal["gzip", "zstd"] | None = None,
+        partition_by: Literal["day"] | None = None,
+        raw: bool = False,
+        overwrite: bool = False,
+        progress: bool | Callable[[int], None] = False,
+        **filters: Unpack[ApprovalFilters],
+    ) -> ExportResult:
+        """Write every approval that matches, with its votes, to a file, oldest first, as they stood at one moment.
+
+        Arguments, guarantees and errors are those of `store.audit.export`; a day is that of asking. Neither a token nor
+        an output that waits to be released is in the file.
+
+        Raises:
+            ValueError: Also if this manager works in a session of the caller's: export from a store.
+        """
+        options = ExportOptions(format, compression, partition_by, raw, overwrite, progress)
+        return await reports.export(self._transactions, self._found(filters), path, options)
 
     async def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
         """Return what happened to an approval, in the order of time.

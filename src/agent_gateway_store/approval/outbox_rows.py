@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 from uuid import UUID, uuid4
 
-from sqlalchemy import Float, Integer, Text, Uuid
+from sqlalchemy import Boolean, Float, Integer, Text, Uuid, column
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store.approval.queries import StoredApproval
-from agent_gateway_store.approval.statements import INSERT, INSERT_SQL, fragments, sql_statement
-from agent_gateway_store.models.approval import ApprovalRequest
-from agent_gateway_store.models.columns import Json
-from agent_gateway_store.models.delivery import NotificationDelivery
+from agent_gateway_store.approval.statements import (
+    APPROVE_SQL,
+    CANCEL_SQL,
+    DENY_SQL,
+    INSERT,
+    INSERT_SQL,
+    REFS,
+    VOTES_SQL,
+    Key,
+    fragments,
+    readable_columns,
+    sql_statement,
+)
+from agent_gateway_store.models.approval import ApprovalRequest, VoteDecision
+from agent_gateway_store.models.columns import UTC_MAX, Json
+from agent_gateway_store.models.delivery import Leased, NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.db_clock import clock_sql
+from agent_gateway_store.storage.pubsub import CHANNEL
 from agent_gateway_store.storage.rows import RowsParameter
+from agent_gateway_store.storage.statements import Statement
 
 _deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
 _PENDING = ApprovalStatus.PENDING
 _PLACEHOLDER = UUID(int=0)
-_LEASE_END = {dialect: clock_sql(dialect, plus=":p_lease_s") for dialect in ("sqlite", "postgresql")}
 
 
 class Outbox(Protocol):
@@ -39,13 +54,8 @@ class Outbox(Protocol):
         """For how many seconds a new row is leased to this process; None: any worker may send it at once."""
         ...
 
-    def send(self, notice: Notice, leased: Mapping[str, UUID]) -> None:
-        """Take a notice whose rows are committed.
-
-        Args:
-            notice: Without a `delivery_id` that means anything.
-            leased: Notifier to delivery id, of the rows leased to this process.
-        """
+    def send(self, notice: Notice, leased: Leased) -> None:
+        """Take a notice whose rows are committed; it has no `delivery_id` that means anything."""
         ...
 
 
@@ -57,43 +67,136 @@ class PersistOnlyOutbox:
     def __init__(self, notifiers: Iterable[str]) -> None:
         self.notifiers = tuple(notifiers)
 
-    def send(self, notice: Notice, leased: Mapping[str, UUID]) -> None:
+    def send(self, notice: Notice, leased: Leased) -> None:
         """Leave it to the worker."""
 
 
-# PostgreSQL alone: SQLite has no INSERT within a WITH. Times are written out in UTC, for the JSON of a timestamp is in
-# the time zone of the session.
+# Of a row of the outbox, where `is_leased` says whether it is leased to this process.
+_INSERT_DELIVERIES = """
+    INSERT INTO notification_deliveries (
+        delivery_id, org_id, approval_id, notifier, event, payload, status, attempts, next_attempt_at, created_at
+    )"""
+_DUE = {
+    dialect: f"""'DUE',
+        CASE WHEN is_leased THEN 1 ELSE 0 END,
+        CASE WHEN is_leased THEN {clock_sql(dialect, plus=":p_lease_s")} ELSE {clock_sql(dialect)} END,
+        {clock_sql(dialect)}"""
+    for dialect in ("sqlite", "postgresql")
+}
+# A notice that waits for an earlier one about the same approval is sent by the process that delivers that one, so it is
+# not leased. `|| ''` keeps the planner from the index over status and notifier, which may hold a whole backlog; the one
+# over approval_id finds a few rows. LIMIT and OFFSET keep it from a join, for which it would read the whole table.
+# As a CASE, because where nothing is leased a plan for these parameters would leave the look out, look cheaper than one
+# for any, and be made anew each time.
+_IS_LEASED = """CASE WHEN NOT EXISTS (
+            SELECT 1 FROM notification_deliveries AS before
+            WHERE before.approval_id = given.approval_id
+                AND before.notifier || '' = given.notifier
+                AND before.status || '' = 'DUE'
+            LIMIT 1 OFFSET 0
+        ) THEN :p_lease_s END IS NOT NULL AS is_leased"""
+# Of an unknown LIMIT PostgreSQL expects a tenth, so one row, and of an unknown array ten: then the plan for any
+# parameters looks dearer than one for these, and the statement is planned for longer than it runs, each time.
+_RECIPIENTS = """(
+            SELECT * FROM unnest(:p_notifiers, :p_delivery_ids) AS each(notifier, delivery_id)
+            LIMIT cardinality(:p_notifiers)
+        ) AS recipient"""
+_DECISION_TYPES: dict[str, TypeEngine[Any]] = {
+    "p_delivery_ids": ARRAY(Uuid()),
+    "p_lease_s": Float(53),
+    "p_notice": JSONB(),
+    "p_notifiers": ARRAY(Text()),
+    "p_publishes": Boolean(),
+}
+
+
+def _fragment(sql: str) -> dict[str, str]:
+    more = {"insert_deliveries": _INSERT_DELIVERIES, "is_leased": _IS_LEASED, "recipients": _RECIPIENTS}
+    return {dialect: sql.format_map({**fragments(dialect), **more, "due": due}) for dialect, due in _DUE.items()}
+
+
+def _utc(column: str) -> str:
+    # Written out in UTC, for the JSON of a timestamp is in the time zone of the session; asyncpg stores the last
+    # instant of UTC as infinity.
+    written = f"to_char({column} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
+    return f"CASE WHEN {column} = 'infinity' THEN '{UTC_MAX:%Y-%m-%dT%H:%M:%S.%fZ}' ELSE {written} END"
+
+
+# PostgreSQL alone: SQLite has no INSERT within a WITH.
 _INSERT_WITH_DELIVERIES = sql_statement(
     """
     WITH asked AS ({insert}
-    ), written AS (
-        INSERT INTO notification_deliveries (
-            delivery_id, org_id, approval_id, notifier, event, payload, status, attempts, next_attempt_at, created_at
-        )
+    ), written AS ({insert_deliveries}
         SELECT
-            recipient.delivery_id, asked.org_id, asked.approval_id, recipient.notifier, 'pending',
+            delivery_id, org_id, approval_id, notifier, 'pending',
             :p_notice || jsonb_build_object(
-                'created_at', to_char(asked.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-                'expires_at', to_char(asked.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-                'delivery_id', recipient.delivery_id
+                'created_at', {created_at}, 'expires_at', {expires_at}, 'delivery_id', delivery_id
             ),
-            'DUE',
-            CASE WHEN :p_lease_s IS NULL THEN 0 ELSE 1 END,
-            CASE WHEN :p_lease_s IS NULL THEN {now} ELSE {lease_end} END,
-            {now}
-        FROM asked CROSS JOIN unnest(:p_notifiers, :p_delivery_ids) AS recipient(notifier, delivery_id)
+            {due}
+        FROM asked CROSS JOIN (
+            SELECT *, :p_lease_s IS NOT NULL AS is_leased
+            FROM {recipients}
+        ) AS given
     )
     SELECT * FROM asked
     """,
-    types={
-        "p_delivery_ids": ARRAY(Uuid()),
-        "p_lease_s": Float(53),
-        "p_notice": JSONB(),
-        "p_notifiers": ARRAY(Text()),
-    },
-    insert={dialect: INSERT_SQL.format_map(fragments(dialect)) for dialect in _LEASE_END},
-    lease_end=_LEASE_END,
+    types=_DECISION_TYPES,
+    insert=_fragment(INSERT_SQL),
+    recipients=_fragment(_RECIPIENTS),
+    insert_deliveries=_fragment(_INSERT_DELIVERIES),
+    due=_DUE,
+    created_at=_fragment(_utc("created_at")),
+    expires_at=_fragment(_utc("expires_at")),
 )
+
+
+def _decide(update: str, on_conflict: str = "") -> dict[Key, Statement]:
+    """A decision, the vote and the rows of the notice in one statement, with the message to other processes.
+
+    A second vote of the same approver raises IntegrityError, and nothing is written, unless `on_conflict` says what to
+    do. The JSON is that of `notice_of`.
+    """
+    sql = f"""
+    WITH decided AS ({update}), voted AS (
+        {VOTES_SQL}
+        SELECT approval_id, org_id, :p_approver_id, :p_decision, :p_note, :p_channel, {{now}} FROM decided
+        {on_conflict}
+    ), given AS (
+        SELECT decided.*, delivery_id, notifier
+        FROM decided CROSS JOIN {{recipients}}
+    ), notices AS MATERIALIZED (
+        SELECT given.*, {{is_leased}} FROM given
+    ), written AS ({{insert_deliveries}}
+        SELECT
+            delivery_id, org_id, approval_id, notifier, 'decision',
+            jsonb_build_object(
+                'event', 'decision', 'delivery_id', delivery_id, 'approval_id', approval_id, 'org_id', org_id,
+                'request_id', request_id, 'caller_id', caller_id, 'tool_call', tool_call,
+                'risk_explanation', risk_explanation, 'created_at', {_utc("created_at")},
+                'expires_at', {_utc("expires_at")}, 'status', status, 'approver_id', approver_id,
+                'note', approver_note, 'decided_at', {_utc("decision_at")}
+            ),
+            {{due}}
+        FROM notices
+        RETURNING delivery_id, attempts
+    )
+    SELECT decided.*, ARRAY(SELECT delivery_id FROM written WHERE attempts > 0) AS leased,
+        CASE WHEN :p_publishes THEN CAST(pg_notify('{CHANNEL}', CAST(approval_id AS TEXT)) AS TEXT) END AS sent
+    FROM decided
+    """  # noqa: S608  pieces of the program's own
+    columns = (*readable_columns, column("leased", ARRAY(Uuid())), column("sent", Text()))
+    return {
+        by: sql_statement("{whole}", columns, types=_DECISION_TYPES, whole=_fragment(sql.replace("{ref}", ref)))
+        for by, ref in REFS.items()
+    }
+
+
+_DECIDE = {
+    VoteDecision.APPROVED: _decide(APPROVE_SQL),
+    VoteDecision.DENIED: _decide(DENY_SQL),
+    # Somebody who has voted may still cancel; the first vote stays on record.
+    VoteDecision.CANCELLED: _decide(CANCEL_SQL, "ON CONFLICT DO NOTHING"),
+}
 
 _FIELDS: dict[str, TypeEngine[Any]] = {
     "delivery_id": Uuid(),
@@ -105,30 +208,13 @@ _FIELDS: dict[str, TypeEngine[Any]] = {
 }
 _NOTICES = RowsParameter("notices", _FIELDS)
 
-# A notice that waits for an earlier one about the same approval is sent by the process that delivers that one, so it is
-# not leased. Materialized, so that each row looks back once and not once for each use of the answer. `|| ''` keeps the
-# planner from the index over status and notifier, which may hold a whole backlog; the one over approval_id finds a few
-# rows. LIMIT and OFFSET keep it from a join, for which it would read the whole table.
+# Materialized, so that each row looks back once and not once for each use of the answer.
 _ENQUEUE = sql_statement(
     """
     WITH notices AS MATERIALIZED (
-        SELECT given.*, :p_lease_s IS NOT NULL AND NOT EXISTS (
-            SELECT 1 FROM notification_deliveries AS before
-            WHERE before.approval_id = given.approval_id
-                AND before.notifier || '' = given.notifier
-                AND before.status || '' = 'DUE'
-            LIMIT 1 OFFSET 0
-        ) AS is_leased
-        FROM {given} AS given
-    )
-    INSERT INTO notification_deliveries (
-        delivery_id, org_id, approval_id, notifier, event, payload, status, attempts, next_attempt_at, created_at
-    )
-    SELECT
-        delivery_id, org_id, approval_id, notifier, event, {payload}, 'DUE',
-        CASE WHEN is_leased THEN 1 ELSE 0 END,
-        CASE WHEN is_leased THEN {lease_end} ELSE {now} END,
-        {now}
+        SELECT given.*, {is_leased} FROM {given} AS given
+    ){insert_deliveries}
+    SELECT delivery_id, org_id, approval_id, notifier, event, {payload}, {due}
     FROM notices
     RETURNING delivery_id, attempts
     """,
@@ -138,9 +224,11 @@ _ENQUEUE = sql_statement(
         "p_lease_s": Float(53),
         "p_notices": Json(),
     },
-    lease_end=_LEASE_END,
+    is_leased=_fragment(_IS_LEASED),
+    insert_deliveries=_fragment(_INSERT_DELIVERIES),
+    due=_DUE,
     payload={"postgresql": "CAST(payload AS JSONB)", "sqlite": "payload"},
-    given={dialect: _NOTICES.sql(dialect) for dialect in _LEASE_END},
+    given={dialect: _NOTICES.sql(dialect) for dialect in _DUE},
 )
 
 
@@ -177,7 +265,7 @@ async def take_back(connection: AnyConnection, approval: StoredApproval, *, is_l
 
 async def insert_with_deliveries(
     connection: AnyConnection, values: Mapping[str, Any], outbox: Outbox
-) -> tuple[Mapping[str, Any] | None, dict[str, UUID]]:
+) -> tuple[Mapping[str, Any] | None, Leased]:
     """Insert an approval and the rows of its notice; in one statement on PostgreSQL.
 
     Args:
@@ -186,12 +274,12 @@ async def insert_with_deliveries(
         outbox: Which notifiers receive it.
 
     Returns:
-        The approval, or None if it stands already, and then nothing is written; notifier to delivery id of the rows
-        leased to this process.
+        The approval, or None if it stands already, and then nothing is written; the rows leased to this process.
     """
+    since = time.monotonic()
     delivery_ids = {name: uuid4() for name in outbox.notifiers}
     if not delivery_ids:
-        return await INSERT.first(connection, values), {}
+        return await INSERT.first(connection, values), Leased({}, since)
     notice = _pending_notice(values)
     if dialect_of(connection) == "postgresql":
         given = {
@@ -207,7 +295,7 @@ async def insert_with_deliveries(
         if row is not None:
             asked = notice.model_copy(update={"created_at": row["created_at"], "expires_at": row["expires_at"]})
             await _write(connection, [(asked, delivery_ids)], outbox.lease_s)
-    return row, delivery_ids if row is not None and outbox.lease_s is not None else {}
+    return row, Leased(delivery_ids if row is not None and outbox.lease_s is not None else {}, since)
 
 
 def _pending_notice(values: Mapping[str, Any]) -> Notice:
@@ -250,24 +338,64 @@ class Change(NamedTuple):
     Attributes:
         approval: As it then stands.
         notice: What notifiers receive; None of a vote that decides nothing.
-        leased: Notifier to delivery id, of the rows leased to this process.
+        leased: The rows of the notice that are leased to this process.
     """
 
     approval: StoredApproval
     notice: Notice | None
-    leased: Mapping[str, UUID]
+    leased: Leased
+
+
+async def decide_at_once(
+    connection: AnyConnection,
+    decision: VoteDecision,
+    by: Key,
+    values: Mapping[str, Any],
+    *,
+    outbox: Outbox,
+    publishes: bool,
+) -> Change | None:
+    """Decide on PostgreSQL by this one vote, with the rows of the notice, in one statement that commits itself.
+
+    Args:
+        connection: In no transaction.
+        decision: Which.
+        by: What names the approval.
+        values: Of `ApprovalRef` and `VoteInput`, and `p_allow_self`.
+        outbox: Which notifiers receive it.
+        publishes: Whether other processes are notified through the database.
+
+    Returns:
+        The change; None if nothing is written: more votes are needed, or it is refused.
+    """
+    since, ids = time.monotonic(), {name: uuid4() for name in outbox.notifiers}
+    given = {"p_notifiers": list(ids), "p_delivery_ids": list(ids.values()), "p_lease_s": outbox.lease_s}
+    try:
+        row = await _DECIDE[decision][by].first(connection, {**values, **given, "p_publishes": publishes})
+    except IntegrityError:
+        # The approver has voted before.
+        return None
+    if row is None:
+        return None
+    leased = set(row.pop("leased"))
+    del row["sent"]
+    approval = StoredApproval.from_row(row)
+    own = {name: each for name, each in ids.items() if each in leased}
+    return Change(approval, notice_of(approval.request, "decision"), Leased(own, since))
 
 
 async def enqueue(connection: AnyConnection, approvals: Sequence[StoredApproval], outbox: Outbox) -> list[Change]:
     """Write the rows of the notices of decided approvals; does not commit."""
+    since = time.monotonic()
     notices = [notice_of(each.request, "decision") for each in approvals if each.request.status is not _PENDING]
     addressed = [(notice, {name: uuid4() for name in outbox.notifiers}) for notice in notices]
     leased = await _write(connection, addressed, outbox.lease_s) if addressed and outbox.notifiers else frozenset()
     ids = {
-        notice.approval_id: (notice, {name: each for name, each in ids.items() if each in leased})
+        notice.approval_id: (notice, Leased({name: each for name, each in ids.items() if each in leased}, since))
         for notice, ids in addressed
     }
-    return [Change(each, *ids.get(each.request.approval_id, (None, {}))) for each in approvals]
+    nothing = None, Leased({}, since)
+    return [Change(each, *ids.get(each.request.approval_id, nothing)) for each in approvals]
 
 
 async def _write(

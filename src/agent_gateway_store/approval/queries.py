@@ -1,54 +1,28 @@
-"""Read approvals: one by its token or id, pages of those that match filters, and the history of one."""
+"""Read one approval, by its token or its id, and what happened to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
-from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import BigInteger, BindParameter, Float, Text, bindparam, select, text
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from agent_gateway_store import clock
-from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key, fragments, readable_columns
+from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote, hash_approval
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.database import AnyConnection, Transactions, dialect_of
-from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
+from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
-from agent_gateway_store.storage.filters import (
-    Moment,
-    OneOrMore,
-    check_filters,
-    identifier,
-    instant,
-    one_or_many,
-    pattern,
-    require_between,
-    word,
-)
-from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor, listing_fingerprint
 
-_requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
 _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 _deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
 
-_COLUMNS = (
-    "created_at",
-    "caller_id",
-    "tool_call",
-    "status",
-    "risk_explanation",
-    "approver_id",
-    "outcome",
-    "approval_id",
-)
 _HISTORY_COLUMNS = ("at", "event", "by", "status", "note", "channel")
 
 
@@ -160,125 +134,6 @@ async def decision_hash(transactions: Transactions, ref: ApprovalRef) -> str:
             raise ApprovalNotFoundError
         votes = await _rows_of(connection, _votes, _votes.c.voted_at, found.request.approval_id)
     return hash_approval(found.request, map(ApprovalVote.from_row, votes))
-
-
-class ApprovalFilters(TypedDict, total=False):
-    """What a search for approvals can be narrowed by; None does not narrow.
-
-    Several filters must all match. Where a filter takes several values, any of them may match.
-
-    Attributes:
-        outcome: What came of the use; "unknown" where that was not recorded.
-        status: As a reader sees it: EXPIRED from the deadline on.
-        approver_id: Who decided.
-        since: Asked from this time on.
-        until: Asked before this time.
-        text: Stands in the tool's name, the risk explanation or the approver's note, in upper or lower case (letters
-            beyond ASCII match as the database's locale folds them; SQLite folds none).
-    """
-
-    caller_id: OneOrMore | None
-    request_id: OneOrMore | None
-    org_id: OneOrMore | None
-    tool_name: OneOrMore | None
-    mcp_server: OneOrMore | None
-    status: OneOrMore | None
-    approver_id: OneOrMore | None
-    outcome: OneOrMore | None
-    since: Moment | None
-    until: Moment | None
-    text: str | None
-
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **{
-        name: partial(one_or_many, identifier)
-        for name in ("caller_id", "request_id", "org_id", "tool_name", "mcp_server", "approver_id", "outcome")
-    },
-    "status": partial(one_or_many, partial(word, ApprovalStatus)),
-    "since": instant,
-    "until": instant,
-    "text": pattern,
-}
-_CONDITIONS = {
-    "tool_name": "{tool} IN :p_tool_name",
-    "mcp_server": "{server} IN :p_mcp_server",
-    # A call that was released and of which nobody said how it ended is the one to look at.
-    "outcome": "COALESCE(outcome, CASE WHEN status = 'USED' THEN 'unknown' END) IN :p_outcome",
-    "status": "{readable_status} IN :p_status",
-    "since": "created_at >= :p_since",
-    "until": "created_at < :p_until",
-    "text": "({tool} {like} OR risk_explanation {like} OR approver_note {like})",
-}
-_JSON_FIELDS = {
-    "postgresql": {"tool": "tool_call ->> 'tool'", "server": "tool_call ->> 'server'", "like": "ILIKE :p_text"},
-    "sqlite": {
-        "tool": "json_extract(tool_call, '$.tool')",
-        "server": "json_extract(tool_call, '$.server')",
-        "like": "LIKE :p_text ESCAPE '\\'",
-    },
-}
-_PAGE = """
-    SELECT {readable} FROM approval_requests WHERE {conditions} ORDER BY created_at DESC, id DESC LIMIT :p_limit
-    """
-
-
-def check_search(filters: Mapping[str, Any]) -> None:
-    """Return if `search` takes these filters.
-
-    Raises:
-        TypeError: There is no such filter, or its value has the wrong type.
-        ValueError: There is no such status or time.
-    """
-    list(check_filters(filters, _CHECKS))
-
-
-async def search(
-    transactions: Transactions, filters: Mapping[str, Any], *, org_id: str | None, limit: int, cursor: str | None
-) -> Page[ApprovalRequest]:
-    """Read one page, newest first, ties broken by id. Arguments and errors as for `ApprovalManager.search`."""
-    require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
-    async with transactions.read() as connection:
-        conditions: list[str] = ["1 = 1"]
-        parameters: list[BindParameter[Any]] = [bindparam("p_limit", limit + 1, type_=BigInteger())]
-        described: dict[str, Any] = {}
-        for name, value, text_of_value in check_filters(filters, _CHECKS):
-            described[name] = text_of_value
-            conditions.append(_CONDITIONS.get(name, f"{name} IN :p_{name}"))
-            parameters.append(_parameter(name, value))
-        scope = listing_fingerprint("approvals", org_id, described)
-        if org_id is not None:
-            conditions.append("org_id = :p_own_org_id")
-            parameters.append(bindparam("p_own_org_id", org_id, type_=Text()))
-        if cursor is not None:
-            created_at, row_id = decode_cursor(scope, cursor)
-            conditions.append("(created_at, id) < (:p_before, :p_before_id)")
-            parameters.append(bindparam("p_before", created_at, type_=_requests.c.created_at.type))
-            parameters.append(bindparam("p_before_id", row_id, type_=BigInteger()))
-        rows = await _page(connection, " AND ".join(conditions), parameters)
-    found = [StoredApproval.from_row(row).request for row in rows[:limit]]
-    following = encode_cursor(scope, found[-1].created_at, found[-1].id or 0) if len(rows) > limit else None
-    return Page(found, next_cursor=following, columns=_COLUMNS, record_type=ApprovalRequest)
-
-
-def _parameter(name: str, value: Any) -> BindParameter[Any]:
-    if name in ("since", "until"):
-        return bindparam(f"p_{name}", value, type_=_requests.c.created_at.type)
-    if name == "text":
-        return bindparam("p_text", value, type_=Text())
-    values = value if isinstance(value, list) else [value]
-    return bindparam(f"p_{name}", [str(each) for each in values], type_=Text(), expanding=True)
-
-
-async def _page(
-    connection: AsyncConnection, conditions: str, parameters: list[BindParameter[Any]]
-) -> list[Mapping[str, Any]]:
-    dialect = dialect_of(connection)
-    words = fragments(dialect) | _JSON_FIELDS[dialect]
-    sql = _PAGE.replace("{conditions}", conditions).format_map(words)
-    now = bindparam(CLOCK_OFFSET, clock.offset().total_seconds(), type_=Float(53))
-    statement = text(sql).bindparams(now, *parameters).columns(*readable_columns)
-    return [dict(row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str, Any]]:

@@ -70,6 +70,8 @@ def fragments(dialect: str) -> dict[str, str]:
         "is_pending": f"status = 'PENDING' AND expires_at > {now}",
         "is_approved": f"status = 'APPROVED' AND COALESCE(use_before, expires_at) > {now}",
         "is_overdue": overdue,
+        # As a subquery the time is taken once, so that an index finds the rows.
+        "now_once": f"(SELECT {now})",
         "readable_status": status,
         "readable": ", ".join(f"{status} AS status" if name == "status" else name for name in names) + f", {meta}",
         "returning": f"{', '.join(names)}, {meta}",
@@ -127,20 +129,24 @@ def sql_statement(
     return Statement(of_dialect)
 
 
+REFS: dict[Key, str] = {"token": "token = :p_token AND {own}", "id": "approval_id = :p_approval_id AND {own}"}
+"""What finds an approval by what names it: the text of `{ref}`."""
+
+
 def _by_token_or_id(sql: str) -> dict[Key, Statement]:
-    keys: dict[Key, str] = {"token": "token = :p_token", "id": "approval_id = :p_approval_id"}
-    return {by: sql_statement(sql.replace("{ref}", f"{key} AND {{own}}")) for by, key in keys.items()}
+    return {by: sql_statement(sql.replace("{ref}", ref)) for by, ref in REFS.items()}
 
 
 READ = _by_token_or_id("""
     SELECT {readable} FROM approval_requests WHERE {ref}
     """)
 
-APPROVE = _by_token_or_id("""
+APPROVE_SQL = """
     UPDATE approval_requests SET status = 'APPROVED', version = version + 1, {decision}, {use_before}
     WHERE {ref} AND {is_pending} AND required_approvals <= 1 AND (:p_allow_self OR caller_id != :p_approver_id)
     RETURNING {returning}
-    """)
+    """
+APPROVE = _by_token_or_id(APPROVE_SQL)
 
 # Of two voters one waits here for the other.
 LOCK_PENDING = _by_token_or_id("""
@@ -155,22 +161,25 @@ APPROVE_FINAL = _by_token_or_id("""
     RETURNING {returning}
     """)
 
-DENY = _by_token_or_id("""
+DENY_SQL = """
     UPDATE approval_requests SET status = 'DENIED', version = version + 1, {decision}
     WHERE {ref} AND {is_pending}
     RETURNING {returning}
-    """)
+    """
+DENY = _by_token_or_id(DENY_SQL)
 
-CANCEL = _by_token_or_id("""
+CANCEL_SQL = """
     UPDATE approval_requests SET status = 'CANCELLED', version = version + 1, {decision}
     WHERE {ref} AND ({is_pending} OR {is_approved})
     RETURNING {returning}
-    """)
-
-VOTE = sql_statement(
     """
-    INSERT INTO approval_votes (approval_id, org_id, approver_id, decision, note, channel, voted_at)
-    VALUES (:p_approval_id, :p_org_id, :p_approver_id, :p_decision, :p_note, :p_channel, {now})
+CANCEL = _by_token_or_id(CANCEL_SQL)
+
+VOTES_SQL = "INSERT INTO approval_votes (approval_id, org_id, approver_id, decision, note, channel, voted_at)"
+VOTE = sql_statement(
+    f"""
+    {VOTES_SQL}
+    VALUES (:p_approval_id, :p_org_id, :p_approver_id, :p_decision, :p_note, :p_channel, {{now}})
     ON CONFLICT DO NOTHING
     RETURNING id
     """,
@@ -276,7 +285,8 @@ RECENTLY_DENIED = sql_statement(
     WHERE acquire_key = :p_acquire_key AND decision_at > {denied_since} AND status || '' = 'DENIED'
     ORDER BY decision_at DESC LIMIT 1
     """,
-    denied_since={dialect: clock_sql(dialect, plus=":p_since_s") for dialect in ("sqlite", "postgresql")},
+    # As a subquery the time is taken once, so that of a call that ran often the index finds the few rows since.
+    denied_since={dialect: f"(SELECT {clock_sql(dialect, plus=':p_since_s')})" for dialect in ("sqlite", "postgresql")},
 )
 
 LAST_USE = sql_statement(
@@ -293,13 +303,25 @@ COUNT_PENDING = sql_statement("SELECT {pending_of_caller} AS pending", (column("
 # PostgreSQL alone: held to the end of the transaction.
 LOCK_CALL = sql_statement("SELECT pg_advisory_xact_lock(:p_lock) AS locked", (column("locked", Text()),))
 
-# Materialized, so that the rows are picked, and locked, once.
-EXPIRE = sql_statement("""
-    WITH batch AS MATERIALIZED (
-        SELECT id FROM approval_requests WHERE {is_overdue} AND {own}
-        ORDER BY id LIMIT :p_batch_size {skip_locked}
-    )
+OVERDUE = (
+    ("status = 'PENDING' AND expires_at <= {now_once}", "expires_at"),
+    ("status = 'APPROVED' AND use_before <= {now_once}", "use_before"),
+    ("status = 'APPROVED' AND use_before IS NULL AND expires_at <= {now_once}", "expires_at"),
+)
+"""The ways to be overdue, and the order of the index that finds each."""
+
+_BATCHES = ", ".join(
+    f"""batch_{at} AS MATERIALIZED (
+        SELECT id FROM approval_requests WHERE {condition} AND {{own}}
+        ORDER BY {order} LIMIT :p_batch_size {{skip_locked}}
+    )"""  # noqa: S608  pieces of the program's own, as below
+    for at, (condition, order) in enumerate(OVERDUE)
+)
+_BATCH = " UNION ALL ".join(f"SELECT id FROM batch_{at}" for at in range(len(OVERDUE)))  # noqa: S608
+# Materialized, so that the rows are picked, and locked, once; what is locked beyond the batch comes in the next one.
+EXPIRE = sql_statement(f"""
+    WITH {_BATCHES}
     UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
-    WHERE id IN (SELECT id FROM batch) AND {is_overdue}
-    RETURNING {returning}
-    """)
+    WHERE id IN (SELECT id FROM ({_BATCH}) AS overdue LIMIT :p_batch_size) AND {{is_overdue}}
+    RETURNING {{returning}}
+    """)  # noqa: S608

@@ -23,6 +23,7 @@ from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, check_limit
 from agent_gateway_store.audit.record import encode_event
+from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
 from agent_gateway_store.audit.writer import OpenWriter
 from agent_gateway_store.audit.writes import write_batches, write_prepared
@@ -31,6 +32,7 @@ from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.results import Page, Stats
+from agent_gateway_store.results.cells import columns_of
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.filters import duration
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     import polars
     import pyarrow as pa
 
-    from agent_gateway_store.audit.export import ExportResult
+    from agent_gateway_store.storage.export import ExportResult
 
 
 class AuditManager:
@@ -95,13 +97,11 @@ class AuditManager:
         return await writer.write(row)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
-        """Store many events, in order, in batches that are committed one after the other. Takes constant memory.
+        """Store many events, in order, in batches that are committed one by one; return the number of each outcome.
 
         Args:
-            events: Any iterable, read while its events are stored. If it raises, the events before are stored, and the
-                error is raised to the caller. An event that is not valid is LOST and stops no other.
-
-        Returns how many events came to which outcome.
+            events: Any iterable, read in constant memory while its events are stored. If it raises, the events before
+                are stored, and the caller gets the error. An event that is not valid is LOST and stops no other.
 
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict, if an event could not be stored, or is not valid.
@@ -138,7 +138,8 @@ class AuditManager:
                 content_hash says: those before it are stored.
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
         """
-        from agent_gateway_store.audit.files import counted, events_in, importable, progress_bar
+        from agent_gateway_store.audit.files import events_in, importable
+        from agent_gateway_store.storage.files import counted, progress_bar
 
         source = Path(path)
         kind = importable(source, format)
@@ -198,6 +199,8 @@ class AuditManager:
 
     async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
         """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed.
+
+        Unless it finds `limit` of them it looks at every intent, and takes longer the more there are.
 
         Args:
             older_than: Only those from before so long ago, as in "10m": younger ones may run still.
@@ -286,6 +289,7 @@ class AuditManager:
         self,
         by: str | Sequence[str] | None = None,
         bucket: timedelta | str | None = None,
+        time_zone: str | None = None,
         **filters: Unpack[Filters],
     ) -> Stats:
         """Count events and their latencies, aggregated by the database.
@@ -297,15 +301,16 @@ class AuditManager:
 
         Args:
             by: Columns to group by: caller_id, tool_name, mcp_server, decision, risk_label, environment, ... An event
-                counts once for each of its risk labels, and under None without one. None: one row over everything.
-            bucket: Length of time buckets, such as "1h" or a timedelta of whole seconds; they begin with the UTC hour,
-                day or (Monday) week.
-            filters: See `Filters`.
+                counts once for each of its risk labels, and under None without one. Also hour_of_day (0 to 23) and
+                weekday (1, a Monday, to 7). None: one row over everything.
+            bucket: Length of time buckets, such as "1h", in whole seconds, from the hour, day or (Monday) week on.
+            time_zone: Whose hours and days these are, such as "Europe/Berlin", by the rules on this machine. A day in
+                which the clock changes has 23 or 25 hours; an hour that it shows twice is two buckets. None: UTC.
 
         Raises:
-            TypeError, ValueError: As for `search`; or there is no such column.
+            TypeError, ValueError: As for `search`; or there is no such column or time zone.
         """
-        return await self._queries.stats(by, bucket, **filters)
+        return await self._queries.stats(by, bucket, time_zone, **filters)
 
     async def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[AuditEvent]:
         """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for.
@@ -383,9 +388,10 @@ class AuditManager:
             MissingExtraError: pyarrow is not installed.
             TypeError, ValueError: As for `search`.
         """
-        from agent_gateway_store.audit.arrow import whole_table
+        from agent_gateway_store.storage.arrow import whole_table
 
-        return await whole_table(self._database, criteria(filters, org_id=self._org_id))
+        found = criteria(filters, org_id=self._org_id)
+        return await whole_table(self._database, newest(found.shape, limit=None), found.values, columns_of(AuditEvent))
 
     async def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
         """Return the table of `to_arrow` as a pandas DataFrame. Raises the same, also if pandas is missing."""
@@ -426,28 +432,15 @@ class AuditManager:
             overwrite: Replace the file at `path`, or the dataset there by a dataset. A link stays, and what it leads to
                 is replaced.
             progress: True shows a progress bar; a function is called with the rows written so far, also from a thread.
-            filters: See `Filters`.
 
         Raises:
             FileExistsError: `path` exists, and `overwrite` is False; or it is a device, a pipe or another folder.
             OSError, MissingExtraError: The file cannot be written; Parquet or zstd, and pyarrow is not installed.
             TypeError, ValueError: As for `search`; or the format is unknown or does not go with the other arguments.
         """
-        from agent_gateway_store.audit.export import export_events
-        from agent_gateway_store.audit.files import export_format, progress_bar
+        from agent_gateway_store.storage.export import ExportOptions, Source, export_rows
 
-        target = Path(path)
-        kind, packed = export_format(target, format, compression, partition_by=partition_by, raw=raw)
         found = criteria(filters, org_id=self._org_id)
-        with progress_bar(progress, f"Exporting to {target.name}") as report:
-            return await export_events(
-                self._database,
-                found,
-                target,
-                format=kind,
-                compression=packed,
-                by_day=partition_by == "day",
-                raw=raw,
-                overwrite=overwrite,
-                report=report,
-            )
+        source = Source(oldest(found.shape), found.values, columns_of(AuditEvent), "timestamp")
+        options = ExportOptions(format, compression, partition_by, raw, overwrite, progress)
+        return await export_rows(self._database, source, path, options)

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Unpack
+from typing import Any, Unpack
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.calls import orphans
 from agent_gateway_store.audit.filters import Criteria, Filters, criteria
 from agent_gateway_store.audit.selects import events_of, newest
-from agent_gateway_store.audit.stats import bucket_of, columns_of, group_events, stats_of
+from agent_gateway_store.audit.stats import COUNTED, GROUPS, SPAN, group_events
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
-from agent_gateway_store.storage.database import Database, SessionTransactions
+from agent_gateway_store.results.page import METRICS
+from agent_gateway_store.storage.database import AnyConnection, Database, SessionTransactions
 from agent_gateway_store.storage.errors import retry_conflicts
-from agent_gateway_store.storage.pagination import decode_cursor, encode_cursor
+from agent_gateway_store.storage.grouping import grouping, stats_of
+from agent_gateway_store.storage.identity import restored_identity
+from agent_gateway_store.storage.pagination import decode, decode_cursor, encode_cursor
+from agent_gateway_store.storage.statements import Statement
 from agent_gateway_store.storage.streaming import fetched
 
 COLUMNS = (
@@ -41,7 +45,6 @@ _MAX_LIMIT = 100_000
 _NEVER = 2**62
 # Of the 64 bits that `id` has in both databases.
 _LARGEST_ID = 2**63 - 1
-_SECOND = timedelta(seconds=1)
 
 
 class AuditQuery:
@@ -94,34 +97,46 @@ class AuditQuery:
         """Return events that match every filter, newest first; arguments and errors as of `store.audit.search`."""
         check_limit(limit)
         found = criteria(filters, org_id=self._org_id)
-        place = None if cursor is None else decode_cursor(found.scope, cursor)
-        # One more than is wanted says whether there is a next page.
-        events = await self._read(found, limit=limit + 1, after=place)
-        if len(events) <= limit:
-            return _page(events)
+        if cursor is not None:
+            # A text that is no cursor of this listing needs no database to be refused.
+            decode(found.scope, cursor)
+        return await self._search(found, limit, cursor)
+
+    @retry_conflicts
+    async def _search(self, found: Criteria, limit: int, cursor: str | None) -> Page[AuditEvent]:
+        async with self._source.connection("read") as connection:
+            restored = None if cursor is None else await restored_identity(connection)
+            place = None if cursor is None else decode_cursor(found.scope, cursor, restored)
+            # One more than is wanted says whether there is a next page.
+            events = await _events(connection, found, limit=limit + 1, after=place)
+            if len(events) <= limit:
+                return _page(events)
+            restored = await restored_identity(connection) if cursor is None else restored
         last = events[limit - 1]
-        return _page(events[:limit], encode_cursor(found.scope, last.timestamp, last.id or 0))
+        return _page(events[:limit], encode_cursor(found.scope, last.timestamp, last.id or 0, restored))
 
     async def stats(
         self,
         by: str | Sequence[str] | None = None,
         bucket: timedelta | str | None = None,
+        time_zone: str | None = None,
         **filters: Unpack[Filters],
     ) -> Stats:
         """Count events and their latencies; arguments, columns and errors are those of `store.audit.stats`."""
-        names, length = columns_of(by), bucket_of(bucket)
+        grouped = grouping(by, bucket, time_zone, GROUPS)
         found = criteria(filters, org_id=self._org_id)
-        statement = group_events(found.shape, names, in_buckets=length is not None)
-        values = dict(found.values)
-        if length is not None:
-            values |= {"p_bucket": length, "p_bucket_s": length // _SECOND}
-        if isinstance(self._source, Database):
-            # It reads every event that matches, which may take longer than a command is allowed to.
-            rows = await fetched(self._source, statement.compiled(self._source.engine.dialect), values)
-        else:
+        values = {**found.values, **grouped.values}
+
+        async def read(statement: Statement) -> Sequence[Sequence[Any]]:
+            if isinstance(self._source, Database):
+                # It reads every event that matches, which may take longer than a command is allowed to.
+                return await fetched(self._source, statement.compiled(self._source.engine.dialect), values)
             async with self._source.connection("read") as connection:
-                rows = await statement.tuples(connection, values)
-        return stats_of(rows, names, length)
+                return await statement.tuples(connection, values)
+
+        zone = grouped.offsets(*(await read(SPAN))[0]) if grouped.zone else ()
+        rows = await read(group_events(found.shape, grouped.by, zone, in_buckets=grouped.bucket is not None))
+        return stats_of(rows, grouped, COUNTED, METRICS)
 
     async def orphans(self, before: datetime, *, limit: int) -> Page[AuditEvent]:
         """Return the intents from before a time that have no outcome, newest first."""
@@ -137,15 +152,24 @@ class AuditQuery:
         return _page(await self._read(criteria(filters, org_id=self._org_id), limit=limit, offset=offset))
 
     @retry_conflicts
-    async def _read(
-        self, found: Criteria, *, limit: int, offset: int = 0, after: tuple[datetime, int] | None = None
-    ) -> list[AuditEvent]:
-        statement = newest(found.shape, limit=limit, offset=offset, is_after=after is not None)
-        values = dict(found.values)
-        if after is not None:
-            values["p_at"], values["p_id"] = after
+    async def _read(self, found: Criteria, *, limit: int, offset: int = 0) -> list[AuditEvent]:
         async with self._source.connection("read") as connection:
-            return events_of(await statement.tuples(connection, values))
+            return await _events(connection, found, limit=limit, offset=offset)
+
+
+async def _events(
+    connection: AnyConnection,
+    found: Criteria,
+    *,
+    limit: int,
+    offset: int = 0,
+    after: tuple[datetime, int] | None = None,
+) -> list[AuditEvent]:
+    statement = newest(found.shape, limit=limit, offset=offset, is_after=after is not None)
+    values = dict(found.values)
+    if after is not None:
+        values["p_at"], values["p_id"] = after
+    return events_of(await statement.tuples(connection, values))
 
 
 def check_limit(limit: int) -> int:

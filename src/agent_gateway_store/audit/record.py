@@ -363,8 +363,6 @@ def _writer(columns: list[Column[Any]]) -> Callable[..., str]:
 _HASHED = sorted(set(COLUMNS) - {"content_hash"})
 _hashed = itemgetter(*_HASHED)
 _document = _writer([AuditEvent.__table__.c[name] for name in _HASHED])  # type: ignore[attr-defined]
-
-
 _stored_values = itemgetter(*map(COLUMNS.index, _HASHED))
 _STAMP, _FLAGS, _APPROVAL = map(_HASHED.index, ("timestamp", "redaction_flags", "approval_id"))
 _JSON = tuple(map(_HASHED.index, ("sanitized_args", "risk_labels", "extra")))
@@ -379,17 +377,14 @@ def hash_of_stored(row: Sequence[Any]) -> str:
     if type(values[_STAMP]) is str:
         values[_STAMP] = datetime.fromisoformat(values[_STAMP]).replace(tzinfo=UTC)
     for place in _JSON:
-        values[place] = _canonical(values[place])
+        # Most are empty.
+        if values[place] not in (_EMPTY, "[]"):
+            values[place] = _encode(json.loads(values[place]))
     if values[_FLAGS] != "[]":
         flags = [RedactionFlag(**flag) for flag in json.loads(values[_FLAGS])]
         values[_FLAGS] = _encode([flag.__dict__ for flag in flags])
     values[_APPROVAL] = values[_APPROVAL] and str(UUID(values[_APPROVAL]))
     return hashlib.sha256(_document(*values).encode()).hexdigest()
-
-
-def _canonical(text: str) -> str:
-    # Most are empty.
-    return text if text in (_EMPTY, "[]") else _encode(json.loads(text))
 
 
 def _is_plain(values: dict[str, Any]) -> bool:

@@ -115,6 +115,8 @@ app = typer.Typer(
     cls=RootGroup,
     no_args_is_help=True,
     add_completion=False,
+    # Rich takes longer to load than everything else that printing help does.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="The system of record of an AI-agent tool gateway: audit log, human approvals, API keys.",

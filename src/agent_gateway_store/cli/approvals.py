@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from agent_gateway_store._text import is_blank
-from agent_gateway_store.cli.context import choose, in_store, json_object, read_store
+from agent_gateway_store.cli.audit import BucketOption, ZoneOption, filter_options, print_stats
+from agent_gateway_store.cli.context import in_store, json_object, read_store
 from agent_gateway_store.cli.errors import ExitCode
+from agent_gateway_store.cli.export_import import (
+    CompressionOption,
+    FormatOption,
+    OverwriteOption,
+    PartitionOption,
+    QuietOption,
+    RawOption,
+    write_export,
+)
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, print_result, to_dict
 
 if TYPE_CHECKING:
@@ -27,56 +38,89 @@ _COLUMNS = {
     "tool_call": "tool call",
     "status": "status",
     "approver_id": "approver",
+    "votes": "votes",
 }
 
 
+_OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "status": (list[str] | None, "--status", "PENDING, APPROVED, DENIED, EXPIRED, CANCELLED or USED; default: all."),
+    "caller_id": (list[str] | None, "--caller", "Asked by this caller."),
+    "tool_name": (list[str] | None, "--tool", "Calls of this tool."),
+    "mcp_server": (list[str] | None, "--server", "Calls to this server."),
+    "org_id": (list[str] | None, "--org-id", "Of this organisation, in a store that sees several."),
+    "approver_id": (list[str] | None, "--approver", "Decided by this approver."),
+    "outcome": (list[str] | None, "--outcome", 'What came of the use, or "unknown".'),
+    "request_id": (list[str] | None, "--request-id", "For this request id."),
+    "since": (str | None, "--since", "Asked from this time on: 24h ago, or 2026-05-01T12:00Z."),
+    "until": (str | None, "--until", "Asked before this time."),
+    "text": (str | None, "--text", "Text in the tool, the risk explanation or the note."),
+}
+
+
+def _check(filters: dict[str, Any]) -> None:
+    from agent_gateway_store.approval.filters import criteria
+
+    criteria(filters)
+
+
+filtered = filter_options(_OPTIONS, _check, capitals=("status",))
+
+
 @app.command("list")
+@filtered
 def list_approvals(
     ctx: typer.Context,
-    status: Annotated[
-        list[str] | None, typer.Option(help="PENDING, APPROVED, DENIED, EXPIRED, CANCELLED or USED; default: all.")
-    ] = None,
-    caller: Annotated[list[str] | None, typer.Option(help="Asked by this caller.")] = None,
-    tool: Annotated[list[str] | None, typer.Option(help="Calls of this tool.")] = None,
-    server: Annotated[list[str] | None, typer.Option(help="Calls to this server.")] = None,
-    approver: Annotated[list[str] | None, typer.Option(help="Decided by this approver.")] = None,
-    outcome: Annotated[list[str] | None, typer.Option(help='What came of the use, or "unknown".')] = None,
-    request_id: Annotated[list[str] | None, typer.Option(help="For this request id.")] = None,
-    since: Annotated[str | None, typer.Option(help="Asked from this time on: 24h ago, or 2026-05-01T12:00Z.")] = None,
-    until: Annotated[str | None, typer.Option(help="Asked before this time.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text in the tool, the risk explanation or the note.")] = None,
+    filters: dict[str, Any],
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     cursor: Annotated[str | None, typer.Option(help="Where the previous page ended; with the same filters.")] = None,
     json: JsonOption = False,
 ) -> None:
     """List the approvals that match every filter, newest first."""
-    from agent_gateway_store.approval.queries import check_search
-    from agent_gateway_store.models.values import ApprovalStatus
-
-    given: dict[str, Any] = {
-        "status": [choose(ApprovalStatus, each, "--status") for each in status or ()] or None,
-        "caller_id": caller or None,
-        "tool_name": tool or None,
-        "mcp_server": server or None,
-        "approver_id": approver or None,
-        "outcome": outcome or None,
-        "request_id": request_id or None,
-        "since": since,
-        "until": until,
-        "text": text,
-    }
-    # Checked before the store is opened, so that a wrong filter needs no database to be reported.
-    try:
-        check_search(given)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from None
     print_page(
-        read_store(ctx, lambda store: store.approvals.search(limit=limit, cursor=cursor, **given), as_json=json),
+        read_store(ctx, lambda store: store.approvals.search(limit=limit, cursor=cursor, **filters), as_json=json),
         columns=_COLUMNS,
         whole={"approval_id", "status"},
-        optional={"created_at", "approver_id"},
+        optional={"created_at", "approver_id", "votes"},
         as_json=json,
     )
+
+
+@app.command()
+@filtered
+def stats(
+    ctx: typer.Context,
+    filters: dict[str, Any],
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="status, outcome, caller_id, tool_name, approver_id, weekday, ... (several times)."),
+    ] = None,
+    bucket: BucketOption = None,
+    time_zone: ZoneOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Count approvals, and how many seconds they waited for a decision (percentiles)."""
+    from agent_gateway_store.approval.reports import GROUPS
+
+    print_stats(ctx, "approvals", by, bucket, time_zone, groups=GROUPS, filters=filters, as_json=json)
+
+
+@app.command("export")
+@filtered
+def export_approvals(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(help="File (or folder of a dataset) to write; must not exist.")],
+    filters: dict[str, Any],
+    format: FormatOption = None,  # noqa: A002  the option's name
+    compression: CompressionOption = None,
+    partition_by: PartitionOption = None,
+    raw: RawOption = False,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write the approvals that match, with their votes, to a file, oldest first; without tokens and outputs."""
+    options: Any = {"format": format, "compression": compression, "partition_by": partition_by, **filters}
+    write_export(ctx, "approvals", path, quiet=quiet, as_json=json, raw=raw, overwrite=overwrite, **options)
 
 
 @app.command()

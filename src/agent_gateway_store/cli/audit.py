@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json as jsonlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -37,6 +36,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Write, find and follow audit events.")
 
 _HEADINGS = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms", "latency_p99_ms": "p99 ms"}
+BucketOption = Annotated[str | None, typer.Option(help="Length of time buckets: 15m, 1h, 1d, 1w.")]
+ZoneOption = Annotated[
+    str | None, typer.Option(help="Whose hours and days these are, such as Europe/Berlin; default: UTC.")
+]
 _COLUMNS = {
     "timestamp": "time",
     "caller_id": "caller",
@@ -77,35 +80,53 @@ _CAPITALS = ("decision", "execution_status")
 _READER_CHECK_S = 0.5
 
 
-def filtered(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each filter. Its argument `filters` receives those that were given."""
+def filter_options(
+    known: dict[str, tuple[Any, str, str]], check: Callable[[dict[str, Any]], object], *, capitals: Sequence[str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return what gives a command an option for each filter; its argument `filters` receives those that were given.
 
-    @wraps(command)
-    def with_options(*args: Any, **given: Any) -> None:
-        filters = {name: given.pop(name) for name in _OPTIONS}
-        for name in _CAPITALS:
-            filters[name] = [each.upper() for each in filters[name] or ()]
-        filters = {name: value for name, value in filters.items() if value not in (None, [])}
-        from agent_gateway_store.audit.filters import criteria
+    Args:
+        known: Filter to the type of its option, the option and its help.
+        check: Refuses wrong values before the store is opened, so that no database is needed to report them.
+        capitals: Filters whose values are words in capitals.
+    """
 
-        try:
-            criteria(filters, org_id=None)
-        except ValueError as exc:
-            raise typer.BadParameter(str(exc)) from None
-        command(*args, filters=filters, **given)
+    def filtered(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_options(*args: Any, **given: Any) -> None:
+            filters = {name: given.pop(name) for name in known}
+            for name in capitals:
+                filters[name] = [each.upper() for each in filters[name] or ()]
+            filters = {name: value for name, value in filters.items() if value not in (None, [])}
+            try:
+                check(filters)
+            except ValueError as exc:
+                raise typer.BadParameter(str(exc)) from None
+            command(*args, filters=filters, **given)
 
-    # Typer reads the options of a command from its signature.
-    signature = inspect.signature(command, eval_str=True)
-    own = [each for each in signature.parameters.values() if each.name != "filters"]
-    only = inspect.Parameter.KEYWORD_ONLY
-    options = [
-        inspect.Parameter(name, only, default=None, annotation=Annotated[kind, typer.Option(flag, help=text)])
-        for name, (kind, flag, text) in _OPTIONS.items()
-    ]
-    with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*(each.replace(kind=only) for each in own), *options]
-    )
-    return with_options
+        # Typer reads the options of a command from its signature.
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.name != "filters"]
+        only = inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(name, only, default=None, annotation=Annotated[kind, typer.Option(flag, help=text)])
+            for name, (kind, flag, text) in known.items()
+        ]
+        with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*(each.replace(kind=only) for each in own), *options]
+        )
+        return with_options
+
+    return filtered
+
+
+def _check(filters: dict[str, Any]) -> None:
+    from agent_gateway_store.audit.filters import criteria
+
+    criteria(filters, org_id=None)
+
+
+filtered = filter_options(_OPTIONS, _check, capitals=_CAPITALS)
 
 
 class Line(NamedTuple):
@@ -282,23 +303,46 @@ def stats(
     filters: dict[str, Any],
     by: Annotated[
         list[str] | None,
-        typer.Option(help="caller_id, tool_name, mcp_server, decision, risk_label, ... (may be given several times)."),
+        typer.Option(
+            help="caller_id, tool_name, decision, risk_label, hour_of_day, weekday, ... (may be given several times)."
+        ),
     ] = None,
-    bucket: Annotated[str | None, typer.Option(help="Length of time buckets: 15m, 1h, 1d, 1w.")] = None,
+    bucket: BucketOption = None,
+    time_zone: ZoneOption = None,
     json: JsonOption = False,
 ) -> None:
     """Count calls, denials, approvals and errors, with latency percentiles in milliseconds."""
-    from agent_gateway_store.audit.stats import bucket_of, columns_of
+    from agent_gateway_store.audit.stats import GROUPS
+
+    print_stats(ctx, "audit", by, bucket, time_zone, groups=GROUPS, filters=filters, as_json=json)
+
+
+def print_stats(
+    ctx: typer.Context,
+    service: Literal["audit", "approvals"],
+    by: list[str] | None,
+    bucket: str | None,
+    time_zone: str | None,
+    *,
+    groups: Sequence[str],
+    filters: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Print the counts of a service, after a check of its options that needs no database."""
     from agent_gateway_store.results import Page
+    from agent_gateway_store.storage.grouping import grouping
 
     try:
-        names, length = columns_of(by), bucket_of(bucket)
+        grouping(by, bucket, time_zone, groups)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
-    found = read_store(ctx, lambda store: store.audit.stats(names, length, **filters), as_json=json)
-    rows = [{**row, "bucket": f"{row['bucket'].isoformat()[:-6]}Z"} if "bucket" in row else row for row in found]
+    options: dict[str, Any] = {"bucket": bucket, "time_zone": time_zone, **filters}
+    found = read_store(ctx, lambda store: getattr(store, service).stats(by, **options), as_json=as_json)
+    rows = [
+        {**row, "bucket": row["bucket"].isoformat().replace("+00:00", "Z")} if "bucket" in row else row for row in found
+    ]
     columns = {name: _HEADINGS.get(name, name) for name in found.columns or ()}
-    print_page(Page(rows), columns=columns, as_json=json)
+    print_page(Page(rows), columns=columns, as_json=as_json)
 
 
 def _print_events(events: Page[AuditEvent]) -> None:
@@ -331,6 +375,8 @@ def tail(
     """Show the newest audit events, then new ones in the order of their commits, each once; Ctrl-C ends it."""
 
     async def work(store: GatewayStore) -> None:
+        import asyncio
+
         # First the cursor, then the list: what is committed between the two is in both, and shown once.
         start = (await store.audit.changes(**filters)).next_cursor
         first = await store.audit.search(limit=lines, **filters) if lines else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine
@@ -68,6 +67,9 @@ def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a command's coroutine to its end."""
+    # Here, as in other commands: printing help must not wait for it.
+    import asyncio
+
     return asyncio.run(coroutine)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,7 +26,7 @@ KeyOption = Annotated[
 @app.command()
 def seal(ctx: typer.Context, json: JsonOption = False) -> None:
     """Give every committed event its place in the log, and make a checkpoint."""
-    found = in_store(ctx, lambda store: _service(store).seal())
+    found = in_store(ctx, lambda store: store.evidence.seal())
     if found is None:
         print_result(None, "There is no event to seal yet.", as_json=json)
         return
@@ -58,7 +58,7 @@ def verify(
     keys = _keys(key)
     found = read_store(
         ctx,
-        lambda store: _service(store).verify(against=kept, keys=keys, archive=archive, progress=shown),
+        lambda store: store.evidence.verify(against=kept, keys=keys, archive=archive, progress=shown),
         as_json=json,
     )
     _report(found, "The log", as_json=json)
@@ -75,9 +75,9 @@ def prove(
     json: JsonOption = False,
 ) -> None:
     """Write the evidence of one call: the event, its approval with the votes, and the proof that it is in the log."""
-    from agent_gateway_store.audit.files import opened, partial
+    from agent_gateway_store.storage.files import opened, partial
 
-    evidence = read_store(ctx, lambda store: _service(store).prove(request_id), as_json=json)
+    evidence = read_store(ctx, lambda store: store.evidence.prove(request_id), as_json=json)
     try:
         text = evidence.to_tlog_proof() if output.suffix == ".tlog-proof" else evidence.to_json()
         with partial(output, overwrite=overwrite) as written, opened(written, None) as write:
@@ -103,12 +103,12 @@ def publish(
     json: JsonOption = False,
 ) -> None:
     """Write checkpoint and hash tiles, by which monitors verify the log. No event is among them."""
-    from agent_gateway_store.evidence.notes import parse_note
-
-    in_store(ctx, lambda store: _service(store).publish(folder))
-    note = parse_note((folder / "checkpoint").read_text(encoding="utf-8"))
-    facts = {"path": str(folder), "origin": note.origin, "size": note.size, "root_hash": note.root.hex()}
-    print_result(facts, f"{folder} holds {note.origin} at {note.size:,} events.", as_json=json)
+    found = in_store(ctx, lambda store: store.evidence.publish(folder))
+    if found is None:
+        print_result(None, "Nothing is sealed yet, so nothing was written.", as_json=json)
+        return
+    facts = {"path": str(folder), **to_dict(found)}
+    print_result(facts, f"{folder} holds {found.origin} at {found.size:,} events.", as_json=json)
 
 
 @app.command()
@@ -121,8 +121,7 @@ def keygen(
     from agent_gateway_store.evidence.notes import SigningKey
 
     try:
-        default: str = getattr(settings_of(ctx), "audit_log_origin", "agent-gateway-store.local")
-        key = SigningKey.generate(name or default)
+        key = SigningKey.generate(name or settings_of(ctx).audit_log_origin)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
     facts = {"AUDIT_SIGNING_KEY": key.to_text(), "verifier_key": str(key.verifier)}
@@ -144,10 +143,6 @@ def check(
 
     text = file.read_bytes().decode("utf-8", "surrogateescape")
     _report(check_text(text, keys=_keys(key)), "The evidence", as_json=json)
-
-
-def _service(store: Any) -> Any:
-    return store.evidence
 
 
 def _keys(given: list[str] | None) -> list[str]:

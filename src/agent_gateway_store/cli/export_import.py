@@ -6,7 +6,7 @@ import sys
 from errno import EDQUOT, ENOSPC
 from os import strerror
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,11 @@ from agent_gateway_store.errors import GatewayStoreError
 
 __all__ = ["app"]
 
+FormatOption = Annotated[str | None, typer.Option(help="jsonl, csv or parquet; default: by the name's suffix.")]
+CompressionOption = Annotated[str | None, typer.Option(help="gzip or zstd; default: by the suffix.")]
+PartitionOption = Annotated[str | None, typer.Option(help="day: a Parquet dataset with a folder for each UTC day.")]
+RawOption = Annotated[bool, typer.Option(help="CSV: leave what a spreadsheet could take for a formula as it is.")]
+OverwriteOption = Annotated[bool, typer.Option(help="Replace what exists.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
@@ -27,27 +32,34 @@ def export_events(
     ctx: typer.Context,
     path: Annotated[Path, typer.Argument(help="File (or folder of a dataset) to write; must not exist.")],
     filters: dict[str, Any],
-    format: Annotated[  # noqa: A002  the option's name
-        str | None, typer.Option(help="jsonl, csv or parquet; default: by the name's suffix.")
-    ] = None,
-    compression: Annotated[str | None, typer.Option(help="gzip or zstd; default: by the suffix.")] = None,
-    partition_by: Annotated[
-        str | None, typer.Option(help="day: a Parquet dataset with a folder for each UTC day.")
-    ] = None,
-    raw: Annotated[bool, typer.Option(help="CSV: leave what a spreadsheet could take for a formula as it is.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace what exists.")] = False,
+    format: FormatOption = None,  # noqa: A002  the option's name
+    compression: CompressionOption = None,
+    partition_by: PartitionOption = None,
+    raw: RawOption = False,
+    overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write the audit events that match to a file, oldest first; it takes its name only when it is complete."""
 
     options: Any = {"format": format, "compression": compression, "partition_by": partition_by, **filters}
+    write_export(ctx, "audit", path, quiet=quiet, as_json=json, raw=raw, overwrite=overwrite, **options)
+
+
+def write_export(
+    ctx: typer.Context,
+    service: Literal["audit", "approvals"],
+    path: Path,
+    *,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Export what a service holds, and print what was written."""
     shown = sys.stderr.isatty() and not quiet
     try:
         result = read_store(
-            ctx,
-            lambda store: store.audit.export(path, raw=raw, overwrite=overwrite, progress=shown, **options),
-            as_json=json,
+            ctx, lambda store: getattr(store, service).export(path, progress=shown, **options), as_json=as_json
         )
     except GatewayStoreError:
         raise
@@ -55,8 +67,9 @@ def export_events(
         raise CommandError(_reason(exc, path)) from exc
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
-    text = f"{result.rows:,} events in {count_text(result.files, 'file')} of {result.bytes:,} bytes: {result.path}"
-    print_result({**vars(result), "path": str(result.path)}, text, as_json=json)
+    rows = f"{result.rows:,} {'events' if service == 'audit' else service}"
+    text = f"{rows} in {count_text(result.files, 'file')} of {result.bytes:,} bytes: {result.path}"
+    print_result({**vars(result), "path": str(result.path)}, text, as_json=as_json)
 
 
 @app.command("import")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 from collections.abc import Iterator
@@ -108,6 +107,8 @@ def _logging() -> Iterator[None]:
 
 async def _until_stopped(store: GatewayStore, *, once: bool) -> int:
     """Run the worker until it ends or a signal ends it; returns how many notices arrived."""
+    import asyncio
+
     # A cancelled worker ends in order: it waits for the attempts under way, and records them.
     loop = asyncio.get_running_loop()
     working = loop.create_task(store.notifications.run(once=once))

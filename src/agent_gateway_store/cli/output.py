@@ -168,6 +168,10 @@ def field_text(name: str, value: Any) -> Shown:
         return Shown(f"{name} {arguments_text(value['arguments'])}".rstrip())
     if isinstance(value, str) and name in _TIMES:
         return escape(value[:19].replace("T", " "))
+    if name == "votes":
+        return Shown(
+            ", ".join(f"{word(vote['approver_id'])} {vote['decision']} ({word(vote['channel'])})" for vote in value)
+        )
     if isinstance(value, bool):
         return Shown("yes" if value else "no")
     if isinstance(value, dict):

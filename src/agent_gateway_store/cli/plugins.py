@@ -118,22 +118,24 @@ def _settings_text(settings: dict[str, Any] | None) -> str:
 def plugin_commands(taken: Container[str]) -> dict[str, Any]:
     """Load the plugins and return their commands and groups by name. Raises nothing but KeyboardInterrupt.
 
-    The commands of a plugin that fails are left out, with one line on standard error for each plugin.
+    The bundled ones, which have none, are not loaded. The commands of a plugin that fails are left out, with one line
+    on standard error for each plugin.
 
     Args:
         taken: Names that no plugin can have.
     """
-    from agent_gateway_store.hooks.executor import run_in_thread
     from agent_gateway_store.hooks.manager import Plugins
 
     # Before any command runs, and so before `root` does the same: what is broken is printed below, once.
     logging.getLogger("agent_gateway_store").addHandler(logging.NullHandler())
-    plugins = Plugins()
+    plugins = Plugins(load_bundled=False)
     for record in plugins.records:
         if record.state == "broken":
             complain(f"Plugin {record.name} is broken: {record.error}.")
     commands: dict[str, Any] = {}
     for plugin, caller in plugins.callers(COMMANDS).items():
+        from agent_gateway_store.hooks.executor import run_in_thread
+
         try:
             made = run_in_thread(partial(_commands, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
         except KeyboardInterrupt:

@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from agent_gateway_store.console import pages
 from agent_gateway_store.console.sessions import Session
-from agent_gateway_store.errors import ApprovalNotFoundError
+from agent_gateway_store.errors import ApprovalNotFoundError, LogMismatchError
+from agent_gateway_store.evidence import Evidence
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision
 
@@ -139,20 +140,13 @@ async def _neighbours(session: Session, found: AuditEvent) -> list[AuditEvent]:
     return row[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1]
 
 
-async def _seal_of(session: Session, found: AuditEvent) -> Any:
-    """Return the proof that an event is sealed; None where the store seals nothing, or not this event yet."""
-    return await _proof(session, found) if hasattr(session.store, "evidence") else None
-
-
-async def _proof(session: Session, found: AuditEvent) -> Any:
-    from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
-
+async def _seal_of(session: Session, found: AuditEvent) -> Evidence | None:
+    """Return the evidence of an event that is sealed; None where it is not yet, or where the log lacks a hash."""
     try:
-        return await session.store.evidence.prove(found.request_id)  # type: ignore[attr-defined]
-    except StoreUnavailableError:
-        raise
-    except (GatewayStoreError, ValueError):
+        proof = await session.store.evidence.prove(found.request_id)
+    except LogMismatchError:
         return None
+    return None if proof.checkpoint is None else proof
 
 
 async def evidence(request: Request) -> Response:

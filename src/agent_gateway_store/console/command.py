@@ -16,11 +16,11 @@ import typer
 from agent_gateway_store.cli.context import in_store, options_of, settings_of
 from agent_gateway_store.cli.output import complain, say
 from agent_gateway_store.errors import ApiKeyExistsError, MissingExtraError, StoreUnavailableError
-from agent_gateway_store.settings import PREFIX, StoreSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalRequest
     from agent_gateway_store.models.audit import AuditEvent
+    from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
 app = typer.Typer()
@@ -106,6 +106,8 @@ def serve() -> Any:
 
 def _hand_on(settings: StoreSettings, org: str | None) -> None:
     """Give the worker processes, which begin anew, what options and --env-file said."""
+    from agent_gateway_store.settings import PREFIX
+
     for name in settings.model_fields_set:
         value = getattr(settings, name)
         if hasattr(value, "get_secret_value"):

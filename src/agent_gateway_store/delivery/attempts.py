@@ -147,7 +147,12 @@ _IS_DUE_HERE = and_(
     deliveries.c.notifier == bindparam("p_notifier", type_=Text()),
 )
 _FIRST_DUE = Statement(
-    select(deliveries.c.id).where(_IS_DUE_HERE).limit(literal_column("1")).offset(literal_column("0"))
+    select(deliveries.c.id)
+    .where(_IS_DUE_HERE)
+    # In the order of the index: for any row the planner may read the table, past all that was delivered.
+    .order_by(deliveries.c.next_attempt_at, deliveries.c.id)
+    .limit(literal_column("1"))
+    .offset(literal_column("0"))
 )
 _CLAIM_DUE = Statement(
     _claim(

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, literal_column, select, update
 
 from agent_gateway_store.delivery.attempts import deliveries
 from agent_gateway_store.delivery.outbox import StoreOutbox
@@ -17,7 +17,8 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
-from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor, listing_fingerprint
+from agent_gateway_store.storage.identity import restored_identity
+from agent_gateway_store.storage.pagination import decode_place, encode_place, invalid_cursor, listing_fingerprint
 
 _COLUMNS = (
     *("created_at", "notifier", "event", "status", "attempts", "next_attempt_at", "last_error"),
@@ -65,13 +66,16 @@ class NotificationManager:
         about = None if approval_id is None else _uuid(approval_id)
         conditions = self._conditions(notifier=notifier, status=wanted, approval_id=about)
         scope = listing_fingerprint("notifications.list", self._org_id, [wanted, notifier, about])
-        statement = select(deliveries).where(*conditions).order_by(deliveries.c.id.desc()).limit(limit + 1)
-        if cursor is not None:
-            statement = statement.where(deliveries.c.id < _decode(scope, cursor))
+        # Few rows are about one approval: read in the order of ids the whole table would be looked through for them.
+        newest = deliveries.c.id if about is None else deliveries.c.id + literal_column("0")
+        statement = select(deliveries).where(*conditions).order_by(newest.desc()).limit(_literal(limit + 1))
         async with self._database.read() as connection:
+            restored = await restored_identity(connection)
+            if cursor is not None:
+                statement = statement.where(deliveries.c.id < _decode(scope, cursor, restored))
             rows = (await connection.execute(statement)).mappings().all()
         found = [NotificationDelivery.from_row(dict(row)) for row in rows[:limit]]
-        next_cursor = encode(scope, rows[limit - 1]["id"].to_bytes(8)) if len(rows) > limit else None
+        next_cursor = encode_place(scope, rows[limit - 1]["id"].to_bytes(8), restored) if len(rows) > limit else None
         return Page(found, next_cursor=next_cursor, columns=_COLUMNS)
 
     async def counts(self) -> Page[dict[str, Any]]:
@@ -80,7 +84,7 @@ class NotificationManager:
         `waiting` are DUE, `due` those of them whose time has come, `dead` the dead letters, `oldest` when the oldest of
         all these was written. A notifier that is not `is_loaded` in this process is left to one that has it.
         """
-        is_waiting = deliveries.c.status == DeliveryStatus.DUE
+        is_waiting = deliveries.c.status == _literal(DeliveryStatus.DUE)
         is_due = and_(is_waiting, deliveries.c.next_attempt_at <= db_now())
         statement = (
             select(
@@ -90,7 +94,10 @@ class NotificationManager:
                 func.sum(case((is_waiting, 0), else_=1)).label("dead"),
                 func.min(deliveries.c.created_at).label("oldest"),
             )
-            .where(deliveries.c.status.in_([DeliveryStatus.DUE, DeliveryStatus.DEAD]), *self._conditions())
+            .where(
+                deliveries.c.status.in_([_literal(DeliveryStatus.DUE), _literal(DeliveryStatus.DEAD)]),
+                *self._conditions(),
+            )
             .group_by(deliveries.c.notifier)
         )
         async with self._database.read() as connection:
@@ -118,7 +125,10 @@ class NotificationManager:
         named = None if delivery_id is None else _uuid(delivery_id)
         statement = (
             update(deliveries)
-            .where(deliveries.c.status == DeliveryStatus.DEAD, *self._conditions(notifier=notifier, delivery_id=named))
+            .where(
+                deliveries.c.status == _literal(DeliveryStatus.DEAD),
+                *self._conditions(notifier=notifier, delivery_id=named),
+            )
             .values(status=DeliveryStatus.DUE, attempts=0, next_attempt_at=db_now())
         )
 
@@ -161,11 +171,13 @@ class NotificationManager:
         old = (
             select(deliveries.c.id)
             .where(
-                deliveries.c.status == DeliveryStatus.DELIVERED,
-                deliveries.c.delivered_at < db_now(plus=-older_than),
+                deliveries.c.status == _literal(DeliveryStatus.DELIVERED),
+                # As a subquery the time is taken once, so that the index finds the rows.
+                deliveries.c.delivered_at < select(db_now(plus=-older_than)).scalar_subquery(),
                 *self._conditions(),
             )
-            .limit(_PRUNE_BATCH)
+            .order_by(deliveries.c.delivered_at)
+            .limit(_literal(_PRUNE_BATCH))
             .with_for_update(skip_locked=True)
         )
 
@@ -185,12 +197,21 @@ class NotificationManager:
 
     def _conditions(self, *, notifier: str | None = None, **equal: Any) -> tuple[ColumnElement[bool], ...]:
         equal |= {"org_id": self._org_id, "notifier": None if notifier is None else storable_key(notifier)}
-        return tuple(deliveries.c[name] == value for name, value in equal.items() if value is not None)
+        return tuple(
+            deliveries.c[name] == (_literal(value) if name == "status" else value)
+            for name, value in equal.items()
+            if value is not None
+        )
 
 
-def _decode(scope: bytes, cursor: str) -> int:
-    payload = decode(scope, cursor)
-    if len(payload) != 8 or (row_id := int.from_bytes(payload)) >= 2**63:
+def _literal(value: DeliveryStatus | int) -> ColumnElement[Any]:
+    # In the text, so that PostgreSQL knows how many rows it is about: a status is of few or of most, and of a LIMIT in
+    # a parameter it expects a tenth of the rows.
+    return literal_column(repr(str(value)) if isinstance(value, DeliveryStatus) else str(int(value)))
+
+
+def _decode(scope: bytes, cursor: str, restored: str | None) -> int:
+    if (row_id := int.from_bytes(decode_place(scope, cursor, 8, restored))) >= 2**63:
         raise invalid_cursor()
     return row_id
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.delivery.worker import DeliveryWorker
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.hooks.dispatch import Dispatcher
+from agent_gateway_store.models.delivery import Leased
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
@@ -74,12 +74,12 @@ class StoreOutbox:
         if self._settings.notification_worker:
             self._worker.start()
 
-    def send(self, notice: Notice, leased: Mapping[str, UUID]) -> None:
+    def send(self, notice: Notice, leased: Leased) -> None:
         """Give the notice to the event hooks and, if this process sends, to the notifiers, in the background.
 
         Args:
             notice: Of a change that is committed.
-            leased: Notifier to delivery id, of the rows leased to this process.
+            leased: Its rows that are leased to this process.
         """
         if self._worker is None or self._dispatcher is None:
             # The change is committed, so the caller must not get an error.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from uuid import UUID
@@ -16,7 +16,7 @@ from agent_gateway_store._text import describe
 from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, ResultRecorder, claim, claim_next, is_any_due
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.hooks.dispatch import Dispatcher
-from agent_gateway_store.models.delivery import DeliveryStatus
+from agent_gateway_store.models.delivery import DeliveryStatus, Leased
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions
@@ -148,23 +148,23 @@ class DeliveryWorker:
         for queue in self._queues.values():
             self._loops.start(self._loop(queue, None, at_once=False))
 
-    def send(self, notice: Notice, leased: Mapping[str, UUID]) -> None:
+    def send(self, notice: Notice, leased: Leased) -> None:
         """Try to deliver a notice at once, in the background.
 
         Args:
             notice: What to send; its `delivery_id` means nothing.
-            leased: Notifier to delivery id, of rows that were just committed with a lease. What the other notifiers of
+            leased: The rows that were just committed with a lease. What the other notifiers of
                 this process are to get waits for an earlier notice about the same approval. After `close` they are sent
                 when their lease ends.
         """
         if self._is_closed:
             return
-        send_before = time.monotonic() + self.policy.send_within_s
-        for name, delivery_id in leased.items():
+        send_before = leased.since + self.policy.send_within_s
+        for name, delivery_id in leased.ids.items():
             if (queue := self._queues.get(name)) is not None:
                 sent = notice.model_copy(update={"delivery_id": delivery_id})
                 queue.put(Delivery(delivery_id, name, notice.approval_id, 1, sent, send_before))
-        self._claim_next([(name, notice.approval_id) for name in self._queues if name not in leased])
+        self._claim_next([(name, notice.approval_id) for name in self._queues if name not in leased.ids])
 
     async def run(self, *, once: bool, org_id: str | None = None) -> int:
         """Send what is due.

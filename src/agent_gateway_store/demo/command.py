@@ -5,7 +5,6 @@ The command line loads this module by its name, so that only the demo imports th
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import tempfile
 import time
@@ -92,6 +91,8 @@ def _end(until: str, events: int | None) -> datetime:
 
 
 async def _demo(store: GatewayStore, report: Any) -> dict[str, Any]:
+    import asyncio
+
     from agent_gateway_store.demo.gateway import Approver, Gateway, Toolbox
 
     started = time.perf_counter()

@@ -1,22 +1,41 @@
 """Two weeks of a gateway's life, from a seed: the same seed, number and end give the same history, to the last digit.
 
-It has office hours and nightly batches, lognormal latencies, and four things to find: a database that was slow during a
-nightly batch, a policy that began to ask about exports, a caller that probed for half an hour, and prompt injection in
-fetched pages. Each single incident has its own hour of the day, which does not depend on the hour of the end, and lies
-in the last four days, so that a search of one week finds it.
+It has office hours and nightly batches, lognormal latencies, and six things to find: a database that was slow during a
+nightly batch, a policy that began to ask about exports, a caller that probed for half an hour, prompt injection in
+fetched pages, a key that was used from outside the company, and callers that ask again after a denial. Each single
+incident has its own hour of the day, which does not depend on the hour of the end, and lies in the last four days, so
+that a search of one week finds it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import accumulate
 from random import Random
 from uuid import UUID
 
-from agent_gateway_store.demo.world import APPROVERS, CALLERS, PROBED, PROBES, SLOW, TOOLS, TROUBLEMAKER, Caller, Tool
+from agent_gateway_store.demo.world import (
+    APPROVERS,
+    CALLERS,
+    LEAKED,
+    PROBED,
+    PROBES,
+    SLOW,
+    SLOWED,
+    SOUGHT,
+    STOLEN,
+    THIEF_ADDRESS,
+    TOOLS,
+    TROUBLEMAKER,
+    Caller,
+    Incident,
+    Tool,
+    address,
+)
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, VoteDecision, hash_tool_call
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
@@ -25,11 +44,16 @@ DAYS = 14
 # All shares here are made up, and chosen by eye so that each thing to find shows in the plots of 2,000 events, without
 # being the first thing that anybody sees.
 _PROBE_SHARE = 0.012
-_PROBE_COVER = 0.12
+_PROBE_COVER = 0.2
+_STOLEN_SHARE = 0.006
+# So that few events show the slow database, too.
+_SLOW_SHARE = 0.003
+_RETRY_SHARE = 0.7
+_RETRIED_WITHIN = timedelta(hours=1)
 _POLICY_CHANGED = timedelta(days=7)
 _WAIT_LIMIT = timedelta(hours=1)
 _HOUR_S = 3600
-_TROUBLEMAKER = next(caller for caller in CALLERS if caller.name == TROUBLEMAKER)
+_CALLERS = {caller.name: caller for caller in CALLERS}
 
 
 @dataclass(frozen=True)
@@ -61,20 +85,26 @@ def history(count: int, *, seed: int, end: datetime, keys: Mapping[str, str]) ->
     )
     probes = int(count * _PROBE_SHARE)
     cover = round(probes * _PROBE_COVER)
-    planned = [(_moment(random, caller, end), caller) for caller in _callers(random, count - probes - cover)]
-    hidden = [(_probing(random, end), _TROUBLEMAKER) for _ in range(cover)]
-    probing = [(_probing(random, end), None) for _ in range(probes)]
-    for when, who in sorted([*planned, *hidden, *probing], key=lambda plan: plan[0]):
-        yield maker.usual(when, who) if who is not None else maker.probe(when)
+    stolen, slow = int(count * _STOLEN_SHARE), int(count * _SLOW_SHARE)
+    usual = _callers(random, count - probes - cover - stolen - slow)
+    plans: list[tuple[datetime, Callable[[datetime], Call]]] = [
+        *((_moment(random, caller, end), partial(maker.usual, caller=caller)) for caller in usual),
+        *((_during(PROBED, random, end), partial(maker.usual, caller=_CALLERS[TROUBLEMAKER])) for _ in range(cover)),
+        *((_during(SLOW, random, end), partial(maker.usual, caller=_CALLERS[SLOWED])) for _ in range(slow)),
+        *((_during(PROBED, random, end), maker.probe) for _ in range(probes)),
+        *((_during(STOLEN, random, end), maker.steal) for _ in range(stolen)),
+    ]
+    for when, make in sorted(plans, key=lambda plan: plan[0]):
+        yield make(when)
 
 
 def _callers(random: Random, count: int) -> list[Caller]:
     return random.choices(CALLERS, [caller.share for caller in CALLERS], k=count)
 
 
-def _probing(random: Random, end: datetime) -> datetime:
-    """Return a time in the half-hour of probing, during which the usual calls of that caller go on."""
-    return PROBED.start(end) + PROBED.length * random.random()
+def _during(incident: Incident, random: Random, end: datetime) -> datetime:
+    """Return a time in the incident, during which the usual calls go on."""
+    return incident.start(end) + incident.length * random.random()
 
 
 def _moment(random: Random, caller: Caller, end: datetime) -> datetime:
@@ -86,20 +116,38 @@ def _moment(random: Random, caller: Caller, end: datetime) -> datetime:
             return start
 
 
+@dataclass(frozen=True)
+class _Denied:
+    """A call that a human denied at this time."""
+
+    at: datetime
+    tool: Tool
+    arguments: dict[str, object]
+    labels: list[str]
+    rule: str
+
+
 class _Maker:
-    """Makes calls one after the other; remembers each caller's session."""
+    """Makes calls one after the other; remembers each caller's session, and what it was denied last."""
 
     def __init__(self, random: Random, end: datetime, *, prefix: str, keys: Mapping[str, str]) -> None:
         self._random, self._end, self._prefix, self._keys = random, end, prefix, keys
         self._slow_from = SLOW.start(end)
         self._number = 0
         self._sessions: dict[str, tuple[str, datetime]] = {}
+        self._denied: dict[str, _Denied] = {}
         self._tools = {
             caller.name: ([TOOLS[name] for name in caller.tools], list(accumulate(caller.tools.values())))
             for caller in CALLERS
         }
 
     def usual(self, when: datetime, caller: Caller) -> Call:
+        last = self._denied.get(caller.name)
+        if last and last.at <= when < last.at + _RETRIED_WITHIN and self._random.random() < _RETRY_SHARE:
+            del self._denied[caller.name]
+            return self._call(
+                when, caller, last.tool, last.arguments, last.labels, Decision.APPROVAL_REQUIRED, last.rule
+            )
         tools, weights = self._tools[caller.name]
         tool = self._random.choices(tools, cum_weights=weights)[0]
         labels = [label for label, share in tool.labels.items() if self._random.random() < share]
@@ -111,7 +159,12 @@ class _Maker:
 
     def probe(self, when: datetime) -> Call:
         name, arguments, rule, label = self._random.choice(PROBES)
-        return self._call(when, _TROUBLEMAKER, TOOLS[name], arguments, [label, "PROBING"], Decision.DENY, rule)
+        return self._call(when, _CALLERS[TROUBLEMAKER], TOOLS[name], arguments, [label, "PROBING"], Decision.DENY, rule)
+
+    def steal(self, when: datetime) -> Call:
+        tool = TOOLS["github.search_code"]
+        arguments = tool.arguments(self._random) | {"query": self._random.choice(SOUGHT)}
+        return self._call(when, _CALLERS[LEAKED], tool, arguments, [], Decision.ALLOW, tool.rule, client=THIEF_ADDRESS)
 
     def _decide(self, tool: Tool, caller: Caller, labels: list[str], when: datetime) -> Decision:
         if "PROMPT_INJECTION" in labels:
@@ -141,6 +194,8 @@ class _Maker:
         labels: list[str],
         decision: Decision,
         rule: str,
+        *,
+        client: str | None = None,
     ) -> Call:
         self._number += 1
         request_id = f"req-{self._prefix}-{self._number:07}"
@@ -151,6 +206,11 @@ class _Maker:
             approval is not None and approval.request.status is ApprovalStatus.USED
         )
         status, latency_ms = self._run(tool, when) if is_run else (None, self._random.randrange(1, 6))
+        if approval is not None and status is not None:
+            approval.request.outcome = str(status)
+        if approval is not None and approval.request.status is ApprovalStatus.DENIED:
+            at = approval.request.decision_at or when
+            self._denied[caller.name] = _Denied(at, tool, arguments, labels, rule)
         flags = []
         if decision is Decision.SANITIZE_AND_ALLOW:
             first = next(iter(arguments))
@@ -180,6 +240,7 @@ class _Maker:
             latency_ms=latency_ms,
             output_decision=OutputDecision.REDACT if "PERSONAL_DATA" in labels and is_run else OutputDecision.ALLOW,
             redaction_flags=flags,
+            extra={"client": client or address(caller.name)},
             deterministic_rationale=f"Rule {rule} says {decision} to {tool.full_name} for the role {caller.role}.",
         )
         return Call(event, approval)
@@ -235,7 +296,6 @@ class _Maker:
             decision_at=when + wait if is_decided else None,
             approver_note=note,
             used_at=when + wait + timedelta(seconds=1) if status is ApprovalStatus.USED else None,
-            outcome="success" if status is ApprovalStatus.USED else None,
             version=3 if status is ApprovalStatus.USED else 2,
         )
         if approver is None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 
-from agent_gateway_store.audit.files import progress_bar
 from agent_gateway_store.errors import GatewayStoreError, LogMismatchError
 from agent_gateway_store.evidence import proof, publish, verify
 from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint, may_not_write
@@ -14,6 +13,7 @@ from agent_gateway_store.evidence.tiles import read_tiles
 from agent_gateway_store.evidence.tree import TileHashes
 from agent_gateway_store.models.evidence import Checkpoint, Verification
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.files import progress_bar
 
 
 class EvidenceManager:

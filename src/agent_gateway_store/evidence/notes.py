@@ -182,15 +182,17 @@ class ParsedNote:
     signatures: tuple[Signature, ...]
     body: str = field(repr=False)
 
-    def signed_by(self, keys: Iterable[VerifierKey]) -> bool:
+    def signed_by(self, keys: Iterable[VerifierKey]) -> bool | None:
         """True if one of these keys has signed, and no signature under the name and id of one of them is wrong.
+
+        None: there is no signature under the name and id of one of them.
 
         Raises:
             MissingExtraError: The extra `signing` is not installed.
         """
         ed25519, known = _ed25519(), {(key.name, key.key_id): key for key in keys}
         ours = [(known[name], each.data) for each in self.signatures if (name := (each.name, each.key_id)) in known]
-        return bool(ours) and all(_is_signed(ed25519, key, data, self.body.encode()) for key, data in ours)
+        return all(_is_signed(ed25519, key, data, self.body.encode()) for key, data in ours) if ours else None
 
 
 def _is_signed(ed25519: ModuleType, key: VerifierKey, data: bytes, body: bytes) -> bool:

@@ -234,7 +234,7 @@ def check(text: str, *, keys: Iterable[str] = ()) -> Verification:
         wrong.append((FindingKind.MISSING, "The event was not sealed when this was made: nothing proves it."))
     elif not verify_inclusion(proof.leaf, proof.position, proof.note.size, proof.path, proof.note.root):
         wrong.append((FindingKind.BAD_TREE, "The proof does not lead from the event's leaf to the checkpoint's root."))
-    is_signed = proof is not None and bool(trusted) and proof.note.signed_by(trusted)
+    is_signed = proof is not None and bool(trusted) and bool(proof.note.signed_by(trusted))
     if trusted and not is_signed:
         wrong.append((FindingKind.BAD_SIGNATURE, "None of the given keys has signed a checkpoint of the event."))
     elif not trusted:

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from agent_gateway_store.audit.files import partial, sync
 from agent_gateway_store.errors import LogMismatchError
 from agent_gateway_store.evidence.notes import ParsedNote, parse_note
 from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, ReadTiles, TileHashes, root_from, tiles_for_root
 from agent_gateway_store.models.evidence import Checkpoint
+from agent_gateway_store.storage.files import partial, sync
 
 # Chosen: 512 KiB of hashes in memory.
 _TILES_AT_ONCE = 64

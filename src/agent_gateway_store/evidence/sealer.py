@@ -349,16 +349,16 @@ class BackgroundSealer:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self, timeout_s: float) -> None:
-        """End; a seal under way gets `timeout_s` seconds to finish."""
+        """End within `timeout_s` seconds; a seal under way gets three quarters of them to finish."""
         if self._task is None:
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s * 3 / 4):
                 await self._idle.wait()
         task, self._task = self._task, None
         task.cancel()
         # A statement of SQLite that waits for another process cannot be stopped.
-        await asyncio.wait([task], timeout=timeout_s)
+        await asyncio.wait([task], timeout=timeout_s / 4)
 
     async def _run(self) -> None:
         said: object = None

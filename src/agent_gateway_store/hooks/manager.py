@@ -6,13 +6,12 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
 from agent_gateway_store._text import describe, escape
-from agent_gateway_store.hooks.executor import run_in_thread
 from agent_gateway_store.hooks.markers import PROJECT
 from agent_gateway_store.hooks.plugin import REGISTER, SETTINGS, Plugin, PluginRecord, SettingsState
 
@@ -42,21 +41,25 @@ class Plugins:
         environ: Where the two variables are read; None means `os.environ`. `AGENT_GATEWAY_STORE_LOAD_PLUGINS` names the
             installed plugins to load, separated by commas: empty means none, unset all.
             `AGENT_GATEWAY_STORE_BLOCK_PLUGINS` names plugins, given or installed, that are never loaded.
+        load_bundled: False leaves the bundled ones unloaded, which keep their names all the same.
     """
 
-    def __init__(self, given: Iterable[object] = (), *, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, given: Iterable[object] = (), *, environ: Mapping[str, str] | None = None, load_bundled: bool = True
+    ) -> None:
         environ = os.environ if environ is None else environ
         self._load = _names_in(environ[LOAD_VARIABLE]) if LOAD_VARIABLE in environ else None
         self._block = _names_in(environ.get(BLOCK_VARIABLE, ""))
+        self._load_bundled = load_bundled
         self._plugins: list[Plugin] = []
         for each in given:
             self._add_given(each)
         first_installed = len(self._plugins)
         self._bundled: set[str] = set()
-        for entry_point, distribution in _installed():
-            if _is_ours(distribution):
+        for entry_point, origin in _installed():
+            if origin[0] == _DISTRIBUTION:
                 self._bundled.add(entry_point.name)
-            self._add_installed(entry_point, distribution)
+            self._add_installed(entry_point, origin)
         found = {plugin.name for plugin in self._plugins[first_installed:]}
         for name in sorted((self._load or set()) - found):
             self._new(name).add_problem(f"{LOAD_VARIABLE} names it, but no such plugin is installed")
@@ -84,6 +87,9 @@ class Plugins:
         Returns:
             Notifiers by name, in the order of loading; new ones at each call.
         """
+        # Here, so that a command line without a store loads no asyncio.
+        from agent_gateway_store.hooks.executor import run_in_thread
+
         timeout = settings.plugin_timeout_seconds
         deadline = time.monotonic() + timeout
         asked = []
@@ -120,6 +126,8 @@ class Plugins:
 
         Each plugin has `timeout_s` seconds to answer.
         """
+        from agent_gateway_store.hooks.executor import run_in_thread
+
         found: dict[str, SettingsState] = {}
         for plugin in self._plugins:
             if plugin.caller(SETTINGS) is None:
@@ -153,9 +161,9 @@ class Plugins:
         if plugin.blocked is None:
             plugin.adopt(lambda: given)
 
-    def _add_installed(self, entry_point: metadata.EntryPoint, distribution: metadata.Distribution) -> None:
+    def _add_installed(self, entry_point: metadata.EntryPoint, origin: tuple[str, str]) -> None:
         rivals = [plugin for plugin in self._plugins if plugin.name in (entry_point.name, entry_point.value)]
-        plugin = self._new(entry_point.name, origin=_identity(distribution))
+        plugin = self._new(entry_point.name, origin=origin)
         if plugin.blocked is not None:
             return
         if self._load is not None and plugin.name not in self._load:
@@ -164,16 +172,17 @@ class Plugins:
             plugin.blocked = "the store was given a plugin that takes its place"
         elif rivals:
             plugin.add_problem("another installed plugin has taken its name")
-        else:
+        elif self._load_bundled or plugin.name not in self._bundled:
             plugin.adopt(entry_point.load)
 
 
-def _installed() -> Iterator[tuple[metadata.EntryPoint, metadata.Distribution]]:
-    """Yield the entry points of our group, the bundled ones first, sorted by name, none of them loaded.
+def _installed() -> list[tuple[metadata.EntryPoint, tuple[str, str]]]:
+    """Return the entry points of our group, each with the name and version of its distribution, none of them loaded.
 
-    Of a distribution that is found twice the first on `sys.path` counts. One whose metadata cannot be read is left out.
+    The bundled ones come first, each part sorted by name. Of a distribution that is found twice the first on `sys.path`
+    counts. One whose metadata cannot be read is left out.
     """
-    found: list[tuple[metadata.EntryPoint, metadata.Distribution]] = []
+    found: list[tuple[metadata.EntryPoint, tuple[str, str]]] = []
     seen: set[str] = set()
     for distribution in metadata.distributions():
         # One by one, as `metadata.entry_points` raises if the metadata of any package is damaged.
@@ -184,15 +193,12 @@ def _installed() -> Iterator[tuple[metadata.EntryPoint, metadata.Distribution]]:
             continue
         if not entry_points:
             continue
-        package = _identity(distribution)[0].lower()
+        origin = _identity(distribution)
+        package = origin[0].lower()
         if package == _UNKNOWN or package not in seen:
             seen.add(package)
-            found.extend((entry_point, distribution) for entry_point in entry_points)
-    return iter(sorted(found, key=lambda pair: (not _is_ours(pair[1]), pair[0].name)))
-
-
-def _is_ours(distribution: metadata.Distribution) -> bool:
-    return _identity(distribution)[0] == _DISTRIBUTION
+            found.extend((entry_point, origin) for entry_point in entry_points)
+    return sorted(found, key=lambda pair: (pair[1][0] != _DISTRIBUTION, pair[0].name))
 
 
 def _identity(distribution: metadata.Distribution) -> tuple[str, str]:

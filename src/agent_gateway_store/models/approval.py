@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
 from pydantic import PositiveInt
@@ -23,6 +23,8 @@ from agent_gateway_store.models.values import ApprovalStatus, ApproverId, Frozen
 
 # The largest number that an INTEGER of PostgreSQL holds.
 _MOST_APPROVERS = 2**31 - 1
+_PENDING = text("status = 'PENDING'")
+_APPROVED = text("status = 'APPROVED'")
 _ISSUED = text("status = 'PENDING' AND acquire_key IS NULL")
 _STANDING = text("status IN ('PENDING', 'APPROVED') AND acquire_key IS NOT NULL")
 _ACQUIRED = text("acquire_key IS NOT NULL")
@@ -74,7 +76,10 @@ class ApprovalRequest(StoreModel, table=True):
         outcome: The result of the call, recorded after its use; None with the status USED means unknown.
         version: Grows with each transition.
         acquire_key: What `acquire` finds its approvals by; None where `issue_token` asked.
+        votes: See the property; no field, since it is read with listings and `get` alone.
     """
+
+    shown_with: ClassVar = ("votes",)
 
     __tablename__ = "approval_requests"
     __table_args__ = (
@@ -110,6 +115,9 @@ class ApprovalRequest(StoreModel, table=True):
             sqlite_where=_STANDING,
         ),
         Index(None, "acquire_key", "decision_at", postgresql_where=_ACQUIRED, sqlite_where=_ACQUIRED),
+        # What is overdue: few of many.
+        Index(None, "expires_at", postgresql_where=_PENDING, sqlite_where=_PENDING),
+        Index(None, "use_before", "expires_at", postgresql_where=_APPROVED, sqlite_where=_APPROVED),
     )
 
     id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)
@@ -138,6 +146,21 @@ class ApprovalRequest(StoreModel, table=True):
     outcome: str | None = Field(default=None, sa_type=Text)
     version: PositiveInt = Field(default=1, sa_type=Integer)
     acquire_key: str | None = Field(default=None, sa_type=Text, repr=False, exclude=True)
+
+    @property
+    def votes(self) -> list[CastVote] | None:
+        """Who voted, in the order of time; None where it was not read."""
+        return self.__dict__.get("votes")
+
+
+class CastVote(FrozenModel):
+    """One vote, as a listing tells it; the fields are those of `ApprovalVote`."""
+
+    approver_id: str
+    decision: VoteDecision
+    note: str
+    channel: str
+    voted_at: datetime
 
 
 class ApprovalVote(StoreModel, table=True):

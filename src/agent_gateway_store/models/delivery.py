@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 from pydantic import NonNegativeInt
-from sqlalchemy import CheckConstraint, Index, Integer, Text, UniqueConstraint, Uuid
+from sqlalchemy import CheckConstraint, Index, Integer, Text, UniqueConstraint, Uuid, text
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
@@ -16,7 +17,7 @@ from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, UtcDateTime
 from agent_gateway_store.models.values import Notice
 
-__all__ = ["DeliveryStatus", "Notice", "NoticeEvent", "NotificationDelivery"]
+__all__ = ["DeliveryStatus", "Leased", "Notice", "NoticeEvent", "NotificationDelivery"]
 
 
 class NoticeEvent(StrEnum):
@@ -32,6 +33,22 @@ class DeliveryStatus(StrEnum):
     DUE = "DUE"
     DELIVERED = "DELIVERED"
     DEAD = "DEAD"
+
+
+class Leased(NamedTuple):
+    """The rows of one notice that are leased to this process.
+
+    Attributes:
+        ids: Notifier to delivery id.
+        since: When the lease began at the earliest, by `time.monotonic()`: before the statement was sent, for the
+            database counts from there, and a commit may take long.
+    """
+
+    ids: Mapping[str, UUID]
+    since: float
+
+
+_DELIVERED = text("status = 'DELIVERED'")
 
 
 class NotificationDelivery(StoreModel, table=True):
@@ -53,6 +70,8 @@ class NotificationDelivery(StoreModel, table=True):
         Index(None, "status", "next_attempt_at", "id"),
         Index(None, "status", "notifier", "next_attempt_at", "id"),
         Index(None, "approval_id"),
+        # What is pruned.
+        Index(None, "delivered_at", postgresql_where=_DELIVERED, sqlite_where=_DELIVERED),
         Index(None, "org_id", "created_at", "id"),
     )
 

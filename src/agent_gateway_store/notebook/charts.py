@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
+from unicodedata import east_asian_width
 
 from agent_gateway_store import _text
 from agent_gateway_store.errors import MissingExtraError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DECISION_COLOURS",
     "INK",
+    "LEGEND_PX",
     "WIDTH",
     "colours",
     "finish",
@@ -38,8 +40,12 @@ __all__ = [
 
 # Pixels. With axis and legend it fits beside the file browser of JupyterLab on a screen of 1280.
 WIDTH = 640
-# Characters: at 11 points it fills half the width. Vega cuts labels of an axis at the 220 pixels below.
-_LABEL_CHARS = 60
+# Characters of a name, more than any has: tooltips show it whole, and two that begin alike stay two.
+_NAME_CHARS = 500
+# Pixels at which Vega cuts the labels of an axis and of a legend, and the most that a character of 11 points takes:
+# one of an East Asian script or a capital, and any other.
+_AXIS_PX, LEGEND_PX = 220, 140
+_WIDE_PX, _CHAR_PX = 11, 6.5
 DECISION_COLOURS = {
     "ALLOW": HEX["good"],
     "SANITIZE_AND_ALLOW": HEX["info"],
@@ -145,7 +151,7 @@ def stacked_bars(
     )
 
 
-def safe(value: Any, *, most: int = _LABEL_CHARS) -> str:
+def safe(value: Any, *, most: int = _NAME_CHARS) -> str:
     r"""Return text that is safe in a chart: hidden characters and `<` (as `\x3c`) are escaped, long text is cut."""
     # Altair puts the data into a script element of its HTML, unescaped: `</script>` in the name of a tool would end it.
     text = _text.escape(str(value)).replace("<", "\\x3c")
@@ -165,15 +171,25 @@ def nothing(title: str | None, default: str, what: str) -> Chart:
     return finish(chart.properties(width=WIDTH, height=80), title or default, "")
 
 
-def finish(chart: Any, title: str, subtitle: str) -> Chart:
-    """Return the chart with its title and the look that all plots share."""
+def _is_cut(label: str, limit_px: int) -> bool:
+    return sum(_WIDE_PX if east_asian_width(each) in "FW" or each.isupper() else _CHAR_PX for each in label) > limit_px
+
+
+def finish(chart: Any, title: str, subtitle: str, *, axis: Iterable[str] = (), legend: Iterable[str] = ()) -> Chart:
+    """Return the chart with its title and the look that all plots share.
+
+    Where a label of its axis or legend may be cut, a line below the title says so, and what shows the whole.
+    """
     alt, _ = libraries()
     # Altair's default loads its scripts from a public server. Whoever has chosen another renderer keeps it.
     if alt.renderers.active == "default":
         alt.renderers.enable("svg")
+    is_cut = any(_is_cut(each, _AXIS_PX) for each in axis) or any(_is_cut(each, LEGEND_PX) for each in legend)
+    notes = ["… marks labels that are cut; tooltips (of the renderer html) and .to_dicts() have them whole"]
+    notes = notes if is_cut else []
     lines = alt.TitleParams(
         text=safe(title, most=120),
-        subtitle=[safe(subtitle, most=160)] if subtitle else [],
+        subtitle=[*([safe(subtitle, most=160)] if subtitle else []), *notes],
         anchor="start",
         fontSize=15,
         subtitleFontSize=12,
@@ -181,11 +197,11 @@ def finish(chart: Any, title: str, subtitle: str) -> Chart:
         subtitleColor=_DIM,
         offset=12,
     )
-    axis = {"gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID, "labelColor": INK, "titleColor": _DIM}
+    look = {"gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID, "labelColor": INK, "titleColor": _DIM}
     drawn = (
         chart.properties(title=lines, background="white", padding=12)
         .configure_view(stroke=None)
-        .configure_axis(**axis, labelFontSize=11, titleFontSize=11, titleFontWeight="normal", labelLimit=220)
+        .configure_axis(**look, labelFontSize=11, titleFontSize=11, titleFontWeight="normal", labelLimit=_AXIS_PX)
         .configure_legend(orient="top", title=None, labelFontSize=11, labelColor=INK, symbolType="square", offset=4)
     )
     return cast("Chart", drawn)

@@ -106,14 +106,15 @@ def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
                 "caller:N",
                 sort=[*callers, OTHERS],
                 scale=alt.Scale(scheme="tableau10"),
-                legend=alt.Legend(columns=5, labelLimit=140),
+                legend=alt.Legend(columns=5, labelLimit=charts.LEGEND_PX),
             ),
             tooltip=["tool:N", "caller:N", alt.Tooltip("calls:Q", format=",")],
         )
         .properties(width=charts.WIDTH - 60, height=alt.Step(19))
     )
     more = f"; {left_out} rarer tools left out" if left_out else ""
-    return charts.finish(chart, title or "Calls by tool and caller", f"{total:,} calls{more}")
+    said = f"{total:,} calls{more}"
+    return charts.finish(chart, title or "Calls by tool and caller", said, axis=tools, legend=callers)
 
 
 def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
@@ -150,9 +151,8 @@ def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
         color=alt.condition(f"datum.calls > {most / 2}", alt.value("white"), alt.value(charts.INK)),
     )
     chart = (tiles + numbers).properties(width=charts.WIDTH - 60, height=alt.Step(24))
-    return charts.finish(
-        chart, title or "Risk labels by tool", "number of calls; a call counts under each of its labels"
-    )
+    said = "number of calls; a call counts under each of its labels"
+    return charts.finish(chart, title or "Risk labels by tool", said, axis=[*tools, *labels])
 
 
 def _by_tool(frame: Any, column: str, *, name: str) -> Any:

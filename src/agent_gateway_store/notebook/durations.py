@@ -148,7 +148,8 @@ def _percentiles(frame: Any, by: str, title: str | None) -> Chart:
         tooltip=["group:N", "percentile:N", alt.Tooltip("ms:Q", format=",.0f", title="ms")],
     )
     chart = (lines + points).properties(width=charts.WIDTH - 60, height=alt.Step(20))
-    return charts.finish(chart, title or f"Latency by {by}", "p50, p95 and p99 in milliseconds; the slowest first")
+    said = "p50, p95 and p99 in milliseconds; the slowest first"
+    return charts.finish(chart, title or f"Latency by {by}", said, axis=order)
 
 
 def _histogram(values: Any, title: str | None) -> Chart:

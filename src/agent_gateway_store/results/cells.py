@@ -72,12 +72,16 @@ class Column:
 
 @cache
 def columns_of(record_type: type[BaseModel]) -> tuple[Column, ...]:
-    """Return the columns of a record: its fields in their order, without those that its repr hides."""
-    return tuple(
+    """Return the columns of a record: its fields in their order, without those that its repr hides.
+
+    Behind them come the properties that its class names in `shown_with`, as JSON.
+    """
+    fields = (
         _column(name, field.annotation)
         for name, field in record_type.model_fields.items()
         if field.repr and not _is_secret(field.annotation)
     )
+    return (*fields, *(Column(name, "json") for name in getattr(record_type, "shown_with", ())))
 
 
 def as_dict(item: Any) -> dict[str, Any]:
@@ -156,6 +160,13 @@ def is_number(value: Any) -> bool:
 def is_call(field: str, value: Any) -> bool:
     """Return True for a tool call, as `fields_of` gives it."""
     return field == "tool_call" and isinstance(value, dict) and value.keys() >= {"server", "tool", "arguments"}
+
+
+def votes_text(field: str, value: Any) -> str | None:
+    """Return who voted what and where, for the votes of an approval, as `fields_of` gives them; else None."""
+    if field != "votes" or not isinstance(value, list):
+        return None
+    return ", ".join(f"{vote['approver_id']} {vote['decision']} ({vote['channel']})" for vote in value)
 
 
 def caption(count: int, *, is_cut: bool, whole: str = WHOLE) -> str:

@@ -107,6 +107,8 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
     if cells.is_call(name, value):
         call = escape(cells.cell(_text.call_name(value["server"], value["tool"])))
         return f"<td>{call}{_json(value['arguments'], whole) if value['arguments'] else ''}</td>"
+    if (votes := cells.votes_text(name, value)) is not None and not whole:
+        return f"<td>{escape(cells.cell(votes))}</td>"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return f"<td>{_chips(value)}</td>"
     if isinstance(value, dict | list):

@@ -30,6 +30,9 @@ METRICS = (
     Column("latency_p99_ms", "number"),
 )
 
+# Groups that are numbers.
+_NUMBERS = ("hour_of_day", "weekday")
+
 
 class Page(list[T]):
     """A list of records, newest first where time orders them. A slice of it is a `Page`.
@@ -150,11 +153,13 @@ class Page(list[T]):
 
 
 class Stats(Page[dict[str, Any]]):
-    """Counts and latencies, a row for each group: the group's columns, then `METRICS`.
+    """Counts and percentiles, a row for each group: the group's columns, then the metrics.
 
     Attributes:
-        by: Names of the columns that the events were grouped by; the time bucket is not among them.
-        bucket: Length of a time bucket; None: not grouped by time. Rows then have `bucket`, its start in UTC.
+        by: Names of the columns that were grouped by; the time bucket is not among them.
+        bucket: Length of a time bucket; None: not grouped by time. Rows then have `bucket`, its start, in UTC or in
+            the time zone that was asked for.
+        metrics: Columns of the counts and percentiles.
     """
 
     def __init__(
@@ -163,8 +168,10 @@ class Stats(Page[dict[str, Any]]):
         *,
         by: str | Iterable[str] = (),
         bucket: timedelta | None = None,
+        metrics: tuple[Column, ...] = METRICS,
         next_cursor: str | None = None,
     ) -> None:
+        self.metrics = metrics
         self.by = (by,) if isinstance(by, str) else tuple(by)
         self.bucket = bucket
         super().__init__(map(dict, items), next_cursor=next_cursor, columns=tuple(c.name for c in self.frame_columns()))
@@ -172,7 +179,8 @@ class Stats(Page[dict[str, Any]]):
     def frame_columns(self) -> tuple[Column, ...]:
         """Return the columns of its frame."""
         start = () if self.bucket is None else (Column("bucket", "time"),)
-        return (*start, *(Column(name, "category") for name in self.by), *METRICS)
+        groups = (Column(name, "integer" if name in _NUMBERS else "category") for name in self.by)
+        return (*start, *groups, *self.metrics)
 
     def _of(self, items: Iterable[dict[str, Any]]) -> Self:
-        return type(self)(items, by=self.by, bucket=self.bucket)
+        return type(self)(items, by=self.by, bucket=self.bucket, metrics=self.metrics)

@@ -80,6 +80,8 @@ def _styled(name: str, value: Any) -> Text:
     if cells.is_call(name, value):
         name = _text.call_name(value["server"], value["tool"])
         text = cells.cell(_text.Shown(f"{name} {cells.summary(value['arguments'])}".rstrip()))
+    elif (votes := cells.votes_text(name, value)) is not None:
+        text = cells.cell(votes)
     else:
         text = cells.summary(value) if isinstance(value, dict) else cells.cell(value)
     return Text(text, style=cells.RICH[tone] if tone else "")

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakSet
 
 import asyncpg
+from asyncpg.transaction import Transaction
 from sqlalchemy import Dialect, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -30,6 +31,10 @@ class RawConnection:
 
     driver: asyncpg.Connection
     dialect: Dialect
+
+    def transaction(self) -> Transaction:
+        """Return a transaction that is committed at the end of its `async with`, or rolled back if the body raises."""
+        return self.driver.transaction(isolation="read_committed")
 
 
 class AsyncpgPool:

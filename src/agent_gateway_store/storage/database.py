@@ -66,9 +66,10 @@ _LAST_TRANSACTIONS_S = 5.0
 # The largest that our own engine has: pool_size 10 and as many in overflow.
 _MOST_RAW_CONNECTIONS = 20
 # Defaults of a server, database or role that would change how our SQL is read, how times and numbers become text, which
-# transactions conflict, and whether a commit is on disk. A stronger synchronous_commit than "on" is left alone.
+# transactions conflict, whether a commit is on disk, and whether a statement is compiled (JIT), which takes longer than
+# it runs. A stronger synchronous_commit than "on" is left alone.
 _SESSION = """
-SET default_transaction_isolation = 'read committed'; SET standard_conforming_strings = on;
+SET jit = off; SET default_transaction_isolation = 'read committed'; SET standard_conforming_strings = on;
 SET transform_null_equals = off; SET array_nulls = on; SET quote_all_identifiers = off;
 SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 1;
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
@@ -253,7 +254,7 @@ class Database:
                 if access != "transaction":
                     yield connection
                     return
-                async with driver.transaction(isolation="read_committed"):
+                async with connection.transaction():
                     yield connection
 
     @asynccontextmanager

@@ -7,10 +7,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store.errors import SchemaOutOfDateError
 from agent_gateway_store.models.identity import identity_table
-from agent_gateway_store.storage.database import reader_of
+from agent_gateway_store.storage.database import AnyConnection, reader_of
 from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.statements import Statement
 
 IDENTITY = select(identity_table.c.identity)
+_RESTORED = Statement(IDENTITY.where(identity_table.c.history_id.is_not(None)))
 
 
 async def read_identity(engine: AsyncEngine) -> str:
@@ -36,3 +38,9 @@ def known(identity: str | None) -> str:
             "The database has lost its identity: run `gateway-store db restored --by NAME`, which gives it a new one."
         )
     return identity
+
+
+async def restored_identity(connection: AnyConnection) -> str | None:
+    """Return the identity that `db restored` gave; None: it never ran. Cursors of listings are bound to it."""
+    rows = await _RESTORED.tuples(connection, {})
+    return rows[0][0] if rows else None

@@ -40,25 +40,54 @@ def listing_fingerprint(listing: str, org_id: str | None, filters: Any) -> bytes
     return hashlib.sha256(text.encode()).digest()[:_SCOPE_BYTES]
 
 
-def encode_cursor(scope: bytes, at: datetime, row_id: int) -> str:
-    """Return the cursor that continues after the row with this time and id."""
-    return encode(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id))
+def encode_cursor(scope: bytes, at: datetime, row_id: int, restored: str | None) -> str:
+    """Return the cursor that continues after the row with this time and id; `restored` as for `encode_place`."""
+    return encode_place(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id), restored)
 
 
-def decode_cursor(scope: bytes, cursor: str) -> tuple[datetime, int]:
-    """Return the time and id in `cursor`.
-
-    Raises:
-        InvalidCursorError: It did not come from this listing.
-    """
+def decode_cursor(scope: bytes, cursor: str, restored: str | None) -> tuple[datetime, int]:
+    """Return the time and id in `cursor`; arguments and errors as for `decode_place`."""
+    ticks, row_id = _POSITION.unpack(decode_place(scope, cursor, _POSITION.size, restored))
     try:
-        ticks, row_id = _POSITION.unpack(decode(scope, cursor))
         # Ids are signed 64-bit integers; a driver would raise for a larger one.
         if row_id < 2**63:
             return _FIRST + ticks * _TICK, row_id
-    except (struct.error, OverflowError):
+    except OverflowError:
         pass
     raise invalid_cursor()
+
+
+def encode_place(scope: bytes, place: bytes, restored: str | None) -> str:
+    """Return the cursor that holds `place`.
+
+    Args:
+        scope: See `listing_fingerprint`.
+        place: Where the page ended; as long for each page of the listing.
+        restored: The identity of the database since `db restored`; None: it never ran.
+    """
+    return encode(scope, place + _mark(restored))
+
+
+def decode_place(scope: bytes, cursor: str, size: int, restored: str | None) -> bytes:
+    """Return the place in `cursor`, of `size` bytes; `restored` as for `encode_place`.
+
+    Raises:
+        InvalidCursorError: It did not come from this listing, or it is from before the database was restored.
+    """
+    payload = decode(scope, cursor)
+    place, mark = payload[:size], payload[size:]
+    if len(place) < size or len(mark) not in (0, _SCOPE_BYTES):
+        raise invalid_cursor()
+    if mark != _mark(restored):
+        raise InvalidCursorError(
+            "This cursor is of another database, or of this one before `gateway-store db restored`: start again "
+            "without one."
+        )
+    return place
+
+
+def _mark(restored: str | None) -> bytes:
+    return b"" if restored is None else hashlib.sha256(restored.encode()).digest()[:_SCOPE_BYTES]
 
 
 def encode(scope: bytes, payload: bytes) -> str:

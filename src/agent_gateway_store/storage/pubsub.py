@@ -21,7 +21,7 @@ from agent_gateway_store.storage.database import AnyConnection, Database
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.statements import Statement
 
-_CHANNEL = "agent_gateway_store_changed"
+CHANNEL = "agent_gateway_store_changed"
 # Chosen: a server that restarts is back within seconds.
 _RETRY_S = 1.0
 # Chosen: longest wait for a message before redis-py checks the connection.
@@ -37,7 +37,7 @@ _FOREVER_S = 10 * 365 * 86_400.0
 
 # As text: `pg_notify` returns void, which has no type in SQLAlchemy.
 _NOTIFY = Statement(
-    select(func.pg_notify(literal_column(f"'{_CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("sent"))
+    select(func.pg_notify(literal_column(f"'{CHANNEL}'"), bindparam("p_key", type_=Text())).cast(Text).label("sent"))
 )
 
 _logger = logging.getLogger("agent_gateway_store.pubsub")
@@ -143,12 +143,12 @@ class PubSub:
             self._start()
 
     def _start(self) -> None:
-        if self._subscription is None and (self._redis.client is not None or self._notifies):
+        if self._subscription is None and (self._redis.client is not None or self.notifies):
             self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
 
     async def notify(self, connection: AnyConnection, key: str) -> None:
         """Send the message with the commit of `connection`, where messages go through the database."""
-        if self._notifies:
+        if self.notifies:
             await _NOTIFY.first(connection, {"p_key": key})
 
     async def publish(self, key: str) -> bool:
@@ -162,11 +162,11 @@ class PubSub:
 
     async def publish_remote(self, key: str) -> bool:
         """Publish a change to other processes through Redis, if there is Redis. Returns as `publish`."""
-        return self._redis.client is None or await self._redis.publish(_CHANNEL, key)
+        return self._redis.client is None or await self._redis.publish(CHANNEL, key)
 
     def message(self, key: str) -> tuple[str, str] | None:
         """Return the channel and the text of the message about `key`, to be published along with a Redis command."""
-        return None if self._redis.client is None else (_CHANNEL, key)
+        return None if self._redis.client is None else (CHANNEL, key)
 
     def notify_local(self, key: str) -> None:
         """Publish a change to this process alone."""
@@ -193,7 +193,8 @@ class PubSub:
             topic.notify()
 
     @property
-    def _notifies(self) -> bool:
+    def notifies(self) -> bool:
+        """True if messages go through the database, with the commit of what they are about."""
         return self._redis.client is None and self._database.can_listen
 
     async def _subscribe(self) -> None:
@@ -218,7 +219,7 @@ class PubSub:
     async def _listen_to_redis(self) -> None:
         assert self._redis.client is not None  # noqa: S101
         async with self._redis.client.pubsub(ignore_subscribe_messages=True) as pubsub:
-            await pubsub.subscribe(_CHANNEL)
+            await pubsub.subscribe(CHANNEL)
             self._begin()
             while True:
                 message = await pubsub.get_message(timeout=_CHECK_S)
@@ -232,7 +233,7 @@ class PubSub:
         pool = AsyncpgPool(self._database.engine, size=1)
         try:
             async with pool.connection(_FOREVER_S) as driver:
-                await driver.add_listener(_CHANNEL, self._on_notify)
+                await driver.add_listener(CHANNEL, self._on_notify)
                 self._begin()
                 # A connection that has ended receives nothing more, so the caller begins again.
                 while not driver.is_closed():

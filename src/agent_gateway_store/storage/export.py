@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial as partial_of
 from operator import add
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from agent_gateway_store.audit.arrow import arrow_blocks, in_thread
-from agent_gateway_store.audit.files import Compression, Format, opened, partial, sync
-from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS, oldest
-from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow, arrow_schema
+from agent_gateway_store.results.cells import Column
+from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.files import Compression, Format, export_format, opened, partial, progress_bar, sync
 from agent_gateway_store.storage.permissions import FOLDER_MODE, create_file
+from agent_gateway_store.storage.statements import Statement
 from agent_gateway_store.storage.streaming import Rows, streamed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ExportResult:
     Attributes:
         path: The file, or the folder of a dataset.
         format: jsonl, csv or parquet.
-        rows: How many events.
+        rows: How many events or approvals.
         files: How many files: 1, or one for each day.
         bytes: Their size on disk.
     """
@@ -56,46 +56,74 @@ class ExportResult:
     bytes: int
 
 
-async def export_events(
-    database: Database,
-    found: Criteria,
-    path: Path,
-    *,
-    format: Format,  # noqa: A002  as the public method has it
-    compression: Compression | None,
-    by_day: bool,
-    raw: bool,
-    overwrite: bool,
-    report: Callable[[int], None],
-) -> ExportResult:
-    """Write the events that match to `path`, oldest first; the arguments are those of `AuditManager.export`, checked.
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
 
-    `report` receives the number of rows written so far.
+    Attributes:
+        statement: Its rows hold `columns`: JSON and ids as text, and no time beyond what Python can hold.
+        values: Its parameters.
+        columns: Names and kinds.
+        day: The column whose UTC day names the folders of a dataset.
     """
-    files = 1
-    with partial(path, overwrite=overwrite, as_folder=by_day) as written:
-        if format == "parquet":
-            with ParquetFiles(written, compression=compression, by_day=by_day) as target:
+
+    statement: Statement
+    values: Mapping[str, Any]
+    columns: tuple[Column, ...]
+    day: str
+
+
+class ExportOptions(NamedTuple):
+    """The options of `AuditManager.export`, in its order."""
+
+    format: str | None
+    compression: str | None
+    partition_by: str | None
+    raw: bool
+    overwrite: bool
+    progress: bool | Callable[[int], None]
+
+
+async def export_rows(
+    database: Database,
+    source: Source,
+    path: str | PathLike[str],
+    options: ExportOptions,
+) -> ExportResult:
+    """Write the rows of `source` to `path` in their order; options and errors as of `AuditManager.export`."""
+    format, compression, partition_by, raw, overwrite, progress = options  # noqa: A001  as the public methods have it
+    files, target_path, by_day = 1, Path(path), partition_by == "day"
+    kind, packed = export_format(target_path, format, compression, partition_by=partition_by, raw=raw)
+    with (
+        progress_bar(progress, f"Exporting to {target_path.name}") as report,
+        partial(target_path, overwrite=overwrite, as_folder=by_day) as written,
+    ):
+        if kind == "parquet":
+            with ParquetFiles(
+                written, source.columns, compression=packed, day=source.day if by_day else None
+            ) as target:
 
                 def write_table(table: pa.Table) -> None:
                     target.write(table)
                     report(target.rows)
 
-                await arrow_blocks(database, found, write_table, oldest_first=True, block_bytes=_BLOCK_BYTES)
+                await arrow_blocks(
+                    database, source.statement, source.values, source.columns, write_table, block_bytes=_BLOCK_BYTES
+                )
             rows, files = target.rows, target.files
         else:
-            with opened(written, compression) as write:
-                if format == "csv":
-                    write(csv_head().encode())
-                line = json_line if format == "jsonl" else csv_line(raw=raw)
-                rows = await _write_lines(database, found, write, line, report)
+            with opened(written, packed) as write:
+                if kind == "csv":
+                    write(csv_head(source.columns).encode())
+                line = json_line(source.columns) if kind == "jsonl" else csv_line(source.columns, raw=raw)
+                rows = await _write_lines(database, source, write, line, report)
         size = sum(each.stat().st_size for each in _files(written))
-    return ExportResult(path, format, rows, files, size)
+    return ExportResult(target_path, kind, rows, files, size)
 
 
 async def _write_lines(
     database: Database,
-    found: Criteria,
+    source: Source,
     write: Callable[[bytes], object],
     line: Callable[[Sequence[Any]], str],
     report: Callable[[int], None],
@@ -104,8 +132,8 @@ async def _write_lines(
         write("".join(map(line, rows)).encode())
 
     done = 0
-    statement = oldest(found.shape).compiled(database.engine.dialect)
-    async with aclosing(streamed(database, statement, found.values, batch=_BATCH_ROWS)) as batches:
+    query = source.statement.compiled(database.engine.dialect)
+    async with aclosing(streamed(database, query, source.values, batch=_BATCH_ROWS)) as batches:
         async for rows in batches:
             await in_thread(partial_of(write_rows, rows))
             done += len(rows)
@@ -118,8 +146,6 @@ def _files(path: Path) -> list[Path]:
 
 
 _quoted = json.encoder.encode_basestring
-_JSON = tuple(map(FIELDS.index, JSON_FIELDS))
-_TIMESTAMP = FIELDS.index("timestamp")
 
 # The beginning of a formula to a spreadsheet (the list of OWASP's "CSV Injection", with the full-width signs that some
 # fold), also after blanks. A cell begins where ours begins; but also inside it after a line end, a tab or a semicolon,
@@ -131,16 +157,26 @@ _FORMULA_FIRST = re.compile(rf"\A(?=[\t\r\n]|[{_BLANKS}]*{_SIGNS})")
 _FORMULA_LATER = re.compile(rf'(?<![{_BLANKS}";])[{_BLANKS}";]++(?={_SIGNS})')
 
 
-def json_line(row: Sequence[Any]) -> str:
-    """Return a row that holds `FIELDS` as a line of JSON, as `AuditEvent.model_dump(mode="json")` would give it."""
-    fields = list(map(_json, row))
-    fields[_TIMESTAMP] = f'"{_utc(row[_TIMESTAMP])}"'
-    for index in _JSON:
-        fields[index] = row[index]
-    return "{" + ",".join(map(add, _NAMES, fields)) + "}\n"
+def json_line(columns: tuple[Column, ...]) -> Callable[[Sequence[Any]], str]:
+    """Return the function that writes a row as a line of JSON, as `model_dump(mode="json")` of its record gives it."""
+    names = tuple(f"{_quoted(column.name)}:" for column in columns)
+    times, jsons = _places(columns, "time"), _places(columns, "json")
+
+    def line(row: Sequence[Any]) -> str:
+        fields = list(map(_json, row))
+        for index in times:
+            if row[index] is not None:
+                fields[index] = f'"{_utc(row[index])}"'
+        for index in jsons:
+            if row[index] is not None:
+                fields[index] = row[index]
+        return "{" + ",".join(map(add, names, fields)) + "}\n"
+
+    return line
 
 
-_NAMES = tuple(f"{_quoted(name)}:" for name in FIELDS)
+def _places(columns: tuple[Column, ...], kind: str) -> tuple[int, ...]:
+    return tuple(index for index, column in enumerate(columns) if column.kind == kind)
 
 
 def _json(value: Any) -> str:
@@ -154,17 +190,18 @@ def _utc(value: Any) -> str:
     return f"{moment.isoformat()[:-6]}Z"
 
 
-def csv_head() -> str:
+def csv_head(columns: tuple[Column, ...]) -> str:
     """Return the line of names."""
-    return ",".join(f'"{name}"' for name in FIELDS) + "\r\n"
+    return ",".join(f'"{column.name}"' for column in columns) + "\r\n"
 
 
-def csv_line(*, raw: bool) -> Callable[[Sequence[Any]], str]:
+def csv_line(columns: tuple[Column, ...], *, raw: bool) -> Callable[[Sequence[Any]], str]:
     """Return the function that writes a row as a line of CSV (RFC 4180).
 
     Text is in quotes; None is an empty field without quotes. Unless `raw`, texts go through `escape_formulas`.
     """
     tame: Callable[[str], str] = (lambda text: text) if raw else escape_formulas
+    times = _places(columns, "time")
 
     def field(value: Any) -> str:
         if value is None:
@@ -176,7 +213,9 @@ def csv_line(*, raw: bool) -> Callable[[Sequence[Any]], str]:
 
     def line(row: Sequence[Any]) -> str:
         fields = list(map(field, row))
-        fields[_TIMESTAMP] = f'"{_utc(row[_TIMESTAMP])}"'
+        for index in times:
+            if row[index] is not None:
+                fields[index] = f'"{_utc(row[index])}"'
         return ",".join(fields) + "\r\n"
 
     return line
@@ -204,11 +243,13 @@ class ParquetFiles:
         rows: How many rows were taken.
     """
 
-    def __init__(self, path: Path, *, compression: Compression | None, by_day: bool) -> None:
+    def __init__(
+        self, path: Path, columns: tuple[Column, ...], *, compression: Compression | None, day: str | None
+    ) -> None:
         self.files = self.rows = 0
-        self._path, self._compression, self._by_day = path, compression or "zstd", by_day
+        self._path, self._compression, self._by = path, compression or "zstd", day
         arrow("Writing Parquet")
-        self._schema = arrow_schema(AuditEvent)
+        self._schema = arrow_schema(columns)
         self._day: str | None = None
         self._file: Path | None = None
         self._writer: Any = None
@@ -216,7 +257,7 @@ class ParquetFiles:
         self._rows = self._bytes = 0
 
     def __enter__(self) -> Self:
-        if self._by_day:
+        if self._by is not None:
             self._path.mkdir(FOLDER_MODE)
         else:
             self._open(self._path)
@@ -233,19 +274,19 @@ class ParquetFiles:
                     self._writer.close()
             return
         self._close()
-        if self._by_day:
+        if self._by is not None:
             for folder in self._path.iterdir():
                 sync(folder)
 
     def write(self, table: pa.Table) -> None:
         """Write the next table; its rows may wait in memory until a row group is full."""
         self.rows += table.num_rows
-        if not self._by_day:
+        if self._by is None:
             self._add(table)
             return
         import pyarrow.compute as pc
 
-        days = pc.strftime(table.column("timestamp"), format="%Y-%m-%d").combine_chunks()
+        days = pc.strftime(table.column(self._by), format="%Y-%m-%d").combine_chunks()
         start = 0
         for run, length in zip(*_runs(days), strict=True):
             if run != self._day:

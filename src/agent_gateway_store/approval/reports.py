@@ -1,0 +1,292 @@
+"""What an auditor asks of many approvals: pages, counts and waiting times, exports; with the votes of each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from functools import lru_cache
+from os import PathLike
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ARRAY, JSON, BigInteger, DateTime, Integer, Text, Uuid, column
+from sqlalchemy.types import TypeEngine
+
+from agent_gateway_store.approval.filters import Criteria, conditions, types_of, words_of
+from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, find
+from agent_gateway_store.approval.statements import OVERDUE, readable_columns, sql_statement
+from agent_gateway_store.errors import ApprovalNotFoundError
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, CastVote
+from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
+from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.results import Page, Stats
+from agent_gateway_store.results.cells import Column, columns_of
+from agent_gateway_store.storage.database import AnyConnection, Database, Transactions
+from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.export import ExportOptions, ExportResult, Source, export_rows
+from agent_gateway_store.storage.filters import require_between
+from agent_gateway_store.storage.grouping import Grouping, Metrics, Offsets, aggregate, stats_of
+from agent_gateway_store.storage.identity import restored_identity
+from agent_gateway_store.storage.pagination import decode, decode_cursor, encode_cursor
+from agent_gateway_store.storage.statements import Statement, typed_text
+from agent_gateway_store.storage.streaming import fetched
+
+_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+
+_COLUMNS = (
+    "created_at",
+    "caller_id",
+    "tool_call",
+    "status",
+    "risk_explanation",
+    "approver_id",
+    "votes",
+    "outcome",
+    "approval_id",
+)
+
+_STREAMED_ROWS = 500  # chosen: about a megabyte of requests
+
+GROUPS = ("status", "outcome", "caller_id", "tool_name", "mcp_server", "approver_id", "scope", "org_id")
+"""The columns that approvals can be grouped by."""
+
+_STATUSES = ("pending", "approved", "denied", "expired", "cancelled", "used")
+# Numbers of microseconds, which both databases count exactly.
+_COUNTED = Metrics(
+    counts={
+        "approvals": "TRUE",
+        **{status: f"status = '{status.upper()}'" for status in _STATUSES},
+        "unknown_outcomes": "outcome = 'unknown'",
+    },
+    value="waited_us",
+    percentiles={"wait_p50_s": 0.5, "wait_p90_s": 0.9, "wait_p99_s": 0.99},
+    scale=1_000_000,
+)
+_METRICS = (
+    *(Column(name, "integer") for name in _COUNTED.counts),
+    *(Column(name, "number") for name in _COUNTED.percentiles),
+)
+
+# The output is not released yet, and no report is a way around that.
+_EXPORTED = tuple(each for each in columns_of(ApprovalRequest) if each.name != "output_payload")
+
+# A status as a reader sees it, by what is stored: the index over it serves no CASE.
+_STANDS = {
+    **{status: [f"status = '{status.value}'"] for status in ApprovalStatus},
+    ApprovalStatus.PENDING: ["status = 'PENDING' AND expires_at > {now_once}"],
+    ApprovalStatus.APPROVED: ["status = 'APPROVED' AND COALESCE(use_before, expires_at) > {now_once}"],
+    ApprovalStatus.EXPIRED: ["status = 'EXPIRED'", *(condition for condition, _ in OVERDUE)],
+}
+# In the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
+_ROWS = """
+    SELECT * FROM approval_requests WHERE {stands} AND {conditions} ORDER BY created_at DESC, id DESC LIMIT {limit}
+    """
+_PAGE = "SELECT {readable} FROM ({pages}) AS pages ORDER BY created_at DESC, id DESC LIMIT {limit}"
+_GROUPED = """
+    SELECT id, {at} AS at, {readable_status} AS status, {outcome_known} AS outcome, {waited_us} AS waited_us{groups}
+    FROM approval_requests WHERE {conditions}
+    """
+_EXPORT = """
+    SELECT {exported} FROM approval_requests WHERE {conditions} ORDER BY created_at, id
+    """
+_DIALECTS = {
+    "postgresql": {
+        "at": f"LEAST(GREATEST(created_at, TIMESTAMPTZ '{UTC_MIN.isoformat()}'), TIMESTAMPTZ '{UTC_MAX.isoformat()}')",
+        "waited_us": "CAST(EXTRACT(EPOCH FROM decision_at - created_at) * 1000000 AS BIGINT)",
+        "votes": """COALESCE((
+            SELECT jsonb_agg(jsonb_build_object(
+                'approver_id', v.approver_id, 'decision', v.decision, 'note', v.note, 'channel', v.channel,
+                'voted_at', to_char(v.voted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+            ) ORDER BY v.voted_at, v.id) FROM approval_votes AS v WHERE v.approval_id = approval_requests.approval_id
+        ), '[]')::text""",
+        "as_uuid": "CAST({} AS TEXT)",
+        "as_json": "CAST({} AS TEXT)",
+        # The driver stores the first and the last instant of UTC as infinities; LEAST alone would fill a NULL.
+        "as_time": "CASE WHEN {0} IS NOT NULL THEN "
+        f"LEAST(GREATEST({{0}}, TIMESTAMPTZ '{UTC_MIN.isoformat()}'), TIMESTAMPTZ '{UTC_MAX.isoformat()}') END",
+    },
+    "sqlite": {
+        "at": "created_at",
+        "waited_us": " - ".join(
+            f"(CAST(strftime('%s', substr({each}, 1, 19)) AS INTEGER) * 1000000 + CAST(substr({each}, 21) AS INTEGER))"
+            for each in ("decision_at", "created_at")
+        ),
+        "votes": """(
+            SELECT json_group_array(json_object(
+                'approver_id', v.approver_id, 'decision', v.decision, 'note', v.note, 'channel', v.channel,
+                'voted_at', replace(v.voted_at, ' ', 'T') || 'Z'
+            )) FROM (
+                SELECT * FROM approval_votes AS each WHERE each.approval_id = approval_requests.approval_id
+                ORDER BY voted_at, id
+            ) AS v
+        )""",
+        "as_uuid": "substr({0}, 1, 8) || '-' || substr({0}, 9, 4) || '-' || substr({0}, 13, 4) || '-' || "
+        "substr({0}, 17, 4) || '-' || substr({0}, 21)",
+        "as_json": "{}",
+        "as_time": "{}",
+    },
+}
+
+
+def _typed(sql: str, dialect: str, shape: tuple[str, ...], columns: Iterable[Any], **words: str) -> Any:
+    """Return a text as a statement of this dialect, narrowed by the filters of `shape`."""
+    known = words_of(dialect) | _DIALECTS[dialect] | {"conditions": conditions(dialect, shape), **words}
+    return typed_text(sql.format_map(known), types_of(dialect), columns)
+
+
+@lru_cache(maxsize=128)
+def _page(shape: tuple[str, ...], statuses: tuple[str, ...], limit: int) -> Statement:
+    standing = [each for status in dict.fromkeys(statuses) for each in _STANDS[ApprovalStatus(status)]]
+    # A page of each, in the order of an index, and of these a page: of an OR the planner would sort all that match.
+    pages = " UNION ALL ".join(
+        f"SELECT * FROM ({_ROWS.replace('{stands}', each)}) AS page_{at}"  # noqa: S608  pieces of the program's own
+        for at, each in enumerate(standing or ["1 = 1"])
+    )
+    sql = _PAGE.replace("{pages}", pages)
+    return Statement(lambda dialect: _typed(sql, dialect, shape, readable_columns, limit=str(limit)))
+
+
+def _votes_of(dialect: str) -> Any:
+    is_array = dialect == "postgresql"
+    several: TypeEngine[Any] = ARRAY(Uuid()) if is_array else JSON()
+    wanted = "= ANY(:p_ids)" if is_array else "IN (SELECT value FROM json_each(:p_ids))"
+    names = ("approval_id", *CastVote.model_fields)
+    sql = "SELECT {names} FROM approval_votes WHERE approval_id {wanted} ORDER BY voted_at, id"
+    sql = sql.format(names=", ".join(names), wanted=wanted)
+    return typed_text(sql, {"p_ids": several}, [_votes.c[name] for name in names])
+
+
+_VOTES = Statement(_votes_of)
+
+
+async def add_votes(connection: AnyConnection, requests: Sequence[ApprovalRequest]) -> None:
+    """Read the votes of all these approvals, by one statement."""
+    if not requests:
+        return
+    found: dict[UUID, list[CastVote]] = defaultdict(list)
+    ids = [each.approval_id if connection.dialect.name == "postgresql" else each.approval_id.hex for each in requests]
+    for row in await _VOTES.rows(connection, {"p_ids": ids}):
+        found[row.pop("approval_id")].append(CastVote(**row))
+    for request in requests:
+        request.__dict__["votes"] = found[request.approval_id]
+
+
+@retry_conflicts
+async def search(
+    transactions: Transactions, found: Criteria, *, limit: int, cursor: str | None
+) -> Page[ApprovalRequest]:
+    """Read one page, newest first, ties broken by id. Arguments and errors as for `ApprovalManager.search`."""
+    require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
+    shape, values = tuple(name for name in found.shape if name != "status"), dict(found.values)
+    # Each status has its own index here, instead of the condition over all.
+    statuses = tuple(values.pop("p_status", ()))
+    values.pop("p_stored", None)
+    if cursor is not None:
+        decode(found.scope, cursor)
+    async with transactions.connection("read") as connection:
+        restored = None
+        if cursor is not None:
+            restored = await restored_identity(connection)
+            values["p_before"], values["p_before_id"] = decode_cursor(found.scope, cursor, restored)
+            shape = (*shape, "after")
+        rows = await _page(shape, statuses, limit + 1).rows(connection, values)
+        requests = [StoredApproval.from_row(row).request for row in rows[:limit]]
+        await add_votes(connection, requests)
+        if len(rows) > limit and cursor is None:
+            restored = await restored_identity(connection)
+    following = None
+    if len(rows) > limit:
+        following = encode_cursor(found.scope, requests[-1].created_at, requests[-1].id or 0, restored)
+    return Page(requests, next_cursor=following, columns=_COLUMNS, record_type=ApprovalRequest)
+
+
+async def stream(transactions: Transactions, found: Criteria) -> AsyncGenerator[ApprovalRequest]:
+    """Yield every approval that matches, newest first."""
+    cursor: str | None = None
+    while True:
+        page = await search(transactions, found, limit=_STREAMED_ROWS, cursor=cursor)
+        for request in page:
+            yield request
+        if (cursor := page.next_cursor) is None:
+            return
+
+
+@retry_conflicts
+async def get(transactions: Transactions, ref: ApprovalRef) -> ApprovalRequest:
+    """Return the approval that `ref` names with its votes; ApprovalNotFoundError if there is none."""
+    async with transactions.connection("read") as connection:
+        found = await find(connection, ref)
+        if found is None:
+            raise ApprovalNotFoundError
+        await add_votes(connection, [found.request])
+    return found.request
+
+
+_SPAN = sql_statement(
+    "SELECT min(created_at) AS first, max(created_at) AS last FROM approval_requests",
+    (column("first"), column("last")),
+)
+
+
+@lru_cache(maxsize=128)
+def _grouped(shape: tuple[str, ...], by: tuple[str, ...], zone: Offsets, *, in_buckets: bool) -> Statement:
+    sources = {"status": "readable_status", "outcome": "outcome_known", "tool_name": "tool", "mcp_server": "server"}
+
+    def build(dialect: str) -> Any:
+        names = [name for name in by if name in GROUPS]
+        words = words_of(dialect)
+        groups = "".join(f", {words.get(sources.get(name, ''), name)} AS g_{name}" for name in names)
+        at: TypeEngine[Any] = DateTime(timezone=True) if dialect == "postgresql" else Text()
+        kinds: Mapping[str, TypeEngine[Any]] = {
+            "id": BigInteger(), "at": at, "status": Text(), "outcome": Text(), "waited_us": Integer(),
+        }  # fmt: skip
+        columns = [column(name, kind) for name, kind in kinds.items()] + [column(f"g_{name}", Text()) for name in names]
+        base = _typed(_GROUPED, dialect, shape, columns, groups=groups).subquery("base")
+        return aggregate(dialect, base, by, zone, _COUNTED, in_buckets=in_buckets)
+
+    return Statement(build)
+
+
+async def stats(transactions: Transactions, found: Criteria, grouped: Grouping) -> Stats:
+    """Count approvals and how long they waited. Columns as for `ApprovalManager.stats`."""
+    values = {**found.values, **grouped.values}
+
+    async def read(statement: Statement) -> Sequence[Sequence[Any]]:
+        if isinstance(transactions, Database):
+            # It reads every approval that matches, which may take longer than a command is allowed to.
+            return await fetched(transactions, statement.compiled(transactions.engine.dialect), values)
+        async with transactions.connection("read") as connection:
+            return await statement.tuples(connection, values)
+
+    zone = grouped.offsets(*(await read(_SPAN))[0]) if grouped.zone else ()
+    rows = await read(_grouped(found.shape, grouped.by, zone, in_buckets=grouped.bucket is not None))
+    return stats_of(rows, grouped, _COUNTED, _METRICS)
+
+
+@lru_cache(maxsize=128)
+def _exported(shape: tuple[str, ...]) -> Statement:
+    def expression(dialect: str, name: str, kind: str) -> str:
+        words = words_of(dialect) | _DIALECTS[dialect]
+        if name == "votes":
+            return words["votes"]
+        if name == "status":
+            return words["readable_status"]
+        form = "uuid" if name == "approval_id" else kind
+        return words[f"as_{form}"].format(name) if f"as_{form}" in words else name
+
+    def build(dialect: str) -> Any:
+        texts = (f"{expression(dialect, each.name, each.kind)} AS {each.name}" for each in _EXPORTED)
+        columns: list[Any] = [column(each.name) for each in _EXPORTED]
+        return _typed(_EXPORT, dialect, shape, columns, exported=", ".join(texts))
+
+    return Statement(build)
+
+
+async def export(
+    transactions: Transactions, found: Criteria, path: str | PathLike[str], options: ExportOptions
+) -> ExportResult:
+    """Write the approvals that match to a file, oldest first. Errors as for `ApprovalManager.export`."""
+    if not isinstance(transactions, Database):
+        raise ValueError("An export needs a connection of its own: use `store.approvals.export`.")
+    source = Source(_exported(found.shape), found.values, _EXPORTED, "created_at")
+    return await export_rows(transactions, source, path, options)

@@ -1,0 +1,239 @@
+"""The files of exports: their formats, how they take their name, and the progress bar.
+
+An export is written under another name in the same folder, forced to disk, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from agent_gateway_store.results.arrow import arrow
+from agent_gateway_store.storage.permissions import create_file
+
+T = TypeVar("T")
+
+Format = Literal["jsonl", "csv", "parquet"]
+Compression = Literal["gzip", "zstd"]
+
+_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+"""By the suffix of a file."""
+
+# The default of the gzip command.
+_GZIP_LEVEL = 6
+# Chosen: rows between two reports of progress.
+_REPORT_ROWS = 100
+# The limit of most file systems for one name is 255 bytes; the rest is for what `_beside` adds.
+_NAME_BYTES = 200
+
+
+def format_of(
+    path: Path, given: str | None, compression: str | None, *, default: Format | None = None
+) -> tuple[Format, Compression | None]:
+    """Return the format and compression that the arguments or else the suffixes of `path` name.
+
+    With neither, it is `default`.
+
+    Raises:
+        ValueError: Neither names one, or the format or compression does not exist.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression is not None and compression not in COMPRESSIONS.values():
+        raise ValueError(f'compression must be "gzip" or "zstd", not {compression!r}.')
+    if given is None:
+        last = suffixes[-2:-1] if packed else suffixes[-1:]
+        given = _FORMATS.get(last[0], default) if last else default
+        if given is None:
+            raise ValueError(
+                f"The name {path.name!r} does not say the format: let it end in .jsonl, .csv or .parquet (and .gz or "
+                '.zst), or give format="jsonl", "csv" or "parquet".'
+            )
+    if given not in ("jsonl", "csv", "parquet"):
+        raise ValueError(f'format must be "jsonl", "csv" or "parquet", not {given!r}.')
+    return given, compression or packed  # type: ignore[return-value]
+
+
+def export_format(
+    path: Path, given: str | None, compression: str | None, *, partition_by: str | None, raw: bool
+) -> tuple[Format, Compression | None]:
+    """Return the format and compression of an export, after a check that its other arguments fit.
+
+    Raises:
+        ValueError: See `format_of`; or the arguments do not fit together.
+    """
+    if partition_by not in (None, "day"):
+        raise ValueError(f'partition_by must be "day" or None, not {partition_by!r}.')
+    by_day = partition_by == "day"
+    kind, packed = format_of(path, given, compression, default="parquet" if by_day else None)
+    if by_day and kind != "parquet":
+        raise ValueError('partition_by="day" needs format="parquet".')
+    if raw and kind != "csv":
+        raise ValueError('raw=True is for format="csv": the other formats never alter data.')
+    return kind, packed
+
+
+@contextmanager
+def partial(path: Path, *, overwrite: bool, as_folder: bool = False) -> Iterator[Path]:
+    """Yield a name beside `path` for a file or folder; at the end that becomes `path`, at once and complete.
+
+    If the body raises, the file or folder is removed. If the process is killed it stays as `.<name>.<random>.partial`,
+    never under `path`. A link stays, and what it leads to is replaced.
+
+    Raises:
+        FileExistsError: `path` exists, and `overwrite` is False; or it is no regular file, nor, with `as_folder`, a
+            dataset of days.
+        FileNotFoundError: The folder of `path` does not exist.
+    """
+    if not overwrite and os.path.lexists(path):
+        raise _exists(path)
+    if not _is_replaceable(path, as_folder=as_folder):
+        raise FileExistsError(f"{path} is not a file or dataset of an export: choose another name.")
+    # Of a link, what it leads to is replaced.
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent}: make it first.")
+    written = _beside(path, "partial")
+    try:
+        yield written
+        if written.is_dir():
+            _place_folder(written, path, overwrite=overwrite)
+        else:
+            _place_file(written, path, overwrite=overwrite)
+        sync(path.parent)
+    except BaseException:
+        if written.is_dir():
+            shutil.rmtree(written, ignore_errors=True)
+        else:
+            written.unlink(missing_ok=True)
+        raise
+
+
+def _is_replaceable(path: Path, *, as_folder: bool) -> bool:
+    # A device or a pipe would be gone, and so would a folder with all that is in it.
+    if as_folder and path.is_dir():
+        return all(each.is_dir() and each.name.startswith("day=") for each in path.iterdir())
+    return path.is_file() or not path.exists()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    name = path.name.encode()[:_NAME_BYTES].decode("utf-8", "ignore")
+    return path.with_name(f".{name}.{secrets.token_hex(6)}.{suffix}")
+
+
+def _place_file(written: Path, path: Path, *, overwrite: bool) -> None:
+    sync(written)
+    if overwrite:
+        written.replace(path)
+        return
+    try:
+        # Unlike a rename, a link fails if another process has made the file meanwhile.
+        path.hardlink_to(written)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError:
+        # A file system without hard links.
+        written.rename(path)
+    else:
+        written.unlink()
+
+
+def _place_folder(written: Path, path: Path, *, overwrite: bool) -> None:
+    sync(written)
+    old = None
+    if overwrite and os.path.lexists(path):
+        old = _beside(path, "old")
+        path.rename(old)
+    try:
+        written.rename(path)
+    except OSError:
+        if old is not None:
+            old.rename(path)
+        raise
+    if old is not None:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+
+
+def sync(path: Path) -> None:
+    """Force the file at `path` to disk, or the names in a folder where the system can do that."""
+    # Windows opens no folders, and forces to disk only what may be written.
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _exists(path: Path) -> FileExistsError:
+    return FileExistsError(
+        f"{path} exists already: choose another name, or pass overwrite=True (`--overwrite` on the command line)."
+    )
+
+
+@contextmanager
+def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[bytes], object]]:
+    """Open a new file, for its owner alone, and yield the function that writes to it.
+
+    Raises:
+        MissingExtraError: zstd, and pyarrow is not installed.
+    """
+    pa = arrow("Compressing by zstd") if compression == "zstd" else None
+    create_file(path)
+    if pa is not None:
+        with pa.OSFile(str(path), "wb") as file, pa.CompressedOutputStream(file, "zstd") as stream:
+            yield stream.write
+    elif compression == "gzip":
+        # No time in the header, so that the same events give the same file.
+        with path.open("wb") as file, gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
+            yield packed.write
+    else:
+        with path.open("wb") as file:
+            yield file.write
+
+
+@contextmanager
+def progress_bar(progress: bool | Callable[[int], None], text: str) -> Iterator[Callable[[int], None]]:
+    """Yield the function that receives the number of rows done so far, from any thread.
+
+    It moves a progress bar (True), is the caller's own, or does nothing (False).
+    """
+    if callable(progress) or not progress:
+        yield progress if callable(progress) else lambda _rows: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.completed:,} rows"),
+        TextColumn("{task.fields[rate]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr), transient=False) as bar:
+        task = bar.add_task(text, total=None, rate="")
+
+        def report(rows: int) -> None:
+            elapsed = bar.tasks[0].elapsed or 0.0
+            bar.update(task, completed=rows, rate=f"{rows / elapsed:,.0f} rows/s" if elapsed else "")
+
+        yield report
+
+
+def counted(items: Iterable[T], report: Callable[[int], None]) -> Iterator[T]:
+    """Yield `items`, and report their number every hundred items and at the end."""
+    number = 0
+    for number, item in enumerate(items, start=1):
+        yield item
+        if not number % _REPORT_ROWS:
+            report(number)
+    report(number)

@@ -1,0 +1,59 @@
+"""`gateway-store approvals`: votes in listings, counts and exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cli_helpers
+import pytest
+
+from agent_gateway_store import SyncGatewayStore
+from builders import make_request
+from commands import Outcome
+
+pytestmark = pytest.mark.integration
+
+url, cli = cli_helpers.url, cli_helpers.cli
+
+
+@pytest.fixture
+def filled(cli: Callable[..., Outcome], url: str) -> Callable[..., Outcome]:
+    """One approval with a vote by Slack, and one without."""
+    with SyncGatewayStore(url, redis_url="") as store:
+        token = store.approvals.issue_token(make_request(request_id="r-1"))
+        store.approvals.deny(token, "carla", "No", channel="slack")
+        store.approvals.issue_token(make_request(request_id="r-2", caller_id="other"))
+    return cli
+
+
+def test_list_and_show_tell_the_votes(filled: Callable[..., Outcome]) -> None:
+    """In tables and in JSON."""
+    listed = json.loads(filled("approvals", "list", "--json").out)["items"]
+    assert [[vote["channel"] for vote in each["votes"]] for each in listed] == [[], ["slack"]]
+    assert "carla DENIED (slack)" in filled("approvals", "list", "--status", "denied").out
+    approval_id = listed[1]["approval_id"]
+    assert json.loads(filled("approvals", "show", approval_id, "--json").out)["votes"][0]["approver_id"] == "carla"
+    assert "carla DENIED (slack)" in filled("approvals", "show", approval_id).out
+
+
+def test_counts(filled: Callable[..., Outcome]) -> None:
+    """With filters, groups and a time zone; a wrong one is an error of usage."""
+    rows = json.loads(filled("approvals", "stats", "--by", "status", "--json").out)["items"]
+    assert {row["status"]: row["approvals"] for row in rows} == {"DENIED": 1, "PENDING": 1}
+    only = ("approvals", "stats", "--caller", "other", "--bucket", "1d", "--time-zone", "Asia/Kolkata", "--json")
+    (row,) = json.loads(filled(*only).out)["items"]
+    assert (row["bucket"][-6:], row["approvals"]) == ("+05:30", 1)
+    for service in ("approvals", "audit"):
+        wrong = filled(service, "stats", "--time-zone", "Nowhere")
+        assert (wrong.code, "time_zone must be the name of a zone" in wrong.err) == (2, True)
+
+
+def test_export(filled: Callable[..., Outcome], tmp_path: Path) -> None:
+    """To a file that is not replaced unless told."""
+    path = tmp_path / "a.jsonl"
+    assert json.loads(filled("approvals", "export", str(path), "--status", "denied", "--json").out)["rows"] == 1
+    assert json.loads(path.read_text())["votes"][0]["note"] == "No"
+    assert filled("approvals", "export", str(path)).code == 1
+    assert "2 approvals" in filled("approvals", "export", str(path), "--overwrite").out
