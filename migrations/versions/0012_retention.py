@@ -1,6 +1,6 @@
 """Holds, the runs of prunes, and an index that finds the events which cite an approval
 
-Revision: 0012_retention, after 0010_acquire
+Revision: 0012_retention, after 0011_deadlines
 """
 
 import sqlalchemy as sa
@@ -9,7 +9,7 @@ from alembic import op
 from agent_gateway_store.storage.online import create_index
 
 revision = "0012_retention"
-down_revision = "0010_acquire"
+down_revision = "0011_deadlines"
 branch_labels = None
 depends_on = None
 

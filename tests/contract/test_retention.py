@@ -394,8 +394,9 @@ async def _matches(store: GatewayStore, event: AuditEvent, filters: dict[str, An
     return bool(await store.audit.search(request_id=event.request_id, **filters))
 
 
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
 async def test_a_pruner_killed_at_any_step_loses_nothing(
-    store: GatewayStore, database_url: str, tmp_path: Path
+    stride: int, store: GatewayStore, database_url: str, tmp_path: Path
 ) -> None:
     """kill -9 before its statements and the steps of its files in turn: after each kill every event is in the table or
     in the archive, in neither twice, and the log verifies; a last run leaves each in one of them.

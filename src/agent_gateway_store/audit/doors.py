@@ -19,12 +19,12 @@ PRUNE, ERASE, HOLD, RELEASE = "audit.prune", "audit.erase", "audit.hold", "audit
 """Their `tool_name`. In `sanitized_args` a prune names `positions` (pairs: the first and the last of a run), an erasure
 `position` and `row_sha256`: `hash_of_stored` of the event as it was blanked, without `content_hash` and salt."""
 PRUNE_APPROVALS, RESTORED = "approvals.prune", "db.restored"
-_TOOLS = (PRUNE, ERASE, HOLD, RELEASE, PRUNE_APPROVALS, RESTORED)
+DOOR_TOOLS = (PRUNE, ERASE, HOLD, RELEASE, PRUNE_APPROVALS, RESTORED)
 
 
 def is_door() -> ColumnElement[bool]:
     """Return the condition of these events."""
-    return and_(table.c.mcp_server == DOOR_SERVER, table.c.tool_name.in_(_TOOLS))
+    return and_(table.c.mcp_server == DOOR_SERVER, table.c.tool_name.in_(DOOR_TOOLS))
 
 
 async def write_door(

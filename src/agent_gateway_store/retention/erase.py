@@ -19,7 +19,7 @@ from agent_gateway_store.archive import rewrite
 from agent_gateway_store.archive.files import COLUMNS
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
-from agent_gateway_store.audit.doors import DOOR_SERVER, ERASE, write_door
+from agent_gateway_store.audit.doors import DOOR_SERVER, DOOR_TOOLS, ERASE, write_door
 from agent_gateway_store.audit.erased import BLANK, BLANK_TEXTS, ERASED, blank_id, is_derived
 from agent_gateway_store.audit.record import hash_of_stored
 from agent_gateway_store.audit.selects import FIELDS, table
@@ -62,6 +62,10 @@ class _Target(NamedTuple):
     @property
     def is_blank(self) -> bool:
         return self.values["content_hash"] is None and self.values["deterministic_rationale"] == ERASED
+
+    @property
+    def is_door(self) -> bool:
+        return self.values["mcp_server"] == DOOR_SERVER and self.values["tool_name"] in DOOR_TOOLS
 
     def blank(self) -> dict[str, Any]:
         """Return what is left, as the drivers give it."""
@@ -137,14 +141,13 @@ class Eraser:
                 _Target(values, archived=True) for values in await in_thread(lambda: _archived(folder, request_id))
             ]
         own = [each for each in found if self._org_id in (None, each.values["org_id"])]
-        if any(each.values["mcp_server"] == DOOR_SERVER and not each.archived for each in own):
-            own = [each for each in own if each.archived or each.values["mcp_server"] != DOOR_SERVER]
-            if not own:
-                raise ValueError("This event says what retention did: it holds nothing of a call, and is not erased.")
-        if len(organisations := sorted({each.values["org_id"] for each in own})) > 1:
+        calls = [each for each in own if not each.is_door]
+        if own and not calls:
+            raise ValueError("This event says what retention did: it holds nothing of a call, and is not erased.")
+        if len(organisations := sorted({each.values["org_id"] for each in calls})) > 1:
             names = ", ".join(map(code_text, organisations))
             raise ValueError(f"Events of {names} have this request id: use `store.for_org(...)` (`--org`) for one.")
-        return own
+        return calls
 
     async def _require_unheld(self, targets: Sequence[_Target]) -> None:
         ids = [each.values["id"] for each in targets if not each.archived]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Unpack
 from uuid import UUID
 
-from agent_gateway_store.audit.files import progress_bar
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import GatewayStoreError
@@ -25,6 +24,7 @@ from agent_gateway_store.retention.lock import PAUSE_S, RetentionLock
 from agent_gateway_store.retention.prune import Place, Pruner
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.files import progress_bar
 from agent_gateway_store.storage.filters import Moment, instant
 
 
