@@ -29,7 +29,10 @@
     ├── AuditEventNotFoundError
     ├── InvalidEvidenceError (also ValueError)
     ├── LogMismatchError
+    ├── EventHeldError
+    ├── ArchiveError
     └── InvalidCursorError (also ValueError)
+        └── EventsPrunedError
 
 Facts sit in attributes; the text is one sentence that ends with the next step. No error text holds a token, a key
 or a password.
@@ -56,9 +59,12 @@ __all__ = [
     "ApprovalMismatchError",
     "ApprovalNotApprovedError",
     "ApprovalNotFoundError",
+    "ArchiveError",
     "AuditEventNotFoundError",
     "AuditUnavailableError",
     "DecisionVetoedError",
+    "EventHeldError",
+    "EventsPrunedError",
     "GatewayStoreError",
     "InvalidApiKeyError",
     "InvalidCursorError",
@@ -342,12 +348,53 @@ class InvalidCursorError(GatewayStoreError, ValueError):
     """A cursor that this listing did not hand out, or that has passed an audit event which is not in the database."""
 
 
+class EventsPrunedError(InvalidCursorError):
+    """The cursor stands behind events that were pruned since: going on from it would miss them.
+
+    Attributes:
+        archive: The folder to which they went, as the last prune named it; None: they were discarded.
+    """
+
+    def __init__(self, archive: str | None) -> None:
+        place = f"read them in the archive {code_text(archive)}" if archive else "they were discarded"
+        super().__init__(
+            f"Events that this cursor has not passed were pruned: {place}. Then begin with a new cursor, or with "
+            '"beginning".'
+        )
+        self.archive = archive
+
+
 class InvalidEvidenceError(GatewayStoreError, ValueError):
     """A text that should be evidence or a checkpoint and cannot be read as one. It proves nothing."""
 
 
 class LogMismatchError(GatewayStoreError):
     """The sealed log does not go on from a checkpoint of it that was kept: one of both was rewritten, or restored."""
+
+
+class EventHeldError(GatewayStoreError):
+    """A hold covers the event, so it is not erased.
+
+    Attributes:
+        holds: The names of the holds that cover it.
+    """
+
+    def __init__(self, holds: tuple[str, ...]) -> None:
+        names = ", ".join(map(code_text, holds))
+        super().__init__(f"The event is held by {names}: `gateway-store retention release` lets it go.")
+        self.holds = holds
+
+
+class ArchiveError(GatewayStoreError):
+    """A file of an archive is not what was written, or the folder is not the archive of this log.
+
+    Attributes:
+        file: The file, as the manifest names it.
+    """
+
+    def __init__(self, message: str, *, file: str) -> None:
+        super().__init__(message)
+        self.file = file
 
 
 class AuditEventNotFoundError(GatewayStoreError):

@@ -87,6 +87,7 @@ class StoreSettings(BaseSettings):
         bcrypt_rounds: Cost of the key hash, as a power of two.
         api_key_cache_seconds: How long a verified key is trusted without reading its row again.
         audit_seal_seconds: How often an open store that writes seals the log; 0: never.
+        audit_retention_floor_days: How many days old an event must be at least before it may be pruned.
         audit_signing_key: Signs the checkpoints of the log, as `gateway-store evidence keygen` makes it.
         audit_log_origin: Name of the log, to which the identity of the database is added.
         hash_key: Set, argument hashes are HMAC-SHA-256 under it; otherwise SHA-256.
@@ -127,6 +128,8 @@ class StoreSettings(BaseSettings):
     bcrypt_rounds: int = Field(default=10, ge=4, le=31)
     api_key_cache_seconds: float = Field(default=30, ge=0, allow_inf_nan=False)
     audit_seal_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
+    # Six months, which the EU AI Act (article 26(6)) asks of whoever deploys a high-risk system.
+    audit_retention_floor_days: float = Field(default=183, ge=0, le=1_000_000, allow_inf_nan=False)
     audit_signing_key: SecretStr | None = None
     audit_log_origin: str = "agent-gateway-store.local"
     hash_key: SecretStr | None = None

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
+from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.queries import ApprovalRef, decision_hash
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
@@ -33,6 +35,8 @@ from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.retention import RetentionManager
+from agent_gateway_store.retention.lock import RetentionLock
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
@@ -111,6 +115,9 @@ class GatewayStore:
         self._evidence = EvidenceManager(
             core.database, core.sealer, seals=core.settings.audit_seal_seconds > 0, org_id=org_id
         )
+        self._retention = RetentionManager(
+            core.database, core.sealer, core.retention_lock, core.settings, forget=core.forget_approval, org_id=org_id
+        )
 
     @property
     def audit(self) -> AuditManager:
@@ -131,6 +138,11 @@ class GatewayStore:
     def evidence(self) -> EvidenceManager:
         """Seal the audit log, verify it, and prove from it what happened."""
         return self._evidence
+
+    @property
+    def retention(self) -> RetentionManager:
+        """What is kept and for how long: holds, pruning into an archive, erasing."""
+        return self._retention
 
     @property
     def notifications(self) -> NotificationManager:
@@ -267,12 +279,18 @@ class _Core:
             signer=SigningKey.parse(signing_key.get_secret_value()) if signing_key else None,
             publish=self.checkpoint_hooks.notify,
         )
+        self.retention_lock = RetentionLock(database)
         self.background_sealer = BackgroundSealer(
             self.sealer, every_s=settings.audit_seal_seconds, has_written=lambda: self.writer.has_written
         )
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
+
+    async def forget_approval(self, approval_id: UUID) -> bool:
+        if self.redis.client is None:
+            return True
+        return await ApprovalCache(self.redis, trust_s=self.settings.approval_cache_seconds).forget(approval_id)
 
     @property
     def plugins(self) -> Plugins:

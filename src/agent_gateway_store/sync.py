@@ -24,6 +24,7 @@ from agent_gateway_store.delivery import NotificationManager
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.evidence.manager import EvidenceManager
 from agent_gateway_store.keys import KeyManager
+from agent_gateway_store.retention import RetentionManager
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.store import GatewayStore
 
@@ -34,6 +35,7 @@ __all__ = [
     "SyncGatewayStore",
     "SyncKeyManager",
     "SyncNotificationManager",
+    "SyncRetentionManager",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -212,6 +214,7 @@ SyncApprovalManager: Any = twin_of(ApprovalManager)
 SyncKeyManager: Any = twin_of(KeyManager)
 SyncNotificationManager: Any = twin_of(NotificationManager)
 SyncEvidenceManager: Any = twin_of(EvidenceManager)
+SyncRetentionManager: Any = twin_of(RetentionManager)
 _StoreTwin: Any = twin_of(GatewayStore)
 
 
@@ -229,6 +232,7 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
         self._keys = SyncKeyManager(store.keys, portal)
         self._notifications = SyncNotificationManager(store.notifications, portal)
         self._evidence = SyncEvidenceManager(store.evidence, portal)
+        self._retention = SyncRetentionManager(store.retention, portal)
 
     @property
     def audit(self) -> Any:
@@ -254,6 +258,11 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
     def evidence(self) -> Any:
         """Seal the audit log, verify it, and prove from it what happened."""
         return self._evidence
+
+    @property
+    def retention(self) -> Any:
+        """What is kept and for how long: holds, pruning into an archive, erasing."""
+        return self._retention
 
     @property
     def settings(self) -> StoreSettings:

@@ -27,6 +27,7 @@ from agent_gateway_store.models.evidence import Checkpoint, Verification
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page, Stats
+from agent_gateway_store.retention import RetentionManager
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import Database
@@ -322,6 +323,7 @@ class SyncEvidenceManager:
         *,
         against: Iterable[str | Checkpoint] = ...,
         keys: Iterable[str] = ...,
+        archive: str | PathLike[str] | Iterable[str | PathLike[str]] | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> Verification:
         """Recompute the log from the columns of its events, and say what does not fit."""
@@ -363,6 +365,10 @@ class SyncGatewayStore:
     @property
     def evidence(self) -> SyncEvidenceManager:
         """Seal the audit log, verify it, and prove from it what happened."""
+
+    @property
+    def retention(self) -> RetentionManager:
+        """What is kept and for how long: holds, pruning into an archive, erasing."""
 
     @property
     def notifications(self) -> SyncNotificationManager:

@@ -225,6 +225,25 @@ CASES |= {
     "evidence.publish": lambda view, other: [view.evidence.publish("log")],
 }
 
+CASES |= {
+    "retention.prune": lambda view, other: [
+        view.retention.prune(timedelta(), by="acme", discard=True, below_floor=True),
+    ],
+    "retention.hold": lambda view, other: [view.retention.hold("h", reason="r", by="acme", org_id="globex")],
+    "retention.release_hold": lambda view, other: [view.retention.release_hold("h", by="acme")],
+    "retention.prune_approvals": lambda view, other: [
+        view.retention.prune_approvals(timedelta(), by="acme", discard=True, below_floor=True),
+    ],
+    "retention.erase": lambda view, other: [
+        view.retention.erase(name, reason="r", by="acme") for name in ("r-1", "r-2", "r-PENDING")
+    ],
+    "retention.find": lambda view, other: [
+        view.retention.find(caller_id="dev-agent"),
+        view.retention.find(text=MARK),
+    ],
+    "retention.holds": lambda view, other: [view.retention.holds()],
+}
+
 PROPERTIES = {"audit.counters"}
 """What a process counts of itself; numbers only."""
 
@@ -233,7 +252,7 @@ def surface() -> set[str]:
     """Every public method and property of the services."""
     store = GatewayStore("sqlite://", redis_url="")
     found = set()
-    for service in ("audit", "approvals", "keys", "notifications", "evidence"):
+    for service in ("audit", "approvals", "keys", "notifications", "evidence", "retention"):
         kind = type(getattr(store, service))
         # A method that is bound to the class is another constructor.
         public = [name for name in dir(kind) if not name.startswith("_") and not inspect.ismethod(getattr(kind, name))]

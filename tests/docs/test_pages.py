@@ -277,3 +277,18 @@ def test_alembic_of_a_host_leaves_the_store_alone(tmp_path: Path) -> None:
     with create_engine("sqlite:///host.db").connect() as connection:
         assert differences(connection)
         assert differences(connection, include_object=include_object) == []
+
+
+def test_the_commands_of_retention_run(tmp_path: Path) -> None:
+    """Prune, verify, hold, find, erase, as the page says; the log verifies at its end, with one event erased."""
+    page = PAGES["how-to/retention.md"]
+    script = [block for block in blocks("sh", page) if not block.startswith("pip install")]
+
+    printed, said = run(
+        tmp_path, "bash", "-c", "set -euo pipefail\n" + "".join(script), DATABASE_URL="sqlite:///own.db"
+    )
+
+    assert "1 event pruned in 1 file; 0 are held." in printed
+    assert re.search(r"integrity +ok\n(?:.*\n)*erased +1\npruned +1\narchived +1\n", printed)
+    assert "Erased at position 0 in the archive" in printed
+    assert said == "Reading own.db.\n" * 5

@@ -37,6 +37,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
         "approval_max_pending": 100,
         "approval_cache_seconds": 2,
         "audit_mode": "spool",
+        "audit_retention_floor_days": 183,
         "audit_seal_seconds": 60,
         "audit_signing_key": None,
         "audit_log_origin": "agent-gateway-store.local",

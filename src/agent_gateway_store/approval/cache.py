@@ -138,6 +138,13 @@ class ApprovalCache:
         if _is_cached(token):
             await self._redis.delete(_key(token))
 
+    async def forget(self, approval_id: UUID) -> bool:
+        """Delete both entries of an approval; False if Redis does not answer, and they stay until their life ends."""
+        if (token := await self.token_of(approval_id)) is not None:
+            await self.drop(token)
+        await self._redis.delete(_id_key(approval_id))
+        return self._redis.is_available
+
 
 def _is_cached(token: str) -> bool:
     return len(token) <= _MAX_TOKEN_CHARS and is_text(token)

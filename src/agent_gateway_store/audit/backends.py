@@ -15,11 +15,12 @@ from typing import Any, Protocol, TypeAlias
 
 import aiosqlite
 import asyncpg
-from sqlalchemy import select
+from sqlalchemy import Text, literal_column, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.audit.document import COLUMNS
+from agent_gateway_store.audit.erased import IS_ERASED, blanked
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.record import EncodedRow, hash_of, key_of, to_values, with_derived_id
 from agent_gateway_store.models.audit import AuditEvent
@@ -110,11 +111,12 @@ async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOut
         if (await connection.execute(statement)).first() is not None:
             return WriteOutcome.STORED
         request_id, org_id = key_of(row)
-        same_key = select(table.c.content_hash).where(table.c.request_id == request_id, table.c.org_id == org_id)
-        if (await connection.execute(same_key)).scalar() == hash_of(row):
+        same_key = select(_STORED_HASH).where(table.c.request_id == request_id, table.c.org_id == org_id)
+        stored = (await connection.execute(same_key)).scalar()
+        if stored == hash_of(row):
             return WriteOutcome.DUPLICATE
         # In a loop, since somebody may have used the derived id on purpose: the next one differs again.
-        row = with_derived_id(row)
+        row = with_derived_id(blanked(row) if stored == _ERASED else row)
 
 
 async def _insert_free(
@@ -134,7 +136,11 @@ async def _insert_free(
         same = {index for index, row in taken.items() if known[key_of(row)] == hash_of(row)}
         results |= dict.fromkeys(open_rows.keys() - taken.keys(), WriteOutcome.STORED)
         results |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
-        open_rows = {index: with_derived_id(row) for index, row in taken.items() if index not in same}
+        open_rows = {
+            index: with_derived_id(blanked(row) if known[key_of(row)] == _ERASED else row)
+            for index, row in taken.items()
+            if index not in same
+        }
     return [results[index] for index in range(len(rows))]
 
 
@@ -352,12 +358,16 @@ def _sqlite_values(row: EncodedRow) -> tuple[Any, ...]:
     return tuple(values)
 
 
+# No hash: under this id an event was erased, so what arrives later is kept blanked.
+_ERASED = "erased"
+_HASH_SQL = f"CASE WHEN {IS_ERASED} THEN '{_ERASED}' ELSE content_hash END"
+_STORED_HASH = literal_column(_HASH_SQL, Text())
 _TIMESTAMP, _APPROVAL_ID = map(COLUMNS.index, ("timestamp", "approval_id"))
 _NAMES = ", ".join(COLUMNS)
 _SQLITE_INSERT = f"INSERT INTO {table.name} ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 # SQLite never reorders a CROSS JOIN: it looks each key up in the index, and does not read the whole table.
 _SQLITE_KNOWN = (
-    f"SELECT request_id, org_id, content_hash FROM json_each(?) AS key CROSS JOIN {table.name} "  # noqa: S608
+    f"SELECT request_id, org_id, {_HASH_SQL} FROM json_each(?) AS key CROSS JOIN {table.name} "  # noqa: S608
     "ON request_id = json_extract(key.value, '$[0]') AND org_id = json_extract(key.value, '$[1]')"
 )
 _TYPES = [table.c[name].type.compile(postgresql.dialect()) for name in COLUMNS]  # type: ignore[no-untyped-call]
@@ -372,6 +382,6 @@ _INSERT_MANY = (
     f"{_ON_CONFLICT} RETURNING request_id, org_id"
 )
 _KNOWN = (
-    f"SELECT request_id, org_id, content_hash FROM {table.name} "  # noqa: S608
+    f"SELECT request_id, org_id, {_HASH_SQL} FROM {table.name} "  # noqa: S608
     "WHERE (request_id, org_id) IN (SELECT * FROM unnest($1::text[], $2::text[]))"
 )

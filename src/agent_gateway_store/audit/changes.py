@@ -13,6 +13,9 @@ kept ends at the newest event that it contains: that event was flushed before an
 own is given again. A cursor also names that event. If it is missing, this is not the database that the cursor came
 from; it may be a standby that was promoted before it had received everything.
 
+A prune takes away old events, never the newest one, and notes the highest ids that it took away. A reader that has
+passed those goes on; one that has not is told so, as it would miss events.
+
 A cursor names its database, too, and is refused after `gateway-store db restored`. What was in the backup is history
 from then on: its transaction ids are those of another server.
 """
@@ -48,7 +51,7 @@ from sqlalchemy import (
 
 from agent_gateway_store.audit.filters import Criteria
 from agent_gateway_store.audit.selects import FIELDS, Shape, events_of, select_events, table
-from agent_gateway_store.errors import InvalidCursorError
+from agent_gateway_store.errors import EventsPrunedError, InvalidCursorError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
@@ -74,6 +77,7 @@ class _Place:
         mark: The newest event passed: its id and a digest of what it is. None in cursors of earlier versions, and
             where no event was passed.
         database: The identity of the database. None in cursors of earlier versions.
+        pruned: How many events had been pruned when it was known that it had missed none.
     """
 
     since: str | None = None
@@ -82,6 +86,7 @@ class _Place:
     id: int = 0
     mark: tuple[int, str] | None = None
     database: str | None = None
+    pruned: int = 0
 
 
 async def changes(
@@ -104,11 +109,14 @@ async def _sqlite_step(
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     # Both statements read the same snapshot, so the new position may skip every event that no filter matches.
     values = {"p_mark": place.mark[0] if place and place.mark else None}
-    newest_id, newest, marked, identity, history_id = (await _STATE.tuples(connection, values))[0]
+    state = (await _STATE.tuples(connection, values))[0]
+    newest_id, newest, marked, is_gone, pruned, pruned_id, archive, identity, history_id = state
     _check_database(place, identity, history_id)
-    if place is not None and not ((newest_id or 0) >= place.id and _holds(place, marked)):
+    if place is not None and not ((newest_id or 0) >= place.id and _holds(place, marked, is_gone)):
         raise _other_database()
-    end = _Place(id=newest_id or 0, mark=_mark(newest_id, newest), database=identity)
+    if place is not None and pruned != place.pruned and place.id < (pruned_id or 0):
+        raise EventsPrunedError(archive)
+    end = _Place(id=newest_id or 0, mark=_mark(newest_id, newest), database=identity, pruned=pruned)
     if place is None and is_now:
         return [], end, False
     values = {**found.values, "p_id": place.id if place else 0}
@@ -116,7 +124,7 @@ async def _sqlite_step(
     if len(rows) <= limit:
         return rows, end, False
     last_id, request_id = rows[limit - 1][:2]
-    return rows[:limit], _Place(id=last_id, mark=_mark(last_id, request_id), database=identity), True
+    return rows[:limit], replace(end, id=last_id, mark=_mark(last_id, request_id)), True
 
 
 async def _postgres_step(
@@ -124,9 +132,10 @@ async def _postgres_step(
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     values: dict[str, Any] = {"p_mark": place.mark[0] if place and place.mark else None}
     state = (await _STATE.tuples(connection, values))[0]
-    snapshot, is_standby, end, last, newest_id, newest, marked, identity, history_id = state
+    snapshot, is_standby, end, last, newest_id, newest, marked, is_gone, pruned, identity, history_id = state
     _check_database(place, identity, history_id)
-    if place is not None and not (_holds(place, marked) and _end(place) <= end):
+    begins = place is None
+    if place is not None and not (_holds(place, marked, is_gone) and _end(place) <= end):
         if is_standby:
             # It has not received yet what the cursor has passed.
             return [], place, False
@@ -135,8 +144,9 @@ async def _postgres_step(
         now, mark = _kept(snapshot, last), _mark(newest_id, newest)
         if place is None:
             place = _Place(since=now, mark=mark) if is_now else _Place(until=now, mark=mark)
+            place = replace(place, pruned=pruned)
         else:
-            place = _Place(since=place.since, until=now, transaction=0, mark=mark)
+            place = _Place(since=place.since, until=now, transaction=0, mark=mark, pruned=place.pruned)
     place = replace(place, database=identity)
     if place.until is None:
         return [], place, False
@@ -151,13 +161,38 @@ async def _postgres_step(
         values["p_end"] = p_end
     statement = _statement(_history if is_history else _new, found.shape, limit + 1)
     rows = await statement.tuples(connection, values)
+    if not begins:
+        # After the read, which may have missed what was pruned just before it.
+        place = await _unpruned(connection, place)
     is_more, rows = len(rows) > limit, [tuple(row) for row in rows[:limit]]
     events = [row[:-1] for row in rows]
     if not is_more:
-        return events, _Place(since=place.until, mark=place.mark, database=identity), False
+        return events, _Place(since=place.until, mark=place.mark, database=identity, pruned=place.pruned), False
     last_row = rows[-1]
     transaction = None if is_history else last_row[-1]
     return events, replace(place, transaction=transaction, id=last_row[0]), True
+
+
+async def _unpruned(connection: AnyConnection, place: _Place) -> _Place:
+    """Return the place, which is known now to have missed nothing; else raise EventsPrunedError (PostgreSQL)."""
+    pruned, pruned_id, pruned_transaction, archive = (await _PRUNED.tuples(connection, {}))[0]
+    if place.since is None:
+        # History is read in the order of ids.
+        is_behind = place.id < (pruned_id or 0)
+    else:
+        # Every transaction before the oldest that was in progress is in `since`; of the others in `until`, those up to
+        # the row read last.
+        passed = _oldest_open(place.since)
+        if place.until is not None and place.transaction is not None:
+            passed = max(passed, min(_oldest_open(place.until), place.transaction))
+        is_behind = passed <= (pruned_transaction or 0)
+    if is_behind and pruned != place.pruned:
+        raise EventsPrunedError(archive)
+    return replace(place, pruned=pruned)
+
+
+def _oldest_open(snapshot: str) -> int:
+    return int(snapshot.partition(":")[0])
 
 
 def _check_database(place: _Place | None, identity: str | None, history_id: int | None) -> None:
@@ -177,9 +212,12 @@ def _mark(row_id: int | None, what: str | None) -> tuple[int, str] | None:
     return row_id, hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()[:_MARK_DIGITS]
 
 
-def _holds(place: _Place, marked: str | None) -> bool:
-    """True if the event that the place has passed last is there; `marked` is what this database has under its id."""
-    return place.mark is None or place.mark == _mark(place.mark[0], marked)
+def _holds(place: _Place, marked: str | None, is_gone: bool | int | None) -> bool:
+    """True if the event that the place has passed last is there, or was pruned or erased.
+
+    `marked` is what this database has under its id; `is_gone`: its leaf is there, and no event with its content.
+    """
+    return place.mark is None or place.mark == _mark(place.mark[0], marked) or bool(is_gone)
 
 
 def _other_database() -> InvalidCursorError:
@@ -204,18 +242,28 @@ def _end(place: _Place) -> int:
     return max(_unseen(each)[0] for each in (place.since, place.until) if each is not None)
 
 
-_SQLITE_STATE = """
+_IS_GONE = """
+EXISTS (
+    SELECT 1 FROM audit_leaves AS leaf LEFT JOIN audit_events AS event ON event.id = leaf.event_id
+    WHERE leaf.event_id = :p_mark AND (event.id IS NULL OR leaf.salt IS NULL)
+)
+"""
+_PRUNED_EVENTS = "(SELECT CAST(coalesce(sum(events), 0) AS bigint) FROM audit_prunes)"
+_ARCHIVE = "(SELECT archive FROM audit_prunes WHERE last_event_id IS NOT NULL ORDER BY id DESC LIMIT 1)"
+_SQLITE_STATE = f"""
 SELECT max(id), (SELECT request_id FROM audit_events ORDER BY id DESC LIMIT 1),
-    (SELECT request_id FROM audit_events WHERE id = :p_mark),
+    (SELECT request_id FROM audit_events WHERE id = :p_mark), {_IS_GONE}, {_PRUNED_EVENTS},
+    (SELECT max(last_event_id) FROM audit_prunes), {_ARCHIVE},
     (SELECT identity FROM database_identity), (SELECT history_id FROM database_identity)
 FROM audit_events
-"""
+"""  # noqa: S608  names of our own
 
 # Rows of open transactions, which may be hundreds of thousands, are skipped: the newest event is looked for between the
 # ids of these transactions. A standby's snapshot does not list them, so there the oldest open transaction is the end.
-_POSTGRES_STATE = """
+_POSTGRES_STATE = f"""
 SELECT snapshot::text, is_standby, edge, newest.transaction_id, newest.id,
-    newest.transaction_id || ' ' || newest.request_id, mark.transaction_id || ' ' || mark.request_id,
+    newest.transaction_id || ' ' || newest.request_id, mark.transaction_id || ' ' || mark.request_id, {_IS_GONE},
+    {_PRUNED_EVENTS},
     (SELECT identity FROM database_identity), (SELECT history_id FROM database_identity)
 FROM (
     SELECT snapshot, is_standby,
@@ -239,7 +287,7 @@ LEFT JOIN LATERAL (
     ORDER BY found.transaction_id DESC LIMIT 1
 ) AS newest ON TRUE
 LEFT JOIN audit_events AS mark ON mark.id = :p_mark
-"""
+"""  # noqa: S608  names of our own
 
 
 def _state(dialect: str) -> TextClause:
@@ -248,6 +296,9 @@ def _state(dialect: str) -> TextClause:
 
 
 _STATE = Statement(_state)
+_PRUNED = Statement(
+    text(f"SELECT {_PRUNED_EVENTS}, max(last_event_id), max(last_transaction_id), {_ARCHIVE} FROM audit_prunes")  # noqa: S608
+)
 _TRANSACTION = table.c.transaction_id
 _HISTORY = bindparam("p_history", type_=BigInteger())
 
@@ -316,7 +367,7 @@ def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
         place = _Place(**json.loads(payload))
         if not isinstance(place.database, str | None):
             raise TypeError
-        numbers = [place.id, place.transaction or 0]
+        numbers = [place.id, place.transaction or 0, place.pruned]
         if place.mark is not None:
             row_id, digest = place.mark
             place = replace(place, mark=(row_id, str(digest)))

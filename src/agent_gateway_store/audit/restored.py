@@ -7,10 +7,10 @@ from uuid import uuid4
 from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from agent_gateway_store.audit.backends import insert_event, table
-from agent_gateway_store.audit.record import encode_event
-from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
+from agent_gateway_store.audit.backends import table
+from agent_gateway_store.audit.doors import RESTORED, write_door
 from agent_gateway_store.models.evidence import AuditCheckpoint, identity_table
+from agent_gateway_store.models.retention import AuditPrune
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.identity import IDENTITY
 
@@ -53,21 +53,11 @@ async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> d
             last = (await connection.execute(_LAST_CHECKPOINT)).first() or (None, None, None)
             facts = {"old_identity": old, "new_identity": new, "history_id": history_id}
             facts |= dict(zip(("old_origin", "old_size", "old_root_hash"), last, strict=True))
-            event = AuditEvent(
-                request_id=f"db.restored-{new}",
-                caller_id=by,
-                caller_role="operator",
-                environment=environment,
-                mcp_server="gateway-store",
-                tool_name="db.restored",
-                raw_args_hash=AuditEvent.hash_args(facts),
-                sanitized_args=facts,
-                risk_score=0,
-                matched_policy_rule="",
-                decision=Decision.ALLOW,
-                execution_status=ExecutionStatus.SUCCESS,
-                latency_ms=0,
-                deterministic_rationale="An operator said that this database came up from a backup.",
+            # They are those of the server that it was; its events are history now.
+            await connection.execute(update(AuditPrune.__table__).values(last_transaction_id=None))  # type: ignore[attr-defined]
+            why = "An operator said that this database came up from a backup."
+            request_id = f"{RESTORED}-{new}"
+            await write_door(
+                connection, RESTORED, facts, by=by, environment=environment, why=why, request_id=request_id
             )
-            await insert_event(connection, encode_event(event))
     return facts

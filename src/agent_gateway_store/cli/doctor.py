@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # The largest page of `list_requests`: one read, and recent enough for what can still be found out.
 _MAX_USED = 1000
+# Chosen: long enough to order a disk.
+_DAYS_TO_ACT = 30
 # In the order of the numbers that `PRAGMA synchronous` returns (https://www.sqlite.org/pragma.html#pragma_synchronous).
 _SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 # A row that a snapshot shows was committed by a transaction that began before the end of the snapshot.
@@ -128,6 +130,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
             await _read_identity(report, engine)
             await _check_transactions(report, engine)
             await _check_log(report, engine)
+            await _check_retention(report, engine, settings)
             await _check_approvals(report, ctx, engine, settings)
             await _check_notifications(report, ctx, engine, settings)
     async with report.noting_errors():
@@ -240,6 +243,21 @@ async def _check_log(report: Report, engine: AsyncEngine) -> None:
             "This role owns the tables it writes, so that it can switch off the triggers of the audit log: let another "
             "role own them (see `A role that can only add to the audit log` in the documentation)."
         )
+
+
+async def _check_retention(report: Report, engine: AsyncEngine, settings: StoreSettings) -> None:
+    """Say how the log grows, what is held, and how the last prune ended; warn before the disk is full."""
+    from agent_gateway_store.cli.doctor_retention import retention_facts
+
+    facts = report.facts["retention"] = await retention_facts(engine, sqlite_file(settings.database_url))
+    left = facts["days_until_full"]
+    if left is not None and left < _DAYS_TO_ACT:
+        report.warning(
+            f"The disk of the database is full in {left} days at this rate: run `gateway-store retention prune`, or "
+            "give it more room."
+        )
+    if facts["last_prune"] is not None and "failed" in facts["last_prune"]:
+        report.warning(f"The last prune failed ({facts['last_prune']}): run it again by hand and see why.")
 
 
 async def _scalar(engine: AsyncEngine, statement: str) -> Any:

@@ -72,6 +72,8 @@ def _code(error: Exception) -> ExitCode:
         errors.InvalidCursorError: ExitCode.USAGE,
         errors.InvalidEvidenceError: ExitCode.INTEGRITY,
         errors.LogMismatchError: ExitCode.INTEGRITY,
+        errors.ArchiveError: ExitCode.INTEGRITY,
+        errors.EventHeldError: ExitCode.REFUSED,
         errors.StoreUnavailableError: ExitCode.UNAVAILABLE,
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), ExitCode.ERROR)

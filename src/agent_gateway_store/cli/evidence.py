@@ -45,6 +45,10 @@ def verify(
         ),
     ] = None,
     key: KeyOption = None,
+    archive: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, file_okay=False, help="An archive of pruned events; repeatable."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -52,7 +56,11 @@ def verify(
     kept = [note for path in against or () for note in _notes(path)]
     shown = sys.stderr.isatty() and not quiet and not json
     keys = _keys(key)
-    found = read_store(ctx, lambda store: store.evidence.verify(against=kept, keys=keys, progress=shown), as_json=json)
+    found = read_store(
+        ctx,
+        lambda store: store.evidence.verify(against=kept, keys=keys, archive=archive, progress=shown),
+        as_json=json,
+    )
     _report(found, "The log", as_json=json)
 
 

@@ -100,6 +100,7 @@ class EvidenceManager:
         *,
         against: Iterable[str | Checkpoint] = (),
         keys: Iterable[str] = (),
+        archive: str | PathLike[str] | Iterable[str | PathLike[str]] | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> Verification:
         """Recompute the log from the columns of its events, and say what does not fit.
@@ -112,6 +113,8 @@ class EvidenceManager:
         Args:
             against: Checkpoints that were kept elsewhere, or their notes.
             keys: Verifier keys (vkeys) of which one must have signed each of those, and the last checkpoint.
+            archive: The folder to which events were pruned, or several; each event in it is checked as well, and one
+                that must be there and is not is a finding.
             progress: True shows a progress bar; a function is called with the events checked so far.
 
         Raises:
@@ -120,8 +123,11 @@ class EvidenceManager:
             ValueError: A key cannot be read, or the store is bound to one organisation.
         """
         self._require_all()
+        folders = [archive] if isinstance(archive, str | PathLike) else archive or ()
         with progress_bar(progress, "Verifying the log") as report:
-            found = await verify.verify(self._database, against=against, keys=keys, report=report)
+            found = await verify.verify(
+                self._database, against=against, keys=keys, archives=map(Path, folders), report=report
+            )
         if found.ok and found.unsealed and self._seals:
             # What is committed and was missed: ids of transactions are given out again after a crash of the server.
             try:

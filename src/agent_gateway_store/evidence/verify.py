@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
 
 from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
+from agent_gateway_store.audit.doors import DOOR_SERVER, ERASE, PRUNE
 from agent_gateway_store.audit.selects import FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
+from agent_gateway_store.evidence.archived import Archived, read_archives
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
 from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, GrowingTree, leaf_hash
 from agent_gateway_store.models.evidence import (
@@ -36,12 +39,6 @@ _tiles = AuditTile.__table__  # type: ignore[attr-defined]
 _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
 # Of one kind. Chosen: whoever altered more has altered everything.
 _MOST_FINDINGS = 1_000
-
-DOOR_SERVER = "gateway-store"
-"""`mcp_server` of the events by which doors say what they did."""
-PRUNE, ERASE = "audit.prune", "audit.erase"
-"""Their `tool_name`. In `sanitized_args` a prune names `positions` (pairs: the first and the last of a run), an erasure
-`position` and `row_sha256`: `hash_of_stored` of the event as it was blanked, without `content_hash` and salt."""
 
 
 def _events_with_leaves(dialect: str) -> Select[Any]:
@@ -70,6 +67,8 @@ _UNSEALED = Statement(
 _BEYOND = Statement(
     select(func.count().label("leaves")).where(or_(_leaves.c.position < 0, _leaves.c.position >= _SIZE))
 )
+
+
 _STORED_TILES = Statement(select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes))
 _LAST = Statement(select(*_CHECKPOINT).order_by(_checkpoints.c.size.desc()).limit(1))
 _BETWEEN = Statement(
@@ -104,10 +103,12 @@ class _Doors:
     Attributes:
         runs: First and last position of each run of pruned events, with the position of the event that says so.
         erased: Hashes of the blanked event, by its position.
+        archived: The runs of events that went to an archive.
     """
 
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     erased: dict[int, set[str]] = field(default_factory=dict)
+    archived: list[list[int]] = field(default_factory=list)
 
     def add(self, tool: str, said: Mapping[str, Any], position: int) -> None:
         """Take the word of an event at `position`, as far as it is about events before it."""
@@ -119,6 +120,8 @@ class _Doors:
         for pair in pairs if isinstance(pairs, list) else ():
             if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair):
                 self.runs.append((pair[0], min(pair[1], position - 1), position))
+                if said.get("archived") is True:
+                    self.archived.append([pair[0], pair[1]])
 
     def close(self) -> None:
         """Sort and join the runs, so that one position is found among any number of them."""
@@ -149,7 +152,8 @@ class _Walk:
         self.size, self._stored, self._doors = size, tiles, doors
         self.kept: dict[int, list[_Root]] = {}
         self.tree = GrowingTree(self._compare)
-        self.next_position = self.checked = self.anchored = self.pruned = self.erased = 0
+        self.next_position = self.checked = self.anchored = self.pruned = self.archived = self.erased = 0
+        self.archive = Archived()
         self.findings: list[Finding] = []
         self._found: Counter[FindingKind] = Counter()
         self._mismatches: list[_Mismatch] = []
@@ -192,6 +196,7 @@ class _Walk:
         if row[_ID] is None:
             if self._doors.pruned(position):
                 self.pruned += 1
+                self._check_archived(position, event_id)
             else:
                 text = "The event is gone, and no sealed event says that it was pruned."
                 self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
@@ -203,6 +208,16 @@ class _Walk:
             self.erased += 1
         elif len(self._mismatches) < _MOST_FINDINGS:
             self._mismatches.append(_Mismatch(position, event_id, row[_REQUEST_ID], salt, leaf, content))
+
+    def _check_archived(self, position: int, event_id: int) -> None:
+        if position in self.archive.intact:
+            self.archived += 1
+        elif position in self.archive.erased:
+            self.archived += 1
+            self.erased += 1
+        elif position in self.archive.expected and position not in self.archive.altered:
+            text = "The event was pruned into an archive, and is not in the one that was looked at."
+            self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
 
     def _compare(self, level: int, count: int, node: bytes) -> None:
         tile, place = divmod(count, TILE_WIDTH)
@@ -267,6 +282,7 @@ async def verify(
     *,
     against: Iterable[str | Checkpoint] = (),
     keys: Iterable[str] = (),
+    archives: Iterable[Path] = (),
     report: Callable[[int], None] = lambda _rows: None,
 ) -> Verification:
     """Recompute every hash from the columns of the events; arguments and result as for `EvidenceManager.verify`."""
@@ -274,7 +290,9 @@ async def verify(
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
         last = next(iter(await reader.fetched(_LAST)), None)
-        walk = _Walk(last[0] if last else 0, await _stored_tiles(reader), await _read_doors(reader, last))
+        doors = await _read_doors(reader, last)
+        walk = _Walk(last[0] if last else 0, await _stored_tiles(reader), doors)
+        walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
         # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
         await asyncio.to_thread(_take_kept, walk, kept, verifiers)
         _check_last(walk, last, verifiers)
@@ -290,6 +308,7 @@ async def verify(
         unsealed=unsealed,
         erased=walk.erased,
         pruned=walk.pruned,
+        archived=walk.archived,
         anchored=walk.anchored,
         findings=tuple(walk.findings),
     )

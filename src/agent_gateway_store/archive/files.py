@@ -1,0 +1,132 @@
+"""The files of an archive: written beside their name, synced, read back, and only then renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.archive.manifest import Entry, Manifest, runs_of, sha256_of, sync_folder
+from agent_gateway_store.errors import ArchiveError
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.results.arrow import arrow
+from agent_gateway_store.results.cells import Column, columns_of
+from agent_gateway_store.storage.permissions import create_file, create_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+EVENT_COLUMNS = tuple(
+    # Parquet numbers the words of a text by itself, and what is read back is then equal to what was written.
+    Column(each.name, "text") if each.kind == "category" else each
+    for each in columns_of(AuditEvent)
+)
+COLUMNS = (*EVENT_COLUMNS, Column("position", "integer"), Column("salt", "text"), Column("leaf_hash", "text"))
+"""Those of an event, its position in the log, and salt and leaf as hex digits."""
+
+# Chosen: readers skip whole groups, and a group is in memory while it is read.
+_GROUP_ROWS = 10_000
+
+
+def leaf_of(salt: str, content_hash: str) -> str:
+    """Return the leaf of an event (RFC 9162, over salt and hash), all as hex digits."""
+    return sha256(b"\0" + bytes.fromhex(salt) + bytes.fromhex(content_hash)).hexdigest()
+
+
+def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) -> list[Entry]:
+    """Write events, which are in the order of time, to one file for each day; return what the manifest must say.
+
+    Raises:
+        ArchiveError: What is read back is not what was written.
+        OSError: The folder cannot be written.
+    """
+    import pyarrow.compute as pc
+
+    days = pc.run_end_encode(pc.strftime(table.column("timestamp"), format="%Y-%m-%d").combine_chunks())
+    entries, start = [], 0
+    for day, end in zip(days.values.to_pylist(), days.run_ends.to_pylist(), strict=True):
+        entries.append(write_day(manifest, day, table.slice(start, end - start), checkpoint))
+        start = end
+    sync_folder(manifest.folder)
+    return entries
+
+
+def write_day(
+    manifest: Manifest, day: str, table: pa.Table, checkpoint: str | None, *, replaces: str | None = None
+) -> Entry:
+    """Write the events of one day to a file; errors as of `write_events`."""
+    from pyarrow import parquet
+
+    positions = table.column("position").to_pylist()
+    runs = runs_of(positions)
+
+    def write(path: Path) -> None:
+        parquet.write_table(table, path, compression="zstd", row_group_size=_GROUP_ROWS)
+
+    def check(path: Path) -> bool:
+        with parquet.ParquetFile(path) as file:
+            return bool(file.read().equals(table))
+
+    # By position, so that a listing shows them in the order of the log; 15 digits are more than there will be.
+    file = f"day={day}/{runs[0][0]:015d}-{secrets.token_hex(6)}.parquet"
+    digest = write_checked(manifest.folder / file, write, check)
+    return Entry(
+        file=file,
+        kind="events",
+        count=len(positions),
+        positions=runs,
+        sha256=digest,
+        checkpoint=checkpoint,
+        replaces=replaces,
+    )
+
+
+def write_checked(path: Path, write: Callable[[Path], Any], check: Callable[[Path], bool]) -> str:
+    """Write a file for its owner alone, force it to disk, read it back, and give it its name; return its SHA-256."""
+    create_folder(path.parent)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        create_file(partial)
+        write(partial)
+        descriptor = os.open(partial, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        digest = sha256_of(partial)
+        if not check(partial):
+            raise ArchiveError(
+                f"{path} does not read back as it was written, so no event was pruned: check the disk.", file=path.name
+            )
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return digest
+
+
+def require_intact(folder: Path, entries: Iterable[Entry]) -> None:
+    """Raise ArchiveError unless each file is what was written."""
+    for entry in entries:
+        try:
+            digest = sha256_of(folder / entry.file)
+        except OSError as exc:
+            raise ArchiveError(f"{folder / entry.file} cannot be read: {exc.strerror}.", file=entry.file) from exc
+        if digest != entry.sha256:
+            raise ArchiveError(
+                f"{folder / entry.file} is not what was written: restore it from a backup.", file=entry.file
+            )
+
+
+def read_events(folder: Path, entry: Entry) -> pa.Table:
+    """Return the events of one file, with `COLUMNS`; ArchiveError if it is not what was written."""
+    arrow("Reading an archive")
+    from pyarrow import parquet
+
+    require_intact(folder, [entry])
+    with parquet.ParquetFile(folder / entry.file) as file:
+        return file.read()

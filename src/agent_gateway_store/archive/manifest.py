@@ -1,0 +1,223 @@
+"""The manifest of an archive: a line for each file, synced before a row leaves the table. No other file counts."""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from agent_gateway_store.errors import ArchiveError
+from agent_gateway_store.storage.permissions import create_file, create_folder
+
+NAME = "manifest.jsonl"
+SCHEMA_VERSION = 1
+"""Grows when a column of the files changes its meaning, or goes."""
+
+Runs: TypeAlias = list[list[int]]
+"""Positions, as the first and the last of each run of neighbours, in order."""
+
+# For a file of some megabytes, read as fast as a disk gives it.
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest says about one file.
+
+    Attributes:
+        file: Its path below the folder, with slashes.
+        kind: Events (Parquet), or approvals with their votes and notices (JSONL).
+        count: How many records it holds.
+        positions: Of its events in the log.
+        sha256: Of the file.
+        checkpoint: The note of a checkpoint that covers its events.
+        replaces: The file whose place it takes, because something in that was erased.
+    """
+
+    file: str
+    kind: Literal["events", "approvals"]
+    count: int
+    positions: Runs
+    sha256: str
+    schema_version: int = SCHEMA_VERSION
+    checkpoint: str | None = None
+    replaces: str | None = None
+
+    def to_line(self) -> str:
+        """Return the line, which ends with a hash of the rest of it."""
+        return _line(asdict(self))
+
+    @classmethod
+    def from_line(cls, line: str) -> Entry:
+        """Return what a line says; ValueError if one character of it is not what was written."""
+        said = json.loads(line)
+        if not isinstance(said, dict) or said.pop("line_sha256", None) is None or _line(said) != line:
+            raise ValueError("it is not as it was written")
+        if said.keys() != _FIELDS:
+            raise ValueError("a later version wrote it")
+        return cls(**said)
+
+
+_FIELDS = {each.name for each in fields(Entry)}
+
+
+def _line(said: dict[str, Any]) -> str:
+    text = json.dumps(said, sort_keys=True)
+    return json.dumps(said | {"line_sha256": sha256(text.encode()).hexdigest()}) + "\n"
+
+
+def _is_whole(torn: bytes) -> bool:
+    """True if a last line lacks nothing but its end, which became another byte: no run that was killed leaves that."""
+    try:
+        Entry.from_line(torn[:-1].decode() + "\n")
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+class Manifest:
+    """The manifest of one folder, read again only as far as it has grown.
+
+    Attributes:
+        folder: The archive.
+        entries: By their files, those that were replaced left out.
+        is_torn: Whether the last line was not written to its end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / NAME
+        self.entries: dict[str, Entry] = {}
+        self.is_torn = False
+        self._read_bytes = 0
+
+    def read(self) -> Manifest:
+        """Read what was appended since the last time.
+
+        Raises:
+            ArchiveError: There is no manifest, or a line of it is not what was written.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._read_bytes)
+                added = file.read()
+        except OSError as exc:
+            raise ArchiveError(
+                f"{self.path} cannot be read, so {self.folder} is no archive: {exc.strerror}.", file=NAME
+            ) from exc
+        whole, end, torn = added.rpartition(b"\n")
+        self.is_torn = bool(torn)
+        if torn and _is_whole(torn):
+            raise ArchiveError(f"The last line of {self.path} is not what was written.", file=NAME)
+        for number, line in enumerate(whole.splitlines(keepends=False) if end else (), start=1):
+            try:
+                entry = Entry.from_line(line.decode("utf-8") + "\n")
+            except (ValueError, TypeError) as exc:
+                raise ArchiveError(
+                    f"Line {number:,} of {self.path} is not what was written: {exc}. Restore the file from a backup.",
+                    file=NAME,
+                ) from exc
+            self.entries.pop(entry.replaces or "", None)
+            self.entries[entry.file] = entry
+        self._read_bytes += len(whole) + len(end)
+        return self
+
+    def of_kind(self, kind: str) -> list[Entry]:
+        """Return the entries of one kind, in the order in which they were written."""
+        return [each for each in self.entries.values() if each.kind == kind]
+
+    def open(self) -> None:
+        """Make the folder an archive if it is none yet, and remove what a killed run has left: for the writer alone.
+
+        Raises:
+            ArchiveError: See `read`; or the folder holds other things and no manifest.
+            OSError: It cannot be written.
+        """
+        create_folder(self.folder)
+        if not self.path.exists():
+            if any(self.folder.iterdir()):
+                raise ArchiveError(f"{self.folder} is not empty and holds no {NAME}: choose another folder.", file=NAME)
+            create_file(self.path)
+            sync_folder(self.folder)
+        self.read()
+        if self.is_torn:
+            with self.path.open("r+b") as file:
+                file.truncate(self._read_bytes)
+                os.fsync(file.fileno())
+            self.is_torn = False
+        for path in files_of(self.folder):
+            if path.relative_to(self.folder).as_posix() not in self.entries:
+                path.unlink()
+
+    def append(self, entries: Iterable[Entry]) -> None:
+        """Add lines, and return once they are on disk."""
+        text = "".join(entry.to_line() for entry in entries).encode()
+        with self.path.open("ab") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self.read()
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """Yield the files of an archive but its manifest, also those that were not finished."""
+    for pattern in ("day=*/*.parquet", "day=*/.*.partial", "approvals-*.jsonl", ".*.partial"):
+        yield from folder.glob(pattern)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, as it is read from disk."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def runs_of(positions: Iterable[int]) -> Runs:
+    """Return positions as runs of neighbours."""
+    runs: Runs = []
+    for position in sorted(positions):
+        if runs and position <= runs[-1][1] + 1:
+            runs[-1][1] = position
+        else:
+            runs.append([position, position])
+    return runs
+
+
+class Positions:
+    """A set of positions, as runs that are joined: one position is found among any number of them."""
+
+    def __init__(self, runs: Iterable[list[int]] = ()) -> None:
+        self._runs: Runs = []
+        for first, last in sorted(runs):
+            if self._runs and first <= self._runs[-1][1] + 1:
+                self._runs[-1][1] = max(last, self._runs[-1][1])
+            else:
+                self._runs.append([first, last])
+
+    def __contains__(self, position: int) -> bool:
+        place = bisect_right(self._runs, [position, float("inf")]) - 1
+        return place >= 0 and self._runs[place][0] <= position <= self._runs[place][1]
+
+    def meets(self, runs: Iterable[list[int]]) -> bool:
+        """True if one of the positions is in one of `runs`."""
+        for first, last in runs:
+            place = bisect_right(self._runs, [last, float("inf")]) - 1
+            if place >= 0 and self._runs[place][1] >= first:
+                return True
+        return False

@@ -1,0 +1,283 @@
+"""`Archive`: pruned events, read and verified without a database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from agent_gateway_store.archive.files import COLUMNS, EVENT_COLUMNS, leaf_of, require_intact
+from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
+from agent_gateway_store.audit.document import hash_of_stored
+from agent_gateway_store.audit.filters import Filters, criteria
+from agent_gateway_store.audit.selects import FIELDS, events_of
+from agent_gateway_store.errors import ArchiveError
+from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.evidence import Finding, FindingKind
+from agent_gateway_store.models.retention import ArchiveVerification
+from agent_gateway_store.results.arrow import arrow, conform
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Chosen: with rows of 5 kB about 50 MB.
+_BATCH_ROWS = 10_000
+_NAMES = tuple(column.name for column in COLUMNS)
+_EVENT_NAMES = tuple(column.name for column in EVENT_COLUMNS)
+_TIMESTAMP, _CONTENT_HASH = map(FIELDS.index, ("timestamp", "content_hash"))
+
+
+class Archive:
+    """A folder to which events were pruned: read in constant memory, with filters that Parquet itself applies.
+
+    Each event is there once, also where a run was killed while it wrote. Needs no database.
+
+    Args:
+        folder: As it was given to `store.retention.prune`.
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def events(self, **filters: Unpack[Filters]) -> Iterator[AuditEvent]:
+        """Yield the events that match, day after day, and within a day in the order in which they were pruned.
+
+        Args:
+            filters: As of `store.audit.search`.
+
+        Raises:
+            ArchiveError: The folder is no archive, or a line of its manifest is not what was written.
+            MissingExtraError: pyarrow is not installed.
+            TypeError: There is no such filter.
+            ValueError: There is no such value.
+        """
+        for _, batch in self.batches(filters, _EVENT_NAMES):
+            yield from events_of(map(stored_form, rows_of(batch)))
+
+    def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
+        """Return the events that match as one table, with the columns of `store.audit.to_arrow`; see `events`."""
+        pa = arrow()
+        tables = [pa.Table.from_batches([batch]) for _, batch in self.batches(filters, _EVENT_NAMES)]
+        return conform(pa.concat_tables(tables) if tables else arrow_schema_of().empty_table(), AuditEvent)
+
+    def verify(self) -> ArchiveVerification:
+        """Recompute every hash: of the manifest, of the files, and of each event from its columns, with its leaf.
+
+        That the leaves are those of the log is for `store.evidence.verify(archive=...)` to say.
+
+        Raises:
+            MissingExtraError: pyarrow is not installed.
+        """
+        arrow("Reading an archive")
+        walk = ArchiveWalk(self.folder)
+        for _ in walk.checked_rows():
+            pass
+        remarks = []
+        if walk.manifest.is_torn:
+            remarks.append("The last line of the manifest was not finished: the next prune removes it.")
+        unlisted = len(set(files_of(self.folder)) - {self.folder / file for file in walk.manifest.entries})
+        if unlisted:
+            remarks.append(f"{unlisted:,} files are not in the manifest: the next prune removes them.")
+        return ArchiveVerification(
+            ok=not walk.findings,
+            files=walk.files,
+            events=walk.events,
+            erased=walk.erased,
+            findings=tuple(walk.findings),
+            remarks=tuple(remarks),
+        )
+
+    def batches(
+        self, filters: Mapping[str, Any], columns: Sequence[str], keep: Any = None
+    ) -> Iterator[tuple[Entry, pa.RecordBatch]]:
+        """Yield the rows that match, with these columns, each event once; `keep`: one more condition of pyarrow."""
+        arrow("Reading an archive")
+        condition, exact = _condition(filters)
+        if keep is not None:
+            condition = keep if condition is None else condition & keep
+        manifest = Manifest(self.folder).read()
+        entries = sorted(manifest.of_kind("events"), key=lambda entry: entry.file)
+        repeated = _repeated(entries)
+        needed = dict.fromkeys([*columns, *(["risk_labels"] if exact else []), *(["position"] if repeated else [])])
+        for number, entry in enumerate(entries):
+            if not _may_hold(entry, filters):
+                continue
+            known = None
+            if entry.file in repeated:
+                known = Positions([list(run) for each in entries[:number] for run in each.positions])
+            for batch in _scanned(self.folder / entry.file, list(needed), condition):
+                kept = _kept(batch, exact, known)
+                if kept.num_rows:
+                    yield entry, kept.select(list(columns))
+
+
+class ArchiveWalk:
+    """Every event of an archive, checked.
+
+    Attributes:
+        files: How many files were read.
+        events: How many events of them fit.
+        erased: How many were erased: what is left of those only the log can vouch for.
+        findings: What does not fit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = Manifest(folder)
+        self.files = self.events = self.erased = 0
+        self.findings: list[Finding] = []
+
+    def checked_rows(self) -> Iterator[list[tuple[int, str, str | None]]]:
+        """Yield batches of what fits: position, leaf as hex digits, and of an erased event the hash of what is left."""
+        try:
+            self.manifest.read()
+        except ArchiveError as exc:
+            self._note(FindingKind.ALTERED, str(exc))
+        for entry in self.manifest.entries.values():
+            try:
+                require_intact(self.manifest.folder, [entry])
+            except ArchiveError as exc:
+                is_there = (self.manifest.folder / entry.file).exists()
+                kind = FindingKind.ALTERED if is_there else FindingKind.MISSING
+                self._note(kind, str(exc), position=entry.positions[0][0] if entry.positions else None)
+                continue
+            self.files += 1
+            if entry.kind == "events":
+                yield from self._rows_of(entry)
+
+    def _rows_of(self, entry: Entry) -> Iterator[list[tuple[int, str, str | None]]]:
+        positions: list[int] = []
+        for batch in _scanned(self.manifest.folder / entry.file, list(_NAMES), None):
+            fitting = []
+            for row in rows_of(batch):
+                *event, position, salt, leaf = row
+                positions.append(position)
+                if (found := self._checked(event, position, salt, leaf)) is not None:
+                    fitting.append(found)
+            yield fitting
+        if runs_of(positions) != entry.positions or len(positions) != entry.count:
+            self._note(FindingKind.MISSING, f"{entry.file} does not hold the positions that the manifest names.")
+
+    def _checked(
+        self, event: list[Any], position: int, salt: str | None, leaf: str
+    ) -> tuple[int, str, str | None] | None:
+        try:
+            content = hash_of_stored(stored_form(event)[1:])
+        except Exception:
+            # What a file can be made to hold and is no event: every error means the same.
+            content = ""
+        if salt is None and event[_CONTENT_HASH] is None:
+            self.erased += 1
+            return position, leaf, content
+        if event[_CONTENT_HASH] == content and salt and leaf_of(salt, content) == leaf:
+            self.events += 1
+            return position, leaf, None
+        self._note(
+            FindingKind.ALTERED,
+            "The archived event, or its leaf, is not what was sealed.",
+            position=position,
+            event_id=event[0],
+            request_id=event[1],
+        )
+        return None
+
+    def _note(self, kind: FindingKind, text: str, **where: Any) -> None:
+        self.findings.append(Finding(kind=kind, text=text, **where))
+
+
+def rows_of(batch: pa.RecordBatch) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a batch as tuples."""
+    return zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def arrow_schema_of() -> Any:
+    """Return the Arrow schema of the events in the files."""
+    from agent_gateway_store.results.arrow import arrow_schema
+
+    return arrow_schema(EVENT_COLUMNS)
+
+
+def stored_form(row: Sequence[Any]) -> list[Any]:
+    """Return the columns of an event as the drivers give them."""
+    values = list(row)
+    # pyarrow's time zone is another object, which our own code would not take for UTC.
+    values[_TIMESTAMP] = values[_TIMESTAMP].replace(tzinfo=UTC)
+    return values
+
+
+def _scanned(path: Path, columns: list[str], condition: Any) -> Iterator[pa.RecordBatch]:
+    from pyarrow import dataset
+
+    # Without partitions: the column `day` of the folder's name is no column of an event. Threads would read ahead.
+    scanned = dataset.dataset(path, format="parquet", partitioning=None).scanner(
+        columns=columns, filter=condition, batch_size=_BATCH_ROWS, batch_readahead=1, use_threads=False
+    )
+    for batch in scanned.to_batches():
+        if batch.num_rows:
+            yield batch
+
+
+def _repeated(entries: Sequence[Entry]) -> set[str]:
+    """Return the files that hold a position of another one: two runs wrote it, of which one was killed."""
+    found: set[str] = set()
+    end, end_file = -1, ""
+    for first, last, file in sorted((run[0], run[1], entry.file) for entry in entries for run in entry.positions):
+        if first <= end:
+            found |= {file, end_file}
+        if last > end:
+            end, end_file = last, file
+    return found
+
+
+def _kept(batch: pa.RecordBatch, exact: Callable[[str], bool] | None, known: Positions | None) -> pa.RecordBatch:
+    pa = arrow()
+    if exact is not None:
+        batch = batch.filter(pa.array([exact(labels) for labels in batch.column("risk_labels").to_pylist()]))
+    if known is not None:
+        batch = batch.filter(pa.array([each not in known for each in batch.column("position").to_pylist()], pa.bool_()))
+    return batch
+
+
+def _may_hold(entry: Entry, filters: Mapping[str, Any]) -> bool:
+    """False if the day of the file is outside of the filters: then it is not even opened."""
+    found = criteria({name: filters.get(name) for name in ("since", "until")}, org_id=None).values
+    day = entry.file[len("day=") :].partition("/")[0]
+    since, until = found.get("p_since"), found.get("p_until")
+    return (since is None or day >= _day(since)) and (until is None or day <= _day(until))
+
+
+def _day(moment: datetime) -> str:
+    return date(moment.year, moment.month, moment.day).isoformat()
+
+
+def _condition(filters: Mapping[str, Any]) -> tuple[Any, Callable[[str], bool] | None]:
+    """Return the filters as a condition of pyarrow, and what risk labels are compared by exactly."""
+    import json
+
+    import pyarrow.compute as pc
+
+    found = criteria(filters, org_id=None)
+    condition, exact = None, None
+    for name, several in found.shape:
+        value, column = found.values[f"p_{name}"], pc.field(name)
+        match name:
+            case "since":
+                each = pc.field("timestamp") >= value
+            case "until":
+                each = pc.field("timestamp") < value
+            case "min_risk_score":
+                each = pc.field("risk_score") >= value
+            case "risk_label":
+                wanted = set(value) if several else {value}
+                exact = lambda labels, wanted=wanted: not wanted.isdisjoint(json.loads(labels))  # noqa: E731
+                continue
+            case "text":
+                given = str(filters["text"])
+                places = ("tool_name", "deterministic_rationale", "llm_explanation")
+                found_in = [pc.match_substring(pc.field(place), given, ignore_case=True) for place in places]
+                each = pc.or_kleene(pc.or_kleene(*found_in[:2]), found_in[2])
+            case _:
+                each = column.isin(list(map(str, value))) if several else column == str(value)
+        condition = each if condition is None else condition & each
+    return condition, exact

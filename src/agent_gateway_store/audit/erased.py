@@ -1,0 +1,54 @@
+"""What is left of an event that was erased, and of what arrives later under its id."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from agent_gateway_store.audit.record import EncodedRow, encode_event, to_values
+from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
+
+ERASED = "[ERASED]"
+BLANK: dict[str, Any] = {
+    "raw_args_hash": "0" * 64,
+    "sanitized_args": {},
+    "risk_labels": [],
+    "output_hash": None,
+    "output_policy_rationale": None,
+    "redaction_flags": [RedactionFlag(field="*", reason="ERASED")],
+    "llm_explanation": None,
+    "deterministic_rationale": ERASED,
+    "extra": {},
+}
+"""Arguments, labels, free texts, and hashes of content. Besides these go `content_hash` and the salt of the leaf."""
+
+BLANK_TEXTS = BLANK | {
+    "sanitized_args": "{}",
+    "risk_labels": "[]",
+    "redaction_flags": '[{"field":"*","original_hash":null,"reason":"ERASED"}]',
+    "extra": "{}",
+}
+"""The same as the drivers give it."""
+
+IS_ERASED = (
+    "((content_hash IS NULL AND deterministic_rationale = '[ERASED]')"
+    " OR (mcp_server = 'gateway-store' AND tool_name = 'audit.erase'))"
+)
+"""SQL: the id of this row is that of an erased event. The second holds it where the event is in an archive."""
+
+_DERIVED = re.compile(r"~[0-9a-f]{64}\Z")
+
+
+def is_derived(request_id: str) -> bool:
+    """True if an id holds the hash of an event."""
+    return _DERIVED.search(request_id) is not None
+
+
+def blank_id(request_id: str, position: int) -> str:
+    """Return the id under which an erased event stands: its own, or one without the hash of what it was."""
+    return _DERIVED.sub(f"~erased-{position}", request_id)
+
+
+def blanked(row: EncodedRow) -> EncodedRow:
+    """Return a row that arrived after an event under its id was erased: it is kept blanked, with a hash of that."""
+    return encode_event(AuditEvent(**to_values(row) | BLANK))

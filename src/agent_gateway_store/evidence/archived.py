@@ -1,0 +1,97 @@
+"""What archives hold of the log: every event in them is recomputed, and compared with its leaf."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ARRAY, JSON, BigInteger, Select, any_, bindparam, func, select
+
+from agent_gateway_store.archive.manifest import Positions, runs_of
+from agent_gateway_store.archive.reader import ArchiveWalk
+from agent_gateway_store.models.evidence import AuditLeaf, FindingKind
+from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.streaming import Snapshot
+
+_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+
+
+@dataclass
+class Archived:
+    """What the archives hold.
+
+    Attributes:
+        intact: Events that fit their leaf.
+        erased: Events that are blanked, as a sealed event says.
+        expected: Events that must be there, as sealed events say; none where no archive is looked at.
+        altered: Events that are there, and fit nothing.
+    """
+
+    intact: Positions = field(default_factory=Positions)
+    erased: Positions = field(default_factory=Positions)
+    expected: Positions = field(default_factory=Positions)
+    altered: set[int] = field(default_factory=set)
+
+
+def _leaves_at(dialect: str) -> Select[Any]:
+    if dialect == "postgresql":
+        wanted = any_(bindparam("p_positions", type_=ARRAY(BigInteger()))) == _leaves.c.position
+    else:
+        each = func.json_each(bindparam("p_positions", type_=JSON())).table_valued("value").c.value
+        wanted = _leaves.c.position.in_(select(each))
+    return select(_leaves.c.position, _leaves.c.leaf_hash).where(wanted)
+
+
+_LEAVES_AT = Statement(_leaves_at)
+
+
+async def read_archives(
+    reader: Snapshot,
+    folders: Iterable[Path],
+    expected: list[list[int]],
+    blanked: Mapping[int, set[str]],
+    note: Callable[..., None],
+) -> Archived:
+    """Check every event of the archives.
+
+    Args:
+        expected: Runs of positions that sealed events say were archived.
+        blanked: Hashes of erased events, by position, as sealed events say.
+        note: Receives each finding: its kind, its text and where.
+    """
+    found = Archived()
+    intact: list[list[int]] = []
+    erased: list[list[int]] = []
+    is_asked = False
+    for folder in folders:
+        is_asked = True
+        archive = ArchiveWalk(folder)
+        batches = archive.checked_rows()
+        while (rows := await asyncio.to_thread(next, batches, None)) is not None:
+            wanted = [position for position, _, _ in rows]
+            leaves = dict(map(tuple, await reader.fetched(_LEAVES_AT, {"p_positions": wanted})))
+            fitting: list[int] = []
+            blank: list[int] = []
+            for position, leaf, left in rows:
+                is_ours = leaves.get(position, b"").hex() == leaf
+                if is_ours and left is None:
+                    fitting.append(position)
+                elif is_ours and left in blanked.get(position, ()):
+                    blank.append(position)
+                else:
+                    text = "The archived event is not that of this log, or was blanked and no sealed event says so."
+                    found.altered.add(position)
+                    note(FindingKind.ALTERED, text, position=position)
+            intact += runs_of(fitting)
+            erased += runs_of(blank)
+        for each in archive.findings:
+            if each.position is not None:
+                found.altered.add(each.position)
+            note(each.kind, each.text, position=each.position, request_id=each.request_id)
+    found.intact, found.erased = Positions(intact), Positions(erased)
+    if is_asked:
+        found.expected = Positions(expected)
+    return found

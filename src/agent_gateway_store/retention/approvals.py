@@ -1,0 +1,127 @@
+"""Prune approvals that are over and that no event in the table cites, with their votes and delivered notices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+from sqlalchemy import ColumnElement, Table, and_, delete, exists, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent_gateway_store.archive import rewrite
+from agent_gateway_store.archive.manifest import Manifest
+from agent_gateway_store.audit.doors import PRUNE_APPROVALS, write_door
+from agent_gateway_store.audit.selects import table as events
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
+from agent_gateway_store.models.delivery import NotificationDelivery
+from agent_gateway_store.models.retention import PrunedApprovals
+from agent_gateway_store.storage.arrow import in_thread
+from agent_gateway_store.storage.database import Database
+
+_approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+_notices = NotificationDelivery.__table__  # type: ignore[attr-defined]
+
+# Chosen: with output that waits for its release a few megabytes, and some 50 ms in which SQLite's writers wait.
+_BATCH_ROWS = 500
+# The token releases a call, and what `acquire` finds approvals by is of no use to a reader.
+_SECRET = ("token", "acquire_key")
+
+
+class ApprovalPruner:
+    """Prunes one batch after the other; whoever uses it holds the lock of retention.
+
+    Args:
+        before: Approvals that ended from this time on stay.
+        archive: The folder; None discards.
+    """
+
+    def __init__(
+        self, database: Database, *, by: str, environment: str, before: datetime, archive: Path | None
+    ) -> None:
+        self._database, self._by, self._environment = database, by, environment
+        self._before = min(before, utc_now())
+        self._manifest = None if archive is None else Manifest(archive)
+        self._known: set[str] = set()
+
+    async def start(self) -> None:
+        """Make the archive, or remove what a killed run has left; learn what that run had written last."""
+        if (manifest := self._manifest) is None:
+            return
+        await in_thread(manifest.open)
+        if entries := manifest.of_kind("approvals"):
+            records = await in_thread(lambda: rewrite.read_approvals(manifest, entries[-1]))
+            self._known = {record["approval"]["approval_id"] for record in records}
+
+    async def step(self) -> PrunedApprovals:
+        """Prune one batch; of none approvals at the end."""
+        async with self._database.read() as connection:
+            found = (await connection.execute(
+                select(_approvals).where(self._is_over()).order_by(_approvals.c.id).limit(_BATCH_ROWS)
+            )).mappings().all()  # fmt: skip
+            ids = [row["approval_id"] for row in found]
+            votes = await _of(connection, _votes, ids)
+            delivered = await _of(connection, _notices, ids, _notices.c.status == "DELIVERED")
+        if not ids:
+            return PrunedApprovals()
+        files = 0
+        if (manifest := self._manifest) is not None:
+            records = [
+                {"approval": _plain(row), "votes": votes.get(row["approval_id"], []),
+                 "notices": delivered.get(row["approval_id"], [])}
+                for row in found if str(row["approval_id"]) not in self._known
+            ]  # fmt: skip
+            if records:
+                day = utc_now().date().isoformat()
+                written = await in_thread(lambda: rewrite.write_approvals(manifest, day, records))
+                await in_thread(lambda: manifest.append([written]))
+                files = 1
+        return await self._delete(ids, files)
+
+    async def _delete(self, ids: Sequence[Any], files: int) -> PrunedApprovals:
+        async with self._database.write() as connection:
+            mine = _notices.c.approval_id.in_(ids), _notices.c.status == "DELIVERED"
+            notices = (await connection.execute(select(func.count()).select_from(_notices).where(*mine))).scalar_one()
+            await connection.execute(delete(_notices).where(*mine))
+            await connection.execute(delete(_votes).where(_votes.c.approval_id.in_(ids)))
+            await connection.execute(delete(_approvals).where(_approvals.c.approval_id.in_(ids)))
+            facts = {
+                "approvals": len(ids),
+                "notices": notices,
+                "before": self._before.isoformat(),
+                "archived": self._manifest is not None,
+            }
+            why = "Approvals older than the retention were pruned."
+            await write_door(connection, PRUNE_APPROVALS, facts, by=self._by, environment=self._environment, why=why)
+        return PrunedApprovals(approvals=len(ids), notices=notices, files=files)
+
+    def _is_over(self) -> ColumnElement[bool]:
+        """The condition of approvals that ended before, and that no event cites."""
+        approval, before = _approvals.c, self._before
+        ended = func.coalesce(approval.used_at, approval.decision_at, approval.expires_at)
+        is_over = or_(
+            and_(approval.status.in_(("DENIED", "EXPIRED", "CANCELLED", "USED")), ended < before),
+            and_(approval.status == "PENDING", approval.expires_at < before),
+            and_(approval.status == "APPROVED", func.coalesce(approval.use_before, approval.expires_at) < before),
+        )
+        cites = exists().where(events.c.approval_id == approval.approval_id)
+        is_of_its_call = exists().where(events.c.request_id == approval.request_id, events.c.org_id == approval.org_id)
+        return and_(is_over, approval.created_at < before, ~cites, ~is_of_its_call)
+
+
+async def _of(connection: AsyncConnection, table: Table, ids: Sequence[Any], *where: Any) -> dict[Any, list[Any]]:
+    """Return the rows about some approvals, by approval."""
+    found: dict[Any, list[Any]] = {}
+    statement = select(table).where(table.c.approval_id.in_(ids), *where).order_by(table.c.id)
+    for row in (await connection.execute(statement)).mappings():
+        found.setdefault(row["approval_id"], []).append(_plain(row))
+    return found
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = to_jsonable_python({name: value for name, value in row.items() if name not in _SECRET})
+    return plain

@@ -1,0 +1,314 @@
+"""Erase what one request held: in the table or in the archive, with its approvals and their notices.
+
+The leaf stays, so the log verifies: an event that says what is left of the erased one is sealed before anything goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, and_, bindparam, or_, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent_gateway_store._text import code_text
+from agent_gateway_store.archive import rewrite
+from agent_gateway_store.archive.files import COLUMNS
+from agent_gateway_store.archive.manifest import Manifest
+from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
+from agent_gateway_store.audit.document import hash_of_stored
+from agent_gateway_store.audit.doors import DOOR_SERVER, DOOR_TOOLS, ERASE, write_door
+from agent_gateway_store.audit.erased import BLANK, BLANK_TEXTS, ERASED, blank_id, is_derived
+from agent_gateway_store.audit.selects import FIELDS, table
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.encoding.sanitize import storable_key
+from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError, StoreUnavailableError
+from agent_gateway_store.evidence.sealer import Sealer
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
+from agent_gateway_store.models.delivery import NotificationDelivery
+from agent_gateway_store.models.evidence import AuditLeaf
+from agent_gateway_store.models.retention import Erased, Hold
+from agent_gateway_store.retention.holds import covers, read_holds
+from agent_gateway_store.retention.prune import archived_columns, seal_event
+from agent_gateway_store.storage.append_only import open_door
+from agent_gateway_store.storage.arrow import in_thread
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.statements import Statement
+
+_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+_approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+_notices = NotificationDelivery.__table__  # type: ignore[attr-defined]
+
+_NAMES = tuple(column.name for column in COLUMNS)
+_BY_REQUEST = Statement(
+    lambda dialect: archived_columns(dialect).where(table.c.request_id == bindparam("p_request_id"))
+)
+
+
+class _Target(NamedTuple):
+    """An event under the id, in the table or in the archive."""
+
+    values: dict[str, Any]
+    archived: bool
+
+    @property
+    def position(self) -> int:
+        return int(self.values["position"])
+
+    @property
+    def is_blank(self) -> bool:
+        return self.values["content_hash"] is None and self.values["deterministic_rationale"] == ERASED
+
+    @property
+    def is_door(self) -> bool:
+        return self.values["mcp_server"] == DOOR_SERVER and self.values["tool_name"] in DOOR_TOOLS
+
+    def blank(self) -> dict[str, Any]:
+        """Return what is left, as the drivers give it."""
+        request_id = blank_id(self.values["request_id"], self.position)
+        return self.values | BLANK_TEXTS | {"request_id": request_id, "content_hash": None, "salt": None}
+
+
+class Eraser:
+    """Erases one request; whoever uses it holds the lock of retention.
+
+    Args:
+        forget: Deletes the Redis entries of an approval; False where Redis does not answer.
+        archive: Where pruned events are; None: only the table is looked at.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        sealer: Sealer,
+        *,
+        org_id: str | None,
+        environment: str,
+        archive: Path | None,
+        forget: Callable[[UUID], Awaitable[bool]],
+    ) -> None:
+        self._database, self._sealer, self._org_id = database, sealer, org_id
+        self._environment, self._forget = environment, forget
+        self._manifest = None if archive is None else Manifest(archive)
+
+    async def erase(self, given: str, *, reason: str, by: str) -> Erased:
+        """Erase everything under a request id; errors as of `RetentionManager.erase`."""
+        request_id = storable_key(given)
+        targets = await self._targets(request_id)
+        if not targets:
+            raise AuditEventNotFoundError(given)
+        org_id = targets[0].values["org_id"]
+        await self._require_unheld(targets)
+        approvals = await self._open_or_over(targets, request_id, org_id)
+        await self._announce(targets, reason=reason, by=by, approvals=len(approvals))
+        for approval_id in approvals:
+            if not await self._forget(approval_id):
+                raise StoreUnavailableError("Redis does not answer, and holds what is to be erased: try again.")
+        archived_approvals = 0
+        if self._manifest is not None:
+            manifest = self._manifest
+            blank = {each.position: _archived_values(each.blank()) for each in targets if each.archived}
+            await in_thread(lambda: rewrite.rewrite_events(manifest, blank))
+            wanted = {str(each.values["approval_id"]) for each in targets if each.values["approval_id"]}
+            archived_approvals = await in_thread(
+                lambda: rewrite.rewrite_approvals(manifest, _blanker(wanted, request_id, org_id))
+            )
+        async with self._database.write() as connection:
+            await self._blank_events(connection, targets)
+            notices = await _blank_approvals(connection, approvals)
+        newest = max(targets, key=lambda each: each.position)
+        return Erased(
+            request_id=blank_id(request_id, newest.position),
+            org_id=org_id,
+            position=newest.position,
+            archived=any(each.archived for each in targets),
+            approvals=len(approvals) + archived_approvals,
+            notices=notices,
+        )
+
+    async def _targets(self, request_id: str) -> list[_Target]:
+        async with self._database.connection("read") as connection:
+            rows = await _BY_REQUEST.tuples(connection, {"p_request_id": request_id})
+        found = [_Target(dict(zip(_NAMES, row, strict=True)), archived=False) for row in rows]
+        if self._manifest is not None:
+            folder = self._manifest.folder
+            await in_thread(self._manifest.open)
+            found += [
+                _Target(values, archived=True) for values in await in_thread(lambda: _archived(folder, request_id))
+            ]
+        own = [each for each in found if self._org_id in (None, each.values["org_id"])]
+        calls = [each for each in own if not each.is_door]
+        if own and not calls:
+            raise ValueError("This event says what retention did: it holds nothing of a call, and is not erased.")
+        if len(organisations := sorted({each.values["org_id"] for each in calls})) > 1:
+            names = ", ".join(map(code_text, organisations))
+            raise ValueError(f"Events of {names} have this request id: use `store.for_org(...)` (`--org`) for one.")
+        return calls
+
+    async def _require_unheld(self, targets: Sequence[_Target]) -> None:
+        ids = [each.values["id"] for each in targets if not each.archived]
+        dialect = self._database.dialect
+        async with self._database.read() as connection:
+            holds = await read_holds(connection)
+            names = [
+                hold.name
+                for hold in holds
+                if ids
+                and (await connection.execute(
+                    select(table.c.id).where(table.c.id.in_(ids), covers(dialect, hold.filters)).limit(1)
+                )).first()
+            ]  # fmt: skip
+        positions = [each.position for each in targets if each.archived]
+        if positions and self._manifest is not None:
+            names += await in_thread(partial(_holds_of_archived, self._manifest.folder, holds, positions))
+        if names:
+            raise EventHeldError(tuple(dict.fromkeys(names)))
+
+    async def _open_or_over(self, targets: Sequence[_Target], request_id: str, org_id: str) -> list[UUID]:
+        """Return the approvals of the request, which must all be over."""
+        async with self._database.read() as connection:
+            found = (await connection.execute(
+                select(
+                    _approvals.c.approval_id,
+                    _approvals.c.status,
+                    _approvals.c.expires_at,
+                    _approvals.c.use_before,
+                ).where(_of_request(targets, request_id, org_id))
+            )).all()  # fmt: skip
+        now = utc_now()
+        for row in found:
+            deadline = row.expires_at if row.status == "PENDING" else row.use_before or row.expires_at
+            if row.status in ("PENDING", "APPROVED") and deadline > now:
+                raise ValueError(f"The approval {row.approval_id} of this request is still open: cancel it first.")
+        return [row.approval_id for row in found]
+
+    async def _announce(self, targets: Sequence[_Target], *, reason: str, by: str, approvals: int) -> None:
+        """Write and seal what will be left of each event that is not blank yet."""
+        in_table = any(not each.archived for each in targets)
+        done: set[int] = set()
+        for target in targets:
+            if target.is_blank or target.position in done:
+                continue
+            done.add(target.position)
+            blank = target.blank()
+            facts = {
+                "position": target.position,
+                "row_sha256": hash_of_stored([blank[name] for name in FIELDS[1:]]),
+                "reason": reason,
+                "approvals": approvals,
+                "archived": target.archived,
+            }
+            async with self._database.write() as connection:
+                event_id = await write_door(
+                    connection,
+                    ERASE,
+                    facts,
+                    by=by,
+                    environment=self._environment,
+                    why="An operator erased an event.",
+                    org_id=target.values["org_id"],
+                    # So that what arrives later under the id of an event that only the archive holds is known.
+                    request_id=None if in_table or len(done) > 1 else blank["request_id"],
+                )
+            await seal_event(self._database, self._sealer, event_id)
+
+    async def _blank_events(self, connection: AsyncConnection, targets: Sequence[_Target]) -> None:
+        if connection.dialect.name == "sqlite":
+            # Otherwise what was deleted stays in the file until its pages are used again.
+            await connection.execute(text("PRAGMA secure_delete = ON"))
+        async with open_door(connection):
+            for target in targets:
+                if not target.archived:
+                    request_id = target.blank()["request_id"]
+                    values = BLANK | {"request_id": request_id, "content_hash": None}
+                    await connection.execute(update(table).where(table.c.id == target.values["id"]).values(values))
+                unsalted = update(_leaves).where(_leaves.c.position == target.position)
+                await connection.execute(unsalted.values(salt=None))
+
+
+def _archived(folder: Path, request_id: str) -> list[dict[str, Any]]:
+    import pyarrow.compute as pc
+
+    found = Archive(folder).batches({}, _NAMES, pc.field("request_id") == request_id)
+    return [dict(zip(_NAMES, stored_form(row), strict=True)) for _, batch in found for row in rows_of(batch)]
+
+
+def _holds_of_archived(folder: Path, holds: Sequence[Hold], positions: list[int]) -> list[str]:
+    import pyarrow.compute as pc
+
+    keep = pc.field("position").isin(positions)
+    return [hold.name for hold in holds if any(Archive(folder).batches(hold.filters, ("position",), keep))]
+
+
+def _archived_values(blank: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: blank[name] for name in (*BLANK_TEXTS, "request_id", "content_hash", "salt")}
+
+
+def _of_request(targets: Sequence[_Target], request_id: str, org_id: str) -> ColumnElement[bool]:
+    cited = [UUID(each.values["approval_id"]) for each in targets if each.values["approval_id"]]
+    own = [_approvals.c.approval_id.in_(cited)]
+    if not is_derived(request_id):
+        own.append(_approvals.c.request_id == request_id)
+    return and_(_approvals.c.org_id == org_id, or_(*own))
+
+
+async def _blank_approvals(connection: AsyncConnection, ids: Sequence[UUID]) -> int:
+    """Blank approvals, their votes and notices; return how many notices."""
+    count = 0
+    for approval_id in ids:
+        mine = _approvals.c.approval_id == approval_id
+        call = (await connection.execute(select(_approvals.c.tool_call).where(mine))).scalar_one()
+        values = {
+            "tool_call": call.model_copy(update={"arguments": {}}),
+            "tool_call_hash": "0" * 64,
+            "risk_explanation": ERASED,
+            "output_payload": None,
+            "output_hash": None,
+            "approver_note": "",
+            "acquire_key": None,
+            "version": _approvals.c.version + 1,
+        }
+        await connection.execute(update(_approvals).where(mine).values(values))
+        told = update(_approvals).where(mine, _approvals.c.outcome.is_not(None))
+        await connection.execute(told.values(outcome=ERASED))
+        await connection.execute(update(_votes).where(_votes.c.approval_id == approval_id).values(note=""))
+        notices = select(_notices.c.id, _notices.c.payload).where(_notices.c.approval_id == approval_id)
+        for row in (await connection.execute(notices)).all():
+            cleared = {"payload": blank_notice(row.payload), "last_error": None}
+            await connection.execute(update(_notices).where(_notices.c.id == row.id).values(cleared))
+            count += 1
+    return count
+
+
+def blank_notice(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the payload of a notice without what it says about the call."""
+    call = {**payload.get("tool_call", {}), "arguments": {}}
+    return {**payload, "tool_call": call, "risk_explanation": ERASED, "note": ""}
+
+
+def _blanker(cited: set[str], request_id: str, org_id: str) -> Callable[[rewrite.Record], rewrite.Record | None]:
+    def change(record: rewrite.Record) -> rewrite.Record | None:
+        approval = record["approval"]
+        is_own = approval["approval_id"] in cited or approval["request_id"] == request_id
+        if not is_own or approval["org_id"] != org_id or approval["risk_explanation"] == ERASED:
+            return None
+        blank = {
+            "tool_call": {**approval["tool_call"], "arguments": {}},
+            "tool_call_hash": "0" * 64,
+            "risk_explanation": ERASED,
+            "output_payload": None,
+            "output_hash": None,
+            "approver_note": "",
+            "outcome": ERASED if approval["outcome"] else None,
+        }
+        return {
+            "approval": approval | blank,
+            "votes": [vote | {"note": ""} for vote in record["votes"]],
+            "notices": [notice | {"payload": blank_notice(notice["payload"])} for notice in record["notices"]],
+        }
+
+    return change

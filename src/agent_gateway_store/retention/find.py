@@ -1,0 +1,114 @@
+"""What an erasure request is about: events and approvals of a caller, or that hold a text, archives included."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Table, Text, and_, cast, or_, select
+
+from agent_gateway_store.archive import rewrite
+from agent_gateway_store.archive.manifest import Manifest
+from agent_gateway_store.archive.reader import Archive, rows_of
+from agent_gateway_store.audit.doors import is_door
+from agent_gateway_store.audit.selects import table as events
+from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.columns import as_utc
+from agent_gateway_store.models.retention import FoundRecord
+from agent_gateway_store.storage.arrow import in_thread
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.filters import identifier, pattern
+
+_approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
+
+_EVENT_TEXTS = (
+    *("request_id", "caller_id", "session_id", "tool_name", "approver_id", "sanitized_args", "risk_labels", "extra"),
+    *("output_policy_rationale", "llm_explanation", "deterministic_rationale"),
+)
+_APPROVAL_TEXTS = (
+    *("request_id", "caller_id", "approver_id", "tool_call", "risk_explanation", "output_payload"),
+    *("approver_note", "outcome"),
+)
+_SHOWN = ("request_id", "org_id", "caller_id", "timestamp", "tool_name", "approval_id")
+
+
+async def find(
+    database: Database, *, caller_id: str | None, text: str | None, org_id: str | None, archive: Path | None
+) -> list[FoundRecord]:
+    """Return what is found; arguments and errors as of `RetentionManager.find`."""
+    caller = None if caller_id is None else identifier("caller_id", caller_id)
+    found: list[FoundRecord] = []
+    async with database.read() as connection:
+        matches = _matches(events, _EVENT_TEXTS, caller, text, org_id)
+        statement = select(*(events.c[name] for name in _SHOWN)).where(matches, ~is_door()).order_by(events.c.id)
+        for row in await connection.execute(statement):
+            found.append(FoundRecord(kind="event", **row._mapping))
+        approval = _approvals.c
+        columns = (approval.request_id, approval.org_id, approval.caller_id, approval.created_at, approval.tool_call)
+        matches = _matches(_approvals, _APPROVAL_TEXTS, caller, text, org_id)
+        for row in await connection.execute(
+            select(*columns, approval.approval_id).where(matches).order_by(approval.id)
+        ):
+            values = {name: getattr(row, name) for name in ("request_id", "org_id", "caller_id", "approval_id")}
+            shown = {"timestamp": row.created_at, "tool_name": row.tool_call.tool}
+            found.append(FoundRecord(kind="approval", **values, **shown))
+    if archive is not None:
+        found += await in_thread(lambda: _in_archive(archive, caller, text, org_id))
+    return found
+
+
+def _matches(
+    table: Table, texts: tuple[str, ...], caller: str | None, text: str | None, org_id: str | None
+) -> ColumnElement[bool]:
+    conditions: list[ColumnElement[bool]] = []
+    if caller is not None:
+        conditions.append(table.c.caller_id == caller)
+    if org_id is not None:
+        conditions.append(table.c.org_id == org_id)
+    if text is not None:
+        wanted = pattern("text", text)
+        conditions.append(or_(*(cast(table.c[name], Text()).ilike(wanted, escape="\\") for name in texts)))
+    return and_(*conditions)
+
+
+def _in_archive(folder: Path, caller: str | None, text: str | None, org_id: str | None) -> list[FoundRecord]:
+    import pyarrow.compute as pc
+
+    keep = pc.scalar(True)
+    if caller is not None:
+        keep = keep & (pc.field("caller_id") == caller)
+    if org_id is not None:
+        keep = keep & (pc.field("org_id") == org_id)
+    if text is not None:
+        has_text = pc.scalar(False)
+        for name in _EVENT_TEXTS:
+            has_text = pc.or_kleene(has_text, pc.match_substring(pc.field(name), text, ignore_case=True))
+        keep = keep & has_text
+    found = []
+    for entry, batch in Archive(folder).batches({}, _SHOWN, keep):
+        for row in rows_of(batch):
+            values = dict(zip(_SHOWN, row, strict=True))
+            approval_id = values["approval_id"] and UUID(values["approval_id"])
+            values |= {"timestamp": as_utc(values["timestamp"]), "approval_id": approval_id}
+            found.append(FoundRecord(kind="event", file=entry.file, **values))
+    manifest = Manifest(folder).read()
+    for entry in manifest.of_kind("approvals"):
+        for record in rewrite.read_approvals(manifest, entry):
+            if (shown := _shown(record["approval"], caller, text, org_id)) is not None:
+                found.append(FoundRecord(kind="approval", file=entry.file, **shown))
+    return found
+
+
+def _shown(approval: dict[str, Any], caller: str | None, text: str | None, org_id: str | None) -> dict[str, Any] | None:
+    if caller not in (None, approval["caller_id"]) or org_id not in (None, approval["org_id"]):
+        return None
+    if text is not None and not any(text.casefold() in str(approval[name]).casefold() for name in _APPROVAL_TEXTS):
+        return None
+    shown = {name: approval[name] for name in ("request_id", "org_id", "caller_id")}
+    return shown | {
+        "approval_id": UUID(approval["approval_id"]),
+        "timestamp": datetime.fromisoformat(approval["created_at"]),
+        "tool_name": approval["tool_call"]["tool"],
+    }

@@ -1,0 +1,101 @@
+"""Holds: what they cover is decided when it matters, so that events that arrive later are covered, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BindParameter, ColumnElement, and_, bindparam, delete, false, func, insert, or_, select, true
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.visitors import replacement_traverse
+
+from agent_gateway_store._text import code_text, is_blank
+from agent_gateway_store.audit.doors import HOLD, RELEASE, write_door
+from agent_gateway_store.audit.filters import criteria
+from agent_gateway_store.audit.selects import conditions
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.models.retention import AuditHold, Hold
+
+_holds = AuditHold.__table__  # type: ignore[attr-defined]
+
+
+def as_stored(filters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checked filters as JSON that means the same whenever it is read.
+
+    Raises:
+        TypeError: There is no such filter, or its value has the wrong type.
+        ValueError: There is no such value.
+    """
+    checked = criteria(filters, org_id=None).values
+    stored: dict[str, Any] = {}
+    for name, given in filters.items():
+        if given is None:
+            continue
+        value = checked[f"p_{name}"]
+        # Text is stored as given: it is turned into a pattern each time.
+        stored[name] = given if name == "text" else value.isoformat() if isinstance(value, datetime) else value
+    return stored
+
+
+def covers(dialect: str, filters: Mapping[str, Any]) -> ColumnElement[bool]:
+    """Return the condition of the events that a hold with these filters covers; it is never NULL."""
+    found = criteria(filters, org_id=None)
+
+    def with_value(element: Any, **_options: Any) -> Any:
+        if not isinstance(element, BindParameter) or element.key not in found.values:
+            return None
+        # Under a name of its own, as several holds stand in one statement.
+        return bindparam(None, found.values[element.key], element.type, unique=True)
+
+    matches = and_(true(), *conditions(dialect, found.shape))
+    return func.coalesce(replacement_traverse(matches, {}, with_value), false())
+
+
+async def read_holds(connection: AsyncConnection) -> list[Hold]:
+    """Return the holds in force, oldest first."""
+    rows = await connection.execute(select(_holds).order_by(_holds.c.placed_at, _holds.c.name))
+    return [
+        Hold(name=row.name, reason=row.reason, by=row.placed_by, placed_at=row.placed_at, filters=row.filters)
+        for row in rows
+    ]
+
+
+def is_held(dialect: str, holds: Sequence[Hold]) -> ColumnElement[bool]:
+    """Return the condition of the events that any hold covers; it is never NULL."""
+    return or_(false(), *(covers(dialect, hold.filters) for hold in holds))
+
+
+async def place(
+    connection: AsyncConnection, name: str, filters: Mapping[str, Any], *, reason: str, by: str, environment: str
+) -> Hold:
+    """Place a hold and write the event that says so; ValueError if there is one of this name."""
+    hold = Hold(name=name, reason=reason, by=by, placed_at=utc_now(), filters=as_stored(filters))
+    values = {"name": name, "reason": reason, "placed_by": by, "placed_at": hold.placed_at, "filters": hold.filters}
+    try:
+        await connection.execute(insert(_holds).values(values))
+    except IntegrityError as exc:
+        text = f"There is a hold {code_text(name)} already: release it first, or choose another name."
+        raise ValueError(text) from exc
+    facts = {"name": name, "filters": hold.filters, "reason": reason}
+    await write_door(connection, HOLD, facts, by=by, environment=environment, why="An operator placed a hold.")
+    return hold
+
+
+async def release(connection: AsyncConnection, name: str, *, by: str, environment: str) -> Hold:
+    """Release a hold and write the event that says so; ValueError if there is none of this name."""
+    found = next((each for each in await read_holds(connection) if each.name == name), None)
+    if found is None:
+        raise ValueError(f"There is no hold {code_text(name)}: `gateway-store retention holds` lists them.")
+    await connection.execute(delete(_holds).where(_holds.c.name == name))
+    facts = {"name": name, "filters": found.filters, "reason": found.reason}
+    await write_door(connection, RELEASE, facts, by=by, environment=environment, why="An operator released a hold.")
+    return found
+
+
+def require_named(**texts: str) -> None:
+    """Raise ValueError for a text that is blank: it is written to the record."""
+    for name, value in texts.items():
+        if is_blank(value):
+            raise ValueError(f"{name} must not be blank: it is written to the log.")

@@ -1,0 +1,295 @@
+"""`store.retention`: what is kept, for how long, and what goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import datetime, timedelta
+from os import PathLike
+from pathlib import Path
+from typing import Unpack
+from uuid import UUID
+
+from agent_gateway_store.audit.filters import Filters
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import GatewayStoreError
+from agent_gateway_store.evidence.sealer import Sealer
+from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
+from agent_gateway_store.results.page import Page
+from agent_gateway_store.retention import find, holds
+from agent_gateway_store.retention.approvals import ApprovalPruner
+from agent_gateway_store.retention.erase import Eraser
+from agent_gateway_store.retention.lock import PAUSE_S, RetentionLock
+from agent_gateway_store.retention.prune import Place, Pruner
+from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.files import progress_bar
+from agent_gateway_store.storage.filters import Moment, instant
+
+
+class RetentionManager:
+    """`store.retention`: holds, pruning into an archive, erasing.
+
+    For a role that owns the tables: the gateway's own role needs no right to delete. Everything that it does is written
+    to the log as an event of its own. On a store that is bound to one organisation only `erase` and `find` work.
+
+    Args:
+        database: Where the log is.
+        sealer: Seals it.
+        lock: Lets one of these commands work at a time, in all processes.
+        forget: Deletes the Redis entries of an approval; False where Redis does not answer.
+        org_id: The organisation; None: all.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        sealer: Sealer,
+        lock: RetentionLock,
+        settings: StoreSettings,
+        *,
+        forget: Callable[[UUID], Awaitable[bool]],
+        org_id: str | None = None,
+    ) -> None:
+        self._database, self._sealer, self._lock, self._settings = database, sealer, lock, settings
+        self._forget, self._org_id = forget, org_id
+
+    async def prune(
+        self,
+        before: Moment,
+        *,
+        by: str,
+        archive: str | PathLike[str] | None = None,
+        discard: bool = False,
+        below_floor: bool = False,
+        max_seconds: float | None = None,
+        progress: bool | Callable[[int], None] = False,
+    ) -> Pruned:
+        """Take sealed events out of the table, the oldest first, and into an archive.
+
+        Works beside writers, followers and other prunes, in batches; killed anywhere, every event is in the table or in
+        the archive, and the next run goes on. Memory does not grow with the number of events. The newest event, held
+        events and the events that say what retention did stay.
+
+        Args:
+            before: Events from this time on stay: a datetime, or how long ago ("365d").
+            by: Who asks for it, as the log will say.
+            archive: A folder that is empty, missing, or the archive of this log. Its files and its manifest are on disk
+                before a row goes.
+            discard: True does without an archive: the events are gone for good.
+            below_floor: True also takes events younger than AUDIT_RETENTION_FLOOR_DAYS.
+            max_seconds: No batch begins after so many seconds; None: until nothing is left.
+            progress: True shows a progress bar; a function is called with the events pruned so far.
+
+        Raises:
+            ArchiveError: The folder is not an archive of this log, or a file of it is not what was written.
+            LogMismatchError: The log does not agree with its last checkpoint.
+            MissingExtraError: `archive`, and pyarrow is not installed.
+            OSError: The folder cannot be written. The events are in the table.
+            StoreUnavailableError: The database is away, this role may not delete, or another prune was in the way.
+            ValueError: Neither `archive` nor `discard`, or both; `before` is within the floor; the store is bound to
+                one organisation.
+        """
+        end = self._checked(before, by, archive, discard=discard, below_floor=below_floor)
+        pruner = Pruner(
+            self._database,
+            self._sealer,
+            by=by,
+            environment=self._settings.environment,
+            before=end,
+            archive=None if archive is None else Path(archive),
+        )
+        await self._sealer.seal()
+        with progress_bar(progress, "Pruning") as report:
+            events, files, result = await self._run(pruner, max_seconds, report)
+        held, remaining = await pruner.counts()
+        await pruner.end(result)
+        return Pruned(events=events, files=files, held=held, remaining=remaining)
+
+    async def _run(
+        self, pruner: Pruner, max_seconds: float | None, report: Callable[[int], None]
+    ) -> tuple[int, int, str]:
+        loop = asyncio.get_running_loop()
+        deadline = None if max_seconds is None else loop.time() + max_seconds
+        events = files = 0
+        place: Place | None = None
+        async with self._lock():
+            await pruner.start()
+        try:
+            while deadline is None or loop.time() < deadline:
+                async with self._lock() as still_locked:
+                    step = await pruner.step(place, still_locked)
+                events, files, place = events + step.events, files + step.files, step.next
+                report(events)
+                if place is None:
+                    return events, files, "done"
+                # So that whoever waits for the lock gets it.
+                await asyncio.sleep(PAUSE_S)
+        except BaseException as exc:
+            with suppress(GatewayStoreError):
+                await pruner.end(f"failed: {type(exc).__name__}")
+            raise
+        return events, files, "the time was up"
+
+    async def hold(self, name: str, *, reason: str, by: str, **filters: Unpack[Filters]) -> Hold:
+        """Keep events from being pruned and erased, whatever else is asked, until the hold is released.
+
+        What it covers is decided when it matters, so events that arrive later are covered as well. It is in force when
+        this returns: a batch that is being pruned is waited for.
+
+        Args:
+            name: By which it is released.
+            reason: Why, as the log will say.
+            by: Who asks for it.
+            filters: As of `search`; none covers every event. A period such as "24h" counts from now, once.
+
+        Raises:
+            StoreUnavailableError: The database is away, or this role may not do it.
+            TypeError: There is no such filter.
+            ValueError: There is a hold of this name, or no such value; the store is bound to one organisation.
+        """
+        self._require_all()
+        holds.require_named(name=name, reason=reason, by=by)
+        environment = self._settings.environment
+        async with self._lock(), self._database.write() as connection:
+            return await holds.place(connection, name, filters, reason=reason, by=by, environment=environment)
+
+    async def release_hold(self, name: str, *, by: str) -> Hold:
+        """Release a hold, and return what it was.
+
+        Raises:
+            StoreUnavailableError: The database is away, or this role may not do it.
+            ValueError: There is no hold of this name; the store is bound to one organisation.
+        """
+        self._require_all()
+        holds.require_named(by=by)
+        async with self._lock(), self._database.write() as connection:
+            return await holds.release(connection, name, by=by, environment=self._settings.environment)
+
+    async def holds(self) -> Page[Hold]:
+        """Return the holds in force, oldest first; ValueError on a store that is bound to one organisation."""
+        self._require_all()
+        async with self._database.read() as connection:
+            return Page(await holds.read_holds(connection))
+
+    async def erase(
+        self, request_id: str, *, reason: str, by: str, archive: str | PathLike[str] | None = None
+    ) -> Erased:
+        """Blank what one request held: arguments, labels, free texts, and every hash by which they could be guessed.
+
+        In the table, or in the archive, whose file is written anew; with the request's approvals, their votes and
+        notices, in SQL and in Redis. Who called which tool when, and what was decided, stays. So does the leaf: the log
+        verifies, and says "erased". What arrives later under this id is kept blanked. Killed anywhere, a second call
+        completes it. Backups, exports, and what notifiers received are not reached.
+
+        Args:
+            request_id: Of the event. In several organisations: use a store that is bound to one.
+            reason: Why, as the log will say.
+            by: Who asks for it.
+            archive: Where pruned events are; None: only the table is looked at.
+
+        Raises:
+            ArchiveError: A file of the archive is not what was written.
+            AuditEventNotFoundError: There is no such event.
+            EventHeldError: A hold covers it.
+            StoreUnavailableError: The database or Redis is away, or this role may not do it.
+            ValueError: An approval of the request is still open; or several organisations have this id.
+        """
+        holds.require_named(reason=reason, by=by)
+        await self._sealer.seal()
+        eraser = Eraser(
+            self._database,
+            self._sealer,
+            org_id=self._org_id,
+            environment=self._settings.environment,
+            archive=None if archive is None else Path(archive),
+            forget=self._forget,
+        )
+        async with self._lock():
+            return await eraser.erase(request_id, reason=reason, by=by)
+
+    async def find(
+        self, *, caller_id: str | None = None, text: str | None = None, archive: str | PathLike[str] | None = None
+    ) -> Page[FoundRecord]:
+        """Return what an erasure request is about: events and approvals, of a caller or that hold a text, or both.
+
+        Args:
+            caller_id: Of the caller.
+            text: Part of arguments, ids, labels, rationales or notes, in upper or lower case.
+            archive: Where pruned events are; None: only the tables are looked at.
+
+        Raises:
+            ArchiveError: The folder is no archive, or a file of it is not what was written.
+            StoreUnavailableError: The database is away.
+            ValueError: Neither `caller_id` nor `text`.
+        """
+        if caller_id is None and text is None:
+            raise ValueError("Give caller_id, text, or both: what is looked for.")
+        folder = None if archive is None else Path(archive)
+        found = await find.find(self._database, caller_id=caller_id, text=text, org_id=self._org_id, archive=folder)
+        return Page(found, record_type=FoundRecord)
+
+    async def prune_approvals(
+        self,
+        before: Moment,
+        *,
+        by: str,
+        archive: str | PathLike[str] | None = None,
+        discard: bool = False,
+        below_floor: bool = False,
+    ) -> PrunedApprovals:
+        """Take approvals that are over out of the table, with votes and delivered notices.
+
+        One that an event in the table cites stays, so it goes after its event, and never while that is held. In the
+        archive they are lines of JSON. Killed anywhere, every approval is in the table or in the archive.
+
+        Args:
+            before: Approvals that ended from this time on stay: a datetime, or how long ago ("365d").
+            by: Who asks for it, as the log will say.
+            archive: As of `prune`; the same folder, or another one.
+            discard: True does without an archive.
+            below_floor: True also takes approvals younger than AUDIT_RETENTION_FLOOR_DAYS.
+
+        Raises:
+            ArchiveError: The folder is no archive, or a file of it is not what was written.
+            OSError: The folder cannot be written.
+            StoreUnavailableError: The database is away, or this role may not delete.
+            ValueError: As of `prune`.
+        """
+        end = self._checked(before, by, archive, discard=discard, below_floor=below_floor)
+        folder = None if archive is None else Path(archive)
+        environment = self._settings.environment
+        pruner = ApprovalPruner(self._database, by=by, environment=environment, before=end, archive=folder)
+        async with self._lock():
+            await pruner.start()
+        total = PrunedApprovals()
+        while True:
+            async with self._lock():
+                step = await pruner.step()
+            if not step.approvals:
+                return total
+            total = PrunedApprovals(
+                approvals=total.approvals + step.approvals,
+                notices=total.notices + step.notices,
+                files=total.files + step.files,
+            )
+            await asyncio.sleep(PAUSE_S)
+
+    def _checked(self, before: Moment, by: str, archive: object, *, discard: bool, below_floor: bool) -> datetime:
+        """Return the end of what may go, after a check that what must be said was said."""
+        self._require_all()
+        holds.require_named(by=by)
+        if (archive is None) is not discard:
+            raise ValueError("Give archive=FOLDER, or discard=True if they are to be gone for good.")
+        end, days = instant("before", before), self._settings.audit_retention_floor_days
+        if not below_floor and end > utc_now() - timedelta(days=days):
+            raise ValueError(
+                f"before is less than {days:g} days ago (AUDIT_RETENTION_FLOOR_DAYS): choose an earlier time, or pass "
+                "below_floor=True (`--below-floor`)."
+            )
+        return end
+
+    def _require_all(self) -> None:
+        if self._org_id is not None:
+            raise ValueError("The log is that of all organisations: use the store itself, not `for_org`.")

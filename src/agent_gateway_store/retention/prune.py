@@ -1,0 +1,328 @@
+"""Prune sealed events, the oldest first, out of the table and into the archive, in batches that can be killed anywhere.
+
+Each batch goes through steps of which every one can be the last: its files are written, synced, read back and renamed;
+the manifest names them and is synced; an event that says which positions go is sealed; then the rows go. So at any
+moment an event is in the table or in the archive, and no row is missing without a sealed event that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    ColumnElement,
+    Integer,
+    Row,
+    Select,
+    any_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+    tuple_,
+    update,
+)
+
+from agent_gateway_store.archive import files
+from agent_gateway_store.archive.manifest import Manifest, Positions, runs_of
+from agent_gateway_store.audit.doors import PRUNE, is_door, write_door
+from agent_gateway_store.audit.selects import finite_timestamp, select_events, table
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import ArchiveError, LogMismatchError
+from agent_gateway_store.evidence.sealer import Sealer
+from agent_gateway_store.models.columns import UtcDateTime
+from agent_gateway_store.models.evidence import AuditLeaf
+from agent_gateway_store.models.retention import AuditPrune, Hold
+from agent_gateway_store.retention.holds import is_held, read_holds
+from agent_gateway_store.storage.append_only import open_door
+from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.statements import Statement
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+_prunes = AuditPrune.__table__  # type: ignore[attr-defined]
+
+# Chosen, of a file: large enough for readers, and written in a second or two, for which holds and erasures wait.
+_BATCH_ROWS = 50_000
+# Chosen: bounds memory, where a batch is held as it was read and as it was read back.
+_BATCH_BYTES = 32 * 2**20
+# Rows of one DELETE: some 100 ms on PostgreSQL; on SQLite, where writers wait for it, some 20 ms.
+_DELETE_ROWS = {"postgresql": 10_000, "sqlite": 1_000}
+# Chosen: nobody has a lock on these rows for long, and a DELETE that takes longer would keep others waiting.
+_TIMEOUTS = "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true)"
+
+
+class Place(NamedTuple):
+    """Where the next batch begins: after this event."""
+
+    timestamp: datetime
+    id: int
+
+
+class Batch(NamedTuple):
+    """Events that go together.
+
+    Attributes:
+        rows: id, position, timestamp, transaction_id and size of each.
+        next: Where the next batch begins; None: there is none.
+    """
+
+    rows: Sequence[Row[Any]]
+    next: Place | None
+
+
+class Step(NamedTuple):
+    """What became of one batch."""
+
+    events: int
+    files: int
+    next: Place | None
+
+
+def by_ids(dialect: str) -> ColumnElement[bool]:
+    """Return the condition of the events that the parameter `p_ids` names."""
+    if dialect == "postgresql":
+        return any_(bindparam("p_ids", type_=ARRAY(BigInteger()))) == table.c.id  # type: ignore[no-any-return]
+    each = func.json_each(bindparam("p_ids", type_=JSON())).table_valued("value").c.value
+    return table.c.id.in_(select(each))  # type: ignore[no-any-return]
+
+
+def archived_columns(dialect: str) -> Select[Any]:
+    """Select events as the archive holds them, joined with their leaves."""
+    columns = (_leaves.c.salt, _leaves.c.leaf_hash)
+    hexed = [func.encode(each, "hex") if dialect == "postgresql" else func.lower(func.hex(each)) for each in columns]
+    hashes = (each.label(column.name) for each, column in zip(hexed, columns, strict=True))
+    joined = table.join(_leaves, _leaves.c.event_id == table.c.id)
+    return select_events(dialect, ()).add_columns(_leaves.c.position, *hashes).select_from(joined)
+
+
+_EVENTS = Statement(
+    lambda dialect: archived_columns(dialect).where(by_ids(dialect)).order_by(table.c.timestamp, table.c.id)
+)
+_DELETE = Statement(lambda dialect: delete(table).where(by_ids(dialect)))
+_NOT_SEALED = LogMismatchError(
+    "The event that says what is pruned could not be sealed, so nothing was: run `gateway-store evidence verify`."
+)
+
+
+class Pruner:
+    """Prunes one batch after the other; whoever uses it holds the lock of retention.
+
+    Args:
+        sealer: Seals the events that say what is pruned.
+        before: Events from this time on stay.
+        archive: The folder; None discards.
+    """
+
+    def __init__(
+        self, database: Database, sealer: Sealer, *, by: str, environment: str, before: datetime, archive: Path | None
+    ) -> None:
+        self._database, self._sealer = database, sealer
+        self._by, self._environment, self._before = by, environment, before
+        self._manifest = None if archive is None else Manifest(archive)
+        self._archive = archive
+        self._run_id = 0
+
+    async def start(self) -> None:
+        """Note that a run began; make the archive, or remove what a killed run has left in it."""
+        if self._manifest is not None:
+            await in_thread(self._manifest.open)
+            await self._require_own_archive()
+        folder = None if self._archive is None else str(self._archive.absolute())
+        values = {"pruned_by": self._by, "pruned_before": self._before, "archive": folder, "events": 0}
+        async with self._database.write() as connection:
+            started = insert(_prunes).values(started_at=utc_now(), **values).returning(_prunes.c.id)
+            self._run_id = (await connection.execute(started)).scalar_one()
+
+    async def end(self, result: str) -> None:
+        """Note how the run ended."""
+        async with self._database.write() as connection:
+            ended = update(_prunes).where(_prunes.c.id == self._run_id)
+            await connection.execute(ended.values(ended_at=utc_now(), result=result))
+
+    async def step(self, place: Place | None, still_locked: Any) -> Step:
+        """Prune one batch after `place`."""
+        batch = await self._select(place)
+        if not batch.rows:
+            return Step(0, 0, None)
+        written = 0 if self._manifest is None else await self._write(self._manifest, batch.rows, still_locked)
+        await still_locked()
+        await self._announce(batch.rows)
+        size = _DELETE_ROWS[self._database.dialect]
+        for start in range(0, len(batch.rows), size):
+            await self._delete(batch.rows[start : start + size])
+        return Step(len(batch.rows), written, batch.next)
+
+    async def counts(self) -> tuple[int, int]:
+        """Return how many events are old enough and held, and how many could still be pruned."""
+        async with self._database.read() as connection:
+            held = is_held(self._database.dialect, await read_holds(connection))
+            counted = select(func.count().filter(held), func.count().filter(~held)).select_from(_sealed())
+            row = (await connection.execute(counted.where(*self._candidates()))).one()
+        return row[0], row[1]
+
+    def _candidates(self) -> list[ColumnElement[bool]]:
+        # The newest event stays: cursors are marked by it, and no id up to its own is given twice.
+        newest = [select(func.max(table.c.id)).scalar_subquery()]
+        if self._database.dialect == "postgresql":
+            last = select(table.c.id).where(table.c.transaction_id.is_not(None))
+            last = last.order_by(table.c.transaction_id.desc(), table.c.id.desc()).limit(1)
+            newest.append(last.scalar_subquery())
+        found = [table.c.timestamp < self._before, ~is_door()]
+        found += [table.c.id.is_distinct_from(each) for each in newest]
+        return found
+
+    async def _select(self, place: Place | None) -> Batch:
+        dialect = self._database.dialect
+        async with self._database.read() as connection:
+            holds = await read_holds(connection)
+            rows = (await connection.execute(self._selected(dialect, holds, place))).all()
+        total, count = 0, 0
+        for row in rows:
+            total += row.size
+            count += 1
+            if total >= _BATCH_BYTES:
+                break
+        more = count < len(rows) or len(rows) == _BATCH_ROWS
+        last = Place(rows[count - 1].timestamp, rows[count - 1].id) if more else None
+        return Batch(rows[:count], last)
+
+    def _selected(self, dialect: str, holds: Sequence[Hold], place: Place | None) -> Select[Any]:
+        stamp: ColumnElement[Any]
+        size: ColumnElement[int]
+        if dialect == "postgresql":
+            stamp, size = finite_timestamp(), literal_column("pg_column_size(audit_events.*)", Integer())
+        else:
+            stamp = table.c.timestamp
+            size = func.length(table.c.sanitized_args) + func.length(table.c.extra) + literal_column("1000")
+        columns = (table.c.id, _leaves.c.position, stamp.label("timestamp"), table.c.transaction_id, size.label("size"))
+        found = select(*columns).select_from(_sealed()).where(*self._candidates())
+        if holds:
+            found = found.where(~is_held(dialect, holds))
+        if place is not None:
+            after = bindparam(None, place.timestamp, UtcDateTime()), bindparam(None, place.id, BigInteger())
+            found = found.where(tuple_(table.c.timestamp, table.c.id) > tuple_(*after))
+        # A number in the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
+        return found.order_by(table.c.timestamp, table.c.id).limit(literal_column(str(_BATCH_ROWS), Integer()))
+
+    async def _write(self, manifest: Manifest, rows: Sequence[Row[Any]], still_locked: Any) -> int:
+        """Archive the rows that the archive does not hold yet; return how many files that took."""
+        await in_thread(manifest.read)
+        entries = manifest.of_kind("events")
+        known = Positions([list(run) for entry in entries for run in entry.positions])
+        missing = [row for row in rows if row.position not in known]
+        if len(missing) < len(rows):
+            # A killed run wrote them. Only what is intact may take the place of the rows.
+            again = Positions([[row.position, row.position] for row in rows if row.position in known])
+            holding = [entry for entry in entries if again.meets(entry.positions)]
+            await in_thread(lambda: files.require_intact(manifest.folder, holding))
+        if not missing:
+            return 0
+        events = await self._read([row.id for row in missing])
+        if events.num_rows != len(missing):
+            raise ArchiveError("Events changed while they were archived: try again.", file=str(manifest.folder))
+        checkpoint = await self._checkpoint()
+        written = await in_thread(lambda: files.write_events(manifest, events, checkpoint))
+        await still_locked()
+        await in_thread(lambda: manifest.append(written))
+        return len(written)
+
+    async def _read(self, ids: list[int]) -> pa.Table:
+        from agent_gateway_store.results.arrow import arrow
+
+        tables: list[Any] = []
+        await arrow_blocks(self._database, _EVENTS, {"p_ids": ids}, files.COLUMNS, tables.append)
+        return arrow().concat_tables(tables)
+
+    async def _checkpoint(self) -> str | None:
+        async with self._database.read() as connection:
+            found = await connection.execute(text("SELECT note FROM audit_checkpoints ORDER BY size DESC LIMIT 1"))
+            return found.scalar()
+
+    @retry_conflicts
+    async def _announce(self, rows: Sequence[Row[Any]]) -> None:
+        """Write and seal the event that says which positions go."""
+        facts = {
+            "positions": runs_of(row.position for row in rows),
+            "events": len(rows),
+            "before": self._before.isoformat(),
+            "archived": self._manifest is not None,
+        }
+        async with self._database.write() as connection:
+            why = "Events older than the retention were pruned."
+            event_id = await write_door(connection, PRUNE, facts, by=self._by, environment=self._environment, why=why)
+        await seal_event(self._database, self._sealer, event_id)
+
+    @retry_conflicts
+    async def _delete(self, rows: Sequence[Row[Any]]) -> None:
+        last_event_id = max(row.id for row in rows)
+        async with self._database.write() as connection:
+            if self._database.dialect == "postgresql":
+                await connection.execute(text(_TIMEOUTS))
+            history = (await connection.execute(text("SELECT history_id FROM database_identity"))).scalar() or 0
+            # Ids of transactions from before a restore are those of another server.
+            known = [row.transaction_id for row in rows if row.id > history and row.transaction_id is not None]
+            async with open_door(connection):
+                compiled = _DELETE.compiled(connection.dialect)
+                await connection.execute(compiled.statement, {"p_ids": [row.id for row in rows]})
+            run = _prunes.c
+            values = {
+                run.events: run.events + len(rows),
+                run.last_event_id: _larger(self._database.dialect, run.last_event_id, last_event_id),
+            }
+            if known:
+                values[run.last_transaction_id] = _larger(self._database.dialect, run.last_transaction_id, max(known))
+            await connection.execute(update(_prunes).where(run.id == self._run_id).values(values))
+
+    async def _require_own_archive(self) -> None:
+        """Raise ArchiveError if the archive is that of another log."""
+        assert self._manifest is not None  # noqa: S101
+        notes = (entry.checkpoint for entry in self._manifest.of_kind("events"))
+        origins = {note.partition("\n")[0] for note in notes if note}
+        async with self._database.read() as connection:
+            found = await connection.execute(text("SELECT DISTINCT origin FROM audit_checkpoints"))
+            own = set(found.scalars())
+        if foreign := sorted(origins - own):
+            raise ArchiveError(
+                f"{self._manifest.folder} is the archive of {', '.join(foreign)}, and this log is "
+                f"{', '.join(sorted(own))}: choose another folder.",
+                file=self._manifest.path.name,
+            )
+
+
+def _sealed() -> Any:
+    return table.join(_leaves, _leaves.c.event_id == table.c.id)
+
+
+def _larger(dialect: str, column: Any, value: int) -> ColumnElement[int]:
+    both = func.coalesce(column, value), bindparam(None, value, BigInteger())
+    return func.greatest(*both) if dialect == "postgresql" else func.max(*both)
+
+
+async def seal_event(database: Database, sealer: Sealer, event_id: int) -> None:
+    """Seal the event, which is committed.
+
+    Raises:
+        LogMismatchError: It could not be sealed.
+    """
+    # The second time by comparing everything: ids of transactions are given out again after a crash of the server.
+    for anew in (False, True):
+        await sealer.seal(anew=anew)
+        async with database.read() as connection:
+            leaf = select(_leaves.c.position).where(_leaves.c.event_id == event_id)
+            if (await connection.execute(leaf)).first() is not None:
+                return
+    raise _NOT_SEALED
