@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key
@@ -155,15 +155,15 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
         deliveries = await _rows_of(
             connection, _deliveries, _deliveries.c.created_at, _deliveries.c.approval_id == of_this
         )
-        # The call that asked, too: it may have ended before anybody decided.
-        calls = or_(_events.c.approval_id == of_this, _events.c.request_id == request.request_id)
-        events = await _rows_of(
-            connection, _events, _events.c.timestamp, and_(_events.c.org_id == request.org_id, calls)
-        )
+        # The call that asked, too: it may have ended before anybody decided. Two statements, since of an OR a planner
+        # without statistics makes a look through all events of the organisation.
+        calls = [_events.c.approval_id == of_this, _events.c.request_id == request.request_id]
+        found_events = [await _rows_of(connection, _events, _events.c.timestamp, where) for where in calls]
+    events = {event["id"]: event for some in found_events for event in some if event["org_id"] == request.org_id}
     rows = _steps_of(request, votes)
     # A decision is stamped microseconds before the vote that it follows from, so the order of the steps comes first.
     reached = list(accumulate((row["at"] for row in rows), max))
-    for event in events:
+    for event in events.values():
         reached.append(event["timestamp"])
         ended, note = event["execution_status"] or event["decision"], f"request {event['request_id']}"
         rows.append(_step(reached[-1], "call", by=event["caller_id"], status=ended, note=note))
