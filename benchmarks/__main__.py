@@ -16,7 +16,18 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import servers  # noqa: E402
-from benchmarks import approvals, audit_writes, building, deliveries, evidence, exports, keys, memory, queries  # noqa: E402
+from benchmarks import (  # noqa: E402
+    approvals,
+    audit_writes,
+    building,
+    deliveries,
+    evidence,
+    exports,
+    keys,
+    memory,
+    queries,
+    retention,
+)
 from benchmarks.report import Figure, as_json, print_table  # noqa: E402
 
 
@@ -60,6 +71,10 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
     if "evidence" in arguments.only:
         rows = int(min(arguments.rows, 1_000_000) * scale)
         figures += asyncio.run(evidence.measure(url, repeat=repeat, rows=rows, scale=scale))
+    if "retention" in arguments.only:
+        rows = int(min(arguments.rows, 1_000_000) * scale)
+        options = {"repeat": repeat, "rows": rows, "scale": scale, "folder": arguments.folder}
+        figures += asyncio.run(retention.measure(url, **options))
     if "memory" in arguments.only:
         figures += memory.measure(url, scale=scale)
     return figures
@@ -77,6 +92,7 @@ def main() -> None:
         "queries",
         "exports",
         "evidence",
+        "retention",
         "memory",
     ]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)

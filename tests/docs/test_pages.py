@@ -54,7 +54,7 @@ def run(folder: Path, *command: str, **environment: str) -> tuple[str, str]:
         env={**os.environ, "PATH": programs, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, and_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.audit.backends import insert_event, table
@@ -24,7 +24,8 @@ DOOR_TOOLS = (PRUNE, ERASE, HOLD, RELEASE, PRUNE_APPROVALS, RESTORED)
 
 def is_door() -> ColumnElement[bool]:
     """Return the condition of these events."""
-    return and_(table.c.mcp_server == DOOR_SERVER, table.c.tool_name.in_(DOOR_TOOLS))
+    # Not by IN, whose values SQLAlchemy adds only when it executes.
+    return and_(table.c.mcp_server == DOOR_SERVER, or_(*(table.c.tool_name == tool for tool in DOOR_TOOLS)))
 
 
 async def write_door(

@@ -133,7 +133,7 @@ class Eraser:
     async def _targets(self, request_id: str) -> list[_Target]:
         async with self._database.connection("read") as connection:
             rows = await _BY_REQUEST.tuples(connection, {"p_request_id": request_id})
-        found = [_Target(dict(zip(_NAMES, row, strict=True)), archived=False) for row in rows]
+        found = [_Target(dict(zip(_NAMES, row, strict=False)), archived=False) for row in rows]
         if self._manifest is not None:
             folder = self._manifest.folder
             await in_thread(self._manifest.open)

@@ -18,7 +18,6 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Integer,
-    Row,
     Select,
     any_,
     bindparam,
@@ -42,6 +41,8 @@ from agent_gateway_store.evidence.sealer import Sealer
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import AuditPrune, Hold
+from agent_gateway_store.results.arrow import arrow
+from agent_gateway_store.results.cells import Column
 from agent_gateway_store.retention.holds import is_held, read_holds
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
@@ -55,14 +56,21 @@ if TYPE_CHECKING:
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 _prunes = AuditPrune.__table__  # type: ignore[attr-defined]
 
-# Chosen, of a file: large enough for readers, and written in a second or two, for which holds and erasures wait.
-_BATCH_ROWS = 50_000
+# Chosen, of a file: large enough for readers, and written in a second, for which holds and erasures wait.
+_BATCH_ROWS = 20_000
+# Chosen: with events of 1 MB not more than memory holds; the next batch goes by the size of these.
+_FIRST_ROWS = 200
 # Chosen: bounds memory, where a batch is held as it was read and as it was read back.
-_BATCH_BYTES = 32 * 2**20
+_BATCH_BYTES = 5 * 2**20
 # Rows of one DELETE: some 100 ms on PostgreSQL; on SQLite, where writers wait for it, some 20 ms.
 _DELETE_ROWS = {"postgresql": 10_000, "sqlite": 1_000}
 # Chosen: nobody has a lock on these rows for long, and a DELETE that takes longer would keep others waiting.
 _TIMEOUTS = "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true)"
+
+
+# Chosen: a block is held as text and as a table.
+_BLOCK_BYTES = 2**20
+_COLUMNS = (*files.COLUMNS, Column("transaction_id", "integer"))
 
 
 class Place(NamedTuple):
@@ -72,16 +80,13 @@ class Place(NamedTuple):
     id: int
 
 
-class Batch(NamedTuple):
-    """Events that go together.
+class Doomed(NamedTuple):
+    """An event that goes."""
 
-    Attributes:
-        rows: id, position, timestamp, transaction_id and size of each.
-        next: Where the next batch begins; None: there is none.
-    """
-
-    rows: Sequence[Row[Any]]
-    next: Place | None
+    id: int
+    position: int
+    timestamp: datetime
+    transaction_id: int | None
 
 
 class Step(NamedTuple):
@@ -102,16 +107,14 @@ def by_ids(dialect: str) -> ColumnElement[bool]:
 
 def archived_columns(dialect: str) -> Select[Any]:
     """Select events as the archive holds them, joined with their leaves."""
-    columns = (_leaves.c.salt, _leaves.c.leaf_hash)
-    hexed = [func.encode(each, "hex") if dialect == "postgresql" else func.lower(func.hex(each)) for each in columns]
-    hashes = (each.label(column.name) for each, column in zip(hexed, columns, strict=True))
+    secrets = (_leaves.c.salt, _leaves.c.leaf_hash)
+    hexed = [func.encode(each, "hex") if dialect == "postgresql" else func.lower(func.hex(each)) for each in secrets]
+    hashes = (each.label(column.name) for each, column in zip(hexed, secrets, strict=True))
     joined = table.join(_leaves, _leaves.c.event_id == table.c.id)
-    return select_events(dialect, ()).add_columns(_leaves.c.position, *hashes).select_from(joined)
+    columns = (_leaves.c.position, *hashes, table.c.transaction_id)
+    return select_events(dialect, ()).add_columns(*columns).select_from(joined)
 
 
-_EVENTS = Statement(
-    lambda dialect: archived_columns(dialect).where(by_ids(dialect)).order_by(table.c.timestamp, table.c.id)
-)
 _DELETE = Statement(lambda dialect: delete(table).where(by_ids(dialect)))
 _NOT_SEALED = LogMismatchError(
     "The event that says what is pruned could not be sealed, so nothing was: run `gateway-store evidence verify`."
@@ -135,6 +138,7 @@ class Pruner:
         self._manifest = None if archive is None else Manifest(archive)
         self._archive = archive
         self._run_id = 0
+        self._limit = _BATCH_ROWS if archive is None else min(_FIRST_ROWS, _BATCH_ROWS)
 
     async def start(self) -> None:
         """Note that a run began; make the archive, or remove what a killed run has left in it."""
@@ -155,16 +159,17 @@ class Pruner:
 
     async def step(self, place: Place | None, still_locked: Any) -> Step:
         """Prune one batch after `place`."""
-        batch = await self._select(place)
-        if not batch.rows:
+        limit = self._limit
+        rows, written = await (self._archive_next(place, still_locked) if self._manifest else self._next(place))
+        if not rows:
             return Step(0, 0, None)
-        written = 0 if self._manifest is None else await self._write(self._manifest, batch.rows, still_locked)
         await still_locked()
-        await self._announce(batch.rows)
+        await self._announce(rows)
         size = _DELETE_ROWS[self._database.dialect]
-        for start in range(0, len(batch.rows), size):
-            await self._delete(batch.rows[start : start + size])
-        return Step(len(batch.rows), written, batch.next)
+        for start in range(0, len(rows), size):
+            await self._delete(rows[start : start + size])
+        last = Place(rows[-1].timestamp, rows[-1].id)
+        return Step(len(rows), written, last if len(rows) == limit else None)
 
     async def counts(self) -> tuple[int, int]:
         """Return how many events are old enough and held, and how many could still be pruned."""
@@ -179,73 +184,71 @@ class Pruner:
         newest = [select(func.max(table.c.id)).scalar_subquery()]
         if self._database.dialect == "postgresql":
             last = select(table.c.id).where(table.c.transaction_id.is_not(None))
-            last = last.order_by(table.c.transaction_id.desc(), table.c.id.desc()).limit(1)
+            # Any of its transaction: by the index alone, as each batch asks anew.
+            last = last.order_by(table.c.transaction_id.desc()).limit(1)
             newest.append(last.scalar_subquery())
         found = [table.c.timestamp < self._before, ~is_door()]
         found += [table.c.id.is_distinct_from(each) for each in newest]
         return found
 
-    async def _select(self, place: Place | None) -> Batch:
-        dialect = self._database.dialect
+    async def _next(self, place: Place | None) -> tuple[list[Doomed], int]:
+        """Return the next events to discard."""
         async with self._database.read() as connection:
             holds = await read_holds(connection)
-            rows = (await connection.execute(self._selected(dialect, holds, place))).all()
-        total, count = 0, 0
-        for row in rows:
-            total += row.size
-            count += 1
-            if total >= _BATCH_BYTES:
-                break
-        more = count < len(rows) or len(rows) == _BATCH_ROWS
-        last = Place(rows[count - 1].timestamp, rows[count - 1].id) if more else None
-        return Batch(rows[:count], last)
+            stamp = finite_timestamp() if self._database.dialect == "postgresql" else table.c.timestamp
+            columns = (table.c.id, _leaves.c.position, stamp.label("timestamp"), table.c.transaction_id)
+            statement = self._narrowed(select(*columns).select_from(_sealed()), holds, place)
+            return [Doomed(*row) for row in await connection.execute(statement)], 0
 
-    def _selected(self, dialect: str, holds: Sequence[Hold], place: Place | None) -> Select[Any]:
-        stamp: ColumnElement[Any]
-        size: ColumnElement[int]
-        if dialect == "postgresql":
-            stamp, size = finite_timestamp(), literal_column("pg_column_size(audit_events.*)", Integer())
-        else:
-            stamp = table.c.timestamp
-            size = func.length(table.c.sanitized_args) + func.length(table.c.extra) + literal_column("1000")
-        columns = (table.c.id, _leaves.c.position, stamp.label("timestamp"), table.c.transaction_id, size.label("size"))
-        found = select(*columns).select_from(_sealed()).where(*self._candidates())
+    async def _archive_next(self, place: Place | None, still_locked: Any) -> tuple[list[Doomed], int]:
+        """Archive the next events, those that a killed run has archived left out; return them and the files written."""
+        manifest = self._manifest
+        assert manifest is not None  # noqa: S101
+        async with self._database.read() as connection:
+            holds = await read_holds(connection)
+        statement = Statement(lambda dialect: self._narrowed(archived_columns(dialect), holds, place))
+        tables: list[Any] = []
+        await arrow_blocks(self._database, statement, {}, _COLUMNS, tables.append, block_bytes=_BLOCK_BYTES)
+        if not tables:
+            return [], 0
+        events = arrow().concat_tables(tables)
+        # The next batch takes as many rows as fit, as far as these tell.
+        fitting = _BATCH_BYTES * events.num_rows // max(events.nbytes, 1)
+        self._limit = max(1, min(fitting, 4 * self._limit, _BATCH_ROWS))
+        rows = [Doomed(*row) for row in zip(*(events.column(name).to_pylist() for name in Doomed._fields), strict=True)]
+        return rows, await self._write(manifest, events.drop_columns(["transaction_id"]), rows, still_locked)
+
+    def _narrowed(self, statement: Select[Any], holds: Sequence[Hold], place: Place | None) -> Select[Any]:
+        """Return the SELECT of the next events, the oldest first."""
+        found = statement.where(*self._candidates())
         if holds:
-            found = found.where(~is_held(dialect, holds))
+            found = found.where(~is_held(self._database.dialect, holds))
         if place is not None:
             after = bindparam(None, place.timestamp, UtcDateTime()), bindparam(None, place.id, BigInteger())
             found = found.where(tuple_(table.c.timestamp, table.c.id) > tuple_(*after))
         # A number in the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
-        return found.order_by(table.c.timestamp, table.c.id).limit(literal_column(str(_BATCH_ROWS), Integer()))
+        return found.order_by(table.c.timestamp, table.c.id).limit(literal_column(str(self._limit), Integer()))
 
-    async def _write(self, manifest: Manifest, rows: Sequence[Row[Any]], still_locked: Any) -> int:
-        """Archive the rows that the archive does not hold yet; return how many files that took."""
+    async def _write(self, manifest: Manifest, events: pa.Table, rows: Sequence[Doomed], still_locked: Any) -> int:
         await in_thread(manifest.read)
         entries = manifest.of_kind("events")
         known = Positions([list(run) for entry in entries for run in entry.positions])
-        missing = [row for row in rows if row.position not in known]
-        if len(missing) < len(rows):
+        archived = [row.position in known for row in rows]
+        if any(archived):
             # A killed run wrote them. Only what is intact may take the place of the rows.
             again = Positions([[row.position, row.position] for row in rows if row.position in known])
             holding = [entry for entry in entries if again.meets(entry.positions)]
             await in_thread(lambda: files.require_intact(manifest.folder, holding))
-        if not missing:
+            events = events.filter(arrow().array([not each for each in archived]))
+        if not events.num_rows:
             return 0
-        events = await self._read([row.id for row in missing])
-        if events.num_rows != len(missing):
-            raise ArchiveError("Events changed while they were archived: try again.", file=str(manifest.folder))
         checkpoint = await self._checkpoint()
         written = await in_thread(lambda: files.write_events(manifest, events, checkpoint))
         await still_locked()
         await in_thread(lambda: manifest.append(written))
+        # Otherwise Arrow's allocator keeps the memory of each batch for some time.
+        arrow().default_memory_pool().release_unused()
         return len(written)
-
-    async def _read(self, ids: list[int]) -> pa.Table:
-        from agent_gateway_store.results.arrow import arrow
-
-        tables: list[Any] = []
-        await arrow_blocks(self._database, _EVENTS, {"p_ids": ids}, files.COLUMNS, tables.append)
-        return arrow().concat_tables(tables)
 
     async def _checkpoint(self) -> str | None:
         async with self._database.read() as connection:
@@ -253,7 +256,7 @@ class Pruner:
             return found.scalar()
 
     @retry_conflicts
-    async def _announce(self, rows: Sequence[Row[Any]]) -> None:
+    async def _announce(self, rows: Sequence[Doomed]) -> None:
         """Write and seal the event that says which positions go."""
         facts = {
             "positions": runs_of(row.position for row in rows),
@@ -267,7 +270,7 @@ class Pruner:
         await seal_event(self._database, self._sealer, event_id)
 
     @retry_conflicts
-    async def _delete(self, rows: Sequence[Row[Any]]) -> None:
+    async def _delete(self, rows: Sequence[Doomed]) -> None:
         last_event_id = max(row.id for row in rows)
         async with self._database.write() as connection:
             if self._database.dialect == "postgresql":
