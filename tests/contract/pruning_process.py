@@ -45,7 +45,7 @@ async def prune_until_killed(url: str, archive: Path, at: int) -> None:
     os.fsync = _counting(countdown, os.fsync)
     for name in ("rename", "unlink"):
         setattr(Path, name, _counting(countdown, getattr(Path, name)))
-    prune._DELETE_ROWS = {"postgresql": 2, "sqlite": 2}
+    prune.DELETE_ROWS = {"postgresql": 2, "sqlite": 2}
     async with store:
         await require_all(store, archive, EVENTS * (at - 1))
         events = [make_event(request_id=f"{at}-{n}", timestamp=OLD + timedelta(seconds=n)) for n in range(EVENTS)]

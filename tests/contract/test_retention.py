@@ -41,7 +41,7 @@ async def store(database_url: str) -> AsyncIterator[GatewayStore]:
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of 7 events, of which one DELETE takes 3."""
     monkeypatch.setattr(prune, "_BATCH_ROWS", 7)
-    monkeypatch.setattr(prune, "_DELETE_ROWS", {"postgresql": 3, "sqlite": 3})
+    monkeypatch.setattr(prune, "DELETE_ROWS", {"postgresql": 3, "sqlite": 3})
 
 
 def old_events(count: int, **fields: Any) -> list[AuditEvent]:

@@ -63,7 +63,7 @@ _FIRST_ROWS = 200
 # Chosen: bounds memory, where a batch is held as it was read and as it was read back.
 _BATCH_BYTES = 5 * 2**20
 # Rows of one DELETE: some 100 ms on PostgreSQL; on SQLite, where writers wait for it, some 20 ms.
-_DELETE_ROWS = {"postgresql": 10_000, "sqlite": 1_000}
+DELETE_ROWS = {"postgresql": 10_000, "sqlite": 1_000}
 # Chosen: nobody has a lock on these rows for long, and a DELETE that takes longer would keep others waiting.
 _TIMEOUTS = "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true)"
 
@@ -165,7 +165,7 @@ class Pruner:
             return Step(0, 0, None)
         await still_locked()
         await self._announce(rows)
-        size = _DELETE_ROWS[self._database.dialect]
+        size = DELETE_ROWS[self._database.dialect]
         for start in range(0, len(rows), size):
             await self._delete(rows[start : start + size])
         last = Place(rows[-1].timestamp, rows[-1].id)
