@@ -25,6 +25,7 @@ from sqlalchemy import make_url
 from agent_gateway_store import ApprovalRequest, AuditEvent, GatewayStore, ToolCall, WriteOutcome, clock, errors
 from builders import make_event
 from proofs.harness import child, eventually, execute, migrated
+from tampering import triggers_off
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
@@ -166,7 +167,7 @@ async def gateways(shared: tuple[Pair, GatewayStore]) -> Pair:
 
 
 async def empty(store: Any) -> None:
-    async with store.database.engine.begin() as connection:
+    async with store.database.engine.begin() as connection, triggers_off(connection):
         for table in ("approval_votes", "approval_requests", "api_keys", "audit_events"):
             await connection.exec_driver_sql(f"DELETE FROM {table}")
 

@@ -16,6 +16,7 @@ from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, Resul
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.delivery.worker import NotifierQueue
 from agent_gateway_store.hooks.dispatch import DeliveryReport, Dispatcher
+from agent_gateway_store.models.delivery import Leased
 from agent_gateway_store.models.values import ApprovalStatus
 
 POLICY = Policy.of(StoreSettings(notification_concurrency=1))
@@ -182,7 +183,7 @@ async def test_what_is_behind_a_notice_may_go_once_that_has_ended(
     sending = DeliveryWorker(cast("Any", None), cast("Dispatcher", dispatcher), ["post"], StoreSettings())
     given = delivery()
     assert given.notice is not None
-    sending.send(given.notice, {"post": given.delivery_id})
+    sending.send(given.notice, Leased({"post": given.delivery_id}, time.monotonic()))
     assert not sending.is_idle
     async with asyncio.timeout(2):
         await sending.join()

@@ -184,8 +184,7 @@ class Pruner:
         newest = [select(func.max(table.c.id)).scalar_subquery()]
         if self._database.dialect == "postgresql":
             last = select(table.c.id).where(table.c.transaction_id.is_not(None))
-            # Any of its transaction: by the index alone, as each batch asks anew.
-            last = last.order_by(table.c.transaction_id.desc()).limit(1)
+            last = last.order_by(table.c.transaction_id.desc(), table.c.id.desc()).limit(1)
             newest.append(last.scalar_subquery())
         found = [table.c.timestamp < self._before, ~is_door()]
         found += [table.c.id.is_distinct_from(each) for each in newest]
