@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.approval.cache import ApprovalCache
-from agent_gateway_store.approval.queries import ApprovalRef, decision_hash
+from agent_gateway_store.approval.queries import ApprovalRef
+from agent_gateway_store.approval.reports import decision_hash
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.audit.backends import sink_for

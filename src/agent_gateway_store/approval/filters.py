@@ -147,8 +147,12 @@ def words_of(dialect: str) -> dict[str, str]:
 def conditions(dialect: str, shape: tuple[str, ...]) -> str:
     """Return the conditions as SQL."""
     words = words_of(dialect)
-    words |= {f"in_{name}": f"= :p_one_{name}" for name in (each.removesuffix(_ONE) for each in shape if _ONE in each)}
-    texts = (_CONDITIONS.get(name, f"{name} {{in_{name}}}") for name in (each.removesuffix(_ONE) for each in shape))
+    texts = []
+    for each in shape:
+        name = each.removesuffix(_ONE)
+        if name != each:
+            words[f"in_{name}"] = f"= :p_one_{name}"
+        texts.append(_CONDITIONS.get(name, f"{name} {{in_{name}}}"))
     return " AND ".join(texts).format_map(words) or "1 = 1"
 
 

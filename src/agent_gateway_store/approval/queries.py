@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key
 from agent_gateway_store.errors import ApprovalNotFoundError
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote, hash_approval
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus
@@ -122,21 +122,6 @@ async def get(transactions: Transactions, ref: ApprovalRef) -> StoredApproval:
     if found is None:
         raise ApprovalNotFoundError
     return found
-
-
-async def decision_hash(transactions: Transactions, ref: ApprovalRef) -> str:
-    """Return the hash of an approval and its votes, by which an event holds them (see `hash_approval`).
-
-    Raises:
-        ApprovalNotFoundError: There is no such approval.
-    """
-    async with transactions.read() as connection:
-        found = await find(connection, ref)
-        if found is None:
-            raise ApprovalNotFoundError
-        of_this = _votes.c.approval_id == found.request.approval_id
-        votes = await _rows_of(connection, _votes, _votes.c.voted_at, of_this)
-    return hash_approval(found.request, map(ApprovalVote.from_row, votes))
 
 
 async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str, Any]]:

@@ -16,7 +16,7 @@ from agent_gateway_store.approval.filters import Criteria, conditions, types_of,
 from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, find
 from agent_gateway_store.approval.statements import OVERDUE, readable_columns, sql_statement
 from agent_gateway_store.errors import ApprovalNotFoundError
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, CastVote
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, CastVote, hash_approval
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page, Stats
@@ -220,6 +220,16 @@ async def get(transactions: Transactions, ref: ApprovalRef) -> ApprovalRequest:
             raise ApprovalNotFoundError
         await add_votes(connection, [found.request])
     return found.request
+
+
+async def decision_hash(transactions: Transactions, ref: ApprovalRef) -> str:
+    """Return the hash of an approval and its votes, by which an event holds them (see `hash_approval`).
+
+    Raises:
+        ApprovalNotFoundError: There is no such approval.
+    """
+    request = await get(transactions, ref)
+    return hash_approval(request, request.votes or ())
 
 
 _SPAN = sql_statement(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Iterable
 from hashlib import sha256
@@ -14,6 +13,7 @@ from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column, columns_of
+from agent_gateway_store.storage.files import sync
 from agent_gateway_store.storage.permissions import create_file, create_folder
 
 if TYPE_CHECKING:
@@ -91,11 +91,7 @@ def write_checked(path: Path, write: Callable[[Path], Any], check: Callable[[Pat
     try:
         create_file(partial)
         write(partial)
-        descriptor = os.open(partial, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(partial)
         digest = sha256_of(partial)
         if not check(partial):
             raise ArchiveError(

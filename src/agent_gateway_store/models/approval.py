@@ -197,7 +197,7 @@ _DECIDED_FIELDS = frozenset(
 _VOTE_FIELDS = frozenset({"approver_id", "decision", "note", "channel", "voted_at"})
 
 
-def hash_approval(request: ApprovalRequest, votes: Iterable[ApprovalVote]) -> str:
+def hash_approval(request: ApprovalRequest, votes: Iterable[ApprovalVote | CastVote]) -> str:
     """Return the hash by which an event can hold a decided approval and its votes, as `extra.approval_sha256`.
 
     SHA-256 (64 hex digits, under no key) over RFC 8785 canonical JSON. Status, use and outcome are left out, as they

@@ -37,7 +37,7 @@ from agent_gateway_store.audit.doors import PRUNE, is_door, write_door
 from agent_gateway_store.audit.selects import finite_timestamp, select_events, table
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import ArchiveError, LogMismatchError
-from agent_gateway_store.evidence.sealer import Sealer
+from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import AuditPrune, Hold
@@ -66,8 +66,6 @@ _BATCH_BYTES = 5 * 2**20
 DELETE_ROWS = {"postgresql": 10_000, "sqlite": 1_000}
 # Chosen: nobody has a lock on these rows for long, and a DELETE that takes longer would keep others waiting.
 _TIMEOUTS = "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true)"
-
-
 # Chosen: a block is held as text and as a table.
 _BLOCK_BYTES = 2**20
 _COLUMNS = (*files.COLUMNS, Column("transaction_id", "integer"))
@@ -251,8 +249,8 @@ class Pruner:
 
     async def _checkpoint(self) -> str | None:
         async with self._database.read() as connection:
-            found = await connection.execute(text("SELECT note FROM audit_checkpoints ORDER BY size DESC LIMIT 1"))
-            return found.scalar()
+            last = await last_checkpoint(connection)
+        return None if last is None else last.note
 
     @retry_conflicts
     async def _announce(self, rows: Sequence[Doomed]) -> None:
