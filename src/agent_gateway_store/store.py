@@ -358,6 +358,7 @@ class _Core:
         async with AsyncExitStack() as steps:
             if self._own_redis is not None:
                 steps.push_async_callback(self._own_redis.aclose)
+            steps.push_async_callback(self.redis.join)
             # Tasks that still wait for a decision read once more, and find the store closed.
             steps.callback(self.pubsub.notify_all)
             steps.push_async_callback(self.database.close)

@@ -238,6 +238,46 @@ async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -
         assert await client.exists("key-0", "key-1", "key-2") == 3
 
 
+async def test_what_many_tasks_put_shares_a_few_round_trips(client: RedisClient) -> None:
+    """Each learns of its own entry whether it was stored, and each message goes out."""
+    cache = RedisCache(client, timeout_s=5)
+    await cache.put_newer([CacheEntry("key-3", '{"version": 2}', 2, 60)])
+
+    async def scripts() -> int:
+        return int((await client.info("commandstats"))["cmdstat_evalsha"]["calls"])
+
+    before = await scripts()
+    async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        await pubsub.subscribe("channel")
+        puts = (
+            cache.put_newer([CacheEntry(f"key-{number}", '{"version": 1}', 1, 60)], message=("channel", str(number)))
+            for number in range(20)
+        )
+        stored = await asyncio.gather(*puts)
+        heard = set()
+        async with asyncio.timeout(5):
+            while len(heard) < 20:
+                if (message := await pubsub.get_message(timeout=5)) is not None:
+                    heard.add(int(message["data"]))
+
+    assert stored == [number != 3 for number in range(20)]
+    # One for what came first, and one for all that came meanwhile.
+    assert await scripts() - before <= 2
+
+
+async def test_a_put_goes_on_without_the_task_that_was_cancelled(client: RedisClient) -> None:
+    """`join`, with which a store closes, waits for it."""
+    cache = RedisCache(client, timeout_s=5)
+    tasks = [asyncio.create_task(cache.put_newer([CacheEntry(f"key-{n}", '{"version": 1}', 1, 60)])) for n in range(3)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await cache.join()
+
+    assert await client.exists("key-0", "key-1", "key-2") == 3
+
+
 async def test_a_message_goes_out_from_a_redis_whose_memory_is_full(client: RedisClient) -> None:
     """It takes no entry, and says so."""
     cache = RedisCache(client, timeout_s=5)

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from redis.exceptions import (
     AskError,
@@ -18,12 +18,14 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from agent_gateway_store._concurrency import BatchQueue
 from agent_gateway_store.storage.cache import NO_CLUSTER, REDIS_FAULTS, RedisClient, milliseconds, require_redis
 
 T = TypeVar("T")
 
 _LOG_AGAIN_S = 60.0  # chosen: an outage of an hour is sixty lines
 _MAX_CONNECTIONS = 32  # one event loop keeps no more busy; further calls wait rather than open a thousand
+_MAX_BATCH_BYTES = 2**20  # chosen: Redis takes that within a few milliseconds, far from any timeout
 
 # What a member answers to a command for keys of others, of several, or in a cluster that has lost some.
 _OF_CLUSTERS = (AskError, MovedError, ClusterCrossSlotError, ClusterError)
@@ -39,9 +41,10 @@ return redis.call('PTTL', KEYS[1]) .. ' ' .. value
 """
 
 # An older version never replaces a newer one; what is not JSON of ours, or of another type, counts as absent. The
-# message is published also if Redis takes no entry because its memory is full.
+# messages are published also if Redis takes no entry because its memory is full. It answers with a 1 for each entry
+# that was stored, and a 0 for each other one.
 _PUT_NEWER = """
-local stored = 1
+local stored = {}
 for i, key in ipairs(KEYS) do
   local text, version, ttl_ms = ARGV[3 * i - 2], tonumber(ARGV[3 * i - 1]), ARGV[3 * i]
   local value, is_older = redis.pcall('GET', key), false
@@ -49,11 +52,10 @@ for i, key in ipairs(KEYS) do
     local ok, entry = pcall(cjson.decode, value)
     is_older = ok and type(entry) == 'table' and type(entry.version) == 'number' and entry.version > version
   end
-  if is_older or redis.pcall('SET', key, text, 'PX', ttl_ms).err then stored = 0 end
+  stored[i] = (is_older or redis.pcall('SET', key, text, 'PX', ttl_ms).err) and 0 or 1
 end
-local channel = ARGV[3 * #KEYS + 1]
-if channel then redis.call('PUBLISH', channel, ARGV[3 * #KEYS + 2]) end
-return stored
+for i = 3 * #KEYS + 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end
+return table.concat(stored)
 """
 
 
@@ -85,6 +87,10 @@ class CacheEntry(NamedTuple):
     text: str
     version: int
     ttl_s: float
+
+
+# Keys, what the script takes for them, and what it publishes.
+_Put: TypeAlias = "tuple[list[str], list[Any], Sequence[str]]"
 
 
 class RedisCache:
@@ -120,6 +126,12 @@ class RedisCache:
             # The pool of a client from outside may be smaller.
             self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, client.connection_pool.max_connections))
             self._get, self._put_newer = client.register_script(_GET), client.register_script(_PUT_NEWER)
+        self._puts: BatchQueue[_Put, bool] = BatchQueue(
+            self._put_batch,
+            max_items=_MAX_CONNECTIONS,
+            max_bytes=_MAX_BATCH_BYTES,
+            size=lambda put: sum(map(len, put[1][::3])),
+        )
 
     @property
     def is_available(self) -> bool:
@@ -138,7 +150,9 @@ class RedisCache:
             return None  # a server that answers anything
 
     async def put_newer(self, entries: Sequence[CacheEntry], *, message: tuple[str, str] | None = None) -> bool:
-        """Store each entry unless a newer version is there, then publish; in one round trip.
+        """Store each entry unless a newer version is there, then publish.
+
+        What tasks put at the same time shares one round trip. Cancelling a task does not withdraw what it puts.
 
         Args:
             entries: What to store. A value that is there without a version is replaced, of whatever type it is.
@@ -149,12 +163,23 @@ class RedisCache:
         """
         if not entries:
             return message is None or await self.publish(*message)
-        keys = [entry.key for entry in entries]
-        args: list[Any] = [
-            field for _, text, version, ttl_s in entries for field in (text, version, milliseconds(ttl_s))
-        ]
-        args += message or ()
-        return bool(await self._run(lambda client: self._put_newer(keys, args, client)))
+        fields = [field for _, text, version, ttl_s in entries for field in (text, version, milliseconds(ttl_s))]
+        return self.is_available and await self._puts.run(([entry.key for entry in entries], fields, message or ()))
+
+    async def _put_batch(self, puts: Sequence[_Put]) -> Sequence[bool | Exception]:
+        keys = [key for each, _, _ in puts for key in each]
+        args = [field for column in (1, 2) for put in puts for field in put[column]]
+        try:
+            reply: object = await self._run(lambda client: self._put_newer(keys, args, client))
+        except Exception as exc:
+            return [exc] * len(puts)
+        flags = reply.decode() if isinstance(reply, bytes) else reply
+        stored = iter(flags if isinstance(flags, str) and len(flags) == len(keys) else "0" * len(keys))
+        return [[next(stored) for _ in each].count("1") == len(each) for each, _, _ in puts]
+
+    async def join(self) -> None:
+        """Wait for what was put by tasks that did not wait for it."""
+        await self._puts.join()
 
     async def delete(self, key: str) -> None:
         """Delete `key`."""
