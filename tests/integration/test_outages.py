@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncpg
@@ -307,21 +309,58 @@ def small_disk(server: PostgresServer) -> Iterator[Path]:
         folder.rmdir()
 
 
-async def test_a_full_disk_is_an_outage(server: PostgresServer, small_disk: Path) -> None:
-    """The table's disk is full: writes are spooled, and stored when there is room again."""
-    await execute(server.url, f"CREATE TABLESPACE small LOCATION '{small_disk}'")
-    await execute(server.url, "CREATE DATABASE full_disk TABLESPACE small")
-    url = migrated(make_url(server.url).set(database="full_disk").render_as_string(hide_password=False))
-    try:
-        async with under_load(url, writers=8) as load:
-            ballast = small_disk.with_name("ballast")
-            with suppress(OSError), ballast.open("wb", buffering=0) as file:
-                while file.write(b"x" * 4_096):
-                    pass
-            await spooled(load)
-            assert load.store.audit.counters.lost == 0
-            ballast.unlink()
+@pytest.fixture
+def small_url(server: PostgresServer, small_disk: Path) -> Iterator[str]:
+    """The URL of a migrated database whose tables are on the small disk."""
+    asyncio.run(execute(server.url, f"CREATE TABLESPACE small LOCATION '{small_disk}'"))
+    asyncio.run(execute(server.url, "CREATE DATABASE full_disk TABLESPACE small"))
+    yield migrated(make_url(server.url).set(database="full_disk").render_as_string(hide_password=False))
+    asyncio.run(execute(server.url, "DROP DATABASE full_disk WITH (FORCE)"))
+    asyncio.run(execute(server.url, "DROP TABLESPACE small"))
 
-            assert await back(load) < BACK_WITHIN_S
-    finally:
-        await execute(server.url, "DROP DATABASE full_disk WITH (FORCE)", "DROP TABLESPACE small")
+
+@pytest.fixture
+def ballast(small_disk: Path) -> Path:
+    """A file on the small disk, to be grown until nothing is left."""
+    return small_disk.with_name("ballast")
+
+
+def fill(ballast: Path) -> None:
+    """Leave not a byte of the disk."""
+    with suppress(OSError), ballast.open("ab", buffering=0) as file:
+        while file.write(b"x" * 4_096):
+            pass
+
+
+async def test_a_full_disk_is_an_outage(small_url: str, ballast: Path) -> None:
+    """The table's disk is full: writes are spooled, and stored when there is room again."""
+    async with under_load(small_url, writers=8) as load:
+        fill(ballast)
+        await spooled(load)
+        assert load.store.audit.counters.lost == 0
+        ballast.unlink()
+
+        assert await back(load) < BACK_WITHIN_S
+
+
+async def test_pruning_makes_room_on_a_full_disk(small_url: str, ballast: Path, tmp_path: Path) -> None:
+    """With 256 KiB left the old events move to an archive elsewhere, and what was spooled meanwhile comes in."""
+    async with GatewayStore(small_url, redis_url="") as store:
+        long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+        old = [make_event(timestamp=long_ago + timedelta(seconds=number)) for number in range(6_000)]
+        assert set(await store.audit.write_many(old)) == {STORED}
+        await store.evidence.seal()
+        fill(ballast)
+        load = Load(store)
+        while load.outcomes()[SPOOLED] < 20:
+            await load.write(make_event())
+        os.truncate(ballast, ballast.stat().st_size - 2**18)
+
+        pruned = await store.retention.prune("365d", by="operator", archive=tmp_path / "archive")
+        await execute(small_url, "VACUUM audit_events", "VACUUM audit_leaves")
+
+        assert pruned.events >= 5_999
+        await eventually(lambda: spool_is_empty(store), 30)
+        assert load.acknowledged.keys() <= (await stored_ids(store)).keys()
+        assert load.outcomes().keys() <= {STORED, SPOOLED}
+        assert (await store.evidence.verify()).ok
