@@ -283,6 +283,22 @@ async def test_every_answer_carries_the_headers_that_protect_it(running: tuple[G
         assert not re.search(r"<style|<script(?! src=)|\son\w+=|\sstyle=|javascript:|https?://", answer.text), path
 
 
+async def test_the_charts_say_how_long_approvals_waited(running: tuple[GatewayStore, Any]) -> None:
+    """A row for each tool: what was asked, what waits, what was denied, and the median of the wait."""
+    store, app = running
+    alice = await signed_in(store, app)
+    await waiting(store)
+    denied = await waiting(store, request_id="other")
+    await store.approvals.deny(approval_id=denied.approval_id, approver_id="bob")
+
+    page = (await alice.get("/charts")).text
+    row = re.search(r"<h2[^>]*>Approvals</h2>.*?<tbody><tr>(.*?)</tr>", page, re.DOTALL)
+
+    assert row is not None
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row[1])[:4] == ["2", "1", "1", "0"]
+    assert re.search(r'<td class="num">[0-9]+\.[0-9]</td>', row[1])
+
+
 async def test_the_cookie_cannot_be_read_or_sent_from_elsewhere(url: str) -> None:
     """HttpOnly and SameSite=Strict always, Secure over TLS; for the path of the console alone."""
     async with console(url, console_url="https://gateway.example/console") as (store, app):

@@ -17,7 +17,17 @@ from agent_gateway_store.store import GatewayStore
 
 # Chosen: two weeks show a week and the one before; calls of one tool beyond the 20 busiest are not drawn.
 _SINCE, _BUCKET = "14d", "6h"
-_APPROVALS = 2_000
+_MOST_WAITS = 2_000
+# The columns of a table and what they are called.
+_CALLS = {"calls": "calls", "latency_p50_ms": "median ms", "latency_p95_ms": "p95 ms"}
+_APPROVALS = {
+    "approvals": "asked",
+    "pending": "pending",
+    "denied": "denied",
+    "expired": "expired",
+    "wait_p50_s": "median wait, s",
+    "wait_p90_s": "p90 wait, s",
+}
 # A chart takes a quarter of a second of processor time, and a page shows four of them to everybody.
 _KEPT, _KEPT_S = 64, 60.0
 _drawn: TTLCache[tuple[str | None, str], bytes] = TTLCache(_KEPT, _KEPT_S)
@@ -35,7 +45,7 @@ CHARTS: dict[str, tuple[str, Ask]] = {
     "latency": ("How long calls take, by tool", lambda store: store.audit.stats(by="tool_name", since=_SINCE)),
     "waiting": (
         "How long approvals wait for a decision",
-        lambda store: store.approvals.search(since=_SINCE, limit=_APPROVALS),
+        lambda store: store.approvals.search(since=_SINCE, limit=_MOST_WAITS),
     ),
 }
 
@@ -47,15 +57,16 @@ def can_draw() -> bool:
 
 async def charts(request: Request) -> Response:
     """`GET /charts`: the pictures, and the numbers behind them for those who do not see pictures."""
-    session = await pages.session_of(request)
-    audit = session.store.audit
+    store = (await pages.session_of(request)).store
+    approvals = await store.approvals.stats(by="tool_name", since=_SINCE)
     return pages.page(
         request,
         "charts.html",
         charts=[(name, title) for name, (title, _) in CHARTS.items()] if can_draw() else [],
         tables=[
-            ("Decisions", "decision", await audit.stats(by="decision", since=_SINCE)),
-            ("Tools", "tool_name", (await audit.stats(by="tool_name", since=_SINCE))[:20]),
+            ("Decisions", "decision", _CALLS, await store.audit.stats(by="decision", since=_SINCE)),
+            ("Tools", "tool_name", _CALLS, (await store.audit.stats(by="tool_name", since=_SINCE))[:20]),
+            ("Approvals", "tool_name", _APPROVALS, approvals[:20]),
         ],
     )
 
