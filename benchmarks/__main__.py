@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     approvals,
     audit_writes,
     building,
+    console,
     deliveries,
     evidence,
     exports,
@@ -75,6 +76,9 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
         rows = int(min(arguments.rows, 1_000_000) * scale)
         options = {"repeat": repeat, "rows": rows, "scale": scale, "folder": arguments.folder}
         figures += asyncio.run(retention.measure(url, **options))
+    if "console" in arguments.only:
+        rows = int(min(arguments.rows, 1_000_000) * scale)
+        figures += asyncio.run(console.measure(url, repeat=repeat, rows=rows, scale=scale))
     if "memory" in arguments.only:
         figures += memory.measure(url, scale=scale)
     return figures
@@ -93,6 +97,7 @@ def main() -> None:
         "exports",
         "evidence",
         "retention",
+        "console",
         "memory",
     ]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)

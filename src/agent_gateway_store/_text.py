@@ -137,7 +137,10 @@ def _python_escape(character: str) -> str:
 
 
 def _replace_hidden(text: str, encode: Callable[[str], str], keep: str) -> str:
-    if text.isprintable() and not _BLANK.search(text):
+    seen = text
+    for each in keep:
+        seen = seen.replace(each, "")
+    if seen.isprintable() and (seen.isascii() or not _BLANK.search(seen)):
         return text
     # `split` with a group gives an emoji sequence at every odd index. The blocks of emoji have unassigned code points,
     # too, which are not printable.

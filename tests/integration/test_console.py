@@ -283,6 +283,20 @@ async def test_every_answer_carries_the_headers_that_protect_it(running: tuple[G
         assert not re.search(r"<style|<script(?! src=)|\son\w+=|\sstyle=|javascript:|https?://", answer.text), path
 
 
+async def test_arguments_and_reasons_of_several_lines_are_shown_as_such(running: tuple[GatewayStore, Any]) -> None:
+    """In the inbox and on the page of the approval; a line break inside a value is an escape."""
+    store, app = running
+    call = ToolCall(server="files", tool="write", arguments={"path": "/srv/a", "text": "one\ntwo"})
+    request = await waiting(store, tool_call=call, risk_explanation="writes a file\nwithout a copy")
+    alice = await signed_in(store, app)
+
+    inbox, page = [(await alice.get(path)).text for path in ("/approvals", f"/approvals/{request.approval_id}")]
+
+    assert "<pre>{\n  &#34;path&#34;: &#34;/srv/a&#34;,\n  &#34;text&#34;: &#34;one\\ntwo&#34;\n}</pre>" in inbox
+    for each in (inbox, page):
+        assert "writes a file\nwithout a copy" in each
+
+
 async def test_the_charts_say_how_long_approvals_waited(running: tuple[GatewayStore, Any]) -> None:
     """A row for each tool: what was asked, what waits, what was denied, and the median of the wait."""
     store, app = running

@@ -149,7 +149,8 @@ def _visible(value: Any) -> Any:
     """Show what an expression of a template gives; None as nothing."""
     if value is None:
         return ""
-    if hasattr(value, "__html__"):
+    # `str` of a text that was shown already would lose that, and with it the line breaks that it keeps.
+    if isinstance(value, _text.Shown) or hasattr(value, "__html__"):
         return value
     return _text.escape(str(value))
 
