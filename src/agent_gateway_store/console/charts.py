@@ -57,6 +57,7 @@ async def charts(request: Request) -> Response:
             ("Decisions", "decision", await audit.stats(by="decision", since=_SINCE)),
             ("Tools", "tool_name", (await audit.stats(by="tool_name", since=_SINCE))[:20]),
         ],
+        replica_age=await pages.replica_age(session),
     )
 
 
