@@ -77,6 +77,8 @@ class StoreSettings(BaseSettings):
         database_url: Where the store lives: `sqlite:///file.db`, `postgresql://user:password@host/name`.
         database_read_url: A streaming replica of it, where search, statistics, lists, streams, exports and `verify`
             read; None: there is none.
+        database_pool_size: Most connections of a store to its PostgreSQL, of all kinds together; those that are idle
+            for a minute are given back.
         redis_url: Redis that makes reads and waiting fast; None or "": no Redis.
         environment: Name of this deployment, stamped on API keys.
         approval_token_ttl_seconds: How long an approval waits for a decision by default; a million days at most.
@@ -116,6 +118,8 @@ class StoreSettings(BaseSettings):
 
     database_url: str = "sqlite+aiosqlite:///gateway.db"
     database_read_url: str | None = None
+    # Three that commit audit events and listen, and ten times four; at least once four.
+    database_pool_size: int = Field(default=43, ge=7, le=10_000)
     redis_url: str | None = None
     environment: str = "dev"
     # A million days is 2,738 years: both databases hold times until the year 9999 at least.

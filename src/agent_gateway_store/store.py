@@ -53,6 +53,8 @@ _logger = logging.getLogger("agent_gateway_store")
 _LAST_WITHDRAWALS_S = 5.0
 # What is not sealed then is sealed by the next store that opens.
 _LAST_SEAL_S = 1.0
+# Two commit audit events, and one listens.
+_OWN_CONNECTIONS = 3
 
 
 class GatewayStore:
@@ -90,13 +92,15 @@ class GatewayStore:
     ) -> None:
         settings = settings or StoreSettings()
         url = database_url if database_url is not None else settings.database_url
+        # The engine has as many again at a peak, and as many as both are used without SQLAlchemy.
+        pool_size = (settings.database_pool_size - _OWN_CONNECTIONS) // 4
         read_url, replica = settings.database_read_url, None
         if read_url:
-            replica = Database(create_engine(read_url, reads=True), owned=True, url=read_url)
+            replica = Database(create_engine(read_url, pool_size=pool_size, reads=True), owned=True, url=read_url)
         if engine is not None:
             database = Database(engine, owned=False, replica=replica)
         else:
-            database = Database(create_engine(url), owned=True, url=url, replica=replica)
+            database = Database(create_engine(url, pool_size=pool_size), owned=True, url=url, replica=replica)
         core = _Core(
             settings,
             database,

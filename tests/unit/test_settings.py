@@ -30,6 +30,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings.model_dump(exclude={"audit_spool_path"}) == {
         "database_url": "sqlite+aiosqlite:///gateway.db",
         "database_read_url": None,
+        "database_pool_size": 43,
         "redis_url": None,
         "environment": "dev",
         "approval_token_ttl_seconds": 3600,

@@ -193,11 +193,12 @@ def _replace_read_only(context: ExceptionContext) -> None:
         context.is_disconnect = True
 
 
-def _raw_pool_size(pool: Pool) -> int:
-    """Return the most raw connections: no more than the host allows for its own pool."""
+def _raw_pool_size(pool: Pool, *, owned: bool) -> int:
+    """Return the most raw connections: as many as our own engine has, and no more than a host allows its own."""
     if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:
         return _MOST_RAW_CONNECTIONS
-    return min(_MOST_RAW_CONNECTIONS, pool.size() + pool._max_overflow)
+    size: int = pool.size() + pool._max_overflow
+    return size if owned else min(_MOST_RAW_CONNECTIONS, size)
 
 
 class Database:
@@ -303,7 +304,7 @@ class Database:
                 yield sql_connection
             return
         if self._raw_pool is None:
-            self._raw_pool = AsyncpgPool(self.engine, size=_raw_pool_size(self.engine.pool))
+            self._raw_pool = AsyncpgPool(self.engine, size=_raw_pool_size(self.engine.pool, owned=self.owned))
         doing = self._read_as if access == "read" else "be written"
         with self._counted(), translate_errors(doing):
             async with self._raw_pool.connection(_COMMAND_TIMEOUT_S) as driver:
