@@ -56,6 +56,9 @@ def _web_url(value: str | None) -> str | None:
     return value and value.rstrip("/")
 
 
+_URLS = ("database_url", "database_read_url", "redis_url")
+
+
 def _networks(value: str | None) -> str | None:
     for each in (value or "").split(","):
         if each.strip():
@@ -72,6 +75,10 @@ class StoreSettings(BaseSettings):
 
     Attributes:
         database_url: Where the store lives: `sqlite:///file.db`, `postgresql://user:password@host/name`.
+        database_read_url: A streaming replica of it, where search, statistics, lists, streams, exports and `verify`
+            read; None: there is none.
+        database_pool_size: Most connections of a store to its PostgreSQL, of all kinds together; those that are idle
+            for a minute are given back.
         redis_url: Redis that makes reads and waiting fast; None or "": no Redis.
         environment: Name of this deployment, stamped on API keys.
         approval_token_ttl_seconds: How long an approval waits for a decision by default; a million days at most.
@@ -110,6 +117,9 @@ class StoreSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True)
 
     database_url: str = "sqlite+aiosqlite:///gateway.db"
+    database_read_url: str | None = None
+    # Three that commit audit events and listen, and ten times four; at least once four.
+    database_pool_size: int = Field(default=43, ge=7, le=10_000)
     redis_url: str | None = None
     environment: str = "dev"
     # A million days is 2,738 years: both databases hold times until the year 9999 at least.
@@ -170,13 +180,10 @@ class StoreSettings(BaseSettings):
             DotEnvSettingsSource(settings_cls, env_file=file, env_prefix=""),
         )
 
-    @field_serializer("database_url", "redis_url")
+    @field_serializer(*_URLS)
     def _masked(self, url: str | None) -> str | None:
         return url and mask_url(url)
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
         """Mask the passwords in URLs."""
-        return [
-            (name, self._masked(value) if name in ("database_url", "redis_url") else value)
-            for name, value in super().__repr_args__()
-        ]
+        return [(name, self._masked(value) if name in _URLS else value) for name, value in super().__repr_args__()]

@@ -26,6 +26,7 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
+from agent_gateway_store.errors import InvalidUrlError, StoreUnavailableError
 from agent_gateway_store.evidence.manager import CheckpointHooks, EvidenceManager
 from agent_gateway_store.evidence.notes import SigningKey
 from agent_gateway_store.evidence.sealer import BackgroundSealer, Sealer
@@ -42,7 +43,7 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
-from agent_gateway_store.storage.identity import read_identity
+from agent_gateway_store.storage.identity import is_standby, read_identity
 from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
@@ -52,6 +53,8 @@ _logger = logging.getLogger("agent_gateway_store")
 _LAST_WITHDRAWALS_S = 5.0
 # What is not sealed then is sealed by the next store that opens.
 _LAST_SEAL_S = 1.0
+# Two commit audit events, and one listens.
+_OWN_CONNECTIONS = 3
 
 
 class GatewayStore:
@@ -89,9 +92,18 @@ class GatewayStore:
     ) -> None:
         settings = settings or StoreSettings()
         url = database_url if database_url is not None else settings.database_url
+        # The engine has as many again at a peak, and as many as both are used without SQLAlchemy.
+        pool_size = (settings.database_pool_size - _OWN_CONNECTIONS) // 4
+        read_url, replica = settings.database_read_url, None
+        if read_url:
+            replica = Database(create_engine(read_url, pool_size=pool_size, reads=True), owned=True, url=read_url)
+        if engine is not None:
+            database = Database(engine, owned=False, replica=replica)
+        else:
+            database = Database(create_engine(url, pool_size=pool_size), owned=True, url=url, replica=replica)
         core = _Core(
             settings,
-            Database(engine, owned=False) if engine is not None else Database(create_engine(url), owned=True, url=url),
+            database,
             redis_url if redis_url is not None else settings.redis_url,
             redis,
             tuple(plugins),
@@ -183,6 +195,7 @@ class GatewayStore:
         Raises:
             StoreNotOpenError: The store is open in another process or event loop.
             StoreUnavailableError: The database cannot be reached; the text says what to check.
+            InvalidUrlError: DATABASE_READ_URL leads to another database.
             SchemaOutOfDateError: The schema is not the one this package works on; the text names the command to run.
         """
         await self._core.open()
@@ -305,12 +318,15 @@ class _Core:
         try:
             await self._prepare_schema()
             identity = await read_identity(self.database.engine)
+            await self._check_replica(identity)
             dispatcher = Dispatcher(self.plugins, self.settings, self.executor)
             notifiers = await dispatcher.open()
             notify = self.after_write.notify if self.after_write.is_wanted else None
             spool = Spool(self.settings.audit_spool_path, self.database.engine.url, identity)
             strict = self.settings.audit_mode == "strict"
-            writer = AuditWriter(sink_for(self.database.engine), spool, strict=strict, notify=notify)
+            on_standby = await is_standby(self.database.engine)
+            sink = sink_for(self.database.engine)
+            writer = AuditWriter(sink, spool, strict=strict, notify=notify, on_standby=on_standby)
             if self.settings.otel_enabled:
                 observe(writer)
         except BaseException:
@@ -351,6 +367,17 @@ class _Core:
         if self._auto_migrate or fresh:
             await migrate.upgrade(engine)
         await migrate.require_current(engine)
+
+    async def _check_replica(self, identity: str) -> None:
+        if (replica := self.database.replica) is self.database:
+            return
+        try:
+            found = await read_identity(replica.engine)
+        except StoreUnavailableError as exc:
+            _logger.warning("The replica of DATABASE_READ_URL is away, and what reads there will fail: %s", exc)
+            return
+        if found != identity:
+            raise InvalidUrlError("DATABASE_READ_URL leads to another database, not to a replica of this one.")
 
     async def close(self) -> None:
         self._is_open_here()

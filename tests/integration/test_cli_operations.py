@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +151,69 @@ def test_doctor_finds_a_database_that_takes_no_writes(postgres_database: Callabl
     assert outcome.code == 5
     assert outcome.json["database"]["reachable"] is True
     assert "takes no writes" in outcome.json["problems"][0]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_doctor_finds_a_trigger_that_refuses_events(kind: str, request: pytest.FixtureRequest) -> None:
+    """Every event would end in quarantine. What is tried is rolled back."""
+    url = "sqlite:///cli.db" if kind == "sqlite" else request.getfixturevalue("postgres_database")()
+    gateway_store("--database-url", url, "db", "upgrade")
+    for statement in REFUSING[kind]:
+        servers.run(_execute(url, statement))
+
+    outcome = gateway_store("--database-url", url, "doctor", "--json")
+
+    assert (outcome.code, outcome.json["database"]["takes_events"]) == (1, False)
+    (problem,) = outcome.json["problems"]
+    assert problem.startswith("The database refuses audit events (")
+    assert "no more events" in problem
+    assert gateway_store("--database-url", url, "audit", "search", "--json").json["items"] == []
+
+
+REFUSING = {
+    "sqlite": [
+        "CREATE TRIGGER full_log BEFORE INSERT ON audit_events BEGIN SELECT raise(ABORT, 'no more events'); END"
+    ],
+    "postgres": [
+        """CREATE FUNCTION full_log() RETURNS trigger LANGUAGE plpgsql
+        AS 'BEGIN RAISE EXCEPTION ''no more events''; END'""",
+        "CREATE TRIGGER full_log BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION full_log()",
+    ],
+}
+
+
+def test_doctor_finds_a_table_without_statistics_and_a_clock_that_is_wrong(
+    postgres_database: Callable[[], str],
+) -> None:
+    """As after a restore; `db restored` reads them, and at the right time all is well."""
+    url = postgres_database()
+    gateway_store("--database-url", url, "db", "upgrade")
+    filled = "INSERT INTO audit_events SELECT (jsonb_populate_record(NULL::audit_events, to_jsonb(event) || "
+    filled += "jsonb_build_object('id', n, 'request_id', n::text))).* FROM audit_events AS event, "
+    filled += "generate_series(100002, 103000) AS n"
+    gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
+    for statement in ("ALTER TABLE audit_events SET (autovacuum_enabled = off)", filled):
+        servers.run(_execute(url, statement))
+
+    bad = gateway_store("--database-url", url, "doctor", "--json")
+    assert gateway_store("--database-url", url, "db", "restored", "--by", "operator").code == 0
+    good = gateway_store("--database-url", url, "doctor", "--json")
+
+    assert (bad.code, bad.json["database"]["never_analysed"]) == (1, ["audit_events"])
+    assert "ANALYZE" in bad.json["problems"][0]
+    assert (good.code, good.json["problems"]) == (0, [])
+    assert abs(good.json["database"]["clock_difference_s"]) < 5
+
+
+def test_doctor_finds_a_disk_without_room_for_the_spool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before the outage in which events would be lost."""
+    gateway_store("db", "upgrade")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=2**20))
+
+    outcome = gateway_store("doctor", "--json")
+
+    assert outcome.code == 1
+    assert any("The disk of the spool has 1 MiB left" in problem for problem in outcome.json["problems"])
 
 
 def test_doctor_finds_a_restored_dump(postgres_database: Callable[[], str]) -> None:

@@ -29,6 +29,8 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings.audit_spool_path.is_absolute()
     assert settings.model_dump(exclude={"audit_spool_path"}) == {
         "database_url": "sqlite+aiosqlite:///gateway.db",
+        "database_read_url": None,
+        "database_pool_size": 43,
         "redis_url": None,
         "environment": "dev",
         "approval_token_ttl_seconds": 3600,
@@ -148,7 +150,7 @@ PASSWORD = "s3cr3t-word"
 )
 def test_no_password_shows(url: str) -> None:
     """Neither in repr nor in str, however the URL was written."""
-    settings = StoreSettings(database_url=url, redis_url=url, hash_key=PASSWORD)
+    settings = StoreSettings(database_url=url, database_read_url=url, redis_url=url, hash_key=PASSWORD)
 
     assert PASSWORD not in f"{settings!r}{settings!s}{mask_url(url)}"
     assert PASSWORD not in f"{settings.model_dump()}{settings.model_dump(mode='json')}{settings.model_dump_json()}"

@@ -368,14 +368,14 @@ class ApprovalManager:
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such status or time, or `limit` is out of range.
         """
-        return await reports.search(self._transactions, self._found(filters), limit=limit, cursor=cursor)
+        return await reports.search(self._transactions.replica, self._found(filters), limit=limit, cursor=cursor)
 
     def _found(self, filters: ApprovalFilters) -> Criteria:
         return criteria(filters, org_id=self._org_id)
 
     async def stream(self, **filters: Unpack[ApprovalFilters]) -> AsyncGenerator[ApprovalRequest]:
         """Yield every approval that `search` finds, in its order; no connection is held between two pages of it."""
-        async for request in reports.stream(self._transactions, self._found(filters)):
+        async for request in reports.stream(self._transactions.replica, self._found(filters)):
             yield request
 
     async def get(self, *, approval_id: UUID | str) -> ApprovalRequest:
@@ -408,7 +408,7 @@ class ApprovalManager:
             TypeError, ValueError: As for `search`; or there is no such column or time zone.
         """
         grouped = grouping(by, bucket, time_zone, reports.GROUPS)
-        return await reports.stats(self._transactions, self._found(filters), grouped)
+        return await reports.stats(self._transactions.replica, self._found(filters), grouped)
 
     async def export(
         self,
@@ -431,7 +431,7 @@ class ApprovalManager:
             ValueError: Also if this manager works in a session of the caller's: export from a store.
         """
         options = ExportOptions(format, compression, partition_by, raw, overwrite, progress)
-        return await reports.export(self._transactions, self._found(filters), path, options)
+        return await reports.export(self._transactions.replica, self._found(filters), path, options)
 
     async def history(self, approval_id: UUID | str) -> Page[dict[str, Any]]:
         """Return what happened to an approval, in the order of time.

@@ -71,7 +71,7 @@ class AuditManager:
     ) -> None:
         self._database, self._writer, self._org_id = database, writer, org_id
         self._before, self._after, self._hash_args, self._hash_approval = before, after, hash_args, hash_approval
-        self._queries = AuditQuery(database, org_id=org_id)
+        self._queries, self._lists = (AuditQuery(each, org_id=org_id) for each in (database, database.replica))
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit, together with other events that arrive meanwhile. Never raises in the default mode.
@@ -81,7 +81,8 @@ class AuditManager:
 
         Raises:
             AuditUnavailableError: With AUDIT_MODE=strict, if the event could not be stored, or is not valid because a
-                field was set without validation; in the default mode such an event is LOST.
+                field was set without validation; in the default mode such an event is LOST. In both, if the store was
+                opened on a standby, which takes no writes.
             StoreNotOpenError: The store is not open here.
             TypeError: `event` is not an AuditEvent.
         """
@@ -259,15 +260,15 @@ class AuditManager:
 
     async def list_by_caller(self, caller_id: str, limit: int = 50, offset: int = 0) -> Page[AuditEvent]:
         """Return up to `limit` events of one caller, after skipping `offset`."""
-        return await self._queries.list_by_caller(caller_id, limit, offset)
+        return await self._lists.list_by_caller(caller_id, limit, offset)
 
     async def list_by_decision(self, decision: Decision | str, limit: int = 50) -> Page[AuditEvent]:
         """Return up to `limit` events with this decision; ValueError if there is no such decision."""
-        return await self._queries.list_by_decision(decision, limit)
+        return await self._lists.list_by_decision(decision, limit)
 
     async def list_recent(self, limit: int = 100) -> Page[AuditEvent]:
         """Return the `limit` newest events."""
-        return await self._queries.list_recent(limit)
+        return await self._lists.list_recent(limit)
 
     async def search(
         self, *, limit: int = 100, cursor: str | None = None, **filters: Unpack[Filters]
@@ -285,7 +286,7 @@ class AuditManager:
             InvalidCursorError: The cursor did not come from this search.
             TypeError, ValueError: There is no such filter, or it takes no such value; or `limit` is out of range.
         """
-        return await self._queries.search(limit=limit, cursor=cursor, **filters)
+        return await self._lists.search(limit=limit, cursor=cursor, **filters)
 
     async def stats(
         self,
@@ -312,7 +313,7 @@ class AuditManager:
         Raises:
             TypeError, ValueError: As for `search`; or there is no such column or time zone.
         """
-        return await self._queries.stats(by, bucket, time_zone, **filters)
+        return await self._lists.stats(by, bucket, time_zone, **filters)
 
     async def stream(self, **filters: Unpack[Filters]) -> AsyncGenerator[AuditEvent]:
         """Yield every event that matches (see `Filters`), newest first, as the log was when the first was asked for.
@@ -322,7 +323,7 @@ class AuditManager:
         TypeError and ValueError as `search` does.
         """
         found = criteria(filters, org_id=self._org_id)
-        async with aclosing(event_batches(self._database, found)) as batches:
+        async with aclosing(event_batches(self._database.replica, found)) as batches:
             async for events in batches:
                 for event in events:
                     yield event
@@ -393,7 +394,9 @@ class AuditManager:
         from agent_gateway_store.storage.arrow import whole_table
 
         found = criteria(filters, org_id=self._org_id)
-        return await whole_table(self._database, newest(found.shape, limit=None), found.values, columns_of(AuditEvent))
+        return await whole_table(
+            self._database.replica, newest(found.shape, limit=None), found.values, columns_of(AuditEvent)
+        )
 
     async def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
         """Return the table of `to_arrow` as a pandas DataFrame. Raises the same, also if pandas is missing."""
@@ -445,4 +448,4 @@ class AuditManager:
         found = criteria(filters, org_id=self._org_id)
         source = Source(oldest(found.shape), found.values, columns_of(AuditEvent), "timestamp")
         options = ExportOptions(format, compression, partition_by, raw, overwrite, progress)
-        return await export_rows(self._database, source, path, options)
+        return await export_rows(self._database.replica, source, path, options)

@@ -25,6 +25,8 @@ _LAST_CHECKPOINT = (
 async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> dict[str, str | int | None]:
     """Give the database a new identity, and write an audit event that says so, in one transaction.
 
+    PostgreSQL then reads the statistics that it plans by, which a dump does not hold (`ANALYZE`).
+
     Every event that is there becomes history for followers: it is read from the beginning and is never new, whatever
     its transaction id is. Cursors from before are refused. No event is changed.
 
@@ -60,4 +62,8 @@ async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> d
             await write_door(
                 connection, RESTORED, facts, by=by, environment=environment, why=why, request_id=request_id
             )
+        if engine.dialect.name == "postgresql":
+            # A dump holds no statistics, and without them a plan reads the whole log.
+            async with engine.begin() as connection:
+                await connection.exec_driver_sql("ANALYZE")
     return facts

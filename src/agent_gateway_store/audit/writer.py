@@ -20,6 +20,7 @@ from agent_gateway_store.audit.record import EncodedRow, from_values, size_of, t
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.storage.database import NO_WRITES
 from agent_gateway_store.storage.errors import conflict_of
 
 # Chosen: about ten batches, so that the next one is full while one is committed, and memory is bounded.
@@ -75,6 +76,7 @@ class AuditWriter:
         spool: Where rows wait while the database is away.
         strict: Writes raise instead; what an earlier mode left in the spool is brought in all the same.
         notify: Receives the rows that were committed; must not raise. None: there is no plugin for them.
+        on_standby: The store was opened on a standby: until it takes a write, writes raise and nothing is spooled.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class AuditWriter:
         *,
         strict: bool = False,
         notify: Callable[[Sequence[EncodedRow]], None] | None = None,
+        on_standby: bool = False,
     ) -> None:
+        self._on_standby = on_standby
         self.spool = spool
         self._is_strict = strict
         self._sink = sink
@@ -131,7 +135,7 @@ class AuditWriter:
         While the queue is full this waits. Cancelling the caller does not cancel the write.
 
         Raises:
-            AuditUnavailableError: In the strict mode, if the row could not be committed.
+            AuditUnavailableError: In the strict mode, if the row could not be committed; in any, on a standby.
             StoreNotOpenError: The writer was closed.
         """
         self._check_open()
@@ -210,11 +214,17 @@ class AuditWriter:
                 if conflict_of(exc) is not None:
                     _logger.error("Other transactions were in the way of audit events, also when tried again.")
                     return await self._spool_or_fail(rows, exc)
+                if self._on_standby:
+                    refusal = AuditUnavailableError(NO_WRITES)
+                    refusal.__cause__ = exc
+                    return [refusal] * len(rows)
                 if not self._is_away:
                     _logger.error("The audit database is away (%s).", type(exc).__name__)
                 self._is_away = True
                 self._retry_at = asyncio.get_running_loop().time() + RETRY_AFTER_S
                 return await self._spool_or_fail(rows, exc)
+            # One that was promoted is waited for like any other when it is away.
+            self._on_standby = False
             if self._is_strict:
                 self._is_away = False
             # With a spool another batch may have failed meanwhile, and its rows go before new ones.

@@ -46,6 +46,9 @@ def settings_of(ctx: typer.Context) -> StoreSettings:
 
     given = options_of(ctx)
     named = {"database_url": given.database_url, "redis_url": given.redis_url}
+    if given.database_url is not None:
+        # The replica that is set is one of another database.
+        named["database_read_url"] = ""
     return StoreSettings(
         _env_file=given.env_file,
         **{name: value for name, value in named.items() if value is not None},  # type: ignore[arg-type]

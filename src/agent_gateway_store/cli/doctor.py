@@ -12,6 +12,7 @@ import typer
 from agent_gateway_store.cli import plugins
 from agent_gateway_store.cli.context import options_of, run, settings_of, sqlite_file
 from agent_gateway_store.cli.db import engine_for, explain_state, schema_state
+from agent_gateway_store.cli.doctor_server import check_server
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 _MAX_USED = 1000
 # Chosen: long enough to order a disk.
 _DAYS_TO_ACT = 30
+# Chosen: a weekend.
+_DAYS_TOO_LATE = 3
+# Chosen: a worker that is restarted, or moved to another machine, is back sooner.
+_NOBODY_S = 3600.0
 # In the order of the numbers that `PRAGMA synchronous` returns (https://www.sqlite.org/pragma.html#pragma_synchronous).
 _SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 # A row that a snapshot shows was committed by a transaction that began before the end of the snapshot.
@@ -128,6 +133,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     if report.schema_is_current:
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
             await _read_identity(report, engine)
+            await check_server(report, engine, settings)
             await _check_transactions(report, engine)
             await _check_log(report, engine)
             await _check_retention(report, engine, settings)
@@ -252,10 +258,11 @@ async def _check_retention(report: Report, engine: AsyncEngine, settings: StoreS
     facts = report.facts["retention"] = await retention_facts(engine, sqlite_file(settings.database_url))
     left = facts["days_until_full"]
     if left is not None and left < _DAYS_TO_ACT:
-        report.warning(
-            f"The disk of the database is full in {left} days at this rate: run `gateway-store retention prune`, or "
-            "give it more room."
-        )
+        said = f"The disk of the database is full in {left} days at this rate: run `gateway-store retention prune`, or "
+        if left < _DAYS_TOO_LATE:
+            report.problem(f"{said}give it more room.", ExitCode.ERROR)
+        else:
+            report.warning(f"{said}give it more room.")
     if facts["last_prune"] is not None and "failed" in facts["last_prune"]:
         report.warning(f"The last prune failed ({facts['last_prune']}): run it again by hand and see why.")
 
@@ -306,7 +313,8 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
     from shlex import quote
 
     from agent_gateway_store._text import word
-    from agent_gateway_store.audit.spool import Spool
+    from agent_gateway_store.audit.spool import MAX_BYTES, Spool
+    from agent_gateway_store.cli.doctor_retention import free_bytes
     from agent_gateway_store.errors import StoreUnavailableError
     from agent_gateway_store.storage.urls import parse_database_url
 
@@ -327,6 +335,13 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
         return
     finally:
         await spool.close()
+    facts["disk_free_bytes"] = free = free_bytes(settings.audit_spool_path)
+    if free is not None and free < MAX_BYTES:
+        report.problem(
+            f"The disk of the spool has {free / 2**20:,.0f} MiB left, and the spool may take {MAX_BYTES / 2**20:,.0f}: "
+            "make room, or events would be lost in an outage.",
+            ExitCode.ERROR,
+        )
     others = [each for each in targets if not spool.is_own(each)]
     facts |= {"spool_waiting": waiting, "spool_quarantined": quarantined}
     facts["spool_other_targets"] = [each._asdict() for each in others]
@@ -371,6 +386,7 @@ async def _check_approvals(report: Report, ctx: typer.Context, engine: AsyncEngi
 async def _check_notifications(
     report: Report, ctx: typer.Context, engine: AsyncEngine, settings: StoreSettings
 ) -> None:
+    from agent_gateway_store.clock import utc_now
     from agent_gateway_store.delivery import NotificationManager, StoreOutbox
     from agent_gateway_store.hooks.manager import Plugins
     from agent_gateway_store.storage.database import Database
@@ -380,12 +396,16 @@ async def _check_notifications(
     database.bind_to_loop()
     outbox = StoreOutbox(database, settings)
     counts = await NotificationManager(database, outbox, org_id=options_of(ctx).org).counts()
-    away = {row["notifier"]: row["waiting"] for row in counts if row["waiting"] and row["notifier"] not in loaded}
+    away = {row["notifier"]: row for row in counts if row["waiting"] and row["notifier"] not in loaded}
     totals = {name: sum(row[name] for row in counts) for name in ("waiting", "due", "dead")}
     report.facts["notifications"] = {**totals, "not_loaded_here": sorted(away)}
     if totals["dead"]:
         report.warning(f"{totals['dead']} notices were given up: see `gateway-store notifications list --status DEAD`.")
-    for name, waiting in sorted(away.items()):
-        report.warning(
-            f"{waiting} notices wait for the notifier {name}, which is not loaded here: run a worker that has it."
-        )
+    for name, row in sorted(away.items()):
+        waiting = row["waiting"]
+        said = f"{waiting} notices wait for the notifier {name}, which is not loaded here: run a worker that has it."
+        if row["due"] and (utc_now() - row["oldest"]).total_seconds() > _NOBODY_S:
+            # Where another process had it, they would have been sent.
+            report.problem(said, ExitCode.ERROR)
+        else:
+            report.warning(said)

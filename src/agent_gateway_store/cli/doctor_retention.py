@@ -70,8 +70,13 @@ async def _free_bytes(connection: AsyncConnection, file: Path | None) -> int | N
         file = Path((await connection.exec_driver_sql(folder)).scalar() or "")
         if not file.name:
             return None
+    return free_bytes(file)
+
+
+def free_bytes(path: Path) -> int | None:
+    """Return the free bytes of the disk that holds `path`, or is to hold it; None if that cannot be seen."""
     try:
-        return shutil.disk_usage(file if file.exists() else file.parent).free
+        return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
     except OSError:
         return None
 

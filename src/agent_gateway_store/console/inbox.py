@@ -50,6 +50,7 @@ async def inbox(request: Request) -> Response:
         statuses=[*ApprovalStatus, "ALL"],
         cursor=cursor,
         next_cursor=found.next_cursor,
+        replica_age=await pages.replica_age(session),
     )
 
 

@@ -91,8 +91,22 @@ def page(request: Request, template: str, *, code: int = 200, **values: Any) -> 
     """Return a page; `code` is the status of the answer."""
     session = getattr(request.state, "session", None)
     base = base_of(request)
-    given = {"base": base, "session": session, "now": utc_now(), "static": f"{base}/static/{static_version()}"}
+    given = {
+        "base": base,
+        "session": session,
+        "now": utc_now(),
+        "replica_age": None,
+        "static": f"{base}/static/{static_version()}",
+    }
     return HTMLResponse(_environment().get_template(template).render(given | values), status_code=code)
+
+
+async def replica_age(session: Session) -> str | None:
+    """Return how old the replica is that a page was read from, as text; None: it was read from the database itself."""
+    database = session.store.database
+    if database.replica is database or (age_s := await database.replica.replica_age_s()) is None:
+        return None
+    return f"{age_s:.0f} s"
 
 
 def message(request: Request, title: str, text: str, *, status: int, retry: str | None = None) -> HTMLResponse:

@@ -126,7 +126,7 @@ class EvidenceManager:
         folders = [archive] if isinstance(archive, str | PathLike) else archive or ()
         with progress_bar(progress, "Verifying the log") as report:
             found = await verify.verify(
-                self._database, against=against, keys=keys, archives=map(Path, folders), report=report
+                await self._up_to_date(), against=against, keys=keys, archives=map(Path, folders), report=report
             )
         if found.ok and found.unsealed and self._seals:
             # What is committed and was missed: ids of transactions are given out again after a crash of the server.
@@ -136,6 +136,15 @@ class EvidenceManager:
                 if not may_not_write(exc):
                     raise
         return found
+
+    async def _up_to_date(self) -> Database:
+        """Return the replica if it has the last checkpoint: where it lags, one that was kept would be a finding."""
+        replica = self._database.replica
+        if replica is self._database:
+            return replica
+        async with replica.connection("read") as connection:
+            there = await last_checkpoint(connection)
+        return replica if there == await self.checkpoint() else self._database
 
     async def prove(self, request_id: str) -> proof.Evidence:
         """Return the evidence of one event: what happened, who approved it, and the proof that the log holds it.

@@ -6,7 +6,7 @@ The engine makes them, so its URL, TLS, codecs and events hold; then they are ta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from asyncpg.transaction import Transaction
 from sqlalchemy import Dialect, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.storage.connecting import is_away
 
@@ -24,6 +25,8 @@ from agent_gateway_store.storage.connecting import is_away
 _CLOSE_TIMEOUT_S = 1.0
 # Chosen: time for the driver to notice that its socket was closed.
 _GRACE_S = 0.25
+# Chosen: longer than the pauses of a busy gateway, and short beside the hours between its peaks.
+IDLE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class RawConnection:
 
 
 class AsyncpgPool:
-    """A few connections of asyncpg, made as they are needed and kept until `close`.
+    """A few connections of asyncpg, made as they are needed; all but one that nobody needed for a minute are closed.
 
     Args:
         engine: An engine with the driver asyncpg.
@@ -52,6 +55,10 @@ class AsyncpgPool:
         self._places = asyncio.Semaphore(size)
         self._idle: list[tuple[asyncpg.Connection, AsyncConnection]] = []
         self._is_closed = False
+        # How many were idle all the time since the last look.
+        self._unused = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._background = BackgroundTasks()
 
     @asynccontextmanager
     async def connection(self, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
@@ -105,6 +112,7 @@ class AsyncpgPool:
         while self._idle:
             # The last one used: the others may grow old and be closed by the server.
             driver, connection = self._idle.pop()
+            self._unused = min(self._unused, len(self._idle))
             if not driver.is_closed():
                 return driver, connection
             await _drop(driver, connection)
@@ -116,6 +124,18 @@ class AsyncpgPool:
             await _drop(driver, connection)
         else:
             self._idle.append((driver, connection))
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._give_back)
+
+    def _give_back(self) -> None:
+        # The last one used is at the end, and one stays for the next command.
+        count = min(self._unused, len(self._idle) - 1)
+        unused, self._idle = self._idle[: max(count, 0)], self._idle[max(count, 0) :]
+        self._unused, self._timer = len(self._idle), None
+        if unused:
+            self._background.start(_drop_all(unused))
+        if len(self._idle) > 1:
+            self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._give_back)
 
     async def _connect(self) -> tuple[asyncpg.Connection, AsyncConnection]:
         connection = await self._engine.connect()
@@ -132,13 +152,14 @@ class AsyncpgPool:
     async def close(self) -> None:
         """Close idle connections now, and those in use when they are released."""
         self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         await self._drop_idle()
+        await self._background.join()
 
     async def _drop_idle(self) -> None:
         idle, self._idle = self._idle, []
-        await close_all(driver for driver, _ in idle)
-        for driver, connection in idle:
-            await _drop(driver, connection)
+        await _drop_all(idle)
 
 
 def idle_connections(engine: AsyncEngine) -> WeakSet[asyncpg.Connection]:
@@ -161,6 +182,12 @@ async def close_all(drivers: Iterable[asyncpg.Connection]) -> None:
     """Close unused connections, all at once: a server that hangs then costs one second, and not one for each."""
     still_open = [driver for driver in drivers if not driver.is_closed()]
     await asyncio.gather(*(driver.close(timeout=_CLOSE_TIMEOUT_S) for driver in still_open), return_exceptions=True)
+
+
+async def _drop_all(idle: Sequence[tuple[asyncpg.Connection, AsyncConnection]]) -> None:
+    await close_all(driver for driver, _ in idle)
+    for driver, connection in idle:
+        await _drop(driver, connection)
 
 
 async def _drop(driver: asyncpg.Connection, connection: AsyncConnection) -> None:

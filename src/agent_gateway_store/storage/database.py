@@ -77,6 +77,12 @@ SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('sync
 """
 
 
+# A standby that has applied all it received is up to date, however long ago the last commit was, unless nobody sends.
+_REPLICA_AGE = """
+SELECT CASE WHEN NOT pg_is_in_recovery() THEN NULL
+    WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() AND EXISTS (SELECT FROM pg_stat_wal_receiver) THEN 0
+    ELSE greatest(0, extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())) END
+"""
 NO_WRITES = (
     "The database takes no writes: it is a standby, or default_transaction_read_only is on. Promote it, or name the "
     "primary in DATABASE_URL."
@@ -110,6 +116,11 @@ async def first_row(connection: AsyncConnection, statement: Executable) -> Mappi
 class Transactions(Protocol):
     """Where a service gets its transactions from: a whole database, or one session of the caller's."""
 
+    @property
+    def replica(self) -> Transactions:
+        """Where to read what may be a moment old, and decides nothing."""
+        ...
+
     def check_owner(self) -> None:
         """Raise StoreNotOpenError where these transactions cannot be used."""
         ...
@@ -127,8 +138,8 @@ class Transactions(Protocol):
         ...
 
 
-def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
-    """Return an engine for `url` (see `parse_database_url`). Nothing is connected yet.
+def create_engine(url: str | URL, *, pool_size: int = 10, reads: bool = False) -> AsyncEngine:
+    """Return an engine for `url` and `reads` (see `parse_database_url`). Nothing is connected yet.
 
     SQLite runs in WAL with synchronous=FULL, foreign keys and a busy timeout; its transactions begin IMMEDIATE unless
     marked as reading only, because one that reads first and then writes fails at once under load. PostgreSQL's
@@ -138,7 +149,7 @@ def create_engine(url: str | URL, *, pool_size: int = 10) -> AsyncEngine:
     Raises:
         InvalidUrlError: See `parse_database_url`.
     """
-    parsed, connect_args = parse_database_url(url)
+    parsed, connect_args = parse_database_url(url, reads=reads)
     if parsed.get_backend_name() == "sqlite":
         return sqlite_engine(parsed, pool_size)
     engine = create_async_engine(
@@ -182,11 +193,12 @@ def _replace_read_only(context: ExceptionContext) -> None:
         context.is_disconnect = True
 
 
-def _raw_pool_size(pool: Pool) -> int:
-    """Return the most raw connections: no more than the host allows for its own pool."""
+def _raw_pool_size(pool: Pool, *, owned: bool) -> int:
+    """Return the most raw connections: as many as our own engine has, and no more than a host allows its own."""
     if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:
         return _MOST_RAW_CONNECTIONS
-    return min(_MOST_RAW_CONNECTIONS, pool.size() + pool._max_overflow)
+    size: int = pool.size() + pool._max_overflow
+    return size if owned else min(_MOST_RAW_CONNECTIONS, size)
 
 
 class Database:
@@ -196,14 +208,23 @@ class Database:
         engine: An engine that stays the caller's, or one made from a URL that `close` disposes of.
         owned: Whether `close` disposes of it.
         url: Where the engine came from; None for the caller's.
+        replica: Where to read what may be a moment old; it is opened and closed with this one. None: here.
 
     Raises:
         TypeError: `engine` is not an AsyncEngine.
         ValueError: The store cannot do all its work on this engine: the sentence says what to give in its place.
     """
 
-    def __init__(self, engine: AsyncEngine, *, owned: bool, url: str | None = None) -> None:
+    def __init__(
+        self, engine: AsyncEngine, *, owned: bool, url: str | None = None, replica: Database | None = None
+    ) -> None:
         require_engine(engine)
+        self._read_as: str = "be read"
+        if replica is not None:
+            if replica.dialect != engine.dialect.name:
+                raise ValueError("DATABASE_READ_URL must lead to a copy of the database, of the same kind.")
+            replica._read_as = "be read at DATABASE_READ_URL"
+        self._replica = replica
         self.engine = engine
         self.owned = owned
         self.url = url
@@ -228,8 +249,15 @@ class Database:
         """True if LISTEN and NOTIFY work: on PostgreSQL, unless the URL says `listen=false` or `pgbouncer=true`."""
         return self.engine.dialect.driver == "asyncpg" and can_listen(self.url or self.engine.url)
 
+    @property
+    def replica(self) -> Database:
+        """Where to read what may be a moment old, and decides nothing: DATABASE_READ_URL, else this database."""
+        return self._replica or self
+
     def bind_to_loop(self) -> None:
         """Bind to this process and event loop; from elsewhere every use raises."""
+        if self._replica is not None:
+            self._replica.bind_to_loop()
         self._owner = (os.getpid(), asyncio.get_running_loop())
 
     @property
@@ -250,7 +278,7 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that only reads."""
-        with self._counted(), translate_errors("be read"):
+        with self._counted(), translate_errors(self._read_as):
             async with self._reader.connect() as connection:
                 yield connection
 
@@ -276,8 +304,8 @@ class Database:
                 yield sql_connection
             return
         if self._raw_pool is None:
-            self._raw_pool = AsyncpgPool(self.engine, size=_raw_pool_size(self.engine.pool))
-        doing = "be read" if access == "read" else "be written"
+            self._raw_pool = AsyncpgPool(self.engine, size=_raw_pool_size(self.engine.pool, owned=self.owned))
+        doing = self._read_as if access == "read" else "be written"
         with self._counted(), translate_errors(doing):
             async with self._raw_pool.connection(_COMMAND_TIMEOUT_S) as driver:
                 connection = RawConnection(driver, self.engine.dialect)
@@ -296,7 +324,7 @@ class Database:
         """
         task = asyncio.current_task()
         cancelled_before = task.cancelling() if task else 0
-        with self._counted(), translate_errors("be read"):
+        with self._counted(), translate_errors(self._read_as):
             async with self._reader.connect() as connection:
                 try:
                     yield (await connection.get_raw_connection()).driver_connection
@@ -324,6 +352,18 @@ class Database:
             elif (await connection.exec_driver_sql("SHOW transaction_read_only")).scalar() == "on":
                 raise StoreUnavailableError(NO_WRITES)
 
+    async def replica_age_s(self) -> float | None:
+        """Return how many seconds old, at most, what this server shows is; None: it is no standby.
+
+        Raises:
+            StoreUnavailableError: It does not answer.
+        """
+        if self.dialect == "sqlite":
+            return None
+        async with self.read() as connection:
+            age = (await connection.exec_driver_sql(_REPLICA_AGE)).scalar()
+        return None if age is None else float(age)
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         self.check_owner()
@@ -338,6 +378,8 @@ class Database:
 
         Safe to call twice. It waits five seconds at most for those under way.
         """
+        if self._replica is not None:
+            await self._replica.close()
         self._owner = None
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_TRANSACTIONS_S):
@@ -376,6 +418,11 @@ class SessionTransactions:
     def __init__(self, session: AsyncSession, model: type, *, atomic: bool = False) -> None:
         require_session(session, model, atomic=atomic)
         self._session, self._model, self._atomic = session, model, atomic
+
+    @property
+    def replica(self) -> SessionTransactions:
+        """Itself: a session reads where it is."""
+        return self
 
     def check_owner(self) -> None:
         """Return: where a session can be used is for its owner to know."""

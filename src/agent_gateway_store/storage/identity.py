@@ -27,6 +27,15 @@ async def read_identity(engine: AsyncEngine) -> str:
             return known((await connection.execute(IDENTITY)).scalar())
 
 
+async def is_standby(engine: AsyncEngine) -> bool:
+    """Return True if PostgreSQL answers from a standby."""
+    if engine.dialect.name != "postgresql":
+        return False
+    with translate_errors("be read"):
+        async with reader_of(engine).connect() as connection:
+            return bool((await connection.exec_driver_sql("SELECT pg_is_in_recovery()")).scalar())
+
+
 def known(identity: str | None) -> str:
     """Return `identity`.
 

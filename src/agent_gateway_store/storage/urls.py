@@ -61,7 +61,7 @@ _SQLITE: dict[str, tuple[str, ...]] = {
 }
 
 
-def parse_database_url(text: str | URL) -> tuple[URL, dict[str, Any]]:
+def parse_database_url(text: str | URL, *, reads: bool = False) -> tuple[URL, dict[str, Any]]:
     """Return the SQLAlchemy URL with our async driver, and the driver's connect arguments.
 
     Takes `postgresql://`, `postgres://` and `sqlite:///` (or `sqlite:///file:name?mode=ro&uri=true`); of libpq several
@@ -69,6 +69,11 @@ def parse_database_url(text: str | URL) -> tuple[URL, dict[str, Any]]:
     `connect_timeout` (seconds) and `application_name`; `pgbouncer=true` for PgBouncer in transaction mode, which
     switches the caching of prepared statements off and makes their names unique; and `listen=false` where there is no
     LISTEN and NOTIFY.
+
+    Args:
+        text: The URL.
+        reads: It is only read there: without `target_session_attrs` a standby is right, of several hosts the first
+            standby that answers, else the primary.
 
     Raises:
         InvalidUrlError: The text is not a URL, names a database that is not supported, or has a parameter or a value
@@ -88,7 +93,7 @@ def parse_database_url(text: str | URL) -> tuple[URL, dict[str, Any]]:
             raise InvalidUrlError(_NO_HOST)
         _require_sqlite(url)
         return url, {}
-    return _postgresql(url, several[2].split(",") if several else [])
+    return _postgresql(url, several[2].split(",") if several else [], reads=reads)
 
 
 def can_listen(url: str | URL) -> bool:
@@ -172,7 +177,7 @@ def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-def _postgresql(url: URL, named: list[str]) -> tuple[URL, dict[str, Any]]:
+def _postgresql(url: URL, named: list[str], *, reads: bool) -> tuple[URL, dict[str, Any]]:
     query = dict(url.query)
     options: dict[str, Any] = {}
     text = _values(url, _POSTGRESQL, repeated=("host", "port"))
@@ -181,9 +186,11 @@ def _postgresql(url: URL, named: list[str]) -> tuple[URL, dict[str, Any]]:
         # For people; what is connected to are the options.
         url = url.set(host=servers[0][0], port=servers[0][1])
         text = {name: value for name, value in text.items() if name not in ("host", "port")}
-        # A standby first in the list is no place to write, and everything here is written.
-        query.setdefault("target_session_attrs", "read-write")
-        text.setdefault("target_session_attrs", "read-write")
+    # A standby first in the list is no place to write.
+    target = ("prefer-standby" if servers else "any") if reads else "read-write" if servers else None
+    if target is not None:
+        query.setdefault("target_session_attrs", target)
+        text.setdefault("target_session_attrs", target)
     tls = {name: text.pop(name, None) for name in ("sslmode", "sslrootcert", "sslcert", "sslkey")}
     if any(tls.values()):
         options["ssl"] = _tls(**tls)

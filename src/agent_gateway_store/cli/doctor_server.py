@@ -1,0 +1,133 @@
+"""What `doctor` says of a database that answers: whether it takes an event, its statistics, its clock, its replica."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from agent_gateway_store.cli.errors import ExitCode
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from agent_gateway_store.cli.doctor import Report
+    from agent_gateway_store.settings import StoreSettings
+
+# Chosen: NTP keeps machines within milliseconds, and deadlines of approvals are minutes.
+_CLOCK_S = 5.0
+# Chosen: what a person still takes for the present. A replica that lags for longer does not catch up by itself.
+_LAG_S = 60.0
+# A table below a megabyte is read within milliseconds, whatever the plan is.
+_NEVER_ANALYSED = """
+SELECT relname FROM pg_class
+WHERE oid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'), to_regclass('approval_requests'),
+        to_regclass('notification_deliveries')])
+    AND pg_relation_size(oid) > 1048576
+    AND NOT EXISTS (SELECT FROM pg_statistic WHERE starelid = pg_class.oid)
+"""
+
+
+async def check_server(report: Report, engine: AsyncEngine, settings: StoreSettings) -> None:
+    """Note what somebody must act on; changes nothing."""
+    facts = report.facts["database"]
+    async with report.noting_errors():
+        await _check_clock(report, facts, engine)
+    async with report.noting_errors():
+        await _check_insert(report, facts, engine)
+    if engine.dialect.name == "postgresql":
+        async with report.noting_errors():
+            await _check_statistics(report, facts, engine)
+    if settings.database_read_url:
+        await _check_replica(report, settings.database_read_url, facts["identity"])
+
+
+async def _check_clock(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    """Compare the clocks; half of what the answer took may be wrong."""
+    from sqlalchemy import select
+
+    from agent_gateway_store.clock import utc_now
+    from agent_gateway_store.storage.database import db_now
+    from agent_gateway_store.storage.errors import translate_errors
+
+    with translate_errors("be examined"):
+        async with engine.connect() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+            before = utc_now()
+            there = (await connection.execute(select(db_now()))).scalar_one()
+    took = utc_now() - before
+    apart_s = facts["clock_difference_s"] = round((there - before - took / 2).total_seconds(), 3)
+    if abs(apart_s) > _CLOCK_S:
+        report.problem(
+            f"The clocks of this machine and of the database are {abs(apart_s):g} seconds apart: set them by NTP. "
+            "Events are stamped by the one, and deadlines of approvals are judged by the other.",
+            ExitCode.ERROR,
+        )
+
+
+async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    """Insert an event and roll it back: a trigger, a right or a constraint may refuse what the schema allows."""
+    from agent_gateway_store._text import escape
+    from agent_gateway_store.audit.doors import write_door
+    from agent_gateway_store.evidence.sealer import may_not_write
+    from agent_gateway_store.storage.errors import is_outage, sqlstate_of, translate_errors
+
+    facts["takes_events"] = False
+    with translate_errors("be examined"):
+        async with engine.connect() as connection:
+            try:
+                await write_door(connection, "doctor", {}, by="doctor", environment="doctor", why="Rolled back.")
+                facts["takes_events"] = True
+            except Exception as exc:
+                if may_not_write(exc):
+                    # A role of an auditor, or a server that reads only, of which more is said elsewhere.
+                    report.warning("This role may not add audit events: run doctor as the gateway's role, too.")
+                elif is_outage(exc) and sqlstate_of(exc) is None:
+                    raise
+                else:
+                    reason = escape(str(getattr(exc, "orig", None) or exc).splitlines()[0])
+                    report.problem(
+                        f"The database refuses audit events ({reason}): find the trigger or constraint on audit_events "
+                        "that does so, and drop it. Until then events go to the quarantine of the spool.",
+                        ExitCode.ERROR,
+                    )
+            finally:
+                await connection.rollback()
+
+
+async def _check_statistics(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    from agent_gateway_store.storage.errors import translate_errors
+
+    with translate_errors("be examined"):
+        async with engine.connect() as connection:
+            found = (await connection.exec_driver_sql(_NEVER_ANALYSED)).scalars().all()
+    facts["never_analysed"] = sorted(found)
+    if found:
+        report.problem(
+            f"PostgreSQL has no statistics of {', '.join(sorted(found))}, as after a restore, and plans badly: run "
+            "`ANALYZE` there, and see that autovacuum is on.",
+            ExitCode.ERROR,
+        )
+
+
+async def _check_replica(report: Report, url: str, identity: str) -> None:
+    from agent_gateway_store.settings import mask_url
+    from agent_gateway_store.storage.database import Database, create_engine
+    from agent_gateway_store.storage.identity import read_identity
+
+    facts = report.facts["replica"] = {"url": mask_url(url), "reachable": False}
+    async with report.noting_errors():
+        database = Database(create_engine(url, reads=True), owned=True)
+        database.bind_to_loop()
+        try:
+            found = await read_identity(database.engine)
+            age_s = await database.replica_age_s()
+        finally:
+            await database.close()
+        facts |= {"reachable": True, "is_standby": age_s is not None, "age_s": age_s}
+        if found != identity:
+            report.problem("DATABASE_READ_URL leads to another database: name a replica of this one.", ExitCode.ERROR)
+        elif age_s is not None and age_s > _LAG_S:
+            report.problem(
+                f"The replica of DATABASE_READ_URL is {age_s:.0f} seconds behind: look at pg_stat_replication on the "
+                "primary, and at long reads on the replica.",
+                ExitCode.ERROR,
+            )
