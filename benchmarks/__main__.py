@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     approvals,
     audit_writes,
     building,
+    calls,
     deliveries,
     evidence,
     exports,
@@ -57,6 +58,9 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
     if "approvals" in arguments.only:
         with servers.RedisServer() as redis:
             figures += asyncio.run(approvals.measure(url, redis.url, repeat=repeat, scale=scale))
+    if "calls" in arguments.only:
+        with servers.RedisServer() as redis:
+            figures += asyncio.run(calls.measure(url, redis.url, repeat=repeat, scale=scale))
     if arguments.hangar:
         figures += asyncio.run(approvals.measure_peer(url, arguments.hangar, repeat=repeat, scale=scale))
     if "deliveries" in arguments.only:
@@ -87,6 +91,7 @@ def main() -> None:
         "audit",
         "sqlite",
         "approvals",
+        "calls",
         "deliveries",
         "keys",
         "queries",
