@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     approvals,
     audit_writes,
     building,
+    calls,
     console,
     deliveries,
     evidence,
@@ -58,6 +59,9 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
     if "approvals" in arguments.only:
         with servers.RedisServer() as redis:
             figures += asyncio.run(approvals.measure(url, redis.url, repeat=repeat, scale=scale))
+    if "calls" in arguments.only:
+        with servers.RedisServer() as redis:
+            figures += asyncio.run(calls.measure(url, redis.url, repeat=repeat, scale=scale))
     if arguments.hangar:
         figures += asyncio.run(approvals.measure_peer(url, arguments.hangar, repeat=repeat, scale=scale))
     if "deliveries" in arguments.only:
@@ -91,6 +95,7 @@ def main() -> None:
         "audit",
         "sqlite",
         "approvals",
+        "calls",
         "deliveries",
         "keys",
         "queries",

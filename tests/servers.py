@@ -103,7 +103,7 @@ def _wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> bool:
     return met
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a free port below those that outgoing connections use, so that a restart finds it free again."""
     while True:
         port = 20000 + secrets.randbelow(12000)
@@ -223,7 +223,7 @@ class _Server:
         self._guard = subprocess.Popen(guard, env=_ENVIRONMENT, **options)
         self.folder = Path(work)
         self._prepare(self.folder)
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         return self.folder
 
     def _spawn(self, work: Path) -> None:

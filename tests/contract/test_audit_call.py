@@ -73,11 +73,17 @@ async def test_a_call_leaves_one_event(store: GatewayStore) -> None:
     }
 
 
+# As frameworks raise it for a tool that took too long.
+LATE = Broken("late")
+LATE.__cause__ = TimeoutError()
+
+
 @pytest.mark.parametrize(
     ("raised", "status"),
     [
         (Broken("no"), "TOOL_ERROR"),
         (TimeoutError(), "TIMEOUT"),
+        (LATE, "TIMEOUT"),
         (asyncio.CancelledError(), "CANCELLED"),
     ],
     ids=lambda each: type(each).__name__,

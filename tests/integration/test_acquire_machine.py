@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -74,7 +75,7 @@ class Acquiring(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.known: list[Approval] = []
         self.url = type(self).database_url()
-        self.caller = uuid4().hex
+        self.callers = [uuid4().hex, uuid4().hex]
         self.stores = [self._open(), self._open()]
 
     def _open(self) -> GatewayStore:
@@ -90,22 +91,23 @@ class Acquiring(RuleBasedStateMachine):
 
     @rule(
         which=st.integers(0, 1),
+        caller=st.sampled_from([0, 0, 1]),
         call=st.integers(0, 1),
         bind=st.sampled_from(["", "session"]),
         needed=st.sampled_from([1, 1, 1, 2]),
         shown=st.sampled_from([0, 0, 0, 1]),
     )
-    def acquire(self, which: int, call: int, bind: str, needed: int, shown: int) -> None:
+    def acquire(self, which: int, caller: int, call: int, bind: str, needed: int, shown: int) -> None:
         request = ApprovalRequest(
             request_id=uuid4().hex,
-            caller_id=self.caller,
+            caller_id=self.callers[caller],
             tool_call=CALLS[call].model_copy(update={"arguments": SHOWN[shown]}),
             risk_explanation="why",
             required_approvals=needed,
         )
         approvals = self.stores[which].approvals
         result: ApprovalResult = self.runner.run(approvals.acquire(request, call=CALLS[call], bind=bind))
-        mine = [one for one in self.known if one.key == (call, bind)]
+        mine = [one for one in self.known if one.key == (caller, call, bind)]
         standing = next((one for one in mine if one.status in ("PENDING", "APPROVED")), None)
         fits = standing is not None and needed <= standing.needed and shown == standing.shown
         denied = [one for one in mine if one.stored == "DENIED" and clock.offset() - one.decided < DENIAL]
@@ -124,7 +126,7 @@ class Acquiring(RuleBasedStateMachine):
             used = [one for one in mine if one.stored == "USED"]
             is_unknown = bool(used) and used[-1].outcome is None
             deadline = clock.offset() + DECIDE
-            new = Approval((call, bind), result.approval_id, needed, shown, "unknown" * is_unknown, deadline)
+            new = Approval((caller, call, bind), result.approval_id, needed, shown, "unknown" * is_unknown, deadline)
             self.known.append(new)
 
     @precondition(lambda self: self.known)
@@ -198,8 +200,8 @@ class Acquiring(RuleBasedStateMachine):
 @pytest.mark.parametrize(
     ("backend", "examples", "length"),
     [
-        ("sqlite", 4, 60),
-        ("postgres", 4, 60),
+        ("sqlite", 3, 40),
+        ("postgres", 3, 40),
         pytest.param("sqlite", 60, 200, marks=pytest.mark.slow),
         pytest.param("postgres", 60, 200, marks=pytest.mark.slow),
     ],
@@ -242,9 +244,9 @@ asyncio.run(serve(sys.argv[1]))
 """
 
 
-def wanted(number: int) -> ApprovalRequest:
+def wanted(number: int, caller_id: str = "dev-agent") -> ApprovalRequest:
     call = ToolCall(server="files", tool="delete_file", arguments={"number": number})
-    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=call, risk_explanation="deletes")
+    return ApprovalRequest(request_id=uuid4().hex, caller_id=caller_id, tool_call=call, risk_explanation="deletes")
 
 
 async def crowd(store: GatewayStore, number: int, callers: int) -> list[str]:
@@ -272,6 +274,35 @@ def judge(asked: ApprovalResult, answers: list[str]) -> None:
 async def ask_and_approve(store: GatewayStore, number: int) -> ApprovalResult:
     asked = await store.approvals.acquire(wanted(number))
     return await store.approvals.approve(approval_id=asked.approval_id, approver_id="approver-1")
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(1_000, marks=pytest.mark.slow)])
+async def test_no_release_goes_to_the_wrong_agent(
+    migrated_postgres_database: Callable[[], str], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two agents ask for the same call and for different ones, in every order, while a human decides about some."""
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+    order = Random(16)
+    async with GatewayStore(migrated_postgres_database(), redis_url="") as store:
+        for number in range(rounds):
+            agents = [f"agent-{number}-{each}" for each in "ab"]
+            # Numbers 0 and 1 are wanted by both, 2 and 3 by one each.
+            wants = [(agents[0], 0), (agents[0], 1), (agents[0], 2), (agents[1], 0), (agents[1], 1), (agents[1], 3)]
+            asked = {want: await store.approvals.acquire(wanted(want[1], want[0])) for want in wants}
+            approved = {want for want in wants if order.random() < 0.5}
+
+            async def decide(want: tuple[str, int], asked: dict[Any, ApprovalResult] = asked) -> None:
+                await store.approvals.approve(approval_id=asked[want].approval_id, approver_id="alice")
+
+            async def run(want: tuple[str, int]) -> tuple[tuple[str, int], ApprovalResult]:
+                return want, await store.approvals.acquire(wanted(want[1], want[0]))
+
+            steps: list[Any] = [decide(want) for want in approved] + [run(want) for want in wants * 2]
+            order.shuffle(steps)
+            answers = [each for each in await asyncio.gather(*steps) if each is not None]
+            answers += [await run(want) for want in wants]
+            released = [(want, result.approval_id) for want, result in answers if result.status == "USED"]
+            assert sorted(released) == sorted((want, asked[want].approval_id) for want in approved)
 
 
 @pytest.mark.parametrize(("approvals", "callers"), SIZES)

@@ -21,7 +21,7 @@ from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, WriteOu
 from agent_gateway_store.errors import ApprovalAlreadyUsedError
 from builders import make_event
 from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty, stored_ids
-from servers import PostgresServer, _free_port
+from servers import PostgresServer, free_port
 from tampering import OFF
 
 pytestmark = pytest.mark.system
@@ -47,7 +47,7 @@ class PgBouncer:
     """A PgBouncer of our own with three server connections for everybody."""
 
     def __init__(self, database: PostgresServer) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="ags-bouncer-", dir="/tmp"))
         self._folder.chmod(0o755)
         self._settings = self._folder / "pgbouncer.ini"

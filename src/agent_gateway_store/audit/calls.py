@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import UUID, uuid4
 
+import anyio
 from sqlalchemy import Integer, bindparam, exists, literal_column, select
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
@@ -89,6 +91,8 @@ async def recorded(
         AuditUnavailableError: The intent could not be stored; the call must not run.
     """
     if event.approval_id is not None:
+        # Before the body, though the call waits for it: what the tool may change in the database is no more what was
+        # decided, and an intent holds it too.
         # An approval of another store, or a database that is away: the event says less, and the call runs.
         with suppress(GatewayStoreError):
             event.extra = {"approval_sha256": await hash_approval(event.approval_id)} | event.extra
@@ -102,7 +106,7 @@ async def recorded(
     try:
         yield event
     except BaseException as exc:
-        status = _status_of(exc)
+        status = status_of(exc)
         raise
     finally:
         # A call that the policy stopped has no status, even if its refusal was raised here.
@@ -113,10 +117,18 @@ async def recorded(
         await write(event)
 
 
-def _status_of(exc: BaseException) -> ExecutionStatus:
-    if isinstance(exc, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
+def status_of(exc: BaseException) -> ExecutionStatus:
+    """Return how a call ended whose body raised `exc`."""
+    task = asyncio.current_task()
+    # A tool that is cancelled may raise an error of its own while it ends.
+    is_cancelled = anyio.current_effective_deadline() == -math.inf or (task is not None and task.cancelling() > 0)
+    if is_cancelled or isinstance(exc, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
         return ExecutionStatus.CANCELLED
-    return ExecutionStatus.TIMEOUT if isinstance(exc, TimeoutError) else ExecutionStatus.TOOL_ERROR
+    # Frameworks raise an error of their own for a tool that takes too long, with the TimeoutError as its cause.
+    seen: BaseException | None = exc
+    while seen is not None and not isinstance(seen, TimeoutError):
+        seen = seen.__cause__ or seen.__context__
+    return ExecutionStatus.TOOL_ERROR if seen is None else ExecutionStatus.TIMEOUT
 
 
 def orphans(shape: Shape, *, limit: int) -> Statement:

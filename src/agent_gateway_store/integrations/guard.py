@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, NoReturn, TypeVar
 from uuid import uuid4
 
@@ -50,6 +51,16 @@ class Verdict(FrozenModel):
     risk_labels: tuple[str, ...] = ()
     policy_version: str | None = None
     required_approvals: int = Field(default=1, ge=1)
+
+    @property
+    def event_fields(self) -> dict[str, Any]:
+        """What the event of the call says of it."""
+        return {
+            "rule": self.rule,
+            "risk_score": self.risk_score,
+            "risk_labels": list(self.risk_labels),
+            "policy_version": self.policy_version,
+        }
 
 
 Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
@@ -149,6 +160,50 @@ class CallGuard:
         """Run `tool` once if `call` may run, and return or raise what comes of it; all else as `release`."""
         return await (await self.release(call, caller, bind=bind, **fields)).run(tool)
 
+    async def ask(
+        self, call: ToolCall, caller: CallerIdentity, *, request_id: str, bind: str = ""
+    ) -> ApprovalRequest | None:
+        """Ask a human ahead of the call, and use nothing up; asked again, return where that question stands.
+
+        Args:
+            call: As it will run.
+            caller: Who will make it.
+            request_id: Names the question, in this process and in others.
+            bind: As for `store.approvals.acquire`.
+
+        Returns:
+            The approval; None if no human decides about this call.
+
+        Raises:
+            CallRefusedError: The policy failed, or the store does not answer.
+        """
+        store = self._store.for_org(caller.org_id)
+        event = {"request_id": request_id, "sanitize": self._sanitize}
+        try:
+            found = await store.approvals.search(request_id=request_id, caller_id=caller.caller_id)
+            if found:
+                return found[0]
+            verdict = await self._judge(store, call, caller, event)
+            if verdict.decision != Decision.APPROVAL_REQUIRED:
+                return None
+            event |= verdict.event_fields
+            try:
+                acquired = await self._acquire(store, call, caller, verdict, bind, event, wait_s=0)
+            except CallPendingError as exc:
+                acquired = exc.approval
+            return await store.approvals.get(approval_id=acquired.approval_id)
+        except GatewayStoreError as exc:
+            _logger.error("%s: %s", type(exc).__name__, exc)
+            raise CallRefusedError(str(exc) if isinstance(exc, ApprovalError) else AWAY) from exc
+
+    async def refuse(self, call: ToolCall, caller: CallerIdentity, decided: ApprovalRequest) -> str:
+        """Record that `decided` does not release the call, and return the sentence that says so."""
+        store, text = self._store.for_org(caller.org_id), refusal_text(decided)
+        event = {"rule": "gateway.not_approved", "sanitize": self._sanitize, "approver_id": decided.approver_id}
+        with suppress(CallRefusedError):
+            await self._refuse(store, call, caller, text, event)
+        return text
+
     async def release(self, call: ToolCall, caller: CallerIdentity, *, bind: str = "", **fields: Any) -> ReleasedCall:
         """Return the call if it may run, for a framework that asks before it calls: run it at once, or it is spent.
 
@@ -165,17 +220,12 @@ class CallGuard:
         store = self._store.for_org(caller.org_id)
         event = {"request_id": uuid4().hex, "sanitize": self._sanitize, **fields}
         verdict = await self._judge(store, call, caller, event)
-        event |= {
-            "rule": verdict.rule,
-            "risk_score": verdict.risk_score,
-            "risk_labels": list(verdict.risk_labels),
-            "policy_version": verdict.policy_version,
-        }
+        event |= verdict.event_fields
         try:
             if verdict.decision == Decision.DENY:
                 await self._refuse(store, call, caller, verdict.reason, event)
             if verdict.decision == Decision.APPROVAL_REQUIRED:
-                acquired = await self._acquire(store, call, caller, verdict, bind, event)
+                acquired = await self._acquire(store, call, caller, verdict, bind, event, wait_s=self._approval_wait_s)
                 event |= {"approval_id": acquired.approval_id, "approver_id": acquired.approver_id}
             elif store.settings.audit_mode == "strict":
                 await store.ping()
@@ -208,6 +258,8 @@ class CallGuard:
         verdict: Verdict,
         bind: str,
         event: dict[str, Any],
+        *,
+        wait_s: float,
     ) -> ApprovalResult:
         request = ApprovalRequest(
             request_id=event["request_id"],
@@ -218,7 +270,7 @@ class CallGuard:
             required_approvals=verdict.required_approvals,
         )
         try:
-            acquired = await acquire(store.approvals, request, call=call, bind=bind, wait_s=self._approval_wait_s)
+            acquired = await acquire(store.approvals, request, call=call, bind=bind, wait_s=wait_s)
         except CallPendingError as exc:
             if exc.is_first:
                 decision, text = Decision.APPROVAL_REQUIRED, str(exc)

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal
+from hashlib import sha256
+from itertools import count
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from cachetools import TTLCache
 
 from agent_gateway_store.errors import MissingExtraError
-from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict, approval_of
+from agent_gateway_store.integrations.guard import (
+    CallGuard,
+    CallPendingError,
+    CallRefusedError,
+    ReleasedCall,
+    Verdict,
+    approval_of,
+)
+from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
@@ -20,6 +33,32 @@ except ImportError as exc:
     raise MissingExtraError("agent_gateway_store.integrations.langchain", extra="langchain") from exc
 
 __all__ = ["CallGuard", "GatewayMiddleware", "Verdict", "resume"]
+
+
+T = TypeVar("T")
+
+# The graph is invoked right after the answer; a model may be asked before the tool runs.
+_RELEASED_S = 60.0
+# Chosen: far more calls than one process releases side by side. One that falls out is asked for anew.
+_RELEASED_CALLS = 10_000
+
+
+class _Action(NamedTuple):
+    call: ToolCall
+    bind: str
+    approval: ApprovalRequest | None
+    refusal: str = ""
+
+
+def _actions(value: Any) -> list[Mapping[str, Any]]:
+    """Return the actions that an interrupt asks about, of both forms of `HumanInTheLoopMiddleware`."""
+    if not isinstance(value, Mapping):
+        return []
+    return [value] if value.get("type") == "tool_approval" else list(value.get("action_requests", ()))
+
+
+def _key(call: ToolCall, caller: CallerIdentity) -> str:
+    return json.dumps([caller.org_id, caller.caller_id, call.model_dump()], sort_keys=True, default=str)
 
 
 class GatewayMiddleware(AgentMiddleware[Any, Any]):
@@ -49,25 +88,97 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
             raise ValueError(f'on_pending must be "interrupt" or "return", not {on_pending!r}.')
         self._guard, self._identify, self._server = guard, identify, server
         self._interrupts = on_pending == "interrupt"
+        self._released: TTLCache[str, list[ReleasedCall]] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
 
     async def awrap_tool_call(
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]]
     ) -> ToolMessage | Command[Any]:
         """Run one tool call, or answer why it does not run."""
         asked = request.tool_call
-        call = ToolCall(server=self._server, tool=asked["name"], arguments=asked["args"])
-        caller = self._identify(request)
+        try:
+            return await self.run(asked["name"], asked["args"], self._identify(request), lambda: handler(request))
+        except (CallPendingError, CallRefusedError) as exc:
+            return _error(str(exc), request)
+
+    async def run(
+        self, tool: str, arguments: dict[str, Any], caller: CallerIdentity, body: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Run `body` as one call, in any node of a graph; it may run again from its top, and finds what it asked.
+
+        Raises:
+            CallPendingError: It waits for a human, and `on_pending` is "return".
+            CallRefusedError: It must not run.
+        """
+        call = ToolCall(server=self._server, tool=tool, arguments=arguments)
+        released = self._released.get(_key(call, caller))
+        if released:
+            return await released.pop(0).run(body)
         while True:
             try:
-                return await self._guard.run(call, caller, lambda: handler(request))
+                return await self._guard.run(call, caller, body)
             except CallPendingError as exc:
                 if not self._interrupts:
-                    return _error(str(exc), request)
+                    raise
                 # It raises, and the node runs again from its top. Resumed before the decision, it returns instead, and
                 # the call is asked for once more.
                 interrupt({**exc.facts, "tool": call.tool})
+
+    async def answer(self, state: Mapping[str, Any], caller: CallerIdentity) -> Command[Any] | None:
+        """Answer the interrupts of `HumanInTheLoopMiddleware`, or of that form, by what humans decide in the store.
+
+        Each action is asked for once, in whatever process. No approval is used up while one is undecided. Invoke the
+        graph by the command at once, in this process: what is approved runs by this middleware, which records it. A
+        node of your own runs it by `run`.
+
+        Args:
+            state: What `ainvoke` returned, with its interrupts. Those of another form are left.
+            caller: Who makes the calls.
+
+        Returns:
+            The command by which the graph goes on; None while an action waits for a human.
+        """
+        asked = [each for each in state.get("__interrupt__", ()) if _actions(each.value)]
+        decided: dict[str, list[_Action]] = {
+            each.id: [await self._ask(each.id, n, action, caller) for n, action in enumerate(_actions(each.value))]
+            for each in asked
+        }
+        actions = [action for several in decided.values() for action in several]
+        if not actions or any(a.approval and a.approval.status is ApprovalStatus.PENDING for a in actions):
+            return None
+        answers: dict[str, Any] = {}
+        for each in asked:
+            said = [await self._decide(action, caller) for action in decided[each.id]]
+            answers[each.id] = {"decisions": said} if "action_requests" in each.value else said[0]
+        return Command(resume=answers)
+
+    async def _ask(self, interrupt_id: str, n: int, action: Mapping[str, Any], caller: CallerIdentity) -> _Action:
+        call = ToolCall(server=self._server, tool=action["name"], arguments=action["args"])
+        # LangGraph gives two interrupts of one task, one after the other, the same id.
+        bind = sha256(
+            json.dumps([interrupt_id, n, call.model_dump()], sort_keys=True, default=str).encode()
+        ).hexdigest()
+        for attempt in count():
+            try:
+                approval = await self._guard.ask(call, caller, request_id=f"{bind[:32]}-{attempt}", bind=bind)
             except CallRefusedError as exc:
-                return _error(str(exc), request)
+                return _Action(call, bind, None, str(exc))
+            # Used up by an answer that the graph never got: never twice, so a human is asked again.
+            if approval is None or approval.status is not ApprovalStatus.USED:
+                break
+        return _Action(call, bind, approval)
+
+    async def _decide(self, action: _Action, caller: CallerIdentity) -> dict[str, Any]:
+        """Release one action, or refuse it; all of its interrupt are decided."""
+        text, approval = action.refusal, action.approval
+        try:
+            if approval is not None and approval.status is not ApprovalStatus.APPROVED:
+                text = await self._guard.refuse(action.call, caller, approval)
+            elif not text:
+                released = await self._guard.release(action.call, caller, bind=action.bind)
+                self._released.setdefault(_key(action.call, caller), []).append(released)
+        except (CallPendingError, CallRefusedError) as exc:
+            text = str(exc)
+        return {"type": "reject", "message": text} if text else {"type": "approve"}
 
 
 def _error(text: str, request: ToolCallRequest) -> ToolMessage:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
-import anyio
 from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
 from fastmcp.server.dependencies import get_http_request
 from fastmcp.server.middleware import CallNext, MiddlewareContext
 from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 
-from agent_gateway_store.audit.calls import HIDDEN, argument_names
+from agent_gateway_store.audit.calls import HIDDEN, argument_names, status_of
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastmcp.asking import acquire, ask, note_outcome, pending_answer
@@ -250,7 +247,7 @@ class GatewayMiddleware(PinningMiddleware):
             elif isinstance(exc, NotFoundError | DisabledError) and not pins.has_begun:
                 record.refused("unknown_tool", "There is no such tool.")
             else:
-                record.execution_status = _status_of(exc)
+                record.execution_status = status_of(exc)
             raise
         finally:
             if approval_id is not None and is_end_known:
@@ -274,22 +271,3 @@ def _copy(call: ToolCall) -> ToolCall:
 
 def _own_name(context: MiddlewareContext[Any]) -> str:
     return context.fastmcp_context.fastmcp.name if context.fastmcp_context is not None else "unknown"
-
-
-def _status_of(exc: BaseException) -> ExecutionStatus:
-    """Return how a call ended whose tool raised `exc`."""
-    task = asyncio.current_task()
-    # A tool that is cancelled may raise an error of its own while it ends.
-    is_cancelled = anyio.current_effective_deadline() == -math.inf or (task is not None and task.cancelling() > 0)
-    if is_cancelled or isinstance(exc, asyncio.CancelledError | KeyboardInterrupt):
-        return ExecutionStatus.CANCELLED
-    return ExecutionStatus.TIMEOUT if _is_timeout(exc) else ExecutionStatus.TOOL_ERROR
-
-
-def _is_timeout(exc: BaseException) -> bool:
-    """Return True for the error of a tool that took longer than its `timeout`."""
-    # FastMCP raises an error of its own, with the TimeoutError as its cause.
-    seen: BaseException | None = exc
-    while seen is not None and not isinstance(seen, TimeoutError):
-        seen = seen.__cause__ or seen.__context__
-    return seen is not None
