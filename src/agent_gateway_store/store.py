@@ -21,7 +21,7 @@ from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.audit.backends import sink_for
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
-from agent_gateway_store.audit.metrics import observe
+from agent_gateway_store.audit.outcomes import observe
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox

@@ -194,7 +194,7 @@ async def record_notices(store: GatewayStore) -> None:
 
 async def test_cursors_from_before_a_restore_are_refused(store: GatewayStore) -> None:
     """Those of every listing; those that come after it work."""
-    from agent_gateway_store.audit.restored import renew_identity
+    from agent_gateway_store.audit.doors import renew_identity
     from builders import make_event
 
     await filled(store)

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from agent_gateway_store import AuditEvent, GatewayStore, errors
-from agent_gateway_store.audit.restored import renew_identity
+from agent_gateway_store.audit.doors import renew_identity
 from agent_gateway_store.storage.pagination import decode, encode
 from builders import make_event
 from tampering import tamper

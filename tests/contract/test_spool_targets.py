@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import make_url
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
+from agent_gateway_store.audit.doors import renew_identity
 from agent_gateway_store.audit.record import encode_event, to_values
-from agent_gateway_store.audit.restored import renew_identity
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, SchemaOutOfDateError
 from builders import make_event, rehash

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from agent_gateway_store import AuditEvent, ExecutionStatus, GatewayStore, SyncGatewayStore
-from agent_gateway_store.audit.stats import GROUPS
+from agent_gateway_store.audit.selects import GROUPS
 from agent_gateway_store.results import Stats
 from builders import make_event
 

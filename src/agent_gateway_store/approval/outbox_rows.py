@@ -34,8 +34,7 @@ from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.db_clock import clock_sql
 from agent_gateway_store.storage.pubsub import NOTIFY_SQL
-from agent_gateway_store.storage.rows import RowsParameter
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import RowsParameter, Statement
 
 _deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
 _PENDING = ApprovalStatus.PENDING

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from agent_gateway_store.errors import ArchiveError
-from agent_gateway_store.storage.permissions import create_file, create_folder
+from agent_gateway_store.storage.files import create_file, create_folder
 
 NAME = "manifest.jsonl"
 SCHEMA_VERSION = 1

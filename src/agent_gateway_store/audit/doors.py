@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, and_, or_, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import ColumnElement, and_, func, insert, or_, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.audit.backends import insert_event, table
 from agent_gateway_store.audit.record import encode_event, key_of
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
+from agent_gateway_store.models.evidence import AuditCheckpoint, identity_table
+from agent_gateway_store.models.retention import AuditPrune
+from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.identity import IDENTITY
 
 DOOR_SERVER = "gateway-store"
 """`mcp_server` of these events."""
@@ -68,3 +72,58 @@ async def write_door(
     stored, org = key_of(row)
     found = select(table.c.id).where(table.c.request_id == stored, table.c.org_id == org)
     return int((await connection.execute(found)).scalar_one())
+
+
+_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
+_LAST_CHECKPOINT = (
+    select(_checkpoints.c.origin, _checkpoints.c.size, _checkpoints.c.root_hash)
+    .order_by(_checkpoints.c.size.desc())
+    .limit(1)
+)
+
+
+async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> dict[str, str | int | None]:
+    """Give the database a new identity, and write an audit event that says so, in one transaction.
+
+    PostgreSQL then reads the statistics that it plans by, which a dump does not hold (`ANALYZE`).
+
+    Every event that is there becomes history for followers: it is read from the beginning and is never new, whatever
+    its transaction id is. Cursors from before are refused. No event is changed.
+
+    Args:
+        engine: A role that may write the table `database_identity`.
+        by: The `caller_id` of the event.
+        environment: The event's.
+
+    Returns:
+        `old_identity` (None if the row was missing), `new_identity`, `history_id`, the highest id of an event, and
+        `old_origin`, `old_size` and `old_root_hash` of the last checkpoint of the sealed log (None without one).
+
+    Raises:
+        StoreUnavailableError: The database does not answer, or the role may not do this.
+    """
+    new = uuid4().hex
+    with translate_errors("be given a new identity"):
+        async with engine.begin() as connection:
+            if connection.dialect.name == "postgresql":
+                # Waits for open inserts: one with a lower id that commits later would be history that nobody has read.
+                await connection.execute(text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
+            old = (await connection.execute(IDENTITY)).scalar()
+            history_id = (await connection.execute(select(func.coalesce(func.max(table.c.id), 0)))).scalar_one()
+            change = insert(identity_table).values(id=1) if old is None else update(identity_table)
+            await connection.execute(change.values(identity=new, history_id=history_id))
+            last = (await connection.execute(_LAST_CHECKPOINT)).first() or (None, None, None)
+            facts = {"old_identity": old, "new_identity": new, "history_id": history_id}
+            facts |= dict(zip(("old_origin", "old_size", "old_root_hash"), last, strict=True))
+            # They are those of the server that it was; its events are history now.
+            await connection.execute(update(AuditPrune.__table__).values(last_transaction_id=None))  # type: ignore[attr-defined]
+            why = "An operator said that this database came up from a backup."
+            request_id = f"{RESTORED}-{new}"
+            await write_door(
+                connection, RESTORED, facts, by=by, environment=environment, why=why, request_id=request_id
+            )
+        if engine.dialect.name == "postgresql":
+            # A dump holds no statistics, and without them a plan reads the whole log.
+            async with engine.begin() as connection:
+                await connection.exec_driver_sql("ANALYZE")
+    return facts

@@ -21,10 +21,9 @@ from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.query import AuditQuery, check_limit
+from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, follow_pages
 from agent_gateway_store.audit.record import encode_light
 from agent_gateway_store.audit.selects import newest, oldest
-from agent_gateway_store.audit.streams import changes_page, event_batches, follow_pages
 from agent_gateway_store.audit.writer import OpenWriter
 from agent_gateway_store.audit.writes import encode_aside, write_batches, write_heavy, write_prepared
 from agent_gateway_store.clock import utc_now

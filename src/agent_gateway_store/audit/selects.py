@@ -1,4 +1,4 @@
-"""The SELECTs of the audit log, one statement for each set of filters, and the events made from their rows."""
+"""The SELECTs of the audit log, one statement for each set of filters, for events and for their counts in groups."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    true,
     tuple_,
     type_coerce,
 )
@@ -33,6 +34,7 @@ from sqlalchemy.dialects import postgresql
 
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
+from agent_gateway_store.storage.grouping import TIMES, Metrics, Offsets, aggregate
 from agent_gateway_store.storage.statements import Statement
 
 table = AuditEvent.__table__  # type: ignore[attr-defined]
@@ -190,3 +192,77 @@ def _labelled(dialect: str, several: bool) -> ColumnElement[bool]:
 def _each(name: str) -> Any:
     # SQLite has no arrays: the values are one JSON text.
     return select(func.json_each(bindparam(f"p_{name}", type_=JSON())).table_valued("value").c.value)
+
+
+GROUPS = (
+    "caller_id",
+    "caller_role",
+    "tool_name",
+    "mcp_server",
+    "decision",
+    "output_decision",
+    "execution_status",
+    "risk_label",
+    "matched_policy_rule",
+    "environment",
+    "org_id",
+    "session_id",
+    "key_id",
+    "approver_id",
+)
+"""The columns that events can be grouped by."""
+
+COUNTED = Metrics(
+    counts={
+        "calls": "TRUE",
+        "denials": "decision = 'DENY'",
+        "approvals": "decision = 'APPROVAL_REQUIRED'",
+        "errors": "execution_status IN ('TOOL_ERROR', 'TIMEOUT')",
+    },
+    value="latency_ms",
+    percentiles={"latency_p50_ms": 0.5, "latency_p95_ms": 0.95, "latency_p99_ms": 0.99},
+)
+
+SPAN = Statement(select(func.min(table.c.timestamp), func.max(table.c.timestamp)))
+"""The first and the last time of all events."""
+
+
+@lru_cache(maxsize=128)
+def group_events(shape: Shape, by: tuple[str, ...], zone: Offsets, *, in_buckets: bool) -> Statement:
+    """Return the SELECT of the groups: their columns, the bucket if there is one, counts, latencies."""
+
+    def build(dialect: str) -> Select[Any]:
+        base = _base(dialect, shape, by).subquery("base")
+        return aggregate(dialect, base, by, zone, COUNTED, in_buckets=in_buckets)
+
+    return Statement(build)
+
+
+def _base(dialect: str, shape: Shape, by: tuple[str, ...]) -> Select[Any]:
+    """The events with the columns by which they are grouped."""
+    source: Any = table
+    at = finite_timestamp() if dialect == "postgresql" else type_coerce(table.c.timestamp, Text())
+    columns: list[Any] = [table.c.id, table.c.latency_ms, at.label("at")]
+    columns += [type_coerce(table.c[name], Text()).label(name) for name in ("decision", "execution_status")]
+    for name in by:
+        if name in TIMES:
+            continue
+        if name != "risk_label":
+            columns.append(type_coerce(table.c[name], Text()).label(f"g_{name}"))
+            continue
+        source, label = _with_labels(dialect)
+        columns.append(label.label("g_risk_label"))
+    statement = select(*columns).select_from(source).where(*conditions(dialect, shape))
+    # An event that carries the same label twice counts once. PostgreSQL looks at the labels of each event: of all rows
+    # it would sort the whole table.
+    return statement.distinct() if "risk_label" in by and dialect == "sqlite" else statement
+
+
+def _with_labels(dialect: str) -> tuple[Any, ColumnElement[Any]]:
+    labels: Any
+    if dialect == "postgresql":
+        elements = func.jsonb_array_elements_text(table.c.risk_labels).table_valued("value", name="elements")
+        labels = select(elements.c.value).distinct().lateral("labels")
+    else:
+        labels = func.json_each(table.c.risk_labels).table_valued("value", name="labels")
+    return table.outerjoin(labels, true()), labels.c.value

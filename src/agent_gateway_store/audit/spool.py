@@ -43,7 +43,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, db_now, reader_of
 from agent_gateway_store.storage.errors import translate_errors
-from agent_gateway_store.storage.permissions import create_folder
+from agent_gateway_store.storage.files import create_folder
 from agent_gateway_store.storage.urls import is_memory
 
 # Chosen: a long outage must not fill the disk of the gateway.

@@ -1,4 +1,4 @@
-"""Events on their way through the plugins to the writer: one by one, and in batches."""
+"""Events on their way to the writer, one by one and in batches, or through a session of the caller's."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Se
 from itertools import islice
 
 from pydantic import ValidationError
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.hooks import BeforeWriteHooks
-from agent_gateway_store.audit.outcomes import WriteOutcome
+from agent_gateway_store.audit.outcomes import WriteOutcome, log_lost
 from agent_gateway_store.audit.record import EncodedRow, encode_event, encode_light
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.storage.database import SessionTransactions
 
 # Chosen, of a commit of `write_many`: twice the batch of single writes, as no caller waits for one event of it.
 BULK_ROWS = 2_000
@@ -136,3 +139,33 @@ async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> A
         yield some
         # A plain iterable never lets the event loop run.
         await asyncio.sleep(0)
+
+
+class AuditLogger:
+    """Writes audit events through a session that the caller owns.
+
+    Args:
+        session: Committed by each write, and left usable whatever happens. Events that fail are not spooled.
+
+    Raises:
+        TypeError: `session` is not an AsyncSession.
+        ValueError: The store cannot work in this session: the sentence says what to give in its place.
+    """
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._transactions = SessionTransactions(session, AuditEvent)
+
+    async def write(self, event: AuditEvent) -> WriteOutcome:
+        """Store `event` and commit the session. Never raises: what cannot be stored is logged as LOST.
+
+        Returns:
+            STORED, DUPLICATE or LOST.
+        """
+        row: EncodedRow | None = None
+        try:
+            row = await encode_aside(event)
+            async with self._transactions.write() as connection:
+                return await insert_event(connection, row)
+        except Exception as exc:
+            log_lost(row, exc, request_id=event.request_id if issubclass(type(event), AuditEvent) else "")
+            return WriteOutcome.LOST

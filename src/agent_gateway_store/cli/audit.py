@@ -313,7 +313,7 @@ def stats(
     json: JsonOption = False,
 ) -> None:
     """Count calls, denials, approvals and errors, with latency percentiles in milliseconds."""
-    from agent_gateway_store.audit.stats import GROUPS
+    from agent_gateway_store.audit.selects import GROUPS
 
     print_stats(ctx, "audit", by, bucket, time_zone, groups=GROUPS, filters=filters, as_json=json)
 

@@ -125,7 +125,7 @@ def restored(
     settings = settings_of(ctx)
 
     async def work() -> dict[str, Any]:
-        from agent_gateway_store.audit.restored import renew_identity
+        from agent_gateway_store.audit.doors import renew_identity
 
         state = await schema_state(settings.database_url)
         if state["state"] != "current":

@@ -175,7 +175,7 @@ async def _check_database(report: Report, url: str) -> None:
 
 
 def _check_modes(report: Report, *paths: Path) -> None:
-    from agent_gateway_store.storage.permissions import open_to_others
+    from agent_gateway_store.storage.files import open_to_others
 
     for path in paths:
         if mode := open_to_others(path):

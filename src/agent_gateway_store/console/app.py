@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from agent_gateway_store.console import audit, charts, events, inbox, pages, safety, signing_in
+from agent_gateway_store.console import audit, charts, inbox, pages, safety, signing_in
 from agent_gateway_store.console.sessions import COOKIE, Sessions, logger
 from agent_gateway_store.errors import (
     ApprovalNotFoundError,
@@ -57,7 +57,7 @@ def build(store: GatewayStore) -> ASGIApp:
         Route("/audit/{event_id:int}/evidence.json", _opened(audit.evidence)),
         Route("/charts", _opened(charts.charts)),
         Route("/charts/{name}.svg", _opened(charts.chart)),
-        Route("/events", _opened(events.events)),
+        Route("/events", _opened(inbox.events)),
         Route("/healthz", _alive),
         Route("/readyz", _ready),
         Route("/static/{version}/{name}", pages.static),
@@ -69,7 +69,7 @@ def build(store: GatewayStore) -> ASGIApp:
         GatewayStoreError: _away,
     }
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
-    app.state.console, app.state.watch = console, events.Watch()
+    app.state.console, app.state.watch = console, inbox.Watch()
     guarded: ASGIApp = safety.Safety(app, origin=safety.origin_of(settings.console_url))
     proxies = [each.strip() for each in (settings.console_trusted_proxies or "").split(",") if each.strip()]
     return ProxyHeadersMiddleware(guarded, trusted_hosts=proxies) if proxies else guarded  # type: ignore[arg-type, return-value]

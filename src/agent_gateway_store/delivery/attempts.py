@@ -41,8 +41,7 @@ from agent_gateway_store.models.values import Notice
 from agent_gateway_store.storage.database import Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
-from agent_gateway_store.storage.rows import RowsParameter
-from agent_gateway_store.storage.statements import Statement, unindexed
+from agent_gateway_store.storage.statements import RowsParameter, Statement, unindexed
 
 # A statement with so many rows takes some 10 ms; in a longer one the first rows would wait for the last.
 _MOST_RESULTS = 500

@@ -11,7 +11,7 @@ from pydantic_core import to_jsonable_python
 from sqlalchemy import ColumnElement, Table, and_, delete, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from agent_gateway_store.archive import rewrite
+from agent_gateway_store.archive.files import read_approvals, write_approvals
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.audit.doors import PRUNE_APPROVALS, write_door
 from agent_gateway_store.audit.selects import table as events
@@ -54,7 +54,7 @@ class ApprovalPruner:
             return
         await in_thread(manifest.open)
         if entries := manifest.of_kind("approvals"):
-            records = await in_thread(lambda: rewrite.read_approvals(manifest, entries[-1]))
+            records = await in_thread(lambda: read_approvals(manifest, entries[-1]))
             self._known = {record["approval"]["approval_id"] for record in records}
 
     async def step(self) -> PrunedApprovals:
@@ -77,7 +77,7 @@ class ApprovalPruner:
             ]  # fmt: skip
             if records:
                 day = utc_now().date().isoformat()
-                written = await in_thread(lambda: rewrite.write_approvals(manifest, day, records))
+                written = await in_thread(lambda: write_approvals(manifest, day, records))
                 await in_thread(lambda: manifest.append([written]))
                 files = 1
         return await self._delete(ids, files)

@@ -15,8 +15,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, or_, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store._text import code_text
-from agent_gateway_store.archive import rewrite
-from agent_gateway_store.archive.files import COLUMNS
+from agent_gateway_store.archive.files import COLUMNS, Record, rewrite_approvals, rewrite_events
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.document import hash_of_stored
@@ -112,10 +111,10 @@ class Eraser:
         if self._manifest is not None:
             manifest = self._manifest
             blank = {each.position: _archived_values(each.blank()) for each in targets if each.archived}
-            await in_thread(lambda: rewrite.rewrite_events(manifest, blank))
+            await in_thread(lambda: rewrite_events(manifest, blank))
             wanted = {str(each.values["approval_id"]) for each in targets if each.values["approval_id"]}
             archived_approvals = await in_thread(
-                lambda: rewrite.rewrite_approvals(manifest, _blanker(wanted, request_id, org_id))
+                lambda: rewrite_approvals(manifest, _blanker(wanted, request_id, org_id))
             )
         async with self._database.write() as connection:
             await self._blank_events(connection, targets)
@@ -290,8 +289,8 @@ def blank_notice(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {**payload, "tool_call": call, "risk_explanation": ERASED, "note": ""}
 
 
-def _blanker(cited: set[str], request_id: str, org_id: str) -> Callable[[rewrite.Record], rewrite.Record | None]:
-    def change(record: rewrite.Record) -> rewrite.Record | None:
+def _blanker(cited: set[str], request_id: str, org_id: str) -> Callable[[Record], Record | None]:
+    def change(record: Record) -> Record | None:
         approval = record["approval"]
         is_own = approval["approval_id"] in cited or approval["request_id"] == request_id
         if not is_own or approval["org_id"] != org_id or approval["risk_explanation"] == ERASED:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, Table, Text, and_, cast, or_, select
 
-from agent_gateway_store.archive import rewrite
+from agent_gateway_store.archive.files import read_approvals
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of
 from agent_gateway_store.audit.doors import is_door
@@ -95,7 +95,7 @@ def _in_archive(folder: Path, caller: str | None, text: str | None, org_id: str 
             found.append(FoundRecord(kind="event", file=entry.file, **values))
     manifest = Manifest(folder).read()
     for entry in manifest.of_kind("approvals"):
-        for record in rewrite.read_approvals(manifest, entry):
+        for record in read_approvals(manifest, entry):
             if (shown := _shown(record["approval"], caller, text, org_id)) is not None:
                 found.append(FoundRecord(kind="approval", file=entry.file, **shown))
     return found

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage.database import Database, read_committed
 from agent_gateway_store.storage.errors import translate_errors
-from agent_gateway_store.storage.permissions import create_database_file
+from agent_gateway_store.storage.files import create_database_file
 from agent_gateway_store.storage.urls import is_memory
 
 # Any number that is not used otherwise: the bytes of "agwhold".

@@ -19,8 +19,17 @@ from agent_gateway_store.results.arrow import arrow, arrow_schema
 from agent_gateway_store.results.cells import Column
 from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.files import Compression, Format, export_format, opened, partial, progress_bar, sync
-from agent_gateway_store.storage.permissions import FOLDER_MODE, create_file
+from agent_gateway_store.storage.files import (
+    FOLDER_MODE,
+    Compression,
+    Format,
+    create_file,
+    export_format,
+    opened,
+    partial,
+    progress_bar,
+    sync,
+)
 from agent_gateway_store.storage.statements import Statement
 from agent_gateway_store.storage.streaming import Rows, streamed
 

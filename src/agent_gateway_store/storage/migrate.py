@@ -26,7 +26,7 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError, UnsupportedDatabaseError
 from agent_gateway_store.storage.database import read_committed, reader_of
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
-from agent_gateway_store.storage.permissions import create_database_file
+from agent_gateway_store.storage.files import create_database_file
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from agent_gateway_store.storage.files import create_database_file
 from agent_gateway_store.storage.host import READ_ONLY
-from agent_gateway_store.storage.permissions import create_database_file
 from agent_gateway_store.storage.urls import is_memory, sqlite_file
 
 # Chosen: SQLite has one writer at a time, and a crowd of them takes seconds.

@@ -15,9 +15,16 @@ except ImportError as exc:
     raise MissingExtraError("agent_gateway_store.integrations.fastapi", extra="fastapi") from exc
 
 from agent_gateway_store.integrations.fastapi.approvals import ApprovalView, Approver, DecisionView, approvals_router
-from agent_gateway_store.integrations.fastapi.auth import CallerDep, CallerStoreDep, get_caller, get_caller_store
+from agent_gateway_store.integrations.fastapi.dependencies import (
+    CallerDep,
+    CallerStoreDep,
+    StoreDep,
+    get_caller,
+    get_caller_store,
+    get_store,
+    lifespan,
+)
 from agent_gateway_store.integrations.fastapi.exception_handlers import http_exception_of, install_error_handlers
-from agent_gateway_store.integrations.fastapi.lifespan import StoreDep, get_store, lifespan
 
 __all__ = [
     "ApprovalView",

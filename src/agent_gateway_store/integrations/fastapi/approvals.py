@@ -9,8 +9,8 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 
+from agent_gateway_store.integrations.fastapi.dependencies import StoreDep
 from agent_gateway_store.integrations.fastapi.exception_handlers import StoreRoute, http_errors
-from agent_gateway_store.integrations.fastapi.lifespan import StoreDep
 from agent_gateway_store.models.approval import ApprovalScope
 from agent_gateway_store.models.values import ApprovalStatus, ApproverId, FrozenModel, ToolCall
 

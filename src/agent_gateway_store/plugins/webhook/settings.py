@@ -12,8 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, f
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from agent_gateway_store._text import require_visible, strip_texts
-from agent_gateway_store.plugins._http.addresses import AddressPolicy, Network
-from agent_gateway_store.plugins._http.urls import parse_proxy, parse_url
+from agent_gateway_store.plugins._http.urls import AddressPolicy, Network, parse_proxy, parse_url
 
 PREFIX = "AGENT_GATEWAY_STORE_WEBHOOK_"
 # Standard Webhooks, "Signature scheme": between 24 bytes (192 bits) and 64 bytes (512 bits).
