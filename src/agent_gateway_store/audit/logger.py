@@ -10,6 +10,7 @@ from agent_gateway_store.audit.record import EncodedRow
 from agent_gateway_store.audit.writes import encode_aside
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import SessionTransactions
+from agent_gateway_store.telemetry import current_trace_id
 
 
 class AuditLogger:
@@ -34,7 +35,7 @@ class AuditLogger:
         """
         row: EncodedRow | None = None
         try:
-            row = await encode_aside(event)
+            row = await encode_aside(event, trace_id=current_trace_id())
             async with self._transactions.write() as connection:
                 return await insert_event(connection, row)
         except Exception as exc:
