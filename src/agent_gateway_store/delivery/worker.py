@@ -166,7 +166,8 @@ class DeliveryWorker:
         """
         if self._is_closed:
             return
-        send_before, cause = leased.since + self.policy.send_within_s, telemetry.current_span()
+        send_before = leased.since + self.policy.send_within_s
+        cause = telemetry.current_span()
         for name, delivery_id in leased.ids.items():
             if (queue := self._queues.get(name)) is not None:
                 sent = notice.model_copy(update={"delivery_id": delivery_id})
