@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import suppress
@@ -15,8 +16,8 @@ T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # an item
 R = TypeVar("R")
 
-# An item with its number, in the order of their coming, its size, and the future of its result.
-_Entry: TypeAlias = "tuple[int, I, int, asyncio.Future[R]]"
+# An item with its number, in the order of their coming, its size, when it came, and the future of its result.
+_Entry: TypeAlias = "tuple[int, I, int, float, asyncio.Future[R]]"
 
 
 class BackgroundTasks:
@@ -162,6 +163,12 @@ class BatchQueue(Generic[I, R]):
         return len(self._queue) + sum(map(len, self._under_way))
 
     @property
+    def age_s(self) -> float:
+        """Seconds since the oldest item came that is not done; 0 if there is none. For any thread."""
+        oldest = min((batch[0][3] for batch in (*self._under_way, self._queue.copy()) if batch), default=None)
+        return 0.0 if oldest is None else time.monotonic() - oldest
+
+    @property
     def is_full(self) -> bool:
         """True if `run` waits for room."""
         return len(self._queue) >= self._max_queued or self._queued_bytes >= self._max_queued_bytes
@@ -178,7 +185,7 @@ class BatchQueue(Generic[I, R]):
         """Queue `item`, full or not, and return the future of its result."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         size = self._size(item)
-        self._queue.append((self._added, item, size, future))
+        self._queue.append((self._added, item, size, time.monotonic(), future))
         self._queued_bytes += size
         self._added += 1
         self._start()
@@ -277,7 +284,7 @@ class BatchQueue(Generic[I, R]):
         # What it leaves in the queue.
         self._start()
         try:
-            results = await self._process([item for _, item, _, _ in batch])
+            results = await self._process([item for _, item, *_ in batch])
         except asyncio.CancelledError:
             self._requeue(batch)
             raise
@@ -309,11 +316,11 @@ class BatchQueue(Generic[I, R]):
     def _requeue(self, batch: list[_Entry[I, R]]) -> None:
         # Sorted, because a batch that was taken later may have come back before.
         self._queue = deque(sorted([*batch, *self._queue], key=itemgetter(0)))
-        self._queued_bytes += sum(size for _, _, size, _ in batch)
+        self._queued_bytes += sum(size for _, _, size, *_ in batch)
 
     def _abandon_all(self, abandon: Callable[[I], R]) -> None:
         while self._queue:
-            for _, item, _, future in self._next_batch():
+            for _, item, *_, future in self._next_batch():
                 result = abandon(item)
                 if not future.done():
                     future.set_result(result)

@@ -99,7 +99,7 @@ class StoreSettings(BaseSettings):
         audit_log_origin: Name of the log, to which the identity of the database is added.
         hash_key: Set, argument hashes are HMAC-SHA-256 under it; otherwise SHA-256.
         allow_self_approval: Whether the caller of a tool call may decide about it.
-        otel_enabled: Whether OpenTelemetry metrics are kept (extra `otel`).
+        otel_enabled: Whether there are OpenTelemetry spans and metrics (extra `otel`).
         freeze_after_open: Whether `open` collects garbage and then has Python's collector pass by what is there, so
             that it never holds the event loop up by looking at what imports made.
         notification_worker: Whether an open store sends notices itself; off, `gateway-store notifications run` does.

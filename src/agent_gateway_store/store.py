@@ -12,6 +12,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.approval.cache import ApprovalCache
@@ -21,7 +22,6 @@ from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.audit.backends import sink_for
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
-from agent_gateway_store.audit.outcomes import observe
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
@@ -30,6 +30,7 @@ from agent_gateway_store.errors import InvalidUrlError, StoreUnavailableError
 from agent_gateway_store.evidence.manager import CheckpointHooks, EvidenceManager
 from agent_gateway_store.evidence.notes import SigningKey
 from agent_gateway_store.evidence.sealer import BackgroundSealer, Sealer
+from agent_gateway_store.figures import Figures
 from agent_gateway_store.hooks.dispatch import Dispatcher, Vetoes
 from agent_gateway_store.hooks.executor import PluginExecutor
 from agent_gateway_store.hooks.manager import Plugins
@@ -297,6 +298,7 @@ class _Core:
         self.background_sealer = BackgroundSealer(
             self.sealer, every_s=settings.audit_seal_seconds, has_written=lambda: self.writer.has_written
         )
+        self.figures = Figures(self.writer, database, self.redis, NotificationManager(database, self.outbox), settings)
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
@@ -328,7 +330,7 @@ class _Core:
             sink = sink_for(self.database.engine)
             writer = AuditWriter(sink, spool, strict=strict, notify=notify, on_standby=on_standby)
             if self.settings.otel_enabled:
-                observe(writer)
+                telemetry.enable(self.figures)
         except BaseException:
             await self.database.close()
             raise
@@ -341,6 +343,8 @@ class _Core:
         self.key_cache.open()
         await writer.open()
         self.background_sealer.start()
+        if self.settings.otel_enabled:
+            self.figures.start()
         if self.settings.freeze_after_open:
             # First collected, because circles that are frozen are never freed.
             gc.collect()
@@ -401,6 +405,7 @@ class _Core:
             steps.push_async_callback(self.key_cache.close)
             steps.push_async_callback(self.checkpoint_hooks.close)
             steps.push_async_callback(self.background_sealer.stop, _LAST_SEAL_S)
+            steps.push_async_callback(self.figures.close)
             if self.approvals.background is not None:
                 steps.push_async_callback(self.approvals.background.join, _LAST_WITHDRAWALS_S)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import tempfile
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,53 @@ def test_the_demo_minds_only_its_own_approvals(tmp_path: Path) -> None:
     assert gateway_store("demo").code == 0
 
     assert gateway_store("--database-url", url, "approvals", "show", approval_id, "--json").json["status"] == "PENDING"
+
+
+def test_a_load_ends_by_itself_and_is_recorded(tmp_path: Path) -> None:
+    """The calls that it says, with approvals granted and denied, at about the rate that was asked for."""
+    made = gateway_store("demo", "--load", "--seconds", "2", "--rate", "20", "--json").json
+
+    assert made["calls"] + made["left_out"] <= 40
+    assert made["failed"] == 0
+    with SyncGatewayStore(f"sqlite:///{tmp_path}/gateway-demo.db") as store:
+        # Two of forty only try a wrong key.
+        assert len(store.audit.list_recent()) >= made["calls"] - 2
+        assert {request.status for request in store.approvals.list_requests()} <= {"USED", "DENIED"}
+
+
+def test_a_load_sends_its_figures_by_otlp(tmp_path: Path) -> None:
+    """To the endpoint that the SDK's variable names; without the exporter it says in one sentence what to install."""
+    paths: list[str] = []
+    bodies = bytearray()
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            paths.append(self.path)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            bodies.extend(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        sent = run_process("demo", "--load", "--seconds", "1", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+        server.shutdown()
+        serving.join()
+    without = run_process("demo", "--load", "--seconds", "1", PYTHONPATH=str(_without_exporter(tmp_path)))
+
+    assert (sent.code, sent.err) == (0, "")
+    assert set(paths) == {"/v1/traces", "/v1/metrics"}
+    assert b"audit.write" in bodies
+    assert b"agent_gateway_store.audit.commit_duration" in bodies
+    assert without.code == 0
+    assert "pip install 'agent-gateway-store[otel]' opentelemetry-sdk" in without.err
+
+
+def _without_exporter(folder: Path) -> Path:
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.exporter'] = None\n")
+    return folder

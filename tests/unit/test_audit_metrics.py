@@ -28,6 +28,7 @@ def points():
         for scope in resource.scope_metrics
         for metric in scope.metrics
         for point in metric.data.data_points
+        if hasattr(point, "value")
     }
 
 async def main():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import decisions
 from agent_gateway_store.approval.cache import ApprovalCache
@@ -138,6 +139,9 @@ class Changes:
             pubsub.notify_local(str(approval_id))
         if notice is not None:
             self.outbox.send(notice, leased)
+            if notice.decided_at is not None and notice.created_at is not None:
+                waited_s = (notice.decided_at - notice.created_at).total_seconds()
+                telemetry.record("approvals.decision_time", waited_s, status=str(notice.status))
         return result_of(approval.request, token)
 
     async def publish_use(self, approval: StoredApproval, token: str | None) -> ApprovalResult:

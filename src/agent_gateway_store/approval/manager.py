@@ -26,6 +26,7 @@ from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.export import ExportOptions, ExportResult
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.grouping import grouping
+from agent_gateway_store.telemetry import traced
 
 _LARGEST_BATCH = 10_000  # of `expire_stale`: what one transaction writes within a command's time
 
@@ -111,6 +112,7 @@ class ApprovalManager:
             hash_key=self._hash_key,
         )
 
+    @traced("approval.acquire", lambda _, request, **__: request.tool_call.tool)
     async def acquire(
         self, request: ApprovalRequest, *, call: ToolCall | None = None, bind: str = "", wait_s: float = 0.0
     ) -> ApprovalResult:
@@ -233,11 +235,13 @@ class ApprovalManager:
         vote = VoteInput(approver_id, note, channel, VoteDecision.CANCELLED)
         return await self._decide(ApprovalRef.by_either(token, approval_id, self._org_id), vote, token)
 
+    @traced("approval.decide")
     async def _decide(self, ref: ApprovalRef, vote: VoteInput, token: str | None) -> ApprovalResult:
         allow_self, use_s = self._settings.allow_self_approval, self._settings.approval_token_ttl_seconds
         change = await self._changes.decide(ref, vote, allow_self=allow_self, use_s=use_s)
         return await self._changes.publish(change, token)
 
+    @traced("approval.consume", lambda *_, tool_call, **__: tool_call.tool)
     async def consume_token(
         self,
         token: str,

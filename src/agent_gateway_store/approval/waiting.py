@@ -13,6 +13,7 @@ from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.storage.filters import number
 from agent_gateway_store.storage.pubsub import PubSub, Topic
+from agent_gateway_store.telemetry import traced
 
 _POLL_S = 0.25  # without messages: what people notice, and four reads a second
 _LAST_READ_S = 1.0  # a database that hangs keeps nobody longer past the timeout
@@ -46,6 +47,7 @@ class Waiting:
         """Return what `read` returns; tasks that ask for the same approval at the same time share one."""
         return await self._reads.run((org_id, token, self._changes), read, max_age_s=self._trust_s)
 
+    @traced("approval.wait")
     async def wait(self, org_id: str | None, token: str, read: _Read, *, timeout_s: float) -> ApprovalResult:
         """Return what `read` returns once that is not PENDING, or at the timeout (seconds).
 

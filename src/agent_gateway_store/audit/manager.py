@@ -36,6 +36,7 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.filters import duration
 from agent_gateway_store.storage.host import require_session, session_connection, sole_use
+from agent_gateway_store.telemetry import current_trace_id, traced
 
 if TYPE_CHECKING:
     import pandas
@@ -85,17 +86,24 @@ class AuditManager:
             StoreNotOpenError: The store is not open here.
             TypeError: `event` is not an AuditEvent.
         """
+        # Taken before our own span, which differs from one attempt to the next: the same event stays the same.
+        return await self._write(event, current_trace_id())
+
+    @traced("audit.write", lambda _, event, trace_id: event.tool_name)
+    async def _write(self, event: AuditEvent, trace_id: str | None) -> WriteOutcome:
         self._database.check_owner()
         writer = self._writer.get()
         try:
-            row = encode_light(event, org_id=self._org_id)
+            row = encode_light(event, org_id=self._org_id, trace_id=trace_id)
         except ValidationError as exc:
             return writer.reject(event, exc)
         if row is not None and not self._before.is_wanted:
             return await writer.write(row)
         # In another task, so that cancelling the caller does not cancel the write.
         hooks = self._before
-        slowly = write_prepared(writer, hooks, row) if row else write_heavy(writer, hooks, event, self._org_id)
+        slowly = (
+            write_prepared(writer, hooks, row) if row else write_heavy(writer, hooks, event, self._org_id, trace_id)
+        )
         return await hooks.tasks.shielded(slowly)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
@@ -111,7 +119,12 @@ class AuditManager:
             TypeError: One is not an AuditEvent.
         """
         self._database.check_owner()
-        return await write_batches(self._writer.get(), self._before, events, self._org_id)
+        return await self._write_many(events, current_trace_id())
+
+    async def _write_many(
+        self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent], trace_id: str | None
+    ) -> Counter[WriteOutcome]:
+        return await write_batches(self._writer.get(), self._before, events, self._org_id, trace_id=trace_id)
 
     async def import_file(
         self,
@@ -146,7 +159,9 @@ class AuditManager:
         source = Path(path)
         kind = importable(source, format)
         with progress_bar(progress, f"Importing {source.name}") as report:
-            return await self.write_many(counted(events_in(source, kind, on_refused=on_refused), report))
+            # Without a trace: what is imported is what was exported.
+            self._database.check_owner()
+            return await self._write_many(counted(events_in(source, kind, on_refused=on_refused), report), None)
 
     @asynccontextmanager
     async def call(
@@ -227,7 +242,7 @@ class AuditManager:
             ValueError: The store cannot work in this session, say in AUTOCOMMIT, where nothing is rolled back.
         """
         require_session(session, AuditEvent, atomic=True)
-        row = await encode_aside(event, org_id=self._org_id)
+        row = await encode_aside(event, org_id=self._org_id, trace_id=current_trace_id())
         if self._before.is_wanted:
             (row,) = await self._before.prepare([row])
         with translate_errors("record the event", in_session=True), sole_use(session):

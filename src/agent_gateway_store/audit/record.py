@@ -72,7 +72,7 @@ EncodedRow: TypeAlias = tuple[Any, ...]
 garbage collector does not track; otherwise it would cost as much as everything else here."""
 
 
-def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
+def encode_event(event: AuditEvent, *, org_id: str | None = None, trace_id: str | None = None) -> EncodedRow:
     """Return the row for `event`, which itself is not changed.
 
     What no database can hold is replaced and noted in `redaction_flags`. So is what was set past the validation and is
@@ -81,18 +81,19 @@ def encode_event(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
     Args:
         event: Any event that could be constructed.
         org_id: Organisation to stamp; None keeps the event's own.
+        trace_id: For an event that has none.
 
     Raises:
         TypeError: It is not an event, or one that `model_construct` left incomplete.
         ValidationError: A decision, a status or a hash was set past the validation, and is not valid.
     """
-    given = _values_of(event)
+    given = _values_of(event, trace_id)
     return _quick_row(given, org_id) or _any_row(given, org_id)
 
 
-def encode_light(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow | None:
+def encode_light(event: AuditEvent, *, org_id: str | None = None, trace_id: str | None = None) -> EncodedRow | None:
     """Return the row as `encode_event` does, or None if that could hold the event loop up: use a thread."""
-    given = _values_of(event)
+    given = _values_of(event, trace_id)
     row = _quick_row(given, org_id)
     return row if row is not None or is_heavy(given) else _any_row(given, org_id)
 
@@ -143,7 +144,7 @@ def _listed(value: Any) -> Sequence[Any]:
     return found if type(found) is list or type(found) is tuple else ()
 
 
-def _values_of(event: AuditEvent) -> tuple[Any, ...]:
+def _values_of(event: AuditEvent, trace_id: str | None = None) -> tuple[Any, ...]:
     """Return the values of an event in the order of `COLUMNS`."""
     # The first question answers nearly always, at a tenth of what `issubclass` takes of a Pydantic model.
     if type(event) is not AuditEvent and not issubclass(type(event), AuditEvent):
@@ -151,9 +152,12 @@ def _values_of(event: AuditEvent) -> tuple[Any, ...]:
             f"The event must be a whole AuditEvent, not {type_name(type(event)).removeprefix('builtins.')}."
         )
     try:
-        return _in_order(event.__dict__)
+        values = _in_order(event.__dict__)
     except KeyError as exc:
         raise TypeError(f"The event must be a whole AuditEvent, not AuditEvent without {exc}.") from None
+    if trace_id is not None and values[_TRACE_ID] is None:
+        values = (*values[:_TRACE_ID], trace_id, *values[_TRACE_ID + 1 :])
+    return values
 
 
 def _row_of(given: tuple[Any, ...], org_id: str | None) -> dict[str, Any]:
@@ -306,7 +310,9 @@ def without_payload(row: EncodedRow) -> EncodedRow:
 _hashed = itemgetter(*HASHED)
 _plain_document = document_writer(_TEXTS)
 _in_order: Callable[[Mapping[str, Any]], EncodedRow] = itemgetter(*COLUMNS)
-_REQUEST_ID, _ORG_ID, _CONTENT_HASH = map(COLUMNS.index, ("request_id", "org_id", "content_hash"))
+_REQUEST_ID, _ORG_ID, _TRACE_ID, _CONTENT_HASH = map(
+    COLUMNS.index, ("request_id", "org_id", "trace_id", "content_hash")
+)
 _large = itemgetter(*map(COLUMNS.index, ("sanitized_args", "risk_labels", "redaction_flags", "extra", *_LONG)))
 
 

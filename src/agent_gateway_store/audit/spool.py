@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple
@@ -187,6 +188,16 @@ class Spool:
         """Return how many rows wait for this database, and how many are quarantined."""
         own = [target for target in await self.targets() if self.is_own(target)]
         return sum(target.waiting for target in own), sum(target.quarantined for target in own)
+
+    async def oldest(self) -> datetime | None:
+        """Return when the oldest row was spooled that waits for this database; None if none does."""
+        if not self.exists:
+            return None
+        own = _events.c.target.in_((self.identity, self._url))
+        statement = select(func.min(_events.c.spooled_at)).where(own, _events.c.error.is_(None))
+        async with self._transaction("read the spool", writes=False) as connection:
+            since: datetime | None = (await connection.execute(statement)).scalar()
+            return since
 
     async def close(self) -> None:
         """Close the file. Rows that wait stay in it."""

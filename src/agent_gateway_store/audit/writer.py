@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TypeAlias
 
+from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BatchQueue
 from agent_gateway_store.audit.backends import RowResult, Sink, store_batch
 from agent_gateway_store.audit.document import COLUMNS
@@ -119,6 +121,11 @@ class AuditWriter:
         counts = {outcome.value.lower(): self._counts[outcome] for outcome in WriteOutcome}
         return AuditCounters(**counts, replayed=self._replayed, queue_depth=len(self._queue))
 
+    @property
+    def queue_age_s(self) -> float:
+        """For how many seconds the oldest event has waited for its commit."""
+        return self._queue.age_s
+
     async def open(self) -> None:
         """Start to replay what an earlier process left in the spool; log at once if nothing could be spooled."""
         if not self._is_strict:
@@ -205,11 +212,14 @@ class AuditWriter:
     async def _commit(self, rows: Sequence[EncodedRow]) -> list[_Answer]:
         """Write `rows` to the database or to the spool. Raises nothing but a cancellation of its own task."""
         async with self._commits:
+            telemetry.record("audit.batch_size", len(rows))
             # With a spool only the replay finds that the database is back: rows that wait go before new ones.
             if self._is_away and (not self._is_strict or asyncio.get_running_loop().time() < self._retry_at):
                 return await self._spool_or_fail(rows, None)
             try:
+                began_at = time.monotonic()
                 results = await store_batch(self._sink, rows)
+                telemetry.record("audit.commit_duration", time.monotonic() - began_at)
             except Exception as exc:
                 if conflict_of(exc) is not None:
                     _logger.error("Other transactions were in the way of audit events, also when tried again.")

@@ -17,6 +17,7 @@ from agent_gateway_store.audit.record import EncodedRow, encode_event, encode_li
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import SessionTransactions
+from agent_gateway_store.telemetry import current_trace_id
 
 # Chosen, of a commit of `write_many`: twice the batch of single writes, as no caller waits for one event of it.
 BULK_ROWS = 2_000
@@ -24,29 +25,29 @@ BULK_ROWS = 2_000
 _SLICE_EVENTS = 50
 
 
-async def encode_aside(event: AuditEvent, *, org_id: str | None = None) -> EncodedRow:
+async def encode_aside(event: AuditEvent, *, org_id: str | None = None, trace_id: str | None = None) -> EncodedRow:
     """Return the row for `event` as `encode_event` does; other tasks run meanwhile."""
-    row = encode_light(event, org_id=org_id)
+    row = encode_light(event, org_id=org_id, trace_id=trace_id)
     if row is None:
         try:
-            row = await asyncio.to_thread(encode_event, event, org_id=org_id)
+            row = await asyncio.to_thread(encode_event, event, org_id=org_id, trace_id=trace_id)
         except RuntimeError:
             # Another task has edited the event's values meanwhile, which it cannot do here.
-            row = encode_event(event, org_id=org_id)
+            row = encode_event(event, org_id=org_id, trace_id=trace_id)
     return row
 
 
 async def write_heavy(
-    writer: AuditWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None
+    writer: AuditWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None, trace_id: str | None
 ) -> WriteOutcome:
     """Write an event that takes long to encode."""
     try:
-        row = await encode_aside(event, org_id=org_id)
+        row = await encode_aside(event, org_id=org_id, trace_id=trace_id)
     except ValidationError as exc:
         return writer.reject(event, exc)
     except asyncio.CancelledError:
         # The host cancels every task there is; the event is stored all the same.
-        row = encode_event(event, org_id=org_id)
+        row = encode_event(event, org_id=org_id, trace_id=trace_id)
         writer.enqueue_detached(hooks.withhold(row) if hooks.is_wanted else row)
         raise
     return await (write_prepared(writer, hooks, row) if hooks.is_wanted else writer.write(row))
@@ -68,6 +69,8 @@ async def write_batches(
     hooks: BeforeWriteHooks,
     events: Iterable[AuditEvent] | AsyncIterable[AuditEvent],
     org_id: str | None,
+    *,
+    trace_id: str | None,
 ) -> Counter[WriteOutcome]:
     """Write many events; arguments, result and errors as for `AuditManager.write_many`."""
     outcomes: Counter[WriteOutcome] = Counter()
@@ -77,7 +80,7 @@ async def write_batches(
 
     under_way: asyncio.Task[list[WriteOutcome]] | None = None
     try:
-        async for batch in encode_batches(events, org_id, reject=reject):
+        async for batch in encode_batches(events, org_id, trace_id, reject=reject):
             rows = await hooks.prepare(batch) if hooks.is_wanted else batch
             # While one batch is committed the next one is encoded.
             if under_way is not None:
@@ -95,6 +98,7 @@ async def write_batches(
 async def encode_batches(
     events: Iterable[AuditEvent] | AsyncIterable[AuditEvent],
     org_id: str | None,
+    trace_id: str | None,
     *,
     reject: Callable[[AuditEvent, Exception], None],
 ) -> AsyncIterator[list[EncodedRow]]:
@@ -107,7 +111,10 @@ async def encode_batches(
         async for some in _slices(events):
             for event in some:
                 try:
-                    rows.append(encode_light(event, org_id=org_id) or await encode_aside(event, org_id=org_id))
+                    rows.append(
+                        encode_light(event, org_id=org_id, trace_id=trace_id)
+                        or await encode_aside(event, org_id=org_id, trace_id=trace_id)
+                    )
                 except ValidationError as exc:
                     reject(event, exc)
             if len(rows) >= BULK_ROWS:
@@ -163,7 +170,7 @@ class AuditLogger:
         """
         row: EncodedRow | None = None
         try:
-            row = await encode_aside(event)
+            row = await encode_aside(event, trace_id=current_trace_id())
             async with self._transactions.write() as connection:
                 return await insert_event(connection, row)
         except Exception as exc:

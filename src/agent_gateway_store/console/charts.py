@@ -57,7 +57,8 @@ def can_draw() -> bool:
 
 async def charts(request: Request) -> Response:
     """`GET /charts`: the pictures, and the numbers behind them for those who do not see pictures."""
-    store = (await pages.session_of(request)).store
+    session = await pages.session_of(request)
+    store = session.store
     approvals = await store.approvals.stats(by="tool_name", since=_SINCE)
     return pages.page(
         request,

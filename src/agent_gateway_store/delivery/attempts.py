@@ -67,6 +67,7 @@ class Delivery:
         notice: What to send; None if the row holds no notice.
         attempt: Number of this attempt, from 1; the row is leased to us while it still says so.
         send_before: Until when the attempt may begin, by `time.monotonic()`.
+        cause: The span that caused it, if that was here.
     """
 
     delivery_id: UUID
@@ -75,6 +76,7 @@ class Delivery:
     attempt: int
     notice: Notice | None
     send_before: float
+    cause: Any = None
 
 
 @dataclass(frozen=True, slots=True)

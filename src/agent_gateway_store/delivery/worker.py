@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from uuid import UUID
 
+from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store._text import describe
 from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, ResultRecorder, claim, claim_next, is_any_due
@@ -109,8 +110,14 @@ class NotifierQueue:
             return AttemptResult(delivery, DeliveryStatus.DEAD, attempt - 1, error=error)
         if time.monotonic() > delivery.send_before:
             return AttemptResult.untried(delivery)
-        report = await self._dispatcher.deliver(self.name, delivery.notice)
-        status, delay_s = self._policy.after(report, attempt)
+        # The task may have been started in the context of another notice.
+        with telemetry.span(
+            "notice.deliver", is_root=True, link=delivery.cause, agent_gateway_store__notifier=self.name
+        ) as current:
+            report = await self._dispatcher.deliver(self.name, delivery.notice)
+            status, delay_s = self._policy.after(report, attempt)
+            telemetry.note(current, status=str(status), error="delivery_failed" if report.error else None)
+        telemetry.record("delivery.duration", report.seconds, notifier=self.name, status=str(status))
         return AttemptResult(delivery, status, attempt, delay_s, report.error)
 
 
@@ -160,10 +167,11 @@ class DeliveryWorker:
         if self._is_closed:
             return
         send_before = leased.since + self.policy.send_within_s
+        cause = telemetry.current_span()
         for name, delivery_id in leased.ids.items():
             if (queue := self._queues.get(name)) is not None:
                 sent = notice.model_copy(update={"delivery_id": delivery_id})
-                queue.put(Delivery(delivery_id, name, notice.approval_id, 1, sent, send_before))
+                queue.put(Delivery(delivery_id, name, notice.approval_id, 1, sent, send_before, cause))
         self._claim_next([(name, notice.approval_id) for name in self._queues if name not in leased.ids])
 
     async def run(self, *, once: bool, org_id: str | None = None) -> int:

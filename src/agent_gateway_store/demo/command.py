@@ -50,6 +50,11 @@ def demo(
             help="With --events: end of the history, 2026-03-02T18:00Z or 24h ago; default: the last full hour."
         ),
     ] = None,
+    load: Annotated[
+        bool, typer.Option("--load", help="Make calls for a while instead, and send the figures by OpenTelemetry.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=1, max=3600, help="With --load: for so long.")] = 60,
+    rate: Annotated[float, typer.Option(min=0.1, max=1000, help="With --load: calls a second.")] = 10,
     json: JsonOption = False,
 ) -> None:
     """Run tools on real files, audit each call, have one deletion approved and another one denied.
@@ -70,10 +75,35 @@ def demo(
             show_filled(filled)
             _show_where(f"Done in {filled['seconds']:.1f} s:", settings)
         return
+    if load:
+        _load(ctx, settings, seconds=seconds, rate=rate, as_json=json)
+        return
     report = (lambda text: None) if json else say
     summary = in_store(ctx, lambda store: _demo(store, report), settings=settings)
     if json:
         print_json(summary)
+
+
+def _load(ctx: typer.Context, settings: StoreSettings, *, seconds: float, rate: float, as_json: bool) -> None:
+    from agent_gateway_store.demo.load import INSTALL, export_figures, load
+
+    end = export_figures()
+    if end is None:
+        complain(INSTALL)
+    settings = settings.model_copy(update={"otel_enabled": end is not None})
+
+    async def work(store: GatewayStore) -> dict[str, Any]:
+        return await load(store, await _issue(store), seconds=seconds, rate=rate)
+
+    try:
+        made = in_store(ctx, work, settings=settings)
+    finally:
+        if end is not None:
+            end()
+    if as_json:
+        print_json(made)
+    else:
+        say("{calls} calls in {seconds} s; {failed} failed, {left_out} left out.".format(**made))
 
 
 def _end(until: str, events: int | None) -> datetime:

@@ -21,6 +21,7 @@ from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.evidence import Checkpoint, Verification
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.files import progress_bar
+from agent_gateway_store.telemetry import traced
 
 CHECKPOINT = "gateway_store_checkpoint"
 _logger = logging.getLogger("agent_gateway_store.hooks")
@@ -72,6 +73,7 @@ class EvidenceManager:
     def __init__(self, database: Database, sealer: Sealer, *, seals: bool, org_id: str | None = None) -> None:
         self._database, self._sealer, self._seals, self._org_id = database, sealer, seals, org_id
 
+    @traced("log.seal")
     async def seal(self) -> Checkpoint | None:
         """Give every event that is committed its position in the log, and return the checkpoint over all of them.
 

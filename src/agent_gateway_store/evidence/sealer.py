@@ -23,6 +23,7 @@ from agent_gateway_store.storage.database import AnyConnection, Database, dialec
 from agent_gateway_store.storage.errors import retry_conflicts, sqlstate_of
 from agent_gateway_store.storage.identity import known
 from agent_gateway_store.storage.statements import Statement, typed_text
+from agent_gateway_store.telemetry import span
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 
@@ -368,7 +369,8 @@ class BackgroundSealer:
                 continue
             self._idle.clear()
             try:
-                await self._sealer.seal(wait=False)
+                with span("log.seal", is_root=True):
+                    await self._sealer.seal(wait=False)
                 said = None
             except Exception as exc:
                 if may_not_write(exc):

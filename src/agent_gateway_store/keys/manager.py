@@ -31,6 +31,7 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions, db_now, first_row
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
+from agent_gateway_store.telemetry import traced
 
 COLUMNS = (
     "key_id",
@@ -134,6 +135,7 @@ class KeyManager:
         assert row is not None  # noqa: S101  an INSERT without conflict returns its row
         return IssuedKey(plaintext=SecretStr(plaintext), api_key=ApiKey.from_row(row))
 
+    @traced("key.verify", counts="keys.verifications")
     async def verify(self, key: str | SecretStr) -> CallerIdentity:
         """Return the caller that `key` belongs to.
 

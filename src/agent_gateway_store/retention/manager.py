@@ -26,6 +26,7 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.files import progress_bar
 from agent_gateway_store.storage.filters import Moment, instant
+from agent_gateway_store.telemetry import traced
 
 
 class RetentionManager:
@@ -55,6 +56,7 @@ class RetentionManager:
         self._database, self._sealer, self._lock, self._settings = database, sealer, lock, settings
         self._forget, self._org_id = forget, org_id
 
+    @traced("log.prune")
     async def prune(
         self,
         before: Moment,

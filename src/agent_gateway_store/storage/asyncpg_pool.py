@@ -17,6 +17,7 @@ from asyncpg.transaction import Transaction
 from sqlalchemy import Dialect, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.storage.connecting import is_away
@@ -72,9 +73,11 @@ class AsyncpgPool:
             TimeoutError: There was no connection to be had in time, or its use did not end in time.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
+        began_at = loop.time()
+        deadline = began_at + timeout_s
         async with asyncio.timeout_at(deadline):
             await self._places.acquire()
+        telemetry.record("database.pool_wait", loop.time() - began_at, pool="driver")
         try:
             async with asyncio.timeout_at(deadline):
                 driver, connection = await self._idle_connection() or await self._connect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from typing import Any, Literal, Protocol, TypeAlias
@@ -19,6 +20,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
+from agent_gateway_store import telemetry
 from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
@@ -279,14 +281,14 @@ class Database:
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that only reads."""
         with self._counted(), translate_errors(self._read_as):
-            async with self._reader.connect() as connection:
+            async with _measured(self._reader.connect()) as connection:
                 yield connection
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that is committed at the end, or rolled back if its body raises."""
         with self._counted(), translate_errors("be written"):
-            async with self._writer.begin() as connection:
+            async with _measured(self._writer.begin()) as connection:
                 if not self.owned:
                     # A host can set its driver so that only the connection itself tells.
                     await require_transaction(connection)
@@ -400,6 +402,14 @@ class Database:
         # SQLite's connections have threads of their own and answer any loop; the garbage collector takes the others.
         here = loop is asyncio.get_running_loop() or (loop.is_closed() and self.dialect == "sqlite")
         await self.engine.dispose(close=here and pid == os.getpid())
+
+
+@asynccontextmanager
+async def _measured(acquiring: AbstractAsyncContextManager[AsyncConnection]) -> AsyncIterator[AsyncConnection]:
+    began_at = time.monotonic()
+    async with acquiring as connection:
+        telemetry.record("database.pool_wait", time.monotonic() - began_at, pool="engine")
+        yield connection
 
 
 class SessionTransactions:

@@ -17,6 +17,7 @@ from starlette.websockets import WebSocketState
 from agent_gateway_store import errors
 from agent_gateway_store._text import sentence
 from agent_gateway_store.encoding.sanitize import Scrubber
+from agent_gateway_store.telemetry import remote_parent, span
 
 # Seconds: as long as the breaker of Redis and the pool of PostgreSQL need to find out that a server is back.
 RETRY_AFTER_S = 5
@@ -82,7 +83,13 @@ class StoreRoute(APIRoute):
 
         async def handle_named(request: Request) -> Response:
             try:
-                return await handle(request)
+                with span(
+                    f"{request.method} {self.path_format}",
+                    parent=remote_parent(request.headers),
+                    http__request__method=request.method,
+                    http__route=self.path_format,
+                ):
+                    return await handle(request)
             except RequestValidationError as exc:
                 wrong = [{name: error[name] for name in ("type", "loc", "msg")} for error in exc.errors()]
                 # The name of an unknown field is the caller's, too.

@@ -19,7 +19,7 @@ from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastmcp.asking import acquire, ask, note_outcome, pending_answer
 from agent_gateway_store.integrations.fastmcp.callbacks import CallbackError, call_back, failure
 from agent_gateway_store.integrations.fastmcp.elicitation import page_request, take_answer
-from agent_gateway_store.integrations.fastmcp.origin import origin_of, running
+from agent_gateway_store.integrations.fastmcp.origin import origin_of, running, tool_span
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
 from agent_gateway_store.integrations.fastmcp.record import (
     CallRecord,
@@ -113,6 +113,18 @@ class GatewayMiddleware(PinningMiddleware):
         call = ToolCall(server=_own_name(context), tool=message.name, arguments=message.arguments or {})
         record = CallRecord(call, origin_of(context))
         record.shown = argument_names(record.call)
+        with tool_span(record.call.tool, context):
+            return await self._call(record, context, call_next, has_seen_page=has_seen_page)
+
+    async def _call(
+        self,
+        record: CallRecord,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+        *,
+        has_seen_page: bool,
+    ) -> ToolResult:
+        session = context.fastmcp_context
         try:
             resolved, token = await self._release(record, context)
             return await self._run(record, resolved, token, context, call_next)

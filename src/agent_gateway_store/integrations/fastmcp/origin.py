@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ from fastmcp.server.middleware import MiddlewareContext
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from agent_gateway_store.telemetry import current_trace_id, span
 
 _TRACEPARENT = "traceparent"
 _w3c = TraceContextTextMapPropagator()
@@ -68,6 +70,20 @@ def origin_of(context: MiddlewareContext[Any]) -> Origin:
     )
 
 
+def tool_span(tool: str, context: MiddlewareContext[Any]) -> AbstractContextManager[Any]:
+    """Run a call in a span of ours: below that of FastMCP, else below what the client sent."""
+    # FastMCP continues the trace of `_meta` in a span of its own, unless its telemetry is off.
+    is_below = trace.get_current_span().get_span_context().is_valid
+    parent = None if is_below else trace.set_span_in_context(trace.NonRecordingSpan(_sent(context.fastmcp_context)))
+    return span(
+        "tools/call",
+        parent=parent,
+        mcp__method__name="tools/call",
+        gen_ai__operation__name="execute_tool",
+        gen_ai__tool__name=tool,
+    )
+
+
 def _session_id(request: RequestContext) -> str | None:
     try:
         return request.session_id
@@ -78,14 +94,17 @@ def _session_id(request: RequestContext) -> str | None:
 
 def _trace_id(request: RequestContext | None) -> str | None:
     """Return the trace of the current span, else that of the request's `_meta`, else that of its HTTP headers."""
-    # FastMCP continues the trace of `_meta` in a span of its own, unless its telemetry is off.
-    span = trace.get_current_span().get_span_context()
-    if not span.is_valid:
-        sent = request.request_context if request is not None else None
-        span = _remote(sent.meta if sent is not None else None)
-    if not span.is_valid:
-        span = _remote(get_http_headers())
-    return trace.format_trace_id(span.trace_id) if span.is_valid else None
+    if (current := current_trace_id()) is not None:
+        return current
+    sent = _sent(request)
+    return trace.format_trace_id(sent.trace_id) if sent.is_valid else None
+
+
+def _sent(request: RequestContext | None) -> trace.SpanContext:
+    """Return the span that the request's `_meta` names, else that of its HTTP headers; it may not be valid."""
+    call = request.request_context if request is not None else None
+    sent = _remote(call.meta if call is not None else None)
+    return sent if sent.is_valid else _remote(get_http_headers())
 
 
 def _remote(carrier: Mapping[str, Any] | None) -> trace.SpanContext:

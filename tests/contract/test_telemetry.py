@@ -1,0 +1,260 @@
+"""OpenTelemetry with the real SDK: whose child a span is, what it says, and what metrics say after known actions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from contract_helpers import until
+from opentelemetry.trace import StatusCode
+
+from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.errors import ApprovalNotFoundError, InvalidApiKeyError
+from agent_gateway_store.store import parts_of
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_event, make_request
+from otel import Recorded, recorded
+
+# Planted in every place from which an argument or a secret could get into an attribute.
+SECRET = "hunter2-s3cret"
+
+
+@pytest.fixture
+def otel() -> Iterator[Recorded]:
+    """The SDK, in memory."""
+    with recorded() as found:
+        yield found
+
+
+@pytest.fixture
+async def measured(otel: Recorded, database_url: str, tmp_path: Any) -> AsyncIterator[GatewayStore]:
+    """An open store with OTEL_ENABLED and a notifier."""
+    settings = StoreSettings(otel_enabled=True, redis_url="", audit_spool_path=tmp_path / "spool.db")
+    async with GatewayStore(database_url, settings=settings, plugins=[RecordingNotifier()]) as opened:
+        yield opened
+
+
+async def issued(store: GatewayStore) -> str:
+    """Ask for an approval."""
+    return await store.approvals.issue_token(make_request())
+
+
+async def write(store: GatewayStore) -> str:
+    """Write an event."""
+    await store.audit.write(make_event())
+    return "audit.write"
+
+
+async def acquire(store: GatewayStore) -> str:
+    """Acquire a call."""
+    await store.approvals.acquire(make_request())
+    return "approval.acquire"
+
+
+async def wait(store: GatewayStore) -> str:
+    """Wait for a decision."""
+    await store.approvals.wait_for_decision(await issued(store), timeout_s=0)
+    return "approval.wait"
+
+
+async def decide(store: GatewayStore) -> str:
+    """Decide."""
+    await store.approvals.approve(await issued(store), "alice")
+    return "approval.decide"
+
+
+async def consume(store: GatewayStore) -> str:
+    """Use an approval."""
+    token = await issued(store)
+    await store.approvals.approve(token, "alice")
+    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    return "approval.consume"
+
+
+async def verify(store: GatewayStore) -> str:
+    """Verify a key."""
+    key = await store.keys.issue("agent", role="dev")
+    await store.keys.verify(key.plaintext)
+    return "key.verify"
+
+
+async def seal(store: GatewayStore) -> str:
+    """Seal."""
+    await store.evidence.seal()
+    return "log.seal"
+
+
+async def prune(store: GatewayStore) -> str:
+    """Prune."""
+    await store.retention.prune("365d", by="alice", discard=True)
+    return "log.prune"
+
+
+ACTIONS: list[Callable[[GatewayStore], Awaitable[str]]] = [write, acquire, wait, decide, consume, verify, seal, prune]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+async def test_each_is_a_child_of_the_span_of_its_caller(
+    otel: Recorded, measured: GatewayStore, action: Callable[[GatewayStore], Awaitable[str]]
+) -> None:
+    """In the caller's trace, right below its span, and without an error."""
+    with otel.tracer.start_as_current_span("caller") as caller:
+        name = await action(measured)
+
+    span = otel.span(name)
+    assert span.parent is not None
+    assert span.parent.span_id == caller.get_span_context().span_id
+    assert span.status.status_code is StatusCode.UNSET
+
+
+async def test_a_span_names_the_tool_the_outcome_and_the_approval(otel: Recorded, measured: GatewayStore) -> None:
+    """By the names of the conventions where there are any."""
+    await measured.audit.write(make_event(tool_name="read_\ud800file"))
+    result = await measured.approvals.acquire(make_request())
+
+    assert otel.span("audit.write").attributes == {
+        "gen_ai.tool.name": "read_?file",
+        "agent_gateway_store.outcome": "STORED",
+    }
+    assert otel.span("approval.acquire").attributes == {
+        "gen_ai.tool.name": CALL.tool,
+        "agent_gateway_store.status": "PENDING",
+        "agent_gateway_store.approval_id": str(result.approval_id),
+    }
+
+
+async def test_an_error_is_named_by_its_class_alone(otel: Recorded, measured: GatewayStore) -> None:
+    """The text of an error may quote what was given."""
+    with pytest.raises(ApprovalNotFoundError):
+        await measured.approvals.consume_token(SECRET, caller_id="dev-agent", tool_call=CALL)
+
+    span = otel.span("approval.consume")
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, None)
+    assert span.attributes["error.type"] == "ApprovalNotFoundError"
+    assert not span.events
+
+
+async def test_deliveries_are_roots_that_link_to_their_cause(otel: Recorded, measured: GatewayStore) -> None:
+    """Sent in the background, they outlive the call that caused them."""
+    with otel.tracer.start_as_current_span("caller") as caller:
+        await issued(measured)
+    await until(lambda: any(span.name == "notice.deliver" for span in otel.spans))
+
+    (span,) = (
+        span
+        for span in otel.spans
+        if span.name == "notice.deliver" and span.attributes["agent_gateway_store.notifier"] == "recording"
+    )
+    assert span.parent is None
+    assert [link.context.trace_id for link in span.links] == [caller.get_span_context().trace_id]
+    assert span.attributes["agent_gateway_store.status"] == "DELIVERED"
+
+
+async def test_no_argument_key_or_token_is_in_an_attribute(otel: Recorded, measured: GatewayStore) -> None:
+    """Planted in arguments, texts, notes, keys and tokens."""
+    call = CALL.model_copy(update={"arguments": {"password": SECRET}})
+    key = await measured.keys.issue("agent", role="dev")
+    with pytest.raises(InvalidApiKeyError):
+        await measured.keys.verify(key.plaintext.get_secret_value()[:-3] + "abc")
+    await measured.keys.verify(key.plaintext)
+    await measured.audit.write(
+        make_event(sanitized_args={"password": SECRET}, deterministic_rationale=SECRET, extra={"x": SECRET})
+    )
+    token = await measured.approvals.issue_token(make_request(tool_call=call, risk_explanation=SECRET), call=call)
+    await measured.approvals.approve(token, "alice", SECRET)
+    await measured.approvals.consume_token(token, caller_id="dev-agent", tool_call=call)
+    await until(lambda: sum(span.name == "notice.deliver" for span in otel.spans) >= 2)
+
+    told = "".join(span.to_json() for span in otel.spans) + repr(otel.metrics())
+    assert len(otel.spans) > 6
+    assert not [secret for secret in (SECRET, token, key.plaintext.get_secret_value()[20:]) if secret in told]
+
+
+async def test_an_event_without_a_trace_gets_that_of_its_caller(otel: Recorded, measured: GatewayStore) -> None:
+    """However it is written; the same event again, in the same trace, is still the same."""
+    events = [make_event() for _ in range(3)]
+    with otel.tracer.start_as_current_span("caller") as caller:
+        await measured.audit.write(events[0])
+        again = await measured.audit.write(events[0])
+        await measured.audit.write_many(events[1:2])
+        async with measured.database.sessions() as session:
+            await measured.audit.record(events[2], session=session)
+            await session.commit()
+    await measured.audit.write(make_event(request_id="outside"))
+    kept = await measured.audit.write(make_event(request_id="own", trace_id="f" * 32))
+
+    stored = {event.request_id: event.trace_id for event in await measured.audit.list_recent()}
+    trace_id = f"{caller.get_span_context().trace_id:032x}"
+    assert (again, kept) == ("DUPLICATE", "STORED")
+    assert stored == {**{event.request_id: trace_id for event in events}, "outside": None, "own": "f" * 32}
+    assert events[0].trace_id is None
+
+
+async def test_metrics_say_what_was_done(otel: Recorded, measured: GatewayStore) -> None:
+    """Counters, histograms, and what is read from the database."""
+    event = make_event()
+    await measured.audit.write(event)
+    await measured.audit.write(event)
+    await decide(measured)
+    await measured.approvals.issue_token(make_request(request_id="other"))
+    key = await measured.keys.issue("agent", role="dev")
+    await measured.keys.verify(key.plaintext)
+    with pytest.raises(InvalidApiKeyError):
+        await measured.keys.verify("nonsense")
+    await until(lambda: otel.metrics().get(("delivery.duration", "recording", "DELIVERED"), 0) == 3)
+    await parts_of(measured).figures.refresh()
+
+    found = otel.metrics()
+    expected = {
+        ("audit.events", "stored"): 1,
+        ("audit.events", "duplicate"): 1,
+        ("audit.events", "lost"): 0,
+        ("audit.queue_depth",): 0,
+        ("audit.queue_age",): 0,
+        ("audit.batch_size",): 2,
+        ("audit.commit_duration",): 2,
+        ("audit.spool_depth", "waiting"): 0,
+        ("audit.spool_age",): 0,
+        ("approvals.open", "PENDING"): 1,
+        ("approvals.open", "APPROVED"): 1,
+        ("approvals.decision_time", "APPROVED"): 1,
+        ("keys.verifications", "ok"): 1,
+        ("keys.verifications", "InvalidApiKeyError"): 1,
+        ("outbox.dead", "recording"): 0,
+        ("outbox.due", "recording"): 0,
+        ("retention.lag",): 0,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+    assert found["approvals.oldest_pending_age",] >= 0
+    assert found["evidence.seal_lag",] > 0
+    assert any(name[0] == "database.pool_wait" for name in found)
+
+
+async def test_nothing_is_late_once_the_log_is_sealed(otel: Recorded, measured: GatewayStore) -> None:
+    """The lag is that of what no seal covers."""
+    await measured.audit.write(make_event())
+    await measured.evidence.seal()
+    await parts_of(measured).figures.refresh()
+
+    assert otel.metrics()["evidence.seal_lag",] == 0
+
+
+async def test_a_closed_store_says_nothing(otel: Recorded, measured: GatewayStore) -> None:
+    """Its counters ended with it."""
+    await measured.audit.write(make_event())
+    await measured.close()
+
+    assert not any(name[0] in ("audit.events", "audit.queue_depth") for name in otel.metrics())
+
+
+async def test_without_the_setting_there_is_no_span(otel: Recorded, database_url: str) -> None:
+    """And no metric; the trace of the caller is taken all the same."""
+    async with GatewayStore(database_url, settings=StoreSettings(redis_url="")) as store:
+        with otel.tracer.start_as_current_span("caller"):
+            await store.audit.write(make_event())
+        (event,) = await store.audit.list_recent()
+
+    assert not otel.spans
+    assert not otel.metrics()
+    assert event.trace_id is not None
