@@ -101,10 +101,9 @@ class AuditManager:
             return await writer.write(row)
         # In another task, so that cancelling the caller does not cancel the write.
         hooks = self._before
-        slowly = (
-            write_prepared(writer, hooks, row) if row else write_heavy(writer, hooks, event, self._org_id, trace_id)
-        )
-        return await hooks.tasks.shielded(slowly)
+        if row is not None:
+            return await hooks.tasks.shielded(write_prepared(writer, hooks, row))
+        return await hooks.tasks.shielded(write_heavy(writer, hooks, event, self._org_id, trace_id))
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one by one; return the number of each outcome.
@@ -119,11 +118,7 @@ class AuditManager:
             TypeError: One is not an AuditEvent.
         """
         self._database.check_owner()
-        return await self._write_many(events, current_trace_id())
-
-    async def _write_many(
-        self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent], trace_id: str | None
-    ) -> Counter[WriteOutcome]:
+        trace_id = current_trace_id()
         return await write_batches(self._writer.get(), self._before, events, self._org_id, trace_id=trace_id)
 
     async def import_file(
@@ -137,6 +132,7 @@ class AuditManager:
         """Store the events of a file or dataset that `export` wrote: the same events, under ids of this store.
 
         Safe to repeat: an event that is stored already is a DUPLICATE. A store bound to an organisation stamps that.
+        Returns how many events came to which outcome.
 
         Args:
             path: A JSONL file (also .gz or .zst), a Parquet file, or the folder of a dataset.
@@ -144,8 +140,6 @@ class AuditManager:
             on_refused: Called with a sentence for each record that is refused, and the others are stored; None: the
                 first one is raised.
             progress: True shows a progress bar; a function is called with the events read so far.
-
-        Returns how many events came to which outcome.
 
         Raises:
             FileNotFoundError, MissingExtraError: There is nothing at `path`; or pyarrow is needed, and not installed.
@@ -159,9 +153,10 @@ class AuditManager:
         source = Path(path)
         kind = importable(source, format)
         with progress_bar(progress, f"Importing {source.name}") as report:
-            # Without a trace: what is imported is what was exported.
             self._database.check_owner()
-            return await self._write_many(counted(events_in(source, kind, on_refused=on_refused), report), None)
+            events = counted(events_in(source, kind, on_refused=on_refused), report)
+            # Without a trace: what is imported is what was exported.
+            return await write_batches(self._writer.get(), self._before, events, self._org_id, trace_id=None)
 
     @asynccontextmanager
     async def call(
@@ -230,9 +225,7 @@ class AuditManager:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.
 
         Plugins may change it before (`gateway_store_before_audit_write`); none is notified afterwards, since only the
-        caller knows when it commits.
-
-        Returns STORED or DUPLICATE.
+        caller knows when it commits. Returns STORED or DUPLICATE.
 
         Raises:
             StoreUnavailableError: The database could not take it.
@@ -354,8 +347,7 @@ class AuditManager:
         Args:
             cursor: `next_cursor` of the call before; "now" or None returns no event and the cursor to begin with;
                 "beginning" reads what there is first, by id.
-            limit: The most events, 1 to 100,000.
-            filters: See `Filters`; the same at each call.
+            limit: The most events, 1 to 100,000. The filters (see `Filters`) are the same at each call.
 
         Raises:
             InvalidCursorError: The cursor did not come from this method with these filters, or the newest event that it
@@ -378,13 +370,10 @@ class AuditManager:
             start: "now" or None: events committed from the first iteration on; "beginning": all events; or a cursor of
                 `changes` with the same filters.
             poll_s, patience_s: Seconds between two reads, and the longest wait for a database that is away.
-            filters: See `Filters`.
 
         Raises:
-            InvalidCursorError: `start` is not a cursor of `changes`, or the newest event passed is not in the database
-                any more, as after a failover to a standby that had not received it.
+            InvalidCursorError, TypeError, ValueError: As for `changes`; or `poll_s` is not above zero.
             StoreUnavailableError: The database was away for longer than `patience_s`.
-            TypeError, ValueError: As for `search`; or `poll_s` is not above zero.
         """
         if not poll_s > 0:
             raise ValueError(f"poll_s must be above zero, not {poll_s}.")
@@ -400,17 +389,13 @@ class AuditManager:
         """Return every event that matches as an Arrow table, newest first, without making event objects.
 
         Columns and types are those of `Page.to_arrow()`; JSON columns hold the JSON text as the database writes it.
-
-        Raises:
-            MissingExtraError: pyarrow is not installed.
-            TypeError, ValueError: As for `search`.
+        Raises as `search` does, and MissingExtraError if pyarrow is not installed.
         """
         from agent_gateway_store.storage.arrow import whole_table
 
         found = criteria(filters, org_id=self._org_id)
-        return await whole_table(
-            self._database.replica, newest(found.shape, limit=None), found.values, columns_of(AuditEvent)
-        )
+        rows = newest(found.shape, limit=None)
+        return await whole_table(self._database.replica, rows, found.values, columns_of(AuditEvent))
 
     async def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
         """Return the table of `to_arrow` as a pandas DataFrame. Raises the same, also if pandas is missing."""
@@ -455,7 +440,7 @@ class AuditManager:
         Raises:
             FileExistsError: `path` exists, and `overwrite` is False; or it is a device, a pipe or another folder.
             OSError, MissingExtraError: The file cannot be written; Parquet or zstd, and pyarrow is not installed.
-            TypeError, ValueError: As for `search`; or the format is unknown or does not go with the other arguments.
+            TypeError, ValueError: As for `search`; or of the other arguments.
         """
         from agent_gateway_store.storage.export import ExportOptions, Source, export_rows
 

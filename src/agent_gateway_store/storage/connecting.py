@@ -1,13 +1,31 @@
-"""How a connection to PostgreSQL is made: to a server that takes writes, and to its end once it was begun."""
+"""Engines of PostgreSQL, whose connections lead to a server that takes writes and have our settings of a session."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import asyncpg
+from sqlalchemy import event
+from sqlalchemy.engine import URL, ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from agent_gateway_store._concurrency import BackgroundTasks
+from agent_gateway_store.storage.errors import sqlstate_of
+
+# Chosen: TLS and a server that just starts included; asyncpg's own default is 60 seconds.
+_CONNECT_TIMEOUT_S = 10.0
+# Defaults of a server, database or role that would change how our SQL is read, how times and numbers become text, which
+# transactions conflict, whether a commit is on disk, and whether a statement is compiled (JIT), which takes longer than
+# it runs. A stronger synchronous_commit than "on" is left alone.
+_SESSION = """
+SET jit = off; SET default_transaction_isolation = 'read committed'; SET standard_conforming_strings = on;
+SET transform_null_equals = off; SET array_nulls = on; SET quote_all_identifiers = off;
+SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 1;
+SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
+"""
 
 # What says that another server may do: refused, not to be reached, starting up, a standby, gone while it answered.
 _TRY_NEXT = (
@@ -79,3 +97,49 @@ def is_away(driver: asyncpg.Connection, target: object = None) -> bool:
         return False
     told = driver.get_settings()
     return "on" in (getattr(told, "in_hot_standby", None), getattr(told, "default_transaction_read_only", None))
+
+
+def postgres_engine(
+    url: URL, connect_args: Mapping[str, Any], *, pool_size: int, command_timeout_s: float
+) -> AsyncEngine:
+    """Return an engine of asyncpg; arguments as `parse_database_url` and `create_engine` give them."""
+    engine = create_async_engine(
+        url,
+        # Said in each BEGIN, so that it holds through PgBouncer as well.
+        isolation_level="READ COMMITTED",
+        connect_args={
+            "timeout": _CONNECT_TIMEOUT_S,
+            "command_timeout": command_timeout_s,
+            "async_creator_fn": Connector(),
+            **connect_args,
+        },
+        # A connection that died while idle is replaced, at the price of a round trip for each checkout.
+        pool_pre_ping=True,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_timeout=_CONNECT_TIMEOUT_S,
+        hide_parameters=True,
+    )
+    # Not as startup parameters, which poolers refuse; and in PgBouncer's transaction mode others would get them.
+    if connect_args.get("statement_cache_size") != 0:
+        event.listen(engine.sync_engine, "connect", _prepare_postgresql)
+    event.listen(engine.sync_engine, "handle_error", replace_read_only)
+    target = url.query.get("target_session_attrs")
+
+    @event.listens_for(engine.sync_engine, "checkin")
+    def replace_standby(connection: Any, record: ConnectionPoolEntry) -> None:
+        if connection is not None and is_away(connection.driver_connection, target):
+            record.invalidate()
+
+    return engine
+
+
+def _prepare_postgresql(connection: Any, _record: Any) -> None:
+    connection.run_async(lambda driver: driver.execute(_SESSION))
+
+
+def replace_read_only(context: ExceptionContext) -> None:
+    """Have a connection replaced whose server has become a standby, as for the event `handle_error`."""
+    # read_only_sql_transaction: the pool's other connections lead there as well.
+    if sqlstate_of(context.original_exception) == "25006":
+        context.is_disconnect = True

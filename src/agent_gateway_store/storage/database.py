@@ -10,23 +10,17 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from typing import Any, Literal, Protocol, TypeAlias
 
 from sqlalchemy import Executable, event
-from sqlalchemy.engine import URL, ExceptionContext
-from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
-    AsyncEngine,
-    AsyncSession,
-    async_sessionmaker,
-    create_async_engine,
-)
-from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.pool import Pool, QueuePool
 
 from agent_gateway_store import telemetry
 from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
-from agent_gateway_store.storage.connecting import Connector, is_away
+from agent_gateway_store.storage.connecting import postgres_engine, replace_read_only
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
+from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.host import (
     READ_ONLY,
     require_engine,
@@ -60,25 +54,12 @@ AnyConnection: TypeAlias = AsyncConnection | RawConnection
 Access: TypeAlias = Literal["read", "autocommit", "transaction"]
 """To read; to write by statements that each commit themselves; to write by several that commit together."""
 
-# Chosen: TLS and a server that just starts included; asyncpg's own default is 60 seconds.
-_CONNECT_TIMEOUT_S = 10.0
 # Chosen: for statements that find their rows by an index; long reads set their own.
 _COMMAND_TIMEOUT_S = 30.0
 # Chosen: `close` must end soon, and an ordinary transaction takes milliseconds.
 _LAST_TRANSACTIONS_S = 5.0
 # The largest that our own engine has: pool_size 10 and as many in overflow.
 _MOST_RAW_CONNECTIONS = 20
-# Defaults of a server, database or role that would change how our SQL is read, how times and numbers become text, which
-# transactions conflict, whether a commit is on disk, and whether a statement is compiled (JIT), which takes longer than
-# it runs. A stronger synchronous_commit than "on" is left alone.
-_SESSION = """
-SET jit = off; SET default_transaction_isolation = 'read committed'; SET standard_conforming_strings = on;
-SET transform_null_equals = off; SET array_nulls = on; SET quote_all_identifiers = off;
-SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 1;
-SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
-"""
-
-
 # A standby that has applied all it received is up to date, however long ago the last commit was, unless nobody sends.
 _REPLICA_AGE = """
 SELECT CASE WHEN NOT pg_is_in_recovery() THEN NULL
@@ -154,45 +135,7 @@ def create_engine(url: str | URL, *, pool_size: int = 10, reads: bool = False) -
     parsed, connect_args = parse_database_url(url, reads=reads)
     if parsed.get_backend_name() == "sqlite":
         return sqlite_engine(parsed, pool_size)
-    engine = create_async_engine(
-        parsed,
-        # Said in each BEGIN, so that it holds through PgBouncer as well.
-        isolation_level="READ COMMITTED",
-        connect_args={
-            "timeout": _CONNECT_TIMEOUT_S,
-            "command_timeout": _COMMAND_TIMEOUT_S,
-            "async_creator_fn": Connector(),
-            **connect_args,
-        },
-        # A connection that died while idle is replaced, at the price of a round trip for each checkout.
-        pool_pre_ping=True,
-        pool_size=pool_size,
-        max_overflow=pool_size,
-        pool_timeout=_CONNECT_TIMEOUT_S,
-        hide_parameters=True,
-    )
-    # Not as startup parameters, which poolers refuse; and in PgBouncer's transaction mode others would get them.
-    if connect_args.get("statement_cache_size") != 0:
-        event.listen(engine.sync_engine, "connect", _prepare_postgresql)
-    event.listen(engine.sync_engine, "handle_error", _replace_read_only)
-    target = parsed.query.get("target_session_attrs")
-
-    @event.listens_for(engine.sync_engine, "checkin")
-    def replace_standby(connection: Any, record: ConnectionPoolEntry) -> None:
-        if connection is not None and is_away(connection.driver_connection, target):
-            record.invalidate()
-
-    return engine
-
-
-def _prepare_postgresql(connection: Any, _record: Any) -> None:
-    connection.run_async(lambda driver: driver.execute(_SESSION))
-
-
-def _replace_read_only(context: ExceptionContext) -> None:
-    # read_only_sql_transaction: the server has become a standby, and the pool's other connections lead there as well.
-    if sqlstate_of(context.original_exception) == "25006":
-        context.is_disconnect = True
+    return postgres_engine(parsed, connect_args, pool_size=pool_size, command_timeout_s=_COMMAND_TIMEOUT_S)
 
 
 def _raw_pool_size(pool: Pool, *, owned: bool) -> int:
@@ -234,7 +177,7 @@ class Database:
         self._writer = read_committed(engine)
         if not owned and self._writer is not engine:
             # On a view of the host's engine, whose own uses it leaves alone.
-            event.listen(self._writer.sync_engine, "handle_error", _replace_read_only)
+            event.listen(self._writer.sync_engine, "handle_error", replace_read_only)
         self._reader = reader_of(self._writer)
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
