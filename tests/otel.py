@@ -42,16 +42,22 @@ class Recorded:
 
     def metrics(self) -> dict[tuple[str, ...], Any]:
         """Return what each metric says now: its short name and the values of its attributes to its value or count."""
-        data = self._reader.get_metrics_data()
         return {
-            (metric.name.removeprefix(f"{telemetry.SCOPE}."), *map(str, point.attributes.values())): (
-                point.count if hasattr(point, "count") else point.value
-            )
-            for resource in (data.resource_metrics if data else [])
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-            for point in metric.data.data_points
+            (name, *map(str, point.attributes.values())): point.count if hasattr(point, "count") else point.value
+            for name, point in self._points()
         }
+
+    def longest(self, name: str) -> float:
+        """Return the largest value that a histogram has recorded."""
+        return max(float(point.max) for found, point in self._points() if found == name)
+
+    def _points(self) -> Iterator[tuple[str, Any]]:
+        data = self._reader.get_metrics_data()
+        for resource in data.resource_metrics if data else []:
+            for scope in resource.scope_metrics:
+                for metric in scope.metrics:
+                    for point in metric.data.data_points:
+                        yield metric.name.removeprefix(f"{telemetry.SCOPE}."), point
 
 
 @contextmanager

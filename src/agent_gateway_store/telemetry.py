@@ -6,6 +6,7 @@ Attributes never hold an argument of a call, a key, a token or the text of an er
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial, wraps
@@ -98,6 +99,7 @@ _SECONDS = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600, 3600]
 _SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
 
 _active: _Telemetry | None = None
+_OFF: AbstractContextManager[None] = nullcontext()
 # Weak, because OpenTelemetry keeps its callbacks for ever, and a store can be opened many times.
 _sources: WeakSet[Source] = WeakSet()
 
@@ -143,6 +145,20 @@ def record(name: str, value: float, **attributes: str) -> None:
         _active.record[name](value, attributes)
 
 
+def timed(name: str, **attributes: str) -> AbstractContextManager[None]:
+    """Record how long the body takes, also if it raises."""
+    return _OFF if _active is None else _timed(name, attributes)
+
+
+@contextmanager
+def _timed(name: str, attributes: dict[str, str]) -> Iterator[None]:
+    began_at = time.monotonic()
+    try:
+        yield
+    finally:
+        record(name, time.monotonic() - began_at, **attributes)
+
+
 def current_trace_id() -> str | None:
     """Return the id of the caller's trace (32 hex digits), or None. Needs no setting."""
     # Without the API there is no span: a process that has not loaded it does not pay for the import.
@@ -184,9 +200,6 @@ def span(
         attributes: With `__` for a dot in their names; None leaves one out.
     """
     return _OFF if _active is None else _span(_active.tracer, name, is_root, link, parent, attributes)
-
-
-_OFF: AbstractContextManager[None] = nullcontext()
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -229,6 +231,21 @@ async def test_metrics_say_what_was_done(otel: Recorded, measured: GatewayStore)
     assert found["approvals.oldest_pending_age",] >= 0
     assert found["evidence.seal_lag",] > 0
     assert any(name[0] == "database.pool_wait" for name in found)
+
+
+async def test_a_wait_for_a_connection_that_ends_in_vain_is_measured(otel: Recorded, measured: GatewayStore) -> None:
+    """So that the alert of a pool that is exhausted fires also where nobody gets a connection."""
+    async with AsyncExitStack() as holding:
+
+        async def hold_all() -> None:
+            while True:
+                async with asyncio.timeout(0.5):
+                    await holding.enter_async_context(measured.database.read())
+
+        with pytest.raises(TimeoutError):
+            await hold_all()
+
+    assert otel.longest("database.pool_wait") >= 0.4
 
 
 async def test_nothing_is_late_once_the_log_is_sealed(otel: Recorded, measured: GatewayStore) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -217,9 +216,8 @@ class AuditWriter:
             if self._is_away and (not self._is_strict or asyncio.get_running_loop().time() < self._retry_at):
                 return await self._spool_or_fail(rows, None)
             try:
-                began_at = time.monotonic()
-                results = await store_batch(self._sink, rows)
-                telemetry.record("audit.commit_duration", time.monotonic() - began_at)
+                with telemetry.timed("audit.commit_duration"):
+                    results = await store_batch(self._sink, rows)
             except Exception as exc:
                 if conflict_of(exc) is not None:
                     _logger.error("Other transactions were in the way of audit events, also when tried again.")

@@ -73,11 +73,10 @@ class AsyncpgPool:
             TimeoutError: There was no connection to be had in time, or its use did not end in time.
         """
         loop = asyncio.get_running_loop()
-        began_at = loop.time()
-        deadline = began_at + timeout_s
-        async with asyncio.timeout_at(deadline):
-            await self._places.acquire()
-        telemetry.record("database.pool_wait", loop.time() - began_at, pool="driver")
+        deadline = loop.time() + timeout_s
+        with telemetry.timed("database.pool_wait", pool="driver"):
+            async with asyncio.timeout_at(deadline):
+                await self._places.acquire()
         try:
             async with asyncio.timeout_at(deadline):
                 driver, connection = await self._idle_connection() or await self._connect()

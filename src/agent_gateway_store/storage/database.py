@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, Literal, Protocol, TypeAlias
 
 from sqlalchemy import Executable, event
@@ -349,9 +348,9 @@ class Database:
 
 @asynccontextmanager
 async def _measured(acquiring: AbstractAsyncContextManager[AsyncConnection]) -> AsyncIterator[AsyncConnection]:
-    began_at = time.monotonic()
-    async with acquiring as connection:
-        telemetry.record("database.pool_wait", time.monotonic() - began_at, pool="engine")
+    async with AsyncExitStack() as stack:
+        with telemetry.timed("database.pool_wait", pool="engine"):
+            connection = await stack.enter_async_context(acquiring)
         yield connection
 
 
