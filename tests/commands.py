@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
@@ -75,3 +76,8 @@ def event_line(request_id: str, **fields: Any) -> str:
     """Return an audit event as a JSON line."""
     given = {"request_id": request_id, "execution_status": "SUCCESS"} | fields
     return json.dumps(event_fields(**given))
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of a process that runs the same package as its test: these folders, then those that were given."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))

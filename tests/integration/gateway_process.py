@@ -24,6 +24,7 @@ from sqlalchemy import make_url
 
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, TrustLevel
+from commands import python_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECRET = "correct-horse-battery-staple"
@@ -90,7 +91,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return {
         "PATH": os.defpath,
         "HOME": str(folder),
-        "PYTHONPATH": str(EXAMPLES),
+        "PYTHONPATH": python_path(EXAMPLES),
         "PYTHONWARNINGS": "error",
         "BCRYPT_ROUNDS": "4",
         "GATEWAY_PORT": "0",

@@ -11,21 +11,27 @@ from pathlib import Path
 import pytest
 
 from agent_gateway_store import ApprovalStatus, GatewayStore
+from commands import python_path
 from integration.agent_process import FRAMEWORKS, PATHS
 
 pytestmark = pytest.mark.integration
 
+TESTS = Path(__file__).parents[1]
+
 
 async def run(framework: str, url: str, verb: str, folder: Path, *, is_killed: bool = False) -> str:
     """Run one process until it says where it stands; kill it by SIGKILL then, or let it end."""
-    tests = Path(__file__).parents[1]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "integration.agent_process",
         *(framework, url, verb),
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(tests), "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""},
+        env={
+            **os.environ,
+            "PYTHONPATH": python_path(Path(__file__).parents[1]),
+            "AGENT_GATEWAY_STORE_LOAD_PLUGINS": "",
+        },
         stdout=asyncio.subprocess.PIPE,
     )
     try:

@@ -26,6 +26,7 @@ from agent_gateway_store.audit.record import EncodedRow
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.identity import read_identity
+from commands import python_path
 
 TRIGGERS = {
     "sqlite": "CREATE TRIGGER refuse BEFORE INSERT ON audit_events WHEN NEW.tool_name = 'poison' "
@@ -268,7 +269,7 @@ class Verdict:
 async def child(program: str, *arguments: object) -> AsyncIterator[Any]:
     """Run a Python program that says `open` once its store is open; it is killed at the end if it still runs."""
     command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": python_path(Path(__file__).parent.parent)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
     process: Any = await asyncio.create_subprocess_exec(*command, **pipes)
     try:
