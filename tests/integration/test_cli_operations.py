@@ -88,6 +88,21 @@ def test_plugins_are_listed_with_what_is_wrong_with_them() -> None:
     assert "no such plugin is installed" in broken.out
 
 
+def test_a_plugin_that_waits_for_its_settings_is_idle(tmp_path: Path) -> None:
+    """Whether it would offer a notifier or keep checkpoints; `plugins list` and `doctor` say the same."""
+    set_up = {"WITNESS_FILE_PATH": str(tmp_path / "witness"), "AGENT_GATEWAY_STORE_WEBHOOK_URL": "https://a.example/x"}
+    set_up["AGENT_GATEWAY_STORE_WEBHOOK_SECRETS"] = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    waiting = {"apprise": "idle", "log": "active", "slack": "idle", "webhook": "idle", "witness-file": "idle"}
+
+    for given, states in (({}, waiting), (set_up, waiting | {"webhook": "active", "witness-file": "active"})):
+        listed = {item["name"]: item for item in gateway_store("plugins", "list", "--json", **given).json["items"]}
+        assert {name: item["state"] for name, item in listed.items() if name in states} == states
+        assert all("it does nothing yet: set" in listed[name]["error"] for name in states if states[name] == "idle")
+
+        doctor = gateway_store("doctor", **given).out
+        assert all(f"plugins {name} {state}" in " ".join(doctor.split()) for name, state in states.items())
+
+
 def test_doctor_reports_on_postgresql_and_redis(postgres_database: Callable[[], str], fresh_redis_url: str) -> None:
     """Version, durability setting, schema, Redis: all as they are."""
     url = postgres_database()

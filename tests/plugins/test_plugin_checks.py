@@ -193,8 +193,12 @@ def test_a_validation_error_is_described_without_its_input() -> None:
 
 def test_aliases_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable of another name is told by that name; a plugin that needs nothing stands at its defaults."""
-    from pydantic import Field
+    from pydantic import AliasChoices, Field
     from pydantic_settings import BaseSettings, SettingsConfigDict
+
+    class Named(BaseSettings):
+        model_config = SettingsConfigDict(env_prefix="NAMED_")
+        path: str = Field(default="x", validation_alias=AliasChoices("FIRST_PATH", "SECOND_PATH"))
 
     class Aliased(BaseSettings):
         model_config = SettingsConfigDict(env_prefix="ALIASED_")
@@ -208,3 +212,7 @@ def test_aliases_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert examine_settings(Optional).state == "defaults"
     monkeypatch.setenv("OPTIONAL_PATH", "y")
     assert examine_settings(Optional).state == "configured"
+
+    assert examine_settings(Named).state == "defaults"
+    monkeypatch.setenv("SECOND_PATH", "y")
+    assert examine_settings(Named).state == "configured"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import altair as alt
 import pandas as pd
 import pytest
+import vl_convert
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, Page, Stats
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.notebook import plot
+from agent_gateway_store.notebook import charts, plot
 from agent_gateway_store.notebook.counts import step_for
 from builders import make_event, make_request
 
@@ -248,6 +250,17 @@ def test_charts_are_altair_charts() -> None:
 
     assert isinstance(chart, alt.Chart)
     assert chart.to_dict()["width"] == 900
+
+
+@pytest.mark.parametrize("theme", ["dark", "carbong90", "carbong100"])
+def test_a_dark_theme_leaves_dark_ink_on_white(theme: str) -> None:
+    """A theme of the notebook changes neither the ground, around the marks and behind them, nor the ink on it."""
+    with alt.theme.enable(theme):
+        drawn = vl_convert.vegalite_to_svg(plot.latency(events()).to_json())
+
+    fills = set(re.findall(r'fill="(#\w+|white)"', drawn))
+    assert {"white", charts.INK} <= fills
+    assert fills & {"#fff", "#f4f4f4", "#161616", "#262626", "#333"} == set()
 
 
 def test_text_of_the_data_is_neither_markup_nor_a_field_name() -> None:

@@ -51,6 +51,7 @@ def _load(settings: StoreSettings) -> tuple[Plugins, dict[str, SettingsState]]:
 
 def plugin_records(settings: StoreSettings) -> list[dict[str, Any]]:
     """Return what is known of each plugin, its settings included. Connects nothing."""
+    from agent_gateway_store.hooks.manager import DISTRIBUTION
     from agent_gateway_store.hooks.plugin import REGISTER, SETTINGS
 
     plugins, configured = _load(settings)
@@ -58,10 +59,12 @@ def plugin_records(settings: StoreSettings) -> list[dict[str, Any]]:
     for record in plugins.records:
         state = configured.get(record.name)
         item = {**asdict(record), "settings": asdict(state) if state else None}
-        does_more = not {REGISTER} <= {*record.hooks} <= {REGISTER, SETTINGS}
-        if record.state == "active" and not (does_more or record.notifiers):
+        only_notifies = {REGISTER} <= {*record.hooks} <= {REGISTER, SETTINGS}
+        # A stranger's plugin may well work by its defaults; of ours, none that has settings does.
+        unset = record.distribution == DISTRIBUTION and state is not None and state.state == "defaults"
+        if record.state == "active" and not record.notifiers and (only_notifies or unset):
             prefix = f": set the variables that begin with {state.prefix}" if state else ""
-            item |= {"state": "idle", "error": f"it offers no notifier yet{prefix}"}
+            item |= {"state": "idle", "error": f"it does nothing yet{prefix}"}
         found.append(item)
     return found
 
@@ -70,7 +73,7 @@ def plugin_records(settings: StoreSettings) -> list[dict[str, Any]]:
 def list_plugins(ctx: typer.Context, json: JsonOption = False) -> None:
     """List plugins with their hooks, settings and state; needs no database.
 
-    A plugin is active, idle (it works, and offers no notifier before its settings are given), blocked or broken.
+    A plugin is active, idle (it works, and does nothing before its settings are given), blocked or broken.
     """
     _print_plugins(plugin_records(settings_of(ctx)), _COLUMNS, as_json=json)
 

@@ -23,7 +23,7 @@ LOAD_VARIABLE = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
 BLOCK_VARIABLE = "AGENT_GATEWAY_STORE_BLOCK_PLUGINS"
 
 _UNKNOWN = "unknown"
-_DISTRIBUTION = "agent-gateway-store"
+DISTRIBUTION = "agent-gateway-store"
 
 logger = logging.getLogger("agent_gateway_store.hooks")
 
@@ -57,7 +57,7 @@ class Plugins:
         first_installed = len(self._plugins)
         self._bundled: set[str] = set()
         for entry_point, origin in _installed():
-            if origin[0] == _DISTRIBUTION:
+            if origin[0] == DISTRIBUTION:
                 self._bundled.add(entry_point.name)
             self._add_installed(entry_point, origin)
         found = {plugin.name for plugin in self._plugins[first_installed:]}
@@ -112,7 +112,7 @@ class Plugins:
             for problem in offer.problems:
                 plugin.add_problem(problem, of_notifier=True)
             for name, notifier in offer.fitting:
-                if name in self._bundled and plugin.origin and plugin.origin[0] != _DISTRIBUTION:
+                if name in self._bundled and plugin.origin and plugin.origin[0] != DISTRIBUTION:
                     # Also where the bundled one is not set up: its notices may not go to somebody else.
                     plugin.add_problem(f"the name {name} is that of a bundled notifier", of_notifier=True)
                 elif notifiers.setdefault(name, notifier) is not notifier:
@@ -198,7 +198,7 @@ def _installed() -> list[tuple[metadata.EntryPoint, tuple[str, str]]]:
         if package == _UNKNOWN or package not in seen:
             seen.add(package)
             found.extend((entry_point, origin) for entry_point in entry_points)
-    return sorted(found, key=lambda pair: (pair[1][0] != _DISTRIBUTION, pair[0].name))
+    return sorted(found, key=lambda pair: (pair[1][0] != DISTRIBUTION, pair[0].name))
 
 
 def _identity(distribution: metadata.Distribution) -> tuple[str, str]:

@@ -255,12 +255,10 @@ def examine_settings(model: object) -> SettingsState:
 def _variables(model: type[BaseSettings], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field_info in model.model_fields.items():
         alias: Any = field_info.validation_alias or field_info.alias
-        alias = getattr(alias, "choices", [alias])[0]
-        variable = alias if isinstance(alias, str) else f"{prefix}{name}"
-        variable = variable if model.model_config.get("case_sensitive") else variable.upper()
-        yield name, variable
-        if isinstance(alias, str):
-            yield alias, variable
+        texts = [choice for choice in getattr(alias, "choices", [alias]) if isinstance(choice, str)]
+        # The first of several is the one that the plugin's page names.
+        for key, variable in ((name, texts[0] if texts else f"{prefix}{name}"), *zip(texts, texts, strict=True)):
+            yield key, variable if model.model_config.get("case_sensitive") else variable.upper()
 
 
 def _problems(model: type[BaseSettings], prefix: str, variables: Mapping[str, str]) -> Iterator[str]:

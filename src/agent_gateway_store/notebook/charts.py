@@ -200,7 +200,7 @@ def finish(chart: Any, title: str, subtitle: str, *, axis: Iterable[str] = (), l
     look = {"gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID, "labelColor": INK, "titleColor": _DIM}
     drawn = (
         chart.properties(title=lines, background="white", padding=12)
-        .configure_view(stroke=None)
+        .configure_view(stroke=None, fill="white")
         .configure_axis(**look, labelFontSize=11, titleFontSize=11, titleFontWeight="normal", labelLimit=_AXIS_PX)
         .configure_legend(orient="top", title=None, labelFontSize=11, labelColor=INK, symbolType="square", offset=4)
     )
