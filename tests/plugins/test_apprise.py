@@ -59,6 +59,18 @@ async def test_texts_stay_one_line_and_plain() -> None:
     assert ":smile:" in message
 
 
+async def test_a_cut_text_says_so_and_how_to_see_the_rest() -> None:
+    """It ends in an ellipsis, and the last line is the command that shows all of it."""
+    notice = make_notice(risk_explanation="why " * 2_000)
+    async with serving(OK) as server:
+        await notifier_for(server).notify_pending(notice)
+
+    *_, why, _deadline, rest = server.requests[0].json["message"].splitlines()
+    assert why.endswith("\N{HORIZONTAL ELLIPSIS}")
+    assert len(why) < 2_000
+    assert rest == f"All of it: gateway-store approvals show {notice.approval_id}"
+
+
 async def test_arguments_are_not_sent() -> None:
     """Who reads along is not known."""
     async with serving(OK) as server:
