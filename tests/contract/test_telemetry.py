@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from contract_helpers import until
+from opentelemetry.context import Context
 from opentelemetry.trace import StatusCode
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.errors import ApprovalNotFoundError, InvalidApiKeyError
 from agent_gateway_store.store import parts_of
 from agent_gateway_store.testing import RecordingNotifier
@@ -94,6 +96,46 @@ async def prune(store: GatewayStore) -> str:
 
 
 ACTIONS: list[Callable[[GatewayStore], Awaitable[str]]] = [write, acquire, wait, decide, consume, verify, seal, prune]
+
+
+@pytest.mark.parametrize("how", ["write", "write_many", "record"])
+async def test_a_retry_in_another_trace_is_a_duplicate(otel: Recorded, measured: GatewayStore, how: str) -> None:
+    """The first trace stays; what differs in more than the trace is another event."""
+    event = make_event()
+
+    async def write(written: AuditEvent) -> WriteOutcome:
+        with otel.tracer.start_as_current_span("attempt", context=Context()):
+            if how == "write":
+                return await measured.audit.write(written)
+            if how == "write_many":
+                return next(iter(await measured.audit.write_many([written])))
+            async with AsyncSession(measured.database.engine) as session:
+                outcome = await measured.audit.record(written, session=session)
+                await session.commit()
+                return outcome
+
+    assert [await write(event) for _ in range(3)] == ["STORED", "DUPLICATE", "DUPLICATE"]
+    first = await measured.audit.get_by_request_id(event.request_id)
+    assert await write(event.model_copy(update={"latency_ms": event.latency_ms + 1})) == "STORED"
+
+    assert first is not None
+    assert first.trace_id is not None
+    assert await measured.audit.get_by_request_id(event.request_id) == first
+    assert len(await measured.audit.list_recent()) == 2
+
+
+async def test_two_attempts_in_one_batch_are_one_event(otel: Recorded, measured: GatewayStore) -> None:
+    """Whichever comes first."""
+    event = make_event()
+
+    async def write() -> WriteOutcome:
+        with otel.tracer.start_as_current_span("attempt", context=Context()):
+            return await measured.audit.write(event)
+
+    outcomes = await asyncio.gather(*(write() for _ in range(10)))
+
+    assert sorted(outcomes) == ["DUPLICATE"] * 9 + ["STORED"]
+    assert len(await measured.audit.list_recent()) == 1
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.erased import IS_ERASED, blanked
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.record import EncodedRow, hash_of, key_of, to_values, with_derived_id
+from agent_gateway_store.audit.record import EncodedRow, is_same, key_of, mark_of, to_values, with_derived_id
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import dialect_of, read_committed
@@ -85,7 +85,7 @@ async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]
         seen = first.setdefault(key_of(row), index)
         if seen == index:
             continue
-        if hash_of(rows[seen]) == hash_of(row):
+        if is_same(row, mark_of(rows[seen])):
             repeats[index] = seen
         else:
             others.append(index)
@@ -111,9 +111,9 @@ async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOut
         if (await connection.execute(statement)).first() is not None:
             return WriteOutcome.STORED
         request_id, org_id = key_of(row)
-        same_key = select(_STORED_HASH).where(table.c.request_id == request_id, table.c.org_id == org_id)
+        same_key = select(_STORED_MARK).where(table.c.request_id == request_id, table.c.org_id == org_id)
         stored = (await connection.execute(same_key)).scalar()
-        if stored == hash_of(row):
+        if is_same(row, stored):
             return WriteOutcome.DUPLICATE
         # In a loop, since somebody may have used the derived id on purpose: the next one differs again.
         row = with_derived_id(blanked(row) if stored == _ERASED else row)
@@ -126,14 +126,14 @@ async def _insert_free(
 
     Args:
         rows: With different keys.
-        insert: Inserts the rows whose key is free, and returns the others' keys with the hash that is stored there.
+        insert: Inserts the rows whose key is free, and returns the others' keys with the mark of what is stored there.
     """
     results: dict[int, RowResult] = {}
     open_rows = dict(enumerate(rows))
     while open_rows:
         known = await insert(list(open_rows.values()))
         taken = {index: row for index, row in open_rows.items() if key_of(row) in known}
-        same = {index for index, row in taken.items() if known[key_of(row)] == hash_of(row)}
+        same = {index for index, row in taken.items() if is_same(row, known[key_of(row)])}
         results |= dict.fromkeys(open_rows.keys() - taken.keys(), WriteOutcome.STORED)
         results |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
         open_rows = {
@@ -231,7 +231,7 @@ async def _insert_unknown(driver: aiosqlite.Connection, rows: Sequence[EncodedRo
     async def insert(rows: list[EncodedRow]) -> dict[_Key, str | None]:
         # Nobody writes between the read and the insert: the transaction holds the database's one write lock.
         found = await driver.execute_fetchall(_SQLITE_KNOWN, [json.dumps([key_of(row) for row in rows])])
-        known = {(request_id, org_id): digest for request_id, org_id, digest in found}
+        known = {(request_id, org_id): mark for request_id, org_id, mark in found}
         await _insert_all(driver, [row for row in rows if key_of(row) not in known])
         return known
 
@@ -344,7 +344,7 @@ async def _insert_on_conflict(driver: asyncpg.Connection, rows: Sequence[Encoded
             return {}
         found = await driver.fetch(_KNOWN, *zip(*taken, strict=True))
         # None for a row that was deleted in between: its key was taken all the same.
-        return dict.fromkeys(taken) | {(request_id, org_id): digest for request_id, org_id, digest in found}
+        return dict.fromkeys(taken) | {(request_id, org_id): mark for request_id, org_id, mark in found}
 
     return await _insert_free(rows, insert)
 
@@ -360,14 +360,14 @@ def _sqlite_values(row: EncodedRow) -> tuple[Any, ...]:
 
 # No hash: under this id an event was erased, so what arrives later is kept blanked.
 _ERASED = "erased"
-_HASH_SQL = f"CASE WHEN {IS_ERASED} THEN '{_ERASED}' ELSE content_hash END"
-_STORED_HASH = literal_column(_HASH_SQL, Text())
+_MARK_SQL = f"CASE WHEN {IS_ERASED} THEN '{_ERASED}' ELSE content_hash || COALESCE(':' || trace_id, '') END"
+_STORED_MARK = literal_column(_MARK_SQL, Text())
 _TIMESTAMP, _APPROVAL_ID = map(COLUMNS.index, ("timestamp", "approval_id"))
 _NAMES = ", ".join(COLUMNS)
 _SQLITE_INSERT = f"INSERT INTO {table.name} ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 # SQLite never reorders a CROSS JOIN: it looks each key up in the index, and does not read the whole table.
 _SQLITE_KNOWN = (
-    f"SELECT request_id, org_id, {_HASH_SQL} FROM json_each(?) AS key CROSS JOIN {table.name} "  # noqa: S608
+    f"SELECT request_id, org_id, {_MARK_SQL} FROM json_each(?) AS key CROSS JOIN {table.name} "  # noqa: S608
     "ON request_id = json_extract(key.value, '$[0]') AND org_id = json_extract(key.value, '$[1]')"
 )
 _TYPES = [table.c[name].type.compile(postgresql.dialect()) for name in COLUMNS]  # type: ignore[no-untyped-call]
@@ -382,6 +382,6 @@ _INSERT_MANY = (
     f"{_ON_CONFLICT} RETURNING request_id, org_id"
 )
 _KNOWN = (
-    f"SELECT request_id, org_id, {_HASH_SQL} FROM {table.name} "  # noqa: S608
+    f"SELECT request_id, org_id, {_MARK_SQL} FROM {table.name} "  # noqa: S608
     "WHERE (request_id, org_id) IN (SELECT * FROM unnest($1::text[], $2::text[]))"
 )

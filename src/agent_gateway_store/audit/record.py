@@ -256,8 +256,24 @@ def key_of(row: EncodedRow) -> tuple[str, str]:
 
 
 def hash_of(row: EncodedRow) -> str:
-    """Return the content_hash: two rows with the same one are the same event."""
+    """Return the content_hash."""
     return row[_CONTENT_HASH]  # type: ignore[no-any-return]
+
+
+def mark_of(row: EncodedRow) -> str:
+    """Return what `is_same` compares: the content_hash and the trace."""
+    trace_id = row[_TRACE_ID]
+    return hash_of(row) if trace_id is None else f"{hash_of(row)}:{trace_id}"
+
+
+def is_same(row: EncodedRow, mark: str | None) -> bool:
+    """True if `row` is the event of this mark: a retry may belong to another trace, by which it was stamped."""
+    digest, _, trace_id = (mark or "").partition(":")
+    if digest == hash_of(row):
+        return True
+    if not digest or (row[_TRACE_ID] or "") == trace_id:
+        return False
+    return digest == hash_of(_with_hash(to_values(row) | {"trace_id": trace_id or None}))
 
 
 def size_of(row: EncodedRow) -> int:
