@@ -200,8 +200,8 @@ class Acquiring(RuleBasedStateMachine):
 @pytest.mark.parametrize(
     ("backend", "examples", "length"),
     [
-        ("sqlite", 3, 40),
-        ("postgres", 3, 40),
+        ("sqlite", 4, 40),
+        ("postgres", 4, 40),
         pytest.param("sqlite", 60, 200, marks=pytest.mark.slow),
         pytest.param("postgres", 60, 200, marks=pytest.mark.slow),
     ],
