@@ -159,32 +159,37 @@ def _timed(name: str, attributes: dict[str, str]) -> Iterator[None]:
         record(name, time.monotonic() - began_at, **attributes)
 
 
-def current_trace_id() -> str | None:
-    """Return the id of the caller's trace (32 hex digits), or None. Needs no setting."""
+def _callers_span() -> Any:
     # Without the API there is no span: a process that has not loaded it does not pay for the import.
     if (trace := sys.modules.get("opentelemetry.trace")) is None:
         return None
     context = trace.get_current_span().get_span_context()
-    return trace.format_trace_id(context.trace_id) if context.is_valid else None
+    return context if context.is_valid else None
 
 
-def remote_parent(headers: Mapping[str, str]) -> Any:
-    """Return the `parent` of a span from the headers of a request; None where the host has opened a span for it."""
-    if _active is None or current_span() is not None:
-        return None
-    from opentelemetry.propagate import extract
-
-    return extract(headers)
+def current_trace_id() -> str | None:
+    """Return the id of the caller's trace (32 hex digits), or None. Needs no setting."""
+    context = _callers_span()
+    return None if context is None else f"{context.trace_id:032x}"
 
 
 def current_span() -> Any:
     """Return what a later span can be linked to: the caller's span, or None."""
-    if _active is None:
-        return None
-    from opentelemetry import trace
+    return None if _active is None else _callers_span()
 
-    context = trace.get_current_span().get_span_context()
-    return context if context.is_valid else None
+
+def needs_parent() -> bool:
+    """True if a span that is opened now would have no caller; False also where none is opened."""
+    return _active is not None and _callers_span() is None
+
+
+def remote_parent(headers: Mapping[str, str]) -> Any:
+    """Return the `parent` of a span from the headers of a request; None where the host has opened a span for it."""
+    if not needs_parent():
+        return None
+    from opentelemetry.propagate import extract
+
+    return extract(headers)
 
 
 def span(

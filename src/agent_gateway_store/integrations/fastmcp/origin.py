@@ -15,7 +15,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from agent_gateway_store.telemetry import current_trace_id, span
+from agent_gateway_store.telemetry import current_trace_id, needs_parent, span
 
 _TRACEPARENT = "traceparent"
 _w3c = TraceContextTextMapPropagator()
@@ -72,9 +72,10 @@ def origin_of(context: MiddlewareContext[Any]) -> Origin:
 
 def tool_span(tool: str, context: MiddlewareContext[Any]) -> AbstractContextManager[Any]:
     """Run a call in a span of ours: below that of FastMCP, else below what the client sent."""
+    parent = None
     # FastMCP continues the trace of `_meta` in a span of its own, unless its telemetry is off.
-    is_below = trace.get_current_span().get_span_context().is_valid
-    parent = None if is_below else trace.set_span_in_context(trace.NonRecordingSpan(_sent(context.fastmcp_context)))
+    if needs_parent():
+        parent = trace.set_span_in_context(trace.NonRecordingSpan(_sent(context.fastmcp_context)))
     return span(
         "tools/call",
         parent=parent,
