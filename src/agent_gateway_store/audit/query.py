@@ -29,6 +29,13 @@ from agent_gateway_store.storage.pagination import decode, decode_cursor, encode
 from agent_gateway_store.storage.statements import Statement
 from agent_gateway_store.storage.streaming import fetched, streamed
 
+# The default limit of `changes`.
+_FOLLOWED_ROWS = 1_000
+# Chosen: bounds of the caller's `poll_s` while the database is away, so that it is tried neither in a loop nor too
+# late.
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
+_logger = logging.getLogger("agent_gateway_store.audit")
+
 COLUMNS = (
     "timestamp",
     "caller_id",
@@ -194,14 +201,6 @@ def _page(events: list[AuditEvent], following: str | None = None) -> Page[AuditE
     return Page(events, next_cursor=following, columns=COLUMNS, record_type=AuditEvent)
 
 
-# The default limit of `changes`.
-_FOLLOWED_ROWS = 1_000
-# Chosen: bounds of the caller's `poll_s` while the database is away, so that it is tried neither in a loop nor too
-# late.
-_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
-_logger = logging.getLogger("agent_gateway_store.audit")
-
-
 async def event_batches(database: Database, found: Criteria) -> AsyncGenerator[list[AuditEvent]]:
     """Yield the events that match in batches, newest first, by a server-side cursor."""
     statement = newest(found.shape, limit=None).compiled(database.engine.dialect)
@@ -215,7 +214,7 @@ async def changes_page(database: Database, found: Criteria, cursor: str, limit: 
     """Return the events committed since `cursor`, and whether there are more."""
     async with database.connection("read") as connection:
         events, following, is_more = await changes(connection, found, cursor, limit)
-    return Page(events, next_cursor=following, columns=COLUMNS, record_type=AuditEvent), is_more
+    return _page(events, following), is_more
 
 
 async def follow_pages(

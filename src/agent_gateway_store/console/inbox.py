@@ -35,6 +35,11 @@ _BEFORE = "30d"
 _DECIDED = [ApprovalStatus.APPROVED, ApprovalStatus.DENIED, ApprovalStatus.USED]
 # Characters; the limit of a form leaves room for three bytes each.
 _NOTE = 20_000
+# Chosen: a new request is on the screen within two seconds, at half a read a second for each organisation.
+LOOK_S = 2.0
+# The browser comes back by itself, and only then is its session checked: so soon a revoked key ends the stream.
+_STREAM_S = 30.0
+_ORGANISATIONS = 10_000
 CHANNEL = "console"
 
 
@@ -141,13 +146,6 @@ def _reason(error: ApprovalError) -> str:
         at = f" at {pages.utc_text(error.decided_at)} UTC" if error.decided_at else ""
         return f"{error.approver_id} was first: {error.status}{at}. Your decision was not recorded."
     return str(error)
-
-
-# Chosen: a new request is on the screen within two seconds, at half a read a second for each organisation.
-LOOK_S = 2.0
-# The browser comes back by itself, and only then is its session checked: so soon a revoked key ends the stream.
-_STREAM_S = 30.0
-_ORGANISATIONS = 10_000
 
 
 class Watch:
