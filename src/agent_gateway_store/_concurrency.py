@@ -7,8 +7,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -18,6 +18,22 @@ R = TypeVar("R")
 
 # An item with its number, in the order of their coming, its size, when it came, and the future of its result.
 _Entry: TypeAlias = "tuple[int, I, int, float, asyncio.Future[R]]"
+
+
+@contextmanager
+def keep_cancellation() -> Iterator[None]:
+    """Raise the cancellation of this task that came while the block ran, also if the block swallowed it.
+
+    redis-py sends by `asyncio.wait_for`, which before Python 3.12 returns normally when the cancellation comes in the
+    turn of the event loop in which it ends (https://github.com/python/cpython/issues/86296).
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 class BackgroundTasks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from alembic import autogenerate
 from database_helpers import set_defaults
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -21,6 +23,7 @@ from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import Database, create_engine, get_db
 from builders import CALL, make_event, make_request
+from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
 
@@ -121,6 +124,28 @@ async def test_the_defaults_of_a_server_change_no_answer(
 
     assert expected[-1] == []
     assert found == expected
+
+
+async def test_a_schema_is_compared_for_longer_than_a_session_may_idle(
+    postgres_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server ends a session that idles in a transaction; comparing takes its time between two statements."""
+    url = migrated(postgres_database())
+    await set_defaults(url, idle_in_transaction_session_timeout="100ms")
+    compare = autogenerate.compare_metadata
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return compare(*args)
+
+    monkeypatch.setattr(autogenerate, "compare_metadata", slow)
+    engine = create_async_engine(url)
+    try:
+        found = await migrate.differences(engine)
+    finally:
+        await engine.dispose()
+
+    assert found == []
 
 
 async def test_our_sessions_do_not_follow_them(postgres_database: Callable[[], str], monkeypatch: Any) -> None:

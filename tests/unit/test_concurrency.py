@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agent_gateway_store._concurrency import BackgroundTasks, BatchQueue, SingleFlight
+from agent_gateway_store._concurrency import BackgroundTasks, BatchQueue, SingleFlight, keep_cancellation
 
 pytestmark = pytest.mark.unit
 
@@ -381,3 +381,46 @@ async def test_background_work_ends_without_its_caller() -> None:
     await tasks.cancel()
 
     assert (done, left.cancelled(), len(tasks)) == ([1], True, 0)
+
+
+async def test_a_swallowed_cancellation_is_raised_at_the_end_of_the_block() -> None:
+    """Also where the block ends with an error of its own."""
+    reached = []
+
+    async def work(error: Exception | None) -> None:
+        with keep_cancellation():
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if error is not None:
+                    raise error from None
+        reached.append(error)
+
+    for error in (None, ValueError("of the block")):
+        task = asyncio.create_task(work(error))
+        await turns()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+    assert reached == []
+
+
+async def test_a_cancellation_that_came_before_the_block_is_not_raised_in_it() -> None:
+    """A task that cleans up after its cancellation may still speak to Redis."""
+    cleaned = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            with keep_cancellation():
+                await asyncio.sleep(0)
+            cleaned.append(True)
+
+    task = asyncio.create_task(work())
+    await turns()
+    task.cancel()
+    await asyncio.wait([task])
+
+    assert cleaned == [True]
+    assert task.cancelled()

@@ -15,6 +15,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from agent_gateway_store._concurrency import keep_cancellation
 from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import InvalidUrlError
 from agent_gateway_store.settings import StoreSettings, mask_url
@@ -156,12 +157,14 @@ async def set_json(client: RedisClient, key: str, value: Any, ttl: float | timed
         TypeError: JSON does not know `value`.
     """
     expiry = milliseconds(ttl)
-    await client.set(key, json.dumps(value, separators=(",", ":"), allow_nan=False), px=expiry)
+    with keep_cancellation():
+        await client.set(key, json.dumps(value, separators=(",", ":"), allow_nan=False), px=expiry)
 
 
 async def get_json(client: RedisClient, key: str) -> Any | None:
     """Return the JSON value under `key`; None if there is none, or if the value is not JSON."""
-    data = await client.get(key)
+    with keep_cancellation():
+        data = await client.get(key)
     if data is None:
         return None
     try:
@@ -173,4 +176,5 @@ async def get_json(client: RedisClient, key: str) -> Any | None:
 
 async def delete(client: RedisClient, key: str) -> bool:
     """Delete `key`; True if it was there."""
-    return bool(await client.delete(key))
+    with keep_cancellation():
+        return bool(await client.delete(key))

@@ -338,6 +338,8 @@ async def differences(engine: AsyncEngine) -> list[str]:
         if connection.dialect.name == "postgresql":
             # SQLAlchemy reads the texts of types and expressions, which would come in quotes.
             connection.execute(text("SET LOCAL quote_all_identifiers = off"))
+            # Between two statements this compares, on a busy machine for longer than a server may let a session idle.
+            connection.execute(text(LIMITS))
         context = MigrationContext.configure(
             connection,
             opts={"version_table": VERSION_TABLE, "compare_type": True, "include_object": include_object},

@@ -18,7 +18,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from agent_gateway_store._concurrency import BatchQueue
+from agent_gateway_store._concurrency import BatchQueue, keep_cancellation
 from agent_gateway_store.storage.cache import NO_CLUSTER, REDIS_FAULTS, RedisClient, milliseconds, require_redis
 
 T = TypeVar("T")
@@ -216,8 +216,9 @@ class RedisCache:
                 return None
             try:
                 # Twice: once to connect, once to answer.
-                async with asyncio.timeout(2 * self._timeout_s):
-                    reply = await command(self.client)
+                with keep_cancellation():
+                    async with asyncio.timeout(2 * self._timeout_s):
+                        reply = await command(self.client)
             except (UnicodeDecodeError, MaxConnectionsError):
                 # Not a fault of Redis: a client that decodes met bytes, or the host itself uses the whole pool.
                 return None
