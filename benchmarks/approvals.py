@@ -204,7 +204,9 @@ async def measure_peer(url: str, python: Path, *, repeat: int, scale: float) -> 
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(LOAD_PLUGINS, "")
-        store = GatewayStore(url, redis_url="", settings=StoreSettings(), auto_migrate=True)
+        # The database may hold what other measurements asked for.
+        settings = StoreSettings(approval_max_pending=1_000_000)
+        store = GatewayStore(url, redis_url="", settings=settings, auto_migrate=True)
     async with store:
         # From the sixth time on PostgreSQL keeps a plan.
         for _ in range(8):

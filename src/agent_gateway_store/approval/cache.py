@@ -123,6 +123,8 @@ class ApprovalCache:
             is_known: Redis has the entry that leads to this token, or can do without it until somebody asks again.
             message: A channel and what to publish on it, in the same step as the entry.
         """
+        if not self._redis.is_available:
+            return
         entries: list[CacheEntry] = []
         request, read_at, token_sha256 = approval
         ends = max(filter(None, (request.expires_at, request.use_before)), default=read_at)
@@ -134,7 +136,7 @@ class ApprovalCache:
                 pointer = {"token": token, "version": request.version}
                 entries.append(CacheEntry(_id_key(request.approval_id), _json(pointer), request.version, life_s))
             entries.append(CacheEntry(_key(token), _json(values), request.version, life_s))
-        if self._redis.is_available and (entries or message is not None):
+        if entries or message is not None:
             await self._redis.put_newer(entries, message=message)
 
     async def token_of(self, approval_id: UUID) -> str | None:
