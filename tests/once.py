@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Iterable
+from functools import cached_property
 from importlib import metadata
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import alembic.command
@@ -17,18 +18,28 @@ _INSTALLED = sysconfig.get_path("purelib")
 _SCHEMA: list[str] = []
 
 migrate = alembic.command.upgrade
-_read_text: Callable[[metadata.PathDistribution, str], str | None] = metadata.PathDistribution.read_text
+
+
+class _Package(metadata.PathDistribution):
+    """An installed package whose metadata is read at most once."""
+
+    entry_points = cached_property(metadata.Distribution.entry_points.fget)  # type: ignore[attr-defined,assignment]
+    metadata = cached_property(metadata.Distribution.metadata.fget)  # type: ignore[attr-defined,assignment]
 
 
 def packages_are_read_once(patch: pytest.MonkeyPatch) -> None:
     """Keep what the metadata of installed packages says: each store looks into all of them for plugins."""
-    once = cache(lambda folder, name: _read_text(metadata.PathDistribution(folder), name))
+    every = metadata.distributions
+    installed = [_Package(each._path) for each in every(path=[_INSTALLED])]  # type: ignore[attr-defined]
 
-    def read_text(self: Any, name: str) -> str | None:
-        folder = Path(self._path)
-        return once(folder, name) if str(folder.parent) == _INSTALLED else _read_text(self, name)
+    def distributions(**context: Any) -> Iterable[metadata.Distribution]:
+        if context:
+            return every(**context)
+        return chain.from_iterable(
+            installed if folder == _INSTALLED else every(path=[folder]) for folder in list(sys.path)
+        )
 
-    patch.setattr(metadata.PathDistribution, "read_text", read_text)
+    patch.setattr(metadata, "distributions", distributions)
 
 
 def empty_files_are_migrated_once(patch: pytest.MonkeyPatch) -> None:
