@@ -21,6 +21,7 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+import once
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
@@ -363,3 +364,23 @@ def test_contributors_can_run_alembic(url: str) -> None:
         assert ended.returncode == 0, ended.stderr
 
     assert f"{migrate.head()} (head)" in ended.stdout
+
+
+async def test_the_shortcut_of_the_other_tests_gives_the_same_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty SQLite database gets what the migrations make of one, and an identity that no other has."""
+    made = [create_engine(f"sqlite:///{tmp_path}/{number}.db") for number in range(3)]
+    await migrate.upgrade(made[0])
+    once.empty_files_are_migrated_once(monkeypatch)
+    for engine in made[1:]:
+        await migrate.upgrade(engine)
+    found = [await schema(engine) for engine in made]
+    identities = {await read_identity(engine) for engine in made}
+    revisions = {await migrate.current(engine) for engine in made}
+    for engine in made:
+        await engine.dispose()
+
+    assert found[0] == found[1] == found[2]
+    assert revisions == {migrate.head()}
+    assert len(identities) == 3
