@@ -21,6 +21,7 @@ from agent_gateway_store import (
 )
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_request
+from cases import cases
 
 LATER = clock.utc_now() + timedelta(hours=9)
 TERMS: dict[str, Any] = {
@@ -72,7 +73,7 @@ async def test_asking_again_binds_the_new_token_to_the_same_approval(store: Gate
     assert [(row.risk_explanation, row.expires_at) for row in rows] == [("deletes a file", asked.expires_at)]
 
 
-@pytest.mark.parametrize(
+@cases(
     "other",
     [
         {"request_id": "r-2"},
@@ -80,7 +81,6 @@ async def test_asking_again_binds_the_new_token_to_the_same_approval(store: Gate
         {"org_id": "acme"},
         {"tool_call": CALL.model_copy(update={"arguments": {"path": "/tmp/other.txt"}})},
     ],
-    ids=lambda other: next(iter(other)),
 )
 @BOTH
 async def test_asking_for_another_call_is_another_approval(store: GatewayStore, other: dict[str, Any]) -> None:
@@ -129,15 +129,16 @@ async def test_token_of_another_approval_is_not_taken(store: GatewayStore) -> No
     assert len(await store.approvals.list_requests()) == 2
 
 
-@pytest.mark.parametrize("changed", OTHER_TERMS.values(), ids=OTHER_TERMS)
+@cases(("name", "changed"), OTHER_TERMS.items())
 @BOTH
-async def test_other_terms_are_another_approval(store: GatewayStore, changed: dict[str, Any]) -> None:
+async def test_other_terms_are_another_approval(store: GatewayStore, name: str, changed: dict[str, Any]) -> None:
     """Whatever differs that is shown or decided: the old approval is cancelled, the new one has the new terms."""
-    old = await store.approvals.issue_token(ask(**TERMS), call=CALL)
+    terms = TERMS | {"request_id": name}
+    old = await store.approvals.issue_token(ask(**terms), call=CALL)
     before = await store.approvals.check_token(old)
-    new = await store.approvals.issue_token(ask(**(TERMS | changed)), call=CALL)
+    new = await store.approvals.issue_token(ask(**(terms | changed)), call=CALL)
     after = await store.approvals.check_token(new)
-    rows = await store.approvals.list_requests()
+    rows = [row for row in await store.approvals.list_requests() if row.request_id == name]
 
     assert [row.status for row in rows] == ["PENDING", "CANCELLED"]
     assert [row.approval_id for row in rows] == [after.approval_id, before.approval_id]

@@ -21,6 +21,7 @@ from agent_gateway_store import (
     errors,
 )
 from builders import CALL, CALLER, make_event
+from cases import cases
 
 
 class Broken(Exception):
@@ -78,7 +79,7 @@ LATE = Broken("late")
 LATE.__cause__ = TimeoutError()
 
 
-@pytest.mark.parametrize(
+@cases(
     ("raised", "status"),
     [
         (Broken("no"), "TOOL_ERROR"),
@@ -86,9 +87,8 @@ LATE.__cause__ = TimeoutError()
         (LATE, "TIMEOUT"),
         (asyncio.CancelledError(), "CANCELLED"),
     ],
-    ids=lambda each: type(each).__name__,
 )
-@pytest.mark.parametrize("decision", ["ALLOW", "SANITIZE_AND_ALLOW", "DENY", "APPROVAL_REQUIRED"])
+@cases("decision", ["ALLOW", "SANITIZE_AND_ALLOW", "DENY", "APPROVAL_REQUIRED"])
 async def test_what_is_raised_is_recorded_and_raised_on(
     store: GatewayStore, raised: BaseException, status: str, decision: str
 ) -> None:
@@ -97,7 +97,8 @@ async def test_what_is_raised_is_recorded_and_raised_on(
         async with store.audit.call(CALL, CALLER, decision=decision):
             raise raised
     assert caught.value is raised
-    assert (await only(store)).execution_status == (status if decision.endswith("ALLOW") else None)
+    (stored,) = await store.audit.list_recent(1)
+    assert stored.execution_status == (status if decision.endswith("ALLOW") else None)
 
 
 async def test_the_body_has_the_last_word(store: GatewayStore) -> None:

@@ -25,6 +25,7 @@ from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome, errors
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.export import ExportResult, escape_formulas
 from builders import make_event
+from cases import cases
 from proofs.hostile import Hostile
 
 JSON_COLUMNS = ("sanitized_args", "risk_labels", "redaction_flags", "extra")
@@ -291,7 +292,7 @@ async def test_a_database_in_memory_survives_a_broken_read(tmp_path: Path) -> No
         assert len(await memory.audit.list_recent()) == 2
 
 
-@pytest.mark.parametrize(
+@cases(
     ("arguments", "says"),
     [
         ({"path": "x"}, "does not say the format"),
@@ -309,7 +310,7 @@ async def test_wrong_arguments_write_nothing(
 ) -> None:
     """One sentence, and no file."""
     out = tmp_path / "out"
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     given = dict(arguments)
     with pytest.raises(ValueError, match=says):
         await store.audit.export(out / given.pop("path"), **given)

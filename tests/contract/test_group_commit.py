@@ -16,7 +16,7 @@ import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
 from builders import make_event
-from proofs.harness import TRIGGERS, WatchedSink, migrated, spooled_ids, stored_events, stored_ids
+from proofs.harness import TRIGGERS, WatchedSink, spooled_ids, stored_events, stored_ids
 
 STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
 
@@ -25,7 +25,7 @@ STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteO
 async def refusing_url(request: pytest.FixtureRequest, database_url: str) -> str:
     """The URL of a database of this test's own that refuses every event of the tool `poison`."""
     if make_url(database_url).get_backend_name() == "postgresql":
-        database_url = migrated(request.getfixturevalue("postgres_database")())
+        database_url = request.getfixturevalue("migrated_postgres_database")()
     async with GatewayStore(database_url, redis_url="") as store, store.database.write() as connection:
         for statement in TRIGGERS[store.database.dialect].split("; CREATE TRIGGER"):
             whole = statement if statement.startswith("CREATE") else f"CREATE TRIGGER{statement}"

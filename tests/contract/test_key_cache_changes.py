@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import key_cache_helpers
@@ -22,6 +22,7 @@ import servers
 from agent_gateway_store import GatewayStore, clock, errors
 from agent_gateway_store.store import parts_of
 from builders import make_request
+from forks import forks
 
 gate = key_cache_helpers.gate
 
@@ -269,14 +270,7 @@ async def test_revocation_reaches_another_process(store: GatewayStore, database_
         "REDIS_URL": redis_setting,
         "API_KEY_CACHE_SECONDS": "30" if redis_setting else "1.5",
     }
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _GATEWAY),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env=environment,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    process = await forks().begin(["-c", _GATEWAY], Path.cwd(), environment)
     try:
         process.stdin.write(issued.plaintext.get_secret_value().encode() + b"\n")
         assert await asyncio.wait_for(process.stdout.readline(), 20) == b"good\n"
@@ -284,6 +278,5 @@ async def test_revocation_reaches_another_process(store: GatewayStore, database_
         assert await asyncio.wait_for(process.stdout.readline(), 10) == b"invalid\n"
         assert await asyncio.wait_for(process.wait(), 10) == 0
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        process.kill()
+        await process.communicate()

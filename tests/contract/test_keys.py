@@ -6,8 +6,6 @@ import asyncio
 import itertools
 import re
 import threading
-import time
-from collections.abc import Callable
 from datetime import timedelta
 
 import bcrypt
@@ -376,84 +374,3 @@ async def test_keys_are_listed_from_the_newest(store: GatewayStore) -> None:
         with pytest.raises(ValueError, match=f"{name} must be 0 to 2,147,483,647: "):
             await store.keys.list(**{name: value})
     assert len(await store.keys.list(limit=2**31 - 1)) == 3
-
-
-async def test_event_loop_runs_on_while_bcrypt_works(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bcrypt runs in threads of its own: while one check is under way, others tasks get their turn."""
-    issued = await issue(store)
-    held, release = threading.Event(), threading.Event()
-
-    def slow(_secret: bytes, _hashed: bytes) -> bool:
-        held.set()
-        return release.wait(10)
-
-    monkeypatch.setattr(bcrypt, "checkpw", slow)
-    verifying = asyncio.create_task(store.keys.verify(issued.plaintext))
-    assert await asyncio.to_thread(held.wait, 10)
-    started = time.monotonic()
-    for _ in range(100):
-        await asyncio.sleep(0)
-    stalled = time.monotonic() - started
-    assert not verifying.done()
-    release.set()
-
-    assert (await verifying).caller_id == "dev-agent"
-    assert stalled < 5
-
-
-async def hold(
-    store: GatewayStore, monkeypatch: pytest.MonkeyPatch, count: int
-) -> tuple[list[asyncio.Task[CallerIdentity]], Callable[[], None]]:
-    """Start checks that end when released, the first one in a thread, and wait until all have read their row."""
-    keys = [(await issue(store, f"agent-{number}")).plaintext for number in range(count)]
-    release, read = threading.Event(), list[str]()
-
-    def noted(plaintext: str) -> bytes:
-        read.append(plaintext)
-        return b"digest"
-
-    monkeypatch.setattr("agent_gateway_store.keys.manager.digest", noted)
-    monkeypatch.setattr(bcrypt, "checkpw", lambda *_: release.wait(10))
-    tasks = []
-    for expected in (1, count):
-        tasks += [asyncio.create_task(store.keys.verify(key)) for key in keys[len(tasks) : expected]]
-        while len(read) < expected:
-            await asyncio.sleep(0.001)
-    return tasks, release.set
-
-
-async def test_full_queue_is_told(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 64 checks waiting the next is told to come back; the others are answered."""
-    tasks, release = await hold(store, monkeypatch, 65)
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-
-    with pytest.raises(errors.StoreUnavailableError, match="Too many keys wait to be checked"):
-        await done.pop()
-    release()
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    assert sum(isinstance(answer, CallerIdentity) for answer in answers) == 64
-
-
-async def test_check_under_way_counts_until_its_thread_is_done(
-    store: GatewayStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A caller that gives up makes no room while bcrypt is still at its key."""
-    tasks, release = await hold(store, monkeypatch, 64)
-    tasks[0].cancel()  # the first is in a thread, the others wait
-    await asyncio.wait(tasks[:1])
-
-    with pytest.raises(errors.StoreUnavailableError):
-        await store.keys.issue("other-agent", role="r")
-    release()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert (await store.keys.issue("other-agent", role="r")).api_key.caller_id == "other-agent"
-
-
-async def test_closing_ends_the_checks_that_wait(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that has not begun when the store closes says so; it is not mistaken for a cancellation."""
-    async with GatewayStore(database_url) as store:
-        tasks, release = await hold(store, monkeypatch, 8)
-    release()
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-
-    assert {type(answer) for answer in answers} == {errors.StoreNotOpenError}

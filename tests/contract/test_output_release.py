@@ -22,6 +22,7 @@ from agent_gateway_store import (
     errors,
 )
 from builders import CALL, make_request
+from cases import cases
 
 RELEASE = ApprovalScope.OUTPUT_RELEASE
 OUTPUT: dict[str, Any] = {"rows": [{"name": "Ada \u2603", "n": 1.5}, None, True], "total": 2}
@@ -58,15 +59,11 @@ async def test_approved_call_releases_no_output(store: GatewayStore) -> None:
     assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)).status == "USED"
 
 
-@pytest.mark.parametrize(
-    "payload",
-    [OUTPUT, "text", "", 0, False, [], {}, "\0\ud800", [float("nan"), 2**64]],
-    ids=lambda each: ascii(each)[:9],
-)
+@cases("payload", [OUTPUT, "text", "", 0, False, [], {}, "\0\ud800", [float("nan"), 2**64]])
 async def test_output_is_given_as_it_was_stored(store: GatewayStore, payload: Any) -> None:
     """Any JSON comes back as approvers saw it, and the approval is used."""
     token = await approved(store, scope=RELEASE, output_payload=payload)
-    (shown,) = await store.approvals.list_requests()
+    (shown,) = await store.approvals.list_requests("APPROVED")
     output = await store.approvals.release_output(token, caller_id="dev-agent")
 
     assert output == shown.output_payload

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import AuditEvent, AuditQuery, GatewayStore, clock, errors
 from builders import make_event
+from cases import cases
 from proofs.hostile import Hostile
 
 START = datetime(2026, 5, 1, tzinfo=UTC)
@@ -131,7 +132,7 @@ async def test_times_are_told_in_many_ways(store: GatewayStore) -> None:
     assert await store.audit.search(until="24h", since="100h") == [await store.audit.get_by_request_id("30h")]
 
 
-@pytest.mark.parametrize(
+@cases(
     ("filters", "error", "says"),
     [
         ({"callerid": "x"}, TypeError, "no filter 'callerid': use one of caller_id, tool_name"),

@@ -16,6 +16,7 @@ from agent_gateway_store import AuditEvent, ExecutionStatus, GatewayStore, SyncG
 from agent_gateway_store.audit.selects import GROUPS
 from agent_gateway_store.results import Stats
 from builders import make_event
+from cases import cases
 
 ORIGIN = datetime(1, 1, 1, tzinfo=UTC)
 
@@ -121,7 +122,7 @@ async def test_rows_come_by_time_and_then_the_largest_first(store: GatewayStore)
     assert (await store.audit.stats("caller_id", caller_id="nobody")) == []
 
 
-@pytest.mark.parametrize(
+@cases(
     ("arguments", "error", "says"),
     [
         ({"by": "latency_ms"}, ValueError, "by must name one or more of caller_id"),

@@ -11,7 +11,7 @@ from sqlalchemy import make_url, text
 
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
 from builders import make_event
-from proofs.harness import WatchedSink, migrated, stored_events, stored_ids
+from proofs.harness import WatchedSink, stored_events, stored_ids
 
 STORED, DUPLICATE = WriteOutcome.STORED, WriteOutcome.DUPLICATE
 
@@ -126,7 +126,7 @@ async def test_a_recorded_event_shares_the_fate_of_the_callers_work(
 ) -> None:
     """200 transactions of the caller's, half of them rolled back at a random point: rows and work agree exactly."""
     if make_url(database_url).get_backend_name() == "postgresql":
-        database_url = migrated(request.getfixturevalue("postgres_database")())
+        database_url = request.getfixturevalue("migrated_postgres_database")()
     rng, limit = random.Random(5), asyncio.Semaphore(10)
     plans = [rng.choice(("before", "between", "after")) if number % 2 else None for number in range(200)]
     insert = text("INSERT INTO work (name) VALUES (:name)")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall
 from agent_gateway_store.errors import DecisionVetoedError
 from builders import make_event, make_request
+from forks import forks
 from pages import BLOCK, PAGES, blocks, python_of
 
 pytestmark = pytest.mark.integration
@@ -47,16 +49,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *command: str, **environment: str) -> tuple[str, str]:
     """Run a command that must end well; return what it wrote to its two outputs."""
-    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PATH": programs, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    programs = f"{forks().programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given: dict[str, Any] = {"cwd": folder, "env": {**os.environ, "PATH": programs, **environment}, "timeout": 300}
+    if command[0] == sys.executable:
+        done = forks().run(command[1:], **given)
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **given)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, done.stderr
 
@@ -121,9 +119,6 @@ def follow(page: str, folder: Path, *, first: str = "```python", **environment: 
             script.append(line.replace("APPROVAL_ID", "$APPROVAL_ID") + ("; echo" if line.startswith("curl") else ""))
     script.append('[ -z "${call-}" ] || { wait $call; cat called; }')
     return run(folder, "timeout", "110", "bash", "-c", "\n".join(script), **environment)
-
-
-PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
 
 
 def test_fastapi_page(migrated_postgres_database: Callable[[], str], fresh_redis_url: str, tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from commands import event_line
+from forks import forks
 from pages import PAGES, blocks
 
 pytestmark = pytest.mark.integration
@@ -19,7 +19,7 @@ def test_every_command_of_the_runbook_runs(tmp_path: Path) -> None:
     """On a gateway that has a store, one after the other; each ends well."""
     (tmp_path / "lost.jsonl").write_text(event_line("lost-1"))
     commands = [line for block in blocks("sh", PAGES["how-to/runbook.md"]) for line in block.splitlines()]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "USER": "operator"}
+    environment = {**os.environ, "PATH": f"{forks().programs}:{os.environ['PATH']}", "USER": "operator"}
     environment |= {"DATABASE_URL": f"sqlite:///{tmp_path}/gateway.db", "AUDIT_SPOOL_PATH": f"{tmp_path}/spool.db"}
     failed = []
     for command in ("gateway-store db upgrade", *dict.fromkeys(commands)):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
-from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings
 from agent_gateway_store.console import create_console
+from builders import make_request
 
 URL = "http://console.test"
 _CSRF = re.compile(r'name="csrf" value="(\w+)"')
@@ -72,3 +76,42 @@ async def console(url: str, **settings: Any) -> AsyncIterator[tuple[GatewayStore
     """Open a store, and give it with its console."""
     async with GatewayStore(url, redis_url="", settings=StoreSettings(**settings)) as store:
         yield store, create_console(store)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A SQLite file of the test's own."""
+    return f"sqlite:///{tmp_path}/gateway.db"
+
+
+@pytest.fixture
+async def running(url: str) -> AsyncIterator[tuple[GatewayStore, Any]]:
+    """An open store with its console."""
+    async with console(url) as found:
+        yield found
+
+
+async def waiting(store: GatewayStore, **fields: Any) -> ApprovalRequest:
+    """Ask for an approval."""
+    request = make_request(**fields)
+    await store.approvals.issue_token(request)
+    return request
+
+
+async def status(visitor: Visitor, path: str = "/approvals") -> int:
+    """Return the status of a page: 303 for who must sign in."""
+    return (await visitor.get(path)).status_code
+
+
+@asynccontextmanager
+async def life(app: Any) -> AsyncIterator[None]:
+    """Start and stop an application as a server does."""
+    inbox: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    outbox: asyncio.Queue[Any] = asyncio.Queue()
+    task = asyncio.create_task(app({"type": "lifespan", "asgi": {"version": "3.0"}}, inbox.get, outbox.put))
+    await inbox.put({"type": "lifespan.startup"})
+    assert (await outbox.get())["type"] == "lifespan.startup.complete"
+    yield
+    await inbox.put({"type": "lifespan.shutdown"})
+    assert (await outbox.get())["type"] == "lifespan.shutdown.complete"
+    await task

@@ -92,17 +92,17 @@ class Bench:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request: pytest.FixtureRequest) -> str:
-    """The URL of an empty database."""
+    """The URL of an empty database, migrated if it is of PostgreSQL."""
     if request.param == "sqlite":
         return "sqlite:///gateway.db"
-    new_database: Callable[[], str] = request.getfixturevalue("postgres_database")
+    new_database: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     return new_database()
 
 
 @pytest.fixture
 async def bench(database_url: str) -> AsyncIterator[Bench]:
     """An application with every part of the integration, on both databases."""
-    store = GatewayStore(database_url, auto_migrate=True, settings=StoreSettings(api_key_cache_seconds=0))
+    store = GatewayStore(database_url, settings=StoreSettings(api_key_cache_seconds=0))
     app = build_app(store)
     async with running(app) as client:
         yield Bench(store, client, app)

@@ -17,7 +17,6 @@ from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, S
 from agent_gateway_store.models.columns import token_digest
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.store import parts_of
-from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
 
@@ -50,8 +49,8 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
     """Checks, decisions, uses and waits of many approvals are cancelled at random moments: every answer is of the token
     that was asked for, also what Redis itself answered, and afterwards everything works."""
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-    make: Callable[[], str] = request.getfixturevalue("postgres_database")
-    url = migrated(make()) if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
+    make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
+    url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     rng, met, mixed_up = random.Random(seed), Counter[str](), []
     get = RedisCache.get
 

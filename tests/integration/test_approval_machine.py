@@ -407,8 +407,8 @@ def test_gateways_never_leave_the_model(
 ) -> None:
     """No answer differs from the model, and none through Redis is older than APPROVAL_CACHE_SECONDS."""
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-    make: Callable[[], str] = request.getfixturevalue("postgres_database")
-    postgres = migrated(make()) if backend == "postgres" else ""
+    make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
+    postgres = make() if backend == "postgres" else ""
     template = tmp_path / "template.db"
     if not postgres:
         migrated(f"sqlite:///{template}")

@@ -19,7 +19,7 @@ import pytest
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, errors
 from agent_gateway_store.storage.database import create_engine
-from proofs.harness import child, migrated
+from proofs.harness import child
 
 pytestmark = pytest.mark.integration
 
@@ -108,10 +108,10 @@ def _no_notices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("tokens", "number"), SIZES)
 async def test_one_of_many_processes_wins(
-    postgres_database: Callable[[], str], fresh_redis_url: str, tokens: int, number: int
+    migrated_postgres_database: Callable[[], str], fresh_redis_url: str, tokens: int, number: int
 ) -> None:
     """Four processes on one PostgreSQL and one Redis decide and then use the same approvals at the same moment."""
-    url, start, statuses = migrated(postgres_database()), time.monotonic(), []
+    url, start, statuses = migrated_postgres_database(), time.monotonic(), []
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(GatewayStore(url, redis_url=fresh_redis_url))
         workers = [await stack.enter_async_context(child(SERVING, url, fresh_redis_url)) for _ in range(WORKERS)]

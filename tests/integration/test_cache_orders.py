@@ -15,7 +15,6 @@ import redis.asyncio
 from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
 from agent_gateway_store.approval import ApprovalBackend
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
-from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
 
@@ -165,8 +164,8 @@ async def store(
 ) -> AsyncIterator[GatewayStore]:
     """A store on an empty database and an empty Redis."""
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-    make: Callable[[], str] = request.getfixturevalue("postgres_database")
-    url = migrated(make()) if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
+    make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
+    url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     settings = StoreSettings(approval_cache_seconds=BOUND_S)
     async with GatewayStore(url, redis_url=fresh_redis_url, settings=settings) as opened:
         yield opened

@@ -103,10 +103,11 @@ def test_a_plugin_that_waits_for_its_settings_is_idle(tmp_path: Path) -> None:
         assert all(f"plugins {name} {state}" in " ".join(doctor.split()) for name, state in states.items())
 
 
-def test_doctor_reports_on_postgresql_and_redis(postgres_database: Callable[[], str], fresh_redis_url: str) -> None:
+def test_doctor_reports_on_postgresql_and_redis(
+    migrated_postgres_database: Callable[[], str], fresh_redis_url: str
+) -> None:
     """Version, durability setting, schema, Redis: all as they are."""
-    url = postgres_database()
-    gateway_store("--database-url", url, "db", "upgrade")
+    url = migrated_postgres_database()
 
     well = gateway_store("--database-url", url, "--redis-url", fresh_redis_url, "doctor", "--json")
 
@@ -128,7 +129,7 @@ def test_doctor_reports_on_postgresql_and_redis(postgres_database: Callable[[], 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_doctor_finds_a_log_that_nothing_protects(kind: str, request: pytest.FixtureRequest) -> None:
     """A trigger that is gone is a problem, with the statement that brings it back; what is not sealed is counted."""
-    url = "sqlite:///cli.db" if kind == "sqlite" else request.getfixturevalue("postgres_database")()
+    url = "sqlite:///cli.db" if kind == "sqlite" else request.getfixturevalue("migrated_postgres_database")()
     gateway_store("--database-url", url, "db", "upgrade")
     gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
     name = "audit_events_no_update" if kind == "sqlite" else "audit_events_append_only"
@@ -142,10 +143,9 @@ def test_doctor_finds_a_log_that_nothing_protects(kind: str, request: pytest.Fix
     assert gateway_store("--database-url", url, "doctor").code == 0
 
 
-def test_doctor_warns_of_a_postgresql_that_may_lose_commits(postgres_database: Callable[[], str]) -> None:
+def test_doctor_warns_of_a_postgresql_that_may_lose_commits(migrated_postgres_database: Callable[[], str]) -> None:
     """synchronous_commit off breaks the promise that acknowledged means durable."""
-    url = postgres_database()
-    gateway_store("--database-url", url, "db", "upgrade")
+    url = migrated_postgres_database()
     servers.run(_execute(url, f'ALTER DATABASE "{url.rpartition("/")[2]}" SET synchronous_commit = off'))
 
     outcome = gateway_store("--database-url", url, "doctor", "--json")
@@ -155,10 +155,9 @@ def test_doctor_warns_of_a_postgresql_that_may_lose_commits(postgres_database: C
     assert any("synchronous_commit" in warning for warning in outcome.json["warnings"])
 
 
-def test_doctor_finds_a_database_that_takes_no_writes(postgres_database: Callable[[], str]) -> None:
+def test_doctor_finds_a_database_that_takes_no_writes(migrated_postgres_database: Callable[[], str]) -> None:
     """Exit 5, as where it is away: nothing can be decided or written."""
-    url = postgres_database()
-    gateway_store("--database-url", url, "db", "upgrade")
+    url = migrated_postgres_database()
     servers.run(_execute(url, f'ALTER DATABASE "{url.rpartition("/")[2]}" SET default_transaction_read_only = on'))
 
     outcome = gateway_store("--database-url", url, "doctor", "--json")
@@ -171,7 +170,7 @@ def test_doctor_finds_a_database_that_takes_no_writes(postgres_database: Callabl
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_doctor_finds_a_trigger_that_refuses_events(kind: str, request: pytest.FixtureRequest) -> None:
     """Every event would end in quarantine. What is tried is rolled back."""
-    url = "sqlite:///cli.db" if kind == "sqlite" else request.getfixturevalue("postgres_database")()
+    url = "sqlite:///cli.db" if kind == "sqlite" else request.getfixturevalue("migrated_postgres_database")()
     gateway_store("--database-url", url, "db", "upgrade")
     for statement in REFUSING[kind]:
         servers.run(_execute(url, statement))
@@ -198,11 +197,10 @@ REFUSING = {
 
 
 def test_doctor_finds_a_table_without_statistics_and_a_clock_that_is_wrong(
-    postgres_database: Callable[[], str],
+    migrated_postgres_database: Callable[[], str],
 ) -> None:
     """As after a restore; `db restored` reads them, and at the right time all is well."""
-    url = postgres_database()
-    gateway_store("--database-url", url, "db", "upgrade")
+    url = migrated_postgres_database()
     filled = "INSERT INTO audit_events SELECT (jsonb_populate_record(NULL::audit_events, to_jsonb(event) || "
     filled += "jsonb_build_object('id', n, 'request_id', n::text))).* FROM audit_events AS event, "
     filled += "generate_series(100002, 103000) AS n"
@@ -231,10 +229,9 @@ def test_doctor_finds_a_disk_without_room_for_the_spool(monkeypatch: pytest.Monk
     assert any("The disk of the spool has 1 MiB left" in problem for problem in outcome.json["problems"])
 
 
-def test_doctor_finds_a_restored_dump(postgres_database: Callable[[], str]) -> None:
+def test_doctor_finds_a_restored_dump(migrated_postgres_database: Callable[[], str]) -> None:
     """Events that hold transaction ids which this server has not given out are a problem; its own are none."""
-    url = postgres_database()
-    gateway_store("--database-url", url, "db", "upgrade")
+    url = migrated_postgres_database()
     gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
 
     def doctor() -> Outcome:

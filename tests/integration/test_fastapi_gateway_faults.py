@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from gateway_process import Bench, environment
 from sqlalchemy import make_url
 
 from agent_gateway_store import AuditEvent
+from forks import forks
 
 pytestmark = pytest.mark.integration
 
@@ -115,14 +114,7 @@ def test_bad_policy_ends_the_start_with_one_sentence(tmp_path: Path, policy: str
     if policy is not None:
         (tmp_path / "policy.yaml").write_text(policy)
 
-    ended = subprocess.run(
-        [sys.executable, "-m", "fastapi_gateway"],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = forks().run(["-m", "fastapi_gateway"], cwd=tmp_path, env=environment(tmp_path), timeout=120)
 
     assert ended.returncode == 1
     assert ended.stderr.startswith("The gateway did not start: The policy file ")

@@ -12,7 +12,6 @@ import pytest
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, errors
 from agent_gateway_store.keys.format import new_key, new_key_id
-from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
 
@@ -97,8 +96,8 @@ async def test_every_wrong_token_and_key_looks_the_same(
 ) -> None:
     """Malformed, near, hostile, huge and foreign ones are refused in the same words as an unknown one."""
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-    make: Callable[[], str] = request.getfixturevalue("postgres_database")
-    url = migrated(make()) if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
+    make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
+    url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     rng, start = random.Random(seed), time.monotonic()
     async with GatewayStore(url, redis_url=fresh_redis_url) as store:
         acme, globex = store.for_org("acme"), store.for_org("globex")

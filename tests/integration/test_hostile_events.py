@@ -37,7 +37,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a migrated, empty database."""
     if request.param == "sqlite":
         return migrated(f"sqlite:///{tmp_path}/gateway.db")
-    return migrated(request.getfixturevalue("postgres_database")())
+    return request.getfixturevalue("migrated_postgres_database")()
 
 
 async def as_stored(store: GatewayStore) -> dict[tuple[str, str], AuditEvent]:

@@ -5,45 +5,44 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 from agent_gateway_store import ApprovalStatus, GatewayStore
 from commands import python_path
+from forks import forks
 from integration.agent_process import FRAMEWORKS, PATHS
 
 pytestmark = pytest.mark.integration
 
 TESTS = Path(__file__).parents[1]
+LOADED = {
+    "pydantic_ai": ["pydantic_ai.models.function", "agent_gateway_store.integrations.pydantic_ai"],
+    "openai_agents": ["agents.testing", "agent_gateway_store.integrations.openai_agents"],
+    "langchain": [
+        "langchain.agents.middleware",
+        "langgraph.checkpoint.sqlite.aio",
+        "agent_gateway_store.integrations.langchain",
+    ],
+}
+"""What the processes share by framework; the other frameworks are langchain's."""
 
 
 async def run(framework: str, url: str, verb: str, folder: Path, *, is_killed: bool = False) -> str:
     """Run one process until it says where it stands; kill it by SIGKILL then, or let it end."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "integration.agent_process",
-        *(framework, url, verb),
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": python_path(Path(__file__).parents[1]),
-            "AGENT_GATEWAY_STORE_LOAD_PLUGINS": "",
-        },
-        stdout=asyncio.subprocess.PIPE,
-    )
+    environment = {**os.environ, "PYTHONPATH": python_path(TESTS), "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
+    arguments = ["-m", "integration.agent_process", framework, url, verb]
+    process = await forks().begin(arguments, folder, environment, load=LOADED.get(framework, LOADED["langchain"]))
     try:
         async with asyncio.timeout(60):
-            said = (await process.stdout.readline()).decode().strip()  # type: ignore[union-attr]
+            said = (await process.stdout.readline()).decode().strip()
             if is_killed:
                 process.kill()
             assert await process.wait() == (-signal.SIGKILL if is_killed else 0)
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        process.kill()
+        await process.wait()
     return said
 
 

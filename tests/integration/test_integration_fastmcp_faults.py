@@ -65,10 +65,10 @@ async def test_allowed_call_without_database_runs_only_where_it_can_be_recorded(
                 assert (bench.ran, store.audit.counters.spooled) == (["a.txt"], 1)
 
 
-async def test_result_that_cannot_be_recorded_is_withheld(postgres_database: Callable[[], str]) -> None:
+async def test_result_that_cannot_be_recorded_is_withheld(migrated_postgres_database: Callable[[], str]) -> None:
     """In strict mode, where the audit table goes away while the tool runs."""
     settings = StoreSettings(audit_mode="strict")
-    async with GatewayStore(postgres_database(), auto_migrate=True, settings=settings) as store:
+    async with GatewayStore(migrated_postgres_database(), settings=settings) as store:
         server = Bench(store).server()
 
         @server.tool
@@ -82,11 +82,11 @@ async def test_result_that_cannot_be_recorded_is_withheld(postgres_database: Cal
     assert refusal == "The call could not be recorded, so its result is withheld: tell the operator."
 
 
-async def test_refusal_at_the_last_step_runs_nothing(postgres_database: Callable[[], str]) -> None:
+async def test_refusal_at_the_last_step_runs_nothing(migrated_postgres_database: Callable[[], str]) -> None:
     """Approved, but the store does not let it be used: the call does not run, and its approval is withdrawn."""
     skip = "CREATE FUNCTION skip() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$"
     when = "CREATE TRIGGER no_use BEFORE UPDATE ON approval_requests FOR EACH ROW WHEN (NEW.status = 'USED')"
-    async with GatewayStore(postgres_database(), auto_migrate=True) as store:
+    async with GatewayStore(migrated_postgres_database()) as store:
         bench = Bench(store)
         async with store.database.write() as connection:
             await connection.execute(text(skip))
@@ -103,10 +103,10 @@ async def test_refusal_at_the_last_step_runs_nothing(postgres_database: Callable
     assert stored.status == "CANCELLED"
 
 
-async def test_expired_approval_runs_nothing(postgres_database: Callable[[], str]) -> None:
+async def test_expired_approval_runs_nothing(migrated_postgres_database: Callable[[], str]) -> None:
     """Approved in time and called for too late."""
     settings = StoreSettings(approval_token_ttl_seconds=0.3)
-    async with GatewayStore(postgres_database(), auto_migrate=True, settings=settings) as store:
+    async with GatewayStore(migrated_postgres_database(), settings=settings) as store:
         bench = Bench(store)
         refusal = await bench.refusal(bench.server(approval_timeout_s=20), "delete_file", path="a.txt")
 

@@ -104,7 +104,7 @@ async def test_call_that_an_http_client_gives_up_is_cancelled(bench: Bench, mode
 @asynccontextmanager
 async def over_stdio(url: str, folder: Path) -> AsyncIterator[tuple[Bench, Client[Any]]]:
     """A store here, and the client of a server that is a process of its own on the same database."""
-    async with GatewayStore(url, auto_migrate=True) as store:
+    async with GatewayStore(url) as store:
         issued = await store.keys.issue("desk-agent", role="developer", org_id="acme")
         environment = {
             "PATH": os.defpath,
@@ -122,10 +122,10 @@ async def over_stdio(url: str, folder: Path) -> AsyncIterator[tuple[Bench, Clien
 
 @pytest.mark.parametrize("word", ["approve", "deny"])
 async def test_server_over_stdio_waits_for_an_approver_elsewhere(
-    word: str, postgres_database: Callable[[], str], tmp_path: Path
+    word: str, migrated_postgres_database: Callable[[], str], tmp_path: Path
 ) -> None:
     """The server is a process of its own; the decision is made here, on the same database."""
-    async with over_stdio(postgres_database(), tmp_path) as (bench, client):
+    async with over_stdio(migrated_postgres_database(), tmp_path) as (bench, client):
         store = bench.store
         waiting = asyncio.create_task(client.call_tool("delete_file", {"path": "a.txt"}, raise_on_error=False))
         asked = await bench.pending()
@@ -180,10 +180,10 @@ async def test_version_passed_on_by_a_proxy_is_judged(bench: Bench) -> None:
 
 @pytest.mark.parametrize("step", ["waiting", "running"])
 async def test_call_that_a_stdio_client_cancels(
-    step: str, postgres_database: Callable[[], str], tmp_path: Path
+    step: str, migrated_postgres_database: Callable[[], str], tmp_path: Path
 ) -> None:
     """While it waits for a human its approval is withdrawn; while its tool runs it ends as CANCELLED."""
-    async with over_stdio(postgres_database(), tmp_path) as (bench, client):
+    async with over_stdio(migrated_postgres_database(), tmp_path) as (bench, client):
         call = asyncio.create_task(client.call_tool("wait_forever", {}))
         asked = await bench.pending()
         if step == "running":

@@ -12,7 +12,6 @@ import pytest
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall
 from builders import make_event
-from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
 
@@ -67,8 +66,8 @@ async def test_every_cancelled_call_ends(
     the turn in which the command was sent; a loop around such a call would then run for ever.
     """
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-    make: Callable[[], str] = request.getfixturevalue("postgres_database")
-    url = migrated(make()) if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
+    make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
+    url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     async with GatewayStore(url, redis_url=fresh_redis_url, auto_migrate=True) as store:
         await store.keys.issue("dev-agent", role="developer")
         token, waiting = await store.approvals.issue_token(ask()), await store.approvals.issue_token(ask())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, StoreSettings, ToolCall, clock
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+from forks import forks
 from servers import PostgresServer
 
 pytestmark = pytest.mark.integration
@@ -82,7 +84,8 @@ async def test_kill_9_loses_no_notice(url: str, tmp_path: Path, rounds: int) -> 
     told = tmp_path / "told"
     for number in range(rounds):
         moment = ("committed", "sending", "sent")[number % 3]
-        process = subprocess.run([sys.executable, PROGRAM, "die", url, told, moment], capture_output=True, text=True)
+        command = [str(PROGRAM), "die", url, str(told), moment]
+        process = forks().run(command, cwd=tmp_path, env=os.environ, timeout=60)
         assert process.returncode == -signal.SIGKILL, process.stderr
     clock.move(timedelta(minutes=5))  # the leases of the dead have ended
     async with GatewayStore(url, redis_url="", plugins=[File(told)], settings=quiet()) as store:

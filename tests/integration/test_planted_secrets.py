@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.keys.format import new_key
 from builders import make_event
-from proofs.harness import execute, migrated
+from proofs.harness import execute
 
 pytestmark = pytest.mark.integration
 
@@ -253,7 +253,7 @@ async def heard(database_url: str, redis_url: str) -> AsyncIterator[list[str]]:
 
 @pytest.fixture
 async def trail(
-    postgres_database: Callable[[], str],
+    migrated_postgres_database: Callable[[], str],
     fresh_redis_url: str,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
@@ -263,7 +263,7 @@ async def trail(
     for name in LOGGERS:
         caplog.set_level(logging.DEBUG, logger=name)
     caplog.set_level(logging.DEBUG)
-    url, trail, recorder = migrated(postgres_database()), Trail(), Recorder()
+    url, trail, recorder = migrated_postgres_database(), Trail(), Recorder()
     caplog.clear()
     settings = StoreSettings(hash_key="planted-hash-key")
     async with (

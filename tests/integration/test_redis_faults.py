@@ -17,7 +17,6 @@ import redis.asyncio
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
 from agent_gateway_store.store import parts_of
-from proofs.harness import migrated
 from servers import RedisServer
 
 pytestmark = pytest.mark.integration
@@ -254,8 +253,8 @@ async def test_no_fault_of_redis_makes_an_answer_wrong(
     """Every answer is what SQL says or said less than APPROVAL_CACHE_SECONDS before, and what is used is what SQL has
     approved; no call raises or takes long, and once the breaker is open a hung server is not felt."""
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-    make: Callable[[], str] = request.getfixturevalue("postgres_database")
-    url = migrated(make()) if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
+    make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
+    url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     settings = StoreSettings(approval_cache_seconds=BOUND_S, redis_timeout_seconds=REDIS_TIMEOUT_S)
     async with GatewayStore(url, redis_url=server.url, settings=settings) as store:
         truth = Truth(store)

@@ -18,7 +18,7 @@ from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from commands import gateway_store
-from proofs.harness import eventually, migrated
+from proofs.harness import eventually
 from servers import RedisServer, SentinelServer
 
 pytestmark = pytest.mark.integration
@@ -59,7 +59,7 @@ async def know_each_other(sentinels: list[SentinelServer]) -> None:
 
 @pytest.mark.parametrize("given", ["url", "client"])
 async def test_a_sentinel_leads_to_the_new_master(
-    trio: tuple[RedisServer, list[SentinelServer]], postgres_database: Callable[[], str], given: str
+    trio: tuple[RedisServer, list[SentinelServer]], migrated_postgres_database: Callable[[], str], given: str
 ) -> None:
     """The master is killed, and one sentinel hangs: decisions go on, and the new master is used."""
     master, sentinels = trio
@@ -68,7 +68,7 @@ async def test_a_sentinel_leads_to_the_new_master(
     url = f"redis+sentinel://{','.join(f'{host}:{port}' for host, port in addresses)}/gateway/1"
     own = Sentinel(addresses)
     client = create_redis(url) if given == "url" else own.master_for("gateway", db=1)
-    database = migrated(postgres_database())
+    database = migrated_postgres_database()
     async with client, GatewayStore(database, redis=client) as store, GatewayStore(database, redis_url=url) as other:
         for name in ("before", "after"):
             token = await store.approvals.issue_token(make_request(name))
@@ -105,12 +105,12 @@ async def serve_half(member: RedisServer) -> None:
 
 
 async def test_a_member_of_a_cluster_is_named_once_and_left_alone(
-    member: RedisServer, postgres_database: Callable[[], str], caplog: pytest.LogCaptureFixture
+    member: RedisServer, migrated_postgres_database: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing fails, nothing flaps, and waiters are woken by PostgreSQL in its place."""
     caplog.set_level(logging.INFO, "agent_gateway_store")
     await serve_half(member)
-    database = migrated(postgres_database())
+    database = migrated_postgres_database()
     async with GatewayStore(database, redis_url=member.url) as store, GatewayStore(database, redis_url="") as other:
         for number in range(10):
             token = await store.approvals.issue_token(make_request(f"call-{number}"))

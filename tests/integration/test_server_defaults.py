@@ -23,7 +23,6 @@ from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import Database, create_engine, get_db
 from builders import CALL, make_event, make_request
-from proofs.harness import migrated
 
 pytestmark = pytest.mark.integration
 
@@ -127,10 +126,10 @@ async def test_the_defaults_of_a_server_change_no_answer(
 
 
 async def test_a_schema_is_compared_for_longer_than_a_session_may_idle(
-    postgres_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    migrated_postgres_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server ends a session that idles in a transaction; comparing takes its time between two statements."""
-    url = migrated(postgres_database())
+    url = migrated_postgres_database()
     await set_defaults(url, idle_in_transaction_session_timeout="100ms")
     compare = autogenerate.compare_metadata
 

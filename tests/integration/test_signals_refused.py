@@ -37,10 +37,10 @@ async def live(url: str) -> None:
 
 
 async def test_who_may_not_notify_decides_all_the_same(
-    postgres_database: Callable[[], str], caplog: pytest.LogCaptureFixture
+    migrated_postgres_database: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is found out once, and said once; `listen=false` says it beforehand."""
-    url = migrated(postgres_database())
+    url = migrated_postgres_database()
     role = f"gateway_{secrets.token_hex(4)}"
     await execute(
         url,

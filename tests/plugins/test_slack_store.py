@@ -27,7 +27,7 @@ async def store_with_slack(url: str, slack: Slack) -> AsyncIterator[tuple[Gatewa
     )
     notifier = SlackNotifier(settings)
     own = StoreSettings(redis_url="")
-    async with GatewayStore(url, plugins=[notifier], settings=own, auto_migrate=True) as store:
+    async with GatewayStore(url, plugins=[notifier], settings=own) as store:
         hook = SlackCallback(store.approvals, store.plugins, settings)
         try:
             yield store, hook
@@ -122,6 +122,6 @@ async def test_same_click_100_times() -> None:
 
 
 @pytest.mark.slow
-async def test_same_click_1000_times(postgres_database: Callable[[], str]) -> None:
+async def test_same_click_1000_times(migrated_postgres_database: Callable[[], str]) -> None:
     """Likewise on PostgreSQL."""
-    await replay(postgres_database(), 1000)
+    await replay(migrated_postgres_database(), 1000)

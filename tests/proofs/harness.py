@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.identity import read_identity
 from commands import python_path
+from forks import forks
 
 TRIGGERS = {
     "sqlite": "CREATE TRIGGER refuse BEFORE INSERT ON audit_events WHEN NEW.tool_name = 'poison' "
@@ -268,17 +267,14 @@ class Verdict:
 @asynccontextmanager
 async def child(program: str, *arguments: object) -> AsyncIterator[Any]:
     """Run a Python program that says `open` once its store is open; it is killed at the end if it still runs."""
-    command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": python_path(Path(__file__).parent.parent)}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
-    process: Any = await asyncio.create_subprocess_exec(*command, **pipes)
+    command = ["-W", "error", "-c", program, *map(str, arguments)]
+    process = await forks().begin(command, Path.cwd(), environment)
     try:
         assert await process.stdout.readline() == b"open\n"
         yield process
     finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
+        process.kill()
         await process.communicate()
 
 

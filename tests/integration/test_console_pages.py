@@ -1,0 +1,355 @@
+"""The pages of the console: what they show and to whom it matters, whatever is stored, sent or away."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import logging
+import random
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import console_helpers
+import httpx
+import pytest
+from console_helpers import Visitor, key_of, life, signed_in, status, waiting
+from sqlalchemy import text
+
+from agent_gateway_store import GatewayStore, ToolCall, clock
+from agent_gateway_store.console import create_console
+from agent_gateway_store.console.audit import FILTERS
+from agent_gateway_store.console.sessions import COOKIE
+from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.storage.migrate import VERSION_TABLE
+from builders import make_event, make_request
+from xss import PAYLOADS
+
+pytestmark = pytest.mark.integration
+url, running = console_helpers.url, console_helpers.running
+
+
+# What nobody sees on a screen, or what reorders it.
+HIDDEN = ("\u202e", "\u200b", "\u2066", "\ufeff", "\u00ad", "\U000e0041", "\u3164", "\x1b")
+
+
+async def test_arguments_and_reasons_of_several_lines_are_shown_as_such(running: tuple[GatewayStore, Any]) -> None:
+    """In the inbox and on the page of the approval; a line break inside a value is an escape."""
+    store, app = running
+    call = ToolCall(server="files", tool="write", arguments={"path": "/srv/a", "text": "one\ntwo"})
+    request = await waiting(store, tool_call=call, risk_explanation="writes a file\nwithout a copy")
+    alice = await signed_in(store, app)
+
+    inbox, page = [(await alice.get(path)).text for path in ("/approvals", f"/approvals/{request.approval_id}")]
+
+    assert "<pre>{\n  &#34;path&#34;: &#34;/srv/a&#34;,\n  &#34;text&#34;: &#34;one\\ntwo&#34;\n}</pre>" in inbox
+    for each in (inbox, page):
+        assert "writes a file\nwithout a copy" in each
+
+
+async def test_the_charts_say_how_long_approvals_waited(running: tuple[GatewayStore, Any]) -> None:
+    """A row for each tool: what was asked, what waits, what was denied, and the median of the wait."""
+    store, app = running
+    alice = await signed_in(store, app)
+    await waiting(store)
+    denied = await waiting(store, request_id="other")
+    await store.approvals.deny(approval_id=denied.approval_id, approver_id="bob")
+
+    page = (await alice.get("/charts")).text
+    row = re.search(r"<h2[^>]*>Approvals</h2>.*?<tbody><tr>(.*?)</tr>", page, re.DOTALL)
+
+    assert row is not None
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row[1])[:4] == ["2", "1", "1", "0"]
+    assert re.search(r'<td class="num">[0-9]+\.[0-9]</td>', row[1])
+
+
+async def test_nothing_becomes_markup_and_nothing_is_hidden(running: tuple[GatewayStore, Any]) -> None:
+    """Every payload in every text of a request and an event: no page holds a tag of it, or an unseen character."""
+    store, app = running
+    alice = await signed_in(store, app)
+    plain = {path: tags(await page(alice, path)) for path in ("/approvals", "/audit")}
+    for number, payload in enumerate([*PAYLOADS, *(f"a{hidden}b" for hidden in HIDDEN)]):
+        call = ToolCall(server=payload, tool=payload, arguments={payload: payload, "nested": [{payload: payload}]})
+        request = await waiting(
+            store, request_id=f"{number}{payload}", caller_id=payload, tool_call=call, risk_explanation=payload
+        )
+        texts = ("caller_id", "mcp_server", "tool_name", "matched_policy_rule", "deterministic_rationale")
+        await store.audit.write(
+            make_event(
+                **dict.fromkeys((*texts, "llm_explanation", "environment", "session_id", "caller_role"), payload),
+                request_id=request.request_id,
+                sanitized_args={payload: payload},
+                risk_labels=[payload],
+                extra={payload: payload},
+            )
+        )
+        [event] = await store.audit.search(request_id=request.request_id)
+        await alice.decide(request.approval_id, "deny", payload)
+        for path in (f"/approvals/{request.approval_id}", f"/audit/{event.id}"):
+            harmless(await page(alice, path))
+        harmless(await page(alice, f"/audit?{httpx.QueryParams({'caller_id': payload, 'text': payload})}"), typed=True)
+    for path in ("/approvals?status=ALL", "/audit"):
+        harmless(await page(alice, path))
+    assert plain["/approvals"] <= tags(await page(alice, "/approvals?status=ALL")) | plain["/approvals"]
+
+
+async def page(visitor: Visitor, path: str) -> str:
+    """Return the text of a page."""
+    answer = await visitor.get(path)
+    assert answer.status_code == 200, (path, answer.text[:500])
+    return answer.text
+
+
+def tags(text: str) -> set[str]:
+    """Return the names of the elements in a page."""
+    return set(re.findall(r"<(\w+)", text))
+
+
+def harmless(text: str, *, typed: bool = False) -> None:
+    """Check that a page holds our elements and attributes alone, and no character that is not seen."""
+    ours = {"html", "head", "meta", "title", "link", "script", "body", "a", "header", "span", "nav", "form", "b"}
+    ours |= {"small", "input", "button", "main", "p", "h1", "h2", "h3", "section", "div", "ol", "ul", "li", "dl", "dt"}
+    ours |= {
+        "dd",
+        "pre",
+        "code",
+        "details",
+        "summary",
+        "time",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "blockquote",
+    }
+    ours |= {"label", "fieldset", "legend", "textarea"}
+    assert tags(text) <= ours
+    assert len(re.findall("<script", text)) == 1
+    assert not re.search(r"<[^>]*\s(?:on\w+|style|srcdoc|formaction)=", re.sub(r'"[^"]*"', '""', text))
+    # A field of a form holds what was typed, as it was typed.
+    shown = html.unescape(re.sub(r'value="[^"]*"', "", text) if typed else text)
+    assert all(each.isprintable() or each == "\n" for each in shown), [each for each in shown if not each.isprintable()]
+
+
+async def test_long_values_are_folded_and_whole(running: tuple[GatewayStore, Any]) -> None:
+    """Nothing is cut: the last character of a long argument is on the page of the approval and in the inbox."""
+    store, app = running
+    arguments = {"body": "x" * 30_000 + "THE-END", "lines": [f"line {number}" for number in range(2_000)]}
+    request = await waiting(store, tool_call=ToolCall(server="s", tool="t", arguments=arguments))
+    alice = await signed_in(store, app)
+
+    for path in ("/approvals", f"/approvals/{request.approval_id}"):
+        text = (await alice.get(path)).text
+        assert "THE-END" in text
+        assert "line 1999" in text
+        assert "<details>" in text
+
+
+async def test_no_token_key_or_session_is_on_a_page_in_a_log_or_in_a_url(
+    running: tuple[GatewayStore, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sign-ins and decisions are logged with who did what, and no secret is."""
+    caplog.set_level(logging.INFO, "agent_gateway_store.console")
+    store, app = running
+    request = make_request()
+    token = await store.approvals.issue_token(request)
+    key = await key_of(store)
+    alice = Visitor(app)
+    await alice.sign_in("agw_" + "w" * 55)
+    await alice.sign_in(key)
+    pages = [
+        await alice.get(path) for path in ("/approvals", f"/approvals/{request.approval_id}", "/audit", "/audit/1")
+    ]
+    pages.append(await alice.decide(request.approval_id, "approve"))
+
+    written = caplog.text + "".join(f"{each.text}{each.url}{each.headers.get('location')}" for each in pages)
+    for secret in (key, token, alice.client.cookies[COOKIE], "w" * 20):
+        assert secret not in written
+    for words in ("refused", "alice signed in", f"alice decided to approve {request.approval_id}"):
+        assert words in caplog.text
+
+
+async def test_every_filter_of_search_is_in_the_form(running: tuple[GatewayStore, Any]) -> None:
+    """A page for a wrong value says what is wrong and keeps what was typed."""
+    from agent_gateway_store.audit.filters import Filters
+
+    store, app = running
+    alice = await signed_in(store, app)
+
+    form = (await alice.get("/audit")).text
+    wrong = await alice.get("/audit?min_risk_score=many&caller_id=dev-agent")
+
+    assert sorted(FILTERS) == sorted(Filters.__annotations__)
+    assert set(FILTERS) <= set(re.findall(r'name="(\w+)"', form))
+    assert wrong.status_code == 400
+    assert "must be a number" in wrong.text
+    assert 'value="dev-agent"' in wrong.text
+
+
+async def test_a_search_is_walked_page_by_page(running: tuple[GatewayStore, Any]) -> None:
+    """The link to older events keeps the filters, and each event is on one page."""
+    store, app = running
+    await store.audit.write_many([make_event(caller_id="walker", session_id="s") for _ in range(120)])
+    await store.audit.write_many([make_event(caller_id="other") for _ in range(20)])
+    alice = await signed_in(store, app)
+
+    path, found = "/audit?caller_id=walker&decision=ALLOW&decision=DENY", []
+    while path:
+        text = (await alice.get(path)).text
+        found += re.findall(r'href="/audit/(\d+)"', text)
+        older = re.search(r'rel="next" href="([^"]+)"', text)
+        path = html.unescape(older[1]) if older else ""
+
+    assert len(found) == len(set(found)) == 120
+    middle = (await alice.get(f"/audit/{found[60]}")).text
+    assert set(found[56:65]) <= set(re.findall(r'href="/audit/(\d+)"', middle))
+
+
+@pytest.mark.parametrize("count", [1_200, pytest.param(5_000, marks=pytest.mark.slow)])
+async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[GatewayStore, Any], count: int) -> None:
+    """Whatever is sent, to every path, signed in or not: an answer below 500."""
+    store, app = running
+    request = await waiting(store)
+    await store.audit.write(make_event())
+    alice, dice = await signed_in(store, app), random.Random(7)
+    csrf = await alice.csrf()
+    pieces = ["", "0", "-1", "9" * 30, "%00", "%ff%fe", "é", "☃", "..", "%2e%2e", "'", '"', "<", "24h", "NaN", "1e999"]
+    pieces += ["%F0%9F", "a" * 600, "PENDING", "ALLOW", "true", "null", "\u202e", str(request.approval_id), "=", "&"]
+    paths = ["/approvals", "/approvals/{}", "/approvals/{}/decision", "/audit", "/audit/{}", "/audit/{}/evidence.json"]
+    paths += ["/login", "/logout", "/charts/{}.svg", "/{}", "/static/{}/console.css", "/readyz"]
+    names = [*FILTERS, "cursor", "status", "next", "decision", "note", "csrf", "key"]
+
+    for number in range(count):
+        path = dice.choice(paths).format(dice.choice(pieces))
+        values = [(dice.choice(names), dice.choice(pieces)) for _ in range(dice.randrange(4))]
+        query = "&".join(f"{name}={value}" for name, value in values)
+        body = (query if dice.random() < 0.8 else dice.choice(pieces)).encode()
+        if dice.random() < 0.7:
+            answer = await alice.get(f"{path}?{query}")
+        else:
+            body += f"&csrf={csrf}".encode() if path != "/logout" else b""
+            kind = dice.choice(
+                ["application/x-www-form-urlencoded", "text/plain", "", "multipart/form-data; boundary=x"]
+            )
+            answer = await alice.client.post(path, content=body, headers={"Content-Type": kind})
+        assert answer.status_code < 500, (number, path, query, body, answer.text[:300])
+
+
+class _Away:
+    """A store whose database can be taken away."""
+
+    def __init__(self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_away = False
+        connection = store.database.read
+
+        @asynccontextmanager
+        async def read() -> AsyncIterator[Any]:
+            if self.is_away:
+                raise StoreUnavailableError("The database cannot be reached.")
+            async with connection() as found:
+                yield found
+
+        monkeypatch.setattr(store.database, "read", read)
+
+
+async def test_a_database_that_is_away_is_told_and_its_return_is_noticed(
+    running: tuple[GatewayStore, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page tries again by itself without a script, keeps the address, and says nothing of the cause."""
+    store, app = running
+    request = await waiting(store)
+    alice = await signed_in(store, app)
+    csrf = await alice.csrf()
+    database = _Away(store, monkeypatch)
+
+    database.is_away = True
+    answer = await alice.get("/audit?caller_id=x")
+    form = await alice.post(f"/approvals/{request.approval_id}/decision", {"decision": "approve", "csrf": csrf})
+    health = [await status(alice, path) for path in ("/healthz", "/readyz")]
+    database.is_away = False
+
+    assert (answer.status_code, form.status_code, health) == (503, 503, [200, 503])
+    assert 'http-equiv="refresh" content="5;url=/audit?caller_id=x"' in answer.text
+    assert f'content="5;url=/approvals/{request.approval_id}"' in form.text
+    assert "reached" not in answer.text
+    assert await status(alice, "/audit?caller_id=x") == 200
+    assert await status(alice, "/readyz") == 200
+
+
+async def test_the_console_starts_before_its_database(tmp_path: Path) -> None:
+    """Served by itself it opens the store once that can be, and closes it at the end."""
+    folder = tmp_path / "later"
+    store = GatewayStore(f"sqlite:///{folder}/gateway.db", redis_url="")
+    app = create_console(store)
+    async with life(app):
+        visitor = Visitor(app)
+        before = await status(visitor, "/approvals")
+        folder.mkdir()
+        after = await status(visitor, "/approvals")
+        assert await status(visitor, "/readyz") == 200
+
+    assert (before, after) == (503, 303)
+    with pytest.raises(Exception, match="not open"):
+        await store.ping()
+
+
+async def test_a_thousand_wait_and_each_is_reached(running: tuple[GatewayStore, Any]) -> None:
+    """Fifty on a page, and a link to the older ones."""
+    store, app = running
+    async with store.database.sessions() as session, session.begin():
+        session.add_all(
+            make_request(tool_call_hash="0" * 64, expires_at=clock.utc_now() + timedelta(hours=1)) for _ in range(1_000)
+        )
+    alice = await signed_in(store, app)
+
+    path, found, pages = "/approvals", set[str](), 0
+    while path:
+        body = (await alice.get(path)).text
+        found |= set(re.findall(r'data-id="([\w-]+)"', body))
+        older = re.search(r'rel="next" href="([^"]+)"', body)
+        path, pages = html.unescape(older[1]) if older else "", pages + 1
+
+    assert (len(found), pages) == (1_000, 20)
+
+
+async def test_events_tell_of_what_is_new(running: tuple[GatewayStore, Any]) -> None:
+    """A page that saw another inbox is told so at once; who is not signed in is not."""
+    store, app = running
+    alice = await signed_in(store, app)
+    await waiting(store)
+
+    assert (await Visitor(app).get("/events")).status_code == 401
+    scope = {"type": "http", "method": "GET", "path": "/events", "raw_path": b"/events", "query_string": b""}
+    cookie = f"{COOKIE}={alice.client.cookies[COOKIE]}".encode()
+    scope |= {"headers": [(b"cookie", cookie), (b"last-event-id", b"old")], "scheme": "http", "server": ("c", 80)}
+    parts: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    hangs_up = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await hangs_up.wait()
+        return {"type": "http.disconnect"}
+
+    task = asyncio.create_task(app(scope, receive, parts.put))
+    async with asyncio.timeout(10):
+        heard = b"".join([(await parts.get()).get("body", b"") for _ in range(3)])
+    hangs_up.set()
+    await task
+
+    assert b"event: inbox\ndata: 1" in heard
+
+
+async def test_the_schema_of_another_version_is_not_ready(running: tuple[GatewayStore, Any], url: str) -> None:
+    """A console that is served by itself waits for `db upgrade`, and says that it is not ready."""
+    store, _ = running
+    async with store.database.sessions() as session, session.begin():
+        await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0001'"))
+    later = create_console(GatewayStore(url, redis_url=""))
+
+    async with life(later):
+        assert await status(Visitor(later), "/readyz") == 503
+        assert await status(Visitor(later), "/approvals") == 503

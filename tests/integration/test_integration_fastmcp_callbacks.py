@@ -1,0 +1,139 @@
+"""The callbacks of a host that guards FastMCP: what one returns, changes or raises runs nothing that was not judged."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fastmcp_helpers
+import pytest
+from fastmcp_helpers import SECRET, Bench, judge
+
+from agent_gateway_store import (
+    AuditEvent,
+    CallerIdentity,
+    ToolCall,
+)
+from agent_gateway_store.integrations.fastmcp import Verdict
+
+pytestmark = pytest.mark.integration
+
+bench = fastmcp_helpers.bench
+
+
+async def test_callbacks_cannot_change_what_runs(bench: Bench) -> None:
+    """They are given copies: the call that was hashed is the call that runs."""
+
+    def meddle(caller: CallerIdentity, call: ToolCall) -> Verdict:
+        call.arguments["path"] = "other.txt"
+        return judge(caller, call)
+
+    def sanitize(call: ToolCall) -> dict[str, Any]:
+        call.arguments.clear()
+        return {}
+
+    await bench.call(bench.server(meddle, sanitize=sanitize), "read_file", path="a.txt")
+
+    assert bench.ran == ["a.txt"]
+    assert (await bench.event()).raw_args_hash == AuditEvent.hash_args({"path": "a.txt"})
+
+
+async def _failing(*_: Any) -> Any:
+    raise ValueError(SECRET)
+
+
+async def _nobody(*_: Any) -> Any:
+    return None
+
+
+def _failing_now(*_: Any) -> Any:
+    raise KeyError(SECRET)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"identify": _failing},
+        {"identify": _nobody},
+        {"identify": lambda _: None},
+        {"policy": _failing},
+        {"policy": _failing_now},
+        {"policy": lambda *_: None},
+        {"policy": lambda *_: True},
+        {"sanitize": _failing_now},
+        {"sanitize": lambda _: 7},
+        {"server": _failing},
+        {"server": _failing_now},
+        {"server": lambda _: None},
+        {"server": lambda _: ""},
+    ],
+    ids=[
+        *("identify", "nobody", "not-async", "policy", "policy-now", "no-verdict", "true", "sanitize", "no-arguments"),
+        *("server", "server-now", "no-name", "empty-name"),
+    ],
+)
+async def test_broken_callback_runs_nothing(
+    bench: Bench, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller is told that the gateway failed; what the callback said stays out of the log."""
+    refusal = await bench.refusal(bench.server(**options), "read_file", path=SECRET)
+    event = await bench.event()
+
+    assert refusal == "The gateway failed, so the call was not run: tell its operator."
+    assert (event.decision, event.execution_status, bench.ran) == ("DENY", None, [])
+    (logged,) = [record.getMessage() for record in caplog.records if record.name.startswith("agent_gateway_store")]
+    assert re.search(rf"Request {event.request_id}: {next(iter(options))} \S+ \({re.escape(__file__)}:\d+\)", logged)
+    assert SECRET not in caplog.text
+
+
+def _wrong_verdict(_caller: CallerIdentity, call: ToolCall) -> Verdict:
+    path: Any = call.arguments["path"]
+    return Verdict(decision=path, rule="r", reason="Why.", risk_score=path)  # the line that is named
+
+
+def _wrong_library(_caller: CallerIdentity, call: ToolCall) -> Verdict:
+    return Verdict.model_validate_json(json.dumps(json.loads(call.arguments["path"])))  # the line that is named
+
+
+class _WrongObject:
+    async def __call__(self, _caller: CallerIdentity, call: ToolCall) -> Verdict:
+        raise LookupError(call.arguments["path"])  # the line that is named
+
+
+def _few_arguments(_caller: CallerIdentity) -> Verdict:
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (
+            _wrong_verdict,
+            r"policy _wrong_verdict .* failed: ValidationError at OWN.*\(2 wrong: decision, risk_score\)$",
+        ),
+        (_wrong_library, r"policy _wrong_library .* failed: JSONDecodeError at OWN, .*json.*\.py:\d+$"),
+        (_WrongObject(), r"policy _WrongObject .* failed: LookupError at OWN$"),
+        (partial(_wrong_verdict), r"policy partial .* failed: ValidationError at OWN"),
+        (_few_arguments, r"policy _few_arguments \(\S+:\d+\) failed: TypeError at "),
+        (lambda *_: None, r"policy <lambda> .* must return a Verdict, not NoneType\.$"),
+        (7, r"policy int failed: TypeError at "),
+    ],
+    ids=["fields", "library", "object", "partial", "signature", "nothing", "number"],
+)
+async def test_failing_callback_is_named_by_its_own_line(
+    bench: Bench, policy: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line is the callback's, not that of a library; wrong fields are named, and no value is repeated."""
+    await bench.refusal(bench.server(policy), "read_file", path=SECRET)
+    (logged,) = [record.getMessage() for record in caplog.records if record.name.startswith("agent_gateway_store")]
+    own = {
+        f"{__file__}:{number}"
+        for number, line in enumerate(Path(__file__).read_text(encoding="utf-8").splitlines(), 1)
+        if line.endswith("# the line that is named")
+    }
+
+    assert re.search(said.replace("OWN", f"(?:{'|'.join(map(re.escape, own))})"), logged), logged
+    assert SECRET not in caplog.text
