@@ -13,11 +13,11 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-import redis.asyncio
 from sqlalchemy import make_url
 
 import servers
 from agent_gateway_store import clock
+from agent_gateway_store.storage.cache import create_redis
 
 _SETTINGS = (
     *(
@@ -126,7 +126,9 @@ def redis_url() -> Iterator[str]:
     try:
         with servers.redis() as given:
             url = make_url(given)
-            database = str(int(url.database or 0) + worker)
+            # That of a Sentinel begins with the name of the master.
+            name, _, database = (url.database or "0").rpartition("/")
+            database = "/".join(filter(None, (name, str(int(database) + worker))))
             yield url.set(database=database).render_as_string(hide_password=False)
     except LookupError as exc:
         pytest.fail(str(exc))
@@ -137,7 +139,7 @@ def fresh_redis_url(redis_url: str) -> str:
     """The URL of a real Redis server with nothing in it."""
 
     async def flush() -> None:
-        async with redis.asyncio.from_url(redis_url) as client:
+        async with create_redis(redis_url, timeout_s=5) as client:
             await client.flushdb()
 
     servers.run(flush())

@@ -10,7 +10,7 @@ from types import FunctionType, MethodType
 
 import key_cache_helpers
 import pytest
-from contract_helpers import BOTH, counted_statements, hears
+from contract_helpers import BOTH, counted_statements, hears, until
 from key_cache_helpers import HOUR, TRUSTED, Gate, answer, checking, issue
 
 from agent_gateway_store import CallerIdentity, GatewayStore, StoreSettings, clock, errors
@@ -159,7 +159,8 @@ async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    assert asyncio.all_tasks() == before
+    # A connection that was being made for them is still closed.
+    await until(lambda: asyncio.all_tasks() <= before)
     assert [await answer(store, key) for key in others] == ["invalid"] * 5
 
 
