@@ -18,6 +18,7 @@ from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool as langchain_tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Interrupt
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
 from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
@@ -283,6 +284,24 @@ class TestLangChain:
     async def test_a_denied_call_is_told_to_the_model(self, bench: Bench) -> None:
         state = await langchain_agent(bench, InMemorySaver(), "format_disk").ainvoke(self.question, self.config)
         assert self.answer(state).content == "format_disk reason"
+
+    async def test_a_call_whose_text_is_the_same_is_not_released(self, bench: Bench) -> None:
+        """The human approved the text of the bytes' repr; the bytes themselves are another argument."""
+        gateway = for_langchain.GatewayMiddleware(bench.guard(), lambda _: CALLER, server="files", on_pending="return")
+        action = {"name": "delete_file", "args": {"path": "b'a.txt'"}}
+        state = {"__interrupt__": [Interrupt(value={"action_requests": [action]}, id="i-1")]}
+        assert await gateway.answer(state, CALLER) is None
+        await bench.decide("approve")
+        assert await gateway.answer(state, CALLER) is not None
+
+        async def delete() -> str:
+            bench.ran.append("deleted")
+            return "done"
+
+        with pytest.raises(CallPendingError):
+            await gateway.run("delete_file", {"path": b"a.txt"}, CALLER, delete)
+        assert bench.ran == []
+        assert await gateway.run("delete_file", action["args"], CALLER, delete) == "done"
 
     def test_another_word_is_refused(self, bench: Bench) -> None:
         with pytest.raises(ValueError, match='"interrupt" or "return"'):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from itertools import count
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from cachetools import TTLCache
 
@@ -19,7 +18,7 @@ from agent_gateway_store.integrations.guard import (
     Verdict,
     approval_of,
 )
-from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
@@ -36,6 +35,8 @@ __all__ = ["CallGuard", "GatewayMiddleware", "Verdict", "resume"]
 
 
 T = TypeVar("T")
+
+_Key: TypeAlias = "tuple[str | None, str, str]"
 
 # The graph is invoked right after the answer; a model may be asked before the tool runs.
 _RELEASED_S = 60.0
@@ -57,8 +58,9 @@ def _actions(value: Any) -> list[Mapping[str, Any]]:
     return [value] if value.get("type") == "tool_approval" else list(value.get("action_requests", ()))
 
 
-def _key(call: ToolCall, caller: CallerIdentity) -> str:
-    return json.dumps([caller.org_id, caller.caller_id, call.model_dump()], sort_keys=True, default=str)
+def _key(call: ToolCall, caller: CallerIdentity) -> _Key:
+    # The hash that binds an approval: two calls whose JSON is the same may differ.
+    return caller.org_id, caller.caller_id, hash_tool_call(call)
 
 
 class GatewayMiddleware(AgentMiddleware[Any, Any]):
@@ -88,7 +90,7 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
             raise ValueError(f'on_pending must be "interrupt" or "return", not {on_pending!r}.')
         self._guard, self._identify, self._server = guard, identify, server
         self._interrupts = on_pending == "interrupt"
-        self._released: TTLCache[str, list[ReleasedCall]] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
+        self._released: TTLCache[_Key, list[ReleasedCall]] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
 
     async def awrap_tool_call(
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]]
@@ -154,9 +156,7 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
     async def _ask(self, interrupt_id: str, n: int, action: Mapping[str, Any], caller: CallerIdentity) -> _Action:
         call = ToolCall(server=self._server, tool=action["name"], arguments=action["args"])
         # LangGraph gives two interrupts of one task, one after the other, the same id.
-        bind = sha256(
-            json.dumps([interrupt_id, n, call.model_dump()], sort_keys=True, default=str).encode()
-        ).hexdigest()
+        bind = sha256(f"{interrupt_id} {n} {hash_tool_call(call)}".encode()).hexdigest()
         for attempt in count():
             try:
                 approval = await self._guard.ask(call, caller, request_id=f"{bind[:32]}-{attempt}", bind=bind)
