@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
@@ -125,9 +126,10 @@ def redis_url() -> Iterator[str]:
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     try:
         with servers.redis() as given:
-            # Not by `make_url`, which knows one host only: that of a Sentinel names several, and the master in its path.
-            server, _, database = given.rpartition("/")
-            yield f"{server}/{int(database or 0) + worker}"
+            # That of a Sentinel, which `make_url` does not know, names several hosts, and the master in its path.
+            parts = urlsplit(given)
+            name, _, database = parts.path.rpartition("/")
+            yield parts._replace(path=f"{name}/{int(database or 0) + worker}").geturl()
     except LookupError as exc:
         pytest.fail(str(exc))
 
