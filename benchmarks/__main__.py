@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     exports,
     keys,
     memory,
+    processes,
     queries,
     retention,
 )
@@ -53,6 +54,8 @@ def run(url: str, arguments: argparse.Namespace) -> list[Figure]:
         figures += building.measure(repeat=repeat)
     if "audit" in arguments.only:
         figures += asyncio.run(audit_writes.measure(url, repeat=repeat, scale=scale))
+    if "processes" in arguments.only:
+        figures += asyncio.run(processes.measure(url, repeat=repeat, scale=scale))
     if "sqlite" in arguments.only:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             figures += asyncio.run(audit_writes.measure_sqlite(Path(folder), repeat=repeat, scale=scale))
@@ -93,6 +96,7 @@ def main() -> None:
     parts = [
         "building",
         "audit",
+        "processes",
         "sqlite",
         "approvals",
         "calls",

@@ -10,16 +10,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
 import pytest
-import redis.asyncio
 from sqlalchemy import make_url
 
 import once
 import servers
 from agent_gateway_store import clock
+from agent_gateway_store.storage.cache import create_redis
 
 _SETTINGS = (
     *(
@@ -138,9 +139,10 @@ def redis_url() -> Iterator[str]:
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     try:
         with servers.redis() as given:
-            url = make_url(given)
-            database = str(int(url.database or 0) + worker)
-            yield url.set(database=database).render_as_string(hide_password=False)
+            # That of a Sentinel, which `make_url` does not know, names several hosts, and the master in its path.
+            parts = urlsplit(given)
+            name, _, database = parts.path.rpartition("/")
+            yield parts._replace(path=f"{name}/{int(database or 0) + worker}").geturl()
     except LookupError as exc:
         pytest.fail(str(exc))
 
@@ -150,7 +152,7 @@ def fresh_redis_url(redis_url: str) -> str:
     """The URL of a real Redis server with nothing in it."""
 
     async def flush() -> None:
-        async with redis.asyncio.from_url(redis_url) as client:
+        async with create_redis(redis_url, timeout_s=5) as client:
             await client.flushdb()
 
     servers.run(flush())

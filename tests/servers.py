@@ -265,7 +265,7 @@ class PostgresServer(_Server):
 
     `durable` syncs each commit to disk, as in production. `settings` are further ones of postgresql.conf; they win.
     `standby_of` makes it a copy of that running server, which it goes on to receive by streaming replication, without
-    the other waiting for it, until it is promoted.
+    the other waiting for it, until it is promoted. `binaries` holds those of another version than the wheel's.
     """
 
     _orphan_signal = signal.SIGQUIT  # immediate shutdown, which reaches the backends too
@@ -276,8 +276,10 @@ class PostgresServer(_Server):
         durable: bool = False,
         settings: Mapping[str, str | int] | None = None,
         standby_of: PostgresServer | None = None,
+        binaries: Path | None = None,
     ) -> None:
         super().__init__()
+        self._given = binaries
         self._primary = standby_of
         speed = dict.fromkeys(("fsync", "synchronous_commit", "full_page_writes"), "on" if durable else "off")
         # Shared memory in the data folder leaves nothing in /dev/shm after a kill; little WAL takes little memory.
@@ -306,7 +308,7 @@ class PostgresServer(_Server):
             self._user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
             work.chmod(0o755)
             os.chown(home, owner.pw_uid, owner.pw_gid)
-        self._bin = _postgres_binaries(work, owner)
+        self._bin = self._given or _postgres_binaries(work, owner)
         command = [f"{self._bin}/initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
         command += ["--no-sync", "--no-instructions"]
         if self._primary is not None:

@@ -1,11 +1,14 @@
 """One suite over every backend: `sqlite` and `postgres`, and with Redis where a test asks for it.
 
 PostgreSQL tests share one migrated database, emptied by DELETE before each test; SQLite tests copy a migrated file.
+`AGS_TEST_DATABASE_OPTIONS` (such as `listen=false`) is added to the URL of PostgreSQL, and with `AGS_TEST_READ_ADDRESS`
+(host:port of a standby) the stores read there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +27,7 @@ import servers
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
+from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import create_engine
 from tampering import OFF
 
@@ -77,15 +81,20 @@ def empty_postgres(contract_postgres: str) -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def database_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of a migrated, empty database."""
     if request.param == "sqlite":
         path = tmp_path / "gateway.db"
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
         return f"sqlite:///{path}"
-    url: str = request.getfixturevalue("contract_postgres")
+    url = make_url(request.getfixturevalue("contract_postgres"))
     request.getfixturevalue("empty_postgres")()
-    return url
+    if address := os.environ.get("AGS_TEST_READ_ADDRESS"):
+        host, _, port = address.partition(":")
+        replica = url.set(host=host, port=int(port))
+        monkeypatch.setenv("DATABASE_READ_URL", replica.render_as_string(hide_password=False))
+    url = url.update_query_string(os.environ.get("AGS_TEST_DATABASE_OPTIONS", ""))
+    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -106,7 +115,7 @@ async def client(redis_setting: str) -> AsyncIterator[redis.asyncio.Redis | None
     if not redis_setting:
         yield None
         return
-    async with redis.asyncio.from_url(redis_setting) as connected:
+    async with create_redis(redis_setting, timeout_s=5) as connected:
         yield connected
 
 

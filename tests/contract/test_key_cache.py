@@ -160,7 +160,7 @@ async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate)
         task.cancel()
     await asyncio.wait(tasks)
     # A connection that was being made is made to its end, and closed.
-    await until(lambda: asyncio.all_tasks() == before)
+    await until(lambda: asyncio.all_tasks() <= before)
     assert [await answer(store, key) for key in others] == ["invalid"] * 5
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import timedelta
 from functools import partial
@@ -21,7 +20,7 @@ from uuid import UUID, uuid4
 import pytest
 from contract_helpers import CALL, make_request
 from delivery_helpers import Post, quiet
-from sqlalchemy import event
+from plan_helpers import Reports, copies, faults
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import GatewayStore
@@ -35,15 +34,7 @@ from servers import connected, run
 
 pytestmark = pytest.mark.integration
 
-_REPORT = """
-    LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0; SET auto_explain.log_analyze = on;
-    SET auto_explain.log_format = json; SET auto_explain.log_level = notice; SET auto_explain.log_timing = off
-"""
 _TABLES = ("audit_events", "approval_requests", "approval_votes", "notification_deliveries")
-# A page of a listing, and what a sweep or a claim takes at once, may cost so many rows of another kind.
-_FEW_ROWS = 1_000
-_MOST_READ_FOR_ONE = 20
-_WORST_ESTIMATE = 1_000
 _OLD = "ordinary-call"
 
 
@@ -58,19 +49,6 @@ class Size(NamedTuple):
 # Large enough for an index to be worth it; filled and analysed in a few seconds.
 _SHORT = Size(20_000, 10_000, 20_000)
 _LONG = Size(300_000, 50_000, 100_000)
-
-
-def copies(table: str, count: int, **columns: str) -> str:
-    """SQL of `count` copies of the first row of a table, but for `columns`; `n` is the number of the copy."""
-    return f"""DO $$ DECLARE names text; given text; BEGIN
-        SELECT string_agg(quote_ident(column_name), ', '),
-            string_agg(COALESCE('{json.dumps(columns).replace("'", "''")}'::jsonb ->> column_name,
-                'old.' || quote_ident(column_name)), ', ')
-        INTO names, given FROM information_schema.columns
-        WHERE table_name = '{table}' AND column_name <> 'id';
-        EXECUTE format('INSERT INTO {table} (%s) SELECT %s FROM generate_series(1, {count}) AS n,
-            (SELECT * FROM {table} ORDER BY id LIMIT 1) AS old', names, given);
-    END $$"""
 
 
 def filling(size: Size) -> list[str]:
@@ -155,60 +133,6 @@ def filled(request: pytest.FixtureRequest, migrated_postgres_database: Callable[
     size = None if kind == "empty" else _LONG if "long" in kind else _SHORT
     run(_filled(url, size, is_analysed=kind.startswith("analysed")))
     return url
-
-
-class Reports:
-    """What PostgreSQL says of the statements of one store."""
-
-    def __init__(self, store: GatewayStore, setting: str) -> None:
-        self.plans: list[dict[str, Any]] = []
-        self._setting = setting
-        event.listen(store.database.engine.sync_engine, "connect", self._listen)
-
-    def _listen(self, connection: Any, _record: Any) -> None:
-        connection.driver_connection.add_log_listener(self._add)
-        connection.run_async(lambda driver: driver.execute(f"{_REPORT}; SET plan_cache_mode = {self._setting}"))
-
-    def _add(self, _connection: Any, message: Any) -> None:
-        if "plan:\n" in message.message:
-            self.plans.append(json.loads(message.message.split("plan:\n", 1)[1]))
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every node of a plan that was run."""
-    yield plan
-    for child in plan.get("Plans", ()):
-        yield from nodes(child)
-
-
-def read_by(node: dict[str, Any]) -> float:
-    """How many rows of one of our tables a node has read."""
-    if node.get("Relation Name") not in _TABLES or "Scan" not in node["Node Type"]:
-        return 0
-    removed = node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
-    return float((node["Actual Rows"] + removed) * node["Actual Loops"])
-
-
-def faults(report: dict[str, Any], *, reads_all: bool) -> list[str]:
-    """What is wrong with how a statement was run."""
-    found = ["JIT"] if "JIT" in report else []
-    everything = list(nodes(report["Plan"]))
-    returned = max([1.0, *(node["Actual Rows"] for node in everything if node["Node Type"] == "ModifyTable")])
-    returned = max(returned, report["Plan"]["Actual Rows"])
-    # What groups rows returns few for many.
-    grouped = [node["Plans"][0] for node in everything if node["Node Type"] == "Aggregate"]
-    returned = max([returned, *(node["Actual Rows"] * node["Actual Loops"] for node in grouped)])
-    for node in everything:
-        read, loops = read_by(node), node["Actual Loops"]
-        if node["Node Type"] == "Seq Scan" and read > _FEW_ROWS and not reads_all:
-            found.append(f"sequential scan of {node['Relation Name']}: {read:.0f} rows")
-        elif read > max(_FEW_ROWS, _MOST_READ_FOR_ONE * returned) and not reads_all:
-            found.append(f"{read:.0f} rows of {node['Relation Name']} read for {returned:.0f}")
-        if node["Actual Rows"] * loops > _WORST_ESTIMATE * max(1, node["Plan Rows"] * loops) and not reads_all:
-            found.append(f"{node['Actual Rows']} rows where {node['Plan Rows']} were expected")
-        if node.get("Sort Space Type") == "Disk" and not reads_all:
-            found.append("a sort on disk")
-    return found
 
 
 class Called(NamedTuple):

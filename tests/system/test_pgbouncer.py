@@ -38,20 +38,20 @@ listen_port = {port}
 unix_socket_dir =
 auth_type = any
 pool_mode = transaction
-default_pool_size = 3
+default_pool_size = {connections}
 max_client_conn = 200
 """
 
 
 class PgBouncer:
-    """A PgBouncer of our own with three server connections for everybody."""
+    """A PgBouncer of our own with a few server connections for everybody."""
 
-    def __init__(self, database: PostgresServer) -> None:
+    def __init__(self, database: PostgresServer, *, connections: int = 3) -> None:
         self.port = free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="ags-bouncer-", dir="/tmp"))
         self._folder.chmod(0o755)
         self._settings = self._folder / "pgbouncer.ini"
-        self._settings.write_text(SETTINGS.format(database_port=database.port, port=self.port))
+        self._settings.write_text(SETTINGS.format(database_port=database.port, port=self.port, connections=connections))
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
