@@ -71,7 +71,7 @@ def main() -> None:
 
         async def work(url: str, _number: int, told: dict[str, Any] = told) -> None:
             clock.move(timedelta(seconds=told["moved_s"]))
-            settings = StoreSettings(audit_seal_seconds=0, redis_timeout_seconds=5)
+            settings = StoreSettings(**told["settings"], audit_seal_seconds=0)
             countdown, store = Countdown(), GatewayStore(url, redis_url=told["redis_url"], settings=settings)
             countdown.watch(store)
             async with store:

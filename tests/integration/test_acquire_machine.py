@@ -42,6 +42,7 @@ pytestmark = pytest.mark.integration
 CALLS = [ToolCall(server="files", tool="delete_file", arguments={"path": path}) for path in ("/tmp/a", "/tmp/b")]
 SHOWN = [{"path": "[hidden]"}, {"path": "[hidden]", "size": 1}]
 DECIDE, USE, DENIAL = timedelta(hours=2), timedelta(hours=1), timedelta(minutes=5)
+OPTIONS: dict[str, Any] = {"acquire_decision_seconds": DECIDE.total_seconds(), "redis_timeout_seconds": 5}
 WORKERS = 4
 MOVE = st.sampled_from(["approve", "approve", "approve", "deny", "cancel"])
 APPROVER = st.sampled_from(["ann", "bob"])
@@ -114,8 +115,8 @@ class Acquiring(RuleBasedStateMachine):
         self.stores = [self._open(), self._open()]
 
     def _open(self) -> GatewayStore:
-        options = StoreSettings(acquire_decision_seconds=DECIDE.total_seconds(), redis_timeout_seconds=5)
-        return self.runner.run(GatewayStore(self.url, redis_url=self.redis_url, settings=options).open())
+        store = GatewayStore(self.url, redis_url=self.redis_url, settings=StoreSettings(**OPTIONS))
+        return self.runner.run(store.open())
 
     def teardown(self) -> None:
         if hasattr(self, "runner"):
@@ -171,6 +172,7 @@ class Acquiring(RuleBasedStateMachine):
         told |= {
             "url": self.url,
             "redis_url": self.redis_url,
+            "settings": OPTIONS,
             "ran": str(self.ran),
             "moved_s": clock.offset().total_seconds(),
             "at": at,

@@ -264,18 +264,13 @@ class RetentionManager:
         environment = self._settings.environment
         pruner = ApprovalPruner(self._database, by=by, environment=environment, before=end, archive=folder)
         async with self._lock():
-            await pruner.start()
-        total = PrunedApprovals()
+            total = await pruner.start()
         while True:
             async with self._lock():
                 step = await pruner.step()
             if not step.approvals:
                 return total
-            total = PrunedApprovals(
-                approvals=total.approvals + step.approvals,
-                notices=total.notices + step.notices,
-                files=total.files + step.files,
-            )
+            total += step
             await asyncio.sleep(PAUSE_S)
 
     def _checked(self, before: Moment, by: str, archive: object, *, discard: bool, below_floor: bool) -> datetime:
