@@ -57,7 +57,8 @@ class Together:
                 session_id = HELD if n == 0 else f"s-{writer}"
                 name = f"{number}-{writer}-{n}"
                 event = make_event(request_id=name, timestamp=OLD + number * STEP, session_id=session_id)
-                assert await store.audit.write(event) == "STORED"
+                # On SQLite a prune may have the lock for longer than a write waits: the spool brings it in later.
+                assert await store.audit.write(event) in ("STORED", "SPOOLED")
                 self.written.append(name)
 
     async def follow(self, store: GatewayStore, cursor: str) -> None:
