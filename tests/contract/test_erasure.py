@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.asyncio
 from contract_helpers import WITH_REDIS, until
 from erasure_helpers import MARK, OLD, everything, secret_call, secret_event, secrets_of, used_approval
 
@@ -302,6 +303,29 @@ class Unreachable(RecordingNotifier):
 
     async def notify_decision(self, notice: Notice) -> None:
         raise ConnectionError
+
+
+@WITH_REDIS
+@pytest.mark.parametrize("decodes", [False, True], ids=["bytes", "text"])
+async def test_an_entry_is_found_that_no_other_entry_leads_to(
+    store: GatewayStore, database_url: str, redis_setting: str, decodes: bool
+) -> None:
+    """As Redis has it after it lost its keys between the question and the decision; other entries stay."""
+    async with redis.asyncio.from_url(redis_setting, decode_responses=decodes) as client:
+        asked = [make_request(request_id=f"r-{n}", tool_call=secret_call(), risk_explanation=MARK) for n in (1, 2)]
+        tokens = [await store.approvals.issue_token(request) for request in asked]
+        await client.flushdb()
+        for token in tokens:
+            await store.approvals.deny(token, "alice", MARK)
+        await store.audit.write_many([secret_event(), make_event()])
+        assert sorted(await client.keys("approval*")) == sorted(
+            key if decodes else key.encode() for key in (f"approval:{token}" for token in tokens)
+        )
+
+        async with GatewayStore(database_url, redis=client, settings=StoreSettings(audit_seal_seconds=0)) as own:
+            await own.retention.erase("r-1", reason="r", by="dpo")
+
+        assert [await client.exists(f"approval:{token}") for token in tokens] == [0, 1]
 
 
 async def _has_dead_notices(store: GatewayStore) -> bool:

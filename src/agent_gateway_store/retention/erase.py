@@ -5,7 +5,7 @@ The leaf stays, so the log verifies: an event that says what is left of the eras
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ class Eraser:
     """Erases one request; whoever uses it holds the lock of retention.
 
     Args:
-        forget: Deletes the Redis entries of an approval; False where Redis does not answer.
+        forget: Deletes the Redis entries of approvals; False where Redis does not answer.
         archive: Where pruned events are; None: only the table is looked at.
     """
 
@@ -88,7 +88,7 @@ class Eraser:
         org_id: str | None,
         environment: str,
         archive: Path | None,
-        forget: Callable[[UUID], Awaitable[bool]],
+        forget: Callable[[Collection[UUID]], Awaitable[bool]],
     ) -> None:
         self._database, self._sealer, self._org_id = database, sealer, org_id
         self._environment, self._forget = environment, forget
@@ -132,10 +132,9 @@ class Eraser:
             notices=notices,
         )
 
-    async def _forget_all(self, approvals: Iterable[UUID]) -> None:
-        for approval_id in approvals:
-            if not await self._forget(approval_id):
-                raise StoreUnavailableError("Redis does not answer, and holds what is to be erased: try again.")
+    async def _forget_all(self, approvals: Collection[UUID]) -> None:
+        if not await self._forget(approvals):
+            raise StoreUnavailableError("Redis does not answer, and holds what is to be erased: try again.")
 
     async def _targets(self, request_id: str) -> list[_Target]:
         async with self._database.connection("read") as connection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from datetime import datetime, timedelta
 from os import PathLike
@@ -39,7 +39,7 @@ class RetentionManager:
         database: Where the log is.
         sealer: Seals it.
         lock: Lets one of these commands work at a time, in all processes.
-        forget: Deletes the Redis entries of an approval; False where Redis does not answer.
+        forget: Deletes the Redis entries of approvals; False where Redis does not answer.
         org_id: The organisation; None: all.
     """
 
@@ -50,7 +50,7 @@ class RetentionManager:
         lock: RetentionLock,
         settings: StoreSettings,
         *,
-        forget: Callable[[UUID], Awaitable[bool]],
+        forget: Callable[[Collection[UUID]], Awaitable[bool]],
         org_id: str | None = None,
     ) -> None:
         self._database, self._sealer, self._lock, self._settings = database, sealer, lock, settings
