@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -130,7 +130,7 @@ class GatewayStore:
             core.database, core.sealer, seals=core.settings.audit_seal_seconds > 0, org_id=org_id
         )
         self._retention = RetentionManager(
-            core.database, core.sealer, core.retention_lock, core.settings, forget=core.forget_approval, org_id=org_id
+            core.database, core.sealer, core.retention_lock, core.settings, forget=core.forget_approvals, org_id=org_id
         )
 
     @property
@@ -303,10 +303,10 @@ class _Core:
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
 
-    async def forget_approval(self, approval_id: UUID) -> bool:
-        if self.redis.client is None:
+    async def forget_approvals(self, approval_ids: Collection[UUID]) -> bool:
+        if self.redis.client is None or not approval_ids:
             return True
-        return await ApprovalCache(self.redis, trust_s=self.settings.approval_cache_seconds).forget(approval_id)
+        return await ApprovalCache(self.redis, trust_s=self.settings.approval_cache_seconds).forget(approval_ids)
 
     @property
     def plugins(self) -> Plugins:

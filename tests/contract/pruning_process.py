@@ -30,21 +30,21 @@ OLD = datetime(2025, 3, 1, 23, 59, 58, tzinfo=UTC)
 EVENTS = 6
 
 
-def _counting(countdown: Countdown, run: Callable[..., Any]) -> Callable[..., Any]:
-    def counting(*args: Any, **options: Any) -> Any:
+def counting(countdown: Countdown, run: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*args: Any, **options: Any) -> Any:
         countdown.step(object())
         return run(*args, **options)
 
-    return counting
+    return counted
 
 
 async def prune_until_killed(url: str, archive: Path, at: int) -> None:
     """Require that nothing was lost by the kill before; write, then prune, and die at one of its steps."""
     countdown, store = Countdown(), opened(url)
     countdown.watch(store)
-    os.fsync = _counting(countdown, os.fsync)
+    os.fsync = counting(countdown, os.fsync)
     for name in ("rename", "unlink"):
-        setattr(Path, name, _counting(countdown, getattr(Path, name)))
+        setattr(Path, name, counting(countdown, getattr(Path, name)))
     prune.DELETE_ROWS = {"postgresql": 2, "sqlite": 2}
     async with store:
         await require_all(store, archive, EVENTS * (at - 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -10,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract_helpers import WITH_REDIS
-from sqlalchemy import text
+import redis.asyncio
+from contract_helpers import WITH_REDIS, until
+from erasure_helpers import MARK, OLD, everything, secret_call, secret_event, secrets_of, used_approval
 
-from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, ToolCall, clock
+from agent_gateway_store import GatewayStore, Notice, StoreSettings, SyncGatewayStore, clock
 from agent_gateway_store.archive import Archive
+from agent_gateway_store.archive.files import rewrite_approvals
 from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError
 from agent_gateway_store.models.evidence import FindingKind
-from agent_gateway_store.models.tables import metadata
+from agent_gateway_store.retention import approvals, erase
+from agent_gateway_store.testing import RecordingNotifier
 from builders import make_event, make_request
 from tampering import tamper
 
-OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 BEFORE = OLD + timedelta(days=60)
-MARK = "belongs-to-ada"
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": f"/home/{MARK}"})
 
 
 @pytest.fixture
@@ -35,60 +34,9 @@ async def store(database_url: str, redis_setting: str) -> AsyncIterator[GatewayS
         yield opened
 
 
-def secret_event(**fields: Any) -> AuditEvent:
-    """An event whose mark is everywhere that is erased."""
-    return make_event(
-        **{
-            "request_id": "r-1",
-            "timestamp": OLD,
-            "sanitized_args": {"path": MARK},
-            "raw_args_hash": AuditEvent.hash_args({"path": MARK}),
-            "risk_labels": [MARK],
-            "output_hash": AuditEvent.hash_args({"out": MARK}),
-            "output_policy_rationale": MARK,
-            "llm_explanation": MARK,
-            "deterministic_rationale": MARK,
-            "redaction_flags": [{"field": MARK, "reason": "PII", "original_hash": AuditEvent.hash_args({"was": MARK})}],
-            "extra": {"error": MARK},
-        }
-        | fields
-    )
-
-
-async def everything(store: GatewayStore, folder: Path | None = None) -> str:
-    """Every value of every table, of the archive, and of Redis, as text."""
-    parts: list[str] = []
-    async with store.database.engine.connect() as connection:
-        for table in metadata.sorted_tables:
-            for row in await connection.execute(text(f"SELECT * FROM {table.name}")):
-                parts += [value.hex() if isinstance(value, bytes) else str(value) for value in row]
-    if folder is not None:
-        parts.append((folder / "manifest.jsonl").read_text())
-        parts += [path.read_text() for path in folder.glob("*.jsonl")]
-        parts += [str(event.model_dump()) for event in Archive(folder).events()]
-        parts += [str(batch.to_pylist()) for _, batch in Archive(folder).batches({}, ("salt", "content_hash"))]
-    return "\n".join(parts)
-
-
-async def hashes_of(store: GatewayStore, folder: Path | None = None) -> list[str]:
-    """What must not be found again: the mark, every hash of content, and the salts."""
-    event = secret_event()
-    stored = await store.audit.get_by_request_id("r-1") or next(Archive(folder or "").events(request_id="r-1"))
-    async with store.database.read() as connection:
-        salts = [bytes(row[0]).hex() for row in await connection.execute(
-            text("SELECT salt FROM audit_leaves WHERE event_id = :id"), {"id": stored.id})]  # fmt: skip
-    flags = [flag.original_hash or "" for flag in event.redaction_flags]
-    return [MARK, event.raw_args_hash, event.output_hash or "", stored.content_hash or "", *flags, *salts]
-
-
 async def settle(store: GatewayStore) -> None:
     """Write the event, an approval of its request that was used, and its notices; and a neighbour."""
-    token = await store.approvals.issue_token(make_request(request_id="r-1", tool_call=CALL, risk_explanation=MARK))
-    await store.approvals.approve(token, "alice", f"fine for {MARK}")
-    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-    await store.approvals.record_outcome(token, f"SUCCESS {MARK}")
-    while await store.notifications.list("DUE"):
-        await asyncio.sleep(0.01)
+    await used_approval(store, "r-1")
     await store.audit.write_many([secret_event(), make_event(request_id="neighbour", timestamp=OLD)])
     await store.audit.write(make_event(request_id="newest"))
     await store.evidence.seal()
@@ -97,7 +45,7 @@ async def settle(store: GatewayStore) -> None:
 @WITH_REDIS
 @pytest.mark.parametrize("archived", [False, True], ids=["table", "archive"])
 async def test_nothing_is_left_by_which_it_could_be_guessed(
-    store: GatewayStore, tmp_path: Path, archived: bool, client: Any
+    store: GatewayStore, tmp_path: Path, archived: bool
 ) -> None:
     """No value, no hash, no salt: in any table, archive file, notice or Redis entry; neighbours are as they were."""
     await settle(store)
@@ -105,7 +53,7 @@ async def test_nothing_is_left_by_which_it_could_be_guessed(
     neighbour = await store.audit.get_by_request_id("neighbour")
     if archived:
         await store.retention.prune(BEFORE, by="ops", archive=folder)
-    secrets = await hashes_of(store, folder)
+    secrets = await secrets_of(store, "r-1", folder=folder if archived else None)
     before = await everything(store, folder if archived else None)
     assert all(secret in before for secret in secrets)
 
@@ -114,9 +62,6 @@ async def test_nothing_is_left_by_which_it_could_be_guessed(
     assert (erased.archived, erased.approvals, erased.notices >= 1) == (archived, 1, True)
     after = await everything(store, folder if archived else None)
     assert [secret for secret in secrets if secret in after] == []
-    keys = [key async for key in client.scan_iter("*")]
-    values = [await client.get(key) or b"" for key in keys if await client.type(key) == b"string"]
-    assert not [value for value in values if MARK.encode() in value]
     verified = await store.evidence.verify(archive=folder if archived else None)
     assert (verified.ok, verified.erased) == (True, 1)
     left = next(Archive(folder).events(request_id="r-1")) if archived else await store.audit.get_by_request_id("r-1")
@@ -278,3 +223,136 @@ class TestApprovals:
         assert MARK not in await everything(store, tmp_path / "a")
         assert len(list((tmp_path / "a").glob("approvals-*.jsonl"))) == 1
         assert (await store.evidence.verify(archive=tmp_path / "a")).ok
+
+    @WITH_REDIS
+    async def test_nothing_of_archived_ones_is_left_elsewhere(
+        self, database_url: str, redis_setting: str, tmp_path: Path
+    ) -> None:
+        """Neither in Redis, where the entry of one that could have been decided longer lives on, nor in a notice that
+        could not be delivered.
+        """
+        settings = StoreSettings(audit_seal_seconds=0, redis_timeout_seconds=5, notification_max_attempts=1)
+        plugins, folder = [Unreachable()], tmp_path / "a"
+        async with GatewayStore(database_url, redis_url=redis_setting, settings=settings, plugins=plugins) as store:
+            expires_at = datetime(2100, 1, 1, tzinfo=UTC)
+            request = make_request(tool_call=secret_call(), risk_explanation=MARK, expires_at=expires_at)
+            token = await store.approvals.issue_token(request)
+            denied = await store.approvals.deny(token, "alice", MARK)
+            await until(lambda: _has_dead_notices(store))
+            await store.audit.write(secret_event(approval_id=denied.approval_id))
+            await store.audit.write(make_event())
+            clock.move(timedelta(days=200))
+            await store.retention.prune(BEFORE, by="ops", archive=folder)
+            assert (await store.retention.prune_approvals("190d", by="ops", archive=folder)).approvals == 1
+            assert (await everything(store)).count(MARK) > 1
+
+            erased = await store.retention.erase("r-1", reason="r", by="dpo", archive=folder)
+
+            assert (erased.approvals, erased.notices) == (1, 2)
+            assert MARK not in await everything(store, folder)
+
+    async def test_the_hash_of_their_old_file_does_not_let_them_be_guessed(
+        self, store: GatewayStore, tmp_path: Path
+    ) -> None:
+        """It stays in the manifest. It is over salts, too, and those are gone."""
+        await settle(store)
+        clock.move(timedelta(days=200))
+        await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+        await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
+        [path] = (tmp_path / "a").glob("approvals-*.jsonl")
+        salts = [json.loads(line)["salt"] for line in path.read_text().splitlines()]
+        await store.retention.erase("r-1", reason="r", by="dpo", archive=tmp_path / "a")
+        after = await everything(store, tmp_path / "a")
+        assert [len(bytes.fromhex(salt)) for salt in salts] == [16]
+        assert [salt for salt in salts if salt in after] == []
+
+    async def test_what_two_killed_runs_have_archived_is_there_once(
+        self, store: GatewayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where another approval, which was asked for earlier, was over by the second run."""
+        expires_at = clock.utc_now() + timedelta(days=100)
+        await store.approvals.issue_token(make_request(request_id="r-1", expires_at=expires_at))
+        await store.approvals.deny(await store.approvals.issue_token(make_request(request_id="r-2")), "alice")
+
+        async def killed(*_given: Any, **_options: Any) -> int:
+            raise KilledError
+
+        for days in (200, 100):
+            clock.move(timedelta(days=days))
+            with monkeypatch.context() as patch:
+                patch.setattr(approvals, "write_door", killed)
+                with pytest.raises(KilledError):
+                    await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
+        pruned = await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
+
+        assert pruned.approvals == 2
+        files = [path.read_text() for path in (tmp_path / "a").glob("approvals-*.jsonl")]
+        archived = [json.loads(line)["approval"]["request_id"] for text in files for line in text.splitlines()]
+        assert sorted(archived) == ["r-1", "r-2"]
+
+
+class KilledError(Exception):
+    """Stands for the end of a process."""
+
+
+class Unreachable(RecordingNotifier):
+    """A notifier that delivers nothing."""
+
+    async def notify_pending(self, notice: Notice) -> None:
+        raise ConnectionError
+
+    async def notify_decision(self, notice: Notice) -> None:
+        raise ConnectionError
+
+
+@WITH_REDIS
+@pytest.mark.parametrize("decodes", [False, True], ids=["bytes", "text"])
+async def test_an_entry_is_found_that_no_other_entry_leads_to(
+    store: GatewayStore, database_url: str, redis_setting: str, decodes: bool
+) -> None:
+    """As Redis has it after it lost its keys between the question and the decision; other entries stay."""
+    async with redis.asyncio.from_url(redis_setting, decode_responses=decodes) as client:
+        asked = [make_request(request_id=f"r-{n}", tool_call=secret_call(), risk_explanation=MARK) for n in (1, 2)]
+        tokens = [await store.approvals.issue_token(request) for request in asked]
+        await client.flushdb()
+        for token in tokens:
+            await store.approvals.deny(token, "alice", MARK)
+        await store.audit.write_many([secret_event(), make_event()])
+        assert sorted(await client.keys("approval*")) == sorted(
+            key if decodes else key.encode() for key in (f"approval:{token}" for token in tokens)
+        )
+
+        async with GatewayStore(database_url, redis=client, settings=StoreSettings(audit_seal_seconds=0)) as own:
+            await own.retention.erase("r-1", reason="r", by="dpo")
+
+        assert [await client.exists(f"approval:{token}") for token in tokens] == [0, 1]
+
+
+async def _has_dead_notices(store: GatewayStore) -> bool:
+    return len(await store.notifications.list("DEAD")) == 2
+
+
+@WITH_REDIS
+async def test_what_is_cached_while_it_is_erased_goes_too(
+    store: GatewayStore, database_url: str, redis_setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A poll that reads the approval after its entry was deleted, and before it is blanked."""
+    await store.audit.write_many([secret_event(), make_event(request_id="old", timestamp=OLD), make_event()])
+    await store.retention.hold("h", reason="r", by="c", request_id="r-1")
+    await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+    await store.retention.release_hold("h", by="c")
+    request = make_request(request_id="r-1", tool_call=secret_call(), risk_explanation=MARK)
+    token = await store.approvals.issue_token(request)
+    await store.approvals.deny(token, "alice", MARK)
+    seen: list[str] = []
+
+    def poll(*given: Any) -> int:
+        with SyncGatewayStore(database_url, redis_url=redis_setting) as other:
+            seen.append(other.approvals.check_token(token, fresh=True).note)
+        return rewrite_approvals(*given)
+
+    monkeypatch.setattr(erase, "rewrite_approvals", poll)
+    await store.retention.erase("r-1", reason="r", by="dpo", archive=tmp_path / "a")
+
+    assert seen == [MARK]
+    assert MARK not in await everything(store, tmp_path / "a")

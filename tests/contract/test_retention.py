@@ -255,55 +255,6 @@ class TestFollowers:
             page = await store.audit.changes(page.next_cursor or "", limit=1)
         assert found == ["old-0", "old-1", "new"]
 
-    async def test_it_misses_nothing_beside_writers_prunes_and_holds(
-        self, store: GatewayStore, database_url: str, tmp_path: Path
-    ) -> None:
-        """Two pruners at once, writers of old and new events, a hold that comes and goes."""
-        seen: list[str] = []
-        written: list[str] = []
-        cursor = (await store.audit.changes("now")).next_cursor or ""
-
-        async def write(number: int) -> None:
-            for n in range(8):
-                event = make_event(request_id=f"w-{number}-{n}", timestamp=OLD + timedelta(minutes=n))
-                await store.audit.write(event)
-                written.append(event.request_id)
-
-        async def follow() -> None:
-            nonlocal cursor
-            # Transactions of others on the server hold events back for a moment.
-            async with asyncio.timeout(20):
-                while len(seen) < len(written):
-                    page = await store.audit.changes(cursor)
-                    cursor = page.next_cursor or ""
-                    seen.extend(event.request_id for event in page if event.request_id.startswith("w-"))
-
-        async def prune_all(other: GatewayStore) -> int:
-            pruned = await other.retention.prune(BEFORE, by="ops", archive=tmp_path / "a", max_seconds=20)
-            return pruned.events
-
-        async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as other:
-            total = 0
-            for round_ in range(2):
-                await asyncio.gather(*(write(10 * round_ + number) for number in range(5)))
-                await follow()
-                counts = await asyncio.gather(
-                    prune_all(store),
-                    prune_all(other),
-                    store.retention.hold(f"h-{round_}", reason="r", by="c", session_id="none"),
-                    *(store.audit.write(make_event(timestamp=NEW)) for _ in range(5)),
-                )
-                total += counts[0] + counts[1]
-                await store.retention.release_hold(f"h-{round_}", by="c")
-                await follow()
-        assert sorted(seen) == sorted(written)
-        archived = [event.request_id for event in Archive(tmp_path / "a").events()]
-        assert len(archived) == len(set(archived)) == total
-        kept = {each for each in await request_ids(store) if each.startswith("w-")}
-        assert (kept | set(archived), kept & set(archived)) == (set(written), set())
-        found = await store.evidence.verify(archive=tmp_path / "a")
-        assert (found.ok, found.archived) == (True, total)
-
 
 class TestArchiveFolder:
     """What is in the folder is what was written, or it is found."""

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.integration
 # The cells of a notebook: `test_notebooks.py` runs them.
 NOTEBOOKS = [f"how-to/{name}.md" for name in ("inbox", "jupyter", "plots")]
 SERVED = [f"how-to/{name}.md" for name in ("console", "fastapi", "fastmcp", "slack", "testing-plugins", "webhook")]
-ELSEWHERE = (*NOTEBOOKS, *SERVED)
+AGENTS = [f"how-to/{name}.md" for name in ("langchain", "openai-agents", "pydantic-ai")]
+ELSEWHERE = (*NOTEBOOKS, *SERVED, *AGENTS)
 PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
 
 
@@ -99,7 +100,7 @@ def follow(page: str, folder: Path, *, first: str = "```python", **environment: 
     """Follow a page that says file and commands, from `first` on; return their two outputs.
 
     The ports of the page are free ones here, and what is installed already is not installed again. A server runs until
-    the commands have ended; a call that waits for an approver does so in the background.
+    the commands have ended; of a call that waits for an approver, the approval is known then.
     """
     source = PAGES[page]
     for port in ("8000", "8001", "8002"):
@@ -113,11 +114,9 @@ def follow(page: str, folder: Path, *, first: str = "```python", **environment: 
             script.append(f"{line} >&2 & server=$!")
             script.append(f"until (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>&-; do kill -0 $server; sleep 0.1; done")
         elif line.startswith("fastmcp call"):
-            script.append(f"{line} >called & call=$!")
-            script.append(f"until APPROVAL_ID=$({PENDING}); do kill -0 $call; sleep 0.1; done")
+            script.append(f"{line} || APPROVAL_ID=$({PENDING})")
         elif not line.startswith("pip install"):
             script.append(line.replace("APPROVAL_ID", "$APPROVAL_ID") + ("; echo" if line.startswith("curl") else ""))
-    script.append('[ -z "${call-}" ] || { wait $call; cat called; }')
     return run(folder, "timeout", "110", "bash", "-c", "\n".join(script), **environment)
 
 
@@ -134,11 +133,43 @@ def test_fastapi_page(migrated_postgres_database: Callable[[], str], fresh_redis
 
 
 def test_fastmcp_page(tmp_path: Path) -> None:
-    """A call waits until it is approved on the command line."""
+    """A call ends while it waits for an approver; called again, it runs, and the log says so."""
     printed, log = follow("how-to/fastmcp.md", tmp_path)
 
-    assert_shown(printed[printed.rindex("{") :], "how-to/fastmcp.md", behind="approvals approve")
+    error, _, rest = printed[printed.index("Error:") :].partition("PENDING.\n")
+    assert_shown(f"{error}PENDING.\n", "how-to/fastmcp.md", behind='--auth "$AGENT_KEY"')
+    assert_shown(rest[rest.index("{") : rest.index("}\n") + 2], "how-to/fastmcp.md", behind="approvals approve")
+    assert sorted(re.findall(r"dev-agent +│ (USED|SUCCESS) ", printed)) == ["SUCCESS", "USED"]
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("page", AGENTS)
+def test_page_of_an_agent(page: str, tmp_path: Path) -> None:
+    """The agent asks and ends; approved, it goes on in a new process and runs its call once; the log says so."""
+    (tmp_path / "agent.py").write_text(python_of(page))
+    lines = "".join(blocks("sh", PAGES[page].partition("Start it.")[2])).splitlines()
+    asking, *coming_back = [line for line in lines if "approvals list" not in line]
+    script = [
+        asking,
+        f"APPROVAL_ID=$({PENDING})",
+        *(line.replace("APPROVAL_ID", "$APPROVAL_ID") for line in coming_back),
+    ]
+    script += [f"{asking} >again", f"[ $({PENDING}) != $APPROVAL_ID ]"]
+
+    printed, said = run(tmp_path, "bash", "-c", "set -euo pipefail\n" + "\n".join(script), PYTHONWARNINGS="error")
+
+    asked, answer = blocks("text", PAGES[page])
+    assert printed.startswith(asked + "Approval ")
+    assert printed.splitlines(keepends=True)[2] == answer
+    assert sorted(re.findall(r"office-agent +│ (USED|SUCCESS) ", printed)) == ["SUCCESS", "USED"]
+    assert re.sub("^Reading gateway.db.\n", "", said, flags=re.MULTILINE) == ""
+
+
+@pytest.mark.parametrize("page", [*AGENTS, "how-to/fastmcp.md"])
+def test_what_a_framework_needs_is_under_forty_lines(page: str) -> None:
+    """Of code, the agent or the server itself included."""
+    source = PAGES[page].partition("\n## ")[0]
+    assert sum(bool(line.strip()) for line in "".join(blocks("python", source)).splitlines()) < 40
 
 
 def test_slack_page(tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
-"""`approvals.acquire` as a state machine: two gateways against a small model, while clock, Redis and processes change;
-and very many callers at once, over processes and over threads."""
+"""`approvals.acquire` as a state machine: two gateways against a small model, while clock, Redis and processes change
+and further gateways are killed; and very many callers at once, over processes and over threads."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +34,7 @@ from hypothesis.stateful import (
 
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.store import parts_of
+from commands import python_path
 from proofs.harness import child, migrated, run_machine
 
 pytestmark = pytest.mark.integration
@@ -38,7 +42,35 @@ pytestmark = pytest.mark.integration
 CALLS = [ToolCall(server="files", tool="delete_file", arguments={"path": path}) for path in ("/tmp/a", "/tmp/b")]
 SHOWN = [{"path": "[hidden]"}, {"path": "[hidden]", "size": 1}]
 DECIDE, USE, DENIAL = timedelta(hours=2), timedelta(hours=1), timedelta(minutes=5)
+OPTIONS: dict[str, Any] = {"acquire_decision_seconds": DECIDE.total_seconds(), "redis_timeout_seconds": 5}
 WORKERS = 4
+MOVE = st.sampled_from(["approve", "approve", "approve", "deny", "cancel"])
+APPROVER = st.sampled_from(["ann", "bob"])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, by numbers: of the caller, the call, and what is shown of it."""
+
+    caller: int
+    call: int
+    bind: str
+    needed: int
+    shown: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.caller, self.call, self.bind
+
+
+ASKED = st.builds(
+    Asked,
+    caller=st.sampled_from([0, 0, 1]),
+    call=st.integers(0, 1),
+    bind=st.sampled_from(["", "session"]),
+    needed=st.sampled_from([1, 1, 1, 2]),
+    shown=st.sampled_from([0, 0, 0, 1]),
+)
 
 
 @dataclass
@@ -63,11 +95,14 @@ class Approval:
 
 
 class Acquiring(RuleBasedStateMachine):
-    """Drives two open stores, as two processes have them, on one database and one Redis."""
+    """Drives two open stores, as two processes have them, on one database and one Redis, and processes that die."""
 
     database_url: Callable[[], str]
     redis_url: str
+    dying: Any
+    folder: Path
     steps = 0
+    kills = 0
 
     @initialize()
     def begin(self) -> None:
@@ -75,12 +110,13 @@ class Acquiring(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.known: list[Approval] = []
         self.url = type(self).database_url()
+        self.ran = self.folder / f"{uuid4().hex}.ran"
         self.callers = [uuid4().hex, uuid4().hex]
         self.stores = [self._open(), self._open()]
 
     def _open(self) -> GatewayStore:
-        options = StoreSettings(acquire_decision_seconds=DECIDE.total_seconds(), redis_timeout_seconds=5)
-        return self.runner.run(GatewayStore(self.url, redis_url=self.redis_url, settings=options).open())
+        store = GatewayStore(self.url, redis_url=self.redis_url, settings=StoreSettings(**OPTIONS))
+        return self.runner.run(store.open())
 
     def teardown(self) -> None:
         if hasattr(self, "runner"):
@@ -89,70 +125,140 @@ class Acquiring(RuleBasedStateMachine):
             self.runner.close()
         clock.reset()
 
-    @rule(
-        which=st.integers(0, 1),
-        caller=st.sampled_from([0, 0, 1]),
-        call=st.integers(0, 1),
-        bind=st.sampled_from(["", "session"]),
-        needed=st.sampled_from([1, 1, 1, 2]),
-        shown=st.sampled_from([0, 0, 0, 1]),
-    )
-    def acquire(self, which: int, caller: int, call: int, bind: str, needed: int, shown: int) -> None:
-        request = ApprovalRequest(
-            request_id=uuid4().hex,
-            caller_id=self.callers[caller],
-            tool_call=CALLS[call].model_copy(update={"arguments": SHOWN[shown]}),
-            risk_explanation="why",
-            required_approvals=needed,
-        )
-        approvals = self.stores[which].approvals
-        result: ApprovalResult = self.runner.run(approvals.acquire(request, call=CALLS[call], bind=bind))
-        mine = [one for one in self.known if one.key == (caller, call, bind)]
+    def _foresee(self, asked: Asked) -> tuple[str, Approval | None]:
+        """What comes of a question, and the approval that it is about; None if a new one is asked for."""
+        mine = [one for one in self.known if one.key == asked.key]
         standing = next((one for one in mine if one.status in ("PENDING", "APPROVED")), None)
-        fits = standing is not None and needed <= standing.needed and shown == standing.shown
+        if standing is not None and asked.needed <= standing.needed and asked.shown == standing.shown:
+            return ("USED" if standing.status == "APPROVED" else "PENDING"), standing
         denied = [one for one in mine if one.stored == "DENIED" and clock.offset() - one.decided < DENIAL]
-        if standing is not None and fits:
-            expected = "USED" if standing.status == "APPROVED" else "PENDING"
-            assert (result.status, result.approval_id) == (expected, standing.approval_id)
-            standing.stored = expected
-        elif denied:
-            assert (result.status, result.approval_id) == ("DENIED", denied[-1].approval_id)
-        else:
-            for one in mine:
-                if one.stored in ("PENDING", "APPROVED"):
-                    one.stored = "EXPIRED" if one.status == "EXPIRED" else "CANCELLED"
-            assert result.status == "PENDING"
-            assert result.approval_id not in {one.approval_id for one in self.known}
-            used = [one for one in mine if one.stored == "USED"]
-            is_unknown = bool(used) and used[-1].outcome is None
-            deadline = clock.offset() + DECIDE
-            new = Approval((caller, call, bind), result.approval_id, needed, shown, "unknown" * is_unknown, deadline)
-            self.known.append(new)
+        return ("DENIED", denied[-1]) if denied else ("PENDING", None)
+
+    def _note_new(self, asked: Asked, approval_id: UUID) -> None:
+        assert approval_id not in {one.approval_id for one in self.known}
+        mine = [one for one in self.known if one.key == asked.key]
+        for one in mine:
+            if one.stored in ("PENDING", "APPROVED"):
+                one.stored = "EXPIRED" if one.status == "EXPIRED" else "CANCELLED"
+        used = [one for one in mine if one.stored == "USED"]
+        is_unknown = bool(used) and used[-1].outcome is None
+        deadline = clock.offset() + DECIDE
+        self.known.append(Approval(asked.key, approval_id, asked.needed, asked.shown, "unknown" * is_unknown, deadline))
+
+    def _request(self, asked: Asked) -> ApprovalRequest:
+        return ApprovalRequest(
+            request_id=uuid4().hex,
+            caller_id=self.callers[asked.caller],
+            tool_call=CALLS[asked.call].model_copy(update={"arguments": SHOWN[asked.shown]}),
+            risk_explanation="why",
+            required_approvals=asked.needed,
+        )
+
+    @rule(which=st.integers(0, 1), asked=ASKED)
+    def acquire(self, which: int, asked: Asked) -> None:
+        acquiring = self.stores[which].approvals.acquire(self._request(asked), call=CALLS[asked.call], bind=asked.bind)
+        result: ApprovalResult = self.runner.run(acquiring)
+        status, standing = self._foresee(asked)
+        assert result.status == status
+        if standing is None:
+            self._note_new(asked, result.approval_id)
+            return
+        assert result.approval_id == standing.approval_id
+        if status == "USED":
+            standing.stored = status
+
+    def _die(self, at: int | str, **told: Any) -> bool:
+        """Have a process do a thing and be killed at a step of it; True if it had not so many steps, and ended."""
+        told |= {
+            "url": self.url,
+            "redis_url": self.redis_url,
+            "settings": OPTIONS,
+            "ran": str(self.ran),
+            "moved_s": clock.offset().total_seconds(),
+            "at": at,
+        }
+        self.dying.stdin.write(json.dumps(told) + "\n")
+        self.dying.stdin.flush()
+        code = int(self.dying.stdout.readline())
+        Acquiring.kills += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL)
+        return code == 0
+
+    @rule(asked=ASKED, at=st.sampled_from(["used", "ran", "recorded"]) | st.integers(1, 10))
+    def die_running(self, asked: Asked, at: int | str) -> None:
+        """Between any two of question, use, intent, run, event and outcome; or nowhere."""
+        request, call = self._request(asked), CALLS[asked.call]
+        status, standing = self._foresee(asked)
+        has_ended = self._die(
+            at, request=request.model_dump(mode="json"), call=call.model_dump(mode="json"), bind=asked.bind
+        )
+        if standing is None:
+            found = self.runner.run(self.stores[0].approvals.search(request_id=request.request_id))
+            assert found or not has_ended
+            if found:
+                self._note_new(asked, found[0].approval_id)
+        elif status == "USED":
+            found = self.runner.run(self.stores[0].approvals.get(approval_id=standing.approval_id))
+            events = self.runner.run(self.stores[0].audit.search(approval_id=standing.approval_id))
+            phases = [event.extra["phase"] for event in events]
+            runs = self._runs().count(str(standing.approval_id))
+            # In this order, so that a later step was made only where all earlier ones were.
+            reached = [found.status == "USED", "intent" in phases, runs == 1, "outcome" in phases, bool(found.outcome)]
+            assert reached == sorted(reached, reverse=True)
+            assert sum(reached) in {"used": [1], "ran": [3], "recorded": [4]}.get(str(at), range(6))
+            assert all(reached) or not has_ended
+            standing.stored, standing.outcome = str(found.status), found.outcome
+
+    def _runs(self) -> list[str]:
+        runs = self.ran.read_text().split() if self.ran.exists() else []
+        assert len(runs) == len(set(runs))
+        return runs
+
+    def _may(self, approval: Approval, move: str, who: str) -> bool:
+        if move == "cancel":
+            return approval.status in ("PENDING", "APPROVED")
+        return approval.status == "PENDING" and who not in approval.voters
+
+    def _note_decided(self, approval: Approval, move: str, who: str) -> None:
+        approval.voters.add(who)
+        if move != "approve" or len(approval.voters) >= approval.needed:
+            approval.stored = {"approve": "APPROVED", "deny": "DENIED", "cancel": "CANCELLED"}[move]
+            approval.decided = clock.offset()
+            approval.deadline = clock.offset() + USE
 
     @precondition(lambda self: self.known)
-    @rule(
-        data=st.data(),
-        which=st.integers(0, 1),
-        move=st.sampled_from(["approve", "approve", "approve", "deny", "cancel"]),
-        who=st.sampled_from(["ann", "bob"]),
-    )
+    @rule(data=st.data(), which=st.integers(0, 1), move=MOVE, who=APPROVER)
     def decide(self, data: st.DataObject, which: int, move: str, who: str) -> None:
         approval = data.draw(st.sampled_from(self.known[-4:]))
+        may = self._may(approval, move, who)
         decide = getattr(self.stores[which].approvals, move)
-        is_open = approval.status == "PENDING" or (move == "cancel" and approval.status == "APPROVED")
-        may = is_open and (move == "cancel" or who not in approval.voters)
         try:
             result = self.runner.run(decide(approval_id=approval.approval_id, approver_id=who))
         except errors.ApprovalError:
             assert not may
             return
         assert may
-        approval.voters.add(who)
-        if move != "approve" or len(approval.voters) >= approval.needed:
-            approval.stored = {"approve": "APPROVED", "deny": "DENIED", "cancel": "CANCELLED"}[move]
-            approval.decided = clock.offset()
-            approval.deadline = clock.offset() + USE
+        self._note_decided(approval, move, who)
         assert result.status == approval.stored
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), move=MOVE, who=APPROVER, at=st.integers(1, 6))
+    def die_deciding(self, data: st.DataObject, move: str, who: str, at: int) -> None:
+        """Before the decision is committed, or after it and before anybody learns of it; or nowhere."""
+        approval = data.draw(st.sampled_from(self.known[-4:]))
+        may = self._may(approval, move, who)
+        has_ended = self._die(at, approval_id=str(approval.approval_id), move=move, who=who)
+        steps = self.runner.run(self.stores[0].approvals.history(approval.approval_id))
+        if move == "cancel":
+            counted = may and self.runner.run(self._status(approval)) == "CANCELLED"
+        else:
+            counted = may and who in {step["by"] for step in steps if step["event"] == "vote"}
+        assert counted or not (may and has_ended)
+        if counted:
+            self._note_decided(approval, move, who)
+
+    async def _status(self, approval: Approval) -> str:
+        return str((await self.stores[0].approvals.get(approval_id=approval.approval_id)).status)
 
     @precondition(lambda self: self.known)
     @rule(data=st.data(), which=st.integers(0, 1))
@@ -197,6 +303,21 @@ class Acquiring(RuleBasedStateMachine):
             assert ("unknown" in found.risk_explanation) == bool(approval.explanation)
 
 
+@contextmanager
+def dying_gateways() -> Iterator[Any]:
+    """The process from which gateways are forked that die."""
+    command = [sys.executable, "-W", "error", "-m", "integration.acquire_process"]
+    environment = {**os.environ, "PYTHONPATH": python_path(Path(__file__).parents[1])}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "open\n"  # type: ignore[union-attr]
+            yield process
+        finally:
+            process.stdin.close()  # type: ignore[union-attr]
+            process.wait(timeout=60)
+
+
 @pytest.mark.parametrize(
     ("backend", "examples", "length"),
     [
@@ -214,7 +335,7 @@ def test_acquire_never_leaves_the_model(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With PostgreSQL and Redis, and with SQLite and neither."""
+    """With PostgreSQL and Redis, and with SQLite and neither: one run for each use, and evidence of what was begun."""
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     template = migrated(f"sqlite:///{tmp_path / 'template.db'}") if backend == "sqlite" else ""
     shared = "" if template else request.getfixturevalue("migrated_postgres_database")()
@@ -227,10 +348,13 @@ def test_acquire_never_leaves_the_model(
         return f"sqlite:///{path}"
 
     redis_url = request.getfixturevalue("fresh_redis_url") if shared else ""
-    machine = type("Machine", (Acquiring,), {"database_url": staticmethod(database_url), "redis_url": redis_url})
-    Acquiring.steps = 0
-    run_machine(machine, examples=examples, length=length)
+    Acquiring.steps = Acquiring.kills = 0
+    with dying_gateways() as dying:
+        parts = {"database_url": staticmethod(database_url), "redis_url": redis_url, "dying": dying, "folder": tmp_path}
+        run_machine(type("Machine", (Acquiring,), parts), examples=examples, length=length)
+    print(f"{backend}: {Acquiring.steps:,} steps, {Acquiring.kills:,} kills")
     assert Acquiring.steps >= (10_000 if examples > 4 else 100)
+    assert Acquiring.kills >= (500 if examples > 4 else 5)
 
 
 SIZES = [(5, 10), pytest.param(100, 50, marks=pytest.mark.slow)]

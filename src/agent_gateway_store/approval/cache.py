@@ -9,6 +9,7 @@ an old copy). What is read is validated as any input.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import lru_cache
 from uuid import UUID
 
@@ -152,11 +153,13 @@ class ApprovalCache:
         if _is_cached(token):
             await self._redis.delete(_key(token))
 
-    async def forget(self, approval_id: UUID) -> bool:
-        """Delete both entries of an approval; False if Redis does not answer, and they stay until their life ends."""
-        if (token := await self.token_of(approval_id)) is not None:
-            await self.drop(token)
-        await self._redis.delete(_id_key(approval_id))
+    async def forget(self, approval_ids: Collection[UUID]) -> bool:
+        """Delete both entries of each approval; False if Redis does not answer, and they stay until their life ends."""
+        for approval_id in approval_ids:
+            await self._redis.delete(_id_key(approval_id))
+        # An entry that was written after Redis had lost its keys has none that leads to it.
+        for key in await self._redis.find(_key("*"), list(map(str, approval_ids))):
+            await self._redis.delete(key)
         return self._redis.is_available
 
 

@@ -32,6 +32,8 @@ COLUMNS = (*EVENT_COLUMNS, Column("position", "integer"), Column("salt", "text")
 
 # Chosen: readers skip whole groups, and a group is in memory while it is read.
 _GROUP_ROWS = 10_000
+# As long as the salts of the leaves: nobody guesses 128 bits.
+_SALT_BYTES = 16
 
 
 def leaf_of(salt: str, content_hash: str) -> str:
@@ -132,7 +134,7 @@ def read_events(folder: Path, entry: Entry) -> pa.Table:
 
 
 Record = dict[str, Any]
-"""An approval of an archive: `approval`, `votes` and `notices`."""
+"""An approval of an archive: `approval`, `votes`, `notices`, and `salt` where it was read."""
 
 
 def rewrite_events(manifest: Manifest, blank: Mapping[int, Mapping[str, Any]]) -> None:
@@ -173,8 +175,13 @@ def read_approvals(manifest: Manifest, entry: Entry) -> list[Record]:
 
 
 def write_approvals(manifest: Manifest, name: str, records: Sequence[Record], *, replaces: str | None = None) -> Entry:
-    """Write approvals to a file, a line for each; return what the manifest must say."""
-    text = "".join(json.dumps(record, ensure_ascii=True, sort_keys=True) + "\n" for record in records)
+    """Write approvals to a file, a line for each; return what the manifest must say.
+
+    Each gets a salt, so that the hash of the file, which stays in the manifest, does not let one be guessed that was
+    erased.
+    """
+    salted = [record | {"salt": secrets.token_hex(_SALT_BYTES)} for record in records]
+    text = "".join(json.dumps(record, ensure_ascii=True, sort_keys=True) + "\n" for record in salted)
     file = f"approvals-{name}-{secrets.token_hex(6)}.jsonl"
 
     def check(path: Path) -> bool:

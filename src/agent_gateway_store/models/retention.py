@@ -105,6 +105,14 @@ class PrunedApprovals(FrozenModel):
     notices: int = 0
     files: int = 0
 
+    def __add__(self, other: PrunedApprovals) -> PrunedApprovals:
+        """Return what both pruned."""
+        return PrunedApprovals(
+            approvals=self.approvals + other.approvals,
+            notices=self.notices + other.notices,
+            files=self.files + other.files,
+        )
+
 
 class Erased(FrozenModel):
     """What was erased.

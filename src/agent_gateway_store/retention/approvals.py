@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from pydantic_core import to_jsonable_python
 from sqlalchemy import ColumnElement, Table, and_, delete, exists, func, or_, select
@@ -46,22 +48,33 @@ class ApprovalPruner:
         self._database, self._by, self._environment = database, by, environment
         self._before = min(before, utc_now())
         self._manifest = None if archive is None else Manifest(archive)
-        self._known: set[str] = set()
 
-    async def start(self) -> None:
-        """Make the archive, or remove what a killed run has left; learn what that run had written last."""
+    async def start(self) -> PrunedApprovals:
+        """Make the archive, or remove what a killed run has left in it; delete what that run has archived last."""
         if (manifest := self._manifest) is None:
-            return
+            return PrunedApprovals()
         await in_thread(manifest.open)
-        if entries := manifest.of_kind("approvals"):
-            records = await in_thread(lambda: read_approvals(manifest, entries[-1]))
-            self._known = {record["approval"]["approval_id"] for record in records}
+        finished = PrunedApprovals()
+        for entry in reversed(manifest.of_kind("approvals")):
+            records = await in_thread(partial(read_approvals, manifest, entry))
+            archived = [UUID(record["approval"]["approval_id"]) for record in records]
+            async with self._database.read() as connection:
+                left = select(_approvals.c.approval_id).where(
+                    _approvals.c.approval_id.in_(archived), _is_over(utc_now())
+                )
+                ids = (await connection.execute(left)).scalars().all()
+            if ids:
+                finished += await self._delete(ids, 0)
+            # A file that takes the place of another one was written by an erasure.
+            if entry.replaces is None:
+                break
+        return finished
 
     async def step(self) -> PrunedApprovals:
         """Prune one batch; of none approvals at the end."""
         async with self._database.read() as connection:
             found = (await connection.execute(
-                select(_approvals).where(self._is_over()).order_by(_approvals.c.id).limit(_BATCH_ROWS)
+                select(_approvals).where(_is_over(self._before)).order_by(_approvals.c.id).limit(_BATCH_ROWS)
             )).mappings().all()  # fmt: skip
             ids = [row["approval_id"] for row in found]
             votes = await _of(connection, _votes, ids)
@@ -73,13 +86,12 @@ class ApprovalPruner:
             records = [
                 {"approval": _plain(row), "votes": votes.get(row["approval_id"], []),
                  "notices": delivered.get(row["approval_id"], [])}
-                for row in found if str(row["approval_id"]) not in self._known
+                for row in found
             ]  # fmt: skip
-            if records:
-                day = utc_now().date().isoformat()
-                written = await in_thread(lambda: write_approvals(manifest, day, records))
-                await in_thread(lambda: manifest.append([written]))
-                files = 1
+            day = utc_now().date().isoformat()
+            written = await in_thread(lambda: write_approvals(manifest, day, records))
+            await in_thread(lambda: manifest.append([written]))
+            files = 1
         return await self._delete(ids, files)
 
     async def _delete(self, ids: Sequence[Any], files: int) -> PrunedApprovals:
@@ -99,18 +111,19 @@ class ApprovalPruner:
             await write_door(connection, PRUNE_APPROVALS, facts, by=self._by, environment=self._environment, why=why)
         return PrunedApprovals(approvals=len(ids), notices=notices, files=files)
 
-    def _is_over(self) -> ColumnElement[bool]:
-        """The condition of approvals that ended before, and that no event cites."""
-        approval, before = _approvals.c, self._before
-        ended = func.coalesce(approval.used_at, approval.decision_at, approval.expires_at)
-        is_over = or_(
-            and_(approval.status.in_(("DENIED", "EXPIRED", "CANCELLED", "USED")), ended < before),
-            and_(approval.status == "PENDING", approval.expires_at < before),
-            and_(approval.status == "APPROVED", func.coalesce(approval.use_before, approval.expires_at) < before),
-        )
-        cites = exists().where(events.c.approval_id == approval.approval_id)
-        is_of_its_call = exists().where(events.c.request_id == approval.request_id, events.c.org_id == approval.org_id)
-        return and_(is_over, approval.created_at < before, ~cites, ~is_of_its_call)
+
+def _is_over(before: datetime) -> ColumnElement[bool]:
+    """The condition of approvals that ended before, and that no event cites."""
+    approval = _approvals.c
+    ended = func.coalesce(approval.used_at, approval.decision_at, approval.expires_at)
+    is_over = or_(
+        and_(approval.status.in_(("DENIED", "EXPIRED", "CANCELLED", "USED")), ended < before),
+        and_(approval.status == "PENDING", approval.expires_at < before),
+        and_(approval.status == "APPROVED", func.coalesce(approval.use_before, approval.expires_at) < before),
+    )
+    cites = exists().where(events.c.approval_id == approval.approval_id)
+    is_of_its_call = exists().where(events.c.request_id == approval.request_id, events.c.org_id == approval.org_id)
+    return and_(is_over, approval.created_at < before, ~cites, ~is_of_its_call)
 
 
 async def _of(connection: AsyncConnection, table: Table, ids: Sequence[Any], *where: Any) -> dict[Any, list[Any]]:

@@ -5,7 +5,7 @@ The leaf stays, so the log verifies: an event that says what is left of the eras
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ class Eraser:
     """Erases one request; whoever uses it holds the lock of retention.
 
     Args:
-        forget: Deletes the Redis entries of an approval; False where Redis does not answer.
+        forget: Deletes the Redis entries of approvals; False where Redis does not answer.
         archive: Where pruned events are; None: only the table is looked at.
     """
 
@@ -88,7 +88,7 @@ class Eraser:
         org_id: str | None,
         environment: str,
         archive: Path | None,
-        forget: Callable[[UUID], Awaitable[bool]],
+        forget: Callable[[Collection[UUID]], Awaitable[bool]],
     ) -> None:
         self._database, self._sealer, self._org_id = database, sealer, org_id
         self._environment, self._forget = environment, forget
@@ -104,21 +104,24 @@ class Eraser:
         await self._require_unheld(targets)
         approvals = await self._open_or_over(targets, request_id, org_id)
         await self._announce(targets, reason=reason, by=by, approvals=len(approvals))
-        for approval_id in approvals:
-            if not await self._forget(approval_id):
-                raise StoreUnavailableError("Redis does not answer, and holds what is to be erased: try again.")
-        archived_approvals = 0
-        if self._manifest is not None:
-            manifest = self._manifest
-            blank = {each.position: _archived_values(each.blank()) for each in targets if each.archived}
-            await in_thread(lambda: rewrite_events(manifest, blank))
-            wanted = {str(each.values["approval_id"]) for each in targets if each.values["approval_id"]}
-            archived_approvals = await in_thread(
-                lambda: rewrite_approvals(manifest, _blanker(wanted, request_id, org_id))
-            )
+        # Before: nothing is blanked while Redis is away. After: somebody may have read SQL in between, and cached it.
+        await self._forget_all(approvals)
+        manifest, archived_approvals = self._manifest, 0
+        own: set[UUID] = set(approvals)
+        if manifest is not None:
+            cited = {str(each.values["approval_id"]) for each in targets if each.values["approval_id"]}
+            change = _blanker(cited, request_id, org_id, own)
+            archived_approvals = await in_thread(lambda: rewrite_approvals(manifest, change))
         async with self._database.write() as connection:
             await self._blank_events(connection, targets)
-            notices = await _blank_approvals(connection, approvals)
+            await _blank_approvals(connection, approvals)
+            # Those that could not be delivered outlive their approval.
+            notices = await _blank_notices(connection, own)
+        await self._forget_all(own)
+        if manifest is not None:
+            # Last: an id that holds a hash goes with it, by which a run after a kill finds what is left to do.
+            blank = {each.position: _archived_values(each.blank()) for each in targets if each.archived}
+            await in_thread(lambda: rewrite_events(manifest, blank))
         newest = max(targets, key=lambda each: each.position)
         return Erased(
             request_id=blank_id(request_id, newest.position),
@@ -128,6 +131,10 @@ class Eraser:
             approvals=len(approvals) + archived_approvals,
             notices=notices,
         )
+
+    async def _forget_all(self, approvals: Collection[UUID]) -> None:
+        if not await self._forget(approvals):
+            raise StoreUnavailableError("Redis does not answer, and holds what is to be erased: try again.")
 
     async def _targets(self, request_id: str) -> list[_Target]:
         async with self._database.connection("read") as connection:
@@ -255,9 +262,8 @@ def _of_request(targets: Sequence[_Target], request_id: str, org_id: str) -> Col
     return and_(_approvals.c.org_id == org_id, or_(*own))
 
 
-async def _blank_approvals(connection: AsyncConnection, ids: Sequence[UUID]) -> int:
-    """Blank approvals, their votes and notices; return how many notices."""
-    count = 0
+async def _blank_approvals(connection: AsyncConnection, ids: Sequence[UUID]) -> None:
+    """Blank approvals and their votes."""
     for approval_id in ids:
         mine = _approvals.c.approval_id == approval_id
         call = (await connection.execute(select(_approvals.c.tool_call).where(mine))).scalar_one()
@@ -275,6 +281,12 @@ async def _blank_approvals(connection: AsyncConnection, ids: Sequence[UUID]) -> 
         told = update(_approvals).where(mine, _approvals.c.outcome.is_not(None))
         await connection.execute(told.values(outcome=ERASED))
         await connection.execute(update(_votes).where(_votes.c.approval_id == approval_id).values(note=""))
+
+
+async def _blank_notices(connection: AsyncConnection, ids: Iterable[UUID]) -> int:
+    """Blank the notices about approvals; return how many."""
+    count = 0
+    for approval_id in ids:
         notices = select(_notices.c.id, _notices.c.payload).where(_notices.c.approval_id == approval_id)
         for row in (await connection.execute(notices)).all():
             cleared = {"payload": blank_notice(row.payload), "last_error": None}
@@ -289,11 +301,16 @@ def blank_notice(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {**payload, "tool_call": call, "risk_explanation": ERASED, "note": ""}
 
 
-def _blanker(cited: set[str], request_id: str, org_id: str) -> Callable[[Record], Record | None]:
+def _blanker(cited: set[str], request_id: str, org_id: str, own: set[UUID]) -> Callable[[Record], Record | None]:
+    """Return what blanks an archived approval of the request, and adds its id to `own`."""
+
     def change(record: Record) -> Record | None:
         approval = record["approval"]
         is_own = approval["approval_id"] in cited or approval["request_id"] == request_id
-        if not is_own or approval["org_id"] != org_id or approval["risk_explanation"] == ERASED:
+        if not is_own or approval["org_id"] != org_id:
+            return None
+        own.add(UUID(approval["approval_id"]))
+        if approval["risk_explanation"] == ERASED:
             return None
         blank = {
             "tool_call": {**approval["tool_call"], "arguments": {}},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from datetime import datetime, timedelta
 from os import PathLike
@@ -39,7 +39,7 @@ class RetentionManager:
         database: Where the log is.
         sealer: Seals it.
         lock: Lets one of these commands work at a time, in all processes.
-        forget: Deletes the Redis entries of an approval; False where Redis does not answer.
+        forget: Deletes the Redis entries of approvals; False where Redis does not answer.
         org_id: The organisation; None: all.
     """
 
@@ -50,7 +50,7 @@ class RetentionManager:
         lock: RetentionLock,
         settings: StoreSettings,
         *,
-        forget: Callable[[UUID], Awaitable[bool]],
+        forget: Callable[[Collection[UUID]], Awaitable[bool]],
         org_id: str | None = None,
     ) -> None:
         self._database, self._sealer, self._lock, self._settings = database, sealer, lock, settings
@@ -264,18 +264,13 @@ class RetentionManager:
         environment = self._settings.environment
         pruner = ApprovalPruner(self._database, by=by, environment=environment, before=end, archive=folder)
         async with self._lock():
-            await pruner.start()
-        total = PrunedApprovals()
+            total = await pruner.start()
         while True:
             async with self._lock():
                 step = await pruner.step()
             if not step.approvals:
                 return total
-            total = PrunedApprovals(
-                approvals=total.approvals + step.approvals,
-                notices=total.notices + step.notices,
-                files=total.files + step.files,
-            )
+            total += step
             await asyncio.sleep(PAUSE_S)
 
     def _checked(self, before: Moment, by: str, archive: object, *, discard: bool, below_floor: bool) -> datetime:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from redis.exceptions import (
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _LOG_AGAIN_S = 60.0  # chosen: an outage of an hour is sixty lines
 _MAX_CONNECTIONS = 32  # one event loop keeps no more busy; further calls wait rather than open a thousand
+_SCAN_KEYS = 500  # chosen: Redis looks through them, and gives their values, in a few milliseconds
 _MAX_BATCH_BYTES = 2**20  # chosen: Redis takes that within a few milliseconds, far from any timeout
 
 # What a member answers to a command for keys of others, of several, or in a cluster that has lost some.
@@ -181,9 +182,30 @@ class RedisCache:
         """Wait for what was put by tasks that did not wait for it."""
         await self._puts.join()
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: str | bytes) -> None:
         """Delete `key`."""
         await self._run(lambda client: client.delete(key))
+
+    async def find(self, pattern: str, texts: Collection[str]) -> list[str | bytes]:
+        """Return the keys like `pattern` whose value holds one of `texts`. Reads them all: not for what is done often.
+
+        A fault ends it, and `is_available` is False then.
+        """
+        found: list[str | bytes] = []
+        cursor, is_over = 0, False
+
+        async def read(client: RedisClient) -> tuple[int, list[Any], list[Any]]:
+            after, keys = await client.scan(cursor, match=pattern, count=_SCAN_KEYS)
+            return after, keys, await client.mget(keys) if keys else []
+
+        while not is_over and (page := await self._run(read)) is not None:
+            cursor, keys, values = page
+            is_over = cursor == 0
+            for key, value in zip(keys, values, strict=True):
+                text = value.decode(errors="replace") if isinstance(value, bytes) else value or ""
+                if any(each in text for each in texts):
+                    found.append(key)
+        return found
 
     async def publish(self, channel: str, message: str) -> bool:
         """Publish `message`; False if Redis does not answer, and it is lost."""
