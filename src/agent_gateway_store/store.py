@@ -39,7 +39,7 @@ from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.retention import RetentionManager
-from agent_gateway_store.retention.lock import RetentionLock
+from agent_gateway_store.retention.lock import retention_lock
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
@@ -294,7 +294,7 @@ class _Core:
             signer=SigningKey.parse(signing_key.get_secret_value()) if signing_key else None,
             publish=self.checkpoint_hooks.notify,
         )
-        self.retention_lock = RetentionLock(database)
+        self.retention_lock = retention_lock(database)
         self.background_sealer = BackgroundSealer(
             self.sealer, every_s=settings.audit_seal_seconds, has_written=lambda: self.writer.has_written
         )
