@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import polars
     import pyarrow as pa
 
+    from agent_gateway_store.hooks.specs import Sink
     from agent_gateway_store.storage.export import ExportResult
 
 
@@ -56,6 +57,7 @@ class AuditManager:
         before, after: The plugins that may change events before they are stored, and are notified afterwards.
         hash_args: Hashes the arguments of a call, as `GatewayStore.hash_args` does.
         hash_approval: Returns the hash of an approval and its votes.
+        ship: Does what `ship` says.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class AuditManager:
         after: AfterWriteHooks,
         hash_args: Callable[[Mapping[str, Any]], str],
         hash_approval: HashApproval,
+        ship: Callable[..., Awaitable[int]],
     ) -> None:
         self._database, self._writer, self._org_id = database, writer, org_id
         self._before, self._after, self._hash_args, self._hash_approval = before, after, hash_args, hash_approval
+        self._ship = ship
         self._queries, self._lists = (AuditQuery(each, org_id=org_id) for each in (database, database.replica))
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
@@ -384,6 +388,36 @@ class AuditManager:
             async for page in pages:
                 for event in page:
                     yield event
+
+    async def ship(
+        self,
+        sink: str | Sink,
+        *,
+        once: bool = False,
+        start: Literal["beginning", "now"] = "beginning",
+        batch: int = 500,
+        poll_s: float = 1.0,
+    ) -> int:
+        """Send the log to a sink, in the order of `changes`, each event at least once; return how many it took.
+
+        How far the sink is stands in the database (`store.sinks`), and moves only once it has acknowledged. One process
+        at a time ships to it; others wait for their turn. Cancelled, it ends after the batch under way.
+
+        Args:
+            sink: The name of a plugin's; or a `Sink`.
+            once: True returns at the end of the log, and raises what False waits out: a fault of more than a minute.
+            start: Where a sink begins to which nothing was shipped before.
+            batch: The most events at a time, 1 to 100,000.
+            poll_s: Seconds between two reads at the end of the log.
+
+        Raises:
+            SinkNotFoundError: No plugin offers such a sink.
+            InvalidCursorError: As for `changes`; `store.sinks.forget` lets the sink begin anew.
+            NotDeliveredError, StoreUnavailableError: With `once`: the sink, or the database, is away; or another
+                process ships to the sink.
+            TypeError, ValueError: `sink` is none; or another argument is out of range.
+        """
+        return await self._ship(sink, once=once, start=start, batch=batch, poll_s=poll_s)
 
     async def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
         """Return every event that matches as an Arrow table, newest first, without making event objects.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,16 +82,16 @@ def run_worker(
     async def work(store: GatewayStore) -> int:
         loaded = [row["notifier"] for row in await store.notifications.counts() if row["is_loaded"]]
         complain(f"Sending notices to: {', '.join(loaded) or 'nobody, for no notifier is loaded'}.")
-        return await _until_stopped(store, once=once)
+        return await until_stopped(store.notifications.run(once=once))
 
-    with _logging():
+    with logging_shown():
         arrived = in_store(ctx, work, settings=_silent(ctx))
     if once:
         say(f"{arrived} notices arrived.")
 
 
 @contextmanager
-def _logging() -> Iterator[None]:
+def logging_shown() -> Iterator[None]:
     """Show failures, and what the notifier `log` logs, on the worker's terminal."""
     root, notices = (logging.getLogger(f"agent_gateway_store{name}") for name in ("", ".notifications"))
     handler = logging.StreamHandler()
@@ -105,13 +105,13 @@ def _logging() -> Iterator[None]:
         notices.setLevel(level)
 
 
-async def _until_stopped(store: GatewayStore, *, once: bool) -> int:
-    """Run the worker until it ends or a signal ends it; returns how many notices arrived."""
+async def until_stopped(work: Coroutine[Any, Any, int]) -> int:
+    """Run what sends until it ends or a signal ends it; returns how much arrived, 0 after a signal."""
     import asyncio
 
-    # A cancelled worker ends in order: it waits for the attempts under way, and records them.
+    # What is cancelled ends in order: it waits for the attempts under way, and records them.
     loop = asyncio.get_running_loop()
-    working = loop.create_task(store.notifications.run(once=once))
+    working = loop.create_task(work)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Windows has no signal handlers in its event loop; there Ctrl-C interrupts the whole run.
         with suppress(NotImplementedError):
