@@ -148,7 +148,7 @@ class _Run:
         """Send what was redriven and the next batch; return whether there is more, or why the sink takes nothing."""
         if (failure := await self._send_due(still_held)) is not None:
             return failure
-        page, is_more = await changes_page(self._database, self._found, self._cursor, self._limit)
+        page, _ = await changes_page(self._database, self._found, self._cursor, self._limit)
         cursor, refused = page.next_cursor or self._cursor, None
         if page:
             failure = await self._send(still_held, list(page))
@@ -161,9 +161,11 @@ class _Run:
             refused = {"p_event_id": page[0].id, "p_error": failure.text} if failure else None
             self._sent += 0 if refused else len(page)
             self._limit = min(self._most, 2 * self._limit)
-        if cursor != self._cursor:
-            await self._move(cursor, refused)
-        return is_more
+        if cursor == self._cursor:
+            return False
+        # Perhaps only the end of a snapshot that was taken long ago: the end of the log is where the cursor stays.
+        await self._move(cursor, refused)
+        return True
 
     async def _send_due(self, still_held: StillHeld) -> PluginFailure | None:
         """Send dead letters that were redriven, one by one: one of them was refused."""
