@@ -57,6 +57,9 @@ from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
 from agent_gateway_store.storage.statements import Statement
 
+# Of one statement: in a table that was never analysed PostgreSQL takes neighbours by id for scattered, and for a few
+# thousand of them would rather read and sort all of it.
+_ROWS = 500
 # Ids are signed 64-bit integers in both databases.
 _LARGEST = 2**63
 # 64 bits in hex: enough to distinguish two events that were given the same ids.
@@ -100,7 +103,12 @@ async def changes(
     dialect = dialect_of(connection)
     step = _postgres_step if dialect == "postgresql" else _sqlite_step
     place = None if cursor in ("now", "beginning") else _decoded(found.scope, cursor, dialect)
-    rows, place, is_more = await step(connection, found, place, cursor == "now", limit)
+    rows: list[Sequence[Any]] = []
+    while True:
+        more, place, is_more = await step(connection, found, place, cursor == "now", min(_ROWS, limit - len(rows)))
+        rows += more
+        if not is_more or len(rows) == limit:
+            break
     return events_of(rows), encode(found.scope, json.dumps(asdict(place), separators=(",", ":")).encode()), is_more
 
 
