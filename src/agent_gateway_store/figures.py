@@ -111,7 +111,7 @@ class Figures:
 
     async def refresh(self) -> None:
         """Read the spool and the database now; what cannot be read is left as it is."""
-        for read in (self._read_spool, self._read_database):
+        for read in (self._read_spool, self._read_database, self._read_sinks):
             try:
                 readings = await read()
             except Exception as exc:
@@ -150,13 +150,17 @@ class Figures:
             readings.append(("outbox.due", line["due"], notifier))
             readings.append(("outbox.dead", line["dead"], notifier))
             readings.append(("outbox.oldest_due_age", _age_s(oldest_due.get(line["notifier"])), notifier))
+        readings.append(("evidence.seal_lag", _age_s(unsealed), {}))
+        readings.append(("retention.lag", max(0.0, _age_s(oldest_event) - self._floor_s), {}))
+        return readings
+
+    async def _read_sinks(self) -> list[Reading]:
+        readings: list[Reading] = []
         for line in await self._sinks.list():
             sink = {"sink": line["sink"], "org": line["org_id"]}
             readings.append(("sinks.dead", line["dead"], sink))
             if line["lag_s"] is not None:
                 readings.append(("sinks.lag", line["lag_s"], sink))
-        readings.append(("evidence.seal_lag", _age_s(unsealed), {}))
-        readings.append(("retention.lag", max(0.0, _age_s(oldest_event) - self._floor_s), {}))
         return readings
 
 

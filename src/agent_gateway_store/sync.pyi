@@ -29,7 +29,6 @@ from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, T
 from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page, Stats
-from agent_gateway_store.results.page import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import Database
@@ -397,7 +396,7 @@ class SyncSinkManager:
         """Return how far each sink is, by name."""
 
     def dead_letters(self, sink: str | None = None, limit: int = 50) -> Page[dict[str, Any]]:
-        """Return events that were refused for good, newest first: `request_id` is None for one that was pruned since."""
+        """Return events that were refused for good, newest first; `request_id` is None for one that was pruned."""
 
     def redrive(self, sink: str | None = None) -> int:
         """Send dead letters again: those of one sink, or all. Whoever ships to the sink does it, before new events."""

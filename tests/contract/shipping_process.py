@@ -18,9 +18,10 @@ from typing import Any
 # Run as a script, this module finds the others of the tests beside its folder.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from sealing_process import Countdown, fork, opened, wait
+
 from agent_gateway_store.plugins.file_sink import FileSink
 from builders import make_event
-from sealing_process import Countdown, fork, opened, wait
 
 EVENTS, BATCH = 17, 5
 # Longer than a store takes to open and to ship a batch or two, on a busy machine.

@@ -97,6 +97,16 @@ async def _imported(view: GatewayStore, event: AuditEvent) -> Any:
         return await view.audit.import_file(Path(folder) / "e.jsonl")
 
 
+class _Refusing:
+    """A sink that refuses everything for good."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def send(self, _events: object) -> None:
+        raise errors.NotDeliveredError(self.name, is_permanent=True)
+
+
 CASES: dict[str, Case] = {
     "audit.write": lambda view, other: [
         view.audit.write(make_event(**SAME_NAMES)),
@@ -244,6 +254,14 @@ CASES |= {
     "retention.holds": lambda view, other: [view.retention.holds()],
 }
 
+CASES |= {
+    "audit.ship": lambda view, other: [view.audit.ship(_Refusing("acme"), once=True)],
+    "sinks.list": lambda view, other: [view.sinks.list()],
+    "sinks.dead_letters": lambda view, other: [view.sinks.dead_letters(), view.sinks.dead_letters(MARK)],
+    "sinks.redrive": lambda view, other: [view.sinks.redrive(), view.sinks.redrive(MARK)],
+    "sinks.forget": lambda view, other: [view.sinks.forget(MARK)],
+}
+
 PROPERTIES = {"audit.counters"}
 """What a process counts of itself; numbers only."""
 
@@ -252,7 +270,7 @@ def surface() -> set[str]:
     """Every public method and property of the services."""
     store = GatewayStore("sqlite://", redis_url="")
     found = set()
-    for service in ("audit", "approvals", "keys", "notifications", "evidence", "retention"):
+    for service in ("audit", "approvals", "keys", "notifications", "evidence", "retention", "sinks"):
         kind = type(getattr(store, service))
         # A method that is bound to the class is another constructor.
         public = [name for name in dir(kind) if not name.startswith("_") and not inspect.ismethod(getattr(kind, name))]
@@ -300,6 +318,7 @@ async def other(store: GatewayStore) -> Other:
     settled = await settle(view, MARK)
     await settle_deliveries(settled)
     await view.keys.issue("only-there", role=MARK)
+    await view.audit.ship(_Refusing(MARK), once=True)
     return settled
 
 

@@ -25,10 +25,10 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import GatewayStore
-from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit.manager import AuditManager
 from agent_gateway_store.delivery.manager import NotificationManager
+from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.keys.manager import KeyManager
 from agent_gateway_store.shipping.manager import SinkManager
 from agent_gateway_store.storage.asyncpg_pool import RawConnection

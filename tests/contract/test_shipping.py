@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+from contract_helpers import until
 from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, GatewayStore, SyncGatewayStore, errors
 from agent_gateway_store.audit.doors import renew_identity
 from agent_gateway_store.shipping import positions
 from builders import make_event
-from contract_helpers import until
 from tampering import tamper
 
 pytestmark = pytest.mark.usefixtures("no_plugins")
@@ -295,7 +295,9 @@ async def test_a_lost_lock_is_noticed_before_more_is_sent(store: GatewayStore) -
 
 async def test_unknown_sinks_are_named(store: GatewayStore) -> None:
     """One sentence with the next step; and an object that is no sink is refused."""
-    with pytest.raises(errors.SinkNotFoundError, match="No sink is named 'siem', no sink is set up: see `gateway-store"):
+    with pytest.raises(
+        errors.SinkNotFoundError, match="No sink is named 'siem', no sink is set up: see `gateway-store"
+    ):
         await store.audit.ship("siem", once=True)
     with pytest.raises(TypeError, match="object has no name"):
         await store.audit.ship(object(), once=True)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.evidence.sealer import Sealer
 from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
-from agent_gateway_store.results.page import Page
+from agent_gateway_store.results import Page
 from agent_gateway_store.retention import find, holds
 from agent_gateway_store.retention.approvals import ApprovalPruner
 from agent_gateway_store.retention.erase import Eraser

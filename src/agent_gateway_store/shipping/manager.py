@@ -69,7 +69,7 @@ class SinkManager:
         return max(0.0, (utc_now() - page[0].timestamp).total_seconds()) if page else 0.0
 
     async def dead_letters(self, sink: str | None = None, limit: int = 50) -> Page[dict[str, Any]]:
-        """Return events that were refused for good, newest first: `request_id` is None for one that was pruned since.
+        """Return events that were refused for good, newest first; `request_id` is None for one that was pruned.
 
         Args:
             sink: Only those of this one.
