@@ -141,7 +141,7 @@ async def test_once_gives_a_long_fault_up(store: GatewayStore) -> None:
 
     box = Box(act)
     ids = await fill(store, 2)
-    with pytest.raises(errors.NotDeliveredError, match="'box' takes no events .*429.*ship again later"):
+    with pytest.raises(errors.NotDeliveredError, match=r"'box' takes no events .*429.*ship again later"):
         await store.audit.ship(box, once=True)
     row = await the_sink(store)
     box.act = None

@@ -168,14 +168,13 @@ def test_webhook_page(tmp_path: Path) -> None:
 
 
 def test_ship_page(tmp_path: Path) -> None:
-    """The first event arrives, the second one becomes a dead letter; the file gets both, and the sink of the page, too."""
+    """The first event arrives, the second one becomes a dead letter; the file, and the page's own sink, get both."""
     page = "how-to/ship-events.md"
     [program] = [block["body"] for block in BLOCK.finditer(PAGES[page]) if block["title"] == "own.py"]
     (tmp_path / "own.py").write_text(program)
-    printed, _ = follow(page, tmp_path, DATABASE_URL="sqlite:///gateway.db", REDIS_URL="", PYTHONWARNINGS="error")
-    own, said = run(
-        tmp_path, sys.executable, "-W", "error", "own.py", DATABASE_URL="sqlite:///gateway.db", REDIS_URL=""
-    )
+    settings = {"DATABASE_URL": "sqlite:///gateway.db", "REDIS_URL": "", "PYTHONWARNINGS": "error"}
+    printed, _ = follow(page, tmp_path, **settings)
+    own, said = run(tmp_path, sys.executable, "own.py", **settings)
 
     assert "1 event arrived.\n" in printed
     assert '"request_id": "r-2"' in printed
