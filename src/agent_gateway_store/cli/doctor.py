@@ -419,7 +419,10 @@ async def _check_sinks(report: Report, ctx: typer.Context, engine: AsyncEngine) 
 
     database = Database(engine, owned=False)
     database.bind_to_loop()
-    sinks = await SinkManager(database, org_id=options_of(ctx).org).list()
+    try:
+        sinks = await SinkManager(database, org_id=options_of(ctx).org).list()
+    finally:
+        await database.close()
     report.facts["sinks"] = {row["sink"]: {name: row[name] for name in ("lag_s", "dead", "due")} for row in sinks}
     for row in sinks:
         name, error = row["sink"], row["last_error"]

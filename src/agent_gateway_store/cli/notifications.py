@@ -32,7 +32,7 @@ _COLUMNS = {
 }
 
 
-def _silent(ctx: typer.Context) -> StoreSettings:
+def silent(ctx: typer.Context) -> StoreSettings:
     """Return the settings of a store that sends nothing by itself."""
     return settings_of(ctx).model_copy(update={"notification_worker": False})
 
@@ -58,7 +58,7 @@ def list_deliveries(
         )
         return page, await store.notifications.counts()
 
-    page, counts = read_store(ctx, work, as_json=json, settings=_silent(ctx))
+    page, counts = read_store(ctx, work, as_json=json, settings=silent(ctx))
     if json:
         print_json({"items": page.to_dicts(), "next_cursor": page.next_cursor, "notifiers": list(counts)})
         return
@@ -85,7 +85,7 @@ def run_worker(
         return await until_stopped(store.notifications.run(once=once))
 
     with logging_shown():
-        arrived = in_store(ctx, work, settings=_silent(ctx))
+        arrived = in_store(ctx, work, settings=silent(ctx))
     if once:
         say(f"{arrived} notices arrived.")
 
@@ -132,7 +132,7 @@ def redrive(
 ) -> None:
     """Send dead letters again: one, or all."""
     count = in_store(
-        ctx, lambda store: store.notifications.redrive(_id(delivery_id), notifier=notifier), settings=_silent(ctx)
+        ctx, lambda store: store.notifications.redrive(_id(delivery_id), notifier=notifier), settings=silent(ctx)
     )
     if delivery_id is not None and count == 0:
         raise CommandError(
@@ -149,7 +149,7 @@ def prune(
 ) -> None:
     """Delete the record of notices that arrived long ago; those that have not arrived stay."""
     age = duration(older_than, "--older-than")
-    count = in_store(ctx, lambda store: store.notifications.prune(age), settings=_silent(ctx))
+    count = in_store(ctx, lambda store: store.notifications.prune(age), settings=silent(ctx))
     print_result({"pruned": count}, f"{count} records of delivered notices are deleted.", as_json=json)
 
 

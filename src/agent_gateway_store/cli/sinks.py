@@ -10,7 +10,7 @@ from agent_gateway_store.cli import audit
 from agent_gateway_store.cli.audit import count_text
 from agent_gateway_store.cli.context import in_store, read_store
 from agent_gateway_store.cli.errors import CommandError, ExitCode
-from agent_gateway_store.cli.notifications import logging_shown, until_stopped
+from agent_gateway_store.cli.notifications import logging_shown, silent, until_stopped
 from agent_gateway_store.cli.output import JsonOption, complain, print_page, print_result
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def ship(
 
     try:
         with logging_shown():
-            sent = in_store(ctx, work)
+            sent = in_store(ctx, work, settings=silent(ctx))
     except InvalidCursorError as exc:
         raise CommandError(f"{exc} `gateway-store sinks forget {sink}` lets it.", ExitCode.USAGE) from exc
     if once:
