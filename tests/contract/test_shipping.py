@@ -76,6 +76,24 @@ async def test_each_event_once_and_in_order(store: GatewayStore) -> None:
     assert (row["sink"], row["org_id"], row["lag_s"], row["dead"], row["last_error"]) == ("box", "", 0, 0, None)
 
 
+async def test_once_goes_on_to_the_end_of_the_log(store: GatewayStore) -> None:
+    """Also from a cursor in the middle of a snapshot that is older than what was written since."""
+    ids = await fill(store, 4)
+
+    async def act(_: Sequence[AuditEvent]) -> None:
+        if box.taken:
+            raise errors.NotDeliveredError("The receiver answered 503.", retry_after_s=3600)
+
+    box = Box(act)
+    with pytest.raises(errors.NotDeliveredError):
+        await store.audit.ship(box, once=True, batch=3)
+    ids += await fill(store, 4, begin=4)
+    box.act = None
+    await store.audit.ship(box, once=True)
+
+    assert box.ids == ids
+
+
 async def test_a_sink_can_begin_now(store: GatewayStore) -> None:
     """Once: the next run goes on from there, whatever it says; forgotten, it begins anew."""
     old = await fill(store, 2)

@@ -37,7 +37,7 @@ class HttpSinkSettings(ReceiverSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX)
 
     url: SecretStr | None = None
-    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    headers: dict[str, SecretStr] = Field(default={})
 
     @model_validator(mode="after")
     def _usable(self) -> Self:

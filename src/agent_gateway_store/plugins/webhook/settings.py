@@ -71,7 +71,7 @@ class WebhookSettings(ReceiverSettings):
 
     url: SecretStr | None = None
     secrets: Annotated[Secrets, NoDecode] = ()
-    endpoints: dict[str, WebhookEndpoint] = Field(default_factory=dict)
+    endpoints: dict[str, WebhookEndpoint] = Field(default={})
     max_connections: int = Field(default=20, gt=0)
 
     @model_validator(mode="after")
