@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -272,8 +274,9 @@ async def test_a_cursor_that_another_moved_stays(store: GatewayStore) -> None:
     async def take_over() -> None:
         page = await store.audit.changes("beginning", limit=2)
         async with store.database.connection("autocommit") as connection:
-            values = {"p_sink": "box", "p_org_id": "", "p_before": "beginning", "p_cursor": page.next_cursor}
-            await positions.MOVE.rows(connection, {**values, "p_now": page[0].timestamp})
+            values = {"p_sink": "box", "p_org_id": "", "p_cursor": page.next_cursor, "p_now": page[0].timestamp}
+            kept = await positions.POSITION.first(connection, values) or {}
+            await positions.MOVE.rows(connection, {**values, "p_before": kept["cursor"]})
 
     loop = asyncio.get_running_loop()
     box = Box(act)
@@ -324,7 +327,32 @@ async def test_unknown_sinks_are_named(store: GatewayStore) -> None:
             await store.audit.ship(Box(), once=True, **wrong)  # type: ignore[arg-type]
 
 
-async def test_behind_a_restore_or_a_prune_it_says_so(store: GatewayStore) -> None:
+@pytest.mark.parametrize("shipped", [0, 2])
+async def test_behind_a_prune_it_names_the_archive(store: GatewayStore, tmp_path: Path, shipped: int) -> None:
+    """Also where nothing was shipped before the prune, as to a sink that has been away from the first day on."""
+    left = [shipped]
+
+    async def act(events: Sequence[AuditEvent]) -> None:
+        left[0] -= len(events)
+        if left[0] < 0:
+            raise errors.NotDeliveredError("The receiver answered 503.", retry_after_s=3600)
+
+    old = datetime(2020, 1, 1, tzinfo=UTC)
+    await store.audit.write_many(make_event(timestamp=old) for _ in range(6))
+    await store.audit.write(make_event())
+    box = Box(act)
+    with pytest.raises(errors.NotDeliveredError):
+        await store.audit.ship(box, once=True, batch=2)
+    await store.retention.prune(old + timedelta(days=1), by="ops", archive=tmp_path / "a", below_floor=True)
+    box.act = None
+    with pytest.raises(errors.EventsPrunedError, match="archive") as raised:
+        await store.audit.ship(box, once=True)
+
+    assert raised.value.archive == str(tmp_path / "a")
+    assert len(box.ids) == shipped
+
+
+async def test_behind_a_restore_it_says_so(store: GatewayStore) -> None:
     """It ends with the error that followers get, and `list` shows it."""
     await fill(store, 4)
     box = Box()

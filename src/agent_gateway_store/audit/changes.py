@@ -97,6 +97,8 @@ async def changes(
 ) -> tuple[list[AuditEvent], str, bool]:
     """Return the next events after `cursor` (or "now", or "beginning"), the cursor after them, and if there are more.
 
+    A `limit` of 0 with "beginning" returns a cursor before everything, which tells of what is pruned from now on.
+
     Raises:
         InvalidCursorError: The cursor is not of this listing, or the newest event that it has passed is missing here.
     """
@@ -125,8 +127,8 @@ async def _sqlite_step(
     if place is not None and pruned != place.pruned and place.id < (pruned_id or 0):
         raise EventsPrunedError(archive)
     end = _Place(id=newest_id or 0, mark=_mark(newest_id, newest), database=identity, pruned=pruned)
-    if place is None and is_now:
-        return [], end, False
+    if place is None and (is_now or limit == 0):
+        return [], end if is_now else replace(end, id=0, mark=None), False
     values = {**found.values, "p_id": place.id if place else 0}
     rows = await _statement(_added, found.shape, limit + 1).tuples(connection, values)
     if len(rows) <= limit:
@@ -156,7 +158,7 @@ async def _postgres_step(
         else:
             place = _Place(since=place.since, until=now, transaction=0, mark=mark, pruned=place.pruned)
     place = replace(place, database=identity)
-    if place.until is None:
+    if place.until is None or limit == 0:
         return [], place, False
     is_history = place.since is None
     values = {**found.values, "p_snapshot": place.until, "p_id": place.id, "p_history": history_id or 0}

@@ -199,17 +199,14 @@ class _Run:
 
     async def _position(self, start: Literal["beginning", "now"]) -> str:
         """Return the cursor that is kept; the first time, keep the one to begin with."""
-        cursor: str | None = start
-        if start == "now":
-            page, _ = await changes_page(self._database, self._found, "now", 1)
-            cursor = page.next_cursor
-        async with self._database.connection("read") as connection:
-            kept = await positions.POSITION.first(connection, self._key)
-        if kept is None:
-            await self._write(positions.BEGIN, {"p_cursor": cursor})
+        for _ in range(2):
             async with self._database.connection("read") as connection:
-                kept = await positions.POSITION.first(connection, self._key)
-        return str((kept or {})["cursor"])
+                if (kept := await positions.POSITION.first(connection, self._key)) is not None:
+                    return str(kept["cursor"])
+            # Not the word itself: what is pruned before the first batch has arrived would be missed without an error.
+            page, _ = await changes_page(self._database, self._found, start, 0)
+            await self._write(positions.BEGIN, {"p_cursor": page.next_cursor})
+        raise StoreUnavailableError(f"The sink {code_text(self._name)} was forgotten at this moment: ship again.")
 
     @retry_conflicts
     async def _move(self, cursor: str, refused: Mapping[str, Any] | None) -> None:
