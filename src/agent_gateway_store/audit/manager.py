@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 from uuid import UUID
 
-from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.backends import insert_event
@@ -21,11 +20,10 @@ from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, follow_pages
-from agent_gateway_store.audit.record import encode_light
+from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, followed
 from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.writer import OpenWriter
-from agent_gateway_store.audit.writes import encode_aside, write_batches, write_heavy, write_prepared
+from agent_gateway_store.audit.writes import encode_aside, write_batches, write_event
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
@@ -96,18 +94,7 @@ class AuditManager:
     @traced("audit.write", lambda _, event, trace_id: event.tool_name)
     async def _write(self, event: AuditEvent, trace_id: str | None) -> WriteOutcome:
         self._database.check_owner()
-        writer = self._writer.get()
-        try:
-            row = encode_light(event, org_id=self._org_id, trace_id=trace_id)
-        except ValidationError as exc:
-            return writer.reject(event, exc)
-        if row is not None and not self._before.is_wanted:
-            return await writer.write(row)
-        # In another task, so that cancelling the caller does not cancel the write.
-        hooks = self._before
-        if row is not None:
-            return await hooks.tasks.shielded(write_prepared(writer, hooks, row))
-        return await hooks.tasks.shielded(write_heavy(writer, hooks, event, self._org_id, trace_id))
+        return await write_event(self._writer.get(), self._before, event, self._org_id, trace_id)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one by one; return the number of each outcome.
@@ -151,14 +138,10 @@ class AuditManager:
                 content_hash says: those before it are stored.
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
         """
-        from agent_gateway_store.audit.files import events_in, importable
-        from agent_gateway_store.storage.files import counted, progress_bar
+        from agent_gateway_store.audit.files import importing
 
-        source = Path(path)
-        kind = importable(source, format)
-        with progress_bar(progress, f"Importing {source.name}") as report:
+        with importing(Path(path), format, on_refused=on_refused, progress=progress) as events:
             self._database.check_owner()
-            events = counted(events_in(source, kind, on_refused=on_refused), report)
             # Without a trace: what is imported is what was exported.
             return await write_batches(self._writer.get(), self._before, events, self._org_id, trace_id=None)
 
@@ -379,15 +362,11 @@ class AuditManager:
             InvalidCursorError, TypeError, ValueError: As for `changes`; or `poll_s` is not above zero.
             StoreUnavailableError: The database was away for longer than `patience_s`.
         """
-        if not poll_s > 0:
-            raise ValueError(f"poll_s must be above zero, not {poll_s}.")
         found = criteria(filters, org_id=self._org_id, listing="changes")
-        cursor = "now" if start is None else start
-        following = follow_pages(self._database, found, cursor, poll_s=poll_s, patience_s=patience_s)
-        async with aclosing(following) as pages:
-            async for page in pages:
-                for event in page:
-                    yield event
+        following = followed(self._database, found, start or "now", poll_s=poll_s, patience_s=patience_s)
+        async with aclosing(following) as events:
+            async for event in events:
+                yield event
 
     async def ship(
         self,
@@ -400,8 +379,8 @@ class AuditManager:
     ) -> int:
         """Send the log to a sink, in the order of `changes`, each event at least once; return how many it took.
 
-        How far the sink is stands in the database (`store.sinks`), and moves only once it has acknowledged. One process
-        at a time ships to it; others wait for their turn. Cancelled, it ends after the batch under way.
+        How far the sink is stands in the database (`store.sinks`), and moves once it has acknowledged. One process at a
+        time ships to it; others wait for their turn. Cancelled, it ends after the batch under way.
 
         Args:
             sink: The name of a plugin's; or a `Sink`.
