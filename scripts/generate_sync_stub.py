@@ -19,10 +19,15 @@ from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.delivery import NotificationManager
 from agent_gateway_store.evidence.manager import EvidenceManager
 from agent_gateway_store.keys import KeyManager
+from agent_gateway_store.retention import RetentionManager
+from agent_gateway_store.shipping import SinkManager
 from agent_gateway_store.store import GatewayStore
 
 STUB = Path(sync.__file__).with_suffix(".pyi")
-_CLASSES = (AuditManager, ApprovalManager, KeyManager, NotificationManager, EvidenceManager, GatewayStore)
+_CLASSES = (
+    *(AuditManager, ApprovalManager, KeyManager, NotificationManager, EvidenceManager, RetentionManager),
+    *(SinkManager, GatewayStore),
+)
 TWINS = {cls.__name__: f"Sync{cls.__name__}" for cls in _CLASSES}
 
 _ATTRIBUTES = {

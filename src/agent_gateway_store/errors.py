@@ -26,6 +26,7 @@
     ├── MissingExtraError (also ImportError)
     ├── PluginError
     ├── NotDeliveredError
+    ├── SinkNotFoundError
     ├── AuditEventNotFoundError
     ├── InvalidEvidenceError (also ValueError)
     ├── LogMismatchError
@@ -77,6 +78,7 @@ __all__ = [
     "SchemaOutOfDateError",
     "SelfApprovalError",
     "SessionInUseError",
+    "SinkNotFoundError",
     "StoreNotOpenError",
     "StoreUnavailableError",
     "TooManyPendingError",
@@ -331,17 +333,32 @@ class PluginError(GatewayStoreError):
 
 
 class NotDeliveredError(GatewayStoreError):
-    """Raised by a notifier whose notice did not arrive. Any other exception of a notifier means the same.
+    """Raised by a notifier whose notice, or a sink whose events, did not arrive. Any other exception means the same.
 
     Attributes:
         retry_after_s: Seconds that the receiver asks to be left alone; None leaves it to the usual backoff.
-        is_permanent: True gives the notice up at once: trying again cannot help.
+        is_permanent: True gives the notice, or an event of the batch, up at once: trying again cannot help.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None, is_permanent: bool = False) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.is_permanent = is_permanent
+
+
+class SinkNotFoundError(GatewayStoreError):
+    """No plugin offers a sink of this name.
+
+    Attributes:
+        sink: The name asked for.
+    """
+
+    def __init__(self, sink: str, known: tuple[str, ...]) -> None:
+        there = f"there are {', '.join(map(code_text, known))}" if known else "no sink is set up"
+        super().__init__(
+            f"No sink is named {code_text(sink)}, {there}: see `gateway-store plugins list` for what its plugin needs."
+        )
+        self.sink = sink
 
 
 class InvalidCursorError(GatewayStoreError, ValueError):

@@ -20,6 +20,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.shipping import SinkManager
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.redis_cache import RedisCache
@@ -67,7 +68,7 @@ class Figures:
 
     Args:
         writer: Counts events.
-        database, redis, notifications, settings: Of the store.
+        database, redis, notifications, sinks, settings: Of the store.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class Figures:
         database: Database,
         redis: RedisCache,
         notifications: NotificationManager,
+        sinks: SinkManager,
         settings: StoreSettings,
     ) -> None:
         self._writer, self._database, self._redis = writer, database, redis
-        self._notifications, self._floor_s = notifications, settings.audit_retention_floor_days * 86_400
+        self._notifications, self._sinks = notifications, sinks
+        self._floor_s = settings.audit_retention_floor_days * 86_400
         self._task = BackgroundTasks()
         # Replaced as a whole, since other threads read them.
         self._read: dict[Callable[[], object], tuple[float, list[Reading]]] = {}
@@ -108,7 +111,7 @@ class Figures:
 
     async def refresh(self) -> None:
         """Read the spool and the database now; what cannot be read is left as it is."""
-        for read in (self._read_spool, self._read_database):
+        for read in (self._read_spool, self._read_database, self._read_sinks):
             try:
                 readings = await read()
             except Exception as exc:
@@ -149,6 +152,15 @@ class Figures:
             readings.append(("outbox.oldest_due_age", _age_s(oldest_due.get(line["notifier"])), notifier))
         readings.append(("evidence.seal_lag", _age_s(unsealed), {}))
         readings.append(("retention.lag", max(0.0, _age_s(oldest_event) - self._floor_s), {}))
+        return readings
+
+    async def _read_sinks(self) -> list[Reading]:
+        readings: list[Reading] = []
+        for line in await self._sinks.list():
+            sink = {"sink": line["sink"], "org": line["org_id"]}
+            readings.append(("sinks.dead", line["dead"], sink))
+            if line["lag_s"] is not None:
+                readings.append(("sinks.lag", line["lag_s"], sink))
         return readings
 
 

@@ -39,8 +39,9 @@ from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.retention import RetentionManager
-from agent_gateway_store.retention.lock import RetentionLock
+from agent_gateway_store.retention.lock import retention_lock
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.shipping import Shipper, SinkManager
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
@@ -114,6 +115,8 @@ class GatewayStore:
 
     def _bind(self, core: _Core, org_id: str | None) -> None:
         self._core, self._org_id, self.settings = core, org_id, core.settings
+        shipper = Shipper(core.database, lambda: core.plugins.sinks(core.settings), core.executor, org_id=org_id)
+        self._sinks = SinkManager(core.database, org_id=org_id)
         self._audit = AuditManager(
             core.database,
             core.writer,
@@ -122,6 +125,7 @@ class GatewayStore:
             after=core.after_write,
             hash_args=self.hash_args,
             hash_approval=lambda approval_id: decision_hash(core.database, ApprovalRef.by_id(approval_id, org_id)),
+            ship=shipper.ship,
         )
         self._approvals = ApprovalManager(core.approvals, org_id=org_id)
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, core.settings, org_id=org_id)
@@ -162,6 +166,11 @@ class GatewayStore:
     def notifications(self) -> NotificationManager:
         """The notices that notifiers received, and those that they have still to receive."""
         return self._notifications
+
+    @property
+    def sinks(self) -> SinkManager:
+        """The sinks to which `audit.ship` has shipped: how far they are, and what they have refused."""
+        return self._sinks
 
     @property
     def plugins(self) -> Plugins:
@@ -294,11 +303,18 @@ class _Core:
             signer=SigningKey.parse(signing_key.get_secret_value()) if signing_key else None,
             publish=self.checkpoint_hooks.notify,
         )
-        self.retention_lock = RetentionLock(database)
+        self.retention_lock = retention_lock(database)
         self.background_sealer = BackgroundSealer(
             self.sealer, every_s=settings.audit_seal_seconds, has_written=lambda: self.writer.has_written
         )
-        self.figures = Figures(self.writer, database, self.redis, NotificationManager(database, self.outbox), settings)
+        self.figures = Figures(
+            self.writer,
+            database,
+            self.redis,
+            NotificationManager(database, self.outbox),
+            SinkManager(database),
+            settings,
+        )
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate

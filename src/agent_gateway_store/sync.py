@@ -26,6 +26,7 @@ from agent_gateway_store.evidence.manager import EvidenceManager
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.retention import RetentionManager
 from agent_gateway_store.settings import StoreSettings
+from agent_gateway_store.shipping import SinkManager
 from agent_gateway_store.store import GatewayStore
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "SyncKeyManager",
     "SyncNotificationManager",
     "SyncRetentionManager",
+    "SyncSinkManager",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -215,6 +217,7 @@ SyncKeyManager: Any = twin_of(KeyManager)
 SyncNotificationManager: Any = twin_of(NotificationManager)
 SyncEvidenceManager: Any = twin_of(EvidenceManager)
 SyncRetentionManager: Any = twin_of(RetentionManager)
+SyncSinkManager: Any = twin_of(SinkManager)
 _StoreTwin: Any = twin_of(GatewayStore)
 
 
@@ -233,6 +236,7 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
         self._notifications = SyncNotificationManager(store.notifications, portal)
         self._evidence = SyncEvidenceManager(store.evidence, portal)
         self._retention = SyncRetentionManager(store.retention, portal)
+        self._sinks = SyncSinkManager(store.sinks, portal)
 
     @property
     def audit(self) -> Any:
@@ -263,6 +267,11 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
     def retention(self) -> Any:
         """What is kept and for how long: holds, pruning into an archive, erasing."""
         return self._retention
+
+    @property
+    def sinks(self) -> Any:
+        """The sinks to which `audit.ship` has shipped: how far they are, and what they have refused."""
+        return self._sinks
 
     @property
     def settings(self) -> StoreSettings:

@@ -20,18 +20,20 @@ from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.evidence import proof
 from agent_gateway_store.hooks.manager import Plugins
+from agent_gateway_store.hooks.specs import Sink
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.evidence import Checkpoint, Verification
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
+from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page, Stats
-from agent_gateway_store.retention import RetentionManager
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.export import ExportResult
+from agent_gateway_store.storage.filters import Moment
 
 __all__ = [
     "SyncApprovalManager",
@@ -40,6 +42,8 @@ __all__ = [
     "SyncGatewayStore",
     "SyncKeyManager",
     "SyncNotificationManager",
+    "SyncRetentionManager",
+    "SyncSinkManager",
 ]
 
 class SyncAuditManager:
@@ -124,6 +128,17 @@ class SyncAuditManager:
         self, *, start: str | None = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
     ) -> Generator[AuditEvent]:
         """Yield new events as they are committed, without end, with the guarantees of `changes`."""
+
+    def ship(
+        self,
+        sink: str | Sink,
+        *,
+        once: bool = False,
+        start: Literal["beginning", "now"] = "beginning",
+        batch: int = 500,
+        poll_s: float = 1.0,
+    ) -> int:
+        """Send the log to a sink, in the order of `changes`, each event at least once; return how many it took."""
 
     def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
         """Return every event that matches as an Arrow table, newest first, without making event objects."""
@@ -334,6 +349,61 @@ class SyncEvidenceManager:
     def publish(self, folder: str | PathLike[str]) -> Checkpoint | None:
         """Write the last checkpoint and the hash tiles below it to a folder, which any web server can serve."""
 
+class SyncRetentionManager:
+    def prune(
+        self,
+        before: Moment,
+        *,
+        by: str,
+        archive: str | PathLike[str] | None = None,
+        discard: bool = False,
+        below_floor: bool = False,
+        max_seconds: float | None = None,
+        progress: bool | Callable[[int], None] = False,
+    ) -> Pruned:
+        """Take sealed events out of the table, the oldest first, and into an archive."""
+
+    def hold(self, name: str, *, reason: str, by: str, **filters: Unpack[Filters]) -> Hold:
+        """Keep events from being pruned and erased, whatever else is asked, until the hold is released."""
+
+    def release_hold(self, name: str, *, by: str) -> Hold:
+        """Release a hold, and return what it was."""
+
+    def holds(self) -> Page[Hold]:
+        """Return the holds in force, oldest first; ValueError on a store that is bound to one organisation."""
+
+    def erase(self, request_id: str, *, reason: str, by: str, archive: str | PathLike[str] | None = None) -> Erased:
+        """Blank what one request held: arguments, labels, free texts, and every hash by which they could be guessed."""
+
+    def find(
+        self, *, caller_id: str | None = None, text: str | None = None, archive: str | PathLike[str] | None = None
+    ) -> Page[FoundRecord]:
+        """Return what an erasure request is about: events and approvals, of a caller or that hold a text, or both."""
+
+    def prune_approvals(
+        self,
+        before: Moment,
+        *,
+        by: str,
+        archive: str | PathLike[str] | None = None,
+        discard: bool = False,
+        below_floor: bool = False,
+    ) -> PrunedApprovals:
+        """Take approvals that are over out of the table, with votes and delivered notices."""
+
+class SyncSinkManager:
+    def list(self) -> Page[dict[str, Any]]:
+        """Return how far each sink is, by name."""
+
+    def dead_letters(self, sink: str | None = None, limit: int = 50) -> Page[dict[str, Any]]:
+        """Return events that were refused for good, newest first; `request_id` is None for one that was pruned."""
+
+    def redrive(self, sink: str | None = None) -> int:
+        """Send dead letters again: those of one sink, or all. Whoever ships to the sink does it, before new events."""
+
+    def forget(self, sink: str) -> bool:
+        """Forget how far a sink is, and what it has refused: the next `ship` begins anew. False: nothing was known."""
+
 class SyncGatewayStore:
     @property
     def settings(self) -> StoreSettings:
@@ -367,12 +437,16 @@ class SyncGatewayStore:
         """Seal the audit log, verify it, and prove from it what happened."""
 
     @property
-    def retention(self) -> RetentionManager:
+    def retention(self) -> SyncRetentionManager:
         """What is kept and for how long: holds, pruning into an archive, erasing."""
 
     @property
     def notifications(self) -> SyncNotificationManager:
         """The notices that notifiers received, and those that they have still to receive."""
+
+    @property
+    def sinks(self) -> SyncSinkManager:
+        """The sinks to which `audit.ship` has shipped: how far they are, and what they have refused."""
 
     @property
     def plugins(self) -> Plugins:

@@ -55,6 +55,8 @@ METRICS = {
     "outbox.due": Metric("gauge", "{notice}", "Notices whose time to be sent has come, by notifier"),
     "outbox.dead": Metric("gauge", "{notice}", "Notices that were given up, by notifier"),
     "outbox.oldest_due_age": Metric("gauge", "s", "How long the oldest due notice has been due, by notifier"),
+    "sinks.lag": Metric("gauge", "s", "Age of the oldest event that a sink has not taken, by sink and org"),
+    "sinks.dead": Metric("gauge", "{event}", "Events that a sink has refused for good, by sink and org"),
     "delivery.duration": Metric("histogram", "s", "Duration of one attempt to deliver, by notifier and status"),
     "keys.verifications": Metric("counter", "{verification}", "Verified API keys by result: ok, or the error"),
     "redis.breaker_open": Metric("gauge", "{breaker}", "1 while Redis is not used after a fault, else 0"),

@@ -13,7 +13,10 @@ from builders import CALL, make_event, make_request
 
 MARK = "belongs-to-globex"
 """Stands in everything that the other organisation has written."""
-TABLES = ("audit_events", "api_keys", "approval_requests", "approval_votes", "notification_deliveries")
+TABLES = (
+    *("audit_events", "api_keys", "approval_requests", "approval_votes", "notification_deliveries"),
+    "audit_dead_letters",
+)
 
 SAME_NAMES = {"request_id": "r-1", "caller_id": "dev-agent"}
 

@@ -78,6 +78,10 @@ async def _without_cursor(page: Awaitable[Page[AuditEvent]]) -> list[AuditEvent]
     return list(await page)
 
 
+async def _without_times(page: Awaitable[Page[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "moved_at"} for row in await page]
+
+
 async def _texts(frame: Awaitable[Any]) -> list[Any]:
     found = await frame
     if hasattr(found, "to_pylist"):
@@ -95,6 +99,16 @@ async def _imported(view: GatewayStore, event: AuditEvent) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "e.jsonl").write_text(event.model_dump_json())
         return await view.audit.import_file(Path(folder) / "e.jsonl")
+
+
+class _Refusing:
+    """A sink that refuses everything for good."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def send(self, _events: object) -> None:
+        raise errors.NotDeliveredError(self.name, is_permanent=True)
 
 
 CASES: dict[str, Case] = {
@@ -244,6 +258,14 @@ CASES |= {
     "retention.holds": lambda view, other: [view.retention.holds()],
 }
 
+CASES |= {
+    "audit.ship": lambda view, other: [view.audit.ship(_Refusing("acme"), once=True)],
+    "sinks.list": lambda view, other: [_without_times(view.sinks.list())],
+    "sinks.dead_letters": lambda view, other: [view.sinks.dead_letters(), view.sinks.dead_letters(MARK)],
+    "sinks.redrive": lambda view, other: [view.sinks.redrive(), view.sinks.redrive(MARK)],
+    "sinks.forget": lambda view, other: [view.sinks.forget(MARK)],
+}
+
 PROPERTIES = {"audit.counters"}
 """What a process counts of itself; numbers only."""
 
@@ -252,7 +274,7 @@ def surface() -> set[str]:
     """Every public method and property of the services."""
     store = GatewayStore("sqlite://", redis_url="")
     found = set()
-    for service in ("audit", "approvals", "keys", "notifications", "evidence", "retention"):
+    for service in ("audit", "approvals", "keys", "notifications", "evidence", "retention", "sinks"):
         kind = type(getattr(store, service))
         # A method that is bound to the class is another constructor.
         public = [name for name in dir(kind) if not name.startswith("_") and not inspect.ismethod(getattr(kind, name))]
@@ -300,6 +322,7 @@ async def other(store: GatewayStore) -> Other:
     settled = await settle(view, MARK)
     await settle_deliveries(settled)
     await view.keys.issue("only-there", role=MARK)
+    await view.audit.ship(_Refusing(MARK), once=True)
     return settled
 
 

@@ -27,7 +27,9 @@ from agent_gateway_store import GatewayStore
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit.manager import AuditManager
 from agent_gateway_store.delivery.manager import NotificationManager
+from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.keys.manager import KeyManager
+from agent_gateway_store.shipping.manager import SinkManager
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from builders import CALLER, make_event
 from servers import connected, run
@@ -242,6 +244,31 @@ async def _follow(store: GatewayStore) -> None:
             await asyncio.wait([waiting], timeout=0.05)
 
 
+async def _first_pages(store: GatewayStore) -> None:
+    cursor: str | None = "beginning"
+    for _ in range(3):
+        cursor = (await store.audit.changes(cursor, limit=100)).next_cursor
+
+
+async def _ship(store: GatewayStore) -> None:
+    await store.audit.ship(_Refusing(), once=True, start="now")
+    await store.audit.write(make_event())
+    await store.audit.ship(_Refusing(), once=True)
+    await store.sinks.list()
+    assert len(await store.sinks.dead_letters()) == await store.sinks.redrive("sink") == 1
+    await store.audit.ship(_Refusing(), once=True)
+    await store.sinks.forget("sink")
+
+
+class _Refusing:
+    """A sink that refuses everything for good."""
+
+    name = "sink"
+
+    async def send(self, _events: Any) -> None:
+        raise NotDeliveredError("no", is_permanent=True)
+
+
 async def _keys(store: GatewayStore) -> None:
     issued = await store.keys.issue("dev-agent", role="developer")
     await store.keys.verify(issued.plaintext)
@@ -296,7 +323,9 @@ CALLS = [
     Called("stats", lambda store: store.audit.stats("risk_label", since="1h"), by_statistics=True),
     Called("stream", lambda store: _all_of(store.audit.stream(since="1h")), by_statistics=True),
     Called("changes", lambda store: store.audit.changes(limit=10)),
+    Called("changes", _first_pages),
     Called("follow", _follow),
+    Called("ship list dead_letters redrive forget", _ship),
     Called("to_arrow", lambda store: store.audit.to_arrow(since="1h"), by_statistics=True),
     Called("to_pandas", lambda store: store.audit.to_pandas(since="1h"), by_statistics=True),
     Called("to_polars", lambda store: store.audit.to_polars(since="1h"), by_statistics=True),
@@ -312,7 +341,7 @@ CALLS = [
 
 def test_every_method_is_called() -> None:
     """So that a new one is planned for, too."""
-    services = (ApprovalManager, AuditManager, KeyManager, NotificationManager)
+    services = (ApprovalManager, AuditManager, KeyManager, NotificationManager, SinkManager)
     methods = {
         name
         for service in services
@@ -348,6 +377,25 @@ async def test_no_plan_surprises(filled: str, no_plugins: None) -> None:
                 assert at or reports.plans, "PostgreSQL reports no plans"
 
     assert not problems, "\n".join(problems)
+
+
+async def test_a_long_page_of_a_log_never_analysed_is_read_by_its_index(
+    migrated_postgres_database: Callable[[], str], no_plugins: None
+) -> None:
+    """A follower that begins at the beginning does not read and sort 100,000 events for each of its pages."""
+    url = migrated_postgres_database()
+    await asyncio.to_thread(run, _filled(url, Size(100_000, 1, 1), is_analysed=False))
+    read = []
+    for setting in ("force_custom_plan", "force_generic_plan"):
+        store = GatewayStore(url, redis_url="", settings=quiet())
+        reports = Reports(store, setting)
+        async with store:
+            first = await store.audit.changes("beginning", limit=10_000)
+            second = await store.audit.changes(first.next_cursor, limit=10_000)
+            assert (len(first), len(second)) == (10_000, 10_000)
+        read += [read_by(node) for report in reports.plans for node in nodes(report["Plan"])]
+
+    assert 0 < max(read) <= _FEW_ROWS
 
 
 async def test_asking_and_deciding_are_not_planned_each_time(filled: str, no_plugins: None) -> None:

@@ -14,7 +14,7 @@ from opentelemetry.trace import StatusCode
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
-from agent_gateway_store.errors import ApprovalNotFoundError, InvalidApiKeyError
+from agent_gateway_store.errors import ApprovalNotFoundError, InvalidApiKeyError, NotDeliveredError
 from agent_gateway_store.store import parts_of
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_event, make_request
@@ -235,6 +235,15 @@ async def test_an_event_without_a_trace_gets_that_of_its_caller(otel: Recorded, 
     assert events[0].trace_id is None
 
 
+class Refusing:
+    """A sink that refuses everything for good."""
+
+    name = "refusing"
+
+    async def send(self, _events: object) -> None:
+        raise NotDeliveredError("no", is_permanent=True)
+
+
 async def test_metrics_say_what_was_done(otel: Recorded, measured: GatewayStore) -> None:
     """Counters, histograms, and what is read from the database."""
     event = make_event()
@@ -246,6 +255,7 @@ async def test_metrics_say_what_was_done(otel: Recorded, measured: GatewayStore)
     await measured.keys.verify(key.plaintext)
     with pytest.raises(InvalidApiKeyError):
         await measured.keys.verify("nonsense")
+    await measured.audit.ship(Refusing(), once=True)
     await until(lambda: otel.metrics().get(("delivery.duration", "recording", "DELIVERED"), 0) == 3)
     await parts_of(measured).figures.refresh()
 
@@ -267,6 +277,8 @@ async def test_metrics_say_what_was_done(otel: Recorded, measured: GatewayStore)
         ("keys.verifications", "InvalidApiKeyError"): 1,
         ("outbox.dead", "recording"): 0,
         ("outbox.due", "recording"): 0,
+        ("sinks.dead", "refusing", ""): 1,
+        ("sinks.lag", "refusing", ""): 0,
         ("retention.lag",): 0,
     }
     assert {name: found.get(name) for name in expected} == expected

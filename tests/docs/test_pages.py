@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -25,7 +26,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from typer.testing import CliRunner
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall
-from agent_gateway_store.errors import DecisionVetoedError
+from agent_gateway_store.errors import DecisionVetoedError, NotDeliveredError
 from builders import make_event, make_request
 from forks import forks
 from pages import BLOCK, PAGES, blocks, python_of
@@ -34,7 +35,10 @@ pytestmark = pytest.mark.integration
 
 # The cells of a notebook: `test_notebooks.py` runs them.
 NOTEBOOKS = [f"how-to/{name}.md" for name in ("inbox", "jupyter", "plots")]
-SERVED = [f"how-to/{name}.md" for name in ("console", "fastapi", "fastmcp", "slack", "testing-plugins", "webhook")]
+SERVED = [
+    f"how-to/{name}.md"
+    for name in ("console", "fastapi", "fastmcp", "ship-events", "slack", "testing-plugins", "webhook")
+]
 AGENTS = [f"how-to/{name}.md" for name in ("langchain", "openai-agents", "pydantic-ai")]
 ELSEWHERE = (*NOTEBOOKS, *SERVED, *AGENTS)
 PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
@@ -189,6 +193,27 @@ def test_webhook_page(tmp_path: Path) -> None:
     assert printed.endswith("401\n\n")
 
 
+def test_ship_page(tmp_path: Path) -> None:
+    """The first event arrives, the second one becomes a dead letter; the file, and the page's own sink, get both."""
+    page = "how-to/ship-events.md"
+    [program] = [block["body"] for block in BLOCK.finditer(PAGES[page]) if block["title"] == "own.py"]
+    (tmp_path / "own.py").write_text(program)
+    settings = {"DATABASE_URL": "sqlite:///gateway.db", "REDIS_URL": "", "PYTHONWARNINGS": "error"}
+    printed, _ = follow(page, tmp_path, **settings)
+    own, said = run(tmp_path, sys.executable, "own.py", **settings)
+
+    assert "1 event arrived.\n" in printed
+    assert '"request_id": "r-2"' in printed
+    assert "2 events arrived.\n" in printed
+    assert "1 dead letters are due again.\n" in printed
+    assert [json.loads(line)["request_id"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == [
+        "r-1",
+        "r-2",
+    ]
+    assert own.splitlines()[:3] == [*(f'{{"request_id":"r-{n}","tool_name":"read_file"}}' for n in (1, 2)), "2"]
+    assert said == ""
+
+
 def test_prove_page(tmp_path: Path) -> None:
     """Keys, witness, verification, evidence and the published log, as the page says; then a changed event is found."""
     commands = [block for block in blocks("sh", PAGES["how-to/prove.md"]) if not block.startswith("pip install")]
@@ -239,6 +264,9 @@ async def test_grants_suffice(postgres_database: Callable[[], str]) -> None:
             await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=call)
             outcomes = [await store.audit.write(make_event()), await store.audit.write(make_event())]
             assert await store.evidence.seal() is not None
+            assert await store.audit.ship(Refusing(), once=True) == 0
+            assert (len(await store.sinks.list()), await store.sinks.redrive()) == (1, 2)
+            assert await store.sinks.forget("refusing")
 
             with pytest.raises(ProgrammingError, match="permission denied"):
                 async with store.database.sessions() as session:
@@ -249,6 +277,15 @@ async def test_grants_suffice(postgres_database: Callable[[], str]) -> None:
         await engine.dispose()
         await owner.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
         await owner.close()
+
+
+class Refusing:
+    """A sink that refuses everything for good."""
+
+    name = "refusing"
+
+    async def send(self, _events: object) -> None:
+        raise NotDeliveredError("no", is_permanent=True)
 
 
 def test_events_hash_as_the_page_says(tmp_path: Path) -> None:

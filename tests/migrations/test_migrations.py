@@ -325,7 +325,7 @@ async def test_sql_for_postgresql_gives_the_same_schema(postgres_database: Calla
     engine = create_engine(url)
 
     assert "JSONB" in script
-    assert script.count("CREATE TABLE") == 13
+    assert script.count("CREATE TABLE") == 15
     assert "secret" not in script
     await migrate.require_current(engine)
     assert await migrate.differences(engine) == []

@@ -22,6 +22,7 @@ from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
 from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
+from agent_gateway_store.plugins.http_sink import HttpSinkSettings
 from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
 from agent_gateway_store.plugins.slack.api import SlackApi
 from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookSettings
@@ -37,8 +38,8 @@ OPTIONAL = ("apprise", "httpcore", "slack_sdk", "standardwebhooks")
 
 LOADED = """
 import json, sys
-from agent_gateway_store.plugins import apprise, log, slack, webhook
-for module in (apprise, slack, webhook):
+from agent_gateway_store.plugins import apprise, file_sink, http_sink, log, slack, webhook
+for module in (apprise, file_sink, http_sink, slack, webhook):
     module.gateway_store_plugin_settings()
 print(json.dumps(sorted(name for name in sys.modules if "." not in name)))
 """
@@ -216,7 +217,10 @@ def test_they_use_only_what_a_stranger_could_use() -> None:
         assert "from agent_gateway_store.settings" not in outside, file.name
 
 
-@pytest.mark.parametrize(("page", "model"), [("webhook.md", WebhookSettings), ("slack.md", SlackSettings)])
+@pytest.mark.parametrize(
+    ("page", "model"),
+    [("webhook.md", WebhookSettings), ("slack.md", SlackSettings), ("ship-events.md", HttpSinkSettings)],
+)
 def test_the_page_names_every_setting(page: str, model: type[BaseSettings]) -> None:
     """Neither more nor less than there are; a default that is nothing is called none."""
     text = (HOW_TO / page).read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from agent_gateway_store.evidence.notes import parse_note, split_notes
-from agent_gateway_store.plugins import witness_file
 from agent_gateway_store.plugins.witness_file import WitnessFileSettings, gateway_store_checkpoint
 from sealed_log import KEY, SealedLog
 
@@ -81,7 +80,7 @@ def test_a_full_disk_leaves_no_half_of_a_note(file: Path, monkeypatch: pytest.Mo
     """Behind one the next note could not be read."""
     gateway_store_checkpoint(LOG.checkpoint(3))
     write = os.write
-    monkeypatch.setattr(witness_file.os, "write", lambda to, data: write(to, data[:10]))
+    monkeypatch.setattr(os, "write", lambda to, data: write(to, data[:10]))
     with pytest.raises(OSError, match="disk is full"):
         gateway_store_checkpoint(LOG.checkpoint(5))
     monkeypatch.undo()

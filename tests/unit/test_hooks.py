@@ -70,7 +70,7 @@ def test_there_are_hooks() -> None:
     """The hooks of this release."""
     assert {hook.__name__.removeprefix("gateway_store_") for hook in HOOKS} >= {
         *("approval_event", "audit_written", "before_audit_write", "plugin_settings", "register_commands"),
-        *("register_notifiers", "veto_decision"),
+        *("register_notifiers", "register_sinks", "veto_decision"),
     }
 
 

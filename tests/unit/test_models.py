@@ -371,6 +371,8 @@ def test_our_tables_are_not_in_the_global_metadata() -> None:
         "audit_holds",
         "audit_leaves",
         "audit_prunes",
+        "audit_dead_letters",
+        "audit_sinks",
         "audit_tiles",
         "database_identity",
         "notification_deliveries",

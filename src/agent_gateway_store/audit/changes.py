@@ -57,6 +57,9 @@ from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
 from agent_gateway_store.storage.statements import Statement
 
+# Of one statement: in a table that was never analysed PostgreSQL takes neighbours by id for scattered, and for a few
+# thousand of them would rather read and sort all of it.
+_ROWS = 500
 # Ids are signed 64-bit integers in both databases.
 _LARGEST = 2**63
 # 64 bits in hex: enough to distinguish two events that were given the same ids.
@@ -94,13 +97,20 @@ async def changes(
 ) -> tuple[list[AuditEvent], str, bool]:
     """Return the next events after `cursor` (or "now", or "beginning"), the cursor after them, and if there are more.
 
+    A `limit` of 0 with "beginning" returns a cursor before everything, which tells of what is pruned from now on.
+
     Raises:
         InvalidCursorError: The cursor is not of this listing, or the newest event that it has passed is missing here.
     """
     dialect = dialect_of(connection)
     step = _postgres_step if dialect == "postgresql" else _sqlite_step
     place = None if cursor in ("now", "beginning") else _decoded(found.scope, cursor, dialect)
-    rows, place, is_more = await step(connection, found, place, cursor == "now", limit)
+    rows: list[Sequence[Any]] = []
+    while True:
+        more, place, is_more = await step(connection, found, place, cursor == "now", min(_ROWS, limit - len(rows)))
+        rows += more
+        if not is_more or len(rows) == limit:
+            break
     return events_of(rows), encode(found.scope, json.dumps(asdict(place), separators=(",", ":")).encode()), is_more
 
 
@@ -117,8 +127,8 @@ async def _sqlite_step(
     if place is not None and pruned != place.pruned and place.id < (pruned_id or 0):
         raise EventsPrunedError(archive)
     end = _Place(id=newest_id or 0, mark=_mark(newest_id, newest), database=identity, pruned=pruned)
-    if place is None and is_now:
-        return [], end, False
+    if place is None and (is_now or limit == 0):
+        return [], end if is_now else replace(end, id=0, mark=None), False
     values = {**found.values, "p_id": place.id if place else 0}
     rows = await _statement(_added, found.shape, limit + 1).tuples(connection, values)
     if len(rows) <= limit:
@@ -148,7 +158,7 @@ async def _postgres_step(
         else:
             place = _Place(since=place.since, until=now, transaction=0, mark=mark, pruned=place.pruned)
     place = replace(place, database=identity)
-    if place.until is None:
+    if place.until is None or limit == 0:
         return [], place, False
     is_history = place.since is None
     values = {**found.values, "p_snapshot": place.until, "p_id": place.id, "p_history": history_id or 0}

@@ -18,7 +18,7 @@ from agent_gateway_store.audit.record import encode_event, hash_of
 from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow
-from agent_gateway_store.storage.files import COMPRESSIONS, Format, format_of
+from agent_gateway_store.storage.files import COMPRESSIONS, Format, counted, format_of, progress_bar
 
 # Chosen: rows of a Parquet file that are read at once.
 _BATCH_ROWS = 500
@@ -69,6 +69,16 @@ def importable(path: Path, given: str | None) -> Format:
     if found == "csv":
         raise ValueError("CSV cannot be read back exactly: export JSONL or Parquet to import it elsewhere.")
     return found
+
+
+@contextmanager
+def importing(
+    path: Path, given: str | None, *, on_refused: Callable[[str], None] | None, progress: bool | Callable[[int], None]
+) -> Iterator[Iterator[AuditEvent]]:
+    """Give the events of a file or a dataset while the progress is shown; arguments and errors are of `import_file`."""
+    kind = importable(path, given)
+    with progress_bar(progress, f"Importing {path.name}") as report:
+        yield counted(events_in(path, kind, on_refused=on_refused), report)
 
 
 def events_in(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 from uuid import UUID
 
-from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.backends import insert_event
@@ -21,11 +20,10 @@ from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, follow_pages
-from agent_gateway_store.audit.record import encode_light
+from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, followed
 from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.writer import OpenWriter
-from agent_gateway_store.audit.writes import encode_aside, write_batches, write_heavy, write_prepared
+from agent_gateway_store.audit.writes import encode_aside, write_batches, write_event
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
     import polars
     import pyarrow as pa
 
+    from agent_gateway_store.hooks.specs import Sink
     from agent_gateway_store.storage.export import ExportResult
 
 
@@ -56,6 +55,7 @@ class AuditManager:
         before, after: The plugins that may change events before they are stored, and are notified afterwards.
         hash_args: Hashes the arguments of a call, as `GatewayStore.hash_args` does.
         hash_approval: Returns the hash of an approval and its votes.
+        ship: Does what `ship` says.
     """
 
     def __init__(
@@ -68,9 +68,11 @@ class AuditManager:
         after: AfterWriteHooks,
         hash_args: Callable[[Mapping[str, Any]], str],
         hash_approval: HashApproval,
+        ship: Callable[..., Awaitable[int]],
     ) -> None:
         self._database, self._writer, self._org_id = database, writer, org_id
         self._before, self._after, self._hash_args, self._hash_approval = before, after, hash_args, hash_approval
+        self._ship = ship
         self._queries, self._lists = (AuditQuery(each, org_id=org_id) for each in (database, database.replica))
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
@@ -92,18 +94,7 @@ class AuditManager:
     @traced("audit.write", lambda _, event, trace_id: event.tool_name)
     async def _write(self, event: AuditEvent, trace_id: str | None) -> WriteOutcome:
         self._database.check_owner()
-        writer = self._writer.get()
-        try:
-            row = encode_light(event, org_id=self._org_id, trace_id=trace_id)
-        except ValidationError as exc:
-            return writer.reject(event, exc)
-        if row is not None and not self._before.is_wanted:
-            return await writer.write(row)
-        # In another task, so that cancelling the caller does not cancel the write.
-        hooks = self._before
-        if row is not None:
-            return await hooks.tasks.shielded(write_prepared(writer, hooks, row))
-        return await hooks.tasks.shielded(write_heavy(writer, hooks, event, self._org_id, trace_id))
+        return await write_event(self._writer.get(), self._before, event, self._org_id, trace_id)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one by one; return the number of each outcome.
@@ -147,14 +138,10 @@ class AuditManager:
                 content_hash says: those before it are stored.
             AuditUnavailableError: With AUDIT_MODE=strict; the batches before were stored.
         """
-        from agent_gateway_store.audit.files import events_in, importable
-        from agent_gateway_store.storage.files import counted, progress_bar
+        from agent_gateway_store.audit.files import importing
 
-        source = Path(path)
-        kind = importable(source, format)
-        with progress_bar(progress, f"Importing {source.name}") as report:
+        with importing(Path(path), format, on_refused=on_refused, progress=progress) as events:
             self._database.check_owner()
-            events = counted(events_in(source, kind, on_refused=on_refused), report)
             # Without a trace: what is imported is what was exported.
             return await write_batches(self._writer.get(), self._before, events, self._org_id, trace_id=None)
 
@@ -375,15 +362,41 @@ class AuditManager:
             InvalidCursorError, TypeError, ValueError: As for `changes`; or `poll_s` is not above zero.
             StoreUnavailableError: The database was away for longer than `patience_s`.
         """
-        if not poll_s > 0:
-            raise ValueError(f"poll_s must be above zero, not {poll_s}.")
         found = criteria(filters, org_id=self._org_id, listing="changes")
-        cursor = "now" if start is None else start
-        following = follow_pages(self._database, found, cursor, poll_s=poll_s, patience_s=patience_s)
-        async with aclosing(following) as pages:
-            async for page in pages:
-                for event in page:
-                    yield event
+        following = followed(self._database, found, start or "now", poll_s=poll_s, patience_s=patience_s)
+        async with aclosing(following) as events:
+            async for event in events:
+                yield event
+
+    async def ship(
+        self,
+        sink: str | Sink,
+        *,
+        once: bool = False,
+        start: Literal["beginning", "now"] = "beginning",
+        batch: int = 500,
+        poll_s: float = 1.0,
+    ) -> int:
+        """Send the log to a sink, in the order of `changes`, each event at least once; return how many it took.
+
+        How far the sink is stands in the database (`store.sinks`), and moves once it has acknowledged. One process at a
+        time ships to it; others wait for their turn. Cancelled, it ends after the batch under way.
+
+        Args:
+            sink: The name of a plugin's; or a `Sink`.
+            once: True returns at the end of the log, and raises what False waits out: a fault of more than a minute.
+            start: Where a sink begins to which nothing was shipped before.
+            batch: The most events at a time, 1 to 100,000.
+            poll_s: Seconds between two reads at the end of the log.
+
+        Raises:
+            SinkNotFoundError: No plugin offers such a sink.
+            InvalidCursorError: As for `changes`; `store.sinks.forget` lets the sink begin anew.
+            NotDeliveredError, StoreUnavailableError: With `once`: the sink, or the database, is away; or another
+                process ships to the sink.
+            TypeError, ValueError: `sink` is none; or another argument is out of range.
+        """
+        return await self._ship(sink, once=once, start=start, batch=batch, poll_s=poll_s)
 
     async def to_arrow(self, **filters: Unpack[Filters]) -> pa.Table:
         """Return every event that matches as an Arrow table, newest first, without making event objects.

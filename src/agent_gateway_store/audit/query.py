@@ -217,10 +217,16 @@ async def changes_page(database: Database, found: Criteria, cursor: str, limit: 
     return _page(events, following), is_more
 
 
-async def follow_pages(
+async def followed(
     database: Database, found: Criteria, cursor: str, *, poll_s: float, patience_s: float
-) -> AsyncGenerator[Page[AuditEvent]]:
-    """Yield the events committed since `cursor`, without end; a database that is away is waited for."""
+) -> AsyncGenerator[AuditEvent]:
+    """Yield the events committed since `cursor`, without end; a database that is away is waited for.
+
+    Raises:
+        ValueError: `poll_s` is not above zero.
+    """
+    if not poll_s > 0:
+        raise ValueError(f"poll_s must be above zero, not {poll_s}.")
     loop = asyncio.get_running_loop()
     answered, is_away = loop.time(), False
     while True:
@@ -235,7 +241,8 @@ async def follow_pages(
             await asyncio.sleep(min(max(poll_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S))
             continue
         is_away, cursor = False, page.next_cursor or cursor
-        yield page
+        for event in page:
+            yield event
         # Only now: the time that the consumer took over the page is not time without the database.
         answered = loop.time()
         if not is_more:

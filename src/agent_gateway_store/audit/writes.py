@@ -37,6 +37,22 @@ async def encode_aside(event: AuditEvent, *, org_id: str | None = None, trace_id
     return row
 
 
+async def write_event(
+    writer: AuditWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None, trace_id: str | None
+) -> WriteOutcome:
+    """Write one event, as `AuditManager.write` says."""
+    try:
+        row = encode_light(event, org_id=org_id, trace_id=trace_id)
+    except ValidationError as exc:
+        return writer.reject(event, exc)
+    if row is not None and not hooks.is_wanted:
+        return await writer.write(row)
+    # In another task, so that cancelling the caller does not cancel the write.
+    if row is not None:
+        return await hooks.tasks.shielded(write_prepared(writer, hooks, row))
+    return await hooks.tasks.shielded(write_heavy(writer, hooks, event, org_id, trace_id))
+
+
 async def write_heavy(
     writer: AuditWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None, trace_id: str | None
 ) -> WriteOutcome:

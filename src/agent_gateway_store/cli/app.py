@@ -18,7 +18,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agent_gateway_store.cli import approvals, db, evidence, export_import, keys, notifications, plugins, retention
+from agent_gateway_store.cli import (
+    approvals,
+    db,
+    evidence,
+    export_import,
+    keys,
+    notifications,
+    plugins,
+    retention,
+    sinks,
+)
 from agent_gateway_store.cli.context import Options, options_of
 from agent_gateway_store.cli.doctor import doctor
 from agent_gateway_store.cli.errors import ExitCode, explain
@@ -131,6 +141,7 @@ app.add_typer(evidence.app, name="evidence")
 app.add_typer(retention.app, name="retention")
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(notifications.app, name="notifications")
+app.add_typer(sinks.app, name="sinks")
 app.command("doctor")(doctor)
 
 

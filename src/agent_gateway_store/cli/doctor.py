@@ -139,6 +139,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
             await _check_retention(report, engine, settings)
             await _check_approvals(report, ctx, engine, settings)
             await _check_notifications(report, ctx, engine, settings)
+            await _check_sinks(report, ctx, engine)
     async with report.noting_errors():
         await _check_spool(report, settings)
     return report
@@ -409,3 +410,28 @@ async def _check_notifications(
             report.problem(said, ExitCode.ERROR)
         else:
             report.warning(said)
+
+
+async def _check_sinks(report: Report, ctx: typer.Context, engine: AsyncEngine) -> None:
+    """Find sinks that do not take events, and events that they have refused."""
+    from agent_gateway_store.shipping import SinkManager
+    from agent_gateway_store.storage.database import Database
+
+    database = Database(engine, owned=False)
+    database.bind_to_loop()
+    try:
+        sinks = await SinkManager(database, org_id=options_of(ctx).org).list()
+    finally:
+        await database.close()
+    report.facts["sinks"] = {row["sink"]: {name: row[name] for name in ("lag_s", "dead", "due")} for row in sinks}
+    for row in sinks:
+        name, error = row["sink"], row["last_error"]
+        if row["dead"]:
+            report.warning(f"The sink {name} has refused {row['dead']} events: see `gateway-store sinks dead {name}`.")
+        if row["lag_s"] is None:
+            report.problem(f"The sink {name} cannot go on: {error}", ExitCode.ERROR)
+        elif row["lag_s"] > _NOBODY_S:
+            why = f"it says {error!r}" if error else f"see whether `gateway-store audit ship {name}` runs"
+            report.problem(
+                f"The sink {name} lags {row['lag_s'] / 3600:,.0f} hours behind the log: {why}.", ExitCode.ERROR
+            )

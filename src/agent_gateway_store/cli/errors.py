@@ -68,6 +68,8 @@ def _code(error: Exception) -> ExitCode:
         errors.ApprovalExpiredError: ExitCode.NOT_FOUND,
         errors.ApiKeyNotFoundError: ExitCode.NOT_FOUND,
         errors.AuditEventNotFoundError: ExitCode.NOT_FOUND,
+        errors.SinkNotFoundError: ExitCode.NOT_FOUND,
+        errors.NotDeliveredError: ExitCode.UNAVAILABLE,
         errors.InvalidUrlError: ExitCode.USAGE,
         errors.InvalidCursorError: ExitCode.USAGE,
         errors.InvalidEvidenceError: ExitCode.INTEGRITY,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +32,7 @@ _COLUMNS = {
 }
 
 
-def _silent(ctx: typer.Context) -> StoreSettings:
+def silent(ctx: typer.Context) -> StoreSettings:
     """Return the settings of a store that sends nothing by itself."""
     return settings_of(ctx).model_copy(update={"notification_worker": False})
 
@@ -58,7 +58,7 @@ def list_deliveries(
         )
         return page, await store.notifications.counts()
 
-    page, counts = read_store(ctx, work, as_json=json, settings=_silent(ctx))
+    page, counts = read_store(ctx, work, as_json=json, settings=silent(ctx))
     if json:
         print_json({"items": page.to_dicts(), "next_cursor": page.next_cursor, "notifiers": list(counts)})
         return
@@ -82,16 +82,16 @@ def run_worker(
     async def work(store: GatewayStore) -> int:
         loaded = [row["notifier"] for row in await store.notifications.counts() if row["is_loaded"]]
         complain(f"Sending notices to: {', '.join(loaded) or 'nobody, for no notifier is loaded'}.")
-        return await _until_stopped(store, once=once)
+        return await until_stopped(store.notifications.run(once=once))
 
-    with _logging():
-        arrived = in_store(ctx, work, settings=_silent(ctx))
+    with logging_shown():
+        arrived = in_store(ctx, work, settings=silent(ctx))
     if once:
         say(f"{arrived} notices arrived.")
 
 
 @contextmanager
-def _logging() -> Iterator[None]:
+def logging_shown() -> Iterator[None]:
     """Show failures, and what the notifier `log` logs, on the worker's terminal."""
     root, notices = (logging.getLogger(f"agent_gateway_store{name}") for name in ("", ".notifications"))
     handler = logging.StreamHandler()
@@ -105,13 +105,13 @@ def _logging() -> Iterator[None]:
         notices.setLevel(level)
 
 
-async def _until_stopped(store: GatewayStore, *, once: bool) -> int:
-    """Run the worker until it ends or a signal ends it; returns how many notices arrived."""
+async def until_stopped(work: Coroutine[Any, Any, int]) -> int:
+    """Run what sends until it ends or a signal ends it; returns how much arrived, 0 after a signal."""
     import asyncio
 
-    # A cancelled worker ends in order: it waits for the attempts under way, and records them.
+    # What is cancelled ends in order: it waits for the attempts under way, and records them.
     loop = asyncio.get_running_loop()
-    working = loop.create_task(store.notifications.run(once=once))
+    working = loop.create_task(work)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Windows has no signal handlers in its event loop; there Ctrl-C interrupts the whole run.
         with suppress(NotImplementedError):
@@ -132,7 +132,7 @@ def redrive(
 ) -> None:
     """Send dead letters again: one, or all."""
     count = in_store(
-        ctx, lambda store: store.notifications.redrive(_id(delivery_id), notifier=notifier), settings=_silent(ctx)
+        ctx, lambda store: store.notifications.redrive(_id(delivery_id), notifier=notifier), settings=silent(ctx)
     )
     if delivery_id is not None and count == 0:
         raise CommandError(
@@ -149,7 +149,7 @@ def prune(
 ) -> None:
     """Delete the record of notices that arrived long ago; those that have not arrived stay."""
     age = duration(older_than, "--older-than")
-    count = in_store(ctx, lambda store: store.notifications.prune(age), settings=_silent(ctx))
+    count = in_store(ctx, lambda store: store.notifications.prune(age), settings=silent(ctx))
     print_result({"pruned": count}, f"{count} records of delivered notices are deleted.", as_json=json)
 
 

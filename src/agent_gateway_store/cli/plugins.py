@@ -33,6 +33,7 @@ _COLUMNS = {
     "distribution": "distribution",
     "hooks": "hooks",
     "notifiers": "notifiers",
+    "sinks": "sinks",
     "settings": "settings",
     "state": "state",
     "error": "why",
@@ -41,11 +42,12 @@ _CHECKED = {"name": "name", "settings": "settings", "notifiers": "notifiers", "o
 
 
 def _load(settings: StoreSettings) -> tuple[Plugins, dict[str, SettingsState]]:
-    """Load the plugins and ask them for their notifiers and settings. Connects nothing."""
+    """Load the plugins and ask them for their notifiers, sinks and settings. Connects nothing."""
     from agent_gateway_store.hooks.manager import Plugins
 
     plugins = Plugins()
     plugins.notifiers(settings)
+    plugins.sinks(settings)
     return plugins, plugins.settings(settings.plugin_timeout_seconds)
 
 
@@ -62,7 +64,7 @@ def plugin_records(settings: StoreSettings) -> list[dict[str, Any]]:
         only_notifies = {REGISTER} <= {*record.hooks} <= {REGISTER, SETTINGS}
         # A stranger's plugin may well work by its defaults; of ours, none that has settings does.
         unset = record.distribution == DISTRIBUTION and state is not None and state.state == "defaults"
-        if record.state == "active" and not record.notifiers and (only_notifies or unset):
+        if record.state == "active" and not (record.notifiers or record.sinks) and (only_notifies or unset):
             prefix = f": set the variables that begin with {state.prefix}" if state else ""
             item |= {"state": "idle", "error": f"it does nothing yet{prefix}"}
         found.append(item)

@@ -28,6 +28,11 @@ def backoff_s(attempt: int) -> float:
     return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt - 1, 60) + jitter)
 
 
+def wait_s(attempt: int, asked_s: float | None) -> float:
+    """Return the seconds to wait after an attempt that failed: what the receiver asked for, else `backoff_s`."""
+    return backoff_s(attempt) if asked_s is None else min(max(asked_s, _SHORTEST_S), LONGEST_ASKED_S)
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What a worker goes by.
@@ -65,6 +70,4 @@ class Policy:
             return DeliveryStatus.DELIVERED, 0.0
         if report.is_permanent or attempt >= self.max_attempts:
             return DeliveryStatus.DEAD, 0.0
-        if report.retry_after_s is None:
-            return DeliveryStatus.DUE, backoff_s(attempt)
-        return DeliveryStatus.DUE, min(max(report.retry_after_s, _SHORTEST_S), LONGEST_ASKED_S)
+        return DeliveryStatus.DUE, wait_s(attempt, report.retry_after_s)

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store._text import describe, escape
 from agent_gateway_store.hooks.markers import PROJECT
-from agent_gateway_store.hooks.plugin import REGISTER, SETTINGS, Plugin, PluginRecord, SettingsState
+from agent_gateway_store.hooks.plugin import REGISTER, REGISTER_SINKS, SETTINGS, Plugin, PluginRecord, SettingsState
 
 if TYPE_CHECKING:
-    from agent_gateway_store.hooks.specs import Notifier
+    from agent_gateway_store.hooks.specs import Notifier, Sink
     from agent_gateway_store.settings import StoreSettings
 
 LOAD_VARIABLE = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
@@ -87,6 +87,13 @@ class Plugins:
         Returns:
             Notifiers by name, in the order of loading; new ones at each call.
         """
+        return self._offered(REGISTER, "notifier", settings)
+
+    def sinks(self, settings: StoreSettings) -> dict[str, Sink]:
+        """Ask every plugin for its sinks, as `notifiers` does for those."""
+        return self._offered(REGISTER_SINKS, "sink", settings)
+
+    def _offered(self, hook: str, kind: str, settings: StoreSettings) -> dict[str, Any]:
         # Here, so that a command line without a store loads no asyncio.
         from agent_gateway_store.hooks.executor import run_in_thread
 
@@ -94,32 +101,32 @@ class Plugins:
         deadline = time.monotonic() + timeout
         asked = []
         for plugin in self._plugins:
-            plugin.forget_offer()
-            if plugin.has_notifiers:
+            plugin.forget_offer(hook)
+            if plugin.offers(hook):
                 try:
-                    future = run_in_thread(partial(plugin.offer, settings), name=f"gateway-store {plugin.name}")
+                    future = run_in_thread(partial(plugin.offer, settings, hook), name=f"gateway-store {plugin.name}")
                 except RuntimeError as exc:
-                    plugin.add_problem(describe(exc), of_notifier=True)
+                    plugin.add_problem(describe(exc), of=hook)
                 else:
                     asked.append((plugin, future))
-        notifiers: dict[str, Notifier] = {}
+        found: dict[str, Any] = {}
         for plugin, future in asked:
             try:
                 offer = future.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                plugin.add_problem(f"{REGISTER} did not return within {timeout:g} seconds", of_notifier=True)
+                plugin.add_problem(f"{hook} did not return within {timeout:g} seconds", of=hook)
                 continue
             for problem in offer.problems:
-                plugin.add_problem(problem, of_notifier=True)
-            for name, notifier in offer.fitting:
+                plugin.add_problem(problem, of=hook)
+            for name, each in offer.fitting:
                 if name in self._bundled and plugin.origin and plugin.origin[0] != DISTRIBUTION:
-                    # Also where the bundled one is not set up: its notices may not go to somebody else.
-                    plugin.add_problem(f"the name {name} is that of a bundled notifier", of_notifier=True)
-                elif notifiers.setdefault(name, notifier) is not notifier:
-                    plugin.add_problem(f"a notifier named {name} is already there", of_notifier=True)
+                    # Also where the bundled one is not set up: what is sent to it may not go to somebody else.
+                    plugin.add_problem(f"the name {name} is that of a bundled {kind}", of=hook)
+                elif found.setdefault(name, each) is not each:
+                    plugin.add_problem(f"a {kind} named {name} is already there", of=hook)
                 else:
-                    plugin.notifiers.append(name)
-        return notifiers
+                    plugin.offered[hook].append(name)
+        return found
 
     def settings(self, timeout_s: float) -> dict[str, SettingsState]:
         """Return the state of the settings that plugins declare, by plugin name. Raises nothing; records problems.

@@ -1,4 +1,4 @@
-"""One plugin: the hooks it implements, the notifiers and settings it offers, its problems."""
+"""One plugin: the hooks it implements, the notifiers, sinks and settings it offers, its problems."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
@@ -18,12 +19,14 @@ from agent_gateway_store.hooks.markers import PROJECT
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
-    from agent_gateway_store.hooks.specs import Notifier
     from agent_gateway_store.settings import StoreSettings
 
 REGISTER = "gateway_store_register_notifiers"
+REGISTER_SINKS = "gateway_store_register_sinks"
 SETTINGS = "gateway_store_plugin_settings"
 
+# What is registered by each hook: its name, and the async methods that it must have.
+_OFFERED = {REGISTER: ("notifier", ("notify_pending", "notify_decision")), REGISTER_SINKS: ("sink", ("send",))}
 # Chosen: fits a line of a log and a cell of a listing.
 _MAX_NAME = 100
 # Chosen: a shorter value is in many messages by chance.
@@ -44,6 +47,7 @@ class PluginRecord:
         state: `active`; `blocked`: not loaded, on request; `broken`: it has problems, but what works is used.
         error: Why it is blocked or broken; None if active. One line, secrets masked.
         notifiers: Names of the notifiers it gave when it was last asked.
+        sinks: Names of the sinks.
     """
 
     name: str
@@ -53,6 +57,7 @@ class PluginRecord:
     state: Literal["active", "blocked", "broken"]
     error: str | None
     notifiers: tuple[str, ...] = ()
+    sinks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +78,14 @@ class SettingsState:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The notifiers that one plugin offers.
+    """The notifiers, or the sinks, that one plugin offers.
 
     Attributes:
-        fitting: Names and notifiers of the right shape.
+        fitting: Those of the right shape, with their names.
         problems: What is wrong with the rest.
     """
 
-    fitting: list[tuple[str, Notifier]] = field(default_factory=list)
+    fitting: list[tuple[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -96,11 +101,11 @@ class Plugin:
         self.name = name
         self.origin = origin
         self.blocked: str | None = None
-        self.notifiers: list[str] = []
+        self.offered: dict[str, list[str]] = {REGISTER: [], REGISTER_SINKS: []}
         self._object: object = None
         self._is_bare = False
         self._problems: list[str] = []
-        self._notifier_problems: list[str] = []
+        self._offer_problems: dict[str, list[str]] = {REGISTER: [], REGISTER_SINKS: []}
         # One manager for each plugin, so that none can see, wrap or stop another.
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(specs)
@@ -109,7 +114,7 @@ class Plugin:
     @property
     def record(self) -> PluginRecord:
         """The plugin as it is now."""
-        problems = [*self._problems, *self._notifier_problems]
+        problems = [*self._problems, *chain(*self._offer_problems.values())]
         distribution, version = self.origin or (None, None)
         return PluginRecord(
             name=self.name,
@@ -118,22 +123,22 @@ class Plugin:
             hooks=tuple(sorted(name for name in self._specs if self.caller(name) is not None)),
             state="blocked" if self.blocked else "broken" if problems else "active",
             error=self.blocked or "; ".join(problems) or None,
-            notifiers=tuple(self.notifiers),
+            notifiers=tuple(self.offered[REGISTER]),
+            sinks=tuple(self.offered[REGISTER_SINKS]),
         )
 
-    @property
-    def has_notifiers(self) -> bool:
-        """True if it is a notifier or registers some."""
-        return self._is_bare or self.caller(REGISTER) is not None
+    def offers(self, hook: str) -> bool:
+        """Return True if it registers something by this hook, or is itself a notifier."""
+        return (self._is_bare and hook == REGISTER) or self.caller(hook) is not None
 
     def caller(self, hook: str) -> Callable[..., list[object]] | None:
         """Return the function that calls this plugin's implementations of `hook`; None if it has none."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         return caller if caller.get_hookimpls() else None
 
-    def add_problem(self, text: str, *, of_notifier: bool = False) -> None:
-        """Record and log a problem; the same one once."""
-        problems = self._notifier_problems if of_notifier else self._problems
+    def add_problem(self, text: str, *, of: str | None = None) -> None:
+        """Record and log a problem, perhaps of what it registers by the hook `of`; the same one once."""
+        problems = self._problems if of is None else self._offer_problems[of]
         if text in problems:
             return
         problems.append(text)
@@ -159,15 +164,15 @@ class Plugin:
         except BaseException as exc:
             self.add_problem(describe(exc))
 
-    def offer(self, settings: StoreSettings) -> Offer:
-        """Ask it for notifiers. Raises nothing; may take as long as the plugin likes."""
+    def offer(self, settings: StoreSettings, hook: str) -> Offer:
+        """Ask it for notifiers, or for sinks. Raises nothing; may take as long as the plugin likes."""
         # A bare notifier has no such hook, and is asked only because it is one itself.
-        register = self.caller(REGISTER)
+        register = self.caller(hook)
         try:
             answers = [[self._object]] if register is None else register(settings=settings)
         except BaseException as exc:
-            return Offer(problems=[f"{REGISTER} raised {describe(exc)}"])
-        return _examine_notifiers(answers)
+            return Offer(problems=[f"{hook} raised {describe(exc)}"])
+        return _examine(answers, hook)
 
     def settings(self) -> SettingsState | None:
         """Return the state of its settings; None if it declares none. May take as long as the plugin likes.
@@ -179,10 +184,10 @@ class Plugin:
         declared = caller() if caller else []
         return examine_settings(declared[0]) if declared else None
 
-    def forget_offer(self) -> None:
-        """Forget the notifiers, and the problems with them, of the last time it was asked."""
-        self._notifier_problems.clear()
-        self.notifiers.clear()
+    def forget_offer(self, hook: str) -> None:
+        """Forget what it registered by this hook the last time it was asked, and the problems with that."""
+        self._offer_problems[hook].clear()
+        self.offered[hook].clear()
 
     def _unknown_hooks(self) -> list[str]:
         relay: dict[str, pluggy.HookCaller] = vars(self._manager.hook)
@@ -190,33 +195,38 @@ class Plugin:
         return sorted(name for name in others if not all(impl.optionalhook for impl in relay[name].get_hookimpls()))
 
 
-def _examine_notifiers(answers: Iterable[object]) -> Offer:
-    """Check each notifier in the answers to `gateway_store_register_notifiers`. Raises nothing."""
-    offer = Offer()
+def _examine(answers: Iterable[object], hook: str) -> Offer:
+    """Check each notifier, or sink, in the answers to the hook. Raises nothing."""
+    offer, kind = Offer(), _OFFERED[hook][0]
     for answer in answers:
         if not isinstance(answer, list | tuple):
             # Closed, or Python warns that it was never awaited.
             if inspect.iscoroutine(answer):
                 answer.close()
-            offer.problems.append(f"{REGISTER} returned {type(answer).__name__}, not a list of notifiers")
+            offer.problems.append(f"{hook} returned {type(answer).__name__}, not a list of {kind}s")
             continue
         for candidate in answer:
             try:
-                offer.fitting.append((_notifier_name(candidate), cast("Notifier", candidate)))
+                offer.fitting.append((name_of(candidate, hook), candidate))
             except BaseException as exc:
                 # `name` may be a property of the plugin that raises anything.
-                offer.problems.append(f"a notifier does not fit: {describe(exc)}")
+                offer.problems.append(f"a {kind} does not fit: {describe(exc)}")
     return offer
 
 
-def _notifier_name(candidate: object) -> str:
+def name_of(candidate: object, hook: str) -> str:
+    """Return the name of a notifier, or of a sink.
+
+    Raises:
+        TypeError: It has not the shape that the hook asks for. Also whatever its attributes raise.
+    """
     kind = type(candidate).__name__
     if inspect.isclass(candidate):
         raise TypeError(f"{candidate.__name__} is a class, not an object")
     name = getattr(candidate, "name", None)
     if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > _MAX_NAME:
         raise TypeError(f"{kind} has no name (printable text of at most {_MAX_NAME} characters)")
-    for method in ("notify_pending", "notify_decision"):
+    for method in _OFFERED[hook][1]:
         if not _is_async(getattr(candidate, method, None)):
             raise TypeError(f"{kind} has no async method {method}")
     return str(name)

@@ -64,6 +64,52 @@ def gateway_store_register_notifiers(settings: StoreSettings) -> Sequence[Notifi
     """
 
 
+@runtime_checkable
+class Sink(Protocol):
+    """Takes the events of the audit log, in the order of their commits: a SIEM, a data lake, a file.
+
+    `send` runs in its own thread and event loop, and is cancelled after `PLUGIN_TIMEOUT_SECONDS`. One process at a time
+    ships to a sink, one batch after the other; a batch whose acknowledgement was not recorded comes again, so that an
+    event can come more than once. Its `org_id` and `request_id` name it.
+
+    Attributes:
+        name: Unique among all sinks, and the same in every process: what was shipped is kept under it. Printable, at
+            most 100 characters.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    async def send(self, events: Sequence[AuditEvent]) -> None:
+        """Take a batch; returning means that it is safe, and it is not sent again.
+
+        `event.model_dump_json()` is the line that `audit export` writes.
+
+        Args:
+            events: At least one, in order. Copies.
+
+        Raises:
+            NotDeliveredError: It was not taken, and is sent again later; with `is_permanent`: an event of it is refused
+                for good, and the batch is divided until that one is alone, which becomes a dead letter. Any other
+                exception means that it was not taken.
+        """
+
+
+@hookspec
+def gateway_store_register_sinks(settings: StoreSettings) -> Sequence[Sink] | None:
+    """Contribute sinks for `store.audit.ship`. Called when a sink is asked for, in a thread; must not be async.
+
+    Each sink is checked apart from the others: one of the wrong shape, or whose name is taken, is left out and
+    recorded.
+
+    Args:
+        settings: Settings of the store. Holds secrets: do not log it.
+
+    Returns:
+        A list of sinks; None or an empty list for none, for example because nothing is configured.
+    """
+
+
 @hookspec
 def gateway_store_approval_event(notice: Notice) -> Awaitable[None] | None:
     """Receive every notice, after the change it is about was committed.

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from agent_gateway_store.models import approval, audit, delivery, evidence, keys, retention  # noqa: F401  each adds its tables
+from agent_gateway_store.models import (  # noqa: F401  each adds its tables
+    approval,
+    audit,
+    delivery,
+    evidence,
+    keys,
+    retention,
+    shipping,
+)
 from agent_gateway_store.models.base import metadata
 
 __all__ = ["metadata"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.plugins._files import append
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.evidence import Checkpoint
@@ -48,27 +48,3 @@ def gateway_store_checkpoint(checkpoint: Checkpoint) -> None:
 def gateway_store_plugin_settings() -> type[WitnessFileSettings]:
     """Return the class of its settings."""
     return WitnessFileSettings
-
-
-def append(path: Path, data: bytes) -> None:
-    """Append all of `data` to a file and force it to disk, or leave the file as it was and raise OSError."""
-    is_new = not path.exists()
-    # Windows would write a line end as two characters, which no signature is over.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-    file = os.open(path, flags, 0o600)
-    try:
-        size = os.fstat(file).st_size
-        if os.write(file, data) < len(data):
-            # A full disk takes a part, behind which the next note could not be read.
-            os.ftruncate(file, size)
-            raise OSError("The disk is full: the checkpoint was not kept.")
-        os.fsync(file)
-    finally:
-        os.close(file)
-    if is_new and hasattr(os, "O_DIRECTORY"):
-        # The file's name is on disk only when its folder is.
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

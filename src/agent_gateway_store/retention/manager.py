@@ -16,14 +16,15 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.evidence.sealer import Sealer
 from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
-from agent_gateway_store.results.page import Page
+from agent_gateway_store.results import Page
 from agent_gateway_store.retention import find, holds
 from agent_gateway_store.retention.approvals import ApprovalPruner
 from agent_gateway_store.retention.erase import Eraser
-from agent_gateway_store.retention.lock import PAUSE_S, RetentionLock
+from agent_gateway_store.retention.lock import PAUSE_S
 from agent_gateway_store.retention.prune import Place, Pruner
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.exclusive import ExclusiveLock
 from agent_gateway_store.storage.files import progress_bar
 from agent_gateway_store.storage.filters import Moment, instant
 from agent_gateway_store.telemetry import traced
@@ -47,7 +48,7 @@ class RetentionManager:
         self,
         database: Database,
         sealer: Sealer,
-        lock: RetentionLock,
+        lock: ExclusiveLock,
         settings: StoreSettings,
         *,
         forget: Callable[[Collection[UUID]], Awaitable[bool]],

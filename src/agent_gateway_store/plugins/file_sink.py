@@ -1,0 +1,106 @@
+"""Sink `file-sink`: appends events as lines of JSON to a file, for an agent that reads it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from agent_gateway_store._text import require_visible, strip_texts
+from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.plugins._files import append
+
+if TYPE_CHECKING:
+    from agent_gateway_store.models.audit import AuditEvent
+    from agent_gateway_store.settings import StoreSettings
+
+PREFIX = "AGENT_GATEWAY_STORE_FILE_SINK_"
+# Bytes read at a time to find the last line end: longer than most events.
+_BLOCK = 65_536
+
+
+class FileSinkSettings(BaseSettings):
+    """Settings of the file sink, each from `AGENT_GATEWAY_STORE_FILE_SINK_<NAME>`.
+
+    Attributes:
+        path: File to append to; its folder must exist. None: the plugin does nothing.
+    """
+
+    model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True, frozen=True)
+
+    path: Path | None = None
+
+    _strip = model_validator(mode="before")(strip_texts)
+    _require_visible = model_validator(mode="after")(require_visible)
+
+
+class FileSink:
+    """Appends a batch and forces it to disk. The file can be renamed at any time, as logrotate does: the next is new.
+
+    Args:
+        path: The file, which nobody else writes. A new one is for its owner alone.
+
+    Attributes:
+        name: `file-sink`.
+    """
+
+    name = "file-sink"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path).expanduser()
+        # A disk that hangs longer than a plugin may take: what is written late must not come behind what follows it.
+        self._lock = threading.Lock()
+
+    async def send(self, events: Sequence[AuditEvent]) -> None:
+        """Append the events, behind the last whole line.
+
+        Raises:
+            OSError: The file cannot be written, and is as it was.
+            ValueError: It is somebody else's file.
+        """
+        lines = "".join(f"{event.model_dump_json()}\n" for event in events).encode()
+        with self._lock:
+            _repair(self._path)
+            append(self._path, lines)
+
+
+def _repair(path: Path) -> None:
+    """Take away the part of a line that a writer left which was killed: its batch was not acknowledged.
+
+    Raises:
+        ValueError: The file ends in something else than the beginning of an event.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = place = file.seek(0, os.SEEK_END)
+        torn = b""
+        while place and b"\n" not in torn:
+            place, size = max(0, place - _BLOCK), min(_BLOCK, place)
+            file.seek(place)
+            torn = file.read(size) + torn
+        torn = torn.rpartition(b"\n")[2]
+        if not torn:
+            return
+        if not torn.startswith(b"{"):
+            raise ValueError("The file does not end in lines of JSON: name another one.")
+        file.truncate(end - len(torn))
+        os.fsync(file.fileno())
+
+
+@hookimpl
+def gateway_store_register_sinks(settings: StoreSettings) -> list[FileSink]:
+    """Contribute the sink if its path is set."""
+    path = FileSinkSettings().path
+    return [] if path is None else [FileSink(path)]
+
+
+@hookimpl
+def gateway_store_plugin_settings() -> type[FileSinkSettings]:
+    """Return the class of its settings."""
+    return FileSinkSettings

@@ -1,0 +1,142 @@
+"""One at a time in all processes that share a database."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.storage.database import Database, read_committed
+from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
+from agent_gateway_store.storage.files import create_database_file
+from agent_gateway_store.storage.urls import is_memory
+
+POLL_S = 0.01
+"""Seconds between two tries to lock a file. Chosen: a person notices no such wait."""
+# PostgreSQL's lock_not_available: lock_timeout ended the wait.
+_NOT_AVAILABLE = "55P03"
+# Idle while others work: the server's limits are meant for other transactions.
+_LIMITS = """
+SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{wait_ms}ms' ELSE '0' END, true) FROM pg_settings
+WHERE name IN ('lock_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
+"""
+
+StillHeld: TypeAlias = Callable[[], Awaitable[None]]
+"""Raises StoreUnavailableError where the lock was lost since it was taken."""
+
+
+def key_of(name: str) -> int:
+    """Return the key of a lock that is not known before it is needed: 63 bits, so that no two meet by chance."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8]) >> 1
+
+
+class ExclusiveLock:
+    """A lock of one database, which dies with its holder: an advisory lock, or one of a file beside SQLite's.
+
+    Args:
+        database: Whose.
+        key: Of the advisory lock.
+        suffix: What the name of the file ends in.
+        wait_s: How long to wait for it, in seconds; 0: not at all.
+        busy: What to say where another process has it, as the beginning of a sentence.
+    """
+
+    def __init__(self, database: Database, *, key: int, suffix: str, wait_s: float, busy: str) -> None:
+        self._database, self._key, self._suffix, self._wait_s, self._busy = database, key, suffix, wait_s, busy
+        self._here = asyncio.Lock()
+
+    @asynccontextmanager
+    async def __call__(self) -> AsyncIterator[StillHeld]:
+        """Wait for the lock; yield what raises StoreUnavailableError where it was lost meanwhile.
+
+        Raises:
+            StoreUnavailableError: Another process has it, or the database is away.
+        """
+        self._database.check_owner()
+        async with self._here:
+            context = self._advisory if self._database.dialect == "postgresql" else self._file
+            async with context() as still_held:
+                yield still_held
+
+    @asynccontextmanager
+    async def _advisory(self) -> AsyncIterator[StillHeld]:
+        with translate_errors("be locked against other processes"):
+            driver: Any = None
+            try:
+                # Outside the pool, which may have a single place; a transaction, because PgBouncer gives nobody a
+                # session.
+                async with read_committed(self._database.engine).connect() as connection:
+                    driver = (await connection.get_raw_connection()).driver_connection
+                    await connection.run_sync(lambda sync: sync.detach())
+                    await self._take(connection)
+
+                    async def still_held() -> None:
+                        await connection.execute(text("SELECT 1"))
+
+                    yield still_held
+            finally:
+                # SQLAlchemy only forgets a detached connection whose statement was cancelled: without this it would
+                # hold the lock until the garbage collector comes by.
+                if driver is not None:
+                    driver.terminate()
+
+    async def _take(self, connection: AsyncConnection) -> None:
+        await connection.execute(text(_LIMITS.format(wait_ms=round(self._wait_s * 1000))))
+        if self._wait_s == 0:
+            taken = (await connection.execute(text(f"SELECT pg_try_advisory_xact_lock({self._key})"))).scalar()
+            if not taken:
+                raise StoreUnavailableError(f"{self._busy}: try again.")
+            return
+        try:
+            await connection.execute(text(f"SELECT pg_advisory_xact_lock({self._key})"))
+        except DBAPIError as exc:
+            if sqlstate_of(exc) == _NOT_AVAILABLE:
+                raise StoreUnavailableError(f"{self._busy}: try again.") from exc
+            raise
+
+    @asynccontextmanager
+    async def _file(self) -> AsyncIterator[StillHeld]:
+        async def still_held() -> None:
+            """Return: the lock of a file is not lost."""
+
+        url = self._database.engine.url
+        if is_memory(url) or not url.database:
+            yield still_held
+            return
+        path = Path(url.database.removeprefix("file:").partition("?")[0] + self._suffix)
+        lock = await self._taken(path)
+        try:
+            yield still_held
+        finally:
+            lock.close()
+
+    async def _taken(self, path: Path) -> sqlite3.Connection:
+        create_database_file(path)
+        deadline = asyncio.get_running_loop().time() + self._wait_s
+        try:
+            # SQLite's own locks work on every platform, and end with the process that holds them.
+            lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+            try:
+                while True:
+                    try:
+                        lock.execute("BEGIN EXCLUSIVE")
+                    except sqlite3.OperationalError:
+                        if asyncio.get_running_loop().time() >= deadline:
+                            raise
+                        await asyncio.sleep(POLL_S)
+                    else:
+                        return lock
+            except BaseException:
+                lock.close()
+                raise
+        except sqlite3.OperationalError as exc:
+            raise StoreUnavailableError(f"{self._busy}, or {path} cannot be written: try again.") from exc
