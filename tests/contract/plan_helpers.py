@@ -23,7 +23,7 @@ TABLES = (
     "notification_deliveries",
 )
 # A page of a listing, and what a sweep or a claim takes at once, may cost so many rows of another kind.
-_FEW_ROWS = 1_000
+FEW_ROWS = 1_000
 _MOST_READ_FOR_ONE = 20
 _WORST_ESTIMATE = 1_000
 
@@ -84,9 +84,9 @@ def faults(report: dict[str, Any], *, reads_all: bool) -> list[str]:
     returned = max([returned, *(node["Actual Rows"] * node["Actual Loops"] for node in grouped)])
     for node in everything:
         read, loops = read_by(node), node["Actual Loops"]
-        if node["Node Type"] == "Seq Scan" and read > _FEW_ROWS and not reads_all:
+        if node["Node Type"] == "Seq Scan" and read > FEW_ROWS and not reads_all:
             found.append(f"sequential scan of {node['Relation Name']}: {read:.0f} rows")
-        elif read > max(_FEW_ROWS, _MOST_READ_FOR_ONE * returned) and not reads_all:
+        elif read > max(FEW_ROWS, _MOST_READ_FOR_ONE * returned) and not reads_all:
             found.append(f"{read:.0f} rows of {node['Relation Name']} read for {returned:.0f}")
         if node["Actual Rows"] * loops > _WORST_ESTIMATE * max(1, node["Plan Rows"] * loops) and not reads_all:
             found.append(f"{node['Actual Rows']} rows where {node['Plan Rows']} were expected")

@@ -20,7 +20,7 @@ from uuid import UUID, uuid4
 import pytest
 from contract_helpers import CALL, make_request
 from delivery_helpers import Post, quiet
-from plan_helpers import Reports, copies, faults
+from plan_helpers import FEW_ROWS, Reports, copies, faults, nodes, read_by
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import GatewayStore
@@ -395,7 +395,7 @@ async def test_a_long_page_of_a_log_never_analysed_is_read_by_its_index(
             assert (len(first), len(second)) == (10_000, 10_000)
         read += [read_by(node) for report in reports.plans for node in nodes(report["Plan"])]
 
-    assert 0 < max(read) <= _FEW_ROWS
+    assert 0 < max(read) <= FEW_ROWS
 
 
 async def test_asking_and_deciding_are_not_planned_each_time(filled: str, no_plugins: None) -> None:

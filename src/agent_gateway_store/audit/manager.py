@@ -15,7 +15,6 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_event, recorded
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
@@ -23,7 +22,7 @@ from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, followed
 from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.writer import OpenWriter
-from agent_gateway_store.audit.writes import encode_aside, write_batches, write_event
+from agent_gateway_store.audit.writes import encode_aside, record_event, write_batches, write_event
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
@@ -31,10 +30,9 @@ from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.results.cells import columns_of
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.filters import duration
-from agent_gateway_store.storage.host import require_session, session_connection, sole_use
-from agent_gateway_store.telemetry import current_trace_id, traced
+from agent_gateway_store.storage.host import require_session
+from agent_gateway_store.telemetry import current_trace_id
 
 if TYPE_CHECKING:
     import pandas
@@ -88,12 +86,9 @@ class AuditManager:
             StoreNotOpenError: The store is not open here.
             TypeError: `event` is not an AuditEvent.
         """
-        # Taken before our own span, which differs from one attempt to the next: the same event stays the same.
-        return await self._write(event, current_trace_id())
-
-    @traced("audit.write", lambda _, event, trace_id: event.tool_name)
-    async def _write(self, event: AuditEvent, trace_id: str | None) -> WriteOutcome:
         self._database.check_owner()
+        # Taken before our own span, which differs from one attempt to the next: the same event stays the same.
+        trace_id = current_trace_id()
         return await write_event(self._writer.get(), self._before, event, self._org_id, trace_id)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
@@ -199,11 +194,9 @@ class AuditManager:
     async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
         """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed.
 
-        Unless it finds `limit` of them it looks at every intent, and takes longer the more there are.
-
         Args:
             older_than: Only those from before so long ago, as in "10m": younger ones may run still.
-            limit: At most so many, 1 to 100,000.
+            limit: At most so many, 1 to 100,000. Where there are fewer, every intent is looked at.
         """
         before = utc_now() - duration("older_than", older_than)
         return await self._queries.orphans(before, limit=check_limit(limit))
@@ -225,10 +218,8 @@ class AuditManager:
         row = await encode_aside(event, org_id=self._org_id, trace_id=current_trace_id())
         if self._before.is_wanted:
             (row,) = await self._before.prepare([row])
-        with translate_errors("record the event", in_session=True), sole_use(session):
-            connection = await session_connection(session, AuditEvent, writing=True, atomic=True)
-            self._writer.has_recorded = True
-            return await insert_event(connection, row)
+        self._writer.has_recorded = True
+        return await record_event(session, row)
 
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.
@@ -384,17 +375,15 @@ class AuditManager:
 
         Args:
             sink: The name of a plugin's; or a `Sink`.
-            once: True returns at the end of the log, and raises what False waits out: a fault of more than a minute.
+            once: True returns at the end of the log, and raises a fault of more than a minute, which False waits out.
             start: Where a sink begins to which nothing was shipped before.
             batch: The most events at a time, 1 to 100,000.
             poll_s: Seconds between two reads at the end of the log.
 
         Raises:
-            SinkNotFoundError: No plugin offers such a sink.
             InvalidCursorError: As for `changes`; `store.sinks.forget` lets the sink begin anew.
-            NotDeliveredError, StoreUnavailableError: With `once`: the sink, or the database, is away; or another
-                process ships to the sink.
-            TypeError, ValueError: `sink` is none; or another argument is out of range.
+            NotDeliveredError, StoreUnavailableError: With `once`: sink or database are away, or another process ships.
+            SinkNotFoundError, TypeError, ValueError: There is no such sink; or another argument is out of range.
         """
         return await self._ship(sink, once=once, start=start, batch=batch, poll_s=poll_s)
 
@@ -444,10 +433,8 @@ class AuditManager:
             format: None: by the suffix of `path` (.jsonl, .csv, .parquet, and .gz or .zst after the first two).
             compression: None: by the suffix; Parquet is compressed by zstd.
             partition_by: "day": `path` becomes a Parquet dataset with a folder `day=YYYY-MM-DD` for each UTC day.
-            raw: CSV only. False puts an apostrophe before text that a spreadsheet could take for a formula, which
-                alters the data; True leaves the data as it is.
-            overwrite: Replace the file at `path`, or the dataset there by a dataset. A link stays, and what it leads to
-                is replaced.
+            raw: CSV only. False puts an apostrophe before text that a spreadsheet could take for a formula.
+            overwrite: Replace the file at `path`, or the dataset there by a dataset; of a link, what it leads to.
             progress: True shows a progress bar; a function is called with the rows written so far, also from a thread.
 
         Raises:

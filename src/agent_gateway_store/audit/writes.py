@@ -17,7 +17,9 @@ from agent_gateway_store.audit.record import EncodedRow, encode_event, encode_li
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import SessionTransactions
-from agent_gateway_store.telemetry import current_trace_id
+from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.host import session_connection, sole_use
+from agent_gateway_store.telemetry import current_trace_id, traced
 
 # Chosen, of a commit of `write_many`: twice the batch of single writes, as no caller waits for one event of it.
 BULK_ROWS = 2_000
@@ -37,6 +39,7 @@ async def encode_aside(event: AuditEvent, *, org_id: str | None = None, trace_id
     return row
 
 
+@traced("audit.write", lambda _writer, _hooks, event, *_: event.tool_name)
 async def write_event(
     writer: AuditWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None, trace_id: str | None
 ) -> WriteOutcome:
@@ -162,6 +165,13 @@ async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> A
         yield some
         # A plain iterable never lets the event loop run.
         await asyncio.sleep(0)
+
+
+async def record_event(session: AsyncSession, row: EncodedRow) -> WriteOutcome:
+    """Store a row in the transaction of the caller's session, as `AuditManager.record` says."""
+    with translate_errors("record the event", in_session=True), sole_use(session):
+        connection = await session_connection(session, AuditEvent, writing=True, atomic=True)
+        return await insert_event(connection, row)
 
 
 class AuditLogger:
