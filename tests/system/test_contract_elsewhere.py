@@ -71,10 +71,9 @@ def test_behind_pgbouncer() -> None:
 
 def test_reading_on_a_replica() -> None:
     """On a standby that has applied every commit before it is acknowledged, every answer is the same."""
-    with PostgresServer() as primary, PostgresServer(standby_of=primary) as standby:
-        waiting = {"synchronous_standby_names": "*", "synchronous_commit": "remote_apply"}
-        changed = [f"ALTER SYSTEM SET {name} = '{value}'" for name, value in waiting.items()]
-        run(execute(primary.url, *changed, "SELECT pg_reload_conf()"))
+    waiting = {"synchronous_commit": "remote_apply"}
+    with PostgresServer(settings=waiting) as primary, PostgresServer(standby_of=primary) as standby:
+        run(execute(primary.url, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()"))
         environment = {"AGS_TEST_POSTGRES_URL": primary.url, "AGS_TEST_READ_ADDRESS": f"127.0.0.1:{standby.port}"}
         run_suite(environment, but=f"{OWN_DRIVER} or {OWN_DATABASE} or {LOCKING}")
 
