@@ -15,7 +15,7 @@ import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from agent_gateway_store import AuditEvent, GatewayStore
-from agent_gateway_store.audit.backends import Sink, sink_for
+from agent_gateway_store.audit.backends import Backend, backend_for
 from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.record import encode_event
 from agent_gateway_store.storage.database import create_engine
@@ -51,18 +51,18 @@ def counted_batches() -> Iterator[list[int]]:
     """Have every store that is opened meanwhile note the sizes of its batches."""
     sizes: list[int] = []
 
-    def counting_sink(engine: AsyncEngine) -> Sink:
-        sink = sink_for(engine)
-        commit = sink.store
+    def counting_backend(engine: AsyncEngine) -> Backend:
+        backend = backend_for(engine)
+        commit = backend.store
 
         async def counting(rows: Sequence[Any]) -> Any:
             sizes.append(len(rows))
             return await commit(rows)
 
-        sink.store = counting  # type: ignore[method-assign]
-        return sink
+        backend.store = counting  # type: ignore[method-assign]
+        return backend
 
-    with patch("agent_gateway_store.store.sink_for", counting_sink):
+    with patch("agent_gateway_store.store.backend_for", counting_backend):
         yield sizes
 
 

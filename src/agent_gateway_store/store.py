@@ -20,7 +20,7 @@ from agent_gateway_store.approval.queries import ApprovalRef
 from agent_gateway_store.approval.reports import decision_hash
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.audit import AuditManager
-from agent_gateway_store.audit.backends import sink_for
+from agent_gateway_store.audit.backends import backend_for
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
@@ -343,8 +343,8 @@ class _Core:
             spool = Spool(self.settings.audit_spool_path, self.database.engine.url, identity)
             strict = self.settings.audit_mode == "strict"
             on_standby = await is_standby(self.database.engine)
-            sink = sink_for(self.database.engine)
-            writer = AuditWriter(sink, spool, strict=strict, notify=notify, on_standby=on_standby)
+            backend = backend_for(self.database.engine)
+            writer = AuditWriter(backend, spool, strict=strict, notify=notify, on_standby=on_standby)
             if self.settings.otel_enabled:
                 telemetry.enable(self.figures)
         except BaseException:

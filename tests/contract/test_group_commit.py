@@ -16,7 +16,7 @@ import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
 from builders import make_event
-from proofs.harness import TRIGGERS, WatchedSink, spooled_ids, stored_events, stored_ids
+from proofs.harness import TRIGGERS, WatchedBackend, spooled_ids, stored_events, stored_ids
 
 STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
 
@@ -48,7 +48,7 @@ async def begin_writes(
 
 async def test_a_lone_write_is_committed_when_it_returns(store: GatewayStore, database_url: str) -> None:
     """Another store sees the event as soon as its writer was told STORED, and it went in a batch of its own."""
-    sink, event = await WatchedSink.within(store), make_event()
+    backend, event = await WatchedBackend.within(store), make_event()
 
     outcome = await store.audit.write(event)
     async with GatewayStore(database_url, redis_url="") as other:
@@ -56,20 +56,20 @@ async def test_a_lone_write_is_committed_when_it_returns(store: GatewayStore, da
 
     assert outcome is STORED
     assert found is not None
-    assert sink.batches == [1]
+    assert backend.batches == [1]
     assert store.audit.counters.stored == 1
 
 
 async def test_two_hundred_concurrent_writers_are_all_stored(store: GatewayStore) -> None:
     """Each is told STORED, each event is there once, and they share a few commits."""
-    sink = await WatchedSink.within(store)
+    backend = await WatchedBackend.within(store)
 
     outcomes = await asyncio.gather(*await begin_writes(store, 200))
 
     assert outcomes == [STORED] * 200
     assert list((await stored_ids(store)).values()) == [1] * 200
-    assert sum(sink.batches) == 200
-    assert len(sink.batches) < 20
+    assert sum(backend.batches) == 200
+    assert len(backend.batches) < 20
     assert (store.audit.counters.stored, store.audit.counters.queue_depth) == (200, 0)
 
 
@@ -79,30 +79,30 @@ def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "MIN_SHARE_ROWS", 10_000)
 
 
-async def held_writes(store: GatewayStore, sink: WatchedSink) -> list[asyncio.Task[WriteOutcome]]:
-    """Begin a write for each batch that the sink takes at once, and hold them there."""
-    sink.gate.clear()
+async def held_writes(store: GatewayStore, backend: WatchedBackend) -> list[asyncio.Task[WriteOutcome]]:
+    """Begin a write for each batch that the backend takes at once, and hold them there."""
+    backend.gate.clear()
     tasks = []
-    for number in range(sink.places):
+    for number in range(backend.places):
         tasks += await begin_writes(store, 1)
         await asyncio.sleep(0)
-        assert sink.batches == [1] * (number + 1)
+        assert backend.batches == [1] * (number + 1)
     return tasks
 
 
 @pytest.mark.usefixtures("unshared")
 async def test_what_arrives_during_commits_goes_together_in_the_next(store: GatewayStore) -> None:
     """The first writes start at once; those that come while they are under way form one batch, in their order."""
-    sink = await WatchedSink.within(store)
-    first = await held_writes(store, sink)
+    backend = await WatchedBackend.within(store)
+    first = await held_writes(store, backend)
 
     numbers = iter(range(150))
     rest = await begin_writes(store, 150, lambda: make_event(latency_ms=next(numbers), tool_name="rest"))
     assert store.audit.counters.queue_depth == len(first) + 150
-    sink.gate.set()
+    backend.gate.set()
     await asyncio.gather(*first, *rest)
 
-    assert sink.batches == [*[1] * len(first), 150]
+    assert backend.batches == [*[1] * len(first), 150]
     stored = [event.latency_ms for event in await stored_events(store) if event.tool_name == "rest"]
     assert stored == list(range(150))
 
@@ -110,11 +110,11 @@ async def test_what_arrives_during_commits_goes_together_in_the_next(store: Gate
 @pytest.mark.parametrize("size", [2, 31, 64])
 async def test_a_crowd_is_taken_from_the_first_on(store: GatewayStore, size: int) -> None:
     """Nobody goes alone; a large crowd is shared out to the connections, of which SQLite has one."""
-    sink = await WatchedSink.within(store)
+    backend = await WatchedBackend.within(store)
 
     assert await asyncio.gather(*await begin_writes(store, size)) == [STORED] * size
 
-    assert sink.batches == ([32, 32] if size == 64 and sink.places == 2 else [size])
+    assert backend.batches == ([32, 32] if size == 64 and backend.places == 2 else [size])
 
 
 async def test_the_event_itself_is_not_changed(store: GatewayStore) -> None:
@@ -165,13 +165,13 @@ async def test_a_cancelled_caller_takes_no_event_with_it(store: GatewayStore, mo
 async def test_cancelling_every_task_loses_nothing(database_url: str, lone: bool) -> None:
     """As a signal handler may: the store's own tasks are cancelled in mid-commit, and `close` still stores it all."""
     store = await GatewayStore(database_url, redis_url="").open()
-    sink = await WatchedSink.within(store)
-    sink.gate.clear()
+    backend = await WatchedBackend.within(store)
+    backend.gate.clear()
     before = asyncio.all_tasks()
     await begin_writes(store, 1 if lone else 50)
     for _ in range(3):
         await asyncio.sleep(0)
-    assert sink.batches
+    assert backend.batches
 
     for _ in range(2):
         for task in asyncio.all_tasks() - before:
@@ -181,7 +181,7 @@ async def test_cancelling_every_task_loses_nothing(database_url: str, lone: bool
     await asyncio.sleep(0)
     for task in asyncio.all_tasks() - before - {closing}:
         task.cancel()
-    sink.gate.set()
+    backend.gate.set()
     await asyncio.wait_for(closing, 10)
 
     async with GatewayStore(database_url, redis_url="") as again:
@@ -195,13 +195,13 @@ async def test_a_cancelled_lone_caller_leaves_no_error_behind(
     """In the strict mode nobody is left to hear that its event was refused, so the loop does not complain either."""
     settings = StoreSettings(audit_mode="strict")
     async with GatewayStore(database_url, redis_url="", settings=settings) as strict:
-        sink = await WatchedSink.within(strict)
-        sink.gate.clear()
+        backend = await WatchedBackend.within(strict)
+        backend.gate.clear()
         task = (await begin_writes(strict, 1))[0]
         await asyncio.sleep(0)
-        sink.fault = "away"
+        backend.fault = "away"
         task.cancel()
-        sink.gate.set()
+        backend.gate.set()
         with pytest.raises(asyncio.CancelledError):
             await task
         await strict.audit.flush()
@@ -221,20 +221,20 @@ async def test_a_full_queue_holds_writers_back(
         monkeypatch.setattr(writer_module, "MAX_QUEUED_BYTES", 5 * 100_000)
         monkeypatch.setattr(writer_module, "MAX_BATCH_BYTES", 2 * 100_000)
     monkeypatch.setattr(writer_module, "MAX_BATCH_ROWS", 5)
-    sink = await WatchedSink.within(store)
-    sink.gate.clear()
+    backend = await WatchedBackend.within(store)
+    backend.gate.clear()
     big = {"llm_explanation": "x" * 60_000, "risk_labels": ["x" * 40_000]}
     tasks = await begin_writes(store, 100, lambda: make_event(**(big if limit == "bytes" else {})))
     for _ in range(5):
         await asyncio.sleep(0)
 
     kept = store.audit.counters.queue_depth
-    sink.gate.set()
+    backend.gate.set()
     outcomes = await asyncio.wait_for(asyncio.gather(*tasks), 30)
 
-    assert kept <= 10 + 5 * sink.places
+    assert kept <= 10 + 5 * backend.places
     assert outcomes == [STORED] * 100
-    assert max(sink.batches) <= 5
+    assert max(backend.batches) <= 5
 
 
 @pytest.mark.usefixtures("unshared")
@@ -243,23 +243,23 @@ async def test_one_bad_row_fails_nobody_else(refusing_url: str, mode: str) -> No
     """What a trigger refuses is set aside, or raises for its own caller; the rest of its batch is stored."""
     settings = StoreSettings(audit_mode=mode)
     async with GatewayStore(refusing_url, redis_url="", settings=settings) as store:
-        sink = await WatchedSink.within(store)
-        first = await held_writes(store, sink)
+        backend = await WatchedBackend.within(store)
+        first = await held_writes(store, backend)
         before = await begin_writes(store, 30)
         poison = await begin_writes(store, 1, lambda: make_event(tool_name="poison"))
         after = await begin_writes(store, 30)
-        sink.gate.set()
+        backend.gate.set()
 
-        assert await asyncio.gather(*first, *before, *after) == [STORED] * (60 + sink.places)
+        assert await asyncio.gather(*first, *before, *after) == [STORED] * (60 + backend.places)
         if mode == "strict":
             with pytest.raises(AuditUnavailableError):
                 await poison[0]
         else:
             assert await poison[0] is SPOOLED
-        assert sink.batches == [*[1] * sink.places, 61]
+        assert backend.batches == [*[1] * backend.places, 61]
         assert await store.audit.write(make_event()) is STORED
         assert await store.audit.flush() == 0
-        assert len(await stored_ids(store)) == 61 + sink.places
+        assert len(await stored_ids(store)) == 61 + backend.places
         if mode == "spool":
             assert len(spooled_ids(settings.audit_spool_path, poisoned=True)) == 1
             assert spooled_ids(settings.audit_spool_path) == []
@@ -281,15 +281,15 @@ async def test_a_bad_row_alone_and_in_bulk_is_set_aside(refusing_url: str) -> No
 
 async def test_flush_waits_for_what_was_written_before(store: GatewayStore) -> None:
     """It returns when everything queued at its call is acknowledged."""
-    sink = await WatchedSink.within(store)
-    sink.gate.clear()
+    backend = await WatchedBackend.within(store)
+    backend.gate.clear()
     tasks = await begin_writes(store, 20)
     flush = asyncio.create_task(store.audit.flush())
     for _ in range(20):  # turns enough to end, if nothing held it
         await asyncio.sleep(0)
     assert not flush.done()
 
-    sink.gate.set()
+    backend.gate.set()
 
     assert await flush == 0
     await asyncio.sleep(0)
@@ -318,11 +318,11 @@ async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(writer_module, "MAX_QUEUED_ROWS", 20)
     monkeypatch.setattr(writer_module, "MAX_BATCH_ROWS", 10)
     store = await GatewayStore(database_url, redis_url="").open()
-    sink = await WatchedSink.within(store)
-    sink.gate.clear()
+    backend = await WatchedBackend.within(store)
+    backend.gate.clear()
     events = (make_event() for _ in range(4_500))
     bulk = asyncio.create_task(store.audit.write_many(events))
-    while not sink.batches:
+    while not backend.batches:
         await asyncio.sleep(0)
     tasks = await begin_writes(store, 100)
     closing = asyncio.create_task(store.close())
@@ -330,7 +330,7 @@ async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) 
         await asyncio.sleep(0)
     assert not closing.done()
 
-    sink.gate.set()
+    backend.gate.set()
     await closing
 
     assert await asyncio.gather(*tasks) == [STORED] * 100
@@ -338,7 +338,7 @@ async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) 
         await bulk
     async with GatewayStore(database_url, redis_url="") as again:
         found = await stored_ids(again)
-    assert len(found) == found.total() == 100 + sum(number for number in sink.batches if number >= 2_000)
+    assert len(found) == found.total() == 100 + sum(number for number in backend.batches if number >= 2_000)
 
 
 async def test_counters_add_up(store: GatewayStore) -> None:

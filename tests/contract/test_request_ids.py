@@ -12,12 +12,12 @@ from contract_helpers import counted_statements
 from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, AuditLogger, GatewayStore, WriteOutcome
-from agent_gateway_store.audit.backends import sink_for
+from agent_gateway_store.audit.backends import backend_for
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, hash_of, key_of, with_derived_id
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter
 from builders import make_event, rehash
-from proofs.harness import TRIGGERS, WatchedSink, stored_events
+from proofs.harness import TRIGGERS, WatchedBackend, stored_events
 
 STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
 
@@ -29,11 +29,11 @@ def derived_id(event: AuditEvent) -> str:
 
 async def in_one_batch(store: GatewayStore, events: list[AuditEvent]) -> list[WriteOutcome]:
     """Write events as one batch; give their outcomes, in order."""
-    sink = WatchedSink(sink_for(store.database.engine))
-    writer = AuditWriter(sink, Spool(Path("none.db"), store.database.engine.url))
+    backend = WatchedBackend(backend_for(store.database.engine))
+    writer = AuditWriter(backend, Spool(Path("none.db"), store.database.engine.url))
     outcomes = await writer.write_batch([encode_event(event) for event in events])
     await writer.close()
-    assert sink.batches[0] == len({event.request_id for event in events})
+    assert backend.batches[0] == len({event.request_id for event in events})
     return outcomes
 
 

@@ -20,7 +20,7 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, SchemaOutOfDateError
 from builders import make_event, rehash
 from proofs.harness import (
-    WatchedSink,
+    WatchedBackend,
     eventually,
     identity_of,
     migrated,
@@ -41,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 async def leave(url: str, request_id: str) -> None:
     """Leave an event in the spool, by a store whose database is away."""
     async with GatewayStore(url, redis_url="") as store:
-        (await WatchedSink.within(store)).fault = "away"
+        (await WatchedBackend.within(store)).fault = "away"
         assert await store.audit.write(make_event(request_id=request_id)) is SPOOLED
 
 
@@ -77,7 +77,7 @@ async def test_another_database_under_the_same_spelling_gets_no_foreign_row(data
     before = await identity_of(database_url)
     await leave(database_url, "waits")
     async with GatewayStore(database_url, redis_url="") as store:
-        (await WatchedSink.within(store)).fault = "away"
+        (await WatchedBackend.within(store)).fault = "away"
         await restored(store)
     async with GatewayStore(database_url, redis_url="") as store:
         assert await store.audit.flush() == 0
@@ -100,15 +100,15 @@ async def test_another_database_that_comes_up_in_an_outage_gets_no_foreign_row(
 ) -> None:
     """The store stays open meanwhile: its rows wait on, its new events go to the database that answers now."""
     async with GatewayStore(database_url, redis_url="") as store:
-        sink = await WatchedSink.within(store)
-        sink.fault = "away"
+        backend = await WatchedBackend.within(store)
+        backend.fault = "away"
         assert await store.audit.write(make_event(request_id="waits")) is SPOOLED
         await restored(store)
-        sink.fault = None
+        backend.fault = None
         await eventually(lambda: spool_is_empty(store))
-        sink.fault = "away"
+        backend.fault = "away"
         assert await store.audit.write(make_event(request_id="later")) is SPOOLED
-        sink.fault = None
+        backend.fault = None
         await eventually(lambda: spool_is_empty(store))
         found = await stored_ids(store)
 
@@ -170,8 +170,8 @@ async def test_strict_brings_in_what_an_earlier_mode_left(database_url: str, pat
     await leave(database_url, "two")
     async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as store:
         await eventually(lambda: asyncio.sleep(0, not spooled_ids(path)))
-        sink = await WatchedSink.within(store)
-        sink.fault = "away"
+        backend = await WatchedBackend.within(store)
+        backend.fault = "away"
         with pytest.raises(AuditUnavailableError):
             await store.audit.write(make_event())
 
@@ -192,11 +192,11 @@ async def test_any_name_of_a_file_is_that_file(tmp_path: Path, name: str, caplog
     path = tmp_path / "spools" / name
     async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_spool_path=path)) as store:
         assert "lost" not in caplog.text
-        sink = await WatchedSink.within(store)
-        sink.fault = "away"
+        backend = await WatchedBackend.within(store)
+        backend.fault = "away"
         assert await store.audit.write(make_event(request_id="here")) is SPOOLED
         assert spooled_ids(path) == ["here"]
-        sink.fault = None
+        backend.fault = None
         await eventually(lambda: spool_is_empty(store))
 
 

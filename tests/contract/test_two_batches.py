@@ -13,10 +13,10 @@ from contract_helpers import until
 from sqlalchemy import make_url
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
-from agent_gateway_store.audit.backends import PostgresSink
+from agent_gateway_store.audit.backends import PostgresBackend
 from agent_gateway_store.errors import AuditUnavailableError
 from builders import make_event
-from proofs.harness import WatchedSink, execute, spooled_ids, stored_events, stored_ids
+from proofs.harness import WatchedBackend, execute, spooled_ids, stored_events, stored_ids
 
 STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
 
@@ -118,13 +118,13 @@ async def test_the_same_events_in_both_batches_are_stored_once(url: str) -> None
     events = [make_event(tool_name="sleepy") for _ in range(3)]
     reused = [make_event(tool_name="sleepy", request_id="reused", latency_ms=number) for number in (1, 2)]
     async with GatewayStore(url, redis_url="") as store:
-        sink = await WatchedSink.within(store)
-        sink.gate.clear()
+        backend = await WatchedBackend.within(store)
+        backend.gate.clear()
         first = write(store, *events, reused[0])
-        await until(lambda: len(sink.batches) == 1)
+        await until(lambda: len(backend.batches) == 1)
         second = write(store, reused[1], *reversed(events))
-        await until(lambda: len(sink.batches) == 2)
-        sink.gate.set()
+        await until(lambda: len(backend.batches) == 2)
+        backend.gate.set()
         outcomes = [await asyncio.gather(*tasks) for tasks in (first, second)]
         labels = Counter(bool(event.risk_labels) for event in await stored_events(store))
         ids = await stored_ids(store)
@@ -169,23 +169,23 @@ async def cut_off(store: GatewayStore, tasks: list[asyncio.Task[WriteOutcome]]) 
         raise ConnectionResetError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PostgresSink, "_copy", gone)
+        patch.setattr(PostgresBackend, "_copy", gone)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_an_outage_that_both_batches_meet_at_once_loses_nothing(url: str) -> None:
     """The spool, which is made by the first of them, keeps the events of both."""
     async with GatewayStore(url, redis_url="") as store:
-        sink = await WatchedSink.within(store)
-        sink.fault = "away"
-        sink.gate.clear()
+        backend = await WatchedBackend.within(store)
+        backend.fault = "away"
+        backend.gate.clear()
         tasks = write(store, *(make_event() for _ in range(64)))
-        await until(lambda: len(sink.batches) == 2)
-        sink.gate.set()
+        await until(lambda: len(backend.batches) == 2)
+        backend.gate.set()
         outcomes = await asyncio.gather(*tasks)
-        assert (sink.batches, Counter(outcomes)) == ([32, 32], {SPOOLED: 64})
+        assert (backend.batches, Counter(outcomes)) == ([32, 32], {SPOOLED: 64})
 
-        sink.fault = None
+        backend.fault = None
         assert await store.audit.flush() == 0
         assert len(await stored_ids(store)) == 64
 

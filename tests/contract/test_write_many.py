@@ -11,7 +11,7 @@ from sqlalchemy import make_url, text
 
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
 from builders import make_event
-from proofs.harness import WatchedSink, stored_events, stored_ids
+from proofs.harness import WatchedBackend, stored_events, stored_ids
 
 STORED, DUPLICATE = WriteOutcome.STORED, WriteOutcome.DUPLICATE
 
@@ -49,11 +49,11 @@ async def test_any_source_is_stored_in_its_order(store: GatewayStore, kind: str)
 
 async def test_an_empty_source_stores_nothing(store: GatewayStore) -> None:
     """Nothing in, nothing counted, no commit."""
-    sink = await WatchedSink.within(store)
+    backend = await WatchedBackend.within(store)
 
     assert await store.audit.write_many([]) == {}
     assert await store.audit.write_many(numbered_async(0)) == {}
-    assert sink.batches == []
+    assert backend.batches == []
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
@@ -79,19 +79,19 @@ async def test_what_is_no_event_stops_the_source(store: GatewayStore) -> None:
 
 async def test_batches_begun_survive_a_cancelled_caller(store: GatewayStore) -> None:
     """The caller is cancelled while a batch is under way: that batch is stored whole."""
-    sink = await WatchedSink.within(store)
-    sink.gate.clear()
+    backend = await WatchedBackend.within(store)
+    backend.gate.clear()
     bulk = asyncio.create_task(store.audit.write_many(numbered(6_500)))
-    while not sink.batches:
+    while not backend.batches:
         await asyncio.sleep(0.001)
 
     bulk.cancel()
     await asyncio.sleep(0.01)
-    sink.gate.set()
+    backend.gate.set()
     with pytest.raises(asyncio.CancelledError):
         await bulk
 
-    assert len(await stored_ids(store)) == sum(sink.batches)
+    assert len(await stored_ids(store)) == sum(backend.batches)
 
 
 async def test_bulk_and_single_writes_go_on_side_by_side(store: GatewayStore) -> None:

@@ -17,7 +17,7 @@ from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, from_values, key_of
 from builders import make_event, rehash
 from proofs.harness import (
-    WatchedSink,
+    WatchedBackend,
     eventually,
     migrated,
     spool_is_empty,
@@ -78,11 +78,11 @@ async def test_every_hostile_event_survives_the_spool(url: str) -> None:
     hostile = Hostile(seed=3)
     events = [hostile.event() for _ in range(300)]
     async with GatewayStore(url, redis_url="") as store:
-        sink = await WatchedSink.within(store)
-        sink.fault = "away"
+        backend = await WatchedBackend.within(store)
+        backend.fault = "away"
         assert set(await asyncio.gather(*map(store.audit.write, events[:150]))) == {SPOOLED}
         assert await store.audit.write_many(events[150:]) == {SPOOLED: 150}
-        sink.fault = None
+        backend.fault = None
         await eventually(lambda: spool_is_empty(store))
 
         found = await as_stored(store)
@@ -106,7 +106,7 @@ class Walk:
         self._spool = spool
         self._rng = random.Random(seed)
         self._stores: list[GatewayStore] = []
-        self._sinks: list[WatchedSink] = []
+        self._backends: list[WatchedBackend] = []
         self.written: dict[int, AuditEvent] = {}
         self.by_id: defaultdict[str, set[int]] = defaultdict(set)
         self.steps: Counter[str] = Counter()
@@ -124,8 +124,8 @@ class Walk:
                 await getattr(self, f"_{name}")()
                 if number % 10 == 9:
                     await self._check(complete=False)
-            for sink in self._sinks:
-                sink.fault = None
+            for backend in self._backends:
+                backend.fault = None
             for store in self._stores:
                 await eventually(lambda store=store: spool_is_empty(store))
             await self._check(complete=True)
@@ -147,7 +147,7 @@ class Walk:
     async def _open(self) -> None:
         store = GatewayStore(self._url, redis_url="")
         self._stores.append(store)
-        self._sinks.append(await WatchedSink.within(store))
+        self._backends.append(await WatchedBackend.within(store))
 
     def _new(self, request_id: str | None = None) -> AuditEvent:
         number = len(self.written)
@@ -183,11 +183,11 @@ class Walk:
         await self._send([self._rng.choice(makers)() for _ in range(20)])
 
     async def _fail(self) -> None:
-        self._rng.choice(self._sinks).fault = self._rng.choice(("away", "cut off"))
+        self._rng.choice(self._backends).fault = self._rng.choice(("away", "cut off"))
 
     async def _heal(self) -> None:
-        for sink in self._sinks:
-            sink.fault = None
+        for backend in self._backends:
+            backend.fault = None
         await asyncio.sleep(self._rng.choice((0, 0.03)))
 
     async def _flush(self) -> None:
@@ -195,7 +195,7 @@ class Walk:
 
     async def _restart(self) -> None:
         await self._stores.pop(0).close()
-        self._sinks.pop(0)
+        self._backends.pop(0)
         await self._open()
 
     async def _check(self, *, complete: bool) -> None:

@@ -11,7 +11,7 @@ from audit_helpers import SHORT_S, Listener, open_with
 from agent_gateway_store import WriteOutcome, hookimpl
 from agent_gateway_store.audit import hooks
 from builders import make_event
-from proofs.harness import WatchedSink
+from proofs.harness import WatchedBackend
 
 pytestmark = pytest.mark.unit
 
@@ -96,11 +96,11 @@ async def test_events_from_the_spool_are_told_when_they_are_brought_in() -> None
     """Not while they wait: they are no part of the record yet."""
     listener = Listener()
     async with open_with(listener) as store:
-        sink = await WatchedSink.within(store)
-        sink.fault = "away"
+        backend = await WatchedBackend.within(store)
+        backend.fault = "away"
         assert await store.audit.write(make_event(request_id="r-1")) is WriteOutcome.SPOOLED
         assert listener.heard == []
-        sink.fault = None
+        backend.fault = None
         assert await store.audit.flush() == 0
 
     assert listener.heard == ["r-1"]

@@ -1,4 +1,4 @@
-"""What the proofs share: events, sinks that count and fail, what a database and a spool hold, writers under load."""
+"""What the proofs share: events, backends that count and fail, what a database and a spool hold, writers under load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sqlalchemy import select
 
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
-from agent_gateway_store.audit.backends import RowResult, Sink, sink_for
+from agent_gateway_store.audit.backends import Backend, RowResult, backend_for
 from agent_gateway_store.audit.record import EncodedRow
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
@@ -152,8 +152,8 @@ async def spool_is_empty(store: GatewayStore) -> bool:
     return await store.audit.flush() == 0
 
 
-class WatchedSink:
-    """A sink that notes its batches, can hold them back, and fails when told to.
+class WatchedBackend:
+    """A backend that notes its batches, can hold them back, and fails when told to.
 
     Attributes:
         batches: The number of rows of each batch.
@@ -161,20 +161,20 @@ class WatchedSink:
         fault: What the next batches meet: `None`; `away`, an outage before the commit; `cut off`, one after it.
     """
 
-    def __init__(self, sink: Sink) -> None:
-        self.places = sink.places
+    def __init__(self, backend: Backend) -> None:
+        self.places = backend.places
         self.batches: list[int] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.fault: str | None = None
-        self._sink = sink
+        self._backend = backend
 
     @classmethod
-    async def within(cls, store: GatewayStore) -> WatchedSink:
-        """Close a store and open it again with one before its sink."""
+    async def within(cls, store: GatewayStore) -> WatchedBackend:
+        """Close a store and open it again with one before its backend."""
         await store.close()
-        watched = cls(sink_for(store.database.engine))
-        with patch("agent_gateway_store.store.sink_for", lambda _engine: watched):
+        watched = cls(backend_for(store.database.engine))
+        with patch("agent_gateway_store.store.backend_for", lambda _engine: watched):
             await store.open()
         return watched
 
@@ -183,7 +183,7 @@ class WatchedSink:
         await self.gate.wait()
         if self.fault == "away":
             raise ConnectionResetError
-        results = await self._sink.store(rows)
+        results = await self._backend.store(rows)
         if self.fault == "cut off":
             raise ConnectionResetError
         return results
@@ -191,10 +191,10 @@ class WatchedSink:
     async def probe(self) -> str:
         if self.fault:
             raise ConnectionResetError
-        return await self._sink.probe()
+        return await self._backend.probe()
 
     async def close(self) -> None:
-        await self._sink.close()
+        await self._backend.close()
 
 
 @dataclass

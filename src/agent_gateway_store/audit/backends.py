@@ -1,6 +1,6 @@
-"""The sinks, where batches of rows are committed in the fastest safe way of each driver.
+"""The backends, where batches of rows are committed in the fastest safe way of each driver.
 
-A sink raises if the database cannot answer, or ends the transaction in favour of others each time it is tried. A row
+A backend raises if the database cannot answer, or ends the transaction in favour of others each time it is tried. A row
 that the database refuses does not fail its batch: its place in the results holds the error instead of an outcome.
 """
 
@@ -45,7 +45,7 @@ _PROBE_TIMEOUT_S = 1.0
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
 
 
-class Sink(Protocol):
+class Backend(Protocol):
     """Commits batches, of as many tasks at once as it has places.
 
     Attributes:
@@ -67,13 +67,13 @@ class Sink(Protocol):
         ...
 
 
-def sink_for(engine: AsyncEngine) -> Sink:
-    """Return the sink for an engine's driver."""
-    return PostgresSink(engine) if engine.dialect.driver == "asyncpg" else SqliteSink(engine)
+def backend_for(engine: AsyncEngine) -> Backend:
+    """Return the backend for an engine's driver."""
+    return PostgresBackend(engine) if engine.dialect.driver == "asyncpg" else SqliteBackend(engine)
 
 
-async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]:
-    """Commit `rows`, whose keys may repeat, and return the result of each, in order. Raises what the sink raises.
+async def store_batch(backend: Backend, rows: Sequence[EncodedRow]) -> list[RowResult]:
+    """Commit `rows`, whose keys may repeat, and return the result of each, in order. Raises what the backend raises.
 
     The same event twice is stored once; different events under one id are stored one after the other, as if they had
     been in different batches.
@@ -90,10 +90,10 @@ async def store_batch(sink: Sink, rows: Sequence[EncodedRow]) -> list[RowResult]
         else:
             others.append(index)
     if not repeats and not others:
-        return await sink.store(rows)
-    results = dict(zip(first.values(), await sink.store([rows[index] for index in first.values()]), strict=True))
+        return await backend.store(rows)
+    results = dict(zip(first.values(), await backend.store([rows[index] for index in first.values()]), strict=True))
     if others:
-        results |= dict(zip(others, await store_batch(sink, [rows[index] for index in others]), strict=True))
+        results |= dict(zip(others, await store_batch(backend, [rows[index] for index in others]), strict=True))
     for index, seen in repeats.items():
         results[index] = WriteOutcome.DUPLICATE if results[seen] is WriteOutcome.STORED else results[seen]
     return [results[index] for index in range(len(rows))]
@@ -144,7 +144,7 @@ async def _insert_free(
     return [results[index] for index in range(len(rows))]
 
 
-class SqliteSink:
+class SqliteBackend:
     """`executemany` in one transaction on the driver's own connection.
 
     It waits less long for another process that has the write lock than an ordinary transaction does: there is the
@@ -238,7 +238,7 @@ async def _insert_unknown(driver: aiosqlite.Connection, rows: Sequence[EncodedRo
     return await _insert_free(rows, insert)
 
 
-class PostgresSink:
+class PostgresBackend:
     """COPY on two separate connections, outside the pool; a single row by INSERT.
 
     COPY cannot skip a conflict, so if a key is taken the batch is sent again as one INSERT ... ON CONFLICT.

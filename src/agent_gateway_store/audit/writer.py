@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BatchQueue
-from agent_gateway_store.audit.backends import RowResult, Sink, store_batch
+from agent_gateway_store.audit.backends import Backend, RowResult, store_batch
 from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
 from agent_gateway_store.audit.record import EncodedRow, from_values, size_of, to_values
@@ -73,7 +73,7 @@ class AuditWriter:
     """Takes rows from any number of tasks of one event loop and commits them in batches.
 
     Args:
-        sink: Where rows are committed; closed with this.
+        backend: Where rows are committed; closed with this.
         spool: Where rows wait while the database is away.
         strict: Writes raise instead; what an earlier mode left in the spool is brought in all the same.
         notify: Receives the rows that were committed; must not raise. None: there is no plugin for them.
@@ -82,7 +82,7 @@ class AuditWriter:
 
     def __init__(
         self,
-        sink: Sink,
+        backend: Backend,
         spool: Spool,
         *,
         strict: bool = False,
@@ -92,12 +92,12 @@ class AuditWriter:
         self._on_standby = on_standby
         self.spool = spool
         self._is_strict = strict
-        self._sink = sink
+        self._backend = backend
         self._notify = notify
         self._queue: BatchQueue[EncodedRow, WriteOutcome] = BatchQueue(
             self._commit,
             max_items=MAX_BATCH_ROWS,
-            places=sink.places,
+            places=backend.places,
             min_share=MIN_SHARE_ROWS,
             max_bytes=MAX_BATCH_BYTES,
             size=size_of,
@@ -106,8 +106,8 @@ class AuditWriter:
         )
         self._counts = Counter[WriteOutcome]()
         self._replayed = 0
-        # One for each batch that the sink takes at once; all of them for what must be alone.
-        self._commits = asyncio.Semaphore(sink.places)
+        # One for each batch that the backend takes at once; all of them for what must be alone.
+        self._commits = asyncio.Semaphore(backend.places)
         self._recovering = asyncio.Lock()
         self._recoverer: asyncio.Task[None] | None = None
         self._is_away = False
@@ -191,9 +191,9 @@ class AuditWriter:
         if self._recoverer is not None:
             self._recoverer.cancel()
             await asyncio.wait([self._recoverer])
-        # A replay or a bulk commit that is under way still uses the sink.
+        # A replay or a bulk commit that is under way still uses the backend.
         async with self._recovering, self._no_commit():
-            await self._sink.close()
+            await self._backend.close()
             await self.spool.close()
 
     def _check_open(self) -> None:
@@ -204,7 +204,7 @@ class AuditWriter:
     async def _no_commit(self) -> AsyncIterator[None]:
         """Wait for the commits under way and let none begin. Only with `_recovering`: two that wait for each other."""
         async with AsyncExitStack() as stack:
-            for _ in range(self._sink.places):
+            for _ in range(self._backend.places):
                 await stack.enter_async_context(self._commits)
             yield
 
@@ -217,7 +217,7 @@ class AuditWriter:
                 return await self._spool_or_fail(rows, None)
             try:
                 with telemetry.timed("audit.commit_duration"):
-                    results = await store_batch(self._sink, rows)
+                    results = await store_batch(self._backend, rows)
             except Exception as exc:
                 if conflict_of(exc) is not None:
                     _logger.error("Other transactions were in the way of audit events, also when tried again.")
@@ -289,13 +289,13 @@ class AuditWriter:
 
     async def _replay_spool(self) -> None:
         """Write the spool to the database, in order; then let new writes go there again. Raises while it is away."""
-        # One at a time: a sink is not for two tasks at once.
+        # One at a time: a backend is not for two tasks at once.
         async with self._recovering:
             if self._is_closed:
                 return
             if self._is_away:
                 # Without the other lock: while a database hangs, rows must be spooled all the same.
-                await self._sink.probe()
+                await self._backend.probe()
             while True:
                 # With the lock, so that nothing is spooled between the last rows and the end of the outage.
                 async with self._no_commit():
@@ -309,7 +309,7 @@ class AuditWriter:
         if not self.spool.exists:
             return 0
         # Before each batch: another server may answer under the same URL by now, and it must not get these rows.
-        identity = await self._sink.probe()
+        identity = await self._backend.probe()
         if identity != self.spool.identity:
             _logger.error("The URL of the database leads to another one now: `gateway-store doctor` lists what waits.")
             self.spool.identity = identity
@@ -318,7 +318,7 @@ class AuditWriter:
         if not waiting:
             return 0
         rows = [from_values(values) for _, values in waiting]
-        results = await store_batch(self._sink, rows)
+        results = await store_batch(self._backend, rows)
         done = []
         with self._spool_must_answer():
             for (row_id, _), result in zip(waiting, results, strict=True):
