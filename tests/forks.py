@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from os import _exit
 from pathlib import Path
 from typing import IO, Any
 
@@ -236,7 +237,7 @@ def _serve(path: str) -> dict[str, Any] | None:
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             with suppress(OSError):
                 answering.send(str(status).encode())
-            os._exit(0)
+            _exit(0)
 
 
 def _run(request: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from importlib import metadata
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import alembic.command
@@ -30,7 +31,7 @@ class _Package(metadata.PathDistribution):
 def packages_are_read_once(patch: pytest.MonkeyPatch) -> None:
     """Keep what the metadata of installed packages says: each store looks into all of them for plugins."""
     every = metadata.distributions
-    installed = [_Package(each._path) for each in every(path=[_INSTALLED])]  # type: ignore[attr-defined]
+    installed = [_Package(path) for path in Path(_INSTALLED).glob("*.dist-info")]
 
     def distributions(**context: Any) -> Iterable[metadata.Distribution]:
         if context:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # Run as a script, this module finds the others of the tests beside its folder.
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,7 +31,6 @@ from agent_gateway_store.archive import Archive
 from agent_gateway_store.archive.manifest import NAME
 from agent_gateway_store.errors import AuditEventNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest
-from agent_gateway_store.retention import approvals
 from agent_gateway_store.testing import RecordingNotifier
 from builders import make_event
 
@@ -112,7 +112,7 @@ async def prune_until_killed(url: str, redis_url: str, folder: Folder, _what: st
         await require_approvals(store, folder, asked)
         asked += [str(await used_approval(store, f"r-{at}-{number}")) for number in range(APPROVALS)]
         folder.state.write_text(json.dumps(asked))
-    approvals._BATCH_ROWS = 2
+    patch("agent_gateway_store.retention.approvals._BATCH_ROWS", 2).start()
     countdown, store = armed(opened(url, redis_url))
     async with store:
         clock.move(LATER)
