@@ -129,7 +129,8 @@ class Waiters:
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.slow)])
 async def test_a_standby_takes_over_from_a_primary_that_was_killed(primary: PostgresServer, rounds: int) -> None:
-    """64 writers, 20 waiters and an approver, none of which restarts; the commits wait for the standby."""
+    """64 writers, 20 waiters, an approver, a follower and a sealer, none of which restarts; the commits wait for the
+    standby."""
     with ExitStack() as stack:
         standby = stack.enter_context(PostgresServer(durable=True, standby_of=primary))
         await commit_on_both(primary)
@@ -139,7 +140,8 @@ async def test_a_standby_takes_over_from_a_primary_that_was_killed(primary: Post
             writing = group.create_task(load.run(events_until(lambda: waiters.is_over)))
             tasks = [group.create_task(waiters.follow_tokens()) for _ in range(15)]
             tasks += [group.create_task(waiters.acquire()) for _ in range(5)]
-            approving = group.create_task(waiters.approve(other))
+            seen = Counter[str]()
+            beside = [group.create_task(work) for work in (waiters.approve(other), follow(other, seen), seal(other))]
             for number in range(rounds):
                 if number:
                     primary, standby = standby, await asyncio.to_thread(rebuilt, stack, primary, standby)
@@ -152,17 +154,39 @@ async def test_a_standby_takes_over_from_a_primary_that_was_killed(primary: Post
                 await ended(waiters, 20)
             waiters.is_over = True
             await asyncio.wait([writing, *tasks])
-            approving.cancel()
             await eventually(lambda: spool_is_empty(store), 60)
             verdict = await load.judge()
+            await eventually(lambda: has_seen(seen, load), 60)
+            for task in beside:
+                task.cancel()
+            await store.evidence.seal()
+            verified = await store.evidence.verify()
             rows = {row.request_id: row.status for row in [each async for each in store.approvals.stream()]}
             print(f"{rounds} failovers in {time.monotonic() - started:.0f} s: {load}; {len(waiters.ended)} waits")
 
     assert verdict == Verdict()
+    assert set(seen.values()) == {1}
+    assert (verified.ok, verified.unsealed, verified.checked) == (True, 0, len(load.acknowledged))
     assert {result.status for result in waiters.ended} <= {"APPROVED", "USED"}
     assert set(waiters.used.values()) == {1}
     assert all(rows[name] == "USED" for name in waiters.used)
     assert not waiters.unknown & waiters.used.keys()
+
+
+async def follow(store: GatewayStore, seen: Counter[str]) -> None:
+    async for event in store.audit.follow(start="beginning", poll_s=0.05):
+        seen[event.request_id] += 1
+
+
+async def has_seen(seen: Counter[str], load: Load) -> bool:
+    return load.acknowledged.keys() <= seen.keys()
+
+
+async def seal(store: GatewayStore) -> None:
+    while True:
+        with suppress(StoreUnavailableError):
+            await store.evidence.seal()
+        await asyncio.sleep(0.05)
 
 
 def events_until(is_over: Any) -> Iterator[AuditEvent]:
