@@ -66,9 +66,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests of the folders that `-m unit` leaves out; the long ones of `system` are marked there."""
+    """Mark the tests of the folders that `-m unit` leaves out, and let the slow ones take their time."""
     if not {HERE / "contract", HERE / "integration"}.isdisjoint(item.path.parents):
         item.add_marker(pytest.mark.integration)
+    if item.get_closest_marker("slow"):
+        # The limit is for the others.
+        item.add_marker(pytest.mark.timeout(0))
 
 
 @pytest.hookimpl(optionalhook=True)

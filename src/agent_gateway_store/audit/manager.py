@@ -353,8 +353,8 @@ class AuditManager:
             InvalidCursorError, TypeError, ValueError: As for `changes`; or `poll_s` is not above zero.
             StoreUnavailableError: The database was away for longer than `patience_s`.
         """
-        found = criteria(filters, org_id=self._org_id, listing="changes")
-        following = followed(self._database, found, start or "now", poll_s=poll_s, patience_s=patience_s)
+        found, cursor = criteria(filters, org_id=self._org_id, listing="changes"), "now" if start is None else start
+        following = followed(self._database, found, cursor, poll_s=poll_s, patience_s=patience_s)
         async with aclosing(following) as events:
             async for event in events:
                 yield event
