@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import yaml
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from prometheus_client import REGISTRY
 
-from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
+from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.store import parts_of
 from agent_gateway_store.telemetry import METRICS
 from agent_gateway_store.testing import RecordingNotifier
@@ -46,6 +47,15 @@ def expressions() -> Iterator[str]:
         yield from (target["expr"] for target in panel.get("targets", []))
 
 
+class Refusing:
+    """A sink that takes nothing."""
+
+    name = "siem"
+
+    async def send(self, events: Sequence[AuditEvent]) -> None:
+        raise NotDeliveredError("refused", is_permanent=True)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> dict[str, set[str]]:
     """Each name that Prometheus gets from a store which has done everything once, with its labels."""
@@ -61,6 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> dict[s
             while len(notifier.notices) < 2:
                 await asyncio.sleep(0.01)
             await store.notifications.run(once=True)
+            await store.audit.ship(Refusing(), once=True)
             await parts_of(store).figures.refresh()
             for family in REGISTRY.collect():
                 for sample in family.samples:
