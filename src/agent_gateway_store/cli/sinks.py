@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="See how far sinks are, and send again what they refused.")
 
 SinkArgument = Annotated[str, typer.Argument(help="As its plugin names it: file-sink, http-sink, ...")]
+OnlyArgument = Annotated[str | None, typer.Argument(help="Only those of this one.")]
 _COLUMNS = {
     "sink": "sink",
     "org_id": "organisation",
@@ -73,7 +74,7 @@ def list_sinks(ctx: typer.Context, json: JsonOption = False) -> None:
 @app.command()
 def dead(
     ctx: typer.Context,
-    sink: Annotated[str | None, typer.Argument(help="Only those of this one.")] = None,
+    sink: OnlyArgument = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     json: JsonOption = False,
 ) -> None:
@@ -85,7 +86,7 @@ def dead(
 @app.command()
 def redrive(
     ctx: typer.Context,
-    sink: Annotated[str | None, typer.Argument(help="Only those of this one.")] = None,
+    sink: OnlyArgument = None,
     json: JsonOption = False,
 ) -> None:
     """Send dead letters again: `audit ship` does it next, before new events."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
+from agent_gateway_store.plugins._http import retry_after_s
 from agent_gateway_store.plugins._http.urls import parse_url
 from agent_gateway_store.plugins._text import cut, fit_arguments
 from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings
@@ -25,8 +25,6 @@ MAX_BYTES = 20_000
 # which leaves room for UTF-8 and for escapes.
 _MAX_NAME, _MAX_TEXT, _MAX_ARGUMENTS = 512, 1000, 7000
 TYPES = {"pending": "approval.requested", "decision": "approval.decided"}
-# A day: an outbox row that waits longer has no use for most approvals, which have expired.
-MAX_RETRY_AFTER_SECONDS = 24 * 3600.0
 # Gone (RFC 9110, 15.5.11). Standard Webhooks asks senders to stop when they receive it.
 GONE = 410
 
@@ -136,26 +134,6 @@ class WebhookNotifier:
             # These two are about the whole receiver, not about this notice.
             self._transport.pause(wait_s)
         raise NotDeliveredError(f"The receiver answered {answer.status}.", retry_after_s=wait_s)
-
-
-def retry_after_s(header: str | None) -> float | None:
-    """Return the seconds that a `Retry-After` header asks for (RFC 9110, 10.2.3), at most a day; None if none.
-
-    Args:
-        header: A number of seconds, or a date.
-    """
-    if header is None:
-        return None
-    header = header.strip()
-    # Nine digits are 31 years: more than is kept of it, and a number that `float` reads in any case.
-    if header.isascii() and header.isdecimal():
-        return min(float(header[:9]), MAX_RETRY_AFTER_SECONDS)
-    try:
-        moment = parsedate_to_datetime(header)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return min(max((moment - datetime.now(UTC)).total_seconds(), 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def body_of(notice: Notice) -> bytes:
