@@ -40,6 +40,11 @@ class Recorded:
         (found,) = (span for span in self.spans if span.name == name)
         return found
 
+    def deliveries(self, notifier: str) -> list[ReadableSpan]:
+        """Return the spans of this notifier's deliveries that have ended, in this order."""
+        sent = (span for span in self.spans if span.name == "notice.deliver")
+        return [span for span in sent if (span.attributes or {})[f"{telemetry.SCOPE}.notifier"] == notifier]
+
     def metrics(self) -> dict[tuple[str, ...], Any]:
         """Return what each metric says now: its short name and the values of its attributes to its value or count."""
         return {

@@ -183,13 +183,9 @@ async def test_deliveries_are_roots_that_link_to_their_cause(otel: Recorded, mea
     """Sent in the background, they outlive the call that caused them."""
     with otel.tracer.start_as_current_span("caller") as caller:
         await issued(measured)
-    await until(lambda: any(span.name == "notice.deliver" for span in otel.spans))
+    await until(lambda: otel.deliveries("recording"))
 
-    (span,) = (
-        span
-        for span in otel.spans
-        if span.name == "notice.deliver" and span.attributes["agent_gateway_store.notifier"] == "recording"
-    )
+    (span,) = otel.deliveries("recording")
     assert span.parent is None
     assert [link.context.trace_id for link in span.links] == [caller.get_span_context().trace_id]
     assert span.attributes["agent_gateway_store.status"] == "DELIVERED"
@@ -208,7 +204,7 @@ async def test_no_argument_key_or_token_is_in_an_attribute(otel: Recorded, measu
     token = await measured.approvals.issue_token(make_request(tool_call=call, risk_explanation=SECRET), call=call)
     await measured.approvals.approve(token, "alice", SECRET)
     await measured.approvals.consume_token(token, caller_id="dev-agent", tool_call=call)
-    await until(lambda: sum(span.name == "notice.deliver" for span in otel.spans) >= 2)
+    await until(lambda: len(otel.deliveries("recording")) >= 2)
 
     told = "".join(span.to_json() for span in otel.spans) + repr(otel.metrics())
     assert len(otel.spans) > 6
