@@ -124,7 +124,8 @@ def main() -> None:
         if arguments.postgres_url:
             report(arguments.postgres_url, arguments)
         else:
-            with servers.PostgresServer(durable=True) as server:
+            # With the WAL that PostgreSQL keeps by itself, where the tests are content with little.
+            with servers.PostgresServer(durable=True, settings={"max_wal_size": "1GB"}) as server:
                 report(server.url.replace("+asyncpg", ""), arguments)
 
 

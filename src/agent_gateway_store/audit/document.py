@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -22,6 +23,8 @@ EMPTY = "{}"
 # Fields that came later, as members of the hashed document. Where they hold nothing they are left out of it, so that an
 # event that was stored before them keeps its hash.
 _OPTIONAL = {"approval_id": '"approval_id":"%s",', "extra": '"extra":%s,'}
+scan_json: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
+"""What `json.loads` calls, without its checks: returns the value that begins at an index, and where it ends."""
 _text = json.encoder.encode_basestring
 # The C encoder, which `JSONEncoder.encode` makes anew at each call. Only CPython has it.
 _make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
@@ -50,7 +53,7 @@ def _member(column: Column[Any], plain: Collection[str]) -> str:
         case Integer():
             value = f"{{{name}:d}}"
         case UtcDateTime():
-            value = f'"{{{name}.replace(tzinfo=None).isoformat()}}Z"'
+            value = f'"{{{name}.isoformat()[:-6]}}Z"'
         case JSON() | JsonOf():
             # Encoded already.
             value = f"{{{name}}}"
@@ -81,8 +84,21 @@ HASHED = COLUMNS[:-1]
 """The columns of the document, in the order of its writers' arguments."""
 
 document = document_writer(())
-_STAMP, _FLAGS, _APPROVAL = map(HASHED.index, ("timestamp", "redaction_flags", "approval_id"))
-_JSON = tuple(map(HASHED.index, ("sanitized_args", "risk_labels", "extra")))
+_STAMP, _ARGS, _LABELS, _FLAGS, _APPROVAL, _EXTRA = map(
+    HASHED.index, ("timestamp", "sanitized_args", "risk_labels", "redaction_flags", "approval_id", "extra")
+)
+
+
+def _canonical(text: str) -> str:
+    """Return JSON text as canonical JSON."""
+    value, end = scan_json(text, 0)
+    # What follows the value would change the row and not the hash.
+    return encode(value if end == len(text) else json.loads(text))
+
+
+# Most labels are those of many events (chosen: a few hundred combinations, of texts that an index holds).
+_canonical_labels = lru_cache(512)(_canonical)
+_MAX_KEPT_CHARS = 500
 
 
 def hash_of_stored(row: Sequence[Any]) -> str:
@@ -93,10 +109,13 @@ def hash_of_stored(row: Sequence[Any]) -> str:
     values = list(row[:-1])
     if type(values[_STAMP]) is str:
         values[_STAMP] = datetime.fromisoformat(values[_STAMP]).replace(tzinfo=UTC)
-    for place in _JSON:
-        # Most are empty.
-        if values[place] not in (EMPTY, "[]"):
-            values[place] = encode(json.loads(values[place]))
+    # Most are empty.
+    if (args := values[_ARGS]) != EMPTY:
+        values[_ARGS] = _canonical(args)
+    if (labels := values[_LABELS]) != "[]":
+        values[_LABELS] = (_canonical_labels if len(labels) < _MAX_KEPT_CHARS else _canonical)(labels)
+    if (extra := values[_EXTRA]) != EMPTY:
+        values[_EXTRA] = _canonical(extra)
     if values[_FLAGS] != "[]":
         flags = [RedactionFlag(**flag) for flag in json.loads(values[_FLAGS])]
         values[_FLAGS] = encode([flag.__dict__ for flag in flags])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -32,6 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql
 
+from agent_gateway_store.audit.document import scan_json
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
 from agent_gateway_store.storage.grouping import TIMES, Metrics, Offsets, aggregate
@@ -51,8 +51,6 @@ Shape: TypeAlias = tuple[tuple[str, bool], ...]
 _AS_TEXT = ("decision", "execution_status", "output_decision", "approval_id")
 # Where the groups of a UUID's hex digits begin, and their lengths.
 _GROUPS = ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12))
-# What `json.loads` calls, without its checks: the database gives valid JSON text.
-_scan: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 _DECISIONS = {str(each): each for each in Decision}
 _STATUSES: dict[str | None, ExecutionStatus | None] = {None: None} | {str(each): each for each in ExecutionStatus}
 _OUTPUTS = {str(each): each for each in OutputDecision}
@@ -61,7 +59,7 @@ _OUTPUTS = {str(each): each for each in OutputDecision}
 def events_of(rows: Iterable[Sequence[Any]]) -> list[AuditEvent]:
     """Return the events of rows that hold `FIELDS`: detached, and equal to those that were validated.
 
-    Rows of our own database are not validated a second time.
+    Rows of our own database are not validated a second time, and their JSON is valid text.
     """
     return list(map(_event, rows))
 
@@ -74,12 +72,12 @@ def _event(row: Sequence[Any]) -> AuditEvent:
     values["decision"] = _DECISIONS[values["decision"]]
     values["execution_status"] = _STATUSES[values["execution_status"]]
     values["output_decision"] = _OUTPUTS[values["output_decision"]]
-    values["sanitized_args"] = _scan(values["sanitized_args"], 0)[0]
-    values["risk_labels"] = _scan(values["risk_labels"], 0)[0]
-    values["extra"] = {} if values["extra"] == "{}" else _scan(values["extra"], 0)[0]
+    values["sanitized_args"] = scan_json(values["sanitized_args"], 0)[0]
+    values["risk_labels"] = scan_json(values["risk_labels"], 0)[0]
+    values["extra"] = {} if values["extra"] == "{}" else scan_json(values["extra"], 0)[0]
     values["approval_id"] = values["approval_id"] and UUID(values["approval_id"])
     flags = values["redaction_flags"]
-    values["redaction_flags"] = [] if flags == "[]" else [RedactionFlag(**flag) for flag in _scan(flags, 0)[0]]
+    values["redaction_flags"] = [] if flags == "[]" else [RedactionFlag(**flag) for flag in scan_json(flags, 0)[0]]
     return AuditEvent.from_row(values)
 
 

@@ -174,10 +174,11 @@ class _Walk:
             self.next_position = position + 1
             self._check(row, position, event_id, salt, leaf)
             self.tree.append(leaf if len(leaf) == HASH_BYTES else bytes(HASH_BYTES))
-            if self.tree.size in expected:
-                self.check_root(expected.pop(self.tree.size))
-            for kept in self.kept.pop(self.tree.size, ()):
-                self.check_root(kept)
+            if (size := self.tree.size) in expected:
+                self.check_root(expected.pop(size))
+            if size in self.kept:
+                for kept in self.kept.pop(size):
+                    self.check_root(kept)
         for root in expected.values():
             # The leaves that would lead there are gone.
             self._forked(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -21,13 +22,16 @@ from agent_gateway_store.retention import find, holds
 from agent_gateway_store.retention.approvals import ApprovalPruner
 from agent_gateway_store.retention.erase import Eraser
 from agent_gateway_store.retention.lock import PAUSE_S
-from agent_gateway_store.retention.prune import Place, Pruner
+from agent_gateway_store.retention.prune import Pruner, Step
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.exclusive import ExclusiveLock
 from agent_gateway_store.storage.files import progress_bar
 from agent_gateway_store.storage.filters import Moment, instant
 from agent_gateway_store.telemetry import traced
+
+# Chosen: holds and erasures wait so long for a prune, and a batch may take a second itself.
+_TURN_S = 0.5
 
 
 class RetentionManager:
@@ -114,26 +118,29 @@ class RetentionManager:
         self, pruner: Pruner, max_seconds: float | None, report: Callable[[int], None]
     ) -> tuple[int, int, str]:
         loop = asyncio.get_running_loop()
-        deadline = None if max_seconds is None else loop.time() + max_seconds
-        events = files = 0
-        place: Place | None = None
+        deadline = math.inf if max_seconds is None else loop.time() + max_seconds
+        total = Step(0, 0, None)
         async with self._lock():
             await pruner.start()
         try:
-            while deadline is None or loop.time() < deadline:
+            while loop.time() < deadline:
                 async with self._lock() as still_locked:
-                    step = await pruner.step(place, still_locked)
-                events, files, place = events + step.events, files + step.files, step.next
-                report(events)
-                if place is None:
-                    return events, files, "done"
+                    turn = min(loop.time() + _TURN_S, deadline)
+                    while True:
+                        step = await pruner.step(total.next, still_locked)
+                        total = Step(total.events + step.events, total.files + step.files, step.next)
+                        report(total.events)
+                        if total.next is None:
+                            return total.events, total.files, "done"
+                        if loop.time() >= turn:
+                            break
                 # So that whoever waits for the lock gets it.
                 await asyncio.sleep(PAUSE_S)
         except BaseException as exc:
             with suppress(GatewayStoreError):
                 await pruner.end(f"failed: {type(exc).__name__}")
             raise
-        return events, files, "the time was up"
+        return total.events, total.files, "the time was up"
 
     async def hold(self, name: str, *, reason: str, by: str, **filters: Unpack[Filters]) -> Hold:
         """Keep events from being pruned and erased, whatever else is asked, until the hold is released.

@@ -8,7 +8,7 @@ moment an event is in the table or in the archive, and no row is missing without
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +30,7 @@ from sqlalchemy import (
     tuple_,
     update,
 )
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.archive import files
 from agent_gateway_store.archive.manifest import Manifest, Positions, runs_of
@@ -68,6 +69,7 @@ DELETE_ROWS = {"postgresql": 10_000, "sqlite": 1_000}
 _TIMEOUTS = "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true)"
 # Chosen: a block is held as text and as a table.
 _BLOCK_BYTES = 2**20
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _COLUMNS = (*files.COLUMNS, Column("transaction_id", "integer"))
 
 
@@ -79,12 +81,30 @@ class Place(NamedTuple):
 
 
 class Doomed(NamedTuple):
-    """An event that goes."""
+    """Events that go, column by column: there are many of them.
+
+    Attributes:
+        ids: At least one.
+        positions: In the log.
+        transaction_ids: As far as they are known.
+        last: The place of the last one.
+    """
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    transaction_ids: Sequence[int | None]
+    last: Place
+
+
+class _Newest(NamedTuple):
+    """The newest event when a run began, by its id and by its transaction: it stays, and so do those that came later.
+
+    Cursors are marked by it, and no id up to its own is given twice.
+    """
 
     id: int
-    position: int
-    timestamp: datetime
     transaction_id: int | None
+    last_of_transaction: int | None
 
 
 class Step(NamedTuple):
@@ -136,6 +156,7 @@ class Pruner:
         self._manifest = None if archive is None else Manifest(archive)
         self._archive = archive
         self._run_id = 0
+        self._newest: _Newest | None = None
         self._limit = _BATCH_ROWS if archive is None else min(_FIRST_ROWS, _BATCH_ROWS)
 
     async def start(self) -> None:
@@ -148,6 +169,7 @@ class Pruner:
         async with self._database.write() as connection:
             started = insert(_prunes).values(started_at=utc_now(), **values).returning(_prunes.c.id)
             self._run_id = (await connection.execute(started)).scalar_one()
+            self._newest = await self._read_newest(connection)
 
     async def end(self, result: str) -> None:
         """Note how the run ended."""
@@ -158,46 +180,61 @@ class Pruner:
     async def step(self, place: Place | None, still_locked: Any) -> Step:
         """Prune one batch after `place`."""
         limit = self._limit
-        rows, written = await (self._archive_next(place, still_locked) if self._manifest else self._next(place))
-        if not rows:
+        doomed, written = await (self._archive_next(place, still_locked) if self._manifest else self._next(place))
+        if doomed is None:
             return Step(0, 0, None)
         await still_locked()
-        await self._announce(rows)
-        size = DELETE_ROWS[self._database.dialect]
-        for start in range(0, len(rows), size):
-            await self._delete(rows[start : start + size])
-        last = Place(rows[-1].timestamp, rows[-1].id)
-        return Step(len(rows), written, last if len(rows) == limit else None)
+        await self._announce(doomed)
+        size, count = DELETE_ROWS[self._database.dialect], len(doomed.ids)
+        for start in range(0, count, size):
+            await self._delete(doomed.ids[start : start + size], doomed.transaction_ids[start : start + size])
+        return Step(count, written, doomed.last if count == limit else None)
 
     async def counts(self) -> tuple[int, int]:
         """Return how many events are old enough and held, and how many could still be pruned."""
         async with self._database.read() as connection:
+            self._newest = await self._read_newest(connection)
             held = is_held(self._database.dialect, await read_holds(connection))
             counted = select(func.count().filter(held), func.count().filter(~held)).select_from(_sealed())
             row = (await connection.execute(counted.where(*self._candidates()))).one()
         return row[0], row[1]
 
     def _candidates(self) -> list[ColumnElement[bool]]:
-        # The newest event stays: cursors are marked by it, and no id up to its own is given twice.
-        newest = [select(func.max(table.c.id)).scalar_subquery()]
-        if self._database.dialect == "postgresql":
-            last = select(table.c.id).where(table.c.transaction_id.is_not(None))
-            last = last.order_by(table.c.transaction_id.desc(), table.c.id.desc()).limit(1)
-            newest.append(last.scalar_subquery())
         found = [table.c.timestamp < self._before, ~is_door()]
-        found += [table.c.id.is_distinct_from(each) for each in newest]
+        if self._newest is not None:
+            at, transaction_id, last = self._newest
+            found += [table.c.id < bindparam(None, at, BigInteger())]
+            if transaction_id is not None:
+                found += [
+                    func.coalesce(table.c.transaction_id, 0) <= bindparam(None, transaction_id, BigInteger()),
+                    table.c.id != bindparam(None, last, BigInteger()),
+                ]
         return found
 
-    async def _next(self, place: Place | None) -> tuple[list[Doomed], int]:
+    async def _read_newest(self, connection: AsyncConnection) -> _Newest | None:
+        # Once for a run: the last transaction may be an import of a million events, all of which are looked at.
+        newest = (await connection.execute(select(func.max(table.c.id)))).scalar()
+        if newest is None or self._database.dialect == "sqlite":
+            return None if newest is None else _Newest(newest, None, None)
+        last = select(table.c.transaction_id, table.c.id).where(table.c.transaction_id.is_not(None))
+        last = last.order_by(table.c.transaction_id.desc(), table.c.id.desc()).limit(1)
+        found = (await connection.execute(last)).first()
+        return _Newest(newest, *(found or (None, None)))
+
+    async def _next(self, place: Place | None) -> tuple[Doomed | None, int]:
         """Return the next events to discard."""
         async with self._database.read() as connection:
             holds = await read_holds(connection)
             stamp = finite_timestamp() if self._database.dialect == "postgresql" else table.c.timestamp
-            columns = (table.c.id, _leaves.c.position, stamp.label("timestamp"), table.c.transaction_id)
+            columns = (table.c.id, _leaves.c.position, table.c.transaction_id, stamp.label("timestamp"))
             statement = self._narrowed(select(*columns).select_from(_sealed()), holds, place)
-            return [Doomed(*row) for row in await connection.execute(statement)], 0
+            rows = (await connection.execute(statement)).all()
+        if not rows:
+            return None, 0
+        ids, positions, transaction_ids, stamps = zip(*rows, strict=True)
+        return Doomed(ids, positions, transaction_ids, Place(stamps[-1], ids[-1])), 0
 
-    async def _archive_next(self, place: Place | None, still_locked: Any) -> tuple[list[Doomed], int]:
+    async def _archive_next(self, place: Place | None, still_locked: Any) -> tuple[Doomed | None, int]:
         """Archive the next events, those that a killed run has archived left out; return them and the files written."""
         manifest = self._manifest
         assert manifest is not None  # noqa: S101
@@ -207,13 +244,18 @@ class Pruner:
         tables: list[Any] = []
         await arrow_blocks(self._database, statement, {}, _COLUMNS, tables.append, block_bytes=_BLOCK_BYTES)
         if not tables:
-            return [], 0
+            return None, 0
         events = arrow().concat_tables(tables)
         # The next batch takes as many rows as fit, as far as these tell.
         fitting = _BATCH_BYTES * events.num_rows // max(events.nbytes, 1)
         self._limit = max(1, min(fitting, 4 * self._limit, _BATCH_ROWS))
-        rows = [Doomed(*row) for row in zip(*(events.column(name).to_pylist() for name in Doomed._fields), strict=True)]
-        return rows, await self._write(manifest, events.drop_columns(["transaction_id"]), rows, still_locked)
+        ids, positions, transaction_ids = (
+            events.column(name).to_pylist() for name in ("id", "position", "transaction_id")
+        )
+        # As a number, because Arrow imports pandas to make a datetime, which takes 40 MB.
+        last = _EPOCH + timedelta(microseconds=events.column("timestamp")[-1].cast("int64").as_py())
+        doomed = Doomed(ids, positions, transaction_ids, Place(last, ids[-1]))
+        return doomed, await self._write(manifest, events.drop_columns(["transaction_id"]), positions, still_locked)
 
     def _narrowed(self, statement: Select[Any], holds: Sequence[Hold], place: Place | None) -> Select[Any]:
         """Return the SELECT of the next events, the oldest first."""
@@ -226,14 +268,14 @@ class Pruner:
         # A number in the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
         return found.order_by(table.c.timestamp, table.c.id).limit(literal_column(str(self._limit), Integer()))
 
-    async def _write(self, manifest: Manifest, events: pa.Table, rows: Sequence[Doomed], still_locked: Any) -> int:
+    async def _write(self, manifest: Manifest, events: pa.Table, positions: Sequence[int], still_locked: Any) -> int:
         await in_thread(manifest.read)
         entries = manifest.of_kind("events")
         known = Positions([list(run) for entry in entries for run in entry.positions])
-        archived = [row.position in known for row in rows]
+        archived = [position in known for position in positions]
         if any(archived):
             # A killed run wrote them. Only what is intact may take the place of the rows.
-            again = Positions([[row.position, row.position] for row in rows if row.position in known])
+            again = Positions([[each, each] for each, is_there in zip(positions, archived, strict=True) if is_there])
             holding = [entry for entry in entries if again.meets(entry.positions)]
             await in_thread(lambda: files.require_intact(manifest.folder, holding))
             events = events.filter(arrow().array([not each for each in archived]))
@@ -253,11 +295,11 @@ class Pruner:
         return None if last is None else last.note
 
     @retry_conflicts
-    async def _announce(self, rows: Sequence[Doomed]) -> None:
+    async def _announce(self, doomed: Doomed) -> None:
         """Write and seal the event that says which positions go."""
         facts = {
-            "positions": runs_of(row.position for row in rows),
-            "events": len(rows),
+            "positions": runs_of(doomed.positions),
+            "events": len(doomed.ids),
             "before": self._before.isoformat(),
             "archived": self._manifest is not None,
         }
@@ -267,21 +309,21 @@ class Pruner:
         await seal_event(self._database, self._sealer, event_id)
 
     @retry_conflicts
-    async def _delete(self, rows: Sequence[Doomed]) -> None:
-        last_event_id = max(row.id for row in rows)
+    async def _delete(self, ids: Sequence[int], transaction_ids: Sequence[int | None]) -> None:
         async with self._database.write() as connection:
             if self._database.dialect == "postgresql":
                 await connection.execute(text(_TIMEOUTS))
             history = (await connection.execute(text("SELECT history_id FROM database_identity"))).scalar() or 0
             # Ids of transactions from before a restore are those of another server.
-            known = [row.transaction_id for row in rows if row.id > history and row.transaction_id is not None]
+            pairs = zip(ids, transaction_ids, strict=True)
+            known = [transaction_id for id_, transaction_id in pairs if transaction_id is not None and id_ > history]
             async with open_door(connection):
                 compiled = _DELETE.compiled(connection.dialect)
-                await connection.execute(compiled.statement, {"p_ids": [row.id for row in rows]})
+                await connection.execute(compiled.statement, {"p_ids": list(ids)})
             run = _prunes.c
             values = {
-                run.events: run.events + len(rows),
-                run.last_event_id: _larger(self._database.dialect, run.last_event_id, last_event_id),
+                run.events: run.events + len(ids),
+                run.last_event_id: _larger(self._database.dialect, run.last_event_id, max(ids)),
             }
             if known:
                 values[run.last_transaction_id] = _larger(self._database.dialect, run.last_transaction_id, max(known))
