@@ -62,7 +62,10 @@ async def _half(url: str, rows: int, folder: Path) -> list[Figure]:
         reads.ours = [statistics.median(during)]
         after.ours.append(await _recent_ms(store))
         memory.ours, memory.limit = [peak], [LIMIT_MB]
+        # Beside a gateway, as always: PostgreSQL uses the pages that a VACUUM emptied once a transaction has come.
+        writing = asyncio.create_task(_write_on(store))
         await driver.execute("VACUUM audit_events")
+        writing.cancel()
         await fill(made, rows + 1, rows + rows // 2)
         size.ours.append(await driver.fetchval(_SIZE) / 2**20)
         await driver.close()
@@ -85,6 +88,12 @@ async def _beside_writers(url: str, repeat: int, count: int, rows: int, folder: 
             await pruning
     figure.facts = {"events": count, "pruned": rows}
     return figure
+
+
+async def _write_on(store: GatewayStore) -> None:
+    for event in events(1_000_000):
+        await store.audit.write(event)
+        await asyncio.sleep(0.01)
 
 
 async def _recent_ms(store: GatewayStore, count: int = 50) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
-from cachetools import TTLCache
+from cachetools import LRUCache, TTLCache
+from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -55,13 +58,28 @@ async def inbox(request: Request) -> Response:
     return pages.page(
         request,
         "inbox.html",
-        requests=found,
+        cards=[_card(pages.base_of(request), each) for each in found],
         status=status,
         statuses=[*ApprovalStatus, "ALL"],
         cursor=cursor,
         next_cursor=found.next_cursor,
         replica_age=await pages.replica_age(session),
     )
+
+
+# Most pages are drawn for somebody who looks again, or for others who look at the same (chosen: 4 million characters).
+_cards: LRUCache[tuple[str, UUID, int, ApprovalStatus], Markup] = LRUCache(2**22, getsizeof=len)
+
+
+def _card(base: str, asked: ApprovalRequest) -> Markup:
+    """Return an approval as the inbox shows it."""
+    # Whatever is changed in an approval raises its version; only that it has expired is seen without one.
+    key = (base, asked.approval_id, asked.version, asked.status)
+    if (card := _cards.get(key)) is None:
+        card = pages.fragment("_card.html", base=base, asked=asked)
+        with suppress(ValueError):  # it is larger than all that is kept
+            _cards[key] = card
+    return card
 
 
 async def approval(request: Request) -> Response:

@@ -101,6 +101,11 @@ def page(request: Request, template: str, *, code: int = 200, **values: Any) -> 
     return HTMLResponse(_environment().get_template(template).render(given | values), status_code=code)
 
 
+def fragment(template: str, **values: Any) -> Markup:
+    """Return a part of a page."""
+    return Markup(_environment().get_template(template).render(values))  # noqa: S704  templates escape
+
+
 async def replica_age(session: Session) -> str | None:
     """Return how old the replica is that a page was read from, as text; None: it was read from the database itself."""
     database = session.store.database

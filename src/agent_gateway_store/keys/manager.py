@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import ColumnElement, Executable, Select, and_, false, insert, or_, select, update
+from sqlalchemy import ColumnElement, Executable, Select, Text, and_, bindparam, false, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store import clock
@@ -31,6 +31,7 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions, db_now, first_row
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
+from agent_gateway_store.storage.statements import Statement
 from agent_gateway_store.telemetry import traced
 
 COLUMNS = (
@@ -287,9 +288,9 @@ class KeyManager:
         Raises:
             ApiKeyNotFoundError: The caller has no key.
         """
-        is_own = self._of_caller(storable_key(caller_id), self._organisation(org_id))
-        async with self._transactions.read() as connection:
-            row = await first_row(connection, _newest(is_own))
+        values = {"p_caller_id": storable_key(caller_id), "p_org_id": self._organisation(org_id)}
+        async with self._transactions.connection("read") as connection:
+            row = await _GET.first(connection, values)
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         return ApiKey.from_row(row)
@@ -326,6 +327,17 @@ class KeyManager:
 def _newest(condition: ColumnElement[bool]) -> Select[Any]:
     """Select the active key of one caller, else the one issued last."""
     return select(_keys).where(condition).order_by(_keys.c.is_active.desc(), _keys.c.id.desc()).limit(1)
+
+
+# No organisation is NULL: a NULL, which stands for another one than the store is bound to, finds nothing.
+_GET = Statement(
+    _newest(
+        and_(
+            _keys.c.caller_id == bindparam("p_caller_id", type_=Text()),
+            _keys.c.org_id == bindparam("p_org_id", type_=Text()),
+        )
+    )
+)
 
 
 def _is_use_due() -> ColumnElement[bool]:
