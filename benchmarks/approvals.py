@@ -29,6 +29,8 @@ LOAD_PLUGINS = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
 STEPS = ("issue_token", "approve", "consume_token")
 CALLERS = 20
 TURNS = 20
+# Ten rounds of all callers in each turn: a single round begins with all of them in Python and ends with all in the server.
+_STEPS = TURNS * 10 * CALLERS
 # The decision and the vote.
 _APPROVE = statements.sql_statement(f"""
     WITH decided AS ({statements.APPROVE_SQL.replace("{ref}", statements.REFS["token"])}), voted AS (
@@ -49,7 +51,7 @@ def ask(caller_id: str = "agent-1") -> ApprovalRequest:
 
 def ask_many(count: int) -> list[ApprovalRequest]:
     """Return requests of so many callers that few approvals of each wait at once, which are counted for each."""
-    return [ask(f"agent-{number % 100}") for number in range(count)]
+    return [ask(f"agent-{number % max(100, count // 10)}") for number in range(count)]
 
 
 async def rate(work: Callable[[Any], Awaitable[Any]], items: Sequence[Any], callers: int) -> float:
@@ -138,8 +140,8 @@ async def measure(url: str, redis_url: str, *, repeat: int, scale: float) -> lis
         store, other, notifying = await opened(""), await opened(""), await opened(None)
         for _ in range(repeat):
             await _hits(store, redis_url, hits, int(4_000 * scale))
-            await _steps(store, url, steps, int(1_000 * scale))
-            await _notified_steps(notifying, store, notified, int(1_000 * scale))
+            await _steps(store, url, steps, int(_STEPS * scale))
+            await _notified_steps(notifying, store, notified, int(_STEPS * scale))
             await _wake(store, other, redis_url, wake, 1_000)
     return [*hits, *steps, *notified, wake]
 

@@ -104,6 +104,25 @@ def filling(size: Size) -> list[str]:
     ]
 
 
+# Open approvals of many callers.
+_WAITING = [
+    copies(
+        "approval_requests",
+        3_000,
+        approval_id="gen_random_uuid()",
+        token="md5('w' || n) || md5(n::text)",
+        request_id="'waiting-' || n",
+        caller_id="'caller-' || n % 500",
+        created_at="now() - n * interval '1 minute' - interval '1 year'",
+        expires_at="now() + interval '1 hour'",
+        decision_at="NULL",
+        used_at="NULL",
+        acquire_key="NULL",
+        status="'PENDING'",
+    )
+]
+
+
 async def _filled(url: str, size: Size | None, *, is_analysed: bool) -> None:
     async with connected(url) as connection:
         for table in _TABLES:
@@ -375,6 +394,41 @@ async def test_no_plan_surprises(filled: str, no_plugins: None) -> None:
                     for fault in faults(report, reads_all=reads_all):
                         problems.append(f"{setting}: {called.names} ({at}): {fault}: {report['Query Text'][:300]}")
                 assert at or reports.plans, "PostgreSQL reports no plans"
+
+    assert not problems, "\n".join(problems)
+
+
+_HOT = {"issue_token", "history", "release_output", "acquire", "expire_stale", "list_requests"}
+_APPROVALS = [called for called in CALLS if called.names.split()[0] in _HOT]
+
+
+@pytest.mark.parametrize("used", [10, 70])
+async def test_a_plan_made_for_small_tables_serves_large_ones(
+    migrated_postgres_database: Callable[[], str], no_plugins: None, used: int
+) -> None:
+    """PostgreSQL keeps the plan of a gateway's first approvals while thousands come to wait, until it analyses."""
+    url = migrated_postgres_database()
+    await asyncio.to_thread(run, _filled(url, None, is_analysed=False))
+    async with GatewayStore(url, redis_url="", settings=quiet()) as earlier:
+        for _ in range(used):
+            await _decide(earlier)
+    store = GatewayStore(url, redis_url="", settings=quiet(), plugins=[Post()])
+    reports = Reports(store, "force_generic_plan")
+    problems = []
+    async with store:
+        for called in _APPROVALS:
+            await called.run(store)
+        await store.audit.write(make_event())
+        async with connected(url) as connection:
+            for statement in [*filling(_SHORT), *_WAITING]:
+                await connection.execute(statement)
+        for at, called in enumerate(_APPROVALS):
+            reports.plans.clear()
+            await called.run(store)
+            await asyncio.sleep(0)
+            for report in reports.plans:
+                for fault in faults(report, reads_all=called.reads_all or called.by_statistics):
+                    problems.append(f"{called.names} ({at}): {fault}: {report['Query Text'][:300]}")
 
     assert not problems, "\n".join(problems)
 

@@ -37,7 +37,7 @@ def test_db_upgrade_current_check_and_sql(postgres_database: Callable[[], str]) 
 
     assert db("current", "--json").json["state"] == "empty"
     db("check").assert_fails(1, "behind", "db upgrade")
-    assert db("upgrade").out.startswith("The schema is at 0014")
+    assert db("upgrade").out.startswith("The schema is at 0015")
     assert db("upgrade", "--json").json["state"] == "current"
     assert "current" in db("current").out
     assert db("check").code == 0

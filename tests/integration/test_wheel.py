@@ -155,7 +155,7 @@ def test_the_installed_command_migrates(python: Path, elsewhere: Path) -> None:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
     assert {"api_keys", "approval_requests", "approval_votes", "audit_events", "notification_deliveries"} < tables
-    assert "0014_shipping" in run(command, "db", "current", cwd=elsewhere, **environment)
+    assert "0015_pending_of_caller" in run(command, "db", "current", cwd=elsewhere, **environment)
     assert "CREATE TABLE audit_events" in run(command, "db", "sql", cwd=elsewhere, **environment)
 
 

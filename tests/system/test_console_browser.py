@@ -168,8 +168,8 @@ def test_new_requests_arrive_and_count_down_to_their_end(site: tuple[str, str, P
     url, key, folder = site
     with browser(local=True) as (context, _), store_in(folder) as store:
         page = sign_in(context, url, key)
-        ask(store, "arrives", expires_at=clock.utc_now() + timedelta(seconds=25))
-        expect(page.get_by_role("link", name="live.arrives")).to_be_visible(timeout=15_000)
+        ask(store, "arrives", expires_at=clock.utc_now() + timedelta(seconds=40))
+        expect(page.get_by_role("link", name="live.arrives")).to_be_visible(timeout=30_000)
         page.get_by_role("link", name="live.arrives").click()
         expect(page.locator("[data-until]").first).to_contain_text("left")
         # Nothing reads the page again meanwhile, so that it is the script's own clock that comes to the end.

@@ -84,14 +84,11 @@ def fragments(dialect: str) -> dict[str, str]:
             AND status IN ('PENDING', 'APPROVED')""",
         "same_ask": f"""required_approvals >= :p_required_approvals
             AND CAST(tool_call AS TEXT) {same} CAST(:p_tool_call AS TEXT)""",
-        # Twice, because each kind has a partial index of its own.
+        # Sorted, because only the index that is meant gives this order: else one that is as cheap might be taken.
         "pending_of_caller": f"""
-            (SELECT count(*) FROM approval_requests
-                WHERE org_id = :p_org_id AND caller_id = :p_caller_id
-                AND acquire_key IS NULL AND status = 'PENDING' AND expires_at > {now})
-            + (SELECT count(*) FROM approval_requests
-                WHERE org_id = :p_org_id AND caller_id = :p_caller_id AND status IN ('PENDING', 'APPROVED')
-                AND acquire_key IS NOT NULL AND status = 'PENDING' AND expires_at > {now})""",  # noqa: S608
+            (SELECT count(*) FROM (SELECT expires_at FROM approval_requests
+                WHERE org_id = :p_org_id AND caller_id = :p_caller_id AND status = 'PENDING' AND required_approvals > 0
+                ORDER BY expires_at) AS waiting WHERE expires_at > {now})""",  # noqa: S608
         # JSON is compared as the text that the database shows: as JSONB, 1 would equal 1.0.
         "same_terms": f"""scope = :p_scope
             AND required_approvals = :p_required_approvals
@@ -304,11 +301,11 @@ COUNT_PENDING = sql_statement("SELECT {pending_of_caller} AS pending", (column("
 LOCK_CALL = sql_statement("SELECT pg_advisory_xact_lock(:p_lock) AS locked", (column("locked", Text()),))
 
 OVERDUE = (
-    ("status = 'PENDING' AND expires_at <= {now_once}", "expires_at"),
-    ("status = 'APPROVED' AND use_before <= {now_once}", "use_before"),
-    ("status = 'APPROVED' AND use_before IS NULL AND expires_at <= {now_once}", "expires_at"),
+    ("status = 'PENDING' AND version > 0 AND expires_at <= {now_once}", "expires_at"),
+    ("status = 'APPROVED' AND version > 0 AND use_before <= {now_once}", "use_before"),
+    ("status = 'APPROVED' AND version > 0 AND use_before IS NULL AND expires_at <= {now_once}", "expires_at"),
 )
-"""The ways to be overdue, and the order of the index that finds each."""
+"""The ways to be overdue, in the words of the index that finds each, and its order."""
 
 _BATCHES = ", ".join(
     f"""batch_{at} AS MATERIALIZED (

@@ -23,8 +23,11 @@ from agent_gateway_store.models.values import ApprovalStatus, ApproverId, Frozen
 
 # The largest number that an INTEGER of PostgreSQL holds.
 _MOST_APPROVERS = 2**31 - 1
-_PENDING = text("status = 'PENDING'")
-_APPROVED = text("status = 'APPROVED'")
+# What comes after the status is always true, and is said by those statements alone that the index is for: on a table
+# that is small when it plans them PostgreSQL takes any index for as good, and keeps that plan for thousands of rows.
+_PENDING = text("status = 'PENDING' AND version > 0")
+_APPROVED = text("status = 'APPROVED' AND version > 0")
+_COUNTED = text("status = 'PENDING' AND required_approvals > 0")
 _ISSUED = text("status = 'PENDING' AND acquire_key IS NULL")
 _STANDING = text("status IN ('PENDING', 'APPROVED') AND acquire_key IS NOT NULL")
 _ACQUIRED = text("acquire_key IS NOT NULL")
@@ -115,6 +118,8 @@ class ApprovalRequest(StoreModel, table=True):
             sqlite_where=_STANDING,
         ),
         Index(None, "acquire_key", "decision_at", postgresql_where=_ACQUIRED, sqlite_where=_ACQUIRED),
+        # How many wait for one caller.
+        Index(None, "org_id", "caller_id", "expires_at", postgresql_where=_COUNTED, sqlite_where=_COUNTED),
         # What is overdue: few of many.
         Index(None, "expires_at", postgresql_where=_PENDING, sqlite_where=_PENDING),
         Index(None, "use_before", "expires_at", postgresql_where=_APPROVED, sqlite_where=_APPROVED),
