@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from agent_gateway_store.hooks.markers import hookimpl
 from agent_gateway_store.plugins._http import time_limit_s
-from agent_gateway_store.plugins.webhook.notifier import WebhookNotifier
+from agent_gateway_store.plugins.webhook.notifier import WebhookEndpoint, WebhookNotifier, WebhookSettings
 from agent_gateway_store.plugins.webhook.receiver import Received, WebhookReceiver
-from agent_gateway_store.plugins.webhook.settings import WebhookEndpoint, WebhookSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings

@@ -13,7 +13,7 @@ from cachetools import FIFOCache
 from pydantic import SecretStr
 
 from agent_gateway_store.errors import MissingExtraError
-from agent_gateway_store.plugins.webhook.settings import key_of
+from agent_gateway_store.plugins.webhook.notifier import key_of
 
 # More than the secrets of any rotation; a header could otherwise make us compute thousands of signatures.
 MAX_SIGNATURES = 16
