@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from agent_gateway_store._text import describe, escape, is_blank, mask_tokens
 from agent_gateway_store.errors import ApprovalError, MissingExtraError, NotDeliveredError
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
-from agent_gateway_store.plugins._http.urls import parse_url
+from agent_gateway_store.plugins._http import parse_url
 from agent_gateway_store.plugins._text import cut
 from agent_gateway_store.plugins.slack.api import mrkdwn
 from agent_gateway_store.plugins.slack.settings import PREFIX, SlackSettings

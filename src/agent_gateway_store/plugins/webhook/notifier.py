@@ -14,8 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, f
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.plugins._http import ReceiverSettings, retry_after_s, words
-from agent_gateway_store.plugins._http.urls import parse_url
+from agent_gateway_store.plugins._http import ReceiverSettings, parse_url, retry_after_s, words
 from agent_gateway_store.plugins._text import cut, fit_arguments
 
 if TYPE_CHECKING:
