@@ -12,7 +12,7 @@ from pydantic import model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from agent_gateway_store._text import require_visible, strip_texts
-from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.hooks import hookimpl
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.audit import AuditEvent

@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._http import ReceiverSettings, parse_url, retry_after_s, time_limit_s
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from agent_gateway_store._text import require_visible, strip_texts
-from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins.file_sink import append
 
 if TYPE_CHECKING:
