@@ -1,4 +1,7 @@
-"""Notifier `webhook`: posts each notice as `{"type", "timestamp", "data"}`, signed as Standard Webhooks says."""
+"""Notifier `webhook`: signed posts to your own receivers, and the check for the receiving end.
+
+Contributes one notifier for each receiver in the settings.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,26 @@ import binascii
 import json
 import logging
 import re
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
+from cachetools import FIFOCache
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.plugins._http import ReceiverSettings, parse_url, retry_after_s, words
+from agent_gateway_store.hooks import hookimpl
+from agent_gateway_store.plugins._http import ReceiverSettings, parse_url, retry_after_s, time_limit_s, words
 from agent_gateway_store.plugins._text import cut, fit_arguments
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
     from agent_gateway_store.plugins._http.transport import Answer, Resolve
+    from agent_gateway_store.settings import StoreSettings
 
 logger = logging.getLogger("agent_gateway_store.notifications")
 
@@ -34,6 +44,8 @@ _MAX_NAME, _MAX_TEXT, _MAX_ARGUMENTS = 512, 1000, 7000
 TYPES = {"pending": "approval.requested", "decision": "approval.decided"}
 # Gone (RFC 9110, 15.5.11). Standard Webhooks asks senders to stop when they receive it.
 GONE = 410
+# More than the secrets of any rotation; a header could otherwise make us compute thousands of signatures.
+MAX_SIGNATURES = 16
 
 
 def key_of(secret: str) -> bytes:
@@ -265,3 +277,107 @@ def _data(notice: Notice, part: int) -> dict[str, Any]:
 
 def _time(moment: datetime | None) -> str | None:
     return None if moment is None else moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A webhook whose signature is right.
+
+    Attributes:
+        id: `webhook-id`: the delivery id. The same over attempts, so that a repeat can be recognised.
+        type: `approval.requested` or `approval.decided`.
+        timestamp: When it happened, as ISO 8601 text.
+        data: The notice.
+        is_repeat: True if this receiver has received this id before: answer 2xx, and do nothing.
+    """
+
+    id: str
+    type: str
+    timestamp: str
+    data: dict[str, Any]
+    is_repeat: bool
+
+
+class WebhookReceiver:
+    """Verifies webhooks of this package, and remembers their ids. May be used from several threads.
+
+    It remembers a limited number of ids, in this process: with several processes, or across restarts, keep the id in a
+    column with a unique constraint. A captured webhook is refused when it is five minutes old.
+
+    Args:
+        secrets: The secrets of the sender; a signature by one of them is enough.
+        remember: How many ids to keep.
+
+    Raises:
+        MissingExtraError: The extra `webhook` is not installed.
+        ValueError: A secret has the wrong form, or there is none.
+    """
+
+    def __init__(self, secrets: Iterable[str | SecretStr], *, remember: int = 10_000) -> None:
+        try:
+            from standardwebhooks import Webhook
+        except ImportError as exc:
+            raise MissingExtraError("Verifying webhooks", extra="webhook") from exc
+        texts = [secret.get_secret_value() if isinstance(secret, SecretStr) else secret for secret in secrets]
+        if not texts:
+            raise ValueError("A receiver needs at least one secret.")
+        self._verifiers = [Webhook(key_of(text)) for text in texts]
+        self._seen: FIFOCache[str, bool] = FIFOCache(remember)
+        self._lock = threading.Lock()
+
+    def verify(self, body: bytes, headers: Mapping[str, str]) -> Received | None:
+        """Return what was received; None if its signature, its age or its form is wrong. Raises nothing.
+
+        This call remembers the id; if handling it fails, `forget` the id, and the sender's next attempt is new.
+
+        Args:
+            body: The bytes of the request, unchanged: not parsed and written again.
+            headers: Names in upper or lower case.
+        """
+        try:
+            own = {name.lower(): value for name, value in headers.items()}
+            if not any(_is_valid(verifier, body, own) for verifier in self._verifiers):
+                return None
+            content, delivery_id = json.loads(body), own["webhook-id"]
+            parts = content["type"], content["timestamp"], content["data"]
+            if not (isinstance(parts[0], str) and isinstance(parts[1], str) and isinstance(parts[2], dict)):
+                return None
+            return Received(delivery_id, *parts, is_repeat=self._is_repeat(delivery_id))
+        except Exception:
+            return None
+
+    def forget(self, delivery_id: str) -> None:
+        """Treat the next attempt of `delivery_id` as new."""
+        with self._lock:
+            self._seen.pop(delivery_id, None)
+
+    def _is_repeat(self, delivery_id: str) -> bool:
+        with self._lock:
+            is_known = delivery_id in self._seen
+            if self._seen.maxsize:
+                self._seen[delivery_id] = True
+            return is_known
+
+
+def _is_valid(verifier: Any, body: bytes, headers: dict[str, str]) -> bool:
+    # The library gives up at the first odd entry of the signature header, so each entry is verified alone.
+    for signature in headers["webhook-signature"].split(" ")[:MAX_SIGNATURES]:
+        # It raises errors of many types on hostile headers; each of them means: not valid.
+        with suppress(Exception):
+            verifier.verify(body, headers | {"webhook-signature": signature}, json_parse=False)
+            return True
+    return False
+
+
+@hookimpl
+def gateway_store_register_notifiers(settings: StoreSettings) -> list[WebhookNotifier]:
+    """Contribute a notifier for each receiver that `AGENT_GATEWAY_STORE_WEBHOOK_...` names."""
+    own = WebhookSettings()
+    timeout_s = time_limit_s(settings)
+    return [WebhookNotifier(endpoint, own, name=name, timeout_s=timeout_s) for name, endpoint in own.receivers.items()]
+
+
+@hookimpl
+def gateway_store_plugin_settings() -> type[WebhookSettings]:
+    """Return the class of its settings."""
+    return WebhookSettings
