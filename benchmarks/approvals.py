@@ -29,7 +29,7 @@ LOAD_PLUGINS = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
 STEPS = ("issue_token", "approve", "consume_token")
 CALLERS = 20
 TURNS = 20
-# Ten rounds of all callers in each turn: a single round begins with all of them in Python and ends with all in the server.
+# Ten rounds of all callers in each turn: a single one begins with all in Python, and ends with all in the server.
 _STEPS = TURNS * 10 * CALLERS
 # The decision and the vote.
 _APPROVE = statements.sql_statement(f"""

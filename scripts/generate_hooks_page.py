@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent_gateway_store.hooks import specs
-from agent_gateway_store.hooks.markers import PROJECT
+from agent_gateway_store.hooks import PROJECT, specs
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "hooks.md"
 

@@ -1,6 +1,6 @@
 """An index for how many wait for one caller; those of what is overdue serve no other statement
 
-PostgreSQL, on a table that is still small, takes any index for as good as another, and keeps that plan while the table grows.
+PostgreSQL, on a table that is still small, takes any index for as good as another, and keeps that plan while it grows.
 
 Revision: 0015_pending_of_caller, after 0014_shipping
 """

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from agent_gateway_store import errors
     from agent_gateway_store.approval import ApprovalManager, ApprovalNotifier
     from agent_gateway_store.audit import AuditLogger, AuditQuery, WriteOutcome
-    from agent_gateway_store.hooks.markers import hookimpl
+    from agent_gateway_store.hooks import hookimpl
     from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, ApprovalVote
     from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
     from agent_gateway_store.models.delivery import NotificationDelivery
@@ -51,7 +51,7 @@ _MODULES = {
     "ToolCall": "models.values",
     "TrustLevel": "models.keys",
     "WriteOutcome": "audit",
-    "hookimpl": "hooks.markers",
+    "hookimpl": "hooks",
 }
 
 __all__ = [

@@ -41,6 +41,7 @@ or a password.
 
 from __future__ import annotations
 
+import copyreg
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store._text import code_text
@@ -92,15 +93,12 @@ class GatewayStoreError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # `Exception.__reduce__` calls the class with the message, but these constructors take other arguments.
-        return _rebuilt, (type(self), self.args, self.__dict__)
+        return copyreg.__newobj__, (type(self),), (self.args, self.__dict__)  # type: ignore[attr-defined]
 
-
-def _rebuilt(kind: type[GatewayStoreError], args: tuple[Any, ...], facts: dict[str, Any]) -> GatewayStoreError:
-    # The constructor of `kind` would write its message anew, so it is left out.
-    error = kind.__new__(kind, *args)
-    super(GatewayStoreError, error).__init__(*args)
-    error.__dict__.update(facts)
-    return error
+    def __setstate__(self, state: tuple[tuple[Any, ...], dict[str, Any]]) -> None:  # type: ignore[override]
+        args, facts = state
+        super().__init__(*args)
+        self.__dict__.update(facts)
 
 
 class ApprovalError(GatewayStoreError, ValueError):

@@ -39,7 +39,7 @@ from agent_gateway_store.keys.cache import KeyCache
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.retention import RetentionManager
-from agent_gateway_store.retention.lock import retention_lock
+from agent_gateway_store.retention.manager import retention_lock
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.shipping import Shipper, SinkManager
 from agent_gateway_store.storage import migrate

@@ -8,7 +8,7 @@ import gc
 import pytest
 
 from agent_gateway_store import GatewayStore
-from agent_gateway_store.retention.lock import retention_lock
+from agent_gateway_store.retention.manager import retention_lock
 
 
 @pytest.mark.parametrize("while_asking", [True, False], ids=["in a statement", "between two statements"])

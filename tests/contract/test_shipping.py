@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, GatewayStore, SyncGatewayStore, errors
 from agent_gateway_store.audit.doors import renew_identity
-from agent_gateway_store.shipping import positions
+from agent_gateway_store.shipping.shipper import MOVE, POSITION
 from builders import make_event
 from tampering import tamper
 
@@ -275,8 +275,8 @@ async def test_a_cursor_that_another_moved_stays(store: GatewayStore) -> None:
         page = await store.audit.changes("beginning", limit=2)
         async with store.database.connection("autocommit") as connection:
             values = {"p_sink": "box", "p_org_id": "", "p_cursor": page.next_cursor, "p_now": page[0].timestamp}
-            kept = await positions.POSITION.first(connection, values) or {}
-            await positions.MOVE.rows(connection, {**values, "p_before": kept["cursor"]})
+            kept = await POSITION.first(connection, values) or {}
+            await MOVE.rows(connection, {**values, "p_before": kept["cursor"]})
 
     loop = asyncio.get_running_loop()
     box = Box(act)

@@ -16,8 +16,7 @@ import yaml
 
 import agent_gateway_store
 from agent_gateway_store import errors
-from agent_gateway_store.hooks import specs
-from agent_gateway_store.hooks.markers import PROJECT
+from agent_gateway_store.hooks import PROJECT, specs
 from agent_gateway_store.settings import StoreSettings
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.plugins import webhook
-from agent_gateway_store.plugins.webhook.notifier import MAX_BYTES, body_of
+from agent_gateway_store.plugins.webhook import MAX_BYTES, body_of
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.testing import make_notice
 
@@ -153,4 +153,4 @@ def _move_clock(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
         def now(cls, tz: Any = None) -> Later:
             return super().now(tz) + timedelta(seconds=seconds)  # type: ignore[return-value]
 
-    monkeypatch.setattr("agent_gateway_store.plugins.webhook.notifier.datetime", Later)
+    monkeypatch.setattr("agent_gateway_store.plugins.webhook.datetime", Later)

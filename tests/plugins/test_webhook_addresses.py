@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from webhook_helpers import SECRET, notifier_for
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.plugins._http.urls import AddressPolicy, RefusedAddressError, parse_url
+from agent_gateway_store.plugins._http import AddressPolicy, RefusedAddressError, parse_url
 from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookNotifier, WebhookSettings
 from agent_gateway_store.testing import make_notice
 

@@ -17,7 +17,7 @@ from webhook_helpers import notifier_for
 
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.plugins._http import retry_after_s
-from agent_gateway_store.plugins.webhook.notifier import WebhookNotifier
+from agent_gateway_store.plugins.webhook import WebhookNotifier
 from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit

@@ -12,8 +12,7 @@ from pydantic import SecretStr
 from standardwebhooks import Webhook
 from webhook_helpers import OLD_SECRET, SECRET
 
-from agent_gateway_store.plugins.webhook import WebhookReceiver
-from agent_gateway_store.plugins.webhook.notifier import body_of
+from agent_gateway_store.plugins.webhook import WebhookReceiver, body_of
 from agent_gateway_store.testing import make_notice
 
 pytestmark = pytest.mark.unit

@@ -11,8 +11,7 @@ import pytest
 
 import agent_gateway_store
 from agent_gateway_store._text import describe, escape, mask_tokens
-from agent_gateway_store.hooks import markers, specs
-from agent_gateway_store.hooks.markers import PROJECT
+from agent_gateway_store.hooks import PROJECT, hookimpl, hookspec, specs
 
 pytestmark = pytest.mark.unit
 
@@ -62,8 +61,8 @@ def test_what_an_author_imports_loads_no_orm() -> None:
 
 def test_the_root_hands_out_the_marker_of_the_hooks() -> None:
     """`hookimpl` of the root is the one that the manager looks for."""
-    assert agent_gateway_store.hookimpl is markers.hookimpl
-    assert markers.hookimpl.project_name == markers.hookspec.project_name == "agent_gateway_store"
+    assert agent_gateway_store.hookimpl is hookimpl
+    assert hookimpl.project_name == hookspec.project_name == "agent_gateway_store"
 
 
 def test_there_are_hooks() -> None:

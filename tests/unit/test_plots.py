@@ -17,7 +17,7 @@ from agent_gateway_store import ApprovalRequest, GatewayStore, Page, Stats
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.notebook import charts, plot
-from agent_gateway_store.notebook.counts import step_for
+from agent_gateway_store.notebook.plot import step_for
 from builders import make_event, make_request
 
 pytestmark = pytest.mark.unit

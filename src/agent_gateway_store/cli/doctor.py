@@ -12,7 +12,7 @@ import typer
 from agent_gateway_store.cli import plugins
 from agent_gateway_store.cli.context import options_of, run, settings_of, sqlite_file
 from agent_gateway_store.cli.db import engine_for, explain_state, schema_state
-from agent_gateway_store.cli.doctor_server import check_server
+from agent_gateway_store.cli.doctor_database import check_server, free_bytes, retention_facts
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
 
@@ -254,8 +254,6 @@ async def _check_log(report: Report, engine: AsyncEngine) -> None:
 
 async def _check_retention(report: Report, engine: AsyncEngine, settings: StoreSettings) -> None:
     """Say how the log grows, what is held, and how the last prune ended; warn before the disk is full."""
-    from agent_gateway_store.cli.doctor_retention import retention_facts
-
     facts = report.facts["retention"] = await retention_facts(engine, sqlite_file(settings.database_url))
     left = facts["days_until_full"]
     if left is not None and left < _DAYS_TO_ACT:
@@ -315,7 +313,6 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
 
     from agent_gateway_store._text import word
     from agent_gateway_store.audit.spool import MAX_BYTES, Spool
-    from agent_gateway_store.cli.doctor_retention import free_bytes
     from agent_gateway_store.errors import StoreUnavailableError
     from agent_gateway_store.storage.urls import parse_database_url
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agent_gateway_store.results import Page
-    from agent_gateway_store.results.fitting import FittingTable
+    from agent_gateway_store.results.terminal import FittingTable
 
 # Columns. Rich takes 80 for a file or a pipe, which breaks a row with two ids; 240 holds our widest table.
 _PIPE_WIDTH = 240

@@ -1,8 +1,9 @@
-"""The application: its routes, what an error looks like, and the store that it may have to open."""
+"""The application: its routes, signing in and out, what an error looks like, and the store that it may have to open."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import quote
@@ -15,11 +16,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from agent_gateway_store.console import audit, charts, inbox, pages, safety, signing_in
-from agent_gateway_store.console.sessions import COOKIE, Sessions, logger
+from agent_gateway_store.console import audit, charts, inbox, pages, safety
+from agent_gateway_store.console.sessions import COOKIE, Sessions, address_of, is_right, logger
 from agent_gateway_store.errors import (
     ApprovalNotFoundError,
     GatewayStoreError,
+    InvalidApiKeyError,
     InvalidCursorError,
 )
 from agent_gateway_store.store import GatewayStore
@@ -27,6 +29,8 @@ from agent_gateway_store.store import GatewayStore
 # Chosen: a load balancer asks every few seconds and gives up on an answer soon after.
 _READY_S = 2.0
 _ASK = Callable[[Request], Awaitable[Response]]
+# A page of the console, and no other site: browsers read // and a backslash as the beginning of a host.
+_OWN_PATH = re.compile(r"/(?:approvals|audit|charts)(?:[/?][\w\-./?=&%+:~*]*)?", re.ASCII)
 
 
 def build(store: GatewayStore) -> ASGIApp:
@@ -46,9 +50,9 @@ def build(store: GatewayStore) -> ASGIApp:
 
     routes = [
         Route("/", _home),
-        Route("/login", signing_in.show_login),
-        Route("/login", _opened(signing_in.login), methods=["POST"]),
-        Route("/logout", _opened(signing_in.logout), methods=["POST"]),
+        Route("/login", _show_login),
+        Route("/login", _opened(_login), methods=["POST"]),
+        Route("/logout", _opened(_logout), methods=["POST"]),
         Route("/approvals", _opened(inbox.inbox)),
         Route("/approvals/{approval_id}", _opened(inbox.approval)),
         Route("/approvals/{approval_id}/decision", _opened(inbox.decide), methods=["POST"]),
@@ -160,3 +164,64 @@ async def _away(request: Request, exc: Exception) -> Response:
     query = f"?{request.url.query}" if request.url.query else ""
     retry = "/approvals" if path == "/logout" else path + query
     return pages.message(request, "The database is away", text, status=503, retry=retry)
+
+
+def _login_page(request: Request, *, status: int = 200, error: str = "") -> HTMLResponse:
+    """Return the form to sign in."""
+    following = _own_path(request.query_params.get("next", ""))
+    return pages.page(request, "login.html", code=status, error=error, following=following)
+
+
+async def _show_login(request: Request) -> Response:
+    """`GET /login`."""
+    return _login_page(request)
+
+
+async def _login(request: Request) -> Response:
+    """`POST /login`: a new session in any case; the one of a cookie that came with it ends."""
+    console = pages.console_of(request)
+    address = address_of(request)
+    if console.sessions.is_limited(address):
+        response = _login_page(request, status=429, error="Too many keys were refused: wait a minute, then try again.")
+        response.headers["Retry-After"] = "60"
+        return response
+    form = await pages.form_of(request)
+    try:
+        session_id = await console.sessions.sign_in(form.get("key", ""), address=address)
+    except InvalidApiKeyError:
+        refused = "This key was not accepted. It must be valid, and its role one that may use the console."
+        return _login_page(request, status=403, error=refused)
+    await _end(request)
+    answer = pages.to(request, _own_path(form.get("next", "")) or "/approvals")
+    answer.set_cookie(COOKIE, session_id, **_cookie(request))  # type: ignore[arg-type]
+    return answer
+
+
+async def _logout(request: Request) -> Response:
+    """`POST /logout`."""
+    session = await pages.session_of(request)
+    if not is_right(session, (await pages.form_of(request)).get("csrf", "")):
+        raise HTTPException(403)
+    await _end(request)
+    answer = pages.to(request, "/login")
+    answer.delete_cookie(COOKIE, **_cookie(request))  # type: ignore[arg-type]
+    return answer
+
+
+async def _end(request: Request) -> None:
+    session_id = request.cookies.get(COOKIE)
+    sessions = pages.console_of(request).sessions
+    session = await sessions.find(session_id)
+    if session is not None and session_id is not None:
+        await sessions.end(session, session_id, address=address_of(request))
+
+
+def _cookie(request: Request) -> dict[str, object]:
+    url = pages.console_of(request).store.settings.console_url or ""
+    is_secure = request.url.scheme == "https" or url.startswith("https://")
+    path = pages.base_of(request) or "/"
+    return {"path": path, "httponly": True, "samesite": "strict", "secure": is_secure}
+
+
+def _own_path(path: str) -> str:
+    return path if _OWN_PATH.fullmatch(path) and "//" not in path else ""

@@ -85,7 +85,7 @@ def demo(
 
 
 def _load(ctx: typer.Context, settings: StoreSettings, *, seconds: float, rate: float, as_json: bool) -> None:
-    from agent_gateway_store.demo.load import INSTALL, export_figures, load
+    from agent_gateway_store.demo.gateway import INSTALL, export_figures, load
 
     end = export_figures()
     if end is None:

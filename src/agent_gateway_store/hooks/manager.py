@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store._text import describe, escape
-from agent_gateway_store.hooks.markers import PROJECT
+from agent_gateway_store.hooks import PROJECT
 from agent_gateway_store.hooks.plugin import REGISTER, REGISTER_SINKS, SETTINGS, Plugin, PluginRecord, SettingsState
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pluggy
 
 from agent_gateway_store._text import MAX_ERROR, describe, escape, mask_tokens
-from agent_gateway_store.hooks import specs
-from agent_gateway_store.hooks.markers import PROJECT
+from agent_gateway_store.hooks import PROJECT, specs
 
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from agent_gateway_store.hooks.markers import hookspec
+from agent_gateway_store.hooks import hookspec
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._text import safe_text
 
 if TYPE_CHECKING:

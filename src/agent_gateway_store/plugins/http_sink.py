@@ -9,10 +9,8 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.hooks.markers import hookimpl
-from agent_gateway_store.plugins._http import retry_after_s, time_limit_s
-from agent_gateway_store.plugins._http.settings import ReceiverSettings
-from agent_gateway_store.plugins._http.urls import parse_url
+from agent_gateway_store.hooks import hookimpl
+from agent_gateway_store.plugins._http import ReceiverSettings, parse_url, retry_after_s, time_limit_s
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.audit import AuditEvent

@@ -6,7 +6,7 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._text import safe_text
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from agent_gateway_store._text import require_visible, strip_texts
-from agent_gateway_store.hooks.markers import hookimpl
-from agent_gateway_store.plugins._files import append
+from agent_gateway_store.hooks import hookimpl
+from agent_gateway_store.plugins.file_sink import append
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.evidence import Checkpoint

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeVar, get_args, o
 from pydantic import BaseModel, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from agent_gateway_store.results import arrow, html, terminal
+from agent_gateway_store.results import arrow, html
 from agent_gateway_store.results.cells import Column, as_dict, columns_of, table_rows
 
 if TYPE_CHECKING:
@@ -143,7 +143,10 @@ class Page(list[T]):
         return html.table_html(*self._table(), count=len(self), has_more=bool(self.next_cursor))
 
     def __rich__(self) -> Table:
-        return terminal.table(*self._table(), count=len(self))
+        # Deferred: a gateway that shows nothing must not load rich.
+        from agent_gateway_store.results.terminal import table
+
+        return table(*self._table(), count=len(self))
 
     def _table(self) -> tuple[list[str], list[dict[str, Any]]]:
         names = self.columns

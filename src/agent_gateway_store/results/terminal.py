@@ -7,15 +7,20 @@ from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Column, Table
+from rich.text import Text
+
 from agent_gateway_store import _text
 from agent_gateway_store.results import cells
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from rich.table import Table
-    from rich.text import Text
+    from rich.console import Console, ConsoleOptions, RenderResult
 
-    from agent_gateway_store.results.fitting import FittingTable
+# Characters. A word or two: a text that is broken into shorter pieces cannot be read.
+_LEAST_WIDTH = 8
+# Columns that the border and the padding of a column take, and the border at the end.
+_BORDER, _LAST_BORDER = 3, 1
 
 
 def table(
@@ -31,10 +36,6 @@ def table(
         count: How many rows there are.
         whole: What shows a cut value whole.
     """
-    from rich.text import Text
-
-    from agent_gateway_store.results.fitting import FittingTable
-
     drawn = FittingTable()
     for name in columns:
         values = [row[name] for row in rows if row.get(name) is not None]
@@ -57,9 +58,6 @@ def table(
 
 def card(record: BaseModel) -> Table:
     """Return one record: a line for each field that is set."""
-    from rich.table import Table
-    from rich.text import Text
-
     drawn = Table(title=Text(type(record).__name__), show_header=False)
     drawn.add_column(style="dim")
     drawn.add_column(overflow="fold")
@@ -74,8 +72,6 @@ def card(record: BaseModel) -> Table:
 
 
 def _styled(name: str, value: Any) -> Text:
-    from rich.text import Text
-
     tone = cells.tone_of(name, value)
     if cells.is_call(name, value):
         name = _text.call_name(value["server"], value["tool"])
@@ -85,3 +81,31 @@ def _styled(name: str, value: Any) -> Text:
     else:
         text = cells.summary(value) if isinstance(value, dict) else cells.cell(value)
     return Text(text, style=cells.RICH[tone] if tone else "")
+
+
+class FittingTable(Table):
+    """A table where it fits; else a line for each value of a row, and an empty line after each row."""
+
+    def fits(self, width: int) -> bool:
+        """Return True if it can be read in this many columns."""
+        return sum(map(_least_width, self.columns)) + _LAST_BORDER <= width
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.fits(options.max_width):
+            yield from super().__rich_console__(console, options)
+            return
+        blocks = Table.grid(padding=(0, 2))
+        blocks.add_column(style="dim", no_wrap=True)
+        blocks.add_column(overflow="fold")
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            for column, cell in zip(self.columns, row, strict=True):
+                blocks.add_row(column.header, cell)
+            blocks.add_row()
+        yield blocks
+        yield Text(str(self.caption or ""), style="table.caption")
+
+
+def _least_width(column: Column) -> int:
+    longest = max((cell.cell_len for cell in column.cells if isinstance(cell, Text)), default=0)
+    heading = column.header.cell_len if isinstance(column.header, Text) else 0
+    return max(longest if column.no_wrap else min(longest, _LEAST_WIDTH), min(heading, _LEAST_WIDTH)) + _BORDER

@@ -21,17 +21,29 @@ from agent_gateway_store.results import Page
 from agent_gateway_store.retention import find, holds
 from agent_gateway_store.retention.approvals import ApprovalPruner
 from agent_gateway_store.retention.erase import Eraser
-from agent_gateway_store.retention.lock import PAUSE_S
 from agent_gateway_store.retention.prune import Pruner, Step
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.exclusive import ExclusiveLock
+from agent_gateway_store.storage.exclusive import POLL_S, ExclusiveLock
 from agent_gateway_store.storage.files import progress_bar
 from agent_gateway_store.storage.filters import Moment, instant
 from agent_gateway_store.telemetry import traced
 
 # Chosen: holds and erasures wait so long for a prune, and a batch may take a second itself.
 _TURN_S = 0.5
+# Any number that is not used otherwise: the bytes of "agwhold".
+LOCK_KEY = int.from_bytes(b"agwhold", "big")
+# Chosen: many times what a prune holds it for, and less than the timeout of one command.
+_WAIT_S = 20.0
+PAUSE_S = 3 * POLL_S
+"""Seconds for which a prune leaves the lock alone between two batches: whoever waits for it tries meanwhile."""
+
+
+def retention_lock(database: Database) -> ExclusiveLock:
+    """Return the lock of one database; within a store there must be one of it."""
+    return ExclusiveLock(
+        database, key=LOCK_KEY, suffix=".retention.lock", wait_s=_WAIT_S, busy="Another retention command is at work"
+    )
 
 
 class RetentionManager:

@@ -14,8 +14,7 @@ from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import InvalidCursorError
 from agent_gateway_store.models.shipping import EVERY_ORG
 from agent_gateway_store.results import Page
-from agent_gateway_store.shipping import positions
-from agent_gateway_store.shipping.positions import letters, sinks
+from agent_gateway_store.shipping.shipper import FORGET, letters, sinks
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
@@ -112,7 +111,7 @@ class SinkManager:
         @retry_conflicts
         async def forget() -> bool:
             async with self._database.connection("transaction") as connection:
-                rows = [await statement.rows(connection, key) for statement in positions.FORGET]
+                rows = [await statement.rows(connection, key) for statement in FORGET]
             return any(rows)
 
         return await forget()

@@ -15,6 +15,9 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from sqlalchemy import BigInteger, Text, and_, bindparam, delete, false, literal_column, null, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
 from agent_gateway_store._text import code_text, describe
 from agent_gateway_store.audit.filters import Criteria, criteria
 from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit
@@ -25,12 +28,16 @@ from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, ru
 from agent_gateway_store.hooks.plugin import REGISTER_SINKS, name_of
 from agent_gateway_store.hooks.specs import Sink
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.models.shipping import EVERY_ORG
-from agent_gateway_store.shipping import positions
+from agent_gateway_store.models.columns import UtcDateTime
+from agent_gateway_store.models.shipping import EVERY_ORG, AuditSink, DeadLetter
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.exclusive import ExclusiveLock, StillHeld, key_of
+from agent_gateway_store.storage.statements import Statement
 
+sinks, letters = AuditSink.__table__, DeadLetter.__table__  # type: ignore[attr-defined]
+# The dialects write ON CONFLICT alike.
+_INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 T = TypeVar("T")
 
 # As `follow` waits for a database by default: with `once`, no fault is waited out for longer.
@@ -40,6 +47,61 @@ _RETRY_S = 5.0
 _PRUNED = PluginFailure("The event was pruned before it was sent again: the archive has it.", is_permanent=True)
 
 logger = logging.getLogger("agent_gateway_store.shipping")
+
+
+def _text(name: str) -> Any:
+    return bindparam(f"p_{name}", type_=Text())
+
+
+_NOW = bindparam("p_now", type_=UtcDateTime())
+_EVENT = bindparam("p_event_id", type_=BigInteger())
+_SINK = and_(sinks.c.sink == _text("sink"), sinks.c.org_id == _text("org_id"))
+_LETTER = and_(letters.c.sink == _text("sink"), letters.c.org_id == _text("org_id"))
+_ERROR = {"last_error": _text("error")}
+
+POSITION = Statement(select(sinks.c.cursor).where(_SINK))
+BEGIN = Statement(
+    lambda dialect: (
+        _INSERT[dialect](sinks)
+        .values(sink=_text("sink"), org_id=_text("org_id"), cursor=_text("cursor"), moved_at=_NOW)
+        .on_conflict_do_nothing()
+        .returning(sinks.c.cursor)
+    )
+)
+# Compared and set: a shipper that was stopped for so long that another one took over moves nothing.
+MOVE = Statement(
+    update(sinks)
+    .where(_SINK, sinks.c.cursor == _text("before"))
+    .values(cursor=_text("cursor"), moved_at=_NOW, last_error=null())
+    .returning(sinks.c.sink)
+)
+NOTE = Statement(update(sinks).where(_SINK, sinks.c.cursor == _text("before")).values(_ERROR).returning(sinks.c.sink))
+# A batch that comes again after a crash is refused again.
+REFUSE = Statement(
+    lambda dialect: (
+        _INSERT[dialect](letters)
+        .values(
+            sink=_text("sink"),
+            org_id=_text("org_id"),
+            event_id=_EVENT,
+            error=_text("error"),
+            is_due=false(),
+            created_at=_NOW,
+        )
+        .on_conflict_do_update(
+            index_elements=["sink", "org_id", "event_id"], set_={"error": _text("error"), "is_due": false()}
+        )
+        .returning(letters.c.id)
+    )
+)
+FIRST_DUE = Statement(
+    select(letters.c.event_id).where(_LETTER, letters.c.is_due).order_by(letters.c.id).limit(literal_column("1"))
+)
+SENT = Statement(delete(letters).where(_LETTER, letters.c.event_id == _EVENT, letters.c.is_due).returning(letters.c.id))
+FORGET = (
+    Statement(delete(letters).where(_LETTER).returning(letters.c.id)),
+    Statement(delete(sinks).where(_SINK).returning(sinks.c.sink)),
+)
 
 
 class Shipper:
@@ -171,17 +233,17 @@ class _Run:
         """Send dead letters that were redriven, one by one: one of them was refused."""
         while True:
             async with self._database.connection("read") as connection:
-                letter = await positions.FIRST_DUE.first(connection, self._key)
+                letter = await FIRST_DUE.first(connection, self._key)
             if letter is None:
                 return None
             event_id = letter["event_id"]
             event = await AuditQuery(self._database, org_id=self._org_id).get(event_id)
             failure = await self._send(still_held, [event]) if event else _PRUNED
             if failure is None:
-                await self._write(positions.SENT, {"p_event_id": event_id})
+                await self._write(SENT, {"p_event_id": event_id})
                 self._sent += 1
             elif failure.is_permanent:
-                await self._write(positions.REFUSE, {"p_event_id": event_id, "p_error": failure.text})
+                await self._write(REFUSE, {"p_event_id": event_id, "p_error": failure.text})
             else:
                 return failure
 
@@ -189,7 +251,7 @@ class _Run:
         await still_held()
         failure = await self._executor.run("sink", self._name, partial(_send, self._sink, events))
         if failure is not None and not failure.is_permanent:
-            await self._write(positions.NOTE, {"p_before": self._cursor, "p_error": failure.text})
+            await self._write(NOTE, {"p_before": self._cursor, "p_error": failure.text})
         return failure
 
     @retry_conflicts
@@ -201,11 +263,11 @@ class _Run:
         """Return the cursor that is kept; the first time, keep the one to begin with."""
         for _ in range(2):
             async with self._database.connection("read") as connection:
-                if (kept := await positions.POSITION.first(connection, self._key)) is not None:
+                if (kept := await POSITION.first(connection, self._key)) is not None:
                     return str(kept["cursor"])
             # Not the word itself: what is pruned before the first batch has arrived would be missed without an error.
             page, _ = await changes_page(self._database, self._found, start, 0)
-            await self._write(positions.BEGIN, {"p_cursor": page.next_cursor})
+            await self._write(BEGIN, {"p_cursor": page.next_cursor})
         raise StoreUnavailableError(f"The sink {code_text(self._name)} was forgotten at this moment: ship again.")
 
     @retry_conflicts
@@ -213,13 +275,13 @@ class _Run:
         """Commit the cursor, and the dead letter of the event before it that was refused, together."""
         values = {**self._key, "p_now": utc_now(), "p_before": self._cursor, "p_cursor": cursor}
         async with self._database.connection("transaction") as connection:
-            if not await positions.MOVE.rows(connection, values):
+            if not await MOVE.rows(connection, values):
                 raise StoreUnavailableError(
                     f"Another process has moved the cursor of the sink {code_text(self._name)}, or it was forgotten: "
                     "let one process ship."
                 )
             if refused is not None:
-                await positions.REFUSE.rows(connection, {**values, **refused})
+                await REFUSE.rows(connection, {**values, **refused})
         self._cursor = cursor
         if refused is not None:
             logger.warning("The sink %s refuses an event for good: %s", self._name, refused["p_error"])

@@ -16,16 +16,24 @@ from mcp_types import CallToolRequestParams
 from agent_gateway_store.audit.calls import HIDDEN, argument_names, status_of
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.credentials import key_in
-from agent_gateway_store.integrations.fastmcp.asking import acquire, ask, note_outcome, pending_answer
+from agent_gateway_store.integrations.fastmcp.asking import (
+    acquire,
+    ask,
+    note_outcome,
+    page_request,
+    pending_answer,
+    take_answer,
+)
 from agent_gateway_store.integrations.fastmcp.callbacks import CallbackError, call_back, failure
-from agent_gateway_store.integrations.fastmcp.elicitation import page_request, take_answer
-from agent_gateway_store.integrations.fastmcp.origin import origin_of, running, tool_span
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
 from agent_gateway_store.integrations.fastmcp.record import (
     CallRecord,
     Identify,
     NameServer,
     Sanitize,
+    origin_of,
+    running,
+    tool_span,
 )
 from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
 from agent_gateway_store.integrations.guard import AWAY, BROKEN, CallPendingError, Policy, Verdict

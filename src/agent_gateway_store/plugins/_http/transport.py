@@ -15,7 +15,7 @@ import httpcore
 from pydantic import SecretStr
 
 from agent_gateway_store.errors import NotDeliveredError
-from agent_gateway_store.plugins._http.urls import AddressPolicy, ParsedUrl, parse_proxy
+from agent_gateway_store.plugins._http import AddressPolicy, ParsedUrl, parse_proxy
 
 # The rest of an answer whose body nobody asked for: read for this long, so that the connection can be used again.
 DRAIN_SECONDS = 0.25

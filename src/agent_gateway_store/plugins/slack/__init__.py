@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from agent_gateway_store.hooks.markers import hookimpl
+from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._http import time_limit_s
 from agent_gateway_store.plugins.slack.callback import SlackCallback, SlackReply
 from agent_gateway_store.plugins.slack.notifier import SlackNotifier

@@ -20,7 +20,7 @@ from slack_sdk.models.blocks import (
 from agent_gateway_store._text import Shown, escape, json_text, mask_tokens
 from agent_gateway_store.plugins._text import MARK, fit_arguments
 from agent_gateway_store.plugins.slack.api import EVENT_TYPE, mrkdwn
-from agent_gateway_store.plugins.slack.clicks import APPROVE, DENY
+from agent_gateway_store.plugins.slack.callback import APPROVE, DENY
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice

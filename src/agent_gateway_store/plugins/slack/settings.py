@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.models.values import ApproverId
-from agent_gateway_store.plugins._http.urls import ParsedUrl, parse_proxy, parse_url
+from agent_gateway_store.plugins._http import ParsedUrl, parse_proxy, parse_url
 
 PREFIX = "AGENT_GATEWAY_STORE_SLACK_"
 
