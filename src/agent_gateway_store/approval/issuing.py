@@ -216,8 +216,7 @@ class Asking:
         else:
             asking = self._background.start(self._ask(values))
             try:
-                await asyncio.wait([asking])
-                issued = asking.result()
+                issued = await asyncio.shield(asking)
             except asyncio.CancelledError:
                 self._background.start(self.withdraw(asking, values))
                 raise

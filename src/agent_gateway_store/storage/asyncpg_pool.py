@@ -75,16 +75,25 @@ class AsyncpgPool:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         with telemetry.timed("database.pool_wait", pool="driver"):
-            async with asyncio.timeout_at(deadline):
+            # Timers cost more than all else here, so none is made for what is there at once.
+            if self._places.locked():
+                async with asyncio.timeout_at(deadline):
+                    await self._places.acquire()
+            else:
                 await self._places.acquire()
         try:
-            async with asyncio.timeout_at(deadline):
-                driver, connection = await self._idle_connection() or await self._connect()
-            watchdog = loop.call_at(deadline, driver.terminate)
+            found = await self._idle_connection()
+            if found is None:
+                async with asyncio.timeout_at(deadline):
+                    found = await self._connect()
+            driver, connection = found
             try:
-                # A closed socket does not wake a COPY that waits for room in a full send buffer.
-                async with asyncio.timeout_at(deadline + _GRACE_S):
-                    yield driver
+                async with asyncio.timeout(None) as use:
+                    watchdog = loop.call_at(deadline, _end, driver, use)
+                    try:
+                        yield driver
+                    finally:
+                        watchdog.cancel()
             except GatewayStoreError:
                 # An answer of ours, not a fault of the connection.
                 await self._release(driver, connection)
@@ -100,8 +109,6 @@ class AsyncpgPool:
                 raise
             else:
                 await self._release(driver, connection)
-            finally:
-                watchdog.cancel()
         finally:
             self._places.release()
 
@@ -162,6 +169,12 @@ class AsyncpgPool:
     async def _drop_idle(self) -> None:
         idle, self._idle = self._idle, []
         await _drop_all(idle)
+
+
+def _end(driver: asyncpg.Connection, use: asyncio.Timeout) -> None:
+    driver.terminate()
+    # A closed socket does not wake a COPY that waits for room in a full send buffer.
+    use.reschedule(asyncio.get_running_loop().time() + _GRACE_S)
 
 
 def idle_connections(engine: AsyncEngine) -> WeakSet[asyncpg.Connection]:
