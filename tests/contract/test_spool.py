@@ -16,8 +16,8 @@ import pytest
 from contract_helpers import until
 from sqlalchemy import make_url
 
+import agent_gateway_store.audit.backends as backends_module
 import agent_gateway_store.audit.spool as spool_module
-import agent_gateway_store.storage.sqlite as sqlite_module
 import servers
 from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, to_values
@@ -25,6 +25,7 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
 from builders import make_event, rehash
 from proofs.harness import (
+    AWAY_S,
     SPOOLING,
     TRIGGERS,
     child,
@@ -80,20 +81,23 @@ class PostgresPlace:
 
 
 class SqlitePlace:
-    """A file that another process has locked for writing."""
+    """A file that another process has locked for writing; while it is, nobody waits for the lock as long as usual."""
 
     dialect = "sqlite"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patch: pytest.MonkeyPatch) -> None:
         self.url = f"sqlite:///{path}"
         self._path = path
+        self._patch = patch
         self._locker: sqlite3.Connection | None = None
 
     async def go_away(self) -> None:
+        self._patch.setattr(backends_module, "_SQLITE_TIMEOUT_S", AWAY_S)
         self._locker = sqlite3.connect(self._path, isolation_level=None)
         self._locker.execute("BEGIN EXCLUSIVE")
 
     async def come_back(self) -> None:
+        self._patch.undo()
         if self._locker is not None:
             self._locker.close()
 
@@ -114,12 +118,19 @@ def server() -> Iterator[PostgresServer]:
         yield started
 
 
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """What a place changes while it is away, and nothing else."""
+    with pytest.MonkeyPatch.context() as patched:
+        yield patched
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """A migrated, empty database that can go away."""
     if request.param == "sqlite":
-        monkeypatch.setattr(sqlite_module, "_BUSY_TIMEOUT_MS", 150)
-        local = SqlitePlace(Path(migrated(f"sqlite:///{tmp_path}/gateway.db").removeprefix("sqlite:///")))
+        path = Path(migrated(f"sqlite:///{tmp_path}/gateway.db").removeprefix("sqlite:///"))
+        local = SqlitePlace(path, request.getfixturevalue("patch"))
         yield local
         asyncio.run(local.come_back())
         return
@@ -283,10 +294,9 @@ async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None
     await fast.close()
 
 
-async def test_rows_for_another_database_stay(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_for_another_database_stay(tmp_path: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
     """Two databases share a spool; the one that is back gets its own rows, the others wait on."""
-    monkeypatch.setattr(sqlite_module, "_BUSY_TIMEOUT_MS", 150)
-    one, two = (SqlitePlace(tmp_path / name) for name in ("one.db", "two.db"))
+    one, two = (SqlitePlace(tmp_path / name, patch) for name in ("one.db", "two.db"))
     async with GatewayStore(one.url, redis_url="") as first, GatewayStore(two.url, redis_url="") as second:
         await one.go_away()
         await two.go_away()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -41,6 +42,8 @@ SERVED = [
 ]
 AGENTS = [f"how-to/{name}.md" for name in ("langchain", "openai-agents", "pydantic-ai")]
 ELSEWHERE = (*NOTEBOOKS, *SERVED, *AGENTS)
+# What the programs of several pages import and the package does not.
+_LOADED = ["pyarrow.parquet", "pyarrow.dataset"]
 PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
 
 
@@ -54,6 +57,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *command: str, **environment: str) -> tuple[str, str]:
     """Run a command that must end well; return what it wrote to its two outputs."""
+    forks().load(_LOADED)
     programs = f"{forks().programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     given: dict[str, Any] = {"cwd": folder, "env": {**os.environ, "PATH": programs, **environment}, "timeout": 300}
     if command[0] == sys.executable:
@@ -147,10 +151,20 @@ def test_fastmcp_page(tmp_path: Path) -> None:
     assert "Traceback" not in log
 
 
+def imports_of(page: str) -> list[str]:
+    """The modules that the Python of a page imports."""
+    nodes = ast.walk(ast.parse(python_of(page)))
+    return [
+        *(alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names),
+        *(node.module or "" for node in ast.walk(ast.parse(python_of(page))) if isinstance(node, ast.ImportFrom)),
+    ]
+
+
 @pytest.mark.parametrize("page", AGENTS)
 def test_page_of_an_agent(page: str, tmp_path: Path) -> None:
     """The agent asks and ends; approved, it goes on in a new process and runs its call once; the log says so."""
     (tmp_path / "agent.py").write_text(python_of(page))
+    forks().load(imports_of(page))
     lines = "".join(blocks("sh", PAGES[page].partition("Start it.")[2])).splitlines()
     asking, *coming_back = [line for line in lines if "approvals list" not in line]
     script = [

@@ -140,7 +140,8 @@ def test_a_load_sends_its_figures_by_otlp(tmp_path: Path) -> None:
         sent = run_process("demo", "--load", "--seconds", "1", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
         server.shutdown()
         serving.join()
-    without = run_process("demo", "--load", "--seconds", "1", PYTHONPATH=str(_without_exporter(tmp_path)))
+    path = str(_without_exporter(tmp_path))
+    without = run_process("demo", "--load", "--seconds", "1", is_new=True, PYTHONPATH=path)
 
     assert (sent.code, sent.err) == (0, "")
     assert set(paths) == {"/v1/traces", "/v1/metrics"}
