@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -186,12 +187,16 @@ class Fork:
 
 
 @cache
-def forks() -> Forks:
-    """Start the process, once; it ends with this one."""
+def forks(*, is_large: bool = False) -> Forks:
+    """Start the process, once; it ends with this one.
+
+    A large one is for what loads large libraries, which take seconds to be taken apart at the end of each program: there
+    programs end without that. In the other, nothing is loaded but the package.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ags-forks-"))
     atexit.register(shutil.rmtree, folder)
     given = Forks(folder)
-    command = [sys.executable, __file__, f"{folder}/socket"]
+    command = [sys.executable, __file__, f"{folder}/socket", "large" if is_large else ""]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
     assert process.stdin is not None
     assert process.stdout is not None
@@ -239,6 +244,7 @@ def _serve(path: str) -> dict[str, Any] | None:
                 # One that warns is imported by the programs, of which some make errors of warnings.
                 with warnings.catch_warnings(action="error"), suppress(Exception):
                     importlib.import_module(name)
+            gc.freeze()
             if os.fork():
                 answering.close()
                 for file in files:
@@ -300,7 +306,33 @@ def _run(request: dict[str, Any]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def _run_to_the_end(request: dict[str, Any]) -> None:
+    """Become the program of a request, and end as Python does, but for the modules, which stay."""
+    code: Any = 0
+    try:
+        _run(request)
+    except SystemExit as exc:
+        code = exc.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    # `runpy` has put this module back in its place.
+    if (program := vars(sys.modules["__main__"])) is not globals():
+        program.clear()
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    _exit(code)
+
+
 if __name__ == "__main__":
+    # Newer Pythons warn of forking beside threads; those of the libraries that are loaded here survive it.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     _load()
     if (asked := _serve(sys.argv[1])) is not None:
-        _run(asked)
+        (_run_to_the_end if sys.argv[2] else _run)(asked)

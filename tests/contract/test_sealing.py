@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +20,7 @@ from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.evidence import sealer
 from agent_gateway_store.models.evidence import Checkpoint, Finding, FindingKind
 from builders import make_event
+from forks import forks
 from tampering import tamper
 
 ON_POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
@@ -57,9 +56,8 @@ async def require_one_log(store: GatewayStore) -> int:
 
 def run(url: str, what: str) -> str:
     """Run the processes of `sealing_process`; return what they print."""
-    command = [sys.executable, str(SCRIPT), url, what]
     environment = {**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    ended = forks().run([str(SCRIPT), url, what], cwd=Path.cwd(), env=environment, timeout=120)
     assert (ended.returncode, ended.stderr) == (0, "")
     return ended.stdout
 
