@@ -190,8 +190,8 @@ class Fork:
 def forks(*, is_large: bool = False) -> Forks:
     """Start the process, once; it ends with this one.
 
-    A large one is for what loads large libraries, which take seconds to be taken apart at the end of each program: there
-    programs end without that. In the other, nothing is loaded but the package.
+    A large one is for what loads large libraries, which take seconds to be taken apart at the end of each program:
+    there programs end without that. In the other, nothing is loaded but the package.
     """
     folder = Path(tempfile.mkdtemp(prefix="ags-forks-"))
     atexit.register(shutil.rmtree, folder)
