@@ -170,7 +170,10 @@ async def test_closing_waits_a_second_at_most_for_a_seal(store: GatewayStore, da
         await connection.execute(text("LOCK TABLE audit_leaves IN EXCLUSIVE MODE"))
         other = await GatewayStore(database_url, redis_url="", settings=settings(0.01)).open()
         await other.audit.write(make_event())
-        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'audit_leaves'::regclass"
+        waiting = (
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'audit_leaves'::regclass "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
         async with asyncio.timeout(10):
             while (await connection.execute(text(waiting))).scalar() == 0:
                 await asyncio.sleep(0.01)

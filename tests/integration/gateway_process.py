@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from sqlalchemy import make_url
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, TrustLevel
 from commands import python_path
+from forks import forks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECRET = "correct-horse-battery-staple"
@@ -51,9 +51,11 @@ class Process:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         folder.mkdir()
         self.log = folder / "log"
+        loaded = forks(is_large=True)
+        loaded.load(["uvicorn", "agent_gateway_store.integrations.fastapi"])
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "fastapi_gateway"],
+                [loaded.programs / "python", "-m", "fastapi_gateway"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
