@@ -52,7 +52,7 @@ def kernel(folder: Path, url: str) -> Iterator[AsyncKernelManager]:
 
 
 def execute(notebook: Path, kernel: AsyncKernelManager) -> Any:
-    """Run a notebook, which finds no name of an earlier one, and return it with its outputs; a cell that fails raises."""
+    """Run a notebook, which finds no name of an earlier one; return it with its outputs. A cell that fails raises."""
     node = nbformat.read(notebook, as_version=4)
     node.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
     client = NotebookClient(node, km=kernel, timeout=300)
