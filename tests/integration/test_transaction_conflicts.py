@@ -229,43 +229,28 @@ async def deadlock(watcher: asyncpg.Connection, ours: Awaitable[Any], host: Call
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_real_deadlock_of_a_single_statement(watchful_url: str, way: str) -> None:
-    """The host locks its own row and then ours, our UPDATE (by the host's trigger) ours and then the host's."""
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("consume_token", "AFTER UPDATE ON approval_requests"), ("vote", "AFTER INSERT ON approval_votes")],
+)
+async def test_a_real_deadlock_beside_a_row_of_the_hosts(watchful_url: str, way: str, name: str, when: str) -> None:
+    """The host locks its own row and then the approval, ours the approval and then, by the host's trigger, its row: in
+    one statement, and in a transaction of several.
+    """
     url = watchful_url
+    _, before, call = CALLS[name]
     async with store_on(url, way) as store, connected(url) as host, connected(url) as watcher:
-        token = await approved(store)
+        token = await before(store)
         await host.execute(_NEVER_GIVES_WAY)
-        await watcher.execute(
-            "CREATE TRIGGER counting AFTER UPDATE ON approval_requests FOR EACH ROW EXECUTE FUNCTION stand_still()"
-        )
+        await watcher.execute(f"CREATE TRIGGER counting {when} FOR EACH ROW EXECUTE FUNCTION stand_still()")
         async with host.transaction():
             await host.execute("UPDATE h SET n = n + 10")
-            use = store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-            using = await deadlock(watcher, use, lambda: host.execute("SELECT FROM approval_requests FOR UPDATE"))
-        result = await using
-        uses = await host.fetchval("SELECT n FROM h")
+            lock = "SELECT FROM approval_requests FOR UPDATE"
+            ours = await deadlock(watcher, call(store, token), lambda: host.execute(lock))
+        result = await ours
+        counted = await host.fetchval("SELECT n FROM h")
 
-    assert (result.status, uses) == ("USED", 11)
-
-
-@pytest.mark.parametrize("way", WAYS)
-async def test_a_real_deadlock_of_a_transaction(watchful_url: str, way: str) -> None:
-    """A vote locks the approval and then, by the host's trigger, the host's row."""
-    url = watchful_url
-    async with store_on(url, way) as store, connected(url) as host, connected(url) as watcher:
-        token = await ask(store)
-        await host.execute(_NEVER_GIVES_WAY)
-        await watcher.execute(
-            "CREATE TRIGGER counting AFTER INSERT ON approval_votes FOR EACH ROW EXECUTE FUNCTION stand_still()"
-        )
-        async with host.transaction():
-            await host.execute("UPDATE h SET n = n + 10")
-            vote = store.approvals.approve(token, "anna")
-            voting = await deadlock(watcher, vote, lambda: host.execute("SELECT FROM approval_requests FOR UPDATE"))
-        result = await voting
-        votes = await host.fetchval("SELECT n FROM h")
-
-    assert (result.status, votes) == ("APPROVED", 11)
+    assert (result.status, counted) == ("USED" if name == "consume_token" else "APPROVED", 11)
 
 
 @pytest.mark.parametrize("way", WAYS)
