@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -16,6 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 
 EVENTS = 50_000
@@ -32,14 +36,32 @@ def demo_store(folder: Path, events: int = EVENTS) -> str:
     return url
 
 
-def execute(notebook: Path, folder: Path, url: str) -> Any:
-    """Run a notebook in `folder` on the store at `url` and return it with its outputs; a cell that fails raises."""
+@contextmanager
+def kernel(folder: Path, url: str) -> Iterator[AsyncKernelManager]:
+    """Start a kernel in `folder` for notebooks that are run one after the other, on the store at `url`."""
     start = folder / "ipython" / "profile_default" / "startup"
     start.mkdir(parents=True, exist_ok=True)
     (start / "00-svg.py").write_text(_STARTUP)
+    manager = AsyncKernelManager(kernel_name="python3")
+    environment = {**os.environ, "IPYTHONDIR": str(folder / "ipython"), "DATABASE_URL": url}
+    run_sync(manager.start_kernel)(env=environment, cwd=str(folder))
+    try:
+        yield manager
+    finally:
+        run_sync(manager.shutdown_kernel)(now=True)
+
+
+def execute(notebook: Path, kernel: AsyncKernelManager) -> Any:
+    """Run a notebook, which finds no name of an earlier one; return it with its outputs. A cell that fails raises."""
     node = nbformat.read(notebook, as_version=4)
-    client = NotebookClient(node, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    client.execute(env={**os.environ, "IPYTHONDIR": str(folder / "ipython"), "DATABASE_URL": url})
+    node.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    client = NotebookClient(node, km=kernel, timeout=300)
+    try:
+        client.execute()
+    finally:
+        if client.kc is not None:
+            client.kc.stop_channels()
+    del node.cells[0]
     return node
 
 
@@ -79,7 +101,8 @@ def _rendered(docs: Path) -> dict[str, tuple[str, dict[str, str]]]:
     with TemporaryDirectory(prefix="ags-notebooks-") as folder:
         url = demo_store(Path(folder))
         found = sorted((docs / "notebooks").glob("*.ipynb"))
-        return {path.stem: page_of(execute(path, Path(folder), url), path.stem) for path in found}
+        with kernel(Path(folder), url) as started:
+            return {path.stem: page_of(execute(path, started), path.stem) for path in found}
 
 
 def on_files(files: Any, config: Any) -> Any:

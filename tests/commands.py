@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from agent_gateway_store.cli.app import app
 from builders import event_fields
+from forks import forks
 
 _TIMEOUT_S = 120
 
@@ -56,18 +57,17 @@ def gateway_store(*args: str, input: str | bytes | None = None, **environment: s
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
-def process(*args: str, **options: Any) -> subprocess.Popen[str]:
-    """Start `gateway-store` as a process; its outputs are pipes."""
+def process(*args: str, is_new: bool = False, **options: Any) -> subprocess.Popen[str]:
+    """Start `gateway-store` as a process, with the package loaded unless it `is_new`; its outputs are pipes."""
+    command = [sys.executable, "-m", "agent_gateway_store.cli"] if is_new else [str(forks().programs / "gateway-store")]
     environment: Mapping[str, str] = {**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("environment", {})}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        [sys.executable, "-m", "agent_gateway_store.cli", *args], text=True, env=environment, **(pipes | options)
-    )
+    return subprocess.Popen([*command, *args], text=True, env=environment, **(pipes | options))
 
 
-def run_process(*args: str, input: str | None = None, **environment: str) -> Outcome:  # noqa: A002
+def run_process(*args: str, input: str | None = None, is_new: bool = False, **environment: str) -> Outcome:  # noqa: A002
     """Run `gateway-store` as a process to its end."""
-    with process(*args, environment=environment) as started:
+    with process(*args, is_new=is_new, environment=environment) as started:
         out, err = started.communicate(input, timeout=_TIMEOUT_S)
     return Outcome(started.returncode, out, err)
 

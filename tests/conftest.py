@@ -13,7 +13,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-import asyncpg
 import pytest
 from sqlalchemy import make_url
 
@@ -190,22 +189,16 @@ def _databases(server_url: str, template: str) -> Iterator[Callable[[], str]]:
     url = make_url(server_url)
     made: list[str] = []
 
-    def execute(*statements: str) -> None:
-        async def send() -> None:
-            connection = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
-            try:
-                for statement in statements:
-                    await connection.execute(statement)
-            finally:
-                await connection.close()
+    def send(*statements: str) -> None:
+        from proofs.harness import execute
 
-        servers.run(send())
+        servers.run(execute(url.render_as_string(hide_password=False), *statements))
 
     def create() -> str:
         name = f"test_{uuid4().hex}"
         # For files in memory, the quicker way by far; on a disk, and with checkpoints that sync, it is the slower one.
         strategy = "STRATEGY FILE_COPY" if server_url in servers.IN_MEMORY else ""
-        execute(f"CREATE DATABASE {name} TEMPLATE {template} {strategy}")
+        send(f"CREATE DATABASE {name} TEMPLATE {template} {strategy}")
         made.append(name)
         return url.set(database=name).render_as_string(hide_password=False)
 
@@ -213,4 +206,4 @@ def _databases(server_url: str, template: str) -> Iterator[Callable[[], str]]:
         yield create
     finally:
         if made:
-            execute(*(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)" for name in made))
+            send(*(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)" for name in made))

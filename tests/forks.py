@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,32 +32,46 @@ from pathlib import Path
 from typing import IO, Any
 
 _SHIM = """#!{python} -SE
-import json, os, socket, sys
+import json, os, signal, socket, sys
+arguments = sys.argv[1:]
+if name := {names!r}.get(os.path.basename(sys.argv[0])):
+    module, main = name.split(":")
+    code = f"import sys; sys.argv[0] = {{sys.argv[0]!r}}; from {{module}} import {{main}}; sys.exit({{main}}())"
+    arguments = ["-c", code, *arguments]
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
     asking.connect({path!r})
-    code = "import sys; sys.argv[0] = 'gateway-store'; from agent_gateway_store.cli import main; main()"
-    request = {{"arguments": ["-c", code, *sys.argv[1:]], "folder": os.getcwd(), "environment": dict(os.environ)}}
+    request = {{"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}}
     socket.send_fds(asking, [json.dumps(request).encode()], [0, 1, 2])
-    asking.recv(100)
+    program = int(asking.recv(100))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(program, number))
+    # What it reads and writes is the program's alone.
+    os.closerange(0, 3)
     status = int(asking.recv(100) or 1)
-sys.exit(status if status >= 0 else 128 - status)
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+os._exit(status)
 """
-"""The command `gateway-store` for a shell: has it run by the process that has the package loaded."""
+"""A command for a shell: has it run by the process that has the package loaded, and ends as it does."""
+_COMMANDS = {"gateway-store": "agent_gateway_store.cli:main", "uvicorn": "uvicorn:main", "fastmcp": "fastmcp.cli:app"}
+"""By the name of a command: what it calls. Beside them there is `python`."""
 
 
 class Forks:
     """A process that has the package loaded, with the ways to have it run a program.
 
     Attributes:
-        programs: A folder for PATH with a `gateway-store` that starts faster.
+        programs: A folder for PATH with commands that start faster: `python`, `gateway-store` and some others.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = str(path / "socket")
         self.programs = path / "programs"
         self.programs.mkdir()
-        (self.programs / "gateway-store").write_text(_SHIM.format(python=sys.executable, path=self._path))
-        (self.programs / "gateway-store").chmod(0o755)
+        for name in ("python", *_COMMANDS):
+            (self.programs / name).write_text(_SHIM.format(python=sys.executable, path=self._path, names=_COMMANDS))
+            (self.programs / name).chmod(0o755)
 
     def start(
         self,
@@ -86,6 +101,11 @@ class Forks:
         os.close(output)
         await program.connect(into, out)
         return program
+
+    def load(self, modules: Sequence[str]) -> None:
+        """Import modules, once for all programs that come after; those that refuse are left to the programs."""
+        with open(os.devnull, "r+") as nothing:  # noqa: PTH123
+            self.start(["-c", ""], Path("/"), {}, *[nothing.fileno()] * 3, load=modules).result(60)
 
     def run(
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float
@@ -167,12 +187,16 @@ class Fork:
 
 
 @cache
-def forks() -> Forks:
-    """Start the process, once; it ends with this one."""
+def forks(*, is_large: bool = False) -> Forks:
+    """Start the process, once; it ends with this one.
+
+    A large one is for what loads large libraries, which take seconds to be taken apart at the end of each program:
+    there programs end without that. In the other, nothing is loaded but the package.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ags-forks-"))
     atexit.register(shutil.rmtree, folder)
     given = Forks(folder)
-    command = [sys.executable, __file__, f"{folder}/socket"]
+    command = [sys.executable, __file__, f"{folder}/socket", "large" if is_large else ""]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
     assert process.stdin is not None
     assert process.stdout is not None
@@ -217,7 +241,10 @@ def _serve(path: str) -> dict[str, Any] | None:
             message, files, _, _ = socket.recv_fds(answering, 1 << 20, 3)
             request: dict[str, Any] = json.loads(message)
             for name in request.get("load", ()):
-                importlib.import_module(name)
+                # One that warns is imported by the programs, of which some make errors of warnings.
+                with warnings.catch_warnings(action="error"), suppress(Exception):
+                    importlib.import_module(name)
+            gc.freeze()
             if os.fork():
                 answering.close()
                 for file in files:
@@ -234,6 +261,10 @@ def _serve(path: str) -> dict[str, Any] | None:
                 os.close(file)
             with suppress(OSError):
                 answering.send(str(pid).encode())
+            # The program ends, at the latest with whoever asked for it.
+            ended = os.pidfd_open(pid)
+            if ended not in select.select([ended, answering], [], [])[0]:
+                os.kill(pid, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             with suppress(OSError):
                 answering.send(str(status).encode())
@@ -247,7 +278,9 @@ def _run(request: dict[str, Any]) -> None:
     os.chdir(request["folder"])
     time.tzset()
     random.seed()
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    # By lines, where Python would not hold anything back, so that a reader gets whole ones.
+    held_back = 1 if os.environ.get("PYTHONUNBUFFERED") else -1
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", buffering=held_back, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     arguments: list[str] = request["arguments"]
     # The first entry of sys.path is the folder of this module.
@@ -273,7 +306,33 @@ def _run(request: dict[str, Any]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def _run_to_the_end(request: dict[str, Any]) -> None:
+    """Become the program of a request, and end as Python does, but for the modules, which stay."""
+    code: Any = 0
+    try:
+        _run(request)
+    except SystemExit as exc:
+        code = exc.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    # `runpy` has put this module back in its place.
+    if (program := vars(sys.modules["__main__"])) is not globals():
+        program.clear()
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    _exit(code)
+
+
 if __name__ == "__main__":
+    # Newer Pythons warn of forking beside threads; those of the libraries that are loaded here survive it.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     _load()
     if (asked := _serve(sys.argv[1])) is not None:
-        _run(asked)
+        (_run_to_the_end if sys.argv[2] else _run)(asked)

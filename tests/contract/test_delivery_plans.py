@@ -59,13 +59,15 @@ async def test_earlier_notices_are_looked_for_by_approval(database_url: str, mon
     async with GatewayStore(database_url, redis_url="", plugins=[Post()], settings=quiet()) as asking:
         await quiet_times(asking)
         tokens = []
-        for _ in range(20):
+        # Few for SQLite, which plans without counting.
+        crowds = 20 if asking.database.dialect == "postgresql" else 2
+        for _ in range(crowds):
             tokens += await asyncio.gather(*(asking.approvals.issue_token(make_request()) for _ in range(20)))
     sends = StoreSettings(notification_poll_seconds=600)
     async with GatewayStore(database_url, redis_url="", plugins=[Post()], settings=sends) as store:
         plans = explained(store, monkeypatch)
         await store.approvals.approve(tokens[0], "alice")
-        assert await store.notifications.run(once=True) == 401
+        assert await store.notifications.run(once=True) == 20 * crowds + 1
 
     assert len(plans) >= 3  # as the row is written, as its own approval is looked at, and as all are
     for plan in plans:

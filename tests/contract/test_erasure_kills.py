@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from contract_helpers import WITH_REDIS
 from erasing_process import APPROVALS, LATER, archived_approvals
 
 from agent_gateway_store import GatewayStore, clock
+from forks import forks
 
 PROCESS = Path(__file__).parent / "erasing_process.py"
 # Every 23rd step, as each takes a second or two; `-m slow` takes every one.
@@ -22,11 +21,10 @@ STRIDES = [23, pytest.param(1, marks=pytest.mark.slow)]
 
 async def kill(url: str, redis_url: str, folder: Path, what: str, stride: int) -> int:
     """Kill a process at every so manieth step; return how often."""
-    ended = await asyncio.to_thread(
-        subprocess.run, [sys.executable, str(PROCESS), url, redis_url, str(folder), what, str(stride)],
-        env={**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}, capture_output=True, text=True, timeout=550,
-        check=False,
-    )  # fmt: skip
+    forks(is_large=True).load(["pyarrow.dataset"])
+    environment = {**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
+    arguments = [str(PROCESS), url, redis_url, str(folder), what, str(stride)]
+    ended = await asyncio.to_thread(forks(is_large=True).run, arguments, cwd=folder, env=environment, timeout=550)
     assert (ended.returncode, ended.stderr) == (0, "")
     print(what, ended.stdout.strip(), "kills")
     return int(ended.stdout)

@@ -268,7 +268,7 @@ async def test_revocation_reaches_another_process(store: GatewayStore, database_
     environment = os.environ | {
         "DATABASE_URL": database_url,
         "REDIS_URL": redis_setting,
-        "API_KEY_CACHE_SECONDS": "30" if redis_setting else "1.5",
+        "API_KEY_CACHE_SECONDS": "30" if redis_setting else "0.3",
     }
     process = await forks().begin(["-c", _GATEWAY], Path.cwd(), environment)
     try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +20,7 @@ from agent_gateway_store.errors import ArchiveError, EventsPrunedError
 from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.retention import prune
 from builders import make_event
+from forks import forks
 from tampering import tamper
 
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
@@ -357,11 +356,10 @@ async def test_a_pruner_killed_at_any_step_loses_nothing(
     """
     archive = tmp_path / "a"
     # Every eleventh step, as each takes a second; `-m slow` takes every one.
-    command = [sys.executable, str(PROCESS), database_url, str(archive), str(stride)]
-    ended = await asyncio.to_thread(
-        subprocess.run, command, env={**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}, capture_output=True,
-        text=True, timeout=550, check=False,
-    )  # fmt: skip
+    forks(is_large=True).load(["pyarrow.dataset", "pyarrow.parquet"])
+    environment = {**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
+    arguments = [str(PROCESS), database_url, str(archive), str(stride)]
+    ended = await asyncio.to_thread(forks(is_large=True).run, arguments, cwd=tmp_path, env=environment, timeout=550)
     assert (ended.returncode, ended.stderr) == (0, "")
     kills = int(ended.stdout)
     assert kills >= 40 // stride

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from shipping_process import BATCH, EVENTS
 
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.plugins.file_sink import FileSink
+from forks import forks
 
 SCRIPT = Path(__file__).parent / "shipping_process.py"
 
@@ -22,8 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_plugins")
 
 def run(url: str, file: Path, what: str, number: int) -> int:
     """Run the processes of `shipping_process`; return how many were killed."""
-    command = [sys.executable, str(SCRIPT), url, str(file), what, str(number)]
-    ended = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, timeout=480, check=False)
+    ended = forks().run([str(SCRIPT), url, str(file), what, str(number)], cwd=file.parent, env=os.environ, timeout=480)
     assert (ended.returncode, ended.stderr) == (0, "")
     return int(ended.stdout)
 

@@ -14,23 +14,21 @@ from typing import Protocol
 
 import pytest
 from contract_helpers import until
-from sqlalchemy import make_url
 
+import agent_gateway_store.audit.backends as backends_module
 import agent_gateway_store.audit.spool as spool_module
-import agent_gateway_store.storage.sqlite as sqlite_module
 import servers
-from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings, WriteOutcome
+from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, to_values
-from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
 from builders import make_event, rehash
 from proofs.harness import (
+    AWAY_S,
     SPOOLING,
     TRIGGERS,
     child,
     eventually,
     execute,
-    identity_of,
     migrated,
     spool_is_empty,
     spooled_by,
@@ -42,7 +40,6 @@ from servers import PostgresServer
 from tampering import OFF
 
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
-HERE = make_url("sqlite:///here.db")
 
 
 class Place(Protocol):
@@ -80,20 +77,23 @@ class PostgresPlace:
 
 
 class SqlitePlace:
-    """A file that another process has locked for writing."""
+    """A file that another process has locked for writing; while it is, nobody waits for the lock as long as usual."""
 
     dialect = "sqlite"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patch: pytest.MonkeyPatch) -> None:
         self.url = f"sqlite:///{path}"
         self._path = path
+        self._patch = patch
         self._locker: sqlite3.Connection | None = None
 
     async def go_away(self) -> None:
+        self._patch.setattr(backends_module, "_SQLITE_TIMEOUT_S", AWAY_S)
         self._locker = sqlite3.connect(self._path, isolation_level=None)
         self._locker.execute("BEGIN EXCLUSIVE")
 
     async def come_back(self) -> None:
+        self._patch.undo()
         if self._locker is not None:
             self._locker.close()
 
@@ -114,12 +114,19 @@ def server() -> Iterator[PostgresServer]:
         yield started
 
 
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """What a place changes while it is away, and nothing else."""
+    with pytest.MonkeyPatch.context() as patched:
+        yield patched
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """A migrated, empty database that can go away."""
     if request.param == "sqlite":
-        monkeypatch.setattr(sqlite_module, "_BUSY_TIMEOUT_MS", 150)
-        local = SqlitePlace(Path(migrated(f"sqlite:///{tmp_path}/gateway.db").removeprefix("sqlite:///")))
+        path = Path(migrated(f"sqlite:///{tmp_path}/gateway.db").removeprefix("sqlite:///"))
+        local = SqlitePlace(path, request.getfixturevalue("patch"))
         yield local
         asyncio.run(local.come_back())
         return
@@ -183,22 +190,6 @@ async def test_a_long_spool_is_replayed_by_itself(place: Place, path: Path) -> N
         assert store.audit.counters.replayed == 1_100
 
 
-async def test_every_connection_to_the_file_syncs_and_has_the_size_limit(path: Path) -> None:
-    """WAL with synchronous=FULL, so that a commit is on disk; and each connection knows how large the file may be."""
-    spool = Spool(path, HERE, "identity")
-    await spool.add([to_values(encode_event(make_event()))])
-    engine = await spool.engine()
-    found = []
-    async with engine.connect() as first, engine.connect() as second:
-        for connection in (first, second):
-            for name in ("journal_mode", "synchronous", "max_page_count"):
-                found.append((await connection.exec_driver_sql(f"PRAGMA {name}")).scalar())
-            await connection.rollback()
-    await spool.close()
-
-    assert found == ["wal", 2, 2**18] * 2
-
-
 async def test_what_a_killed_process_left_is_replayed_by_the_next_open(place: Place, path: Path) -> None:
     """The process is killed while the database is away; whoever opens a store on the same spool brings its events."""
     async with child(SPOOLING, place.url, 25) as process:
@@ -235,58 +226,9 @@ async def test_several_processes_share_one_spool(place: Place, path: Path) -> No
     assert found.keys() >= set(acknowledged)
 
 
-OLDER = """
-CREATE TABLE spooled_events (
-    request_id TEXT, org_id TEXT, trace_id TEXT, session_id TEXT, parent_request_id TEXT, timestamp DATETIME,
-    caller_id TEXT, caller_role TEXT, key_id TEXT, environment TEXT, mcp_server TEXT, tool_name TEXT,
-    raw_args_hash TEXT, sanitized_args JSON, risk_labels JSON, risk_score FLOAT, matched_policy_rule TEXT,
-    policy_version TEXT, decision TEXT, approver_id TEXT, execution_status TEXT, latency_ms BIGINT,
-    output_hash TEXT, output_decision TEXT, output_policy_rationale TEXT, redaction_flags JSON,
-    llm_explanation TEXT, deterministic_rationale TEXT, content_hash TEXT, target TEXT NOT NULL, spooled_at
-    DATETIME NOT NULL, error TEXT,
-    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT
-);
-CREATE INDEX ix_spooled_events_target_id ON spooled_events (target, id);
-"""
-"""The spool as the revision 0003_due_by_notifier wrote it."""
-
-
-async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path: Path) -> None:
-    """A file from before a status was known keeps events with it, and they are replayed as they were."""
-    with closing(sqlite3.connect(path)) as older:
-        older.executescript(OLDER)
-    url = migrated(f"sqlite:///{tmp_path}/gateway.db")
-    spool = Spool(path, make_url(url), await identity_of(url))
-    events = [make_event(request_id=str(each), execution_status=each, extra={"n": 1}) for each in ExecutionStatus]
-    await spool.add([to_values(encode_event(each)) for each in events])
-    await spool.close()
-    async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_spool_path=path)) as store:
-        await eventually(lambda: spool_is_empty(store))
-        found = await store.audit.list_recent()
-
-    assert {event.execution_status for event in found} == set(ExecutionStatus)
-
-
-async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:
-    """One process replays rows that another has replayed already, while a third spools: the new row stays."""
-    slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
-    old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
-    await slow.add([old])
-    seen = [row_id for row_id, _ in await slow.waiting(10)]
-    await fast.remove(seen)
-    await fast.add([new])
-
-    await slow.remove(seen)
-
-    assert spooled_ids(path) == ["new"]
-    await slow.close()
-    await fast.close()
-
-
-async def test_rows_for_another_database_stay(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_for_another_database_stay(tmp_path: Path, path: Path, patch: pytest.MonkeyPatch) -> None:
     """Two databases share a spool; the one that is back gets its own rows, the others wait on."""
-    monkeypatch.setattr(sqlite_module, "_BUSY_TIMEOUT_MS", 150)
-    one, two = (SqlitePlace(tmp_path / name) for name in ("one.db", "two.db"))
+    one, two = (SqlitePlace(tmp_path / name, patch) for name in ("one.db", "two.db"))
     async with GatewayStore(one.url, redis_url="") as first, GatewayStore(two.url, redis_url="") as second:
         await one.go_away()
         await two.go_away()

@@ -50,7 +50,11 @@ async def lock(url: str) -> Any:
 
 async def held(lock: asyncpg.Connection, count: int = 1) -> None:
     """Wait until so many rows wait for the lock."""
-    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    # Of this database alone: tests of other workers may use the same server.
+    waiting = (
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
 
     async def is_held() -> bool:
         return bool(await lock.fetchval(waiting) == count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,18 +42,19 @@ def rendering() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path, str]:
-    """The hook, a folder, and the URL of a demo store in it."""
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ModuleType, Path, Any]]:
+    """The hook, a folder with a demo store, and a kernel in it."""
     module, folder = rendering(), tmp_path_factory.mktemp("notebooks")
-    return module, folder, module.demo_store(folder, EVENTS)
+    with module.kernel(folder, module.demo_store(folder, EVENTS)) as kernel:
+        yield module, folder, kernel
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(notebook: Path, demo: tuple[ModuleType, Path, str]) -> None:
+def test_a_notebook_runs(notebook: Path, demo: tuple[ModuleType, Path, Any]) -> None:
     """Without an error or a warning; its tables have rows, its charts are drawings without a script."""
-    module, folder, url = demo
+    module, _, kernel = demo
 
-    node = module.execute(notebook, folder, url)
+    node = module.execute(notebook, kernel)
 
     markdown, outputs = module.page_of(node, notebook.stem)
     html = module.fill(markdown, outputs)
@@ -67,13 +69,13 @@ def test_a_notebook_runs(notebook: Path, demo: tuple[ModuleType, Path, str]) -> 
 
 
 @pytest.mark.parametrize("page", CELLS)
-def test_the_blocks_of_a_page_are_the_cells_of_a_notebook(page: str, demo: tuple[ModuleType, Path, str]) -> None:
+def test_the_blocks_of_a_page_are_the_cells_of_a_notebook(page: str, demo: tuple[ModuleType, Path, Any]) -> None:
     """Without an error or a warning, on the history that the page has made; each block shows what the page says."""
-    module, folder, url = demo
+    module, folder, kernel = demo
     notebook = folder / f"{page}.ipynb"
     write_notebook(notebook, *(cell.rstrip() for cell in blocks("python", PAGES[f"how-to/{page}.md"])))
 
-    node = module.execute(notebook, folder, url)
+    node = module.execute(notebook, kernel)
 
     outputs = [output for cell in node.cells for output in cell.outputs]
     assert [output for output in outputs if output.output_type in ("stream", "error")] == []

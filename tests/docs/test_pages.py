@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -52,12 +53,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "gateway-demo.db"
 
 
-def run(folder: Path, *command: str, **environment: str) -> tuple[str, str]:
-    """Run a command that must end well; return what it wrote to its two outputs."""
-    programs = f"{forks().programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+def run(folder: Path, *command: str, load: Sequence[str] = (), **environment: str) -> tuple[str, str]:
+    """Run a command that must end well; return what it wrote to its two outputs.
+
+    What it starts has the package loaded, and the large libraries that `load` names.
+    """
+    started = forks(is_large=bool(load))
+    if load:
+        started.load(load)
+    programs = f"{started.programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     given: dict[str, Any] = {"cwd": folder, "env": {**os.environ, "PATH": programs, **environment}, "timeout": 300}
     if command[0] == sys.executable:
-        done = forks().run(command[1:], **given)
+        done = started.run(command[1:], **given)
     else:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **given)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -147,6 +154,17 @@ def test_fastmcp_page(tmp_path: Path) -> None:
     assert "Traceback" not in log
 
 
+def imports_of(page: str) -> list[str]:
+    """The modules that the Python of a page imports."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(python_of(page))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return found
+
+
 @pytest.mark.parametrize("page", AGENTS)
 def test_page_of_an_agent(page: str, tmp_path: Path) -> None:
     """The agent asks and ends; approved, it goes on in a new process and runs its call once; the log says so."""
@@ -160,7 +178,8 @@ def test_page_of_an_agent(page: str, tmp_path: Path) -> None:
     ]
     script += [f"{asking} >again", f"[ $({PENDING}) != $APPROVAL_ID ]"]
 
-    printed, said = run(tmp_path, "bash", "-c", "set -euo pipefail\n" + "\n".join(script), PYTHONWARNINGS="error")
+    whole = "set -euo pipefail\n" + "\n".join(script)
+    printed, said = run(tmp_path, "bash", "-c", whole, load=imports_of(page), PYTHONWARNINGS="error")
 
     asked, answer = blocks("text", PAGES[page])
     assert printed.startswith(asked + "Approval ")
@@ -347,9 +366,9 @@ def test_the_commands_of_retention_run(tmp_path: Path) -> None:
     page = PAGES["how-to/retention.md"]
     script = [block for block in blocks("sh", page) if not block.startswith("pip install")]
 
-    printed, said = run(
-        tmp_path, "bash", "-c", "set -euo pipefail\n" + "".join(script), DATABASE_URL="sqlite:///own.db"
-    )
+    settings = {"DATABASE_URL": "sqlite:///own.db"}
+    whole = "set -euo pipefail\n" + "".join(script)
+    printed, said = run(tmp_path, "bash", "-c", whole, load=["pyarrow.parquet", "pyarrow.dataset"], **settings)
 
     assert "1 event pruned in 1 file; 0 are held." in printed
     assert re.search(r"integrity +ok\n(?:.*\n)*erased +1\npruned +1\narchived +1\n", printed)

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import asyncpg
 import httpx
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 
 import servers
 from agent_gateway_store import AuditEvent, GatewayStore, TrustLevel
 from commands import python_path
+from forks import forks
+from proofs.harness import execute
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECRET = "correct-horse-battery-staple"
@@ -51,9 +51,11 @@ class Process:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         folder.mkdir()
         self.log = folder / "log"
+        loaded = forks(is_large=True)
+        loaded.load(["uvicorn", "agent_gateway_store.integrations.fastapi"])
         with self.log.open("wb") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "fastapi_gateway"],
+                [loaded.programs / "python", "-m", "fastapi_gateway"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -125,16 +127,8 @@ class Site:
         _execute(make_url(self.database_url), *statements)
 
 
-def _execute(url: Any, *statements: str) -> None:
-    async def send() -> None:
-        connection = await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
-        try:
-            for statement in statements:
-                await connection.execute(statement)
-        finally:
-            await connection.close()
-
-    servers.run(send())
+def _execute(url: URL, *statements: str) -> None:
+    servers.run(execute(url.render_as_string(hide_password=False), *statements))
 
 
 @pytest.fixture(scope="module")

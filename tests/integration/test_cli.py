@@ -275,4 +275,4 @@ def test_the_installed_command_and_the_module_are_one() -> None:
 
     by_script = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
 
-    assert by_script.stdout == run_process("--version").out
+    assert by_script.stdout == run_process("--version", is_new=True).out

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import asyncpg
 import pytest
 from sqlalchemy import make_url
 
@@ -26,6 +25,7 @@ from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from builders import make_event
 from commands import gateway_store
+from proofs.harness import execute
 from servers import PostgresServer
 
 pytestmark = pytest.mark.integration
@@ -80,7 +80,7 @@ def certificates() -> Iterator[Path]:
 def server(certificates: Path) -> Iterator[PostgresServer]:
     """A server that asks one role for a password and lets another one nowhere in."""
     with PostgresServer(settings={"hba_file": f"{certificates}/hba"}) as started:
-        servers.run(_execute(started.url, _ROLES))
+        servers.run(execute(started.url, _ROLES))
         yield started
 
 
@@ -114,15 +114,6 @@ async def tls_front(server: PostgresServer, folder: Path, name: str = "server", 
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as front:
         yield front.sockets[0].getsockname()[1]
-
-
-async def _execute(url: str, *statements: str) -> None:
-    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
 
 
 FULL = "sslmode=verify-full&sslrootcert={0}/ours.crt"
@@ -224,9 +215,9 @@ def encoded_url(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[s
     """A database in an encoding that cannot hold every text."""
     name = f"test_{uuid4().hex}"
     create = f"CREATE DATABASE {name} ENCODING '{request.param}' LOCALE 'C' TEMPLATE template0"
-    servers.run(_execute(postgres_url, create))
+    servers.run(execute(postgres_url, create))
     yield make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
-    servers.run(_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+    servers.run(execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 async def test_a_database_that_cannot_hold_every_text_is_refused(
@@ -244,12 +235,12 @@ async def test_a_database_that_cannot_hold_every_text_is_refused(
     doctor = await asyncio.to_thread(gateway_store, "--database-url", encoded_url, "doctor", "--json")
     command = re.search(r"`(CREATE DATABASE [^`]+)`", str(raised.value))
     assert command is not None
-    await _execute(postgres_url, command[1])
+    await execute(postgres_url, command[1])
     name = command[1].split()[2]
     made = make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
     async with GatewayStore(made, redis_url="", auto_migrate=True) as store:
         outcome = await store.audit.write(make_event(tool_name="\N{GRINNING FACE}"))
-    await _execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    await execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
     assert "CREATE DATABASE" in " ".join(refused.err.split()), refused
     assert doctor.code == 1
@@ -265,7 +256,7 @@ async def _nothing() -> None: ...
 def role(postgres_url: str) -> str:
     """A role that owns nothing."""
     name = f"gateway_{uuid4().hex}"
-    servers.run(_execute(postgres_url, f"CREATE ROLE {name} LOGIN PASSWORD 'secret'"))
+    servers.run(execute(postgres_url, f"CREATE ROLE {name} LOGIN PASSWORD 'secret'"))
     return name
 
 
@@ -279,18 +270,18 @@ async def test_what_a_role_may_not_do_is_said_with_the_grant(postgres_database: 
             await migrate.upgrade(engine)
         grant = re.search(r"`(GRANT [^`]+)`", str(raised.value))
         assert grant is not None
-        await _execute(admin, grant[1], f"ALTER ROLE {role} SET search_path = nowhere")
+        await execute(admin, grant[1], f"ALTER ROLE {role} SET search_path = nowhere")
         await engine.dispose()
         with pytest.raises(StoreUnavailableError, match="no schema of the role's search_path exists"):
             await migrate.upgrade(engine)
-        await _execute(admin, f"ALTER ROLE {role} RESET search_path")
+        await execute(admin, f"ALTER ROLE {role} RESET search_path")
         await engine.dispose()
         owner = create_engine(admin)
         await migrate.upgrade(owner, "0003_due_by_notifier")
         await owner.dispose()
-        await _execute(admin, f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+        await execute(admin, f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
         with pytest.raises(StoreUnavailableError, match="only the owner of our tables may change them"):
             await migrate.upgrade(engine)
     finally:
         await engine.dispose()
-        await _execute(admin, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+        await execute(admin, f"DROP OWNED BY {role}", f"DROP ROLE {role}")

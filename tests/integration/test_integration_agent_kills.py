@@ -33,7 +33,8 @@ async def run(framework: str, url: str, verb: str, folder: Path, *, is_killed: b
     """Run one process until it says where it stands; kill it by SIGKILL then, or let it end."""
     environment = {**os.environ, "PYTHONPATH": python_path(TESTS), "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
     arguments = ["-m", "integration.agent_process", framework, url, verb]
-    process = await forks().begin(arguments, folder, environment, load=LOADED.get(framework, LOADED["langchain"]))
+    load = LOADED.get(framework, LOADED["langchain"])
+    process = await forks(is_large=True).begin(arguments, folder, environment, load=load)
     try:
         async with asyncio.timeout(60):
             said = (await process.stdout.readline()).decode().strip()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastmcp_helpers import Bench, serving
 
 from agent_gateway_store import CallerIdentity, Decision, GatewayStore, ToolCall
 from agent_gateway_store.integrations.fastmcp import Verdict
+from forks import forks
 
 pytestmark = pytest.mark.integration
 
@@ -115,7 +115,10 @@ async def over_stdio(url: str, folder: Path) -> AsyncIterator[tuple[Bench, Clien
             "HOME": str(folder),
             "AGENT_KEY": issued.plaintext.get_secret_value(),
         }
-        transport = StdioTransport(sys.executable, [str(SERVER)], env=environment, cwd=str(folder), keep_alive=False)
+        loaded = forks(is_large=True)
+        loaded.load(["fastmcp", "agent_gateway_store.integrations.fastmcp"])
+        python = str(loaded.programs / "python")
+        transport = StdioTransport(python, [str(SERVER)], env=environment, cwd=str(folder), keep_alive=False)
         async with Client(transport) as client:
             yield Bench(store), client
 

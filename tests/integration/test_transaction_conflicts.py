@@ -174,12 +174,11 @@ async def test_strict_says_that_it_was_no_outage(url: str, monkeypatch: pytest.M
         assert await store.audit.write(make_event()) is STORED
 
 
-async def waits_for_a_lock(connection: asyncpg.Connection) -> None:
-    """Return once another connection of this database waits for a lock."""
+async def wait_for_locks(connection: asyncpg.Connection, count: int = 1) -> None:
+    """Return once so many other connections of this database wait for a lock."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     async with asyncio.timeout(20):
-        while not await connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        ):
+        while await connection.fetchval(waiting) < count:
             await asyncio.sleep(0.01)
 
 
@@ -198,75 +197,77 @@ async def store_on(url: str, way: str) -> AsyncIterator[GatewayStore]:
 
 
 @pytest.fixture
-async def patient_url(url: str) -> str:
-    """A database where our connections have two seconds for the host's next step, and the host's never give way."""
-    await set_defaults(url, deadlock_timeout="2s")
+async def watchful_url(url: str) -> str:
+    """A database where our connections look for a deadlock at once, and the host's never give way.
+
+    Whoever waits last finds it: `stand_still` lets ours wait until the host does.
+    """
+    await set_defaults(url, deadlock_timeout="10ms")
+    async with connected(url) as connection:
+        await connection.execute(
+            "CREATE TABLE h (n INTEGER); INSERT INTO h VALUES (0);"
+            "CREATE FUNCTION stand_still() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " PERFORM pg_advisory_lock(1); PERFORM pg_advisory_unlock(1);"
+            " IF TG_WHEN = 'AFTER' THEN UPDATE h SET n = n + 1; END IF; RETURN NEW; END $$"
+        )
     return url
 
 
 _NEVER_GIVES_WAY = "SET deadlock_timeout = '1min'"
 
 
+async def deadlock(watcher: asyncpg.Connection, ours: Awaitable[Any], host: Callable[[], Awaitable[Any]]) -> Any:
+    """Begin with ours, which stands still, and have the host wait for it before it goes on; return the task."""
+    await watcher.execute("SELECT pg_advisory_lock(1)")
+    task = asyncio.ensure_future(ours)
+    await wait_for_locks(watcher)
+    asking = asyncio.ensure_future(host())
+    await wait_for_locks(watcher, 2)
+    await watcher.execute("SELECT pg_advisory_unlock(1)")
+    await asking
+    return task
+
+
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_real_deadlock_of_a_single_statement(patient_url: str, way: str) -> None:
-    """The host locks its own row and then ours, our UPDATE (by the host's trigger) ours and then the host's."""
-    url = patient_url
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("consume_token", "AFTER UPDATE ON approval_requests"), ("vote", "AFTER INSERT ON approval_votes")],
+)
+async def test_a_real_deadlock_beside_a_row_of_the_hosts(watchful_url: str, way: str, name: str, when: str) -> None:
+    """The host locks its own row and then the approval, ours the approval and then, by the host's trigger, its row: in
+    one statement, and in a transaction of several.
+    """
+    url = watchful_url
+    _, before, call = CALLS[name]
     async with store_on(url, way) as store, connected(url) as host, connected(url) as watcher:
-        token = await approved(store)
+        token = await before(store)
         await host.execute(_NEVER_GIVES_WAY)
-        await watcher.execute(
-            "CREATE TABLE h (n INTEGER); INSERT INTO h VALUES (0);"
-            "CREATE FUNCTION count_uses() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN UPDATE h SET n = n + 1; RETURN NULL; END';"
-            "CREATE TRIGGER counting AFTER UPDATE ON approval_requests FOR EACH ROW EXECUTE FUNCTION count_uses()"
-        )
+        await watcher.execute(f"CREATE TRIGGER counting {when} FOR EACH ROW EXECUTE FUNCTION stand_still()")
         async with host.transaction():
             await host.execute("UPDATE h SET n = n + 10")
-            use = store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-            using = asyncio.create_task(use)
-            await waits_for_a_lock(watcher)
-            await host.execute("SELECT FROM approval_requests FOR UPDATE")
-        result = await using
-        uses = await host.fetchval("SELECT n FROM h")
+            lock = "SELECT FROM approval_requests FOR UPDATE"
+            ours = await deadlock(watcher, call(store, token), lambda: host.execute(lock))
+        result = await ours
+        counted = await host.fetchval("SELECT n FROM h")
 
-    assert (result.status, uses) == ("USED", 11)
+    assert (result.status, counted) == ("USED" if name == "consume_token" else "APPROVED", 11)
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_real_deadlock_of_a_transaction(patient_url: str, way: str) -> None:
-    """A vote locks the approval and then, by the host's trigger, the host's row."""
-    url = patient_url
-    async with store_on(url, way) as store, connected(url) as host, connected(url) as watcher:
-        token = await ask(store)
-        await host.execute(_NEVER_GIVES_WAY)
-        await watcher.execute(
-            "CREATE TABLE h (n INTEGER); INSERT INTO h VALUES (0);"
-            "CREATE FUNCTION count_votes() RETURNS trigger LANGUAGE plpgsql AS "
-            "'BEGIN UPDATE h SET n = n + 1; RETURN NULL; END';"
-            "CREATE TRIGGER counting AFTER INSERT ON approval_votes FOR EACH ROW EXECUTE FUNCTION count_votes()"
-        )
-        async with host.transaction():
-            await host.execute("UPDATE h SET n = n + 10")
-            voting = asyncio.create_task(store.approvals.approve(token, "anna"))
-            await waits_for_a_lock(watcher)
-            await host.execute("SELECT FROM approval_requests FOR UPDATE")
-        result = await voting
-        votes = await host.fetchval("SELECT n FROM h")
-
-    assert (result.status, votes) == ("APPROVED", 11)
-
-
-@pytest.mark.parametrize("way", WAYS)
-async def test_a_real_deadlock_of_a_batch(patient_url: str, way: str) -> None:
+async def test_a_real_deadlock_of_a_batch(watchful_url: str, way: str) -> None:
     """The host records two of a batch's events in its own transaction, in the other order."""
-    url = patient_url
-    one, two = make_event(), make_event()
+    url = watchful_url
+    one, two = make_event(request_id="r-1"), make_event(request_id="r-2")
     async with store_on(url, way) as store, connected(url) as watcher, AsyncSession(store.database.engine) as session:
+        await watcher.execute(
+            "CREATE TRIGGER holding BEFORE INSERT ON audit_events FOR EACH ROW WHEN (NEW.request_id = 'r-2') "
+            "EXECUTE FUNCTION stand_still()"
+        )
         await session.execute(text(_NEVER_GIVES_WAY))
         await store.audit.record(two, session=session)
-        batch = asyncio.create_task(store.audit.write_many([one, two]))
-        await waits_for_a_lock(watcher)
-        await store.audit.record(one, session=session)
+        batch = await deadlock(
+            watcher, store.audit.write_many([one, two]), lambda: store.audit.record(one, session=session)
+        )
         await session.commit()
         outcomes = await batch
         stored = await store.audit.stats()
@@ -287,12 +288,12 @@ async def test_a_real_serialization_failure_of_single_statements(url: str, way: 
             await host.execute("UPDATE approval_requests SET approver_note = 'seen'")
             use = store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
             using = asyncio.create_task(use)
-            await waits_for_a_lock(watcher)
+            await wait_for_locks(watcher)
         result = await using
         async with AsyncSession(store.database.engine) as session:
             await store.audit.record(event, session=session)
             writing = asyncio.create_task(store.audit.write(event))
-            await waits_for_a_lock(watcher)
+            await wait_for_locks(watcher)
             await session.commit()
         outcome = await writing
 

@@ -56,7 +56,7 @@ async def until(connection: asyncpg.Connection, condition: str) -> None:
             await asyncio.sleep(0.01)
 
 
-_BUILDING = "query LIKE 'CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'"
+_BUILDING = "query LIKE 'CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock' AND datname = current_database()"
 
 
 async def test_writers_go_on_while_an_index_is_built(url: str) -> None:

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +25,7 @@ from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.identity import read_identity
+from forks import forks
 
 pytestmark = pytest.mark.integration
 
@@ -258,10 +257,7 @@ sys.exit(sum(child.exitcode != 0 for child in children))
 async def test_eight_processes_may_upgrade_at_once(url: str, engine: AsyncEngine) -> None:
     """All succeed, whoever is first, and the schema is right."""
     environment = {**os.environ, "DATABASE_URL": url}
-    command = [sys.executable, "-c", EIGHT]
-    ended = await asyncio.to_thread(
-        subprocess.run, command, env=environment, capture_output=True, text=True, timeout=60
-    )
+    ended = await asyncio.to_thread(forks().run, ["-c", EIGHT], cwd=Path.cwd(), env=environment, timeout=60)
 
     assert (ended.returncode, ended.stderr) == (0, "")
     assert await migrate.current(engine) == migrate.head()
@@ -359,8 +355,7 @@ def test_contributors_can_run_alembic(url: str) -> None:
     """`alembic upgrade head` and `alembic check` in a checkout, on DATABASE_URL, find no difference."""
     environment = {**os.environ, "DATABASE_URL": url}
     for arguments in (["upgrade", "head"], ["check"], ["current"]):
-        command = [sys.executable, "-m", "alembic", *arguments]
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        ended = forks().run(["-m", "alembic", *arguments], cwd=ROOT, env=environment, timeout=60)
         assert ended.returncode == 0, ended.stderr
 
     assert f"{migrate.head()} (head)" in ended.stdout

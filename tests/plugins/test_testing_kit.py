@@ -13,12 +13,16 @@ import pytest
 pytestmark = pytest.mark.integration
 
 
-def run_pytest(folder: Path, tests: str, *options: str, ini: str = "") -> str:
-    """Run tests in a folder as in a project of its own; return what pytest said. They must pass."""
+def run_pytest(folder: Path, tests: str, *options: str, ini: str = "", **more: str) -> str:
+    """Run tests in a folder as in a project of its own; return what pytest said. They must pass.
+
+    `more` are further modules of tests, by name.
+    """
     if "no:asyncio" not in options:
         ini = f"asyncio_default_fixture_loop_scope = function\n{ini}"  # pytest-asyncio warns where it is not set
     (folder / "pytest.ini").write_text(f"[pytest]\nfilterwarnings = error\n{ini}")
-    (folder / "test_it.py").write_text(textwrap.dedent(tests))
+    for name, source in {"test_it": tests, **more}.items():
+        (folder / f"{name}.py").write_text(textwrap.dedent(source))
     ended = subprocess.run(
         # Plugins of other packages that this project's tests need, and an author's project does not have.
         [
@@ -79,25 +83,59 @@ USE = """
 """
 
 
-@pytest.mark.parametrize(
-    ("mark", "ini", "options"),
-    [
-        ("@pytest.mark.asyncio", "", ()),
-        ("@pytest.mark.asyncio(loop_scope='module')", "", ()),
-        ("", "asyncio_mode = auto\nasyncio_default_test_loop_scope = session", ()),
-        ("@pytest.mark.anyio", "", ()),
-        ("@pytest.mark.anyio", "", ("-p", "no:asyncio")),
-    ],
-    ids=["asyncio-strict", "module-loop", "auto-session-loop", "anyio", "anyio-alone"],
-)
-def test_store_clock_and_recorder_under_each_async_plugin(
-    tmp_path: Path, mark: str, ini: str, options: tuple[str, ...]
-) -> None:
-    """The store opens in the loop of the test, whichever plugin and loop scope it has; nothing warns."""
-    anyio = '\n    @pytest.fixture\n    def anyio_backend():\n        return "asyncio"\n' if "anyio" in mark else ""
-    said = run_pytest(tmp_path, USE.replace("MARK", mark) + anyio, *options, ini=ini)
+ANYIO = """
+    @pytest.fixture
+    def anyio_backend():
+        return "asyncio"
+"""
+OVERRIDDEN = """
+    import pytest
+    from agent_gateway_store.testing import RecordingNotifier
 
-    assert "3 passed" in said
+    @pytest.fixture
+    def gateway_store_plugins(recorded_notifications):
+        return [RecordingNotifier("mine"), recorded_notifications]
+
+    @pytest.fixture
+    def gateway_store_settings(gateway_store_settings):
+        return gateway_store_settings.model_copy(update={"environment": "test"})
+
+    @pytest.mark.asyncio
+    async def test_it(gateway_store):
+        assert gateway_store.settings.environment == "test"
+        names = [record.name for record in gateway_store.plugins.records if record.state == "active"]
+        assert names == ["mine", "recording"]
+"""
+
+
+def test_store_clock_and_recorder_under_each_async_plugin(tmp_path: Path) -> None:
+    """The store opens in the loop of the test, whichever plugin and loop scope it has; nothing warns. An author gives
+    the store their own plugin and settings.
+    """
+    said = run_pytest(
+        tmp_path,
+        USE.replace("MARK", "@pytest.mark.asyncio"),
+        test_module_loop=USE.replace("MARK", "@pytest.mark.asyncio(loop_scope='module')"),
+        test_anyio=USE.replace("MARK", "@pytest.mark.anyio") + ANYIO,
+        test_overridden=OVERRIDDEN,
+    )
+
+    assert "10 passed" in said
+
+
+@pytest.mark.parametrize(
+    ("tests", "ini", "options"),
+    [
+        (USE.replace("MARK", ""), "asyncio_mode = auto\nasyncio_default_test_loop_scope = session", ()),
+        (USE.replace("MARK", "@pytest.mark.anyio") + ANYIO, "", ("-p", "no:asyncio")),
+    ],
+    ids=["auto-session-loop", "anyio-alone"],
+)
+def test_store_clock_and_recorder_under_an_async_plugin_that_is_set_up(
+    tmp_path: Path, tests: str, ini: str, options: tuple[str, ...]
+) -> None:
+    """With a mode and loop scope for the whole run, or with anyio alone."""
+    assert "3 passed" in run_pytest(tmp_path, tests, *options, ini=ini)
 
 
 def test_blocking_store_needs_no_async_plugin(tmp_path: Path) -> None:
@@ -120,33 +158,6 @@ def test_blocking_store_needs_no_async_plugin(tmp_path: Path) -> None:
                 recorded_notifications.wait(event="decision", timeout_s=0.05)
         """,
         *("-p", "no:asyncio", "-p", "no:anyio"),
-    )
-
-    assert "1 passed" in said
-
-
-def test_plugins_and_settings_can_be_overridden(tmp_path: Path) -> None:
-    """An author gives the store their own plugin and settings."""
-    said = run_pytest(
-        tmp_path,
-        """
-        import pytest
-        from agent_gateway_store.testing import RecordingNotifier
-
-        @pytest.fixture
-        def gateway_store_plugins(recorded_notifications):
-            return [RecordingNotifier("mine"), recorded_notifications]
-
-        @pytest.fixture
-        def gateway_store_settings(gateway_store_settings):
-            return gateway_store_settings.model_copy(update={"environment": "test"})
-
-        @pytest.mark.asyncio
-        async def test_it(gateway_store):
-            assert gateway_store.settings.environment == "test"
-            names = [record.name for record in gateway_store.plugins.records if record.state == "active"]
-            assert names == ["mine", "recording"]
-        """,
     )
 
     assert "1 passed" in said

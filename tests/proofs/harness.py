@@ -37,22 +37,23 @@ TRIGGERS = {
 }
 """By dialect: has the database refuse every event of the tool `poison`."""
 
-SPOOLING = """
+AWAY_S = 0.15
+"""Chosen: how long a write waits for the lock of an SQLite file while a test holds it, where it would wait for 3."""
+SPOOLING = f"""
 import asyncio, sys
-import agent_gateway_store.storage.sqlite as sqlite
+from unittest.mock import patch
 from agent_gateway_store import GatewayStore
 from builders import make_event
-
-sqlite._BUSY_TIMEOUT_MS = 150
 
 async def main(url, count):
     async with GatewayStore(url, redis_url="") as store:
         assert await store.audit.write(make_event()) == "STORED"
         print("open", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
-        for number in range(count):
-            event = make_event()
-            print(event.request_id, await store.audit.write(event), flush=True)
+        with patch("agent_gateway_store.audit.backends._SQLITE_TIMEOUT_S", {AWAY_S}):
+            for number in range(count):
+                event = make_event()
+                print(event.request_id, await store.audit.write(event), flush=True)
         print("done", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         while await store.audit.flush():

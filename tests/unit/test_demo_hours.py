@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from statistics import median
 
 import pytest
 
 from agent_gateway_store import AuditEvent
-from agent_gateway_store.demo.history import history
+from agent_gateway_store.demo.history import Call, history
 from agent_gateway_store.demo.world import LEAKED, PROBED, SLOW, STOLEN, THIEF_ADDRESS, TROUBLEMAKER, Incident
 
 pytestmark = pytest.mark.unit
@@ -20,6 +21,12 @@ HOUR, DAY, WEEK = timedelta(hours=1), timedelta(days=1), timedelta(days=7)
 ENDS = [MONDAY + number * (DAY + 3 * HOUR) for number in range(8)]
 
 
+@cache
+def calls_until(end: datetime) -> list[Call]:
+    """The history that ends then."""
+    return list(history(3_000, seed=7, end=end, keys={}))
+
+
 def hour_of(event: AuditEvent) -> datetime:
     """The hour in which it was."""
     return event.timestamp.replace(minute=0, second=0, microsecond=0)
@@ -28,7 +35,7 @@ def hour_of(event: AuditEvent) -> datetime:
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: f"{end:%a-%H}")
 def test_the_incident_review_finds_its_incidents(end: datetime) -> None:
     """In the week before the end: the hour of the denials, calls of the same caller that ran, and the slow queries."""
-    week = [call.event for call in history(3_000, seed=7, end=end, keys={}) if call.event.timestamp >= end - WEEK]
+    week = [call.event for call in calls_until(end) if call.event.timestamp >= end - WEEK]
 
     [(worst, most), (_, second)] = Counter(hour_of(each) for each in week if each.decision == "DENY").most_common(2)
     assert worst == PROBED.start(end)
@@ -47,7 +54,7 @@ def test_the_incident_review_finds_its_incidents(end: datetime) -> None:
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: f"{end:%a-%H}")
 def test_a_leaked_key_and_retries_can_be_found(end: datetime) -> None:
     """One caller comes from two addresses, by night from the foreign one; some ask again what was denied them."""
-    calls = list(history(3_000, seed=7, end=end, keys={}))
+    calls = calls_until(end)
 
     places = defaultdict(set)
     for call in calls:

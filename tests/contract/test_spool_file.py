@@ -1,0 +1,88 @@
+"""The file of the spool: synced and limited in size, read as older versions left it, shared by several processes."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+
+from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings
+from agent_gateway_store.audit.record import encode_event, to_values
+from agent_gateway_store.audit.spool import Spool
+from builders import make_event
+from proofs.harness import eventually, identity_of, migrated, spool_is_empty, spooled_ids
+
+HERE = make_url("sqlite:///here.db")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the spool is."""
+    return tmp_path / "spool.db"
+
+
+async def test_every_connection_to_the_file_syncs_and_has_the_size_limit(path: Path) -> None:
+    """WAL with synchronous=FULL, so that a commit is on disk; and each connection knows how large the file may be."""
+    spool = Spool(path, HERE, "identity")
+    await spool.add([to_values(encode_event(make_event()))])
+    engine = await spool.engine()
+    found = []
+    async with engine.connect() as first, engine.connect() as second:
+        for connection in (first, second):
+            for name in ("journal_mode", "synchronous", "max_page_count"):
+                found.append((await connection.exec_driver_sql(f"PRAGMA {name}")).scalar())
+            await connection.rollback()
+    await spool.close()
+
+    assert found == ["wal", 2, 2**18] * 2
+
+
+OLDER = """
+CREATE TABLE spooled_events (
+    request_id TEXT, org_id TEXT, trace_id TEXT, session_id TEXT, parent_request_id TEXT, timestamp DATETIME,
+    caller_id TEXT, caller_role TEXT, key_id TEXT, environment TEXT, mcp_server TEXT, tool_name TEXT,
+    raw_args_hash TEXT, sanitized_args JSON, risk_labels JSON, risk_score FLOAT, matched_policy_rule TEXT,
+    policy_version TEXT, decision TEXT, approver_id TEXT, execution_status TEXT, latency_ms BIGINT,
+    output_hash TEXT, output_decision TEXT, output_policy_rationale TEXT, redaction_flags JSON,
+    llm_explanation TEXT, deterministic_rationale TEXT, content_hash TEXT, target TEXT NOT NULL, spooled_at
+    DATETIME NOT NULL, error TEXT,
+    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT
+);
+CREATE INDEX ix_spooled_events_target_id ON spooled_events (target, id);
+"""
+"""The spool as the revision 0003_due_by_notifier wrote it."""
+
+
+async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path: Path) -> None:
+    """A file from before a status was known keeps events with it, and they are replayed as they were."""
+    with closing(sqlite3.connect(path)) as older:
+        older.executescript(OLDER)
+    url = migrated(f"sqlite:///{tmp_path}/gateway.db")
+    spool = Spool(path, make_url(url), await identity_of(url))
+    events = [make_event(request_id=str(each), execution_status=each, extra={"n": 1}) for each in ExecutionStatus]
+    await spool.add([to_values(encode_event(each)) for each in events])
+    await spool.close()
+    async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_spool_path=path)) as store:
+        await eventually(lambda: spool_is_empty(store))
+        found = await store.audit.list_recent()
+
+    assert {event.execution_status for event in found} == set(ExecutionStatus)
+
+
+async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:
+    """One process replays rows that another has replayed already, while a third spools: the new row stays."""
+    slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
+    old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
+    await slow.add([old])
+    seen = [row_id for row_id, _ in await slow.waiting(10)]
+    await fast.remove(seen)
+    await fast.add([new])
+
+    await slow.remove(seen)
+
+    assert spooled_ids(path) == ["new"]
+    await slow.close()
+    await fast.close()
