@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,14 +127,26 @@ class Waiters:
         return f"call-{self.asked}"
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.slow)])
-async def test_a_standby_takes_over_from_a_primary_that_was_killed(primary: PostgresServer, rounds: int) -> None:
+@pytest.mark.parametrize(
+    ("found", "rounds"),
+    [
+        ("by name", 1),
+        pytest.param("by name", 5, marks=pytest.mark.slow),
+        pytest.param("by a proxy", 2, marks=pytest.mark.slow),
+    ],
+)
+async def test_a_standby_takes_over_from_a_primary_that_was_killed(
+    primary: PostgresServer, found: str, rounds: int
+) -> None:
     """64 writers, 20 waiters, an approver, a follower and a sealer, none of which restarts; the commits wait for the
-    standby."""
-    with ExitStack() as stack:
+    standby. The URL names both servers, or a proxy that leads to the one that takes writes."""
+    async with AsyncExitStack() as stack:
         standby = stack.enter_context(PostgresServer(durable=True, standby_of=primary))
         await commit_on_both(primary)
+        port, lead_to = await stack.enter_async_context(switch(primary.port))
         url = url_of(primary, standby)
+        if found == "by a proxy":
+            url = url_of(primary).replace(str(primary.port), str(port))
         async with opened(url) as store, opened(url) as other, asyncio.TaskGroup() as group:
             load, waiters, started = Load(store), Waiters(store), time.monotonic()
             writing = group.create_task(load.run(events_until(lambda: waiters.is_over)))
@@ -150,6 +162,7 @@ async def test_a_standby_takes_over_from_a_primary_that_was_killed(primary: Post
                 await ended(waiters, 20)
                 await asyncio.to_thread(primary.kill)
                 await execute(standby.url, "SELECT pg_promote()")
+                lead_to(standby.port)
                 await eventually(lambda: spool_is_empty(store), 60)
                 await ended(waiters, 20)
             waiters.is_over = True
@@ -203,7 +216,7 @@ async def ended(waiters: Waiters, more: int) -> None:
     await eventually(are_there, 60)
 
 
-def rebuilt(stack: ExitStack, dead: PostgresServer, primary: PostgresServer) -> PostgresServer:
+def rebuilt(stack: AsyncExitStack, dead: PostgresServer, primary: PostgresServer) -> PostgresServer:
     """Return a new standby at the address of a server that was killed."""
     port = dead.port
     dead.stop()
@@ -332,7 +345,12 @@ async def switch(port: int) -> AsyncIterator[tuple[int, Any]]:
         writer.close()
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        theirs, ours = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            theirs, ours = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            # As a proxy does while its server is dead.
+            writer.close()
+            return
         for pair in ((reader, ours), (theirs, writer)):
             tasks.add(asyncio.create_task(pump(*pair)))
 
