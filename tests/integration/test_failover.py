@@ -15,6 +15,7 @@ import pytest
 import servers
 from agent_gateway_store import ApprovalRequest, ApprovalResult, AuditEvent, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.errors import ApprovalError, StoreUnavailableError
+from agent_gateway_store.storage import database as database_module
 from builders import make_event
 from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty
 from servers import PostgresServer
@@ -297,6 +298,28 @@ async def test_reads_leave_a_server_that_became_a_standby(primary: PostgresServe
 
                 await other.audit.write(make_event())
                 await eventually(is_new)
+
+
+async def test_a_commit_that_hangs_ends_within_its_bound(
+    primary: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the standby is away that each commit waits for. What was committed all the same is found again."""
+    monkeypatch.setattr(database_module, "_COMMAND_TIMEOUT_S", 1)
+    async with opened(primary.url) as store:
+        await execute(primary.url, "ALTER SYSTEM SET synchronous_standby_names = '*'", SETTINGS)
+        await eventually(lambda: refuses(store))
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailableError):
+            await store.approvals.issue_token(make_request("meanwhile"))
+        took_s = time.monotonic() - started
+        await execute(primary.url, "ALTER SYSTEM RESET synchronous_standby_names", SETTINGS)
+        request = make_request("meanwhile")
+        token = await store.approvals.issue_token(request)
+        await store.approvals.approve(token, "approver-1")
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=request.tool_call)
+
+        assert [each.status for each in await store.approvals.list_requests()] == ["USED"]
+    assert took_s < 5
 
 
 async def refuses(store: GatewayStore) -> bool:
