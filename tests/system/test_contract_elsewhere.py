@@ -65,7 +65,7 @@ def test_behind_pgbouncer() -> None:
             url = bouncer.url.partition("?")[0]
             run_suite({"AGS_TEST_POSTGRES_URL": url, **options}, but=f"{OWN_DRIVER} or {LISTENING}")
         finally:
-            bouncer.kill()
+            bouncer.remove()
 
 
 def test_reading_on_a_replica() -> None:
@@ -77,6 +77,7 @@ def test_reading_on_a_replica() -> None:
         run_suite(environment, but=f"{OWN_DRIVER} or {OWN_DATABASE} or {LOCKING}")
 
 
+@pytest.mark.skipif(not DEBIAN_15.is_dir(), reason="needs the package postgresql-15 of Debian 12")
 def test_on_postgresql_15() -> None:
     """The server of Debian 12, beside the newest one of the other tests."""
     with PostgresServer(binaries=DEBIAN_15) as database:
