@@ -116,12 +116,14 @@ def test_every_alert_wakes_somebody() -> None:
         assert rule["annotations"]["summary"].endswith(".")
 
 
-def test_the_page_explains_every_alert_and_lists_every_metric() -> None:
-    """With unit and meaning as in the code."""
+def test_the_pages_explain_every_alert_and_list_every_metric() -> None:
+    """What it means, and in the runbook what to type; with unit and meaning as in the code."""
     docs = FOLDER.parents[1] / "docs"
     page = (docs / "how-to/opentelemetry.md").read_text()
     table = (docs / "reference/telemetry.md").read_text()
+    runbook = re.findall(r"^## (\w+)$", (docs / "how-to/runbook.md").read_text(), re.MULTILINE)
 
+    assert runbook == [rule["alert"] for rule in rules()]
     for rule in rules():
         assert f"`{rule['alert']}`" in page
     for name, metric in METRICS.items():
