@@ -198,7 +198,9 @@ def _databases(server_url: str, template: str) -> Iterator[Callable[[], str]]:
         name = f"test_{uuid4().hex}"
         # For files in memory, the quicker way by far; on a disk, and with checkpoints that sync, it is the slower one.
         strategy = "STRATEGY FILE_COPY" if server_url in servers.IN_MEMORY else ""
-        send(f"CREATE DATABASE {name} TEMPLATE {template} {strategy}")
+        # Those of a pooler before the server, which keeps them when its clients have gone.
+        left = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{template}'"
+        send(left, f"CREATE DATABASE {name} TEMPLATE {template} {strategy}")
         made.append(name)
         return url.set(database=name).render_as_string(hide_password=False)
 

@@ -11,13 +11,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 OFF = "SET session_replication_role = replica"
 """In a session of a superuser of PostgreSQL no trigger runs from here on."""
+LOCAL_OFF = "SET LOCAL session_replication_role = replica"
+"""The same until the transaction ends: behind a pooler the session is used by others afterwards."""
 
 
 @asynccontextmanager
 async def triggers_off(connection: AsyncConnection) -> AsyncIterator[AsyncConnection]:
     """Change what is append-only on this connection, within its transaction."""
     if connection.dialect.name == "postgresql":
-        before, after = "SET LOCAL session_replication_role = replica", "SET LOCAL session_replication_role = origin"
+        before, after = LOCAL_OFF, "SET LOCAL session_replication_role = origin"
     else:
         before, after = "INSERT INTO audit_door VALUES (0)", "DELETE FROM audit_door"
     await connection.exec_driver_sql(before)

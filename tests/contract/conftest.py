@@ -29,7 +29,7 @@ from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import create_engine
-from tampering import OFF
+from tampering import LOCAL_OFF
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,7 @@ def empty_postgres(contract_postgres: str) -> Iterator[Callable[[], None]]:
     """Delete all rows of that database, by one connection for the session: to connect costs more than to delete."""
     names = [table.name for table in reversed(metadata.sorted_tables) if table.name != "database_identity"]
     emptied = "; ".join(
-        [OFF, *(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
+        [LOCAL_OFF, *(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
     )
     runner = asyncio.Runner()
     connection: asyncpg.Connection | None = None
@@ -87,8 +87,21 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
         path = tmp_path / "gateway.db"
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
         return f"sqlite:///{path}"
-    url = make_url(request.getfixturevalue("contract_postgres"))
     request.getfixturevalue("empty_postgres")()
+    return _as_the_environment_says(request.getfixturevalue("contract_postgres"), monkeypatch)
+
+
+@pytest.fixture
+def own_database_url(request: pytest.FixtureRequest, database_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same for a test that changes the schema: the database is its own."""
+    if make_url(database_url).get_backend_name() == "sqlite":
+        return database_url
+    return _as_the_environment_says(request.getfixturevalue("migrated_postgres_database")(), monkeypatch)
+
+
+def _as_the_environment_says(database_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL with the options for the run; the stores of the test read on its standby."""
+    url = make_url(database_url)
     if address := os.environ.get("AGS_TEST_READ_ADDRESS"):
         host, _, port = address.partition(":")
         replica = url.set(host=host, port=int(port))

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from os import _exit as end_process
 from pathlib import Path
@@ -111,6 +112,9 @@ def fork(work: Callable[[str, int], Awaitable[None]], url: str, number: int) -> 
     try:
         asyncio.run(work(url, number))  # type: ignore[arg-type]
         code = 0
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         # Past what the parent would do at its end.
         end_process(code)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from contract_helpers import until
-from sqlalchemy import inspect, make_url, text
+from sqlalchemy import inspect, text
 
 import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
@@ -22,15 +22,13 @@ STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteO
 
 
 @pytest.fixture
-async def refusing_url(request: pytest.FixtureRequest, database_url: str) -> str:
+async def refusing_url(own_database_url: str) -> str:
     """The URL of a database of this test's own that refuses every event of the tool `poison`."""
-    if make_url(database_url).get_backend_name() == "postgresql":
-        database_url = request.getfixturevalue("migrated_postgres_database")()
-    async with GatewayStore(database_url, redis_url="") as store, store.database.write() as connection:
+    async with GatewayStore(own_database_url, redis_url="") as store, store.database.write() as connection:
         for statement in TRIGGERS[store.database.dialect].split("; CREATE TRIGGER"):
             whole = statement if statement.startswith("CREATE") else f"CREATE TRIGGER{statement}"
             await connection.execute(text(whole))
-    return database_url
+    return own_database_url
 
 
 async def started(tasks: list[asyncio.Task[WriteOutcome]]) -> list[asyncio.Task[WriteOutcome]]:

@@ -121,6 +121,8 @@ async def test_held_events_stay_until_the_hold_is_released(store: GatewayStore, 
     await store.audit.write_many([*old_events(10), make_event(timestamp=NEW)])
     await store.retention.hold("case", reason="r", by="counsel", session_id=["s-1", "s-2"])
     await store.audit.write(make_event(request_id="late", session_id="s-1", timestamp=OLD))
+    # The newest event stays in any case.
+    await store.audit.write(make_event(timestamp=NEW))
 
     pruned = await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a", max_seconds=60)
 

@@ -27,7 +27,8 @@ APPROVALS = (UUID(int=1), UUID(int=2**127 + 5))
 def random_fields(rng: random.Random, number: int) -> dict[str, Any]:
     return {
         "request_id": f"r-{number}",
-        "timestamp": START + timedelta(minutes=rng.randrange(200)),
+        # The first two stand where a period of `FILTERS` begins, and where one ends.
+        "timestamp": START + timedelta(minutes=(60, 120)[number] if number < 2 else rng.randrange(200)),
         "caller_id": rng.choice(("anna", "bert", "x" * 600)),
         "tool_name": rng.choice(("read_file", "Read_File", "delete%file", "delete\\_file")),
         "mcp_server": rng.choice(("files", "mail")),

@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
 from builders import make_event
@@ -121,17 +121,13 @@ async def test_a_bound_store_stamps_its_organisation(store: GatewayStore) -> Non
     assert len(await bound.audit.list_recent()) == 4
 
 
-async def test_a_recorded_event_shares_the_fate_of_the_callers_work(
-    request: pytest.FixtureRequest, database_url: str
-) -> None:
+async def test_a_recorded_event_shares_the_fate_of_the_callers_work(own_database_url: str) -> None:
     """200 transactions of the caller's, half of them rolled back at a random point: rows and work agree exactly."""
-    if make_url(database_url).get_backend_name() == "postgresql":
-        database_url = request.getfixturevalue("migrated_postgres_database")()
     rng, limit = random.Random(5), asyncio.Semaphore(10)
     plans = [rng.choice(("before", "between", "after")) if number % 2 else None for number in range(200)]
     insert = text("INSERT INTO work (name) VALUES (:name)")
 
-    async with GatewayStore(database_url, redis_url="") as store:
+    async with GatewayStore(own_database_url, redis_url="") as store:
         async with store.database.write() as connection:
             await connection.execute(text("CREATE TABLE work (name TEXT NOT NULL)"))
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import servers
 from agent_gateway_store import ApprovalRequest, ApprovalResult, AuditEvent, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.errors import ApprovalError, StoreUnavailableError
+from agent_gateway_store.storage import database as database_module
 from builders import make_event
 from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty
 from servers import PostgresServer
@@ -127,14 +128,26 @@ class Waiters:
         return f"call-{self.asked}"
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.slow)])
-async def test_a_standby_takes_over_from_a_primary_that_was_killed(primary: PostgresServer, rounds: int) -> None:
+@pytest.mark.parametrize(
+    ("found", "rounds"),
+    [
+        ("by name", 1),
+        pytest.param("by name", 5, marks=pytest.mark.slow),
+        pytest.param("by a proxy", 2, marks=pytest.mark.slow),
+    ],
+)
+async def test_a_standby_takes_over_from_a_primary_that_was_killed(
+    primary: PostgresServer, found: str, rounds: int
+) -> None:
     """64 writers, 20 waiters, an approver, a follower and a sealer, none of which restarts; the commits wait for the
-    standby."""
-    with ExitStack() as stack:
+    standby. The URL names both servers, or a proxy that leads to the one that takes writes."""
+    async with AsyncExitStack() as stack:
         standby = stack.enter_context(PostgresServer(durable=True, standby_of=primary))
         await commit_on_both(primary)
+        port, lead_to = await stack.enter_async_context(switch(primary.port))
         url = url_of(primary, standby)
+        if found == "by a proxy":
+            url = url_of(primary).replace(str(primary.port), str(port))
         async with opened(url) as store, opened(url) as other, asyncio.TaskGroup() as group:
             load, waiters, started = Load(store), Waiters(store), time.monotonic()
             writing = group.create_task(load.run(events_until(lambda: waiters.is_over)))
@@ -150,6 +163,7 @@ async def test_a_standby_takes_over_from_a_primary_that_was_killed(primary: Post
                 await ended(waiters, 20)
                 await asyncio.to_thread(primary.kill)
                 await execute(standby.url, "SELECT pg_promote()")
+                lead_to(standby.port)
                 await eventually(lambda: spool_is_empty(store), 60)
                 await ended(waiters, 20)
             waiters.is_over = True
@@ -203,7 +217,7 @@ async def ended(waiters: Waiters, more: int) -> None:
     await eventually(are_there, 60)
 
 
-def rebuilt(stack: ExitStack, dead: PostgresServer, primary: PostgresServer) -> PostgresServer:
+def rebuilt(stack: AsyncExitStack, dead: PostgresServer, primary: PostgresServer) -> PostgresServer:
     """Return a new standby at the address of a server that was killed."""
     port = dead.port
     dead.stop()
@@ -286,6 +300,28 @@ async def test_reads_leave_a_server_that_became_a_standby(primary: PostgresServe
                 await eventually(is_new)
 
 
+async def test_a_commit_that_hangs_ends_within_its_bound(
+    primary: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the standby is away that each commit waits for. What was committed all the same is found again."""
+    monkeypatch.setattr(database_module, "_COMMAND_TIMEOUT_S", 1)
+    async with opened(primary.url) as store:
+        await execute(primary.url, "ALTER SYSTEM SET synchronous_standby_names = '*'", SETTINGS)
+        await eventually(lambda: refuses(store))
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailableError):
+            await store.approvals.issue_token(make_request("meanwhile"))
+        took_s = time.monotonic() - started
+        await execute(primary.url, "ALTER SYSTEM RESET synchronous_standby_names", SETTINGS)
+        request = make_request("meanwhile")
+        token = await store.approvals.issue_token(request)
+        await store.approvals.approve(token, "approver-1")
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=request.tool_call)
+
+        assert [each.status for each in await store.approvals.list_requests()] == ["USED"]
+    assert took_s < 5
+
+
 async def refuses(store: GatewayStore) -> bool:
     """Tell whether the backend of an open connection has noticed that it takes no writes."""
     try:
@@ -332,7 +368,12 @@ async def switch(port: int) -> AsyncIterator[tuple[int, Any]]:
         writer.close()
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        theirs, ours = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            theirs, ours = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            # As a proxy does while its server is dead.
+            writer.close()
+            return
         for pair in ((reader, ours), (theirs, writer)):
             tasks.add(asyncio.create_task(pump(*pair)))
 

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 from alembic import autogenerate
 from database_helpers import set_defaults
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from agent_gateway_store import GatewayStore, WriteOutcome
@@ -23,6 +23,7 @@ from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import Database, create_engine, get_db
 from builders import CALL, make_event, make_request
+from proofs.harness import execute
 
 pytestmark = pytest.mark.integration
 
@@ -243,6 +244,30 @@ async def test_what_is_set_on_our_connections_is_set_nowhere_else(postgres_datab
     await engine.dispose()
 
     assert found == ["Asia/Kathmandu", "serializable"]
+
+
+async def test_no_statement_stays_prepared_for_the_next_client(
+    migrated_postgres_database: Callable[[], str],
+) -> None:
+    """Through a pooler neither a list nor a stream leaves one in a connection to the server."""
+    url = migrated_postgres_database()
+    await execute(url, "CREATE TABLE held (statement TEXT)")
+    async with GatewayStore(f"{url}?pgbouncer=true", redis_url="") as store:
+
+        @event.listens_for(store.database.engine.sync_engine, "checkin")
+        def note(connection: Any, _record: Any) -> None:
+            # Without arguments, since asyncpg lets go of old ones before it prepares the next.
+            look = "INSERT INTO held SELECT statement FROM pg_prepared_statements UNION ALL SELECT 'looked'"
+            connection.run_async(lambda driver: driver.execute(look))
+
+        await store.audit.write(make_event())
+        await store.keys.list()
+        assert len([each async for each in store.audit.stream()]) == 1
+        async with store.database.read() as connection:
+            held = (await connection.execute(text("SELECT statement FROM held"))).scalars().all()
+
+    assert len(held) >= 2
+    assert set(held) == {"looked"}
 
 
 async def test_a_long_export_outlives_the_servers_limits(

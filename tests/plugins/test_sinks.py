@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import stat
@@ -49,6 +50,16 @@ class TestHttp:
             lines = first.body.decode().split("\n")
             assert [AuditEvent(**json.loads(line)).request_id for line in lines[:-1]] == ["r-0", "r-1", "r-2"]
             assert (lines[-1], second.body.count(b"\n"), server.connections) == ("", 1, 1)
+
+    async def test_compresses_where_that_is_set(self) -> None:
+        """The receiver is told, and unpacks the same lines."""
+        async with serving(OK) as server:
+            await sink_for(server, gzip=True).send(EVENTS)
+            await sink_for(server).send(EVENTS)
+
+        packed, plain = server.requests
+        assert (packed.headers["content-encoding"], "content-encoding" in plain.headers) == ("gzip", False)
+        assert gzip.decompress(packed.body) == plain.body
 
     @pytest.mark.parametrize(
         ("answer", "is_permanent", "retry_after_s"),

@@ -22,7 +22,7 @@ from uuid import uuid4
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import servers
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall
+from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
 from builders import make_event
 
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
@@ -83,7 +83,9 @@ async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
 async def soak(url: str, redis_url: str, seconds: int) -> list[Sample]:
     """Work for so long; return a sample of every second."""
     rng, samples = random.Random(7), list[Sample]()
-    async with GatewayStore(url, redis_url=redis_url, auto_migrate=True) as store:
+    # Longer than a busy machine holds a process up, so that a warning of the store is about the store.
+    settings = StoreSettings(redis_timeout_seconds=10)
+    async with GatewayStore(url, redis_url=redis_url, settings=settings, auto_migrate=True) as store:
         issued = await store.keys.issue("dev-agent", role="developer")
         token = await store.approvals.issue_token(ask())
         working = [

@@ -11,10 +11,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, WriteOutcome
@@ -44,10 +45,15 @@ max_client_conn = 200
 
 
 class PgBouncer:
-    """A PgBouncer of our own with a few server connections for everybody."""
+    """A PgBouncer of our own with a few server connections for everybody.
+
+    Attributes:
+        port: Where it listens.
+        connections: How many connections to the server it has at most.
+    """
 
     def __init__(self, database: PostgresServer, *, connections: int = 3) -> None:
-        self.port = free_port()
+        self.port, self.connections = free_port(), connections
         self._folder = Path(tempfile.mkdtemp(prefix="ags-bouncer-", dir="/tmp"))
         self._folder.chmod(0o755)
         self._settings = self._folder / "pgbouncer.ini"
@@ -138,6 +144,35 @@ async def test_every_service_works(bouncer: PgBouncer) -> None:
         )
         assert sum(isinstance(result, ApprovalAlreadyUsedError) for result in used) == 19
         assert sum(not isinstance(result, BaseException) for result in used) == 1
+
+
+async def test_no_statement_stays_prepared_on_the_server(bouncer: PgBouncer) -> None:
+    """It would stay for as long as the server's connection lives; and a name that asyncpg counted up in one process
+    would meet that of the next one.
+    """
+    async with GatewayStore(bouncer.url, redis_url="") as store:
+        await store.audit.write(make_event())
+        for use in (store.keys.list, store.approvals.list_requests, store.audit.list_recent, store.evidence.verify):
+            await use()
+            assert await prepared(bouncer) == []
+        assert len([event async for event in store.audit.stream()]) == 1
+        assert await prepared(bouncer) == []
+
+
+async def prepared(bouncer: PgBouncer) -> list[str]:
+    """The texts of the statements that every connection to the server holds."""
+    async with AsyncExitStack() as stack:
+        url = bouncer.url.partition("?")[0]
+        found = []
+        for _ in range(bouncer.connections):
+            connection = await asyncpg.connect(url, ssl=False, statement_cache_size=0)
+            stack.push_async_callback(connection.close)
+            # An open transaction keeps its connection to the server, so that the next one gets another one.
+            await stack.enter_async_context(connection.transaction())
+            found += [
+                row["statement"] for row in await connection.fetch("SELECT statement FROM pg_prepared_statements")
+            ]
+        return found
 
 
 async def test_its_restart_is_an_outage_like_any_other(bouncer: PgBouncer) -> None:

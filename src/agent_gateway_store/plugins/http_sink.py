@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -29,12 +30,14 @@ class HttpSinkSettings(ReceiverSettings):
     Attributes:
         url: Where to post. Kept secret, since a URL may hold a token. None: the plugin does nothing.
         headers: Headers to send besides, as JSON: `{"Authorization": "Splunk 1234"}`.
+        gzip: Whether the body is compressed (`Content-Encoding: gzip`), for a receiver that takes that.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX)
 
     url: SecretStr | None = None
     headers: dict[str, SecretStr] = Field(default={})
+    gzip: bool = False
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
@@ -83,6 +86,7 @@ class HttpSink:
             raise ValueError(f"{PREFIX}URL is not set")
         self._url = parse_url(settings.url.get_secret_value(), allow_http=settings.allow_http)
         self._headers = {name: value.get_secret_value() for name, value in settings.headers.items()}
+        self._gzip = settings.gzip
         self._timeout_s = min(settings.timeout_seconds, timeout_s or settings.timeout_seconds)
         self._transport = Transport(
             settings.policy,
@@ -100,6 +104,8 @@ class HttpSink:
         """
         body = "".join(f"{event.model_dump_json()}\n" for event in events).encode()
         headers = {"Content-Type": "application/x-ndjson", **self._headers}
+        if self._gzip:
+            body, headers["Content-Encoding"] = gzip.compress(body), "gzip"
         answer = await self._transport.post(self._url, body=body, headers=headers, timeout_s=self._timeout_s)
         if not 200 <= answer.status < 300:
             raise NotDeliveredError(

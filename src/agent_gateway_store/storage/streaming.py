@@ -87,7 +87,10 @@ async def _batches(driver: Any, text: str, arguments: Sequence[Any], batch: int)
             while found := list(await cursor.fetchmany(batch)):
                 yield found
         return
-    cursor = await driver.cursor(text, *arguments, timeout=LONGEST_S)
+    # Without a name: asyncpg counts them in each process, and one that stays in a connection of PgBouncer would meet
+    # that of the next gateway.
+    statement = await driver.prepare(text, name="", timeout=LONGEST_S)
+    cursor = await statement.cursor(*arguments, timeout=LONGEST_S)
     while found := await cursor.fetch(batch, timeout=LONGEST_S):
         yield found
 

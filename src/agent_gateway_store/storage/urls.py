@@ -7,7 +7,6 @@ import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -208,7 +207,8 @@ def _postgresql(url: URL, named: list[str], *, reads: bool) -> tuple[URL, dict[s
         # In transaction mode the next statement may run on another server connection, which has not prepared it.
         options["statement_cache_size"] = 0
         options["prepared_statement_cache_size"] = 0
-        options["prepared_statement_name_func"] = lambda: f"__ags_{uuid4()}__"
+        # One with a name would stay behind in the server connection when the next statement gets another one.
+        options["prepared_statement_name_func"] = lambda: ""
     return url.set(query={name: query[name] for name in text}), options
 
 
