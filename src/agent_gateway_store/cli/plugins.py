@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -189,6 +188,8 @@ async def check_plugins(
         For each plugin its `name`, the state of its `settings` (None if it declares none), the names of its `notifiers`
         that took the test notices (without `send`: all of them), `ok`, and its `problems`, which hold no secret.
     """
+    import asyncio
+
     from agent_gateway_store.hooks.dispatch import Dispatcher
 
     dispatcher = Dispatcher(plugins, settings)
