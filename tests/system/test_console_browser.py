@@ -174,7 +174,7 @@ def test_new_requests_arrive_and_count_down_to_their_end(site: tuple[str, str, P
         expect(page.locator("[data-until]").first).to_contain_text("left")
         # Nothing reads the page again meanwhile, so that it is the script's own clock that comes to the end.
         page.route("**/approvals/*", lambda route: route.abort())
-        expect(page.locator("[data-until]").first).to_contain_text("expired", timeout=30_000)
+        expect(page.locator("[data-until]").first).to_contain_text("expired", timeout=60_000)
         expect(page.get_by_role("button", name="Approve")).to_be_disabled()
         page.unroute("**/approvals/*")
         expect(page.get_by_role("heading", name="Expired")).to_be_visible(timeout=30_000)
