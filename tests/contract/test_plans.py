@@ -433,6 +433,31 @@ async def test_a_plan_made_for_small_tables_serves_large_ones(
     assert not problems, "\n".join(problems)
 
 
+async def test_a_decision_reads_one_row_whatever_waits(
+    migrated_postgres_database: Callable[[], str], no_plugins: None
+) -> None:
+    """The plans of the first eight approvals, all of them used, serve when 1,500 wait."""
+    url = migrated_postgres_database()
+    await asyncio.to_thread(run, _filled(url, None, is_analysed=False))
+    store = GatewayStore(url, redis_url="", settings=quiet())
+    reports = Reports(store, "auto")
+
+    async def use(token: str) -> None:
+        await store.approvals.approve(token, "alice")
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+
+    async with store:
+        for _ in range(8):
+            await use(await store.approvals.issue_token(make_request(tool_call=CALL)))
+        tokens = [await store.approvals.issue_token(make_request(tool_call=CALL)) for _ in range(1_500)]
+        reports.plans.clear()
+        for token in tokens[:5]:
+            await use(token)
+
+    read = [read_by(node) for report in reports.plans for node in nodes(report["Plan"])]
+    assert 0 < max(read) <= 5
+
+
 async def test_a_long_page_of_a_log_never_analysed_is_read_by_its_index(
     migrated_postgres_database: Callable[[], str], no_plugins: None
 ) -> None:
