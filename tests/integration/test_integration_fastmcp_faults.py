@@ -10,6 +10,7 @@ from fastmcp_helpers import Bench
 from sqlalchemy import text
 
 from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.store import parts_of
 from servers import PostgresServer
 
 pytestmark = pytest.mark.integration
@@ -37,6 +38,10 @@ async def test_database_killed_during_the_wait_runs_nothing() -> None:
                 bench.refusal(bench.server(approval_timeout_s=2), "delete_file", path="a.txt")
             )
             await bench.pending()
+            # The wait has read once: where nothing could be read all the time, the records are away.
+            async with asyncio.timeout(10):
+                while not parts_of(store).pubsub.tasks_waiting:
+                    await asyncio.sleep(0.01)
             server.kill()
             refusal = await waiting
             server.start()
