@@ -228,6 +228,7 @@ INSERT_SQL = """
     """
 INSERT = sql_statement(INSERT_SQL)
 
+# The status once more as the index of pending calls has it, here and below.
 REISSUE = sql_statement("""
     UPDATE approval_requests SET token = :p_token, version = version + 1
     WHERE {same_call} AND status = 'PENDING' AND {is_pending} AND {same_terms}

@@ -96,7 +96,7 @@ def _canonical(text: str) -> str:
     return encode(value if end == len(text) else json.loads(text))
 
 
-# Most labels are those of many events (chosen: a few hundred combinations, of texts that an index holds).
+# Many events have the same labels. Chosen: so many combinations, of so many characters, take a quarter of a megabyte.
 _canonical_labels = lru_cache(512)(_canonical)
 _MAX_KEPT_CHARS = 500
 
@@ -104,14 +104,13 @@ _MAX_KEPT_CHARS = 500
 def hash_of_stored(row: Sequence[Any]) -> str:
     """Return the `content_hash` of an event from its columns as the drivers give them, in the order of `COLUMNS`.
 
-    JSON and UUID are text. Raises what may be, where somebody has changed the row past the store and it is no event.
+    JSON and UUID are text. A row that somebody changed past the store, so that it is not an event, may raise any error.
     """
     values = list(row[:-1])
     if type(values[_STAMP]) is str:
         values[_STAMP] = datetime.fromisoformat(values[_STAMP]).replace(tzinfo=UTC)
-    # Most are empty.
-    if (args := values[_ARGS]) != EMPTY:
-        values[_ARGS] = _canonical(args)
+    values[_ARGS] = _canonical(values[_ARGS])
+    # Most of the others are empty.
     if (labels := values[_LABELS]) != "[]":
         values[_LABELS] = (_canonical_labels if len(labels) < _MAX_KEPT_CHARS else _canonical)(labels)
     if (extra := values[_EXTRA]) != EMPTY:

@@ -7,9 +7,8 @@ import hashlib
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
-from uuid import UUID
 
-from cachetools import LRUCache, TTLCache
+from cachetools import TTLCache
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -58,7 +57,7 @@ async def inbox(request: Request) -> Response:
     return pages.page(
         request,
         "inbox.html",
-        cards=[_card(pages.base_of(request), each) for each in found],
+        cards=[_card(request, each) for each in found],
         status=status,
         statuses=[*ApprovalStatus, "ALL"],
         cursor=cursor,
@@ -67,18 +66,15 @@ async def inbox(request: Request) -> Response:
     )
 
 
-# Most pages are drawn for somebody who looks again, or for others who look at the same (chosen: 4 million characters).
-_cards: LRUCache[tuple[str, UUID, int, ApprovalStatus], Markup] = LRUCache(2**22, getsizeof=len)
-
-
-def _card(base: str, asked: ApprovalRequest) -> Markup:
+def _card(request: Request, asked: ApprovalRequest) -> Markup:
     """Return an approval as the inbox shows it."""
+    base, cards = pages.base_of(request), pages.console_of(request).cards
     # Whatever is changed in an approval raises its version; only that it has expired is seen without one.
     key = (base, asked.approval_id, asked.version, asked.status)
-    if (card := _cards.get(key)) is None:
+    if (card := cards.get(key)) is None:
         card = pages.fragment("_card.html", base=base, asked=asked)
         with suppress(ValueError):  # it is larger than all that is kept
-            _cards[key] = card
+            cards[key] = card
     return card
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
+from cachetools import LRUCache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
@@ -25,6 +26,8 @@ from agent_gateway_store.store import GatewayStore
 
 # Characters of a value that are read at a glance; above it is folded, whole, below a line that tells its length.
 _FOLD, _PREVIEW = 1_500, 120
+# Chosen: a few thousand cards.
+_CARDS_CHARS = 2**22
 # Chosen: our largest form has four fields.
 _FIELDS = 20
 _STATIC = {"console.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
@@ -36,11 +39,13 @@ class Console:
 
     Attributes:
         owns_store: Whether the console opens and closes the store itself.
+        cards: Of the inbox, which is drawn again and again for those who look at it.
     """
 
     store: GatewayStore
     sessions: Sessions
     owns_store: bool = False
+    cards: LRUCache[Hashable, Markup] = field(default_factory=lambda: LRUCache(_CARDS_CHARS, getsizeof=len))
 
 
 def console_of(request: Request) -> Console:

@@ -36,7 +36,7 @@ LOCK_KEY = int.from_bytes(b"agwhold", "big")
 # Chosen: many times what a prune holds it for, and less than the timeout of one command.
 _WAIT_S = 20.0
 PAUSE_S = 3 * POLL_S
-"""Seconds for which a prune leaves the lock alone between two batches: whoever waits for it tries meanwhile."""
+"""Seconds for which a prune leaves the lock alone between two turns: whoever waits for it tries meanwhile."""
 
 
 def retention_lock(database: Database) -> ExclusiveLock:
@@ -136,16 +136,9 @@ class RetentionManager:
             await pruner.start()
         try:
             while loop.time() < deadline:
-                async with self._lock() as still_locked:
-                    turn = min(loop.time() + _TURN_S, deadline)
-                    while True:
-                        step = await pruner.step(total.next, still_locked)
-                        total = Step(total.events + step.events, total.files + step.files, step.next)
-                        report(total.events)
-                        if total.next is None:
-                            return total.events, total.files, "done"
-                        if loop.time() >= turn:
-                            break
+                total = await self._turn(pruner, total, deadline, report)
+                if total.next is None:
+                    return total.events, total.files, "done"
                 # So that whoever waits for the lock gets it.
                 await asyncio.sleep(PAUSE_S)
         except BaseException as exc:
@@ -153,6 +146,18 @@ class RetentionManager:
                 await pruner.end(f"failed: {type(exc).__name__}")
             raise
         return total.events, total.files, "the time was up"
+
+    async def _turn(self, pruner: Pruner, total: Step, deadline: float, report: Callable[[int], None]) -> Step:
+        """Prune one batch after the other for a while, at least one; return what became of all so far."""
+        loop = asyncio.get_running_loop()
+        async with self._lock() as still_locked:
+            end = min(loop.time() + _TURN_S, deadline)
+            while True:
+                step = await pruner.step(total.next, still_locked)
+                total = Step(total.events + step.events, total.files + step.files, step.next)
+                report(total.events)
+                if total.next is None or loop.time() >= end:
+                    return total
 
     async def hold(self, name: str, *, reason: str, by: str, **filters: Unpack[Filters]) -> Hold:
         """Keep events from being pruned and erased, whatever else is asked, until the hold is released.
