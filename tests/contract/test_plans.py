@@ -49,7 +49,7 @@ class Size(NamedTuple):
 
 
 # Large enough for an index to be worth it; filled and analysed in a few seconds.
-_SHORT = Size(20_000, 10_000, 20_000)
+SHORT = Size(20_000, 10_000, 20_000)
 _LONG = Size(300_000, 50_000, 100_000)
 
 
@@ -104,26 +104,7 @@ def filling(size: Size) -> list[str]:
     ]
 
 
-# Open approvals of many callers.
-_WAITING = [
-    copies(
-        "approval_requests",
-        3_000,
-        approval_id="gen_random_uuid()",
-        token="md5('w' || n) || md5(n::text)",
-        request_id="'waiting-' || n",
-        caller_id="'caller-' || n % 500",
-        created_at="now() - n * interval '1 minute' - interval '1 year'",
-        expires_at="now() + interval '1 hour'",
-        decision_at="NULL",
-        used_at="NULL",
-        acquire_key="NULL",
-        status="'PENDING'",
-    )
-]
-
-
-async def _filled(url: str, size: Size | None, *, is_analysed: bool) -> None:
+async def fill_up(url: str, size: Size | None, *, is_analysed: bool) -> None:
     async with connected(url) as connection:
         for table in _TABLES:
             await connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
@@ -151,8 +132,8 @@ async def _filled(url: str, size: Size | None, *, is_analysed: bool) -> None:
 def filled(request: pytest.FixtureRequest, migrated_postgres_database: Callable[[], str]) -> str:
     """The URL of a database of this kind."""
     url, kind = migrated_postgres_database(), request.param
-    size = None if kind == "empty" else _LONG if "long" in kind else _SHORT
-    run(_filled(url, size, is_analysed=kind.startswith("analysed")))
+    size = None if kind == "empty" else _LONG if "long" in kind else SHORT
+    run(fill_up(url, size, is_analysed=kind.startswith("analysed")))
     return url
 
 
@@ -179,7 +160,7 @@ async def _all_of(rows: Any) -> None:
             pass
 
 
-async def _decide(store: GatewayStore) -> None:
+async def decide_all(store: GatewayStore) -> None:
     asked = [await store.approvals.issue_token(request) for request in (make_request() for _ in range(4))]
     approvals = store.approvals
     await approvals.approve(asked[0], "alice")
@@ -300,7 +281,7 @@ async def _keys(store: GatewayStore) -> None:
 CALLS = [
     Called(
         "issue_token approve deny cancel consume_token record_outcome check_token wait_for_decision get",
-        _decide,
+        decide_all,
     ),
     Called("history", _of_two),
     Called("release_output", _release),
@@ -398,72 +379,12 @@ async def test_no_plan_surprises(filled: str, no_plugins: None) -> None:
     assert not problems, "\n".join(problems)
 
 
-_HOT = {"issue_token", "history", "release_output", "acquire", "expire_stale", "list_requests"}
-_APPROVALS = [called for called in CALLS if called.names.split()[0] in _HOT]
-
-
-@pytest.mark.parametrize("used", [10, 70])
-async def test_a_plan_made_for_small_tables_serves_large_ones(
-    migrated_postgres_database: Callable[[], str], no_plugins: None, used: int
-) -> None:
-    """PostgreSQL keeps the plan of a gateway's first approvals while thousands come to wait, until it analyses."""
-    url = migrated_postgres_database()
-    await asyncio.to_thread(run, _filled(url, None, is_analysed=False))
-    async with GatewayStore(url, redis_url="", settings=quiet()) as earlier:
-        for _ in range(used):
-            await _decide(earlier)
-    store = GatewayStore(url, redis_url="", settings=quiet(), plugins=[Post()])
-    reports = Reports(store, "force_generic_plan")
-    problems = []
-    async with store:
-        for called in _APPROVALS:
-            await called.run(store)
-        await store.audit.write(make_event())
-        async with connected(url) as connection:
-            for statement in [*filling(_SHORT), *_WAITING]:
-                await connection.execute(statement)
-        for at, called in enumerate(_APPROVALS):
-            reports.plans.clear()
-            await called.run(store)
-            await asyncio.sleep(0)
-            for report in reports.plans:
-                for fault in faults(report, reads_all=called.reads_all or called.by_statistics):
-                    problems.append(f"{called.names} ({at}): {fault}: {report['Query Text'][:300]}")
-
-    assert not problems, "\n".join(problems)
-
-
-async def test_a_decision_reads_one_row_whatever_waits(
-    migrated_postgres_database: Callable[[], str], no_plugins: None
-) -> None:
-    """The plans of the first eight approvals, all of them used, serve when 1,500 wait."""
-    url = migrated_postgres_database()
-    await asyncio.to_thread(run, _filled(url, None, is_analysed=False))
-    store = GatewayStore(url, redis_url="", settings=quiet())
-    reports = Reports(store, "auto")
-
-    async def use(token: str) -> None:
-        await store.approvals.approve(token, "alice")
-        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-
-    async with store:
-        for _ in range(8):
-            await use(await store.approvals.issue_token(make_request(tool_call=CALL)))
-        tokens = [await store.approvals.issue_token(make_request(tool_call=CALL)) for _ in range(1_500)]
-        reports.plans.clear()
-        for token in tokens[:5]:
-            await use(token)
-
-    read = [read_by(node) for report in reports.plans for node in nodes(report["Plan"])]
-    assert 0 < max(read) <= 5
-
-
 async def test_a_long_page_of_a_log_never_analysed_is_read_by_its_index(
     migrated_postgres_database: Callable[[], str], no_plugins: None
 ) -> None:
     """A follower that begins at the beginning does not read and sort 100,000 events for each of its pages."""
     url = migrated_postgres_database()
-    await asyncio.to_thread(run, _filled(url, Size(100_000, 1, 1), is_analysed=False))
+    await asyncio.to_thread(run, fill_up(url, Size(100_000, 1, 1), is_analysed=False))
     read = []
     for setting in ("force_custom_plan", "force_generic_plan"):
         store = GatewayStore(url, redis_url="", settings=quiet())
