@@ -25,13 +25,15 @@ pytestmark = pytest.mark.integration
 url, cli = cli_helpers.url, cli_helpers.cli
 
 
-def test_help_and_version_load_neither_the_database_nor_pydantic() -> None:
+def test_help_and_version_load_neither_the_database_nor_pydantic_nor_any_command() -> None:
     """They answer at once."""
-    code = "import sys; import agent_gateway_store.cli.app; print(*sys.modules)"
+    code = "import sys; from agent_gateway_store.cli.app import app; app(['--help'], standalone_mode=False)"
 
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    shown = subprocess.run([sys.executable, "-c", f"{code}; print(*sys.modules)"], capture_output=True, text=True)
+    loaded = shown.stdout.split()
 
-    assert "agent_gateway_store.demo.command" not in loaded
+    assert "Issue, list, rotate and revoke API keys." in shown.stdout
+    assert {f"agent_gateway_store.{each}" for each in ("demo.command", "cli.keys", "cli.audit")} & set(loaded) == set()
     assert {"alembic", "asyncpg", "pydantic", "redis", "rich", "sqlalchemy"} & set(loaded) == set()
     assert gateway_store("--version").out.startswith("gateway-store ")
     assert gateway_store("--help").code == 0

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
@@ -18,56 +18,84 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agent_gateway_store.cli import (
-    approvals,
-    db,
-    evidence,
-    export_import,
-    keys,
-    notifications,
-    plugins,
-    retention,
-    sinks,
-)
 from agent_gateway_store.cli.context import Options, options_of
-from agent_gateway_store.cli.doctor import doctor
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import complain
 
-# By their names, since an import of the demo or the console, which import the command line, would be a circle.
-_ABOVE = ("agent_gateway_store.demo.command", "agent_gateway_store.console.command")
+_PACKAGE = "agent_gateway_store"
+# The module of each command or group, and its line in the list of all. By their names: none but the one that is called
+# is loaded, and to import the demo or the console, which import the command line, would be a circle.
+_COMMANDS = {
+    "demo": ("demo.command", "Run tools on real files, with audit and approvals."),
+    "seed": ("demo.command", "Create a first caller and print its API key."),
+    "console": ("console.command", "Serve the pages for approvals and the log."),
+    "doctor": ("cli.doctor", "Check the installation; changes nothing."),
+    "db": ("cli.db", "Bring the schema up to date, or check it."),
+    "keys": ("cli.keys", "Issue, list, rotate and revoke API keys."),
+    "audit": ("cli.export_import", "Write, find and follow audit events."),
+    "approvals": ("cli.approvals", "List approvals and decide them."),
+    "evidence": ("cli.evidence", "Seal and verify the log, and prove a call."),
+    "retention": ("cli.retention", "Hold, prune into an archive, and erase."),
+    "plugins": ("cli.plugins", "List the installed plugins, and check them."),
+    "notifications": ("cli.notifications", "List, send, redrive and prune notices."),
+    "sinks": ("cli.sinks", "See how far sinks are, and send again."),
+}
+
+
+class OwnCommands(Mapping[str, Any]):
+    """Our commands and groups by name, each loaded when it is asked for.
+
+    Args:
+        options: The global options, which each command takes as well.
+    """
+
+    def __init__(self, options: list[Any]) -> None:
+        self._options = options
+
+    def __getitem__(self, name: str) -> Any:
+        module, summary = _COMMANDS[name]
+        above = typer.Typer(rich_markup_mode=None)
+        above.add_typer(import_module(f"{_PACKAGE}.{module}").app, help=summary)
+        return _take_global_options(typer.main.get_group(above).commands, self._options)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
 
 
 class RootGroup(TyperGroup):
     """The root command, which catches what fails below it. Usage errors are left to Typer.
 
-    The demo, the console and the plugins are loaded only where their commands may be meant: for the list of all
-    commands, and for a name that is none of the groups below.
+    Plugins are loaded only where their commands may be meant: for the list of all commands, and for a name that is
+    none of ours.
     """
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = OwnCommands(self.params)  # type: ignore[assignment]
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of our commands, then those of plugins."""
-        return [*self._commands_above, *super().list_commands(ctx), *self._plugin_commands]
+        return [*self.commands, *self._plugin_commands]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command by name, ours or a plugin's; None if there is none."""
-        own = super().get_command(ctx, cmd_name) or self._commands_above.get(cmd_name)
-        return own or self._plugin_commands.get(cmd_name)
+        return super().get_command(ctx, cmd_name) or self._plugin_commands.get(cmd_name)
 
-    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Let the commands below take the global options, too, before the first of them is read."""
-        _take_global_options(self.commands, self.params)
-        return super().make_context(info_name, args, parent, **extra)
-
-    @cached_property
-    def _commands_above(self) -> dict[str, Any]:
-        groups = (typer.main.get_group(import_module(module).app) for module in _ABOVE)
-        found = {name: each for group in groups for name, each in group.commands.items()}
-        return _take_global_options(found, self.params)
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a line for each command; none of ours is loaded for it."""
+        rows = [(name, summary) for name, (_, summary) in _COMMANDS.items()]
+        rows += [(name, each.get_short_help_str()) for name, each in self._plugin_commands.items() if not each.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     @cached_property
     def _plugin_commands(self) -> dict[str, Any]:
-        return _take_global_options(plugins.plugin_commands({*self.commands, *self._commands_above}), self.params)
+        from agent_gateway_store.cli.plugins import plugin_commands
+
+        return _take_global_options(plugin_commands(_COMMANDS), self.params)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an error becomes one sentence and an exit code."""
@@ -133,16 +161,6 @@ app = typer.Typer(
     epilog="The options above may also stand after the command. "
     "Exit codes: 0 ok, 1 error, 2 usage, 3 integrity violation, 4 not found or expired, 5 a dependency is down.",
 )
-app.add_typer(db.app, name="db")
-app.add_typer(keys.app, name="keys")
-app.add_typer(export_import.app, name="audit")
-app.add_typer(approvals.app, name="approvals")
-app.add_typer(evidence.app, name="evidence")
-app.add_typer(retention.app, name="retention")
-app.add_typer(plugins.app, name="plugins")
-app.add_typer(notifications.app, name="notifications")
-app.add_typer(sinks.app, name="sinks")
-app.command("doctor")(doctor)
 
 
 def _print_version(wanted: bool) -> None:

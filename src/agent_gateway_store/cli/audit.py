@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from agent_gateway_store.results import Page
     from agent_gateway_store.store import GatewayStore
 
-app = typer.Typer(no_args_is_help=True, help="Write, find and follow audit events.")
+app = typer.Typer(name="audit", no_args_is_help=True)
 
 _HEADINGS = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms", "latency_p99_ms": "p99 ms"}
 BucketOption = Annotated[str | None, typer.Option(help="Length of time buckets: 15m, 1h, 1d, 1w.")]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.settings import StoreSettings
 
+app = typer.Typer()
+
 # The largest page of `list_requests`: one read, and recent enough for what can still be found out.
 _MAX_USED = 1000
 # Chosen: long enough to order a disk.
@@ -102,6 +104,7 @@ class Report:
                 yield f"{subject} {name.replace('_', ' ')}", "none" if value in (None, []) else value
 
 
+@app.command()
 def doctor(ctx: typer.Context, json: JsonOption = False) -> None:
     """Check the package, the database, Redis and the plugins; changes nothing.
 

@@ -15,7 +15,7 @@ from agent_gateway_store.cli.output import JsonOption, complain, print_fields, p
 if TYPE_CHECKING:
     from agent_gateway_store.models.evidence import Verification
 
-app = typer.Typer(no_args_is_help=True, help="Seal the audit log, verify it, and prove from it what happened.")
+app = typer.Typer(name="evidence", no_args_is_help=True)
 
 KeyOption = Annotated[
     list[str] | None,

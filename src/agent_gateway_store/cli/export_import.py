@@ -1,4 +1,4 @@
-"""`gateway-store audit export` and `audit import`: events to files and back."""
+"""`gateway-store audit export`, `import` and `ship`: events to files and back, and to sinks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import sys
 from errno import EDQUOT, ENOSPC
 from os import strerror
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from agent_gateway_store.cli.audit import app, count_text, filtered, require_none_lost
 from agent_gateway_store.cli.context import in_store, read_store
-from agent_gateway_store.cli.errors import CommandError
+from agent_gateway_store.cli.errors import CommandError, ExitCode
+from agent_gateway_store.cli.notifications import logging_shown, silent, until_stopped
 from agent_gateway_store.cli.output import JsonOption, complain, print_result
-from agent_gateway_store.errors import GatewayStoreError
+from agent_gateway_store.errors import GatewayStoreError, InvalidCursorError
+
+if TYPE_CHECKING:
+    from agent_gateway_store.store import GatewayStore
 
 __all__ = ["app"]
 
@@ -115,3 +119,35 @@ def _reason(exc: Exception, path: Path) -> str:
     # The system may name a file that the user never saw, such as the one that is written before it is renamed.
     step = "make room" if exc.errno in (ENOSPC, EDQUOT) else "check the path and its permissions"
     return f"{path}: {strerror(exc.errno)}: {step} and try again."
+
+
+@app.command()
+def ship(
+    ctx: typer.Context,
+    sink: Annotated[str, typer.Argument(help="As its plugin names it: file-sink, http-sink, ...")],
+    once: Annotated[bool, typer.Option("--once", help="End where the log ends.")] = False,
+    start: Annotated[
+        Literal["beginning", "now"], typer.Option(help="Where a new sink begins; later it goes on where it was.")
+    ] = "beginning",
+    batch: Annotated[int, typer.Option(min=1, max=100_000, help="The most events at a time.")] = 500,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two reads of the database.")] = 1.0,
+    json: JsonOption = False,
+) -> None:
+    """Send the audit log to a sink, in order, until Ctrl-C or SIGTERM; what was sent is remembered in the database.
+
+    Each event arrives at least once. One process at a time ships to a sink, and others wait for their turn; with --once
+    they end with exit code 5, as they do where the sink or the database is away.
+    """
+
+    async def work(store: GatewayStore) -> int:
+        if not once:
+            complain(f"Shipping to {sink}.")
+        return await until_stopped(store.audit.ship(sink, once=once, start=start, batch=batch, poll_s=interval))
+
+    try:
+        with logging_shown():
+            sent = in_store(ctx, work, settings=silent(ctx))
+    except InvalidCursorError as exc:
+        raise CommandError(f"{exc} `gateway-store sinks forget {sink}` lets it.", ExitCode.USAGE) from exc
+    if once:
+        print_result({"sent": sent}, f"{count_text(sent, 'event')} arrived.", as_json=json)

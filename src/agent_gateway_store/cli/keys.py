@@ -20,7 +20,7 @@ from agent_gateway_store.cli.output import (
 if TYPE_CHECKING:
     from agent_gateway_store.models.keys import IssuedKey
 
-app = typer.Typer(no_args_is_help=True, help="Issue, list, rotate and revoke API keys.")
+app = typer.Typer(name="keys", no_args_is_help=True)
 
 CallerArgument = Annotated[str, typer.Argument(metavar="CALLER_ID", help="The caller that the API key is for.")]
 _COLUMNS = {

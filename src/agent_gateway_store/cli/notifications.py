@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
-app = typer.Typer(no_args_is_help=True, help="List, send, redrive and prune the notices to notifiers.")
+app = typer.Typer(name="notifications", no_args_is_help=True)
 
 NotifierOption = Annotated[str | None, typer.Option(help="Only those to this notifier.")]
 _COLUMNS = {

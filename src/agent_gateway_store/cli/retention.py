@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-app = typer.Typer(no_args_is_help=True, help="Hold, prune into an archive, and erase.")
+app = typer.Typer(name="retention", no_args_is_help=True)
 
 ByOption = Annotated[str, typer.Option(metavar="NAME", help="Who asks for it, as the log will say.")]
 ReasonOption = Annotated[str, typer.Option(help="Why, as the log will say.")]

@@ -1,22 +1,16 @@
-"""`gateway-store audit ship`: events to a sink; and `gateway-store sinks`: how far each is, and what it has refused."""
+"""`gateway-store sinks`: how far each is, and what it has refused."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli import audit
-from agent_gateway_store.cli.audit import count_text
 from agent_gateway_store.cli.context import in_store, read_store
 from agent_gateway_store.cli.errors import CommandError, ExitCode
-from agent_gateway_store.cli.notifications import logging_shown, silent, until_stopped
-from agent_gateway_store.cli.output import JsonOption, complain, print_page, print_result
+from agent_gateway_store.cli.output import JsonOption, print_page, print_result
 
-if TYPE_CHECKING:
-    from agent_gateway_store.store import GatewayStore
-
-app = typer.Typer(no_args_is_help=True, help="See how far sinks are, and send again what they refused.")
+app = typer.Typer(name="sinks", no_args_is_help=True)
 
 SinkArgument = Annotated[str, typer.Argument(help="As its plugin names it: file-sink, http-sink, ...")]
 OnlyArgument = Annotated[str | None, typer.Argument(help="Only those of this one.")]
@@ -30,39 +24,6 @@ _COLUMNS = {
     "last_error": "last error",
 }
 _DEAD = {"created_at": "refused", "sink": "sink", "request_id": "request id", "error": "error", "is_due": "due"}
-
-
-@audit.app.command()
-def ship(
-    ctx: typer.Context,
-    sink: SinkArgument,
-    once: Annotated[bool, typer.Option("--once", help="End where the log ends.")] = False,
-    start: Annotated[
-        Literal["beginning", "now"], typer.Option(help="Where a new sink begins; later it goes on where it was.")
-    ] = "beginning",
-    batch: Annotated[int, typer.Option(min=1, max=100_000, help="The most events at a time.")] = 500,
-    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two reads of the database.")] = 1.0,
-    json: JsonOption = False,
-) -> None:
-    """Send the audit log to a sink, in order, until Ctrl-C or SIGTERM; what was sent is remembered in the database.
-
-    Each event arrives at least once. One process at a time ships to a sink, and others wait for their turn; with --once
-    they end with exit code 5, as they do where the sink or the database is away.
-    """
-    from agent_gateway_store.errors import InvalidCursorError
-
-    async def work(store: GatewayStore) -> int:
-        if not once:
-            complain(f"Shipping to {sink}.")
-        return await until_stopped(store.audit.ship(sink, once=once, start=start, batch=batch, poll_s=interval))
-
-    try:
-        with logging_shown():
-            sent = in_store(ctx, work, settings=silent(ctx))
-    except InvalidCursorError as exc:
-        raise CommandError(f"{exc} `gateway-store sinks forget {sink}` lets it.", ExitCode.USAGE) from exc
-    if once:
-        print_result({"sent": sent}, f"{count_text(sent, 'event')} arrived.", as_json=json)
 
 
 @app.command("list")

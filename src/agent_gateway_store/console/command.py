@@ -33,12 +33,6 @@ _ORG = "_AGENT_GATEWAY_STORE_CONSOLE_ORG"
 _GRACE_S = 2
 
 
-@app.callback()
-def _keep_group() -> None:
-    # Typer makes a plain command of an application that has one.
-    pass
-
-
 @app.command()
 def console(
     ctx: typer.Context,
