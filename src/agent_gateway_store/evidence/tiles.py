@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Integer, LargeBinary, column
 
-from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, TileHashes, node_hash
+from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, TileHashes, row_root
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.statements import Statement, typed_text
@@ -81,7 +81,7 @@ def grown(edge: TileHashes, size: int, leaves: Sequence[bytes]) -> dict[tuple[in
         hashes = b"".join(row)
         tiles = [hashes[at : at + _TILE_BYTES] for at in range(0, len(hashes), _TILE_BYTES)]
         made |= {(level, index + place): tile for place, tile in enumerate(tiles)}
-        new = [_root(tile) for tile in tiles if len(tile) == _TILE_BYTES]
+        new = [row_root(tile) for tile in tiles if len(tile) == _TILE_BYTES]
         level, count = level + 1, index
     return made
 
@@ -98,10 +98,3 @@ async def put_tiles(connection: AnyConnection, tiles: Mapping[tuple[int, int], b
         return
     for row in rows:
         await _PUT.rows(connection, row)
-
-
-def _root(tile: bytes) -> bytes:
-    row = [tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)]
-    while len(row) > 1:
-        row = [node_hash(*pair) for pair in zip(row[::2], row[1::2], strict=True)]
-    return row[0]

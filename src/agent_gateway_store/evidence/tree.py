@@ -40,6 +40,15 @@ def _merge(hashes: Sequence[bytes]) -> bytes:
     return reduce(lambda right, left: node_hash(left, right), reversed(hashes))
 
 
+def row_root(hashes: bytes) -> bytes:
+    """Return the root over a row of hashes, of which there are a power of two."""
+    row = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+    while len(row) > 1:
+        pairs = iter(row)
+        row = [node_hash(left, right) for left, right in zip(pairs, pairs, strict=True)]
+    return row[0]
+
+
 class Frontier:
     """A tree that grows leaf by leaf, of which only the roots of its complete subtrees are kept.
 
@@ -209,11 +218,7 @@ class TileHashes:
         tile_level, above = divmod(level, TILE_HEIGHT)
         count = 1 << above
         tile, start = divmod(index * count, TILE_WIDTH)
-        hashes = self.tile(tile_level, tile, start + count)[start * HASH_BYTES :]
-        row = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
-        while len(row) > 1:
-            row = [node_hash(*pair) for pair in zip(row[::2], row[1::2], strict=True)]
-        return row[0]
+        return row_root(self.tile(tile_level, tile, start + count)[start * HASH_BYTES :])
 
     def over(self, low: int, high: int) -> bytes:
         """Return the hash over leaves `low` to before `high`: a whole subtree, or the rest of a tree from one on."""
