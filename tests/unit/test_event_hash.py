@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from agent_gateway_store import AuditEvent, RedactionFlag
 from agent_gateway_store.audit import record
+from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
 from agent_gateway_store.audit.record import encode_event, hash_of, to_values, with_derived_id, without_payload
 from builders import make_event, rehash
 from oddities import odd_event_fields, odd_text
@@ -127,6 +128,23 @@ def test_any_event_hashes_as_documented(fields: dict[str, Any], request_id: str)
     kept = [record, with_derived_id(record), without_payload(record)]
 
     assert [hash_of(each) for each in kept] == [rehash(AuditEvent(**to_values(each))) for each in kept]
+
+
+@settings(max_examples=100, deadline=None)
+@given(odd_event_fields)
+def test_a_stored_event_has_the_hash_that_it_was_written_with(fields: dict[str, Any]) -> None:
+    """However a driver gives its time; one of another zone is another time."""
+    row = encode_event(make_event(**fields))
+    place = COLUMNS.index("timestamp")
+    naive = row[place].replace(tzinfo=None)
+    text = naive.isoformat(" ", "microseconds")
+
+    stamped = {
+        given: hash_of_stored((*row[:place], given, *row[place + 1 :]))
+        for given in (row[place], naive, text, f"{text}+02:00")
+    }
+
+    assert [each == row[-1] for each in stamped.values()] == [True, True, True, False]
 
 
 # Each is one step from an event in which nothing needs to be replaced.

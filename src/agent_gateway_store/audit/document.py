@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
@@ -52,7 +52,7 @@ def _member(column: Column[Any], plain: Collection[str]) -> str:
             value = f"{{_real({name})}}"
         case Integer():
             value = f"{{{name}:d}}"
-        case UtcDateTime():
+        case UtcDateTime() if name not in plain:
             value = f'"{{{name}.isoformat()[:-6]}}Z"'
         case JSON() | JsonOf():
             # Encoded already.
@@ -84,6 +84,7 @@ HASHED = COLUMNS[:-1]
 """The columns of the document, in the order of its writers' arguments."""
 
 document = document_writer(())
+_stored_document = document_writer(("timestamp",))
 _STAMP, _ARGS, _LABELS, _FLAGS, _APPROVAL, _EXTRA = map(
     HASHED.index, ("timestamp", "sanitized_args", "risk_labels", "redaction_flags", "approval_id", "extra")
 )
@@ -101,14 +102,21 @@ _canonical_labels = lru_cache(512)(_canonical)
 _MAX_KEPT_CHARS = 500
 
 
+def _stamp(value: datetime | str) -> str:
+    """Return a time of UTC, with its zone or without one, as the document has it."""
+    if type(value) is str:
+        return f"{datetime.fromisoformat(value).isoformat()}Z"
+    return f"{value.isoformat()[:-6]}Z" if value.tzinfo else f"{value.isoformat()}Z"  # type: ignore[union-attr]
+
+
 def hash_of_stored(row: Sequence[Any]) -> str:
     """Return the `content_hash` of an event from its columns as the drivers give them, in the order of `COLUMNS`.
 
-    JSON and UUID are text. A row that somebody changed past the store, so that it is not an event, may raise any error.
+    JSON and UUID are text; the time is one of UTC, or text of it. A row that somebody changed past the store, so that
+    it is not an event, may raise any error.
     """
-    values = list(row[:-1])
-    if type(values[_STAMP]) is str:
-        values[_STAMP] = datetime.fromisoformat(values[_STAMP]).replace(tzinfo=UTC)
+    *values, _ = row
+    values[_STAMP] = _stamp(values[_STAMP])
     values[_ARGS] = _canonical(values[_ARGS])
     # Most of the others are empty.
     if (labels := values[_LABELS]) != "[]":
@@ -119,4 +127,4 @@ def hash_of_stored(row: Sequence[Any]) -> str:
         flags = [RedactionFlag(**flag) for flag in json.loads(values[_FLAGS])]
         values[_FLAGS] = encode([flag.__dict__ for flag in flags])
     values[_APPROVAL] = values[_APPROVAL] and str(UUID(values[_APPROVAL]))
-    return hashlib.sha256(document(*values).encode()).hexdigest()
+    return hashlib.sha256(_stored_document(*values).encode()).hexdigest()

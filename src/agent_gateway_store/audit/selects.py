@@ -81,13 +81,14 @@ def _event(row: Sequence[Any]) -> AuditEvent:
     return AuditEvent.from_row(values)
 
 
-def select_events(dialect: str, shape: Shape) -> Select[Any]:
-    """Select every column of the events that match, JSON and UUID as text."""
+def select_events(dialect: str, shape: Shape, *, has_zones: bool = True) -> Select[Any]:
+    """Select every column of the events that match, JSON and UUID as text; `has_zones` False: the time without UTC."""
     columns = {name: table.c[name] for name in FIELDS}
     columns["approval_id"] = _approval_id(dialect).label("approval_id")
     if dialect == "postgresql":
         columns |= {name: cast(table.c[name], Text()).label(name) for name in JSON_FIELDS}
-        columns["timestamp"] = finite_timestamp().label("timestamp")
+        stamp = finite_timestamp()
+        columns["timestamp"] = (stamp if has_zones else func.timezone("UTC", stamp)).label("timestamp")
     return select(*columns.values()).where(*conditions(dialect, shape))
 
 

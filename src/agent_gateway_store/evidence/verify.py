@@ -6,10 +6,11 @@ import asyncio
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
@@ -39,17 +40,21 @@ _tiles = AuditTile.__table__  # type: ignore[attr-defined]
 _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
 # Of one kind. Chosen: whoever altered more has altered everything.
 _MOST_FINDINGS = 1_000
+# Positions that are read at a time; with events of 5 kB 10 MB.
+_PAGE = 2_000
+# Chosen: seconds that others wait for a turn of the event loop.
+_TURN_S = 0.002
 
 
 def _events_with_leaves(dialect: str) -> Select[Any]:
     leaf = (_leaves.c.position, _leaves.c.event_id, _leaves.c.salt, _leaves.c.leaf_hash)
-    return select_events(dialect, ()).add_columns(*leaf)
+    return select_events(dialect, (), has_zones=False).add_columns(*leaf)
 
 
 def _log(dialect: str) -> Select[Any]:
     joined = _leaves.outerjoin(table, table.c.id == _leaves.c.event_id)
-    counted = _leaves.c.position >= 0, _leaves.c.position < _SIZE
-    return _events_with_leaves(dialect).select_from(joined).where(*counted).order_by(_leaves.c.position)
+    page = _leaves.c.position >= _FROM, _leaves.c.position < _UNTIL
+    return _events_with_leaves(dialect).select_from(joined).where(*page).order_by(_leaves.c.position)
 
 
 def _doors(dialect: str) -> Select[Any]:
@@ -58,9 +63,14 @@ def _doors(dialect: str) -> Select[Any]:
     return _events_with_leaves(dialect).select_from(joined).where(*says_so, _leaves.c.position < _SIZE)
 
 
-_SIZE = bindparam("p_size", type_=BigInteger())
+_SIZE, _FROM, _UNTIL = (bindparam(name, type_=BigInteger()) for name in ("p_size", "p_from", "p_until"))
 _CHECKPOINT = (_checkpoints.c.size, _checkpoints.c.root_hash, _checkpoints.c.origin, _checkpoints.c.note)
 _LOG, _DOORS = Statement(_log), Statement(_doors)
+_NEXT = Statement(
+    select(func.min(_leaves.c.position).label("position")).where(
+        _leaves.c.position >= _FROM, _leaves.c.position < _SIZE
+    )
+)
 _UNSEALED = Statement(
     select(func.count().label("events")).where(~exists().where(_leaves.c.event_id == table.c.id)).select_from(table)
 )
@@ -164,10 +174,15 @@ class _Walk:
         if self._found[kind] <= _MOST_FINDINGS:
             self.findings.append(Finding(kind=kind, text=text, **where))
 
-    def take_all(self, rows: Sequence[Sequence[Any]], roots: Sequence[_Root]) -> None:
+    async def take_all(self, rows: Sequence[Sequence[Any]], roots: Sequence[_Root]) -> None:
         """Check the next leaves and their events, and the roots that the tree must have on the way."""
         expected = {each.size: each for each in roots}
+        # Not in a thread, which would keep the event loop waiting for the interpreter each time that rows arrive.
+        turn_ends = perf_counter() + _TURN_S
         for row in rows:
+            if perf_counter() > turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = perf_counter() + _TURN_S
             position, event_id, salt, leaf = row[-4:]
             if position != self.next_position:
                 self._require_place(position)
@@ -318,28 +333,42 @@ async def verify(
 async def _walk_log(
     reader: Snapshot, walk: _Walk, verifiers: Sequence[VerifierKey], report: Callable[[int], None]
 ) -> None:
-    """Check the log, each batch in a thread while the server reads the next one."""
-    under_way: asyncio.Future[None] | None = None
+    """Check the log, each page while the server reads the next one."""
+    checking: asyncio.Task[None] | None = None
     after = 0
     try:
-        async with aclosing(reader.streamed(_LOG, {"p_size": walk.size})) as batches:
-            async for rows in batches:
-                until = max(after, rows[-1][-4] + 1)
+        async with aclosing(_pages(reader, walk.size)) as pages:
+            async for rows in pages:
+                until = rows[-1][-4] + 1
                 found = await reader.fetched(_BETWEEN, {"p_after": after, "p_size": until})
-                if under_way is not None:
-                    await under_way
+                if checking is not None:
+                    await checking
                     report(walk.tree.size)
                 for checkpoint in found:
                     _check_note(walk, checkpoint, verifiers)
                 roots = [_Root(size, _bytes(root_hash), False) for size, root_hash, *_ in found]
-                under_way = asyncio.ensure_future(asyncio.to_thread(walk.take_all, rows, roots))
+                checking = asyncio.create_task(walk.take_all(rows, roots))
                 after = until
+        if checking is not None:
+            await checking
+            report(walk.tree.size)
     finally:
-        if under_way is not None:
-            await asyncio.wait([under_way])
-    if under_way is not None:
-        under_way.result()
-        report(walk.tree.size)
+        if checking is not None:
+            checking.cancel()
+            await asyncio.wait([checking])
+
+
+async def _pages(reader: Snapshot, size: int) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
+    """Yield the leaves and their events. By positions: a cursor over all would sort them all where statistics lack."""
+    start = 0
+    while start < size:
+        until = min(start + _PAGE, size)
+        if rows := await reader.fetched(_LOG, {"p_from": start, "p_until": until}):
+            yield rows
+            start = until
+        else:
+            ((found,),) = await reader.fetched(_NEXT, {"p_from": until, "p_size": size})
+            start = size if found is None else found
 
 
 async def _stored_tiles(reader: Snapshot) -> dict[tuple[int, int], bytes]:

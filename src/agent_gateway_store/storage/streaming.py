@@ -24,9 +24,10 @@ Rows: TypeAlias = Sequence[Sequence[Any]]
 # With events of 5 kB about 5 MB.
 _BATCH_ROWS = 1_000
 # COPY writes values as the session is set, and the reader expects these forms. The server's limits are meant for short
-# transactions; pg_dump lifts them as well.
+# transactions; pg_dump lifts them as well. A plan that was kept from a small table would read all of a large one.
 _LONG_READ = """
 SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1;
+SET LOCAL plan_cache_mode = 'force_custom_plan';
 SELECT set_config(name, '0', true) FROM pg_settings
 WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
 """
@@ -49,15 +50,6 @@ class Snapshot:
         """Return all rows of a query."""
         compiled = query.compiled(self.dialect)
         return await _fetched(self._driver, compiled.text, compiled.arguments(values or {}))
-
-    async def streamed(
-        self, query: Statement, values: Mapping[str, Any], *, batch: int = _BATCH_ROWS
-    ) -> AsyncGenerator[Rows, None]:
-        """Yield the rows of a query in batches. Callers that stop early close it (`aclosing`)."""
-        compiled = query.compiled(self.dialect)
-        async with aclosing(_batches(self._driver, compiled.text, compiled.arguments(values), batch)) as batches:
-            async for rows in batches:
-                yield rows
 
 
 @asynccontextmanager
