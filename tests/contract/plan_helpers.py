@@ -90,6 +90,6 @@ def faults(report: dict[str, Any], *, reads_all: bool) -> list[str]:
             found.append(f"{read:.0f} rows of {node['Relation Name']} read for {returned:.0f}")
         if node["Actual Rows"] * loops > _WORST_ESTIMATE * max(1, node["Plan Rows"] * loops) and not reads_all:
             found.append(f"{node['Actual Rows']} rows where {node['Plan Rows']} were expected")
-        if node.get("Sort Space Type") == "Disk" and not reads_all:
+        if node.get("Sort Space Type") == "Disk":
             found.append("a sort on disk")
     return found
