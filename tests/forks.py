@@ -11,6 +11,7 @@ import atexit
 import gc
 import importlib
 import json
+import logging
 import os
 import random
 import runpy
@@ -21,7 +22,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -56,6 +56,8 @@ os._exit(status)
 """A command for a shell: has it run by the process that has the package loaded, and ends as it does."""
 _COMMANDS = {"gateway-store": "agent_gateway_store.cli:main", "uvicorn": "uvicorn:main", "fastmcp": "fastmcp.cli:app"}
 """By the name of a command: what it calls. Beside them there is `python`."""
+_codes: list[int] = []
+"""In a program that has run to its end: its exit code."""
 
 
 class Forks:
@@ -217,10 +219,14 @@ def _load() -> None:
         import asyncpg  # noqa: F401
         import sqlalchemy.dialects.postgresql.asyncpg
         import sqlalchemy.dialects.sqlite.aiosqlite  # noqa: F401
+        import typer.main
 
-        import agent_gateway_store.cli.app  # noqa: F401
         from agent_gateway_store import AuditEvent, GatewayStore, SyncGatewayStore  # noqa: F401
+        from agent_gateway_store.cli.app import app
         from agent_gateway_store.testing import RecordingNotifier  # noqa: F401
+
+        # Each is imported when it is asked for.
+        list(typer.main.get_group(app).commands.values())
     gc.collect()
     gc.freeze()
 
@@ -319,20 +325,29 @@ def _run_to_the_end(request: dict[str, Any]) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
+    _codes.append(code)
+
+
+def _leave() -> None:
+    """End a program that has run to its end; Python has waited for its threads and called what it registered."""
+    if not _codes:
+        return
+    # Registered before this was.
+    logging.shutdown()
     # `runpy` has put this module back in its place.
     if (program := vars(sys.modules["__main__"])) is not globals():
         program.clear()
     gc.collect()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    _exit(code)
+    _exit(_codes[0])
 
 
 if __name__ == "__main__":
     # Newer Pythons warn of forking beside threads; those of the libraries that are loaded here survive it.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    # First, and so called last.
+    atexit.register(_leave)
     _load()
     if (asked := _serve(sys.argv[1])) is not None:
         (_run_to_the_end if sys.argv[2] else _run)(asked)
