@@ -52,6 +52,7 @@ class Plugins:
         self._block = _names_in(environ.get(BLOCK_VARIABLE, ""))
         self._load_bundled = load_bundled
         self._plugins: list[Plugin] = []
+        self._callers: dict[str, Mapping[str, Callable[..., list[object]]]] = {}
         for each in given:
             self._add_given(each)
         first_installed = len(self._plugins)
@@ -69,13 +70,17 @@ class Plugins:
         """The present record of each plugin, in the order of loading."""
         return [plugin.record for plugin in self._plugins]
 
-    def callers(self, hook: str) -> dict[str, Callable[..., list[object]]]:
+    def callers(self, hook: str) -> Mapping[str, Callable[..., list[object]]]:
         """Return by plugin name the function that calls that plugin's implementations of `hook`.
 
         It raises what the plugin raises, and affects no other plugin. The results of async implementations are
         coroutines, to be awaited.
         """
-        return {plugin.name: caller for plugin in self._plugins if (caller := plugin.caller(hook)) is not None}
+        if (found := self._callers.get(hook)) is None:
+            asked = ((plugin.name, plugin.caller(hook)) for plugin in self._plugins)
+            # Kept, since every decision and every batch of events asks, and all plugins were loaded at the start.
+            found = self._callers[hook] = {name: caller for name, caller in asked if caller is not None}
+        return found
 
     def notifiers(self, settings: StoreSettings) -> dict[str, Notifier]:
         """Ask every plugin for its notifiers. Raises nothing.
