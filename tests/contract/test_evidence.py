@@ -266,6 +266,21 @@ class TestTampering:
         assert not found.ok
         assert {str(each.kind) for each in found.findings} == kinds
 
+    async def test_a_gap_longer_than_a_page_is_seen(self, sealing: GatewayStore) -> None:
+        """What follows it is checked all the same, and two pages are read on the way."""
+        await sealing.audit.write_many([make_event(request_id=f"r-{number}") for number in range(4_500)])
+        await sealing.evidence.seal()
+        await execute(
+            sealing,
+            "DELETE FROM audit_leaves WHERE position BETWEEN 10 AND 4399",
+            "UPDATE audit_events SET tool_name = 'harmless' WHERE request_id = 'r-4450'",
+        )
+
+        found = await sealing.evidence.verify()
+
+        assert found.checked == 10 + 99
+        assert {(str(each.kind), each.position) for each in found.findings} >= {("MISSING", 10), ("ALTERED", 4_450)}
+
     async def test_everything_sealed_anew_is_caught_by_a_kept_checkpoint_alone(
         self, log: tuple[GatewayStore, Checkpoint], database_url: str
     ) -> None:
