@@ -73,8 +73,8 @@ def read_by(node: dict[str, Any]) -> float:
     return float((node["Actual Rows"] + removed) * node["Actual Loops"])
 
 
-def faults(report: dict[str, Any], *, reads_all: bool) -> list[str]:
-    """What is wrong with how a statement was run."""
+def faults(report: dict[str, Any], *, reads_all: bool, sorts_all: bool = False) -> list[str]:
+    """What is wrong with how a statement was run, which perhaps has to read, or to sort, everything."""
     found = ["JIT"] if "JIT" in report else []
     everything = list(nodes(report["Plan"]))
     returned = max([1.0, *(node["Actual Rows"] for node in everything if node["Node Type"] == "ModifyTable")])
@@ -90,6 +90,6 @@ def faults(report: dict[str, Any], *, reads_all: bool) -> list[str]:
             found.append(f"{read:.0f} rows of {node['Relation Name']} read for {returned:.0f}")
         if node["Actual Rows"] * loops > _WORST_ESTIMATE * max(1, node["Plan Rows"] * loops) and not reads_all:
             found.append(f"{node['Actual Rows']} rows where {node['Plan Rows']} were expected")
-        if node.get("Sort Space Type") == "Disk":
+        if node.get("Sort Space Type") == "Disk" and not sorts_all:
             found.append("a sort on disk")
     return found

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import anyio
-from sqlalchemy import Integer, bindparam, exists, literal_column, select
+from sqlalchemy import Integer, bindparam, literal_column, select
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.selects import Shape, select_events, table
@@ -137,17 +137,26 @@ def orphans(shape: Shape, *, limit: int) -> Statement:
     def build(dialect: str) -> Any:
         phase = "{}.extra ->> 'phase' = '{}'" if dialect == "postgresql" else "json_extract({}.extra, '$.phase') = '{}'"
         outcome = table.alias("outcome")
-        has_outcome = exists(select(literal_column("1")).select_from(outcome)).where(
-            outcome.c.parent_request_id == table.c.request_id,
-            outcome.c.org_id == table.c.org_id,
-            literal_column(phase.format("outcome", OUTCOME)),
+        # A value and no NOT EXISTS, of which PostgreSQL, without statistics, makes a join that reads every outcome for
+        # each intent; and the organisation in no condition of an index, which would be read whole each time.
+        has_outcome = (
+            select(literal_column("1", Integer()))
+            .select_from(outcome)
+            .where(
+                outcome.c.parent_request_id == table.c.request_id,
+                outcome.c.org_id.concat("") == table.c.org_id,
+                literal_column(phase.format("outcome", OUTCOME)),
+            )
+            .correlate(table)
+            .limit(literal_column("1", Integer()))
+            .scalar_subquery()
         )
         return (
             select_events(dialect, shape)
             .where(
                 literal_column(phase.format("audit_events", INTENT)),
                 table.c.timestamp < bindparam("p_before", type_=UtcDateTime()),
-                ~has_outcome,
+                has_outcome.is_(None),
             )
             .order_by(table.c.timestamp.desc(), table.c.id.desc())
             .limit(literal_column(str(limit), Integer()))
