@@ -13,7 +13,7 @@ import pytest
 from contract_helpers import until
 from sqlalchemy import text
 
-from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, hookimpl
+from agent_gateway_store import Decision, GatewayStore, StoreSettings, SyncGatewayStore, hookimpl
 from agent_gateway_store.errors import InvalidEvidenceError, LogMismatchError
 from agent_gateway_store.evidence import check
 from agent_gateway_store.evidence.notes import SigningKey, parse_note
@@ -207,6 +207,29 @@ def test_the_blocking_twin_seals_and_verifies(database_url: str) -> None:
         assert store.evidence.verify(against=[last]).anchored == 1
 
 
+SQLITE_TYPES = {
+    "UPDATE audit_events SET tool_name = CAST(x'ff00ff' AS TEXT) WHERE id = 7": {"ALTERED"},
+    "UPDATE audit_events SET sanitized_args = x'7b7d' WHERE id = 8": {"ALTERED"},
+    "UPDATE audit_leaves SET salt = 'x' WHERE position = 9": {"ALTERED"},
+    "UPDATE audit_leaves SET leaf_hash = 5 WHERE position = 10": {"ALTERED", "BAD_TREE"},
+    "UPDATE audit_leaves SET event_id = 'x' WHERE position = 11": {"MISSING"},
+    "UPDATE audit_checkpoints SET root_hash = zeroblob(64)": {"FORKED"},
+    "UPDATE audit_checkpoints SET note = x'00'": {"BAD_SIGNATURE"},
+    "UPDATE audit_tiles SET hashes = 'x'": {"BAD_TREE"},
+    "INSERT INTO audit_tiles (level, \"index\", hashes) VALUES (9000000000000000, 1, x'00')": {"BAD_TREE"},
+}
+POSTGRES_TYPES = {
+    "ALTER TABLE audit_checkpoints ALTER note DROP NOT NULL;UPDATE audit_checkpoints SET note = NULL": {
+        "BAD_SIGNATURE"
+    },
+    "ALTER TABLE audit_leaves ALTER leaf_hash DROP NOT NULL;"
+    "UPDATE audit_leaves SET leaf_hash = NULL WHERE position = 10": {"ALTERED", "BAD_TREE"},
+    "INSERT INTO audit_tiles (level, \"index\", hashes) VALUES (2147483647, 1, '')": {"BAD_TREE"},
+    "ALTER TABLE audit_leaves DROP CONSTRAINT pk_audit_leaves;ALTER TABLE audit_leaves ALTER position DROP NOT NULL;"
+    "UPDATE audit_leaves SET position = NULL WHERE position = 12": {"MISSING", "BAD_TREE"},
+}
+
+
 class TestTampering:
     """Whoever owns the database changes it past the store; the leaf of each event was sealed before."""
 
@@ -265,6 +288,36 @@ class TestTampering:
         found = await store.evidence.verify(against=[kept])
         assert not found.ok
         assert {str(each.kind) for each in found.findings} == kinds
+
+    async def test_what_is_of_no_type_of_its_column_is_seen(self, sealing: GatewayStore) -> None:
+        """SQLite keeps anything in any column, and on PostgreSQL the owner may alter the types: `verify` goes on."""
+        await sealing.audit.write_many(
+            [make_event(request_id=f"r-{number}", latency_ms=number) for number in range(300)]
+        )
+        await sealing.evidence.seal()
+        is_postgres = sealing.database.dialect == "postgresql"
+        for statement, kinds in (POSTGRES_TYPES if is_postgres else SQLITE_TYPES).items():
+            await execute(sealing, *statement.split(";"))
+
+            found = await sealing.evidence.verify()
+
+            assert {str(each.kind) for each in found.findings} >= kinds, statement
+
+    async def test_a_call_that_is_named_like_a_door_opens_none(self, sealing: GatewayStore) -> None:
+        """An agent chooses names and arguments, and a gateway denies what it does not know."""
+        named: dict[str, Any] = {"mcp_server": "gateway-store", "decision": Decision.DENY, "execution_status": None}
+        await sealing.audit.write(make_event(request_id="r-0"))
+        await sealing.audit.write(make_event(tool_name="audit.prune", sanitized_args={"positions": [[0, 0]]}, **named))
+        await sealing.audit.write(make_event(tool_name="audit.erase", request_id="taken", **named))
+        await sealing.audit.write(make_event(request_id="taken", tool_name="read_file"))
+        await sealing.evidence.seal()
+
+        stored = [event async for event in sealing.audit.stream(tool_name="read_file")]
+        await execute(sealing, "DELETE FROM audit_events WHERE request_id = 'r-0'")
+        found = await sealing.evidence.verify()
+
+        assert [event.sanitized_args for event in stored if event.request_id.startswith("taken")] != [{}]
+        assert [(str(each.kind), each.position) for each in found.findings] == [("MISSING", 0)]
 
     async def test_a_gap_longer_than_a_page_is_seen(self, sealing: GatewayStore) -> None:
         """What follows it is checked all the same, and two pages are read on the way."""

@@ -373,7 +373,7 @@ async def test_no_plan_surprises(filled: str, no_plugins: None) -> None:
                 reads_all = called.reads_all or (
                     called.by_statistics and not (is_analysed and setting == "force_custom_plan")
                 )
-                # A percentile is one of sorted values; and without statistics PostgreSQL sorts what an index would give.
+                # A percentile is of sorted values; and without statistics PostgreSQL sorts what an index would give.
                 sorts_all = called.names == "stats" or (called.reads_all and not is_analysed)
                 for report in reports.plans:
                     for fault in faults(report, reads_all=reads_all, sorts_all=sorts_all):

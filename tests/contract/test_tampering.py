@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store import AuditEvent, Decision, GatewayStore, StoreSettings
 from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
+from agent_gateway_store.audit.doors import DOOR_FIELDS
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.selects import select_events
 from agent_gateway_store.evidence.tree import leaf_hash
@@ -38,7 +39,7 @@ Change = Callable[["Log", AsyncConnection], Any]
 
 def door_event(tool: str, **said: Any) -> AuditEvent:
     """What a door says that it did."""
-    return make_event(mcp_server="gateway-store", tool_name=tool, sanitized_args=said)
+    return make_event(tool_name=tool, sanitized_args=said, **DOOR_FIELDS)
 
 
 class Log:

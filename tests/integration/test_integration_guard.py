@@ -414,3 +414,14 @@ class TestOpenAIAgents:
         ended = await run.go_on(await run.begin(), answered=True)
         assert "not a JSON object" in run.outputs(ended)[0]
         assert (await bench.events(), bench.ran) == ([], [])
+
+    async def test_arguments_that_can_be_read_in_two_ways_are_not_run(self, bench: Bench) -> None:
+        """People are shown the last member of a name; the tool, which reads the same text, may take the first one."""
+        run = OpenAIRun(bench, "delete_file")
+        run.arguments = '{"path": "everything", "path": "0.txt"}'
+        ended = await run.begin()
+        if ended.interruptions:
+            await bench.decide("approve")
+            ended = await run.go_on(ended, answered=True)
+        assert "not a JSON object" in run.outputs(ended)[0]
+        assert bench.ran == []

@@ -113,8 +113,11 @@ def write_checked(path: Path, write: Callable[[Path], Any], check: Callable[[Pat
 def require_intact(folder: Path, entries: Iterable[Entry]) -> None:
     """Raise ArchiveError unless each file is what was written."""
     for entry in entries:
+        path = folder / entry.file
+        if not path.resolve().is_relative_to(folder.resolve()) or not (path.is_file() or not path.exists()):
+            raise ArchiveError(f"{path} is no file of this archive.", file=entry.file)
         try:
-            digest = sha256_of(folder / entry.file)
+            digest = sha256_of(path)
         except OSError as exc:
             raise ArchiveError(f"{folder / entry.file} cannot be read: {exc.strerror}.", file=entry.file) from exc
         if digest != entry.sha256:

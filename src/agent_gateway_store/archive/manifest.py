@@ -60,6 +60,10 @@ class Entry:
             raise ValueError("it is not as it was written")
         if said.keys() != _FIELDS:
             raise ValueError("a later version wrote it")
+        if not isinstance(said["file"], str) or not said["file"].isprintable():
+            raise ValueError("it names no file")
+        if not all(len(run) == 2 and all(type(end) is int for end in run) for run in said["positions"]):
+            raise ValueError("it names no positions")
         return cls(**said)
 
 
@@ -117,7 +121,7 @@ class Manifest:
         for number, line in enumerate(whole.splitlines(keepends=False) if end else (), start=1):
             try:
                 entry = Entry.from_line(line.decode("utf-8") + "\n")
-            except (ValueError, TypeError) as exc:
+            except (ValueError, TypeError, RecursionError) as exc:
                 raise ArchiveError(
                     f"Line {number:,} of {self.path} is not what was written: {exc}. Restore the file from a backup.",
                     file=NAME,

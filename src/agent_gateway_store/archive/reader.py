@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from agent_gateway_store._text import describe
 from agent_gateway_store.archive.files import COLUMNS, EVENT_COLUMNS, leaf_of, require_intact
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
 from agent_gateway_store.audit.document import hash_of_stored
@@ -147,6 +148,18 @@ class ArchiveWalk:
                 yield from self._rows_of(entry)
 
     def _rows_of(self, entry: Entry) -> Iterator[list[tuple[int, str, str | None]]]:
+        try:
+            yield from self._fitting_rows_of(entry)
+        except Exception as exc:
+            # What a file can be made to hold and is no archive of events: every error means the same.
+            self._note(FindingKind.ALTERED, f"{entry.file} holds no events: {describe(exc)}.")
+
+    def _fitting_rows_of(self, entry: Entry) -> Iterator[list[tuple[int, str, str | None]]]:
+        from pyarrow import parquet
+
+        stamps = arrow_schema_of().field("timestamp").type
+        if parquet.read_schema(self.manifest.folder / entry.file).field("timestamp").type != stamps:
+            raise ValueError("its times are of another type")
         positions: list[int] = []
         for batch in _scanned(self.manifest.folder / entry.file, list(_NAMES), None):
             fitting = []

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
@@ -26,6 +27,17 @@ _OPTIONAL = {"approval_id": '"approval_id":"%s",', "extra": '"extra":%s,'}
 scan_json: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 """What `json.loads` calls, without its checks: returns the value that begins at an index, and where it ends."""
 _text = json.encoder.encode_basestring
+
+
+def exact_float(text: str) -> float:
+    """Return a number of JSON; ValueError for one with more digits than a float has, of which no event holds any."""
+    value = float(text)
+    if Decimal(text) != Decimal(repr(value)):
+        raise ValueError("more digits than a float has")
+    return value
+
+
+_scan_exactly: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(parse_float=exact_float))["scan_once"]
 # The C encoder, which `JSONEncoder.encode` makes anew at each call. Only CPython has it.
 _make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
 _chunks = _make_encoder and _make_encoder(None, str, _text, None, ":", ",", True, False, True)
@@ -91,10 +103,13 @@ _STAMP, _ARGS, _LABELS, _FLAGS, _APPROVAL, _EXTRA = map(
 
 
 def _canonical(text: str) -> str:
-    """Return JSON text as canonical JSON."""
-    value, end = scan_json(text, 0)
+    """Return JSON text as canonical JSON; raises what `json` raises, or ValueError for what would not show in it."""
+    value, end = _scan_exactly(text, 0)
     # What follows the value would change the row and not the hash.
-    return encode(value if end == len(text) else json.loads(text))
+    canonical = encode(value if end == len(text) else json.loads(text))
+    if canonical != text and text.count(":") != canonical.count(":"):
+        raise ValueError("a name stands twice")
+    return canonical
 
 
 # Many events have the same labels. Chosen: so many combinations, of so many characters, take a quarter of a megabyte.
@@ -105,7 +120,11 @@ _MAX_KEPT_CHARS = 500
 def _stamp(value: datetime | str) -> str:
     """Return a time of UTC, with its zone or without one, as the document has it."""
     if type(value) is str:
-        return f"{datetime.fromisoformat(value).isoformat()}Z"
+        stamp = datetime.fromisoformat(value)
+        # Another spelling of the same time would be out of the order of the others.
+        if stamp.tzinfo or stamp.isoformat(" ", "microseconds") != value:
+            raise ValueError("not as it was written")
+        return f"{stamp.isoformat()}Z"
     return f"{value.isoformat()[:-6]}Z" if value.tzinfo else f"{value.isoformat()}Z"  # type: ignore[union-attr]
 
 
@@ -124,7 +143,10 @@ def hash_of_stored(row: Sequence[Any]) -> str:
     if (extra := values[_EXTRA]) != EMPTY:
         values[_EXTRA] = _canonical(extra)
     if values[_FLAGS] != "[]":
-        flags = [RedactionFlag(**flag) for flag in json.loads(values[_FLAGS])]
-        values[_FLAGS] = encode([flag.__dict__ for flag in flags])
-    values[_APPROVAL] = values[_APPROVAL] and str(UUID(values[_APPROVAL]))
+        flags = json.loads(_canonical(values[_FLAGS]))
+        if not isinstance(flags, list):
+            raise ValueError("no flags")
+        values[_FLAGS] = encode([RedactionFlag(**flag).__dict__ for flag in flags])
+    if (approval := values[_APPROVAL]) is not None and str(UUID(approval)) != approval:
+        raise ValueError("no approval")
     return hashlib.sha256(_stored_document(*values).encode()).hexdigest()

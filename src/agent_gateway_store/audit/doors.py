@@ -26,10 +26,22 @@ PRUNE_APPROVALS, RESTORED = "approvals.prune", "db.restored"
 DOOR_TOOLS = (PRUNE, ERASE, HOLD, RELEASE, PRUNE_APPROVALS, RESTORED)
 
 
-def is_door() -> ColumnElement[bool]:
-    """Return the condition of these events."""
+DOOR_FIELDS: dict[str, Any] = {
+    "mcp_server": DOOR_SERVER,
+    "caller_role": "operator",
+    "matched_policy_rule": "",
+    "decision": Decision.ALLOW,
+    "execution_status": ExecutionStatus.SUCCESS,
+}
+"""What all of these events have. A call of an agent may name this server and these tools, with any arguments, but no
+gateway lets it run, by no rule."""
+
+
+def is_door(*tools: str) -> ColumnElement[bool]:
+    """Return the condition of these events, or of those with one of `tools`."""
+    fixed = (table.c[name] == value for name, value in DOOR_FIELDS.items())
     # Not by IN, whose values SQLAlchemy adds only when it executes.
-    return and_(table.c.mcp_server == DOOR_SERVER, or_(*(table.c.tool_name == tool for tool in DOOR_TOOLS)))
+    return and_(*fixed, or_(*(table.c.tool_name == tool for tool in tools or DOOR_TOOLS)))
 
 
 async def write_door(
@@ -54,18 +66,14 @@ async def write_door(
         request_id=request_id or f"{tool}-{uuid4().hex}",
         org_id=org_id,
         caller_id=by,
-        caller_role="operator",
         environment=environment,
-        mcp_server=DOOR_SERVER,
         tool_name=tool,
         raw_args_hash=AuditEvent.hash_args(facts),
         sanitized_args=dict(facts),
         risk_score=0,
-        matched_policy_rule="",
-        decision=Decision.ALLOW,
-        execution_status=ExecutionStatus.SUCCESS,
         latency_ms=0,
         deterministic_rationale=why,
+        **DOOR_FIELDS,
     )
     row = encode_event(event)
     await insert_event(connection, row)

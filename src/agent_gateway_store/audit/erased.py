@@ -32,9 +32,11 @@ BLANK_TEXTS = BLANK | {
 
 IS_ERASED = (
     "((content_hash IS NULL AND deterministic_rationale = '[ERASED]')"
-    " OR (mcp_server = 'gateway-store' AND tool_name = 'audit.erase'))"
+    " OR (mcp_server = 'gateway-store' AND tool_name = 'audit.erase' AND caller_role = 'operator'"
+    " AND matched_policy_rule = '' AND decision = 'ALLOW' AND execution_status = 'SUCCESS'))"
 )
-"""SQL: the id of this row is that of an erased event. The second holds it where the event is in an archive."""
+"""SQL: the id of this row is that of an erased event. The second, by the fields of `doors.DOOR_FIELDS`, holds it where
+the event is in an archive."""
 
 _DERIVED = re.compile(r"~[0-9a-f]{64}\Z")
 

@@ -50,7 +50,7 @@ Shape: TypeAlias = tuple[tuple[str, bool], ...]
 # Columns whose parameters are text: enums, and on SQLite the hex digits of a UUID.
 _AS_TEXT = ("decision", "execution_status", "output_decision", "approval_id")
 # Where the groups of a UUID's hex digits begin, and their lengths.
-_GROUPS = ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12))
+_GROUPS = ((1, 8), (9, 4), (13, 4), (17, 4), (21, 100))
 _DECISIONS = {str(each): each for each in Decision}
 _STATUSES: dict[str | None, ExecutionStatus | None] = {None: None} | {str(each): each for each in ExecutionStatus}
 _OUTPUTS = {str(each): each for each in OutputDecision}

@@ -12,6 +12,7 @@ from uuid import UUID
 from sqlalchemy import BigInteger, Integer, Select, Text, Uuid, bindparam, literal_column, select, true
 
 from agent_gateway_store.approval.queries import ApprovalRef, get
+from agent_gateway_store.audit.document import encode, exact_float
 from agent_gateway_store.audit.query import AuditQuery
 from agent_gateway_store.errors import (
     ApprovalNotFoundError,
@@ -285,7 +286,7 @@ class _Claim(NamedTuple):
 
 
 def _read_json(text: str) -> _Claim:
-    document = json.loads(text, object_pairs_hook=_members, parse_constant=_refuse)
+    document = json.loads(text, object_pairs_hook=_members, parse_float=exact_float, parse_constant=_refuse)
     _require(document.keys() == {"format", *Evidence.model_fields} - {"votes"} and document["format"] == _FORMAT)
     position, salt, leaf = document["position"], _bytes(document["salt"]), _bytes(document["leaf_hash"])
     path, note = [_bytes(node) or b"" for node in document["path"]], document["checkpoint"]
@@ -316,7 +317,7 @@ def _read_approval(shown: Mapping[str, Any]) -> tuple[ApprovalRequest, list[Appr
     both = {"approval_id": request.approval_id, "org_id": request.org_id}
     votes = [ApprovalVote.model_validate(vote | both) for vote in shown["votes"]]
     # What is shown is what is hashed: a value in another spelling, or left to its default, is not.
-    _require(_approval_json(request, votes) == shown)
+    _require(encode(_approval_json(request, votes)) == encode(shown))
     return request, votes
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
 
 from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
-from agent_gateway_store.audit.doors import DOOR_SERVER, ERASE, PRUNE
+from agent_gateway_store.audit.doors import ERASE, PRUNE, is_door
 from agent_gateway_store.audit.selects import FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.archived import Archived, read_archives
@@ -42,6 +42,8 @@ _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
 _MOST_FINDINGS = 1_000
 # Positions that are read at a time; with events of 5 kB 10 MB.
 _PAGE = 2_000
+# Of tiles, where positions are numbers of 64 bits.
+_LEVELS = 64 // TILE_HEIGHT
 # Chosen: seconds that others wait for a turn of the event loop.
 _TURN_S = 0.002
 
@@ -59,8 +61,7 @@ def _log(dialect: str) -> Select[Any]:
 
 def _doors(dialect: str) -> Select[Any]:
     joined = table.join(_leaves, table.c.id == _leaves.c.event_id)
-    says_so = or_(table.c.tool_name == PRUNE, table.c.tool_name == ERASE), table.c.mcp_server == DOOR_SERVER
-    return _events_with_leaves(dialect).select_from(joined).where(*says_so, _leaves.c.position < _SIZE)
+    return _events_with_leaves(dialect).select_from(joined).where(is_door(PRUNE, ERASE), _leaves.c.position < _SIZE)
 
 
 _SIZE, _FROM, _UNTIL = (bindparam(name, type_=BigInteger()) for name in ("p_size", "p_from", "p_until"))
@@ -75,7 +76,9 @@ _UNSEALED = Statement(
     select(func.count().label("events")).where(~exists().where(_leaves.c.event_id == table.c.id)).select_from(table)
 )
 _BEYOND = Statement(
-    select(func.count().label("leaves")).where(or_(_leaves.c.position < 0, _leaves.c.position >= _SIZE))
+    select(func.count().label("leaves")).where(
+        or_(_leaves.c.position < 0, _leaves.c.position >= _SIZE, _leaves.c.position.is_(None))
+    )
 )
 
 
@@ -154,12 +157,12 @@ class _Walk:
 
     Args:
         size: Of the last checkpoint.
-        tiles: Those that are stored.
         doors: What may be missing or blanked.
     """
 
-    def __init__(self, size: int, tiles: Mapping[tuple[int, int], bytes], doors: _Doors) -> None:
-        self.size, self._stored, self._doors = size, tiles, doors
+    def __init__(self, size: int, doors: _Doors) -> None:
+        self.size, self.doors = size, doors
+        self.tiles: dict[tuple[int, int], bytes] = {}
         self.kept: dict[int, list[_Root]] = {}
         self.tree = GrowingTree(self._compare)
         self.next_position = self.checked = self.anchored = self.pruned = self.archived = self.erased = 0
@@ -168,15 +171,23 @@ class _Walk:
         self._found: Counter[FindingKind] = Counter()
         self._mismatches: list[_Mismatch] = []
 
-    def note(self, kind: FindingKind, text: str, **where: Any) -> None:
-        """Add a finding."""
+    def note(
+        self, kind: FindingKind, text: str, *, position: Any = None, event_id: Any = None, request_id: Any = None
+    ) -> None:
+        """Add a finding; a place that is of no type of its column is left out."""
         self._found[kind] += 1
         if self._found[kind] <= _MOST_FINDINGS:
-            self.findings.append(Finding(kind=kind, text=text, **where))
+            ids = {"position": position, "event_id": event_id}
+            where = {name: value for name, value in ids.items() if type(value) is int}
+            # What is no UTF-8 is escaped.
+            name = request_id.encode(errors="backslashreplace").decode() if type(request_id) is str else None
+            self.findings.append(Finding(kind=kind, text=text, request_id=name, **where))
 
     async def take_all(self, rows: Sequence[Sequence[Any]], roots: Sequence[_Root]) -> None:
         """Check the next leaves and their events, and the roots that the tree must have on the way."""
-        expected = {each.size: each for each in roots}
+        expected: dict[int, list[_Root]] = {}
+        for each in roots:
+            expected.setdefault(each.size, []).append(each)
         # Not in a thread, which would keep the event loop waiting for the interpreter each time that rows arrive.
         turn_ends = perf_counter() + _TURN_S
         for row in rows:
@@ -184,19 +195,24 @@ class _Walk:
                 await asyncio.sleep(0)
                 turn_ends = perf_counter() + _TURN_S
             position, event_id, salt, leaf = row[-4:]
+            if type(position) is not int:
+                self.note(FindingKind.BAD_TREE, "A leaf stands at no place.", event_id=event_id)
+                continue
             if position != self.next_position:
                 self._require_place(position)
             self.next_position = position + 1
-            self._check(row, position, event_id, salt, leaf)
-            self.tree.append(leaf if len(leaf) == HASH_BYTES else bytes(HASH_BYTES))
-            if (size := self.tree.size) in expected:
-                self.check_root(expected.pop(size))
-            if size in self.kept:
-                for kept in self.kept.pop(size):
-                    self.check_root(kept)
-        for root in expected.values():
+            if type(leaf) is not bytes or len(leaf) != HASH_BYTES:
+                # A database can be made to hold it; the hash of the tree says the rest.
+                salt, leaf = None, bytes(HASH_BYTES)
+            self._check(row, position, event_id, salt if type(salt) is bytes else None, leaf)
+            self.tree.append(leaf)
+            size = self.tree.size
+            for root in (*expected.pop(size, ()), *self.kept.pop(size, ())):
+                self.check_root(root)
+        for roots_there in expected.values():
             # The leaves that would lead there are gone.
-            self._forked(root)
+            for root in roots_there:
+                self._forked(root)
 
     def _require_place(self, position: int) -> None:
         if position > self.next_position:
@@ -210,7 +226,7 @@ class _Walk:
 
     def _check(self, row: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes) -> None:
         if row[_ID] is None:
-            if self._doors.pruned(position):
+            if self.doors.pruned(position):
                 self.pruned += 1
                 self._check_archived(position, event_id)
             else:
@@ -220,7 +236,7 @@ class _Walk:
         content, written = _hash(row), row[_CONTENT_HASH]
         if salt is not None and content and written == content and leaf_hash(salt, content) == leaf:
             self.checked += 1
-        elif not (salt or written) and content in self._doors.erased.get(position, ()):
+        elif not (salt or written) and content in self.doors.erased.get(position, ()):
             self.erased += 1
         elif len(self._mismatches) < _MOST_FINDINGS:
             self._mismatches.append(_Mismatch(position, event_id, row[_REQUEST_ID], salt, leaf, content))
@@ -237,7 +253,7 @@ class _Walk:
 
     def _compare(self, level: int, count: int, node: bytes) -> None:
         tile, place = divmod(count, TILE_WIDTH)
-        stored = self._stored.get((level, tile), b"")[place * HASH_BYTES : (place + 1) * HASH_BYTES]
+        stored = self.tiles.get((level, tile), b"")[place * HASH_BYTES : (place + 1) * HASH_BYTES]
         if stored != node:
             text = f"Hash {count:,} of level {level} is not that of the leaves below it."
             self.note(FindingKind.BAD_TREE, text, position=count << TILE_HEIGHT * level)
@@ -256,11 +272,11 @@ class _Walk:
 
     def finish(self, beyond: int) -> None:
         """Say what only the end of the log shows."""
-        for (level, tile), hashes in self._stored.items():
-            count = tile * TILE_WIDTH + len(hashes) // HASH_BYTES
-            if level < 1 or tile < 0 or count > self.tree.size >> TILE_HEIGHT * level or len(hashes) % HASH_BYTES:
+        for (level, tile), hashes in self.tiles.items():
+            count, is_level = tile * TILE_WIDTH + len(hashes) // HASH_BYTES, 1 <= level < _LEVELS
+            if not is_level or tile < 0 or count > self.tree.size >> TILE_HEIGHT * level or len(hashes) % HASH_BYTES:
                 text = f"Tile {tile:,} of level {level} holds hashes of leaves that are not there."
-                at = tile << TILE_HEIGHT * (level + 1) if level >= 1 else None
+                at = tile << TILE_HEIGHT * (level + 1) if is_level else None
                 self.note(FindingKind.BAD_TREE, text, position=at)
         if beyond:
             self.note(FindingKind.BAD_TREE, f"There are {beyond:,} leaves outside of the last checkpoint.")
@@ -306,8 +322,10 @@ async def verify(
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
         last = next(iter(await reader.fetched(_LAST)), None)
-        doors = await _read_doors(reader, last)
-        walk = _Walk(last[0] if last else 0, await _stored_tiles(reader), doors)
+        size = last[0] if last and type(last[0]) is int else 0
+        doors = await _read_doors(reader, size)
+        walk = _Walk(size, doors)
+        await _take_tiles(reader, walk)
         walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
         # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
         await asyncio.to_thread(_take_kept, walk, kept, verifiers)
@@ -335,7 +353,8 @@ async def _walk_log(
 ) -> None:
     """Check the log, each page while the server reads the next one."""
     checking: asyncio.Task[None] | None = None
-    after = 0
+    # Before every number that a row can hold.
+    after = -(2**63)
     try:
         async with aclosing(_pages(reader, walk.size)) as pages:
             async for rows in pages:
@@ -371,20 +390,26 @@ async def _pages(reader: Snapshot, size: int) -> AsyncGenerator[Sequence[Sequenc
             start = size if found is None else found
 
 
-async def _stored_tiles(reader: Snapshot) -> dict[tuple[int, int], bytes]:
+async def _take_tiles(reader: Snapshot, walk: _Walk) -> None:
     # 32 bytes for 256 events: of a hundred million, 12 MB.
-    return {(level, index): hashes for level, index, hashes in await reader.fetched(_STORED_TILES)}
+    for level, index, hashes in await reader.fetched(_STORED_TILES):
+        if (level, index) in walk.tiles:
+            walk.note(FindingKind.BAD_TREE, f"There are two tiles {index:,} of level {level}.")
+        elif (type(level), type(index), type(hashes)) != (int, int, bytes):
+            walk.note(FindingKind.BAD_TREE, "A tile holds no hashes, or stands at no place.")
+        else:
+            walk.tiles[level, index] = hashes
 
 
-async def _read_doors(reader: Snapshot, last: Sequence[Any] | None) -> _Doors:
+async def _read_doors(reader: Snapshot, size: int) -> _Doors:
     """Return what the doors did, as far as the events that say so fit their leaves."""
     doors = _Doors()
-    for row in await reader.fetched(_DOORS, {"p_size": last[0] if last else 0}):
+    for row in await reader.fetched(_DOORS, {"p_size": size}):
         position, _, salt, leaf = row[-4:]
         content = _hash(row)
         if salt is not None and content and row[_CONTENT_HASH] == content and leaf_hash(salt, content) == leaf:
             said = json.loads(row[FIELDS.index("sanitized_args")])
-            doors.add(row[FIELDS.index("tool_name")], said, position)
+            doors.add(row[FIELDS.index("tool_name")], said if isinstance(said, dict) else {}, position)
     doors.close()
     return doors
 
@@ -392,14 +417,14 @@ async def _read_doors(reader: Snapshot, last: Sequence[Any] | None) -> _Doors:
 def _bytes(text: str) -> bytes:
     try:
         return bytes.fromhex(text)
-    except ValueError:
+    except (TypeError, ValueError):
         return b""
 
 
 def _check_note(walk: _Walk, checkpoint: Sequence[Any], verifiers: Sequence[VerifierKey]) -> None:
     size, root_hash, origin, text = checkpoint
     try:
-        note = parse_note(text)
+        note = _note(text)
         fits = (note.origin, note.size, note.root.hex()) == (origin, size, root_hash)
     except InvalidEvidenceError:
         fits = False
@@ -409,6 +434,11 @@ def _check_note(walk: _Walk, checkpoint: Sequence[Any], verifiers: Sequence[Veri
             walk.note(FindingKind.BAD_SIGNATURE, f"The signature of the checkpoint over {size:,} events is forged.")
     if not fits:
         walk.note(FindingKind.BAD_SIGNATURE, f"The checkpoint over {size:,} events and its note differ.")
+
+
+def _note(text: Any) -> ParsedNote:
+    # A database can be made to hold something else.
+    return parse_note(text if isinstance(text, str) else "")
 
 
 def _vouching(note: ParsedNote, verifiers: Sequence[VerifierKey]) -> bool:
@@ -429,9 +459,11 @@ def _take_kept(walk: _Walk, kept: Sequence[ParsedNote], verifiers: Sequence[Veri
 
 def _check_last(walk: _Walk, last: Sequence[Any] | None, verifiers: Sequence[VerifierKey]) -> None:
     try:
-        is_signed = last is None or _vouching(parse_note(last[3]), verifiers)
+        is_signed = last is None or _vouching(_note(last[3]), verifiers)
     except InvalidEvidenceError:
         # It is a finding of its own.
         is_signed = not verifiers
+    if last is not None and type(last[0]) is not int:
+        walk.note(FindingKind.BAD_SIGNATURE, "The last checkpoint is over no number of events.")
     if not is_signed:
         walk.note(FindingKind.BAD_SIGNATURE, "No key that was named has signed the last checkpoint.")

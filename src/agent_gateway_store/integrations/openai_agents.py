@@ -37,7 +37,10 @@ __all__ = ["CallGuard", "GatewayTools", "Verdict"]
 _RELEASED_S = 60.0
 # Chosen: far more calls than one process makes side by side. One that falls out is asked for anew.
 _RELEASED_CALLS = 10_000
-_UNREADABLE = "The arguments are not a JSON object, so the call was not run: call again with arguments of the schema."
+_UNREADABLE = (
+    "The arguments are not a JSON object with each name once, so the call was not run: "
+    "call again with arguments of the schema."
+)
 
 
 class GatewayTools:
@@ -146,7 +149,14 @@ class GatewayTools:
 
 def _read(arguments: str | None) -> dict[str, Any] | None:
     try:
-        found = json.loads(arguments or "{}")
+        found = json.loads(arguments or "{}", object_pairs_hook=_members)
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # The tool reads the same text, and may take the other one of two.
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("it holds a name twice")
+    return found

@@ -19,7 +19,7 @@ from agent_gateway_store.archive.files import COLUMNS, Record, rewrite_approvals
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.document import hash_of_stored
-from agent_gateway_store.audit.doors import DOOR_SERVER, DOOR_TOOLS, ERASE, write_door
+from agent_gateway_store.audit.doors import DOOR_FIELDS, DOOR_TOOLS, ERASE, write_door
 from agent_gateway_store.audit.erased import BLANK, BLANK_TEXTS, ERASED, blank_id, is_derived
 from agent_gateway_store.audit.selects import FIELDS, table
 from agent_gateway_store.clock import utc_now
@@ -64,7 +64,8 @@ class _Target(NamedTuple):
 
     @property
     def is_door(self) -> bool:
-        return self.values["mcp_server"] == DOOR_SERVER and self.values["tool_name"] in DOOR_TOOLS
+        fixed = all(self.values[name] == value for name, value in DOOR_FIELDS.items())
+        return fixed and self.values["tool_name"] in DOOR_TOOLS
 
     def blank(self) -> dict[str, Any]:
         """Return what is left, as the drivers give it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -40,6 +41,10 @@ async def _long_read(driver: asyncpg.Connection, isolation: str = "read_committe
         yield
 
 
+def _any_text(stored: bytes) -> str:
+    return stored.decode(errors="surrogateescape")
+
+
 class Snapshot:
     """A connection on which every read sees the database as it was at the first one."""
 
@@ -49,7 +54,15 @@ class Snapshot:
     async def fetched(self, query: Statement, values: Mapping[str, Any] | None = None) -> Rows:
         """Return all rows of a query."""
         compiled = query.compiled(self.dialect)
-        return await _fetched(self._driver, compiled.text, compiled.arguments(values or {}))
+        arguments = compiled.arguments(values or {})
+        try:
+            return await _fetched(self._driver, compiled.text, arguments)
+        except sqlite3.OperationalError as exc:
+            # SQLite keeps any bytes as text. Read like this at need alone: it takes a call for each value.
+            if "decode to UTF-8" not in str(exc):
+                raise
+            self._driver.text_factory = _any_text
+            return await _fetched(self._driver, compiled.text, arguments)
 
 
 @asynccontextmanager
@@ -62,6 +75,7 @@ async def snapshot(database: Database) -> AsyncIterator[Snapshot]:
                 yield Snapshot(driver, database.engine.dialect)
             finally:
                 await driver.rollback()
+                driver.text_factory = str
             return
         async with _long_read(driver, "repeatable_read"):
             yield Snapshot(driver, database.engine.dialect)
