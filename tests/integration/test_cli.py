@@ -278,3 +278,35 @@ def test_the_installed_command_and_the_module_are_one() -> None:
     by_script = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
 
     assert by_script.stdout == run_process("--version", is_new=True).out
+
+
+def test_a_wrong_signing_key_is_a_wrong_setting_that_doctor_finds(cli: Callable[..., Outcome]) -> None:
+    """Every command says so in one sentence, and the check of the installation does not pass."""
+    cli("keys", "list", AUDIT_SIGNING_KEY="foo").assert_fails(2, "A setting is wrong", "not a signing key")
+
+    found = cli("doctor", AUDIT_SIGNING_KEY="foo")
+
+    assert found.code == 1
+    assert "AUDIT_SIGNING_KEY: This is not a signing key" in found.err
+
+
+def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """A file of settings, a folder, standard input and output."""
+    (tmp_path / "bad.env").write_bytes(b"\xff\xfe")
+    (tmp_path / "taken").write_text("")
+    cli("keys", "list", "--env-file", str(tmp_path / "bad.env")).assert_fails(2, "bad.env is not text in UTF-8")
+    cli("audit", "write", input=event_line("r-1"))
+    cli("evidence", "seal")
+    cli("evidence", "publish", str(tmp_path / "taken" / "log")).assert_fails(1, "taken", "check the path")
+    proved = cli("evidence", "prove", "r-1", "-o", str(tmp_path / "taken" / "x"))
+    assert (proved.code, proved.err.splitlines()[1:]) == (1, [f"There is no folder {tmp_path}/taken: make it first."])
+    with Path("/dev/full").open("w") as full:
+        shown = subprocess.run([sys.executable, "-m", "agent_gateway_store.cli", "--help"], stdout=full, stderr=-1)
+    assert (shown.returncode, shown.stderr) == (1, b"The output cannot be written: No space left on device.\n")
+
+
+def test_an_organisation_without_rows_is_no_empty_database(cli: Callable[..., Outcome]) -> None:
+    """Another organisation is meant then, not another database."""
+    cli("audit", "write", input=event_line("r-1"))
+
+    assert "which is empty" not in cli("--org", "acme", "audit", "search").err

@@ -62,7 +62,7 @@ def test_commands_answer_in_json_and_doctor_tells_what_they_did(url: str, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ("prune --before 400d --by ops", 2, "discard=True"),
+        ("prune --before 400d --by ops", 2, "--discard"),
         ("prune --before 30d --by ops --discard", 2, "--below-floor"),
         ("prune --before soon --by ops --discard", 2, "before must be a time"),
         ("release case --by ops", 2, "There is no hold"),

@@ -53,9 +53,9 @@ class OwnCommands(Mapping[str, Any]):
         self._options = options
 
     def __getitem__(self, name: str) -> Any:
-        module, summary = _COMMANDS[name]
+        module, _ = _COMMANDS[name]
         above = typer.Typer(rich_markup_mode=None)
-        above.add_typer(import_module(f"{_PACKAGE}.{module}").app, help=summary)
+        above.add_typer(import_module(f"{_PACKAGE}.{module}").app)
         return _take_global_options(typer.main.get_group(above).commands, self._options)[name]
 
     def __iter__(self) -> Iterator[str]:

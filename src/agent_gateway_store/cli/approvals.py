@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalResult
     from agent_gateway_store.store import GatewayStore
 
-app = typer.Typer(name="approvals", no_args_is_help=True)
+app = typer.Typer(name="approvals", no_args_is_help=True, help="List approvals and decide them.")
 
 IdArgument = Annotated[str, typer.Argument(metavar="APPROVAL_ID", help="As `approvals list` shows it.")]
 ApproverOption = Annotated[str, typer.Option(help="Who decides, as written to the record.")]

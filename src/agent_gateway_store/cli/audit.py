@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from agent_gateway_store.results import Page
     from agent_gateway_store.store import GatewayStore
 
-app = typer.Typer(name="audit", no_args_is_help=True)
+app = typer.Typer(name="audit", no_args_is_help=True, help="Write, find and follow audit events.")
 
 _HEADINGS = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms", "latency_p99_ms": "p99 ms"}
 BucketOption = Annotated[str | None, typer.Option(help="Length of time buckets: 15m, 1h, 1d, 1w.")]
@@ -234,6 +234,8 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
         else:
             say(" ".join(filter(None, (str(line.line), line.outcome, line.request_id))))
 
+    if sys.stdin is None:
+        raise CommandError("There is no standard input: give events as lines of JSON to it.", ExitCode.USAGE)
     _ingest(ctx, sys.stdin.buffer, report)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
+from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import complain
 
 if TYPE_CHECKING:
@@ -49,10 +50,13 @@ def settings_of(ctx: typer.Context) -> StoreSettings:
     if given.database_url is not None:
         # The replica that is set is one of another database.
         named["database_read_url"] = ""
-    return StoreSettings(
-        _env_file=given.env_file,
-        **{name: value for name, value in named.items() if value is not None},  # type: ignore[arg-type]
-    )
+    try:
+        return StoreSettings(
+            _env_file=given.env_file,
+            **{name: value for name, value in named.items() if value is not None},  # type: ignore[arg-type]
+        )
+    except UnicodeDecodeError as exc:
+        raise CommandError(f"{given.env_file} is not text in UTF-8: save it as that.", ExitCode.USAGE) from exc
 
 
 def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> GatewayStore:
@@ -61,9 +65,16 @@ def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> 
     Args:
         settings: Default: those of the global options.
     """
+    from agent_gateway_store.errors import GatewayStoreError
     from agent_gateway_store.store import GatewayStore
 
-    store = GatewayStore(settings=settings or settings_of(ctx))
+    settings = settings or settings_of(ctx)
+    try:
+        store = GatewayStore(settings=settings)
+    except GatewayStoreError:
+        raise
+    except ValueError as exc:
+        raise CommandError(f"A setting is wrong: {exc}", ExitCode.USAGE) from exc
     org = options_of(ctx).org
     return store if org is None else store.for_org(org)
 
@@ -117,7 +128,9 @@ def read_store(
     async def work(store: GatewayStore) -> T:
         found = None if is_endless else await call(store)
         if not as_json:
-            complain(_reading(file or mask_url(chosen.database_url), is_new, is_new or await _is_empty(store)))
+            # An organisation may have nothing in a database that is the right one.
+            is_empty = is_new or (options_of(ctx).org is None and await _is_empty(store))
+            complain(_reading(file or mask_url(chosen.database_url), is_new, is_empty))
         return await call(store) if is_endless else cast("T", found)
 
     return in_store(ctx, work, settings=chosen)

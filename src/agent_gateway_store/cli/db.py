@@ -15,7 +15,7 @@ from agent_gateway_store.cli.output import JsonOption, complain, print_json, pri
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-app = typer.Typer(name="db", no_args_is_help=True)
+app = typer.Typer(name="db", no_args_is_help=True, help="Bring the schema up to date, or check it.")
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,13 +13,12 @@ import typer
 from agent_gateway_store.cli import plugins
 from agent_gateway_store.cli.context import options_of, run, settings_of, sqlite_file
 from agent_gateway_store.cli.db import engine_for, explain_state, schema_state
-from agent_gateway_store.cli.doctor_database import check_server, free_bytes, retention_facts
+from agent_gateway_store.cli.doctor_database import check_modes, check_server, free_bytes, retention_facts
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
+from agent_gateway_store.errors import GatewayStoreError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from agent_gateway_store.settings import StoreSettings
@@ -133,6 +133,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
         await _check_database(report, settings.database_url)
     await _check_redis(report, settings)
     _check_plugins(report, settings)
+    _check_signing_key(report, settings)
     if report.schema_is_current:
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
             await _read_identity(report, engine)
@@ -148,6 +149,17 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     return report
 
 
+def _check_signing_key(report: Report, settings: StoreSettings) -> None:
+    from agent_gateway_store.evidence.notes import SigningKey
+
+    if (key := settings.audit_signing_key) is None:
+        return
+    try:
+        SigningKey.parse(key.get_secret_value())
+    except (GatewayStoreError, ValueError) as exc:
+        report.problem(f"AUDIT_SIGNING_KEY: {exc}", ExitCode.ERROR)
+
+
 async def _check_database(report: Report, url: str) -> None:
     """Connect to the database, read its schema and the settings that decide about durability."""
     from agent_gateway_store.settings import mask_url
@@ -160,10 +172,13 @@ async def _check_database(report: Report, url: str) -> None:
         state = await schema_state(url)
         if (file := sqlite_file(url)) is not None:
             facts["file"] = str(file.absolute())
-            _check_modes(report, file, file.with_name(f"{file.name}.lock"))
+            check_modes(report, file, file.with_name(f"{file.name}.lock"))
             if not file.exists():
                 report.facts["schema"] = state
                 report.warning("The database file does not exist: the first use creates it.")
+                if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+                    text = f"{file.absolute().parent} cannot be written: choose another folder, or let this user write."
+                    report.problem(text, ExitCode.UNAVAILABLE)
                 return
         await _read_facts(report, facts, engine)
         facts["reachable"] = True
@@ -176,15 +191,6 @@ async def _check_database(report: Report, url: str) -> None:
         state["differences"] = await migrate.differences(engine)
         if state["differences"]:
             report.problem("The schema differs from the models: see `gateway-store db check`.", ExitCode.ERROR)
-
-
-def _check_modes(report: Report, *paths: Path) -> None:
-    from agent_gateway_store.storage.files import open_to_others
-
-    for path in paths:
-        if mode := open_to_others(path):
-            wanted = "700" if path.is_dir() else "600"
-            report.warning(f"{path} is open to other users of this machine (mode {mode}): run `chmod {wanted} {path}`.")
 
 
 async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
@@ -321,7 +327,7 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
 
     facts: dict[str, Any] = {"mode": settings.audit_mode, "spool_path": str(settings.audit_spool_path)}
     report.facts["audit"] = facts
-    _check_modes(report, settings.audit_spool_path.parent, settings.audit_spool_path)
+    check_modes(report, settings.audit_spool_path.parent, settings.audit_spool_path)
     identity = report.facts.get("database", {}).get("identity")
     spool = Spool(settings.audit_spool_path, parse_database_url(settings.database_url)[0], identity)
     try:

@@ -1,4 +1,4 @@
-"""What `doctor` says of a database that answers: whether it takes an event, its clock, its replica, and its size."""
+"""What `doctor` says of a database that answers: whether it takes an event, its clock, replica, size and modes."""
 
 from __future__ import annotations
 
@@ -231,3 +231,13 @@ async def _last_prune(connection: AsyncConnection) -> str | None:
     when = (found["ended_at"] or found["started_at"]).isoformat(timespec="seconds")
     result = found["result"] or "not ended: it is at work, or was killed"
     return f"{when}, by {found['pruned_by']}, {found['events']:,} events: {result}"
+
+
+def check_modes(report: Report, *paths: Path) -> None:
+    """Warn of files and folders that other users of the machine can open."""
+    from agent_gateway_store.storage.files import open_to_others
+
+    for path in paths:
+        if mode := open_to_others(path):
+            wanted = "700" if path.is_dir() else "600"
+            report.warning(f"{path} is open to other users of this machine (mode {mode}): run `chmod {wanted} {path}`.")

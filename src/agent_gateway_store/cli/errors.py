@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from enum import IntEnum
 from errno import ENOSPC
+from os import strerror
 from typing import TYPE_CHECKING
 
-from agent_gateway_store._text import describe, mask_tokens
+from agent_gateway_store._text import describe, escape, mask_tokens
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -57,6 +58,12 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
         return f"{error.title} was refused: {describe_validation(error)}.", ExitCode.ERROR
     if isinstance(error, OSError) and error.errno == ENOSPC:
         return "The disk is full: make room and try again.", ExitCode.ERROR
+    if isinstance(error, OSError) and error.filename is not None:
+        why = strerror(error.errno or 0)
+        return (
+            f"{escape(str(error.filename))}: {why}: check the path and its permissions and try again.",
+            ExitCode.ERROR,
+        )
     return f"Unexpected error, {describe(error)}: run with --debug for the traceback.", ExitCode.ERROR
 
 

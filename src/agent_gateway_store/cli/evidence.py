@@ -15,7 +15,9 @@ from agent_gateway_store.cli.output import JsonOption, complain, print_fields, p
 if TYPE_CHECKING:
     from agent_gateway_store.models.evidence import Verification
 
-app = typer.Typer(name="evidence", no_args_is_help=True)
+app = typer.Typer(
+    name="evidence", no_args_is_help=True, help="Seal the audit log, verify it, and prove from it what happened."
+)
 
 KeyOption = Annotated[
     list[str] | None,
@@ -83,6 +85,9 @@ def prove(
         with partial(output, overwrite=overwrite) as written, opened(written, None) as write:
             write(text.encode())
     except (OSError, ValueError) as exc:
+        if isinstance(exc, OSError) and exc.filename is not None:
+            # It is the system's, and said as such.
+            raise
         raise CommandError(str(exc)) from exc
     size = evidence.checkpoint.size if evidence.checkpoint else 0
     is_sealed = evidence.checkpoint is not None

@@ -20,7 +20,7 @@ from agent_gateway_store.cli.output import (
 if TYPE_CHECKING:
     from agent_gateway_store.models.keys import IssuedKey
 
-app = typer.Typer(name="keys", no_args_is_help=True)
+app = typer.Typer(name="keys", no_args_is_help=True, help="Issue, list, rotate and revoke API keys.")
 
 CallerArgument = Annotated[str, typer.Argument(metavar="CALLER_ID", help="The caller that the API key is for.")]
 _COLUMNS = {
@@ -84,7 +84,7 @@ def issue(
 def list_keys(
     ctx: typer.Context,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
-    offset: Annotated[int, typer.Option(min=0)] = 0,
+    offset: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
     json: JsonOption = False,
 ) -> None:
     """List API keys, newest first; no secret is among them."""

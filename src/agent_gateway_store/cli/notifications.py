@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
 
-app = typer.Typer(name="notifications", no_args_is_help=True)
+app = typer.Typer(
+    name="notifications", no_args_is_help=True, help="List, send, redrive and prune the notices to notifiers."
+)
 
 NotifierOption = Annotated[str | None, typer.Option(help="Only those to this notifier.")]
 _COLUMNS = {

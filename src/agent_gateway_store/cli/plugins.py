@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
     from agent_gateway_store.settings import StoreSettings
 
-app = typer.Typer(name="plugins", no_args_is_help=True)
+app = typer.Typer(name="plugins", no_args_is_help=True, help="List the installed plugins, and check them.")
 
 COMMANDS = "gateway_store_register_commands"
 # Seconds that a plugin has to register its commands, which takes none of its own I/O. As long as PLUGIN_TIMEOUT_SECONDS

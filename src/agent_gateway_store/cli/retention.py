@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-app = typer.Typer(name="retention", no_args_is_help=True)
+app = typer.Typer(name="retention", no_args_is_help=True, help="Hold, prune into an archive, and erase.")
 
 ByOption = Annotated[str, typer.Option(metavar="NAME", help="Who asks for it, as the log will say.")]
 ReasonOption = Annotated[str, typer.Option(help="Why, as the log will say.")]
@@ -52,6 +52,7 @@ def prune(
     json: JsonOption = False,
 ) -> None:
     """Move sealed events, the oldest first, from the table to an archive of Parquet files by day."""
+    _require_one(archive, discard)
     options: Any = {"archive": archive, "discard": discard, "below_floor": below_floor, "max_seconds": max_seconds}
     shown = sys.stderr.isatty() and not quiet and not json
     done = _changed(ctx, lambda service: service.prune(before, by=by, progress=shown, **options), archive)
@@ -144,10 +145,16 @@ def prune_approvals(
     json: JsonOption = False,
 ) -> None:
     """Take approvals that are over and that no event cites out of the table, with votes and delivered notices."""
+    _require_one(archive, discard)
     options: Any = {"archive": archive, "discard": discard, "below_floor": below_floor}
     done = _changed(ctx, lambda service: service.prune_approvals(before, by=by, **options), archive)
     text = f"{count_text(done.approvals, 'approval')} and {count_text(done.notices, 'notice')} pruned."
     print_result(to_dict(done), text, as_json=json)
+
+
+def _require_one(archive: Path | None, discard: bool) -> None:
+    if (archive is None) is not discard:
+        raise CommandError("Give --archive with a folder, or --discard to keep nothing; not both.", ExitCode.USAGE)
 
 
 def _service(store: Any) -> Any:

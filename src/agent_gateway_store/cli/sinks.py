@@ -10,7 +10,7 @@ from agent_gateway_store.cli.context import in_store, read_store
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, print_page, print_result
 
-app = typer.Typer(name="sinks", no_args_is_help=True)
+app = typer.Typer(name="sinks", no_args_is_help=True, help="See how far sinks are, and send again what they refused.")
 
 SinkArgument = Annotated[str, typer.Argument(help="As its plugin names it: file-sink, http-sink, ...")]
 OnlyArgument = Annotated[str | None, typer.Argument(help="Only those of this one.")]

@@ -37,7 +37,7 @@ _GRACE_S = 2
 def console(
     ctx: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen on.")] = 8765,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 8765,
     workers: Annotated[int, typer.Option(min=1, help="Processes that serve it.")] = 1,
     demo: Annotated[bool, typer.Option("--demo", help="Fill the demo store, and print a key to sign in with.")] = False,
 ) -> None:
