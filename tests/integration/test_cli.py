@@ -295,6 +295,8 @@ def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tm
     (tmp_path / "bad.env").write_bytes(b"\xff\xfe")
     (tmp_path / "taken").write_text("")
     cli("keys", "list", "--env-file", str(tmp_path / "bad.env")).assert_fails(2, "bad.env is not text in UTF-8")
+    (tmp_path / "torn.env").write_text("REDIS_URL=\n\nDATABASE_URL\n")
+    cli("keys", "list", "--env-file", str(tmp_path / "torn.env")).assert_fails(2, "Line 3 of", "is not NAME=value")
     cli("audit", "write", input=event_line("r-1"))
     cli("evidence", "seal")
     cli("evidence", "publish", str(tmp_path / "taken" / "log")).assert_fails(1, "taken", "check the path")

@@ -50,13 +50,27 @@ def settings_of(ctx: typer.Context) -> StoreSettings:
     if given.database_url is not None:
         # The replica that is set is one of another database.
         named["database_read_url"] = ""
+    if given.env_file is not None:
+        _require_settings(given.env_file)
+    return StoreSettings(
+        _env_file=given.env_file,
+        **{name: value for name, value in named.items() if value is not None},  # type: ignore[arg-type]
+    )
+
+
+def _require_settings(file: Path) -> None:
+    """Raise CommandError if a line says nothing: without it, another database might be meant."""
+    from dotenv.parser import parse_stream
+
     try:
-        return StoreSettings(
-            _env_file=given.env_file,
-            **{name: value for name, value in named.items() if value is not None},  # type: ignore[arg-type]
-        )
+        with file.open(encoding="utf-8") as lines:
+            wrong = [each.original for each in parse_stream(lines) if each.error or (each.key and each.value is None)]
     except UnicodeDecodeError as exc:
-        raise CommandError(f"{given.env_file} is not text in UTF-8: save it as that.", ExitCode.USAGE) from exc
+        raise CommandError(f"{file} is not text in UTF-8: save it as that.", ExitCode.USAGE) from exc
+    if wrong:
+        # Empty lines before it are counted as its own.
+        line = wrong[0].line + len(wrong[0].string) - len(wrong[0].string.lstrip("\n"))
+        raise CommandError(f"Line {line} of {file} is not NAME=value: correct it.", ExitCode.USAGE)
 
 
 def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> GatewayStore:

@@ -68,6 +68,8 @@ _HINTS = (
     ("database is locked", "the file is locked by another process: try again"),
     ("database or disk is full", "the disk is full: make room"),
     ("diskfull", "the disk is full: make room"),
+    # What SQLite says where there is no room for the file beside its own that connections share, too.
+    ("disk i/o error", "the disk is full or fails: make room, and check it"),
     ("querycanceled", "the server's statement_timeout ended it: raise it for our role with ALTER ROLE ... SET"),
     ("locknotavailable", "another transaction held a lock for too long: end it, or raise lock_timeout for our role"),
     (
