@@ -92,6 +92,15 @@ async def test_another_call_is_not_released(store: GatewayStore, difference: dic
     assert (await acquire(store)).status == "USED"
 
 
+@pytest.mark.parametrize("pair", [("a\0", "a\u2400"), ("\ud800", "\udfff")], ids=ascii)
+async def test_what_is_bound_to_is_compared_as_it_is(store: GatewayStore, pair: tuple[str, str]) -> None:
+    """Also what no database can hold: only a hash of it is stored."""
+    await approve(store, await acquire(store, bind=pair[0]))
+
+    assert (await acquire(store, bind=pair[1])).status == "PENDING"
+    assert (await acquire(store, bind=pair[0])).status == "USED"
+
+
 async def test_the_shown_call_may_hide_what_the_run_call_tells(store: GatewayStore) -> None:
     """The permission binds to the call as it runs; another one that is shown alike is another call."""
     shown = CALL.model_copy(update={"arguments": {"path": "[hidden]"}})

@@ -22,7 +22,6 @@ from agent_gateway_store.approval.statements import (
     USE_ACQUIRED,
 )
 from agent_gateway_store.encoding.canonical import hash_json
-from agent_gateway_store.encoding.sanitize import Scrubber
 from agent_gateway_store.errors import ApprovalError
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
@@ -44,7 +43,7 @@ def acquire_values(values: dict[str, Any], *, bind: str, settings: StoreSettings
         bind: Whatever else must be equal for two calls to be the same.
         settings: In force.
     """
-    call = [values["p_org_id"], values["p_caller_id"], values["p_tool_call_hash"], Scrubber().text("bind", bind)]
+    call = [values["p_org_id"], values["p_caller_id"], values["p_tool_call_hash"], bind]
     return {
         **values,
         "p_approval_id": uuid4(),
