@@ -89,7 +89,8 @@ async def test_closing_waits_a_bounded_time_for_a_hung_plugin(caplog: pytest.Log
         async with asyncio.timeout(5):
             await store.close()
 
-    assert "Plugins were not notified of 1 audit events" in caplog.text
+    # By the end of its time or by the end of the store, whichever comes first.
+    assert "notified of 1 audit events" in caplog.text
 
 
 async def test_events_from_the_spool_are_told_when_they_are_brought_in() -> None:
