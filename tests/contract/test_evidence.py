@@ -289,19 +289,18 @@ class TestTampering:
         assert not found.ok
         assert {str(each.kind) for each in found.findings} == kinds
 
-    async def test_what_is_of_no_type_of_its_column_is_seen(self, sealing: GatewayStore) -> None:
+    async def test_what_is_of_no_type_of_its_column_is_seen(self, own_database_url: str) -> None:
         """SQLite keeps anything in any column, and on PostgreSQL the owner may alter the types: `verify` goes on."""
-        await sealing.audit.write_many(
-            [make_event(request_id=f"r-{number}", latency_ms=number) for number in range(300)]
-        )
-        await sealing.evidence.seal()
-        is_postgres = sealing.database.dialect == "postgresql"
-        for statement, kinds in (POSTGRES_TYPES if is_postgres else SQLITE_TYPES).items():
-            await execute(sealing, *statement.split(";"))
+        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write_many([make_event(request_id=f"r-{number}") for number in range(300)])
+            await store.evidence.seal()
+            is_postgres = store.database.dialect == "postgresql"
+            for statement, kinds in (POSTGRES_TYPES if is_postgres else SQLITE_TYPES).items():
+                await execute(store, *statement.split(";"))
 
-            found = await sealing.evidence.verify()
+                found = await store.evidence.verify()
 
-            assert {str(each.kind) for each in found.findings} >= kinds, statement
+                assert {str(each.kind) for each in found.findings} >= kinds, statement
 
     async def test_a_call_that_is_named_like_a_door_opens_none(self, sealing: GatewayStore) -> None:
         """An agent chooses names and arguments, and a gateway denies what it does not know."""
