@@ -114,7 +114,7 @@ def require_intact(folder: Path, entries: Iterable[Entry]) -> None:
     """Raise ArchiveError unless each file is what was written."""
     for entry in entries:
         path = folder / entry.file
-        if not path.resolve().is_relative_to(folder.resolve()) or not (path.is_file() or not path.exists()):
+        if not path.resolve().is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
             raise ArchiveError(f"{path} is no file of this archive.", file=entry.file)
         try:
             digest = sha256_of(path)
