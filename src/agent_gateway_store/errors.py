@@ -28,6 +28,7 @@
     ├── NotDeliveredError
     ├── SinkNotFoundError
     ├── AuditEventNotFoundError
+    ├── HoldNotFoundError (also ValueError)
     ├── InvalidEvidenceError (also ValueError)
     ├── LogMismatchError
     ├── EventHeldError
@@ -68,6 +69,7 @@ __all__ = [
     "EventHeldError",
     "EventsPrunedError",
     "GatewayStoreError",
+    "HoldNotFoundError",
     "InvalidApiKeyError",
     "InvalidCursorError",
     "InvalidEvidenceError",
@@ -398,6 +400,18 @@ class EventHeldError(GatewayStoreError):
         names = ", ".join(map(code_text, holds))
         super().__init__(f"The event is held by {names}: `gateway-store retention release` lets it go.")
         self.holds = holds
+
+
+class HoldNotFoundError(GatewayStoreError, ValueError):
+    """No hold has this name.
+
+    Attributes:
+        name: The name asked for.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no hold {code_text(name)}: `gateway-store retention holds` lists them.")
+        self.name = name
 
 
 class ArchiveError(GatewayStoreError):

@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
 from agent_gateway_store.archive import Archive
-from agent_gateway_store.errors import ArchiveError, EventsPrunedError
+from agent_gateway_store.errors import ArchiveError, EventsPrunedError, HoldNotFoundError
 from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.retention import prune
 from builders import make_event
@@ -134,7 +134,7 @@ async def test_held_events_stay_until_the_hold_is_released(store: GatewayStore, 
         await store.retention.hold("case", reason="r", by="counsel")
     await store.retention.release_hold("case", by="counsel")
     assert (await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")).events == 1
-    with pytest.raises(ValueError, match="no hold"):
+    with pytest.raises(HoldNotFoundError, match="no hold 'case'"):
         await store.retention.release_hold("case", by="counsel")
     assert (await store.evidence.verify(archive=tmp_path / "a")).archived == 11
 

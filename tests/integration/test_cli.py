@@ -302,6 +302,15 @@ def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tm
     cli("evidence", "publish", str(tmp_path / "taken" / "log")).assert_fails(1, "taken", "check the path")
     proved = cli("evidence", "prove", "r-1", "-o", str(tmp_path / "taken" / "x"))
     assert (proved.code, proved.err.splitlines()[1:]) == (1, [f"There is no folder {tmp_path}/taken: make it first."])
+    command = (
+        f"DATABASE_URL=sqlite:///{tmp_path}/k.db {sys.executable} -m agent_gateway_store.cli keys issue al --role r"
+    )
+    for form in ("", " --json"):
+        unseen = subprocess.run(["sh", "-c", f"{command}{form} >/dev/full"], stderr=-1, text=True)
+        assert unseen.returncode == 1
+        assert "nobody has seen it" in unseen.stderr
+        assert "`gateway-store keys rotate al --overlap 0s` replaces it." in unseen.stderr
+        command = command.replace("issue al --role r", "rotate al")
     with Path("/dev/full").open("w") as full:
         shown = subprocess.run([sys.executable, "-m", "agent_gateway_store.cli", "--help"], stdout=full, stderr=-1)
     assert (shown.returncode, shown.stderr) == (1, b"The output cannot be written: No space left on device.\n")

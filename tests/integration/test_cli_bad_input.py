@@ -297,6 +297,7 @@ def test_a_policy_file_that_is_missing_is_a_usage_error(name: str, tmp_path: Pat
         ("keys", "issue", "a"),
         ("keys", "issue", "a", "--role", "r", "--trust-level", "GOD"),
         ("keys", "issue", "a", "--role", "r", "--expires-in", "soon"),
+        ("keys", "issue", "a", "--role", "r", "--expires-in", "0s"),
         ("keys", "rotate", "a", "--overlap", "-1h"),
         ("keys", "list", "--limit", "0"),
         ("audit", "search", "--decision", "MAYBE"),

@@ -92,6 +92,7 @@ def test_dead_letters_are_shown_and_redriven(url: str, cli: Callable[..., Outcom
     again.assert_fails(4, "No dead letter has this id")
     assert rest.json == {"redriven": 2}
     assert cli("notifications", "redrive", "nonsense").code == 2
+    cli("notifications", "redrive", "--notifier", "lag").assert_fails(4, "There is no notifier 'lag'", "log")
     assert cli("notifications", "run", "--once").out == "3 notices arrived.\n"
 
 

@@ -69,7 +69,10 @@ def test_once_ships_to_the_end(url: str, cli: Callable[..., Outcome], file: Path
     assert [(row["sink"], row["lag_s"], row["dead"]) for row in listed] == [("file-sink", 0, 0)]
     assert "events.jsonl" not in cli("sinks", "list").out
     assert forgotten[0].out == "The sink file-sink begins anew.\n"
-    forgotten[1].assert_fails(4, "Nothing was shipped to this sink")
+    for command in (("forget", "file-sinc"), ("redrive", "file-sinc"), ("dead", "file-sinc")):
+        cli("sinks", *command).assert_fails(4, "Nothing was shipped to this sink")
+    assert cli("sinks", "redrive", "file-sink").out == "0 dead letters are due again.\n"
+    assert (forgotten[1].code, cli("sinks", "dead").code) == (4, 0)
     cli("audit", "ship", "nowhere", "--once").assert_fails(4, "No sink is named 'nowhere', there are 'file-sink'")
 
 

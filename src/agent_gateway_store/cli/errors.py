@@ -76,6 +76,7 @@ def _code(error: Exception) -> ExitCode:
         errors.ApiKeyNotFoundError: ExitCode.NOT_FOUND,
         errors.AuditEventNotFoundError: ExitCode.NOT_FOUND,
         errors.SinkNotFoundError: ExitCode.NOT_FOUND,
+        errors.HoldNotFoundError: ExitCode.NOT_FOUND,
         errors.NotDeliveredError: ExitCode.UNAVAILABLE,
         errors.InvalidUrlError: ExitCode.USAGE,
         errors.InvalidCursorError: ExitCode.USAGE,

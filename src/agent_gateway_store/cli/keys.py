@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from os import strerror
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from agent_gateway_store.cli.context import choose, duration, in_store, read_store
+from agent_gateway_store.cli.errors import CommandError
 from agent_gateway_store.cli.output import (
     JsonOption,
     complain,
@@ -39,17 +41,24 @@ _COLUMNS = {
 def print_issued(issued: IssuedKey, *, as_json: bool, **more: Any) -> None:
     """Print a new key: the plaintext alone on standard output, or JSON with it."""
     plaintext = issued.plaintext.get_secret_value()
-    if as_json:
-        print_json({**to_dict(issued.api_key), "plaintext": plaintext, **more})
-        return
     facts = to_dict(issued.api_key)
-    level = field_text("trust_level", facts["trust_level"])
-    complain(
-        f"API key of {facts['caller_id']} (role {facts['role']}, trust level {level}, "
-        f"environment {facts['environment']}). It cannot be shown again:"
-    )
-    # Not through `say`, so that `KEY=$(gateway-store keys issue ...)` receives exactly the key.
-    typer.echo(plaintext)
+    if not as_json:
+        level = field_text("trust_level", facts["trust_level"])
+        complain(
+            f"API key of {facts['caller_id']} (role {facts['role']}, trust level {level}, "
+            f"environment {facts['environment']}). It cannot be shown again:"
+        )
+    try:
+        if as_json:
+            print_json({**facts, "plaintext": plaintext, **more})
+        else:
+            # Not through `say`, so that `KEY=$(gateway-store keys issue ...)` receives exactly the key.
+            typer.echo(plaintext)
+    except OSError as exc:
+        raise CommandError(
+            f"The API key of {facts['caller_id']} exists and nobody has seen it, because it could not be printed "
+            f"({strerror(exc.errno or 0)}): `gateway-store keys rotate {facts['caller_id']} --overlap 0s` replaces it."
+        ) from exc
 
 
 @app.command()
@@ -70,7 +79,10 @@ def issue(
         if value == "":
             raise typer.BadParameter(f"{name} must not be empty.")
     level = choose(TrustLevel, trust_level, "--trust-level")
-    expires_at = None if expires_in is None else utc_now() + duration(expires_in, "--expires-in")
+    lifetime = None if expires_in is None else duration(expires_in, "--expires-in")
+    if lifetime is not None and not lifetime:
+        raise typer.BadParameter("--expires-in must be more than 0: an expired key identifies nobody.")
+    expires_at = None if lifetime is None else utc_now() + lifetime
     issued = in_store(
         ctx,
         lambda store: store.keys.issue(

@@ -133,9 +133,15 @@ def redrive(
     json: JsonOption = False,
 ) -> None:
     """Send dead letters again: one, or all."""
-    count = in_store(
-        ctx, lambda store: store.notifications.redrive(_id(delivery_id), notifier=notifier), settings=silent(ctx)
-    )
+
+    async def work(store: GatewayStore) -> tuple[int, set[str]]:
+        count = await store.notifications.redrive(_id(delivery_id), notifier=notifier)
+        return count, {each["notifier"] for each in await store.notifications.counts()}
+
+    count, known = in_store(ctx, work, settings=silent(ctx))
+    if notifier is not None and notifier not in known:
+        there = ", ".join(sorted(known)) or "nobody"
+        raise CommandError(f"There is no notifier {notifier!r}: notices go to {there}.", ExitCode.NOT_FOUND)
     if delivery_id is not None and count == 0:
         raise CommandError(
             "No dead letter has this id: see `gateway-store notifications list --status DEAD`.", ExitCode.NOT_FOUND

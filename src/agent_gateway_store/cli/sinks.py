@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from agent_gateway_store.cli.context import in_store, read_store
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, print_page, print_result
+
+if TYPE_CHECKING:
+    from agent_gateway_store.results import Page
+    from agent_gateway_store.store import GatewayStore
 
 app = typer.Typer(name="sinks", no_args_is_help=True, help="See how far sinks are, and send again what they refused.")
 
@@ -23,6 +27,7 @@ _COLUMNS = {
     "moved_at": "moved",
     "last_error": "last error",
 }
+_UNKNOWN = CommandError("Nothing was shipped to this sink: see `gateway-store sinks list`.", ExitCode.NOT_FOUND)
 _DEAD = {"created_at": "refused", "sink": "sink", "request_id": "request id", "error": "error", "is_due": "due"}
 
 
@@ -40,8 +45,12 @@ def dead(
     json: JsonOption = False,
 ) -> None:
     """List the events that sinks refused for good, newest first."""
-    found = read_store(ctx, lambda store: store.sinks.dead_letters(sink, limit), as_json=json)
-    print_page(found, columns=_DEAD, as_json=json)
+
+    async def work(store: GatewayStore) -> Page[dict[str, Any]]:
+        await _require_known(store, sink)
+        return await store.sinks.dead_letters(sink, limit)
+
+    print_page(read_store(ctx, work, as_json=json), columns=_DEAD, as_json=json)
 
 
 @app.command()
@@ -51,14 +60,23 @@ def redrive(
     json: JsonOption = False,
 ) -> None:
     """Send dead letters again: `audit ship` does it next, before new events."""
-    count = in_store(ctx, lambda store: store.sinks.redrive(sink))
+
+    async def work(store: GatewayStore) -> int:
+        await _require_known(store, sink)
+        return await store.sinks.redrive(sink)
+
+    count = in_store(ctx, work)
     print_result({"redriven": count}, f"{count} dead letters are due again.", as_json=json)
 
 
 @app.command()
 def forget(ctx: typer.Context, sink: SinkArgument, json: JsonOption = False) -> None:
     """Forget how far a sink is, and what it refused, so that `audit ship` begins anew."""
-    known: Any = in_store(ctx, lambda store: store.sinks.forget(sink))
-    if not known:
-        raise CommandError("Nothing was shipped to this sink: see `gateway-store sinks list`.", ExitCode.NOT_FOUND)
+    if not in_store(ctx, lambda store: store.sinks.forget(sink)):
+        raise _UNKNOWN
     print_result({"forgotten": sink}, f"The sink {sink} begins anew.", as_json=json)
+
+
+async def _require_known(store: GatewayStore, sink: str | None) -> None:
+    if sink is not None and sink not in {each["sink"] for each in await store.sinks.list()}:
+        raise _UNKNOWN

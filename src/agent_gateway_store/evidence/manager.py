@@ -187,4 +187,6 @@ class EvidenceManager:
 
     def _require_all(self) -> None:
         if self._org_id is not None:
-            raise ValueError("The log is that of all organisations: use the store itself, not `for_org`.")
+            raise ValueError(
+                "The log is that of all organisations: use a store that is not bound to one (`for_org`, --org)."
+            )

@@ -16,6 +16,7 @@ from agent_gateway_store.audit.doors import HOLD, RELEASE, write_door
 from agent_gateway_store.audit.filters import criteria
 from agent_gateway_store.audit.selects import conditions
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import HoldNotFoundError
 from agent_gateway_store.models.retention import AuditHold, Hold
 
 _holds = AuditHold.__table__  # type: ignore[attr-defined]
@@ -84,10 +85,10 @@ async def place(
 
 
 async def release(connection: AsyncConnection, name: str, *, by: str, environment: str) -> Hold:
-    """Release a hold and write the event that says so; ValueError if there is none of this name."""
+    """Release a hold and write the event that says so; HoldNotFoundError if there is none of this name."""
     found = next((each for each in await read_holds(connection) if each.name == name), None)
     if found is None:
-        raise ValueError(f"There is no hold {code_text(name)}: `gateway-store retention holds` lists them.")
+        raise HoldNotFoundError(name)
     await connection.execute(delete(_holds).where(_holds.c.name == name))
     facts = {"name": name, "filters": found.filters, "reason": found.reason}
     await write_door(connection, RELEASE, facts, by=by, environment=environment, why="An operator released a hold.")

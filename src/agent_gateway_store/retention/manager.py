@@ -187,7 +187,8 @@ class RetentionManager:
 
         Raises:
             StoreUnavailableError: The database is away, or this role may not do it.
-            ValueError: There is no hold of this name; the store is bound to one organisation.
+            HoldNotFoundError: There is no hold of this name.
+            ValueError: The store is bound to one organisation.
         """
         self._require_all()
         holds.require_named(by=by)
@@ -314,4 +315,6 @@ class RetentionManager:
 
     def _require_all(self) -> None:
         if self._org_id is not None:
-            raise ValueError("The log is that of all organisations: use the store itself, not `for_org`.")
+            raise ValueError(
+                "The log is that of all organisations: use a store that is not bound to one (`for_org`, --org)."
+            )

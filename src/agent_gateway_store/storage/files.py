@@ -97,7 +97,7 @@ def format_of(
         if given is None:
             raise ValueError(
                 f"The name {path.name!r} does not say the format: let it end in .jsonl, .csv or .parquet (and .gz or "
-                '.zst), or give format="jsonl", "csv" or "parquet".'
+                '.zst), or give the format, "jsonl", "csv" or "parquet".'
             )
     if given not in ("jsonl", "csv", "parquet"):
         raise ValueError(f'format must be "jsonl", "csv" or "parquet", not {given!r}.')
