@@ -33,6 +33,18 @@ def argument_names(call: ToolCall) -> dict[str, Any]:
     return dict.fromkeys(call.arguments, HIDDEN)
 
 
+def shown_arguments(call: ToolCall, sanitize: Callable[[ToolCall], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return what `sanitize` makes of a copy of `call`: what it changes is neither what is hashed nor what runs."""
+    if sanitize is argument_names:
+        return argument_names(call)
+    try:
+        copied = call.model_copy(deep=True)
+    except Exception:
+        # A generator, a lock: Python cannot copy everything.
+        copied = call.model_copy(update={"arguments": dict(call.arguments)})
+    return sanitize(copied)
+
+
 def draft_event(
     call: ToolCall,
     caller: CallerIdentity,
@@ -124,11 +136,22 @@ def status_of(exc: BaseException) -> ExecutionStatus:
     is_cancelled = anyio.current_effective_deadline() == -math.inf or (task is not None and task.cancelling() > 0)
     if is_cancelled or isinstance(exc, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
         return ExecutionStatus.CANCELLED
-    # Frameworks raise an error of their own for a tool that takes too long, with the TimeoutError as its cause.
-    seen: BaseException | None = exc
-    while seen is not None and not isinstance(seen, TimeoutError):
-        seen = seen.__cause__ or seen.__context__
-    return ExecutionStatus.TOOL_ERROR if seen is None else ExecutionStatus.TIMEOUT
+    # Frameworks raise an error of their own for a tool that takes too long, with the TimeoutError as its cause, or from
+    # None.
+    seen: set[int] = set()
+    causes: list[BaseException | None] = [exc]
+    while causes:
+        cause = causes.pop()
+        # Python lets an error be a cause of itself, in a circle.
+        if cause is None or id(cause) in seen:
+            continue
+        if isinstance(cause, TimeoutError):
+            return ExecutionStatus.TIMEOUT
+        seen.add(id(cause))
+        causes.append(cause.__cause__ or cause.__context__)
+        if isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+            causes.append(cause.exceptions[0])
+    return ExecutionStatus.TOOL_ERROR
 
 
 def orphans(shape: Shape, *, limit: int) -> Statement:

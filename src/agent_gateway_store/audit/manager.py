@@ -15,7 +15,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_event, recorded
+from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_event, recorded, shown_arguments
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
@@ -184,7 +184,7 @@ class AuditManager:
             rule=rule,
             rationale=rationale,
             approval_id=approval_id,
-            shown=sanitize(call),
+            shown=shown_arguments(call, sanitize),
             args_hash=self._hash_args(call.arguments),
             fields=fields,
         )

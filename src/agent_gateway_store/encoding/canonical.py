@@ -36,7 +36,7 @@ from typing import Any
 
 import rfc8785
 
-from agent_gateway_store.encoding.plain import CONTAINERS, Members, Tagged, escape_surrogates, is_text, plain
+from agent_gateway_store.encoding.plain import CONTAINERS, Members, Tagged, escape_surrogates, is_text, plain, type_name
 from agent_gateway_store.settings import default_hash_key
 
 # The largest integer that every reader of JSON takes exactly: section 2.2 of RFC 7493.
@@ -50,9 +50,13 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", 
 _LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
 
 
-def hash_json(value: Any, *, key: str | None = None) -> str:
-    """Return SHA-256 of the canonical JSON of `value`, or HMAC-SHA-256 under `key` (default: setting HASH_KEY)."""
-    return hash_bytes(canonical_json(value), key=key)
+def hash_json(value: Any, *, key: str | None = None, strict: bool = False) -> str:
+    """Return SHA-256 of the canonical JSON of `value`, or HMAC-SHA-256 under `key` (default: setting HASH_KEY).
+
+    Raises:
+        TypeError: `strict`, and there is an object that enters by its repr, which may be the same for two that differ.
+    """
+    return hash_bytes(canonical_json(value, strict=strict), key=key)
 
 
 def hash_bytes(data: bytes, *, key: str | None = None) -> str:
@@ -63,12 +67,18 @@ def hash_bytes(data: bytes, *, key: str | None = None) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def canonical_json(value: Any) -> bytes:
-    """Return the RFC 8785 form of `value`, tagged as the table of this module says. Takes any depth and any object."""
+def canonical_json(value: Any, *, strict: bool = False) -> bytes:
+    """Return the RFC 8785 form of `value`, tagged as the table of this module says. Takes any depth and any object.
+
+    Raises:
+        TypeError: As for `hash_json`.
+    """
     # The same bytes from the encoder in C: it writes all but floats as RFC 8785 does, and sorts names of ASCII alike.
     with suppress(RuntimeError):  # another thread changes it meanwhile
         if _is_simple(value):
             return _ENCODE(value).encode()
+    if strict:
+        _require_known(value)
     return rfc8785.dumps(_tagged(value))
 
 
@@ -88,6 +98,19 @@ def _is_simple(value: Any, depth: int = 0) -> bool:
         type(key) is str and key.isascii() and _is_plain(key) and _is_simple(item, depth + 1)
         for key, item in value.items()
     )
+
+
+def _require_known(root: Any) -> None:
+    seen: set[int] = set()
+    items = [root]
+    while items:
+        item = items.pop()
+        source = plain(item)
+        if type(source) is Tagged and source.text.startswith("$object:"):
+            raise TypeError(f"an object of the type {type_name(type(item))}")
+        if type(source) in CONTAINERS and id(item) not in seen:
+            seen.add(id(item))
+            items.extend([*source, *source.values()] if type(source) is dict else source)
 
 
 class _Frame:

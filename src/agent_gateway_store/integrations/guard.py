@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,10 +15,10 @@ from pydantic import Field
 
 from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager
-from agent_gateway_store.audit.calls import argument_names
+from agent_gateway_store.audit.calls import argument_names, shown_arguments
 from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
-from agent_gateway_store.models.audit import Decision
+from agent_gateway_store.models.audit import Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
 from agent_gateway_store.store import GatewayStore
@@ -28,6 +29,7 @@ T = TypeVar("T")
 # servers give their requests at shutdown (uvicorn's default is no limit, Kubernetes' is 30 seconds).
 _LAST_WRITE_S = 5.0
 AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
+_GONE = "The caller went away while the call waited for a human, so it was not run."
 BROKEN = "The gateway failed, so the call was not run: tell its operator."
 _logger = logging.getLogger("agent_gateway_store.integrations")
 
@@ -108,15 +110,35 @@ class ReleasedCall:
         self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, verdict: Verdict, event: dict[str, Any]
     ) -> None:
         self._store, self._call, self._caller, self._verdict, self._event = store, call, caller, verdict, event
+        self._was_run = False
 
-    async def run(self, tool: Callable[[], Awaitable[T]]) -> T:
-        """Run `tool`, and return or raise what comes of it."""
+    @property
+    def is_approved(self) -> bool:
+        """Whether a human approved it."""
+        return "approval_id" in self._event
+
+    async def run(self, tool: Callable[[], Awaitable[T]], *, is_error: Callable[[T], bool] | None = None) -> T:
+        """Run `tool`, and return or raise what comes of it.
+
+        Args:
+            tool: Runs the call.
+            is_error: Whether a framework returned that in place of an error.
+
+        Raises:
+            CallRefusedError: It ran before.
+        """
+        if self._was_run:
+            raise CallRefusedError("This call ran before, so it was not run again: call it anew.")
+        self._was_run = True
         store, decision, reason = self._store, self._verdict.decision, self._verdict.reason
         outcome, approval_id = None, self._event.get("approval_id")
         try:
             recording = store.audit.call(self._call, self._caller, decision=decision, rationale=reason, **self._event)
             async with recording as outcome:
-                return await tool()
+                result = await tool()
+                if is_error is not None and is_error(result):
+                    outcome.execution_status = ExecutionStatus.TOOL_ERROR
+                return result
         finally:
             if approval_id is not None:
                 ended = outcome.execution_status if outcome is not None else None
@@ -155,10 +177,14 @@ class CallGuard:
         tool: Callable[[], Awaitable[T]],
         *,
         bind: str = "",
+        is_error: Callable[[T], bool] | None = None,
         **fields: Any,
     ) -> T:
-        """Run `tool` once if `call` may run, and return or raise what comes of it; all else as `release`."""
-        return await (await self.release(call, caller, bind=bind, **fields)).run(tool)
+        """Run `tool` once if `call` may run, and return or raise what comes of it; all else as `release`.
+
+        The approval is one of `call` as it was handed over: let `tool` run that, and nothing that may change meanwhile.
+        """
+        return await (await self.release(call, caller, bind=bind, **fields)).run(tool, is_error=is_error)
 
     async def ask(
         self, call: ToolCall, caller: CallerIdentity, *, request_id: str, bind: str = ""
@@ -178,7 +204,7 @@ class CallGuard:
             CallRefusedError: The policy failed, or the store does not answer.
         """
         store = self._store.for_org(caller.org_id)
-        event = {"request_id": request_id, "sanitize": self._sanitize}
+        call, event = await self._prepared(store, call, caller, request_id=request_id)
         try:
             found = await store.approvals.search(request_id=request_id, caller_id=caller.caller_id)
             if found:
@@ -199,8 +225,9 @@ class CallGuard:
     async def refuse(self, call: ToolCall, caller: CallerIdentity, decided: ApprovalRequest) -> str:
         """Record that `decided` does not release the call, and return the sentence that says so."""
         store, text = self._store.for_org(caller.org_id), refusal_text(decided)
-        event = {"rule": "gateway.not_approved", "sanitize": self._sanitize, "approver_id": decided.approver_id}
         with suppress(CallRefusedError):
+            fields = {"rule": "gateway.not_approved", "approver_id": decided.approver_id}
+            call, event = await self._prepared(store, call, caller, **fields)
             await self._refuse(store, call, caller, text, event)
         return text
 
@@ -218,7 +245,7 @@ class CallGuard:
             CallRefusedError: The policy or a human denied it, or the gateway cannot decide.
         """
         store = self._store.for_org(caller.org_id)
-        event = {"request_id": uuid4().hex, "sanitize": self._sanitize, **fields}
+        call, event = await self._prepared(store, call, caller, **{"request_id": uuid4().hex, **fields})
         verdict = await self._judge(store, call, caller, event)
         event |= verdict.event_fields
         try:
@@ -233,6 +260,19 @@ class CallGuard:
             _logger.error("%s: %s", type(exc).__name__, exc)
             await self._refuse(store, call, caller, str(exc) if isinstance(exc, ApprovalError) else AWAY, event)
         return ReleasedCall(store, call, caller, verdict, event)
+
+    async def _prepared(
+        self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, **fields: Any
+    ) -> tuple[ToolCall, dict[str, Any]]:
+        """Return a copy of the call, which nobody changes while it waits, and the fields of its event."""
+        try:
+            copied = call.model_copy(deep=True)
+            shown = dict(shown_arguments(copied, self._sanitize))
+        except Exception as exc:
+            # Not the text of the error, which may hold raw arguments.
+            _logger.error("Arguments could not be copied or sanitized (%s): a call was refused.", type(exc).__name__)
+            await self._refuse(store, call, caller, BROKEN, {**fields, "rule": "gateway.failure"})
+        return copied, {**fields, "sanitize": lambda _: shown}
 
     async def _judge(
         self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, event: dict[str, Any]
@@ -265,7 +305,7 @@ class CallGuard:
             request_id=event["request_id"],
             caller_id=caller.caller_id,
             org_id=caller.org_id,
-            tool_call=call.model_copy(update={"arguments": dict(self._sanitize(call))}),
+            tool_call=call.model_copy(update={"arguments": event["sanitize"](call)}),
             risk_explanation=verdict.reason,
             required_approvals=verdict.required_approvals,
         )
@@ -273,9 +313,10 @@ class CallGuard:
             acquired = await acquire(store.approvals, request, call=call, bind=bind, wait_s=wait_s)
         except CallPendingError as exc:
             if exc.is_first:
-                decision, text = Decision.APPROVAL_REQUIRED, str(exc)
-                async with store.audit.call(call, caller, decision=decision, rationale=text, **event):
-                    pass
+                await _record(store, call, caller, Decision.APPROVAL_REQUIRED, str(exc), event)
+            raise
+        except asyncio.CancelledError:
+            await finish(_record(store, call, caller, Decision.APPROVAL_REQUIRED, _GONE, event))
             raise
         if acquired.status is not ApprovalStatus.USED:
             event["approver_id"] = acquired.approver_id
@@ -285,9 +326,15 @@ class CallGuard:
     async def _refuse(
         self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, reason: str, event: dict[str, Any]
     ) -> NoReturn:
-        async with store.audit.call(call, caller, decision=Decision.DENY, rationale=reason, **event):
-            pass
+        await _record(store, call, caller, Decision.DENY, reason, event)
         raise CallRefusedError(reason)
+
+
+async def _record(
+    store: GatewayStore, call: ToolCall, caller: CallerIdentity, decision: Decision, text: str, event: dict[str, Any]
+) -> None:
+    async with store.audit.call(call, caller, decision=decision, rationale=text, **event):
+        pass
 
 
 async def acquire(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from hashlib import sha256
+from contextlib import suppress
+from copy import deepcopy
 from itertools import count
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from cachetools import TTLCache
 
+from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.integrations.guard import (
     CallGuard,
@@ -18,7 +20,7 @@ from agent_gateway_store.integrations.guard import (
     Verdict,
     approval_of,
 )
-from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
+from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
@@ -27,6 +29,7 @@ try:
     from langchain.agents.middleware import AgentMiddleware
     from langchain.agents.middleware.types import ToolCallRequest
     from langchain_core.messages import ToolMessage
+    from langgraph.errors import GraphInterrupt
     from langgraph.types import Command, interrupt
 except ImportError as exc:
     raise MissingExtraError("agent_gateway_store.integrations.langchain", extra="langchain") from exc
@@ -42,6 +45,10 @@ _Key: TypeAlias = "tuple[str | None, str, str]"
 _RELEASED_S = 60.0
 # Chosen: far more calls than one process releases side by side. One that falls out is asked for anew.
 _RELEASED_CALLS = 10_000
+_INTERRUPTED = (
+    "The tool interrupted the graph to ask something of its own, which it cannot once a human has approved it: "
+    "tell its operator."
+)
 
 
 class _Action(NamedTuple):
@@ -55,12 +62,15 @@ def _actions(value: Any) -> list[Mapping[str, Any]]:
     """Return the actions that an interrupt asks about, of both forms of `HumanInTheLoopMiddleware`."""
     if not isinstance(value, Mapping):
         return []
-    return [value] if value.get("type") == "tool_approval" else list(value.get("action_requests", ()))
+    asked = [value] if value.get("type") == "tool_approval" else value.get("action_requests")
+    found = asked if isinstance(asked, list | tuple) else ()
+    is_ours = all(isinstance(each, Mapping) and {"name", "args"} <= each.keys() for each in found)
+    return list(found) if is_ours else []
 
 
 def _key(call: ToolCall, caller: CallerIdentity) -> _Key:
-    # The hash that binds an approval: two calls whose JSON is the same may differ.
-    return caller.org_id, caller.caller_id, hash_tool_call(call)
+    # Not their JSON: two calls whose JSON is the same may differ.
+    return caller.org_id, caller.caller_id, hash_json([call.server, call.tool, call.arguments])
 
 
 class GatewayMiddleware(AgentMiddleware[Any, Any]):
@@ -96,34 +106,54 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]]
     ) -> ToolMessage | Command[Any]:
         """Run one tool call, or answer why it does not run."""
-        asked = request.tool_call
+        # A copy: other tools reach the state, and with it the arguments, while this call waits for a human.
+        asked = deepcopy(request.tool_call)
+        own, caller = request.override(tool_call=asked), self._identify(request)
         try:
-            return await self.run(asked["name"], asked["args"], self._identify(request), lambda: handler(request))
+            return await self._run(asked["name"], asked["args"], caller, lambda: handler(own), is_error=_is_error)
         except (CallPendingError, CallRefusedError) as exc:
             return _error(str(exc), request)
 
     async def run(
         self, tool: str, arguments: dict[str, Any], caller: CallerIdentity, body: Callable[[], Awaitable[T]]
     ) -> T:
-        """Run `body` as one call, in any node of a graph; it may run again from its top, and finds what it asked.
+        """Run `body` as one call, in a node of a graph that does nothing else: the node runs again from its top.
 
         Raises:
             CallPendingError: It waits for a human, and `on_pending` is "return".
-            CallRefusedError: It must not run.
+            CallRefusedError: It must not run; or a human approved it, and it interrupts the graph by itself.
         """
+        return await self._run(tool, arguments, caller, body)
+
+    async def _run(
+        self,
+        tool: str,
+        arguments: dict[str, Any],
+        caller: CallerIdentity,
+        body: Callable[[], Awaitable[T]],
+        *,
+        is_error: Callable[[T], bool] | None = None,
+    ) -> T:
         call = ToolCall(server=self._server, tool=tool, arguments=arguments)
-        released = self._released.get(_key(call, caller))
-        if released:
-            return await released.pop(0).run(body)
         while True:
             try:
-                return await self._guard.run(call, caller, body)
+                released = self._take_released(_key(call, caller)) or await self._guard.release(call, caller)
+                return await released.run(
+                    (lambda: _without_interrupts(body)) if released.is_approved else body, is_error=is_error
+                )
             except CallPendingError as exc:
                 if not self._interrupts:
                     raise
                 # It raises, and the node runs again from its top. Resumed before the decision, it returns instead, and
                 # the call is asked for once more.
                 interrupt({**exc.facts, "tool": call.tool})
+
+    def _take_released(self, key: _Key) -> ReleasedCall | None:
+        released = self._released.pop(key, [])
+        first = released.pop(0) if released else None
+        if released:
+            self._released[key] = released
+        return first
 
     async def answer(self, state: Mapping[str, Any], caller: CallerIdentity) -> Command[Any] | None:
         """Answer the interrupts of `HumanInTheLoopMiddleware`, or of that form, by what humans decide in the store.
@@ -156,7 +186,7 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
     async def _ask(self, interrupt_id: str, n: int, action: Mapping[str, Any], caller: CallerIdentity) -> _Action:
         call = ToolCall(server=self._server, tool=action["name"], arguments=action["args"])
         # LangGraph gives two interrupts of one task, one after the other, the same id.
-        bind = sha256(f"{interrupt_id} {n} {hash_tool_call(call)}".encode()).hexdigest()
+        bind = hash_json([interrupt_id, n, _key(call, caller)])
         for attempt in count():
             try:
                 approval = await self._guard.ask(call, caller, request_id=f"{bind[:32]}-{attempt}", bind=bind)
@@ -175,10 +205,30 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
                 text = await self._guard.refuse(action.call, caller, approval)
             elif not text:
                 released = await self._guard.release(action.call, caller, bind=action.bind)
-                self._released.setdefault(_key(action.call, caller), []).append(released)
+                key = _key(action.call, caller)
+                # Set anew, so that the time of all of them begins now.
+                self._released[key] = [*self._released.get(key, ()), released]
         except (CallPendingError, CallRefusedError) as exc:
             text = str(exc)
         return {"type": "reject", "message": text} if text else {"type": "approve"}
+
+
+async def _without_interrupts(body: Callable[[], Awaitable[T]]) -> T:
+    """Run what a human approved. It may not interrupt: its node would begin anew, with an approval that is used up."""
+    # LangGraph hands out answers by their number: what our own interrupts were answered is none for the tool.
+    with suppress(GraphInterrupt, KeyError, RuntimeError):
+        while True:
+            interrupt(None)
+    try:
+        return await body()
+    except GraphInterrupt:
+        raise CallRefusedError(_INTERRUPTED) from None
+
+
+def _is_error(result: ToolMessage | Command[Any]) -> bool:
+    update = result.update if isinstance(result, Command) else {"messages": [result]}
+    messages = update.get("messages", ()) if isinstance(update, Mapping) else ()
+    return any(isinstance(each, ToolMessage) and each.status == "error" for each in messages)
 
 
 def _error(text: str, request: ToolCallRequest) -> ToolMessage:

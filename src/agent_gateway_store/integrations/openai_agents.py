@@ -52,17 +52,33 @@ class GatewayTools:
     Args:
         guard: Judges, approves and records.
         identify: Returns the caller, given the `context` of the run.
-        server: Name of the agent's tools in the record.
+        server: Name of the agent's tools in the record. An approval releases the tool of this server and name, so give
+            agents with different tools of one name each a server of its own.
     """
 
     def __init__(self, guard: CallGuard, identify: Callable[[Any], CallerIdentity], *, server: str = "agent") -> None:
         self._guard, self._identify, self._server = guard, identify, server
         self._judged: TTLCache[str, ReleasedCall | CallRefusedError] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
-        self._names: set[str] = set()
+        self._tools: dict[str, FunctionTool] = {}
 
     def wrap(self, *tools: FunctionTool) -> list[Any]:
-        """Return the tools as an agent takes them; their own `needs_approval` gives way to the policy."""
-        self._names |= {tool.name for tool in tools}
+        """Return the tools as an agent takes them; their own `needs_approval` gives way to the policy.
+
+        Raises:
+            TypeError: One is no function tool, so it runs where nobody can judge it.
+            ValueError: Two different tools have one name, so an approval would release either.
+        """
+        for tool in tools:
+            if not isinstance(tool, FunctionTool):
+                raise TypeError(
+                    f"A {type(tool).__name__} runs where the gateway cannot judge it: wrap function tools only."
+                )
+            known = self._tools.setdefault(tool.qualified_name, tool)
+            if _code(known) != _code(tool):
+                raise ValueError(
+                    f"Two different tools are named {tool.qualified_name}, and an approval would release either: "
+                    "give each its own name, or its own GatewayTools with a server of its own."
+                )
         return [self._wrapped(tool) for tool in tools]
 
     async def answer(self, state: RunState[Any, Any], context: Any = None) -> bool:
@@ -79,8 +95,8 @@ class GatewayTools:
         """
         is_answered = True
         for item in state.get_interruptions():
-            name, call_id = item.tool_name, item.call_id
-            if name not in self._names or call_id is None:
+            name, call_id = item.qualified_name, item.call_id
+            if name not in self._tools or call_id is None:
                 continue
             try:
                 judged = await self._judge(name, context, _read(item.arguments), call_id)
@@ -120,7 +136,7 @@ class GatewayTools:
 
         async def needs_approval(context: RunContextWrapper[Any], arguments: dict[str, Any], call_id: str) -> bool:
             try:
-                await self._judge(tool.name, context.context, arguments, call_id)
+                await self._judge(tool.qualified_name, context.context, arguments, call_id)
             except CallPendingError:
                 return True
             return False
@@ -128,7 +144,7 @@ class GatewayTools:
         async def invoke(context: ToolContext[Any], given: str) -> Any:
             try:
                 judged = await self._judge(
-                    tool.name, context.context, _read(given), context.tool_call_id, is_taken=True
+                    tool.qualified_name, context.context, _read(given), context.tool_call_id, is_taken=True
                 )
             except CallPendingError as exc:
                 return str(exc)
@@ -145,6 +161,11 @@ class GatewayTools:
                 return text
 
         return dataclasses.replace(tool, on_invoke_tool=invoke, needs_approval=needs_approval)
+
+
+def _code(tool: FunctionTool) -> object:
+    # Hosts may build a tool, closure included, for each run; only the code and the schema stay the same.
+    return getattr(getattr(tool, "__wrapped__", None), "__code__", None), tool.params_json_schema
 
 
 def _read(arguments: str | None) -> dict[str, Any] | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
+from agent_gateway_store.encoding.plain import type_name
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.integrations.guard import (
     CallGuard,
@@ -42,7 +45,8 @@ class GatewayToolset(WrapperToolset[Any]):
         wrapped: The tools.
         guard: Judges, approves and records.
         identify: Returns the caller, given the context of the run.
-        server: Name of the toolset in the record.
+        server: Name of the toolset in the record. An approval releases the tool of this server and name, so give two
+            toolsets with different tools of one name each a server of its own.
     """
 
     guard: CallGuard
@@ -64,11 +68,30 @@ class GatewayToolset(WrapperToolset[Any]):
 
         call = ToolCall(server=self.server, tool=name, arguments=tool_args)
         try:
-            return await self.guard.run(call, self.identify(ctx), run, session_id=ctx.conversation_id)
+            caller, bind = self.identify(ctx), _models_in(tool_args)
+            return await self.guard.run(call, caller, run, bind=bind, session_id=ctx.conversation_id)
         except CallPendingError as exc:
             raise ApprovalRequired(metadata=exc.facts) from None
         except CallRefusedError as exc:
             raise ToolFailed(str(exc)) from None
+
+
+def _models_in(arguments: Any) -> str:
+    """Return the names of the classes among validated arguments: the JSON of two models may be the same."""
+    found: list[str] = []
+    items = [arguments]
+    while items:
+        item = items.pop()
+        if isinstance(item, BaseModel) or (is_dataclass(item) and not isinstance(item, type)):
+            found.append(type_name(type(item)))
+            items.append(
+                dict(item) if isinstance(item, BaseModel) else [getattr(item, each.name) for each in fields(item)]
+            )
+        elif isinstance(item, Mapping):
+            items.extend(item.values())
+        elif isinstance(item, list | tuple):
+            items.extend(item)
+    return " ".join(found)
 
 
 async def results_of(store: GatewayStore, requests: DeferredToolRequests) -> DeferredToolResults | None:

@@ -16,6 +16,7 @@ from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import canonical_json, hash_json
+from agent_gateway_store.errors import ApprovalError
 from agent_gateway_store.models.audit import Instant, Sha256Hex
 from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, TokenDigest, UtcDateTime
@@ -54,8 +55,17 @@ def hash_tool_call(call: ToolCall, *, key: str | None = None) -> str:
     Args:
         call: The call as it will run, not as approvers see it.
         key: As in `AuditEvent.hash_args`.
+
+    Raises:
+        ApprovalError: An argument holds an object that JSON does not know and two of which may look the same.
     """
-    return hash_json({"server": call.server, "tool": call.tool, "arguments": call.arguments}, key=key)
+    try:
+        document = {"server": call.server, "tool": call.tool, "arguments": call.arguments}
+        return hash_json(document, key=key, strict=True)
+    except TypeError as exc:
+        raise ApprovalError(
+            f"An approval cannot be bound to {exc} among the arguments: give its values as JSON."
+        ) from exc
 
 
 class ApprovalRequest(StoreModel, table=True):

@@ -36,12 +36,14 @@ async def acquire(
     caller: CallerIdentity,
     *,
     required: int,
+    bind: str,
     wait_s: float,
     before_use: Callable[[], Awaitable[None]],
 ) -> None:
     """Acquire an approval of the call; it may run if this returns.
 
     Args:
+        bind: What the tool takes, which may change before the same call comes again.
         before_use: Awaited once it is acquired; raises if another tool would run now than was asked for. The approval
             is spent then.
 
@@ -54,7 +56,7 @@ async def acquire(
     record.decision = Decision.APPROVAL_REQUIRED
     request = _request(record, caller, required)
     try:
-        acquired = await guard.acquire(approvals, request, call=record.call, wait_s=wait_s)
+        acquired = await guard.acquire(approvals, request, call=record.call, bind=bind, wait_s=wait_s)
     except CallPendingError as exc:
         record.is_silent = not exc.is_first
         raise

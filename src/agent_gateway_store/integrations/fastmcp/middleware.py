@@ -197,7 +197,8 @@ class GatewayMiddleware(PinningMiddleware):
                 )
                 return resolved, token
             wait_s = self._approval_wait_s
-            await acquire(approvals, record, caller, required=required, wait_s=wait_s, before_use=before_use)
+            bind = resolved.schema
+            await acquire(approvals, record, caller, required=required, bind=bind, wait_s=wait_s, before_use=before_use)
             return resolved, None
         if verdict.decision != Decision.ALLOW:
             raise ToolError(verdict.reason)

@@ -25,6 +25,7 @@ from fastmcp.utilities.types import NotSet
 from fastmcp.utilities.versions import VersionSpec
 from mcp_types import CallToolRequestParams
 
+from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.integrations.fastmcp.pinning import Hop, PinningMiddleware, pin_lookups
 from agent_gateway_store.models.values import ToolCall
 
@@ -56,6 +57,7 @@ class ResolvedTool:
             `@version`, `@input_responses` and `@request_state` if there are any.
         hops: The lookups that lead to the tool; to run what the first one returned is to run the call.
         code: Equal for two lookups that end in the same code and schema.
+        schema: The hash of what the tool takes, defaults included.
         message: A copy of the message, to be run: a change of the original, or by a tool of its arguments, changes
             neither what runs nor `call`.
     """
@@ -63,6 +65,7 @@ class ResolvedTool:
     call: ToolCall
     hops: tuple[Hop, ...]
     code: object
+    schema: str
     message: CallToolRequestParams
 
 
@@ -112,7 +115,8 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
     label = require_own_server_name(context.fastmcp, at, server)
     await require_seen_calls(context.fastmcp, at, tool)
     arguments.update(_inputs(context), **({VERSION: version} if version is not None else {}))
-    return ResolvedTool(ToolCall(server=label, tool=name, arguments=arguments), tuple(hops), _code(tool), message)
+    call = ToolCall(server=label, tool=name, arguments=arguments)
+    return ResolvedTool(call, tuple(hops), _code(tool), hash_json(tool.parameters), message)
 
 
 def _requested_version(message: CallToolRequestParams) -> VersionSpec | None:

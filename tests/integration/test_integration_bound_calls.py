@@ -1,0 +1,348 @@
+"""Whatever happens between question and run, a call runs as it was approved, once, and the log says how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from agents import WebSearchTool, function_tool, tool_namespace
+from fastmcp import Client, FastMCP
+from fastmcp_helpers import always
+from langchain.agents import create_agent
+from langchain.tools import ToolRuntime
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, ToolMessage
+from langchain_core.runnables import RunnableLambda
+from langchain_core.tools import ToolException
+from langchain_core.tools import tool as langchain_tool
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Command, Interrupt, interrupt
+from pydantic import BaseModel, Discriminator, SecretStr, Tag
+from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
+from pydantic_ai.messages import ModelResponse, ToolCallPart
+from pydantic_ai.models.function import FunctionModel
+
+from agent_gateway_store import AuditEvent, CallerIdentity, Decision, GatewayStore, ToolCall, TrustLevel
+from agent_gateway_store.integrations import langchain as for_langchain
+from agent_gateway_store.integrations import openai_agents as for_openai
+from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
+from agent_gateway_store.integrations.fastmcp import GatewayMiddleware
+from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict
+
+pytestmark = pytest.mark.integration
+
+CALLER = CallerIdentity(caller_id="a", role="r", trust_level=TrustLevel.LOW, environment="test")
+
+
+def judge(_caller: CallerIdentity, call: ToolCall) -> Verdict:
+    """Only what is named `free` needs no human."""
+    decision = Decision.ALLOW if call.tool.startswith("free") else Decision.APPROVAL_REQUIRED
+    return Verdict(decision=decision, rule="r", reason="why")
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[GatewayStore]:
+    async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url="") as store:
+        yield store
+
+
+async def approve(store: GatewayStore) -> None:
+    for each in await store.approvals.list_requests("PENDING"):
+        await store.approvals.approve(approval_id=each.approval_id, approver_id="alice")
+
+
+async def events(store: GatewayStore) -> list[AuditEvent]:
+    """Oldest first."""
+    return list(reversed(await store.audit.list_recent()))
+
+
+def pay(to: Any) -> ToolCall:
+    return ToolCall(server="bank", tool="pay", arguments={"to": to})
+
+
+async def done() -> str:
+    return "done"
+
+
+class TestGuard:
+    """The core of the adapters."""
+
+    @pytest.mark.parametrize("nested", [False, True])
+    async def test_what_sanitize_changes_is_not_the_call(self, store: GatewayStore, nested: bool) -> None:
+        """One that masks in place neither widens an approval nor reaches the tool."""
+
+        def mask(call: ToolCall) -> dict[str, Any]:
+            place = call.arguments["to"] if nested else call.arguments
+            place["to"] = "***"
+            return call.arguments
+
+        one, other = (pay({"to": name} if nested else name) for name in ("alice", "mallory"))
+        guard = CallGuard(store, judge, sanitize=mask)
+        with pytest.raises(CallPendingError):
+            await guard.run(one, CALLER, done)
+        await approve(store)
+        with pytest.raises(CallPendingError):
+            await guard.run(other, CALLER, done)
+        assert await guard.run(one, CALLER, done) == "done"
+        assert "alice" in str(one.arguments)
+        async with store.audit.call(other, CALLER, decision=Decision.ALLOW, sanitize=mask) as event:
+            assert "mallory" in str(other.arguments)
+        assert event.raw_args_hash == store.hash_args(other.arguments)
+
+    async def test_a_sanitize_that_fails_refuses_the_call(self, store: GatewayStore) -> None:
+        """Before anybody is asked, with an event, and without a word of what it was about."""
+
+        def broken(call: ToolCall) -> dict[str, Any]:
+            raise KeyError(call.arguments["to"])
+
+        with pytest.raises(CallRefusedError, match="The gateway failed"):
+            await CallGuard(store, judge, sanitize=broken).run(pay("alice"), CALLER, done)
+        (event,) = await events(store)
+        assert (event.decision, event.sanitized_args) == ("DENY", {"to": "[hidden]"})
+        assert await store.approvals.list_requests() == []
+
+    async def test_a_released_call_runs_once(self, store: GatewayStore) -> None:
+        released = await CallGuard(store, judge).release(ToolCall(server="s", tool="free"), CALLER)
+        assert await released.run(done) == "done"
+        with pytest.raises(CallRefusedError, match="ran before"):
+            await released.run(done)
+        assert len(await events(store)) == 1
+
+    async def test_an_object_whose_text_may_lie_is_not_approved(self, store: GatewayStore) -> None:
+        """Two secrets look the same; a call that needs no human runs."""
+        guard = CallGuard(store, judge)
+        with pytest.raises(CallRefusedError, match=r"an object of the type pydantic\.types\.SecretStr among"):
+            await guard.run(pay([{"deep": SecretStr("x")}]), CALLER, done)
+        free = ToolCall(server="s", tool="free", arguments={"secret": SecretStr("x")})
+        assert await guard.run(free, CALLER, done) == "done"
+
+    async def test_a_caller_that_goes_away_while_it_waits_leaves_an_event(self, store: GatewayStore) -> None:
+        """Otherwise nothing would say that a human was asked."""
+        waiting = asyncio.create_task(CallGuard(store, judge, approval_wait_s=60).run(pay("alice"), CALLER, done))
+        while not await store.approvals.list_requests("PENDING"):
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        (event,) = await events(store)
+        assert (event.decision, event.execution_status) == ("APPROVAL_REQUIRED", None)
+        assert "went away" in event.deterministic_rationale
+
+
+@pytest.mark.parametrize(
+    ("make", "status"),
+    [
+        (lambda: ExceptionGroup("one", [TimeoutError()]), "TIMEOUT"),
+        (lambda: in_a_circle(ValueError("x"), KeyError("y")), "TOOL_ERROR"),
+        (lambda: in_a_circle(ValueError("x"), TimeoutError("y")), "TIMEOUT"),
+    ],
+)
+async def test_the_status_of_an_error_is_found_among_its_causes(store: GatewayStore, make: Any, status: str) -> None:
+    """Also where these lead in a circle, which Python allows."""
+    with pytest.raises((ValueError, ExceptionGroup)):
+        async with store.audit.call(pay("alice"), CALLER, decision=Decision.ALLOW):
+            raise make()
+    assert [each.execution_status for each in await events(store)] == [status]
+
+
+def in_a_circle(first: BaseException, second: BaseException) -> BaseException:
+    first.__cause__, second.__cause__ = second, first
+    return first
+
+
+THREAD: Any = {"configurable": {"thread_id": "t-1"}}
+
+
+class Scripted(GenericFakeChatModel):
+    """Makes its calls in one turn, and ends."""
+
+    calls: list[tuple[str, dict[str, Any]]]
+
+    def bind_tools(self, *_args: Any, **_options: Any) -> Any:
+        asked = AIMessage("", tool_calls=[{"name": name, "args": args, "id": name} for name, args in self.calls])
+        return RunnableLambda(lambda messages: AIMessage("end") if messages[-1].type == "tool" else asked)
+
+
+class TestLangChain:
+    """Agents with real graphs and a scripted model."""
+
+    @staticmethod
+    def agent(store: GatewayStore, tools: list[Any], *calls: tuple[str, dict[str, Any]], **options: Any) -> Any:
+        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge, **options), lambda _: CALLER, server="bank")
+        model = Scripted(messages=iter(()), calls=list(calls))
+        return create_agent(model, tools, middleware=[gateway], checkpointer=InMemorySaver())
+
+    @staticmethod
+    async def ask(agent: Any) -> Any:
+        return await agent.ainvoke({"messages": [("user", "go")]}, THREAD)
+
+    async def test_arguments_that_change_in_the_state_run_as_they_were_approved(self, store: GatewayStore) -> None:
+        """Another tool of the turn reaches the messages of the graph, and the same objects are in them."""
+        ran: list[str] = []
+
+        @langchain_tool
+        async def transfer(to: str) -> str:
+            """Pay."""
+            ran.append(to)
+            return "paid"
+
+        @langchain_tool
+        async def free_tidy(runtime: ToolRuntime) -> str:
+            """Change what waits, and let it go on."""
+            while not await store.approvals.list_requests("PENDING"):
+                await asyncio.sleep(0.01)
+            runtime.state["messages"][-1].tool_calls[0]["args"]["to"] = "mallory"
+            await approve(store)
+            return "tidy"
+
+        calls = ("transfer", {"to": "alice"}), ("free_tidy", {})
+        await self.ask(self.agent(store, [transfer, free_tidy], *calls, approval_wait_s=30))
+        assert ran == ["alice"]
+
+    async def test_a_tool_that_was_approved_cannot_take_our_answer_for_its_own(self, store: GatewayStore) -> None:
+        """LangGraph hands out answers by number, and the first one was given to the gateway's own interrupt."""
+        answers: list[Any] = []
+
+        @langchain_tool
+        async def delete(path: str) -> str:
+            """Delete."""
+            answers.append(interrupt(f"Really {path}?"))
+            return "deleted"
+
+        agent = self.agent(store, [delete], ("delete", {"path": "a"}))
+        state = await self.ask(agent)
+        await approve(store)
+        state = await agent.ainvoke(await for_langchain.resume(store, state), THREAD)
+        (answer,) = [each for each in state["messages"] if isinstance(each, ToolMessage)]
+        assert (answers, answer.status) == ([], "error")
+        assert "interrupted the graph to ask something of its own" in answer.content
+
+    async def test_errors_that_a_graph_returns_as_messages_are_recorded_as_errors(self, store: GatewayStore) -> None:
+        """Wrong arguments, a handled error, an unknown tool, and a command that holds one."""
+
+        def soft(path: str) -> str:
+            """Fail."""
+            raise ToolException(path)
+
+        handled = langchain_tool("free_soft")(soft)
+        handled.handle_tool_error = True
+
+        @langchain_tool
+        async def free_command(path: str) -> Any:
+            """Fail by a command."""
+            failed = ToolMessage(path, tool_call_id="free_command", status="error")
+            return Command(update={"messages": [failed]})
+
+        names = ("free_soft", "free_command", "free_unknown")
+        calls = [(name, {"path": "a"}) for name in names] + [("free_command", {"wrong": 1})]
+        await self.ask(self.agent(store, [handled, free_command], *calls))
+        assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR"] * 4
+
+    async def test_interrupts_of_another_form_are_left(self, store: GatewayStore) -> None:
+        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
+        for value in ({"action_requests": None}, {"action_requests": ["x"]}, {"action_requests": [{"name": "x"}]}):
+            assert await gateway.answer({"__interrupt__": [Interrupt(value=value, id="i-1")]}, CALLER) is None
+
+
+class Read(BaseModel):
+    """What was approved."""
+
+    path: str
+
+
+class Delete(BaseModel):
+    """What looks the same as JSON."""
+
+    path: str
+
+
+def kind(value: Any) -> str:
+    return value["op"] if isinstance(value, dict) else type(value).__name__
+
+
+Either = Annotated[Annotated[Read, Tag("Read")] | Annotated[Delete, Tag("Delete")], Discriminator(kind)]
+
+
+async def test_pydantic_ai_tells_models_apart_whose_json_is_the_same(store: GatewayStore) -> None:
+    """The tool receives validated objects, and which class it is decides what happens."""
+    ran: list[Any] = []
+
+    async def act(what: Either) -> str:
+        ran.append(what)
+        return "done"
+
+    async def run(op: str) -> Any:
+        part = ToolCallPart("act", {"what": {"op": op, "path": "x"}}, tool_call_id="c-1")
+        model = FunctionModel(lambda *_: ModelResponse(parts=[part]))
+        tools = for_pydantic_ai.GatewayToolset(FunctionToolset([act]), CallGuard(store, judge), lambda _: CALLER)
+        return (await Agent(model, toolsets=[tools], output_type=[str, DeferredToolRequests]).run("go")).output
+
+    assert isinstance(await run("Read"), DeferredToolRequests)
+    await approve(store)
+    assert isinstance(await run("Delete"), DeferredToolRequests)
+    assert ran == []
+
+
+class TestOpenAIAgents:
+    """What is told apart by name."""
+
+    async def test_two_tools_of_one_name_are_told_apart(self, store: GatewayStore) -> None:
+        """By their namespaces; and where they have none, they are refused."""
+
+        @function_tool(name_override="delete")
+        async def one(path: str) -> str:
+            return path
+
+        @function_tool(name_override="delete")
+        async def other(path: str) -> str:
+            return path * 2
+
+        tools = for_openai.GatewayTools(CallGuard(store, judge), lambda _: CALLER)
+        crm, prod = (
+            tool_namespace(name=name, description="d", tools=[tool]) for name, tool in (("crm", one), ("prod", other))
+        )
+        for wrapped in tools.wrap(*crm, *prod):
+            assert await wrapped.needs_approval(Context(), {"path": "a"}, "c-1")
+        asked = await store.approvals.list_requests()
+        assert sorted(each.tool_call.tool for each in asked) == ["crm.delete", "prod.delete"]
+        tools.wrap(one, one)
+        with pytest.raises(ValueError, match="Two different tools are named delete"):
+            tools.wrap(other)
+
+    async def test_a_tool_that_runs_elsewhere_is_refused(self, store: GatewayStore) -> None:
+        tools = for_openai.GatewayTools(CallGuard(store, judge), lambda _: CALLER)
+        with pytest.raises(TypeError, match="A WebSearchTool runs where the gateway cannot judge it"):
+            tools.wrap(WebSearchTool())  # type: ignore[arg-type]
+
+
+class Context:
+    """What the SDK hands to `needs_approval`."""
+
+    context = None
+
+
+async def test_fastmcp_asks_anew_when_a_tool_takes_something_else(store: GatewayStore) -> None:
+    """A default that grew between the question and the second call is part of what runs."""
+    ran: list[int] = []
+
+    async def call(limit: int) -> Any:
+        gateway = GatewayMiddleware(store, judge, identify=always, approval_wait_s=0.01)
+        server: FastMCP[Any] = FastMCP("bank", middleware=[gateway])
+
+        @server.tool
+        async def transfer(to: str, most: int = limit) -> str:
+            ran.append(most)
+            return to
+
+        async with Client(server) as client:
+            return await client.call_tool("transfer", {"to": "alice"}, raise_on_error=False)
+
+    assert (await call(10)).is_error
+    await approve(store)
+    assert (await call(10**6)).is_error
+    assert ran == []
+    assert not (await call(10)).is_error
+    assert ran == [10]
