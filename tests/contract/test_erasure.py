@@ -157,6 +157,39 @@ async def test_held_and_open_things_are_not_erased(store: GatewayStore, tmp_path
     assert len([e async for e in store.audit.stream(tool_name="audit.erase")]) == 0
 
 
+async def test_an_erased_event_is_archived_as_that(store: GatewayStore, tmp_path: Path) -> None:
+    """What was blanked in the table and goes to an archive later is no forgery there."""
+    await settle(store)
+    await store.retention.erase("r-1", reason="r", by="dpo")
+    await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+    verified = await store.evidence.verify(archive=tmp_path / "a")
+    assert (verified.ok, verified.erased, verified.archived) == (True, 1, 2)
+    assert Archive(tmp_path / "a").verify().ok
+
+
+async def test_deadlines_and_the_floor_are_those_of_the_database_clock(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process whose clock is a year ahead takes nothing that is young or open."""
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(days=365)
+
+    await store.audit.write(make_event(request_id="r-2"))
+    await store.approvals.issue_token(make_request(request_id="r-2"))
+    await store.evidence.seal()
+    monkeypatch.setattr(clock, "datetime", Ahead)
+    with pytest.raises(ValueError, match="still open"):
+        await store.retention.erase("r-2", reason="r", by="dpo")
+    pruned = await store.retention.prune_approvals("0d", by="ops", discard=True, below_floor=True)
+    assert pruned.approvals == 0
+    assert (await store.retention.prune("200d", by="ops", discard=True)).events == 0
+    with pytest.raises(ValueError, match="AUDIT_RETENTION_FLOOR_DAYS"):
+        await store.retention.prune(Ahead.now(UTC) - timedelta(days=200), by="ops", discard=True)
+
+
 async def test_an_organisation_erases_its_own(store: GatewayStore) -> None:
     """The same id in two organisations: the unbound store asks for one of them."""
     for org_id in ("acme", "globex"):

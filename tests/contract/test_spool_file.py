@@ -72,6 +72,21 @@ async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path
     assert {event.execution_status for event in found} == set(ExecutionStatus)
 
 
+async def test_a_file_that_was_replaced_takes_nothing_more(path: Path) -> None:
+    """Another process has made a new one meanwhile: what went to the old one would be gone with this process."""
+    slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
+    old, one, other = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "one", "other"))
+    await slow.add([old])
+    await fast.add([old])
+    path.rename(path.with_name("moved.db"))
+    await fast.add([one])
+    await slow.add([other])
+
+    assert spooled_ids(path) == ["one", "other"]
+    await slow.close()
+    await fast.close()
+
+
 async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:
     """One process replays rows that another has replayed already, while a third spools: the new row stays."""
     slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import event, make_url
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from agent_gateway_store import GatewayStore, WriteOutcome
+from agent_gateway_store.errors import StoreUnavailableError
 from builders import make_event
 from proofs.harness import (
     Load,
@@ -255,6 +257,36 @@ async def test_a_server_that_hangs_holds_nobody_up(server: PostgresServer, url: 
     assert waiting >= 2_000
     assert flushed < 4.5  # a probe of a second, not a commit of five
     assert recovered < BACK_WITHIN_S
+
+
+@pytest.mark.parametrize("is_long", [False, True], ids=["transaction", "long read"])
+async def test_a_server_that_hangs_in_a_transaction_costs_one_timeout(
+    server: PostgresServer, url: str, tmp_path: Path, is_long: bool
+) -> None:
+    """Nobody waits for the answer to a ROLLBACK as well. The engine is the host's, whose commands may take a second."""
+    engine = create_async_engine(
+        make_url(url).set(drivername="postgresql+asyncpg"), connect_args={"command_timeout": 1}
+    )
+    async with GatewayStore(engine=engine, redis_url="") as store:
+        await store.audit.write(make_event())
+        await store.keys.list()
+
+        @event.listens_for(engine.sync_engine, "before_cursor_execute")
+        def stop(*_: object) -> None:
+            server.pause()
+
+        if is_long:
+            event.remove(engine.sync_engine, "before_cursor_execute", stop)
+            server.pause()
+        start = time.monotonic()
+        try:
+            with pytest.raises(StoreUnavailableError):
+                await (store.audit.export(tmp_path / "x.jsonl") if is_long else store.keys.list())
+            took = time.monotonic() - start
+        finally:
+            server.resume()
+    await engine.dispose()
+    assert took < 1.9
 
 
 async def test_a_server_without_connections_is_an_outage(server: PostgresServer, url: str) -> None:

@@ -180,7 +180,8 @@ class ArchiveWalk:
         except Exception:
             # What a file can be made to hold and is no event: every error means the same.
             content = ""
-        if salt is None and event[_CONTENT_HASH] is None:
+        # 0.1.0 wrote an empty text in place of no salt, from SQLite.
+        if not salt and event[_CONTENT_HASH] is None:
             self.erased += 1
             return position, leaf, content
         if event[_CONTENT_HASH] == content and salt and leaf_of(salt, content) == leaf:

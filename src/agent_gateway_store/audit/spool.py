@@ -44,7 +44,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, db_now, reader_of
 from agent_gateway_store.storage.errors import translate_errors
-from agent_gateway_store.storage.files import create_folder
+from agent_gateway_store.storage.files import create_folder, file_id, is_gone
 from agent_gateway_store.storage.urls import is_memory
 
 # Chosen: a long outage must not fill the disk of the gateway.
@@ -100,6 +100,7 @@ class Spool:
         self.identity = identity
         self._url = _without_user(database)
         self._engine: AsyncEngine | None = None
+        self._opened: tuple[int, int] | None = None
         self._opening = asyncio.Lock()
 
     @property
@@ -216,8 +217,8 @@ class Spool:
         """Return the engine of the file, which the first call makes."""
         # Batches that fail at the same time come here at the same time.
         async with self._opening:
-            if self._engine is not None and not self.exists:
-                # The file was removed: what is written to it now would be lost when this process ends.
+            if self._engine is not None and is_gone(self.path, self._opened):
+                # The file was removed or replaced: what is written to it now would be lost when this process ends.
                 await self.close()
             if self._engine is None:
                 _check_place(self.path)
@@ -231,7 +232,7 @@ class Spool:
                 except BaseException:
                     await engine.dispose()
                     raise
-                self._engine = engine
+                self._engine, self._opened = engine, file_id(self.path)
             return self._engine
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -50,8 +51,8 @@ _DEFAULT_ORG = "default"
 _LAST_USED_EVERY = timedelta(minutes=1)
 # 2,738 years: both databases hold times until the year 9999 at least.
 _LONGEST_OVERLAP = timedelta(days=1_000_000)
-# Chosen: a database that is well writes one row in milliseconds.
-_RECORD_USE_S = 5.0
+# Chosen: a database that is well reads or writes one row in milliseconds.
+_ONE_ROW_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.keys")
 _keys = ApiKey.__table__  # type: ignore[attr-defined]
 
@@ -112,6 +113,8 @@ class KeyManager:
         if organisation is None:
             raise ValueError("This store is bound to another organisation: use `store.for_org` with yours.")
         scrubber = Scrubber()
+        # Before bcrypt, whose threads a forked process does not have.
+        self._transactions.check_owner()
         key_id = new_key_id()
         plaintext = new_key(key_id)
         checked = ApiKey(
@@ -129,7 +132,7 @@ class KeyManager:
         values = {column.name: getattr(checked, column.name) for column in _keys.c if column.name != "id"}
         values["created_at"] = db_now()
         try:
-            row = await self._insert(values)
+            row = await self._sure(self._insert(values), key_id, checked.key_hash)
         except IntegrityError:
             # The database's own words say nothing more.
             raise ApiKeyExistsError(checked.caller_id) from None
@@ -193,7 +196,7 @@ class KeyManager:
         good.use_due = clock.monotonic() + _LAST_USED_EVERY.total_seconds()
         # In the background, so that a database which hangs over this write delays a caller but refuses none.
         writing = self._cache.background.start(self._write_use(good.identity.api_key_id))
-        await asyncio.wait([writing], timeout=_RECORD_USE_S)
+        await asyncio.wait([writing], timeout=_ONE_ROW_S)
 
     async def _write_use(self, row_id: int | None) -> None:
         statement = update(_keys).where(_keys.c.id == row_id, _is_use_due()).values(last_used_at=db_now())
@@ -235,7 +238,7 @@ class KeyManager:
             )
             .returning(*_keys.c)
         )
-        row = await self._change(statement)
+        row = await self._sure(self._change(statement), current.key_id, new_hash)
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         await self._cache.publish(row["key_id"])
@@ -258,6 +261,23 @@ class KeyManager:
             raise ApiKeyNotFoundError(caller_id)
         await self._cache.publish(row["key_id"])
         return ApiKey.from_row(row)
+
+    async def _sure(
+        self, change: Awaitable[Mapping[str, Any] | None], key_id: str, key_hash: str
+    ) -> Mapping[str, Any] | None:
+        """Return what `change` does, also where its commit succeeded and the answer was lost.
+
+        Its plaintext is still in hand then; tried again, it would take the place of the key that is in use.
+        """
+        try:
+            return await change
+        except StoreUnavailableError:
+            own = select(_keys).where(_keys.c.key_id == key_id, _keys.c.key_hash == key_hash)
+            with suppress(StoreUnavailableError, TimeoutError):
+                async with asyncio.timeout(_ONE_ROW_S), self._transactions.read() as connection:
+                    if (row := await first_row(connection, own)) is not None:
+                        return row
+            raise
 
     @retry_conflicts
     async def _insert(self, values: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -23,6 +23,7 @@ from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.retention import PrunedApprovals
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.db_clock import db_now
 
 _approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
 _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
@@ -38,7 +39,7 @@ class ApprovalPruner:
     """Prunes one batch after the other; whoever uses it holds the lock of retention.
 
     Args:
-        before: Approvals that ended from this time on stay.
+        before: Approvals that ended from this time on stay; not in the future.
         archive: The folder; None discards.
     """
 
@@ -46,7 +47,7 @@ class ApprovalPruner:
         self, database: Database, *, by: str, environment: str, before: datetime, archive: Path | None
     ) -> None:
         self._database, self._by, self._environment = database, by, environment
-        self._before = min(before, utc_now())
+        self._before = before
         self._manifest = None if archive is None else Manifest(archive)
 
     async def start(self) -> PrunedApprovals:
@@ -60,7 +61,7 @@ class ApprovalPruner:
             archived = [UUID(record["approval"]["approval_id"]) for record in records]
             async with self._database.read() as connection:
                 left = select(_approvals.c.approval_id).where(
-                    _approvals.c.approval_id.in_(archived), _is_over(utc_now())
+                    _approvals.c.approval_id.in_(archived), _is_over(db_now())
                 )
                 ids = (await connection.execute(left)).scalars().all()
             if ids:
@@ -112,7 +113,7 @@ class ApprovalPruner:
         return PrunedApprovals(approvals=len(ids), notices=notices, files=files)
 
 
-def _is_over(before: datetime) -> ColumnElement[bool]:
+def _is_over(before: datetime | ColumnElement[datetime]) -> ColumnElement[bool]:
     """The condition of approvals that ended before, and that no event cites."""
     approval = _approvals.c
     ended = func.coalesce(approval.used_at, approval.decision_at, approval.expires_at)

@@ -22,7 +22,6 @@ from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.doors import DOOR_FIELDS, DOOR_TOOLS, ERASE, write_door
 from agent_gateway_store.audit.erased import BLANK, BLANK_TEXTS, ERASED, blank_id, is_derived
 from agent_gateway_store.audit.selects import FIELDS, table
-from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError, StoreUnavailableError
 from agent_gateway_store.evidence.sealer import Sealer
@@ -30,11 +29,12 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import Erased, Hold
-from agent_gateway_store.retention.holds import covers, read_holds
+from agent_gateway_store.retention.holds import covers, lock_holds, read_holds
 from agent_gateway_store.retention.prune import archived_columns, seal_event
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.statements import Statement
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
@@ -102,7 +102,8 @@ class Eraser:
         if not targets:
             raise AuditEventNotFoundError(given)
         org_id = targets[0].values["org_id"]
-        await self._require_unheld(targets)
+        async with self._database.read() as connection:
+            await self._require_unheld(connection, targets)
         approvals = await self._open_or_over(targets, request_id, org_id)
         await self._announce(targets, reason=reason, by=by, approvals=len(approvals))
         # Before: nothing is blanked while Redis is away. After: somebody may have read SQL in between, and cached it.
@@ -114,6 +115,8 @@ class Eraser:
             change = _blanker(cited, request_id, org_id, own)
             archived_approvals = await in_thread(lambda: rewrite_approvals(manifest, change))
         async with self._database.write() as connection:
+            await lock_holds(connection)
+            await self._require_unheld(connection, targets)
             await self._blank_events(connection, targets)
             await _blank_approvals(connection, approvals)
             # Those that could not be delivered outlive their approval.
@@ -156,19 +159,18 @@ class Eraser:
             raise ValueError(f"Events of {names} have this request id: use `store.for_org(...)` (`--org`) for one.")
         return calls
 
-    async def _require_unheld(self, targets: Sequence[_Target]) -> None:
+    async def _require_unheld(self, connection: AsyncConnection, targets: Sequence[_Target]) -> None:
         ids = [each.values["id"] for each in targets if not each.archived]
         dialect = self._database.dialect
-        async with self._database.read() as connection:
-            holds = await read_holds(connection)
-            names = [
-                hold.name
-                for hold in holds
-                if ids
-                and (await connection.execute(
-                    select(table.c.id).where(table.c.id.in_(ids), covers(dialect, hold.filters)).limit(1)
-                )).first()
-            ]  # fmt: skip
+        holds = await read_holds(connection)
+        names = [
+            hold.name
+            for hold in holds
+            if ids
+            and (await connection.execute(
+                select(table.c.id).where(table.c.id.in_(ids), covers(dialect, hold.filters)).limit(1)
+            )).first()
+        ]  # fmt: skip
         positions = [each.position for each in targets if each.archived]
         if positions and self._manifest is not None:
             names += await in_thread(partial(_holds_of_archived, self._manifest.folder, holds, positions))
@@ -184,12 +186,12 @@ class Eraser:
                     _approvals.c.status,
                     _approvals.c.expires_at,
                     _approvals.c.use_before,
+                    db_now().label("now"),
                 ).where(_of_request(targets, request_id, org_id))
             )).all()  # fmt: skip
-        now = utc_now()
         for row in found:
             deadline = row.expires_at if row.status == "PENDING" else row.use_before or row.expires_at
-            if row.status in ("PENDING", "APPROVED") and deadline > now:
+            if row.status in ("PENDING", "APPROVED") and deadline > row.now:
                 raise ValueError(f"The approval {row.approval_id} of this request is still open: cancel it first.")
         return [row.approval_id for row in found]
 

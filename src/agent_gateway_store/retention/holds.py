@@ -6,7 +6,20 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, and_, bindparam, delete, false, func, insert, or_, select, true
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    and_,
+    bindparam,
+    delete,
+    false,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    true,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.visitors import replacement_traverse
@@ -61,6 +74,16 @@ async def read_holds(connection: AsyncConnection) -> list[Hold]:
         Hold(name=row.name, reason=row.reason, by=row.placed_by, placed_at=row.placed_at, filters=row.filters)
         for row in rows
     ]
+
+
+async def lock_holds(connection: AsyncConnection) -> list[Hold]:
+    """Keep holds from being placed or released until this transaction ends, and return those in force.
+
+    The lock of retention is in a connection of its own, which may end before what it protects; this one ends with it.
+    """
+    if connection.dialect.name == "postgresql":
+        await connection.execute(text("LOCK TABLE audit_holds IN SHARE MODE"))
+    return await read_holds(connection)
 
 
 def is_held(dialect: str, holds: Sequence[Hold]) -> ColumnElement[bool]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Unpack
 from uuid import UUID
 
+from sqlalchemy import select
+
 from agent_gateway_store.audit.filters import Filters
-from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.evidence.sealer import Sealer
 from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
@@ -24,6 +25,7 @@ from agent_gateway_store.retention.erase import Eraser
 from agent_gateway_store.retention.prune import Pruner, Step
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.exclusive import POLL_S, ExclusiveLock
 from agent_gateway_store.storage.files import progress_bar
 from agent_gateway_store.storage.filters import Moment, instant
@@ -110,7 +112,7 @@ class RetentionManager:
             ValueError: Neither `archive` nor `discard`, or both; `before` is within the floor; the store is bound to
                 one organisation.
         """
-        end = self._checked(before, by, archive, discard=discard, below_floor=below_floor)
+        end = await self._checked(before, by, archive, discard=discard, below_floor=below_floor)
         pruner = Pruner(
             self._database,
             self._sealer,
@@ -285,7 +287,7 @@ class RetentionManager:
             StoreUnavailableError: The database is away, or this role may not delete.
             ValueError: As of `prune`.
         """
-        end = self._checked(before, by, archive, discard=discard, below_floor=below_floor)
+        end = await self._checked(before, by, archive, discard=discard, below_floor=below_floor)
         folder = None if archive is None else Path(archive)
         environment = self._settings.environment
         pruner = ApprovalPruner(self._database, by=by, environment=environment, before=end, archive=folder)
@@ -299,19 +301,23 @@ class RetentionManager:
             total += step
             await asyncio.sleep(PAUSE_S)
 
-    def _checked(self, before: Moment, by: str, archive: object, *, discard: bool, below_floor: bool) -> datetime:
+    async def _checked(self, before: Moment, by: str, archive: object, *, discard: bool, below_floor: bool) -> datetime:
         """Return the end of what may go, after a check that what must be said was said."""
         self._require_all()
         holds.require_named(by=by)
         if (archive is None) is not discard:
             raise ValueError("Give archive=FOLDER, or discard=True if they are to be gone for good.")
-        end, days = instant("before", before), self._settings.audit_retention_floor_days
-        if not below_floor and end > utc_now() - timedelta(days=days):
+        instant("before", before)
+        # The database's: with this machine's clock ahead, what is young would go.
+        async with self._database.read() as connection:
+            now: datetime = (await connection.execute(select(db_now()))).scalar_one()
+        end, days = instant("before", before, now=now), self._settings.audit_retention_floor_days
+        if not below_floor and end > now - timedelta(days=days):
             raise ValueError(
                 f"before is less than {days:g} days ago (AUDIT_RETENTION_FLOOR_DAYS): choose an earlier time, or pass "
                 "below_floor=True (`--below-floor`)."
             )
-        return end
+        return min(end, now)
 
     def _require_all(self) -> None:
         if self._org_id is not None:

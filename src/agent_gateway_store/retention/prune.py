@@ -37,14 +37,14 @@ from agent_gateway_store.archive.manifest import Manifest, Positions, runs_of
 from agent_gateway_store.audit.doors import PRUNE, is_door, write_door
 from agent_gateway_store.audit.selects import finite_timestamp, select_events, table
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import ArchiveError, LogMismatchError
+from agent_gateway_store.errors import ArchiveError, LogMismatchError, StoreUnavailableError
 from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import AuditPrune, Hold
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column
-from agent_gateway_store.retention.holds import is_held, read_holds
+from agent_gateway_store.retention.holds import is_held, lock_holds, read_holds
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
 from agent_gateway_store.storage.database import Database
@@ -126,7 +126,11 @@ def by_ids(dialect: str) -> ColumnElement[bool]:
 def archived_columns(dialect: str) -> Select[Any]:
     """Select events as the archive holds them, joined with their leaves."""
     secrets = (_leaves.c.salt, _leaves.c.leaf_hash)
-    hexed = [func.encode(each, "hex") if dialect == "postgresql" else func.lower(func.hex(each)) for each in secrets]
+    # SQLite's hex of NULL is an empty text.
+    hexed = [
+        func.encode(each, "hex") if dialect == "postgresql" else func.nullif(func.lower(func.hex(each)), "")
+        for each in secrets
+    ]
     hashes = (each.label(column.name) for each, column in zip(hexed, secrets, strict=True))
     joined = table.join(_leaves, _leaves.c.event_id == table.c.id)
     columns = (_leaves.c.position, *hashes, table.c.transaction_id)
@@ -134,6 +138,9 @@ def archived_columns(dialect: str) -> Select[Any]:
 
 
 _DELETE = Statement(lambda dialect: delete(table).where(by_ids(dialect)))
+_LOCK_LOST = StoreUnavailableError(
+    "The lock of retention was lost and holds have changed, so the rest was not pruned: run it again."
+)
 _NOT_SEALED = LogMismatchError(
     "The event that says what is pruned could not be sealed, so nothing was: run `gateway-store evidence verify`."
 )
@@ -156,6 +163,7 @@ class Pruner:
         self._manifest = None if archive is None else Manifest(archive)
         self._archive = archive
         self._run_id = 0
+        self._holds: list[Hold] = []
         self._newest: _Newest | None = None
         self._limit = _BATCH_ROWS if archive is None else min(_FIRST_ROWS, _BATCH_ROWS)
 
@@ -224,7 +232,7 @@ class Pruner:
     async def _next(self, place: Place | None) -> tuple[Doomed | None, int]:
         """Return the next events to discard."""
         async with self._database.read() as connection:
-            holds = await read_holds(connection)
+            holds = self._holds = await read_holds(connection)
             stamp = finite_timestamp() if self._database.dialect == "postgresql" else table.c.timestamp
             columns = (table.c.id, _leaves.c.position, table.c.transaction_id, stamp.label("timestamp"))
             statement = self._narrowed(select(*columns).select_from(_sealed()), holds, place)
@@ -239,7 +247,7 @@ class Pruner:
         manifest = self._manifest
         assert manifest is not None  # noqa: S101
         async with self._database.read() as connection:
-            holds = await read_holds(connection)
+            holds = self._holds = await read_holds(connection)
         statement = Statement(lambda dialect: self._narrowed(archived_columns(dialect), holds, place))
         tables: list[Any] = []
         await arrow_blocks(self._database, statement, {}, _COLUMNS, tables.append, block_bytes=_BLOCK_BYTES)
@@ -313,6 +321,8 @@ class Pruner:
         async with self._database.write() as connection:
             if self._database.dialect == "postgresql":
                 await connection.execute(text(_TIMEOUTS))
+            if await lock_holds(connection) != self._holds:
+                raise _LOCK_LOST
             history = (await connection.execute(text("SELECT history_id FROM database_identity"))).scalar() or 0
             # Ids of transactions from before a restore are those of another server.
             pairs = zip(ids, transaction_ids, strict=True)

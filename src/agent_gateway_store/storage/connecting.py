@@ -9,6 +9,7 @@ from typing import Any
 import asyncpg
 from sqlalchemy import event
 from sqlalchemy.engine import URL, ExceptionContext
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -113,8 +114,6 @@ def postgres_engine(
             "async_creator_fn": Connector(),
             **connect_args,
         },
-        # A connection that died while idle is replaced, at the price of a round trip for each checkout.
-        pool_pre_ping=True,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=_CONNECT_TIMEOUT_S,
@@ -123,7 +122,8 @@ def postgres_engine(
     # Not as startup parameters, which poolers refuse; and in PgBouncer's transaction mode others would get them.
     if connect_args.get("statement_cache_size") != 0:
         event.listen(engine.sync_engine, "connect", _prepare_postgresql)
-    event.listen(engine.sync_engine, "handle_error", replace_read_only)
+    event.listen(engine.sync_engine, "checkout", _ping)
+    event.listen(engine.sync_engine, "handle_error", replace_useless)
     target = url.query.get("target_session_attrs")
 
     @event.listens_for(engine.sync_engine, "checkin")
@@ -138,8 +138,27 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
     connection.run_async(lambda driver: driver.execute(_SESSION))
 
 
-def replace_read_only(context: ExceptionContext) -> None:
-    """Have a connection replaced whose server has become a standby, as for the event `handle_error`."""
+def _ping(connection: Any, _record: Any, _proxy: Any) -> None:
+    """Have a connection replaced that died while it was idle, at the price of a round trip for each checkout.
+
+    SQLAlchemy's own `pool_pre_ping` takes three with asyncpg, and waits a second time where the server hangs.
+    """
+    driver = connection.driver_connection
+    try:
+        connection.run_async(lambda driver: driver.execute("SELECT", timeout=_CONNECT_TIMEOUT_S))
+    except Exception as exc:
+        driver.terminate()
+        raise InvalidatePoolError from exc
+
+
+def replace_useless(context: ExceptionContext) -> None:
+    """Have a connection replaced whose server has become a standby or gives no answer, as for `handle_error`."""
     # read_only_sql_transaction: the pool's other connections lead there as well.
     if sqlstate_of(context.original_exception) == "25006":
+        context.is_disconnect = True
+    elif isinstance(context.original_exception, TimeoutError) and context.connection is not None:
+        # A ROLLBACK would wait for its answer as long again.
+        driver = context.connection.connection.driver_connection
+        if driver is not None:
+            driver.terminate()
         context.is_disconnect = True

@@ -17,7 +17,7 @@ from agent_gateway_store import telemetry
 from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
-from agent_gateway_store.storage.connecting import postgres_engine, replace_read_only
+from agent_gateway_store.storage.connecting import postgres_engine, replace_useless
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.host import (
@@ -176,7 +176,7 @@ class Database:
         self._writer = read_committed(engine)
         if not owned and self._writer is not engine:
             # On a view of the host's engine, whose own uses it leaves alone.
-            event.listen(self._writer.sync_engine, "handle_error", replace_read_only)
+            event.listen(self._writer.sync_engine, "handle_error", replace_useless)
         self._reader = reader_of(self._writer)
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
@@ -270,13 +270,16 @@ class Database:
         cancelled_before = task.cancelling() if task else 0
         with self._counted(), translate_errors(self._read_as):
             async with self._reader.connect() as connection:
+                driver: Any = (await connection.get_raw_connection()).driver_connection
                 try:
-                    yield (await connection.get_raw_connection()).driver_connection
+                    yield driver
                 except GeneratorExit:
                     # A reader that stops early: the connection is well.
                     raise
                 except BaseException as exc:
                     if self.dialect != "sqlite":
+                        # A server that hangs would be waited for.
+                        driver.terminate()
                         await connection.invalidate()
                     if task and task.cancelling() > cancelled_before and isinstance(exc, Exception):
                         # When a COPY is cancelled the driver raises other errors instead.

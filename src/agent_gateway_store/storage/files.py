@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from errno import ENOENT, ENOTDIR
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -39,6 +40,20 @@ def create_database_file(path: Path) -> None:
     """
     with suppress(OSError):
         create_file(path)
+
+
+def file_id(path: Path) -> tuple[int, int]:
+    """Return what tells this file from one that is put in its place."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def is_gone(path: Path, opened: tuple[int, int] | None) -> bool:
+    """True if the file with this id was removed or replaced; False if it is there, or we have no right to see it."""
+    try:
+        return file_id(path) != opened
+    except OSError as exc:
+        return exc.errno in (ENOENT, ENOTDIR)
 
 
 def create_folder(path: Path) -> None:

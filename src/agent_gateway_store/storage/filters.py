@@ -48,8 +48,8 @@ def check_filters(
             yield name, value, str(given) if name in ("since", "until") else value
 
 
-def instant(name: str, given: Any) -> datetime:
-    """Return the time that a caller means, in UTC.
+def instant(name: str, given: Any, *, now: datetime | None = None) -> datetime:
+    """Return the time that a caller means, in UTC; a period counts back from `now`, by default from this process's now.
 
     Raises:
         TypeError: `given` is neither a datetime, nor a timedelta, nor text.
@@ -69,7 +69,7 @@ def instant(name: str, given: Any) -> datetime:
         raise TypeError(f'{name} must be a datetime, a timedelta or text such as "24h", not {type(given).__name__}.')
     ago = duration(name, given)
     try:
-        return utc_now() - ago
+        return (now or utc_now()) - ago
     except OverflowError:
         # Before the year 1 or after 9999: every event is on one side of it.
         return UTC_MIN if ago > timedelta() else UTC_MAX

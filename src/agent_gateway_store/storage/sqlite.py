@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -13,10 +12,11 @@ from weakref import WeakSet
 import aiosqlite
 from sqlalchemy import event
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DisconnectionError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 
-from agent_gateway_store.storage.files import create_database_file
+from agent_gateway_store.storage.files import create_database_file, file_id, is_gone
 from agent_gateway_store.storage.host import READ_ONLY
 from agent_gateway_store.storage.urls import is_memory, sqlite_file
 
@@ -24,6 +24,8 @@ from agent_gateway_store.storage.urls import is_memory, sqlite_file
 _BUSY_TIMEOUT_MS = 10_000
 # Chosen: three times what a connection to a server may take, since a crowd of writers waits for the one lock.
 _POOL_TIMEOUT_S = 30.0
+
+_REMOVED = "the database file was removed"
 
 
 class ClosingConnection(sqlite3.Connection):
@@ -60,7 +62,7 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
         connect_args={
             "timeout": _BUSY_TIMEOUT_MS / 1000,
             "isolation_level": None,
-            "async_creator_fn": partial(_connect_sqlite, _file_to_create(url)),
+            "async_creator_fn": _Connector(_file_to_create(url)),
         },
         poolclass=AsyncAdaptedQueuePool,
         pool_timeout=_POOL_TIMEOUT_S,
@@ -68,6 +70,8 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
         **limits,
     )
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    if (file := sqlite_file(url)) is not None:
+        _watch_file(engine, file)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
 
@@ -80,9 +84,23 @@ def _file_to_create(url: URL) -> Path | None:
     return sqlite_file(url) if url.query.get("mode", "rwc") == "rwc" else None
 
 
-async def _connect_sqlite(file: Path | None, *args: Any, **options: Any) -> aiosqlite.Connection:
-    if file is not None:
-        create_database_file(file)
+class _Connector:
+    """Connects an engine, whose first connection may make the file."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file, self._was_there = file, False
+
+    async def __call__(self, *args: Any, **options: Any) -> aiosqlite.Connection:
+        if self._file is not None:
+            if self._was_there and not self._file.exists():
+                raise sqlite3.OperationalError(_REMOVED)
+            create_database_file(self._file)
+        connection = await _connect_sqlite(*args, **options)
+        self._was_there = True
+        return connection
+
+
+async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
     connection = aiosqlite.connect(*args, factory=ClosingConnection, **options)
     # Its thread must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
     thread = connection._thread
@@ -117,6 +135,23 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
         # The pool does not know it yet, and its thread would go on for ever.
         connection.close()
         raise
+
+
+def _watch_file(engine: AsyncEngine, file: Path) -> None:
+    """Let no connection be used whose file was removed or replaced: what it writes would be gone with it."""
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def note(_connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["file"] = file_id(file)
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def compare(_connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        if not is_gone(file, record.info["file"]):
+            return
+        if not file.exists():
+            raise OperationalError(None, None, sqlite3.OperationalError(_REMOVED))
+        # The pool connects anew, to the file that is there now.
+        raise DisconnectionError("the database file was replaced")
 
 
 def _begin_sqlite(connection: Any) -> None:

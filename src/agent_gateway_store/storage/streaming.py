@@ -37,8 +37,13 @@ WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'tran
 @asynccontextmanager
 async def _long_read(driver: asyncpg.Connection, isolation: str = "read_committed") -> AsyncIterator[None]:
     async with driver.transaction(isolation=isolation, readonly=True):
-        await driver.execute(_LONG_READ)
-        yield
+        try:
+            await driver.execute(_LONG_READ)
+            yield
+        except TimeoutError:
+            # A ROLLBACK would wait for its answer as long again.
+            driver.terminate()
+            raise
 
 
 def _any_text(stored: bytes) -> str:

@@ -1,0 +1,52 @@
+"""A SQLite file that is removed or replaced while it is open."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.errors import StoreUnavailableError
+from builders import make_event, make_request
+
+pytestmark = pytest.mark.integration
+
+
+async def test_nothing_is_acknowledged_into_a_file_that_was_removed(tmp_path: Path) -> None:
+    """Events wait in the spool, the rest is refused; put back, the file receives them."""
+    path, away = tmp_path / "gateway.db", tmp_path / "away"
+    away.mkdir()
+    settings = StoreSettings(audit_spool_path=tmp_path / "spool.db", audit_seal_seconds=0)
+    async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
+        assert await store.audit.write(make_event(request_id="before")) == "STORED"
+        # Its own connections have the files beside it open, which belong to it.
+        for each in tmp_path.glob("gateway.db*"):
+            each.rename(away / each.name)
+        assert await store.audit.write(make_event(request_id="meanwhile")) == "SPOOLED"
+        with pytest.raises(StoreUnavailableError, match="its file was removed while it was open: put it back"):
+            await store.approvals.issue_token(make_request())
+        for each in away.iterdir():
+            each.rename(tmp_path / each.name)
+        await store.audit.flush()
+        assert await store.audit.write(make_event(request_id="after")) == "STORED"
+    async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
+        found = {event.request_id for event in await store.audit.list_recent()}
+    assert found == {"before", "meanwhile", "after"}
+
+
+async def test_a_file_that_took_its_place_is_used(tmp_path: Path) -> None:
+    """As one that was restored from a backup."""
+    path, backup = tmp_path / "gateway.db", tmp_path / "backup.db"
+    async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
+        await store.audit.write(make_event(request_id="old"))
+    shutil.copy(path, backup)
+    async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as store:
+        await store.audit.list_recent()
+        for each in tmp_path.glob("gateway.db-*"):
+            each.unlink()
+        backup.rename(path)
+        assert await store.audit.write(make_event(request_id="new")) == "STORED"
+    async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
+        assert {event.request_id for event in await store.audit.list_recent()} == {"old", "new"}
