@@ -25,7 +25,6 @@ from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.evidence.manager import EvidenceManager
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.retention import RetentionManager
-from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.shipping import SinkManager
 from agent_gateway_store.store import GatewayStore
 
@@ -193,7 +192,9 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _forwarded(name: str, member: property) -> property:
     def get(self: Any) -> Any:
-        return getattr(self._twin, name)
+        value = getattr(self._twin, name)
+        twin = _TWINS.get(type(value))
+        return value if twin is None else twin(value, self._portal)
 
     return property(get, doc=member.__doc__)
 
@@ -218,6 +219,15 @@ SyncNotificationManager: Any = twin_of(NotificationManager)
 SyncEvidenceManager: Any = twin_of(EvidenceManager)
 SyncRetentionManager: Any = twin_of(RetentionManager)
 SyncSinkManager: Any = twin_of(SinkManager)
+_TWINS: dict[type[Any], Any] = {
+    AuditManager: SyncAuditManager,
+    ApprovalManager: SyncApprovalManager,
+    KeyManager: SyncKeyManager,
+    NotificationManager: SyncNotificationManager,
+    EvidenceManager: SyncEvidenceManager,
+    RetentionManager: SyncRetentionManager,
+    SinkManager: SyncSinkManager,
+}
 _StoreTwin: Any = twin_of(GatewayStore)
 
 
@@ -226,55 +236,10 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
 
     @_like(GatewayStore.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._bind(GatewayStore(*args, **kwargs), Portal())
-
-    def _bind(self, store: GatewayStore, portal: Portal) -> None:
-        self._twin, self._portal = store, portal
-        self._audit = SyncAuditManager(store.audit, portal)
-        self._approvals = SyncApprovalManager(store.approvals, portal)
-        self._keys = SyncKeyManager(store.keys, portal)
-        self._notifications = SyncNotificationManager(store.notifications, portal)
-        self._evidence = SyncEvidenceManager(store.evidence, portal)
-        self._retention = SyncRetentionManager(store.retention, portal)
-        self._sinks = SyncSinkManager(store.sinks, portal)
+        super().__init__(GatewayStore(*args, **kwargs), Portal())
 
     @property
-    def audit(self) -> Any:
-        """Write and find audit events."""
-        return self._audit
-
-    @property
-    def approvals(self) -> Any:
-        """Ask for approvals, decide them, use them."""
-        return self._approvals
-
-    @property
-    def keys(self) -> Any:
-        """Issue and verify API keys."""
-        return self._keys
-
-    @property
-    def notifications(self) -> Any:
-        """The notices that notifiers received, and those that they have still to receive."""
-        return self._notifications
-
-    @property
-    def evidence(self) -> Any:
-        """Seal the audit log, verify it, and prove from it what happened."""
-        return self._evidence
-
-    @property
-    def retention(self) -> Any:
-        """What is kept and for how long: holds, pruning into an archive, erasing."""
-        return self._retention
-
-    @property
-    def sinks(self) -> Any:
-        """The sinks to which `audit.ship` has shipped: how far they are, and what they have refused."""
-        return self._sinks
-
-    @property
-    def settings(self) -> StoreSettings:
+    def settings(self) -> Any:
         """The settings in force."""
         return self._twin.settings
 
@@ -325,4 +290,4 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
 
 class _OrganisationView(SyncGatewayStore):
     def __init__(self, store: GatewayStore, portal: Portal) -> None:
-        self._bind(store, portal)
+        _Twin.__init__(self, store, portal)

@@ -29,7 +29,7 @@ from agent_gateway_store.storage.grouping import Grouping, Metrics, Offsets, agg
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode, decode_cursor, encode_cursor
 from agent_gateway_store.storage.statements import Statement, typed_text
-from agent_gateway_store.storage.streaming import fetched
+from agent_gateway_store.storage.streaming import read_all
 
 _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 
@@ -261,15 +261,9 @@ async def stats(transactions: Transactions, found: Criteria, grouped: Grouping) 
     """Count approvals and how long they waited. Columns as for `ApprovalManager.stats`."""
     values = {**found.values, **grouped.values}
 
-    async def read(statement: Statement) -> Sequence[Sequence[Any]]:
-        if isinstance(transactions, Database):
-            # It reads every approval that matches, which may take longer than a command is allowed to.
-            return await fetched(transactions, statement.compiled(transactions.engine.dialect), values)
-        async with transactions.connection("read") as connection:
-            return await statement.tuples(connection, values)
-
-    zone = grouped.offsets(*(await read(_SPAN))[0]) if grouped.zone else ()
-    rows = await read(_grouped(found.shape, grouped.by, zone, in_buckets=grouped.bucket is not None))
+    zone = grouped.offsets(*(await read_all(transactions, _SPAN, values))[0]) if grouped.zone else ()
+    statement = _grouped(found.shape, grouped.by, zone, in_buckets=grouped.bucket is not None)
+    rows = await read_all(transactions, statement, values)
     return stats_of(rows, grouped, _COUNTED, _METRICS)
 
 

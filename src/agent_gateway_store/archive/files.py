@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.archive.manifest import Entry, Manifest, runs_of, sha256_of, sync_folder
+from agent_gateway_store.archive.manifest import Entry, Manifest, runs_of, sha256_of
 from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow
@@ -55,7 +55,7 @@ def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) ->
     for day, end in zip(days.values.to_pylist(), days.run_ends.to_pylist(), strict=True):
         entries.append(write_day(manifest, day, table.slice(start, end - start), checkpoint))
         start = end
-    sync_folder(manifest.folder)
+    sync(manifest.folder)
     return entries
 
 
@@ -106,7 +106,7 @@ def write_checked(path: Path, write: Callable[[Path], Any], check: Callable[[Pat
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
     return digest
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from agent_gateway_store.errors import ArchiveError
-from agent_gateway_store.storage.files import create_file, create_folder
+from agent_gateway_store.storage.files import create_file, create_folder, sync
 
 NAME = "manifest.jsonl"
 SCHEMA_VERSION = 1
@@ -147,7 +147,7 @@ class Manifest:
             if any(self.folder.iterdir()):
                 raise ArchiveError(f"{self.folder} is not empty and holds no {NAME}: choose another folder.", file=NAME)
             create_file(self.path)
-            sync_folder(self.folder)
+            sync(self.folder)
         self.read()
         if self.is_torn:
             with self.path.open("r+b") as file:
@@ -172,15 +172,6 @@ def files_of(folder: Path) -> Iterator[Path]:
     """Yield the files of an archive but its manifest, also those that were not finished."""
     for pattern in ("day=*/*.parquet", "day=*/.*.partial", "approvals-*.jsonl", ".*.partial"):
         yield from folder.glob(pattern)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Unpack
+from typing import Unpack
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -26,8 +26,7 @@ from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.grouping import grouping, stats_of
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode, decode_cursor, encode_cursor
-from agent_gateway_store.storage.statements import Statement
-from agent_gateway_store.storage.streaming import fetched, streamed
+from agent_gateway_store.storage.streaming import read_all, streamed
 
 # The default limit of `changes`.
 _FOLLOWED_ROWS = 1_000
@@ -138,15 +137,9 @@ class AuditQuery:
         found = criteria(filters, org_id=self._org_id)
         values = {**found.values, **grouped.values}
 
-        async def read(statement: Statement) -> Sequence[Sequence[Any]]:
-            if isinstance(self._source, Database):
-                # It reads every event that matches, which may take longer than a command is allowed to.
-                return await fetched(self._source, statement.compiled(self._source.engine.dialect), values)
-            async with self._source.connection("read") as connection:
-                return await statement.tuples(connection, values)
-
-        zone = grouped.offsets(*(await read(SPAN))[0]) if grouped.zone else ()
-        rows = await read(group_events(found.shape, grouped.by, zone, in_buckets=grouped.bucket is not None))
+        zone = grouped.offsets(*(await read_all(self._source, SPAN, values))[0]) if grouped.zone else ()
+        statement = group_events(found.shape, grouped.by, zone, in_buckets=grouped.bucket is not None)
+        rows = await read_all(self._source, statement, values)
         return stats_of(rows, grouped, COUNTED, METRICS)
 
     async def orphans(self, before: datetime, *, limit: int) -> Page[AuditEvent]:

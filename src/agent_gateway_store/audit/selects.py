@@ -35,7 +35,7 @@ from agent_gateway_store.audit.document import scan_json
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
 from agent_gateway_store.storage.grouping import TIMES, Metrics, Offsets, aggregate
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, is_one_of
 
 table = AuditEvent.__table__  # type: ignore[attr-defined]
 
@@ -172,9 +172,7 @@ def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
     column = type_coerce(table.c[name], Text()) if name in _AS_TEXT else table.c[name]
     if not several:
         return column == bindparam(f"p_{name}", type_=Text())
-    if dialect == "postgresql":
-        return column == any_(bindparam(f"p_{name}", type_=ARRAY(Text())))
-    return column.in_(_each(name))
+    return is_one_of(dialect, column, f"p_{name}", Text())
 
 
 def _labelled(dialect: str, several: bool) -> ColumnElement[bool]:

@@ -42,7 +42,8 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
-from agent_gateway_store.storage.database import create_engine, db_now, reader_of
+from agent_gateway_store.storage.database import create_engine, reader_of
+from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.files import create_folder, file_id, is_gone
 from agent_gateway_store.storage.urls import is_memory

@@ -13,7 +13,14 @@ import typer
 from agent_gateway_store.cli import plugins
 from agent_gateway_store.cli.context import options_of, run, settings_of, sqlite_file
 from agent_gateway_store.cli.db import engine_for, explain_state, schema_state
-from agent_gateway_store.cli.doctor_database import check_modes, check_server, free_bytes, retention_facts
+from agent_gateway_store.cli.doctor_database import (
+    bound,
+    check_modes,
+    check_server,
+    examined,
+    free_bytes,
+    retention_facts,
+)
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
 from agent_gateway_store.errors import GatewayStoreError
@@ -241,12 +248,10 @@ async def _check_log(report: Report, engine: AsyncEngine) -> None:
     from sqlalchemy import text
 
     from agent_gateway_store.storage.append_only import unprotected
-    from agent_gateway_store.storage.errors import translate_errors
 
-    with translate_errors("be examined"):
-        async with engine.connect() as connection:
-            missing = await unprotected(connection)
-            log = (await connection.execute(text(_LOG))).mappings().one()
+    async with examined(engine) as connection:
+        missing = await unprotected(connection)
+        log = (await connection.execute(text(_LOG))).mappings().one()
     report.facts["log"] = {**log, "triggers_missing": [*missing]}
     for name, statement in missing.items():
         report.problem(
@@ -278,11 +283,8 @@ async def _check_retention(report: Report, engine: AsyncEngine, settings: StoreS
 async def _scalar(engine: AsyncEngine, statement: str) -> Any:
     from sqlalchemy import text
 
-    from agent_gateway_store.storage.errors import translate_errors
-
-    with translate_errors("be examined"):
-        async with engine.connect() as connection:
-            return (await connection.execute(text(statement))).scalar()
+    async with examined(engine) as connection:
+        return (await connection.execute(text(statement))).scalar()
 
 
 async def _check_redis(report: Report, settings: StoreSettings) -> None:
@@ -396,13 +398,11 @@ async def _check_notifications(
     from agent_gateway_store.clock import utc_now
     from agent_gateway_store.delivery import NotificationManager, StoreOutbox
     from agent_gateway_store.hooks.manager import Plugins
-    from agent_gateway_store.storage.database import Database
 
     loaded = Plugins().notifiers(settings)
-    database = Database(engine, owned=False)
-    database.bind_to_loop()
-    outbox = StoreOutbox(database, settings)
-    counts = await NotificationManager(database, outbox, org_id=options_of(ctx).org).counts()
+    async with bound(engine) as database:
+        outbox = StoreOutbox(database, settings)
+        counts = await NotificationManager(database, outbox, org_id=options_of(ctx).org).counts()
     away = {row["notifier"]: row for row in counts if row["waiting"] and row["notifier"] not in loaded}
     totals = {name: sum(row[name] for row in counts) for name in ("waiting", "due", "dead")}
     report.facts["notifications"] = {**totals, "not_loaded_here": sorted(away)}
@@ -421,14 +421,9 @@ async def _check_notifications(
 async def _check_sinks(report: Report, ctx: typer.Context, engine: AsyncEngine) -> None:
     """Find sinks that do not take events, and events that they have refused."""
     from agent_gateway_store.shipping import SinkManager
-    from agent_gateway_store.storage.database import Database
 
-    database = Database(engine, owned=False)
-    database.bind_to_loop()
-    try:
+    async with bound(engine) as database:
         sinks = await SinkManager(database, org_id=options_of(ctx).org).list()
-    finally:
-        await database.close()
     report.facts["sinks"] = {row["sink"]: {name: row[name] for name in ("lag_s", "dead", "due")} for row in sinks}
     for row in sinks:
         name, error = row["sink"], row["last_error"]

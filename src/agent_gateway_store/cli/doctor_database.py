@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from agent_gateway_store.cli.doctor import Report
     from agent_gateway_store.settings import StoreSettings
+    from agent_gateway_store.storage.database import Database
 
 # Chosen: NTP keeps machines within milliseconds, and deadlines of approvals are minutes.
 _CLOCK_S = 5.0
@@ -32,6 +35,29 @@ WHERE oid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'),
 _GROWTH_DAYS = 7
 _POSTGRES_BYTES = "SELECT pg_total_relation_size('audit_events') + pg_total_relation_size('audit_leaves')"
 _SQLITE_BYTES = "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()"
+
+
+@asynccontextmanager
+async def examined(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Give a connection to look at the database with; errors become ours."""
+    from agent_gateway_store.storage.errors import translate_errors
+
+    with translate_errors("be examined"):
+        async with engine.connect() as connection:
+            yield connection
+
+
+@asynccontextmanager
+async def bound(engine: AsyncEngine) -> AsyncIterator[Database]:
+    """Give the engine as a database of this process and event loop."""
+    from agent_gateway_store.storage.database import Database
+
+    database = Database(engine, owned=False)
+    database.bind_to_loop()
+    try:
+        yield database
+    finally:
+        await database.close()
 
 
 async def check_server(report: Report, engine: AsyncEngine, settings: StoreSettings) -> None:
@@ -52,14 +78,12 @@ async def _check_clock(report: Report, facts: dict[str, Any], engine: AsyncEngin
     """Compare the clocks; half of what the answer took may be wrong."""
     from sqlalchemy import select
 
-    from agent_gateway_store.storage.database import db_now
-    from agent_gateway_store.storage.errors import translate_errors
+    from agent_gateway_store.storage.db_clock import db_now
 
-    with translate_errors("be examined"):
-        async with engine.connect() as connection:
-            await connection.exec_driver_sql("SELECT 1")
-            before = utc_now()
-            there = (await connection.execute(select(db_now()))).scalar_one()
+    async with examined(engine) as connection:
+        await connection.exec_driver_sql("SELECT 1")
+        before = utc_now()
+        there = (await connection.execute(select(db_now()))).scalar_one()
     took = utc_now() - before
     apart_s = facts["clock_difference_s"] = round((there - before - took / 2).total_seconds(), 3)
     if abs(apart_s) > _CLOCK_S:
@@ -75,37 +99,33 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
     from agent_gateway_store._text import escape
     from agent_gateway_store.audit.doors import write_door
     from agent_gateway_store.evidence.sealer import may_not_write
-    from agent_gateway_store.storage.errors import is_outage, sqlstate_of, translate_errors
+    from agent_gateway_store.storage.errors import is_outage, sqlstate_of
 
     facts["takes_events"] = False
-    with translate_errors("be examined"):
-        async with engine.connect() as connection:
-            try:
-                await write_door(connection, "doctor", {}, by="doctor", environment="doctor", why="Rolled back.")
-                facts["takes_events"] = True
-            except Exception as exc:
-                if may_not_write(exc):
-                    # A role of an auditor, or a server that reads only, of which more is said elsewhere.
-                    report.warning("This role may not add audit events: run doctor as the gateway's role, too.")
-                elif is_outage(exc) and sqlstate_of(exc) is None:
-                    raise
-                else:
-                    reason = escape(str(getattr(exc, "orig", None) or exc).splitlines()[0])
-                    report.problem(
-                        f"The database refuses audit events ({reason}): find the trigger or constraint on audit_events "
-                        "that does so, and drop it. Until then events go to the quarantine of the spool.",
-                        ExitCode.ERROR,
-                    )
-            finally:
-                await connection.rollback()
+    async with examined(engine) as connection:
+        try:
+            await write_door(connection, "doctor", {}, by="doctor", environment="doctor", why="Rolled back.")
+            facts["takes_events"] = True
+        except Exception as exc:
+            if may_not_write(exc):
+                # A role of an auditor, or a server that reads only, of which more is said elsewhere.
+                report.warning("This role may not add audit events: run doctor as the gateway's role, too.")
+            elif is_outage(exc) and sqlstate_of(exc) is None:
+                raise
+            else:
+                reason = escape(str(getattr(exc, "orig", None) or exc).splitlines()[0])
+                report.problem(
+                    f"The database refuses audit events ({reason}): find the trigger or constraint on audit_events "
+                    "that does so, and drop it. Until then events go to the quarantine of the spool.",
+                    ExitCode.ERROR,
+                )
+        finally:
+            await connection.rollback()
 
 
 async def _check_statistics(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
-    from agent_gateway_store.storage.errors import translate_errors
-
-    with translate_errors("be examined"):
-        async with engine.connect() as connection:
-            found = (await connection.exec_driver_sql(_NEVER_ANALYSED)).scalars().all()
+    async with examined(engine) as connection:
+        found = (await connection.exec_driver_sql(_NEVER_ANALYSED)).scalars().all()
     facts["never_analysed"] = sorted(found)
     if found:
         report.problem(
@@ -149,18 +169,16 @@ async def retention_facts(engine: AsyncEngine, file: Path | None) -> dict[str, A
     from sqlalchemy import func, select
 
     from agent_gateway_store.audit.selects import table
-    from agent_gateway_store.storage.errors import translate_errors
 
     since = utc_now() - timedelta(days=_GROWTH_DAYS)
-    with translate_errors("be examined"):
-        async with engine.connect() as connection:
-            counted = select(func.min(table.c.timestamp), func.count(), func.count().filter(table.c.timestamp >= since))
-            oldest, rows, recent = (await connection.execute(counted)).one()
-            sql = _POSTGRES_BYTES if engine.dialect.name == "postgresql" else _SQLITE_BYTES
-            size = int((await connection.exec_driver_sql(sql)).scalar() or 0)
-            free = await _free_bytes(connection, file)
-            held = await _held(connection)
-            last = await _last_prune(connection)
+    async with examined(engine) as connection:
+        counted = select(func.min(table.c.timestamp), func.count(), func.count().filter(table.c.timestamp >= since))
+        oldest, rows, recent = (await connection.execute(counted)).one()
+        sql = _POSTGRES_BYTES if engine.dialect.name == "postgresql" else _SQLITE_BYTES
+        size = int((await connection.exec_driver_sql(sql)).scalar() or 0)
+        free = await _free_bytes(connection, file)
+        held = await _held(connection)
+        last = await _last_prune(connection)
     days = _span_days(oldest, since)
     growth = round(size / rows * recent / days) if rows and recent else 0
     return {

@@ -135,9 +135,7 @@ def _claim(due: Any) -> Any:
         update(deliveries)
         .where(deliveries.c.id.in_(select(due.c.id)))
         .values(attempts=deliveries.c.attempts + literal_column("1"), next_attempt_at=db_now(plus="p_lease_s"))
-        .returning(
-            *(deliveries.c[each] for each in ("id", "delivery_id", "notifier", "approval_id", "attempts", "payload"))
-        )
+        .returning(*(deliveries.c[each] for each in _LEASED))
     )
 
 

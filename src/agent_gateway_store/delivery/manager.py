@@ -13,7 +13,7 @@ from agent_gateway_store.delivery.outbox import StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.results import Page
-from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.database import Database, changed
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
@@ -132,12 +132,7 @@ class NotificationManager:
             .values(status=DeliveryStatus.DUE, attempts=0, next_attempt_at=db_now())
         )
 
-        @retry_conflicts
-        async def send_again() -> int:
-            async with self._database.write() as connection:
-                return (await connection.execute(statement)).rowcount
-
-        return await send_again()
+        return await changed(self._database, statement)
 
     async def run(self, *, once: bool = False) -> int:
         """Send what is due to the notifiers of this process. Any number of processes may do so at once.

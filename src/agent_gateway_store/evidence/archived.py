@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ARRAY, JSON, BigInteger, Select, any_, bindparam, func, select
+from sqlalchemy import BigInteger, Select, select
 
 from agent_gateway_store.archive.manifest import Positions, runs_of
 from agent_gateway_store.archive.reader import ArchiveWalk
 from agent_gateway_store.models.evidence import AuditLeaf, FindingKind
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, is_one_of
 from agent_gateway_store.storage.streaming import Snapshot
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
@@ -37,11 +37,7 @@ class Archived:
 
 
 def _leaves_at(dialect: str) -> Select[Any]:
-    if dialect == "postgresql":
-        wanted = any_(bindparam("p_positions", type_=ARRAY(BigInteger()))) == _leaves.c.position
-    else:
-        each = func.json_each(bindparam("p_positions", type_=JSON())).table_valued("value").c.value
-        wanted = _leaves.c.position.in_(select(each))
+    wanted = is_one_of(dialect, _leaves.c.position, "p_positions", BigInteger())
     return select(_leaves.c.position, _leaves.c.leaf_hash).where(wanted)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
-from sqlalchemy import BigInteger, Boolean, Integer, Text, column, insert
+from sqlalchemy import BigInteger, Boolean, Integer, Text, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.clock import utc_now
@@ -22,7 +22,7 @@ from agent_gateway_store.models.evidence import AuditLeaf, Checkpoint
 from agent_gateway_store.storage.database import AnyConnection, Database, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts, sqlstate_of
 from agent_gateway_store.storage.identity import known
-from agent_gateway_store.storage.statements import Statement, typed_text
+from agent_gateway_store.storage.statements import Statement, text_statement
 from agent_gateway_store.telemetry import span
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ _TYPES: dict[str, Any] = {
 
 
 def _statement(sql: str, **columns: Any) -> Statement:
-    return Statement(typed_text(sql, _TYPES, tuple(column(name, kind) for name, kind in columns.items())))
+    return text_statement(sql, _TYPES, **columns)
 
 
 _TRY_LOCK = _statement(f"SELECT pg_try_advisory_xact_lock({LOCK_KEY}) AS locked", locked=Boolean())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Integer, LargeBinary, column
+from sqlalchemy import BigInteger, Integer, LargeBinary
 
 from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, TileHashes, row_root
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection
-from agent_gateway_store.storage.statements import Statement, typed_text
+from agent_gateway_store.storage.statements import text_statement
 
 _TYPES: dict[str, Any] = {
     "p_first": BigInteger(),
@@ -20,33 +20,26 @@ _TYPES: dict[str, Any] = {
     "p_hashes": LargeBinary(),
 }
 _TILE_BYTES = TILE_WIDTH * HASH_BYTES
-_LEAVES = Statement(
-    typed_text(
-        """
-        SELECT position, leaf_hash FROM audit_leaves
-        WHERE position >= :p_first AND position < :p_end ORDER BY position
-        """,
-        _TYPES,
-        (column("position", BigInteger()), column("leaf_hash", LargeBinary())),
-    )
+_LEAVES = text_statement(
+    """
+    SELECT position, leaf_hash FROM audit_leaves
+    WHERE position >= :p_first AND position < :p_end ORDER BY position
+    """,
+    _TYPES,
+    position=BigInteger(),
+    leaf_hash=LargeBinary(),
 )
-_TILE = Statement(
-    typed_text(
-        'SELECT hashes FROM audit_tiles WHERE level = :p_level AND "index" = :p_index',
-        _TYPES,
-        (column("hashes", LargeBinary()),),
-    )
+_TILE = text_statement(
+    'SELECT hashes FROM audit_tiles WHERE level = :p_level AND "index" = :p_index', _TYPES, hashes=LargeBinary()
 )
-_PUT = Statement(
-    typed_text(
-        """
-        INSERT INTO audit_tiles (level, "index", hashes) VALUES (:p_level, :p_index, :p_hashes)
-        ON CONFLICT (level, "index") DO UPDATE SET hashes = :p_hashes
-        RETURNING level
-        """,
-        _TYPES,
-        (column("level", Integer()),),
-    )
+_PUT = text_statement(
+    """
+    INSERT INTO audit_tiles (level, "index", hashes) VALUES (:p_level, :p_index, :p_hashes)
+    ON CONFLICT (level, "index") DO UPDATE SET hashes = :p_hashes
+    RETURNING level
+    """,
+    _TYPES,
+    level=Integer(),
 )
 
 

@@ -181,7 +181,6 @@ async def _read_doors(reader: Snapshot, size: int) -> Doors:
         if salt is not None and content and row[CONTENT_HASH] == content and leaf_hash(salt, content) == leaf:
             said = json.loads(row[FIELDS.index("sanitized_args")])
             doors.add(row[FIELDS.index("tool_name")], said if isinstance(said, dict) else {}, position)
-    doors.close()
     return doors
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from agent_gateway_store.archive.manifest import Positions
 from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
 from agent_gateway_store.audit.doors import ERASE
 from agent_gateway_store.audit.selects import FIELDS
@@ -48,12 +48,12 @@ class Doors:
     """What sealed events say that doors did.
 
     Attributes:
-        runs: First and last position of each run of pruned events, with the position of the event that says so.
+        runs: First and last position of each run of pruned events.
         erased: Hashes of the blanked event, by its position.
         archived: The runs of events that went to an archive.
     """
 
-    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    runs: list[list[int]] = field(default_factory=list)
     erased: dict[int, set[str]] = field(default_factory=dict)
     archived: list[list[int]] = field(default_factory=list)
 
@@ -66,24 +66,9 @@ class Doors:
         pairs = said.get("positions")
         for pair in pairs if isinstance(pairs, list) else ():
             if isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair):
-                self.runs.append((pair[0], min(pair[1], position - 1), position))
+                self.runs.append([pair[0], min(pair[1], position - 1)])
                 if said.get("archived") is True:
                     self.archived.append([pair[0], pair[1]])
-
-    def close(self) -> None:
-        """Sort and join the runs, so that one position is found among any number of them."""
-        joined: list[tuple[int, int, int]] = []
-        for first, last, position in sorted(self.runs):
-            if joined and first <= joined[-1][1] + 1:
-                first, before, _ = joined.pop()
-                last = max(before, last)
-            joined.append((first, last, position))
-        self.runs = joined
-
-    def pruned(self, position: int) -> bool:
-        """True if a sealed prune names this position."""
-        place = bisect_right(self.runs, (position, float("inf"))) - 1
-        return place >= 0 and self.runs[place][0] <= position <= self.runs[place][1]
 
 
 class LogWalk:
@@ -96,6 +81,7 @@ class LogWalk:
 
     def __init__(self, size: int, doors: Doors) -> None:
         self.size, self.doors = size, doors
+        self._gone = Positions(doors.runs)
         self.tiles: dict[tuple[int, int], bytes] = {}
         self.kept: dict[int, list[Root]] = {}
         self.tree = GrowingTree(self._compare)
@@ -160,7 +146,7 @@ class LogWalk:
 
     def _check(self, row: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes) -> None:
         if row[_ID] is None:
-            if self.doors.pruned(position):
+            if position in self._gone:
                 self.pruned += 1
                 self._check_archived(position, event_id)
             else:

@@ -17,8 +17,6 @@ from agent_gateway_store import clock
 from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
 
-__all__ = ["MAX_REFUSED", "MAX_VERIFIED", "Hasher", "KeyVerifier"]
-
 T = TypeVar("T")
 
 # Some 250 bytes an entry: 8 MB of keys that are right, 2 MB of keys and ids that are wrong.

@@ -29,7 +29,8 @@ from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import Transactions, db_now, first_row
+from agent_gateway_store.storage.database import Transactions, first_row
+from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.statements import Statement

@@ -15,9 +15,6 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import Instant
 from agent_gateway_store.models.base import StoreModel
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, UtcDateTime
-from agent_gateway_store.models.values import Notice
-
-__all__ = ["DeliveryStatus", "Leased", "Notice", "NoticeEvent", "NotificationDelivery"]
 
 
 class NoticeEvent(StrEnum):

@@ -20,24 +20,6 @@ if TYPE_CHECKING:
 
     Chart: TypeAlias = alt.Chart | alt.LayerChart
 
-__all__ = [
-    "DECISION_COLOURS",
-    "INK",
-    "LEGEND_PX",
-    "WIDTH",
-    "colours",
-    "finish",
-    "frame_of",
-    "libraries",
-    "need",
-    "nothing",
-    "safe",
-    "safe_column",
-    "span",
-    "stacked_bars",
-    "stats_of",
-]
-
 # Pixels. With axis and legend it fits beside the file browser of JupyterLab on a screen of 1280.
 WIDTH = 640
 # Characters of a name, more than any has: tooltips show it whole, and two that begin alike stay two.

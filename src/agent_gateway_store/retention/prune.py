@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
-    ARRAY,
-    JSON,
     BigInteger,
     ColumnElement,
     Integer,
     Select,
-    any_,
     bindparam,
     delete,
     func,
@@ -49,7 +46,7 @@ from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import retry_conflicts
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, is_one_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,10 +114,7 @@ class Step(NamedTuple):
 
 def by_ids(dialect: str) -> ColumnElement[bool]:
     """Return the condition of the events that the parameter `p_ids` names."""
-    if dialect == "postgresql":
-        return any_(bindparam("p_ids", type_=ARRAY(BigInteger()))) == table.c.id  # type: ignore[no-any-return]
-    each = func.json_each(bindparam("p_ids", type_=JSON())).table_valued("value").c.value
-    return table.c.id.in_(select(each))  # type: ignore[no-any-return]
+    return is_one_of(dialect, table.c.id, "p_ids", BigInteger())
 
 
 def archived_columns(dialect: str) -> Select[Any]:

@@ -15,7 +15,7 @@ from agent_gateway_store.errors import InvalidCursorError
 from agent_gateway_store.models.shipping import EVERY_ORG
 from agent_gateway_store.results import Page
 from agent_gateway_store.shipping.shipper import FORGET, letters, sinks
-from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.database import Database, changed
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 
@@ -97,12 +97,7 @@ class SinkManager:
         """
         statement = update(letters).where(~letters.c.is_due, *self._own(letters, sink)).values(is_due=True)
 
-        @retry_conflicts
-        async def send_again() -> int:
-            async with self._database.write() as connection:
-                return (await connection.execute(statement)).rowcount
-
-        return await send_again()
+        return await changed(self._database, statement)
 
     async def forget(self, sink: str) -> bool:
         """Forget how far a sink is, and what it has refused: the next `ship` begins anew. False: nothing was known."""

@@ -18,8 +18,7 @@ from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
 from agent_gateway_store.storage.connecting import postgres_engine, replace_useless
-from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.errors import retry_conflicts, translate_errors
 from agent_gateway_store.storage.host import (
     READ_ONLY,
     require_engine,
@@ -30,22 +29,6 @@ from agent_gateway_store.storage.host import (
 )
 from agent_gateway_store.storage.sqlite import sqlite_engine
 from agent_gateway_store.storage.urls import can_listen, parse_database_url
-
-__all__ = [
-    "Access",
-    "AnyConnection",
-    "Database",
-    "SessionTransactions",
-    "Transactions",
-    "close_db",
-    "create_engine",
-    "db_now",
-    "dialect_of",
-    "first_row",
-    "get_db",
-    "read_committed",
-    "reader_of",
-]
 
 AnyConnection: TypeAlias = AsyncConnection | RawConnection
 """What a `Statement` runs on."""
@@ -404,6 +387,13 @@ class SessionTransactions:
             except BaseException:
                 await self._session.rollback()
                 raise
+
+
+@retry_conflicts
+async def changed(database: Transactions, statement: Executable) -> int:
+    """Run one UPDATE or DELETE, again where it meets another transaction; return how many rows there were."""
+    async with database.write() as connection:
+        return (await connection.execute(statement)).rowcount
 
 
 _environment: dict[asyncio.AbstractEventLoop, Database] = {}

@@ -93,9 +93,8 @@ TIMES = ("hour_of_day", "weekday")
 """By what rows are grouped beside their columns: the hour, 0 to 23, and the day, 1 (Monday) to 7, of the time zone."""
 
 Offsets: TypeAlias = tuple[tuple[datetime, int], ...]
-"""As `zones.offsets` gives them; empty: UTC."""
+"""As `Grouping.offsets` gives them; empty: UTC."""
 
-_SECOND = timedelta(seconds=1)
 # A Monday, so that buckets of a week begin on Mondays; those of hours and days begin with the hour and day.
 _ORIGIN = datetime(1, 1, 1, tzinfo=UTC)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

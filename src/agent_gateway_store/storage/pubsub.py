@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import asyncpg
-from sqlalchemy import Text, column
+from sqlalchemy import Text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from agent_gateway_store.errors import TransactionConflictError
@@ -22,7 +22,7 @@ from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.cache import REDIS_FAULTS
 from agent_gateway_store.storage.database import AnyConnection, Database
 from agent_gateway_store.storage.redis_cache import OutageLog, RedisCache
-from agent_gateway_store.storage.statements import Statement, typed_text
+from agent_gateway_store.storage.statements import text_statement
 
 CHANNEL = "agent_gateway_store_changed"
 # Connecting raises SQLAlchemy's errors, and InternalClientError where no server takes writes.
@@ -48,9 +48,7 @@ NOTIFY_SQL = (
     f"CASE WHEN pg_notification_queue_usage() < 0.9 THEN CAST(pg_notify('{CHANNEL}', CAST({{}} AS TEXT)) AS TEXT) END"
 )
 """Sends the message about a key, in whose place it has `{}`."""
-_NOTIFY = Statement(
-    typed_text(f"SELECT {NOTIFY_SQL.format(':p_key')} AS sent", {"p_key": Text()}, [column("sent", Text())])
-)
+_NOTIFY = text_statement(f"SELECT {NOTIFY_SQL.format(':p_key')} AS sent", {"p_key": Text()}, sent=Text())
 
 _logger = logging.getLogger("agent_gateway_store.pubsub")
 

@@ -14,12 +14,14 @@ from uuid import UUID
 
 import asyncpg
 from sqlalchemy import (
+    JSON,
     ColumnElement,
     Dialect,
     Executable,
     Float,
     Subquery,
     Text,
+    any_,
     bindparam,
     cast,
     column,
@@ -161,6 +163,19 @@ def typed_text(
 
     parameters = (bindparam(name, type_=known[name]) for name in set(_PARAMETER.findall(sql)))
     return text(sql).bindparams(*parameters).columns(*columns)
+
+
+def text_statement(sql: str, types: Mapping[str, TypeEngine[Any]], **columns: TypeEngine[Any]) -> Statement:
+    """Return the statement of SQL text, of which every dialect takes the same; `columns` are those of its rows."""
+    return Statement(typed_text(sql, types, tuple(column(name, kind) for name, kind in columns.items())))
+
+
+def is_one_of(dialect: str, column: ColumnElement[Any], name: str, kind: TypeEngine[Any]) -> ColumnElement[bool]:
+    """Return the condition that a column has one of the values that the parameter `name` holds."""
+    if dialect == "postgresql":
+        return any_(bindparam(name, type_=ARRAY(kind))) == column
+    # SQLite has no arrays: the values are one JSON text.
+    return column.in_(select(func.json_each(bindparam(name, type_=JSON())).table_valued("value").c.value))
 
 
 def unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -13,7 +13,7 @@ import aiosqlite
 import asyncpg
 from sqlalchemy import Dialect
 
-from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.database import Database, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.statements import CompiledStatement, Statement
 from agent_gateway_store.storage.urls import is_memory
@@ -115,6 +115,14 @@ async def fetched(database: Database, query: CompiledStatement, values: Mapping[
             return await _fetched(driver, query.text, arguments)
         async with _long_read(driver):
             return await _fetched(driver, query.text, arguments)
+
+
+async def read_all(source: Transactions, query: Statement, values: Mapping[str, Any]) -> Rows:
+    """Return all rows of a query that may take longer than a command is allowed to; in a session, of any."""
+    if isinstance(source, Database):
+        return await fetched(source, query.compiled(source.engine.dialect), values)
+    async with source.connection("read") as connection:
+        return await query.tuples(connection, values)
 
 
 async def streamed(
