@@ -54,7 +54,7 @@ def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcom
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome], number: signal.PubSub) -> None:
+def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome], number: signal.Signals) -> None:
     """It sends what comes until then, and ends with 0 and no traceback."""
     with process("--database-url", url, "notifications", "run") as worker:
         assert worker.stderr is not None

@@ -351,9 +351,9 @@ async def test_a_folder_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
     await engine.dispose()
 
 
-def test_contributors_can_run_alembic(url: str) -> None:
+def test_contributors_can_run_alembic(postgres_database: Callable[[], str]) -> None:
     """`alembic upgrade head` and `alembic check` in a checkout, on DATABASE_URL, find no difference."""
-    environment = {**os.environ, "DATABASE_URL": url}
+    environment = {**os.environ, "DATABASE_URL": postgres_database()}
     for arguments in (["upgrade", "head"], ["check"], ["current"]):
         ended = forks().run(["-m", "alembic", *arguments], cwd=ROOT, env=environment, timeout=60)
         assert ended.returncode == 0, ended.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,16 +99,3 @@ def test_an_approval_of_a_gateway_becomes_two_lines(installed: Run, tmp_path: Pa
     assert "venv/lib" in said
     assert sorted(line["status"] for line in lines) == ["DENIED", "PENDING"]
     assert len({line["approval_id"] for line in lines}) == 1
-
-
-def test_its_own_tests_pass_with_the_kit(installed: Run, tmp_path: Path) -> None:
-    """Run as its author runs them, against the installed wheels, warnings as errors."""
-    shutil.copytree(EXAMPLE / "tests", tmp_path / "tests")
-
-    said = installed(
-        "python", "-W", "error", "-m", "pytest", "-q", "-W", "error", "-p", "no:valkey", "-p", "no:asyncio"
-    ).stdout
-
-    assert " passed" in said
-    assert "failed" not in said
-    assert said.count("SKIPPED") <= 1
