@@ -354,7 +354,7 @@ class _Core:
             return  # another task was faster
         self.database.bind_to_loop()
         self.writer.writer = writer
-        self.before_write.withheld = self.after_write.untold = 0
+        self.before_write.withheld = self.after_write.unnotified = 0
         self.outbox.open(dispatcher, notifiers)
         self.key_cache.open()
         await writer.open()

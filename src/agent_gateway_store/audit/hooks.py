@@ -175,10 +175,10 @@ class AfterWriteHooks(_Hooks):
     """Notifies plugins of committed rows, in the background. No write waits for it, and memory is bounded.
 
     Attributes:
-        untold: How many notifications of rows were dropped or failed, once for each plugin.
+        unnotified: How many notifications of rows were dropped or failed, once for each plugin.
     """
 
-    untold = 0
+    unnotified = 0
 
     @cached_property
     def _queues(self) -> dict[str, BatchQueue[EncodedRow, None]]:
@@ -202,25 +202,25 @@ class AfterWriteHooks(_Hooks):
         for name, queue in self._queues.items():
             for place, row in enumerate(rows):
                 if queue.is_full:
-                    if not self.untold:
+                    if not self.unnotified:
                         _logger.warning("Plugin %s is too slow to be notified of every audit event.", escape(name))
-                    self.untold += len(rows) - place
+                    self.unnotified += len(rows) - place
                     break
                 queue.add(row)
 
     async def close(self) -> None:
-        """Wait for the queues for as long as one call may take; rows that are left count as `untold`."""
+        """Wait for the queues for as long as one call may take; rows that are left count as `unnotified`."""
         left = await asyncio.gather(*(queue.close(self._executor.timeout_s) for queue in self._queues.values()))
         if any(left):
             _logger.warning("Plugins were not notified of %d audit events: the store was closed.", sum(left))
 
     def _abandon(self, _row: EncodedRow) -> None:
-        self.untold += 1
+        self.unnotified += 1
 
     async def _call(self, name: str, caller: _Caller, rows: Sequence[EncodedRow]) -> list[None]:
         failure = await self._executor.run("written", name, partial(_hand_over, caller, rows))
         if failure is not None:
-            self.untold += len(rows)
+            self.unnotified += len(rows)
             text = "Plugin %s failed when it was notified of %d audit events: %s"
             _logger.warning(text, escape(name), len(rows), failure.text)
         return [None] * len(rows)

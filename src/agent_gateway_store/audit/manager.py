@@ -233,7 +233,7 @@ class AuditManager:
     @property
     def counters(self) -> AuditCounters:
         """How many events came to which outcome in this process since the store was opened; a copy."""
-        return replace(self._writer.get().counters, withheld=self._before.withheld, untold=self._after.untold)
+        return replace(self._writer.get().counters, withheld=self._before.withheld, unnotified=self._after.unnotified)
 
     async def get(self, event_id: int) -> AuditEvent | None:
         """Return the event of this row (its `id`), or None; one of another organisation looks absent."""

@@ -42,7 +42,7 @@ class AuditCounters:
         replayed: Written from the spool to the database.
         lost: Logged at CRITICAL and stored nowhere.
         withheld: Stored without arguments and texts, because a plugin failed before the write.
-        untold: Stored, but a plugin with `gateway_store_audit_written` was not notified; once for each plugin.
+        unnotified: Stored, but a plugin with `gateway_store_audit_written` was not notified; once for each plugin.
         queue_depth: Waiting for a commit now.
     """
 
@@ -52,7 +52,7 @@ class AuditCounters:
     replayed: int = 0
     lost: int = 0
     withheld: int = 0
-    untold: int = 0
+    unnotified: int = 0
     queue_depth: int = 0
 
 

@@ -54,8 +54,8 @@ def _place() -> Select[Any]:
     """Select in one row the leaf of an event, the last checkpoint, and the approval asked for under its request id."""
     event, one = bindparam("p_event", type_=BigInteger()), literal_column("1", Integer())
     newest = select(_checkpoints).order_by(_checkpoints.c.size.desc()).limit(one).subquery()
-    mine = _requests.c.request_id == bindparam("p_request", type_=Text())
-    asked = select(_requests.c.approval_id).where(mine, _requests.c.org_id == bindparam("p_org", type_=Text()))
+    own = _requests.c.request_id == bindparam("p_request", type_=Text())
+    asked = select(_requests.c.approval_id).where(own, _requests.c.org_id == bindparam("p_org", type_=Text()))
     asked = asked.order_by(_requests.c.created_at.desc(), _requests.c.id.desc()).limit(one)
     once = select(event.label("event")).subquery()
     joined = once.outerjoin(_leaves, _leaves.c.event_id == once.c.event).outerjoin(newest, true())

@@ -186,7 +186,7 @@ def gateway_store_audit_written(events: Sequence[AuditEvent]) -> Awaitable[None]
     May be sync or async. Called in the background, in the plugin's own thread, within `PLUGIN_TIMEOUT_SECONDS` for a
     batch; no write waits for it. It is not repeated: events beyond 10,000 that a slow plugin leaves waiting, those that
     a failing plugin received, and those that waited when the process died are not delivered (and counted:
-    `store.audit.counters.untold`). A reader that must not miss an event uses `store.audit.follow`.
+    `store.audit.counters.unnotified`). A reader that must not miss an event uses `store.audit.follow`.
 
     Args:
         events: Up to 500, scrubbed as they are stored; an event under a used request id has that id, and not the

@@ -97,9 +97,9 @@ class ApprovalPruner:
 
     async def _delete(self, ids: Sequence[Any], files: int) -> PrunedApprovals:
         async with self._database.write() as connection:
-            mine = _notices.c.approval_id.in_(ids), _notices.c.status == "DELIVERED"
-            notices = (await connection.execute(select(func.count()).select_from(_notices).where(*mine))).scalar_one()
-            await connection.execute(delete(_notices).where(*mine))
+            own = _notices.c.approval_id.in_(ids), _notices.c.status == "DELIVERED"
+            notices = (await connection.execute(select(func.count()).select_from(_notices).where(*own))).scalar_one()
+            await connection.execute(delete(_notices).where(*own))
             await connection.execute(delete(_votes).where(_votes.c.approval_id.in_(ids)))
             await connection.execute(delete(_approvals).where(_approvals.c.approval_id.in_(ids)))
             facts = {

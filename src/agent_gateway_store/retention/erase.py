@@ -268,8 +268,8 @@ def _of_request(targets: Sequence[_Target], request_id: str, org_id: str) -> Col
 async def _blank_approvals(connection: AsyncConnection, ids: Sequence[UUID]) -> None:
     """Blank approvals and their votes."""
     for approval_id in ids:
-        mine = _approvals.c.approval_id == approval_id
-        call = (await connection.execute(select(_approvals.c.tool_call).where(mine))).scalar_one()
+        own = _approvals.c.approval_id == approval_id
+        call = (await connection.execute(select(_approvals.c.tool_call).where(own))).scalar_one()
         values = {
             "tool_call": call.model_copy(update={"arguments": {}}),
             "tool_call_hash": "0" * 64,
@@ -280,9 +280,9 @@ async def _blank_approvals(connection: AsyncConnection, ids: Sequence[UUID]) -> 
             "acquire_key": None,
             "version": _approvals.c.version + 1,
         }
-        await connection.execute(update(_approvals).where(mine).values(values))
-        told = update(_approvals).where(mine, _approvals.c.outcome.is_not(None))
-        await connection.execute(told.values(outcome=ERASED))
+        await connection.execute(update(_approvals).where(own).values(values))
+        ended = update(_approvals).where(own, _approvals.c.outcome.is_not(None))
+        await connection.execute(ended.values(outcome=ERASED))
         await connection.execute(update(_votes).where(_votes.c.approval_id == approval_id).values(note=""))
 
 

@@ -65,10 +65,10 @@ async def open_door(connection: AsyncConnection) -> AsyncIterator[None]:
 
     On PostgreSQL no other transaction may; SQLite has one writer at a time. A rollback takes the row back.
     """
-    mine = _CURRENT if connection.dialect.name == "postgresql" else "0"
-    await connection.execute(text(f"INSERT INTO {_DOOR} VALUES ({mine})"))  # noqa: S608  names of our own
+    own = _CURRENT if connection.dialect.name == "postgresql" else "0"
+    await connection.execute(text(f"INSERT INTO {_DOOR} VALUES ({own})"))  # noqa: S608  names of our own
     yield
-    await connection.execute(text(f"DELETE FROM {_DOOR} WHERE transaction_id = {mine}"))  # noqa: S608  likewise
+    await connection.execute(text(f"DELETE FROM {_DOOR} WHERE transaction_id = {own}"))  # noqa: S608  likewise
 
 
 async def unprotected(connection: AsyncConnection) -> dict[str, str]:

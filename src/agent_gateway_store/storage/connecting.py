@@ -96,8 +96,8 @@ def is_away(driver: asyncpg.Connection, target: object = None) -> bool:
     """
     if target in _READS_ONLY:
         return False
-    told = driver.get_settings()
-    return "on" in (getattr(told, "in_hot_standby", None), getattr(told, "default_transaction_read_only", None))
+    reported = driver.get_settings()
+    return "on" in (getattr(reported, "in_hot_standby", None), getattr(reported, "default_transaction_read_only", None))
 
 
 def postgres_engine(
