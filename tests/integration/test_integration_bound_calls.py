@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import timedelta
+from fractions import Fraction
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy
 import pytest
 from agents import WebSearchTool, function_tool, tool_namespace
 from fastmcp import Client, FastMCP
@@ -20,7 +24,7 @@ from langchain_core.tools import ToolException
 from langchain_core.tools import tool as langchain_tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command, Interrupt, interrupt
-from pydantic import BaseModel, Discriminator, SecretStr, Tag
+from pydantic import BaseModel, Discriminator, HttpUrl, SecretStr, Tag
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
 from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
@@ -116,6 +120,10 @@ class TestGuard:
         guard = CallGuard(store, judge)
         with pytest.raises(CallRefusedError, match=r"an object of the type pydantic\.types\.SecretStr among"):
             await guard.run(pay([{"deep": SecretStr("x")}]), CALLER, done)
+        # Of these the text says all.
+        known = [timedelta(1), Fraction(1, 3), ip_address("::1"), HttpUrl("https://a.example"), numpy.int64(3)]
+        with pytest.raises(CallPendingError):
+            await guard.run(pay(known), CALLER, done)
         free = ToolCall(server="s", tool="free", arguments={"secret": SecretStr("x")})
         assert await guard.run(free, CALLER, done) == "done"
 

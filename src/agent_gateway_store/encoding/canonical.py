@@ -32,7 +32,11 @@ import json
 import math
 import re
 from contextlib import suppress
+from datetime import timedelta
+from fractions import Fraction
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import rfc8785
 
@@ -47,6 +51,13 @@ _COLLAPSE_EVERY = 64
 _DECIMAL_BITS = 2048
 _SIMPLE_DEPTH = 16  # chosen: deeper than calls are, and far from where containers are collapsed or end in themselves
 _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+# Exactly these: a subclass may have any repr.
+_REPR_SAYS_ALL = frozenset(
+    {timedelta, complex, range, Fraction, ZoneInfo}
+    | {IPv4Address, IPv6Address, IPv4Network, IPv6Network, IPv4Interface, IPv6Interface}
+)
+# By name: NumPy is not always there, and Pydantic has a class for each kind of URL.
+_REPR_SAYS_ALL_BELOW = frozenset({"numpy.generic", "pydantic.networks.AnyUrl", "pydantic.networks._BaseMultiHostUrl"})
 _LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
 
 
@@ -106,11 +117,17 @@ def _require_known(root: Any) -> None:
     while items:
         item = items.pop()
         source = plain(item)
-        if type(source) is Tagged and source.text.startswith("$object:"):
+        if type(source) is Tagged and source.text.startswith("$object:") and not _says_all(type(item)):
             raise TypeError(f"an object of the type {type_name(type(item))}")
         if type(source) in CONTAINERS and id(item) not in seen:
             seen.add(id(item))
             items.extend([*source, *source.values()] if type(source) is dict else source)
+
+
+def _says_all(kind: type[Any]) -> bool:
+    """True if the repr of such an object holds its whole value."""
+    names = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
+    return kind in _REPR_SAYS_ALL or not names.isdisjoint(_REPR_SAYS_ALL_BELOW)
 
 
 class _Frame:
