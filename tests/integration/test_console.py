@@ -28,7 +28,8 @@ async def test_a_person_signs_in_decides_and_finds_it_in_the_audit_log(running: 
     """The whole way, without a script in any page."""
     store, app = running
     request = await waiting(store)
-    await store.audit.write(make_event(request_id=request.request_id, risk_labels=["deletes"], risk_score=0.75))
+    call = {"mcp_server": request.tool_call.server, "tool_name": request.tool_call.tool, "caller_id": request.caller_id}
+    await store.audit.write(make_event(request_id=request.request_id, risk_labels=["deletes"], risk_score=0.75, **call))
     alice = await signed_in(store, app)
     inbox = (await alice.get("/")).headers["location"]
 
@@ -332,7 +333,7 @@ async def test_large_and_foreign_forms_are_refused(running: tuple[GatewayStore, 
             yield b"key=" + b"x" * 10_000
 
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    named = await alice.post("/login", {"key": "x" * 70_000})
+    named = await alice.post("/login", {"key": "x" * 210_000})
     streamed = await alice.client.post("/login", content=endless(), headers=form)
     fields = await alice.client.post("/login", content="&".join(f"k{n}=1" for n in range(100)), headers=form)
     other = await alice.client.post("/login", json={"key": "x"})

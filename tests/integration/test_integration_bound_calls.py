@@ -336,11 +336,11 @@ async def test_fastmcp_asks_anew_when_a_tool_takes_something_else(store: Gateway
     """A default that grew between the question and the second call is part of what runs."""
     ran: list[int] = []
 
-    async def call(limit: int) -> Any:
+    async def call(limit: int, text: str = "") -> Any:
         gateway = GatewayMiddleware(store, judge, identify=always, approval_wait_s=0.01)
         server: FastMCP[Any] = FastMCP("bank", middleware=[gateway])
 
-        @server.tool
+        @server.tool(description=text)
         async def transfer(to: str, most: int = limit) -> str:
             ran.append(most)
             return to
@@ -352,5 +352,5 @@ async def test_fastmcp_asks_anew_when_a_tool_takes_something_else(store: Gateway
     await approve(store)
     assert (await call(10**6)).is_error
     assert ran == []
-    assert not (await call(10)).is_error
+    assert not (await call(10, "Words for readers.")).is_error
     assert ran == [10]

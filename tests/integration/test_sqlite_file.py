@@ -25,7 +25,9 @@ async def test_nothing_is_acknowledged_into_a_file_that_was_removed(tmp_path: Pa
         for each in tmp_path.glob("gateway.db*"):
             each.rename(away / each.name)
         assert await store.audit.write(make_event(request_id="meanwhile")) == "SPOOLED"
-        with pytest.raises(StoreUnavailableError, match="its file was removed while it was open: put it back"):
+        with pytest.raises(
+            StoreUnavailableError, match="its file was removed or replaced while it was open: put it back"
+        ):
             await store.approvals.issue_token(make_request())
         for each in away.iterdir():
             each.rename(tmp_path / each.name)
@@ -36,17 +38,29 @@ async def test_nothing_is_acknowledged_into_a_file_that_was_removed(tmp_path: Pa
     assert found == {"before", "meanwhile", "after"}
 
 
-async def test_a_file_that_took_its_place_is_used(tmp_path: Path) -> None:
-    """As one that was restored from a backup."""
+async def test_a_file_that_took_its_place_is_not_written(tmp_path: Path) -> None:
+    """Beside it may be the log of the old one, which would be written into it."""
     path, backup = tmp_path / "gateway.db", tmp_path / "backup.db"
     async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
         await store.audit.write(make_event(request_id="old"))
     shutil.copy(path, backup)
-    async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as store:
-        await store.audit.list_recent()
+    settings = StoreSettings(audit_spool_path=tmp_path / "spool.db", audit_seal_seconds=0)
+    async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
+        assert await store.audit.write(make_event(request_id="lost with the old file")) == "STORED"
+        backup.rename(path)
+        assert await store.audit.write(make_event(request_id="new")) == "SPOOLED"
         for each in tmp_path.glob("gateway.db-*"):
             each.unlink()
-        backup.rename(path)
-        assert await store.audit.write(make_event(request_id="new")) == "STORED"
-    async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
+    async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
+        await store.audit.flush()
         assert {event.request_id for event in await store.audit.list_recent()} == {"old", "new"}
+
+
+async def test_a_file_is_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative name counts from where the store was made."""
+    monkeypatch.chdir(tmp_path)
+    async with GatewayStore("sqlite:///gateway.db", redis_url="") as store:
+        assert await store.audit.write(make_event()) == "STORED"
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert await store.audit.write(make_event()) == "STORED"

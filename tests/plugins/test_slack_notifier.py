@@ -124,7 +124,7 @@ class TestMessage:
 
         assert consequence({"path": "/tmp/old.log"}) == "The call runs once, as shown."
         for hidden in ({"note": "x" * 5000, "path": "/"}, {"note": "&" * 2600}, {f"k{n}": "v" * 50 for n in range(99)}):
-            assert consequence(hidden) == "The call runs once. Not all of its arguments are shown here!"
+            assert consequence(hidden) == "The call runs once. Not all of it is shown here!"
 
     @pytest.mark.parametrize("status", ["APPROVED", "DENIED", "EXPIRED", "CANCELLED"])
     def test_answer_has_no_buttons(self, status: str) -> None:

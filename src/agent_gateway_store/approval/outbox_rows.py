@@ -176,7 +176,8 @@ def _decide(decision: VoteDecision, by: Key, publishes: bool) -> Statement:
                 'request_id', request_id, 'caller_id', caller_id, 'tool_call', tool_call,
                 'risk_explanation', risk_explanation, 'created_at', {_utc("created_at")},
                 'expires_at', {_utc("expires_at")}, 'status', status, 'approver_id', approver_id,
-                'note', approver_note, 'decided_at', {_utc("decision_at")}
+                'note', approver_note, 'decided_at', {_utc("decision_at")}, 'scope', scope,
+                'required_approvals', required_approvals
             ),
             {{due}}
         FROM notices
@@ -307,6 +308,8 @@ def _pending_notice(values: Mapping[str, Any]) -> Notice:
         tool_call=values["p_tool_call"],
         risk_explanation=values["p_risk_explanation"],
         status=_PENDING,
+        scope=values["p_scope"],
+        required_approvals=values["p_required_approvals"],
     )
 
 
@@ -327,6 +330,8 @@ def notice_of(request: ApprovalRequest, event: Literal["pending", "decision"]) -
         approver_id=request.approver_id,
         note=request.approver_note,
         decided_at=request.decision_at,
+        scope=request.scope.value,
+        required_approvals=request.required_approvals,
     )
 
 

@@ -30,7 +30,7 @@ from agent_gateway_store.store import GatewayStore
 _READY_S = 2.0
 _ASK = Callable[[Request], Awaitable[Response]]
 # A page of the console, and no other site: browsers read // and a backslash as the beginning of a host.
-_OWN_PATH = re.compile(r"/(?:approvals|audit|charts)(?:[/?][\w\-./?=&%+:~*]*)?", re.ASCII)
+_OWN_PATH = re.compile(r"/(?:approvals|audit|charts)(?:[/?][\w\-./?=&%+:~*!$'(),;@]*)?", re.ASCII)
 
 
 def build(store: GatewayStore) -> ASGIApp:
@@ -57,8 +57,8 @@ def build(store: GatewayStore) -> ASGIApp:
         Route("/approvals/{approval_id}", _opened(inbox.approval)),
         Route("/approvals/{approval_id}/decision", _opened(inbox.decide), methods=["POST"]),
         Route("/audit", _opened(audit.search)),
-        Route("/audit/{event_id:int}", _opened(audit.event)),
-        Route("/audit/{event_id:int}/evidence.json", _opened(audit.evidence)),
+        Route("/audit/{event_id}", _opened(audit.event)),
+        Route("/audit/{event_id}/evidence.json", _opened(audit.evidence)),
         Route("/charts", _opened(charts.charts)),
         Route("/charts/{name}.svg", _opened(charts.chart)),
         Route("/events", _opened(inbox.events)),
@@ -73,6 +73,8 @@ def build(store: GatewayStore) -> ASGIApp:
         GatewayStoreError: _away,
     }
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
+    # Starlette would redirect to the Host header, which is not where browsers know the console.
+    app.router.redirect_slashes = False
     app.state.console, app.state.watch = console, inbox.Watch()
     guarded: ASGIApp = safety.Safety(app, origin=safety.origin_of(settings.console_url))
     proxies = [each.strip() for each in (settings.console_trusted_proxies or "").split(",") if each.strip()]
@@ -224,4 +226,4 @@ def _cookie(request: Request) -> dict[str, object]:
 
 
 def _own_path(path: str) -> str:
-    return path if _OWN_PATH.fullmatch(path) and "//" not in path else ""
+    return path if _OWN_PATH.fullmatch(path) and "//" not in path and ".." not in path else ""

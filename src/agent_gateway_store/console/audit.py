@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlencode
@@ -87,7 +88,9 @@ def _filters(given: dict[str, list[str]]) -> dict[str, Any]:
 
 
 async def _event_of(request: Request, session: Session) -> AuditEvent:
-    event = await session.store.audit.get(request.path_params["event_id"])
+    text = request.path_params["event_id"]
+    # Numbers of 18 digits fit a row's id.
+    event = await session.store.audit.get(int(text)) if re.fullmatch("[0-9]{1,18}", text) else None
     if event is None:
         raise HTTPException(404, "There is no such event.")
     return event
@@ -116,7 +119,14 @@ async def _approval_of(session: Session, found: AuditEvent) -> ApprovalRequest |
             return await approvals.get(approval_id=found.approval_id)
         except ApprovalNotFoundError:
             return None
-    asked = await approvals.search(request_id=found.request_id, limit=1)
+    # Another call may have the same request id.
+    asked = await approvals.search(
+        request_id=found.request_id,
+        caller_id=found.caller_id,
+        mcp_server=found.mcp_server,
+        tool_name=found.tool_name,
+        limit=1,
+    )
     return asked[0] if asked else None
 
 

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from anyio import to_thread
-from cachetools import TTLCache
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,9 +27,6 @@ _APPROVALS = {
     "wait_p50_s": "median wait, s",
     "wait_p90_s": "p90 wait, s",
 }
-# A chart takes a quarter of a second of processor time, and a page shows four of them to everybody.
-_KEPT, _KEPT_S = 64, 60.0
-_drawn: TTLCache[tuple[str | None, str], bytes] = TTLCache(_KEPT, _KEPT_S)
 
 Ask = Callable[[GatewayStore], Awaitable[Any]]
 CHARTS: dict[str, tuple[str, Ask]] = {
@@ -80,11 +76,12 @@ async def chart(request: Request) -> Response:
     if name not in CHARTS or not can_draw():
         raise HTTPException(404, "There is no such chart.")
     key = (session.org_id, name)
-    svg = _drawn.get(key)
+    drawn = pages.console_of(request).charts
+    svg = drawn.get(key)
     if svg is None:
         data = await CHARTS[name][1](session.store)
         # Drawing is work for the processor; on the event loop it would hold up every other page.
-        svg = _drawn[key] = await to_thread.run_sync(_draw, name, data)
+        svg = drawn[key] = await to_thread.run_sync(_draw, name, data)
     return Response(svg, media_type="image/svg+xml")
 
 

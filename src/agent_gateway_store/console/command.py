@@ -43,8 +43,8 @@ def console(
 ) -> None:
     """Serve the pages on which people decide approvals and search the audit log.
 
-    Whoever has an API key with one of the roles of CONSOLE_ROLES may sign in. With --demo it uses DATABASE_URL or
-    --database-url if it is given, else the file gateway-demo.db in the current folder.
+    Whoever has an API key with one of the roles of CONSOLE_ROLES may sign in. With --demo it uses
+    --database-url if it is given, else the file gateway-demo.db in the current folder, whatever DATABASE_URL says.
     """
     try:
         import jinja2  # noqa: F401
@@ -56,7 +56,8 @@ def console(
     if demo:
         from agent_gateway_store.demo.command import DATABASE
 
-        if "database_url" not in settings.model_fields_set:
+        # What it makes up must not go to the database of a gateway, which the environment may name.
+        if options_of(ctx).database_url is None:
             settings = settings.model_copy(update={"database_url": DATABASE})
         key = in_store(ctx, prepare_demo, settings=settings)
         say("Sign in with this key; it is shown once, and a new one each time:")

@@ -28,6 +28,7 @@ from agent_gateway_store.errors import (
     SelfApprovalError,
 )
 from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.values import ApprovalStatus
 
 # Chosen: a page that a person reads, and the neighbours of one approval that fit beside it.
@@ -35,7 +36,7 @@ PAGE, _BESIDE = 50, 8
 # What was decided about the same tool; longer ago it says little about today.
 _BEFORE = "30d"
 _DECIDED = [ApprovalStatus.APPROVED, ApprovalStatus.DENIED, ApprovalStatus.USED]
-# Characters; the limit of a form leaves room for three bytes each.
+# Characters; the limit of a form leaves room for them.
 _NOTE = 20_000
 # Chosen: a new request is on the screen within two seconds, at half a read a second for each organisation.
 LOOK_S = 2.0
@@ -107,11 +108,25 @@ async def _surroundings(session: Session, found: ApprovalRequest) -> dict[str, A
         tool_name=call.tool, mcp_server=call.server, status=_DECIDED, since=_BEFORE, limit=_BESIDE + 1
     )
     return {
-        "events": await audit.search(request_id=found.request_id, limit=_BESIDE),
+        "events": await _stopped(session, found),
         "counts": await audit.stats(by="decision", caller_id=found.caller_id, since="24h"),
         "recent": await audit.search(caller_id=found.caller_id, since="24h", limit=_BESIDE),
         "before": [each for each in before if each.approval_id != found.approval_id][:_BESIDE],
     }
+
+
+async def _stopped(session: Session, found: ApprovalRequest) -> list[AuditEvent]:
+    """Return the events about this call, oldest first: another one may have used its request id before."""
+    call, search = found.tool_call, session.store.audit.search
+    cited = await search(approval_id=found.approval_id, limit=_BESIDE)
+    asked = await search(
+        request_id=found.request_id,
+        caller_id=found.caller_id,
+        mcp_server=call.server,
+        tool_name=call.tool,
+        limit=_BESIDE,
+    )
+    return sorted({each.id: each for each in (*cited, *asked)}.values(), key=lambda each: each.id or 0)[:_BESIDE]
 
 
 async def decide(request: Request) -> Response:
@@ -135,6 +150,8 @@ async def decide(request: Request) -> Response:
     except ApprovalNotFoundError:
         raise
     except ApprovalError as exc:
+        if _is_repeated(exc, session, verb):
+            return pages.to(request, f"/approvals/{approval_id}")
         reason = _text.sentence(str(exc))
         logger.info("%s could not %s %s: %s", _text.escape(session.caller_id), verb, exc.approval_id, reason)
         return await _approval_page(request, session, status=_status_of(exc), said=_reason(exc), note=note)
@@ -147,6 +164,13 @@ async def decide(request: Request) -> Response:
         result.status,
     )
     return pages.to(request, f"/approvals/{result.approval_id}")
+
+
+def _is_repeated(error: ApprovalError, session: Session, verb: str) -> bool:
+    """True for the second click of whoever decided the same."""
+    status = {"approve": (ApprovalStatus.APPROVED, ApprovalStatus.USED), "deny": (ApprovalStatus.DENIED,)}
+    decided = isinstance(error, ApprovalAlreadyDecidedError) and error.approver_id == session.caller_id
+    return decided and error.status in status[verb]  # type: ignore[attr-defined]
 
 
 def _status_of(error: ApprovalError) -> int:

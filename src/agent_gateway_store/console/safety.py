@@ -8,8 +8,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Bytes: a note of 20,000 characters, as an approval takes at most on a page, in three bytes each.
-MAX_BODY = 65_536
+# Bytes: a note of 20,000 characters, as an approval takes at most on a page, in three bytes each, of which a form makes
+# nine (`%E4%BD%A0`), and the other fields.
+MAX_BODY = 200_000
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -25,6 +26,7 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
 }
 _READING = ("GET", "HEAD", "OPTIONS")
+_PORTS = {"http": 80, "https": 443}
 _FORM = "application/x-www-form-urlencoded"
 
 
@@ -56,7 +58,7 @@ class Safety:
         if refusal is None and scope["method"] not in _READING:
             body = await _read(receive)
             if body is None:
-                refusal = PlainTextResponse("The form is too large.", 413)
+                refusal = PlainTextResponse("The form is too large, or not whole.", 413)
             else:
                 receive = _Again(body, receive)
         await (refusal or self._app)(scope, receive, send_guarded)
@@ -90,14 +92,16 @@ class _Again:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """Return the body, or None as soon as it is too large, whatever its headers said."""
+    """Return the body; None as soon as it is too large, whatever its headers said, or ends before it is whole."""
     body: bytes = b""
     while True:
         message = await receive()
+        if message["type"] != "http.request":
+            return None
         body += message.get("body", b"")
         if len(body) > MAX_BODY:
             return None
-        if message["type"] != "http.request" or not message.get("more_body"):
+        if not message.get("more_body"):
             return body
 
 
@@ -105,5 +109,8 @@ def origin_of(url: str | None) -> str | None:
     """Return scheme and host of a URL as a browser writes them in the Origin header."""
     if url is None:
         return None
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}".lower()
+    parts = urlsplit(url.lower())
+    # Of another alphabet as the name server knows it, and without the port that the scheme has anyway.
+    host = (parts.hostname or "").encode("idna").decode()
+    port = "" if parts.port in (None, _PORTS[parts.scheme]) else f":{parts.port}"
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"

@@ -2,8 +2,9 @@
 
 A sign-in is an audit event whose request id is a hash of the cookie, and so is a sign-out. That needs no table and no
 secret of its own, survives restarts, leaves a record of who looked, and refuses a cookie that is played back after the
-sign-out in every process. A signed cookie without memory could not do the last of these. To forge a sign-in event gives
-nothing: what counts is the caller's key as it stands now, which only a holder of that key has.
+sign-out in every process. A signed cookie without memory could not do the last of these. To forge a sign-in event takes
+the stored hash of the caller's key: the event holds an HMAC of it under the cookie, so that what the log shows of one
+session opens no other.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Sessions:
             row = await store.keys.get(event.caller_id)
         except ApiKeyNotFoundError:
             return None
-        if row.key_id != event.key_id or not self._may_enter(row, event.extra.get("key")):
+        if row.key_id != event.key_id or not self._may_enter(row, session_id, event.extra.get("key")):
             return None
         csrf = _digest("csrf", session_id)
         return Session(store, row.caller_id, row.role, row.key_id, event.org_id, csrf, ends_at)
@@ -131,13 +132,14 @@ class Sessions:
         await self._write(_SIGN_OUT, session_id, await session.store.keys.get(session.caller_id), address)
         logger.info("%s signed out of the console.", _text.escape(session.caller_id))
 
-    def _may_enter(self, row: ApiKey, mark: object) -> bool:
+    def _may_enter(self, row: ApiKey, session_id: str, mark: object) -> bool:
         now = utc_now()
         if not row.is_active or row.role not in self._roles or (row.expires_at and row.expires_at <= now):
             return False
         # After a rotation the sessions of the old key end with its overlap.
         has_previous = row.previous_key_expires_at is not None and row.previous_key_expires_at > now
-        return mark == _mark(row.key_hash) or (has_previous and mark == _mark(row.previous_key_hash or ""))
+        hashes = [row.key_hash, *([row.previous_key_hash] if has_previous and row.previous_key_hash else [])]
+        return any(hmac.compare_digest(_mark(session_id, each), str(mark)) for each in hashes)
 
     async def _write(self, tool: str, session_id: str, row: ApiKey, address: str) -> None:
         event = AuditEvent(
@@ -157,7 +159,7 @@ class Sessions:
             execution_status=ExecutionStatus.SUCCESS,
             latency_ms=0,
             deterministic_rationale="The console was entered or left with a valid API key.",
-            extra={"key": _mark(row.key_hash)},
+            extra={"key": _mark(session_id, row.key_hash)},
         )
         outcome = await self._store.audit.write(event)
         # A spooled sign-out would be unknown to the other processes until the spool is replayed.
@@ -183,6 +185,5 @@ def _digest(purpose: str, session_id: str) -> str:
     return hmac.new(session_id.encode(), purpose.encode(), hashlib.sha256).hexdigest()
 
 
-def _mark(key_hash: str) -> str:
-    # Of the bcrypt text, which cannot be found from it.
-    return hashlib.sha256(key_hash.encode()).hexdigest()[:16]
+def _mark(session_id: str, key_hash: str) -> str:
+    return _digest(key_hash, session_id)

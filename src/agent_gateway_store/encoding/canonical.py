@@ -32,7 +32,7 @@ import json
 import math
 import re
 from contextlib import suppress
-from datetime import timedelta
+from datetime import timedelta, timezone
 from fractions import Fraction
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from typing import Any
@@ -53,7 +53,7 @@ _SIMPLE_DEPTH = 16  # chosen: deeper than calls are, and far from where containe
 _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 # Exactly these: a subclass may have any repr.
 _REPR_SAYS_ALL = frozenset(
-    {timedelta, complex, range, Fraction, ZoneInfo}
+    {timedelta, timezone, complex, range, Fraction, ZoneInfo}
     | {IPv4Address, IPv6Address, IPv4Network, IPv6Network, IPv4Interface, IPv6Interface}
 )
 # By name: NumPy is not always there, and Pydantic has a class for each kind of URL.

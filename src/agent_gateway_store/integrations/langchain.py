@@ -107,9 +107,9 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
     ) -> ToolMessage | Command[Any]:
         """Run one tool call, or answer why it does not run."""
         # A copy: other tools reach the state, and with it the arguments, while this call waits for a human.
-        asked = deepcopy(request.tool_call)
-        own, caller = request.override(tool_call=asked), self._identify(request)
         try:
+            asked = deepcopy(request.tool_call)
+            own, caller = request.override(tool_call=asked), self._identify(request)
             return await self._run(asked["name"], asked["args"], caller, lambda: handler(own), is_error=_is_error)
         except (CallPendingError, CallRefusedError) as exc:
             return _error(str(exc), request)
@@ -138,6 +138,8 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         while True:
             try:
                 released = self._take_released(_key(call, caller)) or await self._guard.release(call, caller)
+                if released.is_approved and self._interrupts:
+                    _take_answers()
                 return await released.run(
                     (lambda: _without_interrupts(body)) if released.is_approved else body, is_error=is_error
                 )
@@ -213,12 +215,15 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         return {"type": "reject", "message": text} if text else {"type": "approve"}
 
 
-async def _without_interrupts(body: Callable[[], Awaitable[T]]) -> T:
-    """Run what a human approved. It may not interrupt: its node would begin anew, with an approval that is used up."""
-    # LangGraph hands out answers by their number: what our own interrupts were answered is none for the tool.
+def _take_answers() -> None:
+    """Take what our own interrupts were answered: LangGraph hands answers out by their number, none to the tool."""
     with suppress(GraphInterrupt, KeyError, RuntimeError):
         while True:
             interrupt(None)
+
+
+async def _without_interrupts(body: Callable[[], Awaitable[T]]) -> T:
+    """Run what a human approved. It may not interrupt: its node would begin anew, with an approval that is used up."""
     try:
         return await body()
     except GraphInterrupt:

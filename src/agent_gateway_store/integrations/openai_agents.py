@@ -164,8 +164,9 @@ class GatewayTools:
 
 
 def _code(tool: FunctionTool) -> object:
-    # Hosts may build a tool, closure included, for each run; only the code and the schema stay the same.
-    return getattr(getattr(tool, "__wrapped__", None), "__code__", None), tool.params_json_schema
+    # Hosts may build a tool, closure and schema included, for each run; only the code stays the same.
+    function = getattr(tool, "__wrapped__", None) or tool.on_invoke_tool
+    return getattr(function, "__code__", type(function))
 
 
 def _read(arguments: str | None) -> dict[str, Any] | None:

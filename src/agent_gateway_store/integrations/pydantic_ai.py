@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
+from agent_gateway_store.encoding.canonical import canonical_json
 from agent_gateway_store.encoding.plain import type_name
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.integrations.guard import (
@@ -77,21 +79,33 @@ class GatewayToolset(WrapperToolset[Any]):
 
 
 def _models_in(arguments: Any) -> str:
-    """Return the names of the classes among validated arguments: the JSON of two models may be the same."""
+    """Return where which classes are among validated arguments: the JSON of two models may be the same."""
     found: list[str] = []
-    items = [arguments]
+    seen: set[int] = set()
+    items = [("", arguments)]
     while items:
-        item = items.pop()
+        path, item = items.pop()
+        if id(item) in seen:
+            continue
         if isinstance(item, BaseModel) or (is_dataclass(item) and not isinstance(item, type)):
-            found.append(type_name(type(item)))
-            items.append(
-                dict(item) if isinstance(item, BaseModel) else [getattr(item, each.name) for each in fields(item)]
-            )
+            found.append(f"{path}={type_name(type(item))}")
+            given = item if isinstance(item, BaseModel) else _fields(item)
+            items.extend((f"{path}.{name}", each) for name, each in given)
         elif isinstance(item, Mapping):
-            items.extend(item.values())
+            items.extend((f"{path}.{name!r}", each) for name, each in item.items())
         elif isinstance(item, list | tuple):
-            items.extend(item)
-    return " ".join(found)
+            items.extend((f"{path}[{place}]", each) for place, each in enumerate(item))
+        elif isinstance(item, AbstractSet):
+            items.extend((f"{path}{{{canonical_json(each).decode()}}}", each) for each in item)
+        else:
+            continue
+        seen.add(id(item))
+    return "\n".join(sorted(found))
+
+
+def _fields(item: Any) -> list[tuple[str, Any]]:
+    # One may never have been set.
+    return [(each.name, getattr(item, each.name)) for each in fields(item) if hasattr(item, each.name)]
 
 
 async def results_of(store: GatewayStore, requests: DeferredToolRequests) -> DeferredToolResults | None:

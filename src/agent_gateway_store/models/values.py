@@ -98,6 +98,8 @@ class Notice(FrozenModel):
         approver_id: Who decided; None while pending.
         note: What the approver wrote.
         decided_at: When it was decided (UTC); None while pending.
+        scope: `EXECUTION` (the call may run) or `OUTPUT_RELEASE` (its output may be handed out).
+        required_approvals: How many distinct approvers must approve.
     """
 
     version: Literal[1] = 1
@@ -115,6 +117,8 @@ class Notice(FrozenModel):
     approver_id: str | None = None
     note: Note = ""
     decided_at: datetime | None = None
+    scope: Literal["EXECUTION", "OUTPUT_RELEASE"] = "EXECUTION"
+    required_approvals: int = 1
 
 
 class PendingApproval(FrozenModel):

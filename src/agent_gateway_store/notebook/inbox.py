@@ -156,12 +156,13 @@ def approval_texts(request: ApprovalRequest) -> dict[str, str]:
     Arguments of more than 20,000 characters are cut, and end with their length.
     """
     call = request.tool_call
+    what = "" if request.scope == "EXECUTION" else "Releases the output of the call, which has run. "
     return {
         "id": str(request.approval_id),
         "caller": _text.escape(request.caller_id),
         "call": _text.call_name(call.server, call.tool),
         "arguments": pretty_json(call.arguments, most=_ARGUMENT_CHARS),
-        "why": _text.escape(request.risk_explanation),
+        "why": what + _text.escape(request.risk_explanation),
         "asked": request.created_at.isoformat(),
         "expires": request.expires_at.isoformat() if request.expires_at else "",
     }

@@ -272,6 +272,8 @@ def _data(notice: Notice, part: int) -> dict[str, Any]:
         "approver_id": None if notice.approver_id is None else cut(notice.approver_id, name),
         "note": cut(notice.note, text),
         "decided_at": _time(notice.decided_at),
+        "scope": notice.scope,
+        "required_approvals": notice.required_approvals,
     }
 
 

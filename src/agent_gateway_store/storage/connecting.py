@@ -156,9 +156,7 @@ def replace_useless(context: ExceptionContext) -> None:
     # read_only_sql_transaction: the pool's other connections lead there as well.
     if sqlstate_of(context.original_exception) == "25006":
         context.is_disconnect = True
-    elif isinstance(context.original_exception, TimeoutError) and context.connection is not None:
-        # A ROLLBACK would wait for its answer as long again.
-        driver = context.connection.connection.driver_connection
-        if driver is not None:
-            driver.terminate()
+    elif isinstance(context.original_exception, TimeoutError):
+        # A ROLLBACK would wait for its answer as long again. To close takes two seconds at most, in which the driver
+        # asks the server to stop the statement: its locks would stay otherwise.
         context.is_disconnect = True

@@ -253,16 +253,13 @@ class Database:
         cancelled_before = task.cancelling() if task else 0
         with self._counted(), translate_errors(self._read_as):
             async with self._reader.connect() as connection:
-                driver: Any = (await connection.get_raw_connection()).driver_connection
                 try:
-                    yield driver
+                    yield (await connection.get_raw_connection()).driver_connection
                 except GeneratorExit:
                     # A reader that stops early: the connection is well.
                     raise
                 except BaseException as exc:
                     if self.dialect != "sqlite":
-                        # A server that hangs would be waited for.
-                        driver.terminate()
                         await connection.invalidate()
                     if task and task.cancelling() > cancelled_before and isinstance(exc, Exception):
                         # When a COPY is cancelled the driver raises other errors instead.

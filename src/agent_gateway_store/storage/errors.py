@@ -63,7 +63,10 @@ _HINTS = (
     ("insufficientprivilege", "the database user may not do this: grant it the rights to our tables"),
     ("toomanyconnections", "the database has no connection left: raise max_connections or lower the pool"),
     ("unable to open database file", "the file cannot be opened: check that its folder exists and is writable"),
-    ("database file was removed", "its file was removed while it was open: put it back, or restart to begin a new one"),
+    (
+        "database file was removed",
+        "its file was removed or replaced while it was open: put it back, or restart with no -wal file of another",
+    ),
     ("file is not a database", "the file is not a SQLite database: check DATABASE_URL"),
     ("is malformed", "the file is damaged: restore it from a backup"),
     ("database is locked", "the file is locked by another process: try again"),

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import aiosqlite
 from sqlalchemy import event
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DisconnectionError, OperationalError
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 
@@ -25,7 +25,7 @@ _BUSY_TIMEOUT_MS = 10_000
 # Chosen: three times what a connection to a server may take, since a crowd of writers waits for the one lock.
 _POOL_TIMEOUT_S = 30.0
 
-_REMOVED = "the database file was removed"
+_REMOVED = "the database file was removed or replaced"
 
 
 class ClosingConnection(sqlite3.Connection):
@@ -88,7 +88,7 @@ class _Connector:
     """Connects an engine, whose first connection may make the file."""
 
     def __init__(self, file: Path | None) -> None:
-        self._file, self._was_there = file, False
+        self._file, self._was_there = file and file.absolute(), False
 
     async def __call__(self, *args: Any, **options: Any) -> aiosqlite.Connection:
         if self._file is not None:
@@ -140,18 +140,18 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 def _watch_file(engine: AsyncEngine, file: Path) -> None:
     """Let no connection be used whose file was removed or replaced: what it writes would be gone with it."""
 
+    file = file.absolute()
+
     @event.listens_for(engine.sync_engine, "connect")
     def note(_connection: Any, record: ConnectionPoolEntry) -> None:
-        record.info["file"] = file_id(file)
+        # A URI of SQLite may name a file in a way that only SQLite reads.
+        record.info["file"] = file_id(file) if file.exists() else None
 
     @event.listens_for(engine.sync_engine, "checkout")
     def compare(_connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-        if not is_gone(file, record.info["file"]):
-            return
-        if not file.exists():
+        if record.info["file"] is not None and is_gone(file, record.info["file"]):
+            # Nor is one used that took its place: the -wal file beside it may be that of the old one.
             raise OperationalError(None, None, sqlite3.OperationalError(_REMOVED))
-        # The pool connects anew, to the file that is there now.
-        raise DisconnectionError("the database file was replaced")
 
 
 def _begin_sqlite(connection: Any) -> None:

@@ -36,14 +36,18 @@ WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'tran
 
 @asynccontextmanager
 async def _long_read(driver: asyncpg.Connection, isolation: str = "read_committed") -> AsyncIterator[None]:
-    async with driver.transaction(isolation=isolation, readonly=True):
-        try:
-            await driver.execute(_LONG_READ)
-            yield
-        except TimeoutError:
-            # A ROLLBACK would wait for its answer as long again.
-            driver.terminate()
-            raise
+    transaction = driver.transaction(isolation=isolation, readonly=True)
+    await transaction.start()
+    try:
+        await driver.execute(_LONG_READ)
+        yield
+    except TimeoutError:
+        # A ROLLBACK would wait for its answer as long again; whoever has the connection closes it.
+        raise
+    except BaseException:
+        await transaction.rollback()
+        raise
+    await transaction.commit()
 
 
 def _any_text(stored: bytes) -> str:

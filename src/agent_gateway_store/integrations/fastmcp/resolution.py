@@ -36,6 +36,9 @@ RESERVED = frozenset({VERSION, INPUT_RESPONSES, REQUEST_STATE})
 
 _RESERVED_NAME = f"The arguments {', '.join(sorted(RESERVED))} belong to the gateway: call without them."
 _UNKNOWN_ARGUMENT = "The tool does not take one of the arguments, so the call was not run: read the tool's schema."
+# Members of a JSON schema whose own members are names of a tool's, and those that are for readers alone.
+_NAMES = ("properties", "$defs", "definitions", "patternProperties")
+_WORDS = ("description", "title", "examples")
 _TASK = (
     "This tool would run as a background task, whose end cannot be recorded, so it was not run: call it without the"
     " tasks extension, or ask its operator to register it with task=False."
@@ -116,7 +119,20 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
     await require_seen_calls(context.fastmcp, at, tool)
     arguments.update(_inputs(context), **({VERSION: version} if version is not None else {}))
     call = ToolCall(server=label, tool=name, arguments=arguments)
-    return ResolvedTool(call, tuple(hops), _code(tool), hash_json(tool.parameters), message)
+    return ResolvedTool(call, tuple(hops), _code(tool), hash_json(_shape(tool.parameters)), message)
+
+
+def _shape(schema: Any, *, holds_names: bool = False) -> Any:
+    """Return a JSON schema without its words for readers, which may change with each lookup."""
+    if isinstance(schema, list):
+        return [_shape(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        name: _shape(each, holds_names=not holds_names and name in _NAMES)
+        for name, each in schema.items()
+        if holds_names or name not in _WORDS
+    }
 
 
 def _requested_version(message: CallToolRequestParams) -> VersionSpec | None:

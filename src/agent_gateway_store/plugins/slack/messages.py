@@ -41,14 +41,15 @@ def pending_message(notice: Notice) -> dict[str, Any]:
     """Return text, blocks and metadata of a pending approval, with two buttons."""
     approval_id = str(notice.approval_id)
     facts, was_cut = _facts(notice)
-    consequence = (
-        "The call runs once. Not all of its arguments are shown here!" if was_cut else "The call runs once, as shown."
-    )
+    is_output = notice.scope == "OUTPUT_RELEASE"
+    consequence = "The output of the call is handed out once" if is_output else "The call runs once"
+    refused = "The output stays." if is_output else "The call does not run."
+    consequence += ". Not all of it is shown here!" if was_cut or is_output else ", as shown."
     buttons = ActionsBlock(
         block_id=f"gateway_store_{approval_id}",
         elements=[
             _button(APPROVE, "Approve", approval_id, "primary", consequence),
-            _button(DENY, "Deny", approval_id, "danger", "The call does not run."),
+            _button(DENY, "Deny", approval_id, "danger", refused),
         ],
     )
     text = f"Approval needed: {_name(notice.caller_id)} wants {_name(notice.tool_call.tool)}"
@@ -80,7 +81,7 @@ def _message(notice: Notice, text: str, blocks: list[Block]) -> dict[str, Any]:
 
 
 def _facts(notice: Notice) -> tuple[list[Block], bool]:
-    """Return the blocks that describe the call, and whether arguments were cut."""
+    """Return the blocks that describe the call, and whether something was cut."""
     call = notice.tool_call
     lines = [
         f"*Call* {_name(call.server)} / {_name(call.tool)}",
@@ -88,6 +89,10 @@ def _facts(notice: Notice) -> tuple[list[Block], bool]:
     ]
     if notice.event == "pending":
         lines.append(f"*Decide by* {_time(notice.expires_at) if notice.expires_at else 'no deadline'}")
+        if notice.required_approvals > 1:
+            lines.append(f"*Approvals needed* {notice.required_approvals}")
+    if notice.scope == "OUTPUT_RELEASE":
+        lines.append(f"*Releases* the output of the call: `gateway-store approvals show {notice.approval_id}` has it")
     facts: list[Block] = [
         _section("\n".join(lines)),
         _section(f"*Why you are asked*\n{_prose(notice.risk_explanation)}"),
@@ -96,9 +101,10 @@ def _facts(notice: Notice) -> tuple[list[Block], bool]:
     if call.arguments:
         facts.append(_section(f"*Arguments*{' (cut to fit)' if was_cut else ''}\n```{arguments}```"))
     request = f"Approval {notice.approval_id}, request {_name(notice.request_id)}"
-    if was_cut or any(MARK in str(fact.to_dict()) for fact in facts):
+    is_cut = was_cut or any(MARK in str(fact.to_dict()) for fact in facts)
+    if is_cut:
         request += f". {MARK} marks what is cut: `gateway-store approvals show {notice.approval_id}` has it whole"
-    return [*facts, ContextBlock(elements=[_mrkdwn(request)])], was_cut
+    return [*facts, ContextBlock(elements=[_mrkdwn(request)])], is_cut
 
 
 def _arguments(notice: Notice) -> tuple[str, bool]:

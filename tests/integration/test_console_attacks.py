@@ -1,0 +1,196 @@
+"""The console, as somebody tries it who can read the log, write events, cut connections, or only clicks twice."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from pathlib import Path
+from typing import Any
+
+import console_helpers
+import httpx
+import pytest
+from console_helpers import URL, Visitor, console, key_of, signed_in, status, waiting
+
+from agent_gateway_store import ApprovalScope, GatewayStore, ToolCall
+from agent_gateway_store.console.sessions import COOKIE
+from builders import make_event
+
+pytestmark = pytest.mark.integration
+url, running = console_helpers.url, console_helpers.running
+Running = tuple[GatewayStore, Any]
+
+
+async def test_a_sign_in_that_was_written_by_somebody_else_opens_nothing(running: Running) -> None:
+    """All that the log shows of a session, under a cookie of one's own."""
+    store, app = running
+    await signed_in(store, app)
+    [seen] = await store.audit.search(tool_name="console.sign_in")
+    cookie = secrets.token_urlsafe(32)
+    digest = hmac.new(cookie.encode(), b"console.sign_in", hashlib.sha256).hexdigest()
+    same = seen.model_dump(exclude={"id", "content_hash", "request_id"})
+    assert await store.audit.write(make_event(**same, request_id=f"console.sign_in-{digest}")) == "STORED"
+    mallory = Visitor(app)
+    mallory.client.cookies.set(COOKIE, cookie)
+
+    assert await status(mallory) == 303
+
+
+async def test_why_it_was_stopped_is_of_this_call(running: Running) -> None:
+    """A harmless call had the request id before; its page does not show the approval either."""
+    store, app = running
+    harmless = make_event(request_id="r-1", matched_policy_rule="harmless-rule", tool_name="look")
+    await store.audit.write(harmless)
+    request = await waiting(store, request_id="r-1", tool_call=ToolCall(server="bank", tool="pay", arguments={}))
+    stopped = {
+        "mcp_server": "bank",
+        "tool_name": "pay",
+        "caller_id": request.caller_id,
+        "decision": "APPROVAL_REQUIRED",
+    }
+    await store.audit.write(
+        make_event(request_id="r-1", matched_policy_rule="block-payments", approval_id=request.approval_id, **stopped)
+    )
+    alice = await signed_in(store, app)
+    page = (await alice.get(f"/approvals/{request.approval_id}")).text
+    [first] = await store.audit.search(tool_name="look")
+
+    assert "block-payments" in page
+    assert "harmless-rule" not in page.partition("This caller in the last 24 hours")[0]
+    assert str(request.approval_id) not in (await alice.get(f"/audit/{first.id}")).text
+
+
+async def test_a_form_that_ends_too_early_decides_nothing(running: Running) -> None:
+    """A connection that is cut in the middle of the note."""
+    store, app = running
+    request = await waiting(store)
+    alice = await signed_in(store, app)
+    form = f"decision=approve&csrf={await alice.csrf()}&note=on+condi".encode()
+    messages = [{"type": "http.request", "body": form, "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[dict[str, Any]] = []
+    cookie = f"{COOKIE}={alice.client.cookies[COOKIE]}"
+    headers = {"host": "console.test", "cookie": cookie, "content-type": "application/x-www-form-urlencoded"}
+    path = f"/approvals/{request.approval_id}/decision"
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "client": ("192.0.2.1", 1),
+        "server": ("console.test", 80),
+    }
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+
+    assert sent[0]["status"] == 413
+    assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"
+
+
+async def test_charts_are_of_their_own_store(running: Running, tmp_path: Path) -> None:
+    """Two consoles of one process, on two databases, with the same organisation."""
+    store, app = running
+    await store.audit.write(make_event(tool_name="only_here"))
+    alice = await signed_in(store, app)
+    here = (await alice.get("/charts/latency.svg")).text
+    async with console(f"sqlite:///{tmp_path}/other.db") as (other, other_app):
+        bob = await signed_in(other, other_app)
+        there = (await bob.get("/charts/latency.svg")).text
+
+    assert "only_here" in here
+    assert "only_here" not in there
+
+
+@pytest.mark.parametrize(
+    ("console_url", "origin"),
+    [
+        ("https://gateway.example:443/console", "https://gateway.example"),
+        ("http://gateway.example:80", "http://gateway.example"),
+        ("https://gateway.example:8443", "https://gateway.example:8443"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("http://[::1]:8765", "http://[::1]:8765"),
+    ],
+)
+async def test_forms_come_from_where_a_browser_says(url: str, console_url: str, origin: str) -> None:
+    """It leaves the scheme's own port out, and writes other alphabets as the name server does."""
+    async with console(url, console_url=console_url) as (store, app):
+        alice = Visitor(app)
+        answer = await alice.post("/login", {"key": await key_of(store)}, headers={"Origin": origin})
+
+    assert answer.status_code == 303
+
+
+async def test_a_long_note_of_any_alphabet_is_kept(running: Running) -> None:
+    """Each character takes nine bytes of a form."""
+    store, app = running
+    request = await waiting(store)
+    alice = await signed_in(store, app)
+    note = "批准" * 10_000
+    answer = await alice.decide(request.approval_id, "approve", note)
+
+    assert answer.status_code == 303
+    assert (await store.approvals.get(approval_id=request.approval_id)).approver_note == note
+
+
+async def test_the_second_click_is_no_conflict(running: Running) -> None:
+    """Of the same person with the same decision; another decision is one."""
+    store, app = running
+    request = await waiting(store)
+    alice = await signed_in(store, app)
+    answers = [await alice.decide(request.approval_id, each) for each in ("approve", "approve", "deny")]
+
+    assert [each.status_code for each in answers] == [303, 303, 409]
+
+
+async def test_odd_addresses_are_not_there(running: Running) -> None:
+    """No error of the server, and no redirect to what the Host header names."""
+    store, app = running
+    alice = await signed_in(store, app)
+    paths = [
+        f"/audit/{'9' * 5_000}",
+        f"/audit/{'9' * 19}",
+        "/audit/x",
+        "/audit/-1",
+        "/audit/1/evidence.json",
+        "/approvals/",
+    ]
+    answers = [await alice.get(path, headers={"Host": "internal:8765"}) for path in paths]
+
+    assert [each.status_code for each in answers] == [404] * 6
+    assert not any("location" in each.headers for each in answers)
+
+
+@pytest.mark.parametrize(("wanted", "led"), [("/approvals/../../x", "/"), ("/audit?text=a,b(c)", "/audit?text=a,b(c)")])
+async def test_after_the_sign_in_one_is_where_one_wanted(running: Running, wanted: str, led: str) -> None:
+    """If that is a page of the console."""
+    store, app = running
+    answer = await Visitor(app).post("/login", {"key": await key_of(store), "next": wanted})
+
+    assert httpx.URL(URL).join(answer.headers["location"]).raw_path.decode() in (
+        led,
+        "/approvals" if led == "/" else led,
+    )
+
+
+async def test_an_output_that_is_to_be_released_is_shown(running: Running) -> None:
+    """Whoever approves it sees it, and that it is not the call that runs."""
+    store, app = running
+    request = await waiting(store, scope=ApprovalScope.OUTPUT_RELEASE, output_payload={"rows": ["the secret row"]})
+    alice = await signed_in(store, app)
+    page, inbox = (await alice.get(f"/approvals/{request.approval_id}")).text, (await alice.get("/approvals")).text
+
+    assert "the secret row" in page
+    assert "What will be released" in page
+    assert "releases the output of the call" in inbox
