@@ -92,10 +92,12 @@ class TestHttp:
         with pytest.raises(ValidationError, match="not public"):
             HttpSinkSettings(url="https://127.0.0.1/")  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("headers", [{"X": "a\r\nb"}, {"X\r\nY": "a"}, {"X": "é"}, {"": "a"}])
+    @pytest.mark.parametrize(
+        "headers", [{"X": "a\r\nb"}, {"X\r\nY": "a"}, {"X": "é"}, {"": "a"}, {"X": "a "}, {"Content-Length": "1"}]
+    )
     def test_no_header_can_end_a_line(self, headers: dict[str, str]) -> None:
         """It is refused before anything is sent."""
-        with pytest.raises(ValidationError, match="printable ASCII"):
+        with pytest.raises(ValidationError, match="header"):
             HttpSinkSettings(url="https://siem.example/", headers=headers)  # type: ignore[arg-type]
 
     def test_settings_show_no_secret(self) -> None:

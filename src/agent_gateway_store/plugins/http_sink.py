@@ -22,6 +22,8 @@ PREFIX = "AGENT_GATEWAY_STORE_HTTP_SINK_"
 # Bad Request, Content Too Large, Unprocessable Content (RFC 9110, 15.5): about the events. Every other answer is about
 # the receiver or the settings, and the events can be taken once that is put right.
 _REFUSALS = (400, 413, 422)
+# They say where a body ends, and to whom it goes.
+_FRAMING = frozenset({"connection", "content-encoding", "content-length", "host", "transfer-encoding"})
 
 
 class HttpSinkSettings(ReceiverSettings):
@@ -47,8 +49,11 @@ class HttpSinkSettings(ReceiverSettings):
             # What HTTP allows in a name, and what cannot end a line in a value (RFC 9110, 5.1 and 5.5).
             if not name.replace("-", "").isalnum() or not (name + value.get_secret_value()).isascii():
                 raise ValueError("a header is made of letters, digits and hyphens, its value of printable ASCII")
-            if not value.get_secret_value().isprintable():
-                raise ValueError("the value of a header must be printable ASCII")
+            text = value.get_secret_value()
+            if not text.isprintable() or text != text.strip():
+                raise ValueError("the value of a header must be printable ASCII, without blanks at its ends")
+            if name.lower() in _FRAMING:
+                raise ValueError(f"the header {name} is set for each batch: leave it out")
         return self
 
 
