@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
+from anyio import to_thread
 from cachetools import TTLCache
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
@@ -58,7 +60,7 @@ async def inbox(request: Request) -> Response:
     return pages.page(
         request,
         "inbox.html",
-        cards=[_card(request, each) for each in found],
+        cards=[await _card(request, each) for each in found],
         status=status,
         statuses=[*ApprovalStatus, "ALL"],
         cursor=cursor,
@@ -67,13 +69,14 @@ async def inbox(request: Request) -> Response:
     )
 
 
-def _card(request: Request, asked: ApprovalRequest) -> Markup:
+async def _card(request: Request, asked: ApprovalRequest) -> Markup:
     """Return an approval as the inbox shows it."""
     base, cards = pages.base_of(request), pages.console_of(request).cards
     # Whatever is changed in an approval raises its version; only that it has expired is seen without one.
     key = (base, asked.approval_id, asked.version, asked.status)
     if (card := cards.get(key)) is None:
-        card = pages.fragment("_card.html", base=base, asked=asked)
+        # In a thread: one caller may ask with arguments of 64 kB as often as a page has room for.
+        card = await to_thread.run_sync(partial(pages.fragment, "_card.html", base=base, asked=asked))
         with suppress(ValueError):  # it is larger than all that is kept
             cards[key] = card
     return card

@@ -26,8 +26,8 @@ from agent_gateway_store.store import GatewayStore
 
 # Characters of a value that are read at a glance; above it is folded, whole, below a line that tells its length.
 _FOLD, _PREVIEW = 1_500, 120
-# Chosen: a few thousand cards.
-_CARDS_CHARS = 2**22
+# Chosen: several thousand cards, or two pages of the largest.
+_CARDS_CHARS = 2**24
 # A chart takes a quarter of a second of processor time, and a page shows four of them to everybody.
 _CHARTS, _CHARTS_S = 64, 60.0
 # Chosen: our largest form has four fields.
