@@ -15,7 +15,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from agent_gateway_store import AuditEvent, clock
-from agent_gateway_store.storage.database import Database, SessionTransactions, create_engine, db_now
+from agent_gateway_store.storage.database import Database, SessionTransactions, create_engine
+from agent_gateway_store.storage.db_clock import db_now
 
 pytestmark = pytest.mark.integration
 
