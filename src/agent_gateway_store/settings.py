@@ -53,6 +53,10 @@ def _web_url(value: str | None) -> str | None:
     parts = urlsplit(value or "https://host")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ValueError("it must look like https://gateway.example/console")
+    if not parts.netloc.isascii():
+        raise ValueError("the host must be written in letters of ASCII, as browsers send it: xn--...")
+    if parts.port == 0:
+        raise ValueError("0 is no port")
     return value and value.rstrip("/")
 
 

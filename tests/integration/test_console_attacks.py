@@ -12,8 +12,9 @@ import console_helpers
 import httpx
 import pytest
 from console_helpers import URL, Visitor, console, key_of, signed_in, status, waiting
+from pydantic import ValidationError
 
-from agent_gateway_store import ApprovalScope, GatewayStore, ToolCall
+from agent_gateway_store import ApprovalScope, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.console.sessions import COOKIE
 from builders import make_event
 
@@ -119,17 +120,25 @@ async def test_charts_are_of_their_own_store(running: Running, tmp_path: Path) -
         ("https://gateway.example:443/console", "https://gateway.example"),
         ("http://gateway.example:80", "http://gateway.example"),
         ("https://gateway.example:8443", "https://gateway.example:8443"),
-        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("https://xn--bcher-kva.example", "https://xn--bcher-kva.example"),
+        ("http://my_host:8000", "http://my_host:8000"),
         ("http://[::1]:8765", "http://[::1]:8765"),
     ],
 )
 async def test_forms_come_from_where_a_browser_says(url: str, console_url: str, origin: str) -> None:
-    """It leaves the scheme's own port out, and writes other alphabets as the name server does."""
+    """It leaves the scheme's own port out."""
     async with console(url, console_url=console_url) as (store, app):
         alice = Visitor(app)
         answer = await alice.post("/login", {"key": await key_of(store)}, headers={"Origin": origin})
 
     assert answer.status_code == 303
+
+
+@pytest.mark.parametrize("console_url", ["https://bücher.example", "https://host:99999", "https://host:0"])
+def test_an_address_that_no_browser_sends_is_refused(console_url: str) -> None:
+    """When the settings are read, not at the first form."""
+    with pytest.raises(ValidationError):
+        StoreSettings(console_url=console_url)
 
 
 async def test_a_long_note_of_any_alphabet_is_kept(running: Running) -> None:
@@ -158,21 +167,24 @@ async def test_odd_addresses_are_not_there(running: Running) -> None:
     """No error of the server, and no redirect to what the Host header names."""
     store, app = running
     alice = await signed_in(store, app)
-    paths = [
-        f"/audit/{'9' * 5_000}",
-        f"/audit/{'9' * 19}",
-        "/audit/x",
-        "/audit/-1",
-        "/audit/1/evidence.json",
-        "/approvals/",
-    ]
-    answers = [await alice.get(path, headers={"Host": "internal:8765"}) for path in paths]
+    host = {"Host": "internal:8765"}
+    paths = [f"/audit/{'9' * 5_000}", f"/audit/{'9' * 19}", "/audit/x", "/audit/-1", "/audit/1/evidence.json"]
+    answers = [await alice.get(path, headers=host) for path in paths]
+    slash = await alice.get("/approvals/", headers=host)
 
-    assert [each.status_code for each in answers] == [404] * 6
-    assert not any("location" in each.headers for each in answers)
+    assert [each.status_code for each in answers] == [404] * 5
+    assert (slash.status_code, slash.headers["location"]) == (307, "/approvals")
 
 
-@pytest.mark.parametrize(("wanted", "led"), [("/approvals/../../x", "/"), ("/audit?text=a,b(c)", "/audit?text=a,b(c)")])
+@pytest.mark.parametrize(
+    ("wanted", "led"),
+    [
+        ("/approvals/../../x", "/"),
+        ("/approvals/%2e%2e/x", "/"),
+        ("/audit?text=a..b", "/audit?text=a..b"),
+        ("/audit?text=a,b(c)", "/audit?text=a,b(c)"),
+    ],
+)
 async def test_after_the_sign_in_one_is_where_one_wanted(running: Running, wanted: str, led: str) -> None:
     """If that is a page of the console."""
     store, app = running

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy
 import pytest
-from agents import WebSearchTool, function_tool, tool_namespace
+from agents import FunctionTool, WebSearchTool, function_tool, tool_namespace
 from fastmcp import Client, FastMCP
 from fastmcp_helpers import always
 from langchain.agents import create_agent
@@ -319,6 +320,25 @@ class TestOpenAIAgents:
         tools.wrap(one, one)
         with pytest.raises(ValueError, match="Two different tools are named delete"):
             tools.wrap(other)
+
+    async def test_two_tools_without_functions_are_told_apart(self, store: GatewayStore) -> None:
+        """Partials, as a host makes them for each run; of one function they are one tool."""
+
+        async def one(_path: str, _context: Any, _given: str) -> str:
+            return ""
+
+        async def other(_path: str, _context: Any, _given: str) -> str:
+            return ""
+
+        def made(function: Any, **schema: Any) -> FunctionTool:
+            return FunctionTool(
+                name="pay", description="d", params_json_schema={"type": "object", **schema}, on_invoke_tool=function
+            )
+
+        tools = for_openai.GatewayTools(CallGuard(store, judge), lambda _: CALLER)
+        tools.wrap(made(partial(one, "a")), made(partial(one, "b"), title="For another user"))
+        with pytest.raises(ValueError, match="Two different tools are named pay"):
+            tools.wrap(made(partial(other, "a")))
 
     async def test_a_tool_that_runs_elsewhere_is_refused(self, store: GatewayStore) -> None:
         tools = for_openai.GatewayTools(CallGuard(store, judge), lambda _: CALLER)

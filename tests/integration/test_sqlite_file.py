@@ -48,12 +48,16 @@ async def test_a_file_that_took_its_place_is_not_written(tmp_path: Path) -> None
     async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
         assert await store.audit.write(make_event(request_id="lost with the old file")) == "STORED"
         backup.rename(path)
-        assert await store.audit.write(make_event(request_id="new")) == "SPOOLED"
+        for name in ("new-1", "new-2", "new-3"):
+            assert await store.audit.write(make_event(request_id=name)) == "SPOOLED"
+        for _ in range(3):
+            with pytest.raises(StoreUnavailableError):
+                await store.audit.list_recent()
         for each in tmp_path.glob("gateway.db-*"):
             each.unlink()
     async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
         await store.audit.flush()
-        assert {event.request_id for event in await store.audit.list_recent()} == {"old", "new"}
+        assert {event.request_id for event in await store.audit.list_recent()} == {"old", "new-1", "new-2", "new-3"}
 
 
 async def test_a_file_is_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

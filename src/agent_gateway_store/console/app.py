@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -73,8 +73,6 @@ def build(store: GatewayStore) -> ASGIApp:
         GatewayStoreError: _away,
     }
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
-    # Starlette would redirect to the Host header, which is not where browsers know the console.
-    app.router.redirect_slashes = False
     app.state.console, app.state.watch = console, inbox.Watch()
     guarded: ASGIApp = safety.Safety(app, origin=safety.origin_of(settings.console_url))
     proxies = [each.strip() for each in (settings.console_trusted_proxies or "").split(",") if each.strip()]
@@ -226,4 +224,5 @@ def _cookie(request: Request) -> dict[str, object]:
 
 
 def _own_path(path: str) -> str:
-    return path if _OWN_PATH.fullmatch(path) and "//" not in path and ".." not in path else ""
+    is_inside = "//" not in path and ".." not in unquote(path.partition("?")[0])
+    return path if _OWN_PATH.fullmatch(path) and is_inside else ""

@@ -58,7 +58,8 @@ def console(
 
         # What it makes up must not go to the database of a gateway, which the environment may name.
         if options_of(ctx).database_url is None:
-            settings = settings.model_copy(update={"database_url": DATABASE})
+            own = {"database_url": DATABASE, "database_read_url": None, "redis_url": ""}
+            settings = settings.model_copy(update=own)
         key = in_store(ctx, prepare_demo, settings=settings)
         say("Sign in with this key; it is shown once, and a new one each time:")
         typer.echo(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -52,6 +52,8 @@ class Safety:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+                if (target := headers.get("location")) is not None:
+                    headers["location"] = _path_of(target)
             await send(message)
 
         refusal = self._refusal(scope)
@@ -105,12 +107,16 @@ async def _read(receive: Receive) -> bytes | None:
             return body
 
 
+def _path_of(target: str) -> str:
+    """Return a redirect without a host: Starlette takes that of the Host header, which is not where browsers are."""
+    parts = urlsplit(target)
+    return urlunsplit(("", "", f"/{parts.path.lstrip('/')}", parts.query, ""))
+
+
 def origin_of(url: str | None) -> str | None:
     """Return scheme and host of a URL as a browser writes them in the Origin header."""
     if url is None:
         return None
     parts = urlsplit(url.lower())
-    # Of another alphabet as the name server knows it, and without the port that the scheme has anyway.
-    host = (parts.hostname or "").encode("idna").decode()
-    port = "" if parts.port in (None, _PORTS[parts.scheme]) else f":{parts.port}"
-    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
+    # Without the port that the scheme has anyway.
+    return f"{parts.scheme}://{parts.netloc.removesuffix(f':{_PORTS[parts.scheme]}')}"

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
 from uuid import uuid4
 
@@ -374,3 +375,14 @@ async def finish(step: Awaitable[object]) -> None:
             pass
         except GatewayStoreError as exc:
             _logger.warning("An approval could not be brought up to date: %s", exc)
+
+
+def code_of(function: Callable[..., Any] | None) -> Any:
+    """Return the code of a function, a method, a partial, or an object that can be called; None if it has none."""
+    found: Any = function
+    while isinstance(found, partial):
+        found = found.func
+    found = inspect.unwrap(found) if callable(found) else found
+    if not hasattr(found, "__code__"):
+        found = inspect.getattr_static(type(found), "__call__", None)
+    return getattr(found, "__code__", None)

@@ -17,6 +17,7 @@ from agent_gateway_store.integrations.guard import (
     CallRefusedError,
     ReleasedCall,
     Verdict,
+    code_of,
 )
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
@@ -165,8 +166,7 @@ class GatewayTools:
 
 def _code(tool: FunctionTool) -> object:
     # Hosts may build a tool, closure and schema included, for each run; only the code stays the same.
-    function = getattr(tool, "__wrapped__", None) or tool.on_invoke_tool
-    return getattr(function, "__code__", type(function))
+    return code_of(getattr(tool, "__wrapped__", None) or tool.on_invoke_tool) or tool.params_json_schema
 
 
 def _read(arguments: str | None) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from agent_gateway_store.storage.files import create_database_file, file_id, is_gone
 from agent_gateway_store.storage.host import READ_ONLY
@@ -24,8 +24,6 @@ from agent_gateway_store.storage.urls import is_memory, sqlite_file
 _BUSY_TIMEOUT_MS = 10_000
 # Chosen: three times what a connection to a server may take, since a crowd of writers waits for the one lock.
 _POOL_TIMEOUT_S = 30.0
-
-_REMOVED = "the database file was removed or replaced"
 
 
 class ClosingConnection(sqlite3.Connection):
@@ -56,13 +54,14 @@ class ClosingConnection(sqlite3.Connection):
 def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     """Return an engine for a SQLite URL: see `create_engine`."""
     # A database in memory ends with its connection, so there is exactly one, which is never closed.
+    file = _File(sqlite_file(url), is_made=url.query.get("mode", "rwc") == "rwc")
     limits = {"pool_size": 1, "max_overflow": 0} if is_memory(url) else {"pool_size": pool_size, "max_overflow": 0}
     engine = create_async_engine(
         url,
         connect_args={
             "timeout": _BUSY_TIMEOUT_MS / 1000,
             "isolation_level": None,
-            "async_creator_fn": _Connector(_file_to_create(url)),
+            "async_creator_fn": file.connect,
         },
         poolclass=AsyncAdaptedQueuePool,
         pool_timeout=_POOL_TIMEOUT_S,
@@ -70,8 +69,8 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
         **limits,
     )
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
-    if (file := sqlite_file(url)) is not None:
-        _watch_file(engine, file)
+    event.listen(engine.sync_engine, "connect", file.note)
+    event.listen(engine.sync_engine, "checkout", file.compare)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
 
@@ -80,24 +79,42 @@ async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
     return await connection
 
 
-def _file_to_create(url: URL) -> Path | None:
-    return sqlite_file(url) if url.query.get("mode", "rwc") == "rwc" else None
+class _File:
+    """The file of an engine. Removed or replaced, it is not used: what is written would be gone, or meet another's log.
 
+    Args:
+        file: None: the database is in memory.
+        is_made: Whether the first connection makes the file.
+    """
 
-class _Connector:
-    """Connects an engine, whose first connection may make the file."""
+    def __init__(self, file: Path | None, *, is_made: bool) -> None:
+        self._file, self._is_made = file and file.absolute(), is_made
+        self._opened: tuple[int, int] | None = None
 
-    def __init__(self, file: Path | None) -> None:
-        self._file, self._was_there = file and file.absolute(), False
-
-    async def __call__(self, *args: Any, **options: Any) -> aiosqlite.Connection:
-        if self._file is not None:
-            if self._was_there and not self._file.exists():
-                raise sqlite3.OperationalError(_REMOVED)
+    async def connect(self, *args: Any, **options: Any) -> aiosqlite.Connection:
+        """Connect; for `connect_args` under the name `async_creator_fn`."""
+        self._require_same()
+        if self._file is not None and self._is_made:
             create_database_file(self._file)
-        connection = await _connect_sqlite(*args, **options)
-        self._was_there = True
-        return connection
+        return await _connect_sqlite(*args, **options)
+
+    def note(self, _connection: Any, _record: Any) -> None:
+        """Note which file the first connection has opened."""
+        # A URI of SQLite may name a file in a way that only SQLite reads.
+        if self._opened is None and self._file is not None and self._file.exists():
+            self._opened = file_id(self._file)
+
+    def compare(self, _connection: Any, _record: Any, _proxy: Any) -> None:
+        """Refuse a connection whose file is gone."""
+        try:
+            self._require_same()
+        except sqlite3.OperationalError as exc:
+            # What SQLAlchemy makes of errors of a driver, but not of those of a listener.
+            raise OperationalError(None, None, exc) from exc
+
+    def _require_same(self) -> None:
+        if self._file is not None and self._opened is not None and is_gone(self._file, self._opened):
+            raise sqlite3.OperationalError("the database file was removed or replaced")
 
 
 async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
@@ -135,23 +152,6 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
         # The pool does not know it yet, and its thread would go on for ever.
         connection.close()
         raise
-
-
-def _watch_file(engine: AsyncEngine, file: Path) -> None:
-    """Let no connection be used whose file was removed or replaced: what it writes would be gone with it."""
-
-    file = file.absolute()
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def note(_connection: Any, record: ConnectionPoolEntry) -> None:
-        # A URI of SQLite may name a file in a way that only SQLite reads.
-        record.info["file"] = file_id(file) if file.exists() else None
-
-    @event.listens_for(engine.sync_engine, "checkout")
-    def compare(_connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-        if record.info["file"] is not None and is_gone(file, record.info["file"]):
-            # Nor is one used that took its place: the -wal file beside it may be that of the old one.
-            raise OperationalError(None, None, sqlite3.OperationalError(_REMOVED))
 
 
 def _begin_sqlite(connection: Any) -> None:

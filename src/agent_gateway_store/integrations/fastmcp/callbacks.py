@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from agent_gateway_store._text import word
 from agent_gateway_store.errors import GatewayStoreError
+from agent_gateway_store.integrations.guard import code_of
 
 # What a callback raises to refuse a call.
 _REFUSALS = (ToolError, NotFoundError, DisabledError, GatewayStoreError)
@@ -49,7 +49,7 @@ async def call_back(role: str, callback: Callable[..., Any], *args: Any, returns
 def failure(exc: BaseException, callback: Callable[..., Any] | None = None) -> str:
     """Return the class of an error, the line of the callback at which it came, and the fields that it names."""
     frames = traceback.extract_tb(exc.__traceback__)
-    file = getattr(_code(callback), "co_filename", None)
+    file = getattr(code_of(callback), "co_filename", None)
     own = [frame for frame in frames if frame.filename == file] or frames[1:] or frames
     lines = [own[-1]] if own else []
     # Where a library raised the error: the callback's own line comes first.
@@ -68,17 +68,6 @@ def _fields(exc: BaseException) -> str:
 
 
 def _name(role: str, callback: Callable[..., Any]) -> str:
-    code = _code(callback)
+    code = code_of(callback)
     name = getattr(callback, "__qualname__", type(callback).__qualname__)
     return f"{role} {name}" if code is None else f"{role} {name} ({code.co_filename}:{code.co_firstlineno})"
-
-
-def _code(callback: Callable[..., Any] | None) -> Any:
-    """Return the code of a function, a method, a partial, or an object that can be called; None if it has none."""
-    found: Any = callback
-    while isinstance(found, partial):
-        found = found.func
-    found = inspect.unwrap(found) if callable(found) else found
-    if not hasattr(found, "__code__"):
-        found = inspect.getattr_static(type(found), "__call__", None)
-    return getattr(found, "__code__", None)

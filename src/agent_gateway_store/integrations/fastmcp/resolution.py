@@ -36,8 +36,9 @@ RESERVED = frozenset({VERSION, INPUT_RESPONSES, REQUEST_STATE})
 
 _RESERVED_NAME = f"The arguments {', '.join(sorted(RESERVED))} belong to the gateway: call without them."
 _UNKNOWN_ARGUMENT = "The tool does not take one of the arguments, so the call was not run: read the tool's schema."
-# Members of a JSON schema whose own members are names of a tool's, and those that are for readers alone.
-_NAMES = ("properties", "$defs", "definitions", "patternProperties")
+# Members of a JSON schema whose own members are names of a tool's, those that hold values, and those for readers alone.
+_NAMES = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas", "dependentRequired")
+_VALUES = ("default", "const", "enum")
 _WORDS = ("description", "title", "examples")
 _TASK = (
     "This tool would run as a background task, whose end cannot be recorded, so it was not run: call it without the"
@@ -129,7 +130,9 @@ def _shape(schema: Any, *, holds_names: bool = False) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     return {
-        name: _shape(each, holds_names=not holds_names and name in _NAMES)
+        name: each
+        if not holds_names and name in _VALUES
+        else _shape(each, holds_names=not holds_names and name in _NAMES)
         for name, each in schema.items()
         if holds_names or name not in _WORDS
     }
