@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -268,6 +269,20 @@ class Delete(BaseModel):
     path: str
 
 
+@dataclass(frozen=True)
+class Place:
+    """As `Read`, for sets."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Other:
+    """As `Delete`, for sets."""
+
+    path: str
+
+
 def kind(value: Any) -> str:
     return value["op"] if isinstance(value, dict) else type(value).__name__
 
@@ -293,6 +308,37 @@ async def test_pydantic_ai_tells_models_apart_whose_json_is_the_same(store: Gate
     await approve(store)
     assert isinstance(await run("Delete"), DeferredToolRequests)
     assert ran == []
+
+
+async def test_pydantic_ai_looks_into_every_container_once(store: GatewayStore) -> None:
+    """Classes in a set, at another place, or in an object that holds itself; the order of names says nothing."""
+    asked: list[dict[str, Any]] = []
+
+    class Keeping(CallGuard):
+        async def run(self, *_args: Any, bind: str = "", **_fields: Any) -> Any:
+            asked.append({"bind": bind})
+
+    class Wrapped:
+        pass
+
+    async def bind_of(arguments: dict[str, Any]) -> str:
+        gated = for_pydantic_ai.GatewayToolset(FunctionToolset([]), Keeping(store, judge), lambda _: CALLER)
+        context: Any = Wrapped()
+        context.conversation_id = None
+        await gated.call_tool("t", arguments, context, context)
+        return str(asked[-1]["bind"])
+
+    circle: list[Any] = [Read(path="x")]
+    circle.append(circle)
+    read, delete = Place(path="x"), Other(path="x")
+    binds = [
+        await bind_of(each)
+        for each in ({"a": {read}}, {"a": {delete}}, {"a": read, "b": {"path": "x"}}, {"a": {"path": "x"}, "b": read})
+    ]
+
+    assert await bind_of({"a": circle})
+    assert len(set(binds)) == 4
+    assert await bind_of({"a": read, "b": delete}) == await bind_of({"b": delete, "a": read})
 
 
 class TestOpenAIAgents:
