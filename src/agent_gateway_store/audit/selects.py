@@ -182,13 +182,9 @@ def _labelled(dialect: str, several: bool) -> ColumnElement[bool]:
             return labels.has_any(bindparam("p_risk_label", type_=ARRAY(Text())))  # type: ignore[no-any-return]
         return labels.has_key(bindparam("p_risk_label", type_=Text()))  # type: ignore[no-any-return]
     label = func.json_each(table.c.risk_labels).table_valued("value", name="label").c.value
-    wanted = bindparam("p_risk_label", type_=Text())
-    return exists(select(literal_column("1")).where(label.in_(_each("risk_label")) if several else label == wanted))
-
-
-def _each(name: str) -> Any:
-    # SQLite has no arrays: the values are one JSON text.
-    return select(func.json_each(bindparam(f"p_{name}", type_=JSON())).table_valued("value").c.value)
+    one = label == bindparam("p_risk_label", type_=Text())
+    fits = is_one_of(dialect, label, "p_risk_label", Text()) if several else one
+    return exists(select(literal_column("1")).where(fits))
 
 
 GROUPS = (

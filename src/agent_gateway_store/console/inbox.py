@@ -171,9 +171,10 @@ async def decide(request: Request) -> Response:
 
 def _is_repeated(error: ApprovalError, session: Session, verb: str) -> bool:
     """True for the second click of whoever decided the same."""
-    status = {"approve": (ApprovalStatus.APPROVED, ApprovalStatus.USED), "deny": (ApprovalStatus.DENIED,)}
-    decided = isinstance(error, ApprovalAlreadyDecidedError) and error.approver_id == session.caller_id
-    return decided and error.status in status[verb]  # type: ignore[attr-defined]
+    if not isinstance(error, ApprovalAlreadyDecidedError):
+        return False
+    same = {"approve": (ApprovalStatus.APPROVED, ApprovalStatus.USED), "deny": (ApprovalStatus.DENIED,)}
+    return error.approver_id == session.caller_id and error.status in same[verb]
 
 
 def _status_of(error: ApprovalError) -> int:

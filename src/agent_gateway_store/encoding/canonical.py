@@ -111,6 +111,17 @@ def _is_simple(value: Any, depth: int = 0) -> bool:
     )
 
 
+def members_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, as `object_pairs_hook` of `json.loads`; ValueError if a name stands twice.
+
+    Of two members of one name, readers would take either.
+    """
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("it holds a name twice")
+    return members
+
+
 def _require_known(root: Any) -> None:
     seen: set[int] = set()
     items = [root]

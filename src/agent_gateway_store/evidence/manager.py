@@ -21,6 +21,7 @@ from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.evidence import Checkpoint, Verification
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.files import progress_bar
+from agent_gateway_store.storage.filters import require_all
 from agent_gateway_store.telemetry import traced
 
 CHECKPOINT = "gateway_store_checkpoint"
@@ -88,12 +89,12 @@ class EvidenceManager:
             StoreUnavailableError: The database is away, or this role may not write.
             ValueError: The store is bound to one organisation.
         """
-        self._require_all()
+        require_all(self._org_id)
         return await self._sealer.seal()
 
     async def checkpoint(self) -> Checkpoint | None:
         """Return the last checkpoint, or None; ValueError on a store that is bound to one organisation."""
-        self._require_all()
+        require_all(self._org_id)
         async with self._database.connection("read") as connection:
             return await last_checkpoint(connection)
 
@@ -124,7 +125,7 @@ class EvidenceManager:
             StoreUnavailableError: The database is away.
             ValueError: A key cannot be read, or the store is bound to one organisation.
         """
-        self._require_all()
+        require_all(self._org_id)
         folders = [archive] if isinstance(archive, str | PathLike) else archive or ()
         with progress_bar(progress, "Verifying the log") as report:
             found = await verify.verify(
@@ -184,9 +185,3 @@ class EvidenceManager:
     async def _read_tiles(self, wanted: Iterable[tuple[int, int]]) -> TileHashes:
         async with self._database.connection("read") as connection:
             return await read_tiles(connection, list(wanted))
-
-    def _require_all(self) -> None:
-        if self._org_id is not None:
-            raise ValueError(
-                "The log is that of all organisations: use a store that is not bound to one (`for_org`, --org)."
-            )

@@ -14,6 +14,7 @@ from sqlalchemy import BigInteger, Integer, Select, Text, Uuid, bindparam, liter
 from agent_gateway_store.approval.queries import ApprovalRef, get
 from agent_gateway_store.audit.document import encode, exact_float
 from agent_gateway_store.audit.query import AuditQuery
+from agent_gateway_store.encoding.canonical import members_once
 from agent_gateway_store.errors import (
     ApprovalNotFoundError,
     AuditEventNotFoundError,
@@ -286,7 +287,7 @@ class _Claim(NamedTuple):
 
 
 def _read_json(text: str) -> _Claim:
-    document = json.loads(text, object_pairs_hook=_members, parse_float=exact_float, parse_constant=_refuse)
+    document = json.loads(text, object_pairs_hook=members_once, parse_float=exact_float, parse_constant=_refuse)
     _require(document.keys() == {"format", *Evidence.model_fields} - {"votes"} and document["format"] == _FORMAT)
     position, salt, leaf = document["position"], _bytes(document["salt"]), _bytes(document["leaf_hash"])
     path, note = [_bytes(node) or b"" for node in document["path"]], document["checkpoint"]
@@ -341,13 +342,6 @@ def _content_hash(event: Mapping[str, Any]) -> str:
         document.pop("extra", None)
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return sha256(text.encode()).hexdigest()
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; of two members of one name, readers would show either."""
-    members = dict(pairs)
-    _require(len(members) == len(pairs))
-    return members
 
 
 def _refuse(constant: str) -> None:

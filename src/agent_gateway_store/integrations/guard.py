@@ -178,14 +178,13 @@ class CallGuard:
         tool: Callable[[], Awaitable[T]],
         *,
         bind: str = "",
-        is_error: Callable[[T], bool] | None = None,
         **fields: Any,
     ) -> T:
         """Run `tool` once if `call` may run, and return or raise what comes of it; all else as `release`.
 
         The approval is one of `call` as it was handed over: let `tool` run that, and nothing that may change meanwhile.
         """
-        return await (await self.release(call, caller, bind=bind, **fields)).run(tool, is_error=is_error)
+        return await (await self.release(call, caller, bind=bind, **fields)).run(tool)
 
     async def ask(
         self, call: ToolCall, caller: CallerIdentity, *, request_id: str, bind: str = ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from cachetools import TTLCache
 
+from agent_gateway_store.encoding.canonical import members_once
 from agent_gateway_store.errors import MissingExtraError
 from agent_gateway_store.integrations.guard import (
     CallGuard,
@@ -171,14 +172,8 @@ def _code(tool: FunctionTool) -> object:
 
 def _read(arguments: str | None) -> dict[str, Any] | None:
     try:
-        found = json.loads(arguments or "{}", object_pairs_hook=_members)
+        # The tool reads the same text, and may take the other one of two members of one name.
+        found = json.loads(arguments or "{}", object_pairs_hook=members_once)
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # The tool reads the same text, and may take the other one of two.
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("it holds a name twice")
-    return found

@@ -103,7 +103,7 @@ class Eraser:
             raise AuditEventNotFoundError(given)
         org_id = targets[0].values["org_id"]
         async with self._database.read() as connection:
-            await self._require_unheld(connection, targets)
+            await self._require_unheld(connection, targets, await read_holds(connection))
         approvals = await self._open_or_over(targets, request_id, org_id)
         await self._announce(targets, reason=reason, by=by, approvals=len(approvals))
         # Before: nothing is blanked while Redis is away. After: somebody may have read SQL in between, and cached it.
@@ -115,8 +115,7 @@ class Eraser:
             change = _blanker(cited, request_id, org_id, own)
             archived_approvals = await in_thread(lambda: rewrite_approvals(manifest, change))
         async with self._database.write() as connection:
-            await lock_holds(connection)
-            await self._require_unheld(connection, targets)
+            await self._require_unheld(connection, targets, await lock_holds(connection))
             await self._blank_events(connection, targets)
             await _blank_approvals(connection, approvals)
             # Those that could not be delivered outlive their approval.
@@ -159,10 +158,11 @@ class Eraser:
             raise ValueError(f"Events of {names} have this request id: use `store.for_org(...)` (`--org`) for one.")
         return calls
 
-    async def _require_unheld(self, connection: AsyncConnection, targets: Sequence[_Target]) -> None:
+    async def _require_unheld(
+        self, connection: AsyncConnection, targets: Sequence[_Target], holds: Sequence[Hold]
+    ) -> None:
         ids = [each.values["id"] for each in targets if not each.archived]
         dialect = self._database.dialect
-        holds = await read_holds(connection)
         names = [
             hold.name
             for hold in holds

@@ -28,7 +28,7 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.exclusive import POLL_S, ExclusiveLock
 from agent_gateway_store.storage.files import progress_bar
-from agent_gateway_store.storage.filters import Moment, instant
+from agent_gateway_store.storage.filters import Moment, instant, require_all
 from agent_gateway_store.telemetry import traced
 
 # Chosen: holds and erasures wait so long for a prune, and a batch may take a second itself.
@@ -178,7 +178,7 @@ class RetentionManager:
             TypeError: There is no such filter.
             ValueError: There is a hold of this name, or no such value; the store is bound to one organisation.
         """
-        self._require_all()
+        require_all(self._org_id)
         holds.require_named(name=name, reason=reason, by=by)
         environment = self._settings.environment
         async with self._lock(), self._database.write() as connection:
@@ -192,14 +192,14 @@ class RetentionManager:
             HoldNotFoundError: There is no hold of this name.
             ValueError: The store is bound to one organisation.
         """
-        self._require_all()
+        require_all(self._org_id)
         holds.require_named(by=by)
         async with self._lock(), self._database.write() as connection:
             return await holds.release(connection, name, by=by, environment=self._settings.environment)
 
     async def holds(self) -> Page[Hold]:
         """Return the holds in force, oldest first; ValueError on a store that is bound to one organisation."""
-        self._require_all()
+        require_all(self._org_id)
         async with self._database.read() as connection:
             return Page(await holds.read_holds(connection))
 
@@ -303,7 +303,7 @@ class RetentionManager:
 
     async def _checked(self, before: Moment, by: str, archive: object, *, discard: bool, below_floor: bool) -> datetime:
         """Return the end of what may go, after a check that what must be said was said."""
-        self._require_all()
+        require_all(self._org_id)
         holds.require_named(by=by)
         if (archive is None) is not discard:
             raise ValueError("Give archive=FOLDER, or discard=True if they are to be gone for good.")
@@ -318,9 +318,3 @@ class RetentionManager:
                 "below_floor=True (`--below-floor`)."
             )
         return min(end, now)
-
-    def _require_all(self) -> None:
-        if self._org_id is not None:
-            raise ValueError(
-                "The log is that of all organisations: use a store that is not bound to one (`for_org`, --org)."
-            )

@@ -112,11 +112,6 @@ class Step(NamedTuple):
     next: Place | None
 
 
-def by_ids(dialect: str) -> ColumnElement[bool]:
-    """Return the condition of the events that the parameter `p_ids` names."""
-    return is_one_of(dialect, table.c.id, "p_ids", BigInteger())
-
-
 def archived_columns(dialect: str) -> Select[Any]:
     """Select events as the archive holds them, joined with their leaves."""
     secrets = (_leaves.c.salt, _leaves.c.leaf_hash)
@@ -131,7 +126,7 @@ def archived_columns(dialect: str) -> Select[Any]:
     return select_events(dialect, ()).add_columns(*columns).select_from(joined)
 
 
-_DELETE = Statement(lambda dialect: delete(table).where(by_ids(dialect)))
+_DELETE = Statement(lambda dialect: delete(table).where(is_one_of(dialect, table.c.id, "p_ids", BigInteger())))
 _LOCK_LOST = StoreUnavailableError(
     "The lock of retention was lost and holds have changed, so the rest was not pruned: run it again."
 )
@@ -226,10 +221,10 @@ class Pruner:
     async def _next(self, place: Place | None) -> tuple[Doomed | None, int]:
         """Return the next events to discard."""
         async with self._database.read() as connection:
-            holds = self._holds = await read_holds(connection)
+            self._holds = await read_holds(connection)
             stamp = finite_timestamp() if self._database.dialect == "postgresql" else table.c.timestamp
             columns = (table.c.id, _leaves.c.position, table.c.transaction_id, stamp.label("timestamp"))
-            statement = self._narrowed(select(*columns).select_from(_sealed()), holds, place)
+            statement = self._narrowed(select(*columns).select_from(_sealed()), place)
             rows = (await connection.execute(statement)).all()
         if not rows:
             return None, 0
@@ -241,8 +236,8 @@ class Pruner:
         manifest = self._manifest
         assert manifest is not None  # noqa: S101
         async with self._database.read() as connection:
-            holds = self._holds = await read_holds(connection)
-        statement = Statement(lambda dialect: self._narrowed(archived_columns(dialect), holds, place))
+            self._holds = await read_holds(connection)
+        statement = Statement(lambda dialect: self._narrowed(archived_columns(dialect), place))
         tables: list[Any] = []
         await arrow_blocks(self._database, statement, {}, _COLUMNS, tables.append, block_bytes=_BLOCK_BYTES)
         if not tables:
@@ -259,11 +254,11 @@ class Pruner:
         doomed = Doomed(ids, positions, transaction_ids, Place(last, ids[-1]))
         return doomed, await self._write(manifest, events.drop_columns(["transaction_id"]), positions, still_locked)
 
-    def _narrowed(self, statement: Select[Any], holds: Sequence[Hold], place: Place | None) -> Select[Any]:
+    def _narrowed(self, statement: Select[Any], place: Place | None) -> Select[Any]:
         """Return the SELECT of the next events, the oldest first."""
         found = statement.where(*self._candidates())
-        if holds:
-            found = found.where(~is_held(self._database.dialect, holds))
+        if self._holds:
+            found = found.where(~is_held(self._database.dialect, self._holds))
         if place is not None:
             after = bindparam(None, place.timestamp, UtcDateTime()), bindparam(None, place.id, BigInteger())
             found = found.where(tuple_(table.c.timestamp, table.c.id) > tuple_(*after))

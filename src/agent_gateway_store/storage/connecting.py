@@ -143,11 +143,10 @@ def _ping(connection: Any, _record: Any, _proxy: Any) -> None:
 
     SQLAlchemy's own `pool_pre_ping` takes three with asyncpg, and waits a second time where the server hangs.
     """
-    driver = connection.driver_connection
     try:
         connection.run_async(lambda driver: driver.execute("SELECT", timeout=_CONNECT_TIMEOUT_S))
     except Exception as exc:
-        driver.terminate()
+        connection.driver_connection.terminate()
         raise InvalidatePoolError from exc
 
 

@@ -48,6 +48,14 @@ def check_filters(
             yield name, value, str(given) if name in ("since", "until") else value
 
 
+def require_all(org_id: str | None) -> None:
+    """Raise ValueError in a store that is bound to one organisation: the log is that of all of them."""
+    if org_id is not None:
+        raise ValueError(
+            "The log is that of all organisations: use a store that is not bound to one (`for_org`, --org)."
+        )
+
+
 def instant(name: str, given: Any, *, now: datetime | None = None) -> datetime:
     """Return the time that a caller means, in UTC; a period counts back from `now`, by default from this process's now.
 

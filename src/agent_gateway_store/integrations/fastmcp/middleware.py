@@ -197,7 +197,7 @@ class GatewayMiddleware(PinningMiddleware):
                 )
                 return resolved, token
             wait_s = self._approval_wait_s
-            bind = resolved.schema
+            bind = resolved.schema_hash
             await acquire(approvals, record, caller, required=required, bind=bind, wait_s=wait_s, before_use=before_use)
             return resolved, None
         if verdict.decision != Decision.ALLOW:

@@ -61,7 +61,7 @@ class ResolvedTool:
             `@version`, `@input_responses` and `@request_state` if there are any.
         hops: The lookups that lead to the tool; to run what the first one returned is to run the call.
         code: Equal for two lookups that end in the same code and schema.
-        schema: The hash of what the tool takes, defaults included.
+        parameters: The JSON schema of what the tool takes.
         message: A copy of the message, to be run: a change of the original, or by a tool of its arguments, changes
             neither what runs nor `call`.
     """
@@ -69,8 +69,13 @@ class ResolvedTool:
     call: ToolCall
     hops: tuple[Hop, ...]
     code: object
-    schema: str
+    parameters: Mapping[str, Any]
     message: CallToolRequestParams
+
+    @property
+    def schema_hash(self) -> str:
+        """The hash of what the tool takes, defaults included and words for readers left out."""
+        return hash_json(_shape(self.parameters))
 
 
 async def resolve(context: Context, message: CallToolRequestParams, *, server: str) -> ResolvedTool:
@@ -120,7 +125,7 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
     await require_seen_calls(context.fastmcp, at, tool)
     arguments.update(_inputs(context), **({VERSION: version} if version is not None else {}))
     call = ToolCall(server=label, tool=name, arguments=arguments)
-    return ResolvedTool(call, tuple(hops), _code(tool), hash_json(_shape(tool.parameters)), message)
+    return ResolvedTool(call, tuple(hops), _code(tool), tool.parameters, message)
 
 
 def _shape(schema: Any, *, holds_names: bool = False) -> Any:
