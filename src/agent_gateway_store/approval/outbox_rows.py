@@ -28,7 +28,7 @@ from agent_gateway_store.approval.statements import (
     sql_statement,
 )
 from agent_gateway_store.models.approval import ApprovalRequest, VoteDecision
-from agent_gateway_store.models.columns import UTC_MAX, Json
+from agent_gateway_store.models.columns import UTC_MAX
 from agent_gateway_store.models.delivery import Leased, NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
@@ -197,15 +197,17 @@ _DECISIONS = {
     VoteDecision.CANCELLED: (CANCEL_SQL, "ON CONFLICT DO NOTHING"),
 }
 
-_FIELDS: dict[str, TypeEngine[Any]] = {
-    "delivery_id": Uuid(),
-    "org_id": Text(),
-    "approval_id": Uuid(),
-    "notifier": Text(),
-    "event": Text(),
-    "payload": Text(),
-}
-_NOTICES = RowsParameter("notices", _FIELDS)
+_NOTICES = RowsParameter(
+    "notices",
+    {
+        "delivery_id": Uuid(),
+        "org_id": Text(),
+        "approval_id": Uuid(),
+        "notifier": Text(),
+        "event": Text(),
+        "payload": Text(),
+    },
+)
 
 # Materialized, so that each row looks back once and not once for each use of the answer.
 _ENQUEUE = sql_statement(
@@ -218,11 +220,7 @@ _ENQUEUE = sql_statement(
     RETURNING delivery_id, attempts
     """,
     (_deliveries.c.delivery_id, _deliveries.c.attempts),
-    types={
-        **{f"p_notices_{name}": ARRAY(kind) for name, kind in _FIELDS.items()},
-        "p_lease_s": Float(53),
-        "p_notices": Json(),
-    },
+    types={**_NOTICES.types, "p_lease_s": Float(53)},
     is_leased=_fragment(_IS_LEASED),
     insert_deliveries=_fragment(_INSERT_DELIVERIES),
     due=_DUE,

@@ -16,21 +16,9 @@ from typing import Any
 from uuid import UUID
 
 from pydantic import ValidationError
-from sqlalchemy import (
-    ColumnElement,
-    Float,
-    Integer,
-    Text,
-    Uuid,
-    and_,
-    bindparam,
-    case,
-    func,
-    literal_column,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Float, Integer, Text, Uuid
+from sqlalchemy.sql.selectable import TextualSelect
+from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store._concurrency import BatchQueue
 from agent_gateway_store._text import describe
@@ -39,9 +27,9 @@ from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.storage.database import Transactions, dialect_of
-from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.db_clock import clock_sql
 from agent_gateway_store.storage.errors import retry_conflicts
-from agent_gateway_store.storage.statements import RowsParameter, Statement, unindexed
+from agent_gateway_store.storage.statements import RowsParameter, Statement, typed_text
 
 # A statement with so many rows takes some 10 ms; in a longer one the first rows would wait for the last.
 _MOST_RESULTS = 500
@@ -54,8 +42,6 @@ _RETRY_S = 1.0
 _logger = logging.getLogger("agent_gateway_store.notifications")
 
 deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
-_LEASED = ("id", "delivery_id", "notifier", "approval_id", "attempts", "payload")
-_IS_DUE: ColumnElement[str] = literal_column("'DUE'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,94 +89,116 @@ class AttemptResult:
         return cls(delivery, DeliveryStatus.DUE, delivery.attempt - 1)
 
 
-def _due(status: ColumnElement[Any] = deliveries.c.status) -> ColumnElement[bool]:
-    # As a subquery the time is taken once, so that the index finds the rows.
-    now = select(db_now()).scalar_subquery()
-    return and_(status == _IS_DUE, deliveries.c.next_attempt_at <= now)
-
-
-def _is_first() -> ColumnElement[bool]:
-    """No earlier notice of the same approval is still on its way to the same notifier."""
-    before = deliveries.alias("before")
-    # Few rows have one approval_id, but all of a backlog have this status and notifier: a planner whose statistics are
-    # from quiet times takes the index over these two, once for each row. So they are written as no index knows them;
-    # and OFFSET keeps PostgreSQL from a join, for which it would read the whole table.
-    return (
-        ~select(literal_column("1"))
-        .select_from(before)
-        .where(
-            before.c.approval_id == deliveries.c.approval_id,
-            unindexed(before.c.notifier) == deliveries.c.notifier,
-            unindexed(before.c.status) == _IS_DUE,
-            before.c.id + literal_column("0") < deliveries.c.id,
-        )
-        .limit(literal_column("1"))
-        .offset(literal_column("0"))
-        .exists()
-    )
-
-
-def _claim(due: Any) -> Any:
-    return (
-        update(deliveries)
-        .where(deliveries.c.id.in_(select(due.c.id)))
-        .values(attempts=deliveries.c.attempts + literal_column("1"), next_attempt_at=db_now(plus="p_lease_s"))
-        .returning(*(deliveries.c[each] for each in _LEASED))
-    )
-
-
-_org_id: ColumnElement[Any] = bindparam("p_org_id", type_=Text())
-_IS_DUE_HERE = and_(
-    _due(),
-    or_(_org_id.is_(None), deliveries.c.org_id == _org_id),
-    deliveries.c.notifier == bindparam("p_notifier", type_=Text()),
-)
-_FIRST_DUE = Statement(
-    select(deliveries.c.id)
-    .where(_IS_DUE_HERE)
-    # In the order of the index: for any row the planner may read the table, past all that was delivered.
-    .order_by(deliveries.c.next_attempt_at, deliveries.c.id)
-    .limit(literal_column("1"))
-    .offset(literal_column("0"))
-)
-_CLAIM_DUE = Statement(
-    _claim(
-        select(deliveries.c.id)
-        .where(_IS_DUE_HERE, _is_first())
-        .order_by(deliveries.c.next_attempt_at, deliveries.c.id)
-        .limit(bindparam("p_limit", type_=Integer()))
-        .offset(literal_column("0"))  # SQLite gets one in any case, which would be a parameter
-        .with_for_update(skip_locked=True, of=deliveries)
-        .cte("due")
-    )
-)
 _APPROVALS = RowsParameter("approvals", {"notifier": Text(), "approval_id": Uuid()})
+_RESULTS = RowsParameter(
+    "results",
+    {
+        "delivery_id": Uuid(),
+        "attempt": Integer(),
+        "attempts": Integer(),
+        "status": Text(),
+        "error": Text(),
+        "delay_s": Float(53),
+    },
+)
+_TYPES: dict[str, TypeEngine[Any]] = {
+    "p_org_id": Text(),
+    "p_notifier": Text(),
+    "p_limit": Integer(),
+    "p_lease_s": Float(53),
+    **_APPROVALS.types,
+    **_RESULTS.types,
+}
 
 
-def _claim_next(dialect: str) -> Any:
-    approvals, before = _APPROVALS.table(dialect), deliveries.alias("before")
-    first = (
-        select(func.min(before.c.id + literal_column("0")))
-        .where(
-            before.c.approval_id == approvals.c.approval_id,
-            unindexed(before.c.notifier) == approvals.c.notifier,
-            unindexed(before.c.status) == _IS_DUE,
+def _statement(sql: str, *names: str) -> Statement:
+    def of_dialect(dialect: str) -> TextualSelect:
+        words = {
+            "now": clock_sql(dialect),
+            # As a subquery the time is taken once, so that the index finds the rows.
+            "is_due": f"next_attempt_at <= (SELECT {clock_sql(dialect)})",
+            "is_ours": "(:p_org_id IS NULL OR org_id = :p_org_id) AND notifier = :p_notifier",
+            "claim": f"""
+                UPDATE notification_deliveries
+                SET attempts = attempts + 1, next_attempt_at = {clock_sql(dialect, plus=":p_lease_s")}
+                WHERE id IN (SELECT id FROM due)
+                RETURNING {", ".join(names)}
+                """,  # noqa: S608  names of the program's own
+            "next_time": clock_sql(dialect, plus="given.delay_s"),
+            "skip_locked": "FOR UPDATE SKIP LOCKED" if dialect == "postgresql" else "",
+            "approvals": _APPROVALS.sql(dialect),
+            "results": _RESULTS.sql(dialect),
+        }
+        return typed_text(sql.format_map(words), _TYPES, [deliveries.c[name] for name in names])
+
+    return Statement(of_dialect)
+
+
+# In the order of the index: for any row the planner may read the table, past all that was delivered.
+_FIRST_DUE = _statement(
+    """
+    SELECT id FROM notification_deliveries WHERE status = 'DUE' AND {is_due} AND {is_ours}
+    ORDER BY next_attempt_at, id LIMIT 1
+    """,
+    "id",
+)
+_LEASED = ("id", "delivery_id", "notifier", "approval_id", "attempts", "payload")
+# Not while an earlier notice of the same approval is still on its way to the same notifier.
+# Few rows have one approval_id, but all of a backlog have this status and notifier: a planner whose statistics are from
+# quiet times takes the index over these two, once for each row. So they are written as no index knows them (`|| ''`);
+# and OFFSET keeps PostgreSQL from a join, for which it would read the whole table.
+_CLAIM_DUE = _statement(
+    """
+    WITH due AS (
+        SELECT id FROM notification_deliveries AS delivery
+        WHERE status = 'DUE' AND {is_due} AND {is_ours} AND NOT EXISTS (
+            SELECT 1 FROM notification_deliveries AS before
+            WHERE before.approval_id = delivery.approval_id AND before.notifier || '' = delivery.notifier
+                AND before.status || '' = 'DUE' AND before.id + 0 < delivery.id
+            LIMIT 1 OFFSET 0
         )
-        .correlate(approvals)
-        .scalar_subquery()
+        ORDER BY next_attempt_at, id LIMIT :p_limit {skip_locked}
     )
-    # One look for each approval, and then for its row by id: a join, or another index, would read a whole backlog.
-    next_row = (
-        select(deliveries.c.id)
-        .where(deliveries.c.id == first, _due(unindexed(deliveries.c.status)))
-        .with_for_update(skip_locked=True, of=deliveries)
+    {claim}
+    """,
+    *_LEASED,
+)
+# One look for each approval, and then for its row by id: a join, or another index, would read a whole backlog. The look
+# locks rows, so it must run once for each approval: MATERIALIZED.
+_CLAIM_NEXT = _statement(
+    """
+    WITH due AS MATERIALIZED (
+        SELECT (
+            SELECT id FROM notification_deliveries
+            WHERE status || '' = 'DUE' AND {is_due} AND id = (
+                SELECT min(before.id + 0) FROM notification_deliveries AS before
+                WHERE before.approval_id = given.approval_id AND before.notifier || '' = given.notifier
+                    AND before.status || '' = 'DUE'
+            )
+            {skip_locked}
+        ) AS id
+        FROM {approvals} AS given
     )
-    # It locks rows, so it must run once for each approval.
-    due = select(next_row.scalar_subquery().label("id")).select_from(approvals).cte("due").prefix_with("MATERIALIZED")
-    return _claim(due)
-
-
-_CLAIM_NEXT = Statement(_claim_next)
+    {claim}
+    """,
+    *_LEASED,
+)
+# What was delivered was delivered, whoever has the lease now; all else is for the one that has it.
+_RECORD = _statement(
+    """
+    UPDATE notification_deliveries AS delivery
+    SET status = given.status, attempts = given.attempts, last_error = given.error,
+        delivered_at = CASE WHEN given.status = 'DELIVERED' THEN {now} END,
+        next_attempt_at = CASE WHEN given.status = 'DUE' THEN {next_time} ELSE delivery.next_attempt_at END
+    FROM {results} AS given
+    WHERE delivery.delivery_id = given.delivery_id AND (
+        given.status = 'DELIVERED' AND delivery.status <> 'DELIVERED'
+        OR delivery.status = 'DUE' AND delivery.attempts = given.attempt
+    )
+    RETURNING id
+    """,
+    "id",
+)
 
 
 @retry_conflicts
@@ -255,49 +263,6 @@ def _notice_of(row: dict[str, Any]) -> Notice | None:
         return Notice.model_validate({**row["payload"], "delivery_id": row["delivery_id"]})
     except (ValidationError, TypeError):
         return None
-
-
-_RESULTS = RowsParameter(
-    "results",
-    {
-        "delivery_id": Uuid(),
-        "attempt": Integer(),
-        "attempts": Integer(),
-        "status": Text(),
-        "error": Text(),
-        "delay_s": Float(53),
-    },
-)
-
-
-def _record(dialect: str) -> Any:
-    given = _RESULTS.table(dialect).c
-    is_delivered = given.status == literal_column("'DELIVERED'")
-    return (
-        update(deliveries)
-        .where(
-            deliveries.c.delivery_id == given.delivery_id,
-            # What was delivered was delivered, whoever has the lease now; all else is for the one that has it.
-            or_(
-                and_(is_delivered, deliveries.c.status != literal_column("'DELIVERED'")),
-                and_(deliveries.c.status == literal_column("'DUE'"), deliveries.c.attempts == given.attempt),
-            ),
-        )
-        .values(
-            status=given.status,
-            attempts=given.attempts,
-            last_error=given.error,
-            delivered_at=case((is_delivered, db_now())),
-            next_attempt_at=case(
-                (given.status == literal_column("'DUE'"), db_now(plus=given.delay_s)),
-                else_=deliveries.c.next_attempt_at,
-            ),
-        )
-        .returning(deliveries.c.delivery_id)
-    )
-
-
-_RECORD = Statement(_record)
 
 
 @retry_conflicts

@@ -19,17 +19,12 @@ from sqlalchemy import (
     Dialect,
     Executable,
     Float,
-    Subquery,
-    Text,
     any_,
     bindparam,
-    cast,
     column,
     func,
-    literal_column,
     select,
     text,
-    type_coerce,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import IntegrityError
@@ -178,14 +173,6 @@ def is_one_of(dialect: str, column: ColumnElement[Any], name: str, kind: TypeEng
     return column.in_(select(func.json_each(bindparam(name, type_=JSON())).table_valued("value").c.value))
 
 
-def unindexed(text: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return a text column as an expression of the same value, for which the planner uses no index.
-
-    For columns whose index looks selective by the statistics of quiet times, but matches a whole backlog at others.
-    """
-    return cast(text, Text()).op("||")(literal_column("''"))
-
-
 class RowsParameter:
     """A table inside a statement whose rows come as parameters: one array for each column on PostgreSQL, one JSON
     text on SQLite.
@@ -199,31 +186,22 @@ class RowsParameter:
         self._name = name
         self._columns = dict(columns)
 
-    def table(self, dialect: str) -> Subquery:
-        """Return the FROM clause of the rows, for a dialect's name."""
-        if dialect != "postgresql":
-            rows = func.json_each(bindparam(f"p_{self._name}", type_=Json())).table_valued("value", name="listed")
-            fields = (func.json_extract(rows.c.value, literal_column(f"'$.{name}'")) for name in self._columns)
-            named = zip(fields, self._columns.items(), strict=True)
-            return select(*(type_coerce(field, kind).label(name) for field, (name, kind) in named)).subquery(self._name)
-        arrays = [bindparam(f"p_{self._name}_{name}", type_=ARRAY(kind)) for name, kind in self._columns.items()]
-        unnested = (
-            func.unnest(*arrays)
-            .table_valued(*(column(name, kind) for name, kind in self._columns.items()), name="unnested")
-            .render_derived()
-        )
-        # PostgreSQL plans for 100 rows of JSON and for 10 of an unknown array, enough to read a whole table or to
-        # compile the statement (JIT, some hundred ms) for one row. Of an unknown LIMIT it takes a tenth: one row.
-        return select(*unnested.c).limit(func.cardinality(arrays[0])).subquery(self._name)
+    @property
+    def types(self) -> dict[str, TypeEngine[Any]]:
+        """The types of its parameters, in whatever dialect."""
+        arrays = {f"p_{self._name}_{name}": ARRAY(kind) for name, kind in self._columns.items()}
+        return {**arrays, f"p_{self._name}": Json()}
 
     def sql(self, dialect: str) -> str:
-        """Return the same as `table`, in SQL text, without a name."""
+        """Return the rows as the SQL text of a subquery, without a name, for a dialect's name."""
         names = self._columns
         if dialect != "postgresql":
             fields = ", ".join(f"json_extract(value, '$.{name}') AS {name}" for name in names)
             return f"(SELECT {fields} FROM json_each(:p_{self._name}))"  # noqa: S608  names of the program's own
         arrays = [f":p_{self._name}_{name}" for name in names]
         unnested = f"unnest({', '.join(arrays)}) AS unnested({', '.join(names)})"
+        # PostgreSQL plans for 10 rows of an unknown array, enough to read a whole table or to compile the statement
+        # (JIT, some hundred ms) for one row. Of an unknown LIMIT it takes a tenth: one row.
         return f"(SELECT * FROM {unnested} LIMIT cardinality({arrays[0]}))"  # noqa: S608  likewise
 
     def values(self, dialect: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
