@@ -19,8 +19,8 @@ import asyncpg
 import pytest
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, WriteOutcome
-from agent_gateway_store.errors import ApprovalAlreadyUsedError
-from builders import make_event
+from agent_gateway_store.errors import ApprovalAlreadyUsedError, StoreUnavailableError
+from builders import make_event, make_request
 from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty, stored_ids
 from servers import PostgresServer, free_port
 from tampering import OFF
@@ -41,6 +41,7 @@ auth_type = any
 pool_mode = transaction
 default_pool_size = {connections}
 max_client_conn = 200
+server_login_retry = 1
 """
 
 
@@ -199,3 +200,28 @@ async def test_its_restart_is_an_outage_like_any_other(bouncer: PgBouncer) -> No
     assert verdict == Verdict()
     assert load.outcomes().keys() <= {STORED, SPOOLED, DUPLICATE}
     assert load.slowest_s < 6.5
+
+
+async def test_an_outage_of_the_server_behind_it_is_an_outage_like_any_other(
+    server: PostgresServer, bouncer: PgBouncer
+) -> None:
+    """PgBouncer lets us in, and then has no server: each call says that the database is away, and waits go on."""
+    async with GatewayStore(bouncer.url, redis_url="") as store:
+        issued = await store.keys.issue("caller", role="developer", environment="dev")
+        await store.keys.verify(issued.plaintext)
+        token = await store.approvals.issue_token(make_request())
+        waiting = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=60))
+        await asyncio.sleep(0.1)
+        server.kill()
+        calls = (store.keys.list(), store.keys.revoke("caller"), store.approvals.approve(token, "a"), store.ping())
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        server.start()
+
+        async def is_approved() -> bool:
+            with suppress(StoreUnavailableError):
+                return (await store.approvals.approve(token, "alice")).status == "APPROVED"
+            return False
+
+        await eventually(is_approved, timeout_s=20)
+        assert [type(result) for result in results] == [StoreUnavailableError] * len(results)
+        assert (await waiting).status == "APPROVED"

@@ -33,6 +33,7 @@ from agent_gateway_store.models.delivery import Leased, NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, Notice
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.db_clock import clock_sql
+from agent_gateway_store.storage.errors import is_id_taken
 from agent_gateway_store.storage.pubsub import NOTIFY_SQL
 from agent_gateway_store.storage.statements import RowsParameter, Statement
 
@@ -194,7 +195,7 @@ _DECISIONS = {
     VoteDecision.APPROVED: (APPROVE_SQL, ""),
     VoteDecision.DENIED: (DENY_SQL, ""),
     # Somebody who has voted may still cancel; the first vote stays on record.
-    VoteDecision.CANCELLED: (CANCEL_SQL, "ON CONFLICT DO NOTHING"),
+    VoteDecision.CANCELLED: (CANCEL_SQL, "ON CONFLICT (approval_id, approver_id) DO NOTHING"),
 }
 
 _NOTICES = RowsParameter(
@@ -373,7 +374,9 @@ async def decide_at_once(
     given = {"p_notifiers": list(ids), "p_delivery_ids": list(ids.values()), "p_lease_s": outbox.lease_s}
     try:
         row = await _decide(decision, by, publishes).first(connection, {**values, **given})
-    except IntegrityError:
+    except IntegrityError as exc:
+        if is_id_taken(exc):
+            raise
         # The approver has voted before.
         return None
     if row is None:

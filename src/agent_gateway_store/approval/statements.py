@@ -179,7 +179,7 @@ VOTE = sql_statement(
     f"""
     {VOTES_SQL}
     VALUES (:p_approval_id, :p_org_id, :p_approver_id, :p_decision, :p_note, :p_channel, {{now}})
-    ON CONFLICT DO NOTHING
+    ON CONFLICT (approval_id, approver_id) DO NOTHING
     RETURNING id
     """,
     (_votes.c.id,),

@@ -28,11 +28,13 @@ from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import dialect_of, read_committed
 from agent_gateway_store.storage.errors import is_outage, retry_conflicts
 from agent_gateway_store.storage.identity import IDENTITY, known
+from agent_gateway_store.storage.sequences import require_events_ahead
 
 RowResult: TypeAlias = WriteOutcome | Exception
 """The result of one row of a batch: its outcome, or the error by which the database refuses it."""
 
 _Key: TypeAlias = tuple[str, str]
+_KEY = ("request_id", "org_id")
 
 table = AuditEvent.__table__  # type: ignore[attr-defined]
 
@@ -107,8 +109,8 @@ async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOut
     """
     insert = postgresql.insert if dialect_of(connection) == "postgresql" else sqlite.insert
     while True:
-        statement = insert(table).values(to_values(row)).on_conflict_do_nothing().returning(table.c.id)
-        if (await connection.execute(statement)).first() is not None:
+        statement = insert(table).values(to_values(row)).on_conflict_do_nothing(index_elements=_KEY)
+        if (await connection.execute(statement.returning(table.c.id))).first() is not None:
             return WriteOutcome.STORED
         request_id, org_id = key_of(row)
         same_key = select(_STORED_MARK).where(table.c.request_id == request_id, table.c.org_id == org_id)
@@ -249,7 +251,7 @@ class PostgresBackend:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = read_committed(engine)
-        self._pool = AsyncpgPool(engine, size=self.places)
+        self._pool = AsyncpgPool(engine, size=self.places, check=require_events_ahead)
         self._under_way: dict[asyncio.Future[None], frozenset[_Key]] = {}
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
@@ -371,7 +373,7 @@ _SQLITE_KNOWN = (
     "ON request_id = json_extract(key.value, '$[0]') AND org_id = json_extract(key.value, '$[1]')"
 )
 _TYPES = [table.c[name].type.compile(postgresql.dialect()) for name in COLUMNS]  # type: ignore[no-untyped-call]
-_ON_CONFLICT = "ON CONFLICT (request_id, org_id) DO NOTHING"
+_ON_CONFLICT = f"ON CONFLICT ({', '.join(_KEY)}) DO NOTHING"
 _INSERT_ONE = (
     f"INSERT INTO {table.name} ({_NAMES}) "  # noqa: S608
     f"VALUES ({', '.join(f'${number}' for number in range(1, len(COLUMNS) + 1))}) {_ON_CONFLICT}"

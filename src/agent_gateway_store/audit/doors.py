@@ -16,6 +16,7 @@ from agent_gateway_store.models.evidence import AuditCheckpoint, identity_table
 from agent_gateway_store.models.retention import AuditPrune
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.identity import IDENTITY
+from agent_gateway_store.storage.sequences import advance
 
 DOOR_SERVER = "gateway-store"
 """`mcp_server` of these events."""
@@ -93,7 +94,8 @@ _LAST_CHECKPOINT = (
 async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> dict[str, str | int | None]:
     """Give the database a new identity, and write an audit event that says so, in one transaction.
 
-    PostgreSQL then reads the statistics that it plans by, which a dump does not hold (`ANALYZE`).
+    On PostgreSQL, new ids then begin after those that are there, which they do not in a copy without its sequences; and
+    it reads the statistics that it plans by, which a dump does not hold (`ANALYZE`).
 
     Every event that is there becomes history for followers: it is read from the beginning and is never new, whatever
     its transaction id is. Cursors from before are refused. No event is changed.
@@ -116,6 +118,7 @@ async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> d
             if connection.dialect.name == "postgresql":
                 # Waits for open inserts: one with a lower id that commits later would be history that nobody has read.
                 await connection.execute(text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
+                await advance(connection)
             old = (await connection.execute(IDENTITY)).scalar()
             history_id = (await connection.execute(select(func.coalesce(func.max(table.c.id), 0)))).scalar_one()
             change = insert(identity_table).values(id=1) if old is None else update(identity_table)

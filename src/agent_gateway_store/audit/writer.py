@@ -227,7 +227,9 @@ class AuditWriter:
                     refusal.__cause__ = exc
                     return [refusal] * len(rows)
                 if not self._is_away:
-                    _logger.error("The audit database is away (%s).", type(exc).__name__)
+                    # A driver's own words may hold values of a row.
+                    reason = str(exc) if isinstance(exc, StoreUnavailableError) else type(exc).__name__
+                    _logger.error("The audit database is away (%s).", reason.rstrip("."))
                 self._is_away = True
                 self._retry_at = asyncio.get_running_loop().time() + RETRY_AFTER_S
                 return await self._spool_or_fail(rows, exc)

@@ -1,4 +1,4 @@
-"""What `doctor` says of a database that answers: whether it takes an event, its clock, replica, size and modes."""
+"""What `doctor` says of a database that answers: whether it takes an event, its clock, ids, replica, size and modes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ SELECT relname FROM pg_class
 WHERE oid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'), to_regclass('approval_requests'),
         to_regclass('notification_deliveries')])
     AND pg_relation_size(oid) > 1048576
-    AND NOT EXISTS (SELECT FROM pg_statistic WHERE starelid = pg_class.oid)
+    AND has_table_privilege(oid, 'SELECT') -- pg_stats shows a role only what it may read
+    AND NOT EXISTS (
+        SELECT FROM pg_stats WHERE tablename = relname AND schemaname = relnamespace::regnamespace::name
+    )
 """
 # Chosen: a week evens out weekends.
 _GROWTH_DAYS = 7
@@ -66,6 +69,8 @@ async def check_server(report: Report, engine: AsyncEngine, settings: StoreSetti
     async with report.noting_errors():
         await _check_clock(report, facts, engine)
     async with report.noting_errors():
+        await _check_ids(report, facts, engine)
+    async with report.noting_errors():
         await _check_insert(report, facts, engine)
     if engine.dialect.name == "postgresql":
         async with report.noting_errors():
@@ -90,6 +95,19 @@ async def _check_clock(report: Report, facts: dict[str, Any], engine: AsyncEngin
         report.problem(
             f"The clocks of this machine and of the database are {abs(apart_s):g} seconds apart: set them by NTP. "
             "Events are stamped by the one, and deadlines of approvals are judged by the other.",
+            ExitCode.ERROR,
+        )
+
+
+async def _check_ids(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    from agent_gateway_store.storage.sequences import tables_behind
+
+    async with examined(engine) as connection:
+        found = facts["ids_in_use"] = await tables_behind(connection)
+    if found:
+        report.problem(
+            f"PostgreSQL would give new rows ids that are in use, in {', '.join(found)}, as in a copy without its "
+            "sequences: run `gateway-store db restored --by NAME`.",
             ExitCode.ERROR,
         )
 

@@ -6,7 +6,7 @@ The engine makes them, so its URL, TLS, codecs and events hold; then they are ta
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -48,10 +48,13 @@ class AsyncpgPool:
     Args:
         engine: An engine with the driver asyncpg.
         size: Most connections at once; further callers wait.
+        check: Receives each new connection, and raises if it is not to be used.
     """
 
-    def __init__(self, engine: AsyncEngine, *, size: int) -> None:
-        self._engine = engine
+    def __init__(
+        self, engine: AsyncEngine, *, size: int, check: Callable[[asyncpg.Connection], Awaitable[None]] | None = None
+    ) -> None:
+        self._engine, self._check = engine, check
         self._target = engine.url.query.get("target_session_attrs")
         self._places = asyncio.Semaphore(size)
         self._idle: list[tuple[asyncpg.Connection, AsyncConnection]] = []
@@ -151,11 +154,13 @@ class AsyncpgPool:
         try:
             raw = await connection.get_raw_connection()
             driver = raw.driver_connection
+            assert driver is not None  # noqa: S101
+            if self._check is not None:
+                await self._check(driver)
             raw.detach()
         except BaseException:
             await connection.close()
             raise
-        assert driver is not None  # noqa: S101
         return driver, connection
 
     async def close(self) -> None:

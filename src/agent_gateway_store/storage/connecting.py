@@ -20,12 +20,16 @@ from agent_gateway_store.storage.errors import sqlstate_of
 _CONNECT_TIMEOUT_S = 10.0
 # Defaults of a server, database or role that would change how our SQL is read, how times and numbers become text, which
 # transactions conflict, whether a commit is on disk, and whether a statement is compiled (JIT), which takes longer than
-# it runs. A stronger synchronous_commit than "on" is left alone.
+# it runs. A stronger synchronous_commit than "on" is left alone. A backend that waits for a lock, or for a standby,
+# sees that we gave up only if it looks now and then (chosen: less than our shortest timeout), and those that we left
+# would use up max_connections. PostgreSQL 14 and later can look, on Linux at any rate.
 _SESSION = """
 SET jit = off; SET default_transaction_isolation = 'read committed'; SET standard_conforming_strings = on;
 SET transform_null_equals = off; SET array_nulls = on; SET quote_all_identifiers = off;
 SET TimeZone = 'UTC'; SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET extra_float_digits = 1;
-SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
+SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
+SELECT set_config('client_connection_check_interval', '2s', false)
+WHERE current_setting('client_connection_check_interval', true) = '0' AND version() LIKE '%linux%'
 """
 
 # What says that another server may do: refused, not to be reached, starting up, a standby, gone while it answered.
@@ -35,6 +39,7 @@ _TRY_NEXT = (
     asyncpg.ConnectionDoesNotExistError,
     asyncpg.TargetServerAttributeNotMatched,
 )
+_IS_NEW = "agent_gateway_store.is_new"
 _READS_ONLY = ("standby", "read-only", "prefer-standby", "any")
 
 
@@ -122,6 +127,7 @@ def postgres_engine(
     # Not as startup parameters, which poolers refuse; and in PgBouncer's transaction mode others would get them.
     if connect_args.get("statement_cache_size") != 0:
         event.listen(engine.sync_engine, "connect", _prepare_postgresql)
+    event.listen(engine.sync_engine, "connect", _mark_new)
     event.listen(engine.sync_engine, "checkout", _ping)
     event.listen(engine.sync_engine, "handle_error", replace_useless)
     target = url.query.get("target_session_attrs")
@@ -138,11 +144,19 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
     connection.run_async(lambda driver: driver.execute(_SESSION))
 
 
-def _ping(connection: Any, _record: Any, _proxy: Any) -> None:
+def _mark_new(_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info[_IS_NEW] = True
+
+
+def _ping(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
     """Have a connection replaced that died while it was idle, at the price of a round trip for each checkout.
 
-    SQLAlchemy's own `pool_pre_ping` takes three with asyncpg, and waits a second time where the server hangs.
+    SQLAlchemy's own `pool_pre_ping` takes three with asyncpg, and waits a second time where the server hangs. A new
+    connection is used as it is: where a pooler lets us in but has no server, the first statement says so, whereas
+    SQLAlchemy would say only that it is closed.
     """
+    if record.info.pop(_IS_NEW, False):
+        return
     try:
         connection.run_async(lambda driver: driver.execute("SELECT", timeout=_CONNECT_TIMEOUT_S))
     except Exception as exc:

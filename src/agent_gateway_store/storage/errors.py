@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import sqlite3
 import ssl
 import sys
@@ -60,7 +61,7 @@ _HINTS = (
     ("invalidauthorization", "the database refuses the user: create the role or check DATABASE_URL"),
     ("invalidcatalogname", "the database does not exist: create it or check DATABASE_URL"),
     ("readonly", "the database is read-only: check the file's folder or the server's role"),
-    ("insufficientprivilege", "the database user may not do this: grant it the rights to our tables"),
+    ("insufficientprivilege", "the database user may not do this: grant it the right to {object}"),
     ("toomanyconnections", "the database has no connection left: raise max_connections or lower the pool"),
     ("unable to open database file", "the file cannot be opened: check that its folder exists and is writable"),
     (
@@ -74,6 +75,13 @@ _HINTS = (
     ("diskfull", "the disk is full: make room"),
     # What SQLite says where there is no room for the file beside its own that connections share, too.
     ("disk i/o error", "the disk is full or fails: make room, and check it"),
+    (
+        "key (id)=",
+        "it gives ids that are in use, as in a copy without its sequences: run `gateway-store db restored --by NAME`",
+    ),
+    ("preparedstatement", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
+    ("invalidsqlstatementname", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
+    ("statement pooling mode", "the pooler takes no transactions: give it pool_mode = transaction"),
     ("querycanceled", "the server's statement_timeout ended it: raise it for our role with ALTER ROLE ... SET"),
     ("locknotavailable", "another transaction held a lock for too long: end it, or raise lock_timeout for our role"),
     (
@@ -89,12 +97,16 @@ _HINTS = (
 )
 
 
+# As in "permission denied for table api_keys", or "must be owner of table api_keys".
+_OBJECT = re.compile(r"(?:permission denied for|must be owner of) (\w+ \S+)")
+
+
 @contextmanager
 def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngine | None = None) -> Iterator[None]:
     """Turn what the drivers and the network raise into ours, with the cause kept.
 
-    What does not come from a driver passes unchanged, and so do integrity errors: the body may be a request handler
-    that misses a file, or a row.
+    What does not come from a driver passes unchanged, and so do integrity errors that are not the database's own: the
+    body may be a request handler that misses a file, or a row.
 
     Args:
         doing: What was attempted, as it ends the sentence "The database could not ...".
@@ -110,9 +122,11 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
     """
     try:
         yield
-    except (GatewayStoreError, IntegrityError):
+    except GatewayStoreError:
         raise
     except (SQLAlchemyError, *_DRIVER, *_OUTAGE) as exc:
+        if isinstance(exc, IntegrityError) and not is_id_taken(exc):
+            raise
         if _is_shared(exc):
             raise SessionInUseError from exc
         if not isinstance(exc, _DATABASE) and (isinstance(exc, SQLAlchemyError) or not _from_driver(exc)):
@@ -127,7 +141,7 @@ def _is_shared(exc: BaseException) -> bool:
     # "isce" is SQLAlchemy's code of "concurrent operations are not permitted"; asyncpg has a text only.
     is_sessions = isinstance(exc, IllegalStateChangeError) or getattr(exc, "code", None) == "isce"
     return is_sessions or (
-        isinstance(_driver_error(exc), asyncpg.InterfaceError) and "another operation" in str(_driver_error(exc))
+        isinstance(driver_error(exc), asyncpg.InterfaceError) and "another operation" in str(driver_error(exc))
     )
 
 
@@ -167,8 +181,14 @@ def conflict_of(exc: BaseException) -> str | None:
 
 def sqlstate_of(exc: BaseException) -> str | None:
     """Return PostgreSQL's five letters for an error of a driver, or None."""
-    state: str | None = getattr(_driver_error(exc), "sqlstate", None)
+    state: str | None = getattr(driver_error(exc), "sqlstate", None)
     return state
+
+
+def is_id_taken(exc: BaseException) -> bool:
+    """True if the database refused a row for the id that it gave it itself: its sequence is behind the rows."""
+    detail = getattr(driver_error(exc), "detail", None)
+    return str(detail or "").startswith("Key (id)=")
 
 
 def _came_through(exc: BaseException, engine: AsyncEngine) -> bool:
@@ -182,13 +202,15 @@ def _is_statements(exc: BaseException) -> bool:
     """True if a statement is wrong, and not only for a table or column that is not there."""
     # SQLite has one code for all that is wrong with a statement.
     is_wrong = (
-        isinstance(exc, ProgrammingError) or getattr(_driver_error(exc), "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR
+        isinstance(exc, ProgrammingError) or getattr(driver_error(exc), "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR
     )
     return is_wrong and not _misses_schema(exc)
 
 
 def is_outage(exc: BaseException) -> bool:
-    """True if the database could not answer; False if it refused this row."""
+    """True if the database could not answer, or not number the row; False if it refused this row."""
+    if is_id_taken(exc):
+        return True
     if isinstance(exc, DBAPIError):
         exc = exc.orig or exc
     cause = getattr(exc, "__cause__", None)
@@ -203,7 +225,7 @@ def is_outage(exc: BaseException) -> bool:
 def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayStoreError:
     if isinstance(exc, NoSuchModuleError):
         return StoreUnavailableError(f"The database could not {doing}: no driver for this kind of URL.")
-    error = _driver_error(exc)
+    error = driver_error(exc)
     if (state := conflict_of(exc)) is not None:
         return TransactionConflictError(
             f"The database could not {doing}: it ended the transaction in favour of another one "
@@ -220,7 +242,8 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
         )
     for word, hint in _HINTS:
         if word in name or word in text:
-            return StoreUnavailableError(f"The database could not {doing}: {hint}.")
+            where = "what it asked for" if (found := _OBJECT.search(text)) is None else found[1]
+            return StoreUnavailableError(f"The database could not {doing}: {hint.format(object=where)}.")
     if isinstance(exc, TimeoutError | PoolTimeoutError):
         return StoreUnavailableError(f"The database could not {doing} in time: check its health and try again.")
     return StoreUnavailableError(
@@ -229,12 +252,13 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
 
 
 def _misses_schema(exc: BaseException) -> bool:
-    error = _driver_error(exc)
+    error = driver_error(exc)
     name, text = type(error).__name__.lower(), str(error).lower()
     return isinstance(exc, (DBAPIError, *_DRIVER)) and any(word in name or word in text for word in _MISSING_SCHEMA)
 
 
-def _driver_error(exc: BaseException) -> BaseException:
+def driver_error(exc: BaseException) -> BaseException:
+    """Return the driver's own error, whatever it was raised as."""
     # SQLAlchemy keeps its adapter's error in `orig`, and that keeps asyncpg's as its cause.
     if isinstance(exc, DBAPIError) and exc.orig is not None:
         exc = exc.orig

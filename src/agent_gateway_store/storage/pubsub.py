@@ -21,6 +21,7 @@ from agent_gateway_store.errors import TransactionConflictError
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.cache import REDIS_FAULTS
 from agent_gateway_store.storage.database import AnyConnection, Database
+from agent_gateway_store.storage.errors import driver_error
 from agent_gateway_store.storage.redis_cache import OutageLog, RedisCache
 from agent_gateway_store.storage.statements import text_statement
 
@@ -176,8 +177,8 @@ class PubSub:
             yield
         except (asyncpg.PostgresError, DBAPIError) as exc:
             # "permission denied for function pg_notify", "function pg_notify(...) does not exist", "too many
-            # notifications": the states of these errors are those of many others.
-            if "notif" not in str(exc).lower():
+            # notifications in the NOTIFY queue": the states of these errors are those of many others.
+            if "notify" not in str(driver_error(exc)).lower():
                 raise
             self._muted_until = time.monotonic() + _MUTED_S
             self._log.away("No notification can be sent (%s): others poll.", type(exc).__name__)

@@ -1,0 +1,112 @@
+"""A copy without its sequences gives ids that are in use: an outage, said in one sentence, until that is mended."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+import servers
+from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
+from agent_gateway_store.errors import StoreUnavailableError
+from builders import make_event, make_request
+from commands import gateway_store
+from proofs.harness import execute
+
+pytestmark = pytest.mark.integration
+
+SEQUENCES = "SELECT sequencename FROM pg_sequences WHERE schemaname = 'public'"
+OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
+
+
+async def restart_sequences(url: str) -> None:
+    """Let every sequence begin again, as in a subscriber of logical replication that is promoted."""
+    async with servers.connected(url) as driver:
+        for (name,) in await driver.fetch(SEQUENCES):
+            await driver.execute(f"ALTER SEQUENCE {name} RESTART")
+
+
+async def fill(url: str) -> None:
+    """Write a row or more to each table."""
+    async with GatewayStore(url, redis_url="") as store:
+        await store.audit.write_many(make_event() for _ in range(3))
+        await store.keys.issue("earlier", role="r")
+        await store.approvals.approve(await store.approvals.issue_token(make_request()), "alice")
+    await restart_sequences(url)
+
+
+@pytest.fixture
+def url(migrated_postgres_database: Callable[[], str]) -> str:
+    """A database with rows in its tables, whose sequences begin again."""
+    made = migrated_postgres_database()
+    servers.run(fill(made))
+    return made
+
+
+async def begin_at(url: str, number: int, *tables: str) -> None:
+    """Let the ids of these tables go on from a number."""
+    await execute(url, *(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), {number})" for table in tables))
+
+
+async def test_what_would_get_a_used_id_is_refused_as_in_an_outage(url: str) -> None:
+    """It is not taken for a key, a vote, or an event that is there already; events wait in the spool."""
+    async with GatewayStore(url, redis_url="") as store:
+        events = [make_event() for _ in range(3)]
+
+        async def refused(work: Awaitable[Any]) -> None:
+            with pytest.raises(StoreUnavailableError, match=r"ids that are in use.*db restored"):
+                await work
+
+        await begin_at(url, 1000, "audit_events")
+        assert await store.audit.write(make_event()) is WriteOutcome.STORED
+        await restart_sequences(url)
+        assert await store.audit.write(events[0]) is WriteOutcome.SPOOLED
+        assert await store.audit.write_many(events[1:]) == {WriteOutcome.SPOOLED: 2}
+        await restart_sequences(url)
+        await refused(store.retention.hold("case", reason="r", by="counsel"))
+        await refused(store.keys.issue("new", role="r"))
+        await begin_at(url, 1000, "approval_requests", "notification_deliveries")
+        request = make_request(request_id="waits")
+        token = await store.approvals.issue_token(request)
+        await restart_sequences(url)
+        await refused(store.approvals.approve(token, "alice"))
+        await refused(store.approvals.deny(token, "alice"))
+        assert await store.audit.search(request_id=[each.request_id for each in events]) == []
+        assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"
+
+
+async def test_an_event_is_never_given_the_id_of_one_that_was_pruned(url: str) -> None:
+    """Its leaf is still there, so the new event would never be sealed, and look altered."""
+    async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as store:
+        await begin_at(url, 1000, "audit_events")
+        await store.audit.write_many(make_event(timestamp=OLD) for _ in range(5))
+        await store.audit.write(make_event())
+        await store.evidence.seal()
+        assert (await store.retention.prune("400d", by="ops", discard=True)).events == 5
+    await begin_at(url, 1000, "audit_events")
+    async with GatewayStore(url, redis_url="") as store:
+        assert await store.audit.write(make_event()) is WriteOutcome.SPOOLED
+        assert (await store.evidence.verify()).ok
+
+
+def test_doctor_names_the_tables_and_db_restored_mends_them(url: str) -> None:
+    """Afterwards new rows are taken."""
+    ill = gateway_store("--database-url", url, "doctor", "--json")
+
+    assert ill.code == 1
+    assert ill.json["database"]["ids_in_use"] == [
+        "api_keys",
+        "approval_requests",
+        "approval_votes",
+        "audit_events",
+        "notification_deliveries",
+    ]
+    assert any("approval_votes, audit_events" in problem for problem in ill.json["problems"])
+
+    assert gateway_store("--database-url", url, "db", "restored", "--by", "ops").code == 0
+
+    assert gateway_store("--database-url", url, "doctor", "--json").json["database"]["ids_in_use"] == []
+    written = gateway_store("--database-url", url, "keys", "issue", "new", "--role", "r")
+    assert written.code == 0, written.err
