@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import redis.asyncio
@@ -155,6 +156,19 @@ async def test_held_and_open_things_are_not_erased(store: GatewayStore, tmp_path
     with pytest.raises(ValueError, match="still open"):
         await store.retention.erase("r-4", reason="r", by="dpo")
     assert len([e async for e in store.audit.stream(tool_name="audit.erase")]) == 0
+
+
+async def test_archived_calls_of_a_held_approval_are_not_erased(store: GatewayStore, tmp_path: Path) -> None:
+    """A hold may name the approval, one or several."""
+    ids = [uuid4(), uuid4()]
+    await store.audit.write_many([secret_event(request_id=f"r-{at}", approval_id=each) for at, each in enumerate(ids)])
+    await store.audit.write(make_event(request_id="newest"))
+    await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+    for name, given, held in (("one", ids[0], "r-0"), ("several", [*ids, uuid4()], "r-1")):
+        await store.retention.hold(name, reason="r", by="c", approval_id=given)
+        with pytest.raises(EventHeldError, match=name):
+            await store.retention.erase(held, reason="r", by="dpo", archive=tmp_path / "a")
+    assert [event.sanitized_args for event in Archive(tmp_path / "a").events()] == [{"path": MARK}] * 2
 
 
 async def test_an_erased_event_is_archived_as_that(store: GatewayStore, tmp_path: Path) -> None:

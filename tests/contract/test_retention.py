@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,7 @@ from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
 from agent_gateway_store.archive import Archive
+from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.errors import ArchiveError, EventsPrunedError, HoldNotFoundError
 from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.retention import prune
@@ -257,6 +259,35 @@ class TestFollowers:
         assert found == ["old-0", "old-1", "new"]
 
 
+APPROVALS = [UUID(int=n) for n in range(1, 4)]
+ROWS: list[dict[str, Any]] = [
+    {
+        **{name: f"{name}-{n}" for name in ("trace_id", "session_id", "parent_request_id", "caller_id", "key_id")},
+        **{name: f"{name}-{n}" for name in ("org_id", "environment", "mcp_server", "tool_name", "approver_id")},
+        "request_id": f"r-{n}",
+        "approval_id": APPROVALS[n - 1],
+        "raw_args_hash": f"{n}" * 64,
+        "decision": ["ALLOW", "DENY", "APPROVAL_REQUIRED"][n - 1],
+        "output_decision": ["ALLOW", "REDACT", "DENY"][n - 1],
+        "execution_status": ["SUCCESS", "TIMEOUT", "TOOL_ERROR"][n - 1],
+        "risk_labels": [f"label-{n}"],
+        "risk_score": 0.9 if n == 1 else 0.1,
+        "timestamp": OLD + timedelta(days=n),
+        "llm_explanation": f"because\0{n}",
+    }
+    for n in (1, 2, 3)
+]
+ALONE = ("min_risk_score", "since", "until", "text")
+VALUES: dict[str, Any] = {name: value for name, value in ROWS[0].items() if name in Filters.__annotations__} | {
+    "risk_label": "label-1",
+    "min_risk_score": 0.5,
+    "since": OLD + timedelta(days=2),
+    "until": OLD + timedelta(days=2),
+    # NUL is kept, and looked for, as another character.
+    "text": "BECAUSE\0" + "1",
+}
+
+
 class TestArchiveFolder:
     """What is in the folder is what was written, or it is found."""
 
@@ -343,6 +374,32 @@ class TestArchiveFolder:
         archive = Archive(tmp_path / "a")
         assert {e.request_id: e for e in archive.events(**filters)} == expected
         assert set(archive.to_arrow(**filters).column("request_id").to_pylist()) == set(expected)
+
+    async def test_every_filter_of_a_search_is_one_of_the_archive(self, store: GatewayStore, tmp_path: Path) -> None:
+        """One value and several of each filter that there is: none of them finds everything, or nothing."""
+        await store.audit.write_many([make_event(**row) for row in ROWS])
+        await store.audit.write(make_event(timestamp=NEW))
+        wanted = [
+            {name: value}
+            for name, given in VALUES.items()
+            for value in ([given] if name in ALONE else [given, [given], [given, *other_values(name)]])
+        ]
+        found = [{event.request_id for event in await store.audit.search(**each)} for each in wanted]
+        await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+
+        archive = Archive(tmp_path / "a")
+        assert VALUES.keys() == Filters.__annotations__.keys()
+        for filters, expected in zip(wanted, found, strict=True):
+            expected = expected & {"r-1", "r-2", "r-3"}
+            assert 1 <= len(expected) <= 2, filters
+            assert {event.request_id for event in archive.events(**filters)} == expected, filters
+            assert set(archive.to_arrow(**filters).column("request_id").to_pylist()) == expected, filters
+
+
+def other_values(name: str) -> list[Any]:
+    """The value of the second row, where it has one that a filter takes."""
+    value = ROWS[1]["risk_labels"][0] if name == "risk_label" else ROWS[1][name]
+    return [value]
 
 
 async def _matches(store: GatewayStore, event: AuditEvent, filters: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
+from uuid import UUID
 
 from agent_gateway_store._text import describe
 from agent_gateway_store.archive.files import COLUMNS, EVENT_COLUMNS, leaf_of, require_intact
@@ -19,6 +20,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.evidence import Finding, FindingKind
 from agent_gateway_store.models.retention import ArchiveVerification
 from agent_gateway_store.results.arrow import arrow, conform
+from agent_gateway_store.storage.filters import searched_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -287,10 +289,13 @@ def _condition(filters: Mapping[str, Any]) -> tuple[Any, Callable[[str], bool] |
                 exact = lambda labels, wanted=wanted: not wanted.isdisjoint(json.loads(labels))  # noqa: E731
                 continue
             case "text":
-                given = str(filters["text"])
+                given = searched_text(name, filters[name])
                 places = ("tool_name", "deterministic_rationale", "llm_explanation")
                 found_in = [pc.match_substring(pc.field(place), given, ignore_case=True) for place in places]
                 each = pc.or_kleene(pc.or_kleene(*found_in[:2]), found_in[2])
+            case "approval_id":
+                # Checked, they are hex digits alone; the files hold them with hyphens.
+                each = column.isin([str(UUID(one)) for one in (value if several else [value])])
             case _:
                 each = column.isin(list(map(str, value))) if several else column == str(value)
         condition = each if condition is None else condition & each

@@ -158,11 +158,21 @@ def number(name: str, given: Any) -> float:
     return found
 
 
-def pattern(name: str, given: Any) -> str:
-    """Return the LIKE pattern that finds a text anywhere, escaped by a backslash; ValueError if it is empty or long."""
-    text = Scrubber().text(name, _text(name, given))
+def searched_text(name: str, given: Any) -> str:
+    """Return a text that is looked for inside others, as columns hold it; ValueError if it is empty or long."""
+    text = label(name, given)
     if not 0 < len(text) <= _LONGEST_TEXT:
         raise ValueError(f"{name} must have 1 to {_LONGEST_TEXT:,} characters, not {len(text):,}.")
+    return text
+
+
+def pattern(name: str, given: Any) -> str:
+    """Return the LIKE pattern that finds a text anywhere, escaped by a backslash; errors as of `searched_text`."""
+    return like(searched_text(name, given))
+
+
+def like(text: str) -> str:
+    """Return the LIKE pattern of a checked text."""
     for special in ("\\", "%", "_"):
         text = text.replace(special, f"\\{special}")
     return f"%{text}%"
