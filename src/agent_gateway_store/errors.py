@@ -390,7 +390,7 @@ class LogMismatchError(GatewayStoreError):
 
 
 class EventHeldError(GatewayStoreError):
-    """A hold covers the event, so it is not erased.
+    """A hold covers the event, or another one of its approval, so it is not erased.
 
     Attributes:
         holds: The names of the holds that cover it.
@@ -398,7 +398,9 @@ class EventHeldError(GatewayStoreError):
 
     def __init__(self, holds: tuple[str, ...]) -> None:
         names = ", ".join(map(code_text, holds))
-        super().__init__(f"The event is held by {names}: `gateway-store retention release` lets it go.")
+        super().__init__(
+            f"The event, or another of its approval, is held by {names}: `gateway-store retention release` lets it go."
+        )
         self.holds = holds
 
 

@@ -159,10 +159,13 @@ def test_an_approval_is_not_proved_by_an_event_that_is_not() -> None:
 
 
 def test_an_approval_that_the_event_names_and_that_is_left_out_is_reported() -> None:
-    found = check(APPROVED_LOG.evidence(0).to_json(), keys=[VKEY])
+    """By its id or by its hash."""
+    by_id = SealedLog([make_event(approval_id=APPROVAL.approval_id)], leaves=1)
+    for log in (APPROVED_LOG, by_id):
+        found = check(log.evidence(0).to_json(), keys=[VKEY])
 
-    assert found.ok
-    assert any("which is not in this text" in remark for remark in found.remarks)
+        assert found.ok
+        assert any("which is not in this text" in remark for remark in found.remarks)
 
 
 @pytest.mark.parametrize(

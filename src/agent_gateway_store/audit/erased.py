@@ -1,4 +1,4 @@
-"""What is left of an event that was erased, and of what arrives later under its id."""
+"""What is left of an event and of an approval that were erased, and of what arrives later under the event's id."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from agent_gateway_store.audit.record import EncodedRow, encode_event, to_values
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 
 ERASED = "[ERASED]"
+_BLANK_HASH = "0" * 64
 BLANK: dict[str, Any] = {
-    "raw_args_hash": "0" * 64,
+    "raw_args_hash": _BLANK_HASH,
     "sanitized_args": {},
     "risk_labels": [],
     "output_hash": None,
@@ -30,6 +31,15 @@ BLANK_TEXTS = BLANK | {
 }
 """The same as the drivers give it."""
 
+BLANK_APPROVAL: dict[str, Any] = {
+    "tool_call_hash": _BLANK_HASH,
+    "risk_explanation": ERASED,
+    "output_payload": None,
+    "output_hash": None,
+    "approver_note": "",
+}
+"""Besides these go the arguments of the call, the outcome, and the notes of the votes."""
+
 IS_ERASED = (
     "((content_hash IS NULL AND deterministic_rationale = '[ERASED]')"
     " OR (mcp_server = 'gateway-store' AND tool_name = 'audit.erase' AND caller_role = 'operator'"
@@ -44,6 +54,11 @@ _DERIVED = re.compile(r"~[0-9a-f]{64}\Z")
 def is_derived(request_id: str) -> bool:
     """True if an id holds the hash of an event."""
     return _DERIVED.search(request_id) is not None
+
+
+def is_blank_approval(tool_call_hash: str | None, risk_explanation: str) -> bool:
+    """True if these are what is left of an erased approval: any may be explained so, but no call has that hash."""
+    return (tool_call_hash, risk_explanation) == (_BLANK_HASH, ERASED)
 
 
 def blank_id(request_id: str, position: int) -> str:

@@ -13,6 +13,7 @@ from sqlalchemy import BigInteger, Integer, Select, Text, Uuid, bindparam, liter
 
 from agent_gateway_store.approval.queries import ApprovalRef, get
 from agent_gateway_store.audit.document import encode, exact_float
+from agent_gateway_store.audit.erased import is_blank_approval
 from agent_gateway_store.audit.query import AuditQuery
 from agent_gateway_store.encoding.canonical import members_once
 from agent_gateway_store.errors import (
@@ -94,7 +95,7 @@ class Evidence(FrozenModel):
 
     Attributes:
         event: As it is stored.
-        approval: The approval that released the call, or was asked for it; None without.
+        approval: The approval that released the call, or was asked for it; None without, and where it was erased.
         votes: Who voted on it, and how.
         position: The event's in the log; None: it was not sealed yet, and nothing proves it.
         salt: What the leaf was hashed with; None: not sealed yet, or erased.
@@ -192,6 +193,9 @@ async def _approval_of(
     try:
         approval = (await get(database, ApprovalRef.by_id(approval_id, event.org_id))).request
     except ApprovalNotFoundError:
+        return None, ()
+    if is_blank_approval(approval.tool_call_hash, approval.risk_explanation):
+        # It is not the one that the event names any more, and nobody has forged it.
         return None, ()
     async with database.connection("read") as connection:
         rows = await _VOTES.rows(connection, {"p_approval": approval.approval_id})
@@ -308,7 +312,7 @@ def _read_json(text: str) -> _Claim:
         approval = named == hash_approval(request, votes)
         if named is not None and not approval:
             wrong.append((FindingKind.ALTERED, "The approval or a vote on it is not the one that the event names."))
-    elif named is not None:
+    elif named is not None or held.approval_id is not None:
         remarks.append("The event names an approval, which is not in this text.")
     return _Claim(proof, wrong, remarks, held.request_id, is_erased=is_sealed and salt is None, approval=approval)
 

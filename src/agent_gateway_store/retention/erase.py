@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, bindparam, or_, select, text, update
+from sqlalchemy import ColumnElement, Row, and_, bindparam, or_, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store._text import code_text
-from agent_gateway_store.archive.files import COLUMNS, Record, rewrite_approvals, rewrite_events
+from agent_gateway_store.archive.files import COLUMNS, Record, read_approvals, rewrite_approvals, rewrite_events
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.document import hash_of_stored
-from agent_gateway_store.audit.doors import DOOR_FIELDS, DOOR_TOOLS, ERASE, write_door
-from agent_gateway_store.audit.erased import BLANK, BLANK_TEXTS, ERASED, blank_id, is_derived
+from agent_gateway_store.audit.doors import DOOR_FIELDS, DOOR_TOOLS, ERASE, is_door, write_door
+from agent_gateway_store.audit.erased import (
+    BLANK,
+    BLANK_APPROVAL,
+    BLANK_TEXTS,
+    ERASED,
+    blank_id,
+    is_blank_approval,
+    is_derived,
+)
 from agent_gateway_store.audit.selects import FIELDS, table
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError, StoreUnavailableError
@@ -73,6 +81,37 @@ class _Target(NamedTuple):
         return self.values | BLANK_TEXTS | {"request_id": request_id, "content_hash": None, "salt": None}
 
 
+class _Touched(NamedTuple):
+    """What an erasure changes: the targets, and of other events the approvals that they name or asked for.
+
+    Attributes:
+        approvals: Those that are blanked, in the table or in the archive, each with the id of the request that asked.
+    """
+
+    targets: Sequence[_Target]
+    approvals: Mapping[UUID, str]
+    org_id: str
+
+    def in_table(self) -> ColumnElement[bool]:
+        """Return the condition of these events."""
+        ids = [each.values["id"] for each in self.targets if not each.archived]
+        asked = table.c.request_id.in_(set(self.approvals.values()))
+        touched = or_(table.c.id.in_(ids), table.c.approval_id.in_(self.approvals), asked)
+        return and_(table.c.org_id == self.org_id, ~is_door(), touched)
+
+    def in_archive(self) -> Any:
+        """Return the condition of these events for pyarrow."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        positions = pa.array([each.position for each in self.targets if each.archived], pa.int64())
+        ids = pa.array(map(str, self.approvals), pa.string())
+        requests = pa.array(set(self.approvals.values()), pa.string())
+        asked = pc.field("request_id").isin(requests)
+        touched = pc.field("position").isin(positions) | pc.field("approval_id").isin(ids) | asked
+        return (pc.field("org_id") == self.org_id) & touched
+
+
 class Eraser:
     """Erases one request; whoever uses it holds the lock of retention.
 
@@ -102,20 +141,21 @@ class Eraser:
         if not targets:
             raise AuditEventNotFoundError(given)
         org_id = targets[0].values["org_id"]
+        asked, archived = await self._approvals_of(targets, request_id, org_id)
+        approvals = [row.approval_id for row in asked]
+        touched = _Touched(targets, archived | {row.approval_id: row.request_id for row in asked}, org_id)
         async with self._database.read() as connection:
-            await self._require_unheld(connection, targets, await read_holds(connection))
-        approvals = await self._open_or_over(targets, request_id, org_id)
+            await self._require_unheld(connection, touched, await read_holds(connection))
+        _require_over(asked)
         await self._announce(targets, reason=reason, by=by, approvals=len(approvals))
         # Before: nothing is blanked while Redis is away. After: somebody may have read SQL in between, and cached it.
         await self._forget_all(approvals)
         manifest, archived_approvals = self._manifest, 0
-        own: set[UUID] = set(approvals)
+        own = set(touched.approvals)
         if manifest is not None:
-            cited = {str(each.values["approval_id"]) for each in targets if each.values["approval_id"]}
-            change = _blanker(cited, request_id, org_id, own)
-            archived_approvals = await in_thread(lambda: rewrite_approvals(manifest, change))
+            archived_approvals = await in_thread(lambda: rewrite_approvals(manifest, partial(_blanked, own)))
         async with self._database.write() as connection:
-            await self._require_unheld(connection, targets, await lock_holds(connection))
+            await self._require_unheld(connection, touched, await lock_holds(connection))
             await self._blank_events(connection, targets)
             await _blank_approvals(connection, approvals)
             # Those that could not be delivered outlive their approval.
@@ -158,42 +198,40 @@ class Eraser:
             raise ValueError(f"Events of {names} have this request id: use `store.for_org(...)` (`--org`) for one.")
         return calls
 
-    async def _require_unheld(
-        self, connection: AsyncConnection, targets: Sequence[_Target], holds: Sequence[Hold]
-    ) -> None:
-        ids = [each.values["id"] for each in targets if not each.archived]
+    async def _require_unheld(self, connection: AsyncConnection, touched: _Touched, holds: Sequence[Hold]) -> None:
         dialect = self._database.dialect
         names = [
             hold.name
             for hold in holds
-            if ids
-            and (await connection.execute(
-                select(table.c.id).where(table.c.id.in_(ids), covers(dialect, hold.filters)).limit(1)
+            if (await connection.execute(
+                select(table.c.id).where(touched.in_table(), covers(dialect, hold.filters)).limit(1)
             )).first()
         ]  # fmt: skip
-        positions = [each.position for each in targets if each.archived]
-        if positions and self._manifest is not None:
-            names += await in_thread(partial(_holds_of_archived, self._manifest.folder, holds, positions))
+        may_be_archived = touched.approvals or any(each.archived for each in touched.targets)
+        if may_be_archived and self._manifest is not None:
+            names += await in_thread(partial(_holds_of_archived, self._manifest.folder, holds, touched))
         if names:
             raise EventHeldError(tuple(dict.fromkeys(names)))
 
-    async def _open_or_over(self, targets: Sequence[_Target], request_id: str, org_id: str) -> list[UUID]:
-        """Return the approvals of the request, which must all be over."""
+    async def _approvals_of(
+        self, targets: Sequence[_Target], request_id: str, org_id: str
+    ) -> tuple[Sequence[Row[Any]], dict[UUID, str]]:
+        """Return the approvals of the request in the table, and those in the archive with what they were asked for."""
         async with self._database.read() as connection:
             found = (await connection.execute(
                 select(
                     _approvals.c.approval_id,
+                    _approvals.c.request_id,
                     _approvals.c.status,
                     _approvals.c.expires_at,
                     _approvals.c.use_before,
                     db_now().label("now"),
                 ).where(_of_request(targets, request_id, org_id))
             )).all()  # fmt: skip
-        for row in found:
-            deadline = row.expires_at if row.status == "PENDING" else row.use_before or row.expires_at
-            if row.status in ("PENDING", "APPROVED") and deadline > row.now:
-                raise ValueError(f"The approval {row.approval_id} of this request is still open: cancel it first.")
-        return [row.approval_id for row in found]
+        if self._manifest is None:
+            return found, {}
+        cited = {str(each.values["approval_id"]) for each in targets if each.values["approval_id"]}
+        return found, await in_thread(partial(_archived_approvals, self._manifest, cited, request_id, org_id))
 
     async def _announce(self, targets: Sequence[_Target], *, reason: str, by: str, approvals: int) -> None:
         """Write and seal what will be left of each event that is not blank yet."""
@@ -246,11 +284,27 @@ def _archived(folder: Path, request_id: str) -> list[dict[str, Any]]:
     return [dict(zip(_NAMES, stored_form(row), strict=True)) for _, batch in found for row in rows_of(batch)]
 
 
-def _holds_of_archived(folder: Path, holds: Sequence[Hold], positions: list[int]) -> list[str]:
-    import pyarrow.compute as pc
-
-    keep = pc.field("position").isin(positions)
+def _holds_of_archived(folder: Path, holds: Sequence[Hold], touched: _Touched) -> list[str]:
+    keep = touched.in_archive()
     return [hold.name for hold in holds if any(Archive(folder).batches(hold.filters, ("position",), keep))]
+
+
+def _archived_approvals(manifest: Manifest, cited: Collection[str], request_id: str, org_id: str) -> dict[UUID, str]:
+    approvals = [
+        record["approval"] for entry in manifest.of_kind("approvals") for record in read_approvals(manifest, entry)
+    ]
+    return {
+        UUID(each["approval_id"]): each["request_id"]
+        for each in approvals
+        if each["org_id"] == org_id and (each["approval_id"] in cited or each["request_id"] == request_id)
+    }
+
+
+def _require_over(approvals: Iterable[Row[Any]]) -> None:
+    for row in approvals:
+        deadline = row.expires_at if row.status == "PENDING" else row.use_before or row.expires_at
+        if row.status in ("PENDING", "APPROVED") and deadline > row.now:
+            raise ValueError(f"The approval {row.approval_id} of this request is still open: cancel it first.")
 
 
 def _archived_values(blank: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,13 +324,8 @@ async def _blank_approvals(connection: AsyncConnection, ids: Sequence[UUID]) -> 
     for approval_id in ids:
         own = _approvals.c.approval_id == approval_id
         call = (await connection.execute(select(_approvals.c.tool_call).where(own))).scalar_one()
-        values = {
+        values = BLANK_APPROVAL | {
             "tool_call": call.model_copy(update={"arguments": {}}),
-            "tool_call_hash": "0" * 64,
-            "risk_explanation": ERASED,
-            "output_payload": None,
-            "output_hash": None,
-            "approver_note": "",
             "acquire_key": None,
             "version": _approvals.c.version + 1,
         }
@@ -304,30 +353,18 @@ def blank_notice(payload: Mapping[str, Any]) -> dict[str, Any]:
     return {**payload, "tool_call": call, "risk_explanation": ERASED, "note": ""}
 
 
-def _blanker(cited: set[str], request_id: str, org_id: str, own: set[UUID]) -> Callable[[Record], Record | None]:
-    """Return what blanks an archived approval of the request, and adds its id to `own`."""
-
-    def change(record: Record) -> Record | None:
-        approval = record["approval"]
-        is_own = approval["approval_id"] in cited or approval["request_id"] == request_id
-        if not is_own or approval["org_id"] != org_id:
-            return None
-        own.add(UUID(approval["approval_id"]))
-        if approval["risk_explanation"] == ERASED:
-            return None
-        blank = {
-            "tool_call": {**approval["tool_call"], "arguments": {}},
-            "tool_call_hash": "0" * 64,
-            "risk_explanation": ERASED,
-            "output_payload": None,
-            "output_hash": None,
-            "approver_note": "",
-            "outcome": ERASED if approval["outcome"] else None,
-        }
-        return {
-            "approval": approval | blank,
-            "votes": [vote | {"note": ""} for vote in record["votes"]],
-            "notices": [notice | {"payload": blank_notice(notice["payload"])} for notice in record["notices"]],
-        }
-
-    return change
+def _blanked(own: Collection[UUID], record: Record) -> Record | None:
+    """Return an archived approval blanked; None if it is none of these, or was blanked before."""
+    approval = record["approval"]
+    is_own = UUID(approval["approval_id"]) in own
+    if not is_own or is_blank_approval(approval["tool_call_hash"], approval["risk_explanation"]):
+        return None
+    blank = BLANK_APPROVAL | {
+        "tool_call": {**approval["tool_call"], "arguments": {}},
+        "outcome": ERASED if approval["outcome"] else None,
+    }
+    return {
+        "approval": approval | blank,
+        "votes": [vote | {"note": ""} for vote in record["votes"]],
+        "notices": [notice | {"payload": blank_notice(notice["payload"])} for notice in record["notices"]],
+    }

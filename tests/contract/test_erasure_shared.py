@@ -1,0 +1,133 @@
+"""Erasing where several calls rest on one approval.
+
+A hold on any of them keeps it, and evidence of the others stays true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from erasure_helpers import MARK, OLD, everything, used_approval
+
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, clock
+from agent_gateway_store.archive import Archive
+from agent_gateway_store.errors import EventHeldError
+from agent_gateway_store.evidence import check
+from agent_gateway_store.models.approval import hash_approval
+from builders import make_event
+
+BEFORE = OLD + timedelta(days=60)
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[GatewayStore]:
+    """An open store that seals when it is told to."""
+    settings = StoreSettings(audit_seal_seconds=0)
+    async with GatewayStore(database_url, redis_url="", settings=settings) as opened:
+        yield opened
+
+
+async def asked_and_run(store: GatewayStore, *, asked: AuditEvent, run: AuditEvent, **others: AuditEvent) -> UUID:
+    """Write the call that asked for an approval, and the one that the approval released under another id."""
+    approval_id = await used_approval(store, asked.request_id)
+    [request] = await store.approvals.search(request_id=asked.request_id)
+    named = {"approval_id": approval_id, "extra": {"approval_sha256": hash_approval(request, request.votes or ())}}
+    await store.audit.write_many([asked, run.model_copy(update=named), *others.values()])
+    await store.audit.write(make_event(request_id="newest"))
+    await store.evidence.seal()
+    return approval_id
+
+
+async def archive(store: GatewayStore, folder: Path) -> None:
+    """Move the old events to an archive, and the approvals that no event in the table needs."""
+    await store.retention.prune(BEFORE, by="ops", archive=folder)
+    clock.move(timedelta(days=200))
+    await store.retention.prune_approvals("190d", by="ops", archive=folder)
+
+
+@pytest.mark.parametrize("held", ["r-1", "r-2"])
+@pytest.mark.parametrize("archived", ["none", "other", "all"])
+async def test_an_approval_of_a_held_call_is_not_erased_with_another_call(
+    store: GatewayStore, tmp_path: Path, archived: str, held: str
+) -> None:
+    """The call that asked for it, and the one that ran: in the table, and in the archive."""
+    erased = {"r-1": "r-2", "r-2": "r-1"}[held]
+    now = make_event().timestamp
+    times = {erased: OLD if archived == "all" else now, held: now if archived == "none" else OLD}
+    asked, run = (make_event(request_id=each, timestamp=times[each]) for each in ("r-1", "r-2"))
+    await asked_and_run(store, asked=asked, run=run)
+    folder = tmp_path / "a"
+    if archived != "none":
+        await archive(store, folder)
+        assert len(list(folder.glob("approvals-*"))) == (archived == "all")
+    await store.retention.hold("suit", reason="r", by="counsel", request_id=held)
+    await store.evidence.seal()
+    before = await everything(store, folder)
+
+    with pytest.raises(EventHeldError, match="suit") as raised:
+        await store.retention.erase(erased, reason="r", by="dpo", archive=folder if archived != "none" else None)
+
+    assert raised.value.holds == ("suit",)
+    assert await everything(store, folder) == before
+    assert MARK in before
+    await store.retention.release_hold("suit", by="counsel")
+    await store.retention.erase(erased, reason="r", by="dpo", archive=folder if archived != "none" else None)
+    assert MARK not in await everything(store, folder)
+
+
+async def test_a_hold_on_a_call_that_has_nothing_to_do_with_it_keeps_nothing(store: GatewayStore) -> None:
+    """Neither one of another organisation, under the same id or of the same approval, nor an event of retention."""
+    asked, run = make_event(request_id="r-1"), make_event(request_id="r-2")
+    same_id = make_event(request_id="r-1", org_id="globex")
+    approval_id = await asked_and_run(store, asked=asked, run=run, same_id=same_id)
+    await store.audit.write(make_event(approval_id=approval_id, org_id="globex"))
+    await store.retention.hold("globex", reason="r", by="c", org_id="globex")
+    await store.retention.hold("doors", reason="r", by="c", mcp_server="gateway-store")
+    assert (await store.for_org("default").retention.erase("r-1", reason="r", by="dpo")).approvals == 1
+    assert (await store.retention.erase("r-2", reason="r", by="dpo")).approvals == 1
+
+
+async def test_evidence_of_a_call_whose_approval_was_erased_is_without_it(store: GatewayStore) -> None:
+    """It is that of the event alone, and says so: it was honest, and does not look altered."""
+    await asked_and_run(store, asked=make_event(request_id="r-1"), run=make_event(request_id="r-2"))
+    before = await store.evidence.prove("r-2")
+    assert before.approval is not None
+    await store.retention.erase("r-1", reason="r", by="dpo")
+
+    after = await store.evidence.prove("r-2")
+
+    found = check(after.to_json())
+    assert (after.approval, after.votes) == (None, ())
+    assert (found.ok, found.findings) == (True, ())
+    assert "The event names an approval, which is not in this text." in found.remarks
+    assert not any("are those that the event names" in remark for remark in found.remarks)
+    assert (await store.evidence.prove("r-1")).approval is None
+    assert not check((await store.evidence.prove("r-1")).to_json()).ok
+    # What was kept from before goes on to show both.
+    assert check(before.to_json()).ok
+    verified = await store.evidence.verify()
+    assert (verified.ok, verified.erased) == (True, 1)
+
+
+@pytest.mark.parametrize("archived", [False, True], ids=["table", "archive"])
+async def test_an_approval_that_only_says_it_was_erased_was_not(
+    store: GatewayStore, tmp_path: Path, archived: bool
+) -> None:
+    """Its explanation is the gateway's to choose: it is shown in evidence, and is erased like any other."""
+    approval_id = await used_approval(store, "r-1", "[ERASED]")
+    [request] = await store.approvals.search(request_id="r-1")
+    named = {"approval_id": approval_id, "extra": {"approval_sha256": hash_approval(request, request.votes or ())}}
+    await store.audit.write_many([make_event(request_id="r-1", timestamp=OLD, **named), make_event()])
+    await store.evidence.seal()
+    assert (await store.evidence.prove("r-1")).approval is not None
+    if archived:
+        await archive(store, tmp_path / "a")
+    erased = await store.retention.erase("r-1", reason="r", by="dpo", archive=tmp_path / "a" if archived else None)
+    assert erased.approvals == 1
+    assert "fine for" not in await everything(store, tmp_path / "a")
+    if archived:
+        assert Archive(tmp_path / "a").verify().ok
