@@ -393,13 +393,13 @@ class EventHeldError(GatewayStoreError):
     """A hold covers the event, or another one of its approval, so it is not erased.
 
     Attributes:
-        holds: The names of the holds that cover it.
+        holds: The names of the holds that cover it; empty in a store that is bound to one organisation.
     """
 
     def __init__(self, holds: tuple[str, ...]) -> None:
-        names = ", ".join(map(code_text, holds))
+        by = f" by {', '.join(map(code_text, holds))}" if holds else ""
         super().__init__(
-            f"The event, or another of its approval, is held by {names}: `gateway-store retention release` lets it go."
+            f"The event, or another of its approval, is held{by}: `gateway-store retention release` lets it go."
         )
         self.holds = holds
 

@@ -171,6 +171,23 @@ async def test_archived_calls_of_a_held_approval_are_not_erased(store: GatewaySt
     assert [event.sanitized_args for event in Archive(tmp_path / "a").events()] == [{"path": MARK}] * 2
 
 
+async def test_a_store_of_one_organisation_is_not_told_the_names_of_holds(store: GatewayStore, tmp_path: Path) -> None:
+    """It is told that there is one, in the table and in the archive, and lists none; the others are told which."""
+    await store.audit.write_many([secret_event(org_id="acme"), make_event(timestamp=OLD), make_event()])
+    await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+    await store.audit.write(secret_event(request_id="r-2", org_id="acme"))
+    await store.retention.hold("globex vs. regulator", reason="r", by="c")
+    for request_id in ("r-1", "r-2"):
+        for view, holds in ((store.for_org("acme"), ()), (store, ("globex vs. regulator",))):
+            with pytest.raises(EventHeldError) as raised:
+                await view.retention.erase(request_id, reason="r", by="dpo", archive=tmp_path / "a")
+            assert raised.value.holds == holds
+            assert ("globex" in str(raised.value)) == bool(holds)
+            assert "is held" in str(raised.value)
+    with pytest.raises(ValueError, match="all organisations"):
+        await store.for_org("acme").retention.holds()
+
+
 async def test_an_erased_event_is_archived_as_that(store: GatewayStore, tmp_path: Path) -> None:
     """What was blanked in the table and goes to an archive later is no forgery there."""
     await settle(store)

@@ -211,7 +211,8 @@ class Eraser:
         if may_be_archived and self._manifest is not None:
             names += await in_thread(partial(_holds_of_archived, self._manifest.folder, holds, touched))
         if names:
-            raise EventHeldError(tuple(dict.fromkeys(names)))
+            # A name may tell of another organisation.
+            raise EventHeldError(tuple(dict.fromkeys(names)) if self._org_id is None else ())
 
     async def _approvals_of(
         self, targets: Sequence[_Target], request_id: str, org_id: str
