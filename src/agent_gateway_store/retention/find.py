@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,7 +22,7 @@ from agent_gateway_store.models.columns import as_utc
 from agent_gateway_store.models.retention import FoundRecord
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.filters import identifier, pattern
+from agent_gateway_store.storage.filters import identifier, like, searched_text
 
 _approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
 
@@ -39,15 +42,16 @@ async def find(
 ) -> list[FoundRecord]:
     """Return what is found; arguments and errors as of `RetentionManager.find`."""
     caller = None if caller_id is None else identifier("caller_id", caller_id)
+    wanted = None if text is None else _spellings(searched_text("text", text))
     found: list[FoundRecord] = []
     async with database.read() as connection:
-        matches = _matches(events, _EVENT_TEXTS, caller, text, org_id)
+        matches = _matches(events, _EVENT_TEXTS, caller, wanted, org_id)
         statement = select(*(events.c[name] for name in _SHOWN)).where(matches, ~is_door()).order_by(events.c.id)
         for row in await connection.execute(statement):
             found.append(FoundRecord(kind="event", **row._mapping))
         approval = _approvals.c
         columns = (approval.request_id, approval.org_id, approval.caller_id, approval.created_at, approval.tool_call)
-        matches = _matches(_approvals, _APPROVAL_TEXTS, caller, text, org_id)
+        matches = _matches(_approvals, _APPROVAL_TEXTS, caller, wanted, org_id)
         for row in await connection.execute(
             select(*columns, approval.approval_id).where(matches).order_by(approval.id)
         ):
@@ -55,25 +59,31 @@ async def find(
             shown = {"timestamp": row.created_at, "tool_name": row.tool_call.tool}
             found.append(FoundRecord(kind="approval", **values, **shown))
     if archive is not None:
-        found += await in_thread(lambda: _in_archive(archive, caller, text, org_id))
+        found += await in_thread(lambda: _in_archive(archive, caller, wanted, org_id))
     return found
 
 
+def _spellings(text: str) -> Sequence[str]:
+    """Return a text as it is, and as JSON spells it: some columns escape what is beyond ASCII, and others do not."""
+    return list(dict.fromkeys([text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]]))
+
+
 def _matches(
-    table: Table, texts: tuple[str, ...], caller: str | None, text: str | None, org_id: str | None
+    table: Table, names: Sequence[str], caller: str | None, texts: Sequence[str] | None, org_id: str | None
 ) -> ColumnElement[bool]:
     conditions: list[ColumnElement[bool]] = []
     if caller is not None:
         conditions.append(table.c.caller_id == caller)
     if org_id is not None:
         conditions.append(table.c.org_id == org_id)
-    if text is not None:
-        wanted = pattern("text", text)
-        conditions.append(or_(*(cast(table.c[name], Text()).ilike(wanted, escape="\\") for name in texts)))
+    if texts is not None:
+        patterns = [like(text) for text in texts]
+        columns = [cast(table.c[name], Text()) for name in names]
+        conditions.append(or_(*(column.ilike(each, escape="\\") for column in columns for each in patterns)))
     return and_(*conditions)
 
 
-def _in_archive(folder: Path, caller: str | None, text: str | None, org_id: str | None) -> list[FoundRecord]:
+def _in_archive(folder: Path, caller: str | None, texts: Sequence[str] | None, org_id: str | None) -> list[FoundRecord]:
     import pyarrow.compute as pc
 
     keep = pc.scalar(True)
@@ -81,9 +91,9 @@ def _in_archive(folder: Path, caller: str | None, text: str | None, org_id: str 
         keep = keep & (pc.field("caller_id") == caller)
     if org_id is not None:
         keep = keep & (pc.field("org_id") == org_id)
-    if text is not None:
+    if texts is not None:
         has_text = pc.scalar(False)
-        for name in _EVENT_TEXTS:
+        for name, text in product(_EVENT_TEXTS, texts):
             has_text = pc.or_kleene(has_text, pc.match_substring(pc.field(name), text, ignore_case=True))
         keep = keep & has_text
     found = []
@@ -96,16 +106,21 @@ def _in_archive(folder: Path, caller: str | None, text: str | None, org_id: str 
     manifest = Manifest(folder).read()
     for entry in manifest.of_kind("approvals"):
         for record in read_approvals(manifest, entry):
-            if (shown := _shown(record["approval"], caller, text, org_id)) is not None:
+            if (shown := _shown(record["approval"], caller, texts, org_id)) is not None:
                 found.append(FoundRecord(kind="approval", file=entry.file, **shown))
     return found
 
 
-def _shown(approval: dict[str, Any], caller: str | None, text: str | None, org_id: str | None) -> dict[str, Any] | None:
+def _shown(
+    approval: dict[str, Any], caller: str | None, texts: Sequence[str] | None, org_id: str | None
+) -> dict[str, Any] | None:
     if caller not in (None, approval["caller_id"]) or org_id not in (None, approval["org_id"]):
         return None
-    if text is not None and not any(text.casefold() in str(approval[name]).casefold() for name in _APPROVAL_TEXTS):
-        return None
+    if texts is not None:
+        values = [approval[name] for name in _APPROVAL_TEXTS if approval[name] is not None]
+        held = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in values]
+        if not any(text.casefold() in each.casefold() for each in held for text in texts):
+            return None
     shown = {name: approval[name] for name in ("request_id", "org_id", "caller_id")}
     return shown | {
         "approval_id": UUID(approval["approval_id"]),

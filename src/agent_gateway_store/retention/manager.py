@@ -247,7 +247,8 @@ class RetentionManager:
 
         Args:
             caller_id: Of the caller.
-            text: Part of arguments, ids, labels, rationales or notes, in upper or lower case.
+            text: Part of arguments, ids, labels, rationales or notes, in upper or lower case (beyond ASCII as of
+                `search`). The escapes of JSON hide nothing.
             archive: Where pruned events are; None: only the tables are looked at.
 
         Raises:

@@ -1,0 +1,124 @@
+"""Looking for what an erasure request is about: any text is found where it stands, however the column spells it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from erasure_helpers import OLD
+
+from agent_gateway_store import GatewayStore, StoreSettings, ToolCall, clock
+from builders import make_event, make_request
+
+TEXTS = {
+    "umlaut": "Müller",
+    "chinese": "李雷",
+    "quote": 'O"Brien',
+    "backslash": "C:\\Users\\ada",
+    "lines": "first\nsecond",
+    "tab": "one\ttwo",
+    "control": "one\x01two\x7f",
+    "nul": "one\0two",
+    "emoji": "party 🎉",
+    "like": "100%_of",
+    "json": "\\u00fc",
+    "plain": "/home/ada",
+}
+PLACES: dict[str, dict[str, Any]] = {
+    "arguments": {"sanitized_args": {"path": ["before {} after"]}},
+    "names": {"sanitized_args": {"before {} after": 1}},
+    "labels": {"risk_labels": ["x", "before {} after"]},
+    "extra": {"extra": {"who": {"name": "before {} after"}}},
+    "text": {"llm_explanation": "before {} after"},
+}
+WHERE = pytest.mark.parametrize("archived", [False, True], ids=["table", "archive"])
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[GatewayStore]:
+    """An open store that seals when it is told to."""
+    async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as opened:
+        yield opened
+
+
+def filled(value: Any, text: str) -> Any:
+    """Return a value with the text in its places."""
+    if isinstance(value, dict):
+        return {filled(name, text): filled(each, text) for name, each in value.items()}
+    if isinstance(value, list):
+        return [filled(each, text) for each in value]
+    return value.replace("{}", text) if isinstance(value, str) else value
+
+
+async def found_by_text(store: GatewayStore, folder: Path | None) -> dict[str, set[str]]:
+    """What is found, by the name of the text."""
+    if folder is not None:
+        clock.move(timedelta(days=200))
+        await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
+        await store.retention.prune_approvals("190d", by="ops", archive=folder)
+    found = {}
+    for name, text in TEXTS.items():
+        page = await store.retention.find(text=text, archive=folder)
+        assert all((each.file is None) == (folder is None) for each in page)
+        found[name] = {each.request_id for each in page}
+    return found
+
+
+@WHERE
+async def test_any_text_is_found_in_events(store: GatewayStore, tmp_path: Path, archived: bool) -> None:
+    """In arguments and their names, labels, extra and plain text; and no other event is."""
+    events = {
+        f"{name}-{place}": filled(fields, text) for name, text in TEXTS.items() for place, fields in PLACES.items()
+    }
+    await store.audit.write_many([make_event(request_id=each, timestamp=OLD, **events[each]) for each in events])
+    await store.audit.write(make_event(request_id="newest"))
+
+    found = await found_by_text(store, tmp_path / "a" if archived else None)
+
+    for name in TEXTS:
+        assert {each for each in found[name] if each.startswith(name)} == {f"{name}-{place}" for place in PLACES}
+        # What JSON writes for an umlaut may be somebody's text as well: both are shown rather than none.
+        assert {each.partition("-")[0] for each in found[name]} <= ({name, "umlaut"} if name == "json" else {name})
+
+
+@WHERE
+async def test_any_text_is_found_in_approvals(store: GatewayStore, tmp_path: Path, archived: bool) -> None:
+    """In the arguments of the call, in an output that waits, and in plain text; and no other approval is."""
+    for name, text in TEXTS.items():
+        call = ToolCall(server="s", tool="t", arguments={"path": [f"before {text} after"]})
+        requests = {
+            "call": make_request(request_id=f"{name}-call", tool_call=call),
+            "output": make_request(
+                request_id=f"{name}-output", scope="OUTPUT_RELEASE", output_payload={"text": f"before {text} after"}
+            ),
+            "plain": make_request(request_id=f"{name}-plain", risk_explanation=f"before {text} after"),
+        }
+        for request in requests.values():
+            await store.approvals.cancel(await store.approvals.issue_token(request), "x")
+
+    found = await found_by_text(store, tmp_path / "a" if archived else None)
+
+    for name in TEXTS:
+        assert {each for each in found[name] if each.startswith(name)} == {
+            f"{name}-{place}" for place in ("call", "output", "plain")
+        }
+        assert {each.partition("-")[0] for each in found[name]} <= ({name, "umlaut"} if name == "json" else {name})
+
+
+@WHERE
+async def test_what_is_not_there_is_not_found(store: GatewayStore, tmp_path: Path, archived: bool) -> None:
+    """A field without a value holds no "None"."""
+    await store.approvals.cancel(await store.approvals.issue_token(make_request(request_id="r-1")), "x")
+    folder = tmp_path / "a" if archived else None
+    if folder is not None:
+        clock.move(timedelta(days=200))
+        await store.audit.write_many([make_event(timestamp=OLD), make_event()])
+        await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
+        await store.retention.prune_approvals("190d", by="ops", archive=folder)
+        assert list(folder.glob("approvals-*"))
+    assert await store.retention.find(text="None", archive=folder) == []
+    with pytest.raises(ValueError, match="1 to 1,000 characters"):
+        await store.retention.find(text="", archive=folder)
