@@ -122,3 +122,24 @@ async def test_what_is_not_there_is_not_found(store: GatewayStore, tmp_path: Pat
     assert await store.retention.find(text="None", archive=folder) == []
     with pytest.raises(ValueError, match="1 to 1,000 characters"):
         await store.retention.find(text="", archive=folder)
+
+
+@WHERE
+async def test_notes_and_names_of_all_who_voted_are_looked_at(
+    store: GatewayStore, tmp_path: Path, archived: bool
+) -> None:
+    """The approval itself holds those of the last one."""
+    for request_id in ("r-1", "r-2"):
+        request = make_request(request_id=request_id, required_approvals=2)
+        token = await store.approvals.issue_token(request)
+        if request_id == "r-1":
+            await store.approvals.approve(token, "alice", f"for {TEXTS['quote']}")
+        await store.approvals.deny(token, "bob", "no")
+    folder = tmp_path / "a" if archived else None
+    if folder is not None:
+        await store.audit.write_many([make_event(timestamp=OLD), make_event()])
+    await found_by_text(store, folder)
+    for text in (TEXTS["quote"], "ALICE"):
+        page = await store.retention.find(text=text, archive=folder)
+        assert [(each.kind, each.request_id) for each in page] == [("approval", "r-1")]
+        assert all((each.file is None) == (folder is None) for each in page)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Table, Text, and_, cast, or_, select
+from sqlalchemy import ColumnElement, Table, Text, and_, cast, or_, select, true
 
-from agent_gateway_store.archive.files import read_approvals
+from agent_gateway_store.archive.files import Record, read_approvals
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of
 from agent_gateway_store.audit.doors import is_door
 from agent_gateway_store.audit.selects import table as events
-from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
 from agent_gateway_store.models.columns import as_utc
 from agent_gateway_store.models.retention import FoundRecord
 from agent_gateway_store.storage.arrow import in_thread
@@ -25,6 +25,7 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.filters import identifier, like, searched_text
 
 _approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 
 _EVENT_TEXTS = (
     *("request_id", "caller_id", "session_id", "tool_name", "approver_id", "sanitized_args", "risk_labels", "extra"),
@@ -34,6 +35,7 @@ _APPROVAL_TEXTS = (
     *("request_id", "caller_id", "approver_id", "tool_call", "risk_explanation", "output_payload"),
     *("approver_note", "outcome"),
 )
+_VOTE_TEXTS = ("approver_id", "note")
 _SHOWN = ("request_id", "org_id", "caller_id", "timestamp", "tool_name", "approval_id")
 
 
@@ -45,13 +47,20 @@ async def find(
     wanted = None if text is None else _spellings(searched_text("text", text))
     found: list[FoundRecord] = []
     async with database.read() as connection:
-        matches = _matches(events, _EVENT_TEXTS, caller, wanted, org_id)
+        matches = _matches(events, caller, org_id)
+        if wanted is not None:
+            matches = and_(matches, _has_text(events, _EVENT_TEXTS, wanted))
         statement = select(*(events.c[name] for name in _SHOWN)).where(matches, ~is_door()).order_by(events.c.id)
         for row in await connection.execute(statement):
             found.append(FoundRecord(kind="event", **row._mapping))
         approval = _approvals.c
         columns = (approval.request_id, approval.org_id, approval.caller_id, approval.created_at, approval.tool_call)
-        matches = _matches(_approvals, _APPROVAL_TEXTS, caller, wanted, org_id)
+        matches = _matches(_approvals, caller, org_id)
+        if wanted is not None:
+            voted = select(_votes.c.approval_id).where(_has_text(_votes, _VOTE_TEXTS, wanted))
+            matches = and_(
+                matches, or_(_has_text(_approvals, _APPROVAL_TEXTS, wanted), approval.approval_id.in_(voted))
+            )
         for row in await connection.execute(
             select(*columns, approval.approval_id).where(matches).order_by(approval.id)
         ):
@@ -68,19 +77,18 @@ def _spellings(text: str) -> Sequence[str]:
     return list(dict.fromkeys([text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]]))
 
 
-def _matches(
-    table: Table, names: Sequence[str], caller: str | None, texts: Sequence[str] | None, org_id: str | None
-) -> ColumnElement[bool]:
+def _matches(table: Table, caller: str | None, org_id: str | None) -> ColumnElement[bool]:
     conditions: list[ColumnElement[bool]] = []
     if caller is not None:
         conditions.append(table.c.caller_id == caller)
     if org_id is not None:
         conditions.append(table.c.org_id == org_id)
-    if texts is not None:
-        patterns = [like(text) for text in texts]
-        columns = [cast(table.c[name], Text()) for name in names]
-        conditions.append(or_(*(column.ilike(each, escape="\\") for column in columns for each in patterns)))
-    return and_(*conditions)
+    return and_(true(), *conditions)
+
+
+def _has_text(table: Table, names: Sequence[str], texts: Sequence[str]) -> ColumnElement[bool]:
+    columns = [cast(table.c[name], Text()) for name in names]
+    return or_(*(column.ilike(like(text), escape="\\") for column, text in product(columns, texts)))
 
 
 def _in_archive(folder: Path, caller: str | None, texts: Sequence[str] | None, org_id: str | None) -> list[FoundRecord]:
@@ -106,18 +114,20 @@ def _in_archive(folder: Path, caller: str | None, texts: Sequence[str] | None, o
     manifest = Manifest(folder).read()
     for entry in manifest.of_kind("approvals"):
         for record in read_approvals(manifest, entry):
-            if (shown := _shown(record["approval"], caller, texts, org_id)) is not None:
+            if (shown := _shown(record, caller, texts, org_id)) is not None:
                 found.append(FoundRecord(kind="approval", file=entry.file, **shown))
     return found
 
 
 def _shown(
-    approval: dict[str, Any], caller: str | None, texts: Sequence[str] | None, org_id: str | None
+    record: Record, caller: str | None, texts: Sequence[str] | None, org_id: str | None
 ) -> dict[str, Any] | None:
+    approval = record["approval"]
     if caller not in (None, approval["caller_id"]) or org_id not in (None, approval["org_id"]):
         return None
     if texts is not None:
         values = [approval[name] for name in _APPROVAL_TEXTS if approval[name] is not None]
+        values += [vote[name] for vote in record["votes"] for name in _VOTE_TEXTS]
         held = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in values]
         if not any(text.casefold() in each.casefold() for each in held for text in texts):
             return None
