@@ -31,7 +31,7 @@ async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Call
         await connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'"))
         await connection.execute(text("CREATE TABLE t (n INTEGER)"))
     user = opened(url.set(username=role, password="secret").render_as_string(hide_password=False))
-    with pytest.raises(errors.StoreUnavailableError, match="may not do this: grant it the rights"):
+    with pytest.raises(errors.StoreUnavailableError, match="may not do this: grant it the right to table t"):
         async with user.connection("autocommit") as runner:
             await runner.driver.execute("INSERT INTO t VALUES (1)")  # type: ignore[union-attr]
     await user.close()

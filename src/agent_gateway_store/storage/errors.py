@@ -34,6 +34,7 @@ from agent_gateway_store.errors import (
     StoreUnavailableError,
     TransactionConflictError,
 )
+from agent_gateway_store.models.base import metadata
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -186,9 +187,10 @@ def sqlstate_of(exc: BaseException) -> str | None:
 
 
 def is_id_taken(exc: BaseException) -> bool:
-    """True if the database refused a row for the id that it gave it itself: its sequence is behind the rows."""
-    detail = getattr(driver_error(exc), "detail", None)
-    return str(detail or "").startswith("Key (id)=")
+    """True if the database refused a row of ours for the id that it gave it itself: its sequence is behind the rows."""
+    error = driver_error(exc)
+    is_ours = getattr(error, "table_name", None) in metadata.tables
+    return is_ours and str(getattr(error, "detail", None) or "").startswith("Key (id)=")
 
 
 def _came_through(exc: BaseException, engine: AsyncEngine) -> bool:
