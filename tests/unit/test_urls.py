@@ -13,7 +13,7 @@ from sqlalchemy.engine import make_url
 from agent_gateway_store.errors import InvalidUrlError
 from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import create_engine
-from agent_gateway_store.storage.urls import can_listen, is_memory, parse_database_url
+from agent_gateway_store.storage.urls import can_listen, is_memory, parse_database_url, sqlite_file
 
 pytestmark = pytest.mark.unit
 
@@ -184,6 +184,9 @@ def test_a_url_says_where_there_is_no_listen(text: str, listens: bool) -> None:
 REDIS_URLS = [
     *(f"http://user:{PASSWORD}@host", f"redis://:{PASSWORD}@host:port/0", "host:6379", ""),
     *(f"redis://:{PASSWORD}@host/0?no_such_parameter=1", f"redis://:{PASSWORD}@host/0?socket_timeout=soon"),
+    *(f"rediss://:{PASSWORD}@host/0?ssl_cert_reqs=", f"redis://:{PASSWORD}@host/0?no_such_parameter"),
+    f"redis+sentinel://:{PASSWORD}@host:26379/name/0?sentinel_password=",
+    f"redis://user:12?{PASSWORD}@host/0",
 ]
 DATABASE_URLS = [
     "",
@@ -217,6 +220,14 @@ DATABASE_URLS = [
     f"postgresql://user:{PASSWORD}@/db?host=a,b&port=1,2,3",
     f"postgresql://user:{PASSWORD}@/db?host=a&port=1,2",
     f"postgresql://user:{PASSWORD}@host/db?listen=maybe",
+    f"postgresql://user:{PASSWORD}@host/db?sslmode=",
+    f"postgresql://user:{PASSWORD}@host,other/db?sslmode",
+    f"postgresql://user:{PASSWORD}@host/db?sslmode=require&sslmode=",
+    f"postgresql://user:{PASSWORD}@host/db?application_name=",
+    f"postgresql://user:{PASSWORD}@/db?host=one&host=",
+    f"postgresql://user:{PASSWORD}@host/db?bogus",
+    f"postgresql://user:a@b?{PASSWORD}@host/db",
+    f"postgresql://user:a@b?{PASSWORD}&c=d@host/db",
     f"mysql://user:{PASSWORD}@host,other/db",
     "sqlite://host,other/gateway.db",
     "sqlite://gateway.db",
@@ -228,6 +239,8 @@ DATABASE_URLS = [
     "sqlite:///gateway.db?isolation_level=DEFERRED",
     "sqlite:///gateway.db?sslmode=require",
     "sqlite:///gateway.db?mdoe=ro",
+    "sqlite:///a?b.db",
+    "sqlite:///file:gateway.db?mode=&uri=true",
     "sqlite:///file:gateway.db",
     "sqlite:///file:gateway.db?mode=ro",
     "sqlite:///file:gateway.db?mode=ro&uri=false",
@@ -251,6 +264,30 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(create: Callable[[str], 
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("create", "text", "sentence"),
+    [
+        (create_engine, "postgresql://h/d?sslmode=", "sslmode in the database URL has no value: give it one, or leave"),
+        (create_engine, "postgresql://h/d?bogus", "The parameter 'bogus' in the database URL is not supported: remove"),
+        (create_engine, "sqlite:///a?b.db", r"'b\.db' in the database URL is not .*a question mark .* is written %3F"),
+        (create_redis, "redis://h/0?ssl_cert_reqs=", r"ssl_cert_reqs=' has a parameter without a value: give it one"),
+    ],
+)
+def test_a_parameter_without_a_value_is_named(create: Callable[[str], object], text: str, sentence: str) -> None:
+    """As of a variable that is empty: what it was to say, such as that TLS is a must, would not hold."""
+    with pytest.raises(InvalidUrlError, match=sentence):
+        create(text)
+
+
+def test_a_question_mark_in_the_path_of_a_file_is_written_encoded() -> None:
+    """Then it belongs to the name, for SQLite and for the files beside the database."""
+    url, _ = parse_database_url("sqlite:///a%3Fb.db")
+
+    assert url.database == "a?b.db"
+    assert sqlite_file(url) == Path("a?b.db")
+    assert sqlite_file(parse_database_url("sqlite:///file:a.db?mode=ro&uri=true")[0]) == Path("a.db")
 
 
 @pytest.mark.parametrize("text", ["redis://host", "rediss://user:p@host:6380/1", "unix:///run/redis.sock?db=1"])

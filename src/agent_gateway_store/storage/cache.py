@@ -77,10 +77,15 @@ def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
         InvalidUrlError: The text is not a Redis URL, or that of a cluster.
     """
     scheme, _, rest = url.partition("://")
-    if scheme == "redis+sentinel":
-        return _master_client(url, timeout_s)
     if "cluster" in scheme or (scheme in ("redis", "rediss") and "," in re.split("[/?]", rest)[0].rpartition("@")[2]):
         raise InvalidUrlError(NO_CLUSTER)
+    # redis-py drops what has no value, as of a variable that is not set.
+    if not all(value for _, value in parse_qsl(rest.partition("#")[0].partition("?")[2], keep_blank_values=True)):
+        raise InvalidUrlError(
+            f"{code_text(mask_url(url))} has a parameter without a value: give it one, or leave the parameter out."
+        )
+    if scheme == "redis+sentinel":
+        return _master_client(url, timeout_s)
     try:
         client: RedisClient = Redis.from_url(url, **_impatient(timeout_s))
         # Does not connect, but raises for parameters in the URL that it does not know.

@@ -80,7 +80,8 @@ def parse_database_url(text: str | URL, *, reads: bool = False) -> tuple[URL, di
     """
     several = _SEVERAL_HOSTS.fullmatch(text) if isinstance(text, str) else None
     try:
-        url = make_url(f"{several[1]}{several[3] or ''}" if several else text)
+        # With values that are empty, as of a variable that is not set: dropped, `sslmode=` would ask for no TLS.
+        url = make_url(f"{several[1]}{several[3] or ''}" if several else text, keep_blank_values=True)
     except (ArgumentError, ValueError):
         raise InvalidUrlError(f"{code_text(mask_url(str(text)))} is not a database URL: {_EXAMPLES}.") from None
     driver = _ASYNC_DRIVERS.get(url.drivername)
@@ -112,6 +113,8 @@ def sqlite_file(url: URL) -> Path | None:
     """Return the file of a SQLite URL; None for another database, and for one in memory."""
     if url.get_backend_name() != "sqlite" or is_memory(url) or not url.database:
         return None
+    if not url.database.startswith("file:"):
+        return Path(url.database)
     # SQLite also takes `file:name?mode=ro`, of which only the name is a path.
     return Path(url.database.removeprefix("file:").partition("?")[0])
 
@@ -132,9 +135,17 @@ def _require_sqlite(url: URL) -> None:
 
 def _values(url: URL, taken: Mapping[str, tuple[str, ...]], *, repeated: tuple[str, ...] = ()) -> dict[str, str]:
     """Return the parameters of a URL, after a check that each is taken, has a possible value, and comes once."""
+    # Behind a ? that should have been written %3F may stand the rest of a password, up to its @.
+    shows = not any("@" in f"{name}{value}" for name, value in url.query.items())
     for name, value in url.query.items():
         if name not in taken:
-            raise InvalidUrlError(f"The parameter {code_text(name)} in the database URL is not supported: remove it.")
+            named = f"The parameter {code_text(name)}" if shows else "A parameter"
+            where = "a path" if url.get_backend_name() == "sqlite" else "a password"
+            raise InvalidUrlError(
+                f"{named} in the database URL is not supported: remove it; a question mark in {where} is written %3F."
+            )
+        if not all(_as_tuple(value)):
+            raise InvalidUrlError(f"{name} in the database URL has no value: give it one, or leave {name} out.")
         if not isinstance(value, str) and name not in repeated:
             raise InvalidUrlError(f"{name} stands in the database URL twice: remove one.")
         possible = taken[name]
