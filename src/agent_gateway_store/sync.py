@@ -26,6 +26,7 @@ from agent_gateway_store.evidence.manager import EvidenceManager
 from agent_gateway_store.keys import KeyManager
 from agent_gateway_store.retention import RetentionManager
 from agent_gateway_store.shipping import SinkManager
+from agent_gateway_store.storage.streaming import STREAM_CLOSED
 from agent_gateway_store.store import GatewayStore
 
 __all__ = [
@@ -49,10 +50,12 @@ class Portal:
 
     Attributes:
         lifecycle: Held while the store is opened or closed.
+        starts: How many times it was started.
     """
 
     def __init__(self) -> None:
         self.lifecycle = threading.RLock()
+        self.starts = 0
         self._lock = threading.Lock()
         self._pid = 0
         self._thread: threading.Thread | None = None
@@ -77,6 +80,7 @@ class Portal:
         )
         self._thread.start()
         self._loop, self._pid = ready.result(), os.getpid()
+        self.starts += 1
         return True
 
     async def _serve(self, ready: Future[asyncio.AbstractEventLoop]) -> None:
@@ -144,9 +148,12 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
         @_like(method)
         def iterate(self: Any, *args: Any, **kwargs: Any) -> Generator[Any]:
-            items = getattr(self._twin, name)(*args, **kwargs)
+            items, starts = getattr(self._twin, name)(*args, **kwargs), self._portal.starts
             try:
                 while True:
+                    if self._portal.starts != starts:
+                        # A loop that ends closes its generators, and this would look like the end of the stream.
+                        raise StoreNotOpenError(STREAM_CLOSED)
                     try:
                         item = self._portal.call(items.__anext__)
                     except StopAsyncIteration:

@@ -207,6 +207,7 @@ async def stream(transactions: Transactions, found: Criteria) -> AsyncGenerator[
         page = await search(transactions, found, limit=_STREAMED_ROWS, cursor=cursor)
         for request in page:
             yield request
+            transactions.check_owner()
         if (cursor := page.next_cursor) is None:
             return
 

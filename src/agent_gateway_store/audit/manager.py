@@ -19,7 +19,7 @@ from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, followed
+from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_stream, followed
 from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.writer import OpenWriter
 from agent_gateway_store.audit.writes import encode_aside, record_event, write_batches, write_event
@@ -305,10 +305,10 @@ class AuditManager:
 
         Takes constant memory: the database is read by a server-side cursor, which holds a connection until the end.
         A caller that stops early closes it: `async with contextlib.aclosing(store.audit.stream()) as events`. Raises
-        TypeError and ValueError as `search` does.
+        TypeError and ValueError as `search` does, and StoreNotOpenError at the first step after the store was closed.
         """
         found = criteria(filters, org_id=self._org_id)
-        async with aclosing(event_batches(self._database.replica, found)) as batches:
+        async with event_stream(self._database.replica, found) as batches:
             async for events in batches:
                 for event in events:
                     yield event

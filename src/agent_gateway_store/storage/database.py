@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.pool import Pool, QueuePool
 
 from agent_gateway_store import telemetry
-from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
+from agent_gateway_store.errors import GatewayStoreError, StoreNotOpenError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
 from agent_gateway_store.storage.connecting import postgres_engine, replace_useless
@@ -163,6 +163,8 @@ class Database:
         self._reader = reader_of(self._writer)
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
+        # What the open streams read from; each adds and removes its own.
+        self.streams: set[AsyncGenerator[Any, None]] = set()
         self._raw_pool: AsyncpgPool | None = None
         self._idle = idle_connections(engine) if owned and engine.dialect.driver == "asyncpg" else ()
 
@@ -303,15 +305,18 @@ class Database:
     async def close(self) -> None:
         """Refuse new uses, let those under way end, and close the connections if they are ours.
 
-        Safe to call twice. It waits five seconds at most for those under way.
+        Safe to call twice. It waits five seconds at most for those under way, and ends streams that wait for their
+        consumer.
         """
         if self._replica is not None:
             await self._replica.close()
         self._owner = None
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_TRANSACTIONS_S):
+                await self._end_idle_streams()
                 while self._under_way:
                     await asyncio.sleep(0.005)
+                    await self._end_idle_streams()
         if self._raw_pool is not None:
             await self._raw_pool.close()
             self._raw_pool = None
@@ -319,6 +324,14 @@ class Database:
             # The pool would close one after the other, and wait for each as long as for a command if the server hangs.
             await close_all(self._idle)
             await self.engine.dispose()
+
+    async def _end_idle_streams(self) -> None:
+        for batches in tuple(self.streams):
+            # One that runs is in a step of its consumer.
+            if batches in self.streams and not batches.ag_running:  # type: ignore[attr-defined]  # of generators alone
+                self.streams.discard(batches)
+                with suppress(GatewayStoreError):
+                    await batches.aclose()
 
     async def dispose_detached(self) -> None:
         """Close what can be closed from here of a database whose process or event loop may have ended."""

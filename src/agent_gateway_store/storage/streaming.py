@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from types import TracebackType
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import aiosqlite
 import asyncpg
 from sqlalchemy import Dialect
 
+from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.storage.database import Database, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.statements import CompiledStatement, Statement
 from agent_gateway_store.storage.urls import is_memory
+
+T = TypeVar("T")
+
+STREAM_CLOSED = "The store was closed while this stream was open: begin a new one."
+"""What the next step of such a stream says."""
 
 # Chosen: a day, for one command of a read of any size.
 LONGEST_S = 24 * 3600.0
@@ -146,6 +153,39 @@ async def streamed(
         async with aclosing(_batches(driver, query.text, arguments, batch)) as batches:
             async for rows in batches:
                 yield rows
+
+
+class Stream(Generic[T]):
+    """The batches of a generator, which the database closes with itself while their consumer does nothing.
+
+    Both the next batch and the next item of this one then raise StoreNotOpenError. For `async with`, as `aclosing`.
+    """
+
+    def __init__(self, database: Database, batches: AsyncGenerator[Sequence[T], None]) -> None:
+        self._streams, self._batches = database.streams, batches
+
+    async def __aenter__(self) -> Self:
+        self._streams.add(self._batches)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._batches in self._streams:
+            self._streams.discard(self._batches)
+            await self._batches.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Iterator[T]:
+        return self._while_open(await anext(self._batches))
+
+    def _while_open(self, batch: Sequence[T]) -> Iterator[T]:
+        for item in batch:
+            yield item
+            if self._batches not in self._streams:
+                raise StoreNotOpenError(STREAM_CLOSED)
 
 
 async def copied(
