@@ -46,7 +46,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Portal:
     """The thread in which a store's event loop runs; shared by its organisation-bound views.
 
-    anyio's `start_blocking_portal` is not used: it hangs the interpreter's exit where a store was left open.
+    anyio's `start_blocking_portal` is not used: it hangs the interpreter's exit where a store was left open, and itself
+    where Ctrl-C comes while it begins.
 
     Attributes:
         lifecycle: Held while the store is opened or closed.

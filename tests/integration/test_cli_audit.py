@@ -126,6 +126,46 @@ def test_ctrl_c_ends_a_command_with_130_and_without_a_traceback(tmp_path: Path) 
     assert ids(gateway_store("--database-url", url, "audit", "search", "--json")) == ["r1"]
 
 
+# SIGINT at the nth start of a thread, such as that of the store's loop or of a connection; 0: while that loop begins.
+INTERRUPTED = """
+import asyncio.events, os, signal, sys, threading, time
+from agent_gateway_store.cli import main
+
+def start(self, begin=threading.Thread.start):
+    begin(self)
+    started.append(self)
+    if len(started) == {nth}:
+        os.kill(os.getpid(), signal.SIGINT)
+
+def new_loop(make=asyncio.events.new_event_loop):
+    if {nth} == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+    return make()
+
+started = []
+threading.Thread.start, asyncio.events.new_event_loop = start, new_loop
+main()
+"""
+
+
+@pytest.mark.parametrize("nth", [0, 1, 2, 3])
+def test_ctrl_c_while_audit_write_begins_ends_it(tmp_path: Path, nth: int) -> None:
+    """Whatever has started by then, it ends at once; standard input stays open all the time."""
+    options = ["--database-url", f"sqlite:///{tmp_path / 'cli.db'}", "audit", "write"]
+    command = [sys.executable, "-c", INTERRUPTED.format(nth=nth), *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writing:
+        try:
+            code = writing.wait(20)
+        finally:
+            writing.kill()
+        assert writing.stdout is not None
+        assert writing.stderr is not None
+        outputs = (writing.stdout.read(), writing.stderr.read())
+
+    assert (code, outputs) == (130, (b"", b"Stopped.\n"))
+
+
 def test_a_follower_ends_when_its_reader_does(tmp_path: Path) -> None:
     """`audit tail | head` ends although no event comes any more."""
     url = f"sqlite:///{tmp_path / 'cli.db'}"

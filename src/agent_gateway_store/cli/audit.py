@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from agent_gateway_store._text import Shown, call_name, word
-from agent_gateway_store.cli.context import open_store, read_store, run
+from agent_gateway_store.cli.context import open_blocking_store, open_store, read_store, run
 from agent_gateway_store.cli.errors import CommandError, ExitCode, describe_validation
 from agent_gateway_store.cli.output import (
     JsonOption,
@@ -152,22 +152,14 @@ def _ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line],
     Raises:
         CommandError: At the end, if a line was malformed or an event was lost.
     """
-    from anyio.from_thread import start_blocking_portal
-
     counts = {_INVALID: 0, "LOST": 0, "SPOOLED": 0}
     # The main thread waits for input and for Ctrl-C, while the store's loop runs in a thread of its own.
-    with start_blocking_portal() as portal:
-        store = open_store(ctx)
-        # Not the portal's own wrapper for `async with`, which cancels the closing of the store on Ctrl-C.
-        try:
-            portal.call(store.open)
-            for number, text in enumerate(lines, start=1):
-                if text.strip():
-                    line = _write_line(number, text, lambda event: portal.call(store.audit.write, event))
-                    counts[line.outcome] = counts.get(line.outcome, 0) + 1
-                    report(line)
-        finally:
-            portal.call(store.close)
+    with open_blocking_store(ctx) as store:
+        for number, text in enumerate(lines, start=1):
+            if text.strip():
+                line = _write_line(number, text, store.audit.write)
+                counts[line.outcome] = counts.get(line.outcome, 0) + 1
+                report(line)
     if counts["SPOOLED"]:
         complain(f"{count_text(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
     require_none_lost(counts["LOST"])

@@ -19,9 +19,11 @@ from agent_gateway_store.cli.output import complain
 if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
     from agent_gateway_store.store import GatewayStore
+    from agent_gateway_store.sync import SyncGatewayStore
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
+S = TypeVar("S", "GatewayStore", "SyncGatewayStore")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -79,12 +81,23 @@ def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> 
     Args:
         settings: Default: those of the global options.
     """
-    from agent_gateway_store.errors import GatewayStoreError
     from agent_gateway_store.store import GatewayStore
 
-    settings = settings or settings_of(ctx)
+    return _made(ctx, GatewayStore, settings or settings_of(ctx))
+
+
+def open_blocking_store(ctx: typer.Context) -> SyncGatewayStore:
+    """Do as `open_store` for `with`: the store's event loop runs in a thread of its own."""
+    from agent_gateway_store.sync import SyncGatewayStore
+
+    return _made(ctx, SyncGatewayStore, settings_of(ctx))
+
+
+def _made(ctx: typer.Context, kind: type[S], settings: StoreSettings) -> S:
+    from agent_gateway_store.errors import GatewayStoreError
+
     try:
-        store = GatewayStore(settings=settings)
+        store = kind(settings=settings)
     except GatewayStoreError:
         raise
     except ValueError as exc:
