@@ -27,6 +27,7 @@ from agent_gateway_store import (
     Page,
     TrustLevel,
 )
+from agent_gateway_store.evidence import Evidence, check
 from agent_gateway_store.integrations.fastapi import StoreDep, lifespan
 from agent_gateway_store.results import Stats
 from builders import make_event
@@ -217,3 +218,21 @@ async def test_record_that_is_read_still_has_what_its_json_leaves_out(store: Gat
         assert dumped.keys() & {"key_hash", "previous_key_hash"} == set()
     for dumped in (request.model_dump(), jsonable_encoder(request)):
         assert dumped.keys() & {"token", "output_payload"} == set()
+
+
+async def test_evidence_is_an_answer(store: GatewayStore) -> None:
+    """Its hashes are bytes, which are no text: the answer is the document that `check` takes."""
+    app = FastAPI(lifespan=lifespan(store))
+
+    @app.get("/evidence")
+    async def answer(opened: StoreDep) -> Evidence:
+        await opened.audit.write(make_event(request_id="r-1"))
+        await opened.evidence.seal()
+        return await opened.evidence.prove("r-1")
+
+    async with running(app) as client:
+        answered = await client.get("/evidence")
+        described = await client.get("/openapi.json")
+
+    assert (answered.status_code, described.status_code) == (200, 200)
+    assert check(answered.text).ok

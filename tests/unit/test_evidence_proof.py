@@ -75,6 +75,17 @@ def kinds(text: str, **options: Any) -> set[FindingKind]:
     return {finding.kind for finding in check(text, **options).findings}
 
 
+@pytest.mark.parametrize("evidence", [LOG.evidence(3), APPROVED, UNSEALED, ERASED])
+def test_evidence_as_json_of_pydantic_is_the_document(evidence: Evidence) -> None:
+    """Its hashes are bytes, which are no text; what others make of the model is what `check` takes."""
+    document = json.loads(evidence.to_json())
+
+    assert evidence.model_dump(mode="json") == document
+    assert json.loads(evidence.model_dump_json()) == document
+    assert check(evidence.model_dump_json(), keys=[VKEY]) == check(evidence.to_json(), keys=[VKEY])
+    assert evidence.model_dump()["path"] == evidence.path
+
+
 @pytest.mark.parametrize("position", range(4))
 @pytest.mark.parametrize("form", [Evidence.to_json, Evidence.to_tlog_proof])
 def test_evidence_of_a_sealed_event_is_ok(position: int, form: Callable[[Evidence], str]) -> None:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from pydantic import model_serializer
 from sqlalchemy import BigInteger, Integer, Select, Text, Uuid, bindparam, literal_column, select, true
 
 from agent_gateway_store.approval.queries import ApprovalRef, get
@@ -91,7 +92,7 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, 
 
 
 class Evidence(FrozenModel):
-    """What is kept, or handed on, to show later what happened in one call.
+    """What is kept, or handed on, to show later what happened in one call. As JSON it is the document of `to_json`.
 
     Attributes:
         event: As it is stored.
@@ -115,7 +116,11 @@ class Evidence(FrozenModel):
 
     def to_json(self) -> str:
         """Return everything as JSON, which `check` takes. Holds no approval token, and no output that waits."""
-        document = {
+        return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
+
+    @model_serializer(when_used="json")
+    def _document(self) -> dict[str, Any]:
+        return {
             "format": _FORMAT,
             "event": self.event.model_dump(mode="json", exclude={"id"}),
             "approval": self.approval and _approval_json(self.approval, self.votes),
@@ -125,7 +130,6 @@ class Evidence(FrozenModel):
             "path": [node.hex() for node in self.path],
             "checkpoint": self.checkpoint and self.checkpoint.note,
         }
-        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     def to_tlog_proof(self) -> str:
         """Return the proof alone as C2SP tlog-proof, for the tools of others.
