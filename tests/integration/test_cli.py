@@ -316,6 +316,23 @@ def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tm
     assert (shown.returncode, shown.stderr) == (1, b"The output cannot be written: No space left on device.\n")
 
 
+def test_no_api_key_is_made_that_nobody_would_see(cli: Callable[..., Outcome], url: str) -> None:
+    """Where standard output is closed, the key that is in use stays, and none is added."""
+    cli("keys", "issue", "kept", "--role", "r")
+    for command in ("keys issue al --role r", "keys rotate kept --overlap 0s --json", "seed"):
+        closed = subprocess.run(
+            ["sh", "-c", f"{sys.executable} -m agent_gateway_store.cli {command} >&-"],
+            stderr=-1,
+            text=True,
+            env={**os.environ, "DATABASE_URL": url},
+        )
+        assert (closed.returncode, closed.stderr.count("\n")) == (1, 1), closed.stderr
+        assert "There is no standard output, to which the API key is printed once" in closed.stderr
+    keys = cli("keys", "list", "--json").json["items"]
+
+    assert [(key["caller_id"], key["previous_key_expires_at"]) for key in keys] == [("kept", None)]
+
+
 def test_an_organisation_without_rows_is_no_empty_database(cli: Callable[..., Outcome]) -> None:
     """Another organisation is meant then, not another database."""
     cli("audit", "write", input=event_line("r-1"))

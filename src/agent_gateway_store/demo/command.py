@@ -17,7 +17,7 @@ import typer
 
 from agent_gateway_store.cli.context import in_store, settings_of, sqlite_file
 from agent_gateway_store.cli.errors import CommandError
-from agent_gateway_store.cli.keys import print_issued
+from agent_gateway_store.cli.keys import print_issued, require_output
 from agent_gateway_store.cli.output import JsonOption, complain, console, field_text, print_json, say, to_dict
 
 if TYPE_CHECKING:
@@ -264,6 +264,7 @@ def seed(
     """Create the caller dev-agent (role developer) and print its API key, once. Safe to repeat."""
     from agent_gateway_store.models.keys import TrustLevel
 
+    require_output()
     levels = {FIRST_ROLE: TrustLevel.MEDIUM} if policies is None else _trust_levels(policies)
     issued, known = in_store(ctx, lambda store: _first_key(store, levels[FIRST_ROLE]))
     if policies is not None and not json:
