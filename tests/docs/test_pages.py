@@ -374,3 +374,18 @@ def test_the_commands_of_retention_run(tmp_path: Path) -> None:
     assert re.search(r"integrity +ok\n(?:.*\n)*erased +1\npruned +1\narchived +1\n", printed)
     assert "Erased at position 0 in the archive" in printed
     assert said == "Reading own.db.\n" * 5
+
+
+def test_timers_name_one_command_by_its_full_path() -> None:
+    """Cron's PATH is /usr/bin and /bin alone, where pip installs nothing; and what one page says holds on the next."""
+    timers = [
+        (page, line)
+        for page, source in PAGES.items()
+        for block in BLOCK.finditer(source)
+        if (block["title"] or "").startswith(("/etc/cron.d/", "/etc/systemd/"))
+        for line in block["body"].splitlines()
+        if "gateway-store " in line.replace("/etc/gateway-store/", "")
+    ]
+
+    assert len(timers) >= 6
+    assert [(page, line) for page, line in timers if not re.search(r"[ =]/usr/local/bin/gateway-store ", line)] == []
