@@ -401,15 +401,15 @@ class AuditManager:
 
     async def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
         """Return the table of `to_arrow` as a pandas DataFrame. Raises the same, also if pandas is missing."""
-        from agent_gateway_store.results.arrow import as_pandas
+        from agent_gateway_store.results.arrow import pandas_converter
 
-        return await asyncio.to_thread(as_pandas, await self.to_arrow(**filters))
+        return await asyncio.to_thread(pandas_converter(), await self.to_arrow(**filters))
 
     async def to_polars(self, **filters: Unpack[Filters]) -> polars.DataFrame:
         """Return the table of `to_arrow` as a Polars DataFrame. Raises the same, also if Polars is missing."""
-        from agent_gateway_store.results.arrow import as_polars
+        from agent_gateway_store.results.arrow import polars_converter
 
-        return await asyncio.to_thread(as_polars, await self.to_arrow(**filters))
+        return await asyncio.to_thread(polars_converter(), await self.to_arrow(**filters))
 
     async def export(
         self,

@@ -6,9 +6,10 @@ Both ways into a frame use it: a `Page` of objects, and bulk reads that make no 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -98,16 +99,35 @@ def to_table(records: Sequence[Any], columns: tuple[Column, ...] | None) -> pa.T
     return conform(pa.Table.from_arrays(arrays, schema=schema), columns)
 
 
-def as_pandas(table: pa.Table) -> pandas.DataFrame:
-    """Return an Arrow table as a pandas DataFrame; integers and booleans with gaps keep their type.
+def pandas_converter() -> Callable[[pa.Table], pandas.DataFrame]:
+    """Return what makes a pandas DataFrame of an Arrow table; integers and booleans with gaps keep their type.
 
     Raises:
-        MissingExtraError: pandas is not installed.
+        MissingExtraError: pandas or pyarrow is not installed.
     """
-    try:
-        import pandas
-    except ImportError as exc:
-        raise MissingExtraError("to_pandas()", extra="notebook") from exc
+    _require("pandas", extra="notebook")
+    return _as_pandas
+
+
+def polars_converter() -> Callable[[pa.Table], polars.DataFrame]:
+    """Return what makes a Polars DataFrame of an Arrow table.
+
+    Raises:
+        MissingExtraError: polars or pyarrow is not installed.
+    """
+    _require("polars", extra="polars")
+    return _as_polars
+
+
+def _require(library: str, *, extra: str) -> None:
+    # Not by importing them: that takes a second of the event loop, where a converter is called in a thread.
+    if find_spec(library) is None or find_spec("pyarrow") is None:
+        raise MissingExtraError(f"to_{library}()", extra=extra)
+
+
+def _as_pandas(table: pa.Table) -> pandas.DataFrame:
+    import pandas
+
     pa = arrow()
     frame: pandas.DataFrame = table.to_pandas()
     # Arrow makes floats and objects of them, which round ids above 2**53 and compare unlike booleans.
@@ -118,16 +138,9 @@ def as_pandas(table: pa.Table) -> pandas.DataFrame:
     return frame
 
 
-def as_polars(table: pa.Table) -> polars.DataFrame:
-    """Return an Arrow table as a Polars DataFrame.
+def _as_polars(table: pa.Table) -> polars.DataFrame:
+    import polars
 
-    Raises:
-        MissingExtraError: polars is not installed.
-    """
-    try:
-        import polars
-    except ImportError as exc:
-        raise MissingExtraError("to_polars()", extra="polars") from exc
     return polars.DataFrame(table)
 
 

@@ -126,7 +126,7 @@ class Page(list[T]):
         Raises:
             MissingExtraError: pandas or pyarrow is not installed.
         """
-        return arrow.as_pandas(self.to_arrow())
+        return arrow.pandas_converter()(self.to_arrow())
 
     def to_polars(self) -> polars.DataFrame:
         """Return a Polars DataFrame: aware times, `Categorical` for enums.
@@ -134,7 +134,7 @@ class Page(list[T]):
         Raises:
             MissingExtraError: polars or pyarrow is not installed.
         """
-        return arrow.as_polars(self.to_arrow())
+        return arrow.polars_converter()(self.to_arrow())
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
         return self.to_arrow().__arrow_c_stream__(requested_schema)
