@@ -15,7 +15,7 @@ from delivery_helpers import Post, rows
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, StoreSettings
+from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, StoreSettings, errors
 from agent_gateway_store.approval.issuing import Asking
 from agent_gateway_store.store import parts_of
 from builders import make_request
@@ -170,6 +170,181 @@ async def test_who_asks_for_the_same_call_meanwhile_keeps_it(
 
 
 SAME = {"request_id", "caller_id", "tool_call", "risk_explanation"}
+
+
+@pytest.fixture
+def withdrawals(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Until it is set, nothing is withdrawn."""
+    may_go, inner = asyncio.Event(), Asking.withdraw
+
+    async def late(self: Asking, asking: asyncio.Task[Any], values: dict[str, Any]) -> None:
+        await asyncio.wait([asking])
+        await may_go.wait()
+        await inner(self, asking, values)
+
+    monkeypatch.setattr(Asking, "withdraw", late)
+    return may_go
+
+
+async def written(store: GatewayStore, request: ApprovalRequest) -> None:
+    async def is_there() -> bool:
+        return request.approval_id in [each.approval_id for each in await store.approvals.list_requests()]
+
+    await until(is_there)
+
+
+@BOTH
+async def test_a_retry_that_has_the_token_keeps_it(database_url: str, redis_setting: str) -> None:
+    """Cancelled at every point and asked again with the same request: what is acknowledged can be decided."""
+    kept, refused = [], 0
+    async with opened(database_url, redis_setting) as store:
+        for step in range(1, MOST_STEPS):
+            request = make_request(request_id=f"r-{step}")
+            if await cancelled_at(step, lambda request=request: store.approvals.issue_token(request)) is not None:
+                break
+            try:
+                token = await store.approvals.issue_token(request)
+            except errors.ApprovalError:
+                refused += 1
+                continue
+            await store.approvals.approve(token, "anna")
+            await withdrawn(store)
+            kept.append((await store.approvals.check_token(token, fresh=True)).status)
+        waiting = await store.approvals.list_requests("PENDING")
+
+    assert len(kept) + refused == step - 1
+    assert kept == ["APPROVED"] * len(kept)
+    assert [each.request_id for each in waiting] == [f"r-{step}"]
+
+
+@pytest.mark.parametrize("process", ["same process", "another process"])
+async def test_a_withdrawal_leaves_what_a_retry_has_acknowledged(
+    database_url: str, withdrawals: asyncio.Event, process: str
+) -> None:
+    """It comes after the retry with the same request: the approval stands, and is notified once."""
+    post = Post()
+    async with opened(database_url, "", post) as store, opened(database_url, "", post) as other:
+        request = make_request()
+        assert await cancelled_at(1, lambda: store.approvals.issue_token(request)) is None
+        await written(store, request)
+        token = await (other if process == "another process" else store).approvals.issue_token(request)
+        withdrawals.set()
+        await withdrawn(store)
+        stands = await store.approvals.check_token(token, fresh=True)
+        await until(lambda: bool(post.events))
+
+    assert stands.status == "PENDING"
+    assert post.events == [("pending", "PENDING")]
+
+
+async def test_a_retry_that_comes_while_the_withdrawal_waits_for_a_connection_keeps_its_token(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_token, is_withdrawing = asyncio.Event(), asyncio.Event()
+    async with opened(database_url, "") as store:
+        inner = store.database.connection
+
+        @asynccontextmanager
+        async def late(access: Any) -> AsyncIterator[Any]:
+            if access == "transaction":
+                is_withdrawing.set()
+                await has_token.wait()
+            async with inner(access) as connection:
+                yield connection
+
+        monkeypatch.setattr(store.database, "connection", late)
+        request = make_request()
+        assert await cancelled_at(1, lambda: store.approvals.issue_token(request)) is None
+        await is_withdrawing.wait()
+        token = await store.approvals.issue_token(request)
+        has_token.set()
+        await withdrawn(store)
+        stands = await store.approvals.check_token(token, fresh=True)
+
+    assert stands.status == "PENDING"
+
+
+async def test_a_withdrawal_overwrites_no_decision(database_url: str, withdrawals: asyncio.Event) -> None:
+    """A human was faster, though nobody has the token."""
+    async with opened(database_url, "") as store:
+        request = make_request()
+        assert await cancelled_at(1, lambda: store.approvals.issue_token(request)) is None
+        await written(store, request)
+        await store.approvals.approve(approval_id=request.approval_id, approver_id="anna")
+        withdrawals.set()
+        await withdrawn(store)
+        stands = await store.approvals.get(approval_id=request.approval_id)
+
+    assert (stands.status, stands.approver_id) == ("APPROVED", "anna")
+
+
+async def test_a_retry_that_is_cancelled_too_leaves_nothing_that_waits(
+    database_url: str, withdrawals: asyncio.Event
+) -> None:
+    """The retry found what the first call had written, and is cancelled at any point."""
+    async with opened(database_url, "") as store:
+        for step in range(1, MOST_STEPS):
+            request = make_request(request_id=f"r-{step}")
+            withdrawals.clear()
+            assert await cancelled_at(1, lambda request=request: store.approvals.issue_token(request)) is None
+            await written(store, request)
+            token = await cancelled_at(step, lambda request=request: store.approvals.issue_token(request))
+            withdrawals.set()
+            await withdrawn(store)
+            if token is not None:
+                break
+        states = await column(store, "status", "approval_requests")
+
+    assert step > 2
+    assert states == ["CANCELLED"] * (step - 1) + ["PENDING"]
+
+
+@pytest.mark.parametrize("reissued", [False, True], ids=["asked", "asked again by another object"])
+async def test_a_token_that_was_returned_outlives_a_repetition_that_is_cancelled(
+    database_url: str, reissued: bool
+) -> None:
+    async with opened(database_url, "") as store:
+        if reissued:
+            await store.approvals.issue_token(make_request(request_id="r-1"))
+        request = make_request(request_id="r-1")
+        token = await store.approvals.issue_token(request)
+        for step in range(1, MOST_STEPS):
+            again = await cancelled_at(step, lambda: store.approvals.issue_token(request))
+            await withdrawn(store)
+            assert (await store.approvals.check_token(token, fresh=True)).status == "PENDING"
+            if again is not None:
+                break
+
+    assert step > 2
+
+
+async def test_a_cancelled_call_that_comes_last_leaves_what_another_process_has_acknowledged(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes only after the retry elsewhere has its token."""
+    has_token, under_way = asyncio.Event(), asyncio.Event()
+    async with opened(database_url, "") as store, opened(database_url, "") as other:
+        inner = store.database.connection
+
+        @asynccontextmanager
+        async def late(*access: Any) -> AsyncIterator[Any]:
+            under_way.set()
+            await has_token.wait()
+            async with inner(*access) as connection:
+                yield connection
+
+        monkeypatch.setattr(store.database, "connection", late)
+        request = make_request()
+        first = asyncio.create_task(store.approvals.issue_token(request))
+        await under_way.wait()
+        first.cancel()
+        token = await other.approvals.issue_token(request)
+        has_token.set()
+        await withdrawn(store)
+        stands = await other.approvals.check_token(token, fresh=True)
+
+    assert first.cancelled()
+    assert stands.status == "PENDING"
 
 
 async def test_a_session_of_the_hosts_is_used_by_no_other_task(session: AsyncSession) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID
 from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store._concurrency import BackgroundTasks
-from agent_gateway_store.approval.changes import Changes
+from agent_gateway_store.approval.changes import Askers, Changes
 from agent_gateway_store.approval.outbox_rows import Change, Outbox, insert_with_deliveries, notice_of, take_back
 from agent_gateway_store.approval.queries import StoredApproval
 from agent_gateway_store.approval.statements import (
@@ -22,19 +22,27 @@ from agent_gateway_store.approval.statements import (
     EXPIRE_SAME_CALL,
     LOCK_CALL,
     REISSUE,
+    REPEAT,
     SAME_CALL,
     WITHDRAW,
 )
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
-from agent_gateway_store.errors import ApprovalError, ApprovalMismatchError, GatewayStoreError, TooManyPendingError
+from agent_gateway_store.errors import (
+    ApprovalError,
+    ApprovalMismatchError,
+    GatewayStoreError,
+    StoreUnavailableError,
+    TooManyPendingError,
+)
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.delivery import Leased
-from agent_gateway_store.models.values import ApprovalStatus, ToolCall
+from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
 
 _WITHDRAW_S = 5.0  # chosen: a database that is well writes a few rows in milliseconds
+_MAY_WAIT = "Approval %s may wait until it expires, for nobody: the task that asked was cancelled, and %s"
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
 _logger = logging.getLogger("agent_gateway_store.approvals")
@@ -47,11 +55,13 @@ class Issued(NamedTuple):
         approval: As it stands.
         is_new: False: it is the pending approval of the same call, under the new token.
         leased: The rows of its notice that are leased to this process.
+        is_repeated: True: a call before had the same token for it, and may have returned it.
     """
 
     approval: StoredApproval
     is_new: bool
     leased: Leased
+    is_repeated: bool = False
 
 
 def issue_values(
@@ -149,10 +159,11 @@ async def insert_or_reissue(connection: AnyConnection, values: dict[str, Any], o
     if issued is not None:
         return issued
     try:
-        row = await REISSUE.first(connection, values)
+        reissued = await REISSUE.first(connection, values)
     except IntegrityError:
         raise already_issued(values) from None
-    return None if row is None else Issued(StoredApproval.from_row(row), False, Leased({}, 0))
+    row = reissued or await REPEAT.first(connection, values)
+    return None if row is None else Issued(StoredApproval.from_row(row), False, Leased({}, 0), is_repeated=not reissued)
 
 
 async def close_standing(connection: AnyConnection, values: dict[str, Any]) -> list[StoredApproval]:
@@ -204,24 +215,33 @@ class Asking:
         changes: Where approvals are kept, and who learns of them.
         background: Where the asking runs to its end, so that it is known what is to be withdrawn. None: in the task of
             the caller, whose session no other task can use; nothing is withdrawn.
+        askers: Who asks now, by token.
     """
 
-    def __init__(self, changes: Changes, *, background: BackgroundTasks | None) -> None:
-        self._changes, self._background = changes, background
+    def __init__(self, changes: Changes, *, background: BackgroundTasks | None, askers: dict[str, Askers]) -> None:
+        self._changes, self._background, self._askers = changes, background, askers
 
     async def issue(self, values: dict[str, Any]) -> str:
         """Ask, and return the token; `values` and errors as for `issue_values` and `ApprovalManager.issue_token`."""
         if self._background is None:
             issued = await self._ask(values)
-        else:
-            asking = self._background.start(self._ask(values))
-            try:
-                issued = await asyncio.shield(asking)
-            except asyncio.CancelledError:
-                self._background.start(self.withdraw(asking, values))
-                raise
-        if issued.is_new:
-            self._send(issued)
+            if issued.is_new:
+                self._changes.outbox.send(*_unsent(issued))
+            return str(values["p_token"])
+        askers = self._askers.setdefault(values["p_token"], Askers())
+        askers.count += 1
+        asking = self._background.start(self._ask(values))
+        try:
+            issued = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            self._background.start(self.withdraw(asking, values))
+            raise
+        except Exception:
+            self._background.start(self._end(values, askers))
+            raise
+        _note(askers, issued)
+        askers.is_answered = True
+        self._leave(values, askers)
         return str(values["p_token"])
 
     async def _ask(self, values: dict[str, Any]) -> Issued:
@@ -266,39 +286,69 @@ class Asking:
             return changes, issued
 
     async def withdraw(self, asking: asyncio.Task[Issued], values: dict[str, Any]) -> None:
-        """Cancel what `asking` asks, once that has ended: nobody has the token. Raises no error of ours.
+        """Cancel what `asking` asks, once that has ended, unless another call has the token. Raises no error of ours.
 
-        Notifiers that were not told that it waits are not told of its end either.
+        Notifiers that were not told that it waits are not told of its end either. Where `asking` fails, nothing is
+        cancelled: what stands under the token may be what another process has asked.
         """
         await asyncio.wait([asking])
-        issued = None if asking.cancelled() or asking.exception() else asking.result()
-        new = issued if issued is not None and issued.is_new else None
-        try:
-            async with asyncio.timeout(_WITHDRAW_S):
-                change = await self._withdraw(values, new)
-            if change is not None:
-                await self._changes.publish(change)
-                _logger.info("Approval %s was withdrawn: the task that asked was cancelled.", values["p_approval_id"])
-            elif new is not None:
-                # Another task has asked for the same call since, and has the token now.
-                self._send(new)
-        except (GatewayStoreError, TimeoutError) as exc:
-            text = "Approval %s may wait until it expires, for nobody: the task that asked was cancelled, and %s"
-            _logger.warning(text, values["p_approval_id"], exc)
+        askers = self._askers[values["p_token"]]
+        error = None if asking.cancelled() else asking.exception()
+        if isinstance(error, StoreUnavailableError):
+            _logger.warning(_MAY_WAIT, values["p_approval_id"], error)
+        elif error is None and not asking.cancelled():
+            _note(askers, asking.result())
+        await self._end(values, askers)
+
+    async def _end(self, values: dict[str, Any], askers: Askers) -> None:
+        """End a call that has not returned its token."""
+        tried = 0
+        # Again if a retry has come and gone meanwhile. One that stays decides itself what becomes of the approval.
+        while askers.count == 1 and askers.is_first and not askers.is_answered and askers.version > tried:
+            tried = askers.version
+            try:
+                async with asyncio.timeout(_WITHDRAW_S):
+                    change = await self._withdraw({**values, "p_version": tried}, askers)
+                if change is not None:
+                    askers.unsent = None
+                    await self._changes.publish(change)
+                    _logger.info(
+                        "Approval %s was withdrawn: the task that asked was cancelled.", values["p_approval_id"]
+                    )
+            except (GatewayStoreError, TimeoutError) as exc:
+                _logger.warning(_MAY_WAIT, values["p_approval_id"], exc)
+        self._leave(values, askers)
 
     @retry_conflicts
-    async def _withdraw(self, values: dict[str, Any], new: Issued | None) -> Change | None:
+    async def _withdraw(self, values: dict[str, Any], askers: Askers) -> Change | None:
         async with self._changes.transactions.connection("transaction") as connection:
             row = await WITHDRAW.first(connection, values)
             if row is None:
                 return None
-            approval = StoredApproval.from_row(row)
-            left = await take_back(connection, approval, is_leased=new is not None and bool(new.leased.ids))
-            if not left and new is not None:
+            approval, unsent = StoredApproval.from_row(row), askers.unsent
+            left = await take_back(connection, approval, is_leased=unsent is not None and bool(unsent[1].ids))
+            if not left and unsent is not None:
                 return Change(approval, None, Leased({}, 0))
             # Somebody was notified that it waits.
             (change,) = await self._changes.enqueue(connection, [approval])
             return change
 
-    def _send(self, issued: Issued) -> None:
-        self._changes.outbox.send(notice_of(issued.approval.request, "pending"), issued.leased)
+    def _leave(self, values: dict[str, Any], askers: Askers) -> None:
+        askers.count -= 1
+        if askers.count == 0:
+            del self._askers[values["p_token"]]
+        # Also where another process has the token, or somebody has voted, so that it was not withdrawn.
+        if askers.unsent is not None and (askers.is_answered or askers.count == 0):
+            self._changes.outbox.send(*askers.unsent)
+            askers.unsent = None
+
+
+def _note(askers: Askers, issued: Issued) -> None:
+    askers.is_first |= not issued.is_repeated
+    askers.version = max(askers.version, issued.approval.request.version)
+    if issued.is_new:
+        askers.unsent = _unsent(issued)
+
+
+def _unsent(issued: Issued) -> tuple[Notice, Leased]:
+    return notice_of(issued.approval.request, "pending"), issued.leased

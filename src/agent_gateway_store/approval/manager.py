@@ -68,7 +68,7 @@ class ApprovalManager:
         self._waiting = backend.waiting or Waiting(None, trust_s=trust_s)
         self._cache = ApprovalCache(backend.redis, trust_s=trust_s)
         self._changes = Changes(self._transactions, backend.outbox, self._cache, self._waiting)
-        self._asking = issuing.Asking(self._changes, background=backend.background)
+        self._asking = issuing.Asking(self._changes, background=backend.background, askers=backend.askers)
         self._acquiring = Acquiring(self._changes)
 
     @property

@@ -231,7 +231,14 @@ INSERT = sql_statement(INSERT_SQL)
 # The status once more as the index of pending calls has it, here and below.
 REISSUE = sql_statement("""
     UPDATE approval_requests SET token = :p_token, version = version + 1
-    WHERE {same_call} AND status = 'PENDING' AND {is_pending} AND {same_terms}
+    WHERE {same_call} AND status = 'PENDING' AND {is_pending} AND {same_terms} AND token != :p_token
+    RETURNING {returning}
+    """)
+
+# The version grows: from now on the approval is no longer that of the call which had the token before.
+REPEAT = sql_statement("""
+    UPDATE approval_requests SET version = version + 1
+    WHERE {same_call} AND status = 'PENDING' AND {is_pending} AND {same_terms} AND token = :p_token
     RETURNING {returning}
     """)
 
@@ -245,7 +252,7 @@ CANCEL_OTHER_TERMS = sql_statement("""
 WITHDRAW = sql_statement("""
     UPDATE approval_requests SET status = 'CANCELLED', version = version + 1,
         approver_id = caller_id, approver_note = 'The task that asked was cancelled.', decision_at = {now}
-    WHERE token = :p_token AND ({is_pending} OR {is_approved})
+    WHERE token = :p_token AND version = :p_version AND {is_pending}
     RETURNING {returning}
     """)
 
