@@ -41,9 +41,8 @@ from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
 
 _WITHDRAW_S = 5.0  # chosen: a database that is well writes a few rows in milliseconds
-_AT_ONCE = (
-    64  # chosen: a process writes fewer at once, by its pool; a third of the default limit is left without a lock
-)
+# Chosen: a process writes fewer at once, by its pool; a third of the default limit is left without a lock.
+_AT_ONCE = 64
 _MAY_WAIT = "Approval %s may wait until it expires, for nobody: the task that asked was cancelled, and %s"
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
