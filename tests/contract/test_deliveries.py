@@ -337,6 +337,20 @@ async def test_a_row_that_holds_no_notice_is_a_dead_letter(database_url: str) ->
         assert await rows(store, "status, last_error") == [("DEAD", "the row holds no notice"), ("DELIVERED", None)]
 
 
+async def test_a_notice_of_a_newer_version_is_sent_without_what_this_one_does_not_know(database_url: str) -> None:
+    """A gateway may be upgraded before its worker; fields are only ever added."""
+    post = Post()
+    async with store_with(database_url, post, settings=quiet()) as store:
+        await store.approvals.issue_token(make_request())
+        async with store.database.write() as connection:
+            newer = ("payload || '{\"new\": 1}'", "json_set(payload, '$.new', 1, '$.tool_call.new', 1)")
+            value = newer[store.database.dialect == "sqlite"]
+            await connection.exec_driver_sql(f"UPDATE notification_deliveries SET payload = {value}")
+        assert await store.notifications.run(once=True) == 1
+
+        assert await rows(store, "status, last_error") == [("DELIVERED", None)]
+
+
 async def test_a_slow_notifier_takes_no_place_of_another(database_url: str) -> None:
     """With every place of one taken and more waiting, the other is told at once; places are as many as set."""
     at_once: list[int] = []

@@ -134,7 +134,9 @@ async def test_forms_come_from_where_a_browser_says(url: str, console_url: str, 
     assert answer.status_code == 303
 
 
-@pytest.mark.parametrize("console_url", ["https://bücher.example", "https://host:99999", "https://host:0"])
+@pytest.mark.parametrize(
+    "console_url", ["https://bücher.example", "https://host:99999", "https://host:0", "https://host/con%20sole"]
+)
 def test_an_address_that_no_browser_sends_is_refused(console_url: str) -> None:
     """When the settings are read, not at the first form."""
     with pytest.raises(ValidationError):

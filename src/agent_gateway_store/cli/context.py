@@ -106,6 +106,12 @@ def _made(ctx: typer.Context, kind: type[S], settings: StoreSettings) -> S:
     return store if org is None else store.for_org(org)
 
 
+def require_no_org(ctx: typer.Context) -> None:
+    """Raise BadParameter where --org was given to a command about the whole log, or the whole database."""
+    if options_of(ctx).org is not None:
+        raise typer.BadParameter("This is about all organisations: leave --org out.")
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a command's coroutine to its end."""
     # Here, as in other commands: printing help must not wait for it.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent_gateway_store.cli.context import run, settings_of, sqlite_file
+from agent_gateway_store.cli.context import require_no_org, run, settings_of, sqlite_file
 from agent_gateway_store.cli.errors import CommandError
 from agent_gateway_store.cli.output import JsonOption, complain, print_json, print_result, say
 
@@ -120,6 +120,7 @@ def restored(
     json: JsonOption = False,
 ) -> None:
     """Give a database that came up from a backup a new identity. Run it once, before anything writes there."""
+    require_no_org(ctx)
     if not by.strip():
         raise typer.BadParameter("--by must not be empty.")
     settings = settings_of(ctx)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent_gateway_store.cli.context import in_store, read_store, settings_of
+from agent_gateway_store.cli.context import in_store, read_store, require_no_org, settings_of
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json, print_result, say, to_dict
 
@@ -28,6 +28,7 @@ KeyOption = Annotated[
 @app.command()
 def seal(ctx: typer.Context, json: JsonOption = False) -> None:
     """Give every committed event its place in the log, and make a checkpoint."""
+    require_no_org(ctx)
     found = in_store(ctx, lambda store: store.evidence.seal())
     if found is None:
         print_result(None, "There is no event to seal yet.", as_json=json)
@@ -55,6 +56,7 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Recompute the log from its events, and compare it with checkpoints kept elsewhere. Exit code 3: they differ."""
+    require_no_org(ctx)
     kept = [note for path in against or () for note in _notes(path)]
     shown = sys.stderr.isatty() and not quiet and not json
     keys = _keys(key)
@@ -108,6 +110,7 @@ def publish(
     json: JsonOption = False,
 ) -> None:
     """Write checkpoint and hash tiles, by which monitors verify the log. No event is among them."""
+    require_no_org(ctx)
     found = in_store(ctx, lambda store: store.evidence.publish(folder))
     if found is None:
         print_result(None, "Nothing is sealed yet, so nothing was written.", as_json=json)

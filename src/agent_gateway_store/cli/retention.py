@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from agent_gateway_store.cli.audit import count_text, filtered
-from agent_gateway_store.cli.context import in_store, read_store
+from agent_gateway_store.cli.context import in_store, read_store, require_no_org
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, print_page, print_result, to_dict
 from agent_gateway_store.errors import GatewayStoreError
@@ -52,6 +52,7 @@ def prune(
     json: JsonOption = False,
 ) -> None:
     """Move sealed events, the oldest first, from the table to an archive of Parquet files by day."""
+    require_no_org(ctx)
     _require_one(archive, discard)
     options: Any = {"archive": archive, "discard": discard, "below_floor": below_floor, "max_seconds": max_seconds}
     shown = sys.stderr.isatty() and not quiet and not json
@@ -73,6 +74,7 @@ def hold(
     json: JsonOption = False,
 ) -> None:
     """Keep events that match from being pruned and erased, also those that arrive later. No filter: all of them."""
+    require_no_org(ctx)
     placed = _changed(ctx, lambda service: service.hold(name, reason=reason, by=by, **filters))
     print_result(to_dict(placed), f"The hold {placed.name} is in force.", as_json=json)
 
@@ -85,6 +87,7 @@ def release(
     json: JsonOption = False,
 ) -> None:
     """Release a hold."""
+    require_no_org(ctx)
     released = _changed(ctx, lambda service: service.release_hold(name, by=by))
     print_result(to_dict(released), f"The hold {released.name} is released.", as_json=json)
 
@@ -92,6 +95,7 @@ def release(
 @app.command()
 def holds(ctx: typer.Context, json: JsonOption = False) -> None:
     """List the holds in force."""
+    require_no_org(ctx)
     found = read_store(ctx, lambda store: _service(store).holds(), as_json=json)
     columns = {"name": "Name", "reason": "Reason", "by": "By", "placed_at": "Placed", "filters": "Covers"}
     print_page(found, columns=columns, whole=("name",), as_json=json)
@@ -145,6 +149,7 @@ def prune_approvals(
     json: JsonOption = False,
 ) -> None:
     """Take approvals that are over and that no event cites out of the table, with votes and delivered notices."""
+    require_no_org(ctx)
     _require_one(archive, discard)
     options: Any = {"archive": archive, "discard": discard, "below_floor": below_floor}
     done = _changed(ctx, lambda service: service.prune_approvals(before, by=by, **options), archive)

@@ -260,7 +260,8 @@ def _leased(rows: list[dict[str, Any]], leased_at: float, policy: Policy) -> lis
 
 def _notice_of(row: dict[str, Any]) -> Notice | None:
     try:
-        return Notice.model_validate({**row["payload"], "delivery_id": row["delivery_id"]})
+        # A gateway that is upgraded before its worker may write fields that this version does not know.
+        return Notice.model_validate({**row["payload"], "delivery_id": row["delivery_id"]}, extra="ignore")
     except (ValidationError, TypeError):
         return None
 
