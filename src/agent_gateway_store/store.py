@@ -25,7 +25,7 @@ from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
-from agent_gateway_store.encoding.sanitize import organisation_name
+from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import InvalidUrlError, StoreUnavailableError
 from agent_gateway_store.evidence.manager import CheckpointHooks, EvidenceManager
 from agent_gateway_store.evidence.notes import SigningKey
@@ -193,10 +193,11 @@ class GatewayStore:
         Both share everything; either's `close` closes both.
 
         Raises:
-            TypeError: `org_id` is no text.
-            ValueError: `org_id` is empty, or holds NUL or a surrogate, which no database keeps.
+            ValueError: `org_id` is empty.
         """
-        return _OrganisationView(self._core, organisation_name(org_id))
+        if not org_id:
+            raise ValueError("org_id must not be empty.")
+        return _OrganisationView(self._core, storable_key(org_id))
 
     async def open(self) -> Self:
         """Connect and check the schema. A second call does nothing.

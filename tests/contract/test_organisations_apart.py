@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from datetime import timedelta
 from typing import Any
 
@@ -105,30 +104,6 @@ async def test_views_work_side_by_side(store: GatewayStore) -> None:
     for number, view in enumerate(views):
         assert [row.org_id for row in await view.audit.list_recent()] == [f"org-{number}"]
         assert [row.org_id for row in await view.keys.list()] == [f"org-{number}"]
-
-
-@pytest.mark.parametrize("name", ["acme\0", "acme\ud800", "\ud83d\ude00"])
-async def test_no_two_names_are_one_organisation(store: GatewayStore, name: str) -> None:
-    """What the database would have to replace is refused, for the name that comes out is another's."""
-    for work in (
-        lambda: store.for_org(name),
-        lambda: store.keys.issue("dev-agent", role="r", org_id=name),
-        lambda: store.keys.revoke("dev-agent", org_id=name),
-    ):
-        with pytest.raises(ValueError, match="must not hold NUL or surrogates"):
-            await _done(work())
-    long = [store.for_org("x" * 600 + end).org_id for end in ("", "y")]
-    assert len({*long, "x" * 600}) == 3
-
-
-@pytest.mark.parametrize("name", [5, b"acme", None])
-async def test_an_organisation_is_named_by_text(store: GatewayStore, name: Any) -> None:
-    with pytest.raises(TypeError, match=f"org_id must be text, not {type(name).__name__}"):
-        store.for_org(name)
-
-
-async def _done(found: Any) -> Any:
-    return await found if inspect.isawaitable(found) else found
 
 
 async def test_organisation_has_a_name(store: GatewayStore) -> None:

@@ -57,22 +57,6 @@ def storable_key(text: str) -> str:
     return _cut(_clean(text if type(text) is str else str.__str__(text)), MAX_KEY_BYTES)
 
 
-def organisation_name(given: object) -> str:
-    """Return the name of an organisation as a column holds it; one too long is cut, and ends with its digest.
-
-    Raises:
-        TypeError: It is no text.
-        ValueError: It is empty, or holds what would be replaced, and would then name another organisation.
-    """
-    if not isinstance(given, str):
-        raise TypeError(f"org_id must be text, not {type(given).__name__}.")
-    if not given:
-        raise ValueError("org_id must not be empty.")
-    if "\0" in given or not is_text(given):
-        raise ValueError("org_id must not hold NUL or surrogates: the database would keep another organisation's name.")
-    return storable_key(given)
-
-
 def _clean(text: str) -> str:
     if "\0" in text:
         text = text.replace("\0", "\u2400")

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Executable, Select, Text, and_, bindparam,
 from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store import clock
-from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, organisation_name, storable_key
+from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, storable_key
 from agent_gateway_store.errors import (
     ApiKeyExistsError,
     ApiKeyNotFoundError,
@@ -108,7 +108,7 @@ class KeyManager:
 
         Raises:
             ApiKeyExistsError: The caller has an active key; rotate it instead.
-            ValueError: The store is bound to another organisation than `org_id`, or `for_org` would refuse that name.
+            ValueError: The store is bound to another organisation than `org_id`.
         """
         organisation = self._organisation(org_id)
         if organisation is None:
@@ -335,7 +335,7 @@ class KeyManager:
         """Return the organisation that is meant; None if the store is bound to another, so that nothing is found."""
         if org_id is None:
             return self._org_id or _DEFAULT_ORG
-        meant = organisation_name(org_id)
+        meant = storable_key(org_id)
         return meant if self._org_id in (None, meant) else None
 
     def _of_caller(self, caller_id: str, org_id: str | None) -> ColumnElement[bool]:
