@@ -22,7 +22,7 @@ from agent_gateway_store import (
     clock,
     errors,
 )
-from agent_gateway_store.approval import acquiring, issuing
+from agent_gateway_store.approval import acquiring
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_request
 
@@ -274,21 +274,16 @@ async def test_no_acquired_approval_is_in_redis(store: GatewayStore, client: red
 async def test_a_denial_that_comes_while_it_is_asked_again_counts(
     store: GatewayStore, other: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One caller finds nothing; another asks, and is denied just before the first one asks: the denial answers it."""
-    insert, lock_caller = acquiring.insert, acquiring.lock_caller
+    """One caller finds nothing; another asks and is denied; then the first asks: the denial answers it."""
+    insert = acquiring.insert
 
-    async def asked_meanwhile(*args: Any) -> None:
-        monkeypatch.setattr(acquiring, "lock_caller", lock_caller)
+    async def later(*args: Any) -> Any:
+        monkeypatch.setattr(acquiring, "insert", insert)
         asked = await acquire(other)
+        await other.approvals.deny(approval_id=asked.approval_id, approver_id="approver-1")
+        return await insert(*args)
 
-        async def denied_meanwhile(*args: Any) -> Any:
-            await other.approvals.deny(approval_id=asked.approval_id, approver_id="approver-1")
-            return await insert(*args)
-
-        monkeypatch.setattr(acquiring, "insert", denied_meanwhile)
-        await lock_caller(*args)
-
-    monkeypatch.setattr(acquiring, "lock_caller", asked_meanwhile)
+    monkeypatch.setattr(acquiring, "insert", later)
     assert (await acquire(store)).status == "DENIED"
     assert await column(store, "status", "approval_requests") == ["DENIED"]
 
@@ -327,54 +322,6 @@ class TestMostPending:
         await self.ask(limited, 0)
         await self.ask(limited, 10 + kind, caller_id="other-agent")
         await self.ask(limited, 10 + kind, org_id="acme")
-
-    @pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-    async def test_what_is_not_committed_counts(
-        self, database_url: str, monkeypatch: pytest.MonkeyPatch, first: int, second: int
-    ) -> None:
-        """Another process asks while the last that may wait is written: it waits for that, and is refused."""
-        is_written, may_commit = asyncio.Event(), asyncio.Event()
-
-        def held(insert: Any) -> Any:
-            async def insert_and_wait(*args: Any) -> Any:
-                issued = await insert(*args)
-                if issued is not None:
-                    is_written.set()
-                    await may_commit.wait()
-                return issued
-
-            return insert_and_wait
-
-        for module in (issuing, acquiring):
-            monkeypatch.setattr(module, "insert", held(module.insert))
-        settings = StoreSettings(approval_max_pending=1)
-        async with (
-            GatewayStore(database_url, redis_url="", settings=settings) as one,
-            GatewayStore(database_url, redis_url="", settings=settings) as other,
-        ):
-            asked = asyncio.create_task(self.ask(one, first))
-            await is_written.wait()
-            late = asyncio.create_task(self.ask(other, 10 + second))
-            await asyncio.wait([late], timeout=0.3)
-            may_commit.set()
-            await asked
-            with pytest.raises(errors.TooManyPendingError):
-                await late
-            assert len(await one.approvals.list_requests("PENDING")) == 1
-
-    async def test_a_crowd_in_several_processes_is_held_to_it(self, database_url: str) -> None:
-        settings = StoreSettings(approval_max_pending=5)
-        async with (
-            GatewayStore(database_url, redis_url="", settings=settings) as one,
-            GatewayStore(database_url, redis_url="", settings=settings) as other,
-        ):
-            await asyncio.gather(*(each.ping() for each in (one, other) * 10))
-            asked = [self.ask(store, number) for number, store in enumerate((one, one, other, other) * 10)]
-            outcomes = await asyncio.gather(*asked, return_exceptions=True)
-            waiting = await one.approvals.list_requests("PENDING")
-
-        refused = [each for each in outcomes if isinstance(each, errors.TooManyPendingError)]
-        assert (len(waiting), len(refused)) == (5, 35)
 
     @pytest.mark.parametrize("end", ["approve", "deny", "expire"])
     async def test_what_has_ended_makes_room(self, limited: GatewayStore, end: str) -> None:

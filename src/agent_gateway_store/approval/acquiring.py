@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from agent_gateway_store.approval import queries
 from agent_gateway_store.approval.changes import Changes
-from agent_gateway_store.approval.issuing import Issued, insert, lock_caller, require_room
+from agent_gateway_store.approval.issuing import Issued, insert, require_room
 from agent_gateway_store.approval.outbox_rows import Change, notice_of
 from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, result_of
 from agent_gateway_store.approval.statements import (
@@ -129,7 +129,6 @@ class Acquiring:
     @retry_conflicts
     async def _close_and_insert(self, values: dict[str, Any]) -> tuple[list[Change], Issued | None]:
         async with self._changes.transactions.connection("transaction") as connection:
-            await lock_caller(connection, values)
             await _require_not_denied(connection, values)
             rows = await EXPIRE_ACQUIRED.rows(connection, values) + await CANCEL_ACQUIRED.rows(connection, values)
             changes = await self._changes.enqueue(connection, [StoredApproval.from_row(row) for row in rows])

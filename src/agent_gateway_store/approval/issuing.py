@@ -20,9 +20,10 @@ from agent_gateway_store.approval.statements import (
     CANCEL_OTHER_TERMS,
     COUNT_PENDING,
     EXPIRE_SAME_CALL,
-    LOCK_CALLER,
+    LOCK_CALL,
     REISSUE,
     REPEAT,
+    SAME_CALL,
     WITHDRAW,
 )
 from agent_gateway_store.encoding.canonical import hash_json
@@ -41,8 +42,6 @@ from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
 
 _WITHDRAW_S = 5.0  # chosen: a database that is well writes a few rows in milliseconds
-# Chosen: a process writes fewer at once, by its pool; a third of the default limit is left without a lock.
-_AT_ONCE = 64
 _MAY_WAIT = "Approval %s may wait until it expires, for nobody: the task that asked was cancelled, and %s"
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
@@ -150,15 +149,13 @@ async def insert_or_reissue(connection: AnyConnection, values: dict[str, Any], o
     """Insert the row and those of its notice, or give the pending approval of the same call the new token.
 
     Returns:
-        What was asked; None if another approval is in the way (one of the same call that is pending on other terms, or
-        is overdue and was not swept yet), or as many wait as may, or nearly.
+        What was asked; None if another approval is in the way: one of the same call that is pending on other terms,
+        or is overdue and was not swept yet.
 
     Raises:
         ApprovalError: The token belongs to the approval of another call.
     """
-    # One statement does not see what others write at the same moment: near the limit it is asked for under a lock.
-    margin = _AT_ONCE if dialect_of(connection) == "postgresql" else 0
-    issued = await insert(connection, {**values, "p_max_pending": values["p_max_pending"] - margin}, outbox)
+    issued = await insert(connection, values, outbox)
     if issued is not None:
         return issued
     try:
@@ -172,25 +169,22 @@ async def insert_or_reissue(connection: AnyConnection, values: dict[str, Any], o
 async def close_standing(connection: AnyConnection, values: dict[str, Any]) -> list[StoredApproval]:
     """Close what stands in the way of asking: what is overdue becomes EXPIRED, what has other terms CANCELLED.
 
+    Tasks that ask for the same call at the same time do so one after the other, to the end of the transaction.
+
     Returns:
         The approvals that were closed, the expired ones first.
     """
-    # Without it each of many would cancel what another has just asked, and the slowest would give up.
-    await lock_caller(connection, values)
+    if dialect_of(connection) == "postgresql":
+        # Without it each of many would cancel what another has just asked, and the slowest would give up.
+        await LOCK_CALL.first(connection, {"p_lock": _lock_of(values)})
     rows = await EXPIRE_SAME_CALL.rows(connection, values)
     rows += await CANCEL_OTHER_TERMS.rows(connection, values)
     return [StoredApproval.from_row(row) for row in rows]
 
 
-async def lock_caller(connection: AnyConnection, values: Mapping[str, Any]) -> None:
-    """Have what is asked for one caller at the same time asked one after the other, to the end of the transaction.
-
-    A statement of its own, before any that writes: one that waits goes on seeing what stood when it began.
-    """
-    if dialect_of(connection) == "postgresql":
-        name = f"{values['p_org_id']}\0{values['p_caller_id']}"
-        lock = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)  # a bigint
-        await LOCK_CALLER.first(connection, {"p_lock": lock})
+def _lock_of(values: Mapping[str, Any]) -> int:
+    name = "\0".join(values[f"p_{each}"] for each in SAME_CALL)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)  # a bigint
 
 
 async def require_room(connection: AnyConnection, values: Mapping[str, Any]) -> None:

@@ -308,7 +308,7 @@ LAST_USE = sql_statement(
 COUNT_PENDING = sql_statement("SELECT {pending_of_caller} AS pending", (column("pending", BigInteger()),))
 
 # PostgreSQL alone: held to the end of the transaction.
-LOCK_CALLER = sql_statement("SELECT pg_advisory_xact_lock(:p_lock) AS locked", (column("locked", Text()),))
+LOCK_CALL = sql_statement("SELECT pg_advisory_xact_lock(:p_lock) AS locked", (column("locked", Text()),))
 
 OVERDUE = (
     ("status = 'PENDING' AND version > 0 AND expires_at <= {now_once}", "expires_at"),
