@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -34,6 +35,8 @@ async def fill(url: str) -> None:
         await store.audit.write_many(make_event() for _ in range(3))
         await store.keys.issue("earlier", role="r")
         await store.approvals.approve(await store.approvals.issue_token(make_request()), "alice")
+        # More than are tried when others seem to be in the way.
+        await asyncio.gather(*(store.approvals.issue_token(make_request(caller_id=f"c{n}")) for n in range(20)))
     await restart_sequences(url)
 
 
@@ -67,6 +70,10 @@ async def test_what_would_get_a_used_id_is_refused_as_in_an_outage(url: str) -> 
         await restart_sequences(url)
         await refused(store.retention.hold("case", reason="r", by="counsel"))
         await refused(store.keys.issue("new", role="r"))
+        await begin_at(url, 1000, "notification_deliveries")
+        for ask in (store.approvals.issue_token, store.approvals.acquire):
+            await begin_at(url, 1, "approval_requests")
+            await refused(ask(make_request(request_id="new", caller_id="new")))
         await begin_at(url, 1000, "approval_requests", "notification_deliveries")
         request = make_request(request_id="waits")
         token = await store.approvals.issue_token(request)
@@ -110,3 +117,27 @@ def test_doctor_names_the_tables_and_db_restored_mends_them(url: str) -> None:
     assert gateway_store("--database-url", url, "doctor", "--json").json["database"]["ids_in_use"] == []
     written = gateway_store("--database-url", url, "keys", "issue", "new", "--role", "r")
     assert written.code == 0, written.err
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT setval('audit_events_id_seq', max(id) + 1, false) FROM audit_events",
+        "ALTER SEQUENCE audit_events_id_seq RESTART WITH 1000000",
+        "ALTER SEQUENCE audit_events_id_seq INCREMENT BY 2 RESTART WITH 10",
+        "ALTER SEQUENCE audit_events_id_seq CACHE 50 RESTART WITH 2000",
+    ],
+)
+async def test_a_sequence_that_an_operator_has_moved_is_well(url: str, statement: str) -> None:
+    """Events are taken, and `db restored` sets nothing back. In steps of 2, a peer has the ids between."""
+    await begin_at(url, 999, "audit_events")
+    async with GatewayStore(url, redis_url="") as store:
+        await store.audit.write(make_event())
+    await execute(url, statement)
+    async with GatewayStore(url, redis_url="") as store:
+        assert await store.audit.write(make_event()) is WriteOutcome.STORED
+    async with servers.connected(url) as driver:
+        reached = await driver.fetchval("SELECT last_value FROM audit_events_id_seq")
+        restored = await asyncio.to_thread(gateway_store, "--database-url", url, "db", "restored", "--by", "ops")
+        assert restored.code == 0
+        assert await driver.fetchval("SELECT last_value FROM audit_events_id_seq") >= reached

@@ -29,6 +29,7 @@ from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import number
+from agent_gateway_store.storage.sequences import require_next_id_on
 
 # Each try that fails saw another caller change the approval between two statements; ten in a row is no accident.
 _TRIES = 10
@@ -99,6 +100,8 @@ class Acquiring:
                     await self._changes.publish(change)
             if found is not None:
                 return result_of(found.request, None)
+        async with self._changes.transactions.connection("autocommit") as connection:
+            await require_next_id_on(connection, "approval_requests")
         raise ApprovalError("Others changed the approval of this call again and again meanwhile: call again.")
 
     @retry_conflicts

@@ -40,6 +40,7 @@ from agent_gateway_store.models.delivery import Leased
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.sequences import require_next_id_on
 
 _WITHDRAW_S = 5.0  # chosen: a database that is well writes a few rows in milliseconds
 _MAY_WAIT = "Approval %s may wait until it expires, for nobody: the task that asked was cancelled, and %s"
@@ -265,6 +266,8 @@ class Asking:
                 await self._changes.publish(change)
             if issued is not None:
                 return issued
+        async with self._changes.transactions.connection("autocommit") as connection:
+            await require_next_id_on(connection, "approval_requests")
         raise already_issued(values)
 
     @retry_conflicts
@@ -280,6 +283,7 @@ class Asking:
             issued = await insert(connection, values, self._changes.outbox)
             if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
                 # Nothing else can be in the way now: this request's own id or token is taken.
+                await require_next_id_on(connection, "approval_requests")
                 raise already_issued(values)
             if issued is None:
                 await require_room(connection, values)

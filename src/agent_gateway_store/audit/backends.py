@@ -28,7 +28,7 @@ from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import dialect_of, read_committed
 from agent_gateway_store.storage.errors import is_outage, retry_conflicts
 from agent_gateway_store.storage.identity import IDENTITY, known
-from agent_gateway_store.storage.sequences import require_events_ahead
+from agent_gateway_store.storage.sequences import require_next_id
 
 RowResult: TypeAlias = WriteOutcome | Exception
 """The result of one row of a batch: its outcome, or the error by which the database refuses it."""
@@ -251,7 +251,7 @@ class PostgresBackend:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = read_committed(engine)
-        self._pool = AsyncpgPool(engine, size=self.places, check=require_events_ahead)
+        self._pool = AsyncpgPool(engine, size=self.places, check=require_next_id)
         self._under_way: dict[asyncio.Future[None], frozenset[_Key]] = {}
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:

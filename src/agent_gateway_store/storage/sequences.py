@@ -7,56 +7,75 @@ that takes the id of one that was pruned is taken for it.
 from __future__ import annotations
 
 import asyncpg
-from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.models.tables import metadata
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
+from agent_gateway_store.storage.database import AnyConnection
 
-# Ids that were given and are not in the table itself any more.
-_ALSO_GIVEN = {"audit_events": "(SELECT max(event_id) FROM audit_leaves)"}
-
-
-def _numbered() -> list[str]:
-    return [each.name for each in metadata.sorted_tables if each.autoincrement_column is not None]
+# NULL for a role that may not look.
+_SEQUENCE = """
+SELECT sequence FROM pg_get_serial_sequence($1, 'id') AS sequence
+WHERE has_sequence_privilege(sequence, 'SELECT') AND has_table_privilege($1, 'SELECT')
+    AND has_table_privilege('audit_leaves', 'SELECT')
+"""
 
 
 def _given(table: str) -> str:
-    ids = [f"(SELECT max(id) FROM {table})"]  # noqa: S608  names of our own
-    return f"greatest({', '.join([*ids, *filter(None, [_ALSO_GIVEN.get(table)])])}, 0)"
+    """Return the SQL of the highest id that was given, which may be that of an event that was pruned."""
+    pruned = ", (SELECT max(event_id) FROM audit_leaves)" if table == "audit_events" else ""
+    return f"greatest((SELECT max(id) FROM {table}){pruned}, 0)"  # noqa: S608  names of our own
 
 
-def _is_behind(table: str) -> str:
-    # No row where the table has no sequence, or this role may not read it.
-    return f"""
-        SELECT '{table}' FROM pg_get_serial_sequence('{table}', 'id') AS sequence
-        WHERE has_sequence_privilege(sequence, 'USAGE, SELECT')
-            AND coalesce(pg_sequence_last_value(sequence::regclass), 0) < {_given(table)}
-        """  # noqa: S608  names of our own
+async def _sequence_behind(driver: asyncpg.Connection, table: str) -> str | None:
+    sequence: str | None = await driver.fetchval(_SEQUENCE, table)
+    if sequence is None:
+        return None
+    # With steps of 2 or more, ids are shared with another server, whose own may be higher.
+    is_behind = await driver.fetchval(
+        f"SELECT last_value + is_called::int <= {_given(table)} AND seqincrement = 1 "  # noqa: S608  likewise
+        f"FROM {sequence}, pg_sequence WHERE seqrelid = '{sequence}'::regclass"
+    )
+    return sequence if is_behind else None
+
+
+async def require_next_id(driver: asyncpg.Connection, table: str = "audit_events") -> None:
+    """Raise StoreUnavailableError if the next row of a table would get an id that was given, as far as we may look."""
+    if await _sequence_behind(driver, table) is not None:
+        raise StoreUnavailableError(
+            f"The database could not number rows of {table}: it gives ids that are in use, as in a copy without its "
+            "sequences: run `gateway-store db restored --by NAME`."
+        )
+
+
+async def require_next_id_on(connection: AnyConnection, table: str) -> None:
+    """Do as `require_next_id` on a connection of either kind. SQLite always goes on after the highest id."""
+    if connection.dialect.driver == "asyncpg":
+        await require_next_id(await _driver_of(connection), table)
 
 
 async def tables_behind(connection: AsyncConnection) -> list[str]:
-    """Return the tables whose next id lies at or below one that was given; none on SQLite."""
+    """Return the tables whose next id was given before; none on SQLite."""
     if connection.dialect.name != "postgresql":
         return []
-    found = await connection.execute(text(" UNION ALL ".join(map(_is_behind, _numbered()))))
-    return sorted(found.scalars())
+    driver = await _driver_of(connection)
+    return [table for table in _numbered() if await _sequence_behind(driver, table) is not None]
 
 
 async def advance(connection: AsyncConnection) -> None:
-    """Let every sequence of PostgreSQL go on after the highest id that was given; does not commit."""
-    for table in await tables_behind(connection):
-        await connection.execute(text(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), {_given(table)})"))
+    """Let every sequence of PostgreSQL that is behind go on after the highest id that was given; does not commit."""
+    driver = await _driver_of(connection)
+    for table in _numbered():
+        if (sequence := await _sequence_behind(driver, table)) is not None:
+            await driver.execute(f"SELECT setval('{sequence}', {_given(table)})")
 
 
-async def require_events_ahead(driver: asyncpg.Connection) -> None:
-    """Raise StoreUnavailableError if the next event would get a used id; a role that cannot see that passes."""
-    try:
-        found = await driver.fetchval(_is_behind("audit_events"))
-    except asyncpg.InsufficientPrivilegeError:
-        return
-    if found is not None:
-        raise StoreUnavailableError(
-            "The database could not number events: it gives ids that are in use, as in a copy without its sequences: "
-            "run `gateway-store db restored --by NAME`."
-        )
+def _numbered() -> list[str]:
+    return sorted(each.name for each in metadata.sorted_tables if each.autoincrement_column is not None)
+
+
+async def _driver_of(connection: AnyConnection) -> asyncpg.Connection:
+    if isinstance(connection, RawConnection):
+        return connection.driver
+    return (await connection.get_raw_connection()).driver_connection
