@@ -110,6 +110,8 @@ async def test_organisation_has_a_name(store: GatewayStore) -> None:
     """An empty name is refused; a view knows its name, and a view of a view is of the last name."""
     with pytest.raises(ValueError, match="org_id must not be empty"):
         store.for_org("")
+    with pytest.raises(ValueError, match="org_id must not be empty"):
+        await store.keys.issue("dev-agent", role="r", org_id="")
     assert store.org_id is None
     assert store.for_org("acme").org_id == "acme"
     assert store.for_org("acme").for_org("globex").org_id == "globex"

@@ -14,7 +14,7 @@ import pytest
 from contract_helpers import until
 
 from agent_gateway_store import GatewayStore, SyncGatewayStore, errors
-from agent_gateway_store.storage.streaming import Stream
+from agent_gateway_store.storage.streaming import ended_with, require_open
 from builders import make_event, make_request
 
 # Seconds. A close that waits for what is under way takes five.
@@ -109,10 +109,11 @@ async def test_a_step_that_runs_is_waited_for(database_url: str) -> None:
                 ended.append(True)
 
     async def items() -> AsyncGenerator[int]:
-        async with Stream(database, batches()) as stream:
+        async with ended_with(database, batches()) as stream:
             async for batch in stream:
                 for item in batch:
                     yield item
+                    require_open(database, stream)
 
     stream = items()
     step = asyncio.create_task(anext(stream))

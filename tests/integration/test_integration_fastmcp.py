@@ -294,6 +294,15 @@ async def test_caller_of_a_login_of_the_host_has_no_key(bench: Bench) -> None:
     assert (event.caller_id, event.key_id, event.org_id) == ("alice", None, "default")
 
 
+async def test_a_call_that_ran_is_recorded_whatever_its_caller_is_said_to_be(bench: Bench) -> None:
+    """An identity of the host's own may name no organisation."""
+    nobody = CallerIdentity(caller_id="alice", role="admin", trust_level=TrustLevel.HIGH, environment="test", org_id="")
+    await bench.call(bench.server(identify=lambda _context: nobody), "read_file", path="a.txt")
+    event = await bench.event()
+
+    assert (event.caller_id, event.org_id, event.execution_status, bench.ran) == ("alice", "", "SUCCESS", ["a.txt"])
+
+
 async def test_many_calls_at_once_leave_one_event_each(bench: Bench) -> None:
     """Allowed, denied and approved ones by one client."""
     async with Client(bench.server()) as client:

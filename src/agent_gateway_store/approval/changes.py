@@ -35,7 +35,7 @@ class Askers:
     Attributes:
         count: How many are not over.
         is_answered: One of them has returned the token.
-        is_first: No call before them had the token, so that what they asked is theirs to withdraw.
+        is_first: No earlier call had the token, so these may withdraw the approval.
         version: Of the approval, as they left it; 0: they wrote nothing.
         unsent: The notice that the new approval waits, until it is sent, and its rows.
     """

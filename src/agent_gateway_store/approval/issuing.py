@@ -227,7 +227,7 @@ class Asking:
         if self._background is None:
             issued = await self._ask(values)
             if issued.is_new:
-                self._changes.outbox.send(*_unsent(issued))
+                self._changes.outbox.send(*_new_notice(issued))
             return str(values["p_token"])
         askers = self._askers.setdefault(values["p_token"], Askers())
         askers.count += 1
@@ -238,11 +238,11 @@ class Asking:
             self._background.start(self.withdraw(asking, values))
             raise
         except Exception:
-            self._background.start(self._end(values, askers))
+            self._background.start(self._withdraw_unanswered(values, askers))
             raise
-        _note(askers, issued)
+        _add_result(askers, issued)
         askers.is_answered = True
-        self._leave(values, askers)
+        self._finish(values, askers)
         return str(values["p_token"])
 
     async def _ask(self, values: dict[str, Any]) -> Issued:
@@ -301,11 +301,11 @@ class Asking:
         if isinstance(error, StoreUnavailableError):
             _logger.warning(_MAY_WAIT, values["p_approval_id"], error)
         elif error is None and not asking.cancelled():
-            _note(askers, asking.result())
-        await self._end(values, askers)
+            _add_result(askers, asking.result())
+        await self._withdraw_unanswered(values, askers)
 
-    async def _end(self, values: dict[str, Any], askers: Askers) -> None:
-        """End a call that has not returned its token."""
+    async def _withdraw_unanswered(self, values: dict[str, Any], askers: Askers) -> None:
+        """Cancel what was asked, if no call has returned the token or still may, and count one call less."""
         tried = 0
         # Again if a retry has come and gone meanwhile. One that stays decides itself what becomes of the approval.
         while askers.count == 1 and askers.is_first and not askers.is_answered and askers.version > tried:
@@ -321,7 +321,7 @@ class Asking:
                     )
             except (GatewayStoreError, TimeoutError) as exc:
                 _logger.warning(_MAY_WAIT, values["p_approval_id"], exc)
-        self._leave(values, askers)
+        self._finish(values, askers)
 
     @retry_conflicts
     async def _withdraw(self, values: dict[str, Any], askers: Askers) -> Change | None:
@@ -337,7 +337,7 @@ class Asking:
             (change,) = await self._changes.enqueue(connection, [approval])
             return change
 
-    def _leave(self, values: dict[str, Any], askers: Askers) -> None:
+    def _finish(self, values: dict[str, Any], askers: Askers) -> None:
         askers.count -= 1
         if askers.count == 0:
             del self._askers[values["p_token"]]
@@ -347,12 +347,12 @@ class Asking:
             askers.unsent = None
 
 
-def _note(askers: Askers, issued: Issued) -> None:
+def _add_result(askers: Askers, issued: Issued) -> None:
     askers.is_first |= not issued.is_repeated
     askers.version = max(askers.version, issued.approval.request.version)
     if issued.is_new:
-        askers.unsent = _unsent(issued)
+        askers.unsent = _new_notice(issued)
 
 
-def _unsent(issued: Issued) -> tuple[Notice, Leased]:
+def _new_notice(issued: Issued) -> tuple[Notice, Leased]:
     return notice_of(issued.approval.request, "pending"), issued.leased

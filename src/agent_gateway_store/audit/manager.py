@@ -19,7 +19,7 @@ from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
-from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_stream, followed
+from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, followed
 from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.writer import OpenWriter
 from agent_gateway_store.audit.writes import encode_aside, record_event, write_batches, write_event
@@ -32,6 +32,7 @@ from agent_gateway_store.results.cells import columns_of
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.filters import duration
 from agent_gateway_store.storage.host import require_session
+from agent_gateway_store.storage.streaming import ended_with, require_open
 from agent_gateway_store.telemetry import current_trace_id
 
 if TYPE_CHECKING:
@@ -307,11 +308,12 @@ class AuditManager:
         A caller that stops early closes it: `async with contextlib.aclosing(store.audit.stream()) as events`. Raises
         TypeError and ValueError as `search` does, and StoreNotOpenError at the first step after the store was closed.
         """
-        found = criteria(filters, org_id=self._org_id)
-        async with event_stream(self._database.replica, found) as batches:
+        database, found = self._database.replica, criteria(filters, org_id=self._org_id)
+        async with ended_with(database, event_batches(database, found)) as batches:
             async for events in batches:
                 for event in events:
                     yield event
+                    require_open(database, batches)
 
     async def changes(
         self, cursor: str | None = "now", *, limit: int = 1_000, **filters: Unpack[Filters]
@@ -354,8 +356,7 @@ class AuditManager:
             StoreUnavailableError: The database was away for longer than `patience_s`.
         """
         found, cursor = criteria(filters, org_id=self._org_id, listing="changes"), "now" if start is None else start
-        following = followed(self._database, found, cursor, poll_s=poll_s, patience_s=patience_s)
-        async with aclosing(following) as events:
+        async with aclosing(followed(self._database, found, cursor, poll_s=poll_s, patience_s=patience_s)) as events:
             async for event in events:
                 yield event
 
@@ -395,9 +396,8 @@ class AuditManager:
         """
         from agent_gateway_store.storage.arrow import whole_table
 
-        found = criteria(filters, org_id=self._org_id)
-        rows = newest(found.shape, limit=None)
-        return await whole_table(self._database.replica, rows, found.values, columns_of(AuditEvent))
+        database, found = self._database.replica, criteria(filters, org_id=self._org_id)
+        return await whole_table(database, newest(found.shape, limit=None), found.values, columns_of(AuditEvent))
 
     async def to_pandas(self, **filters: Unpack[Filters]) -> pandas.DataFrame:
         """Return the table of `to_arrow` as a pandas DataFrame. Raises the same, also if pandas is missing."""

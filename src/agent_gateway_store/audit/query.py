@@ -26,7 +26,7 @@ from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.grouping import grouping, stats_of
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode, decode_cursor, encode_cursor
-from agent_gateway_store.storage.streaming import Stream, read_all, streamed
+from agent_gateway_store.storage.streaming import read_all, streamed
 
 # The default limit of `changes`.
 _FOLLOWED_ROWS = 1_000
@@ -194,12 +194,8 @@ def _page(events: list[AuditEvent], following: str | None = None) -> Page[AuditE
     return Page(events, next_cursor=following, columns=COLUMNS, record_type=AuditEvent)
 
 
-def event_stream(database: Database, found: Criteria) -> Stream[AuditEvent]:
-    """Return the events that match in batches, newest first, by a server-side cursor."""
-    return Stream(database, _event_batches(database, found))
-
-
-async def _event_batches(database: Database, found: Criteria) -> AsyncGenerator[list[AuditEvent]]:
+async def event_batches(database: Database, found: Criteria) -> AsyncGenerator[list[AuditEvent]]:
+    """Yield the events that match in batches, newest first, by a server-side cursor."""
     statement = newest(found.shape, limit=None).compiled(database.engine.dialect)
     async with aclosing(streamed(database, statement, found.values)) as batches:
         async for rows in batches:

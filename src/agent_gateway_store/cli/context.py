@@ -83,17 +83,17 @@ def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> 
     """
     from agent_gateway_store.store import GatewayStore
 
-    return _made(ctx, GatewayStore, settings or settings_of(ctx))
+    return _construct(ctx, GatewayStore, settings or settings_of(ctx))
 
 
 def open_blocking_store(ctx: typer.Context) -> SyncGatewayStore:
     """Do as `open_store` for `with`: the store's event loop runs in a thread of its own."""
     from agent_gateway_store.sync import SyncGatewayStore
 
-    return _made(ctx, SyncGatewayStore, settings_of(ctx))
+    return _construct(ctx, SyncGatewayStore, settings_of(ctx))
 
 
-def _made(ctx: typer.Context, kind: type[S], settings: StoreSettings) -> S:
+def _construct(ctx: typer.Context, kind: type[S], settings: StoreSettings) -> S:
     from agent_gateway_store.errors import GatewayStoreError
 
     try:

@@ -92,7 +92,9 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, 
 
 
 class Evidence(FrozenModel):
-    """What is kept, or handed on, to show later what happened in one call. As JSON it is the document of `to_json`.
+    """What is kept, or handed on, to show later what happened in one call.
+
+    As JSON it is the whole document of `to_json`, whatever `include` and `exclude` say.
 
     Attributes:
         event: As it is stored.

@@ -108,7 +108,7 @@ class KeyManager:
 
         Raises:
             ApiKeyExistsError: The caller has an active key; rotate it instead.
-            ValueError: The store is bound to another organisation than `org_id`.
+            ValueError: The store is bound to another organisation than `org_id`, or that is empty.
         """
         organisation = self._organisation(org_id)
         if organisation is None:
@@ -335,6 +335,8 @@ class KeyManager:
         """Return the organisation that is meant; None if the store is bound to another, so that nothing is found."""
         if org_id is None:
             return self._org_id or _DEFAULT_ORG
+        if not org_id:
+            raise ValueError("org_id must not be empty.")
         meant = storable_key(org_id)
         return meant if self._org_id in (None, meant) else None
 

@@ -82,7 +82,8 @@ def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
     # redis-py drops what has no value, as of a variable that is not set.
     if not all(value for _, value in parse_qsl(rest.partition("#")[0].partition("?")[2], keep_blank_values=True)):
         raise InvalidUrlError(
-            f"{code_text(mask_url(url))} has a parameter without a value: give it one, or leave the parameter out."
+            f"{code_text(mask_url(url))} has a parameter without a value: give it one, or leave it out; "
+            "a question mark in a password is written %3F."
         )
     if scheme == "redis+sentinel":
         return _master_client(url, timeout_s)

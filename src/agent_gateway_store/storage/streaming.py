@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from types import TracebackType
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import aiosqlite
 import asyncpg
@@ -155,37 +154,21 @@ async def streamed(
                 yield rows
 
 
-class Stream(Generic[T]):
-    """The batches of a generator, which the database closes with itself while their consumer does nothing.
+@asynccontextmanager
+async def ended_with(database: Database, batches: AsyncGenerator[T, None]) -> AsyncIterator[AsyncGenerator[T, None]]:
+    """Do as `aclosing`; the database, too, closes the generator with itself while its consumer does nothing."""
+    database.streams.add(batches)
+    try:
+        yield batches
+    finally:
+        database.streams.discard(batches)
+        await batches.aclose()
 
-    Both the next batch and the next item of this one then raise StoreNotOpenError. For `async with`, as `aclosing`.
-    """
 
-    def __init__(self, database: Database, batches: AsyncGenerator[Sequence[T], None]) -> None:
-        self._streams, self._batches = database.streams, batches
-
-    async def __aenter__(self) -> Self:
-        self._streams.add(self._batches)
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._batches in self._streams:
-            self._streams.discard(self._batches)
-            await self._batches.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Iterator[T]:
-        return self._while_open(await anext(self._batches))
-
-    def _while_open(self, batch: Sequence[T]) -> Iterator[T]:
-        for item in batch:
-            yield item
-            if self._batches not in self._streams:
-                raise StoreNotOpenError(STREAM_CLOSED)
+def require_open(database: Database, batches: AsyncGenerator[Any, None]) -> None:
+    """Raise StoreNotOpenError if the database has closed the generator, which would else look like its end."""
+    if batches not in database.streams:
+        raise StoreNotOpenError(STREAM_CLOSED)
 
 
 async def copied(

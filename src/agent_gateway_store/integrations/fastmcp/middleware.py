@@ -277,7 +277,9 @@ class GatewayMiddleware(PinningMiddleware):
         return result
 
     async def _write(self, record: CallRecord) -> None:
-        store = self._store if record.caller is None else self._store.for_org(record.caller.org_id)
+        # A host's own identity may name no organisation; the call may have run all the same.
+        org_id = record.caller.org_id if record.caller is not None else ""
+        store = self._store.for_org(org_id) if org_id else self._store
         try:
             await store.audit.write(record.event(store))
         except GatewayStoreError as exc:
