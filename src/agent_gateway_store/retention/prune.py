@@ -65,7 +65,7 @@ DELETE_ROWS = {"postgresql": 10_000, "sqlite": 1_000}
 # Chosen: nobody has a lock on these rows for long, and a DELETE that takes longer would keep others waiting.
 _TIMEOUTS = "SELECT set_config('lock_timeout', '5s', true), set_config('statement_timeout', '30s', true)"
 # Chosen: a block is held as text and as a table.
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**19
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _COLUMNS = (*files.COLUMNS, Column("transaction_id", "integer"))
 
