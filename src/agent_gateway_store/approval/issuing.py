@@ -292,8 +292,8 @@ class Asking:
     async def withdraw(self, asking: asyncio.Task[Issued], values: dict[str, Any]) -> None:
         """Cancel what `asking` asks, once that has ended, unless another call has the token. Raises no error of ours.
 
-        Notifiers that were not told that it waits are not told of its end either. Where `asking` fails, nothing is
-        cancelled: what stands under the token may be what another process has asked.
+        Notifiers that were not notified of the asking are not notified of its end either. Where `asking` fails, nothing
+        is cancelled: what stands under the token may be what another process has asked.
         """
         await asyncio.wait([asking])
         askers = self._askers[values["p_token"]]

@@ -100,16 +100,13 @@ async def _check_clock(report: Report, facts: dict[str, Any], engine: AsyncEngin
 
 
 async def _check_ids(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    from agent_gateway_store.storage.errors import IDS_IN_USE
     from agent_gateway_store.storage.sequences import tables_behind
 
     async with examined(engine) as connection:
         found = facts["ids_in_use"] = await tables_behind(connection)
     if found:
-        report.problem(
-            f"PostgreSQL would give new rows ids that are in use, in {', '.join(found)}, as in a copy without its "
-            "sequences: run `gateway-store db restored --by NAME`.",
-            ExitCode.ERROR,
-        )
+        report.problem(f"The database cannot number rows of {', '.join(found)}: {IDS_IN_USE}.", ExitCode.ERROR)
 
 
 async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:

@@ -163,7 +163,7 @@ class Database:
         self._reader = reader_of(self._writer)
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._under_way = 0
-        # What the open streams read from; each adds and removes its own.
+        # The generators that open streams read from. `close` ends those that are idle.
         self.streams: set[AsyncGenerator[Any, None]] = set()
         self._raw_pool: AsyncpgPool | None = None
         self._idle = idle_connections(engine) if owned and engine.dialect.driver == "asyncpg" else ()
@@ -327,7 +327,7 @@ class Database:
 
     async def _end_idle_streams(self) -> None:
         for batches in tuple(self.streams):
-            # One that runs is in a step of its consumer.
+            # A generator that runs is at work for its consumer.
             if batches in self.streams and not batches.ag_running:  # type: ignore[attr-defined]  # of generators alone
                 self.streams.discard(batches)
                 with suppress(GatewayStoreError):
@@ -369,11 +369,11 @@ class SessionTransactions:
 
     @property
     def replica(self) -> SessionTransactions:
-        """Itself: a session reads where it is."""
+        """This object: a session has no replica."""
         return self
 
     def check_owner(self) -> None:
-        """Return: where a session can be used is for its owner to know."""
+        """Do nothing: the owner of a session knows where it can be used."""
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:

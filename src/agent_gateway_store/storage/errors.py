@@ -54,6 +54,10 @@ _DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.st
 _PLUMBING = sys.stdlib_module_names | {"uvloop", "winloop"}
 # By class name and text, as the two drivers share no codes: asyncpg has a class for each error, sqlite3 only texts.
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
+IDS_IN_USE = (
+    "it gives ids that are in use, as in a copy without its sequences: run `gateway-store db restored --by NAME`"
+)
+"""Ends a sentence about a PostgreSQL whose sequences are behind its rows."""
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
     ("valid client certificate", "the server asks for a client certificate: add sslcert= and sslkey= to DATABASE_URL"),
@@ -76,10 +80,7 @@ _HINTS = (
     ("diskfull", "the disk is full: make room"),
     # What SQLite says where there is no room for the file beside its own that connections share, too.
     ("disk i/o error", "the disk is full or fails: make room, and check it"),
-    (
-        "key (id)=",
-        "it gives ids that are in use, as in a copy without its sequences: run `gateway-store db restored --by NAME`",
-    ),
+    ("key (id)=", IDS_IN_USE),
     ("preparedstatement", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("invalidsqlstatementname", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("statement pooling mode", "the pooler takes no transactions: give it pool_mode = transaction"),

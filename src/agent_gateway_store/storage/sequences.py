@@ -13,6 +13,7 @@ from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection
+from agent_gateway_store.storage.errors import IDS_IN_USE
 
 # NULL for a role that may not look.
 _SEQUENCE = """
@@ -43,10 +44,7 @@ async def _sequence_behind(driver: asyncpg.Connection, table: str) -> str | None
 async def require_next_id(driver: asyncpg.Connection, table: str = "audit_events") -> None:
     """Raise StoreUnavailableError if the next row of a table would get an id that was given, as far as we may look."""
     if await _sequence_behind(driver, table) is not None:
-        raise StoreUnavailableError(
-            f"The database could not number rows of {table}: it gives ids that are in use, as in a copy without its "
-            "sequences: run `gateway-store db restored --by NAME`."
-        )
+        raise StoreUnavailableError(f"The database could not number rows of {table}: {IDS_IN_USE}.")
 
 
 async def require_next_id_on(connection: AnyConnection, table: str) -> None:
