@@ -33,8 +33,8 @@ from agent_gateway_store.storage.streaming import Snapshot, snapshot
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 _tiles = AuditTile.__table__  # type: ignore[attr-defined]
 _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
-# Positions that are read at a time; with events of 5 kB 10 MB.
-_PAGE = 2_000
+# Positions that are read at a time: fewer than the 700 objects after which Python looks for garbage.
+_PAGE = 600
 
 
 def _events_with_leaves(dialect: str) -> Select[Any]:
