@@ -49,6 +49,33 @@ async def archive(store: GatewayStore, folder: Path) -> None:
     await store.retention.prune_approvals("190d", by="ops", archive=folder)
 
 
+async def test_approvals_are_not_discarded_while_archived_events_may_be_held(
+    store: GatewayStore, tmp_path: Path
+) -> None:
+    """A hold that comes after the prune covers what only the archive has: its approval is archived, not discarded."""
+    await asked_and_run(
+        store, asked=make_event(request_id="r-1", timestamp=OLD), run=make_event(request_id="r-2", timestamp=OLD)
+    )
+    await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+    clock.move(timedelta(days=200))
+    await store.retention.hold("suit", reason="r", by="counsel", request_id="r-1")
+
+    with pytest.raises(ValueError, match=r"suit.*archive=FOLDER"):
+        await store.retention.prune_approvals("190d", by="ops", discard=True)
+
+    assert len(await store.approvals.search(request_id="r-1")) == 1
+    assert (await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")).approvals == 1
+
+
+async def test_approvals_are_discarded_beside_a_hold_where_nothing_was_archived(store: GatewayStore) -> None:
+    """Then the table tells which approvals are those of held events."""
+    await used_approval(store, "r-1")
+    clock.move(timedelta(days=200))
+    await store.retention.hold("suit", reason="r", by="counsel", caller_id="somebody")
+
+    assert (await store.retention.prune_approvals("190d", by="ops", discard=True)).approvals == 1
+
+
 @pytest.mark.parametrize("held", ["r-1", "r-2"])
 @pytest.mark.parametrize("archived", ["none", "other", "all"])
 async def test_an_approval_of_a_held_call_is_not_erased_with_another_call(

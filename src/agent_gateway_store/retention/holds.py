@@ -12,6 +12,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    exists,
     false,
     func,
     insert,
@@ -30,9 +31,10 @@ from agent_gateway_store.audit.filters import criteria
 from agent_gateway_store.audit.selects import conditions
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import HoldNotFoundError
-from agent_gateway_store.models.retention import AuditHold, Hold
+from agent_gateway_store.models.retention import AuditHold, AuditPrune, Hold
 
 _holds = AuditHold.__table__  # type: ignore[attr-defined]
+_prunes = AuditPrune.__table__  # type: ignore[attr-defined]
 
 
 def as_stored(filters: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +86,17 @@ async def lock_holds(connection: AsyncConnection) -> list[Hold]:
     if connection.dialect.name == "postgresql":
         await connection.execute(text("LOCK TABLE audit_holds IN SHARE MODE"))
     return await read_holds(connection)
+
+
+async def require_archive(connection: AsyncConnection) -> None:
+    """Raise ValueError where holds may cover events of an archive, which only its folder can tell."""
+    archived = exists().where(_prunes.c.archive.is_not(None), _prunes.c.events > 0)
+    holds = await lock_holds(connection)
+    if holds and (await connection.execute(select(archived))).scalar():
+        names = ", ".join(code_text(hold.name) for hold in holds)
+        raise ValueError(
+            f"A hold ({names}) may cover events of the archive, and approvals with them: name it, archive=FOLDER."
+        )
 
 
 def is_held(dialect: str, holds: Sequence[Hold]) -> ColumnElement[bool]:

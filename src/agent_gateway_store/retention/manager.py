@@ -280,14 +280,15 @@ class RetentionManager:
             before: Approvals that ended from this time on stay: a datetime, or how long ago ("365d").
             by: Who asks for it, as the log will say.
             archive: As of `prune`; the same folder, or another one.
-            discard: True does without an archive.
+            discard: True does without an archive: they are gone for good.
             below_floor: True also takes approvals younger than AUDIT_RETENTION_FLOOR_DAYS.
 
         Raises:
             ArchiveError: The folder is no archive, or a file of it is not what was written.
             OSError: The folder cannot be written.
             StoreUnavailableError: The database is away, or this role may not delete.
-            ValueError: As of `prune`.
+            ValueError: As of `prune`; or `discard`, while a hold is in force and events were archived, since it may
+                cover events whose approvals these are.
         """
         end = await self._checked(before, by, archive, discard=discard, below_floor=below_floor)
         folder = None if archive is None else Path(archive)
