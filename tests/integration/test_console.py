@@ -297,6 +297,19 @@ async def test_after_sign_in_it_leads_back_and_nowhere_else(running: tuple[Gatew
         assert answer.headers["location"] == reached
 
 
+async def test_a_refused_key_does_not_lose_the_page_that_was_asked_for(running: tuple[GatewayStore, Any]) -> None:
+    """Nor does an address that must wait; a page of somebody else's is not kept."""
+    _, app = running
+    visitor = Visitor(app)
+
+    refused = [await visitor.post("/login", {"key": "agw_typo", "next": "/audit?tool=rm"}) for _ in range(11)]
+    foreign = await visitor.post("/login", {"key": "agw_typo", "next": "//evil.example"})
+
+    assert [answer.status_code for answer in refused] == [403] * 10 + [429]
+    assert all('name="next" value="/audit?tool=rm"' in answer.text for answer in refused)
+    assert "evil" not in foreign.text
+
+
 async def test_many_wrong_keys_are_stopped(running: tuple[GatewayStore, Any]) -> None:
     """An address that guesses waits, with a right key, too; another address does not."""
     store, app = running

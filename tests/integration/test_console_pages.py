@@ -336,11 +336,13 @@ async def test_events_tell_of_what_is_new(running: tuple[GatewayStore, Any]) -> 
 
     task = asyncio.create_task(app(scope, receive, parts.put))
     async with asyncio.timeout(10):
-        heard = b"".join([(await parts.get()).get("body", b"") for _ in range(3)])
+        start, *bodies = [await parts.get() for _ in range(3)]
     hangs_up.set()
     await task
 
-    assert b"event: inbox\ndata: 1" in heard
+    assert b"event: inbox\ndata: 1" in b"".join(part["body"] for part in bodies)
+    # By this nginx passes it on at once.
+    assert (b"x-accel-buffering", b"no") in start["headers"]
 
 
 async def test_the_schema_of_another_version_is_not_ready(running: tuple[GatewayStore, Any], url: str) -> None:

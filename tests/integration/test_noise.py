@@ -9,10 +9,12 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 
 import servers
 from agent_gateway_store.storage import redis_cache as redis_cache_module
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import Database, create_engine
 from agent_gateway_store.storage.pubsub import PubSub
@@ -49,6 +51,33 @@ async def test_a_cancelled_read_leaves_no_exception_behind(postgres_url: str, ra
     await asyncio.sleep(0)
 
     assert found == []
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_a_read_that_anyio_cancels_logs_no_error(
+    postgres_url: str, caplog: pytest.LogCaptureFixture, raw: bool
+) -> None:
+    """It cancels again while the connection is dropped: as under Starlette, FastMCP and the SDK of MCP."""
+    database = Database(create_engine(postgres_url), owned=True)
+    database.bind_to_loop()
+    for _ in range(5):
+        with anyio.move_on_after(0.05) as scope:
+            await sleep(database, raw=raw)
+        assert scope.cancelled_caught
+    await read(database, raw=raw)
+    await database.close()
+
+    assert caplog.records == []
+
+
+async def sleep(database: Database, *, raw: bool) -> None:
+    if raw:
+        async with database.connection("read") as connection:
+            assert isinstance(connection, RawConnection)
+            await connection.driver.execute("SELECT pg_sleep(10)")
+    else:
+        async with database.read() as connection:
+            await connection.exec_driver_sql("SELECT pg_sleep(10)")
 
 
 async def test_a_dead_redis_is_one_line_a_minute_and_one_when_it_is_back(

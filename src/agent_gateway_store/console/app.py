@@ -166,33 +166,33 @@ async def _away(request: Request, exc: Exception) -> Response:
     return pages.message(request, "The database is away", text, status=503, retry=retry)
 
 
-def _login_page(request: Request, *, status: int = 200, error: str = "") -> HTMLResponse:
-    """Return the form to sign in."""
-    following = _own_path(request.query_params.get("next", ""))
-    return pages.page(request, "login.html", code=status, error=error, following=following)
+def _login_page(request: Request, following: str, *, status: int = 200, error: str = "") -> HTMLResponse:
+    """Return the form to sign in, which then leads to `following` if that is a path of the console."""
+    return pages.page(request, "login.html", code=status, error=error, following=_own_path(following))
 
 
 async def _show_login(request: Request) -> Response:
     """`GET /login`."""
-    return _login_page(request)
+    return _login_page(request, request.query_params.get("next", ""))
 
 
 async def _login(request: Request) -> Response:
     """`POST /login`: a new session in any case; the one of a cookie that came with it ends."""
     console = pages.console_of(request)
-    address = address_of(request)
+    address, form = address_of(request), await pages.form_of(request)
+    following = form.get("next", "")
     if console.sessions.is_limited(address):
-        response = _login_page(request, status=429, error="Too many keys were refused: wait a minute, then try again.")
+        refused = "Too many keys were refused: wait a minute, then try again."
+        response = _login_page(request, following, status=429, error=refused)
         response.headers["Retry-After"] = "60"
         return response
-    form = await pages.form_of(request)
     try:
         session_id = await console.sessions.sign_in(form.get("key", ""), address=address)
     except InvalidApiKeyError:
         refused = "This key was not accepted. It must be valid, and its role one that may use the console."
-        return _login_page(request, status=403, error=refused)
+        return _login_page(request, following, status=403, error=refused)
     await _end(request)
-    answer = pages.to(request, _own_path(form.get("next", "")) or "/approvals")
+    answer = pages.to(request, _own_path(following) or "/approvals")
     answer.set_cookie(COOKIE, session_id, **_cookie(request))  # type: ignore[arg-type]
     return answer
 

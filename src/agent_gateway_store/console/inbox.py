@@ -212,7 +212,10 @@ async def events(request: Request) -> Response:
     """`GET /events`."""
     session = await pages.session_of(request)
     known = request.headers.get("last-event-id", "")
-    return StreamingResponse(_stream(request.app.state.watch, session, known), media_type="text/event-stream")
+    # nginx would keep the stream until it ends, if this did not say otherwise.
+    headers = {"X-Accel-Buffering": "no"}
+    stream = _stream(request.app.state.watch, session, known)
+    return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
 
 
 async def _stream(watch: Watch, session: Session, known: str) -> AsyncIterator[str]:

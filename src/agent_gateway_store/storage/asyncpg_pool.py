@@ -102,7 +102,8 @@ class AsyncpgPool:
                 await self._release(driver, connection)
                 raise
             except BaseException as exc:
-                await _drop(driver, connection)
+                # In a task of its own: anyio cancels this one again and again, which SQLAlchemy would log as an error.
+                await self._background.shielded(_drop(driver, connection))
                 if isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
                     # The others lead to the same server, which may tell nobody (through a pooler).
                     await self._drop_idle()
