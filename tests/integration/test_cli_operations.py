@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cli_helpers import KEY
+from redis import Redis
 from sqlalchemy import make_url, text
 
 import servers
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, TrustLevel, errors
+from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall, TrustLevel, errors
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.models.evidence import Checkpoint
 from agent_gateway_store.storage.database import create_engine
-from builders import make_event
+from builders import make_event, make_request
 from commands import Outcome, event_line, gateway_store
 from pages import DOCS
 from proofs.harness import execute, identity_of
@@ -128,23 +130,75 @@ def test_doctor_reports_on_postgresql_and_redis(
     assert any("owns the tables it writes" in warning for warning in well.json["warnings"])
 
 
-def test_doctor_finds_a_database_well_as_the_role_that_the_page_describes(
-    migrated_postgres_database: Callable[[], str],
-) -> None:
-    """It is no superuser, and reads no more of the server's own tables than anybody may."""
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ((), None),
+        ((">other",), "WRONGPASS|invalid username-password"),
+        (("-evalsha",), "evalsha"),
+        (("-publish",), "publish"),
+        (("resetkeys",), "key"),
+        (("resetchannels",), "channel"),
+    ],
+)
+def test_doctor_says_what_a_user_of_redis_may_not_do(change: tuple[str, ...], reason: str | None) -> None:
+    """The one that the page describes may do what the store does; approvals are in Redis then, and wake waiters."""
+    page = (DOCS / "how-to" / "postgresql-and-redis.md").read_text()
+    [rules] = re.findall("^ACL SETUSER gateway (.+)$", page, re.MULTILINE)
+    with servers.RedisServer() as server, Redis.from_url(server.url) as operator:
+        operator.execute_command("ACL", "SETUSER", "gateway", *rules.split(" "))
+        if ">other" in change:
+            operator.execute_command("ACL", "SETUSER", "gateway", "resetpass")
+        operator.execute_command("ACL", "SETUSER", "gateway", *change)
+        url = server.url.replace("://", "://gateway:secret@")
+        found = gateway_store("--redis-url", url, "doctor", "--json")
+        if reason is None:
+            with SyncGatewayStore(redis_url=url) as store:
+                token = store.approvals.issue_token(make_request(request_id="r-1"))
+                assert operator.exists(f"approval:{token}") == 1
+                store.approvals.deny(token, approver_id="bob")
+                store.audit.write(make_event(request_id="r-1"))
+                store.retention.erase("r-1", reason="law", by="dpo")
+                assert operator.keys("*") == []
+    if reason is None:
+        assert (found.code, found.json["redis"]["state"]) == (0, "reachable")
+    else:
+        assert (found.code, found.json["redis"]["state"]) == (5, "down")
+        assert re.search(reason, found.json["problems"][0])
+        assert "secret" not in found.said
+
+
+@pytest.fixture
+def limited_url(migrated_postgres_database: Callable[[], str]) -> Iterator[str]:
+    """A database for the role of gateways that the page describes; its owner's URL has `postgres` as its user."""
     url, role = migrated_postgres_database(), f"gateway_{secrets.token_hex(4)}"
     page = (DOCS / "how-to" / "postgresql-and-redis.md").read_text()
     grants = [line.replace("gateway_app", role) for line in page.splitlines() if line.startswith("GRANT ")]
     servers.run(execute(url, f"CREATE ROLE {role} LOGIN", *(grant.rstrip(";") for grant in grants)))
-    try:
-        limited = make_url(url).set(username=role).render_as_string(hide_password=False)
-        outcome = gateway_store("--database-url", limited, "doctor", "--json")
-    finally:
-        servers.run(execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}"))
+    yield make_url(url).set(username=role).render_as_string(hide_password=False)
+    servers.run(execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}"))
+
+
+def test_doctor_finds_a_database_well_as_the_role_of_gateways(limited_url: str) -> None:
+    """It is no superuser, and reads no more of the server's own tables than anybody may."""
+    outcome = gateway_store("--database-url", limited_url, "doctor", "--json")
 
     assert (outcome.code, outcome.json["problems"]) == (0, [])
     assert outcome.json["database"]["takes_events"]
     assert outcome.json["retention"]["held_events"] == 0
+
+
+def test_a_role_that_may_not_delete_archives_no_approvals(limited_url: str) -> None:
+    """It is refused before anything is written to the folder."""
+    with SyncGatewayStore(limited_url, redis_url="") as store:
+        store.approvals.deny(store.approvals.issue_token(make_request()), approver_id="bob")
+
+    options = ("--before", "0d", "--below-floor", "--archive", "archive", "--by", "ops")
+    gateway_store("--database-url", limited_url, "retention", "prune-approvals", *options).assert_fails(
+        5, "approval_requests"
+    )
+
+    assert not Path("archive").exists()
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])

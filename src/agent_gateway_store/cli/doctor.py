@@ -289,8 +289,10 @@ async def _scalar(engine: AsyncEngine, statement: str) -> Any:
 
 async def _check_redis(report: Report, settings: StoreSettings) -> None:
     """Ask Redis for a key that nobody writes."""
+    from agent_gateway_store._text import code_text
     from agent_gateway_store.settings import mask_url
     from agent_gateway_store.storage.cache import NO_CLUSTER, create_redis
+    from agent_gateway_store.storage.pubsub import CHANNEL
     from agent_gateway_store.storage.redis_cache import RedisCache
 
     if not settings.redis_url:
@@ -302,7 +304,8 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         try:
             redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
             await redis.drop_cluster()
-            await redis.get("agent-gateway-store:doctor")
+            await redis.get("approval:doctor")
+            await redis.publish(CHANNEL, "doctor")
         finally:
             await client.aclose()
         # The cache hides a Redis that fails, as the store wants it, so that the failure must be asked for.
@@ -312,8 +315,10 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         elif redis.is_available:
             facts["state"] = "reachable"
         else:
+            reason = str(redis.fault) or type(redis.fault).__name__
             report.problem(
-                "Redis does not answer: check that it runs and that REDIS_URL is right; the store works without it.",
+                f"Redis cannot be used ({code_text(reason)}): check that it runs and that REDIS_URL is right; "
+                "the store works without it.",
                 ExitCode.UNAVAILABLE,
             )
 

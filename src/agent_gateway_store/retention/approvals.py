@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from pydantic_core import to_jsonable_python
-from sqlalchemy import ColumnElement, Table, and_, delete, exists, func, or_, select
+from sqlalchemy import ColumnElement, Table, and_, delete, exists, false, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.archive.files import read_approvals, write_approvals
@@ -53,6 +53,9 @@ class ApprovalPruner:
 
     async def start(self) -> PrunedApprovals:
         """Make the archive, or remove what a killed run has left in it; delete what that run has archived last."""
+        async with self._database.write() as connection:
+            # A role that may not delete is refused before anything is archived.
+            await connection.execute(delete(_approvals).where(false()))
         if (manifest := self._manifest) is None:
             return PrunedApprovals()
         await in_thread(manifest.open)

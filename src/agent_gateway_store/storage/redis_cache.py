@@ -109,6 +109,7 @@ class RedisCache:
 
     Attributes:
         log: Where faults of this Redis are noted.
+        fault: The last one; None: there was none.
         is_cluster: True once the client turned out to lead to a member of a cluster.
 
     Raises:
@@ -123,6 +124,7 @@ class RedisCache:
         self._pause_s = pause_s
         self._breaker_until = 0.0
         self.log = OutageLog(_logger)
+        self.fault: Exception | None = None
         if client is not None:
             # The pool of a client from outside may be smaller.
             self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, client.connection_pool.max_connections))
@@ -249,6 +251,7 @@ class RedisCache:
                     self._drop_cluster()
                 return None
             except REDIS_FAULTS as exc:
+                self.fault = exc
                 self._breaker_until = time.monotonic() + self._pause_s
                 self.log.away("Redis does not answer (%s): going on without it.", type(exc).__name__)
                 return None
