@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -15,6 +16,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.util import await_only
 
 from agent_gateway_store.storage.files import create_database_file, file_id, is_gone
 from agent_gateway_store.storage.host import READ_ONLY
@@ -24,6 +26,8 @@ from agent_gateway_store.storage.urls import is_memory, sqlite_file
 _BUSY_TIMEOUT_MS = 10_000
 # Chosen: three times what a connection to a server may take, since a crowd of writers waits for the one lock.
 _POOL_TIMEOUT_S = 30.0
+# Chosen: as long as a store that closes waits for transactions.
+_LAST_STATEMENTS_S = 5.0
 
 
 class ClosingConnection(sqlite3.Connection):
@@ -51,6 +55,42 @@ class ClosingConnection(sqlite3.Connection):
         super().close()
 
 
+class _Connection(aiosqlite.Connection):
+    """Ends, and its thread with it, however often it is closed and stopped at once.
+
+    Where a task is cancelled, SQLAlchemy closes its connection in another task, and if the task is cancelled once more
+    it stops the connection as well. aiosqlite's own `close` would then close the database a second time, which fails,
+    or wait for ever for an answer of a thread that has ended (https://github.com/omnilib/aiosqlite/issues/369).
+
+    Args:
+        arguments, options: As of `sqlite3.connect`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(partial(sqlite3.connect, *arguments, factory=ClosingConnection, **options), iter_chunk_size=64)
+        # It must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
+        self._thread.daemon = True
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the thread ends, or has ended."""
+        return not self._running
+
+    async def close(self) -> None:
+        """Stop, and wait until the thread has ended, also if the caller is cancelled meanwhile."""
+        self.stop()
+        try:
+            await self.ended()
+        finally:
+            # The thread calls this loop once more; if the loop were closed by then, it would print a traceback.
+            await self.ended()
+
+    async def ended(self) -> None:
+        """Wait until the thread has ended."""
+        while self._thread.is_alive():
+            await asyncio.sleep(0.001)
+
+
 def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     """Return an engine for a SQLite URL: see `create_engine`."""
     # A database in memory ends with its connection, so there is exactly one, which is never closed.
@@ -72,10 +112,11 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     event.listen(engine.sync_engine, "connect", file.note)
     event.listen(engine.sync_engine, "checkout", file.compare)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    event.listen(engine.sync_engine, "engine_disposed", file.await_closed)
     return engine
 
 
-async def _opened(connection: aiosqlite.Connection) -> aiosqlite.Connection:
+async def _opened(connection: _Connection) -> aiosqlite.Connection:
     return await connection
 
 
@@ -90,13 +131,16 @@ class _File:
     def __init__(self, file: Path | None, *, is_made: bool) -> None:
         self._file, self._is_made = file and file.absolute(), is_made
         self._opened: tuple[int, int] | None = None
+        self._connections: WeakSet[_Connection] = WeakSet()
 
     async def connect(self, *args: Any, **options: Any) -> aiosqlite.Connection:
         """Connect; for `connect_args` under the name `async_creator_fn`."""
         self._require_same()
         if self._file is not None and self._is_made:
             create_database_file(self._file)
-        return await _connect_sqlite(*args, **options)
+        connection = _Connection(*args, **options)
+        self._connections.add(connection)
+        return await _connect_sqlite(connection)
 
     def note(self, _connection: Any, _record: Any) -> None:
         """Note which file the first connection has opened."""
@@ -112,26 +156,31 @@ class _File:
             # What SQLAlchemy makes of errors of a driver, but not of those of a listener.
             raise OperationalError(None, None, exc) from exc
 
+    def await_closed(self, _engine: Any) -> None:
+        """Wait for the connections that cancelled tasks have given up."""
+        await_only(self._closed())
+
+    async def _closed(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_STATEMENTS_S):
+                for connection in tuple(self._connections):
+                    if connection.is_stopped:
+                        await connection.ended()
+
     def _require_same(self) -> None:
         if self._file is not None and self._opened is not None and is_gone(self._file, self._opened):
             raise sqlite3.OperationalError("the database file was removed or replaced")
 
 
-async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
-    connection = aiosqlite.connect(*args, factory=ClosingConnection, **options)
-    # Its thread must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
-    thread = connection._thread
-    thread.daemon = True
+async def _connect_sqlite(connection: _Connection) -> aiosqlite.Connection:
     opening = asyncio.ensure_future(_opened(connection))
     try:
         return await asyncio.shield(opening)
     except BaseException:
         # The connection opens all the same when the caller is cancelled, and would never be closed.
         with suppress(Exception, asyncio.CancelledError):
-            await (await opening).close()
-        # The thread calls this loop once more; if the loop were closed by then, it would print a traceback.
-        while thread.is_alive():
-            await asyncio.sleep(0.001)
+            await opening
+        await connection.close()
         raise
 
 

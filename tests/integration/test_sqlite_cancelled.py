@@ -1,0 +1,66 @@
+"""The process ends whatever the moment was in which a SQLite connection was given up by a task that is cancelled."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+# The thread of a connection waits in `hold` while its task is cancelled twice, so that SQLAlchemy closes the connection
+# and stops it as well. Then the thread goes on: to its end while the event loop waits, or only when the loop ends.
+SCRIPT = """
+import asyncio, gc, sys, threading
+from agent_gateway_store.storage.database import create_engine
+
+asked, released = threading.Event(), threading.Event()
+
+def hold():
+    asked.set()
+    released.wait()
+
+async def read(engine):
+    async with engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        await driver.create_function("hold", 0, hold)
+        await connection.exec_driver_sql("SELECT hold()")
+
+async def main():
+    engine = create_engine("sqlite:///test.db")
+    before = set(threading.enumerate())
+    task = asyncio.create_task(read(engine))
+    while not asked.is_set():
+        await asyncio.sleep(0.001)
+    [thread] = set(threading.enumerate()) - before
+    for _ in range(2):
+        task.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+    if sys.argv[1] == "ended":
+        released.set()
+        thread.join(timeout=1)
+    else:
+        threading.Timer(0.2, released.set).start()
+    if sys.argv[2] == "disposed":
+        await engine.dispose()
+        print(thread.is_alive())
+
+asyncio.run(main())
+gc.collect()
+"""
+
+
+@pytest.mark.parametrize("thread", ["ended", "at work"])
+@pytest.mark.parametrize("engine", ["disposed", "left"])
+def test_a_connection_that_is_closed_and_stopped_at_once_lets_the_process_end(
+    tmp_path: Path, thread: str, engine: str
+) -> None:
+    """No task waits for a thread that has ended, and no thread calls a loop that has: nothing hangs or is printed."""
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, thread, engine]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == ("False\n" if engine == "disposed" else "")
