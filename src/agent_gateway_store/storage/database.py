@@ -305,8 +305,8 @@ class Database:
     async def close(self) -> None:
         """Refuse new uses, let those under way end, and close the connections if they are ours.
 
-        Safe to call twice. It waits five seconds at most for those under way, and ends streams that wait for their
-        consumer.
+        Safe to call twice. It waits five seconds at most for those under way, on SQLite five more for statements of
+        tasks that were cancelled, and ends streams that wait for their consumer.
         """
         if self._replica is not None:
             await self._replica.close()
