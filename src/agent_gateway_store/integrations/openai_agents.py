@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
 
@@ -24,14 +25,18 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 
 try:
-    from agents import FunctionTool, RunContextWrapper, RunState
+    from agents import FunctionTool, RunContextWrapper, RunState, ToolOriginType
     from agents.tool import (
+        get_function_tool_origin,
         maybe_invoke_function_tool_failure_error_function,
         set_function_tool_failure_error_function,
     )
     from agents.tool_context import ToolContext
 except ImportError as exc:
     raise MissingExtraError("agent_gateway_store.integrations.openai_agents", extra="openai-agents") from exc
+
+if TYPE_CHECKING:
+    from agents.mcp import MCPServer, MCPToolCustomDataContext
 
 __all__ = ["CallGuard", "GatewayTools", "Verdict"]
 
@@ -43,6 +48,8 @@ _UNREADABLE = (
     "The arguments are not a JSON object with each name once, so the call was not run: "
     "call again with arguments of the schema."
 )
+# The contexts of calls that an MCP server answered with an error, within one call: a tool may make others.
+_mcp_errors: ContextVar[list[object] | None] = ContextVar("_mcp_errors", default=None)
 
 
 class GatewayTools:
@@ -63,17 +70,34 @@ class GatewayTools:
         self._judged: TTLCache[str, ReleasedCall | CallRefusedError] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
         self._tools: dict[str, FunctionTool] = {}
 
-    def wrap(self, *tools: FunctionTool) -> list[Any]:
+    def wrap(self, *tools: FunctionTool, mcp_servers: Iterable[MCPServer] = ()) -> list[Any]:
         """Return the tools as an agent takes them; their own `needs_approval` gives way to the policy.
+
+        Args:
+            tools: Function tools, those of MCP servers among them (`MCPUtil.get_all_function_tools`).
+            mcp_servers: The servers of those. Each one's `custom_data_extractor` is wrapped, since only it sees whether
+                an answer is an error.
 
         Raises:
             TypeError: One is no function tool, so it runs where nobody can judge it.
-            ValueError: Two different tools have one name, so an approval would release either.
+            ValueError: Two different tools have one name, so an approval would release either; or one is a tool of an
+                MCP server, and no server is given.
         """
+        servers = list(mcp_servers)
+        for server in servers:
+            before = getattr(server, "custom_data_extractor", None)
+            if not isinstance(before, _Extractor):
+                server.custom_data_extractor = _Extractor(before)
         for tool in tools:
             if not isinstance(tool, FunctionTool):
                 raise TypeError(
                     f"A {type(tool).__name__} runs where the gateway cannot judge it: wrap function tools only."
+                )
+            origin = get_function_tool_origin(tool)
+            if origin is not None and origin.type is ToolOriginType.MCP and not servers:
+                raise ValueError(
+                    f"{tool.qualified_name} is a tool of an MCP server, whose errors would pass for successes: "
+                    "give wrap the server, too, as mcp_servers=[server]."
                 )
             known = self._tools.setdefault(tool.qualified_name, tool)
             if _code(known) != _code(tool):
@@ -152,8 +176,13 @@ class GatewayTools:
                 return str(exc)
             if isinstance(judged, CallRefusedError):
                 return str(judged)
+            errors: list[object] = []
+            _mcp_errors.set(errors)
             try:
-                return await judged.run(lambda: raising.on_invoke_tool(context, given))
+                return await judged.run(
+                    lambda: raising.on_invoke_tool(context, given),
+                    is_error=lambda _: any(each is context for each in errors),
+                )
             except Exception as exc:
                 text = await maybe_invoke_function_tool_failure_error_function(
                     function_tool=tool, context=context, error=exc
@@ -163,6 +192,21 @@ class GatewayTools:
                 return text
 
         return dataclasses.replace(tool, on_invoke_tool=invoke, needs_approval=needs_approval)
+
+
+class _Extractor:
+    """The `custom_data_extractor` of an MCP server: notes errors, which the SDK hands to the model as any content."""
+
+    def __init__(self, before: Callable[[MCPToolCustomDataContext], Any] | None) -> None:
+        self._before = before
+
+    def __call__(
+        self, result: MCPToolCustomDataContext
+    ) -> Awaitable[Mapping[str, Any] | None] | Mapping[str, Any] | None:
+        errors = _mcp_errors.get()
+        if result.is_error and errors is not None:
+            errors.append(result.run_context)
+        return self._before(result) if self._before is not None else None
 
 
 def _code(tool: FunctionTool) -> object:
