@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from agents import Agent as OpenAIAgent
-from agents import RunConfig, RunContextWrapper, Runner
+from agents import (
+    RunConfig,
+    RunContextWrapper,
+    Runner,
+    ToolGuardrailFunctionOutput,
+    ToolInputGuardrailTripwireTriggered,
+    UserError,
+    function_tool,
+    tool_input_guardrail,
+)
 from agents.mcp import MCPServerStdio, MCPToolCustomDataContext, MCPUtil
 from agents.testing import ScriptedModel, assistant_message, function_call
+from cachetools import TTLCache
+from langchain.agents import create_agent
+from langchain.agents.middleware import AgentMiddleware, HumanInTheLoopMiddleware
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, ToolMessage
+from langchain_core.runnables import RunnableLambda
+from langchain_core.tools import tool as langchain_tool
+from langgraph.checkpoint.memory import InMemorySaver
 
-from agent_gateway_store import AuditEvent, CallerIdentity, Decision, GatewayStore, ToolCall, TrustLevel
+from agent_gateway_store import (
+    ApprovalRequest,
+    AuditEvent,
+    CallerIdentity,
+    Decision,
+    GatewayStore,
+    ToolCall,
+    TrustLevel,
+)
+from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations.guard import CallGuard, Verdict
 
@@ -37,6 +64,12 @@ async def store(tmp_path: Path) -> AsyncIterator[GatewayStore]:
 async def events(store: GatewayStore) -> list[AuditEvent]:
     """Oldest first."""
     return list(reversed(await store.audit.list_recent()))
+
+
+async def approve(store: GatewayStore) -> ApprovalRequest:
+    (asked,) = await store.approvals.list_requests("PENDING")
+    await store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    return asked
 
 
 MCP_SERVER = """
@@ -103,3 +136,115 @@ class TestOpenAIAgents:
                 (item,) = [each for each in ended.new_items if each.type == "tool_call_output_item"]
                 assert (item.output["text"], item.custom_data) == (said, {"seen": name})
         assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR", "SUCCESS"]
+
+    @pytest.mark.parametrize("name", ["free_delete", "delete"])
+    @pytest.mark.parametrize("ending", ["reject_content", "raise_exception", "error"])
+    async def test_a_call_that_a_guardrail_stops_after_its_release_leaves_an_event(
+        self, store: GatewayStore, name: str, ending: str
+    ) -> None:
+        """Allowed by the policy or by a human, it did not run: the log says so, and its approval."""
+        outputs = {
+            "reject_content": lambda: ToolGuardrailFunctionOutput.reject_content("stopped"),
+            "raise_exception": ToolGuardrailFunctionOutput.raise_exception,
+        }
+
+        @tool_input_guardrail
+        def passes(_data: Any) -> ToolGuardrailFunctionOutput:
+            return ToolGuardrailFunctionOutput.allow()
+
+        @tool_input_guardrail
+        def stops(_data: Any) -> ToolGuardrailFunctionOutput:
+            return outputs[ending]()
+
+        @function_tool(name_override=name, tool_input_guardrails=[passes, stops])
+        async def delete(path: str) -> str:
+            raise AssertionError(path)
+
+        gateway = self.gateway(store)
+        agent, given, asked = call_once(gateway.wrap(delete), name), "Go.", None
+        if name == "delete":
+            given = (await run(agent, given)).to_state()
+            asked = await approve(store)
+            assert await gateway.answer(given)
+        if ending == "reject_content":
+            (item,) = [each for each in (await run(agent, given)).new_items if each.type == "tool_call_output_item"]
+            assert item.output == "stopped"
+        else:
+            with pytest.raises(ToolInputGuardrailTripwireTriggered if ending == "raise_exception" else UserError):
+                await run(agent, given)
+
+        last = (await events(store))[-1]
+        assert (last.decision, last.execution_status, last.approval_id) == ("DENY", None, None)
+        assert "not run: an input guardrail of the tool stopped it" in last.deterministic_rationale
+        if asked is not None:
+            assert f"by alice (approval {asked.approval_id})" in last.deterministic_rationale
+            used = await store.approvals.get(approval_id=asked.approval_id)
+            assert (used.status, used.outcome) == ("USED", "NOT_RUN")
+
+    async def test_a_call_that_nothing_runs_after_its_release_leaves_an_event(
+        self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """When the gateway gives it up; a run that was answered, and never begun, is one."""
+        now = 0.0
+        monkeypatch.setattr(for_openai, "TTLCache", partial(TTLCache, timer=lambda: now))
+
+        @function_tool
+        async def delete(path: str) -> str:
+            return path
+
+        gateway = self.gateway(store)
+        agent = call_once(gateway.wrap(delete), "delete")
+        state = (await run(agent)).to_state()
+        asked = await approve(store)
+        assert await gateway.answer(state)
+        now = 61.0
+        assert not await gateway.answer(state)
+
+        (dropped,) = [each for each in await events(store) if each.decision == "DENY"]
+        assert "not run: nothing called it within 60 seconds" in dropped.deterministic_rationale
+        assert (await store.approvals.get(approval_id=asked.approval_id)).outcome == "NOT_RUN"
+
+
+class TestLangChain:
+    """A real graph whose scripted model makes one call."""
+
+    @pytest.mark.parametrize("is_stopped", [True, False])
+    async def test_an_approval_is_used_up_by_a_call_that_runs(self, store: GatewayStore, is_stopped: bool) -> None:
+        """And not by one that another middleware stops between the answer and the run."""
+        ran: list[str] = []
+
+        @langchain_tool
+        async def delete(path: str) -> str:
+            """Delete."""
+            ran.append(path)
+            return "deleted"
+
+        class Scripted(GenericFakeChatModel):
+            def bind_tools(self, *_args: Any, **_options: Any) -> Any:
+                call = AIMessage("", tool_calls=[{"name": "delete", "args": {"path": "a.txt"}, "id": "c-1"}])
+                return RunnableLambda(lambda seen: AIMessage("end") if isinstance(seen[-1], ToolMessage) else call)
+
+        class Stop(AgentMiddleware[Any, Any]):
+            async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
+                return ToolMessage("stopped", tool_call_id="c-1") if is_stopped else await handler(request)
+
+        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
+        agent: Any = create_agent(
+            Scripted(messages=iter(())),
+            [delete],
+            middleware=[HumanInTheLoopMiddleware({"delete": True}), Stop(), gateway],
+            checkpointer=InMemorySaver(),
+        )
+        thread: Any = {"configurable": {"thread_id": "t-1"}}
+        state = await agent.ainvoke({"messages": [("user", "go")]}, thread)
+        assert await gateway.answer(state, CALLER) is None
+        asked = await approve(store)
+        command = await gateway.answer(state, CALLER)
+        # Answered again, it is the same answer.
+        assert await gateway.answer(state, CALLER) == command
+        await agent.ainvoke(command, thread)
+
+        stands = await store.approvals.get(approval_id=asked.approval_id)
+        assert (stands.status, stands.outcome) == (("APPROVED", None) if is_stopped else ("USED", "SUCCESS"))
+        assert ran == ([] if is_stopped else ["a.txt"])
+        assert len(await events(store)) == 2 - is_stopped

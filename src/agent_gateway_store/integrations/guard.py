@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import anyio
 from pydantic import Field
@@ -31,6 +31,7 @@ T = TypeVar("T")
 _LAST_WRITE_S = 5.0
 AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
 _GONE = "The caller went away while the call waited for a human, so it was not run."
+_NOT_RUN = "NOT_RUN"
 BROKEN = "The gateway failed, so the call was not run: tell its operator."
 _logger = logging.getLogger("agent_gateway_store.integrations")
 
@@ -141,9 +142,26 @@ class ReleasedCall:
                     outcome.execution_status = ExecutionStatus.TOOL_ERROR
                 return result
         finally:
-            if approval_id is not None:
-                ended = outcome.execution_status if outcome is not None else None
-                await finish(store.approvals.record_outcome(approval_id=approval_id, outcome=str(ended or "NOT_RUN")))
+            ended = outcome.execution_status if outcome is not None else None
+            await self._record_outcome(approval_id, str(ended or _NOT_RUN))
+
+    async def drop(self, reason: str) -> None:
+        """Record that the call does not run after all, and the `reason`; once, and nothing if it ran."""
+        if self._was_run:
+            return
+        self._was_run = True
+        event = dict(self._event)
+        approval_id, approver_id = event.pop("approval_id", None), event.pop("approver_id", None)
+        by = f" by {word(approver_id)} (approval {approval_id})" if approval_id is not None else ""
+        text = f"The call was released{by}, and not run: {reason}"
+        try:
+            await finish(_record(self._store, self._call, self._caller, Decision.DENY, text, event))
+        finally:
+            await self._record_outcome(approval_id, _NOT_RUN)
+
+    async def _record_outcome(self, approval_id: UUID | None, outcome: str) -> None:
+        if approval_id is not None:
+            await finish(self._store.approvals.record_outcome(approval_id=approval_id, outcome=outcome))
 
 
 class CallGuard:

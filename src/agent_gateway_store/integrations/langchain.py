@@ -16,7 +16,6 @@ from agent_gateway_store.integrations.guard import (
     CallGuard,
     CallPendingError,
     CallRefusedError,
-    ReleasedCall,
     Verdict,
     approval_of,
 )
@@ -42,9 +41,9 @@ T = TypeVar("T")
 _Key: TypeAlias = "tuple[str | None, str, str]"
 
 # The graph is invoked right after the answer; a model may be asked before the tool runs.
-_RELEASED_S = 60.0
-# Chosen: far more calls than one process releases side by side. One that falls out is asked for anew.
-_RELEASED_CALLS = 10_000
+_ANSWERED_S = 60.0
+# Chosen: far more calls than one process answers side by side. One that falls out is asked for anew.
+_ANSWERED_CALLS = 10_000
 _INTERRUPTED = (
     "The tool interrupted the graph to ask something of its own, which it cannot once a human has approved it: "
     "tell its operator."
@@ -100,7 +99,8 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
             raise ValueError(f'on_pending must be "interrupt" or "return", not {on_pending!r}.')
         self._guard, self._identify, self._server = guard, identify, server
         self._interrupts = on_pending == "interrupt"
-        self._released: TTLCache[_Key, list[ReleasedCall]] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
+        # What binds the approval of each action that was answered, and whose call has not come yet.
+        self._answered: TTLCache[_Key, list[str]] = TTLCache(_ANSWERED_CALLS, ttl=_ANSWERED_S)
 
     async def awrap_tool_call(
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]]
@@ -137,7 +137,7 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         call = ToolCall(server=self._server, tool=tool, arguments=arguments)
         while True:
             try:
-                released = self._take_released(_key(call, caller)) or await self._guard.release(call, caller)
+                released = await self._guard.release(call, caller, bind=self._take_bind(_key(call, caller)))
                 if released.is_approved and self._interrupts:
                     _take_answers()
                 return await released.run(
@@ -150,19 +150,18 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
                 # the call is asked for once more.
                 interrupt({**exc.facts, "tool": call.tool})
 
-    def _take_released(self, key: _Key) -> ReleasedCall | None:
-        released = self._released.pop(key, [])
-        first = released.pop(0) if released else None
-        if released:
-            self._released[key] = released
-        return first
+    def _take_bind(self, key: _Key) -> str:
+        binds = self._answered.pop(key, [""])
+        if len(binds) > 1:
+            self._answered[key] = binds[1:]
+        return binds[0]
 
     async def answer(self, state: Mapping[str, Any], caller: CallerIdentity) -> Command[Any] | None:
         """Answer the interrupts of `HumanInTheLoopMiddleware`, or of that form, by what humans decide in the store.
 
-        Each action is asked for once, in whatever process. No approval is used up while one is undecided. Invoke the
-        graph by the command at once, in this process: what is approved runs by this middleware, which records it. A
-        node of your own runs it by `run`.
+        Each action is asked for once, in whatever process. An approval is used up when its call runs. Invoke the graph
+        by the command at once, in this process: what is approved runs by this middleware, which records it. A node of
+        your own runs it by `run`.
 
         Args:
             state: What `ainvoke` returned, with its interrupts. Those of another form are left.
@@ -194,22 +193,25 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
                 approval = await self._guard.ask(call, caller, request_id=f"{bind[:32]}-{attempt}", bind=bind)
             except CallRefusedError as exc:
                 return _Action(call, bind, None, str(exc))
-            # Used up by an answer that the graph never got: never twice, so a human is asked again.
+            # Used up by a run whose end the graph never got: never twice, so a human is asked again.
             if approval is None or approval.status is not ApprovalStatus.USED:
                 break
         return _Action(call, bind, approval)
 
     async def _decide(self, action: _Action, caller: CallerIdentity) -> dict[str, Any]:
-        """Release one action, or refuse it; all of its interrupt are decided."""
+        """Answer one action; all of its interrupt are decided."""
         text, approval = action.refusal, action.approval
         try:
             if approval is not None and approval.status is not ApprovalStatus.APPROVED:
                 text = await self._guard.refuse(action.call, caller, approval)
             elif not text:
-                released = await self._guard.release(action.call, caller, bind=action.bind)
+                if approval is None:
+                    # For its refusal, if the policy denies it. Nothing is spent: it is released anew when it runs.
+                    await self._guard.release(action.call, caller, bind=action.bind)
                 key = _key(action.call, caller)
+                others = [each for each in self._answered.get(key, ()) if each != action.bind]
                 # Set anew, so that the time of all of them begins now.
-                self._released[key] = [*self._released.get(key, ()), released]
+                self._answered[key] = [*others, action.bind]
         except (CallPendingError, CallRefusedError) as exc:
             text = str(exc)
         return {"type": "reject", "message": text} if text else {"type": "approve"}

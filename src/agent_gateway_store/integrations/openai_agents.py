@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
@@ -25,7 +26,15 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 
 try:
-    from agents import FunctionTool, RunContextWrapper, RunState, ToolOriginType
+    from agents import (
+        FunctionTool,
+        RunContextWrapper,
+        RunState,
+        ToolGuardrailFunctionOutput,
+        ToolInputGuardrail,
+        ToolInputGuardrailData,
+        ToolOriginType,
+    )
     from agents.tool import (
         get_function_tool_origin,
         maybe_invoke_function_tool_failure_error_function,
@@ -68,6 +77,7 @@ class GatewayTools:
     def __init__(self, guard: CallGuard, identify: Callable[[Any], CallerIdentity], *, server: str = "agent") -> None:
         self._guard, self._identify, self._server = guard, identify, server
         self._judged: TTLCache[str, ReleasedCall | CallRefusedError] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
+        self._late: list[ReleasedCall | CallRefusedError] = []
         self._tools: dict[str, FunctionTool] = {}
 
     def wrap(self, *tools: FunctionTool, mcp_servers: Iterable[MCPServer] = ()) -> list[Any]:
@@ -141,20 +151,44 @@ class GatewayTools:
         """Return the call if it may run, or why not. Asked again, the SDK must not spend a second approval."""
         if arguments is None:
             return CallRefusedError(_UNREADABLE)
-        caller = self._identify(context)
-        call = ToolCall(server=self._server, tool=name, arguments=arguments)
-        key = json.dumps([caller.org_id, caller.caller_id, name, call_id, arguments], sort_keys=True)
-        judged = self._judged.get(key)
+        caller, call = self._identify(context), ToolCall(server=self._server, tool=name, arguments=arguments)
+        key = _key(caller, call, call_id)
+        await self._drop_late()
+        judged = self._judged.pop(key, None)
         if judged is None:
             try:
                 judged = await self._guard.release(call, caller)
             except CallRefusedError as exc:
                 judged = exc
-        if is_taken:
-            self._judged.pop(key, None)
-        else:
+        if not is_taken:
+            # First, or setting one would forget them.
+            self._late += [each for _, each in self._judged.expire()]
             self._judged[key] = judged
         return judged
+
+    async def _drop_late(self) -> None:
+        self._late += [each for _, each in self._judged.expire()]
+        while self._late:
+            await _drop(self._late.pop(), f"nothing called it within {_RELEASED_S:g} seconds.")
+
+    def _watched(self, name: str, guardrail: ToolInputGuardrail[Any]) -> ToolInputGuardrail[Any]:
+        """Return `guardrail`; what it stops was released before, so it is recorded here."""
+
+        @wraps(guardrail.guardrail_function)
+        async def run(data: ToolInputGuardrailData) -> ToolGuardrailFunctionOutput:
+            is_passed = False
+            try:
+                output = await guardrail.run(data)
+                is_passed = output.behavior["type"] == "allow"
+            finally:
+                arguments = None if is_passed else _read(data.context.tool_arguments)
+                if arguments is not None:
+                    call = ToolCall(server=self._server, tool=name, arguments=arguments)
+                    key = _key(self._identify(data.context.context), call, data.context.tool_call_id)
+                    await _drop(self._judged.pop(key, None), "an input guardrail of the tool stopped it.")
+            return output
+
+        return ToolInputGuardrail(guardrail_function=run, name=guardrail.name)
 
     def _wrapped(self, tool: FunctionTool) -> FunctionTool:
         # As text for the model, which the SDK makes of it, an error would pass for a success.
@@ -191,7 +225,10 @@ class GatewayTools:
                     raise
                 return text
 
-        return dataclasses.replace(tool, on_invoke_tool=invoke, needs_approval=needs_approval)
+        guardrails = [self._watched(tool.qualified_name, each) for each in tool.tool_input_guardrails or ()]
+        return dataclasses.replace(
+            tool, on_invoke_tool=invoke, needs_approval=needs_approval, tool_input_guardrails=guardrails or None
+        )
 
 
 class _Extractor:
@@ -207,6 +244,16 @@ class _Extractor:
         if result.is_error and errors is not None:
             errors.append(result.run_context)
         return self._before(result) if self._before is not None else None
+
+
+def _key(caller: CallerIdentity, call: ToolCall, call_id: str) -> str:
+    return json.dumps([caller.org_id, caller.caller_id, call.tool, call_id, call.arguments], sort_keys=True)
+
+
+async def _drop(judged: ReleasedCall | CallRefusedError | None, reason: str) -> None:
+    # A refusal is recorded already.
+    if isinstance(judged, ReleasedCall):
+        await judged.drop(reason)
 
 
 def _code(tool: FunctionTool) -> object:
