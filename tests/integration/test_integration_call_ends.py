@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
@@ -16,6 +17,7 @@ from agents import (
     Runner,
     ToolGuardrailFunctionOutput,
     ToolInputGuardrailTripwireTriggered,
+    ToolTimeoutError,
     UserError,
     function_tool,
     tool_input_guardrail,
@@ -203,6 +205,53 @@ class TestOpenAIAgents:
         (dropped,) = [each for each in await events(store) if each.decision == "DENY"]
         assert "not run: nothing called it within 60 seconds" in dropped.deterministic_rationale
         assert (await store.approvals.get(approval_id=asked.approval_id)).outcome == "NOT_RUN"
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({}, "Tool 'free_slow' timed out after 0.05 seconds."),
+            ({"timeout_error_function": lambda _context, error: f"after {error.timeout_seconds}"}, "after 0.05"),
+            ({"timeout_behavior": "raise_exception"}, None),
+        ],
+    )
+    async def test_the_timeout_of_a_tool_is_recorded_as_one(
+        self, store: GatewayStore, options: dict[str, Any], said: str | None
+    ) -> None:
+        """And the SDK does about it what it did."""
+
+        @function_tool(name_override="free_slow", timeout=0.05, **options)
+        async def slow(path: str) -> str:
+            await asyncio.sleep(30)
+            return path
+
+        agent = call_once(self.gateway(store).wrap(slow), "free_slow")
+        if said is None:
+            with pytest.raises(ToolTimeoutError):
+                await run(agent)
+        else:
+            (item,) = [each for each in (await run(agent)).new_items if each.type == "tool_call_output_item"]
+            assert item.output == said
+        assert [each.execution_status for each in await events(store)] == ["TIMEOUT"]
+
+    async def test_a_run_that_is_cancelled_before_the_timeout_is_recorded_as_cancelled(
+        self, store: GatewayStore
+    ) -> None:
+        begun = asyncio.Event()
+
+        @function_tool(name_override="free_slow", timeout=60)
+        async def slow(path: str) -> str:
+            begun.set()
+            await asyncio.sleep(30)
+            return path
+
+        running = asyncio.create_task(run(call_once(self.gateway(store).wrap(slow), "free_slow")))
+        await begun.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        while not (found := await events(store)):
+            await asyncio.sleep(0.01)
+        assert [each.execution_status for each in found] == ["CANCELLED"]
 
 
 class TestLangChain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager
-from agent_gateway_store.audit.calls import argument_names, shown_arguments
+from agent_gateway_store.audit.calls import argument_names, shown_arguments, status_of
 from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import Decision, ExecutionStatus
@@ -32,6 +33,8 @@ _LAST_WRITE_S = 5.0
 AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
 _GONE = "The caller went away while the call waited for a human, so it was not run."
 _NOT_RUN = "NOT_RUN"
+# The timers of uvloop have whole milliseconds.
+_TICK_S = 0.001
 BROKEN = "The gateway failed, so the call was not run: tell its operator."
 _logger = logging.getLogger("agent_gateway_store.integrations")
 
@@ -119,12 +122,19 @@ class ReleasedCall:
         """Whether a human approved it."""
         return "approval_id" in self._event
 
-    async def run(self, tool: Callable[[], Awaitable[T]], *, is_error: Callable[[T], bool] | None = None) -> T:
+    async def run(
+        self,
+        tool: Callable[[], Awaitable[T]],
+        *,
+        is_error: Callable[[T], bool] | None = None,
+        deadline: float = math.inf,
+    ) -> T:
         """Run `tool`, and return or raise what comes of it.
 
         Args:
             tool: Runs the call.
             is_error: Whether a framework returned that in place of an error.
+            deadline: By the clock of the event loop; a call that its framework cancels from then on is a TIMEOUT.
 
         Raises:
             CallRefusedError: It ran before.
@@ -137,7 +147,13 @@ class ReleasedCall:
         try:
             recording = store.audit.call(self._call, self._caller, decision=decision, rationale=reason, **self._event)
             async with recording as outcome:
-                result = await tool()
+                try:
+                    result = await tool()
+                except BaseException as exc:
+                    is_late = asyncio.get_running_loop().time() >= deadline - _TICK_S
+                    if is_late and status_of(exc) is ExecutionStatus.CANCELLED:
+                        outcome.execution_status = ExecutionStatus.TIMEOUT
+                    raise
                 if is_error is not None and is_error(result):
                     outcome.execution_status = ExecutionStatus.TOOL_ERROR
                 return result

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import wraps
@@ -201,7 +203,12 @@ class GatewayTools:
                 return True
             return False
 
-        async def invoke(context: ToolContext[Any], given: str) -> Any:
+        def invoke(context: ToolContext[Any], given: str) -> Awaitable[Any]:
+            # Now, and not when the coroutine begins: in between, the SDK starts the clock by which it will cancel it.
+            timeout_s = math.inf if tool.timeout_seconds is None else tool.timeout_seconds
+            return run(context, given, deadline=asyncio.get_running_loop().time() + timeout_s)
+
+        async def run(context: ToolContext[Any], given: str, *, deadline: float) -> Any:
             try:
                 judged = await self._judge(
                     tool.qualified_name, context.context, _read(given), context.tool_call_id, is_taken=True
@@ -216,6 +223,7 @@ class GatewayTools:
                 return await judged.run(
                     lambda: raising.on_invoke_tool(context, given),
                     is_error=lambda _: any(each is context for each in errors),
+                    deadline=deadline,
                 )
             except Exception as exc:
                 text = await maybe_invoke_function_tool_failure_error_function(
