@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import describe
@@ -24,6 +24,9 @@ from agent_gateway_store.storage.filters import searched_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+CheckedRow: TypeAlias = tuple[int, str, str | None]
+"""Of an archived event: position, leaf as hex digits, and where it was erased the hash of what is left."""
 
 # Chosen: with rows of 5 kB about 50 MB.
 _BATCH_ROWS = 10_000
@@ -131,8 +134,8 @@ class ArchiveWalk:
         self.files = self.events = self.erased = 0
         self.findings: list[Finding] = []
 
-    def checked_rows(self) -> Iterator[list[tuple[int, str, str | None]]]:
-        """Yield batches of what fits: position, leaf as hex digits, and of an erased event the hash of what is left."""
+    def checked_rows(self) -> Iterator[list[CheckedRow]]:
+        """Yield batches of what fits."""
         try:
             self.manifest.read()
         except ArchiveError as exc:
@@ -149,14 +152,14 @@ class ArchiveWalk:
             if entry.kind == "events":
                 yield from self._rows_of(entry)
 
-    def _rows_of(self, entry: Entry) -> Iterator[list[tuple[int, str, str | None]]]:
+    def _rows_of(self, entry: Entry) -> Iterator[list[CheckedRow]]:
         try:
             yield from self._fitting_rows_of(entry)
         except Exception as exc:
             # What a file can be made to hold and is no archive of events: every error means the same.
             self._note(FindingKind.ALTERED, f"{entry.file} holds no events: {describe(exc)}.")
 
-    def _fitting_rows_of(self, entry: Entry) -> Iterator[list[tuple[int, str, str | None]]]:
+    def _fitting_rows_of(self, entry: Entry) -> Iterator[list[CheckedRow]]:
         from pyarrow import parquet
 
         stamps = arrow_schema_of().field("timestamp").type
@@ -166,44 +169,53 @@ class ArchiveWalk:
         for batch in _scanned(self.manifest.folder / entry.file, list(_NAMES), None):
             fitting = []
             for row in rows_of(batch):
-                *event, position, salt, leaf = row
-                positions.append(position)
-                if (found := self._checked(event, position, salt, leaf)) is not None:
-                    fitting.append(found)
+                positions.append(row[-3])
+                if (found := checked_row(row)) is None:
+                    text = "The archived event, or its leaf, is not what was sealed."
+                    self._note(FindingKind.ALTERED, text, position=row[-3], event_id=row[0], request_id=row[1])
+                    continue
+                fitting.append(found)
+                self.events += found[2] is None
+                self.erased += found[2] is not None
             yield fitting
         if runs_of(positions) != entry.positions or len(positions) != entry.count:
             self._note(FindingKind.MISSING, f"{entry.file} does not hold the positions that the manifest names.")
-
-    def _checked(
-        self, event: list[Any], position: int, salt: str | None, leaf: str
-    ) -> tuple[int, str, str | None] | None:
-        try:
-            content = hash_of_stored(stored_form(event)[1:])
-        except Exception:
-            # What a file can be made to hold and is no event: every error means the same.
-            content = ""
-        # 0.1.0 wrote an empty text in place of no salt, from SQLite.
-        if not salt and event[_CONTENT_HASH] is None:
-            self.erased += 1
-            return position, leaf, content
-        if event[_CONTENT_HASH] == content and salt and leaf_of(salt, content) == leaf:
-            self.events += 1
-            return position, leaf, None
-        self._note(
-            FindingKind.ALTERED,
-            "The archived event, or its leaf, is not what was sealed.",
-            position=position,
-            event_id=event[0],
-            request_id=event[1],
-        )
-        return None
 
     def _note(self, kind: FindingKind, text: str, **where: Any) -> None:
         self.findings.append(Finding(kind=kind, text=text, **where))
 
 
-def rows_of(batch: pa.RecordBatch) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of a batch as tuples."""
+def checked_row(row: Sequence[Any]) -> CheckedRow | None:
+    """Recompute the hashes of a row with `COLUMNS`; None if they are not those of its event."""
+    *event, position, salt, leaf = row
+    try:
+        content = hash_of_stored(stored_form(event)[1:])
+    except Exception:
+        # What a file can be made to hold and is no event: every error means the same.
+        content = ""
+    # 0.1.0 wrote an empty text in place of no salt, from SQLite.
+    if not salt and event[_CONTENT_HASH] is None:
+        return position, leaf, content
+    fits = content and event[_CONTENT_HASH] == content and salt and _leaf_of(salt, content) == leaf
+    return (position, leaf, None) if fits else None
+
+
+def _leaf_of(salt: str, content: str) -> str | None:
+    try:
+        return leaf_of(salt, content)
+    except ValueError:
+        # A file can be made to hold a salt of other characters.
+        return None
+
+
+def archived_rows(folder: Path, entry: Entry, keep: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of one file, with `COLUMNS`, for which a condition of pyarrow holds."""
+    for batch in _scanned(folder / entry.file, list(_NAMES), keep):
+        yield from rows_of(batch)
+
+
+def rows_of(batch: pa.RecordBatch | pa.Table) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a batch, or of a table, as tuples."""
     return zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 

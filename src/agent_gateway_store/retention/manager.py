@@ -104,7 +104,8 @@ class RetentionManager:
             progress: True shows a progress bar; a function is called with the events pruned so far.
 
         Raises:
-            ArchiveError: The folder is not an archive of this log, or a file of it is not what was written.
+            ArchiveError: The folder is not an archive of this log, or a file of it is not what was written; or it holds
+                other events at these positions, as after a restore. Nothing of the batch is pruned.
             LogMismatchError: The log does not agree with its last checkpoint.
             MissingExtraError: `archive`, and pyarrow is not installed.
             OSError: The folder cannot be written. The events are in the table.

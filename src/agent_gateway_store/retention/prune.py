@@ -34,7 +34,7 @@ from agent_gateway_store.archive.manifest import Manifest, Positions, runs_of
 from agent_gateway_store.audit.doors import PRUNE, is_door, write_door
 from agent_gateway_store.audit.selects import finite_timestamp, select_events, table
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import ArchiveError, LogMismatchError, StoreUnavailableError
+from agent_gateway_store.errors import LogMismatchError, StoreUnavailableError
 from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.models.evidence import AuditLeaf
@@ -42,6 +42,7 @@ from agent_gateway_store.models.retention import AuditPrune, Hold
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column
 from agent_gateway_store.retention.holds import is_held, lock_holds, read_holds
+from agent_gateway_store.retention.ownership import require_held, require_own_archive
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
 from agent_gateway_store.storage.database import Database
@@ -160,7 +161,7 @@ class Pruner:
         """Note that a run began; make the archive, or remove what a killed run has left in it."""
         if self._manifest is not None:
             await in_thread(self._manifest.open)
-            await self._require_own_archive()
+            await require_own_archive(self._database, self._manifest)
         folder = None if self._archive is None else str(self._archive.absolute())
         values = {"pruned_by": self._by, "pruned_before": self._before, "archive": folder, "events": 0}
         async with self._database.write() as connection:
@@ -275,6 +276,8 @@ class Pruner:
             again = Positions([[each, each] for each, is_there in zip(positions, archived, strict=True) if is_there])
             holding = [entry for entry in entries if again.meets(entry.positions)]
             await in_thread(lambda: files.require_intact(manifest.folder, holding))
+            repeated = events.filter(arrow().array(archived))
+            await in_thread(lambda: require_held(manifest, holding, repeated))
             events = events.filter(arrow().array([not each for each in archived]))
         if not events.num_rows:
             return 0
@@ -327,21 +330,6 @@ class Pruner:
             if known:
                 values[run.last_transaction_id] = _larger(self._database.dialect, run.last_transaction_id, max(known))
             await connection.execute(update(_prunes).where(run.id == self._run_id).values(values))
-
-    async def _require_own_archive(self) -> None:
-        """Raise ArchiveError if the archive is that of another log."""
-        assert self._manifest is not None  # noqa: S101
-        notes = (entry.checkpoint for entry in self._manifest.of_kind("events"))
-        origins = {note.partition("\n")[0] for note in notes if note}
-        async with self._database.read() as connection:
-            found = await connection.execute(text("SELECT DISTINCT origin FROM audit_checkpoints"))
-            own = set(found.scalars())
-        if foreign := sorted(origins - own):
-            raise ArchiveError(
-                f"{self._manifest.folder} is the archive of {', '.join(foreign)}, and this log is "
-                f"{', '.join(sorted(own))}: choose another folder.",
-                file=self._manifest.path.name,
-            )
 
 
 def _sealed() -> Any:
