@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from archive_helpers import entries_of, rewritten, save, with_column
+from pyarrow import parquet
 from sqlalchemy import text
 
-from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store import GatewayStore, StoreSettings, clock
 from agent_gateway_store.archive import Archive
-from agent_gateway_store.errors import ArchiveError
-from builders import make_event
+from agent_gateway_store.errors import ArchiveError, EventHeldError
+from agent_gateway_store.retention import approvals
+from builders import make_event, make_request
 from tampering import tamper
 
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
@@ -109,3 +113,114 @@ async def test_what_the_archive_only_says_it_holds_stays_in_the_table(
         await store.retention.prune(BEFORE, by="ops", archive=archive)
 
     assert [each for each in await request_ids(store) if each in SECOND[:3]] == SECOND[:3]
+
+
+async def sealed(store: GatewayStore) -> list[Any]:
+    """What an erasure changes in the log."""
+    async with store.database.read() as connection:
+        found = await connection.execute(text("SELECT position, salt, leaf_hash FROM audit_leaves ORDER BY position"))
+        return [tuple(row) for row in found]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.*")}
+
+
+async def refuse_erasure(store: GatewayStore, request_id: str, folder: Path, match: str) -> None:
+    """Require that the archive is refused, and that nothing was announced or changed."""
+    before = await sealed(store), files_of(folder)
+    with pytest.raises(ArchiveError, match=match):
+        await store.retention.erase(request_id, reason="r", by="dpo", archive=folder)
+    assert (await sealed(store), files_of(folder)) == before
+    assert [event async for event in store.audit.stream(tool_name="audit.erase")] == []
+
+
+async def test_events_of_before_a_restore_are_not_erased_as_others(restored: GatewayStore, archive: Path) -> None:
+    """Otherwise the salt of the event that has the position now would go, and the log would look altered."""
+    await refuse_erasure(restored, "first-1", archive, "restored from a backup")
+    assert (await restored.evidence.verify()).ok
+    assert (await restored.retention.erase("second-1", reason="r", by="dpo", archive=archive)).position == 1
+    assert "first-1" in {event.request_id for event in Archive(archive).events()}
+
+
+async def test_nothing_is_taken_from_the_archive_of_another_log(store: GatewayStore, archive: Path) -> None:
+    """An erasure and a prune of approvals refuse it, as a prune does."""
+    await tamper(store.database.engine, "UPDATE audit_checkpoints SET origin = 'log.example/other'")
+    await refuse_erasure(store, "first-1", archive, "archive of agent-gateway-store")
+    before = files_of(archive)
+    with pytest.raises(ArchiveError, match="archive of agent-gateway-store"):
+        await store.retention.prune_approvals(BEFORE, by="ops", archive=archive)
+    assert files_of(archive) == before
+
+
+@pytest.mark.parametrize("planted", ["renamed", "blanked"])
+async def test_an_archived_event_that_was_changed_is_not_erased(
+    store: GatewayStore, archive: Path, planted: str
+) -> None:
+    """Under the id of another, also where it looks as if it had been erased: its leaf says that it is neither."""
+    [entry] = entries_of(archive)
+    entry = rewritten(archive, entry, with_column("request_id", ["first-0", "victim", "first-2"]))
+    if planted == "blanked":
+        for name, value in (("salt", None), ("content_hash", None), ("deterministic_rationale", "[ERASED]")):
+            entry = rewritten(archive, entry, with_column(name, [value] * 3))
+    save(archive, [entry])
+    await refuse_erasure(store, "victim", archive, "choose another folder")
+
+
+async def test_only_the_event_itself_is_blanked_in_the_archive(store: GatewayStore, archive: Path) -> None:
+    """Each time that it is there, and no other one that stands at its position."""
+    [entry] = entries_of(archive)
+
+    def more(table: pa.Table) -> pa.Table:
+        other = with_column("leaf_hash", ["0" * 64])(with_column("request_id", ["other"])(table.slice(1, 1)))
+        return pa.concat_tables([table, table.slice(1, 1), other])
+
+    save(archive, [rewritten(archive, entry, more)])
+    await store.retention.erase("first-1", reason="r", by="dpo", archive=archive)
+    [entry] = entries_of(archive)[1:]
+    rows = parquet.ParquetFile(archive / entry.file).read(["request_id", "salt"]).to_pylist()
+    assert [(row["request_id"], row["salt"] is None) for row in rows] == [
+        ("first-0", False), ("first-1", True), ("first-2", False), ("first-1", True), ("other", False)]  # fmt: skip
+
+
+async def test_a_hold_covers_an_archived_event_in_whatever_folder_it_lies(store: GatewayStore, archive: Path) -> None:
+    """Whoever moved its file to the folder of another day has not taken it out of the hold."""
+    [entry] = entries_of(archive)
+    moved = entry.file.replace("2025-03-01", "2031-01-01")
+    save(archive, [rewritten(archive, entry, lambda table: table, file=moved)])
+    await store.retention.hold("case", reason="r", by="c", since=OLD - timedelta(days=1), until=BEFORE)
+    with pytest.raises(EventHeldError, match="case"):
+        await store.retention.erase("first-1", reason="r", by="dpo", archive=archive)
+
+
+async def test_an_approval_that_ended_otherwise_after_a_restore_is_archived_as_it_is(
+    store: GatewayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive holds how it ended before; its id alone does not say that it holds this one."""
+    token = await store.approvals.issue_token(make_request(request_id="r-1"))
+    denied = await store.approvals.deny(token, "alice", "before")
+    clock.move(timedelta(days=200))
+    with monkeypatch.context() as patch:
+        patch.setattr(approvals, "write_door", killed)
+        with pytest.raises(KilledError):
+            await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
+    own = {"id": denied.approval_id.hex if store.database.dialect == "sqlite" else denied.approval_id}
+    async with store.database.write() as connection:
+        after = text("UPDATE approval_votes SET note = 'after' WHERE approval_id = :id")
+        assert (await connection.execute(after, own)).rowcount == 1
+
+    pruned = await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
+
+    assert pruned.approvals == 1
+    files = [path.read_text() for path in (tmp_path / "a").glob("approvals-*.jsonl")]
+    votes = [vote["note"] for lines in files for line in lines.splitlines() for vote in json.loads(line)["votes"]]
+    assert sorted(votes) == ["after", "before"]
+
+
+class KilledError(Exception):
+    """Stands for the end of a process."""
+
+
+async def killed(*_given: Any, **_options: Any) -> int:
+    """Die before anything is deleted."""
+    raise KilledError

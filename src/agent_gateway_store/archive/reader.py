@@ -96,9 +96,16 @@ class Archive:
         )
 
     def batches(
-        self, filters: Mapping[str, Any], columns: Sequence[str], keep: Any = None
+        self, filters: Mapping[str, Any], columns: Sequence[str], keep: Any = None, *, trusts_days: bool = True
     ) -> Iterator[tuple[Entry, pa.RecordBatch]]:
-        """Yield the rows that match, with these columns, each event once; `keep`: one more condition of pyarrow."""
+        """Yield the rows that match, with these columns, each event once.
+
+        Args:
+            filters: As of `events`.
+            columns: Their names.
+            keep: One more condition of pyarrow.
+            trusts_days: False opens each file, whichever day its folder says that it is of.
+        """
         arrow("Reading an archive")
         condition, exact = _condition(filters)
         if keep is not None:
@@ -108,7 +115,7 @@ class Archive:
         repeated = _repeated(entries)
         needed = dict.fromkeys([*columns, *(["risk_labels"] if exact else []), *(["position"] if repeated else [])])
         for number, entry in enumerate(entries):
-            if not _may_hold(entry, filters):
+            if trusts_days and not _may_hold(entry, filters):
                 continue
             known = None
             if entry.file in repeated:

@@ -22,6 +22,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.retention import PrunedApprovals
 from agent_gateway_store.retention.holds import require_archive
+from agent_gateway_store.retention.ownership import require_own_archive
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
@@ -59,15 +60,21 @@ class ApprovalPruner:
         if (manifest := self._manifest) is None:
             return PrunedApprovals()
         await in_thread(manifest.open)
+        await require_own_archive(self._database, manifest)
         finished = PrunedApprovals()
         for entry in reversed(manifest.of_kind("approvals")):
             records = await in_thread(partial(read_approvals, manifest, entry))
-            archived = [UUID(record["approval"]["approval_id"]) for record in records]
+            archived = {UUID(record["approval"]["approval_id"]): record for record in records}
             async with self._database.read() as connection:
-                left = select(_approvals.c.approval_id).where(
-                    _approvals.c.approval_id.in_(archived), _is_over(db_now())
-                )
-                ids = (await connection.execute(left)).scalars().all()
+                left = select(_approvals).where(_approvals.c.approval_id.in_(archived), _is_over(db_now()))
+                found = {row["approval_id"]: _plain(row) for row in (await connection.execute(left)).mappings()}
+                votes = await _of(connection, _votes, list(found))
+            # After a restore, another decision may have been made since.
+            ids = [
+                each
+                for each, row in found.items()
+                if archived[each]["approval"].items() <= row.items() and archived[each]["votes"] == votes.get(each, [])
+            ]
             if ids:
                 finished += await self._delete(ids, 0)
             # A file that takes the place of another one was written by an erasure.

@@ -38,6 +38,7 @@ from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import Erased, Hold
 from agent_gateway_store.retention.holds import covers, lock_holds, read_holds
+from agent_gateway_store.retention.ownership import require_own_archive, require_own_events
 from agent_gateway_store.retention.prune import archived_columns, seal_event
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import in_thread
@@ -163,7 +164,11 @@ class Eraser:
         await self._forget_all(own)
         if manifest is not None:
             # Last: an id that holds a hash goes with it, by which a run after a kill finds what is left to do.
-            blank = {each.position: _archived_values(each.blank()) for each in targets if each.archived}
+            blank = {
+                (each.position, each.values["leaf_hash"]): _archived_values(each.blank())
+                for each in targets
+                if each.archived
+            }
             await in_thread(lambda: rewrite_events(manifest, blank))
         newest = max(targets, key=lambda each: each.position)
         return Erased(
@@ -186,6 +191,7 @@ class Eraser:
         if self._manifest is not None:
             folder = self._manifest.folder
             await in_thread(self._manifest.open)
+            await require_own_archive(self._database, self._manifest)
             found += [
                 _Target(values, archived=True) for values in await in_thread(lambda: _archived(folder, request_id))
             ]
@@ -196,6 +202,9 @@ class Eraser:
         if len(organisations := sorted({each.values["org_id"] for each in calls})) > 1:
             names = ", ".join(map(code_text, organisations))
             raise ValueError(f"Events of {names} have this request id: use `store.for_org(...)` (`--org`) for one.")
+        if self._manifest is not None:
+            rows = [[each.values[name] for name in _NAMES] for each in calls if each.archived]
+            await require_own_events(self._database, self._manifest, rows)
         return calls
 
     async def _require_unheld(self, connection: AsyncConnection, touched: _Touched, holds: Sequence[Hold]) -> None:
@@ -287,7 +296,11 @@ def _archived(folder: Path, request_id: str) -> list[dict[str, Any]]:
 
 def _holds_of_archived(folder: Path, holds: Sequence[Hold], touched: _Touched) -> list[str]:
     keep = touched.in_archive()
-    return [hold.name for hold in holds if any(Archive(folder).batches(hold.filters, ("position",), keep))]
+    return [
+        hold.name
+        for hold in holds
+        if any(Archive(folder).batches(hold.filters, ("position",), keep, trusts_days=False))
+    ]
 
 
 def _archived_approvals(manifest: Manifest, cited: Collection[str], request_id: str, org_id: str) -> dict[UUID, str]:

@@ -222,7 +222,7 @@ class RetentionManager:
                 with it and are held.
 
         Raises:
-            ArchiveError: A file of the archive is not what was written.
+            ArchiveError: As of `prune`. Nothing is erased.
             AuditEventNotFoundError: There is no such event.
             EventHeldError: A hold covers it, or another event of an approval that would go with it.
             StoreUnavailableError: The database or Redis is away, or this role may not do it.
@@ -285,7 +285,7 @@ class RetentionManager:
             below_floor: True also takes approvals younger than AUDIT_RETENTION_FLOOR_DAYS.
 
         Raises:
-            ArchiveError: The folder is no archive, or a file of it is not what was written.
+            ArchiveError: The folder is not an archive of this log, or a file of it is not what was written.
             OSError: The folder cannot be written.
             StoreUnavailableError: The database is away, or this role may not delete.
             ValueError: As of `prune`; or `discard`, while a hold is in force and events were archived, since it may

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from agent_gateway_store.archive.manifest import NAME, Entry, Manifest
 from agent_gateway_store.archive.reader import archived_rows, checked_row, rows_of
 from agent_gateway_store.errors import ArchiveError
+from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.storage.database import Database
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 
 
 async def require_own_archive(database: Database, manifest: Manifest) -> None:
@@ -48,6 +51,23 @@ def require_held(manifest: Manifest, entries: Sequence[Entry], events: pa.Table)
                 del wanted[position]
     if wanted:
         raise _of_another(manifest, min(wanted))
+
+
+async def require_own_events(database: Database, manifest: Manifest, rows: Sequence[Sequence[Any]]) -> None:
+    """Raise ArchiveError unless each archived event, as a row of a file, is what this log has sealed at its position.
+
+    A blanked one, unless this log has erased the event at its position.
+    """
+    checked = [(row[-3], checked_row(row)) for row in rows]
+    own = select(_leaves.c.position, _leaves.c.leaf_hash, _leaves.c.salt)
+    async with database.read() as connection:
+        found = await connection.execute(own.where(_leaves.c.position.in_([position for position, _ in checked])))
+        sealed = {row.position: row for row in found}
+    for position, row in checked:
+        leaf = sealed.get(position)
+        # An erasure forgets the salt in the table before it blanks the archive.
+        if row is None or leaf is None or leaf.leaf_hash.hex() != row[1] or (row[2] is not None and leaf.salt):
+            raise _of_another(manifest, position)
 
 
 def _of_another(manifest: Manifest, position: int) -> ArchiveError:
