@@ -30,6 +30,9 @@ EVENT_COLUMNS = tuple(
 COLUMNS = (*EVENT_COLUMNS, Column("position", "integer"), Column("salt", "text"), Column("leaf_hash", "text"))
 """Those of an event, its position in the log, and salt and leaf as hex digits."""
 
+DAY = "%Y-%m-%d"
+"""How the day of a file is written, in the name of its folder."""
+
 # Chosen: readers skip whole groups, and a group is in memory while it is read.
 _GROUP_ROWS = 10_000
 # As long as the salts of the leaves: nobody guesses 128 bits.
@@ -50,7 +53,7 @@ def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) ->
     """
     import pyarrow.compute as pc
 
-    days = pc.run_end_encode(pc.strftime(table.column("timestamp"), format="%Y-%m-%d").combine_chunks())
+    days = pc.run_end_encode(pc.strftime(table.column("timestamp"), format=DAY).combine_chunks())
     entries, start = [], 0
     for day, end in zip(days.values.to_pylist(), days.run_ends.to_pylist(), strict=True):
         entries.append(write_day(manifest, day, table.slice(start, end - start), checkpoint))

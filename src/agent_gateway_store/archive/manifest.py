@@ -16,7 +16,7 @@ from agent_gateway_store.storage.files import create_file, create_folder, sync
 
 NAME = "manifest.jsonl"
 SCHEMA_VERSION = 1
-"""Grows when a column of the files changes its meaning, or goes."""
+"""Grows when a column of the files changes its meaning, comes or goes."""
 
 Runs: TypeAlias = list[list[int]]
 """Positions, as the first and the last of each run of neighbours, in order."""
@@ -62,6 +62,10 @@ class Entry:
             raise ValueError("a later version wrote it")
         if not isinstance(said["file"], str) or not said["file"].isprintable():
             raise ValueError("it names no file")
+        if said["kind"] not in ("events", "approvals"):
+            raise ValueError("it names no kind of file")
+        if type(said["schema_version"]) is not int or said["schema_version"] != SCHEMA_VERSION:
+            raise ValueError("another version wrote it")
         if not all(len(run) == 2 and all(type(end) is int for end in run) for run in said["positions"]):
             raise ValueError("it names no positions")
         return cls(**said)

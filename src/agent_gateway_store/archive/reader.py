@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from os import PathLike
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import describe
-from agent_gateway_store.archive.files import COLUMNS, EVENT_COLUMNS, leaf_of, require_intact
+from agent_gateway_store.archive.files import COLUMNS, DAY, EVENT_COLUMNS, leaf_of, require_intact
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
 from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.filters import Filters, criteria
@@ -19,7 +20,7 @@ from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.evidence import Finding, FindingKind
 from agent_gateway_store.models.retention import ArchiveVerification
-from agent_gateway_store.results.arrow import arrow, conform
+from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
 from agent_gateway_store.storage.filters import searched_text
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ CheckedRow: TypeAlias = tuple[int, str, str | None]
 
 # Chosen: with rows of 5 kB about 50 MB.
 _BATCH_ROWS = 10_000
+_FILES = {
+    "events": re.compile(r"day=([0-9-]+)/[0-9]+-[0-9a-f]+\.parquet"),
+    "approvals": re.compile(r"approvals-([0-9-]+)-[0-9a-f]+\.jsonl"),
+}
 _NAMES = tuple(column.name for column in COLUMNS)
 _EVENT_NAMES = tuple(column.name for column in EVENT_COLUMNS)
 _TIMESTAMP, _CONTENT_HASH = map(FIELDS.index, ("timestamp", "content_hash"))
@@ -54,7 +59,8 @@ class Archive:
             filters: As of `store.audit.search`.
 
         Raises:
-            ArchiveError: The folder is no archive, or a line of its manifest is not what was written.
+            ArchiveError: The folder is no archive, a line of its manifest is not what was written, or a file has other
+                columns.
             MissingExtraError: pyarrow is not installed.
             TypeError: There is no such filter.
             ValueError: There is no such value.
@@ -66,7 +72,7 @@ class Archive:
         """Return the events that match as one table, with the columns of `store.audit.to_arrow`; see `events`."""
         pa = arrow()
         tables = [pa.Table.from_batches([batch]) for _, batch in self.batches(filters, _EVENT_NAMES)]
-        return conform(pa.concat_tables(tables) if tables else arrow_schema_of().empty_table(), AuditEvent)
+        return conform(pa.concat_tables(tables) if tables else arrow_schema(EVENT_COLUMNS).empty_table(), AuditEvent)
 
     def verify(self) -> ArchiveVerification:
         """Recompute every hash: of the manifest, of the files, and of each event from its columns, with its leaf.
@@ -147,7 +153,11 @@ class ArchiveWalk:
             self.manifest.read()
         except ArchiveError as exc:
             self._note(FindingKind.ALTERED, str(exc))
+        for file in sorted(_repeated(self.manifest.of_kind("events"))):
+            self._note(FindingKind.ALTERED, f"{file} holds an event that another file holds.")
         for entry in self.manifest.entries.values():
+            if not (named := _FILES[entry.kind].fullmatch(entry.file)):
+                self._note(FindingKind.ALTERED, f"{entry.file} is not named as an archive names its files.")
             try:
                 require_intact(self.manifest.folder, [entry])
             except ArchiveError as exc:
@@ -157,24 +167,27 @@ class ArchiveWalk:
                 continue
             self.files += 1
             if entry.kind == "events":
-                yield from self._rows_of(entry)
+                yield from self._rows_of(entry, named and named[1])
 
-    def _rows_of(self, entry: Entry) -> Iterator[list[CheckedRow]]:
+    def _rows_of(self, entry: Entry, day: str | None) -> Iterator[list[CheckedRow]]:
         try:
-            yield from self._fitting_rows_of(entry)
+            yield from self._fitting_rows_of(entry, day)
+        except ArchiveError as exc:
+            self._note(FindingKind.ALTERED, str(exc))
         except Exception as exc:
             # What a file can be made to hold and is no archive of events: every error means the same.
             self._note(FindingKind.ALTERED, f"{entry.file} holds no events: {describe(exc)}.")
 
-    def _fitting_rows_of(self, entry: Entry) -> Iterator[list[CheckedRow]]:
-        from pyarrow import parquet
+    def _fitting_rows_of(self, entry: Entry, day: str | None) -> Iterator[list[CheckedRow]]:
+        import pyarrow.compute as pc
 
-        stamps = arrow_schema_of().field("timestamp").type
-        if parquet.read_schema(self.manifest.folder / entry.file).field("timestamp").type != stamps:
-            raise ValueError("its times are of another type")
         positions: list[int] = []
+        others = 0
         for batch in _scanned(self.manifest.folder / entry.file, list(_NAMES), None):
             fitting = []
+            if day is not None:
+                days = pc.strftime(batch.column("timestamp"), format=DAY)
+                others += pc.sum(pc.not_equal(days, day)).as_py() or 0
             for row in rows_of(batch):
                 positions.append(row[-3])
                 if (found := checked_row(row)) is None:
@@ -185,6 +198,10 @@ class ArchiveWalk:
                 self.events += found[2] is None
                 self.erased += found[2] is not None
             yield fitting
+        if others:
+            self._note(FindingKind.ALTERED, f"{entry.file} holds {others:,} events of another day.")
+        if len(set(positions)) != len(positions):
+            self._note(FindingKind.ALTERED, f"{entry.file} holds an event more than once.")
         if runs_of(positions) != entry.positions or len(positions) != entry.count:
             self._note(FindingKind.MISSING, f"{entry.file} does not hold the positions that the manifest names.")
 
@@ -226,13 +243,6 @@ def rows_of(batch: pa.RecordBatch | pa.Table) -> Iterator[tuple[Any, ...]]:
     return zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
-def arrow_schema_of() -> Any:
-    """Return the Arrow schema of the events in the files."""
-    from agent_gateway_store.results.arrow import arrow_schema
-
-    return arrow_schema(EVENT_COLUMNS)
-
-
 def stored_form(row: Sequence[Any]) -> list[Any]:
     """Return the columns of an event as the drivers give them."""
     values = list(row)
@@ -245,7 +255,11 @@ def _scanned(path: Path, columns: list[str], condition: Any) -> Iterator[pa.Reco
     from pyarrow import dataset
 
     # Without partitions: the column `day` of the folder's name is no column of an event. Threads would read ahead.
-    scanned = dataset.dataset(path, format="parquet", partitioning=None).scanner(
+    found = dataset.dataset(path, format="parquet", partitioning=None)
+    # Other readers take each column that there is, also one in whose name only a letter is larger.
+    if not found.schema.equals(arrow_schema(COLUMNS)):
+        raise ArchiveError(f"{path} has other columns than an archive: restore it from a backup.", file=path.name)
+    scanned = found.scanner(
         columns=columns, filter=condition, batch_size=_BATCH_ROWS, batch_readahead=1, use_threads=False
     )
     for batch in scanned.to_batches():

@@ -1,0 +1,97 @@
+"""What whoever can write to an archive changes in it, the manifest with it, is found."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from archive_helpers import entries_of, rewritten, save, with_column
+
+from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.archive import Archive
+from agent_gateway_store.archive.manifest import Entry
+from agent_gateway_store.models.evidence import FindingKind
+from builders import make_event
+
+OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
+BEFORE = OLD + timedelta(days=60)
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[GatewayStore]:
+    """An open store that seals when it is told to."""
+    settings = StoreSettings(audit_seal_seconds=0)
+    async with GatewayStore(database_url, redis_url="", settings=settings) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def archive(store: GatewayStore, tmp_path: Path) -> Path:
+    """An archive of four events in two files."""
+    days = [OLD, OLD, OLD + timedelta(days=1), OLD + timedelta(days=1)]
+    await store.audit.write_many([make_event(request_id=f"r-{n}", timestamp=day) for n, day in enumerate(days)])
+    await store.audit.write(make_event(request_id="newest"))
+    await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+    await store.evidence.seal()
+    return tmp_path / "a"
+
+
+def other_rows(change: Callable[[pa.Table], pa.Table], **said: Any) -> Callable[[Path, Entry], list[Entry]]:
+    return lambda folder, entry: [rewritten(folder, entry, change, **said)]
+
+
+def named(name: Callable[[str], str], **said: Any) -> Callable[[Path, Entry], list[Entry]]:
+    return lambda folder, entry: [rewritten(folder, entry, lambda table: table, file=name(entry.file), **said)]
+
+
+def copied(folder: Path, entry: Entry) -> list[Entry]:
+    """List a second file of the same events."""
+    path = folder / entry.file.replace(".parquet", "0.parquet")
+    path.write_bytes((folder / entry.file).read_bytes())
+    return [entry, replace(entry, file=path.relative_to(folder).as_posix())]
+
+
+def with_more(name: str) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.add_column(0, name, pa.array(["ALLOW"] * table.num_rows))
+
+
+def text_of(name: str) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: with_column(name, list(map(str, table.column(name).to_pylist())), pa.string())(table)
+
+
+CHANGES: dict[str, tuple[Callable[[Path, Entry], list[Entry]], str]] = {
+    "doubled rows": (other_rows(lambda table: pa.concat_tables([table] * 3)), "an event more than once"),
+    "listed copy": (copied, "that another file holds"),
+    "other day": (named(lambda file: file.replace("2025-03-01", "2031-01-01")), "2 events of another day"),
+    "no day": (named(lambda file: file.removeprefix("day=")), "is not named as"),
+    "hidden": (named(lambda file: file.replace("/", "/.")), "is not named as"),
+    "other kind": (named(lambda file: file, kind="approvals", positions=[]), "is not named as"),
+    "more columns": (other_rows(with_more("Decision")), "has other columns"),
+    "other order": (other_rows(lambda table: table.select(table.column_names[::-1])), "has other columns"),
+    "boolean": (other_rows(with_column("latency_ms", [True, True], pa.bool_())), "has other columns"),
+    "text": (other_rows(text_of("position")), "has other columns"),
+    "other version": (lambda _, entry: [replace(entry, schema_version=99)], "another version wrote it"),
+    "true version": (lambda _, entry: [replace(entry, schema_version=True)], "another version wrote it"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+async def test_what_is_changed_with_the_manifest_is_found(store: GatewayStore, archive: Path, name: str) -> None:
+    """By the archive alone, and against the log: rows, names, columns, versions."""
+    change, words = CHANGES[name]
+    first, *others = entries_of(archive)
+    assert Archive(archive).verify().ok
+    assert (await store.evidence.verify(archive=archive)).ok
+    save(archive, [*change(archive, first), *others])
+
+    alone, found = Archive(archive).verify(), await store.evidence.verify(archive=archive)
+
+    for verified in (alone, found):
+        assert not verified.ok
+        assert any(words in each.text for each in verified.findings), verified.findings
+        assert {each.kind for each in verified.findings} <= {FindingKind.ALTERED, FindingKind.MISSING}
