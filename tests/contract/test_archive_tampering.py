@@ -15,6 +15,7 @@ from archive_helpers import entries_of, rewritten, save, with_column
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.archive import Archive
 from agent_gateway_store.archive.manifest import Entry
+from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.evidence import FindingKind
 from builders import make_event
 
@@ -80,6 +81,23 @@ CHANGES: dict[str, tuple[Callable[[Path, Entry], list[Entry]], str]] = {
 }
 
 
+def looped(folder: Path, entry: Entry) -> list[Entry]:
+    """Put a link to itself in the place of a file."""
+    path = folder / entry.file
+    path.unlink()
+    path.symlink_to(path.name)
+    return [entry]
+
+
+CHANGES |= {
+    "loop": (looped, "cannot be read"),
+    "long name": (lambda _, entry: [replace(entry, file="day=2025-03-01/" + "a" * 5000)], "cannot be read"),
+} | {
+    f"{name} {value}": (lambda _, entry, said={name: value}: [replace(entry, **said)], "of another type")
+    for name, value in (("checkpoint", 5), ("replaces", ["x"]), ("sha256", None), ("count", None), ("count", True))
+}
+
+
 @pytest.mark.parametrize("name", CHANGES)
 async def test_what_is_changed_with_the_manifest_is_found(store: GatewayStore, archive: Path, name: str) -> None:
     """By the archive alone, and against the log: rows, names, columns, versions."""
@@ -95,3 +113,20 @@ async def test_what_is_changed_with_the_manifest_is_found(store: GatewayStore, a
         assert not verified.ok
         assert any(words in each.text for each in verified.findings), verified.findings
         assert {each.kind for each in verified.findings} <= {FindingKind.ALTERED, FindingKind.MISSING}
+
+
+@pytest.mark.parametrize("name", ["more columns", "boolean", "other version", "loop", "long name", "checkpoint 5"])
+async def test_it_ends_a_command_that_reads_it_in_one_sentence(store: GatewayStore, archive: Path, name: str) -> None:
+    """Nothing is pruned, and nothing is erased."""
+    change, _ = CHANGES[name]
+    entries = entries_of(archive)
+    save(archive, [replace(each, positions=[[0, 10**6]]) for each in [*change(archive, entries[0]), *entries[1:]]])
+    await store.audit.write_many([make_event(request_id="more", timestamp=OLD), make_event(request_id="newest-2")])
+
+    with pytest.raises(ArchiveError):
+        await store.retention.prune(BEFORE, by="ops", archive=archive)
+    with pytest.raises(ArchiveError):
+        await store.retention.erase("r-0", reason="r", by="dpo", archive=archive)
+
+    assert await store.audit.get_by_request_id("more") is not None
+    assert [event async for event in store.audit.stream(tool_name="audit.erase")] == []

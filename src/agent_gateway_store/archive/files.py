@@ -117,12 +117,14 @@ def require_intact(folder: Path, entries: Iterable[Entry]) -> None:
     """Raise ArchiveError unless each file is what was written."""
     for entry in entries:
         path = folder / entry.file
-        if not path.resolve().is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
-            raise ArchiveError(f"{path} is no file of this archive.", file=entry.file)
         try:
+            if not path.resolve().is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
+                raise ArchiveError(f"{path} is no file of this archive.", file=entry.file)
             digest = sha256_of(path)
-        except OSError as exc:
-            raise ArchiveError(f"{folder / entry.file} cannot be read: {exc.strerror}.", file=entry.file) from exc
+        except (OSError, RuntimeError) as exc:
+            # Up to Python 3.12, a link to itself is a RuntimeError.
+            why = exc.strerror if isinstance(exc, OSError) else exc
+            raise ArchiveError(f"{path} cannot be read: {why}.", file=entry.file) from exc
         if digest != entry.sha256:
             raise ArchiveError(
                 f"{folder / entry.file} is not what was written: restore it from a backup.", file=entry.file

@@ -62,6 +62,9 @@ class Entry:
             raise ValueError("a later version wrote it")
         if not isinstance(said["file"], str) or not said["file"].isprintable():
             raise ValueError("it names no file")
+        optional = [said[name] for name in ("checkpoint", "replaces") if said[name] is not None]
+        if not all(isinstance(each, str) for each in (said["sha256"], *optional)) or type(said["count"]) is not int:
+            raise ValueError("a value is of another type")
         if said["kind"] not in ("events", "approvals"):
             raise ValueError("it names no kind of file")
         if type(said["schema_version"]) is not int or said["schema_version"] != SCHEMA_VERSION:

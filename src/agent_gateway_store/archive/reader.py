@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -161,7 +162,8 @@ class ArchiveWalk:
             try:
                 require_intact(self.manifest.folder, [entry])
             except ArchiveError as exc:
-                is_there = (self.manifest.folder / entry.file).exists()
+                # Not `exists`, which raises for a name that is too long.
+                is_there = os.path.lexists(self.manifest.folder / entry.file)
                 kind = FindingKind.ALTERED if is_there else FindingKind.MISSING
                 self._note(kind, str(exc), position=entry.positions[0][0] if entry.positions else None)
                 continue
@@ -255,7 +257,10 @@ def _scanned(path: Path, columns: list[str], condition: Any) -> Iterator[pa.Reco
     from pyarrow import dataset
 
     # Without partitions: the column `day` of the folder's name is no column of an event. Threads would read ahead.
-    found = dataset.dataset(path, format="parquet", partitioning=None)
+    try:
+        found = dataset.dataset(path, format="parquet", partitioning=None)
+    except (OSError, ValueError) as exc:
+        raise ArchiveError(f"{path} cannot be read: restore it from a backup.", file=path.name) from exc
     # Other readers take each column that there is, also one in whose name only a letter is larger.
     if not found.schema.equals(arrow_schema(COLUMNS)):
         raise ArchiveError(f"{path} has other columns than an archive: restore it from a backup.", file=path.name)
