@@ -45,6 +45,12 @@ def is_door(*tools: str) -> ColumnElement[bool]:
     return and_(*fixed, or_(*(table.c.tool_name == tool for tool in tools or DOOR_TOOLS)))
 
 
+def names_door(values: Mapping[str, Any], *tools: str) -> bool:
+    """True if these columns of an event, as it was read, are those of a door: the database may call others equal."""
+    fixed = all(values[name] == value for name, value in DOOR_FIELDS.items())
+    return fixed and values["tool_name"] in (tools or DOOR_TOOLS)
+
+
 async def write_door(
     connection: AsyncConnection,
     tool: str,

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
 
-from agent_gateway_store.audit.doors import ERASE, PRUNE, is_door
+from agent_gateway_store.audit.doors import ERASE, PRUNE, is_door, names_door
 from agent_gateway_store.audit.selects import FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.archived import read_archives
@@ -177,10 +177,11 @@ async def _read_doors(reader: Snapshot, size: int) -> Doors:
     doors = Doors()
     for row in await reader.fetched(_DOORS, {"p_size": size}):
         position, _, salt, leaf = row[-4:]
-        content = hash_of_row(row)
-        if salt is not None and content and row[CONTENT_HASH] == content and leaf_hash(salt, content) == leaf:
-            said = json.loads(row[FIELDS.index("sanitized_args")])
-            doors.add(row[FIELDS.index("tool_name")], said if isinstance(said, dict) else {}, position)
+        content, event = hash_of_row(row), dict(zip(FIELDS, row, strict=False))
+        is_whole = bool(content) and row[CONTENT_HASH] == content and type(salt) is bytes
+        if is_whole and leaf_hash(salt, content) == leaf and names_door(event, PRUNE, ERASE):
+            said = json.loads(event["sanitized_args"])
+            doors.add(event["tool_name"], said if isinstance(said, dict) else {}, position)
     return doors
 
 

@@ -19,7 +19,7 @@ from agent_gateway_store.archive.files import COLUMNS, Record, read_approvals, r
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.document import hash_of_stored
-from agent_gateway_store.audit.doors import DOOR_FIELDS, DOOR_TOOLS, ERASE, is_door, write_door
+from agent_gateway_store.audit.doors import ERASE, is_door, names_door, write_door
 from agent_gateway_store.audit.erased import (
     BLANK,
     BLANK_APPROVAL,
@@ -73,8 +73,7 @@ class _Target(NamedTuple):
 
     @property
     def is_door(self) -> bool:
-        fixed = all(self.values[name] == value for name, value in DOOR_FIELDS.items())
-        return fixed and self.values["tool_name"] in DOOR_TOOLS
+        return names_door(self.values)
 
     def blank(self) -> dict[str, Any]:
         """Return what is left, as the drivers give it."""

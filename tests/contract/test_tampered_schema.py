@@ -1,0 +1,87 @@
+"""Whoever owns the database changes what its names and operators mean: `verify` is not told otherwise by them."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+
+from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.audit.doors import DOOR_FIELDS
+from agent_gateway_store.models.evidence import FindingKind
+from builders import make_event
+from tampering import OFF
+
+SETTINGS = StoreSettings(audit_seal_seconds=0)
+
+# To PostgreSQL the operator that fits the types of column and parameter best, before the one of `pg_catalog`.
+OTHER_EQUALS = """
+CREATE FUNCTION other_equals({kind}, varchar) RETURNS bool LANGUAGE sql AS $$
+    SELECT lower(btrim($1::text)) OPERATOR(pg_catalog.=) lower($2::text)
+$$;
+CREATE OPERATOR = (LEFTARG = {kind}, RIGHTARG = varchar, FUNCTION = other_equals);
+"""
+# Fields of a door in other letters: an event of a call, as anybody may write it.
+IN_OTHER_LETTERS = DOOR_FIELDS | {"mcp_server": "Gateway-Store", "caller_role": "Operator", "matched_policy_rule": " "}
+
+
+async def run(url: str, *statements: str) -> None:
+    """Run statements as whoever owns the database, whatever triggers say."""
+    address = make_url(url)
+    if address.get_backend_name() == "sqlite":
+        connection = sqlite3.connect(address.database or "", isolation_level=None)
+        for statement in ("INSERT INTO audit_door VALUES (0)", *statements, "DELETE FROM audit_door"):
+            connection.execute(statement)
+        connection.close()
+        return
+    server = await asyncpg.connect(address.set(drivername="postgresql").render_as_string(hide_password=False))
+    for statement in (OFF, *statements):
+        await server.execute(statement)
+    await server.close()
+
+
+def with_other_equality(url: str) -> list[str]:
+    """Return the statements after which texts in other letters are equal."""
+    if not url.startswith("sqlite"):
+        return [OTHER_EQUALS.format(kind=kind) for kind in ("text", "varchar", "name")]
+    changed = "sql"
+    for name, collation in (
+        ("mcp_server", "NOCASE"), ("tool_name", "NOCASE"), ("caller_role", "NOCASE"), ("matched_policy_rule", "RTRIM")
+    ):  # fmt: skip
+        changed = f"replace({changed}, '{name} TEXT', '{name} TEXT COLLATE {collation}')"
+    return [
+        "PRAGMA writable_schema = ON",
+        f"UPDATE sqlite_master SET sql = {changed} WHERE name = 'audit_events'",
+        "PRAGMA writable_schema = RESET",
+    ]
+
+
+async def test_what_the_database_calls_equal_is_no_prune(own_database_url: str) -> None:
+    """Only an event whose fields are those of a prune, letter by letter, says that one was pruned."""
+    async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+        await store.audit.write_many([make_event(request_id=f"r-{number}") for number in range(3)])
+        call = make_event(tool_name="Audit.Prune", sanitized_args={"positions": [[0, 2]]}, **IN_OTHER_LETTERS)
+        await store.audit.write(call)
+        kept = await store.evidence.seal()
+        assert kept is not None
+    deletion = "DELETE FROM audit_events WHERE request_id LIKE 'r-1'"
+    await run(own_database_url, *with_other_equality(own_database_url), deletion)
+
+    async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+        found = await store.evidence.verify(against=[kept])
+    assert [(each.kind, each.position) for each in found.findings] == [(FindingKind.MISSING, 1)]
+
+
+async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
+    """SQLite keeps a salt that is text; the prune does not count then, and `verify` ends."""
+    if not database_url.startswith("sqlite"):
+        pytest.skip("PostgreSQL keeps what a column takes")
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        await store.audit.write(make_event(tool_name="audit.prune", sanitized_args={}, **DOOR_FIELDS))
+        await store.evidence.seal()
+        await run(database_url, "UPDATE audit_leaves SET salt = 'text'")
+
+        found = await store.evidence.verify()
+    assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
