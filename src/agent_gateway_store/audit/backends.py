@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
 import aiosqlite
 import asyncpg
-from sqlalchemy import Text, literal_column, select
+from sqlalchemy import Text, literal, literal_column, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -23,6 +23,7 @@ from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.erased import IS_ERASED, blanked
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.record import EncodedRow, is_same, key_of, mark_of, to_values, with_derived_id
+from agent_gateway_store.audit.selects import JSON_FIELDS
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import dialect_of, read_committed
@@ -101,6 +102,15 @@ async def store_batch(backend: Backend, rows: Sequence[EncodedRow]) -> list[RowR
     return [results[index] for index in range(len(rows))]
 
 
+def json_texts(connection: AsyncConnection, texts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those columns of `texts` for SQLAlchemy that SQLite holds as they are written; of PostgreSQL none.
+
+    The engine may be an application's, whose serializer writes JSON in a form that `evidence verify` does not know.
+    """
+    is_text = dialect_of(connection) == "sqlite"
+    return {name: literal(texts[name], Text()) for name in JSON_FIELDS} if is_text else {}
+
+
 async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOutcome:
     """Insert one row through SQLAlchemy, which works on every connection; does not commit.
 
@@ -109,7 +119,8 @@ async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOut
     """
     insert = postgresql.insert if dialect_of(connection) == "postgresql" else sqlite.insert
     while True:
-        statement = insert(table).values(to_values(row)).on_conflict_do_nothing(index_elements=_KEY)
+        values = to_values(row) | json_texts(connection, dict(zip(COLUMNS, row, strict=True)))
+        statement = insert(table).values(values).on_conflict_do_nothing(index_elements=_KEY)
         if (await connection.execute(statement.returning(table.c.id))).first() is not None:
             return WriteOutcome.STORED
         request_id, org_id = key_of(row)

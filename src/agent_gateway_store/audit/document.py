@@ -29,15 +29,19 @@ scan_json: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["sca
 _text = json.encoder.encode_basestring
 
 
-def exact_float(text: str) -> float:
-    """Return a number of JSON; ValueError for one with more digits than a float has, of which no event holds any."""
+def _written_float(text: str) -> float:
+    """Return a number of JSON; ValueError for one that is not spelled as Python or PostgreSQL spells a float."""
     value = float(text)
-    if Decimal(text) != Decimal(repr(value)):
-        raise ValueError("more digits than a float has")
+    if text not in (repr(value), _without_exponent(value)):
+        raise ValueError("not a float as it is written")
     return value
 
 
-_scan_exactly: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(parse_float=exact_float))["scan_once"]
+def _without_exponent(value: float) -> str:
+    return format(Decimal(repr(value)), "f")
+
+
+_scan_exactly: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(parse_float=_written_float))["scan_once"]
 # The C encoder, which `JSONEncoder.encode` makes anew at each call. Only CPython has it.
 _make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
 _chunks = _make_encoder and _make_encoder(None, str, _text, None, ":", ",", True, False, True)
@@ -103,18 +107,35 @@ _STAMP, _ARGS, _LABELS, _FLAGS, _APPROVAL, _EXTRA = map(
 
 
 def _canonical(text: str) -> str:
-    """Return JSON text as canonical JSON; raises what `json` raises, or ValueError for what would not show in it."""
+    """Return the text of a jsonb, which has one form for each value, as canonical JSON; raises what `json` raises."""
     value, end = _scan_exactly(text, 0)
-    # What follows the value would change the row and not the hash.
-    canonical = encode(value if end == len(text) else json.loads(text))
-    if canonical != text and text.count(":") != canonical.count(":"):
-        raise ValueError("a name stands twice")
+    if end != len(text):
+        raise ValueError("something follows the value")
+    return encode(value)
+
+
+def _canonical_as_written(text: str) -> str:
+    """Do the same for text of any origin; ValueError if nobody writes it so, as it could say more than its hash."""
+    canonical = _canonical(text)
+    # As SQLAlchemy writes it to SQLite, and as PostgreSQL has written it to an archive.
+    if text != canonical and text != json.dumps(value := json.loads(text)) and text != _jsonb(value):
+        raise ValueError("not as it was written")
     return canonical
 
 
+def _jsonb(value: Any) -> str:
+    """Return JSON as PostgreSQL writes a jsonb, its members in the order that they have."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_text(name)}: {_jsonb(member)}' for name, member in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_jsonb, value))}]"
+    return _without_exponent(value) if isinstance(value, float) else encode(value)
+
+
 # Many events have the same labels. Chosen: so many combinations, of so many characters, take a quarter of a megabyte.
-_canonical_labels = lru_cache(512)(_canonical)
-_MAX_KEPT_CHARS = 500
+_KEPT, _MAX_KEPT_CHARS = 512, 500
+_OF_JSONB = _canonical, lru_cache(_KEPT)(_canonical)
+_OF_TEXT = _canonical_as_written, lru_cache(_KEPT)(_canonical_as_written)
 
 
 def _stamp(value: datetime | str) -> str:
@@ -128,22 +149,27 @@ def _stamp(value: datetime | str) -> str:
     return f"{value.isoformat()[:-6]}Z" if value.tzinfo else f"{value.isoformat()}Z"  # type: ignore[union-attr]
 
 
-def hash_of_stored(row: Sequence[Any]) -> str:
+def hash_of_stored(row: Sequence[Any], *, is_jsonb: bool = False) -> str:
     """Return the `content_hash` of an event from its columns as the drivers give them, in the order of `COLUMNS`.
 
     JSON and UUID are text; the time is one of UTC, or text of it. A row that somebody changed past the store, so that
     it is not an event, may raise any error.
+
+    Args:
+        is_jsonb: The JSON comes from columns of that type, which hold it in one form. Other text must have a form that
+            this package, or PostgreSQL, writes.
     """
+    canonical, canonical_labels = _OF_JSONB if is_jsonb else _OF_TEXT
     *values, _ = row
     values[_STAMP] = _stamp(values[_STAMP])
-    values[_ARGS] = _canonical(values[_ARGS])
+    values[_ARGS] = canonical(values[_ARGS])
     # Most of the others are empty.
     if (labels := values[_LABELS]) != "[]":
-        values[_LABELS] = (_canonical_labels if len(labels) < _MAX_KEPT_CHARS else _canonical)(labels)
+        values[_LABELS] = (canonical_labels if len(labels) < _MAX_KEPT_CHARS else canonical)(labels)
     if (extra := values[_EXTRA]) != EMPTY:
-        values[_EXTRA] = _canonical(extra)
+        values[_EXTRA] = canonical(extra)
     if values[_FLAGS] != "[]":
-        flags = json.loads(_canonical(values[_FLAGS]))
+        flags = json.loads(canonical(values[_FLAGS]))
         if not isinstance(flags, list):
             raise ValueError("no flags")
         values[_FLAGS] = encode([RedactionFlag(**flag).__dict__ for flag in flags])

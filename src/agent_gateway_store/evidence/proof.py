@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from hashlib import sha256
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -13,7 +14,7 @@ from pydantic import model_serializer
 from sqlalchemy import BigInteger, Integer, Select, Text, Uuid, bindparam, literal_column, select, true
 
 from agent_gateway_store.approval.queries import ApprovalRef, get
-from agent_gateway_store.audit.document import encode, exact_float
+from agent_gateway_store.audit.document import encode
 from agent_gateway_store.audit.erased import is_blank_approval
 from agent_gateway_store.audit.query import AuditQuery
 from agent_gateway_store.encoding.canonical import members_once
@@ -297,7 +298,7 @@ class _Claim(NamedTuple):
 
 
 def _read_json(text: str) -> _Claim:
-    document = json.loads(text, object_pairs_hook=members_once, parse_float=exact_float, parse_constant=_refuse)
+    document = json.loads(text, object_pairs_hook=members_once, parse_float=_exact_float, parse_constant=_refuse)
     _require(document.keys() == {"format", *Evidence.model_fields} - {"votes"} and document["format"] == _FORMAT)
     position, salt, leaf = document["position"], _bytes(document["salt"]), _bytes(document["leaf_hash"])
     path, note = [_bytes(node) or b"" for node in document["path"]], document["checkpoint"]
@@ -352,6 +353,14 @@ def _content_hash(event: Mapping[str, Any]) -> str:
         document.pop("extra", None)
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return sha256(text.encode()).hexdigest()
+
+
+def _exact_float(text: str) -> float:
+    """Return a number in any spelling; ValueError for one with more digits than a float has, of which none is held."""
+    value = float(text)
+    if Decimal(text) != Decimal(repr(value)):
+        raise ValueError("more digits than a float has")
+    return value
 
 
 def _refuse(constant: str) -> None:

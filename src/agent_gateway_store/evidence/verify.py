@@ -94,8 +94,9 @@ async def verify(
     async with snapshot(database) as reader:
         last = next(iter(await reader.fetched(_LAST)), None)
         size = last[0] if last and type(last[0]) is int else 0
-        doors = await _read_doors(reader, size)
-        walk = LogWalk(size, doors)
+        is_jsonb = database.dialect == "postgresql"
+        doors = await _read_doors(reader, size, is_jsonb=is_jsonb)
+        walk = LogWalk(size, doors, is_jsonb=is_jsonb)
         await _take_tiles(reader, walk)
         walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
         # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
@@ -172,12 +173,12 @@ async def _take_tiles(reader: Snapshot, walk: LogWalk) -> None:
             walk.tiles[level, index] = hashes
 
 
-async def _read_doors(reader: Snapshot, size: int) -> Doors:
+async def _read_doors(reader: Snapshot, size: int, *, is_jsonb: bool) -> Doors:
     """Return what the doors did, as far as the events that say so fit their leaves."""
     doors = Doors()
     for row in await reader.fetched(_DOORS, {"p_size": size}):
         position, _, salt, leaf = row[-4:]
-        content, event = hash_of_row(row), dict(zip(FIELDS, row, strict=False))
+        content, event = hash_of_row(row, is_jsonb=is_jsonb), dict(zip(FIELDS, row, strict=False))
         is_whole = bool(content) and row[CONTENT_HASH] == content and type(salt) is bytes
         if is_whole and leaf_hash(salt, content) == leaf and names_door(event, PRUNE, ERASE):
             said = json.loads(event["sanitized_args"])

@@ -77,10 +77,11 @@ class LogWalk:
     Args:
         size: Of the last checkpoint.
         doors: What may be missing or blanked.
+        is_jsonb: The JSON of the events is that of PostgreSQL.
     """
 
-    def __init__(self, size: int, doors: Doors) -> None:
-        self.size, self.doors = size, doors
+    def __init__(self, size: int, doors: Doors, *, is_jsonb: bool) -> None:
+        self.size, self.doors, self._is_jsonb = size, doors, is_jsonb
         self._gone = Positions(doors.runs)
         self.tiles: dict[tuple[int, int], bytes] = {}
         self.kept: dict[int, list[Root]] = {}
@@ -154,7 +155,7 @@ class LogWalk:
                 text = "The event is gone, and no sealed event says that it was pruned."
                 self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
             return
-        content, written = hash_of_row(row), row[CONTENT_HASH]
+        content, written = hash_of_row(row, is_jsonb=self._is_jsonb), row[CONTENT_HASH]
         if salt is not None and content and written == content and leaf_hash(salt, content) == leaf:
             self.checked += 1
         elif not (salt or written) and content in self.doors.erased.get(position, ()):
@@ -217,10 +218,10 @@ _ID, _REQUEST_ID, CONTENT_HASH = map(FIELDS.index, ("id", "request_id", "content
 _EVENT = slice(1, len(COLUMNS) + 1)
 
 
-def hash_of_row(row: Sequence[Any]) -> str:
+def hash_of_row(row: Sequence[Any], *, is_jsonb: bool) -> str:
     """Return the hash of an event, computed from its columns; "" if they hold none."""
     try:
-        return hash_of_stored(row[_EVENT])
+        return hash_of_stored(row[_EVENT], is_jsonb=is_jsonb)
     except Exception:
         # What a database can be made to hold and is no event: every error means the same.
         return ""

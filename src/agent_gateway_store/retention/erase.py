@@ -18,6 +18,7 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.archive.files import COLUMNS, Record, read_approvals, rewrite_approvals, rewrite_events
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
+from agent_gateway_store.audit.backends import json_texts
 from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.doors import ERASE, is_door, names_door, write_door
 from agent_gateway_store.audit.erased import (
@@ -280,7 +281,8 @@ class Eraser:
             for target in targets:
                 if not target.archived:
                     request_id = target.blank()["request_id"]
-                    values = BLANK | {"request_id": request_id, "content_hash": None}
+                    values = BLANK | json_texts(connection, BLANK_TEXTS)
+                    values |= {"request_id": request_id, "content_hash": None}
                     await connection.execute(update(table).where(table.c.id == target.values["id"]).values(values))
                 unsalted = update(_leaves).where(_leaves.c.position == target.position)
                 await connection.execute(unsalted.values(salt=None))
