@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -10,6 +11,7 @@ from sqlalchemy import make_url
 
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.audit.doors import DOOR_FIELDS
+from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.models.evidence import FindingKind
 from builders import make_event
 from tampering import OFF
@@ -84,3 +86,60 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
 
         found = await store.evidence.verify()
     assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+
+
+VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
+
+
+@pytest.mark.parametrize("name", ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints"])
+async def test_a_view_in_place_of_a_table_is_seen(own_database_url: str, name: str) -> None:
+    """It may show others something else, and this one may have no end: nothing is read from it."""
+    async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+        await store.audit.write(make_event())
+        await store.evidence.seal()
+        await run(own_database_url, *(statement.format(name) for statement in VIEW))
+
+        found = await store.evidence.verify()
+    assert [(each.kind, each.text.partition(".")[0]) for each in found.findings] == [
+        (FindingKind.ALTERED, f"{name} is no table")
+    ]
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+class TestOnPostgres:
+    """Where a role is shown what the server's owner likes."""
+
+    async def test_json_of_another_type_is_seen(self, own_database_url: str) -> None:
+        """The type `json` keeps a name that stands twice."""
+        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write(make_event(sanitized_args={"path": "x"}))
+            await store.evidence.seal()
+            twice = """'{"path": "evil", "path": "x"}'::json"""
+            await run(own_database_url, f"ALTER TABLE audit_events ALTER sanitized_args TYPE json USING {twice}")
+
+            found = await store.evidence.verify()
+        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+        assert "sanitized_args of audit_events is no jsonb" in found.findings[0].text
+
+    @pytest.mark.parametrize("name", ["audit_events", "audit_leaves"])
+    async def test_a_policy_that_hides_rows_is_refused(self, own_database_url: str, name: str) -> None:
+        """In a sentence that says what to do; a role to which no policy applies reads on."""
+        role = f"auditor_{uuid4().hex}"
+        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write(make_event())
+            await store.evidence.seal()
+            await run(
+                own_database_url,
+                f"CREATE ROLE {role} LOGIN",
+                f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}",
+                f"ALTER TABLE {name} ENABLE ROW LEVEL SECURITY",
+                f"CREATE POLICY shown ON {name} FOR SELECT TO {role} USING (true)",
+            )
+            assert (await store.evidence.verify()).ok
+        try:
+            theirs = make_url(own_database_url).set(username=role).render_as_string(hide_password=False)
+            async with GatewayStore(theirs, redis_url="", settings=SETTINGS) as store:
+                with pytest.raises(StoreUnavailableError, match=r"row-level security.*run it as a role to which no"):
+                    await store.evidence.verify()
+        finally:
+            await run(own_database_url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")

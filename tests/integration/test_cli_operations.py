@@ -293,6 +293,17 @@ def test_doctor_finds_a_table_without_statistics_and_a_clock_that_is_wrong(
     assert abs(good.json["database"]["clock_difference_s"]) < 5
 
 
+def test_doctor_names_tables_of_which_policies_hide_rows(migrated_postgres_database: Callable[[], str]) -> None:
+    """Whoever reads there may be shown another log; a policy may be meant, so it is a warning."""
+    url = migrated_postgres_database()
+    servers.run(_execute(url, "ALTER TABLE audit_leaves ENABLE ROW LEVEL SECURITY"))
+
+    outcome = gateway_store("--database-url", url, "doctor", "--json")
+
+    assert outcome.code == 0
+    assert any("Row-level security of audit_leaves" in warning for warning in outcome.json["warnings"])
+
+
 def test_doctor_finds_a_disk_without_room_for_the_spool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found before the outage in which events would be lost."""
     gateway_store("db", "upgrade")

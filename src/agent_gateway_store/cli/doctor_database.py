@@ -34,6 +34,11 @@ WHERE oid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'),
         SELECT FROM pg_stats WHERE tablename = relname AND schemaname = relnamespace::regnamespace::name
     )
 """
+_WITH_POLICIES = """
+SELECT relname FROM pg_class
+WHERE relrowsecurity AND oid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'),
+        to_regclass('audit_tiles'), to_regclass('audit_checkpoints')])
+"""
 # Chosen: a week evens out weekends.
 _GROWTH_DAYS = 7
 _POSTGRES_BYTES = "SELECT pg_total_relation_size('audit_events') + pg_total_relation_size('audit_leaves')"
@@ -75,6 +80,8 @@ async def check_server(report: Report, engine: AsyncEngine, settings: StoreSetti
     if engine.dialect.name == "postgresql":
         async with report.noting_errors():
             await _check_statistics(report, facts, engine)
+        async with report.noting_errors():
+            await _check_policies(report, engine)
     if settings.database_read_url:
         await _check_replica(report, settings.database_read_url, facts["identity"])
 
@@ -147,6 +154,16 @@ async def _check_statistics(report: Report, facts: dict[str, Any], engine: Async
             f"PostgreSQL has no statistics of {', '.join(sorted(found))}, as after a restore, and plans badly: run "
             "`ANALYZE` there, and see that autovacuum is on.",
             ExitCode.ERROR,
+        )
+
+
+async def _check_policies(report: Report, engine: AsyncEngine) -> None:
+    async with examined(engine) as connection:
+        found = (await connection.exec_driver_sql(_WITH_POLICIES)).scalars().all()
+    if found:
+        report.warning(
+            f"Row-level security of {', '.join(sorted(found))} shows a role what its policies let it see: run "
+            "`evidence verify` as a role to which none applies."
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
 
 from agent_gateway_store.audit.doors import ERASE, PRUNE, is_door, names_door
-from agent_gateway_store.audit.selects import FIELDS, select_events, table
+from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.archived import read_archives
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
@@ -27,7 +27,7 @@ from agent_gateway_store.models.evidence import (
     Verification,
 )
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, typed_text
 from agent_gateway_store.storage.streaming import Snapshot, snapshot
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
@@ -71,6 +71,26 @@ _BEYOND = Statement(
 )
 
 
+# A view shows each reader what it likes, and a column of another type keeps JSON as somebody spelled it.
+_TABLES = tuple(each.name for each in (table, _leaves, _tiles, _checkpoints))
+_STRANGE_ON_POSTGRES = f"""
+SELECT name, NULL FROM unnest(ARRAY{[*_TABLES]}) AS name
+WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_class WHERE oid = to_regclass(name) AND relkind IN ('r', 'p'))
+UNION ALL
+SELECT '{table.name}', name FROM unnest(ARRAY{[*JSON_FIELDS]}) AS name
+WHERE NOT EXISTS (
+    SELECT FROM pg_catalog.pg_attribute
+    WHERE attrelid = to_regclass('{table.name}') AND attname = name AND atttypid = to_regtype('pg_catalog.jsonb')
+)
+"""  # noqa: S608  names of our own
+_STRANGE_ON_SQLITE = f"""
+SELECT value, NULL FROM json_each('{json.dumps(_TABLES)}')
+WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'table' AND rootpage > 0)
+    OR EXISTS (SELECT 1 FROM sqlite_temp_master WHERE name = value)
+"""  # noqa: S608  likewise
+_STRANGE = Statement(
+    lambda dialect: typed_text(_STRANGE_ON_POSTGRES if dialect == "postgresql" else _STRANGE_ON_SQLITE, {})
+)
 _STORED_TILES = Statement(select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes))
 _LAST = Statement(select(*_CHECKPOINT).order_by(_checkpoints.c.size.desc()).limit(1))
 _BETWEEN = Statement(
@@ -92,20 +112,12 @@ async def verify(
     verifiers = [VerifierKey.parse(key) for key in keys]
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
-        last = next(iter(await reader.fetched(_LAST)), None)
-        size = last[0] if last and type(last[0]) is int else 0
-        is_jsonb = database.dialect == "postgresql"
-        doors = await _read_doors(reader, size, is_jsonb=is_jsonb)
-        walk = LogWalk(size, doors, is_jsonb=is_jsonb)
-        await _take_tiles(reader, walk)
-        walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
-        # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
-        await asyncio.to_thread(_take_kept, walk, kept, verifiers)
-        _check_last(walk, last, verifiers)
-        await _walk_log(reader, walk, verifiers, report)
-        ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
-        ((unsealed,),) = await reader.fetched(_UNSEALED)
-    walk.finish(beyond)
+        if strange := await reader.fetched(_STRANGE):
+            walk, unsealed = LogWalk(0, Doors(), is_jsonb=False), 0
+            for table_name, column_name in strange:
+                walk.note(FindingKind.ALTERED, _said_of(table_name, column_name))
+        else:
+            walk, unsealed = await _read_log(reader, kept, verifiers, archives, report)
     return Verification(
         ok=not walk.findings,
         size=walk.tree.size,
@@ -118,6 +130,37 @@ async def verify(
         anchored=walk.anchored,
         findings=tuple(walk.findings),
     )
+
+
+def _said_of(table_name: str, column_name: str | None) -> str:
+    if column_name is not None:
+        return f"The column {column_name} of {table_name} is no jsonb, so that it can say more than what was sealed."
+    return f"{table_name} is no table. A view may show others something else, so nothing was read."
+
+
+async def _read_log(
+    reader: Snapshot,
+    kept: Sequence[ParsedNote],
+    verifiers: Sequence[VerifierKey],
+    archives: Iterable[Path],
+    report: Callable[[int], None],
+) -> tuple[LogWalk, int]:
+    """Return what was found on the way through the log, and how many events are not sealed."""
+    last = next(iter(await reader.fetched(_LAST)), None)
+    size = last[0] if last and type(last[0]) is int else 0
+    is_jsonb = reader.dialect.name == "postgresql"
+    doors = await _read_doors(reader, size, is_jsonb=is_jsonb)
+    walk = LogWalk(size, doors, is_jsonb=is_jsonb)
+    await _take_tiles(reader, walk)
+    walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
+    # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
+    await asyncio.to_thread(_take_kept, walk, kept, verifiers)
+    _check_last(walk, last, verifiers)
+    await _walk_log(reader, walk, verifiers, report)
+    ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
+    ((unsealed,),) = await reader.fetched(_UNSEALED)
+    walk.finish(beyond)
+    return walk, unsealed
 
 
 async def _walk_log(

@@ -66,6 +66,10 @@ _HINTS = (
     ("invalidauthorization", "the database refuses the user: create the role or check DATABASE_URL"),
     ("invalidcatalogname", "the database does not exist: create it or check DATABASE_URL"),
     ("readonly", "the database is read-only: check the file's folder or the server's role"),
+    (
+        "affected by row-level security",
+        "a policy of row-level security hides rows from this role: run it as a role to which no policy applies",
+    ),
     ("insufficientprivilege", "the database user may not do this: grant it the right to {object}"),
     ("toomanyconnections", "the database has no connection left: raise max_connections or lower the pool"),
     ("unable to open database file", "the file cannot be opened: check that its folder exists and is writable"),
