@@ -344,6 +344,7 @@ NOT_EVIDENCE = {
     "deep-arguments": json.dumps(PROVED).replace('"ticket": "A-1"', '"ticket": ' + "[" * 5000 + "]" * 5000),
     "endless-number": json.dumps(PROVED).replace('"position": 3', f'"position": {"9" * 10_000}'),
     "infinity": json.dumps(PROVED).replace('"tokens": 12', '"tokens": 1e999'),
+    "beyond-any-exponent": json.dumps(PROVED).replace('"tokens": 12', f'"tokens": 1e{"9" * 20}'),
     "only-the-first-line": "c2sp.org/tlog-proof@v1\n",
     "proof-without-extra": "\n".join(line for line in SOURCES["proof"].split("\n") if not line.startswith("extra")),
     "proof-with-a-leading-zero": SOURCES["proof"].replace("index 3", "index 03"),

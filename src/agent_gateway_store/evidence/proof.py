@@ -89,7 +89,7 @@ _UNPROVED = (
 _PROVED = "The approval and its votes are those that the event names. Its status, use and outcome are not proved."
 _NO_KEY = "Nothing vouches for the checkpoint: no key was given, and whoever made this text can have made it up."
 # What reading hostile JSON into our models may raise.
-_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
 class Evidence(FrozenModel):
