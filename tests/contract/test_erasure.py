@@ -154,7 +154,7 @@ async def test_held_and_open_things_are_not_erased(store: GatewayStore, tmp_path
     await store.approvals.issue_token(make_request(request_id="r-4"))
     await store.audit.write(secret_event(request_id="r-4"))
     with pytest.raises(ValueError, match="still open"):
-        await store.retention.erase("r-4", reason="r", by="dpo")
+        await store.retention.erase("r-4", reason="r", by="dpo", archive=tmp_path / "a")
     assert len([e async for e in store.audit.stream(tool_name="audit.erase")]) == 0
 
 

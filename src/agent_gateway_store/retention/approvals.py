@@ -21,7 +21,7 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.retention import PrunedApprovals
-from agent_gateway_store.retention.holds import require_archive
+from agent_gateway_store.retention.holds import lock_holds, require_archive
 from agent_gateway_store.retention.ownership import require_own_archive
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
@@ -109,7 +109,7 @@ class ApprovalPruner:
     async def _delete(self, ids: Sequence[Any], files: int) -> PrunedApprovals:
         async with self._database.write() as connection:
             if self._manifest is None:
-                await require_archive(connection)
+                await require_archive(connection, await lock_holds(connection))
             own = _notices.c.approval_id.in_(ids), _notices.c.status == "DELIVERED"
             notices = (await connection.execute(select(func.count()).select_from(_notices).where(*own))).scalar_one()
             await connection.execute(delete(_notices).where(*own))

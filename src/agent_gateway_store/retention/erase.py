@@ -38,7 +38,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import Erased, Hold
-from agent_gateway_store.retention.holds import covers, lock_holds, read_holds
+from agent_gateway_store.retention.holds import covers, lock_holds, read_holds, require_archive
 from agent_gateway_store.retention.ownership import require_own_archive, require_own_events
 from agent_gateway_store.retention.prune import archived_columns, seal_event
 from agent_gateway_store.storage.append_only import open_door
@@ -216,6 +216,8 @@ class Eraser:
                 select(table.c.id).where(touched.in_table(), covers(dialect, hold.filters)).limit(1)
             )).first()
         ]  # fmt: skip
+        if touched.approvals and self._manifest is None:
+            await require_archive(connection, holds)
         may_be_archived = touched.approvals or any(each.archived for each in touched.targets)
         if may_be_archived and self._manifest is not None:
             names += await in_thread(partial(_holds_of_archived, self._manifest.folder, holds, touched))

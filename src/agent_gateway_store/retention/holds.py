@@ -88,14 +88,13 @@ async def lock_holds(connection: AsyncConnection) -> list[Hold]:
     return await read_holds(connection)
 
 
-async def require_archive(connection: AsyncConnection) -> None:
-    """Raise ValueError where holds may cover events of an archive, which only its folder can tell."""
+async def require_archive(connection: AsyncConnection, holds: Sequence[Hold]) -> None:
+    """Raise ValueError where one of the holds may cover events of an archive, which only its folder can tell."""
     archived = exists().where(_prunes.c.archive.is_not(None), _prunes.c.events > 0)
-    holds = await lock_holds(connection)
     if holds and (await connection.execute(select(archived))).scalar():
-        names = ", ".join(code_text(hold.name) for hold in holds)
         raise ValueError(
-            f"A hold ({names}) may cover events of the archive, and approvals with them: name it, archive=FOLDER."
+            "A hold may cover events of the archive, and the approvals that they name: give archive=FOLDER "
+            "(`--archive FOLDER`)."
         )
 
 

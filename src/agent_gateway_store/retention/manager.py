@@ -218,15 +218,15 @@ class RetentionManager:
             request_id: Of the event. In several organisations: use a store that is bound to one.
             reason: Why, as the log will say.
             by: Who asks for it.
-            archive: Where pruned events are; None: only the table is looked at, also for events that share an approval
-                with it and are held.
+            archive: Where pruned events are; None: only the table is looked at.
 
         Raises:
             ArchiveError: As of `prune`. Nothing is erased.
             AuditEventNotFoundError: There is no such event.
             EventHeldError: A hold covers it, or another event of an approval that would go with it.
             StoreUnavailableError: The database or Redis is away, or this role may not do it.
-            ValueError: An approval of the request is still open; or several organisations have this id.
+            ValueError: An approval of the request is still open; or several organisations have this id; or it has an
+                approval and no `archive`, while a hold is in force that may cover an archived event of that approval.
         """
         holds.require_named(reason=reason, by=by)
         await self._sealer.seal()
