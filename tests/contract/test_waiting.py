@@ -16,6 +16,7 @@ import redis.asyncio
 from contract_helpers import BOTH, SOON_S, WITH_REDIS, Reads, counted_statements, hears, idle, topics, until
 
 from agent_gateway_store import ApprovalResult, GatewayStore, clock, errors
+from agent_gateway_store.approval import waiting
 from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.store import parts_of
 from builders import make_request
@@ -226,6 +227,20 @@ async def test_a_deadline_that_passes_ends_the_wait(store: GatewayStore) -> None
         result = await store.approvals.wait_for_decision(token, timeout_s=20)
 
     assert result.status == "EXPIRED"
+
+
+@BOTH
+async def test_a_deadline_that_is_over_here_alone_is_not_read_again_and_again(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this machine's clock is hours ahead, the database is asked as often as without messages, or less."""
+    token = await store.approvals.issue_token(make_request())
+    monkeypatch.setattr(waiting, "utc_now", lambda: clock.utc_now() + timedelta(hours=3))
+    reads = Reads(store, monkeypatch)
+    result = await store.approvals.wait_for_decision(token, timeout_s=1.0)
+
+    assert result.status == "PENDING"
+    assert reads.number <= 20
 
 
 @BOTH

@@ -56,6 +56,8 @@ async def until(connection: asyncpg.Connection, condition: str) -> None:
             await asyncio.sleep(0.01)
 
 
+_POLLING = "query LIKE '%advisory_xact_lock%' AND datname = current_database() AND pid <> pg_backend_pid()"
+_HOLDS_SNAPSHOT = "backend_xmin IS NOT NULL AND datname = current_database() AND pid <> pg_backend_pid()"
 _BUILDING = "query LIKE 'CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock' AND datname = current_database()"
 
 
@@ -135,17 +137,23 @@ async def test_a_small_table_keeps_the_one_transaction(url: str, monkeypatch: py
 
 
 async def test_another_migrator_is_waited_for_and_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than a command may take; when the time is up, one sentence says who is in the way."""
+    """Longer than a command may take; when the time is up, one sentence says who is in the way.
+
+    Who waits holds no snapshot meanwhile: a concurrent build of the other one would wait for it.
+    """
     monkeypatch.setattr(database, "_COMMAND_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(migrate, "_POLL_S", 0.001)
     async with engine_of(url) as engine, connected(url) as other:
         await other.execute(f"SELECT pg_advisory_lock({migrate.LOCK_KEY})")
         waiting = asyncio.create_task(migrate.upgrade(engine))
-        await until(other, "wait_event = 'advisory' AND clock_timestamp() - query_start > interval '0.5 seconds'")
+        await until(other, _POLLING)
+        await until(other, f"NOT EXISTS (SELECT FROM pg_stat_activity WHERE {_HOLDS_SNAPSHOT})")
+        await asyncio.sleep(0.5)
         await other.execute(f"SELECT pg_advisory_unlock({migrate.LOCK_KEY})")
         await waiting
         await other.execute(f"SELECT pg_advisory_lock({migrate.LOCK_KEY})")
-        monkeypatch.setattr(migrate, "LIMITS", migrate.LIMITS.replace("60s", "1s"))
-        with pytest.raises(StoreUnavailableError, match="another process has been migrating it for 60 seconds"):
+        monkeypatch.setattr(migrate, "_LOCK_TIMEOUT_S", 1.0)
+        with pytest.raises(StoreUnavailableError, match="another process has been migrating it for 1 seconds"):
             await migrate.downgrade(engine, "base")
 
 

@@ -120,6 +120,6 @@ class Waiting:
 
 
 def _until_deadline(result: ApprovalResult) -> float:
-    if result.expires_at is None:
-        return _POLL_S
-    return max(_AFTER_DEADLINE_S, (result.expires_at - utc_now()).total_seconds() + _AFTER_DEADLINE_S)
+    left = 0.0 if result.expires_at is None else (result.expires_at - utc_now()).total_seconds()
+    # Over by this machine's clock, which is ahead of the database's.
+    return left + _AFTER_DEADLINE_S if left > 0 else _POLL_S

@@ -45,7 +45,8 @@ LIMITS = f"""
 SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{_LOCK_TIMEOUT_S:.0f}s' ELSE '0' END, true) FROM pg_settings
 WHERE name IN ('statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
 """  # noqa: S608
-_INSUFFICIENT_PRIVILEGE, _LOCK_NOT_AVAILABLE = "42501", "55P03"
+_POLL_S = 0.1  # chosen: short beside a migration
+_INSUFFICIENT_PRIVILEGE = "42501"
 _REVISION = re.compile(r'^revision = "(.+)"\ndown_revision = (?:"(.+)"|None)$', re.MULTILINE)
 _alembic = threading.Lock()
 _logger = logging.getLogger("agent_gateway_store.storage")
@@ -245,17 +246,18 @@ async def _unlimited(engine: AsyncEngine, *, in_pool: bool) -> AsyncIterator[Asy
 
 
 async def _take_advisory_lock(connection: AsyncConnection) -> None:
-    try:
-        await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK_KEY})"))
-        # A SELECT keeps its snapshot until the next statement, and a concurrent build would wait for it without end.
-        await connection.execute(text("SET LOCAL lock_timeout = 0"))
-    except DBAPIError as exc:
-        if sqlstate_of(exc) != _LOCK_NOT_AVAILABLE:
-            raise
-        raise StoreUnavailableError(
-            "The database could not be migrated: another process has been migrating it for "
-            f"{_LOCK_TIMEOUT_S:.0f} seconds. Wait until that one ends, then try again."
-        ) from exc
+    # Polled: who waits in a statement keeps a snapshot, and a concurrent build of the holder would wait for its end.
+    deadline = anyio.current_time() + _LOCK_TIMEOUT_S
+    while not (await connection.execute(text(f"SELECT pg_try_advisory_xact_lock({LOCK_KEY})"))).scalar():
+        await connection.rollback()
+        if anyio.current_time() >= deadline:
+            raise StoreUnavailableError(
+                "The database could not be migrated: another process has been migrating it for "
+                f"{_LOCK_TIMEOUT_S:.0f} seconds. Wait until that one ends, then try again."
+            )
+        await anyio.sleep(_POLL_S)
+    # A SELECT keeps its snapshot until the next statement.
+    await connection.execute(text("SET LOCAL lock_timeout = 0"))
 
 
 async def _require_create(connection: AsyncConnection) -> None:
