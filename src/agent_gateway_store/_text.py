@@ -9,10 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
-
-S = TypeVar("S")
+from typing import Any
 
 # Chosen: a few lines of a terminal.
 MAX_ERROR = 500
@@ -210,23 +207,3 @@ def _host_only(url: re.Match[str]) -> str:
         return f"{scheme}***"
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     return f"{scheme}{host}" if rest in (host, f"{host}/") else f"{scheme}{host}/***"
-
-
-def strip_texts(cls: type, values: Any) -> Any:
-    """Return settings without the blanks and line ends around their texts: what is read from a file ends with one."""
-    if not isinstance(values, dict):
-        return values
-    return {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
-
-
-def require_visible(settings: S) -> S:
-    """Return settings in which every text, path and secret can be seen as a whole.
-
-    Raises:
-        ValueError: One holds a line end or the like inside: it would be "set" and never work.
-    """
-    for name, value in vars(settings).items():
-        text = value.get_secret_value() if hasattr(value, "get_secret_value") else value
-        if isinstance(text, str | Path) and not str(text).isprintable():
-            raise ValueError(f"{name} holds a line end or another character that cannot be seen")
-    return settings

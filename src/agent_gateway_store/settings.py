@@ -6,7 +6,7 @@ import os
 import re
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from platformdirs import user_state_path
@@ -18,8 +18,6 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
-
-from agent_gateway_store._text import require_visible, strip_texts
 
 PREFIX = "AGENT_GATEWAY_STORE_"
 
@@ -72,7 +70,30 @@ def _networks(value: str | None) -> str | None:
     return value or None
 
 
-class StoreSettings(BaseSettings):
+class EnvironmentSettings(BaseSettings):
+    """Settings of a store or a plugin, mostly from the environment."""
+
+    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strip_texts(cls, values: Any) -> Any:
+        """Leave out the blanks and line ends around texts: what is read from a file ends with one."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
+
+    @model_validator(mode="after")
+    def _require_visible(self) -> Self:
+        """Refuse a line end or the like inside a text, a path or a secret: it would be "set" and never work."""
+        for name, value in self:
+            text = value.get_secret_value() if hasattr(value, "get_secret_value") else value
+            if isinstance(text, str | Path) and not str(text).isprintable():
+                raise ValueError(f"{name} holds a line end or another character that cannot be seen")
+        return self
+
+
+class StoreSettings(EnvironmentSettings):
     """Settings of a store.
 
     An argument wins over the environment, and there `AGENT_GATEWAY_STORE_NAME` wins over `NAME`. A `.env` file is read
@@ -120,7 +141,7 @@ class StoreSettings(BaseSettings):
         console_require_note: Whether a decision in the console needs a note.
     """
 
-    model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX)
 
     database_url: str = "sqlite+aiosqlite:///gateway.db"
     database_read_url: str | None = None
@@ -162,9 +183,6 @@ class StoreSettings(BaseSettings):
     console_url: Annotated[str | None, AfterValidator(_web_url)] = None
     console_trusted_proxies: Annotated[str | None, AfterValidator(_networks)] = None
     console_require_note: bool = False
-
-    _strip = model_validator(mode="before")(strip_texts)
-    _require_visible = model_validator(mode="after")(require_visible)
 
     @classmethod
     def settings_customise_sources(

@@ -6,13 +6,13 @@ import logging
 from datetime import UTC
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, SecretStr, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BeforeValidator, SecretStr
+from pydantic_settings import NoDecode, SettingsConfigDict
 
-from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
 from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._text import safe_text
+from agent_gateway_store.settings import EnvironmentSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
@@ -26,19 +26,16 @@ def _words(value: Any) -> Any:
     return value.split() if isinstance(value, str) else value
 
 
-class AppriseSettings(BaseSettings):
+class AppriseSettings(EnvironmentSettings):
     """Settings for Apprise, each from `AGENT_GATEWAY_STORE_APPRISE_<NAME>`. A repr shows no secret.
 
     Attributes:
         urls: Where to send, as URLs of Apprise, separated by blanks. They hold passwords.
     """
 
-    model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     urls: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_words)] = ()
-
-    _strip = model_validator(mode="before")(strip_texts)
-    _require_visible = model_validator(mode="after")(require_visible)
 
 
 class AppriseNotifier:

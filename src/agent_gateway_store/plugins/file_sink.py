@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
-from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.hooks import hookimpl
+from agent_gateway_store.settings import EnvironmentSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.audit import AuditEvent
@@ -23,19 +22,16 @@ PREFIX = "AGENT_GATEWAY_STORE_FILE_SINK_"
 _BLOCK = 65_536
 
 
-class FileSinkSettings(BaseSettings):
+class FileSinkSettings(EnvironmentSettings):
     """Settings of the file sink, each from `AGENT_GATEWAY_STORE_FILE_SINK_<NAME>`.
 
     Attributes:
         path: File to append to; its folder must exist. None: the plugin does nothing.
     """
 
-    model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     path: Path | None = None
-
-    _strip = model_validator(mode="before")(strip_texts)
-    _require_visible = model_validator(mode="after")(require_visible)
 
 
 class FileSink:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import AliasChoices, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field
+from pydantic_settings import SettingsConfigDict
 
-from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins.file_sink import append
+from agent_gateway_store.settings import EnvironmentSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.evidence import Checkpoint
@@ -19,21 +19,16 @@ NAME = "WITNESS_FILE_PATH"
 PREFIX = "AGENT_GATEWAY_STORE_"
 
 
-class WitnessFileSettings(BaseSettings):
+class WitnessFileSettings(EnvironmentSettings):
     """The setting `WITNESS_FILE_PATH`, also read with the prefix `AGENT_GATEWAY_STORE_`, which wins.
 
     Attributes:
         path: File to append to; its folder must exist. None: the plugin does nothing.
     """
 
-    model_config = SettingsConfigDict(
-        extra="ignore", env_prefix=f"{PREFIX}WITNESS_FILE_", hide_input_in_errors=True, frozen=True
-    )
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}WITNESS_FILE_", frozen=True)
 
     path: Path | None = Field(default=None, validation_alias=AliasChoices(f"{PREFIX}{NAME}", NAME))
-
-    _strip = model_validator(mode="before")(strip_texts)
-    _require_visible = model_validator(mode="after")(require_visible)
 
 
 @hookimpl

@@ -10,11 +10,11 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import unquote
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
-from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.settings import EnvironmentSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
@@ -217,7 +217,7 @@ def words(value: Any) -> Any:
     return [word for word in re.split(r"[\s,]+", value) if word] if isinstance(value, str) else value
 
 
-class ReceiverSettings(BaseSettings):
+class ReceiverSettings(EnvironmentSettings):
     """What a plugin needs besides the URL and its secrets. A repr shows no secret.
 
     Attributes:
@@ -229,7 +229,7 @@ class ReceiverSettings(BaseSettings):
         ca_file: Certificates to trust in place of the well-known ones.
     """
 
-    model_config = SettingsConfigDict(extra="ignore", hide_input_in_errors=True, frozen=True)
+    model_config = SettingsConfigDict(frozen=True)
 
     allow_http: bool = False
     allow_private: bool = False
@@ -237,9 +237,6 @@ class ReceiverSettings(BaseSettings):
     timeout_seconds: float = Field(default=15, gt=0, allow_inf_nan=False)
     proxy: SecretStr | None = None
     ca_file: str | None = None
-
-    _strip = model_validator(mode="before")(strip_texts)
-    _require_visible = model_validator(mode="after")(require_visible)
 
     @field_validator("allowed_networks", mode="before")
     @classmethod

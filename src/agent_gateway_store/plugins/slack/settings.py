@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
-from agent_gateway_store._text import require_visible, strip_texts
 from agent_gateway_store.models.values import ApproverId
 from agent_gateway_store.plugins._http import ParsedUrl, parse_proxy, parse_url
+from agent_gateway_store.settings import EnvironmentSettings
 
 PREFIX = "AGENT_GATEWAY_STORE_SLACK_"
 
 
-class SlackSettings(BaseSettings):
+class SlackSettings(EnvironmentSettings):
     """Settings for Slack, each from `AGENT_GATEWAY_STORE_SLACK_<NAME>`. A repr shows no secret.
 
     Attributes:
@@ -31,21 +31,18 @@ class SlackSettings(BaseSettings):
         ca_file: Certificates to trust in place of the well-known ones.
     """
 
-    model_config = SettingsConfigDict(extra="ignore", env_prefix=PREFIX, hide_input_in_errors=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     bot_token: SecretStr | None = None
     # A name would be taken by `chat.postMessage`, but not by `chat.update` and `conversations.history`.
     channel: str | None = Field(default=None, pattern=r"^[CGD][A-Z0-9]{2,30}$")
     signing_secret: SecretStr | None = None
-    approvers: dict[str, ApproverId] = {}
+    approvers: dict[str, ApproverId] = Field(default={})
     team_id: str | None = None
     api_url: str = "https://slack.com/api/"
     timeout_seconds: float = Field(default=10, gt=0, allow_inf_nan=False)
     proxy: SecretStr | None = None
     ca_file: str | None = None
-
-    _strip = model_validator(mode="before")(strip_texts)
-    _require_visible = model_validator(mode="after")(require_visible)
 
     @field_validator("bot_token", "signing_secret")
     @classmethod
