@@ -17,7 +17,7 @@ from webhook_helpers import SECRET, notifier_for
 from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
 from agent_gateway_store.plugins.log import LogNotifier
 from agent_gateway_store.plugins.slack import SlackNotifier
-from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.slack.api import SlackSettings
 from agent_gateway_store.plugins.webhook import WebhookNotifier
 from agent_gateway_store.testing import NotifierConformance, RecordingNotifier
 

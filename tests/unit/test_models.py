@@ -21,7 +21,7 @@ from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
-from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.slack.api import SlackSettings
 from builders import event_fields, make_event, make_key, make_request
 
 pytestmark = pytest.mark.unit

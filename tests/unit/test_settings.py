@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from agent_gateway_store.plugins.apprise import AppriseSettings
-from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.slack.api import SlackSettings
 from agent_gateway_store.plugins.webhook import WebhookSettings
 from agent_gateway_store.settings import StoreSettings, default_hash_key, mask_url
 

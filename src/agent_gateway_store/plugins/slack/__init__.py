@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._http import time_limit_s
+from agent_gateway_store.plugins.slack.api import SlackSettings
 from agent_gateway_store.plugins.slack.callback import SlackCallback, SlackReply
 from agent_gateway_store.plugins.slack.notifier import SlackNotifier
-from agent_gateway_store.plugins.slack.settings import SlackSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings

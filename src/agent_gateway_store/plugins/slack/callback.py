@@ -20,8 +20,7 @@ from agent_gateway_store.errors import ApprovalError, MissingExtraError, NotDeli
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
 from agent_gateway_store.plugins._http import parse_url
 from agent_gateway_store.plugins._text import cut
-from agent_gateway_store.plugins.slack.api import mrkdwn
-from agent_gateway_store.plugins.slack.settings import PREFIX, SlackSettings
+from agent_gateway_store.plugins.slack.api import PREFIX, SlackSettings, mrkdwn
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.manager import Plugins

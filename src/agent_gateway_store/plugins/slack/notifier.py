@@ -10,8 +10,7 @@ from uuid import UUID
 from cachetools import FIFOCache
 
 from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
-from agent_gateway_store.plugins.slack.api import EVENT_TYPE, SlackApi, SlackRefusedError
-from agent_gateway_store.plugins.slack.settings import SlackSettings
+from agent_gateway_store.plugins.slack.api import EVENT_TYPE, SlackApi, SlackRefusedError, SlackSettings
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.values import Notice
