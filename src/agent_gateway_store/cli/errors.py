@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from os import strerror
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,15 @@ class CommandError(Exception):
     def __init__(self, message: str, code: ExitCode = ExitCode.ERROR) -> None:
         super().__init__(message)
         self.code = code
+
+
+def system_error(error: OSError, path: object) -> CommandError:
+    """Return what to raise for an error about files; for one of the system, with the path that the user gave."""
+    if error.errno is None:
+        return CommandError(str(error))
+    # The system may name a file that the user never saw, such as the one that is written before it is renamed.
+    step = "make room" if error.errno in (ENOSPC, EDQUOT) else "check the path and its permissions"
+    return CommandError(f"{path}: {strerror(error.errno)}: {step} and try again.")
 
 
 def explain(error: BaseException) -> tuple[str, ExitCode]:

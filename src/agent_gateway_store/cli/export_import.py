@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from errno import EDQUOT, ENOSPC
-from os import strerror
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +10,7 @@ import typer
 
 from agent_gateway_store.cli.audit import app, count_text, filtered, require_none_lost
 from agent_gateway_store.cli.context import in_store, read_store
-from agent_gateway_store.cli.errors import CommandError, ExitCode
+from agent_gateway_store.cli.errors import CommandError, ExitCode, system_error
 from agent_gateway_store.cli.notifications import logging_shown, silent, until_stopped
 from agent_gateway_store.cli.output import JsonOption, complain, print_result
 from agent_gateway_store.errors import GatewayStoreError, InvalidCursorError
@@ -68,7 +66,7 @@ def write_export(
     except GatewayStoreError:
         raise
     except OSError as exc:
-        raise CommandError(_reason(exc, path)) from exc
+        raise system_error(exc, path) from exc
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
     rows = f"{result.rows:,} {'events' if service == 'audit' else service}"
@@ -100,8 +98,10 @@ def import_events(
         )
     except GatewayStoreError:
         raise
-    except (OSError, ValueError) as exc:
-        raise CommandError(_reason(exc, path)) from exc
+    except OSError as exc:
+        raise system_error(exc, path) from exc
+    except ValueError as exc:
+        raise CommandError(str(exc)) from exc
     found = {str(outcome): number for outcome, number in sorted(outcomes.items())}
     text = ", ".join(f"{number:,} {outcome}" for outcome, number in found.items()) or "0 events"
     print_result(found, text, as_json=json)
@@ -110,15 +110,6 @@ def import_events(
     require_none_lost(found.get("LOST", 0))
     if refused:
         raise CommandError(f"{count_text(len(refused), 'record')} refused: the others are stored.")
-
-
-def _reason(exc: Exception, path: Path) -> str:
-    """Return what is wrong; for an error of the system, with the path that the user gave."""
-    if not isinstance(exc, OSError) or exc.errno is None:
-        return str(exc)
-    # The system may name a file that the user never saw, such as the one that is written before it is renamed.
-    step = "make room" if exc.errno in (ENOSPC, EDQUOT) else "check the path and its permissions"
-    return f"{path}: {strerror(exc.errno)}: {step} and try again."
 
 
 @app.command()

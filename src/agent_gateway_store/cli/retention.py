@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
-from errno import EDQUOT, ENOSPC
-from os import strerror
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -13,7 +11,7 @@ import typer
 
 from agent_gateway_store.cli.audit import count_text, filtered
 from agent_gateway_store.cli.context import in_store, read_store, require_no_org
-from agent_gateway_store.cli.errors import CommandError, ExitCode
+from agent_gateway_store.cli.errors import CommandError, ExitCode, system_error
 from agent_gateway_store.cli.output import JsonOption, print_page, print_result, to_dict
 from agent_gateway_store.errors import GatewayStoreError
 
@@ -172,7 +170,6 @@ def _changed(ctx: typer.Context, work: Callable[[RetentionManager], Awaitable[T]
     except GatewayStoreError:
         raise
     except OSError as exc:
-        step = "make room" if exc.errno in (ENOSPC, EDQUOT) else "check the path and its permissions"
-        raise CommandError(f"{folder}: {strerror(exc.errno or 0)}: {step} and try again.") from exc
+        raise system_error(exc, folder) from exc
     except ValueError as exc:
         raise CommandError(str(exc), ExitCode.USAGE) from exc
