@@ -79,11 +79,11 @@ def current(ctx: typer.Context, json: JsonOption = False) -> None:
 @app.command()
 def check(ctx: typer.Context, json: JsonOption = False) -> None:
     """Check that the schema is the one this package works on; exit 1 if it is not."""
+    from agent_gateway_store.storage import migrate
+
     url = settings_of(ctx).database_url
 
     async def work() -> dict[str, Any]:
-        from agent_gateway_store.storage import migrate
-
         state = await schema_state(url)
         if state["state"] != "current":
             return {**state, "differences": []}
@@ -94,23 +94,13 @@ def check(ctx: typer.Context, json: JsonOption = False) -> None:
     if json:
         print_json(state)
     if state["state"] != "current":
-        raise CommandError(explain_state(state))
+        raise migrate.out_of_date(state["current"])
     if state["differences"]:
         for line in state["differences"]:
             complain(line)
         raise CommandError("The schema differs from the models: restore it, or report a bug if nobody changed it.")
     if not json:
         say(f"The schema is at {state['current']} and equals the models.")
-
-
-def explain_state(state: dict[str, Any]) -> str:
-    """Return what is wrong with a schema that is not current, and the next step."""
-    relation, step = "behind", "run `gateway-store db upgrade`"
-    if state["state"] == "ahead":
-        relation, step = "newer than", "upgrade agent-gateway-store"
-    return (
-        f"The database schema ({state['current'] or 'none'}) is {relation} this package ({state['expected']}): {step}."
-    )
 
 
 @app.command()
@@ -127,10 +117,11 @@ def restored(
 
     async def work() -> dict[str, Any]:
         from agent_gateway_store.audit.doors import renew_identity
+        from agent_gateway_store.storage import migrate
 
         state = await schema_state(settings.database_url)
         if state["state"] != "current":
-            raise CommandError(explain_state(state))
+            raise migrate.out_of_date(state["current"])
         async with engine_for(settings.database_url) as engine:
             return await renew_identity(engine, by=by.strip(), environment=settings.environment)
 

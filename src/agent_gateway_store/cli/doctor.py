@@ -12,7 +12,7 @@ import typer
 
 from agent_gateway_store.cli import plugins
 from agent_gateway_store.cli.context import options_of, run, settings_of, sqlite_file
-from agent_gateway_store.cli.db import engine_for, explain_state, schema_state
+from agent_gateway_store.cli.db import engine_for, schema_state
 from agent_gateway_store.cli.doctor_database import (
     bound,
     check_modes,
@@ -193,7 +193,7 @@ async def _check_database(report: Report, url: str) -> None:
             await migrate.check_server(engine)
         report.facts["schema"] = state
         if state["state"] != "current":
-            report.problem(explain_state(state), ExitCode.ERROR)
+            report.problem(str(migrate.out_of_date(state["current"])), ExitCode.ERROR)
             return
         state["differences"] = await migrate.differences(engine)
         if state["differences"]:

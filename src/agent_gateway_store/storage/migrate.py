@@ -151,17 +151,17 @@ async def require_current(engine: AsyncEngine) -> None:
         UnsupportedDatabaseError: See `check_server`.
     """
     await check_server(engine)
-    found, expected = await current(engine), head()
-    if found == expected:
-        return
+    if (found := await current(engine)) != head():
+        raise out_of_date(found)
+
+
+def out_of_date(found: str | None) -> SchemaOutOfDateError:
+    """Return what to raise for a database that is at `found` (None: none of our tables), with the step to take."""
+    relation, step, expected = "behind", "run `gateway-store db upgrade`", head()
     if found is not None and not is_known(found):
-        raise SchemaOutOfDateError(
-            f"The database schema ({found}) is newer than this package ({expected}): upgrade agent-gateway-store.",
-            current=found,
-            expected=expected,
-        )
-    raise SchemaOutOfDateError(
-        f"The database schema ({found or 'none'}) is behind this package ({expected}): run `gateway-store db upgrade`.",
+        relation, step = "newer than", "upgrade agent-gateway-store"
+    return SchemaOutOfDateError(
+        f"The database schema ({found or 'none'}) is {relation} this package ({expected}): {step}.",
         current=found,
         expected=expected,
     )
@@ -188,7 +188,7 @@ async def upgrade(engine: AsyncEngine, revision: str = "head") -> None:
     await check_server(engine)
     found = await current(engine)
     if found is not None and not is_known(found):
-        await require_current(engine)
+        raise out_of_date(found)
     async with _alone(engine) as connection:
         await connection.run_sync(lambda sync: command.upgrade(_config(sync), revision))
 
