@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -15,7 +14,7 @@ import typer
 
 from agent_gateway_store.cli.context import in_store, options_of, settings_of
 from agent_gateway_store.cli.output import complain, say
-from agent_gateway_store.errors import ApiKeyExistsError, MissingExtraError, StoreUnavailableError
+from agent_gateway_store.errors import MissingExtraError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalRequest
@@ -116,16 +115,14 @@ def _hand_on(settings: StoreSettings, org: str | None) -> None:
 async def prepare_demo(store: GatewayStore) -> str:
     """Fill the store unless something waits in it, and return a new key of the demo's approver."""
     from agent_gateway_store.demo.fill import fill
+    from agent_gateway_store.demo.gateway import new_key
 
     if not await store.approvals.list_requests("PENDING", limit=1):
         await fill(store, _DEMO_EVENTS, seed=_DEMO_SEED)
     for request in await store.approvals.list_requests("PENDING"):
         await store.audit.write(_stopped(request))
-    try:
-        issued = await store.keys.issue(_DEMO_APPROVER, role=_DEMO_ROLE)
-    except ApiKeyExistsError:
-        issued = await store.keys.rotate(_DEMO_APPROVER, timedelta())
-    return issued.plaintext.get_secret_value()
+    key = await new_key(store, _DEMO_APPROVER, role=_DEMO_ROLE)
+    return key.get_secret_value()
 
 
 def _stopped(request: ApprovalRequest) -> AuditEvent:

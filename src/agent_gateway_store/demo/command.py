@@ -6,9 +6,7 @@ The command line loads this module by its name, so that only the demo imports th
 from __future__ import annotations
 
 import shlex
-import tempfile
 import time
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,12 +89,8 @@ def _load(ctx: typer.Context, settings: StoreSettings, *, seconds: float, rate: 
     if end is None:
         complain(INSTALL)
     settings = settings.model_copy(update={"otel_enabled": end is not None})
-
-    async def work(store: GatewayStore) -> dict[str, Any]:
-        return await load(store, await _issue(store), seconds=seconds, rate=rate)
-
     try:
-        made = in_store(ctx, work, settings=settings)
+        made = in_store(ctx, lambda store: load(store, CALLER, seconds=seconds, rate=rate), settings=settings)
     finally:
         if end is not None:
             end()
@@ -121,23 +115,13 @@ def _end(until: str, events: int | None) -> datetime:
 
 
 async def _demo(store: GatewayStore, report: Any) -> dict[str, Any]:
-    import asyncio
-
-    from agent_gateway_store.demo.gateway import Approver, Gateway, Toolbox
+    from agent_gateway_store.demo.gateway import at_work
 
     started = time.perf_counter()
-    issued = await _issue(store)
-    caller = await store.keys.verify(issued.plaintext)
-    report(f"Key       {CALLER} has API key agw_{caller.key_id}_***; verified as {caller.role}.")
-    with tempfile.TemporaryDirectory(prefix="gateway-demo-") as folder:
-        gateway = Gateway(store, caller, Toolbox(Path(folder)))
-        approving = asyncio.create_task(Approver(store, gateway.session_id).work())
-        try:
-            await _calls(gateway, report)
-        finally:
-            approving.cancel()
-            with suppress(asyncio.CancelledError):
-                await approving
+    async with at_work(store, CALLER) as gateway:
+        caller = gateway.caller
+        report(f"Key       {CALLER} has API key agw_{caller.key_id}_***; verified as {caller.role}.")
+        await _calls(gateway, report)
         left = gateway.tools.names
     await store.keys.revoke(CALLER)
     report(f"Files     {' and '.join(left)} are left; the API key is revoked.")
@@ -151,18 +135,6 @@ async def _demo(store: GatewayStore, report: Any) -> dict[str, Any]:
         _show(events)
         _show_where(f"Done in {seconds:.1f} s. The audit log is in", store.settings)
     return _summary(gateway, events, left, store.settings, seconds)
-
-
-async def _issue(store: GatewayStore) -> IssuedKey:
-    from datetime import timedelta
-
-    from agent_gateway_store.errors import ApiKeyExistsError
-    from agent_gateway_store.models.keys import TrustLevel
-
-    try:
-        return await store.keys.issue(CALLER, role="developer", trust_level=TrustLevel.MEDIUM, environment="demo")
-    except ApiKeyExistsError:
-        return await store.keys.rotate(CALLER, timedelta())
 
 
 async def _calls(gateway: Gateway, report: Any) -> None:

@@ -11,17 +11,25 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from agent_gateway_store.errors import ApprovalAlreadyUsedError, InvalidApiKeyError, StoreUnavailableError
+from pydantic import SecretStr
+
+from agent_gateway_store.errors import (
+    ApiKeyExistsError,
+    ApprovalAlreadyUsedError,
+    InvalidApiKeyError,
+    StoreUnavailableError,
+)
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, RedactionFlag
-from agent_gateway_store.models.keys import CallerIdentity, IssuedKey
+from agent_gateway_store.models.keys import CallerIdentity, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
 
@@ -62,7 +70,7 @@ class Toolbox:
     """Tools on the files of `folder`, which is filled with three files first."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         for name, content in FILES.items():
             (folder / name).write_text(content, encoding="utf-8")
         self._tools: dict[str, Callable[..., Any]] = {
@@ -82,7 +90,7 @@ class Toolbox:
         return self._tools[tool](**arguments)
 
     def _list(self) -> list[str]:
-        return sorted(path.name for path in self._folder.iterdir())
+        return sorted(path.name for path in self.folder.iterdir())
 
     def _read(self, name: str, access_code: str | None = None) -> str:
         return self._path(name).read_text(encoding="utf-8")
@@ -95,8 +103,8 @@ class Toolbox:
         return f"deleted {name}"
 
     def _path(self, name: str) -> Path:
-        path = (self._folder / name).resolve()
-        if path.parent != self._folder.resolve():
+        path = (self.folder / name).resolve()
+        if path.parent != self.folder.resolve():
             raise PermissionError("outside the folder")
         return path
 
@@ -118,6 +126,7 @@ class Gateway:
     """
 
     store: GatewayStore
+    key: SecretStr
     caller: CallerIdentity
     tools: Toolbox
     session_id: str = field(default_factory=lambda: uuid4().hex[:12])
@@ -226,6 +235,29 @@ class Approver:
         await decide(approver_id=APPROVER, note=note, approval_id=request.approval_id, channel="demo")
 
 
+@asynccontextmanager
+async def at_work(store: GatewayStore, caller_id: str) -> AsyncIterator[Gateway]:
+    """Give the gateway of a caller, with files of its own and an approver who decides meanwhile."""
+    key = await new_key(store, caller_id, role="developer", trust_level=TrustLevel.MEDIUM, environment="demo")
+    with tempfile.TemporaryDirectory(prefix="gateway-demo-") as folder:
+        gateway = Gateway(store, key, await store.keys.verify(key), Toolbox(Path(folder)))
+        approving = asyncio.create_task(Approver(store, gateway.session_id).work())
+        try:
+            yield gateway
+        finally:
+            approving.cancel()
+            with suppress(asyncio.CancelledError):
+                await approving
+
+
+async def new_key(store: GatewayStore, caller_id: str, **options: Any) -> SecretStr:
+    """Return a new key of a caller, whose key of an earlier run ends with it; `options` are those of `keys.issue`."""
+    try:
+        return (await store.keys.issue(caller_id, **options)).plaintext
+    except ApiKeyExistsError:
+        return (await store.keys.rotate(caller_id, timedelta())).plaintext
+
+
 def export_figures() -> Callable[[], None] | None:
     """Send spans and metrics as the SDK's variables (OTEL_EXPORTER_OTLP_ENDPOINT, ...) say.
 
@@ -255,9 +287,8 @@ def export_figures() -> Callable[[], None] | None:
     return end
 
 
-async def load(store: GatewayStore, issued: IssuedKey, *, seconds: float, rate: float) -> dict[str, Any]:
+async def load(store: GatewayStore, caller_id: str, *, seconds: float, rate: float) -> dict[str, Any]:
     """Make `rate` calls a second for `seconds` seconds; return how many were made, failed, and were left out."""
-    caller = await store.keys.verify(issued.plaintext)
     under_way: set[asyncio.Task[None]] = set()
     counts = {"calls": 0, "failed": 0, "left_out": 0}
     loop = asyncio.get_running_loop()
@@ -266,9 +297,7 @@ async def load(store: GatewayStore, issued: IssuedKey, *, seconds: float, rate: 
         under_way.discard(task)
         counts["failed"] += not task.cancelled() and task.exception() is not None
 
-    with tempfile.TemporaryDirectory(prefix="gateway-load-") as folder:
-        gateway = Gateway(store, caller, Toolbox(Path(folder)))
-        approving = loop.create_task(Approver(store, gateway.session_id).work())
+    async with at_work(store, caller_id) as gateway:
         begun_at = loop.time()
         for number in range(round(seconds * rate)):
             await asyncio.sleep(begun_at + number / rate - loop.time())
@@ -278,26 +307,23 @@ async def load(store: GatewayStore, issued: IssuedKey, *, seconds: float, rate: 
                 counts["left_out"] += 1
                 continue
             counts["calls"] += 1
-            task = loop.create_task(_call(gateway, issued, number, Path(folder)))
+            task = loop.create_task(_call(gateway, number))
             under_way.add(task)
             task.add_done_callback(end)
         if under_way:
             await asyncio.wait(under_way)
         # The callbacks of the last ones.
         await asyncio.sleep(0)
-        approving.cancel()
-        with suppress(asyncio.CancelledError):
-            await approving
     return {**counts, "seconds": round(loop.time() - begun_at, 3)}
 
 
-async def _call(gateway: Gateway, issued: IssuedKey, number: int, folder: Path) -> None:
+async def _call(gateway: Gateway, number: int) -> None:
     """Make one call: in twenty one that is approved, one that is denied, and one with a wrong key."""
-    await gateway.store.keys.verify(issued.plaintext)
+    await gateway.store.keys.verify(gateway.key)
     match number % 20:
         case 5:
             name = f"old-{number}.csv"
-            (folder / name).touch()
+            (gateway.tools.folder / name).touch()
             await gateway.call("delete_file", name=name)
         case 10:
             await gateway.call("delete_file", name="customers.csv")
