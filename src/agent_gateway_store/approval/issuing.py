@@ -146,43 +146,6 @@ async def insert(connection: AnyConnection, values: dict[str, Any], outbox: Outb
     return None if row is None else Issued(StoredApproval.from_row(row), True, leased)
 
 
-async def insert_or_reissue(connection: AnyConnection, values: dict[str, Any], outbox: Outbox) -> Issued | None:
-    """Insert the row and those of its notice, or give the pending approval of the same call the new token.
-
-    Returns:
-        What was asked; None if another approval is in the way: one of the same call that is pending on other terms,
-        or is overdue and was not swept yet.
-
-    Raises:
-        ApprovalError: The token belongs to the approval of another call.
-    """
-    issued = await insert(connection, values, outbox)
-    if issued is not None:
-        return issued
-    try:
-        reissued = await REISSUE.first(connection, values)
-    except IntegrityError:
-        raise already_issued(values) from None
-    row = reissued or await REPEAT.first(connection, values)
-    return None if row is None else Issued(StoredApproval.from_row(row), False, Leased({}, 0), is_repeated=not reissued)
-
-
-async def close_standing(connection: AnyConnection, values: dict[str, Any]) -> list[StoredApproval]:
-    """Close what stands in the way of asking: what is overdue becomes EXPIRED, what has other terms CANCELLED.
-
-    Tasks that ask for the same call at the same time do so one after the other, to the end of the transaction.
-
-    Returns:
-        The approvals that were closed, the expired ones first.
-    """
-    if dialect_of(connection) == "postgresql":
-        # Without it each of many would cancel what another has just asked, and the slowest would give up.
-        await LOCK_CALL.first(connection, {"p_lock": _lock_of(values)})
-    rows = await EXPIRE_SAME_CALL.rows(connection, values)
-    rows += await CANCEL_OTHER_TERMS.rows(connection, values)
-    return [StoredApproval.from_row(row) for row in rows]
-
-
 def _lock_of(values: Mapping[str, Any]) -> int:
     name = "\0".join(values[f"p_{each}"] for each in SAME_CALL)
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)  # a bigint
@@ -272,13 +235,33 @@ class Asking:
 
     @retry_conflicts
     async def _insert_or_reissue(self, values: dict[str, Any]) -> Issued | None:
+        """Insert the approval, or give the pending one of the same call the new token.
+
+        None: another one is in the way, of the same call on other terms, or overdue and not swept yet.
+        """
         async with self._changes.transactions.connection("autocommit") as connection:
-            return await insert_or_reissue(connection, values, self._changes.outbox)
+            issued = await insert(connection, values, self._changes.outbox)
+            if issued is not None:
+                return issued
+            try:
+                reissued = await REISSUE.first(connection, values)
+            except IntegrityError:
+                # The token belongs to the approval of another call.
+                raise already_issued(values) from None
+            row = reissued or await REPEAT.first(connection, values)
+        if row is None:
+            return None
+        return Issued(StoredApproval.from_row(row), False, Leased({}, 0), is_repeated=not reissued)
 
     @retry_conflicts
     async def _close_and_insert(self, values: dict[str, Any]) -> tuple[list[Change], Issued | None]:
+        """Close what is overdue or has other terms, and insert; tasks that ask for one call take turns."""
         async with self._changes.transactions.connection("transaction") as connection:
-            closed = await close_standing(connection, values)
+            if dialect_of(connection) == "postgresql":
+                # Without it each of many would cancel what another has just asked, and the slowest would give up.
+                await LOCK_CALL.first(connection, {"p_lock": _lock_of(values)})
+            rows = await EXPIRE_SAME_CALL.rows(connection, values) + await CANCEL_OTHER_TERMS.rows(connection, values)
+            closed = [StoredApproval.from_row(row) for row in rows]
             changes = await self._changes.enqueue(connection, closed)
             issued = await insert(connection, values, self._changes.outbox)
             if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
