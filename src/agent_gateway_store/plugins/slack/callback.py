@@ -74,28 +74,6 @@ class Click:
     response_url: SecretStr | None
 
 
-class Signatures:
-    """Checks that a request comes from Slack, sent within the last five minutes.
-
-    Raises:
-        MissingExtraError: The extra `slack` is not installed.
-    """
-
-    def __init__(self, signing_secret: SecretStr) -> None:
-        try:
-            from slack_sdk.signature import SignatureVerifier
-        except ImportError as exc:
-            raise MissingExtraError("The Slack callback", extra="slack") from exc
-        self._verifier = SignatureVerifier(signing_secret.get_secret_value())
-
-    def are_valid(self, body: bytes, headers: Mapping[str, str]) -> bool:
-        """Return whether the request is signed. Raises nothing: hostile headers and bodies count as not signed."""
-        try:
-            return self._verifier.is_valid_request(body, dict(headers.items())) is True
-        except Exception:
-            return False
-
-
 def click_in(body: bytes, settings: SlackSettings) -> Click | None:
     """Return the click in a signed request; None if it holds none on our buttons. Raises nothing."""
     try:
@@ -131,38 +109,6 @@ def _reply_to(url: Any, settings: SlackSettings) -> SecretStr | None:
     own = f"{api.scheme}://{api.authority}/"
     trusted = url.startswith((*(f"https://{host}/" for host in _REPLY_HOSTS), own))
     return SecretStr(url) if trusted else None
-
-
-class Approvers:
-    """Asks the plugins (hook `gateway_store_map_approver`) which approver a user is. A plugin that fails refuses.
-
-    Args:
-        plugins: Of the store.
-        timeout_s: Seconds that each plugin has; they are asked at the same time.
-    """
-
-    def __init__(self, plugins: Plugins, *, timeout_s: float) -> None:
-        self._plugins = plugins
-        self._executor = PluginExecutor(timeout_s)
-
-    async def find(self, click: Click) -> str | None:
-        """Return the approver id; None is a refusal. Raises nothing."""
-        callers = self._plugins.callers(MAP)
-        answers = await asyncio.gather(
-            *(self._executor.run("map", name, partial(_answer, caller, click)) for name, caller in callers.items())
-        )
-        for name, answer in zip(callers, answers, strict=True):
-            if isinstance(answer, PluginFailure):
-                logger.warning("Plugin %s failed when asked who clicked: %s", escape(name), answer.text)
-                return None
-            # In the order of the plugins, so that two that disagree give the same approver each time.
-            if answer:
-                return answer
-        return None
-
-    async def aclose(self) -> None:
-        """End the threads."""
-        await self._executor.aclose()
 
 
 async def _answer(caller: Callable[..., list[object]], click: Click) -> str:
@@ -237,13 +183,15 @@ class SlackCallback:
         if settings.signing_secret is None:
             raise ValueError(f"The Slack callback needs {PREFIX}SIGNING_SECRET.")
         try:
+            from slack_sdk.signature import SignatureVerifier
+
             from agent_gateway_store.plugins._http.transport import Transport
         except ImportError as exc:
             raise MissingExtraError("The Slack callback", extra="slack") from exc
         self._approvals = approvals
         self._settings = settings
-        self._signatures = Signatures(settings.signing_secret)
-        self._approvers = Approvers(plugins, timeout_s=MAP_SECONDS)
+        self._verifier = SignatureVerifier(settings.signing_secret.get_secret_value())
+        self._plugins, self._executor = plugins, PluginExecutor(MAP_SECONDS)
         self._transport = Transport(None, proxy=settings.proxy, ca_file=settings.ca_file)
         self._clicks: FIFOCache[tuple[str, ...], asyncio.Task[None]] = FIFOCache(REMEMBERED)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -266,7 +214,7 @@ class SlackCallback:
             return SlackReply(405, {"Allow": "POST"})
         if len(body) > MAX_BODY:
             return SlackReply(413)
-        if not self._signatures.are_valid(body, headers):
+        if not self._is_signed(body, headers):
             return SlackReply(401)
         click = click_in(body, self._settings)
         if click is not None:
@@ -286,8 +234,15 @@ class SlackCallback:
                 task.cancel()
             if late:
                 await asyncio.wait(late, timeout=1)
-        await self._approvers.aclose()
+        await self._executor.aclose()
         await self._transport.aclose()
+
+    def _is_signed(self, body: bytes, headers: Mapping[str, str]) -> bool:
+        """Return whether Slack sent it within the last five minutes; hostile headers and bodies count as not signed."""
+        try:
+            return self._verifier.is_valid_request(body, dict(headers.items())) is True
+        except Exception:
+            return False
 
     def _task(self, click: Click) -> asyncio.Task[None]:
         task = self._clicks.get(click.key)
@@ -316,7 +271,7 @@ class SlackCallback:
     async def _decide(self, click: Click) -> str | None:
         """Return the reply to the user; None if the new message in the channel says enough."""
         user = cut(escape(click.user_id), _MAX_USER_ID)
-        approver_id = self._settings.approvers.get(click.user_id) or await self._approvers.find(click)
+        approver_id = self._settings.approvers.get(click.user_id) or await self._approver_of(click)
         if approver_id is None:
             logger.warning(
                 "Refused a click in Slack: user %s is not an approver (approval %s).", user, click.approval_id
@@ -330,6 +285,21 @@ class SlackCallback:
             channel="slack",
         )
         return "Your approval is recorded. Others must approve as well." if result.status == "PENDING" else None
+
+    async def _approver_of(self, click: Click) -> str | None:
+        """Ask the plugins, side by side, which approver a user is; None is a refusal, as is a plugin that fails."""
+        callers = self._plugins.callers(MAP)
+        answers = await asyncio.gather(
+            *(self._executor.run("map", name, partial(_answer, caller, click)) for name, caller in callers.items())
+        )
+        for name, answer in zip(callers, answers, strict=True):
+            if isinstance(answer, PluginFailure):
+                logger.warning("Plugin %s failed when asked who clicked: %s", escape(name), answer.text)
+                return None
+            # In the order of the plugins, so that two that disagree give the same approver each time.
+            if answer:
+                return answer
+        return None
 
     async def _reply(self, click: Click, text: str) -> None:
         if click.response_url is None:
