@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -11,15 +10,7 @@ from agent_gateway_store._text import is_blank
 from agent_gateway_store.cli.audit import BucketOption, ZoneOption, filter_options, print_stats
 from agent_gateway_store.cli.context import in_store, json_object, read_store
 from agent_gateway_store.cli.errors import ExitCode
-from agent_gateway_store.cli.export_import import (
-    CompressionOption,
-    FormatOption,
-    OverwriteOption,
-    PartitionOption,
-    QuietOption,
-    RawOption,
-    write_export,
-)
+from agent_gateway_store.cli.export_import import add_export
 from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, print_result, to_dict
 
 if TYPE_CHECKING:
@@ -104,23 +95,12 @@ def stats(
     print_stats(ctx, "approvals", by, bucket, time_zone, groups=GROUPS, filters=filters, as_json=json)
 
 
-@app.command("export")
-@filtered
-def export_approvals(
-    ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(help="File (or folder of a dataset) to write; must not exist.")],
-    filters: dict[str, Any],
-    format: FormatOption = None,  # noqa: A002  the option's name
-    compression: CompressionOption = None,
-    partition_by: PartitionOption = None,
-    raw: RawOption = False,
-    overwrite: OverwriteOption = False,
-    quiet: QuietOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Write the approvals that match, with their votes, to a file, oldest first; without tokens and outputs."""
-    options: Any = {"format": format, "compression": compression, "partition_by": partition_by, **filters}
-    write_export(ctx, "approvals", path, quiet=quiet, as_json=json, raw=raw, overwrite=overwrite, **options)
+add_export(
+    app,
+    "approvals",
+    filtered,
+    help="Write the approvals that match, with their votes, to a file, oldest first; without tokens and outputs.",
+)
 
 
 @app.command()

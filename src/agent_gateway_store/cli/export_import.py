@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,50 +29,50 @@ OverwriteOption = Annotated[bool, typer.Option(help="Replace what exists.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
-@app.command("export")
-@filtered
-def export_events(
-    ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(help="File (or folder of a dataset) to write; must not exist.")],
-    filters: dict[str, Any],
-    format: FormatOption = None,  # noqa: A002  the option's name
-    compression: CompressionOption = None,
-    partition_by: PartitionOption = None,
-    raw: RawOption = False,
-    overwrite: OverwriteOption = False,
-    quiet: QuietOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Write the audit events that match to a file, oldest first; it takes its name only when it is complete."""
-
-    options: Any = {"format": format, "compression": compression, "partition_by": partition_by, **filters}
-    write_export(ctx, "audit", path, quiet=quiet, as_json=json, raw=raw, overwrite=overwrite, **options)
-
-
-def write_export(
-    ctx: typer.Context,
+def add_export(
+    app: typer.Typer,
     service: Literal["audit", "approvals"],
-    path: Path,
+    filtered: Callable[[Callable[..., None]], Callable[..., None]],
     *,
-    quiet: bool,
-    as_json: bool,
-    **options: Any,
+    help: str,  # noqa: A002  as Typer has it
 ) -> None:
-    """Export what a service holds, and print what was written."""
-    shown = sys.stderr.isatty() and not quiet
-    try:
-        result = read_store(
-            ctx, lambda store: getattr(store, service).export(path, progress=shown, **options), as_json=as_json
-        )
-    except GatewayStoreError:
-        raise
-    except OSError as exc:
-        raise system_error(exc, path) from exc
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from None
-    rows = f"{result.rows:,} {'events' if service == 'audit' else service}"
-    text = f"{rows} in {count_text(result.files, 'file')} of {result.bytes:,} bytes: {result.path}"
-    print_result({**vars(result), "path": str(result.path)}, text, as_json=as_json)
+    """Add the command `export` of a service, with the options of `filtered`."""
+
+    @app.command(help=help)
+    @filtered
+    def export(
+        ctx: typer.Context,
+        path: Annotated[Path, typer.Argument(help="File (or folder of a dataset) to write; must not exist.")],
+        filters: dict[str, Any],
+        format: FormatOption = None,  # noqa: A002  the option's name
+        compression: CompressionOption = None,
+        partition_by: PartitionOption = None,
+        raw: RawOption = False,
+        overwrite: OverwriteOption = False,
+        quiet: QuietOption = False,
+        json: JsonOption = False,
+    ) -> None:
+        options: Any = {"format": format, "compression": compression, "partition_by": partition_by, **filters}
+        options |= {"raw": raw, "overwrite": overwrite, "progress": sys.stderr.isatty() and not quiet}
+        try:
+            result = read_store(ctx, lambda store: getattr(store, service).export(path, **options), as_json=json)
+        except GatewayStoreError:
+            raise
+        except OSError as exc:
+            raise system_error(exc, path) from exc
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc)) from None
+        rows = f"{result.rows:,} {'events' if service == 'audit' else service}"
+        text = f"{rows} in {count_text(result.files, 'file')} of {result.bytes:,} bytes: {result.path}"
+        print_result({**vars(result), "path": str(result.path)}, text, as_json=json)
+
+
+add_export(
+    app,
+    "audit",
+    filtered,
+    help="Write the audit events that match to a file, oldest first; it takes its name only when it is complete.",
+)
 
 
 @app.command("import")
