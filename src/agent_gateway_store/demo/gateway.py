@@ -211,28 +211,20 @@ def _output_hash(output: Any) -> str:
     return hashlib.sha256(json.dumps(output).encode()).hexdigest()
 
 
-class Approver:
-    """Plays a human: lists what is pending for one session, and decides it by approval id."""
-
-    def __init__(self, store: GatewayStore, session_id: str) -> None:
-        self._store, self._session_id = store, session_id
-
-    async def work(self) -> None:
-        """Decide until cancelled: old exports may be deleted, nothing else."""
-        while True:
-            for request in await self._store.approvals.list_requests(ApprovalStatus.PENDING):
-                if request.request_id.startswith(self._session_id):
-                    await self._decide(request)
-            # Short beside the patience of the gateway, so that the demo takes about a second.
-            await asyncio.sleep(0.05)
-
-    async def _decide(self, request: ApprovalRequest) -> None:
-        name = request.tool_call.arguments.get("name", "")
-        if name.startswith("old-"):
-            decide, note = self._store.approvals.approve, "an old export"
-        else:
-            decide, note = self._store.approvals.deny, f"{name} is still needed"
-        await decide(approver_id=APPROVER, note=note, approval_id=request.approval_id, channel="demo")
+async def _decide(store: GatewayStore, session_id: str) -> None:
+    """Play a human until cancelled: of what waits in a session old exports may be deleted, and nothing else."""
+    while True:
+        for request in await store.approvals.list_requests(ApprovalStatus.PENDING):
+            if not request.request_id.startswith(session_id):
+                continue
+            name = request.tool_call.arguments.get("name", "")
+            if name.startswith("old-"):
+                decide, note = store.approvals.approve, "an old export"
+            else:
+                decide, note = store.approvals.deny, f"{name} is still needed"
+            await decide(approver_id=APPROVER, note=note, approval_id=request.approval_id, channel="demo")
+        # Short beside the patience of the gateway, so that the demo takes about a second.
+        await asyncio.sleep(0.05)
 
 
 @asynccontextmanager
@@ -241,7 +233,7 @@ async def at_work(store: GatewayStore, caller_id: str) -> AsyncIterator[Gateway]
     key = await new_key(store, caller_id, role="developer", trust_level=TrustLevel.MEDIUM, environment="demo")
     with tempfile.TemporaryDirectory(prefix="gateway-demo-") as folder:
         gateway = Gateway(store, key, await store.keys.verify(key), Toolbox(Path(folder)))
-        approving = asyncio.create_task(Approver(store, gateway.session_id).work())
+        approving = asyncio.create_task(_decide(store, gateway.session_id))
         try:
             yield gateway
         finally:
