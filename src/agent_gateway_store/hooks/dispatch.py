@@ -80,11 +80,6 @@ class Dispatcher:
         """
         return tuple(await self._opened())
 
-    @property
-    def abandoned(self) -> dict[str, int]:
-        """How many abandoned threads are still busy, by name of the notifier or plugin; without zeros."""
-        return self._executor.abandoned
-
     async def deliver(self, notifier_name: str, notice: Notice) -> DeliveryReport:
         """Hand one notice to one notifier. Raises nothing; cancelling it cancels the call.
 

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -79,12 +79,6 @@ class PluginExecutor:
         self._threads: dict[_Key, PluginThread] = {}
         self._abandoned: list[tuple[_Key, PluginThread]] = []
 
-    @property
-    def abandoned(self) -> dict[str, int]:
-        """How many abandoned threads are still busy, by plugin name; without zeros."""
-        with self._lock:
-            return dict(Counter(name for _hook, name in self._stuck()))
-
     async def run(self, hook: str, name: str, function: Callable[[], Awaitable[T]]) -> T | PluginFailure:
         """Run `function` in the thread that the plugin has for this hook. Cancelling the wait cancels the call.
 
@@ -138,7 +132,8 @@ class PluginExecutor:
     def _thread(self, key: _Key) -> PluginThread | PluginFailure:
         if (thread := self._threads.get(key)) is not None:
             return thread
-        if (stuck := self._stuck().count(key)) >= MAX_ABANDONED:
+        self._abandoned = [(other, thread) for other, thread in self._abandoned if thread.is_alive]
+        if (stuck := [other for other, _thread in self._abandoned].count(key)) >= MAX_ABANDONED:
             return PluginFailure(f"still busy: {stuck} earlier calls have not come back")
         try:
             thread = self._threads[key] = PluginThread(key[1])
@@ -153,10 +148,6 @@ class PluginExecutor:
                 del self._threads[key]
                 self._abandoned.append((key, thread))
                 thread.retire()
-
-    def _stuck(self) -> list[_Key]:
-        self._abandoned = [(key, thread) for key, thread in self._abandoned if thread.is_alive]
-        return [key for key, _thread in self._abandoned]
 
 
 @dataclass(eq=False, slots=True)
