@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from errno import EDQUOT, ENOSPC
 from os import strerror
@@ -42,13 +44,23 @@ class CommandError(Exception):
         self.code = code
 
 
-def system_error(error: OSError, path: object) -> CommandError:
-    """Return what to raise for an error about files; for one of the system, with the path that the user gave."""
-    if error.errno is None:
-        return CommandError(str(error))
-    # The system may name a file that the user never saw, such as the one that is written before it is renamed.
-    step = "make room" if error.errno in (ENOSPC, EDQUOT) else "check the path and its permissions"
-    return CommandError(f"{path}: {strerror(error.errno)}: {step} and try again.")
+@contextmanager
+def file_errors(path: object, refusal: Callable[[str], Exception] = CommandError) -> Iterator[None]:
+    """Let errors of the system name the path that the user gave, and raise a `refusal` for a value that is wrong."""
+    from agent_gateway_store.errors import GatewayStoreError
+
+    try:
+        yield
+    except GatewayStoreError:
+        raise
+    except OSError as exc:
+        if exc.errno is None:
+            raise CommandError(str(exc)) from exc
+        # The system may name a file that the user never saw, such as the one that is written before it is renamed.
+        step = "make room" if exc.errno in (ENOSPC, EDQUOT) else "check the path and its permissions"
+        raise CommandError(f"{path}: {strerror(exc.errno)}: {step} and try again.") from exc
+    except ValueError as exc:
+        raise refusal(str(exc)) from exc
 
 
 def explain(error: BaseException) -> tuple[str, ExitCode]:

@@ -11,10 +11,10 @@ import typer
 
 from agent_gateway_store.cli.audit import app, count_text, filtered, require_none_lost
 from agent_gateway_store.cli.context import in_store, read_store
-from agent_gateway_store.cli.errors import CommandError, ExitCode, system_error
+from agent_gateway_store.cli.errors import CommandError, ExitCode, file_errors
 from agent_gateway_store.cli.notifications import logging_shown, silent, until_stopped
 from agent_gateway_store.cli.output import JsonOption, complain, print_result
-from agent_gateway_store.errors import GatewayStoreError, InvalidCursorError
+from agent_gateway_store.errors import InvalidCursorError
 
 if TYPE_CHECKING:
     from agent_gateway_store.store import GatewayStore
@@ -54,14 +54,8 @@ def add_export(
     ) -> None:
         options: Any = {"format": format, "compression": compression, "partition_by": partition_by, **filters}
         options |= {"raw": raw, "overwrite": overwrite, "progress": sys.stderr.isatty() and not quiet}
-        try:
+        with file_errors(path, typer.BadParameter):
             result = read_store(ctx, lambda store: getattr(store, service).export(path, **options), as_json=json)
-        except GatewayStoreError:
-            raise
-        except OSError as exc:
-            raise system_error(exc, path) from exc
-        except ValueError as exc:
-            raise typer.BadParameter(str(exc)) from None
         rows = f"{result.rows:,} {'events' if service == 'audit' else service}"
         text = f"{rows} in {count_text(result.files, 'file')} of {result.bytes:,} bytes: {result.path}"
         print_result({**vars(result), "path": str(result.path)}, text, as_json=json)
@@ -90,19 +84,13 @@ def import_events(
     form: Any = format
     shown = sys.stderr.isatty() and not quiet
     refused: list[str] = []
-    try:
+    with file_errors(path):
         outcomes = in_store(
             ctx,
             lambda store: store.audit.import_file(
                 path, format=form, on_refused=refused.append if keep_going else None, progress=shown
             ),
         )
-    except GatewayStoreError:
-        raise
-    except OSError as exc:
-        raise system_error(exc, path) from exc
-    except ValueError as exc:
-        raise CommandError(str(exc)) from exc
     found = {str(outcome): number for outcome, number in sorted(outcomes.items())}
     text = ", ".join(f"{number:,} {outcome}" for outcome, number in found.items()) or "0 events"
     print_result(found, text, as_json=json)

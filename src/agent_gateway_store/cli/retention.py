@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -11,7 +12,7 @@ import typer
 
 from agent_gateway_store.cli.audit import count_text, filtered
 from agent_gateway_store.cli.context import in_store, read_store, require_no_org
-from agent_gateway_store.cli.errors import CommandError, ExitCode, system_error
+from agent_gateway_store.cli.errors import CommandError, ExitCode, file_errors
 from agent_gateway_store.cli.output import JsonOption, print_page, print_result, to_dict
 from agent_gateway_store.errors import GatewayStoreError
 
@@ -165,11 +166,5 @@ def _service(store: Any) -> Any:
 
 
 def _changed(ctx: typer.Context, work: Callable[[RetentionManager], Awaitable[T]], folder: Path | None = None) -> T:
-    try:
+    with file_errors(folder, partial(CommandError, code=ExitCode.USAGE)):
         return in_store(ctx, lambda store: work(store.retention))
-    except GatewayStoreError:
-        raise
-    except OSError as exc:
-        raise system_error(exc, folder) from exc
-    except ValueError as exc:
-        raise CommandError(str(exc), ExitCode.USAGE) from exc
