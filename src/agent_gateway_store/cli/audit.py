@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import json as jsonlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -130,53 +131,6 @@ def _check(filters: dict[str, Any]) -> None:
 filtered = filter_options(_OPTIONS, _check, capitals=_CAPITALS)
 
 
-class Line(NamedTuple):
-    """The outcome of one line.
-
-    Attributes:
-        line: Its number, from 1.
-        outcome: A `WriteOutcome`, or INVALID.
-        request_id: Of its event; None where there is none.
-        error: Why it is INVALID.
-    """
-
-    line: int
-    outcome: str
-    request_id: str | None = None
-    error: str | None = None
-
-
-def _ingest(ctx: typer.Context, lines: Iterable[bytes], report: Callable[[Line], None]) -> None:
-    """Write an event for each line that holds one, and report every line; blank lines are skipped.
-
-    Raises:
-        CommandError: At the end, if a line was malformed or an event was lost.
-    """
-    counts = {_INVALID: 0, "LOST": 0, "SPOOLED": 0}
-    # The main thread waits for input and for Ctrl-C, while the store's loop runs in a thread of its own.
-    with open_blocking_store(ctx) as store:
-        for number, text in enumerate(lines, start=1):
-            if text.strip():
-                line = _write_line(number, text, store.audit.write)
-                counts[line.outcome] = counts.get(line.outcome, 0) + 1
-                report(line)
-    if counts["SPOOLED"]:
-        complain(f"{count_text(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
-    require_none_lost(counts["LOST"])
-    if counts[_INVALID]:
-        raise CommandError(
-            f"{count_text(counts[_INVALID], 'malformed line')}: correct and write again; the rest is stored."
-        )
-
-
-def _write_line(number: int, text: bytes, write: Callable[[AuditEvent], str]) -> Line:
-    event, error = _parse_line(text)
-    if event is None:
-        complain(f"Line {number} is malformed: {error}.")
-        return Line(number, _INVALID, error=error)
-    return Line(number, str(write(event)), event.request_id)
-
-
 def require_none_lost(count: int) -> None:
     """Check that no event was lost.
 
@@ -220,15 +174,32 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
     an event was lost. A line without a timestamp is stamped now, so that to write it again stores another event.
     """
 
-    def report(line: Line) -> None:
-        if json:
-            typer.echo(to_json({name: value for name, value in line._asdict().items() if value is not None}))
-        else:
-            say(" ".join(filter(None, (str(line.line), line.outcome, line.request_id))))
-
     if sys.stdin is None:
         raise CommandError("There is no standard input: give events as lines of JSON to it.", ExitCode.USAGE)
-    _ingest(ctx, sys.stdin.buffer, report)
+    counts: Counter[str] = Counter()
+    # The main thread waits for input and for Ctrl-C, while the store's loop runs in a thread of its own.
+    with open_blocking_store(ctx) as store:
+        for number, text in enumerate(sys.stdin.buffer, start=1):
+            if not text.strip():
+                continue
+            event, error = _parse_line(text)
+            if event is None:
+                complain(f"Line {number} is malformed: {error}.")
+                outcome, more = _INVALID, {"error": error}
+            else:
+                outcome, more = str(store.audit.write(event)), {"request_id": event.request_id}
+            counts[outcome] += 1
+            if json:
+                typer.echo(to_json({"line": number, "outcome": outcome, **more}))
+            else:
+                say(" ".join(filter(None, (str(number), outcome, more.get("request_id")))))
+    if counts["SPOOLED"]:
+        complain(f"{count_text(counts['SPOOLED'], 'event')} kept in the local spool until the database is back.")
+    require_none_lost(counts["LOST"])
+    if counts[_INVALID]:
+        raise CommandError(
+            f"{count_text(counts[_INVALID], 'malformed line')}: correct and write again; the rest is stored."
+        )
 
 
 @app.command()
