@@ -122,7 +122,7 @@ async def _demo(store: GatewayStore, report: Any) -> dict[str, Any]:
         caller = gateway.caller
         report(f"Key       {CALLER} has API key agw_{caller.key_id}_***; verified as {caller.role}.")
         await _calls(gateway, report)
-        left = gateway.tools.names
+        left = gateway.tools.list_files()
     await store.keys.revoke(CALLER)
     report(f"Files     {' and '.join(left)} are left; the API key is revoked.")
     # The store may hold earlier runs of the demo.

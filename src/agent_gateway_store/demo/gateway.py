@@ -67,38 +67,23 @@ _READING = (
 
 
 class Toolbox:
-    """Tools on the files of `folder`, which is filled with three files first."""
+    """Tools on the files of `folder`, which is filled with three files first: its methods, by their names."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name, content in FILES.items():
             (folder / name).write_text(content, encoding="utf-8")
-        self._tools: dict[str, Callable[..., Any]] = {
-            "list_files": self._list,
-            "read_file": self._read,
-            "hash_file": self._hash,
-            "delete_file": self._delete,
-        }
 
-    @property
-    def names(self) -> list[str]:
-        """The files that are there now, sorted."""
-        return self._list()
-
-    def run(self, tool: str, arguments: Mapping[str, Any]) -> Any:
-        """Run a tool and return its output."""
-        return self._tools[tool](**arguments)
-
-    def _list(self) -> list[str]:
+    def list_files(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
 
-    def _read(self, name: str, access_code: str | None = None) -> str:
+    def read_file(self, name: str, access_code: str | None = None) -> str:
         return self._path(name).read_text(encoding="utf-8")
 
-    def _hash(self, name: str) -> str:
+    def hash_file(self, name: str) -> str:
         return hashlib.sha256(self._path(name).read_bytes()).hexdigest()
 
-    def _delete(self, name: str) -> str:
+    def delete_file(self, name: str) -> str:
         self._path(name).unlink()
         return f"deleted {name}"
 
@@ -174,7 +159,7 @@ class Gateway:
         if token:
             await self.store.approvals.consume_token(token, caller_id=self.caller.caller_id, tool_call=call)
         try:
-            output, status = await asyncio.to_thread(self.tools.run, tool, arguments), ExecutionStatus.SUCCESS
+            output, status = await asyncio.to_thread(getattr(self.tools, tool), **arguments), ExecutionStatus.SUCCESS
         except OSError as exc:
             output, status = type(exc).__name__, ExecutionStatus.TOOL_ERROR
         if token:
