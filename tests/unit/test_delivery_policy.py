@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent_gateway_store import StoreSettings
-from agent_gateway_store.delivery.policy import LONGEST_ASKED_S, LONGEST_WAIT_S, Policy, backoff_s
+from agent_gateway_store.delivery.policy import LONGEST_ASKED_S, LONGEST_WAIT_S, Policy, wait_s
 from agent_gateway_store.hooks.dispatch import DeliveryReport
 
 pytestmark = pytest.mark.unit
@@ -20,7 +20,7 @@ def failed(**fields: object) -> DeliveryReport:
 )
 def test_waits_double_with_jitter_up_to_an_hour(attempt: int, least: float) -> None:
     """The formula of stamina: the wait doubles, up to two seconds are added, and there is a longest one."""
-    waits = [backoff_s(attempt) for _ in range(50)]
+    waits = [wait_s(attempt, None) for _ in range(50)]
 
     assert min(waits) >= least
     assert max(waits) <= min(least + 2, LONGEST_WAIT_S)

@@ -22,15 +22,12 @@ _LEASE_MARGIN_S = 10.0
 _GIVE_WAY_S = 1.5
 
 
-def backoff_s(attempt: int) -> float:
-    """Return the seconds to wait after attempt number `attempt` (from 1) has failed: twice as long each time."""
+def wait_s(attempt: int, asked_s: float | None) -> float:
+    """Return the seconds to wait after failed attempt number `attempt`: as asked, else twice as long each time."""
+    if asked_s is not None:
+        return min(max(asked_s, _SHORTEST_S), LONGEST_ASKED_S)
     jitter = random.uniform(0, JITTER_S)  # noqa: S311
     return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt - 1, 60) + jitter)
-
-
-def wait_s(attempt: int, asked_s: float | None) -> float:
-    """Return the seconds to wait after an attempt that failed: what the receiver asked for, else `backoff_s`."""
-    return backoff_s(attempt) if asked_s is None else min(max(asked_s, _SHORTEST_S), LONGEST_ASKED_S)
 
 
 @dataclass(frozen=True, slots=True)
