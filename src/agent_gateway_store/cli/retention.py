@@ -95,7 +95,7 @@ def release(
 def holds(ctx: typer.Context, json: JsonOption = False) -> None:
     """List the holds in force."""
     require_no_org(ctx)
-    found = read_store(ctx, lambda store: _service(store).holds(), as_json=json)
+    found = read_store(ctx, lambda store: store.retention.holds(), as_json=json)
     columns = {"name": "Name", "reason": "Reason", "by": "By", "placed_at": "Placed", "filters": "Covers"}
     print_page(found, columns=columns, whole=("name",), as_json=json)
 
@@ -127,7 +127,7 @@ def find(
     """List what an erasure request is about: events and approvals, the archive included."""
     try:
         found = read_store(
-            ctx, lambda store: _service(store).find(caller_id=caller_id, text=text, archive=archive), as_json=json
+            ctx, lambda store: store.retention.find(caller_id=caller_id, text=text, archive=archive), as_json=json
         )
     except GatewayStoreError:
         raise
@@ -159,10 +159,6 @@ def prune_approvals(
 def _require_one(archive: Path | None, discard: bool) -> None:
     if (archive is None) is not discard:
         raise CommandError("Give --archive with a folder, or --discard to keep nothing; not both.", ExitCode.USAGE)
-
-
-def _service(store: Any) -> Any:
-    return store.retention
 
 
 def _changed(ctx: typer.Context, work: Callable[[RetentionManager], Awaitable[T]], folder: Path | None = None) -> T:
