@@ -226,7 +226,9 @@ def _load() -> None:
         from agent_gateway_store.testing import RecordingNotifier  # noqa: F401
 
         # Each is imported when it is asked for.
-        list(typer.main.get_group(app).commands.values())
+        group = typer.main.get_group(app)
+        for name in group.commands:
+            group.get_command(None, name)
     gc.collect()
     gc.freeze()
 

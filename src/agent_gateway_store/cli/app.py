@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
@@ -42,29 +42,6 @@ _COMMANDS = {
 }
 
 
-class OwnCommands(Mapping[str, Any]):
-    """Our commands and groups by name, each loaded when it is asked for.
-
-    Args:
-        options: The global options, which each command takes as well.
-    """
-
-    def __init__(self, options: list[Any]) -> None:
-        self._options = options
-
-    def __getitem__(self, name: str) -> Any:
-        module, _ = _COMMANDS[name]
-        above = typer.Typer(rich_markup_mode=None)
-        above.add_typer(import_module(f"{_PACKAGE}.{module}").app)
-        return _take_global_options(typer.main.get_group(above).commands, self._options)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_COMMANDS)
-
-    def __len__(self) -> int:
-        return len(_COMMANDS)
-
-
 class RootGroup(TyperGroup):
     """The root command, which catches what fails below it. Usage errors are left to Typer.
 
@@ -74,15 +51,20 @@ class RootGroup(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands = OwnCommands(self.params)  # type: ignore[assignment]
+        # Of these names Typer suggests one that is near to what was typed.
+        self.commands = dict.fromkeys(_COMMANDS)  # type: ignore[assignment]
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of our commands, then those of plugins."""
-        return [*self.commands, *self._plugin_commands]
+        return [*_COMMANDS, *self._plugin_commands]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command by name, ours or a plugin's; None if there is none."""
-        return super().get_command(ctx, cmd_name) or self._plugin_commands.get(cmd_name)
+        """Load a command by name, ours or a plugin's, and return it; None if there is none."""
+        if cmd_name not in _COMMANDS:
+            return self._plugin_commands.get(cmd_name)
+        above = typer.Typer(rich_markup_mode=None)
+        above.add_typer(import_module(f"{_PACKAGE}.{_COMMANDS[cmd_name][0]}").app)
+        return _take_global_options(typer.main.get_group(above).commands, self.params)[cmd_name]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a line for each command; none of ours is loaded for it."""
