@@ -134,6 +134,8 @@ def doctor(ctx: typer.Context, json: JsonOption = False) -> None:
 async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     from importlib.metadata import version
 
+    from agent_gateway_store.storage.identity import read_identity
+
     report = Report()
     report.facts["version"] = version("agent-gateway-store")
     async with report.noting_errors():
@@ -143,7 +145,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     _check_signing_key(report, settings)
     if report.schema_is_current:
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
-            await _read_identity(report, engine)
+            report.facts["database"]["identity"] = await read_identity(engine)
             await check_server(report, engine, settings)
             await _check_transactions(report, engine)
             await _check_log(report, engine)
@@ -220,12 +222,6 @@ async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine
         from agent_gateway_store.storage.database import NO_WRITES
 
         report.problem(f"{NO_WRITES} Until then events wait in the spool.", ExitCode.UNAVAILABLE)
-
-
-async def _read_identity(report: Report, engine: AsyncEngine) -> None:
-    from agent_gateway_store.storage.identity import read_identity
-
-    report.facts["database"]["identity"] = await read_identity(engine)
 
 
 async def _check_transactions(report: Report, engine: AsyncEngine) -> None:

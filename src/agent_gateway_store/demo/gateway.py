@@ -135,7 +135,8 @@ class Gateway:
             event |= {"decision": Decision.DENY, "deterministic_rationale": reason}
         else:
             output, status = await self._run(tool, arguments, token)
-            event |= {"execution_status": status, "output_hash": _output_hash(output)}
+            output_hash = hashlib.sha256(json.dumps(output).encode()).hexdigest()
+            event |= {"execution_status": status, "output_hash": output_hash}
         event["latency_ms"] = (time.perf_counter() - started) * 1000
         if await self.store.audit.write(AuditEvent(**event)) != "STORED":
             raise StoreUnavailableError("The demo's audit event was not stored: check the database.")
@@ -190,10 +191,6 @@ class Gateway:
             "redaction_flags": [RedactionFlag(field=f"sanitized_args.{name}", reason="SECRET") for name in masked],
             "risk_labels": ["DESTRUCTIVE"] if tool == "delete_file" else [],
         }
-
-
-def _output_hash(output: Any) -> str:
-    return hashlib.sha256(json.dumps(output).encode()).hexdigest()
 
 
 async def _decide(store: GatewayStore, session_id: str) -> None:

@@ -86,7 +86,7 @@ def history(count: int, *, seed: int, end: datetime, keys: Mapping[str, str]) ->
     probes = int(count * _PROBE_SHARE)
     cover = round(probes * _PROBE_COVER)
     stolen, slow = int(count * _STOLEN_SHARE), int(count * _SLOW_SHARE)
-    usual = _callers(random, count - probes - cover - stolen - slow)
+    usual = random.choices(CALLERS, [each.share for each in CALLERS], k=count - probes - cover - stolen - slow)
     plans: list[tuple[datetime, Callable[[datetime], Call]]] = [
         *((_moment(random, caller, end), partial(maker.usual, caller=caller)) for caller in usual),
         *((_during(PROBED, random, end), partial(maker.usual, caller=_CALLERS[TROUBLEMAKER])) for _ in range(cover)),
@@ -96,10 +96,6 @@ def history(count: int, *, seed: int, end: datetime, keys: Mapping[str, str]) ->
     ]
     for when, make in sorted(plans, key=lambda plan: plan[0]):
         yield make(when)
-
-
-def _callers(random: Random, count: int) -> list[Caller]:
-    return random.choices(CALLERS, [caller.share for caller in CALLERS], k=count)
 
 
 def _during(incident: Incident, random: Random, end: datetime) -> datetime:
