@@ -25,7 +25,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult,
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.evidence import Checkpoint, Verification
-from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
+from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, KeyReading, TrustLevel
 from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page, Stats
@@ -298,6 +298,9 @@ class SyncKeyManager:
 
     def get(self, caller_id: str, *, org_id: str | None = None) -> ApiKey:
         """Return the row of the active key of `caller_id`, else of the one revoked last; a repr shows no hash."""
+
+    def read(self, caller_id: str, *, org_id: str | None = None) -> KeyReading:
+        """Return the row that `get` returns, with the database's time, by which alone a key ends."""
 
     def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
         """Return key rows, those of revoked keys included (`is_active` is False), newest first by id."""

@@ -230,6 +230,20 @@ async def test_expiry_is_judged_by_the_database_clock(store: GatewayStore) -> No
     assert (before, await accepts(store, issued)) == ([True], [False])
 
 
+async def test_a_key_is_read_with_the_time_of_the_database(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row is that of `get`; a clock of this process that is wrong changes nothing."""
+    await issue(store)
+    right_now = clock.utc_now
+    monkeypatch.setattr(clock, "utc_now", lambda: right_now() - 5 * HOUR)
+
+    found = await store.keys.read("dev-agent")
+
+    assert found.api_key == await store.keys.get("dev-agent")
+    assert abs(found.read_at - right_now()) < MINUTE
+
+
 async def test_second_key_of_a_caller_is_refused(store: GatewayStore) -> None:
     """A caller has one key; the error says to rotate it, and the first one still works."""
     first = await issue(store)
@@ -352,7 +366,7 @@ async def test_key_is_verified_although_its_use_cannot_be_noted(
 
 async def test_unknown_caller_is_told(store: GatewayStore) -> None:
     """Without a key there is nothing to get, rotate or revoke."""
-    for ask in (store.keys.get, store.keys.rotate, store.keys.revoke):
+    for ask in (store.keys.get, store.keys.read, store.keys.rotate, store.keys.revoke):
         with pytest.raises(errors.ApiKeyNotFoundError, match="No API key for caller 'nobody': issue one") as caught:
             await ask("nobody")
         assert caught.value.caller_id == "nobody"

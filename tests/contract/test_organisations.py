@@ -212,6 +212,7 @@ CASES: dict[str, Case] = {
     "keys.rotate": by_caller("rotate"),
     "keys.revoke": by_caller("revoke"),
     "keys.get": by_caller("get"),
+    "keys.read": by_caller("read"),
     "keys.list": lambda view, other: [view.keys.list(limit=1000), view.keys.list(offset=0)],
 }
 

@@ -274,6 +274,7 @@ async def _keys(store: GatewayStore) -> None:
     await store.keys.verify(issued.plaintext)
     await store.keys.rotate("dev-agent")
     await store.keys.get("dev-agent")
+    await store.keys.read("dev-agent")
     await store.keys.list()
     await store.keys.revoke("dev-agent")
 
@@ -331,7 +332,7 @@ CALLS = [
     Called("to_arrow", lambda store: store.audit.to_arrow(since="1h"), by_statistics=True),
     Called("to_pandas", lambda store: store.audit.to_pandas(since="1h"), by_statistics=True),
     Called("to_polars", lambda store: store.audit.to_polars(since="1h"), by_statistics=True),
-    Called("issue verify rotate get list revoke", _keys),
+    Called("issue verify rotate get read list revoke", _keys),
     Called("list", lambda store: store.notifications.list("DUE", limit=5)),
     Called("list", lambda store: store.notifications.list(approval_id=UUID(int=1))),
     Called("counts", lambda store: store.notifications.counts(), reads_all=True),

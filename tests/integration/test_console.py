@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import console_helpers
@@ -134,6 +134,53 @@ async def test_a_session_ends_by_itself(url: str) -> None:
         assert await status(alice) == 200
 
         clock.move(timedelta(seconds=20))
+
+        assert await status(alice) == 303
+
+
+def set_wrong(monkeypatch: pytest.MonkeyPatch, *, hours: int) -> None:
+    """Let the clock of this process, and not the database's, be so many hours ahead."""
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(hours=hours)
+
+    monkeypatch.setattr(clock, "datetime", Wrong)
+
+
+async def test_a_key_of_a_session_ends_by_the_database_clock(
+    running: tuple[GatewayStore, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A console whose own clock is hours behind lets in neither an expired key nor one whose overlap is over."""
+    store, app = running
+    expires_at = datetime.now(UTC) + timedelta(hours=1)
+    issued = await store.keys.issue("alice", role="approver", expires_at=expires_at)
+    expiring, overlapping = Visitor(app), await signed_in(store, app, "bob")
+    await expiring.sign_in(issued.plaintext.get_secret_value())
+    await store.keys.rotate("bob", timedelta(hours=1))
+    set_wrong(monkeypatch, hours=-5)
+    before = [await status(each) for each in (expiring, overlapping)]
+
+    clock.move(timedelta(hours=2))
+
+    assert (before, [await status(each) for each in (expiring, overlapping)]) == ([200, 200], [303, 303])
+
+
+@pytest.mark.parametrize(("there", "here"), [(-5, 0), (5, 0), (0, -5), (0, 5)])
+async def test_a_session_lasts_as_long_on_machines_whose_clocks_differ(
+    url: str, monkeypatch: pytest.MonkeyPatch, there: int, here: int
+) -> None:
+    """CONSOLE_SESSION_SECONDS are counted by the database's clock, which also dates the sign-in."""
+    async with console(url, console_session_seconds=600) as (store, app):
+        set_wrong(monkeypatch, hours=there)
+        alice = await signed_in(store, app)
+        set_wrong(monkeypatch, hours=here)
+        [event] = await store.audit.search(tool_name="console.sign_in")
+        assert abs(event.timestamp - datetime.now(UTC)) < timedelta(minutes=1)
+        assert await status(alice) == 200
+
+        clock.move(timedelta(seconds=620))
 
         assert await status(alice) == 303
 

@@ -21,10 +21,9 @@ from cachetools import TTLCache
 from starlette.requests import Request
 
 from agent_gateway_store import _text
-from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import ApiKeyNotFoundError, InvalidApiKeyError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
-from agent_gateway_store.models.keys import ApiKey
+from agent_gateway_store.models.keys import KeyReading
 from agent_gateway_store.store import GatewayStore
 
 COOKIE = "gateway_store_console"
@@ -93,10 +92,10 @@ class Sessions:
             self._failures[address] = self._failures.get(address, 0) + 1
             logger.warning("Sign-in to the console refused, from %s.", _text.escape(address))
             raise
-        row = await self._store.for_org(identity.org_id).keys.get(identity.caller_id)
+        reading = await self._store.for_org(identity.org_id).keys.read(identity.caller_id)
         session_id = secrets.token_urlsafe(32)
-        await self._write(_SIGN_IN, session_id, row, address)
-        logger.info("%s signed in to the console, from %s.", _text.escape(row.caller_id), _text.escape(address))
+        await self._write(_SIGN_IN, session_id, reading, address)
+        logger.info("%s signed in to the console, from %s.", _text.escape(identity.caller_id), _text.escape(address))
         return session_id
 
     async def find(self, session_id: str | None) -> Session | None:
@@ -111,29 +110,29 @@ class Sessions:
         event = self._sign_ins.get(name) or await self._store.audit.get_by_request_id(name)
         if event is None or (event.mcp_server, event.tool_name) != (SERVER, _SIGN_IN):
             return None
-        ends_at = event.timestamp + self._lasts
-        if ends_at <= utc_now():
-            return None
         self._sign_ins[name] = event
         store = self._store.for_org(event.org_id)
         if await store.audit.get_by_request_id(_request_id(_SIGN_OUT, session_id)) is not None:
             return None
         try:
-            row = await store.keys.get(event.caller_id)
+            reading = await store.keys.read(event.caller_id)
         except ApiKeyNotFoundError:
             return None
-        if row.key_id != event.key_id or not self._may_enter(row, session_id, event.extra.get("key")):
+        row, ends_at = reading.api_key, event.timestamp + self._lasts
+        if ends_at <= reading.read_at or row.key_id != event.key_id:
+            return None
+        if not self._may_enter(reading, session_id, event.extra.get("key")):
             return None
         csrf = _digest("csrf", session_id)
         return Session(store, row.caller_id, row.role, row.key_id, event.org_id, csrf, ends_at)
 
     async def end(self, session: Session, session_id: str, *, address: str) -> None:
         """End a session in every process. Raises StoreUnavailableError if the database is away."""
-        await self._write(_SIGN_OUT, session_id, await session.store.keys.get(session.caller_id), address)
+        await self._write(_SIGN_OUT, session_id, await session.store.keys.read(session.caller_id), address)
         logger.info("%s signed out of the console.", _text.escape(session.caller_id))
 
-    def _may_enter(self, row: ApiKey, session_id: str, mark: object) -> bool:
-        now = utc_now()
+    def _may_enter(self, reading: KeyReading, session_id: str, mark: object) -> bool:
+        row, now = reading.api_key, reading.read_at
         if not row.is_active or row.role not in self._roles or (row.expires_at and row.expires_at <= now):
             return False
         # After a rotation the sessions of the old key end with its overlap.
@@ -141,8 +140,10 @@ class Sessions:
         hashes = [row.key_hash, *([row.previous_key_hash] if has_previous and row.previous_key_hash else [])]
         return any(hmac.compare_digest(_mark(session_id, each), str(mark)) for each in hashes)
 
-    async def _write(self, tool: str, session_id: str, row: ApiKey, address: str) -> None:
+    async def _write(self, tool: str, session_id: str, reading: KeyReading, address: str) -> None:
+        row = reading.api_key
         event = AuditEvent(
+            timestamp=reading.read_at,
             request_id=_request_id(tool, session_id),
             org_id=row.org_id,
             caller_id=row.caller_id,

@@ -26,7 +26,7 @@ from agent_gateway_store.errors import (
 from agent_gateway_store.keys.cache import REFUSED, Answer, KeyCache, VerifiedKey
 from agent_gateway_store.keys.format import digest, new_key, new_key_id, parse_key_id
 from agent_gateway_store.keys.hashing import Hasher
-from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, TrustLevel
+from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, KeyReading, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions, first_row
@@ -309,12 +309,21 @@ class KeyManager:
         Raises:
             ApiKeyNotFoundError: The caller has no key.
         """
+        return (await self.read(caller_id, org_id=org_id)).api_key
+
+    async def read(self, caller_id: str, *, org_id: str | None = None) -> KeyReading:
+        """Return the row that `get` returns, with the database's time, by which alone a key ends.
+
+        Raises:
+            ApiKeyNotFoundError: The caller has no key.
+        """
         values = {"p_caller_id": storable_key(caller_id), "p_org_id": self._organisation(org_id)}
         async with self._transactions.connection("read") as connection:
             row = await _GET.first(connection, values)
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
-        return ApiKey.from_row(row)
+        read_at = row.pop("read_at")
+        return KeyReading(api_key=ApiKey.from_row(row), read_at=read_at)
 
     async def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
         """Return key rows, those of revoked keys included (`is_active` is False), newest first by id.
@@ -359,7 +368,7 @@ _GET = Statement(
             _keys.c.caller_id == bindparam("p_caller_id", type_=Text()),
             _keys.c.org_id == bindparam("p_org_id", type_=Text()),
         )
-    )
+    ).add_columns(db_now().label("read_at"))
 )
 
 

@@ -88,6 +88,17 @@ class ApiKey(StoreModel, table=True):
     previous_key_expires_at: Instant | None = Field(default=None, sa_type=UtcDateTime)
 
 
+class KeyReading(FrozenModel):
+    """A key's row, and when it was read: what its `expires_at` and the end of an overlap are compared with.
+
+    Attributes:
+        read_at: By the database's clock, which alone judges them.
+    """
+
+    api_key: ApiKey
+    read_at: datetime
+
+
 class CallerIdentity(FrozenModel):
     """The caller that a verified key belongs to, or that a login of the host's own knows.
 
