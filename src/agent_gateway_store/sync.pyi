@@ -283,6 +283,7 @@ class SyncKeyManager:
         trust_level: TrustLevel = TrustLevel.LOW,
         environment: str | None = None,
         expires_at: datetime | None = None,
+        expires_in: timedelta | None = None,
         org_id: str | None = None,
     ) -> IssuedKey:
         """Issue a key for `caller_id`. The plaintext is in the result and nowhere else."""

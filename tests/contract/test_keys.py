@@ -230,6 +230,32 @@ async def test_expiry_is_judged_by_the_database_clock(store: GatewayStore) -> No
     assert (before, await accepts(store, issued)) == ([True], [False])
 
 
+async def test_a_lifetime_is_counted_by_the_database_clock(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`expires_in` is added to the database's time; the longest one that a database holds is taken."""
+    right_now = clock.utc_now
+    monkeypatch.setattr(clock, "utc_now", lambda: right_now() - 5 * HOUR)
+    issued = await issue(store, expires_in=HOUR)
+    longest = await issue(store, "other-agent", expires_in=MILLION_DAYS)
+
+    assert issued.api_key.expires_at is not None
+    assert abs(issued.api_key.expires_at - right_now() - HOUR) < MINUTE
+    assert await accepts(store, issued, longest) == [True, True]
+    clock.move(HOUR)
+    assert await accepts(store, issued, longest) == [False, True]
+
+
+async def test_a_lifetime_that_cannot_be_is_refused(store: GatewayStore) -> None:
+    """None at all, one beyond what a database holds, or two ends; no key is made."""
+    for lifetime in (timedelta(), -HOUR, MILLION_DAYS + HOUR):
+        with pytest.raises(ValueError, match="expires_in must be more than zero"):
+            await issue(store, expires_in=lifetime)
+    with pytest.raises(ValueError, match="not both"):
+        await issue(store, expires_in=HOUR, expires_at=clock.utc_now() + HOUR)
+    assert await store.keys.list() == []
+
+
 async def test_a_key_is_read_with_the_time_of_the_database(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

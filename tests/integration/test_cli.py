@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import cli_helpers
 import pytest
 from cli_helpers import KEY, ask, ids
 
 import servers
-from agent_gateway_store import GatewayStore
+from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.errors import InvalidApiKeyError
 from commands import Outcome, event_line, gateway_store, process, run_process
 
@@ -63,6 +65,24 @@ def test_a_key_is_printed_once_and_to_standard_output_only(cli: Callable[..., Ou
     assert "hash" not in listed.out
     assert "$2b$" not in listed.out + cli("keys", "list").out
     cli("keys", "issue", "dev-agent", "--role", "developer").assert_fails(1, "already has an API key", "keys rotate")
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_key_lives_as_long_as_it_says_where_the_clocks_differ(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """`--expires-in` is added to the database's time, not to that of the machine of the command."""
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(hours=hours)
+
+    monkeypatch.setattr(clock, "datetime", Wrong)
+    issued = cli("keys", "issue", "dev-agent", "--role", "developer", "--expires-in", "1h", "--json").json
+
+    left = datetime.fromisoformat(issued["expires_at"]) - datetime.now(UTC)
+    assert abs(left - timedelta(hours=1)) < timedelta(minutes=1)
 
 
 def test_keys_rotate_and_revoke(cli: Callable[..., Outcome], url: str) -> None:

@@ -84,7 +84,6 @@ def issue(
     json: JsonOption = False,
 ) -> None:
     """Give a caller an API key and print it, once."""
-    from agent_gateway_store.clock import utc_now
     from agent_gateway_store.models.keys import TrustLevel
 
     for name, value in (("CALLER_ID", caller_id), ("--role", role), ("--environment", environment)):
@@ -95,11 +94,10 @@ def issue(
     if lifetime is not None and not lifetime:
         raise typer.BadParameter("--expires-in must be more than 0: an expired key identifies nobody.")
     require_output()
-    expires_at = None if lifetime is None else utc_now() + lifetime
     issued = in_store(
         ctx,
         lambda store: store.keys.issue(
-            caller_id, role=role, trust_level=level, environment=environment, expires_at=expires_at
+            caller_id, role=role, trust_level=level, environment=environment, expires_in=lifetime
         ),
     )
     print_issued(issued, as_json=json)

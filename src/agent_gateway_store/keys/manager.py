@@ -51,7 +51,7 @@ _DEFAULT_ORG = "default"
 # The documented precision of `last_used_at`: one write a minute for each key at most.
 _LAST_USED_EVERY = timedelta(minutes=1)
 # 2,738 years: both databases hold times until the year 9999 at least.
-_LONGEST_OVERLAP = timedelta(days=1_000_000)
+_LONGEST = timedelta(days=1_000_000)
 # Chosen: a database that is well reads or writes one row in milliseconds.
 _ONE_ROW_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.keys")
@@ -92,6 +92,7 @@ class KeyManager:
         trust_level: TrustLevel = TrustLevel.LOW,
         environment: str | None = None,
         expires_at: datetime | None = None,
+        expires_in: timedelta | None = None,
         org_id: str | None = None,
     ) -> IssuedKey:
         """Issue a key for `caller_id`. The plaintext is in the result and nowhere else.
@@ -104,12 +105,18 @@ class KeyManager:
             trust_level: How far the gateway trusts the caller.
             environment: Default: the setting ENVIRONMENT.
             expires_at: From this time on the key is refused; None: never.
+            expires_in: The same as a lifetime, up to a million days, which begins now by the database's clock.
             org_id: Organisation; default: the one this store is bound to, else "default".
 
         Raises:
             ApiKeyExistsError: The caller has an active key; rotate it instead.
-            ValueError: The store is bound to another organisation than `org_id`, or that is empty.
+            ValueError: The store is bound to another organisation than `org_id`, or that is empty; `expires_in` is not
+                more than zero, beyond what a database holds, or given beside `expires_at`.
         """
+        if expires_in is not None and expires_at is not None:
+            raise ValueError("Give expires_at or expires_in, not both.")
+        if expires_in is not None and not timedelta() < expires_in <= _LONGEST:
+            raise ValueError("expires_in must be more than zero, and a million days at most.")
         organisation = self._organisation(org_id)
         if organisation is None:
             raise ValueError("This store is bound to another organisation: use `store.for_org` with yours.")
@@ -132,6 +139,8 @@ class KeyManager:
         )
         values = {column.name: getattr(checked, column.name) for column in _keys.c if column.name != "id"}
         values["created_at"] = db_now()
+        if expires_in is not None:
+            values["expires_at"] = db_now(plus=expires_in)
         try:
             row = await self._sure(self._insert(values), key_id, checked.key_hash)
         except IntegrityError:
@@ -222,7 +231,7 @@ class KeyManager:
             ApiKeyNotFoundError: The caller has no active key.
             ValueError: `overlap` is negative, or its end is beyond what a database holds.
         """
-        if not timedelta() <= overlap <= _LONGEST_OVERLAP:
+        if not timedelta() <= overlap <= _LONGEST:
             raise ValueError("overlap must be zero or more, and a million days at most.")
         is_own = self._of_caller(storable_key(caller_id), self._organisation(org_id))
         current = await self.get(caller_id, org_id=org_id)
