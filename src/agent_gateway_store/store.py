@@ -357,7 +357,11 @@ class _Core:
         self.before_write.withheld = self.after_write.unnotified = 0
         self.outbox.open(dispatcher, notifiers)
         self.key_cache.open()
-        await writer.open()
+        try:
+            await writer.open()
+        except BaseException:
+            await self.close()
+            raise
         self.background_sealer.start()
         if self.settings.otel_enabled:
             self.figures.start()

@@ -48,6 +48,26 @@ async def refuses_every_use(store: GatewayStore, match: str) -> None:
             await use(store)
 
 
+async def test_an_open_that_is_cancelled_halfway_is_closed(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it stays open, and the store can be opened again."""
+    store, begun = GatewayStore(database_url, redis_url=""), asyncio.Event()
+
+    async def hang(_writer: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(store_module.AuditWriter, "open", hang)
+    opening = asyncio.create_task(store.open())
+    await begun.wait()
+    opening.cancel()
+    await asyncio.wait([opening])
+    monkeypatch.undo()
+
+    await refuses_every_use(store, "not open")
+    async with store:
+        assert await store.audit.write(make_event()) == "STORED"
+
+
 def test_constructing_connects_nothing(tmp_path: Path) -> None:
     """A store for servers that do not exist, and one for a file, open no socket, thread or file."""
     before = threading.active_count()

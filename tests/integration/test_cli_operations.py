@@ -168,6 +168,16 @@ def test_doctor_says_what_a_user_of_redis_may_not_do(change: tuple[str, ...], re
         assert "secret" not in found.said
 
 
+def test_doctor_shows_no_password_that_redis_repeats() -> None:
+    """A server, or a proxy before it, that does not know the command answers with its arguments."""
+    with servers.RedisServer(options=("--rename-command", "HELLO", "", "--rename-command", "AUTH", "")) as server:
+        found = gateway_store("--redis-url", server.url.replace("://", "://:hunter2@"), "doctor", "--json")
+
+    assert found.code == 5
+    assert "unknown command" in found.json["problems"][0]
+    assert "hunter2" not in found.said
+
+
 @pytest.fixture
 def limited_url(migrated_postgres_database: Callable[[], str]) -> Iterator[str]:
     """A database for the role of gateways that the page describes; its owner's URL has `postgres` as its user."""

@@ -236,3 +236,19 @@ async def test_another_loop_and_a_closed_store_are_told_so(tmp_path: Path) -> No
     await database.close()
     with pytest.raises(errors.StoreNotOpenError, match="not open"):
         await write(database)
+
+
+@pytest.mark.parametrize("close", [True, False])
+async def test_an_engine_is_disposed_of_where_nobody_can_wait(tmp_path: Path, close: bool) -> None:
+    """As SQLAlchemy asks for after a fork."""
+    engine = create_engine(f"sqlite+aiosqlite:///{tmp_path / 'gateway.db'}")
+    async with engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+
+    engine.sync_engine.dispose(close=close)
+
+    async with engine.connect() as connection:
+        assert (await connection.exec_driver_sql("SELECT 1")).scalar() == 1
+    await engine.dispose()
+    assert driver is not None
+    await driver.close()

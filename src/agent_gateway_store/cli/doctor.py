@@ -311,9 +311,8 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         elif redis.is_available:
             facts["state"] = "reachable"
         else:
-            reason = str(redis.fault) or type(redis.fault).__name__
             report.problem(
-                f"Redis cannot be used ({code_text(reason)}): check that it runs and that REDIS_URL is right; "
+                f"Redis cannot be used ({code_text(redis.fault)}): check that it runs and that REDIS_URL is right; "
                 "the store works without it.",
                 ExitCode.UNAVAILABLE,
             )

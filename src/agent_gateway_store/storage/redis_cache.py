@@ -19,6 +19,7 @@ from redis.exceptions import (
 )
 
 from agent_gateway_store._concurrency import BatchQueue, keep_cancellation
+from agent_gateway_store._text import describe
 from agent_gateway_store.storage.cache import NO_CLUSTER, REDIS_FAULTS, RedisClient, milliseconds, require_redis
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ class RedisCache:
 
     Attributes:
         log: Where faults of this Redis are noted.
-        fault: The last one; None: there was none.
+        fault: What the last one said.
         is_cluster: True once the client turned out to lead to a member of a cluster.
 
     Raises:
@@ -124,7 +125,7 @@ class RedisCache:
         self._pause_s = pause_s
         self._breaker_until = 0.0
         self.log = OutageLog(_logger)
-        self.fault: Exception | None = None
+        self.fault = ""
         if client is not None:
             # The pool of a client from outside may be smaller.
             self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, client.connection_pool.max_connections))
@@ -251,7 +252,8 @@ class RedisCache:
                     self._drop_cluster()
                 return None
             except REDIS_FAULTS as exc:
-                self.fault = exc
+                # A server that does not know AUTH answers with its arguments: the password.
+                self.fault = describe(exc).partition(", with args")[0]
                 self._breaker_until = time.monotonic() + self._pause_s
                 self.log.away("Redis does not answer (%s): going on without it.", type(exc).__name__)
                 return None

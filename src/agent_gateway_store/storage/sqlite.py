@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 from agent_gateway_store.storage.files import create_database_file, file_id, is_gone
 from agent_gateway_store.storage.host import READ_ONLY
@@ -157,8 +158,9 @@ class _File:
             raise OperationalError(None, None, exc) from exc
 
     def await_closed(self, _engine: Any) -> None:
-        """Wait for the connections that cancelled tasks have given up."""
-        await_only(self._closed())
+        """Wait for the connections that cancelled tasks have given up; not where nobody can wait, as after a fork."""
+        if in_greenlet():
+            await_only(self._closed())
 
     async def _closed(self) -> None:
         with suppress(TimeoutError):
