@@ -22,7 +22,7 @@ class Reader:
     """Reads tiles of a log; counts them, and fails when told to."""
 
     def __init__(self, log: SealedLog, *, failing_after: int | None = None) -> None:
-        self.tiles, self.failing_after, self.read = log.tiles, failing_after, 0
+        self.tiles, self.failing_after, self.read = dict(log.tiles), failing_after, 0
 
     async def __call__(self, names: Sequence[tuple[int, int]]) -> TileHashes:
         if self.failing_after is not None and self.read >= self.failing_after:
@@ -126,6 +126,75 @@ async def test_a_tile_that_was_cut_is_written_again(tmp_path: Path) -> None:
 
     assert await publish(tmp_path, log.checkpoint(), Reader(log)) == 1
     assert monitor(tmp_path)[0] == 300
+
+
+@pytest.mark.parametrize("last", [310, 900], ids=["shorter", "longer"])
+@pytest.mark.parametrize("first", [300, None], ids=["published before", "never published"])
+async def test_tiles_of_a_log_that_lost_its_end_are_written_again(tmp_path: Path, first: int | None, last: int) -> None:
+    """Publishing was killed before its checkpoint, and then the database was restored from a backup and went on."""
+    lost, log = SealedLog(leaves=900), SealedLog(leaves=300)
+    log.leaves += [sha256(leaf).digest() for leaf in lost.leaves[300:last]]
+    if first:
+        await publish(tmp_path, lost.checkpoint(first), Reader(lost))
+        before = (tmp_path / "checkpoint").read_bytes()
+    await publish(tmp_path, lost.checkpoint(), Reader(lost))
+    (tmp_path / "checkpoint").unlink()
+    if first:
+        (tmp_path / "checkpoint").write_bytes(before)
+        assert monitor(tmp_path)[0] == first
+
+    await publish(tmp_path, log.checkpoint(), Reader(log))
+    assert monitor(tmp_path)[0] == last
+
+
+async def test_a_wrong_tile_beyond_the_published_checkpoint_is_written_again(tmp_path: Path) -> None:
+    """Of the right size, as a bad disk or a stranger leaves it; and so are the last tiles of the checkpoint."""
+    log = SealedLog(leaves=700)
+    await publish(tmp_path, log.checkpoint(300), Reader(log))
+    (tmp_path / "tile/0/001").write_bytes(bytes(256 * 32))
+    (tmp_path / "tile/0/001.p/44").write_bytes(bytes(44 * 32))
+
+    assert await publish(tmp_path, log.checkpoint(300), Reader(log)) == 1
+    assert monitor(tmp_path)[0] == 300
+    assert await publish(tmp_path, log.checkpoint(), Reader(log)) == 3
+    assert monitor(tmp_path)[0] == 700
+
+
+async def test_the_tiles_under_the_published_checkpoint_are_not_read_again(tmp_path: Path) -> None:
+    """A large log is published every minute."""
+    log = SealedLog(leaves=70_000)
+    await publish(tmp_path, log.checkpoint(69_900), Reader(log))
+    reader = Reader(log)
+    await publish(tmp_path, log.checkpoint(), reader)
+
+    assert reader.read < 20
+
+
+async def test_a_tile_that_is_not_that_of_the_tree_gets_no_checkpoint(tmp_path: Path) -> None:
+    """A leaf was changed in the database, and the hashes above it were not."""
+    log = SealedLog(leaves=700)
+    reader = Reader(log)
+    reader.tiles[0, 1] = bytes(8192)
+
+    with pytest.raises(LogMismatchError, match="evidence verify"):
+        await publish(tmp_path, log.checkpoint(), reader)
+    assert not (tmp_path / "checkpoint").exists()
+    await publish(tmp_path, log.checkpoint(), Reader(log))
+    assert monitor(tmp_path)[0] == 700
+
+
+async def test_a_log_that_changes_while_it_is_published_gets_no_checkpoint(tmp_path: Path) -> None:
+    log = SealedLog(leaves=300)
+    reader = Reader(log)
+
+    async def read(names: Sequence[tuple[int, int]]) -> TileHashes:
+        found = await reader(names)
+        reader.tiles[0, 1] = bytes(len(reader.tiles[0, 1]))
+        return found
+
+    with pytest.raises(LogMismatchError, match="evidence verify"):
+        await publish(tmp_path, log.checkpoint(), read)
+    assert not (tmp_path / "checkpoint").exists()
 
 
 async def test_no_salt_and_no_event_is_published(tmp_path: Path) -> None:

@@ -164,13 +164,15 @@ class EvidenceManager:
     async def publish(self, folder: str | PathLike[str]) -> Checkpoint | None:
         """Write the last checkpoint and the hash tiles below it to a folder, which any web server can serve.
 
-        No event and no salt is among them. Whoever reads meanwhile finds a checkpoint with all its tiles.
+        No event and no salt is among them. Whoever reads meanwhile, or after a crash, finds a checkpoint with all its
+        tiles. Full tiles under the checkpoint that is there are written again only where one is missing or was cut:
+        if one was damaged otherwise, publish to an empty folder.
 
         Returns:
             The checkpoint; None: there is none, and nothing was written.
 
         Raises:
-            LogMismatchError: The folder holds another log, or another past of this one; or a hash is missing.
+            LogMismatchError: The folder holds another log, or another past of this one; or a hash is missing or wrong.
             OSError: The folder cannot be written.
             ValueError: The store is bound to one organisation.
         """

@@ -5,11 +5,21 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from agent_gateway_store.errors import LogMismatchError
 from agent_gateway_store.evidence.notes import ParsedNote, parse_note
-from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, ReadTiles, TileHashes, root_from, tiles_for_root
+from agent_gateway_store.evidence.tree import (
+    HASH_BYTES,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    ReadTiles,
+    TileHashes,
+    root_from,
+    row_root,
+    tiles_for_root,
+)
 from agent_gateway_store.models.evidence import Checkpoint
 from agent_gateway_store.storage.files import partial, sync
 
@@ -28,8 +38,10 @@ def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
 async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
     """Write the tiles of the log at `checkpoint` that `folder` lacks, and then the checkpoint.
 
-    Whoever reads the folder meanwhile, or after a crash, finds a checkpoint with all its tiles. Full tiles never change
-    and are written once. No event and no salt is in there.
+    Whoever reads the folder meanwhile, or after a crash, finds a checkpoint with all its tiles. Full tiles under the
+    checkpoint that is there never change: of them only those of another size are written again. Of all others the
+    content is compared, since a publish that was killed may have left tiles of another log. No event and no salt is in
+    there.
 
     Args:
         folder: Made if it does not exist.
@@ -40,18 +52,20 @@ async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
         How many tiles were written.
 
     Raises:
-        LogMismatchError: The folder holds a later checkpoint, or one of another log or of another past of this one.
+        LogMismatchError: The folder holds a later checkpoint, or one of another log or of another past of this one; or
+            the log does not agree with its own checkpoint.
         LookupError: A hash is missing in the log.
         OSError: The folder cannot be written.
     """
-    await _require_same_log(await asyncio.to_thread(_published, folder), checkpoint, read)
-    missing = await asyncio.to_thread(lambda: list(_missing(folder, checkpoint.size)))
-    for start in range(0, len(missing), _TILES_AT_ONCE):
-        batch = missing[start : start + _TILES_AT_ONCE]
-        tiles = await read([(level, index) for level, index, _ in batch])
-        await asyncio.to_thread(_write_tiles, folder, batch, tiles)
-    await asyncio.to_thread(_write, folder / "checkpoint", checkpoint.note.encode())
-    return len(missing)
+    size, old, count = checkpoint.size, await asyncio.to_thread(_published, folder), 0
+    await _require_same_log(old, checkpoint, read)
+    unsure = _unsure(folder, old.size if old else 0, size)
+    while batch := await asyncio.to_thread(lambda: list(islice(unsure, _TILES_AT_ONCE))):
+        above = {(level + 1, index // TILE_WIDTH) for level, index, width in batch if width == TILE_WIDTH}
+        tiles = await read([*((level, index) for level, index, _ in batch), *above])
+        count += await asyncio.to_thread(_write_tiles, folder, batch, tiles)
+    await asyncio.to_thread(_write_checkpoint, folder, checkpoint)
+    return count
 
 
 def _published(folder: Path) -> ParsedNote | None:
@@ -70,30 +84,60 @@ async def _require_same_log(old: ParsedNote | None, new: Checkpoint, read: ReadT
         sizes[old.size] = old.root.hex()
     for size, root in sizes.items():
         if root_from(await read(tiles_for_root(size)), size).hex() != root:
-            raise LogMismatchError(
-                f"The log at {size} events is not the one of its checkpoint: run `gateway-store evidence verify`."
-            )
+            raise _does_not_agree(size)
 
 
-def _missing(folder: Path, size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield level, index and width of the tiles of a tree that are not there, or not whole."""
+def _does_not_agree(size: int) -> LogMismatchError:
+    return LogMismatchError(
+        f"The log at {size} events is not the one of its checkpoint: run `gateway-store evidence verify`."
+    )
+
+
+def _width(level: int, index: int, size: int) -> int:
+    return min((size >> TILE_HEIGHT * level) - index * TILE_WIDTH, TILE_WIDTH)
+
+
+def _unsure(folder: Path, published: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield level, index and width of the tiles of a tree that are not full under what is published, or not whole."""
     level = 0
-    while count := size // TILE_WIDTH**level:
+    while count := size >> TILE_HEIGHT * level:
         for index in range(-(-count // TILE_WIDTH)):
-            width = min(count - index * TILE_WIDTH, TILE_WIDTH)
-            path = folder / tile_path(level, index, width)
-            if not path.is_file() or path.stat().st_size != width * HASH_BYTES:
+            width = _width(level, index, size)
+            is_kept = index < published >> TILE_HEIGHT * (level + 1)
+            if not is_kept or not _is_whole(folder / tile_path(level, index, width), width):
                 yield level, index, width
         level += 1
 
 
-def _write_tiles(folder: Path, batch: Sequence[tuple[int, int, int]], tiles: TileHashes) -> None:
+def _is_whole(path: Path, width: int) -> bool:
+    return path.is_file() and path.stat().st_size == width * HASH_BYTES
+
+
+def _write_tiles(folder: Path, batch: Sequence[tuple[int, int, int]], tiles: TileHashes) -> int:
+    """Write the tiles that differ, and return how many."""
+    count = 0
     for level, index, width in batch:
-        path = folder / tile_path(level, index, width)
-        _write(path, tiles.tile(level, index, width))
+        path, hashes = folder / tile_path(level, index, width), tiles.tile(level, index, width)
+        if width == TILE_WIDTH and row_root(hashes) != tiles.node(TILE_HEIGHT * (level + 1), index):
+            raise LogMismatchError(
+                f"Tile {index} of level {level} is not that of the tree: run `gateway-store evidence verify`."
+            )
+        if not _is_whole(path, width) or path.read_bytes() != hashes:
+            _write(path, hashes)
+            count += 1
         if width == TILE_WIDTH:
             # Readers of an older checkpoint take the full tile in place of its first hashes.
             shutil.rmtree(path.with_name(f"{path.name}.p"), ignore_errors=True)
+    return count
+
+
+def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    size, edge = checkpoint.size, dict[tuple[int, int], bytes]()
+    for level, index in tiles_for_root(size):
+        edge[level, index] = (folder / tile_path(level, index, _width(level, index, size))).read_bytes()
+    if root_from(TileHashes(edge), size).hex() != checkpoint.root_hash:
+        raise _does_not_agree(size)
+    _write(folder / "checkpoint", checkpoint.note.encode())
 
 
 def _write(path: Path, data: bytes) -> None:

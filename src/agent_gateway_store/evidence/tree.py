@@ -15,7 +15,7 @@ from typing import TypeAlias
 HASH_BYTES = 32
 # C2SP tlog-tiles: a tile is a subtree of height 8, so 256 hashes wide.
 TILE_HEIGHT = 8
-TILE_WIDTH = 2**TILE_HEIGHT
+TILE_WIDTH = 1 << TILE_HEIGHT
 EMPTY_ROOT = sha256(b"").digest()
 
 
