@@ -17,6 +17,7 @@ from agent_gateway_store import Decision, GatewayStore, StoreSettings, SyncGatew
 from agent_gateway_store.errors import InvalidEvidenceError, LogMismatchError
 from agent_gateway_store.evidence import check
 from agent_gateway_store.evidence.notes import SigningKey, parse_note
+from agent_gateway_store.evidence.publish import publish_lock
 from agent_gateway_store.evidence.tree import Frontier
 from agent_gateway_store.models.evidence import Checkpoint
 from builders import make_event
@@ -198,6 +199,22 @@ async def test_the_published_log_is_that_of_the_checkpoint(sealing: GatewayStore
             tree.append(tile[at : at + 32])
     note = parse_note((tmp_path / "log/checkpoint").read_text())
     assert (tree.size, tree.root()) == (note.size, note.root) == (1_000, note.root)
+
+
+async def test_one_publisher_at_a_time_writes_a_folder(sealing: GatewayStore, tmp_path: Path) -> None:
+    """Who had to wait publishes what is the newest by then."""
+    await write(sealing, 300)
+    await sealing.evidence.seal()
+    folder = tmp_path / "log"
+    async with publish_lock(sealing.database, folder)():
+        waiting = asyncio.create_task(sealing.evidence.publish(folder))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        assert not folder.exists()
+        await write(sealing, 100)
+        last = await sealing.evidence.seal()
+    assert await waiting == last
+    assert parse_note((folder / "checkpoint").read_text()).size == 400
 
 
 def test_the_blocking_twin_seals_and_verifies(database_url: str) -> None:

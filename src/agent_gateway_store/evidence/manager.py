@@ -166,7 +166,7 @@ class EvidenceManager:
 
         No event and no salt is among them. Whoever reads meanwhile, or after a crash, finds a checkpoint with all its
         tiles. Full tiles under the checkpoint that is there are written again only where one is missing or was cut:
-        if one was damaged otherwise, publish to an empty folder.
+        if one was damaged otherwise, publish to an empty folder. Another process that publishes there is waited for.
 
         Returns:
             The checkpoint; None: there is none, and nothing was written.
@@ -174,10 +174,15 @@ class EvidenceManager:
         Raises:
             LogMismatchError: The folder holds another log, or another past of this one; or a hash is missing or wrong.
             OSError: The folder cannot be written.
+            StoreUnavailableError: Another process publishes there, or the database is away.
             ValueError: The store is bound to one organisation.
         """
         checkpoint = await self.checkpoint()
-        if checkpoint is not None:
+        if checkpoint is None:
+            return None
+        async with publish.publish_lock(self._database, Path(folder))():
+            # Whoever was waited for may have published a later one.
+            checkpoint = await self.checkpoint() or checkpoint
             try:
                 await publish.publish(Path(folder), checkpoint, self._read_tiles)
             except LookupError as exc:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from agent_gateway_store.errors import LogMismatchError
+from agent_gateway_store.errors import LogMismatchError, StoreUnavailableError
 from agent_gateway_store.evidence.notes import ParsedNote, parse_note
 from agent_gateway_store.evidence.tree import (
     HASH_BYTES,
@@ -21,10 +21,22 @@ from agent_gateway_store.evidence.tree import (
     tiles_for_root,
 )
 from agent_gateway_store.models.evidence import Checkpoint
+from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.exclusive import ExclusiveLock, key_of
 from agent_gateway_store.storage.files import partial, sync
 
 # Chosen: 512 KiB of hashes in memory.
 _TILES_AT_ONCE = 64
+# Chosen: a log that grew by some 100,000 events is published in less.
+_WAIT_S = 20.0
+# Said where the lock is held, and where it was lost and the folder was written meanwhile.
+_BUSY = "Another process publishes to this folder"
+
+
+def publish_lock(database: Database, folder: Path) -> ExclusiveLock:
+    """Return the lock by which those who publish a log to this folder write one after the other."""
+    key = key_of(f"publish {folder.resolve()}")
+    return ExclusiveLock(database, key=key, suffix=f".publish-{key:016x}.lock", wait_s=_WAIT_S, busy=_BUSY)
 
 
 def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
@@ -56,6 +68,7 @@ async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
             the log does not agree with its own checkpoint.
         LookupError: A hash is missing in the log.
         OSError: The folder cannot be written.
+        StoreUnavailableError: Another process has written a checkpoint there meanwhile.
     """
     size, old, count = checkpoint.size, await asyncio.to_thread(_published, folder), 0
     await _require_same_log(old, checkpoint, read)
@@ -64,7 +77,7 @@ async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
         above = {(level + 1, index // TILE_WIDTH) for level, index, width in batch if width == TILE_WIDTH}
         tiles = await read([*((level, index) for level, index, _ in batch), *above])
         count += await asyncio.to_thread(_write_tiles, folder, batch, tiles)
-    await asyncio.to_thread(_write_checkpoint, folder, checkpoint)
+    await asyncio.to_thread(_write_checkpoint, folder, checkpoint, old)
     return count
 
 
@@ -131,12 +144,15 @@ def _write_tiles(folder: Path, batch: Sequence[tuple[int, int, int]], tiles: Til
     return count
 
 
-def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+def _write_checkpoint(folder: Path, checkpoint: Checkpoint, old: ParsedNote | None) -> None:
     size, edge = checkpoint.size, dict[tuple[int, int], bytes]()
     for level, index in tiles_for_root(size):
         edge[level, index] = (folder / tile_path(level, index, _width(level, index, size))).read_bytes()
     if root_from(TileHashes(edge), size).hex() != checkpoint.root_hash:
         raise _does_not_agree(size)
+    # The lock of a process that was suspended for long may be lost.
+    if _published(folder) != old:
+        raise StoreUnavailableError(f"{_BUSY}: try again.")
     _write(folder / "checkpoint", checkpoint.note.encode())
 
 
