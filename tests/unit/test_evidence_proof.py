@@ -159,14 +159,41 @@ def test_an_approval_of_which_the_event_holds_nothing_is_reported_as_unproved() 
     found = check(LOG.evidence(0, approval=APPROVAL, votes=VOTES).to_json(), keys=[VKEY])
 
     assert found.ok
-    assert any("Nothing proves the approval" in remark for remark in found.remarks)
+    assert any("the event does not hold their hash" in remark for remark in found.remarks)
 
 
 def test_an_approval_is_not_proved_by_an_event_that_is_not() -> None:
-    found = check(Evidence(event=APPROVED_LOG.events[0], approval=APPROVAL, votes=VOTES).to_json())
+    """It holds the hash, and the remark does not say otherwise."""
+    unsealed = Evidence(event=APPROVED_LOG.events[0], approval=APPROVAL, votes=VOTES).to_json()
+    other = str(SigningKey.generate("other.example").verifier)
+    for found in (
+        check(unsealed),
+        check(APPROVED.to_json(), keys=[other]),
+    ):
+        assert not found.ok
+        assert found.remarks[-1] == (
+            "Nothing proves the approval and its votes: the event holds their hash, and is not proved itself."
+        )
+
+
+def test_an_approval_that_is_not_the_one_of_the_event_is_not_said_to_have_no_hash() -> None:
+    found = check(APPROVED.to_json().replace('"note": "ok"', '"note": "no"'), keys=[VKEY])
 
     assert not found.ok
-    assert any("Nothing proves the approval" in remark for remark in found.remarks)
+    assert found.remarks == ("Nothing proves the approval and its votes: the event holds another hash.",)
+
+
+@pytest.mark.parametrize(
+    ("votes", "count"), [(VOTES[:1], 1), (VOTES[:1] * 2, 1), ((), 0)], ids=["one", "one twice", "none"]
+)
+def test_an_approval_with_too_few_votes_is_reported(votes: tuple[ApprovalVote, ...], count: int) -> None:
+    """Whoever can write to the database set its status, and the event holds the hash of what was there then."""
+    approval = APPROVAL.model_copy(update={"required_approvals": 2})
+    event = make_event(extra={"approval_sha256": hash_approval(approval, votes)})
+    found = check(SealedLog([event]).evidence(0, approval=approval, votes=votes).to_json(), keys=[VKEY])
+
+    assert found.ok
+    assert f"The approval is USED with fewer votes for it than it needs: {count} of 2." in found.remarks
 
 
 def test_an_approval_that_the_event_names_and_that_is_left_out_is_reported() -> None:

@@ -34,7 +34,7 @@ from agent_gateway_store.evidence.tree import (
     tiles_for_inclusion,
     verify_inclusion,
 )
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, hash_approval
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, VoteDecision, hash_approval
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.evidence import (
     AuditCheckpoint,
@@ -44,7 +44,7 @@ from agent_gateway_store.models.evidence import (
     FindingKind,
     Verification,
 )
-from agent_gateway_store.models.values import FrozenModel
+from agent_gateway_store.models.values import ApprovalStatus, FrozenModel
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.statements import Statement
 
@@ -83,9 +83,10 @@ _PROOF = re.compile(
     r"extra (?P<entry>[^\n]+)\nindex (?P<index>0|[1-9][0-9]{0,18})\n(?P<path>(?:[^\n]+\n)*)\n(?P<note>.+)",
     re.DOTALL,
 )
-_UNPROVED = (
-    "Nothing proves the approval and its votes: the event does not hold their hash. They are what the database said."
-)
+_UNPROVED = "Nothing proves the approval and its votes: "
+_NO_HASH = "the event does not hold their hash. They are what the database said."
+_OTHER_HASH = "the event holds another hash."
+_HASH_OF_UNPROVED = "the event holds their hash, and is not proved itself."
 _PROVED = "The approval and its votes are those that the event names. Its status, use and outcome are not proved."
 _NO_KEY = "Nothing vouches for the checkpoint: no key was given, and whoever made this text can have made it up."
 # What reading hostile JSON into our models may raise.
@@ -253,7 +254,8 @@ def check(text: str, *, keys: Iterable[str] = ()) -> Verification:
     elif not trusted:
         remarks.append(_NO_KEY)
     if claim.approval is not None:
-        remarks.append(_PROVED if claim.approval and not wrong else _UNPROVED)
+        why = claim.approval or (_HASH_OF_UNPROVED if wrong else "")
+        remarks.append(_UNPROVED + why if why else _PROVED)
     position, size, root = (proof.position, proof.note.size, proof.note.root) if proof else (None, 0, EMPTY_ROOT)
     return Verification(
         ok=not wrong,
@@ -285,7 +287,7 @@ class _Claim(NamedTuple):
     Attributes:
         proof: None: the event was not sealed.
         wrong: What does not fit before the proof.
-        approval: Whether the event holds the hash of the approval that is shown; None: none is shown.
+        approval: Why the event does not prove the approval that is shown; "": it holds its hash; None: none is shown.
     """
 
     proof: _Proof | None
@@ -294,7 +296,7 @@ class _Claim(NamedTuple):
     request_id: str | None = None
     has_event: bool = True
     is_erased: bool = False
-    approval: bool | None = None
+    approval: str | None = None
 
 
 def _read_json(text: str) -> _Claim:
@@ -316,9 +318,14 @@ def _read_json(text: str) -> _Claim:
     named, approval = held.extra.get(APPROVAL_HASH), None
     if (shown := document["approval"]) is not None:
         request, votes = _read_approval(shown)
-        approval = named == hash_approval(request, votes)
-        if named is not None and not approval:
+        fits = named == hash_approval(request, votes)
+        approval = "" if fits else _NO_HASH if named is None else _OTHER_HASH
+        if approval == _OTHER_HASH:
             wrong.append((FindingKind.ALTERED, "The approval or a vote on it is not the one that the event names."))
+        count = len({vote.approver_id for vote in votes if vote.decision == VoteDecision.APPROVED})
+        if request.status in (ApprovalStatus.APPROVED, ApprovalStatus.USED) and count < request.required_approvals:
+            said = f"{count} of {request.required_approvals}"
+            remarks.append(f"The approval is {request.status} with fewer votes for it than it needs: {said}.")
     elif named is not None or held.approval_id is not None:
         remarks.append("The event names an approval, which is not in this text.")
     return _Claim(proof, wrong, remarks, held.request_id, is_erased=is_sealed and salt is None, approval=approval)
