@@ -16,13 +16,14 @@ from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS, select_events
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.archived import read_archives
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
-from agent_gateway_store.evidence.tree import leaf_hash
+from agent_gateway_store.evidence.tree import EMPTY_ROOT, leaf_hash
 from agent_gateway_store.evidence.walk import CONTENT_HASH, Doors, LogWalk, Root, hash_of_row
 from agent_gateway_store.models.evidence import (
     AuditCheckpoint,
     AuditLeaf,
     AuditTile,
     Checkpoint,
+    Finding,
     FindingKind,
     Verification,
 )
@@ -113,11 +114,22 @@ async def verify(
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
         if strange := await reader.fetched(_STRANGE):
-            walk, unsealed = LogWalk(0, Doors(), is_jsonb=False), 0
-            for table_name, column_name in strange:
-                walk.note(FindingKind.ALTERED, _said_of(table_name, column_name))
-        else:
-            walk, unsealed = await _read_log(reader, kept, verifiers, archives, report)
+            findings = tuple(Finding(kind=FindingKind.ALTERED, text=_said_of(*each)) for each in strange)
+            return Verification(ok=False, size=0, root_hash=EMPTY_ROOT.hex(), findings=findings)
+        last = next(iter(await reader.fetched(_LAST)), None)
+        size = last[0] if last and type(last[0]) is int else 0
+        is_jsonb = database.dialect == "postgresql"
+        doors = await _read_doors(reader, size, is_jsonb=is_jsonb)
+        walk = LogWalk(size, doors, is_jsonb=is_jsonb)
+        await _take_tiles(reader, walk)
+        walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
+        # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
+        await asyncio.to_thread(_take_kept, walk, kept, verifiers)
+        _check_last(walk, last, verifiers)
+        await _walk_log(reader, walk, verifiers, report)
+        ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
+        ((unsealed,),) = await reader.fetched(_UNSEALED)
+    walk.finish(beyond)
     return Verification(
         ok=not walk.findings,
         size=walk.tree.size,
@@ -136,31 +148,6 @@ def _said_of(table_name: str, column_name: str | None) -> str:
     if column_name is not None:
         return f"The column {column_name} of {table_name} is no jsonb, so that it can say more than what was sealed."
     return f"{table_name} is no table. A view may show others something else, so nothing was read."
-
-
-async def _read_log(
-    reader: Snapshot,
-    kept: Sequence[ParsedNote],
-    verifiers: Sequence[VerifierKey],
-    archives: Iterable[Path],
-    report: Callable[[int], None],
-) -> tuple[LogWalk, int]:
-    """Return what was found on the way through the log, and how many events are not sealed."""
-    last = next(iter(await reader.fetched(_LAST)), None)
-    size = last[0] if last and type(last[0]) is int else 0
-    is_jsonb = reader.dialect.name == "postgresql"
-    doors = await _read_doors(reader, size, is_jsonb=is_jsonb)
-    walk = LogWalk(size, doors, is_jsonb=is_jsonb)
-    await _take_tiles(reader, walk)
-    walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
-    # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
-    await asyncio.to_thread(_take_kept, walk, kept, verifiers)
-    _check_last(walk, last, verifiers)
-    await _walk_log(reader, walk, verifiers, report)
-    ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
-    ((unsealed,),) = await reader.fetched(_UNSEALED)
-    walk.finish(beyond)
-    return walk, unsealed
 
 
 async def _walk_log(
