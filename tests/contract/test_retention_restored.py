@@ -18,7 +18,7 @@ from sqlalchemy import text
 from agent_gateway_store import GatewayStore, StoreSettings, clock
 from agent_gateway_store.archive import Archive
 from agent_gateway_store.errors import ArchiveError, EventHeldError
-from agent_gateway_store.retention import approvals
+from agent_gateway_store.retention import approvals, prune
 from builders import make_event, make_request
 from tampering import tamper
 
@@ -215,6 +215,50 @@ async def test_an_approval_that_ended_otherwise_after_a_restore_is_archived_as_i
     files = [path.read_text() for path in (tmp_path / "a").glob("approvals-*.jsonl")]
     votes = [vote["note"] for lines in files for line in lines.splitlines() for vote in json.loads(line)["votes"]]
     assert sorted(votes) == ["after", "before"]
+
+
+@pytest.mark.parametrize("request_id", ["first-1", "late~" + "a" * 64])
+async def test_what_a_backup_puts_back_is_erased_again(
+    store: GatewayStore, tmp_path: Path, database_url: str, request_id: str
+) -> None:
+    """After a restore the table has it whole, and the archive what was left: a prune asks for the erasure first."""
+    folder = tmp_path / "a"
+    await store.audit.write(make_event(request_id=request_id, timestamp=OLD))
+    await write(store, "other")
+    saved = [f"CREATE TABLE saved_{name} AS SELECT * FROM {name}" for name in SEALED]
+    emptied = [f"DELETE FROM {name}" for name in SEALED]
+    restored = [f"INSERT INTO {name} SELECT * FROM saved_{name}" for name in reversed(SEALED)]
+    await tamper(store.database.engine, *saved)
+    await store.retention.prune(BEFORE, by="ops", archive=folder)
+    [stored] = [e.request_id for e in Archive(folder).events() if not e.request_id.startswith("other")]
+    await store.retention.erase(stored, reason="r", by="dpo", archive=folder)
+    await tamper(store.database.engine, *emptied, *restored, *(f"DROP TABLE saved_{name}" for name in SEALED))
+
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as opened:
+        with pytest.raises(ArchiveError, match=f"'{stored}' was erased in .* erase it again first"):
+            await opened.retention.prune(BEFORE, by="ops", archive=folder)
+        assert stored in await request_ids(opened)
+        await opened.retention.erase(stored, reason="r", by="dpo", archive=folder)
+        await opened.retention.prune(BEFORE, by="ops", archive=folder)
+        assert (await opened.evidence.verify(archive=folder)).ok
+
+
+async def test_an_event_that_is_blank_in_the_archive_in_other_words_is_not_erased(
+    store: GatewayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has it whole: what somebody put in its place is not what an erasure leaves of it."""
+    await write(store, "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "write_door", killed)
+        with pytest.raises(KilledError):
+            await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+    [entry] = entries_of(tmp_path / "a")
+    for name, value in (("salt", None), ("content_hash", None), ("deterministic_rationale", "[ERASED]")):
+        entry = rewritten(tmp_path / "a", entry, with_column(name, [value] * 3))
+    save(tmp_path / "a", [entry])
+    await refuse_erasure(store, "first-1", tmp_path / "a", "choose another folder")
+    with pytest.raises(ArchiveError, match="choose another folder"):
+        await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
 
 
 class KilledError(Exception):

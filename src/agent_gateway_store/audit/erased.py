@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.record import EncodedRow, encode_event, to_values
+from agent_gateway_store.audit.selects import FIELDS
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 
 ERASED = "[ERASED]"
@@ -64,6 +67,18 @@ def is_blank_approval(tool_call_hash: str | None, risk_explanation: str) -> bool
 def blank_id(request_id: str, position: int) -> str:
     """Return the id under which an erased event stands: its own, or one without the hash of what it was."""
     return _DERIVED.sub(f"~erased-{position}", request_id)
+
+
+def blank_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is left of an event with its position, as the drivers give it."""
+    request_id = blank_id(row["request_id"], row["position"])
+    return {**row, **BLANK_TEXTS, "request_id": request_id, "content_hash": None, "salt": None}
+
+
+def blank_hash(row: Mapping[str, Any]) -> str:
+    """Return the hash of what is left of an event, by which the log names it."""
+    blank = blank_row(row)
+    return hash_of_stored([blank[name] for name in FIELDS[1:]])
 
 
 def blanked(row: EncodedRow) -> EncodedRow:

@@ -19,18 +19,19 @@ from agent_gateway_store.archive.files import COLUMNS, Record, read_approvals, r
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.backends import json_texts
-from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.doors import ERASE, is_door, names_door, write_door
 from agent_gateway_store.audit.erased import (
     BLANK,
     BLANK_APPROVAL,
     BLANK_TEXTS,
     ERASED,
+    blank_hash,
     blank_id,
+    blank_row,
     is_blank_approval,
     is_derived,
 )
-from agent_gateway_store.audit.selects import FIELDS, table
+from agent_gateway_store.audit.selects import table
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError, StoreUnavailableError
 from agent_gateway_store.evidence.sealer import Sealer
@@ -75,11 +76,6 @@ class _Target(NamedTuple):
     @property
     def is_door(self) -> bool:
         return names_door(self.values)
-
-    def blank(self) -> dict[str, Any]:
-        """Return what is left, as the drivers give it."""
-        request_id = blank_id(self.values["request_id"], self.position)
-        return self.values | BLANK_TEXTS | {"request_id": request_id, "content_hash": None, "salt": None}
 
 
 class _Touched(NamedTuple):
@@ -165,7 +161,7 @@ class Eraser:
         if manifest is not None:
             # Last: an id that holds a hash goes with it, by which a run after a kill finds what is left to do.
             blank = {
-                (each.position, each.values["leaf_hash"]): _archived_values(each.blank())
+                (each.position, each.values["leaf_hash"]): _archived_values(blank_row(each.values))
                 for each in targets
                 if each.archived
             }
@@ -204,7 +200,8 @@ class Eraser:
             raise ValueError(f"Events of {names} have this request id: use `store.for_org(...)` (`--org`) for one.")
         if self._manifest is not None:
             rows = [[each.values[name] for name in _NAMES] for each in calls if each.archived]
-            await require_own_events(self._database, self._manifest, rows)
+            whole = {each.position: blank_hash(each.values) for each in calls if not (each.archived or each.is_blank)}
+            await require_own_events(self._database, self._manifest, rows, whole)
         return calls
 
     async def _require_unheld(self, connection: AsyncConnection, touched: _Touched, holds: Sequence[Hold]) -> None:
@@ -253,10 +250,9 @@ class Eraser:
             if target.is_blank or target.position in done:
                 continue
             done.add(target.position)
-            blank = target.blank()
             facts = {
                 "position": target.position,
-                "row_sha256": hash_of_stored([blank[name] for name in FIELDS[1:]]),
+                "row_sha256": blank_hash(target.values),
                 "reason": reason,
                 "approvals": approvals,
                 "archived": target.archived,
@@ -271,7 +267,7 @@ class Eraser:
                     why="An operator erased an event.",
                     org_id=target.values["org_id"],
                     # So that what arrives later under the id of an event that only the archive holds is known.
-                    request_id=None if in_table or len(done) > 1 else blank["request_id"],
+                    request_id=None if in_table or len(done) > 1 else blank_row(target.values)["request_id"],
                 )
             await seal_event(self._database, self._sealer, event_id)
 
@@ -282,7 +278,7 @@ class Eraser:
         async with open_door(connection):
             for target in targets:
                 if not target.archived:
-                    request_id = target.blank()["request_id"]
+                    request_id = blank_row(target.values)["request_id"]
                     values = BLANK | json_texts(connection, BLANK_TEXTS)
                     values |= {"request_id": request_id, "content_hash": None}
                     await connection.execute(update(table).where(table.c.id == target.values["id"]).values(values))

@@ -105,7 +105,8 @@ class RetentionManager:
 
         Raises:
             ArchiveError: The folder is not an archive of this log, or a file of it is not what was written; or it holds
-                other events at these positions, as after a restore. Nothing of the batch is pruned.
+                other events at these positions, or one erased that the table has whole, as after a restore. Nothing of
+                the batch is pruned.
             LogMismatchError: The log does not agree with its last checkpoint.
             MissingExtraError: `archive`, and pyarrow is not installed.
             OSError: The folder cannot be written. The events are in the table.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, text
 
+from agent_gateway_store._text import code_text
+from agent_gateway_store.archive.files import COLUMNS
 from agent_gateway_store.archive.manifest import NAME, Entry, Manifest
-from agent_gateway_store.archive.reader import archived_rows, checked_row, rows_of
+from agent_gateway_store.archive.reader import CheckedRow, archived_rows, checked_row, rows_of, stored_form
+from agent_gateway_store.audit.erased import blank_hash
 from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.storage.database import Database
@@ -16,6 +19,7 @@ from agent_gateway_store.storage.database import Database
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_NAMES = tuple(column.name for column in COLUMNS)
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 
 
@@ -43,20 +47,38 @@ def require_held(manifest: Manifest, entries: Sequence[Entry], events: pa.Table)
         _, _, left = checked_row(row) or (None, None, None)
         # An erasure blanks the table first, and may have been killed then.
         wanted[row[-3]] = {(row[-1], None), (row[-1], left)}
+    others: set[CheckedRow] = set()
     keep = pc.field("position").isin(events.column("position").combine_chunks())
     for entry in entries:
         for row in archived_rows(manifest.folder, entry, keep):
             position, leaf, left = checked_row(row) or (-1, "", None)
             if (leaf, left) in wanted.get(position, ()):
                 del wanted[position]
-    if wanted:
-        raise _of_another(manifest, min(wanted))
+            else:
+                others.add((position, leaf, left))
+    if not wanted:
+        return
+    for row in rows_of(events):
+        if row[-3] in wanted:
+            event = dict(zip(_NAMES, stored_form(row), strict=True))
+            if (row[-3], row[-1], blank_hash(event)) in others:
+                raise ArchiveError(
+                    f"The event {code_text(event['request_id'])} was erased in {manifest.folder}, and the database, "
+                    "restored from a backup, has it whole: erase it again first.",
+                    file=NAME,
+                )
+    raise _of_another(manifest, min(wanted))
 
 
-async def require_own_events(database: Database, manifest: Manifest, rows: Sequence[Sequence[Any]]) -> None:
+async def require_own_events(
+    database: Database, manifest: Manifest, rows: Sequence[Sequence[Any]], whole: Mapping[int, str]
+) -> None:
     """Raise ArchiveError unless each archived event, as a row of a file, is what this log has sealed at its position.
 
-    A blanked one, unless this log has erased the event at its position.
+    A blanked one, unless this log has erased the event at its position, or holds it whole.
+
+    Args:
+        whole: Of events in the table that are not erased, by position: the hash of what an erasure would leave.
     """
     checked = [(row[-3], checked_row(row)) for row in rows]
     own = select(_leaves.c.position, _leaves.c.leaf_hash, _leaves.c.salt)
@@ -65,8 +87,10 @@ async def require_own_events(database: Database, manifest: Manifest, rows: Seque
         sealed = {row.position: row for row in found}
     for position, row in checked:
         leaf = sealed.get(position)
-        # An erasure forgets the salt in the table before it blanks the archive.
-        if row is None or leaf is None or leaf.leaf_hash.hex() != row[1] or (row[2] is not None and leaf.salt):
+        if row is None or leaf is None or leaf.leaf_hash.hex() != row[1]:
+            raise _of_another(manifest, position)
+        # An erasure forgets the salt in the table before it blanks the archive; a backup puts it back.
+        if row[2] is not None and leaf.salt and row[2] != whole.get(position):
             raise _of_another(manifest, position)
 
 
