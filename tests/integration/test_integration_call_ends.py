@@ -254,8 +254,64 @@ class TestOpenAIAgents:
         assert [each.execution_status for each in found] == ["CANCELLED"]
 
 
+class OneCall(GenericFakeChatModel):
+    """A model that calls `delete`, and ends when it reads the answer."""
+
+    def bind_tools(self, *_args: Any, **_options: Any) -> Any:
+        call = AIMessage("", tool_calls=[{"name": "delete", "args": {"path": "a.txt"}, "id": "c-1"}])
+        return RunnableLambda(lambda seen: AIMessage("end") if isinstance(seen[-1], ToolMessage) else call)
+
+
 class TestLangChain:
     """A real graph whose scripted model makes one call."""
+
+    @pytest.mark.parametrize(
+        ("asks", "change"),
+        [([False, False, True], "policy"), ([False, True], "policy in between"), ([True], "approval")],
+    )
+    async def test_a_human_is_asked_once_more_where_something_changed_since_the_answer(
+        self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch, asks: list[bool], change: str
+    ) -> None:
+        """The policy asks by now, or the approval is over: what is asked anew releases the call, also hours later."""
+        now, ran = 0.0, []
+        monkeypatch.setattr(for_langchain, "TTLCache", partial(TTLCache, timer=lambda: now))
+
+        def changing(_caller: CallerIdentity, _call: ToolCall) -> Verdict:
+            decision = Decision.APPROVAL_REQUIRED if (asks.pop(0) if asks else True) else Decision.ALLOW
+            return Verdict(decision=decision, rule="r", reason="why")
+
+        @langchain_tool
+        async def delete(path: str) -> str:
+            """Delete."""
+            ran.append(path)
+            return "deleted"
+
+        gateway = for_langchain.GatewayMiddleware(CallGuard(store, changing), lambda _: CALLER)
+        agent: Any = create_agent(
+            OneCall(messages=iter(())),
+            [delete],
+            middleware=[HumanInTheLoopMiddleware({"delete": True}), gateway],
+            checkpointer=InMemorySaver(),
+        )
+        thread: Any = {"configurable": {"thread_id": "t-1"}}
+        state = await agent.ainvoke({"messages": [("user", "go")]}, thread)
+        command = await gateway.answer(state, CALLER)
+        if change != "policy":
+            assert command is None
+            over = await approve(store)
+            command = await gateway.answer(state, CALLER)
+        if change == "approval":
+            await store.approvals.cancel(approval_id=over.approval_id, approver_id="alice")
+        state = await agent.ainvoke(command, thread)
+        if change != "policy in between":
+            asked = await approve(store)
+            now = 3600.0
+            await agent.ainvoke(await for_langchain.resume(store, state), thread)
+            assert (await store.approvals.get(approval_id=asked.approval_id)).status == "USED"
+
+        assert ran == ["a.txt"]
+        assert await store.approvals.list_requests("PENDING") == []
+        assert await store.approvals.list_requests("APPROVED") == []
 
     @pytest.mark.parametrize("is_stopped", [True, False])
     async def test_an_approval_is_used_up_by_a_call_that_runs(self, store: GatewayStore, is_stopped: bool) -> None:
@@ -268,18 +324,13 @@ class TestLangChain:
             ran.append(path)
             return "deleted"
 
-        class Scripted(GenericFakeChatModel):
-            def bind_tools(self, *_args: Any, **_options: Any) -> Any:
-                call = AIMessage("", tool_calls=[{"name": "delete", "args": {"path": "a.txt"}, "id": "c-1"}])
-                return RunnableLambda(lambda seen: AIMessage("end") if isinstance(seen[-1], ToolMessage) else call)
-
         class Stop(AgentMiddleware[Any, Any]):
             async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
                 return ToolMessage("stopped", tool_call_id="c-1") if is_stopped else await handler(request)
 
         gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
         agent: Any = create_agent(
-            Scripted(messages=iter(())),
+            OneCall(messages=iter(())),
             [delete],
             middleware=[HumanInTheLoopMiddleware({"delete": True}), Stop(), gateway],
             checkpointer=InMemorySaver(),

@@ -8,7 +8,7 @@ from copy import deepcopy
 from itertools import count
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
-from cachetools import TTLCache
+from cachetools import LRUCache, TTLCache
 
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.errors import MissingExtraError
@@ -53,6 +53,7 @@ _INTERRUPTED = (
 class _Action(NamedTuple):
     call: ToolCall
     bind: str
+    request_id: str
     approval: ApprovalRequest | None
     refusal: str = ""
 
@@ -101,6 +102,8 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         self._interrupts = on_pending == "interrupt"
         # What binds the approval of each action that was answered, and whose call has not come yet.
         self._answered: TTLCache[_Key, list[str]] = TTLCache(_ANSWERED_CALLS, ttl=_ANSWERED_S)
+        # Of those whose call came, and then waited for a human once more, who may take hours.
+        self._pending: LRUCache[_Key, list[str]] = LRUCache(_ANSWERED_CALLS)
 
     async def awrap_tool_call(
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]]
@@ -135,15 +138,19 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         is_error: Callable[[T], bool] | None = None,
     ) -> T:
         call = ToolCall(server=self._server, tool=tool, arguments=arguments)
+        key = _key(call, caller)
         while True:
+            bind = self._take_bind(key)
             try:
-                released = await self._guard.release(call, caller, bind=self._take_bind(_key(call, caller)))
+                released = await self._guard.release(call, caller, bind=bind)
                 if released.is_approved and self._interrupts:
                     _take_answers()
                 return await released.run(
                     (lambda: _without_interrupts(body)) if released.is_approved else body, is_error=is_error
                 )
             except CallPendingError as exc:
+                if bind:
+                    self._pending[key] = [*self._pending.get(key, ()), bind]
                 if not self._interrupts:
                     raise
                 # It raises, and the node runs again from its top. Resumed before the decision, it returns instead, and
@@ -151,10 +158,12 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
                 interrupt({**exc.facts, "tool": call.tool})
 
     def _take_bind(self, key: _Key) -> str:
-        binds = self._answered.pop(key, [""])
-        if len(binds) > 1:
-            self._answered[key] = binds[1:]
-        return binds[0]
+        for known in (self._pending, self._answered):
+            if binds := known.pop(key, None):
+                if len(binds) > 1:
+                    known[key] = binds[1:]
+                return binds[0]
+        return ""
 
     async def answer(self, state: Mapping[str, Any], caller: CallerIdentity) -> Command[Any] | None:
         """Answer the interrupts of `HumanInTheLoopMiddleware`, or of that form, by what humans decide in the store.
@@ -180,7 +189,11 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
             return None
         answers: dict[str, Any] = {}
         for each in asked:
-            said = [await self._decide(action, caller) for action in decided[each.id]]
+            try:
+                said = [await self._decide(action, caller) for action in decided[each.id]]
+            except CallPendingError:
+                # The policy asks by now. The next answer finds the approval.
+                return None
             answers[each.id] = {"decisions": said} if "action_requests" in each.value else said[0]
         return Command(resume=answers)
 
@@ -189,17 +202,18 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         # LangGraph gives two interrupts of one task, one after the other, the same id.
         bind = hash_json([interrupt_id, n, _key(call, caller)])
         for attempt in count():
+            request_id = f"{bind[:32]}-{attempt}"
             try:
-                approval = await self._guard.ask(call, caller, request_id=f"{bind[:32]}-{attempt}", bind=bind)
+                approval = await self._guard.ask(call, caller, request_id=request_id, bind=bind)
             except CallRefusedError as exc:
-                return _Action(call, bind, None, str(exc))
+                return _Action(call, bind, request_id, None, str(exc))
             # Used up by a run whose end the graph never got: never twice, so a human is asked again.
             if approval is None or approval.status is not ApprovalStatus.USED:
                 break
-        return _Action(call, bind, approval)
+        return _Action(call, bind, request_id, approval)
 
     async def _decide(self, action: _Action, caller: CallerIdentity) -> dict[str, Any]:
-        """Answer one action; all of its interrupt are decided."""
+        """Answer one action; all of its interrupt are decided. CallPendingError if it waits for a human after all."""
         text, approval = action.refusal, action.approval
         try:
             if approval is not None and approval.status is not ApprovalStatus.APPROVED:
@@ -207,12 +221,14 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
             elif not text:
                 if approval is None:
                     # For its refusal, if the policy denies it. Nothing is spent: it is released anew when it runs.
-                    await self._guard.release(action.call, caller, bind=action.bind)
-                key = _key(action.call, caller)
-                others = [each for each in self._answered.get(key, ()) if each != action.bind]
-                # Set anew, so that the time of all of them begins now.
-                self._answered[key] = [*others, action.bind]
-        except (CallPendingError, CallRefusedError) as exc:
+                    await self._guard.release(action.call, caller, bind=action.bind, request_id=action.request_id)
+                else:
+                    # Where nobody was asked, nothing is bound: any process finds what the policy may ask by the run.
+                    key = _key(action.call, caller)
+                    others = [each for each in self._answered.get(key, ()) if each != action.bind]
+                    # Set anew, so that the time of all of them begins now.
+                    self._answered[key] = [*others, action.bind]
+        except CallRefusedError as exc:
             text = str(exc)
         return {"type": "reject", "message": text} if text else {"type": "approve"}
 
