@@ -19,6 +19,7 @@ from agents import (
     ToolInputGuardrailTripwireTriggered,
     ToolTimeoutError,
     UserError,
+    WebSearchTool,
     function_tool,
     tool_input_guardrail,
 )
@@ -138,6 +139,55 @@ class TestOpenAIAgents:
                 (item,) = [each for each in ended.new_items if each.type == "tool_call_output_item"]
                 assert (item.output["text"], item.custom_data) == (said, {"seen": name})
         assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR", "SUCCESS"]
+
+    async def test_the_tools_of_an_mcp_server_that_is_not_given_never_succeed(
+        self, store: GatewayStore, tmp_path: Path
+    ) -> None:
+        """They are refused where the names tell, before anything changes; of one name, an answer counts as an error."""
+        script = tmp_path / "server.py"
+        script.write_text(MCP_SERVER)
+        params: Any = {"command": sys.executable, "args": [str(script)]}
+        url = "https://user:secret@mcp.example/files?token=secret"
+        given, other, remote = (
+            MCPServerStdio(params=params, name=name, client_session_timeout_seconds=60)
+            for name in ("files", "disks", url)
+        )
+
+        async def tools_of(server: MCPServerStdio) -> Any:
+            async with server:
+                return await MCPUtil.get_all_function_tools(
+                    [server], False, RunContextWrapper(None), OpenAIAgent("files")
+                )
+
+        gateway = self.gateway(store)
+        bare, far = await tools_of(other), await tools_of(remote)
+        with pytest.raises(ValueError, match="free_delete is a tool of an MCP server"):
+            gateway.wrap(*bare, mcp_servers=[given, remote])
+        assert given.custom_data_extractor is None
+        assert len(self.gateway(store).wrap(*far, mcp_servers=[remote])) == 2
+
+        namesake = MCPServerStdio(params=params, name="disks")
+        tools = gateway.wrap(*bare, mcp_servers=[namesake])
+        async with other:
+            await run(call_once(tools, "free_delete"))
+        assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR"]
+
+    async def test_a_tool_that_is_refused_leaves_no_name(self, store: GatewayStore) -> None:
+        """Of tools that are wrapped together, none is known if one is refused."""
+
+        @function_tool
+        async def delete(path: str) -> str:
+            return path
+
+        gateway, first = self.gateway(store), delete
+        with pytest.raises(TypeError):
+            gateway.wrap(first, WebSearchTool())
+
+        @function_tool(name_override="delete")
+        async def another(path: str, force: bool) -> str:
+            return f"{path} {force}"
+
+        assert len(gateway.wrap(another)) == 1
 
     @pytest.mark.parametrize("name", ["free_delete", "delete"])
     @pytest.mark.parametrize("ending", ["reject_content", "raise_exception", "error"])

@@ -59,8 +59,8 @@ _UNREADABLE = (
     "The arguments are not a JSON object with each name once, so the call was not run: "
     "call again with arguments of the schema."
 )
-# The contexts of calls that an MCP server answered with an error, within one call: a tool may make others.
-_mcp_errors: ContextVar[list[object] | None] = ContextVar("_mcp_errors", default=None)
+# What MCP servers answered within one call, which may make others: the context, and whether it is an error.
+_mcp_answers: ContextVar[list[tuple[object, bool]] | None] = ContextVar("_mcp_answers", default=None)
 
 
 class GatewayTools:
@@ -93,30 +93,34 @@ class GatewayTools:
         Raises:
             TypeError: One is no function tool, so it runs where nobody can judge it.
             ValueError: Two different tools have one name, so an approval would release either; or one is a tool of an
-                MCP server, and no server is given.
+                MCP server that is not given. Servers of one name cannot be told apart: of one that is not given, every
+                answer is recorded as an error.
         """
         servers = list(mcp_servers)
-        for server in servers:
-            before = getattr(server, "custom_data_extractor", None)
-            if not isinstance(before, _Extractor):
-                server.custom_data_extractor = _Extractor(before)
+        names = {_name_of(server) for server in servers}
+        added: dict[str, FunctionTool] = {}
         for tool in tools:
             if not isinstance(tool, FunctionTool):
                 raise TypeError(
                     f"A {type(tool).__name__} runs where the gateway cannot judge it: wrap function tools only."
                 )
             origin = get_function_tool_origin(tool)
-            if origin is not None and origin.type is ToolOriginType.MCP and not servers:
+            if origin is not None and origin.type is ToolOriginType.MCP and origin.mcp_server_name not in names:
                 raise ValueError(
                     f"{tool.qualified_name} is a tool of an MCP server, whose errors would pass for successes: "
-                    "give wrap the server, too, as mcp_servers=[server]."
+                    "give wrap that server, too, as mcp_servers=[server]."
                 )
-            known = self._tools.setdefault(tool.qualified_name, tool)
+            known = self._tools.get(tool.qualified_name) or added.setdefault(tool.qualified_name, tool)
             if _code(known) != _code(tool):
                 raise ValueError(
                     f"Two different tools are named {tool.qualified_name}, and an approval would release either: "
                     "give each its own name, or its own GatewayTools with a server of its own."
                 )
+        self._tools |= added
+        for server in servers:
+            before = getattr(server, "custom_data_extractor", None)
+            if not isinstance(before, _Extractor):
+                server.custom_data_extractor = _Extractor(before)
         return [self._wrapped(tool) for tool in tools]
 
     async def answer(self, state: RunState[Any, Any], context: Any = None) -> bool:
@@ -195,6 +199,8 @@ class GatewayTools:
     def _wrapped(self, tool: FunctionTool) -> FunctionTool:
         # As text for the model, which the SDK makes of it, an error would pass for a success.
         raising = set_function_tool_failure_error_function(copy.copy(tool), None)
+        origin = get_function_tool_origin(tool)
+        is_mcp = origin is not None and origin.type is ToolOriginType.MCP
 
         async def needs_approval(context: RunContextWrapper[Any], arguments: dict[str, Any], call_id: str) -> bool:
             try:
@@ -217,12 +223,18 @@ class GatewayTools:
                 return str(exc)
             if isinstance(judged, CallRefusedError):
                 return str(judged)
-            errors: list[object] = []
-            _mcp_errors.set(errors)
+            answers: list[tuple[object, bool]] = []
+            _mcp_answers.set(answers)
+
+            def is_error(_result: Any) -> bool:
+                own = [failed for answered, failed in answers if answered is context]
+                # Of an MCP tool, an answer that no extractor saw may be an error.
+                return any(own) or (is_mcp and not own)
+
             try:
                 return await judged.run(
                     lambda: raising.on_invoke_tool(context, given),
-                    is_error=lambda _: any(each is context for each in errors),
+                    is_error=is_error,
                     deadline=deadline,
                 )
             except Exception as exc:
@@ -240,7 +252,7 @@ class GatewayTools:
 
 
 class _Extractor:
-    """The `custom_data_extractor` of an MCP server: notes errors, which the SDK hands to the model as any content."""
+    """The `custom_data_extractor` of an MCP server: notes what is an error, which the SDK hands on as any content."""
 
     def __init__(self, before: Callable[[MCPToolCustomDataContext], Any] | None) -> None:
         self._before = before
@@ -248,10 +260,20 @@ class _Extractor:
     def __call__(
         self, result: MCPToolCustomDataContext
     ) -> Awaitable[Mapping[str, Any] | None] | Mapping[str, Any] | None:
-        errors = _mcp_errors.get()
-        if result.is_error and errors is not None:
-            errors.append(result.run_context)
+        answers = _mcp_answers.get()
+        if answers is not None:
+            answers.append((result.run_context, bool(result.is_error)))
         return self._before(result) if self._before is not None else None
+
+
+def _name_of(server: MCPServer) -> str | None:
+    """Return the name of a server as its tools have it: without what is secret in a URL."""
+    from agents.mcp import MCPUtil
+    from mcp.types import Tool
+
+    tool = MCPUtil.to_function_tool(Tool(name="any", inputSchema={}), server, convert_schemas_to_strict=False)
+    origin = get_function_tool_origin(tool)
+    return None if origin is None else origin.mcp_server_name
 
 
 def _key(caller: CallerIdentity, call: ToolCall, call_id: str) -> str:
