@@ -24,6 +24,7 @@ from agents import (
     tool_input_guardrail,
 )
 from agents.mcp import MCPServerStdio, MCPToolCustomDataContext, MCPUtil
+from agents.run_config import ToolExecutionConfig
 from agents.testing import ScriptedModel, assistant_message, function_call
 from cachetools import TTLCache
 from langchain.agents import create_agent
@@ -232,6 +233,25 @@ class TestOpenAIAgents:
             assert f"by alice (approval {asked.approval_id})" in last.deterministic_rationale
             used = await store.approvals.get(approval_id=asked.approval_id)
             assert (used.status, used.outcome) == ("USED", "NOT_RUN")
+
+    async def test_a_guardrail_before_the_approval_leaves_it_to_the_human(self, store: GatewayStore) -> None:
+        """As the page says: the SDK ends the call while it still waits, and the same call of another run may, too."""
+
+        @tool_input_guardrail
+        def stops(_data: Any) -> ToolGuardrailFunctionOutput:
+            return ToolGuardrailFunctionOutput.reject_content("stopped")
+
+        @function_tool(tool_input_guardrails=[stops])
+        async def delete(path: str) -> str:
+            raise AssertionError(path)
+
+        first = RunConfig(
+            tracing_disabled=True, tool_execution=ToolExecutionConfig(pre_approval_tool_input_guardrails=True)
+        )
+        await Runner.run(call_once(self.gateway(store).wrap(delete), "delete"), "Go.", run_config=first)
+
+        assert [each.decision for each in await events(store)] == ["APPROVAL_REQUIRED"]
+        assert len(await store.approvals.list_requests("PENDING")) == 1
 
     async def test_a_call_that_nothing_runs_after_its_release_leaves_an_event(
         self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch
