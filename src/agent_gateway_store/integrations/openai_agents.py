@@ -168,12 +168,15 @@ class GatewayTools:
                 judged = exc
         if not is_taken:
             # First, or setting one would forget them.
-            self._late += [each for _, each in self._judged.expire()]
+            self._take_late()
             self._judged[key] = judged
         return judged
 
-    async def _drop_late(self) -> None:
+    def _take_late(self) -> None:
         self._late += [each for _, each in self._judged.expire()]
+
+    async def _drop_late(self) -> None:
+        self._take_late()
         while self._late:
             await _drop(self._late.pop(), f"nothing called it within {_RELEASED_S:g} seconds.")
 
