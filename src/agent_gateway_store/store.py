@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -13,7 +14,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store import telemetry
-from agent_gateway_store._concurrency import BackgroundTasks
+from agent_gateway_store._concurrency import BackgroundTasks, SingleFlight
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.queries import ApprovalRef
@@ -318,6 +319,7 @@ class _Core:
         self._given_plugins = plugins
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
+        self._opening: SingleFlight[None] = SingleFlight()
 
     async def forget_approvals(self, approval_ids: Collection[UUID]) -> bool:
         if self.redis.client is None or not approval_ids:
@@ -331,8 +333,11 @@ class _Core:
         return self._plugins
 
     async def open(self) -> None:
-        if self._is_open_here():
-            return
+        if not self._is_open_here():
+            # Tasks that open it at once share the work, which ends with the last of them that is cancelled.
+            await self._opening.run(asyncio.get_running_loop(), self._open)
+
+    async def _open(self) -> None:
         try:
             await self._prepare_schema()
             identity = await read_identity(self.database.engine)
@@ -347,18 +352,13 @@ class _Core:
             writer = AuditWriter(backend, spool, strict=strict, notify=notify, on_standby=on_standby)
             if self.settings.otel_enabled:
                 telemetry.enable(self.figures)
-        except BaseException:
-            await self.database.close()
-            raise
-        if self._is_open_here():
-            return  # another task was faster
-        self.database.bind_to_loop()
-        self.writer.writer = writer
-        self.before_write.withheld = self.after_write.unnotified = 0
-        self.outbox.open(dispatcher, notifiers)
-        self.key_cache.open()
-        try:
+            self.database.bind_to_loop()
+            self.writer.writer = writer
+            self.before_write.withheld = self.after_write.unnotified = 0
+            self.key_cache.open()
             await writer.open()
+            # Last: from now on the store counts as open.
+            self.outbox.open(dispatcher, notifiers)
         except BaseException:
             await self.close()
             raise

@@ -68,6 +68,32 @@ async def test_an_open_that_is_cancelled_halfway_is_closed(database_url: str, mo
         assert await store.audit.write(make_event()) == "STORED"
 
 
+async def test_a_task_that_opens_at_the_same_time_keeps_the_store_open(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that began is cancelled halfway; the other one works on."""
+    store, begun, goes_on = GatewayStore(database_url, redis_url=""), asyncio.Event(), asyncio.Event()
+    real = store_module.AuditWriter.open
+
+    async def slow(writer: Any) -> None:
+        begun.set()
+        await goes_on.wait()
+        await real(writer)
+
+    monkeypatch.setattr(store_module.AuditWriter, "open", slow)
+    first = asyncio.create_task(store.open())
+    await begun.wait()
+    second = asyncio.create_task(store.open())
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    goes_on.set()
+    await second
+
+    assert await store.audit.write(make_event()) == "STORED"
+    await store.close()
+
+
 def test_constructing_connects_nothing(tmp_path: Path) -> None:
     """A store for servers that do not exist, and one for a file, open no socket, thread or file."""
     before = threading.active_count()

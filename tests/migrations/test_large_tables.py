@@ -9,6 +9,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
@@ -155,6 +156,25 @@ async def test_another_migrator_is_waited_for_and_named(url: str, monkeypatch: p
         monkeypatch.setattr(migrate, "_LOCK_TIMEOUT_S", 1.0)
         with pytest.raises(StoreUnavailableError, match="another process has been migrating it for 1 seconds"):
             await migrate.downgrade(engine, "base")
+
+
+async def test_a_migration_that_is_cancelled_lets_go_of_its_lock(url: str) -> None:
+    """Also in the statement that follows the lock: SQLAlchemy would only forget that connection."""
+    async with engine_of(url) as engine, engine_of(url) as other:
+        waiting = list[asyncio.Task[None]]()
+
+        @event.listens_for(engine.sync_engine, "before_cursor_execute")
+        def cancel(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if statement.startswith("SET LOCAL lock_timeout = 0"):
+                waiting.pop().cancel()
+
+        waiting.append(asyncio.create_task(migrate.upgrade(engine)))
+        await asyncio.wait(waiting[:])
+        async with asyncio.timeout(20):
+            await migrate.upgrade(other)
+        differences = await migrate.differences(other)
+
+    assert (waiting, differences) == ([], [])
 
 
 async def test_a_pool_of_one_connection_is_enough(url: str) -> None:

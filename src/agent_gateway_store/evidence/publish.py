@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from os.path import realpath
 from pathlib import Path
 
 from agent_gateway_store.errors import LogMismatchError, StoreUnavailableError
@@ -35,7 +36,7 @@ _BUSY = "Another process publishes to this folder"
 
 def publish_lock(database: Database, folder: Path) -> ExclusiveLock:
     """Return the lock by which those who publish a log to this folder write one after the other."""
-    key = key_of(f"publish {folder.resolve()}")
+    key = key_of(f"publish {realpath(folder)}")
     return ExclusiveLock(database, key=key, suffix=f".publish-{key:016x}.lock", wait_s=_WAIT_S, busy=_BUSY)
 
 
@@ -145,15 +146,20 @@ def _write_tiles(folder: Path, batch: Sequence[tuple[int, int, int]], tiles: Til
 
 
 def _write_checkpoint(folder: Path, checkpoint: Checkpoint, old: ParsedNote | None) -> None:
+    _require_published(folder, old)
     size, edge = checkpoint.size, dict[tuple[int, int], bytes]()
     for level, index in tiles_for_root(size):
         edge[level, index] = (folder / tile_path(level, index, _width(level, index, size))).read_bytes()
     if root_from(TileHashes(edge), size).hex() != checkpoint.root_hash:
         raise _does_not_agree(size)
-    # The lock of a process that was suspended for long may be lost.
+    _require_published(folder, old)
+    _write(folder / "checkpoint", checkpoint.note.encode())
+
+
+def _require_published(folder: Path, old: ParsedNote | None) -> None:
+    # The lock of a process that was suspended for long may be lost, and others may have removed partial tiles.
     if _published(folder) != old:
         raise StoreUnavailableError(f"{_BUSY}: try again.")
-    _write(folder / "checkpoint", checkpoint.note.encode())
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -230,19 +230,25 @@ async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 @asynccontextmanager
 async def _unlimited(engine: AsyncEngine, *, in_pool: bool) -> AsyncIterator[AsyncConnection]:
     """Open a connection without limits of time, which is closed afterwards; `in_pool`: it takes a place in the pool."""
-    async with read_committed(engine).connect() as connection:
-        driver = (await connection.get_raw_connection()).driver_connection
-        if not in_pool:
-            await connection.run_sync(lambda sync: sync.detach())
-        if engine.dialect.driver == "asyncpg" and driver is not None:
-            # asyncpg takes the limit of a command with each command, or when it connects; Alembic gives none.
-            driver._config = driver._config._replace(command_timeout=None)
-        event.listen(connection.sync_connection, "begin", lambda sync: sync.exec_driver_sql(LIMITS))
-        try:
-            yield connection
-        finally:
-            if in_pool:
-                await connection.invalidate()
+    driver: Any = None
+    try:
+        async with read_committed(engine).connect() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            if not in_pool:
+                await connection.run_sync(lambda sync: sync.detach())
+            if engine.dialect.driver == "asyncpg":
+                # asyncpg takes the limit of a command with each command, or when it connects; Alembic gives none.
+                driver._config = driver._config._replace(command_timeout=None)
+            event.listen(connection.sync_connection, "begin", lambda sync: sync.exec_driver_sql(LIMITS))
+            try:
+                yield connection
+            finally:
+                if in_pool:
+                    await connection.invalidate()
+    finally:
+        # SQLAlchemy only forgets a detached connection whose statement was cancelled, and with it the lock.
+        if not in_pool and driver is not None:
+            driver.terminate()
 
 
 async def _take_advisory_lock(connection: AsyncConnection) -> None:
