@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 import pytest
 from contract_helpers import BOTH, approved, column
+from delivery_helpers import settled
 from pydantic import ValidationError
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, clock, errors
@@ -133,6 +134,8 @@ async def test_sweep_writes_what_has_expired(database_url: str, redis_setting: s
         denied = await store.approvals.issue_token(make_request(expires_at=now + MINUTE))
         await store.approvals.deny(denied, "approver-1")
         waiting = await store.approvals.issue_token(make_request(expires_at=now + HOUR))
+        # A notice whose delivery is not recorded by then would be sent again: its lease ends meanwhile.
+        await settled(store, 10)
         clock.move(MINUTE)
 
         assert await store.approvals.expire_stale(batch_size=2) == 6
