@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated, Any
 
+import guard_helpers
 import numpy
 import pytest
 from agents import FunctionTool, WebSearchTool, function_tool, tool_namespace
 from fastmcp import Client, FastMCP
 from fastmcp_helpers import always
+from guard_helpers import CALLER, judge
 from langchain.agents import create_agent
 from langchain.tools import ToolRuntime
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
@@ -31,28 +31,16 @@ from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
 from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
 
-from agent_gateway_store import AuditEvent, CallerIdentity, Decision, GatewayStore, ToolCall, TrustLevel
+from agent_gateway_store import AuditEvent, Decision, GatewayStore, ToolCall
 from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.fastmcp import GatewayMiddleware
-from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict
+from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError
 
 pytestmark = pytest.mark.integration
 
-CALLER = CallerIdentity(caller_id="a", role="r", trust_level=TrustLevel.LOW, environment="test")
-
-
-def judge(_caller: CallerIdentity, call: ToolCall) -> Verdict:
-    """Only what is named `free` needs no human."""
-    decision = Decision.ALLOW if call.tool.startswith("free") else Decision.APPROVAL_REQUIRED
-    return Verdict(decision=decision, rule="r", reason="why")
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[GatewayStore]:
-    async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url="") as store:
-        yield store
+store = guard_helpers.store
 
 
 async def approve(store: GatewayStore) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import guard_helpers
 import pytest
 from agents import Agent as OpenAIAgent
 from agents import (
@@ -27,6 +27,7 @@ from agents.mcp import MCPServerStdio, MCPToolCustomDataContext, MCPUtil
 from agents.run_config import ToolExecutionConfig
 from agents.testing import ScriptedModel, assistant_message, function_call
 from cachetools import TTLCache
+from guard_helpers import CALLER, judge
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, HumanInTheLoopMiddleware
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
@@ -42,7 +43,6 @@ from agent_gateway_store import (
     Decision,
     GatewayStore,
     ToolCall,
-    TrustLevel,
 )
 from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
@@ -50,19 +50,7 @@ from agent_gateway_store.integrations.guard import CallGuard, Verdict
 
 pytestmark = pytest.mark.integration
 
-CALLER = CallerIdentity(caller_id="a", role="r", trust_level=TrustLevel.LOW, environment="test")
-
-
-def judge(_caller: CallerIdentity, call: ToolCall) -> Verdict:
-    """Only what is named `free` needs no human."""
-    decision = Decision.ALLOW if call.tool.startswith("free") else Decision.APPROVAL_REQUIRED
-    return Verdict(decision=decision, rule="r", reason="why")
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[GatewayStore]:
-    async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url="") as store:
-        yield store
+store = guard_helpers.store
 
 
 async def events(store: GatewayStore) -> list[AuditEvent]:
