@@ -47,9 +47,9 @@ PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The made-up history that pages ask their reader to make, a small one."""
+    """The made-up history that pages ask their reader to make: the smallest in which they find all at any hour."""
     folder = tmp_path_factory.mktemp("demo")
-    run(folder, sys.executable, "-m", "agent_gateway_store.cli", "demo", "--events", "2000")
+    run(folder, sys.executable, "-m", "agent_gateway_store.cli", "demo", "--events", "6000")
     return folder / "gateway-demo.db"
 
 
