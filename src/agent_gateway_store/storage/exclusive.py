@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage.database import Database, read_committed
@@ -37,6 +37,22 @@ StillHeld: TypeAlias = Callable[[], Awaitable[None]]
 def key_of(name: str) -> int:
     """Return the key of a lock that is not known before it is needed: 63 bits, so that no two meet by chance."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8]) >> 1
+
+
+@asynccontextmanager
+async def detached(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Open a connection of PostgreSQL outside the pool, which may have a single place, and end it with its locks."""
+    driver: Any = None
+    try:
+        async with read_committed(engine).connect() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            await connection.run_sync(lambda sync: sync.detach())
+            yield connection
+    finally:
+        # SQLAlchemy only forgets a detached connection whose statement was cancelled: without this it would hold the
+        # lock until the garbage collector comes by.
+        if driver is not None:
+            driver.terminate()
 
 
 class ExclusiveLock:
@@ -70,24 +86,13 @@ class ExclusiveLock:
     @asynccontextmanager
     async def _advisory(self) -> AsyncIterator[StillHeld]:
         with translate_errors("be locked against other processes"):
-            driver: Any = None
-            try:
-                # Outside the pool, which may have a single place; a transaction, because PgBouncer gives nobody a
-                # session.
-                async with read_committed(self._database.engine).connect() as connection:
-                    driver = (await connection.get_raw_connection()).driver_connection
-                    await connection.run_sync(lambda sync: sync.detach())
-                    await self._take(connection)
+            async with detached(self._database.engine) as connection:
+                await self._take(connection)
 
-                    async def still_held() -> None:
-                        await connection.execute(text("SELECT 1"))
+                async def still_held() -> None:
+                    await connection.execute(text("SELECT 1"))
 
-                    yield still_held
-            finally:
-                # SQLAlchemy only forgets a detached connection whose statement was cancelled: without this it would
-                # hold the lock until the garbage collector comes by.
-                if driver is not None:
-                    driver.terminate()
+                yield still_held
 
     async def _take(self, connection: AsyncConnection) -> None:
         await connection.execute(text(_LIMITS.format(wait_ms=round(self._wait_s * 1000))))

@@ -26,6 +26,7 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError, UnsupportedDatabaseError
 from agent_gateway_store.storage.database import read_committed, reader_of
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
+from agent_gateway_store.storage.exclusive import detached
 from agent_gateway_store.storage.files import create_database_file
 from agent_gateway_store.storage.urls import is_memory, parse_database_url
 
@@ -211,9 +212,9 @@ async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
                     yield connection
                 return
             # The lock has a transaction of its own, since that of the migration ends before an index is built
-            # concurrently; a transaction, because PgBouncer gives nobody a session. Its connection is outside the pool,
-            # which may have a single place.
-            async with _unlimited(engine, in_pool=False) as lock, _unlimited(engine, in_pool=True) as connection:
+            # concurrently; a transaction, because PgBouncer gives nobody a session.
+            async with detached(engine) as lock, _unlimited(engine) as connection:
+                _lift_limits(lock)
                 await _take_advisory_lock(lock)
                 await _require_create(connection)
                 try:
@@ -228,27 +229,22 @@ async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def _unlimited(engine: AsyncEngine, *, in_pool: bool) -> AsyncIterator[AsyncConnection]:
-    """Open a connection without limits of time, which is closed afterwards; `in_pool`: it takes a place in the pool."""
-    driver: Any = None
-    try:
-        async with read_committed(engine).connect() as connection:
-            driver = (await connection.get_raw_connection()).driver_connection
-            if not in_pool:
-                await connection.run_sync(lambda sync: sync.detach())
-            if engine.dialect.driver == "asyncpg":
-                # asyncpg takes the limit of a command with each command, or when it connects; Alembic gives none.
-                driver._config = driver._config._replace(command_timeout=None)
-            event.listen(connection.sync_connection, "begin", lambda sync: sync.exec_driver_sql(LIMITS))
-            try:
-                yield connection
-            finally:
-                if in_pool:
-                    await connection.invalidate()
-    finally:
-        # SQLAlchemy only forgets a detached connection whose statement was cancelled, and with it the lock.
-        if not in_pool and driver is not None:
-            driver.terminate()
+async def _unlimited(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Open a connection without limits of time, which is closed afterwards."""
+    async with read_committed(engine).connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        if engine.dialect.driver == "asyncpg" and driver is not None:
+            # asyncpg takes the limit of a command with each command, or when it connects; Alembic gives none.
+            driver._config = driver._config._replace(command_timeout=None)
+        _lift_limits(connection)
+        try:
+            yield connection
+        finally:
+            await connection.invalidate()
+
+
+def _lift_limits(connection: AsyncConnection) -> None:
+    event.listen(connection.sync_connection, "begin", lambda sync: sync.exec_driver_sql(LIMITS))
 
 
 async def _take_advisory_lock(connection: AsyncConnection) -> None:
