@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from agent_gateway_store import GatewayStore, Notice
+from agent_gateway_store import GatewayStore, Notice, StoreSettings
 from agent_gateway_store.storage import statements
 from agent_gateway_store.store import parts_of
 from agent_gateway_store.testing import RecordingNotifier
@@ -165,3 +165,10 @@ def forked(work: Callable[[], object]) -> ForkProcess:
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forking beside threads
         child.start()
     return child
+
+
+@pytest.fixture
+async def store_sealed_by_hand(database_url: str) -> AsyncIterator[GatewayStore]:
+    """An open store that seals when it is told to."""
+    async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as opened:
+        yield opened

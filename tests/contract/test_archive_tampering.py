@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,24 +11,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from archive_helpers import entries_of, rewritten, save, with_column
+from contract_helpers import store_sealed_by_hand
 
-from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store import GatewayStore
 from agent_gateway_store.archive import Archive
 from agent_gateway_store.archive.manifest import Entry
 from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.evidence import FindingKind
 from builders import make_event
 
+store = store_sealed_by_hand
+
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 BEFORE = OLD + timedelta(days=60)
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[GatewayStore]:
-    """An open store that seals when it is told to."""
-    settings = StoreSettings(audit_seal_seconds=0)
-    async with GatewayStore(database_url, redis_url="", settings=settings) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -5,30 +5,24 @@ A hold on any of them keeps it, and evidence of the others stays true.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
 import pytest
+from contract_helpers import store_sealed_by_hand
 from erasure_helpers import MARK, OLD, everything, used_approval
 
-from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, clock
+from agent_gateway_store import AuditEvent, GatewayStore, clock
 from agent_gateway_store.archive import Archive
 from agent_gateway_store.errors import EventHeldError
 from agent_gateway_store.evidence import check
 from agent_gateway_store.models.approval import hash_approval
 from builders import make_event
 
+store = store_sealed_by_hand
+
 BEFORE = OLD + timedelta(days=60)
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[GatewayStore]:
-    """An open store that seals when it is told to."""
-    settings = StoreSettings(audit_seal_seconds=0)
-    async with GatewayStore(database_url, redis_url="", settings=settings) as opened:
-        yield opened
 
 
 async def asked_and_run(store: GatewayStore, *, asked: AuditEvent, run: AuditEvent, **others: AuditEvent) -> UUID:

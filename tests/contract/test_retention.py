@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
+from contract_helpers import store_sealed_by_hand
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
@@ -25,17 +25,12 @@ from builders import make_event
 from forks import forks
 from tampering import tamper
 
+store = store_sealed_by_hand
+
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 BEFORE = OLD + timedelta(days=60)
 NEW = BEFORE + timedelta(days=1)
 PROCESS = Path(__file__).parent / "pruning_process.py"
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[GatewayStore]:
-    """An open store that seals when it is told to."""
-    async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as opened:
-        yield opened
 
 
 @pytest.fixture

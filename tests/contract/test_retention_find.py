@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from contract_helpers import store_sealed_by_hand
 from erasure_helpers import OLD
 
-from agent_gateway_store import GatewayStore, StoreSettings, ToolCall, clock
+from agent_gateway_store import GatewayStore, ToolCall, clock
 from builders import make_event, make_request
+
+store = store_sealed_by_hand
 
 TEXTS = {
     "umlaut": "Müller",
@@ -35,13 +37,6 @@ PLACES: dict[str, dict[str, Any]] = {
     "text": {"llm_explanation": "before {} after"},
 }
 WHERE = pytest.mark.parametrize("archived", [False, True], ids=["table", "archive"])
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[GatewayStore]:
-    """An open store that seals when it is told to."""
-    async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as opened:
-        yield opened
 
 
 def filled(value: Any, text: str) -> Any:

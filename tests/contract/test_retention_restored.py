@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from archive_helpers import entries_of, rewritten, save, with_column
+from contract_helpers import store_sealed_by_hand
 from pyarrow import parquet
 from sqlalchemy import text
 
@@ -22,17 +23,12 @@ from agent_gateway_store.retention import approvals, prune
 from builders import make_event, make_request
 from tampering import tamper
 
+store = store_sealed_by_hand
+
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 BEFORE = OLD + timedelta(days=60)
 SETTINGS = StoreSettings(audit_seal_seconds=0)
 SEALED = ("audit_leaves", "audit_tiles", "audit_checkpoints", "audit_prunes", "audit_events")
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[GatewayStore]:
-    """An open store that seals when it is told to."""
-    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as opened:
-        yield opened
 
 
 async def write(store: GatewayStore, name: str, count: int = 3) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contract_helpers import store_sealed_by_hand
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -23,19 +24,14 @@ from builders import make_event
 from forks import forks
 from tampering import tamper
 
+store = store_sealed_by_hand
+
 ON_POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 SCRIPT = Path(__file__).parent / "sealing_process.py"
 
 
 def settings(seal_s: float = 0) -> StoreSettings:
     return StoreSettings(audit_seal_seconds=seal_s)
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[GatewayStore]:
-    """An open store that seals when it is told to."""
-    async with GatewayStore(database_url, redis_url="", settings=settings()) as opened:
-        yield opened
 
 
 async def rows(store: GatewayStore, statement: str) -> list[tuple[Any, ...]]:

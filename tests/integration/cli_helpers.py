@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url, text
 
 import servers
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall
+from agent_gateway_store.storage.database import create_engine
 from commands import Outcome, gateway_store
+from pages import DOCS
+from proofs.harness import execute
+from tampering import tamper
 
 KEY = re.compile(r"agw_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}")
 
@@ -53,3 +59,29 @@ def ask(url: str, request_id: str, *, name: str = "a.txt", caller_id: str = "dev
 def ids(found: Outcome) -> list[str]:
     assert found.json["next_cursor"] is None
     return [item["request_id"] for item in found.json["items"]]
+
+
+async def execute_on(url: str, statement: str) -> None:
+    """Run a statement on a database of either kind."""
+    engine = create_engine(url)
+    async with engine.begin() as connection:
+        await connection.execute(text(statement))
+    await engine.dispose()
+
+
+async def tamper_with(url: str, statement: str) -> None:
+    """Run a statement, whatever the triggers say."""
+    engine = create_engine(url)
+    await tamper(engine, statement)
+    await engine.dispose()
+
+
+@pytest.fixture
+def limited_url(migrated_postgres_database: Callable[[], str]) -> Iterator[str]:
+    """A database for the role of gateways that the page describes; its owner's URL has `postgres` as its user."""
+    url, role = migrated_postgres_database(), f"gateway_{secrets.token_hex(4)}"
+    page = (DOCS / "how-to" / "postgresql-and-redis.md").read_text()
+    grants = [line.replace("gateway_app", role) for line in page.splitlines() if line.startswith("GRANT ")]
+    servers.run(execute(url, f"CREATE ROLE {role} LOGIN", *(grant.rstrip(";") for grant in grants)))
+    yield make_url(url).set(username=role).render_as_string(hide_password=False)
+    servers.run(execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import console_helpers
@@ -16,7 +16,6 @@ from starlette.routing import Mount
 
 from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.console import create_console
-from agent_gateway_store.console.sessions import COOKIE
 from agent_gateway_store.evidence import check
 from builders import make_event
 
@@ -51,154 +50,6 @@ async def test_a_person_signs_in_decides_and_finds_it_in_the_audit_log(running: 
     shown = (await alice.get(f"/audit/{event.id}")).text
     assert f"/approvals/{request.approval_id}" in shown
     assert "Still needed." in shown
-
-
-@pytest.mark.parametrize(
-    ("role", "key"), [("developer", None), ("approver", "agw_wrong"), ("approver", ""), ("approver", "x" * 9000)]
-)
-async def test_who_holds_no_key_of_an_approver_stays_outside(
-    running: tuple[GatewayStore, Any], role: str, key: str | None
-) -> None:
-    """One answer for a wrong key and for a wrong role, and no cookie."""
-    store, app = running
-    issued = await key_of(store, role=role)
-    visitor = Visitor(app)
-
-    answer = await visitor.sign_in(issued if key is None else key)
-
-    assert answer.status_code == 403
-    assert "was not accepted" in answer.text
-    assert issued not in answer.text
-    assert COOKIE not in visitor.client.cookies
-    assert await status(visitor) == 303
-
-
-async def test_a_cookie_played_back_after_the_sign_out_is_refused_in_every_process(
-    running: tuple[GatewayStore, Any], url: str
-) -> None:
-    """Another process has read the session before, and refuses it all the same."""
-    store, app = running
-    alice = await signed_in(store, app)
-    cookie = alice.client.cookies[COOKIE]
-    async with console(url) as (_, elsewhere):
-        thief = Visitor(elsewhere)
-        thief.client.cookies.set(COOKIE, cookie)
-        assert await status(thief) == 200
-
-        await alice.post("/logout", {"csrf": await alice.csrf()})
-
-        assert COOKIE not in alice.client.cookies
-        assert await status(thief) == 303
-
-
-async def test_a_session_id_is_new_with_each_sign_in_and_never_a_visitors_own(
-    running: tuple[GatewayStore, Any],
-) -> None:
-    """A planted id is not taken over, and the session of the cookie that came with a sign-in ends."""
-    store, app = running
-    key = await key_of(store)
-    visitor = Visitor(app)
-    visitor.client.cookies.set(COOKIE, "A" * 43, domain="console.test", path="/")
-    await visitor.sign_in(key)
-    first = visitor.client.cookies.get(COOKIE, domain="console.test")
-    await visitor.sign_in(key)
-    second = visitor.client.cookies.get(COOKIE, domain="console.test")
-
-    old = Visitor(app)
-    old.client.cookies.set(COOKIE, first or "")
-
-    assert len({"A" * 43, first, second}) == 3
-    assert await status(visitor) == 200
-    assert await status(old) == 303
-
-
-async def test_a_session_ends_with_its_key(running: tuple[GatewayStore, Any]) -> None:
-    """Revoked, or replaced at once: the next request of the session is one of a stranger."""
-    store, app = running
-    revoked, rotated, overlapping = [await signed_in(store, app, name) for name in ("alice", "bob", "carol")]
-
-    await store.keys.revoke("alice")
-    await store.keys.rotate("bob", timedelta())
-    await store.keys.rotate("carol", timedelta(hours=1))
-
-    assert [await status(each) for each in (revoked, rotated, overlapping)] == [303, 303, 200]
-    clock.move(timedelta(hours=2))
-    assert await status(overlapping) == 303
-
-
-async def test_a_session_ends_by_itself(url: str) -> None:
-    """After CONSOLE_SESSION_SECONDS, however busy it was."""
-    async with console(url, console_session_seconds=600) as (store, app):
-        alice = await signed_in(store, app)
-        clock.move(timedelta(seconds=590))
-        assert await status(alice) == 200
-
-        clock.move(timedelta(seconds=20))
-
-        assert await status(alice) == 303
-
-
-def set_wrong(monkeypatch: pytest.MonkeyPatch, *, hours: int) -> None:
-    """Let the clock of this process, and not the database's, be so many hours ahead."""
-
-    class Wrong(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.now(tz) + timedelta(hours=hours)
-
-    monkeypatch.setattr(clock, "datetime", Wrong)
-
-
-async def test_a_key_of_a_session_ends_by_the_database_clock(
-    running: tuple[GatewayStore, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A console whose own clock is hours behind lets in neither an expired key nor one whose overlap is over."""
-    store, app = running
-    expires_at = datetime.now(UTC) + timedelta(hours=1)
-    issued = await store.keys.issue("alice", role="approver", expires_at=expires_at)
-    expiring, overlapping = Visitor(app), await signed_in(store, app, "bob")
-    await expiring.sign_in(issued.plaintext.get_secret_value())
-    await store.keys.rotate("bob", timedelta(hours=1))
-    set_wrong(monkeypatch, hours=-5)
-    before = [await status(each) for each in (expiring, overlapping)]
-
-    clock.move(timedelta(hours=2))
-
-    assert (before, [await status(each) for each in (expiring, overlapping)]) == ([200, 200], [303, 303])
-
-
-@pytest.mark.parametrize(("there", "here"), [(-5, 0), (5, 0), (0, -5), (0, 5)])
-async def test_a_session_lasts_as_long_on_machines_whose_clocks_differ(
-    url: str, monkeypatch: pytest.MonkeyPatch, there: int, here: int
-) -> None:
-    """CONSOLE_SESSION_SECONDS are counted by the database's clock, which also dates the sign-in."""
-    async with console(url, console_session_seconds=600) as (store, app):
-        set_wrong(monkeypatch, hours=there)
-        alice = await signed_in(store, app)
-        set_wrong(monkeypatch, hours=here)
-        [event] = await store.audit.search(tool_name="console.sign_in")
-        assert abs(event.timestamp - datetime.now(UTC)) < timedelta(minutes=1)
-        assert await status(alice) == 200
-
-        clock.move(timedelta(seconds=620))
-
-        assert await status(alice) == 303
-
-
-async def test_an_event_that_looks_like_a_sign_in_opens_nothing(running: tuple[GatewayStore, Any]) -> None:
-    """A sign-in event copied under another id, or for another caller, needs that caller's key as it stands."""
-    store, app = running
-    await key_of(store)
-    alice = await signed_in(store, app, "bob")
-    [event] = await store.audit.search(tool_name="console.sign_in")
-    other = alice.client.cookies[COOKIE][::-1]
-    await store.audit.write(make_event(request_id=f"console.sign_in-{other}", tool_name="console.sign_in"))
-
-    for cookie in (event.request_id, event.request_id.removeprefix("console.sign_in-"), other):
-        forger = Visitor(app)
-        forger.client.cookies.set(COOKIE, cookie)
-        assert await status(forger) == 303
-    assert alice.client.cookies[COOKIE] not in event.model_dump_json()
 
 
 async def test_another_organisation_is_not_there(running: tuple[GatewayStore, Any]) -> None:
@@ -294,19 +145,6 @@ async def test_every_answer_carries_the_headers_that_protect_it(running: tuple[G
         assert not re.search(r"<style|<script(?! src=)|\son\w+=|\sstyle=|javascript:|https?://", answer.text), path
 
 
-async def test_the_cookie_cannot_be_read_or_sent_from_elsewhere(url: str) -> None:
-    """HttpOnly and SameSite=Strict always, Secure over TLS; for the path of the console alone."""
-    async with console(url, console_url="https://gateway.example/console") as (store, app):
-        mounted = Starlette(routes=[Mount("/console", app)])
-        visitor = Visitor(mounted, base="/console")
-        answer = await visitor.sign_in(await key_of(store))
-
-    cookie = answer.headers["set-cookie"].lower()
-    for word in ("httponly", "samesite=strict", "secure", "path=/console"):
-        assert word in cookie
-    assert answer.headers["location"] == "/console/approvals"
-
-
 async def test_it_works_under_a_path(running: tuple[GatewayStore, Any]) -> None:
     """Every link and form of a mounted console stays below its path."""
     store, app = running
@@ -355,19 +193,6 @@ async def test_a_refused_key_does_not_lose_the_page_that_was_asked_for(running: 
     assert [answer.status_code for answer in refused] == [403] * 10 + [429]
     assert all('name="next" value="/audit?tool=rm"' in answer.text for answer in refused)
     assert "evil" not in foreign.text
-
-
-async def test_many_wrong_keys_are_stopped(running: tuple[GatewayStore, Any]) -> None:
-    """An address that guesses waits, with a right key, too; another address does not."""
-    store, app = running
-    key = await key_of(store)
-    guesser = Visitor(app, address="198.51.100.7")
-
-    answers = [(await guesser.sign_in(f"agw_guess{number}")).status_code for number in range(12)]
-
-    assert answers == [403] * 10 + [429] * 2
-    assert (await guesser.sign_in(key)).status_code == 429
-    assert (await Visitor(app, address="198.51.100.8").sign_in(key)).status_code == 303
 
 
 @pytest.mark.parametrize(("proxies", "seen"), [("192.0.2.0/24", "203.0.113.9"), ("198.51.100.1", "192.0.2.1")])
