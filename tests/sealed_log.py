@@ -13,7 +13,6 @@ from agent_gateway_store.evidence import Evidence
 from agent_gateway_store.evidence.notes import SigningKey, checkpoint_note
 from agent_gateway_store.evidence.tree import (
     TileHashes,
-    consistency_path,
     inclusion_path,
     leaf_hash,
     node_hash,
@@ -21,6 +20,7 @@ from agent_gateway_store.evidence.tree import (
 )
 from agent_gateway_store.models.evidence import Checkpoint
 from builders import make_event
+from consistency import consistency_path
 
 ORIGIN = "log.example/4f0c"
 KEY = SigningKey("log.example", bytes(32))

@@ -18,7 +18,7 @@ from agent_gateway_store.errors import InvalidEvidenceError, LogMismatchError
 from agent_gateway_store.evidence import check
 from agent_gateway_store.evidence.notes import SigningKey, parse_note
 from agent_gateway_store.evidence.publish import publish_lock
-from agent_gateway_store.evidence.tree import Frontier
+from agent_gateway_store.evidence.tree import GrowingTree
 from agent_gateway_store.models.evidence import Checkpoint
 from builders import make_event
 from tampering import tamper
@@ -192,7 +192,7 @@ async def test_the_published_log_is_that_of_the_checkpoint(sealing: GatewayStore
         await write(sealing, count)
         last = await sealing.evidence.seal()
         assert await sealing.evidence.publish(tmp_path / "log") == last
-    tree = Frontier()
+    tree = GrowingTree()
     for name in ("000", "001", "002", "003.p/232"):
         tile = (tmp_path / "log/tile/0" / name).read_bytes()
         for at in range(0, len(tile), 32):

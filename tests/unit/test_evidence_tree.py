@@ -15,20 +15,17 @@ from hypothesis import strategies as st
 
 from agent_gateway_store.evidence.tree import (
     EMPTY_ROOT,
-    Frontier,
+    GrowingTree,
     TileHashes,
-    consistency_path,
-    frontier_from,
     inclusion_path,
     leaf_hash,
     node_hash,
     root_from,
-    tiles_for_consistency,
     tiles_for_inclusion,
     tiles_for_root,
-    verify_consistency,
     verify_inclusion,
 )
+from consistency import consistency_path, verify_consistency
 
 pytestmark = pytest.mark.unit
 
@@ -104,15 +101,15 @@ def only(names: list[tuple[int, int]]) -> TileHashes:
 
 def test_empty_root_is_the_published_one() -> None:
     assert EMPTY_ROOT.hex() == VECTORS["empty_root"]
-    assert Frontier().root() == EMPTY_ROOT
+    assert GrowingTree().root() == EMPTY_ROOT
 
 
 def test_roots_are_the_published_ones() -> None:
     """Their leaves are hashed as ours are, over a zero byte and the data."""
-    frontier = Frontier()
+    tree = GrowingTree()
     for data, root in zip(VECTORS["leaves"], ROOTS, strict=True):
-        frontier.append(leaf_hash(b"", bytes.fromhex(data)))
-        assert frontier.root() == root
+        tree.append(leaf_hash(b"", bytes.fromhex(data)))
+        assert tree.root() == root
 
 
 def test_leaf_takes_the_content_hash_as_digits_or_bytes() -> None:
@@ -191,13 +188,22 @@ def flipped(path: list[bytes], at: int, bits: int) -> list[bytes]:
 
 def test_trees_of_every_size_are_those_of_the_definition() -> None:
     """Appended leaf by leaf, and from tiles."""
-    frontier = Frontier()
+    tree = GrowingTree()
     for size in range(LARGEST + 1):
         root = naive_root(0, size)
-        assert frontier.root() == root
+        assert tree.root() == root
         assert root_from(only(tiles_for_root(size)), size) == root
-        assert frontier_from(only(tiles_for_root(size)), size).peaks == frontier.peaks
-        frontier.append(leaf(size))
+        tree.append(leaf(size))
+
+
+def test_a_growing_tree_hands_out_the_hashes_of_its_tiles() -> None:
+    """Each once, in the order in which their subtrees are complete."""
+    found: list[tuple[int, int, bytes]] = []
+    tree = GrowingTree(lambda level, index, node: found.append((level, index, node)))
+    for index in range(LARGEST):
+        tree.append(leaf(index))
+
+    assert found == [(1, 0, naive_root(0, 256)), (1, 1, naive_root(256, 512))]
 
 
 @pytest.mark.parametrize("index_in", [lambda size: 0, lambda size: size // 2, lambda size: size - 1])
@@ -237,7 +243,7 @@ def test_consistency_of_any_two_trees(data: st.DataObject) -> None:
 
 
 def check_consistency(old: int, new: int) -> None:
-    path = consistency_path(only(tiles_for_consistency(old, new)), old, new)
+    path = consistency_path(TileHashes(TILES), old, new)
     first, second = naive_root(0, old), naive_root(0, new)
 
     assert path == (naive_consistency(old, 0, new, whole=True) if old else [])
@@ -281,17 +287,11 @@ def test_an_older_tree_must_not_be_larger(old: int, new: int) -> None:
         consistency_path(TileHashes(TILES), old, new)
 
 
-def test_a_frontier_needs_the_peaks_of_its_size() -> None:
-    with pytest.raises(ValueError, match="has 2 peaks, not 1"):
-        Frontier(3, [SOME])
-
-
 def test_proofs_of_a_large_tree_read_few_tiles() -> None:
     """Two on each of the four levels of a tree of a billion leaves."""
     size = 10**9 + 12345
 
     assert len(tiles_for_inclusion(size // 3, size)) <= 8
-    assert len(tiles_for_consistency(size // 3, size)) <= 8
 
 
 def test_node_is_told_from_leaf() -> None:

@@ -11,7 +11,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from agent_gateway_store.evidence.notes import SigningKey, parse_note
-from agent_gateway_store.evidence.tree import verify_consistency
+from consistency import verify_consistency
 from sealed_log import KEY, ORIGIN, SealedLog, events
 
 pytestmark = pytest.mark.unit

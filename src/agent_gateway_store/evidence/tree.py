@@ -49,28 +49,31 @@ def row_root(hashes: bytes) -> bytes:
     return row[0]
 
 
-class Frontier:
+class GrowingTree:
     """A tree that grows leaf by leaf, of which only the roots of its complete subtrees are kept.
+
+    Args:
+        completed: Receives each hash that a tile above the leaves holds, as soon as its subtree is complete: the level
+            of the tile, the index of the hash within that level, and the hash.
 
     Attributes:
         size: How many leaves.
         peaks: Those roots, from the largest subtree to the smallest.
-
-    Raises:
-        ValueError: A tree of this size has another number of peaks.
     """
 
-    def __init__(self, size: int = 0, peaks: Iterable[bytes] = ()) -> None:
-        self.size = size
-        self.peaks = list(peaks)
-        if len(self.peaks) != size.bit_count():
-            raise ValueError(f"A tree of {size} leaves has {size.bit_count()} peaks, not {len(self.peaks)}.")
+    def __init__(self, completed: Callable[[int, int, bytes], None] = lambda _level, _index, _node: None) -> None:
+        self._completed = completed
+        self.size = 0
+        self.peaks: list[bytes] = []
 
     def append(self, leaf: bytes) -> None:
         """Add the hash of the next leaf."""
-        node, size = leaf, self.size
-        while size & 1:
-            node, size = node_hash(self.peaks.pop(), node), size >> 1
+        node, height, index = leaf, 0, self.size
+        # An odd node completes the subtree above it, with the last peak as its left half.
+        while index & 1:
+            node, height, index = node_hash(self.peaks.pop(), node), height + 1, index >> 1
+            if height % TILE_HEIGHT == 0:
+                self._completed(height // TILE_HEIGHT, index, node)
         self.peaks.append(node)
         self.size += 1
 
@@ -79,46 +82,8 @@ class Frontier:
         return _merge(self.peaks) if self.peaks else EMPTY_ROOT
 
 
-class GrowingTree:
-    """A tree that grows leaf by leaf, and hands out each hash that a tile above the leaves holds.
-
-    Args:
-        completed: Receives level, index and hash of each node at a height of 8, 16, ... once it is complete.
-    """
-
-    def __init__(self, completed: Callable[[int, int, bytes], None]) -> None:
-        self._completed = completed
-        self._levels = [Frontier()]
-        self.size = 0
-
-    def append(self, leaf: bytes) -> None:
-        """Add the hash of the next leaf."""
-        self.size += 1
-        level, node = 0, leaf
-        while True:
-            frontier = self._levels[level]
-            frontier.append(node)
-            if frontier.size < TILE_WIDTH:
-                return
-            (node,), self._levels[level] = frontier.peaks, Frontier()
-            level += 1
-            self._completed(level, (self.size >> TILE_HEIGHT * level) - 1, node)
-            if level == len(self._levels):
-                self._levels.append(Frontier())
-
-    def root(self) -> bytes:
-        """Return the hash of the whole tree."""
-        peaks = [peak for frontier in reversed(self._levels) for peak in frontier.peaks]
-        return _merge(peaks) if peaks else EMPTY_ROOT
-
-
 _Range = tuple[int, int]
 """Leaves from the first to before the second: a whole subtree, or the ragged rest of the tree."""
-
-
-def _split(low: int, high: int) -> int:
-    """Return where the two subtrees under the node over these leaves meet."""
-    return low + (1 << (high - low - 1).bit_length() - 1)
 
 
 def _inclusion_ranges(index: int, size: int) -> list[_Range]:
@@ -126,31 +91,14 @@ def _inclusion_ranges(index: int, size: int) -> list[_Range]:
         raise ValueError(f"A tree of {size} leaves has no leaf {index}.")
     low, high, siblings = 0, size, list[_Range]()
     while high - low > 1:
-        middle = _split(low, high)
+        # Where the two subtrees below meet.
+        middle = low + (1 << (high - low - 1).bit_length() - 1)
         if index < middle:
             siblings.append((middle, high))
             high = middle
         else:
             siblings.append((low, middle))
             low = middle
-    return siblings[::-1]
-
-
-def _consistency_ranges(old: int, new: int) -> list[_Range]:
-    if not 0 <= old <= new:
-        raise ValueError(f"A tree of {new} leaves does not go on from one of {old}.")
-    low, high, siblings = 0, new, list[_Range]()
-    while 0 < old < high:
-        middle = _split(low, high)
-        if old <= middle:
-            siblings.append((middle, high))
-            high = middle
-        else:
-            siblings.append((low, middle))
-            low = middle
-    # A verifier knows the old root, which is the last subtree where that begins at the first leaf.
-    if low:
-        siblings.append((low, high))
     return siblings[::-1]
 
 
@@ -174,13 +122,8 @@ def tiles_for_inclusion(index: int, size: int) -> list[tuple[int, int]]:
     return _tiles(_inclusion_ranges(index, size))
 
 
-def tiles_for_consistency(old: int, new: int) -> list[tuple[int, int]]:
-    """Return level and index of the tiles that `consistency_path` reads."""
-    return _tiles(_consistency_ranges(old, new))
-
-
 def tiles_for_root(size: int) -> list[tuple[int, int]]:
-    """Return level and index of the tiles that `root_from` and `frontier_from` read."""
+    """Return level and index of the tiles that `root_from` reads."""
     return _tiles([(0, size)])
 
 
@@ -239,34 +182,13 @@ def inclusion_path(tiles: TileHashes, index: int, size: int) -> list[bytes]:
     return [tiles.over(*each) for each in _inclusion_ranges(index, size)]
 
 
-def consistency_path(tiles: TileHashes, old: int, new: int) -> list[bytes]:
-    """Return the proof that the tree of `new` leaves begins with the tree of `old` (RFC 9162, 2.1.4.1).
-
-    It is empty where `old` is 0 or `new`.
-
-    Raises:
-        ValueError: `old` is larger than `new`.
-        LookupError: The tiles lack a hash: see `tiles_for_consistency`.
-    """
-    return [tiles.over(*each) for each in _consistency_ranges(old, new)]
-
-
-def frontier_from(tiles: TileHashes, size: int) -> Frontier:
-    """Return the tree of the first `size` leaves, to which more can be appended.
-
-    Raises:
-        LookupError: The tiles lack a hash: see `tiles_for_root`.
-    """
-    return Frontier(size, [tiles.node(*node) for node in _nodes(0, size)])
-
-
 def root_from(tiles: TileHashes, size: int) -> bytes:
     """Return the root of the tree of the first `size` leaves.
 
     Raises:
         LookupError: The tiles lack a hash: see `tiles_for_root`.
     """
-    return frontier_from(tiles, size).root()
+    return tiles.over(0, size) if size else EMPTY_ROOT
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], root: bytes) -> bool:
@@ -285,35 +207,6 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
             result = node_hash(result, sibling)
         node, last = node >> 1, last >> 1
     return last == 0 and result == root
-
-
-def verify_consistency(old: int, old_root: bytes, new: int, new_root: bytes, path: Sequence[bytes]) -> bool:
-    """True if `path` proves that the new tree begins with the old one (RFC 9162, 2.1.4.2).
-
-    Every tree begins with the empty one, and with itself: there the path is empty.
-    """
-    if not 0 <= old <= new:
-        return False
-    if old in (0, new):
-        return not path and (old != new or old_root == new_root)
-    if not path or not _are_hashes(old_root, new_root, *path):
-        return False
-    node, last = old - 1, new - 1
-    while node & 1:
-        node, last = node >> 1, last >> 1
-    first, *rest = path if node else (old_root, *path)
-    old_result = new_result = first
-    for sibling in rest:
-        if last == 0:
-            return False
-        if node & 1 or node == last:
-            old_result, new_result = node_hash(sibling, old_result), node_hash(sibling, new_result)
-            while node and not node & 1:
-                node, last = node >> 1, last >> 1
-        else:
-            new_result = node_hash(new_result, sibling)
-        node, last = node >> 1, last >> 1
-    return last == 0 and old_result == old_root and new_result == new_root
 
 
 def _are_hashes(*values: bytes) -> bool:
