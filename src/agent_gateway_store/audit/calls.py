@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import anyio
-from sqlalchemy import Integer, bindparam, literal_column, select
+from sqlalchemy import bindparam, literal_column, select
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.selects import Shape, select_events, table
@@ -20,7 +20,7 @@ from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStat
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, literal_number
 
 HIDDEN = "[hidden]"
 HashApproval = Callable[[UUID | str], Awaitable[str]]
@@ -163,7 +163,7 @@ def orphans(shape: Shape, *, limit: int) -> Statement:
         # A value and no NOT EXISTS, of which PostgreSQL, without statistics, makes a join that reads every outcome for
         # each intent; and the organisation in no condition of an index, which would be read whole each time.
         has_outcome = (
-            select(literal_column("1", Integer()))
+            select(literal_number(1))
             .select_from(outcome)
             .where(
                 outcome.c.parent_request_id == table.c.request_id,
@@ -171,7 +171,7 @@ def orphans(shape: Shape, *, limit: int) -> Statement:
                 literal_column(phase.format("outcome", OUTCOME)),
             )
             .correlate(table)
-            .limit(literal_column("1", Integer()))
+            .limit(literal_number(1))
             .scalar_subquery()
         )
         return (
@@ -182,7 +182,7 @@ def orphans(shape: Shape, *, limit: int) -> Statement:
                 has_outcome.is_(None),
             )
             .order_by(table.c.timestamp.desc(), table.c.id.desc())
-            .limit(literal_column(str(limit), Integer()))
+            .limit(literal_number(limit))
         )
 
     return Statement(build)

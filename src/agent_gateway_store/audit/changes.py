@@ -33,7 +33,6 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
-    Integer,
     Select,
     Text,
     TextClause,
@@ -55,7 +54,7 @@ from agent_gateway_store.errors import EventsPrunedError, InvalidCursorError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, literal_number
 
 # Of one statement: in a table that was never analysed PostgreSQL takes neighbours by id for scattered, and for a few
 # thousand of them would rather read and sort all of it.
@@ -319,8 +318,7 @@ def _statement(build: Callable[[str, Shape, int], Select[Any]], shape: Shape, co
 
 
 def _first(statement: Select[Any], count: int, *order: ColumnElement[Any]) -> Select[Any]:
-    # A number in the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
-    return statement.order_by(*order).limit(literal_column(str(count), Integer()))
+    return statement.order_by(*order).limit(literal_number(count))
 
 
 def _added(dialect: str, shape: Shape, count: int) -> Select[Any]:

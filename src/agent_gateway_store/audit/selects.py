@@ -13,7 +13,6 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     ColumnElement,
-    Integer,
     Select,
     Text,
     Uuid,
@@ -35,7 +34,7 @@ from agent_gateway_store.audit.document import scan_json
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
 from agent_gateway_store.storage.grouping import TIMES, Metrics, Offsets, aggregate
-from agent_gateway_store.storage.statements import Statement, is_one_of
+from agent_gateway_store.storage.statements import Statement, is_one_of, literal_number
 
 table = AuditEvent.__table__  # type: ignore[attr-defined]
 
@@ -124,11 +123,10 @@ def newest(shape: Shape, *, limit: int | None, offset: int = 0, is_after: bool =
         if is_after:
             place = bindparam("p_at", type_=UtcDateTime()), bindparam("p_id", type_=BigInteger())
             statement = statement.where(tuple_(table.c.timestamp, table.c.id) < tuple_(*place))
-        # Numbers in the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
         if limit is not None:
-            statement = statement.limit(literal_column(str(int(limit)), Integer()))
+            statement = statement.limit(literal_number(limit))
         if offset:
-            statement = statement.offset(literal_column(str(int(offset)), Integer()))
+            statement = statement.offset(literal_number(offset))
         return statement
 
     return Statement(build)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from pydantic import model_serializer
-from sqlalchemy import BigInteger, Integer, Select, Text, Uuid, bindparam, literal_column, select, true
+from sqlalchemy import BigInteger, Select, Text, Uuid, bindparam, select, true
 
 from agent_gateway_store.approval.queries import ApprovalRef, get
 from agent_gateway_store.audit.document import encode
@@ -46,7 +46,7 @@ from agent_gateway_store.models.evidence import (
 )
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, literal_number
 
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 _checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 
 def _place() -> Select[Any]:
     """Select in one row the leaf of an event, the last checkpoint, and the approval asked for under its request id."""
-    event, one = bindparam("p_event", type_=BigInteger()), literal_column("1", Integer())
+    event, one = bindparam("p_event", type_=BigInteger()), literal_number(1)
     newest = select(_checkpoints).order_by(_checkpoints.c.size.desc()).limit(one).subquery()
     own = _requests.c.request_id == bindparam("p_request", type_=Text())
     asked = select(_requests.c.approval_id).where(own, _requests.c.org_id == bindparam("p_org", type_=Text()))

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    Integer,
     Select,
     bindparam,
     delete,
     func,
     insert,
-    literal_column,
     select,
     text,
     tuple_,
@@ -47,7 +45,7 @@ from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import retry_conflicts
-from agent_gateway_store.storage.statements import Statement, is_one_of
+from agent_gateway_store.storage.statements import Statement, is_one_of, literal_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -263,8 +261,7 @@ class Pruner:
         if place is not None:
             after = bindparam(None, place.timestamp, UtcDateTime()), bindparam(None, place.id, BigInteger())
             found = found.where(tuple_(table.c.timestamp, table.c.id) > tuple_(*after))
-        # A number in the text: for a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
-        return found.order_by(table.c.timestamp, table.c.id).limit(literal_column(str(self._limit), Integer()))
+        return found.order_by(table.c.timestamp, table.c.id).limit(literal_number(self._limit))
 
     async def _write(self, manifest: Manifest, events: pa.Table, positions: Sequence[int], still_locked: Any) -> int:
         await in_thread(manifest.read)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import BigInteger, Text, and_, bindparam, delete, false, literal_column, null, select, update
+from sqlalchemy import BigInteger, Text, and_, bindparam, delete, false, null, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from agent_gateway_store._text import code_text, describe
@@ -33,7 +33,7 @@ from agent_gateway_store.models.shipping import EVERY_ORG, AuditSink, DeadLetter
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.exclusive import ExclusiveLock, StillHeld, key_of
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, literal_number
 
 sinks, letters = AuditSink.__table__, DeadLetter.__table__  # type: ignore[attr-defined]
 # The dialects write ON CONFLICT alike.
@@ -95,7 +95,7 @@ REFUSE = Statement(
     )
 )
 FIRST_DUE = Statement(
-    select(letters.c.event_id).where(_LETTER, letters.c.is_due).order_by(letters.c.id).limit(literal_column("1"))
+    select(letters.c.event_id).where(_LETTER, letters.c.is_due).order_by(letters.c.id).limit(literal_number(1))
 )
 SENT = Statement(delete(letters).where(_LETTER, letters.c.event_id == _EVENT, letters.c.is_due).returning(letters.c.id))
 FORGET = (

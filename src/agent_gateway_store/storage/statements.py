@@ -19,10 +19,12 @@ from sqlalchemy import (
     Dialect,
     Executable,
     Float,
+    Integer,
     any_,
     bindparam,
     column,
     func,
+    literal_column,
     select,
     text,
 )
@@ -163,6 +165,14 @@ def typed_text(
 def text_statement(sql: str, types: Mapping[str, TypeEngine[Any]], **columns: TypeEngine[Any]) -> Statement:
     """Return the statement of SQL text, of which every dialect takes the same; `columns` are those of its rows."""
     return Statement(typed_text(sql, types, tuple(column(name, kind) for name, kind in columns.items())))
+
+
+def literal_number(value: int) -> ColumnElement[int]:
+    """Return a number that stands in the text of a statement.
+
+    For a LIMIT in a parameter PostgreSQL plans as if a tenth of the rows were wanted.
+    """
+    return literal_column(str(int(value)), Integer())
 
 
 def is_one_of(dialect: str, column: ColumnElement[Any], name: str, kind: TypeEngine[Any]) -> ColumnElement[bool]:
