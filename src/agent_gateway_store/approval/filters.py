@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
 
@@ -14,8 +14,10 @@ from agent_gateway_store.approval.statements import fragments
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.storage.filters import (
+    Criteria,
     Moment,
     OneOrMore,
+    Shape,
     check_filters,
     identifier,
     instant,
@@ -23,7 +25,6 @@ from agent_gateway_store.storage.filters import (
     pattern,
     word,
 )
-from agent_gateway_store.storage.pagination import listing_fingerprint
 
 
 class ApprovalFilters(TypedDict, total=False):
@@ -73,7 +74,7 @@ _CONDITIONS = {
     "since": "created_at >= :p_since",
     "until": "created_at < :p_until",
     "text": "({tool} {like} OR risk_explanation {like} OR approver_note {like})",
-    "own": "org_id = :p_own",
+    "bound": "org_id = :p_bound",
     "after": "(created_at, id) < (:p_before, :p_before_id)",
 }
 _DIALECTS = {
@@ -95,23 +96,6 @@ _DIALECTS = {
 _OUTCOME = "COALESCE(outcome, CASE WHEN status = 'USED' THEN 'unknown' END)"
 
 _MAY_EXPIRE = ("PENDING", "APPROVED")
-# Ends the name of a condition with one value: of an unknown array PostgreSQL expects ten, and reads all in their order.
-_ONE = "="
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """Checked filters.
-
-    Attributes:
-        shape: Names of the conditions, which determine the SELECT.
-        values: Its parameters.
-        scope: Binds a cursor to the search, these filters and the organisation.
-    """
-
-    shape: tuple[str, ...]
-    values: Mapping[str, Any]
-    scope: bytes
 
 
 def criteria(filters: Mapping[str, Any], *, org_id: str | None = None) -> Criteria:
@@ -121,55 +105,37 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None = None) -> Criter
         TypeError: There is no such filter, or its value has the wrong type.
         ValueError: There is no such status or time.
     """
-    values: dict[str, Any] = {} if org_id is None else {"p_own": org_id}
-    shape: list[str] = [] if org_id is None else ["own"]
-    described: dict[str, Any] = {}
-    for name, value, text_of_value in check_filters(filters, _CHECKS):
-        described[name] = text_of_value
-        shape.append(name)
-        if name not in ("since", "until", "text"):
-            value = list(map(str, value if isinstance(value, list) else [value]))
-        if name == "status":
-            values["p_stored"] = [*value, *(_MAY_EXPIRE if ApprovalStatus.EXPIRED in value else ())]
-        elif isinstance(value, list) and len(value) == 1:
-            shape[-1] += _ONE
-            name, (value,) = f"one_{name}", value
-        values[f"p_{name}"] = value
-    return Criteria(tuple(sorted(shape)), values, listing_fingerprint("approvals", org_id, described))
+    found = check_filters(filters, _CHECKS, org_id=org_id, listing="approvals")
+    if (given := found.values.get("p_status")) is None:
+        return found
+    status = given if isinstance(given, list) else [given]
+    stored = [*status, *(_MAY_EXPIRE if ApprovalStatus.EXPIRED in status else ())]
+    shape = tuple((name, several or name == "status") for name, several in found.shape)
+    return replace(found, shape=shape, values={**found.values, "p_status": status, "p_stored": stored})
 
 
 def words_of(dialect: str) -> dict[str, str]:
     """Return `fragments` and the pieces of the conditions, by the names under which they stand in braces."""
-    found = fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME}
-    return found | {f"in_{name}": found["in"].format(name) for name in (*_CHECKS, "stored")}
+    return fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME}
 
 
-def conditions(dialect: str, shape: tuple[str, ...]) -> str:
+def conditions(dialect: str, shape: Shape) -> str:
     """Return the conditions as SQL."""
     words = words_of(dialect)
-    texts = []
-    for each in shape:
-        name = each.removesuffix(_ONE)
-        if name != each:
-            words[f"in_{name}"] = f"= :p_one_{name}"
-        texts.append(_CONDITIONS.get(name, f"{name} {{in_{name}}}"))
+    several_of = words["in"]
+    words["in_stored"] = several_of.format("stored")
+    for name, several in shape:
+        # Not an array of one: of an unknown array PostgreSQL expects ten, and reads all in their order.
+        words[f"in_{name}"] = several_of.format(name) if several else f"= :p_{name}"
+    texts = [_CONDITIONS.get(name, f"{name} {{in_{name}}}") for name, _ in shape]
     return " AND ".join(texts).format_map(words) or "1 = 1"
 
 
-def types_of(dialect: str) -> dict[str, TypeEngine[Any]]:
+def types_of(dialect: str, shape: Shape) -> dict[str, TypeEngine[Any]]:
     """Return the types of the parameters."""
-    several: TypeEngine[Any] = ARRAY(Text()) if dialect == "postgresql" else JSON()
-    moment = UtcDateTime()
-    single: dict[str, TypeEngine[Any]] = {
-        "since": moment,
-        "until": moment,
-        "before": moment,
-        "before_id": BigInteger(),
-        "text": Text(),
-        "own": Text(),
-    }
-    return {
-        **{f"p_{name}": several for name in (*_CHECKS, "stored")},
-        **{f"p_one_{name}": Text() for name in _CHECKS},
-        **{f"p_{name}": type_ for name, type_ in single.items()},
-    }
+    array: TypeEngine[Any] = ARRAY(Text()) if dialect == "postgresql" else JSON()
+    types: dict[str, TypeEngine[Any]] = {"p_stored": array, "p_before": UtcDateTime(), "p_before_id": BigInteger()}
+    for name, several in shape:
+        one = UtcDateTime() if name in ("since", "until") else Text()
+        types[f"p_{name}"] = array if several else one
+    return types

@@ -15,7 +15,7 @@ from agent_gateway_store.approval.acquiring import Acquiring, acquire_values
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.changes import ApprovalBackend, Changes, in_session
 from agent_gateway_store.approval.decisions import Permission, VoteInput
-from agent_gateway_store.approval.filters import ApprovalFilters, Criteria, criteria
+from agent_gateway_store.approval.filters import ApprovalFilters, criteria
 from agent_gateway_store.approval.queries import ApprovalRef, result_of
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, VoteDecision
@@ -24,7 +24,7 @@ from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.export import ExportOptions, ExportResult
-from agent_gateway_store.storage.filters import require_between
+from agent_gateway_store.storage.filters import Criteria, require_between
 from agent_gateway_store.storage.grouping import grouping
 from agent_gateway_store.telemetry import traced
 

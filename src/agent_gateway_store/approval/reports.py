@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import ARRAY, JSON, BigInteger, DateTime, Integer, Text, Uuid, column
 from sqlalchemy.types import TypeEngine
 
-from agent_gateway_store.approval.filters import Criteria, conditions, types_of, words_of
+from agent_gateway_store.approval.filters import conditions, types_of, words_of
 from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, find
 from agent_gateway_store.approval.statements import OVERDUE, readable_columns, sql_statement
 from agent_gateway_store.errors import ApprovalNotFoundError
@@ -24,7 +24,7 @@ from agent_gateway_store.results.cells import Column, columns_of
 from agent_gateway_store.storage.database import AnyConnection, Database, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.export import ExportOptions, ExportResult, Source, export_rows
-from agent_gateway_store.storage.filters import require_between
+from agent_gateway_store.storage.filters import Criteria, Shape, require_between
 from agent_gateway_store.storage.grouping import Grouping, Metrics, Offsets, aggregate, stats_of
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode, decode_cursor, encode_cursor
@@ -128,14 +128,14 @@ _DIALECTS = {
 }
 
 
-def _typed(sql: str, dialect: str, shape: tuple[str, ...], columns: Iterable[Any], **words: str) -> Any:
+def _typed(sql: str, dialect: str, shape: Shape, columns: Iterable[Any], **words: str) -> Any:
     """Return a text as a statement of this dialect, narrowed by the filters of `shape`."""
     known = words_of(dialect) | _DIALECTS[dialect] | {"conditions": conditions(dialect, shape), **words}
-    return typed_text(sql.format_map(known), types_of(dialect), columns)
+    return typed_text(sql.format_map(known), types_of(dialect, shape), columns)
 
 
 @lru_cache(maxsize=128)
-def _page(shape: tuple[str, ...], statuses: tuple[str, ...], limit: int) -> Statement:
+def _page(shape: Shape, statuses: tuple[str, ...], limit: int) -> Statement:
     standing = [each for status in dict.fromkeys(statuses) for each in _STANDS[ApprovalStatus(status)]]
     # A page of each, in the order of an index, and of these a page: of an OR the planner would sort all that match.
     pages = " UNION ALL ".join(
@@ -177,10 +177,9 @@ async def search(
 ) -> Page[ApprovalRequest]:
     """Read one page, newest first, ties broken by id. Arguments and errors as for `ApprovalManager.search`."""
     require_between("limit", limit, 1, hint="for more approvals, go on with next_cursor")
-    shape, values = tuple(name for name in found.shape if name != "status"), dict(found.values)
     # Each status has its own index here, instead of the condition over all.
-    statuses = tuple(values.pop("p_status", ()))
-    values.pop("p_stored", None)
+    shape, values = tuple(each for each in found.shape if each[0] != "status"), dict(found.values)
+    statuses = tuple(values.get("p_status", ()))
     if cursor is not None:
         decode(found.scope, cursor)
     async with transactions.connection("read") as connection:
@@ -188,7 +187,7 @@ async def search(
         if cursor is not None:
             restored = await restored_identity(connection)
             values["p_before"], values["p_before_id"] = decode_cursor(found.scope, cursor, restored)
-            shape = (*shape, "after")
+            shape = (*shape, ("after", False))
         rows = await _page(shape, statuses, limit + 1).rows(connection, values)
         requests = [StoredApproval.from_row(row).request for row in rows[:limit]]
         await add_votes(connection, requests)
@@ -240,7 +239,7 @@ _SPAN = sql_statement(
 
 
 @lru_cache(maxsize=128)
-def _grouped(shape: tuple[str, ...], by: tuple[str, ...], zone: Offsets, *, in_buckets: bool) -> Statement:
+def _grouped(shape: Shape, by: tuple[str, ...], zone: Offsets, *, in_buckets: bool) -> Statement:
     sources = {"status": "readable_status", "outcome": "outcome_known", "tool_name": "tool", "mcp_server": "server"}
 
     def build(dialect: str) -> Any:
@@ -269,7 +268,7 @@ async def stats(transactions: Transactions, found: Criteria, grouped: Grouping) 
 
 
 @lru_cache(maxsize=128)
-def _exported(shape: tuple[str, ...]) -> Statement:
+def _exported(shape: Shape) -> Statement:
     def expression(dialect: str, name: str, kind: str) -> str:
         words = words_of(dialect) | _DIALECTS[dialect]
         if name == "votes":

@@ -14,12 +14,13 @@ import anyio
 from sqlalchemy import bindparam, literal_column, select
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
-from agent_gateway_store.audit.selects import Shape, select_events, table
+from agent_gateway_store.audit.selects import select_events, table
 from agent_gateway_store.errors import AuditUnavailableError, GatewayStoreError
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.storage.filters import Shape
 from agent_gateway_store.storage.statements import Statement, literal_number
 
 HIDDEN = "[hidden]"

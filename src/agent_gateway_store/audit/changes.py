@@ -48,11 +48,11 @@ from sqlalchemy import (
     union_all,
 )
 
-from agent_gateway_store.audit.filters import Criteria
-from agent_gateway_store.audit.selects import FIELDS, Shape, events_of, select_events, table
+from agent_gateway_store.audit.selects import FIELDS, events_of, select_events, table
 from agent_gateway_store.errors import EventsPrunedError, InvalidCursorError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
+from agent_gateway_store.storage.filters import Criteria, Shape
 from agent_gateway_store.storage.pagination import decode, encode, invalid_cursor
 from agent_gateway_store.storage.statements import Statement, literal_number
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict
 from uuid import UUID
 
 from agent_gateway_store.models.audit import Decision, ExecutionStatus, OutputDecision
 from agent_gateway_store.storage.filters import (
+    Criteria,
     Moment,
     OneOrMore,
     check_filters,
@@ -22,7 +22,6 @@ from agent_gateway_store.storage.filters import (
     uuid_digits,
     word,
 )
-from agent_gateway_store.storage.pagination import listing_fingerprint
 
 
 class Filters(TypedDict, total=False):
@@ -63,43 +62,14 @@ class Filters(TypedDict, total=False):
     text: str | None
 
 
-@dataclass(frozen=True)
-class Criteria:
-    """Checked filters.
-
-    Attributes:
-        shape: The filters in use and whether each has several values, which determine the SELECT.
-        values: Its parameters.
-        scope: Binds a cursor to the listing, these filters and the organisation.
-    """
-
-    shape: tuple[tuple[str, bool], ...]
-    values: Mapping[str, Any]
-    scope: bytes
-
-
 def criteria(filters: Mapping[str, Any], *, org_id: str | None, listing: str = "audit") -> Criteria:
-    """Check `filters`.
-
-    Args:
-        filters: As the caller gave them.
-        org_id: The organisation that the store is bound to; it narrows in addition to every filter.
-        listing: Name of the listing to which its cursors belong.
+    """Check `filters`; arguments as for `check_filters`.
 
     Raises:
         TypeError: There is no such filter, or its value has the wrong type.
         ValueError: There is no such value.
     """
-    shape: list[tuple[str, bool]] = []
-    values: dict[str, Any] = {}
-    texts: dict[str, Any] = {}
-    if org_id is not None:
-        shape.append(("bound", False))
-        values["p_bound"] = org_id
-    for name, value, text in check_filters(filters, _CHECKS):
-        shape.append((name, isinstance(value, list)))
-        values[f"p_{name}"], texts[name] = value, text
-    return Criteria(tuple(sorted(shape)), values, listing_fingerprint(listing, org_id, texts))
+    return check_filters(filters, _CHECKS, org_id=org_id, listing=listing)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store.audit.calls import orphans
 from agent_gateway_store.audit.changes import changes
-from agent_gateway_store.audit.filters import Criteria, Filters, criteria
+from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.selects import COUNTED, GROUPS, SPAN, events_of, group_events, newest
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import StoreUnavailableError
@@ -23,6 +23,7 @@ from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.results.page import METRICS
 from agent_gateway_store.storage.database import AnyConnection, Database, SessionTransactions
 from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.filters import Criteria
 from agent_gateway_store.storage.grouping import grouping, stats_of
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode, decode_cursor, encode_cursor

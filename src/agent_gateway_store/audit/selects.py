@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
@@ -33,6 +33,7 @@ from sqlalchemy.dialects import postgresql
 from agent_gateway_store.audit.document import scan_json
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
+from agent_gateway_store.storage.filters import Shape
 from agent_gateway_store.storage.grouping import TIMES, Metrics, Offsets, aggregate
 from agent_gateway_store.storage.statements import Statement, is_one_of, literal_number
 
@@ -42,9 +43,6 @@ FIELDS = tuple(AuditEvent.model_fields)
 """The columns of a row that becomes an event, in order."""
 
 JSON_FIELDS = tuple(name for name in FIELDS if isinstance(table.c[name].type, JSON | JsonOf))
-
-Shape: TypeAlias = tuple[tuple[str, bool], ...]
-"""The filters in use, and whether each has several values."""
 
 # Columns whose parameters are text: enums, and on SQLite the hex digits of a UUID.
 _AS_TEXT = ("decision", "execution_status", "output_decision", "approval_id")

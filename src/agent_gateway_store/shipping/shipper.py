@@ -19,7 +19,7 @@ from sqlalchemy import BigInteger, Text, and_, bindparam, delete, false, null, s
 from sqlalchemy.dialects import postgresql, sqlite
 
 from agent_gateway_store._text import code_text, describe
-from agent_gateway_store.audit.filters import Criteria, criteria
+from agent_gateway_store.audit.filters import criteria
 from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.delivery.policy import wait_s
@@ -33,6 +33,7 @@ from agent_gateway_store.models.shipping import EVERY_ORG, AuditSink, DeadLetter
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.exclusive import ExclusiveLock, StillHeld, key_of
+from agent_gateway_store.storage.filters import Criteria
 from agent_gateway_store.storage.statements import Statement, literal_number
 
 sinks, letters = AuditSink.__table__, DeadLetter.__table__  # type: ignore[attr-defined]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -14,12 +15,16 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, as_utc
+from agent_gateway_store.storage.pagination import listing_fingerprint
 
 OneOrMore: TypeAlias = str | Sequence[str] | set[str] | frozenset[str]
 """A value, or several of which any may match."""
 
 Moment: TypeAlias = datetime | timedelta | str
 """A time; a timedelta or "24h" is so long ago; other text is an ISO 8601 time (UTC unless it names a zone)."""
+
+Shape: TypeAlias = tuple[tuple[str, bool], ...]
+"""The filters in use, and whether each has several values."""
 
 # Chosen: far more than a person types, and a LIKE over a table that still ends.
 _LONGEST_TEXT = 1_000
@@ -31,21 +36,50 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 _PERIOD = re.compile(rf"\s*(\d{{1,{_PERIOD_DIGITS}}})\s*([smhdw])\s*", re.ASCII)
 
 
+@dataclass(frozen=True)
+class Criteria:
+    """Checked filters.
+
+    Attributes:
+        shape: The filters in use, which determine the SELECT.
+        values: Its parameters: `p_<filter>`, and `p_bound`, the organisation that the store is bound to.
+        scope: Binds a cursor to the listing, these filters and the organisation.
+    """
+
+    shape: Shape
+    values: Mapping[str, Any]
+    scope: bytes
+
+
 def check_filters(
-    filters: Mapping[str, Any], checks: Mapping[str, Callable[[str, Any], Any]]
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each filter that was given: its name, its checked value, and the value that a cursor is bound to.
+    filters: Mapping[str, Any], checks: Mapping[str, Callable[[str, Any], Any]], *, org_id: str | None, listing: str
+) -> Criteria:
+    """Check filters.
+
+    Args:
+        filters: As the caller gave them; None does not narrow.
+        checks: What returns the checked value of each filter.
+        org_id: The organisation that the store is bound to; it narrows in addition to every filter.
+        listing: Name of the listing to which its cursors belong.
 
     Raises:
         TypeError: There is no such filter. Also whatever the checks raise.
     """
+    shape: list[tuple[str, bool]] = []
+    values: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    if org_id is not None:
+        shape.append(("bound", False))
+        values["p_bound"] = org_id
     for name, given in filters.items():
         if name not in checks:
             raise TypeError(f"There is no filter {code_text(name)}: use one of {', '.join(checks)}.")
         if given is not None:
-            value = checks[name](name, given)
+            value = values[f"p_{name}"] = checks[name](name, given)
+            shape.append((name, isinstance(value, list)))
             # A time as given: "24h" is another instant at the next page, and the cursor must still fit.
-            yield name, value, str(given) if name in ("since", "until") else value
+            texts[name] = str(given) if name in ("since", "until") else value
+    return Criteria(tuple(sorted(shape)), values, listing_fingerprint(listing, org_id, texts))
 
 
 def require_all(org_id: str | None) -> None:
