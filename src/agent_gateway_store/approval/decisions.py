@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 from uuid import UUID
 
 from agent_gateway_store._text import is_blank
-from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, find, get
+from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, get, read
 from agent_gateway_store.approval.statements import (
     APPROVE,
     APPROVE_FINAL,
@@ -238,16 +238,15 @@ async def use(
 async def _use(
     connection: AnyConnection, statement: Statement, ref: ApprovalRef, values: dict[str, Any], permission: Permission
 ) -> StoredApproval:
-    found: StoredApproval | None = None
     for _ in range(2):
         row = await statement.first(connection, values)
         if row is not None:
             return StoredApproval.from_row(row)
-        found = await find(connection, ref)
+        request = (await read(connection, ref)).request
         # On PostgreSQL it may have been approved between the two statements: then a second try decides.
-        if found is None or found.request.status is not ApprovalStatus.APPROVED:
+        if request.status is not ApprovalStatus.APPROVED:
             break
-    raise _why_not_used(found, permission)
+    raise _why_not_used(request, permission)
 
 
 def _check_output(request: ApprovalRequest, hash_key: str | None) -> None:
@@ -275,9 +274,7 @@ async def set_outcome(transactions: Transactions, ref: ApprovalRef, outcome: str
         row = await SET_OUTCOME[ref.by].first(connection, {**ref.values, "p_outcome": text})
         if row is not None:
             return StoredApproval.from_row(row)
-        found = await find(connection, ref)
-    if found is None:
-        raise ApprovalNotFoundError
+        found = await read(connection, ref)
     if found.request.status is not ApprovalStatus.USED:
         raise _standing(
             ApprovalNotApprovedError,
@@ -294,10 +291,7 @@ async def set_outcome(transactions: Transactions, ref: ApprovalRef, outcome: str
 async def _why_not_decided(
     connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, *, is_self_refused: bool
 ) -> ApprovalError:
-    found = await find(connection, ref)
-    if found is None:
-        return ApprovalNotFoundError()
-    request = found.request
+    request = (await read(connection, ref)).request
     if request.status is ApprovalStatus.EXPIRED:
         return _expired(request)
     if request.status is not ApprovalStatus.PENDING:
@@ -310,10 +304,7 @@ async def _why_not_decided(
     return ApprovalError("The approval changed while it was being decided: try again.", approval_id=request.approval_id)
 
 
-def _why_not_used(found: StoredApproval | None, permission: Permission) -> ApprovalError:
-    if found is None:
-        return ApprovalNotFoundError()
-    request = found.request
+def _why_not_used(request: ApprovalRequest, permission: Permission) -> ApprovalError:
     if request.caller_id != permission.caller_id:
         return _mismatch("another caller", request.approval_id)
     if permission.tool_call_hash not in (None, request.tool_call_hash):

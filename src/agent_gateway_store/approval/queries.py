@@ -104,24 +104,23 @@ def result_of(stood: Any, token: str | None) -> ApprovalResult:
     )
 
 
-async def find(connection: AnyConnection, ref: ApprovalRef) -> StoredApproval | None:
-    """Return the approval that `ref` names as a reader sees it, or None."""
-    row = await READ[ref.by].first(connection, ref.values)
-    return None if row is None else StoredApproval.from_row(row)
-
-
-@retry_conflicts
-async def get(transactions: Transactions, ref: ApprovalRef) -> StoredApproval:
+async def read(connection: AnyConnection, ref: ApprovalRef) -> StoredApproval:
     """Return the approval that `ref` names as a reader sees it.
 
     Raises:
         ApprovalNotFoundError: There is none.
     """
-    async with transactions.connection("read") as connection:
-        found = await find(connection, ref)
-    if found is None:
+    row = await READ[ref.by].first(connection, ref.values)
+    if row is None:
         raise ApprovalNotFoundError
-    return found
+    return StoredApproval.from_row(row)
+
+
+@retry_conflicts
+async def get(transactions: Transactions, ref: ApprovalRef) -> StoredApproval:
+    """Do as `read`, on a connection of its own."""
+    async with transactions.connection("read") as connection:
+        return await read(connection, ref)
 
 
 async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str, Any]]:
@@ -131,10 +130,7 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
         ApprovalNotFoundError: There is no such approval.
     """
     async with transactions.read() as connection:
-        found = await find(connection, ref)
-        if found is None:
-            raise ApprovalNotFoundError
-        request = found.request
+        request = (await read(connection, ref)).request
         of_this = request.approval_id
         votes = await _rows_of(connection, _votes, _votes.c.voted_at, _votes.c.approval_id == of_this)
         deliveries = await _rows_of(

@@ -13,9 +13,8 @@ from sqlalchemy import ARRAY, JSON, BigInteger, DateTime, Integer, Text, Uuid, c
 from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store.approval.filters import conditions, types_of, words_of
-from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, find
+from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, read
 from agent_gateway_store.approval.statements import OVERDUE, readable_columns, sql_statement
-from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, CastVote, hash_approval
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
 from agent_gateway_store.models.values import ApprovalStatus
@@ -215,11 +214,9 @@ async def stream(transactions: Transactions, found: Criteria) -> AsyncGenerator[
 async def get(transactions: Transactions, ref: ApprovalRef) -> ApprovalRequest:
     """Return the approval that `ref` names with its votes; ApprovalNotFoundError if there is none."""
     async with transactions.connection("read") as connection:
-        found = await find(connection, ref)
-        if found is None:
-            raise ApprovalNotFoundError
-        await add_votes(connection, [found.request])
-    return found.request
+        request = (await read(connection, ref)).request
+        await add_votes(connection, [request])
+    return request
 
 
 async def decision_hash(transactions: Transactions, ref: ApprovalRef) -> str:
