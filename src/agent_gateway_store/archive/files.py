@@ -29,6 +29,8 @@ EVENT_COLUMNS = tuple(
 )
 COLUMNS = (*EVENT_COLUMNS, Column("position", "integer"), Column("salt", "text"), Column("leaf_hash", "text"))
 """Those of an event, its position in the log, and salt and leaf as hex digits."""
+NAMES = tuple(column.name for column in COLUMNS)
+"""Their names."""
 
 DAY = "%Y-%m-%d"
 """How the day of a file is written, in the name of its folder."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import describe
-from agent_gateway_store.archive.files import COLUMNS, DAY, EVENT_COLUMNS, leaf_of, require_intact
+from agent_gateway_store.archive.files import COLUMNS, DAY, EVENT_COLUMNS, NAMES, leaf_of, require_intact
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
 from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.filters import Filters, criteria
@@ -36,7 +36,6 @@ _FILES = {
     "events": re.compile(r"day=([0-9-]+)/[0-9]+-[0-9a-f]+\.parquet"),
     "approvals": re.compile(r"approvals-([0-9-]+)-[0-9a-f]+\.jsonl"),
 }
-_NAMES = tuple(column.name for column in COLUMNS)
 _EVENT_NAMES = tuple(column.name for column in EVENT_COLUMNS)
 _TIMESTAMP, _CONTENT_HASH = map(FIELDS.index, ("timestamp", "content_hash"))
 
@@ -185,7 +184,7 @@ class ArchiveWalk:
 
         positions: list[int] = []
         others = 0
-        for batch in _scanned(self.manifest.folder / entry.file, list(_NAMES), None):
+        for batch in _scanned(self.manifest.folder / entry.file, list(NAMES), None):
             fitting = []
             if day is not None:
                 days = pc.strftime(batch.column("timestamp"), format=DAY)
@@ -222,21 +221,17 @@ def checked_row(row: Sequence[Any]) -> CheckedRow | None:
     # 0.1.0 wrote an empty text in place of no salt, from SQLite.
     if not salt and event[_CONTENT_HASH] is None:
         return position, leaf, content
-    fits = content and event[_CONTENT_HASH] == content and salt and _leaf_of(salt, content) == leaf
-    return (position, leaf, None) if fits else None
-
-
-def _leaf_of(salt: str, content: str) -> str | None:
     try:
-        return leaf_of(salt, content)
+        fits = content and event[_CONTENT_HASH] == content and salt and leaf_of(salt, content) == leaf
     except ValueError:
         # A file can be made to hold a salt of other characters.
         return None
+    return (position, leaf, None) if fits else None
 
 
 def archived_rows(folder: Path, entry: Entry, keep: Any) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of one file, with `COLUMNS`, for which a condition of pyarrow holds."""
-    for batch in _scanned(folder / entry.file, list(_NAMES), keep):
+    for batch in _scanned(folder / entry.file, list(NAMES), keep):
         yield from rows_of(batch)
 
 

@@ -50,15 +50,11 @@ def draft_event(
     call: ToolCall,
     caller: CallerIdentity,
     *,
-    decision: Decision | str,
-    rule: str,
-    rationale: str,
-    approval_id: UUID | str | None,
     shown: Mapping[str, Any],
     args_hash: str,
     fields: Mapping[str, Any],
 ) -> AuditEvent:
-    """Return the event of a call that has not run yet.
+    """Return the event of a call that has not run yet; `fields` win over what the call and its caller say.
 
     Raises:
         ValidationError: A field is not valid, or there is no such field.
@@ -75,13 +71,9 @@ def draft_event(
         "raw_args_hash": args_hash,
         "sanitized_args": dict(shown),
         "risk_score": 0.0,
-        "matched_policy_rule": rule,
-        "decision": decision,
-        "approval_id": approval_id,
         "latency_ms": 0,
-        "deterministic_rationale": rationale,
     }
-    return AuditEvent(**(given | dict(fields)))
+    return AuditEvent(**{**given, **fields})
 
 
 @asynccontextmanager

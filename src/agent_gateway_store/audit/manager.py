@@ -178,16 +178,13 @@ class AuditManager:
             AuditUnavailableError: The intent could not be stored, and the body did not run; or as for `write`.
             ValidationError: A field is not valid.
         """
+        decided = {"decision": decision, "matched_policy_rule": rule, "deterministic_rationale": rationale}
         event = draft_event(
             call,
             caller,
-            decision=decision,
-            rule=rule,
-            rationale=rationale,
-            approval_id=approval_id,
             shown=shown_arguments(call, sanitize),
             args_hash=self._hash_args(call.arguments),
-            fields=fields,
+            fields={**decided, "approval_id": approval_id, **fields},
         )
         async with recorded(event, self.write, intent=intent, hash_approval=self._hash_approval):
             yield event

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ _LEAVES_AT = Statement(_leaves_at)
 
 async def read_archives(
     reader: Snapshot,
-    folders: Iterable[Path],
+    folders: Sequence[Path],
     expected: list[list[int]],
     blanked: Mapping[int, set[str]],
     note: Callable[..., None],
@@ -61,9 +61,7 @@ async def read_archives(
     found = Archived()
     intact: list[list[int]] = []
     erased: list[list[int]] = []
-    is_asked = False
     for folder in folders:
-        is_asked = True
         archive = ArchiveWalk(folder)
         batches = archive.checked_rows()
         while (rows := await asyncio.to_thread(next, batches, None)) is not None:
@@ -88,6 +86,5 @@ async def read_archives(
                 found.altered.add(each.position)
             note(each.kind, each.text, position=each.position, request_id=each.request_id)
     found.intact, found.erased = Positions(intact), Positions(erased)
-    if is_asked:
-        found.expected = Positions(expected)
+    found.expected = Positions(expected if folders else ())
     return found

@@ -129,7 +129,7 @@ class EvidenceManager:
         folders = [archive] if isinstance(archive, str | PathLike) else archive or ()
         with progress_bar(progress, "Verifying the log") as report:
             found = await verify.verify(
-                await self._up_to_date(), against=against, keys=keys, archives=map(Path, folders), report=report
+                await self._up_to_date(), against=against, keys=keys, archives=[*map(Path, folders)], report=report
             )
         if found.ok and found.unsealed and self._seals:
             # What is committed and was missed: ids of transactions are given out again after a crash of the server.

@@ -106,7 +106,7 @@ async def verify(
     *,
     against: Iterable[str | Checkpoint] = (),
     keys: Iterable[str] = (),
-    archives: Iterable[Path] = (),
+    archives: Sequence[Path] = (),
     report: Callable[[int], None] = lambda _rows: None,
 ) -> Verification:
     """Recompute every hash from the columns of the events; arguments and result as for `EvidenceManager.verify`."""

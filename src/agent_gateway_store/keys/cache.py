@@ -12,6 +12,7 @@ import asyncio
 import hmac
 import secrets
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -40,20 +41,19 @@ class ReadVersion(NamedTuple):
     change: int
 
 
+@dataclass(slots=True)
 class VerifiedKey:
     """A key that was accepted.
 
     Attributes:
         identity: Who it belongs to.
         use_due: When its use must be recorded again.
+        until: Until when it is trusted.
     """
 
-    __slots__ = ("identity", "until", "use_due")
-
-    def __init__(self, identity: CallerIdentity, *, use_due: float) -> None:
-        self.identity = identity
-        self.use_due = use_due
-        self.until = 0.0
+    identity: CallerIdentity
+    use_due: float
+    until: float = 0.0
 
 
 REFUSED: Final = "refused"

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Row, and_, bindparam, or_, select, text, u
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store._text import code_text
-from agent_gateway_store.archive.files import COLUMNS, Record, read_approvals, rewrite_approvals, rewrite_events
+from agent_gateway_store.archive.files import NAMES, Record, read_approvals, rewrite_approvals, rewrite_events
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.backends import json_texts
@@ -53,7 +53,6 @@ _approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
 _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 _notices = NotificationDelivery.__table__  # type: ignore[attr-defined]
 
-_NAMES = tuple(column.name for column in COLUMNS)
 _BY_REQUEST = Statement(
     lambda dialect: archived_columns(dialect).where(table.c.request_id == bindparam("p_request_id"))
 )
@@ -183,7 +182,7 @@ class Eraser:
     async def _targets(self, request_id: str) -> list[_Target]:
         async with self._database.connection("read") as connection:
             rows = await _BY_REQUEST.tuples(connection, {"p_request_id": request_id})
-        found = [_Target(dict(zip(_NAMES, row, strict=False)), archived=False) for row in rows]
+        found = [_Target(dict(zip(NAMES, row, strict=False)), archived=False) for row in rows]
         if self._manifest is not None:
             folder = self._manifest.folder
             await in_thread(self._manifest.open)
@@ -199,7 +198,7 @@ class Eraser:
             names = ", ".join(map(code_text, organisations))
             raise ValueError(f"Events of {names} have this request id: use `store.for_org(...)` (`--org`) for one.")
         if self._manifest is not None:
-            rows = [[each.values[name] for name in _NAMES] for each in calls if each.archived]
+            rows = [[each.values[name] for name in NAMES] for each in calls if each.archived]
             whole = {each.position: blank_hash(each.values) for each in calls if not (each.archived or each.is_blank)}
             await require_own_events(self._database, self._manifest, rows, whole)
         return calls
@@ -289,8 +288,8 @@ class Eraser:
 def _archived(folder: Path, request_id: str) -> list[dict[str, Any]]:
     import pyarrow.compute as pc
 
-    found = Archive(folder).batches({}, _NAMES, pc.field("request_id") == request_id)
-    return [dict(zip(_NAMES, stored_form(row), strict=True)) for _, batch in found for row in rows_of(batch)]
+    found = Archive(folder).batches({}, NAMES, pc.field("request_id") == request_id)
+    return [dict(zip(NAMES, stored_form(row), strict=True)) for _, batch in found for row in rows_of(batch)]
 
 
 def _holds_of_archived(folder: Path, holds: Sequence[Hold], touched: _Touched) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select, text
 
 from agent_gateway_store._text import code_text
-from agent_gateway_store.archive.files import COLUMNS
+from agent_gateway_store.archive.files import NAMES
 from agent_gateway_store.archive.manifest import NAME, Entry, Manifest
 from agent_gateway_store.archive.reader import CheckedRow, archived_rows, checked_row, rows_of, stored_form
 from agent_gateway_store.audit.erased import blank_hash
@@ -19,7 +19,6 @@ from agent_gateway_store.storage.database import Database
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_NAMES = tuple(column.name for column in COLUMNS)
 _leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
 
 
@@ -60,7 +59,7 @@ def require_held(manifest: Manifest, entries: Sequence[Entry], events: pa.Table)
         return
     for row in rows_of(events):
         if row[-3] in wanted:
-            event = dict(zip(_NAMES, stored_form(row), strict=True))
+            event = dict(zip(NAMES, stored_form(row), strict=True))
             if (row[-3], row[-1], blank_hash(event)) in others:
                 raise ArchiveError(
                     f"The event {code_text(event['request_id'])} was erased in {manifest.folder}, and the database, "
