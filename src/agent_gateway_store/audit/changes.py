@@ -8,10 +8,9 @@ commits.
 
 Both kinds of ids can be given twice. A PostgreSQL server that was killed gives again every transaction id above the
 newest one in the log that it had flushed, and SQLite may have given the id of a deleted newest row again before
-migration 0008. So a snapshot that is
-kept ends at the newest event that it contains: that event was flushed before anybody could see it, and no id up to its
-own is given again. A cursor also names that event. If it is missing, this is not the database that the cursor came
-from; it may be a standby that was promoted before it had received everything.
+migration 0008. So a snapshot that is kept ends at the newest event that it contains: that event was flushed before
+anybody could see it, and no id up to its own is given again. A cursor also names that event. If it is missing, this is
+not the database that the cursor came from; it may be a standby that was promoted before it had received everything.
 
 A prune takes away old events, never the newest one, and notes the highest ids that it took away. A reader that has
 passed those goes on; one that has not is told so, as it would miss events.
@@ -27,7 +26,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ARRAY,
@@ -65,6 +64,25 @@ _LARGEST = 2**63
 _MARK_DIGITS = 16
 # The snapshot that contains no transaction: PostgreSQL's ids begin at 3.
 _NOTHING = "1:1:"
+
+
+class _Snapshot(NamedTuple):
+    """What a snapshot of PostgreSQL says, whose text is `oldest:end:id,id,...`.
+
+    Attributes:
+        oldest: The oldest transaction in progress: every one before it had ended.
+        end: The first transaction that had not begun.
+        in_progress: Those that had begun and not ended.
+    """
+
+    oldest: int
+    end: int
+    in_progress: list[int]
+
+    @classmethod
+    def parse(cls, text: str) -> _Snapshot:
+        oldest, end, in_progress = text.split(":")
+        return cls(int(oldest), int(end), [int(each) for each in in_progress.split(",") if each])
 
 
 @dataclass(frozen=True)
@@ -141,35 +159,33 @@ async def _postgres_step(
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     values: dict[str, Any] = {"p_mark": place.mark[0] if place and place.mark else None}
     state = (await _STATE.tuples(connection, values))[0]
-    snapshot, is_standby, end, last, newest_id, newest, marked, is_gone, pruned, identity, history_id = state
+    snapshot, is_standby, edge, last, newest_id, newest, marked, is_gone, pruned, identity, history_id = (
+        state
+    )
     _check_database(place, identity, history_id)
     begins = place is None
-    if place is not None and not (_holds(place, marked, is_gone) and _end(place) <= end):
+    if place is not None and not (_holds(place, marked, is_gone) and _end(place) <= edge):
         if is_standby:
             # It has not received yet what the cursor has passed.
             return [], place, False
         raise _other_database()
-    if place is None or place.until is None:
-        now, mark = _kept(snapshot, last), _mark(newest_id, newest)
-        if place is None:
-            place = _Place(since=now, mark=mark) if is_now else _Place(until=now, mark=mark)
-            place = replace(place, pruned=pruned)
-        else:
-            place = _Place(since=place.since, until=now, transaction=0, mark=mark, pruned=place.pruned)
+    now, mark = _kept(snapshot, last), _mark(newest_id, newest)
+    if place is None:
+        place = _Place(since=now, mark=mark, pruned=pruned) if is_now else _Place(until=now, mark=mark, pruned=pruned)
+    elif place.until is None:
+        place = _Place(since=place.since, until=now, transaction=0, mark=mark, pruned=place.pruned)
     place = replace(place, database=identity)
     if place.until is None or limit == 0:
         return [], place, False
-    is_history = place.since is None
     values = {**found.values, "p_snapshot": place.until, "p_id": place.id, "p_history": history_id or 0}
     if place.since is not None:
-        first_open, in_progress = _unseen(place.since)
-        p_end, still_in_progress = _unseen(place.until)
+        since, until = _Snapshot.parse(place.since), _Snapshot.parse(place.until)
         # Transactions that are still in progress, perhaps long imports, have no visible rows yet.
-        ended = sorted({*in_progress} - {*still_in_progress})
-        values |= {"p_open": first_open, "p_in_progress": ended, "p_transaction": place.transaction or 0}
-        values["p_end"] = p_end
-    statement = _statement(_history if is_history else _new, found.shape, limit + 1)
-    rows = await statement.tuples(connection, values)
+        ended = sorted({*since.in_progress} - {*until.in_progress})
+        values |= {"p_open": since.end, "p_end": until.end, "p_in_progress": ended}
+        values["p_transaction"] = place.transaction or 0
+    build = _history if place.since is None else _new
+    rows = await _statement(build, found.shape, limit + 1).tuples(connection, values)
     if not begins:
         # After the read, which may have missed what was pruned just before it.
         place = await _unpruned(connection, place)
@@ -177,9 +193,8 @@ async def _postgres_step(
     events = [row[:-1] for row in rows]
     if not is_more:
         return events, _Place(since=place.until, mark=place.mark, database=identity, pruned=place.pruned), False
-    last_row = rows[-1]
-    transaction = None if is_history else last_row[-1]
-    return events, replace(place, transaction=transaction, id=last_row[0]), True
+    transaction = None if place.since is None else rows[-1][-1]
+    return events, replace(place, transaction=transaction, id=rows[-1][0]), True
 
 
 async def _unpruned(connection: AnyConnection, place: _Place) -> _Place:
@@ -191,17 +206,13 @@ async def _unpruned(connection: AnyConnection, place: _Place) -> _Place:
     else:
         # Every transaction before the oldest that was in progress is in `since`; of the others in `until`, those up to
         # the row read last.
-        passed = _oldest_open(place.since)
+        passed = _Snapshot.parse(place.since).oldest
         if place.until is not None and place.transaction is not None:
-            passed = max(passed, min(_oldest_open(place.until), place.transaction))
+            passed = max(passed, min(_Snapshot.parse(place.until).oldest, place.transaction))
         is_behind = passed <= (pruned_transaction or 0)
     if is_behind and pruned != place.pruned:
         raise EventsPrunedError(archive)
     return replace(place, pruned=pruned)
-
-
-def _oldest_open(snapshot: str) -> int:
-    return int(snapshot.partition(":")[0])
 
 
 def _check_database(place: _Place | None, identity: str | None, history_id: int | None) -> None:
@@ -240,15 +251,14 @@ def _kept(snapshot: str, newest: int | None) -> str:
     """Return the part of a snapshot that survives a crash: up to its newest event, whose id is not given again."""
     if newest is None:
         return _NOTHING
-    first, _, _ = snapshot.partition(":")
-    _, in_progress = _unseen(snapshot)
+    oldest, _, in_progress = _Snapshot.parse(snapshot)
     within = [each for each in in_progress if each <= newest]
-    return f"{min(int(first), newest + 1)}:{newest + 1}:{','.join(map(str, within))}"
+    return f"{min(oldest, newest + 1)}:{newest + 1}:{','.join(map(str, within))}"
 
 
 def _end(place: _Place) -> int:
     """Return the first transaction that is beyond both snapshots of a place."""
-    return max(_unseen(each)[0] for each in (place.since, place.until) if each is not None)
+    return max(_Snapshot.parse(each).end for each in (place.since, place.until) if each is not None)
 
 
 _IS_GONE = """
@@ -362,12 +372,6 @@ def _visible() -> ColumnElement[bool]:
     )
 
 
-def _unseen(snapshot: str) -> tuple[int, list[int]]:
-    """Return the first transaction that had not begun, and those that had begun and not ended."""
-    _, first_open, in_progress = snapshot.split(":")
-    return int(first_open), [int(each) for each in in_progress.split(",") if each]
-
-
 def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
     # The fingerprint is no signature, so a cursor may hold anything, and the database must not be asked for that.
     payload = decode(scope, cursor)
@@ -382,8 +386,8 @@ def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
             numbers.append(row_id)
         snapshots = [each for each in (place.since, place.until) if each is not None]
         for snapshot in snapshots:
-            first_open, in_progress = _unseen(snapshot)
-            numbers += [int(snapshot.partition(":")[0]), first_open, *in_progress]
+            oldest, end, in_progress = _Snapshot.parse(snapshot)
+            numbers += [oldest, end, *in_progress]
         if all(type(each) is int and 0 <= each < _LARGEST for each in numbers) and bool(snapshots) == (
             dialect == "postgresql"
         ):
