@@ -192,34 +192,28 @@ def sha256_of(path: Path) -> str:
 
 def runs_of(positions: Iterable[int]) -> Runs:
     """Return positions as runs of neighbours."""
-    runs: Runs = []
-    for position in sorted(positions):
-        if runs and position <= runs[-1][1] + 1:
-            runs[-1][1] = position
-        else:
-            runs.append([position, position])
-    return runs
+    return Positions([position, position] for position in positions).runs
 
 
 class Positions:
     """A set of positions, as runs that are joined: one position is found among any number of them."""
 
     def __init__(self, runs: Iterable[list[int]] = ()) -> None:
-        self._runs: Runs = []
+        self.runs: Runs = []
         for first, last in sorted(runs):
-            if self._runs and first <= self._runs[-1][1] + 1:
-                self._runs[-1][1] = max(last, self._runs[-1][1])
+            if self.runs and first <= self.runs[-1][1] + 1:
+                self.runs[-1][1] = max(last, self.runs[-1][1])
             else:
-                self._runs.append([first, last])
+                self.runs.append([first, last])
 
     def __contains__(self, position: int) -> bool:
-        place = bisect_right(self._runs, [position, float("inf")]) - 1
-        return place >= 0 and self._runs[place][0] <= position <= self._runs[place][1]
+        place = bisect_right(self.runs, [position, float("inf")]) - 1
+        return place >= 0 and self.runs[place][0] <= position <= self.runs[place][1]
 
     def meets(self, runs: Iterable[list[int]]) -> bool:
         """True if one of the positions is in one of `runs`."""
         for first, last in runs:
-            place = bisect_right(self._runs, [last, float("inf")]) - 1
-            if place >= 0 and self._runs[place][1] >= first:
+            place = bisect_right(self.runs, [last, float("inf")]) - 1
+            if place >= 0 and self.runs[place][1] >= first:
                 return True
         return False

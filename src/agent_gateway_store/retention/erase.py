@@ -53,6 +53,7 @@ _approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
 _votes = ApprovalVote.__table__  # type: ignore[attr-defined]
 _notices = NotificationDelivery.__table__  # type: ignore[attr-defined]
 
+_BLANKED = (*BLANK_TEXTS, "request_id", "content_hash", "salt")
 _BY_REQUEST = Statement(
     lambda dialect: archived_columns(dialect).where(table.c.request_id == bindparam("p_request_id"))
 )
@@ -160,7 +161,9 @@ class Eraser:
         if manifest is not None:
             # Last: an id that holds a hash goes with it, by which a run after a kill finds what is left to do.
             blank = {
-                (each.position, each.values["leaf_hash"]): _archived_values(blank_row(each.values))
+                (each.position, each.values["leaf_hash"]): {
+                    name: value for name, value in blank_row(each.values).items() if name in _BLANKED
+                }
                 for each in targets
                 if each.archived
             }
@@ -302,13 +305,12 @@ def _holds_of_archived(folder: Path, holds: Sequence[Hold], touched: _Touched) -
 
 
 def _archived_approvals(manifest: Manifest, cited: Collection[str], request_id: str, org_id: str) -> dict[UUID, str]:
-    approvals = [
-        record["approval"] for entry in manifest.of_kind("approvals") for record in read_approvals(manifest, entry)
-    ]
     return {
         UUID(each["approval_id"]): each["request_id"]
-        for each in approvals
-        if each["org_id"] == org_id and (each["approval_id"] in cited or each["request_id"] == request_id)
+        for entry in manifest.of_kind("approvals")
+        for record in read_approvals(manifest, entry)
+        if (each := record["approval"])["org_id"] == org_id
+        and (each["approval_id"] in cited or each["request_id"] == request_id)
     }
 
 
@@ -317,10 +319,6 @@ def _require_over(approvals: Iterable[Row[Any]]) -> None:
         deadline = row.expires_at if row.status == "PENDING" else row.use_before or row.expires_at
         if row.status in ("PENDING", "APPROVED") and deadline > row.now:
             raise ValueError(f"The approval {row.approval_id} of this request is still open: cancel it first.")
-
-
-def _archived_values(blank: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: blank[name] for name in (*BLANK_TEXTS, "request_id", "content_hash", "salt")}
 
 
 def _of_request(targets: Sequence[_Target], request_id: str, org_id: str) -> ColumnElement[bool]:
