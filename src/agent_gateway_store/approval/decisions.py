@@ -141,8 +141,8 @@ async def decide(
     if row is None:
         raise await _why_not_decided(connection, ref, vote, is_self_refused=not allow_self)
     locked = await _store_vote(connection, row, vote)
-    counted = await COUNT_APPROVALS.first(connection, {"p_approval_id": row["approval_id"]})
-    if counted is not None and counted["approvals"] < row["required_approvals"]:
+    counted = await COUNT_APPROVALS.one(connection, {"p_approval_id": row["approval_id"]})
+    if counted["approvals"] < row["required_approvals"]:
         return locked
     row = await APPROVE_FINAL[ref.by].first(connection, values)
     if row is None:

@@ -157,9 +157,9 @@ async def require_room(connection: AnyConnection, values: Mapping[str, Any]) -> 
     Raises:
         TooManyPendingError: As many as APPROVAL_MAX_PENDING wait for a decision.
     """
-    found = await COUNT_PENDING.first(connection, values)
-    if found is not None and found["pending"] >= values["p_max_pending"]:
-        raise TooManyPendingError(values["p_caller_id"], found["pending"])
+    pending = (await COUNT_PENDING.one(connection, values))["pending"]
+    if pending >= values["p_max_pending"]:
+        raise TooManyPendingError(values["p_caller_id"], pending)
 
 
 def already_issued(values: Mapping[str, Any]) -> ApprovalError:

@@ -159,9 +159,7 @@ async def _postgres_step(
 ) -> tuple[Sequence[Sequence[Any]], _Place, bool]:
     values: dict[str, Any] = {"p_mark": place.mark[0] if place and place.mark else None}
     state = (await _STATE.tuples(connection, values))[0]
-    snapshot, is_standby, edge, last, newest_id, newest, marked, is_gone, pruned, identity, history_id = (
-        state
-    )
+    snapshot, is_standby, edge, last, newest_id, newest, marked, is_gone, pruned, identity, history_id = state
     _check_database(place, identity, history_id)
     begins = place is None
     if place is not None and not (_holds(place, marked, is_gone) and _end(place) <= edge):

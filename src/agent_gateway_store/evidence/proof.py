@@ -172,7 +172,7 @@ async def prove(database: Database, read: ReadTiles, request_id: str, *, org_id:
         raise AuditEventNotFoundError(request_id)
     async with database.connection("read") as connection:
         values = {"p_event": event.id, "p_request": event.request_id, "p_org": event.org_id}
-        found = await _PLACE.first(connection, values) or {}
+        found = await _PLACE.one(connection, values)
     approval, votes = await _approval_of(database, event, found["approval_id"])
     position, size = found["position"], found["size"]
     if position is None or size is None or size <= position:

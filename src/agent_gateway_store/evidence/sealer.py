@@ -232,10 +232,10 @@ class Sealer:
         """Seal some events, with a checkpoint over them, in one transaction: a log is never without its checkpoint."""
         async with self._database.connection("transaction") as connection:
             if dialect_of(connection) == "postgresql":
-                lock = await (_WAIT_LOCK if wait else _TRY_LOCK).first(connection, {})
-                if lock is not None and lock["locked"] is False:
+                lock = await (_WAIT_LOCK if wait else _TRY_LOCK).one(connection, {})
+                if lock["locked"] is False:
                     return None
-            state = await _STATE.first(connection, {}) or {}
+            state = await _STATE.one(connection, {})
             last = Checkpoint(**{name: state[name] for name in _CHECKPOINT}) if state["size"] is not None else None
             size = last.size if last else 0
             edge = await read_tiles(connection, tiles_for_root(size))
@@ -260,7 +260,7 @@ class Sealer:
             return found._replace(is_last=found.look.is_compared)
         if scan is None:
             # Before the events are looked for: what this snapshot does not know is looked for the next time.
-            now = await SNAPSHOT.first(connection, {}) or {}
+            now = await SNAPSHOT.one(connection, {})
             if now["started"] != look.started:
                 look = _Look(since=now["since"], started=now["started"])
             if not look.is_compared:
@@ -282,7 +282,7 @@ class Sealer:
 
 async def _compared(connection: AnyConnection, look: _Look, limit: int) -> _Found:
     """Compare the next events with the leaves, by their ids."""
-    span = await SPAN_END.first(connection, {"p_after": look.after, "p_span": _SPAN}) or {}
+    span = await SPAN_END.one(connection, {"p_after": look.after, "p_span": _SPAN})
     if span["until"] is None:
         return _Found([], look._replace(is_compared=True))
     values = {"p_after": look.after, "p_until": span["until"], "p_limit": limit}

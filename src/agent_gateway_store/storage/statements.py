@@ -72,6 +72,10 @@ class Statement:
         """
         return next(iter(await self.rows(connection, values)), None)
 
+    async def one(self, connection: AnyConnection, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Do as `first`, for a statement that always gives a row."""
+        return (await self.rows(connection, values))[0]
+
     async def rows(self, connection: AnyConnection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Do as `first`, and return every row."""
         compiled = self.compiled(connection.dialect)
