@@ -21,7 +21,7 @@ from benchmarks.report import Figure
 STORED = 10_000
 WRONG_PER_S = 200
 LONGEST_STALL_MS = 20
-_keys = ApiKey.__table__  # type: ignore[attr-defined]
+_keys = ApiKey.__table__
 
 
 async def fill(store: GatewayStore) -> list[str]:

@@ -32,9 +32,9 @@ _EVERY_S = 15.0
 _FRESH_S = 3 * _EVERY_S
 _OUTCOMES = ("stored", "duplicate", "spooled", "replayed", "lost")
 
-_events, _leaves = AuditEvent.__table__, AuditLeaf.__table__  # type: ignore[attr-defined]
-_approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
-_deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
+_events, _leaves = AuditEvent.__table__, AuditLeaf.__table__
+_approvals = ApprovalRequest.__table__
+_deliveries = NotificationDelivery.__table__
 _OPEN = (
     select(_approvals.c.status, func.count(), func.min(_approvals.c.created_at))
     .where(

@@ -19,7 +19,7 @@ from agent_gateway_store.storage.database import create_engine
 from builders import make_event, rehash
 from oddities import Level, nested, odd_event_fields, odd_text
 
-table = AuditEvent.__table__  # type: ignore[attr-defined]
+table = AuditEvent.__table__
 
 
 CYCLE: dict[str, Any] = {}

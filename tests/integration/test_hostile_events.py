@@ -59,7 +59,7 @@ async def test_every_hostile_event_is_stored_as_scrubbed(url: str, count: int) -
             assert singles + await store.audit.write_many(events[half:]) == {STORED: len(events)}
 
             sent = {key_of(record): record for record in map(encode_event, events)}
-            table = AuditEvent.__table__  # type: ignore[attr-defined]
+            table = AuditEvent.__table__
             newest = select(table).order_by(table.c.id.desc()).limit(len(events))
             async with store.database.read() as connection:
                 rows = (await connection.execute(newest)).mappings().all()
@@ -86,7 +86,7 @@ async def test_every_hostile_event_survives_the_spool(url: str) -> None:
         await eventually(lambda: spool_is_empty(store))
 
         found = await as_stored(store)
-        table = AuditEvent.__table__  # type: ignore[attr-defined]
+        table = AuditEvent.__table__
         async with store.database.read() as connection:
             rows = (await connection.execute(select(table))).mappings().all()
 

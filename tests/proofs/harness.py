@@ -107,7 +107,7 @@ async def identity_of(url: str) -> str:
 
 async def stored_events(store: GatewayStore) -> list[AuditEvent]:
     """Everything in the database, in the order of its ids."""
-    table = AuditEvent.__table__  # type: ignore[attr-defined]
+    table = AuditEvent.__table__
     async with store.database.read() as connection:
         rows = (await connection.execute(select(table).order_by(table.c.id))).mappings().all()
     return [AuditEvent.from_row(row) for row in rows]
@@ -115,7 +115,7 @@ async def stored_events(store: GatewayStore) -> list[AuditEvent]:
 
 async def stored_ids(store: GatewayStore) -> Counter[str]:
     """How often each request id stands in the database."""
-    table = AuditEvent.__table__  # type: ignore[attr-defined]
+    table = AuditEvent.__table__
     async with store.database.read() as connection:
         return Counter((await connection.execute(select(table.c.request_id))).scalars())
 

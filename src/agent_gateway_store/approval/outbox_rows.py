@@ -37,7 +37,7 @@ from agent_gateway_store.storage.errors import is_id_taken
 from agent_gateway_store.storage.pubsub import NOTIFY_SQL
 from agent_gateway_store.storage.statements import RowsParameter, Statement
 
-_deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
+_deliveries = NotificationDelivery.__table__
 _PENDING = ApprovalStatus.PENDING
 _PLACEHOLDER = UUID(int=0)
 

@@ -21,9 +21,9 @@ from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 
-_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
-_events = AuditEvent.__table__  # type: ignore[attr-defined]
-_deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__
+_events = AuditEvent.__table__
+_deliveries = NotificationDelivery.__table__
 
 _HISTORY_COLUMNS = ("at", "event", "by", "status", "note", "channel")
 

@@ -30,7 +30,7 @@ from agent_gateway_store.storage.pagination import decode, decode_cursor, encode
 from agent_gateway_store.storage.statements import Statement, typed_text
 from agent_gateway_store.storage.streaming import read_all
 
-_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+_votes = ApprovalVote.__table__
 
 _COLUMNS = (
     "created_at",

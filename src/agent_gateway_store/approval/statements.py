@@ -26,8 +26,8 @@ from agent_gateway_store.storage.statements import Statement, typed_text
 
 Key: TypeAlias = Literal["token", "id"]
 
-_requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
-_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+_requests = ApprovalRequest.__table__
+_votes = ApprovalVote.__table__
 
 META_COLUMNS = ("read_at", "token_sha256")
 """What a row holds beside the columns: the database's time, and the digest that the column `token` does not show."""

@@ -23,8 +23,7 @@ from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.erased import IS_ERASED, blanked
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.record import EncodedRow, is_same, key_of, mark_of, to_values, with_derived_id
-from agent_gateway_store.audit.selects import JSON_FIELDS
-from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.audit.selects import JSON_FIELDS, table
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import dialect_of, read_committed
 from agent_gateway_store.storage.errors import is_outage, retry_conflicts
@@ -36,8 +35,6 @@ RowResult: TypeAlias = WriteOutcome | Exception
 
 _Key: TypeAlias = tuple[str, str]
 _KEY = ("request_id", "org_id")
-
-table = AuditEvent.__table__  # type: ignore[attr-defined]
 
 # Chosen: callers wait for it. Longer than any commit of a database that is well; after it the spool takes over.
 _TIMEOUT_S = 5.0

@@ -86,7 +86,7 @@ def document_writer(plain: Collection[str]) -> Callable[..., str]:
     Its code is generated, as that of a dataclass is: hashing is most of the cost of a write, and a loop over the
     columns takes half as long again.
     """
-    columns = AuditEvent.__table__.c  # type: ignore[attr-defined]
+    columns = AuditEvent.__table__.c
     parameters, members = ", ".join(HASHED), "".join(_member(columns[name], plain) for name in sorted(HASHED))[:-1]
     names = {"_null": "null", "_quote": '"', "_real": float.__repr__, "_text": _text}
     names |= {"_none": "", "_nothing": (None, EMPTY)}

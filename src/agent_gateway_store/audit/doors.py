@@ -9,8 +9,9 @@ from uuid import uuid4
 from sqlalchemy import ColumnElement, and_, func, insert, or_, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from agent_gateway_store.audit.backends import insert_event, table
+from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.record import encode_event, key_of
+from agent_gateway_store.audit.selects import table
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.evidence import AuditCheckpoint, identity_table
 from agent_gateway_store.models.retention import AuditPrune
@@ -89,7 +90,7 @@ async def write_door(
     return int((await connection.execute(found)).scalar_one())
 
 
-_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
+_checkpoints = AuditCheckpoint.__table__
 _LAST_CHECKPOINT = (
     select(_checkpoints.c.origin, _checkpoints.c.size, _checkpoints.c.root_hash)
     .order_by(_checkpoints.c.size.desc())
@@ -133,7 +134,7 @@ async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> d
             facts = {"old_identity": old, "new_identity": new, "history_id": history_id}
             facts |= dict(zip(("old_origin", "old_size", "old_root_hash"), last, strict=True))
             # They are those of the server that it was; its events are history now.
-            await connection.execute(update(AuditPrune.__table__).values(last_transaction_id=None))  # type: ignore[attr-defined]
+            await connection.execute(update(AuditPrune.__table__).values(last_transaction_id=None))
             why = "An operator said that this database came up from a backup."
             request_id = f"{RESTORED}-{new}"
             await write_door(

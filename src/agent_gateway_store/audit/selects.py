@@ -37,7 +37,7 @@ from agent_gateway_store.storage.filters import Shape
 from agent_gateway_store.storage.grouping import TIMES, Metrics, Offsets, aggregate
 from agent_gateway_store.storage.statements import Statement, is_one_of, literal_number
 
-table = AuditEvent.__table__  # type: ignore[attr-defined]
+table = AuditEvent.__table__
 
 FIELDS = tuple(AuditEvent.model_fields)
 """The columns of a row that becomes an event, in order."""
@@ -80,7 +80,7 @@ def _event(row: Sequence[Any]) -> AuditEvent:
 
 def select_events(dialect: str, shape: Shape, *, has_zones: bool = True) -> Select[Any]:
     """Select every column of the events that match, JSON and UUID as text; `has_zones` False: the time without UTC."""
-    columns = {name: table.c[name] for name in FIELDS}
+    columns: dict[str, ColumnElement[Any]] = {name: table.c[name] for name in FIELDS}
     columns["approval_id"] = _approval_id(dialect).label("approval_id")
     if dialect == "postgresql":
         columns |= {name: cast(table.c[name], Text()).label(name) for name in JSON_FIELDS}
@@ -143,15 +143,15 @@ def conditions(dialect: str, shape: Shape) -> list[ColumnElement[bool]]:
 def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
     match name:
         case "bound":
-            return table.c.org_id == bindparam("p_bound", type_=Text())  # type: ignore[no-any-return]
+            return table.c.org_id == bindparam("p_bound", type_=Text())
         case "id":
-            return table.c.id == bindparam("p_row_id", type_=BigInteger())  # type: ignore[no-any-return]
+            return table.c.id == bindparam("p_row_id", type_=BigInteger())
         case "since":
-            return table.c.timestamp >= bindparam("p_since", type_=UtcDateTime())  # type: ignore[no-any-return]
+            return table.c.timestamp >= bindparam("p_since", type_=UtcDateTime())
         case "until":
-            return table.c.timestamp < bindparam("p_until", type_=UtcDateTime())  # type: ignore[no-any-return]
+            return table.c.timestamp < bindparam("p_until", type_=UtcDateTime())
         case "min_risk_score":
-            return table.c.risk_score >= bindparam("p_min_risk_score", type_=table.c.risk_score.type)  # type: ignore[no-any-return]
+            return table.c.risk_score >= bindparam("p_min_risk_score", type_=table.c.risk_score.type)
         case "text":
             pattern = bindparam("p_text", type_=Text())
             places = (table.c.tool_name, table.c.deterministic_rationale, table.c.llm_explanation)
@@ -164,7 +164,7 @@ def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
         case "approval_id" if dialect == "postgresql":
             ids: Any = cast(bindparam("p_approval_id", type_=ARRAY(Text())), ARRAY(Uuid()))
             one = cast(bindparam("p_approval_id", type_=Text()), Uuid())
-            return table.c.approval_id == (any_(ids) if several else one)  # type: ignore[no-any-return]
+            return table.c.approval_id == (any_(ids) if several else one)
     column = type_coerce(table.c[name], Text()) if name in _AS_TEXT else table.c[name]
     if not several:
         return column == bindparam(f"p_{name}", type_=Text())

@@ -52,7 +52,7 @@ from agent_gateway_store.storage.urls import is_memory
 MAX_BYTES = 2**30
 # SQLite's default.
 _PAGE_BYTES = 4096
-_columns = AuditEvent.__table__.c  # type: ignore[attr-defined]
+_columns = AuditEvent.__table__.c
 _FIELDS = tuple(name for name in AuditEvent.model_fields if name != "id")
 _events = Table(
     "spooled_events",

@@ -274,7 +274,7 @@ async def _last_prune(connection: AsyncConnection) -> str | None:
 
     from agent_gateway_store.models.retention import AuditPrune
 
-    prunes = AuditPrune.__table__  # type: ignore[attr-defined]
+    prunes = AuditPrune.__table__
     found = (await connection.execute(select(prunes).order_by(prunes.c.id.desc()).limit(1))).mappings().first()
     if found is None:
         return None

@@ -41,7 +41,7 @@ _RETRY_S = 1.0
 
 _logger = logging.getLogger("agent_gateway_store.notifications")
 
-deliveries = NotificationDelivery.__table__  # type: ignore[attr-defined]
+deliveries = NotificationDelivery.__table__
 
 
 @dataclass(frozen=True, slots=True)

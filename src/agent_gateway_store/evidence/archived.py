@@ -16,7 +16,7 @@ from agent_gateway_store.models.evidence import AuditLeaf, FindingKind
 from agent_gateway_store.storage.statements import Statement, is_one_of
 from agent_gateway_store.storage.streaming import Snapshot
 
-_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+_leaves = AuditLeaf.__table__
 
 
 @dataclass

@@ -48,10 +48,10 @@ from agent_gateway_store.models.values import ApprovalStatus, FrozenModel
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.statements import Statement, literal_number
 
-_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
-_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
-_requests = ApprovalRequest.__table__  # type: ignore[attr-defined]
-_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+_leaves = AuditLeaf.__table__
+_checkpoints = AuditCheckpoint.__table__
+_requests = ApprovalRequest.__table__
+_votes = ApprovalVote.__table__
 
 
 def _place() -> Select[Any]:

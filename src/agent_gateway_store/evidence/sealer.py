@@ -25,7 +25,7 @@ from agent_gateway_store.storage.identity import known
 from agent_gateway_store.storage.statements import Statement, text_statement
 from agent_gateway_store.telemetry import span
 
-_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+_leaves = AuditLeaf.__table__
 
 SALT_BYTES = 16
 """128 random bits: nobody guesses an event from its leaf."""

@@ -31,9 +31,9 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.statements import Statement, typed_text
 from agent_gateway_store.storage.streaming import Snapshot, snapshot
 
-_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
-_tiles = AuditTile.__table__  # type: ignore[attr-defined]
-_checkpoints = AuditCheckpoint.__table__  # type: ignore[attr-defined]
+_leaves = AuditLeaf.__table__
+_tiles = AuditTile.__table__
+_checkpoints = AuditCheckpoint.__table__
 # Positions that are read at a time: fewer than the 700 objects after which Python looks for garbage.
 _PAGE = 600
 

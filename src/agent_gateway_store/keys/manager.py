@@ -55,7 +55,7 @@ _LONGEST = timedelta(days=1_000_000)
 # Chosen: a database that is well reads or writes one row in milliseconds.
 _ONE_ROW_S = 5.0
 _logger = logging.getLogger("agent_gateway_store.keys")
-_keys = ApiKey.__table__  # type: ignore[attr-defined]
+_keys = ApiKey.__table__
 
 
 class KeyManager:

@@ -227,7 +227,7 @@ def _current(_element: _CurrentTransaction, _compiler: Any, **_options: Any) -> 
 
 
 # A column of the table but not a field of the event: it says when a row was committed, not what happened.
-_table = AuditEvent.__table__  # type: ignore[attr-defined]
+_table = AuditEvent.__table__
 _table.append_column(Column("transaction_id", BigInteger, server_default=_CurrentTransaction()))
 Index(
     None,

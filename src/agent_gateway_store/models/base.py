@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
-from sqlalchemy import MetaData, event
+from sqlalchemy import MetaData, Table, event
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import flag_modified, set_attribute
 from sqlmodel import SQLModel
@@ -50,6 +50,7 @@ class StoreModel(ShownAsCard, SQLModel, registry=registry(metadata=MetaData(nami
     }
 
     if TYPE_CHECKING:
+        __table__: ClassVar[Table]
         __tablename__: ClassVar[str]
 
     def __new__(cls, *_args: Any, **_data: Any) -> Self:

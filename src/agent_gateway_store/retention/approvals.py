@@ -27,9 +27,9 @@ from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
 
-_approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
-_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
-_notices = NotificationDelivery.__table__  # type: ignore[attr-defined]
+_approvals = ApprovalRequest.__table__
+_votes = ApprovalVote.__table__
+_notices = NotificationDelivery.__table__
 
 # Chosen: with output that waits for its release a few megabytes, and some 50 ms in which SQLite's writers wait.
 _BATCH_ROWS = 500

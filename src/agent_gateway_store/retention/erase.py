@@ -48,10 +48,10 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.statements import Statement
 
-_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
-_approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
-_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
-_notices = NotificationDelivery.__table__  # type: ignore[attr-defined]
+_leaves = AuditLeaf.__table__
+_approvals = ApprovalRequest.__table__
+_votes = ApprovalVote.__table__
+_notices = NotificationDelivery.__table__
 
 _BLANKED = (*BLANK_TEXTS, "request_id", "content_hash", "salt")
 _BY_REQUEST = Statement(
@@ -323,10 +323,10 @@ def _require_over(approvals: Iterable[Row[Any]]) -> None:
 
 def _of_request(targets: Sequence[_Target], request_id: str, org_id: str) -> ColumnElement[bool]:
     cited = [UUID(each.values["approval_id"]) for each in targets if each.values["approval_id"]]
-    own = [_approvals.c.approval_id.in_(cited)]
+    own: ColumnElement[bool] = _approvals.c.approval_id.in_(cited)
     if not is_derived(request_id):
-        own.append(_approvals.c.request_id == request_id)
-    return and_(_approvals.c.org_id == org_id, or_(*own))
+        own |= _approvals.c.request_id == request_id
+    return and_(_approvals.c.org_id == org_id, own)
 
 
 async def _blank_approvals(connection: AsyncConnection, ids: Sequence[UUID]) -> None:

@@ -24,8 +24,8 @@ from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.filters import identifier, like, searched_text
 
-_approvals = ApprovalRequest.__table__  # type: ignore[attr-defined]
-_votes = ApprovalVote.__table__  # type: ignore[attr-defined]
+_approvals = ApprovalRequest.__table__
+_votes = ApprovalVote.__table__
 
 _EVENT_TEXTS = (
     *("request_id", "caller_id", "session_id", "tool_name", "approver_id", "sanitized_args", "risk_labels", "extra"),

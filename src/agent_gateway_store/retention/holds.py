@@ -33,8 +33,8 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import HoldNotFoundError
 from agent_gateway_store.models.retention import AuditHold, AuditPrune, Hold
 
-_holds = AuditHold.__table__  # type: ignore[attr-defined]
-_prunes = AuditPrune.__table__  # type: ignore[attr-defined]
+_holds = AuditHold.__table__
+_prunes = AuditPrune.__table__
 
 
 def as_stored(filters: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from agent_gateway_store.storage.database import Database
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
+_leaves = AuditLeaf.__table__
 
 
 async def require_own_archive(database: Database, manifest: Manifest) -> None:

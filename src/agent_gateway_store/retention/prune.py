@@ -50,8 +50,8 @@ from agent_gateway_store.storage.statements import Statement, is_one_of, literal
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_leaves = AuditLeaf.__table__  # type: ignore[attr-defined]
-_prunes = AuditPrune.__table__  # type: ignore[attr-defined]
+_leaves = AuditLeaf.__table__
+_prunes = AuditPrune.__table__
 
 # Chosen, of a file: large enough for readers, and written in a second, for which holds and erasures wait.
 _BATCH_ROWS = 20_000

@@ -36,7 +36,7 @@ from agent_gateway_store.storage.exclusive import ExclusiveLock, StillHeld, key_
 from agent_gateway_store.storage.filters import Criteria
 from agent_gateway_store.storage.statements import Statement, literal_number
 
-sinks, letters = AuditSink.__table__, DeadLetter.__table__  # type: ignore[attr-defined]
+sinks, letters = AuditSink.__table__, DeadLetter.__table__
 # The dialects write ON CONFLICT alike.
 _INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 T = TypeVar("T")
