@@ -7,7 +7,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from agent_gateway_store.audit.record import encode_event, hash_of
 from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow
-from agent_gateway_store.storage.files import COMPRESSIONS, Format, counted, format_of, progress_bar
+from agent_gateway_store.storage.files import COMPRESSIONS, counted, format_of, progress_bar
 
 # Chosen: rows of a Parquet file that are read at once.
 _BATCH_ROWS = 500
@@ -56,48 +56,24 @@ def _read_opened(path: Path) -> Iterator[io.BufferedIOBase]:
         raise ValueError(f"{path} cannot be decompressed to its end: check that the file is complete.") from exc
 
 
-def importable(path: Path, given: str | None) -> Format:
-    """Return the format of a file (or of a dataset's folder) to import.
-
-    Raises:
-        FileNotFoundError: `path` does not exist.
-        ValueError: The format is not known, or cannot be imported.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: check the name.")
-    found = "parquet" if given is None and path.is_dir() else format_of(path, given, None)[0]
-    if found == "csv":
-        raise ValueError("CSV cannot be read back exactly: export JSONL or Parquet to import it elsewhere.")
-    return found
-
-
 @contextmanager
 def importing(
     path: Path, given: str | None, *, on_refused: Callable[[str], None] | None, progress: bool | Callable[[int], None]
 ) -> Iterator[Iterator[AuditEvent]]:
     """Give the events of a file or a dataset while the progress is shown; arguments and errors are of `import_file`."""
-    kind = importable(path, given)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: check the name.")
+    kind = "parquet" if given is None and path.is_dir() else format_of(path, given, None)[0]
+    if kind == "csv":
+        raise ValueError("CSV cannot be read back exactly: export JSONL or Parquet to import it elsewhere.")
+    records = _json_records(path) if kind == "jsonl" else _parquet_records(path)
     with progress_bar(progress, f"Importing {path.name}") as report:
-        yield counted(events_in(path, kind, on_refused=on_refused), report)
+        yield counted(_events_of(records, path, on_refused), report)
 
 
-def events_in(
-    path: Path,
-    format: Format,  # noqa: A002
-    *,
-    on_refused: Callable[[str], None] | None = None,
+def _events_of(
+    records: Iterable[dict[str, Any] | ValueError | None], path: Path, on_refused: Callable[[str], None] | None
 ) -> Iterator[AuditEvent]:
-    """Yield the events of a file or a dataset, in its order.
-
-    Args:
-        on_refused: Called with a sentence for each record that is refused, which is then left out; None: it is raised.
-
-    Raises:
-        ValueError: The file is incomplete, or unpacks to more than any log does; or a record is malformed, or does not
-            fit its content_hash: the message names its number and repeats nothing of it.
-        MissingExtraError: Parquet or zstd, and pyarrow is not installed.
-    """
-    records = _json_records(path) if format == "jsonl" else _parquet_records(path)
     for number, record in enumerate(records, start=1):
         if record is None:
             continue
