@@ -82,6 +82,7 @@ def issue_values(
     """
     scrubber = Scrubber()
     shown = request.tool_call
+    tool_call_hash = request.tool_call_hash if call is None else None
     payload = scrubber.json("output_payload", request.output_payload)
     return {
         "p_approval_id": request.approval_id,
@@ -94,7 +95,7 @@ def issue_values(
             tool=scrubber.text("tool", shown.tool),
             arguments=scrubber.json("arguments", shown.arguments),
         ),
-        "p_tool_call_hash": _hash(request, call, hash_key),
+        "p_tool_call_hash": tool_call_hash or hash_tool_call(call or shown, key=hash_key),
         "p_risk_explanation": scrubber.text("risk_explanation", request.risk_explanation),
         "p_expires_at": request.expires_at,
         "p_ttl_s": ttl_s,
@@ -118,12 +119,6 @@ def _organisation(request: ApprovalRequest, bound: str | None) -> str:
             approval_id=request.approval_id,
         )
     return bound
-
-
-def _hash(request: ApprovalRequest, call: ToolCall | None, hash_key: str | None) -> str:
-    if call is None and request.tool_call_hash is not None:
-        return request.tool_call_hash
-    return hash_tool_call(call or request.tool_call, key=hash_key)
 
 
 def _output_hash(request: ApprovalRequest, stored: Any, hash_key: str | None) -> str | None:

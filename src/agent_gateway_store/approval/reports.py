@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ARRAY, JSON, BigInteger, DateTime, Integer, Text, Uuid, column
+from sqlalchemy import BigInteger, DateTime, Integer, Text, Uuid, column, select
 from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store.approval.filters import conditions, types_of, words_of
@@ -27,7 +27,7 @@ from agent_gateway_store.storage.filters import Criteria, Shape, require_between
 from agent_gateway_store.storage.grouping import Grouping, Metrics, Offsets, aggregate, stats_of
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode, decode_cursor, encode_cursor
-from agent_gateway_store.storage.statements import Statement, typed_text
+from agent_gateway_store.storage.statements import Statement, is_one_of, typed_text
 from agent_gateway_store.storage.streaming import read_all
 
 _votes = ApprovalVote.__table__
@@ -145,17 +145,13 @@ def _page(shape: Shape, statuses: tuple[str, ...], limit: int) -> Statement:
     return Statement(lambda dialect: _typed(sql, dialect, shape, readable_columns, limit=str(limit)))
 
 
-def _votes_of(dialect: str) -> Any:
-    is_array = dialect == "postgresql"
-    several: TypeEngine[Any] = ARRAY(Uuid()) if is_array else JSON()
-    wanted = "= ANY(:p_ids)" if is_array else "IN (SELECT value FROM json_each(:p_ids))"
-    names = ("approval_id", *CastVote.model_fields)
-    sql = "SELECT {names} FROM approval_votes WHERE approval_id {wanted} ORDER BY voted_at, id"
-    sql = sql.format(names=", ".join(names), wanted=wanted)
-    return typed_text(sql, {"p_ids": several}, [_votes.c[name] for name in names])
-
-
-_VOTES = Statement(_votes_of)
+_VOTES = Statement(
+    lambda dialect: (
+        select(_votes.c.approval_id, *(_votes.c[name] for name in CastVote.model_fields))
+        .where(is_one_of(dialect, _votes.c.approval_id, "p_ids", Uuid()))
+        .order_by(_votes.c.voted_at, _votes.c.id)
+    )
+)
 
 
 async def add_votes(connection: AnyConnection, requests: Sequence[ApprovalRequest]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
@@ -293,11 +293,7 @@ def _may_hold(entry: Entry, filters: Mapping[str, Any]) -> bool:
     found = criteria({name: filters.get(name) for name in ("since", "until")}, org_id=None).values
     day = entry.file[len("day=") :].partition("/")[0]
     since, until = found.get("p_since"), found.get("p_until")
-    return (since is None or day >= _day(since)) and (until is None or day <= _day(until))
-
-
-def _day(moment: datetime) -> str:
-    return date(moment.year, moment.month, moment.day).isoformat()
+    return (since is None or day >= since.date().isoformat()) and (until is None or day <= until.date().isoformat())
 
 
 def _condition(filters: Mapping[str, Any]) -> tuple[Any, Callable[[str], bool] | None]:

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import BigInteger, Select, select
+from sqlalchemy import BigInteger, select
 
 from agent_gateway_store.archive.manifest import Positions, runs_of
 from agent_gateway_store.archive.reader import ArchiveWalk
@@ -36,12 +35,11 @@ class Archived:
     altered: set[int] = field(default_factory=set)
 
 
-def _leaves_at(dialect: str) -> Select[Any]:
-    wanted = is_one_of(dialect, _leaves.c.position, "p_positions", BigInteger())
-    return select(_leaves.c.position, _leaves.c.leaf_hash).where(wanted)
-
-
-_LEAVES_AT = Statement(_leaves_at)
+_LEAVES_AT = Statement(
+    lambda dialect: select(_leaves.c.position, _leaves.c.leaf_hash).where(
+        is_one_of(dialect, _leaves.c.position, "p_positions", BigInteger())
+    )
+)
 
 
 async def read_archives(
