@@ -23,7 +23,6 @@ from agent_gateway_store.approval.statements import (
     REFS,
     VOTES_SQL,
     Key,
-    fragments,
     readable_columns,
     sql_statement,
 )
@@ -110,9 +109,12 @@ _DECISION_TYPES: dict[str, TypeEngine[Any]] = {
 }
 
 
-def _fragment(sql: str) -> dict[str, str]:
-    more = {"insert_deliveries": _INSERT_DELIVERIES, "is_leased": _IS_LEASED, "recipients": _RECIPIENTS}
-    return {dialect: sql.format_map({**fragments(dialect), **more, "due": due}) for dialect, due in _DUE.items()}
+_FRAGMENTS: dict[str, dict[str, str]] = {
+    "insert_deliveries": dict.fromkeys(_DUE, _INSERT_DELIVERIES),
+    "is_leased": dict.fromkeys(_DUE, _IS_LEASED),
+    "recipients": dict.fromkeys(_DUE, _RECIPIENTS),
+    "due": _DUE,
+}
 
 
 def _utc(column: str) -> str:
@@ -124,29 +126,24 @@ def _utc(column: str) -> str:
 
 # PostgreSQL alone: SQLite has no INSERT within a WITH.
 _INSERT_WITH_DELIVERIES = sql_statement(
-    """
-    WITH asked AS ({insert}
-    ), written AS ({insert_deliveries}
+    f"""
+    WITH asked AS ({INSERT_SQL}
+    ), written AS ({{insert_deliveries}}
         SELECT
             delivery_id, org_id, approval_id, notifier, 'pending',
             :p_notice || jsonb_build_object(
-                'created_at', {created_at}, 'expires_at', {expires_at}, 'delivery_id', delivery_id
+                'created_at', {_utc("created_at")}, 'expires_at', {_utc("expires_at")}, 'delivery_id', delivery_id
             ),
-            {due}
+            {{due}}
         FROM asked CROSS JOIN (
             SELECT *, :p_lease_s IS NOT NULL AS is_leased
-            FROM {recipients}
+            FROM {{recipients}}
         ) AS given
     )
     SELECT * FROM asked
-    """,
+    """,  # noqa: S608  pieces of the program's own
     types=_DECISION_TYPES,
-    insert=_fragment(INSERT_SQL),
-    recipients=_fragment(_RECIPIENTS),
-    insert_deliveries=_fragment(_INSERT_DELIVERIES),
-    due=_DUE,
-    created_at=_fragment(_utc("created_at")),
-    expires_at=_fragment(_utc("expires_at")),
+    **_FRAGMENTS,
 )
 
 
@@ -188,7 +185,7 @@ def _decide(decision: VoteDecision, by: Key, publishes: bool) -> Statement:
     FROM decided
     """  # noqa: S608  pieces of the program's own
     columns = (*readable_columns, column("leased", ARRAY(Uuid())), column("sent", Text()))
-    return sql_statement("{whole}", columns, types=_DECISION_TYPES, whole=_fragment(sql.replace("{ref}", REFS[by])))
+    return sql_statement(sql.replace("{ref}", REFS[by]), columns, types=_DECISION_TYPES, **_FRAGMENTS)
 
 
 _DECISIONS = {
@@ -222,9 +219,7 @@ _ENQUEUE = sql_statement(
     """,
     (_deliveries.c.delivery_id, _deliveries.c.attempts),
     types={**_NOTICES.types, "p_lease_s": Float(53)},
-    is_leased=_fragment(_IS_LEASED),
-    insert_deliveries=_fragment(_INSERT_DELIVERIES),
-    due=_DUE,
+    **_FRAGMENTS,
     payload={"postgresql": "CAST(payload AS JSONB)", "sqlite": "payload"},
     given={dialect: _NOTICES.sql(dialect) for dialect in _DUE},
 )

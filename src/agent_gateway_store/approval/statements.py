@@ -108,6 +108,7 @@ def fragments(dialect: str) -> dict[str, str]:
 def sql_statement(
     sql: str,
     columns: tuple[ColumnElement[Any], ...] = readable_columns,
+    /,
     *,
     types: Mapping[str, TypeEngine[Any]] = _TYPES,
     **more: Mapping[str, str],
