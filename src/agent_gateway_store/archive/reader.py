@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import describe
@@ -27,9 +27,6 @@ from agent_gateway_store.storage.filters import searched_text
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CheckedRow: TypeAlias = tuple[int, str, str | None]
-"""Of an archived event: position, leaf as hex digits, and where it was erased the hash of what is left."""
-
 # Chosen: with rows of 5 kB about 50 MB.
 _BATCH_ROWS = 10_000
 _FILES = {
@@ -38,6 +35,20 @@ _FILES = {
 }
 _EVENT_NAMES = tuple(column.name for column in EVENT_COLUMNS)
 _TIMESTAMP, _CONTENT_HASH = map(FIELDS.index, ("timestamp", "content_hash"))
+
+
+class CheckedRow(NamedTuple):
+    """An archived event whose hashes fit.
+
+    Attributes:
+        position: In the log.
+        leaf: As hex digits.
+        left: Where it was erased, the hash of what is left; None: it is whole.
+    """
+
+    position: int
+    leaf: str
+    left: str | None = None
 
 
 class Archive:
@@ -196,8 +207,8 @@ class ArchiveWalk:
                     self._note(FindingKind.ALTERED, text, position=row[-3], event_id=row[0], request_id=row[1])
                     continue
                 fitting.append(found)
-                self.events += found[2] is None
-                self.erased += found[2] is not None
+                self.events += found.left is None
+                self.erased += found.left is not None
             yield fitting
         if others:
             self._note(FindingKind.ALTERED, f"{entry.file} holds {others:,} events of another day.")
@@ -220,13 +231,13 @@ def checked_row(row: Sequence[Any]) -> CheckedRow | None:
         content = ""
     # 0.1.0 wrote an empty text in place of no salt, from SQLite.
     if not salt and event[_CONTENT_HASH] is None:
-        return position, leaf, content
+        return CheckedRow(position, leaf, content)
     try:
         fits = content and event[_CONTENT_HASH] == content and salt and leaf_of(salt, content) == leaf
     except ValueError:
         # A file can be made to hold a salt of other characters.
         return None
-    return (position, leaf, None) if fits else None
+    return CheckedRow(position, leaf) if fits else None
 
 
 def archived_rows(folder: Path, entry: Entry, keep: Any) -> Iterator[tuple[Any, ...]]:

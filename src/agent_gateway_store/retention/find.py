@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -43,11 +43,13 @@ async def find(
     database: Database, *, caller_id: str | None, text: str | None, org_id: str | None, archive: Path | None
 ) -> list[FoundRecord]:
     """Return what is found; arguments and errors as of `RetentionManager.find`."""
-    caller = None if caller_id is None else identifier("caller_id", caller_id)
+    own = {} if org_id is None else {"org_id": org_id}
+    if caller_id is not None:
+        own["caller_id"] = identifier("caller_id", caller_id)
     wanted = None if text is None else _spellings(searched_text("text", text))
     found: list[FoundRecord] = []
     async with database.read() as connection:
-        matches = _matches(events, caller, org_id)
+        matches = _matches(events, own)
         if wanted is not None:
             matches = and_(matches, _has_text(events, _EVENT_TEXTS, wanted))
         statement = select(*(events.c[name] for name in _SHOWN)).where(matches, ~is_door()).order_by(events.c.id)
@@ -55,7 +57,7 @@ async def find(
             found.append(FoundRecord(kind="event", **row._mapping))
         approval = _approvals.c
         columns = (approval.request_id, approval.org_id, approval.caller_id, approval.created_at, approval.tool_call)
-        matches = _matches(_approvals, caller, org_id)
+        matches = _matches(_approvals, own)
         if wanted is not None:
             voted = select(_votes.c.approval_id).where(_has_text(_votes, _VOTE_TEXTS, wanted))
             matches = and_(
@@ -68,7 +70,7 @@ async def find(
             shown = {"timestamp": row.created_at, "tool_name": row.tool_call.tool}
             found.append(FoundRecord(kind="approval", **values, **shown))
     if archive is not None:
-        found += await in_thread(lambda: _in_archive(archive, caller, wanted, org_id))
+        found += await in_thread(lambda: _in_archive(archive, own, wanted))
     return found
 
 
@@ -77,13 +79,8 @@ def _spellings(text: str) -> Sequence[str]:
     return list(dict.fromkeys([text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]]))
 
 
-def _matches(table: Table, caller: str | None, org_id: str | None) -> ColumnElement[bool]:
-    conditions: list[ColumnElement[bool]] = []
-    if caller is not None:
-        conditions.append(table.c.caller_id == caller)
-    if org_id is not None:
-        conditions.append(table.c.org_id == org_id)
-    return and_(true(), *conditions)
+def _matches(table: Table, own: Mapping[str, str]) -> ColumnElement[bool]:
+    return and_(true(), *(table.c[name] == value for name, value in own.items()))
 
 
 def _has_text(table: Table, names: Sequence[str], texts: Sequence[str]) -> ColumnElement[bool]:
@@ -91,14 +88,12 @@ def _has_text(table: Table, names: Sequence[str], texts: Sequence[str]) -> Colum
     return or_(*(column.ilike(like(text), escape="\\") for column, text in product(columns, texts)))
 
 
-def _in_archive(folder: Path, caller: str | None, texts: Sequence[str] | None, org_id: str | None) -> list[FoundRecord]:
+def _in_archive(folder: Path, own: Mapping[str, str], texts: Sequence[str] | None) -> list[FoundRecord]:
     import pyarrow.compute as pc
 
     keep = pc.scalar(True)
-    if caller is not None:
-        keep = keep & (pc.field("caller_id") == caller)
-    if org_id is not None:
-        keep = keep & (pc.field("org_id") == org_id)
+    for name, value in own.items():
+        keep = keep & (pc.field(name) == value)
     if texts is not None:
         has_text = pc.scalar(False)
         for name, text in product(_EVENT_TEXTS, texts):
@@ -114,16 +109,14 @@ def _in_archive(folder: Path, caller: str | None, texts: Sequence[str] | None, o
     manifest = Manifest(folder).read()
     for entry in manifest.of_kind("approvals"):
         for record in read_approvals(manifest, entry):
-            if (shown := _shown(record, caller, texts, org_id)) is not None:
+            if (shown := _shown(record, own, texts)) is not None:
                 found.append(FoundRecord(kind="approval", file=entry.file, **shown))
     return found
 
 
-def _shown(
-    record: Record, caller: str | None, texts: Sequence[str] | None, org_id: str | None
-) -> dict[str, Any] | None:
+def _shown(record: Record, own: Mapping[str, str], texts: Sequence[str] | None) -> dict[str, Any] | None:
     approval = record["approval"]
-    if caller not in (None, approval["caller_id"]) or org_id not in (None, approval["org_id"]):
+    if any(approval[name] != value for name, value in own.items()):
         return None
     if texts is not None:
         values = [approval[name] for name in _APPROVAL_TEXTS if approval[name] is not None]

@@ -43,24 +43,24 @@ def require_held(manifest: Manifest, entries: Sequence[Entry], events: pa.Table)
 
     wanted: dict[int, set[tuple[str, str | None]]] = {}
     for row in rows_of(events):
-        _, _, left = checked_row(row) or (None, None, None)
+        position, leaf, checked = row[-3], row[-1], checked_row(row)
         # An erasure blanks the table first, and may have been killed then.
-        wanted[row[-3]] = {(row[-1], None), (row[-1], left)}
+        wanted[position] = {(leaf, None), (leaf, checked and checked.left)}
     others: set[CheckedRow] = set()
     keep = pc.field("position").isin(events.column("position").combine_chunks())
     for entry in entries:
         for row in archived_rows(manifest.folder, entry, keep):
-            position, leaf, left = checked_row(row) or (-1, "", None)
-            if (leaf, left) in wanted.get(position, ()):
-                del wanted[position]
-            else:
-                others.add((position, leaf, left))
+            checked = checked_row(row)
+            if checked and (checked.leaf, checked.left) in wanted.get(checked.position, ()):
+                del wanted[checked.position]
+            elif checked:
+                others.add(checked)
     if not wanted:
         return
     for row in rows_of(events):
         if row[-3] in wanted:
             event = dict(zip(NAMES, stored_form(row), strict=True))
-            if (row[-3], row[-1], blank_hash(event)) in others:
+            if CheckedRow(row[-3], row[-1], blank_hash(event)) in others:
                 raise ArchiveError(
                     f"The event {code_text(event['request_id'])} was erased in {manifest.folder}, and the database, "
                     "restored from a backup, has it whole: erase it again first.",
@@ -86,10 +86,10 @@ async def require_own_events(
         sealed = {row.position: row for row in found}
     for position, row in checked:
         leaf = sealed.get(position)
-        if row is None or leaf is None or leaf.leaf_hash.hex() != row[1]:
+        if row is None or leaf is None or leaf.leaf_hash.hex() != row.leaf:
             raise _of_another(manifest, position)
         # An erasure forgets the salt in the table before it blanks the archive; a backup puts it back.
-        if row[2] is not None and leaf.salt and row[2] != whole.get(position):
+        if row.left is not None and leaf.salt and row.left != whole.get(position):
             raise _of_another(manifest, position)
 
 
