@@ -219,26 +219,30 @@ class AuditWriter:
                 with telemetry.timed("audit.commit_duration"):
                     results = await store_batch(self._backend, rows)
             except Exception as exc:
-                if conflict_of(exc) is not None:
-                    _logger.error("Other transactions were in the way of audit events, also when tried again.")
-                    return await self._spool_or_fail(rows, exc)
-                if self._on_standby:
-                    refusal = AuditUnavailableError(NO_WRITES)
-                    refusal.__cause__ = exc
-                    return [refusal] * len(rows)
-                if not self._is_away:
-                    # A driver's own words may hold values of a row.
-                    reason = str(exc) if isinstance(exc, StoreUnavailableError) else type(exc).__name__
-                    _logger.error("The audit database is away (%s).", reason.rstrip("."))
-                self._is_away = True
-                self._retry_at = asyncio.get_running_loop().time() + RETRY_AFTER_S
-                return await self._spool_or_fail(rows, exc)
+                return await self._failed(rows, exc)
             # One that was promoted is waited for like any other when it is away.
             self._on_standby = False
             if self._is_strict:
                 self._is_away = False
             # With a spool another batch may have failed meanwhile, and its rows go before new ones.
             return await self._answers(rows, results)
+
+    async def _failed(self, rows: Sequence[EncodedRow], cause: Exception) -> list[_Answer]:
+        """Answer for rows of which the database has taken none."""
+        if conflict_of(cause) is not None:
+            _logger.error("Other transactions were in the way of audit events, also when tried again.")
+        elif self._on_standby:
+            refusal = AuditUnavailableError(NO_WRITES)
+            refusal.__cause__ = cause
+            return [refusal] * len(rows)
+        else:
+            if not self._is_away:
+                # A driver's own words may hold values of a row.
+                reason = str(cause) if isinstance(cause, StoreUnavailableError) else type(cause).__name__
+                _logger.error("The audit database is away (%s).", reason.rstrip("."))
+            self._is_away = True
+            self._retry_at = asyncio.get_running_loop().time() + RETRY_AFTER_S
+        return await self._spool_or_fail(rows, cause)
 
     async def _answers(self, rows: Sequence[EncodedRow], results: Sequence[RowResult]) -> list[_Answer]:
         answers: list[_Answer] = []

@@ -316,19 +316,28 @@ def _read_json(text: str) -> _Claim:
     elif content_hash != held.content_hash or (salt is not None and leaf_hash(salt, content_hash) != leaf):
         wrong.append((FindingKind.ALTERED, "The event is not the one that was sealed."))
     named, approval = held.extra.get(APPROVAL_HASH), None
-    if (shown := document["approval"]) is not None:
-        request, votes = _read_approval(shown)
+    if document["approval"] is not None:
+        request, votes = _read_approval(document["approval"])
         fits = named == hash_approval(request, votes)
-        approval = "" if fits else _NO_HASH if named is None else _OTHER_HASH
-        if approval == _OTHER_HASH:
+        if fits:
+            approval = ""
+        elif named is None:
+            approval = _NO_HASH
+        else:
+            approval = _OTHER_HASH
             wrong.append((FindingKind.ALTERED, "The approval or a vote on it is not the one that the event names."))
-        count = len({vote.approver_id for vote in votes if vote.decision == VoteDecision.APPROVED})
-        if request.status in (ApprovalStatus.APPROVED, ApprovalStatus.USED) and count < request.required_approvals:
-            said = f"{count} of {request.required_approvals}"
-            remarks.append(f"The approval is {request.status} with fewer votes for it than it needs: {said}.")
+        remarks += _too_few_votes(request, votes)
     elif named is not None or held.approval_id is not None:
         remarks.append("The event names an approval, which is not in this text.")
     return _Claim(proof, wrong, remarks, held.request_id, is_erased=is_sealed and salt is None, approval=approval)
+
+
+def _too_few_votes(request: ApprovalRequest, votes: Iterable[ApprovalVote]) -> list[str]:
+    count = len({vote.approver_id for vote in votes if vote.decision == VoteDecision.APPROVED})
+    if request.status not in (ApprovalStatus.APPROVED, ApprovalStatus.USED) or count >= request.required_approvals:
+        return []
+    said = f"{count} of {request.required_approvals}"
+    return [f"The approval is {request.status} with fewer votes for it than it needs: {said}."]
 
 
 def _read_approval(shown: Mapping[str, Any]) -> tuple[ApprovalRequest, list[ApprovalVote]]:
