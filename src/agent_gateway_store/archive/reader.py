@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.evidence import Finding, FindingKind
 from agent_gateway_store.models.retention import ArchiveVerification
 from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
-from agent_gateway_store.storage.filters import searched_text
+from agent_gateway_store.storage.filters import Criteria, searched_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,7 +125,8 @@ class Archive:
             trusts_days: False opens each file, whichever day its folder says that it is of.
         """
         arrow("Reading an archive")
-        condition, exact = _condition(filters)
+        found = criteria(filters, org_id=None)
+        condition, exact = _condition(found, filters.get("text"))
         if keep is not None:
             condition = keep if condition is None else condition & keep
         manifest = Manifest(self.folder).read()
@@ -132,7 +134,7 @@ class Archive:
         repeated = _repeated(entries)
         needed = dict.fromkeys([*columns, *(["risk_labels"] if exact else []), *(["position"] if repeated else [])])
         for number, entry in enumerate(entries):
-            if trusts_days and not _may_hold(entry, filters):
+            if trusts_days and not _may_hold(entry, found):
                 continue
             known = None
             if entry.file in repeated:
@@ -299,21 +301,22 @@ def _kept(batch: pa.RecordBatch, exact: Callable[[str], bool] | None, known: Pos
     return batch
 
 
-def _may_hold(entry: Entry, filters: Mapping[str, Any]) -> bool:
+def _may_hold(entry: Entry, found: Criteria) -> bool:
     """False if the day of the file is outside of the filters: then it is not even opened."""
-    found = criteria({name: filters.get(name) for name in ("since", "until")}, org_id=None).values
     day = entry.file[len("day=") :].partition("/")[0]
-    since, until = found.get("p_since"), found.get("p_until")
+    since, until = found.values.get("p_since"), found.values.get("p_until")
     return (since is None or day >= since.date().isoformat()) and (until is None or day <= until.date().isoformat())
 
 
-def _condition(filters: Mapping[str, Any]) -> tuple[Any, Callable[[str], bool] | None]:
-    """Return the filters as a condition of pyarrow, and what risk labels are compared by exactly."""
-    import json
+def _condition(found: Criteria, text: Any) -> tuple[Any, Callable[[str], bool] | None]:
+    """Return the filters as a condition of pyarrow, and what risk labels are compared by exactly.
 
+    Args:
+        found: The filters, of which `text` is a pattern of SQL.
+        text: As the caller gave it.
+    """
     import pyarrow.compute as pc
 
-    found = criteria(filters, org_id=None)
     condition, exact = None, None
     for name, several in found.shape:
         value, column = found.values[f"p_{name}"], pc.field(name)
@@ -329,7 +332,7 @@ def _condition(filters: Mapping[str, Any]) -> tuple[Any, Callable[[str], bool] |
                 exact = lambda labels, wanted=wanted: not wanted.isdisjoint(json.loads(labels))  # noqa: E731
                 continue
             case "text":
-                given = searched_text(name, filters[name])
+                given = searched_text(name, text)
                 places = ("tool_name", "deterministic_rationale", "llm_explanation")
                 found_in = [pc.match_substring(pc.field(place), given, ignore_case=True) for place in places]
                 each = pc.or_kleene(pc.or_kleene(*found_in[:2]), found_in[2])
