@@ -16,8 +16,8 @@ from agent_gateway_store._concurrency import BackgroundTasks, BatchQueue
 from agent_gateway_store._text import describe, escape
 from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.record import EncodedRow, encode_event, to_values, without_payload
+from agent_gateway_store.hooks.dispatch import PluginHooks
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
-from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 
 BEFORE = "gateway_store_before_audit_write"
@@ -45,20 +45,7 @@ _UNCHANGEABLE = tuple(
 _logger = logging.getLogger("agent_gateway_store.hooks")
 
 
-class _Hooks:
-    """The plugins that have a hook.
-
-    Args:
-        plugins: Gives the plugins, at the first event.
-        executor: Where they run.
-    """
-
-    def __init__(self, plugins: Callable[[], Plugins], executor: PluginExecutor) -> None:
-        self._plugins = plugins
-        self._executor = executor
-
-
-class BeforeWriteHooks(_Hooks):
+class BeforeWriteHooks(PluginHooks):
     """Hands rows to the plugins that may change them. No row is lost here, whatever a plugin does.
 
     Attributes:
@@ -171,7 +158,7 @@ def _accepted(row: EncodedRow, made: object) -> EncodedRow:
     return new
 
 
-class AfterWriteHooks(_Hooks):
+class AfterWriteHooks(PluginHooks):
     """Notifies plugins of committed rows, in the background. No write waits for it, and memory is bounded.
 
     Attributes:

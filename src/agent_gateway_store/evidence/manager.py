@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from agent_gateway_store.evidence import proof, publish, verify
 from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint, may_not_write
 from agent_gateway_store.evidence.tiles import read_tiles
 from agent_gateway_store.evidence.tree import TileHashes
-from agent_gateway_store.hooks.executor import PluginExecutor, awaited
-from agent_gateway_store.hooks.manager import Plugins
+from agent_gateway_store.hooks.dispatch import PluginHooks
+from agent_gateway_store.hooks.executor import awaited
 from agent_gateway_store.models.evidence import Checkpoint, Verification
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.files import progress_bar
@@ -28,17 +28,12 @@ CHECKPOINT = "gateway_store_checkpoint"
 _logger = logging.getLogger("agent_gateway_store.hooks")
 
 
-class CheckpointHooks:
-    """Hands each new checkpoint to the plugins, in the background.
+class CheckpointHooks(PluginHooks):
+    """Hands each new checkpoint to the plugins, in the background."""
 
-    Args:
-        plugins: Gives the plugins, at the first checkpoint.
-        executor: Where they run.
-    """
-
-    def __init__(self, plugins: Callable[[], Plugins], executor: PluginExecutor) -> None:
-        self._plugins, self._executor = plugins, executor
-        self._tasks = BackgroundTasks()
+    @cached_property
+    def _tasks(self) -> BackgroundTasks:
+        return BackgroundTasks()
 
     def notify(self, checkpoint: Checkpoint) -> None:
         """Hand over a checkpoint that is committed."""

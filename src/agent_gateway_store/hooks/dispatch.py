@@ -150,17 +150,21 @@ class Dispatcher:
         return _report(name, failure, time.monotonic() - started)
 
 
-class Vetoes:
-    """The plugins that may object to a decision. One objection, or one failure, is a refusal.
+class PluginHooks:
+    """The plugins that have a hook.
 
     Args:
-        plugins: Gives the plugins, at the first decision.
+        plugins: Gives the plugins, when the hook is first wanted.
         executor: Where they run.
     """
 
     def __init__(self, plugins: Callable[[], Plugins], executor: PluginExecutor) -> None:
         self._plugins = plugins
         self._executor = executor
+
+
+class Vetoes(PluginHooks):
+    """The plugins that may object to a decision. One objection, or one failure, is a refusal."""
 
     @property
     def is_wanted(self) -> bool:
