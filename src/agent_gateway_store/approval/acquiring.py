@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -81,10 +82,7 @@ class Acquiring:
         if found.status is not ApprovalStatus.PENDING or wait_s <= 0:
             return found
         ref = ApprovalRef.by_id(found.approval_id, values["p_org_id"])
-
-        async def read() -> ApprovalResult:
-            return result_of((await queries.get(self._changes.transactions, ref)).request, None)
-
+        read = partial(queries.get_result, self._changes.transactions, ref, None)
         key = str(found.approval_id)
         decided = await self._changes.waiting.wait(values["p_org_id"], key, read, timeout_s=end - loop.time())
         if decided.status in (ApprovalStatus.PENDING, ApprovalStatus.DENIED):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from os import PathLike
 from typing import Any, Literal, Unpack
 from uuid import UUID
@@ -324,10 +325,7 @@ class ApprovalManager:
         """
         ref = ApprovalRef.by_token(token, self._org_id)
         self._transactions.check_owner()
-
-        async def read() -> ApprovalResult:
-            return result_of((await queries.get(self._transactions, ref)).request, token)
-
+        read = partial(queries.get_result, self._transactions, ref, token)
         return await self._waiting.wait(self._org_id, token, read, timeout_s=timeout_s)
 
     async def expire_stale(self, *, batch_size: int = 500) -> int:

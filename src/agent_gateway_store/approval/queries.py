@@ -123,6 +123,11 @@ async def get(transactions: Transactions, ref: ApprovalRef) -> StoredApproval:
         return await read(connection, ref)
 
 
+async def get_result(transactions: Transactions, ref: ApprovalRef, token: str | None) -> ApprovalResult:
+    """Return where the approval that `ref` names stands; errors as of `get`, `token` as of `result_of`."""
+    return result_of((await get(transactions, ref)).request, token)
+
+
 async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str, Any]]:
     """Return what happened to an approval, in the order of time.
 

@@ -34,7 +34,6 @@ from sqlalchemy import (
     ColumnElement,
     Select,
     Text,
-    TextClause,
     and_,
     any_,
     bindparam,
@@ -307,12 +306,11 @@ LEFT JOIN audit_events AS mark ON mark.id = :p_mark
 """  # noqa: S608  names of our own
 
 
-def _state(dialect: str) -> TextClause:
-    statement = text(_POSTGRES_STATE if dialect == "postgresql" else _SQLITE_STATE)
-    return statement.bindparams(bindparam("p_mark", type_=BigInteger()))
-
-
-_STATE = Statement(_state)
+_STATE = Statement(
+    lambda dialect: text(_POSTGRES_STATE if dialect == "postgresql" else _SQLITE_STATE).bindparams(
+        bindparam("p_mark", type_=BigInteger())
+    )
+)
 _PRUNED = Statement(
     text(f"SELECT {_PRUNED_EVENTS}, max(last_event_id), max(last_transaction_id), {_ARCHIVE} FROM audit_prunes")  # noqa: S608
 )

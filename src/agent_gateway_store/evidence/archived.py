@@ -56,7 +56,7 @@ async def read_archives(
         blanked: Hashes of erased events, by position, as sealed events say.
         note: Receives each finding: its kind, its text and where.
     """
-    found = Archived()
+    altered: set[int] = set()
     intact: list[list[int]] = []
     erased: list[list[int]] = []
     for folder in folders:
@@ -75,14 +75,12 @@ async def read_archives(
                     blank.append(position)
                 else:
                     text = "The archived event is not that of this log, or was blanked and no sealed event says so."
-                    found.altered.add(position)
+                    altered.add(position)
                     note(FindingKind.ALTERED, text, position=position)
             intact += runs_of(fitting)
             erased += runs_of(blank)
         for each in archive.findings:
             if each.position is not None:
-                found.altered.add(each.position)
+                altered.add(each.position)
             note(each.kind, each.text, position=each.position, request_id=each.request_id)
-    found.intact, found.erased = Positions(intact), Positions(erased)
-    found.expected = Positions(expected if folders else ())
-    return found
+    return Archived(Positions(intact), Positions(erased), Positions(expected if folders else ()), altered)

@@ -99,17 +99,13 @@ class SinkManager:
 
         return await changed(self._database, statement)
 
+    @retry_conflicts
     async def forget(self, sink: str) -> bool:
         """Forget how far a sink is, and what it has refused: the next `ship` begins anew. False: nothing was known."""
         key = {"p_sink": storable_key(sink), "p_org_id": self._org_id or EVERY_ORG}
-
-        @retry_conflicts
-        async def forget() -> bool:
-            async with self._database.connection("transaction") as connection:
-                rows = [await statement.rows(connection, key) for statement in FORGET]
-            return any(rows)
-
-        return await forget()
+        async with self._database.connection("transaction") as connection:
+            rows = [await statement.rows(connection, key) for statement in FORGET]
+        return any(rows)
 
     def _own(self, table: Any, sink: str | None = None) -> tuple[ColumnElement[bool], ...]:
         own = () if self._org_id is None else (table.c.org_id == self._org_id,)
