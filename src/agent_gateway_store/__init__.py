@@ -23,36 +23,21 @@ if TYPE_CHECKING:
     from agent_gateway_store.store import GatewayStore
     from agent_gateway_store.sync import SyncGatewayStore
 
-_MODULES = {
-    "ApiKey": "models.keys",
-    "ApprovalManager": "approval",
-    "ApprovalNotifier": "approval",
-    "ApprovalRequest": "models.approval",
-    "ApprovalResult": "models.approval",
-    "ApprovalScope": "models.approval",
-    "ApprovalStatus": "models.values",
-    "ApprovalVote": "models.approval",
-    "AuditEvent": "models.audit",
-    "AuditLogger": "audit",
-    "AuditQuery": "audit",
-    "CallerIdentity": "models.keys",
-    "Decision": "models.audit",
-    "ExecutionStatus": "models.audit",
-    "GatewayStore": "store",
-    "IssuedKey": "models.keys",
-    "NotificationDelivery": "models.delivery",
-    "Notice": "models.values",
-    "OutputDecision": "models.audit",
-    "Page": "results",
-    "RedactionFlag": "models.audit",
-    "Stats": "results",
-    "StoreSettings": "settings",
-    "SyncGatewayStore": "sync",
-    "ToolCall": "models.values",
-    "TrustLevel": "models.keys",
-    "WriteOutcome": "audit",
-    "hookimpl": "hooks",
+_NAMES = {
+    "approval": ("ApprovalManager", "ApprovalNotifier"),
+    "audit": ("AuditLogger", "AuditQuery", "WriteOutcome"),
+    "hooks": ("hookimpl",),
+    "models.approval": ("ApprovalRequest", "ApprovalResult", "ApprovalScope", "ApprovalVote"),
+    "models.audit": ("AuditEvent", "Decision", "ExecutionStatus", "OutputDecision", "RedactionFlag"),
+    "models.delivery": ("NotificationDelivery",),
+    "models.keys": ("ApiKey", "CallerIdentity", "IssuedKey", "TrustLevel"),
+    "models.values": ("ApprovalStatus", "Notice", "ToolCall"),
+    "results": ("Page", "Stats"),
+    "settings": ("StoreSettings",),
+    "store": ("GatewayStore",),
+    "sync": ("SyncGatewayStore",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ApiKey",
