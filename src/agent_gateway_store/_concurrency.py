@@ -9,15 +9,12 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from operator import itemgetter
-from typing import Any, Generic, TypeAlias, TypeVar
+from operator import attrgetter
+from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # an item
 R = TypeVar("R")
-
-# An item with its number, in the order of their coming, its size, when it came, and the future of its result.
-_Entry: TypeAlias = "tuple[int, I, int, float, asyncio.Future[R]]"
 
 
 @contextmanager
@@ -124,6 +121,14 @@ class _Flight(Generic[T]):
         self.waiting = 0
 
 
+class _Entry(NamedTuple, Generic[I, R]):
+    number: int
+    item: I
+    size: int
+    came_at: float
+    result: asyncio.Future[R]
+
+
 class BatchQueue(Generic[I, R]):
     """Group commit: what arrives while every place is taken goes together in the next batch.
 
@@ -181,7 +186,7 @@ class BatchQueue(Generic[I, R]):
     @property
     def age_s(self) -> float:
         """Seconds since the oldest item came that is not done; 0 if there is none. For any thread."""
-        oldest = min((batch[0][3] for batch in (*self._under_way, self._queue.copy()) if batch), default=None)
+        oldest = min((batch[0].came_at for batch in (*self._under_way, self._queue.copy()) if batch), default=None)
         return 0.0 if oldest is None else time.monotonic() - oldest
 
     @property
@@ -201,7 +206,7 @@ class BatchQueue(Generic[I, R]):
         """Queue `item`, full or not, and return the future of its result."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         size = self._size(item)
-        self._queue.append((self._added, item, size, time.monotonic(), future))
+        self._queue.append(_Entry(self._added, item, size, time.monotonic(), future))
         self._queued_bytes += size
         self._added += 1
         self._start()
@@ -258,7 +263,7 @@ class BatchQueue(Generic[I, R]):
             # Whoever else is ready in this turn of the loop is in the queue after it.
             await asyncio.sleep(0)
             self._gathering = None
-            if len(self._queue) == 1 and self._queue[0][-1] is future:
+            if len(self._queue) == 1 and self._queue[0].result is future:
                 await self._process_next()
         except asyncio.CancelledError:
             # The item may be half done, and its caller is gone: the queue's own task processes it again.
@@ -300,30 +305,30 @@ class BatchQueue(Generic[I, R]):
         # What it leaves in the queue.
         self._start()
         try:
-            results = await self._process([item for _, item, *_ in batch])
+            results = await self._process([entry.item for entry in batch])
         except asyncio.CancelledError:
             self._requeue(batch)
             raise
         finally:
             self._under_way.remove(batch)
-        for (*_, future), result in zip(batch, results, strict=True):
-            if future.done():
+        for entry, result in zip(batch, results, strict=True):
+            if entry.result.done():
                 continue
             if isinstance(result, Exception):
-                future.set_exception(result)
+                entry.result.set_exception(result)
             else:
-                future.set_result(result)
+                entry.result.set_result(result)
         self._note_progress()
 
     def _next_batch(self) -> list[_Entry[I, R]]:
         batch: list[_Entry[I, R]] = []
         size = 0
-        free = max(1, self._places - len(self._under_way))
-        waiting = len(self._queue)
-        most = min(self._max_items, -(-waiting // free) if waiting // free >= self._min_share else waiting)
+        waiting, free = len(self._queue), max(1, self._places - len(self._under_way))
+        share = math.ceil(waiting / free) if waiting // free >= self._min_share else waiting
+        most = min(self._max_items, share)
         while self._queue and len(batch) < most and size < self._max_bytes:
             batch.append(self._queue.popleft())
-            size += batch[-1][2]
+            size += batch[-1].size
         self._queued_bytes -= size
         if not self.is_full:
             self._room.set()
@@ -331,19 +336,19 @@ class BatchQueue(Generic[I, R]):
 
     def _requeue(self, batch: list[_Entry[I, R]]) -> None:
         # Sorted, because a batch that was taken later may have come back before.
-        self._queue = deque(sorted([*batch, *self._queue], key=itemgetter(0)))
-        self._queued_bytes += sum(size for _, _, size, *_ in batch)
+        self._queue = deque(sorted([*batch, *self._queue], key=attrgetter("number")))
+        self._queued_bytes += sum(entry.size for entry in batch)
 
     def _abandon_all(self, abandon: Callable[[I], R]) -> None:
         while self._queue:
-            for _, item, *_, future in self._next_batch():
-                result = abandon(item)
-                if not future.done():
-                    future.set_result(result)
+            for entry in self._next_batch():
+                result = abandon(entry.item)
+                if not entry.result.done():
+                    entry.result.set_result(result)
 
     def _oldest(self) -> int:
         """Return the number of the oldest item that is not done, or that of the next one to come."""
-        numbers = [batch[0][0] for batch in (*self._under_way, self._queue) if batch]
+        numbers = [batch[0].number for batch in (*self._under_way, self._queue) if batch]
         return min(numbers, default=self._added)
 
     def _note_progress(self) -> None:
