@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 # Chosen: a few lines of a terminal.
@@ -134,24 +134,32 @@ def _python_escape(character: str) -> str:
 
 
 def _replace_hidden(text: str, encode: Callable[[str], str], keep: str) -> str:
+    # Nearly every text has nothing hidden, which is found out here at once.
     seen = text
     for each in keep:
         seen = seen.replace(each, "")
     if seen.isprintable() and (seen.isascii() or not _BLANK.search(seen)):
         return text
-    # `split` with a group gives an emoji sequence at every odd index. The blocks of emoji have unassigned code points,
-    # too, which are not printable.
-    return "".join(
-        piece
-        if index % 2 and piece.replace("\ufe0f", "").replace("\u200d", "").isprintable()
-        else "".join(encode(each) if each not in keep and _is_hidden(each) else each for each in piece)
-        for index, piece in enumerate(_EMOJI_SEQUENCE.split(text))
-    )
+    shown = []
+    # `split` with a group gives an emoji sequence at every odd index.
+    for index, piece in enumerate(_EMOJI_SEQUENCE.split(text)):
+        # The blocks of emoji have unassigned code points, too, which are not printable.
+        is_emoji = index % 2 and piece.replace("\ufe0f", "").replace("\u200d", "").isprintable()
+        shown += [each if is_emoji or each in keep or not _is_hidden(each) else encode(each) for each in piece]
+    return "".join(shown)
 
 
 def mask_tokens(text: str) -> str:
     """Return `text` with what looks like an API key or an approval token of this package shown as `***`."""
     return _TOKEN.sub("***", _API_KEY.sub("agw_***", text))
+
+
+def mask_values(text: str, values: Iterable[str]) -> str:
+    """Return `text` with each of these values, but for very short ones, shown as `***`."""
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return text
 
 
 def describe(error: BaseException) -> str:
@@ -175,15 +183,13 @@ def _text_of(error: BaseException) -> str:
     # `str` of a ValidationError repeats the input, which may be a secret, and a validator's message may quote it.
     messages = []
     for each in error.errors(include_url=False, include_context=False):
-        message = each["msg"]
-        for value in sorted(_texts_in(each["input"]), key=len, reverse=True):
-            message = message.replace(value, "***")
-        messages.append(f"{message} ({'.'.join(map(str, each['loc'])) or error.title})")
+        place = ".".join(map(str, each["loc"])) or error.title
+        messages.append(f"{mask_values(each['msg'], _texts_in(each['input']))} ({place})")
     return "; ".join(messages)
 
 
 def _texts_in(value: object) -> Iterator[str]:
-    if isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+    if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for each in value.values():

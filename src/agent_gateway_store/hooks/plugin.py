@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
-from agent_gateway_store._text import MAX_ERROR, describe, escape, mask_tokens
+from agent_gateway_store._text import MAX_ERROR, describe, escape, mask_tokens, mask_values
 from agent_gateway_store.hooks import PROJECT, specs
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ SETTINGS = "gateway_store_plugin_settings"
 _OFFERED = {REGISTER: ("notifier", ("notify_pending", "notify_decision")), REGISTER_SINKS: ("sink", ("send",))}
 # Chosen: fits a line of a log and a cell of a listing.
 _MAX_NAME = 100
-# Chosen: a shorter value is in many messages by chance.
-_SHORTEST_SECRET = 4
 
 logger = logging.getLogger("agent_gateway_store.hooks")
 
@@ -252,22 +250,29 @@ def examine_settings(model: object) -> SettingsState:
     prefix = model.model_config.get("env_prefix", "")
     if not prefix:
         raise TypeError(f"{model.__name__} has no env_prefix, which sets its variables apart from others")
-    variables = dict(_variables(model, prefix))
+    variables = _variables(model, prefix)
     names = {name.upper() for name in (prefix, *variables.values())}
     given = {name: value for name, value in os.environ.items() if name.upper().startswith(tuple(names))}
-    problems = tuple(_without_values(problem, given) for problem in _problems(model, prefix, variables))
+    # A validator of the plugin may quote the value in its message.
+    masked = (mask_values(problem, given.values()) for problem in _problems(model, prefix, variables))
+    problems = tuple(escape(mask_tokens(problem))[:MAX_ERROR] for problem in masked)
     if problems:
         return SettingsState(prefix, "wrong" if given else "missing", problems)
     return SettingsState(prefix, "configured" if given else "defaults")
 
 
-def _variables(model: type[BaseSettings], prefix: str) -> Iterator[tuple[str, str]]:
+def _variables(model: type[BaseSettings], prefix: str) -> dict[str, str]:
+    """Return the variable of each field, by the field's name and by each of its aliases."""
+    found: dict[str, str] = {}
     for name, field_info in model.model_fields.items():
         alias: Any = field_info.validation_alias or field_info.alias
         texts = [choice for choice in getattr(alias, "choices", [alias]) if isinstance(choice, str)]
         # The first of several is the one that the plugin's page names.
-        for key, variable in ((name, texts[0] if texts else f"{prefix}{name}"), *zip(texts, texts, strict=True)):
-            yield key, variable if model.model_config.get("case_sensitive") else variable.upper()
+        found[name] = texts[0] if texts else f"{prefix}{name}"
+        found.update((text, text) for text in texts)
+    if model.model_config.get("case_sensitive"):
+        return found
+    return {key: variable.upper() for key, variable in found.items()}
 
 
 def _problems(model: type[BaseSettings], prefix: str, variables: Mapping[str, str]) -> Iterator[str]:
@@ -282,11 +287,3 @@ def _problems(model: type[BaseSettings], prefix: str, variables: Mapping[str, st
             yield f"{'.'.join([variable, *place[1:]])}: {each['msg'][:1].lower()}{each['msg'][1:]}"
     except Exception as exc:
         yield describe(exc)
-
-
-def _without_values(problem: str, given: Mapping[str, str]) -> str:
-    # A validator of the plugin may quote the value in its message.
-    for value in sorted(given.values(), key=len, reverse=True):
-        if len(value) >= _SHORTEST_SECRET:
-            problem = problem.replace(value, "***")
-    return escape(mask_tokens(problem))[:MAX_ERROR]
