@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import update_wrapper
+from functools import wraps
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -137,11 +137,8 @@ class _Twin:
 
 
 def _like(original: Callable[..., Any]) -> Callable[[F], F]:
-    def copy(function: F) -> F:
-        update_wrapper(function, original)
-        return function
-
-    return copy
+    """Do as `functools.wraps`; the function keeps its own type."""
+    return wraps(original)  # type: ignore[return-value]
 
 
 def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
