@@ -18,7 +18,7 @@ from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage.database import Database, read_committed
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
 from agent_gateway_store.storage.files import create_database_file
-from agent_gateway_store.storage.urls import is_memory
+from agent_gateway_store.storage.urls import sqlite_file
 
 POLL_S = 0.01
 """Seconds between two tries to lock a file. Chosen: a person notices no such wait."""
@@ -113,12 +113,11 @@ class ExclusiveLock:
         async def still_held() -> None:
             """Return: the lock of a file is not lost."""
 
-        url = self._database.engine.url
-        if is_memory(url) or not url.database:
+        file = sqlite_file(self._database.engine.url)
+        if file is None:
             yield still_held
             return
-        path = Path(url.database.removeprefix("file:").partition("?")[0] + self._suffix)
-        lock = await self._taken(path)
+        lock = await self._taken(file.with_name(file.name + self._suffix))
         try:
             yield still_held
         finally:

@@ -28,7 +28,7 @@ from agent_gateway_store.storage.database import read_committed, reader_of
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
 from agent_gateway_store.storage.exclusive import detached
 from agent_gateway_store.storage.files import create_database_file
-from agent_gateway_store.storage.urls import is_memory, parse_database_url
+from agent_gateway_store.storage.urls import parse_database_url, sqlite_file
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -300,11 +300,11 @@ async def _process_lock() -> AsyncIterator[None]:
 @asynccontextmanager
 async def _file_lock(engine: AsyncEngine) -> AsyncIterator[None]:
     """Let one process at a time migrate a SQLite file, by a lock file beside it that dies with its holder."""
-    if engine.dialect.name != "sqlite" or is_memory(engine.url) or not engine.url.database:
+    file = sqlite_file(engine.url)
+    if file is None:
         yield
         return
-    path = Path(engine.url.database.removeprefix("file:").partition("?")[0] + ".lock")
-    lock = await anyio.to_thread.run_sync(_take, path)
+    lock = await anyio.to_thread.run_sync(_take, file.with_name(f"{file.name}.lock"))
     try:
         yield
     finally:
