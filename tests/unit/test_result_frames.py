@@ -19,6 +19,7 @@ from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 from agent_gateway_store.models.keys import ApiKey
 from agent_gateway_store.results.arrow import arrow_schema, conform
+from agent_gateway_store.results.cells import columns_of
 from builders import make_event
 
 pytestmark = pytest.mark.unit
@@ -43,7 +44,7 @@ def events() -> Page[AuditEvent]:
 
 def test_the_schema_of_events() -> None:
     """The columns are the fields in their order; times, words, numbers and JSON have the types that are documented."""
-    schema = arrow_schema(AuditEvent)
+    schema = arrow_schema(columns_of(AuditEvent))
 
     assert schema.names == list(AuditEvent.model_fields)
     for name, kind in (
@@ -70,7 +71,7 @@ def test_an_empty_page_has_the_columns_and_types_of_a_full_one(record: type[Any]
     page = Page([], record_type=record)
 
     table, frame, polars = page.to_arrow(), page.to_pandas(), page.to_polars()
-    assert table.schema == arrow_schema(record)
+    assert table.schema == arrow_schema(columns_of(record))
     assert table.num_rows == len(frame) == polars.height == 0
     assert list(frame.columns) == polars.columns == table.schema.names
     assert not {"token", "key_hash", "previous_key_hash"} & set(table.schema.names)
@@ -88,7 +89,7 @@ def test_rows_keep_every_value() -> None:
     page = events()
     table = page.to_arrow()
 
-    assert table.schema == arrow_schema(AuditEvent)
+    assert table.schema == arrow_schema(columns_of(AuditEvent))
     first, second = table.to_pylist()
     assert first["timestamp"] == page[0].timestamp
     assert (first["id"], second["id"]) == (None, 7)
@@ -177,14 +178,14 @@ def test_settle_gives_every_chunk_the_same_words() -> None:
     as_text = table.set_column(table.schema.names.index("decision"), "decision", table["decision"].cast(pa.string()))
     shuffled = as_text.select(reversed(table.schema.names))
 
-    conformed = conform(pa.concat_tables([shuffled, shuffled]), AuditEvent)
+    conformed = conform(pa.concat_tables([shuffled, shuffled]), columns_of(AuditEvent))
     assert conformed.schema == table.schema
     assert {tuple(chunk.dictionary.to_pylist()) for chunk in conformed["decision"].chunks} == {
         ("ALLOW", "DENY", "APPROVAL_REQUIRED", "SANITIZE_AND_ALLOW")
     }
     wrong = as_text.set_column(table.schema.names.index("decision"), "decision", pa.array(["MAYBE", None]))
     with pytest.raises(pa.ArrowInvalid, match="decision holds a value"):
-        conform(wrong, AuditEvent)
+        conform(wrong, columns_of(AuditEvent))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.evidence import Finding, FindingKind
 from agent_gateway_store.models.retention import ArchiveVerification
 from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
+from agent_gateway_store.results.cells import columns_of
 from agent_gateway_store.storage.filters import Criteria, searched_text
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class Archive:
         """Return the events that match as one table, with the columns of `store.audit.to_arrow`; see `events`."""
         pa = arrow()
         tables = [pa.Table.from_batches([batch]) for _, batch in self.batches(filters, _EVENT_NAMES)]
-        return conform(pa.concat_tables(tables) if tables else arrow_schema(EVENT_COLUMNS).empty_table(), AuditEvent)
+        return conform(
+            pa.concat_tables(tables) if tables else arrow_schema(EVENT_COLUMNS).empty_table(), columns_of(AuditEvent)
+        )
 
     def verify(self) -> ArchiveVerification:
         """Recompute every hash: of the manifest, of the files, and of each event from its columns, with its leaf.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from agent_gateway_store.errors import MissingExtraError
-from agent_gateway_store.results.cells import Column, Kind, as_dict, columns_of
+from agent_gateway_store.results.cells import Column, Kind, as_dict
 
 if TYPE_CHECKING:
     import pandas
@@ -38,15 +38,13 @@ def arrow(feature: str = "to_arrow()") -> Any:
     return pyarrow
 
 
-def arrow_schema(columns: type[BaseModel] | tuple[Column, ...]) -> pa.Schema:
-    """Return the Arrow schema of a record, or of columns.
+def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
+    """Return the Arrow schema of columns.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
     """
     pa = arrow()
-    if isinstance(columns, type):
-        columns = columns_of(columns)
     types: Mapping[Kind, Any] = {
         "text": pa.string(),
         "category": pa.dictionary(pa.int32(), pa.string()),
@@ -59,7 +57,12 @@ def arrow_schema(columns: type[BaseModel] | tuple[Column, ...]) -> pa.Schema:
     return pa.schema([(column.name, types[column.kind]) for column in columns])
 
 
-def conform(table: pa.Table, columns: type[BaseModel] | tuple[Column, ...]) -> pa.Table:
+def text_schema(columns: tuple[Column, ...]) -> pa.Schema:
+    """Return the schema of columns whose categories are still text, as values come in; `conform` makes them such."""
+    return arrow_schema(tuple(Column(each.name, "text") if each.kind == "category" else each for each in columns))
+
+
+def conform(table: pa.Table, columns: tuple[Column, ...]) -> pa.Table:
     """Return `table` with exactly these columns, in this order and of these types.
 
     Every chunk of a category column gets the same dictionary: all values that it can have, in their order.
@@ -69,8 +72,6 @@ def conform(table: pa.Table, columns: type[BaseModel] | tuple[Column, ...]) -> p
         pyarrow.ArrowInvalid: A value does not fit its type.
     """
     pa = arrow()
-    if isinstance(columns, type):
-        columns = columns_of(columns)
     schema = arrow_schema(columns)
     arrays = [_conformed(table.column(column.name), column, schema.field(column.name).type) for column in columns]
     return pa.Table.from_arrays(arrays, schema=schema)
@@ -90,11 +91,10 @@ def to_table(records: Sequence[Any], columns: tuple[Column, ...] | None) -> pa.T
     if columns is None:
         records = [as_dict(item) for item in records]
         columns = _guessed(records)
-    plain = tuple(Column(column.name, "text") if column.kind == "category" else column for column in columns)
-    schema = arrow_schema(plain)
+    schema = text_schema(columns)
     arrays = [
-        pa.array([_value(_get(item, column.name), column.kind) for item in records], schema.field(column.name).type)
-        for column in columns
+        pa.array([_value(_get(item, column.name), column.kind) for item in records], field.type)
+        for column, field in zip(columns, schema, strict=True)
     ]
     return conform(pa.Table.from_arrays(arrays, schema=schema), columns)
 

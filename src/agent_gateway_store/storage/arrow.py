@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
+from agent_gateway_store.results.arrow import arrow, arrow_schema, conform, text_schema
 from agent_gateway_store.results.cells import Column
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.statements import Statement
@@ -44,9 +43,13 @@ async def arrow_blocks(
     if database.dialect == "postgresql":
         await copied(database, query, values, lambda block: take(_from_csv(block, columns)), block_bytes=block_bytes)
         return
+
+    def take_rows(rows: Rows) -> None:
+        take(_from_rows(rows, columns))
+
     async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS)) as batches:
         async for rows in batches:
-            await in_thread(partial(lambda rows: take(_from_rows(rows, columns)), rows))
+            await in_thread(take_rows, rows)
 
 
 async def whole_table(
@@ -59,9 +62,9 @@ async def whole_table(
     return pa.concat_tables(tables) if tables else conform(arrow_schema(columns).empty_table(), columns)
 
 
-async def in_thread(function: Callable[[], Any]) -> Any:
-    """Run `function` in a thread; a caller that is cancelled still waits for its end, so that it can clean up."""
-    task = asyncio.create_task(asyncio.to_thread(function))
+async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function` in a thread; a caller that is cancelled still waits for its end, so that it can clean up."""
+    task = asyncio.create_task(asyncio.to_thread(function, *args))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -73,10 +76,7 @@ def _from_csv(block: bytes, columns: tuple[Column, ...]) -> pa.Table:
     pa = arrow()
     from pyarrow import csv
 
-    schema = arrow_schema(columns)
-    types = {
-        column.name: pa.string() if column.kind == "category" else schema.field(column.name).type for column in columns
-    }
+    types = {field.name: field.type for field in text_schema(columns)}
     # One block for the parser, too, which refuses a row that is longer than its block.
     table = csv.read_csv(
         pa.BufferReader(block),
@@ -93,13 +93,12 @@ def _from_rows(rows: Rows, columns: tuple[Column, ...]) -> pa.Table:
     pa = arrow()
     import pyarrow.compute as pc
 
-    schema = arrow_schema(columns)
+    schema = text_schema(columns)
     arrays = []
-    for column, values in zip(columns, zip(*rows, strict=True), strict=True):
-        target = schema.field(column.name).type
+    for column, field, values in zip(columns, schema, zip(*rows, strict=True), strict=True):
         if column.kind == "time":
             array = pc.assume_timezone(pa.array(values, pa.string()).cast(pa.timestamp("us")), "UTC")
         else:
-            array = pa.array(values, pa.string() if column.kind == "category" else target)
+            array = pa.array(values, field.type)
         arrays.append(array)
-    return conform(pa.Table.from_arrays(arrays, names=[column.name for column in columns]), columns)
+    return conform(pa.Table.from_arrays(arrays, names=schema.names), columns)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial as partial_of
 from operator import add
 from os import PathLike
 from pathlib import Path
@@ -144,7 +143,7 @@ async def _write_lines(
     query = source.statement.compiled(database.engine.dialect)
     async with aclosing(streamed(database, query, source.values, batch=_BATCH_ROWS)) as batches:
         async for rows in batches:
-            await in_thread(partial_of(write_rows, rows))
+            await in_thread(write_rows, rows)
             done += len(rows)
             report(done)
     return done
