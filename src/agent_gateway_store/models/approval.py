@@ -18,7 +18,7 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import canonical_json, hash_json
 from agent_gateway_store.errors import ApprovalError
 from agent_gateway_store.models.audit import Instant, Sha256Hex
-from agent_gateway_store.models.base import StoreModel
+from agent_gateway_store.models.base import StoreModel, index_where
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, TokenDigest, UtcDateTime
 from agent_gateway_store.models.values import ApprovalStatus, ApproverId, FrozenModel, Note, ToolCall
 
@@ -108,31 +108,20 @@ class ApprovalRequest(StoreModel, table=True):
         Index(None, "org_id", "created_at", "id"),
         Index(None, "created_at", "id"),
         # At most one pending request for one call, however many processes ask at once.
-        Index(
-            "uq_approval_requests_issued_call",
-            "org_id",
-            "caller_id",
-            "request_id",
-            "tool_call_hash",
+        index_where(
+            *(_ISSUED, "org_id", "caller_id", "request_id", "tool_call_hash"),
+            name="uq_approval_requests_issued_call",
             unique=True,
-            postgresql_where=_ISSUED,
-            sqlite_where=_ISSUED,
         ),
-        Index(
-            "uq_approval_requests_acquired_call",
-            "org_id",
-            "caller_id",
-            "acquire_key",
-            unique=True,
-            postgresql_where=_STANDING,
-            sqlite_where=_STANDING,
+        index_where(
+            *(_STANDING, "org_id", "caller_id", "acquire_key"), name="uq_approval_requests_acquired_call", unique=True
         ),
-        Index(None, "acquire_key", "decision_at", postgresql_where=_ACQUIRED, sqlite_where=_ACQUIRED),
+        index_where(_ACQUIRED, "acquire_key", "decision_at"),
         # How many wait for one caller.
-        Index(None, "org_id", "caller_id", "expires_at", postgresql_where=_COUNTED, sqlite_where=_COUNTED),
+        index_where(_COUNTED, "org_id", "caller_id", "expires_at"),
         # What is overdue: few of many.
-        Index(None, "expires_at", postgresql_where=_PENDING, sqlite_where=_PENDING),
-        Index(None, "use_before", "expires_at", postgresql_where=_APPROVED, sqlite_where=_APPROVED),
+        index_where(_PENDING, "expires_at"),
+        index_where(_APPROVED, "use_before", "expires_at"),
     )
 
     id: int | None = Field(default=None, sa_type=BigKey(), primary_key=True)

@@ -17,7 +17,7 @@ from sqlmodel import Field
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.plain import plain
-from agent_gateway_store.models.base import StoreModel
+from agent_gateway_store.models.base import StoreModel, index_where
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, UtcDateTime, as_utc
 from agent_gateway_store.models.values import FrozenModel
 
@@ -136,18 +136,8 @@ class AuditEvent(StoreModel, table=True):
         Index(None, "tool_name", "timestamp", "id"),
         Index(None, "org_id", "timestamp", "id"),
         Index(None, "session_id", "timestamp", "id"),
-        Index(
-            None,
-            "parent_request_id",
-            postgresql_where=text("parent_request_id IS NOT NULL"),
-            sqlite_where=text("parent_request_id IS NOT NULL"),
-        ),
-        Index(
-            None,
-            "approval_id",
-            postgresql_where=text("approval_id IS NOT NULL"),
-            sqlite_where=text("approval_id IS NOT NULL"),
-        ),
+        index_where(text("parent_request_id IS NOT NULL"), "parent_request_id"),
+        index_where(text("approval_id IS NOT NULL"), "approval_id"),
         # What `audit.call(intent=True)` writes before a call runs.
         Index(
             "ix_audit_events_intents",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
-from sqlalchemy import MetaData, Table, event
+from sqlalchemy import Index, MetaData, Table, TextClause, event
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import flag_modified, set_attribute
 from sqlmodel import SQLModel
@@ -178,6 +178,11 @@ class StoreModel(ShownAsCard, SQLModel, registry=registry(metadata=MetaData(nami
 
 
 metadata = StoreModel.metadata
+
+
+def index_where(condition: TextClause, *columns: str, name: str | None = None, unique: bool = False) -> Index:
+    """Return an index over the rows that fulfil a condition."""
+    return Index(name, *columns, unique=unique, postgresql_where=condition, sqlite_where=condition)
 
 
 @event.listens_for(StoreModel, "load", propagate=True)

@@ -13,7 +13,7 @@ from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import Instant
-from agent_gateway_store.models.base import StoreModel
+from agent_gateway_store.models.base import StoreModel, index_where
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, UtcDateTime
 
 
@@ -45,9 +45,6 @@ class Leased(NamedTuple):
     since: float
 
 
-_DELIVERED = text("status = 'DELIVERED'")
-
-
 class NotificationDelivery(StoreModel, table=True):
     """One notice on its way to one notifier. Delivered at least once, always under the same `delivery_id`.
 
@@ -68,7 +65,7 @@ class NotificationDelivery(StoreModel, table=True):
         Index(None, "status", "notifier", "next_attempt_at", "id"),
         Index(None, "approval_id"),
         # What is pruned.
-        Index(None, "delivered_at", postgresql_where=_DELIVERED, sqlite_where=_DELIVERED),
+        index_where(text("status = 'DELIVERED'"), "delivered_at"),
         Index(None, "org_id", "created_at", "id"),
     )
 

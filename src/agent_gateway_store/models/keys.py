@@ -13,14 +13,13 @@ from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.models.audit import Instant
-from agent_gateway_store.models.base import StoreModel
+from agent_gateway_store.models.base import StoreModel, index_where
 from agent_gateway_store.models.columns import BigKey, EnumNumber, UtcDateTime
 from agent_gateway_store.models.values import FrozenModel
 
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 # 62^12 ids are 71 bits: random ones do not collide.
 KEY_ID_CHARS = 12
-_ACTIVE = text("is_active")
 
 
 def random_base62(length: int) -> str:
@@ -58,14 +57,7 @@ class ApiKey(StoreModel, table=True):
         UniqueConstraint("key_id"),
         CheckConstraint("trust_level BETWEEN 0 AND 4", name="trust_level"),
         # At most one active key for one caller, however many processes issue at once.
-        Index(
-            "uq_api_keys_active_caller",
-            "caller_id",
-            "org_id",
-            unique=True,
-            postgresql_where=_ACTIVE,
-            sqlite_where=_ACTIVE,
-        ),
+        index_where(text("is_active"), "caller_id", "org_id", name="uq_api_keys_active_caller", unique=True),
         Index(None, "caller_id", "org_id"),
     )
 

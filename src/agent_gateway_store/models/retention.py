@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Text, Uuid
+from sqlalchemy import BigInteger, CheckConstraint, Text
 from sqlmodel import Field
 
 from agent_gateway_store.clock import utc_now
@@ -167,5 +167,5 @@ class FoundRecord(FrozenModel):
     caller_id: str
     timestamp: datetime
     tool_name: str
-    approval_id: UUID | None = Field(default=None, sa_type=Uuid)
+    approval_id: UUID | None = None
     file: str | None = None
