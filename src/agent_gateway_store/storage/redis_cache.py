@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from redis.exceptions import (
     AskError,
@@ -91,8 +91,12 @@ class CacheEntry(NamedTuple):
     ttl_s: float
 
 
-# Keys, what the script takes for them, and what it publishes.
-_Put: TypeAlias = "tuple[list[str], list[Any], Sequence[str]]"
+class _Put(NamedTuple):
+    keys: list[str]
+    # Three for each key, as the script takes them.
+    fields: list[Any]
+    # A channel and what to publish on it, or nothing.
+    message: Sequence[str]
 
 
 class RedisCache:
@@ -134,7 +138,7 @@ class RedisCache:
             self._put_batch,
             max_items=_MAX_CONNECTIONS,
             max_bytes=_MAX_BATCH_BYTES,
-            size=lambda put: sum(map(len, put[1][::3])),
+            size=lambda put: sum(map(len, put.fields[::3])),
         )
 
     @property
@@ -168,18 +172,19 @@ class RedisCache:
         if not entries:
             return message is None or await self.publish(*message)
         fields = [field for _, text, version, ttl_s in entries for field in (text, version, milliseconds(ttl_s))]
-        return self.is_available and await self._puts.run(([entry.key for entry in entries], fields, message or ()))
+        put = _Put([entry.key for entry in entries], fields, message or ())
+        return self.is_available and await self._puts.run(put)
 
     async def _put_batch(self, puts: Sequence[_Put]) -> Sequence[bool | Exception]:
-        keys = [key for each, _, _ in puts for key in each]
-        args = [field for column in (1, 2) for put in puts for field in put[column]]
+        keys = [key for put in puts for key in put.keys]
+        args = [*(field for put in puts for field in put.fields), *(text for put in puts for text in put.message)]
         try:
             reply: object = await self._run(lambda client: self._put_newer(keys, args, client))
         except Exception as exc:
             return [exc] * len(puts)
         flags = reply.decode() if isinstance(reply, bytes) else reply
         stored = iter(flags if isinstance(flags, str) and len(flags) == len(keys) else "0" * len(keys))
-        return [[next(stored) for _ in each].count("1") == len(each) for each, _, _ in puts]
+        return [[next(stored) for _ in put.keys].count("1") == len(put.keys) for put in puts]
 
     async def join(self) -> None:
         """Wait for what was put by tasks that did not wait for it."""
