@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -63,16 +64,13 @@ def zone_of(name: str | None) -> ZoneInfo | None:
 @lru_cache(maxsize=64)
 def offsets(zone: ZoneInfo, first_year: int, last_year: int) -> tuple[tuple[datetime, int], ...]:
     """Return since when (UTC) which offset in seconds holds, in the order of time; the first holds before, too."""
-    years = range(max(first_year - 1, _FIRST_YEAR), min(last_year + 1, _LAST_YEAR) + 1)
-    start = datetime(min(max(first_year - 1, _FIRST_YEAR), _LAST_YEAR), 1, 1, tzinfo=UTC)
-    found = [(start, _offset(zone, start))]
-    for year in years:
-        day = datetime(year, 1, 1, tzinfo=UTC)
-        while day.year == year:
-            if _offset(zone, day + _DAY) != found[-1][1]:
-                change = _change(zone, day, found[-1][1])
-                found.append((change, _offset(zone, change)))
-            day += _DAY
+    day = datetime(max(first_year - 1, _FIRST_YEAR), 1, 1, tzinfo=UTC)
+    found = [(day, _offset(zone, day))]
+    while day.year <= min(last_year + 1, _LAST_YEAR):
+        if _offset(zone, day + _DAY) != found[-1][1]:
+            change = _change(zone, day, found[-1][1])
+            found.append((change, _offset(zone, change)))
+        day += _DAY
     return tuple(found)
 
 
@@ -82,11 +80,8 @@ def _offset(zone: ZoneInfo, at: datetime) -> int:
 
 def _change(zone: ZoneInfo, day: datetime, before: int) -> datetime:
     """Return the first second of a day with another offset than `before`."""
-    low, high = 0, _DAY // _SECOND
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _offset(zone, day + middle * _SECOND) != before else (middle, high)
-    return day + high * _SECOND
+    seconds = range(_DAY // _SECOND)
+    return day + _SECOND * bisect(seconds, False, key=lambda second: _offset(zone, day + second * _SECOND) != before)
 
 
 TIMES = ("hour_of_day", "weekday")
