@@ -426,8 +426,8 @@ async def get_db() -> AsyncIterator[AsyncSession]:
     database = _environment.get(loop)
     if database is None or not database.is_owner or database.url != url:
         # Engines of closed loops, and of before a fork or a change of the URL, are closed here as nobody else does.
-        past = {None if database is None else loop, *(other for other in _environment if other.is_closed())}
-        retired = [_environment.pop(other) for other in past if other is not None]
+        past = [other for other in _environment if other is loop or other.is_closed()]
+        retired = [_environment.pop(other) for other in past]
         database = _environment[loop] = Database(create_engine(url), owned=True, url=url)
         database.bind_to_loop()
         for left_behind in retired:

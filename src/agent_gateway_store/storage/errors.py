@@ -135,7 +135,9 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
             raise
         if _is_shared(exc):
             raise SessionInUseError from exc
-        if not isinstance(exc, _DATABASE) and (isinstance(exc, SQLAlchemyError) or not _from_driver(exc)):
+        # An error of the network may be the body's own.
+        is_ours = isinstance(exc, _DATABASE) or (not isinstance(exc, SQLAlchemyError) and _from_driver(exc))
+        if not is_ours:
             raise
         if engine is not None and not (_came_through(exc, engine) and is_outage(exc) and not _is_statements(exc)):
             raise
@@ -145,10 +147,10 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
 def _is_shared(exc: BaseException) -> bool:
     """True if a session, or a connection of the driver, was still busy with the work of another task."""
     # "isce" is SQLAlchemy's code of "concurrent operations are not permitted"; asyncpg has a text only.
-    is_sessions = isinstance(exc, IllegalStateChangeError) or getattr(exc, "code", None) == "isce"
-    return is_sessions or (
-        isinstance(driver_error(exc), asyncpg.InterfaceError) and "another operation" in str(driver_error(exc))
-    )
+    if isinstance(exc, IllegalStateChangeError) or getattr(exc, "code", None) == "isce":
+        return True
+    error = driver_error(exc)
+    return isinstance(error, asyncpg.InterfaceError) and "another operation" in str(error)
 
 
 def _from_driver(exc: BaseException) -> bool:
@@ -242,14 +244,14 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
         )
     if isinstance(error, ssl.SSLError):
         return StoreUnavailableError(f"The database could not {doing}: {_tls_hint(error)}.")
-    name, text = type(error).__name__.lower(), str(error).lower()
     if _misses_schema(exc):
         return SchemaOutOfDateError(
             f"The database could not {doing}: a table or column is missing. Run `gateway-store db upgrade`."
         )
+    said = _said(error)
     for word, hint in _HINTS:
-        if word in name or word in text:
-            where = "what it asked for" if (found := _OBJECT.search(text)) is None else found[1]
+        if word in said:
+            where = "what it asked for" if (found := _OBJECT.search(said)) is None else found[1]
             return StoreUnavailableError(f"The database could not {doing}: {hint.format(object=where)}.")
     if isinstance(exc, TimeoutError | PoolTimeoutError):
         return StoreUnavailableError(f"The database could not {doing} in time: check its health and try again.")
@@ -259,9 +261,12 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
 
 
 def _misses_schema(exc: BaseException) -> bool:
-    error = driver_error(exc)
-    name, text = type(error).__name__.lower(), str(error).lower()
-    return isinstance(exc, (DBAPIError, *_DRIVER)) and any(word in name or word in text for word in _MISSING_SCHEMA)
+    said = _said(driver_error(exc))
+    return isinstance(exc, (DBAPIError, *_DRIVER)) and any(word in said for word in _MISSING_SCHEMA)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}\n{error}".lower()
 
 
 def driver_error(exc: BaseException) -> BaseException:
