@@ -142,8 +142,8 @@ class AsyncpgPool:
 
     def _give_back(self) -> None:
         # The last one used is at the end, and one stays for the next command.
-        count = min(self._unused, len(self._idle) - 1)
-        unused, self._idle = self._idle[: max(count, 0)], self._idle[max(count, 0) :]
+        count = max(0, min(self._unused, len(self._idle) - 1))
+        unused, self._idle = self._idle[:count], self._idle[count:]
         self._unused, self._timer = len(self._idle), None
         if unused:
             self._background.start(_drop_all(unused))

@@ -102,13 +102,12 @@ def format_of(
     Raises:
         ValueError: Neither names one, or the format or compression does not exist.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    packed = COMPRESSIONS.get(path.suffix.lower())
     if compression is not None and compression not in COMPRESSIONS.values():
         raise ValueError(f'compression must be "gzip" or "zstd", not {compression!r}.')
     if given is None:
-        last = suffixes[-2:-1] if packed else suffixes[-1:]
-        given = _FORMATS.get(last[0], default) if last else default
+        unpacked = path.with_suffix("") if packed else path
+        given = _FORMATS.get(unpacked.suffix.lower(), default)
         if given is None:
             raise ValueError(
                 f"The name {path.name!r} does not say the format: let it end in .jsonl, .csv or .parquet (and .gz or "

@@ -94,9 +94,7 @@ class _Connection(aiosqlite.Connection):
 
 def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     """Return an engine for a SQLite URL: see `create_engine`."""
-    # A database in memory ends with its connection, so there is exactly one, which is never closed.
     file = _File(sqlite_file(url), is_made=url.query.get("mode", "rwc") == "rwc")
-    limits = {"pool_size": 1, "max_overflow": 0} if is_memory(url) else {"pool_size": pool_size, "max_overflow": 0}
     engine = create_async_engine(
         url,
         connect_args={
@@ -105,9 +103,11 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
             "async_creator_fn": file.connect,
         },
         poolclass=AsyncAdaptedQueuePool,
+        # A database in memory ends with its connection, so there is exactly one, which is never closed.
+        pool_size=1 if is_memory(url) else pool_size,
+        max_overflow=0,
         pool_timeout=_POOL_TIMEOUT_S,
         hide_parameters=True,
-        **limits,
     )
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "connect", file.note)
@@ -115,10 +115,6 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     event.listen(engine.sync_engine, "engine_disposed", file.await_closed)
     return engine
-
-
-async def _opened(connection: _Connection) -> aiosqlite.Connection:
-    return await connection
 
 
 class _File:
@@ -141,7 +137,15 @@ class _File:
             create_database_file(self._file)
         connection = _Connection(*args, **options)
         self._connections.add(connection)
-        return await _connect_sqlite(connection)
+        opening = asyncio.ensure_future(connection)
+        try:
+            return await asyncio.shield(opening)
+        except BaseException:
+            # The connection opens all the same when the caller is cancelled, and would never be closed.
+            with suppress(Exception, asyncio.CancelledError):
+                await opening
+            await connection.close()
+            raise
 
     def note(self, _connection: Any, _record: Any) -> None:
         """Note which file the first connection has opened."""
@@ -172,18 +176,6 @@ class _File:
     def _require_same(self) -> None:
         if self._file is not None and self._opened is not None and is_gone(self._file, self._opened):
             raise sqlite3.OperationalError("the database file was removed or replaced")
-
-
-async def _connect_sqlite(connection: _Connection) -> aiosqlite.Connection:
-    opening = asyncio.ensure_future(_opened(connection))
-    try:
-        return await asyncio.shield(opening)
-    except BaseException:
-        # The connection opens all the same when the caller is cancelled, and would never be closed.
-        with suppress(Exception, asyncio.CancelledError):
-            await opening
-        await connection.close()
-        raise
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

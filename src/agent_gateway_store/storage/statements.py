@@ -161,7 +161,6 @@ def typed_text(
         columns: What its rows hold, in this order.
     """
     known = {CLOCK_OFFSET: Float(53), **types}
-
     parameters = (bindparam(name, type_=known[name]) for name in set(_PARAMETER.findall(sql)))
     return text(sql).bindparams(*parameters).columns(*columns)
 
