@@ -7,7 +7,8 @@ import inspect
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
 from uuid import UUID, uuid4
@@ -20,7 +21,7 @@ from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit.calls import argument_names, shown_arguments, status_of
 from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
-from agent_gateway_store.models.audit import Decision, ExecutionStatus
+from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel, ToolCall
 from agent_gateway_store.store import GatewayStore
@@ -108,19 +109,38 @@ def refusal_text(decided: ApprovalResult | ApprovalRequest) -> str:
     return f"The approval of this call is {decided.status}{by}, so it was not run.{note}"
 
 
+@dataclass(frozen=True)
+class _AskedCall:
+    """A call on its way: the store of its organisation, and the fields of its event so far."""
+
+    store: GatewayStore
+    call: ToolCall
+    caller: CallerIdentity
+    event: dict[str, Any]
+
+    def recording(self, decision: Decision, reason: str) -> AbstractAsyncContextManager[AuditEvent]:
+        return self.store.audit.call(self.call, self.caller, decision=decision, rationale=reason, **self.event)
+
+    async def record(self, decision: Decision, reason: str) -> None:
+        async with self.recording(decision, reason):
+            pass
+
+    async def refuse(self, reason: str, **fields: Any) -> NoReturn:
+        self.event.update(fields)
+        await self.record(Decision.DENY, reason)
+        raise CallRefusedError(reason)
+
+
 class ReleasedCall:
     """A call that may run once; `CallGuard.release` makes it."""
 
-    def __init__(
-        self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, verdict: Verdict, event: dict[str, Any]
-    ) -> None:
-        self._store, self._call, self._caller, self._verdict, self._event = store, call, caller, verdict, event
-        self._was_run = False
+    def __init__(self, asked: _AskedCall, verdict: Verdict) -> None:
+        self._asked, self._verdict, self._was_run = asked, verdict, False
 
     @property
     def is_approved(self) -> bool:
         """Whether a human approved it."""
-        return "approval_id" in self._event
+        return "approval_id" in self._asked.event
 
     async def run(
         self,
@@ -142,11 +162,9 @@ class ReleasedCall:
         if self._was_run:
             raise CallRefusedError("This call ran before, so it was not run again: call it anew.")
         self._was_run = True
-        store, decision, reason = self._store, self._verdict.decision, self._verdict.reason
-        outcome, approval_id = None, self._event.get("approval_id")
+        outcome = None
         try:
-            recording = store.audit.call(self._call, self._caller, decision=decision, rationale=reason, **self._event)
-            async with recording as outcome:
+            async with self._asked.recording(self._verdict.decision, self._verdict.reason) as outcome:
                 try:
                     result = await tool()
                 except BaseException as exc:
@@ -159,25 +177,25 @@ class ReleasedCall:
                 return result
         finally:
             ended = outcome.execution_status if outcome is not None else None
-            await self._record_outcome(approval_id, str(ended or _NOT_RUN))
+            await self._record_outcome(self._asked.event.get("approval_id"), str(ended or _NOT_RUN))
 
     async def drop(self, reason: str) -> None:
         """Record that the call does not run after all, and the `reason`; once, and nothing if it ran."""
         if self._was_run:
             return
         self._was_run = True
-        event = dict(self._event)
+        event = dict(self._asked.event)
         approval_id, approver_id = event.pop("approval_id", None), event.pop("approver_id", None)
         by = f" by {word(approver_id)} (approval {approval_id})" if approval_id is not None else ""
         text = f"The call was released{by}, and not run: {reason}"
         try:
-            await finish(_record(self._store, self._call, self._caller, Decision.DENY, text, event))
+            await finish(replace(self._asked, event=event).record(Decision.DENY, text))
         finally:
             await self._record_outcome(approval_id, _NOT_RUN)
 
     async def _record_outcome(self, approval_id: UUID | None, outcome: str) -> None:
         if approval_id is not None:
-            await finish(self._store.approvals.record_outcome(approval_id=approval_id, outcome=outcome))
+            await finish(self._asked.store.approvals.record_outcome(approval_id=approval_id, outcome=outcome))
 
 
 class CallGuard:
@@ -237,32 +255,31 @@ class CallGuard:
         Raises:
             CallRefusedError: The policy failed, or the store does not answer.
         """
-        store = self._store.for_org(caller.org_id)
-        call, event = await self._prepared(store, call, caller, request_id=request_id)
+        asked = await self._asked(call, caller, request_id=request_id)
+        approvals = asked.store.approvals
         try:
-            found = await store.approvals.search(request_id=request_id, caller_id=caller.caller_id)
+            found = await approvals.search(request_id=request_id, caller_id=caller.caller_id)
             if found:
                 return found[0]
-            verdict = await self._judge(store, call, caller, event)
+            verdict = await self._judge(asked)
             if verdict.decision != Decision.APPROVAL_REQUIRED:
                 return None
-            event |= verdict.event_fields
+            asked.event.update(verdict.event_fields)
             try:
-                acquired = await self._acquire(store, call, caller, verdict, bind, event, wait_s=0)
+                acquired = await self._acquire(asked, verdict, bind, wait_s=0)
             except CallPendingError as exc:
                 acquired = exc.approval
-            return await store.approvals.get(approval_id=acquired.approval_id)
+            return await approvals.get(approval_id=acquired.approval_id)
         except GatewayStoreError as exc:
             _logger.error("%s: %s", type(exc).__name__, exc)
             raise CallRefusedError(str(exc) if isinstance(exc, ApprovalError) else AWAY) from exc
 
     async def refuse(self, call: ToolCall, caller: CallerIdentity, decided: ApprovalRequest) -> str:
         """Record that `decided` does not release the call, and return the sentence that says so."""
-        store, text = self._store.for_org(caller.org_id), refusal_text(decided)
+        text = refusal_text(decided)
         with suppress(CallRefusedError):
-            fields = {"rule": "gateway.not_approved", "approver_id": decided.approver_id}
-            call, event = await self._prepared(store, call, caller, **fields)
-            await self._refuse(store, call, caller, text, event)
+            asked = await self._asked(call, caller, rule="gateway.not_approved", approver_id=decided.approver_id)
+            await asked.refuse(text)
         return text
 
     async def release(self, call: ToolCall, caller: CallerIdentity, *, bind: str = "", **fields: Any) -> ReleasedCall:
@@ -278,41 +295,37 @@ class CallGuard:
             CallPendingError: A human is asked. Only the call that asked leaves an event.
             CallRefusedError: The policy or a human denied it, or the gateway cannot decide.
         """
-        store = self._store.for_org(caller.org_id)
-        call, event = await self._prepared(store, call, caller, **{"request_id": uuid4().hex, **fields})
-        verdict = await self._judge(store, call, caller, event)
-        event |= verdict.event_fields
+        asked = await self._asked(call, caller, **{"request_id": uuid4().hex, **fields})
+        verdict = await self._judge(asked)
+        asked.event.update(verdict.event_fields)
         try:
             if verdict.decision == Decision.DENY:
-                await self._refuse(store, call, caller, verdict.reason, event)
+                await asked.refuse(verdict.reason)
             if verdict.decision == Decision.APPROVAL_REQUIRED:
-                acquired = await self._acquire(store, call, caller, verdict, bind, event, wait_s=self._approval_wait_s)
-                event |= {"approval_id": acquired.approval_id, "approver_id": acquired.approver_id}
-            elif store.settings.audit_mode == "strict":
-                await store.ping()
+                acquired = await self._acquire(asked, verdict, bind, wait_s=self._approval_wait_s)
+                asked.event.update(approval_id=acquired.approval_id, approver_id=acquired.approver_id)
+            elif asked.store.settings.audit_mode == "strict":
+                await asked.store.ping()
         except GatewayStoreError as exc:
             _logger.error("%s: %s", type(exc).__name__, exc)
-            await self._refuse(store, call, caller, str(exc) if isinstance(exc, ApprovalError) else AWAY, event)
-        return ReleasedCall(store, call, caller, verdict, event)
+            await asked.refuse(str(exc) if isinstance(exc, ApprovalError) else AWAY)
+        return ReleasedCall(asked, verdict)
 
-    async def _prepared(
-        self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, **fields: Any
-    ) -> tuple[ToolCall, dict[str, Any]]:
-        """Return a copy of the call, which nobody changes while it waits, and the fields of its event."""
+    async def _asked(self, call: ToolCall, caller: CallerIdentity, **fields: Any) -> _AskedCall:
+        """Return a copy of the call, which nobody changes while it waits; `fields` are those of its event."""
+        store = self._store.for_org(caller.org_id)
         try:
             copied = call.model_copy(deep=True)
             shown = dict(shown_arguments(copied, self._sanitize))
         except Exception as exc:
             # Not the text of the error, which may hold raw arguments.
             _logger.error("Arguments could not be copied or sanitized (%s): a call was refused.", type(exc).__name__)
-            await self._refuse(store, call, caller, BROKEN, {**fields, "rule": "gateway.failure"})
-        return copied, {**fields, "sanitize": lambda _: shown}
+            await _AskedCall(store, call, caller, fields).refuse(BROKEN, rule="gateway.failure")
+        return _AskedCall(store, copied, caller, {**fields, "sanitize": lambda _: shown})
 
-    async def _judge(
-        self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, event: dict[str, Any]
-    ) -> Verdict:
+    async def _judge(self, asked: _AskedCall) -> Verdict:
         try:
-            verdict = self._policy(caller, call.model_copy(deep=True))
+            verdict = self._policy(asked.caller, asked.call.model_copy(deep=True))
             if inspect.isawaitable(verdict):
                 verdict = await verdict
             problem = f"returned a {type(verdict).__name__}, not a Verdict"
@@ -321,54 +334,31 @@ class CallGuard:
             verdict, problem = None, f"raised {type(exc).__name__}"
         if not isinstance(verdict, Verdict):
             _logger.error("The policy %s: a call was refused.", problem)
-            await self._refuse(store, call, caller, BROKEN, {**event, "rule": "gateway.failure"})
+            await asked.refuse(BROKEN, rule="gateway.failure")
         return verdict
 
-    async def _acquire(
-        self,
-        store: GatewayStore,
-        call: ToolCall,
-        caller: CallerIdentity,
-        verdict: Verdict,
-        bind: str,
-        event: dict[str, Any],
-        *,
-        wait_s: float,
-    ) -> ApprovalResult:
+    async def _acquire(self, asked: _AskedCall, verdict: Verdict, bind: str, *, wait_s: float) -> ApprovalResult:
+        call = asked.call
         request = ApprovalRequest(
-            request_id=event["request_id"],
-            caller_id=caller.caller_id,
-            org_id=caller.org_id,
-            tool_call=call.model_copy(update={"arguments": event["sanitize"](call)}),
+            request_id=asked.event["request_id"],
+            caller_id=asked.caller.caller_id,
+            org_id=asked.caller.org_id,
+            tool_call=call.model_copy(update={"arguments": asked.event["sanitize"](call)}),
             risk_explanation=verdict.reason,
             required_approvals=verdict.required_approvals,
         )
         try:
-            acquired = await acquire(store.approvals, request, call=call, bind=bind, wait_s=wait_s)
+            acquired = await acquire(asked.store.approvals, request, call=call, bind=bind, wait_s=wait_s)
         except CallPendingError as exc:
             if exc.is_first:
-                await _record(store, call, caller, Decision.APPROVAL_REQUIRED, str(exc), event)
+                await asked.record(Decision.APPROVAL_REQUIRED, str(exc))
             raise
         except asyncio.CancelledError:
-            await finish(_record(store, call, caller, Decision.APPROVAL_REQUIRED, _GONE, event))
+            await finish(asked.record(Decision.APPROVAL_REQUIRED, _GONE))
             raise
         if acquired.status is not ApprovalStatus.USED:
-            event["approver_id"] = acquired.approver_id
-            await self._refuse(store, call, caller, refusal_text(acquired), event)
+            await asked.refuse(refusal_text(acquired), approver_id=acquired.approver_id)
         return acquired
-
-    async def _refuse(
-        self, store: GatewayStore, call: ToolCall, caller: CallerIdentity, reason: str, event: dict[str, Any]
-    ) -> NoReturn:
-        await _record(store, call, caller, Decision.DENY, reason, event)
-        raise CallRefusedError(reason)
-
-
-async def _record(
-    store: GatewayStore, call: ToolCall, caller: CallerIdentity, decision: Decision, text: str, event: dict[str, Any]
-) -> None:
-    async with store.audit.call(call, caller, decision=decision, rationale=text, **event):
-        pass
 
 
 async def acquire(
