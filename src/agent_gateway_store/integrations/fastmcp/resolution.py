@@ -134,13 +134,15 @@ def _shape(schema: Any, *, holds_names: bool = False) -> Any:
         return [_shape(each) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
-    return {
-        name: each
-        if not holds_names and name in _VALUES
-        else _shape(each, holds_names=not holds_names and name in _NAMES)
-        for name, each in schema.items()
-        if holds_names or name not in _WORDS
-    }
+    shape = {}
+    for name, each in schema.items():
+        if holds_names:
+            shape[name] = _shape(each)
+        elif name in _VALUES:
+            shape[name] = each
+        elif name not in _WORDS:
+            shape[name] = _shape(each, holds_names=name in _NAMES)
+    return shape
 
 
 def _requested_version(message: CallToolRequestParams) -> VersionSpec | None:
