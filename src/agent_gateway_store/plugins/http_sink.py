@@ -46,10 +46,10 @@ class HttpSinkSettings(ReceiverSettings):
         if self.url is not None:
             self.check_url(self.url, "http-sink")
         for name, value in self.headers.items():
-            # What HTTP allows in a name, and what cannot end a line in a value (RFC 9110, 5.1 and 5.5).
-            if not name.replace("-", "").isalnum() or not (name + value.get_secret_value()).isascii():
-                raise ValueError("a header is made of letters, digits and hyphens, its value of printable ASCII")
             text = value.get_secret_value()
+            # What HTTP allows in a name, and what cannot end a line in a value (RFC 9110, 5.1 and 5.5).
+            if not name.replace("-", "").isalnum() or not (name + text).isascii():
+                raise ValueError("a header is made of letters, digits and hyphens, its value of printable ASCII")
             if not text.isprintable() or text != text.strip():
                 raise ValueError("the value of a header must be printable ASCII, without blanks at its ends")
             if name.lower() in _FRAMING:
@@ -84,7 +84,7 @@ class HttpSink:
             ValueError: No URL is set.
         """
         try:
-            from agent_gateway_store.plugins._http.transport import Transport, resolve
+            self._transport = settings.transport(resolver, max_connections=1)
         except ImportError as exc:
             raise MissingExtraError("The HTTP sink", extra="webhook") from exc
         if settings.url is None:
@@ -93,13 +93,6 @@ class HttpSink:
         self._headers = {name: value.get_secret_value() for name, value in settings.headers.items()}
         self._gzip = settings.gzip
         self._timeout_s = min(settings.timeout_seconds, timeout_s or settings.timeout_seconds)
-        self._transport = Transport(
-            settings.policy,
-            proxy=settings.proxy,
-            ca_file=settings.ca_file,
-            resolver=resolver or resolve,
-            max_connections=1,
-        )
 
     async def send(self, events: Sequence[AuditEvent]) -> None:
         """Post the events.

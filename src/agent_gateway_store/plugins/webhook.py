@@ -159,25 +159,18 @@ class WebhookNotifier:
             MissingExtraError: The extra `webhook` is not installed.
             ValueError: The URL cannot be used.
         """
+        settings = settings or WebhookSettings()
         try:
             from standardwebhooks import Webhook
 
-            from agent_gateway_store.plugins._http.transport import Transport, resolve
+            self._transport = settings.transport(resolver, max_connections=settings.max_connections)
         except ImportError as exc:
             raise MissingExtraError("The webhook notifier", extra="webhook") from exc
-        settings = settings or WebhookSettings()
         self.name = name
         self._url = parse_url(endpoint.url.get_secret_value(), allow_http=settings.allow_http)
         self._signers = [Webhook(secret.get_secret_value()) for secret in endpoint.secrets]
         self._timeout_s = min(settings.timeout_seconds, timeout_s or settings.timeout_seconds)
         self._is_gone = False
-        self._transport = Transport(
-            settings.policy,
-            proxy=settings.proxy,
-            ca_file=settings.ca_file,
-            resolver=resolver or resolve,
-            max_connections=settings.max_connections,
-        )
 
     async def notify_pending(self, notice: Notice) -> None:
         """Post `approval.requested`.

@@ -17,6 +17,7 @@ from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.settings import EnvironmentSettings
 
 if TYPE_CHECKING:
+    from agent_gateway_store.plugins._http.transport import Resolve, Transport
     from agent_gateway_store.settings import StoreSettings
 
 Address = IPv4Address | IPv6Address
@@ -257,6 +258,22 @@ class ReceiverSettings(EnvironmentSettings):
     def policy(self) -> AddressPolicy:
         """Which addresses are allowed."""
         return AddressPolicy(allow_private=self.allow_private, allowed=self.allowed_networks)
+
+    def transport(self, resolver: Resolve | None, *, max_connections: int) -> Transport:
+        """Return what posts to a receiver; without the extra `webhook` it raises ImportError.
+
+        Args:
+            resolver: How host names are resolved; None: by the machine's resolver.
+        """
+        from agent_gateway_store.plugins._http.transport import Transport, resolve
+
+        return Transport(
+            self.policy,
+            proxy=self.proxy,
+            ca_file=self.ca_file,
+            resolver=resolver or resolve,
+            max_connections=max_connections,
+        )
 
     def check_url(self, url: SecretStr, name: str) -> None:
         """Raise ValueError if nothing can be posted to `url`, the receiver `name`."""
