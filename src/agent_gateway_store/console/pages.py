@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
@@ -91,9 +91,9 @@ def base_of(request: Request) -> str:
     return quote(root.rstrip("/"))
 
 
-def to(request: Request, path: str, *, status: int = 303) -> RedirectResponse:
+def to(request: Request, path: str) -> RedirectResponse:
     """Redirect to a path of the console."""
-    return RedirectResponse(base_of(request) + path, status_code=status)
+    return RedirectResponse(base_of(request) + path, status_code=303)
 
 
 def page(request: Request, template: str, *, code: int = 200, **values: Any) -> HTMLResponse:
@@ -167,7 +167,15 @@ def _environment() -> Environment:
         finalize=_visible,
     )
     environment.filters.update(
-        utc=utc_text, json=_json, folded=_folded, lines=_lines, raw=_raw, iso=_iso, tone=_tone, query=urlencode
+        utc=utc_text,
+        iso=lambda value: value and value.astimezone(UTC).isoformat(timespec="milliseconds"),
+        json=partial(_text.json_text, indent=2),
+        folded=_folded,
+        lines=partial(_text.escape, keep="\n"),
+        # The value that came with a form field: what is shown escaped would be sent back escaped.
+        raw=lambda value: Markup.escape(str(value)),
+        tone=lambda value: tone_of("status", str(value)) or "off",
+        query=urlencode,
     )
     environment.globals["call_name"] = _text.call_name
     return environment
@@ -186,28 +194,6 @@ def _visible(value: Any) -> Any:
 def utc_text(value: datetime | None) -> str:
     """Return an instant in UTC, to the second."""
     return "" if value is None else value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _iso(value: datetime | None) -> str:
-    return "" if value is None else value.astimezone(UTC).isoformat(timespec="milliseconds")
-
-
-def _json(value: Any) -> str:
-    return _text.json_text(value, indent=2)
-
-
-def _lines(value: str) -> str:
-    """Show a text over several lines."""
-    return _text.escape(value, keep="\n")
-
-
-def _raw(value: str) -> Markup:
-    """Give a form field the value that it came with, for what is shown escaped would be sent back escaped."""
-    return Markup.escape(str(value))
-
-
-def _tone(value: Any) -> str:
-    return tone_of("status", str(value)) or "off"
 
 
 def _folded(value: Any) -> Mapping[str, Any]:
