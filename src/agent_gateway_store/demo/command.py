@@ -168,35 +168,37 @@ def _show_where(lead: str, settings: StoreSettings) -> None:
     from agent_gateway_store.settings import mask_url
 
     url = mask_url(settings.database_url)
-    say(f"{lead} {sqlite_file(settings.database_url) or url}. Look at it:")
-    typer.echo()
-    for command in ("audit search", "approvals list"):
-        say(f"    gateway-store --database-url {shlex.quote(url)} {command}")
-    typer.echo()
-    say("in a browser, with requests that wait for you (needs the extra `console`):")
-    typer.echo()
-    given = "" if settings.database_url == DATABASE else f" --database-url {shlex.quote(url)}"
-    say(f"    gateway-store{given} console --demo")
-    typer.echo()
-    say("or in a notebook:")
-    typer.echo()
-    say("    from agent_gateway_store import SyncGatewayStore")
-    say(f'    store = SyncGatewayStore("{url}").open()')
-    say("    store.audit.list_recent()")
+    option = f" --database-url {shlex.quote(url)}"
+    for line in (
+        f"{lead} {sqlite_file(settings.database_url) or url}. Look at it:",
+        "",
+        f"    gateway-store{option} audit search",
+        f"    gateway-store{option} approvals list",
+        "",
+        "in a browser, with requests that wait for you (needs the extra `console`):",
+        "",
+        f"    gateway-store{'' if settings.database_url == DATABASE else option} console --demo",
+        "",
+        "or in a notebook:",
+        "",
+        "    from agent_gateway_store import SyncGatewayStore",
+        f'    store = SyncGatewayStore("{url}").open()',
+        "    store.audit.list_recent()",
+    ):
+        say(line)
 
 
 def _row(event: AuditEvent) -> dict[str, Any]:
     arguments = dict(event.sanitized_args)
     name = arguments.pop("name", "")
-    cells = (
-        event.tool_name,
-        " ".join(filter(None, (name, field_text("sanitized_args", arguments)))),
-        event.decision,
-        event.approver_id,
-        event.execution_status or "not run",
-        event.latency_ms,
-    )
-    return dict(zip(_COLUMNS, cells, strict=True))
+    return {
+        "tool": event.tool_name,
+        "arguments": " ".join(filter(None, (name, field_text("sanitized_args", arguments)))),
+        "decision": event.decision,
+        "approver": event.approver_id,
+        "result": event.execution_status or "not run",
+        "ms": event.latency_ms,
+    }
 
 
 def _summary(

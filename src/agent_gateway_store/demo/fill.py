@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from agent_gateway_store.models.audit import AuditEvent
     from agent_gateway_store.store import GatewayStore
 
-# Rows of one transaction, and steps of the progress bar: as many as `write_many` commits at a time.
+# Rows of one transaction: as many as `write_many` commits at a time.
 _CHUNK = 500
 # Of a store that is there to be explored.
 _KEYS = 1000
@@ -53,10 +52,10 @@ async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | 
     started = time.perf_counter()
     end = until.astimezone(UTC) if until else utc_now().replace(minute=0, second=0, microsecond=0)
     keys = await _issue_keys(store)
+    approvals: list[Approval] = []
     with _progress() as progress:
-        task = progress.add_task("Writing events", total=count)
-        approvals: list[Approval] = []
-        calls = _ticking(history(count, seed=seed, end=end, keys=keys), progress, task)
+        made = history(count, seed=seed, end=end, keys=keys)
+        calls = progress.track(made, total=count, description="Writing events")
         outcomes: Counter[WriteOutcome] = await store.audit.write_many(_events(calls, approvals))
     decided = await _write_approvals(store, approvals)
     pending = await _ask(store, seed)
@@ -87,12 +86,6 @@ def _progress() -> Progress:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-
-def _ticking(calls: Iterator[Call], progress: Progress, task: Any) -> Iterator[Call]:
-    while some := list(islice(calls, _CHUNK)):
-        yield from some
-        progress.advance(task, len(some))
 
 
 def _events(calls: Iterable[Call], approvals: list[Approval]) -> Iterator[AuditEvent]:

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 from pydantic import SecretStr
 
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.errors import (
     ApiKeyExistsError,
     ApprovalAlreadyUsedError,
@@ -263,12 +264,11 @@ def export_figures() -> Callable[[], None] | None:
 
 async def load(store: GatewayStore, caller_id: str, *, seconds: float, rate: float) -> dict[str, Any]:
     """Make `rate` calls a second for `seconds` seconds; return how many were made, failed, and were left out."""
-    under_way: set[asyncio.Task[None]] = set()
+    under_way = BackgroundTasks()
     counts = {"calls": 0, "failed": 0, "left_out": 0}
     loop = asyncio.get_running_loop()
 
     def end(task: asyncio.Task[None]) -> None:
-        under_way.discard(task)
         counts["failed"] += not task.cancelled() and task.exception() is not None
 
     async with at_work(store, caller_id) as gateway:
@@ -281,11 +281,8 @@ async def load(store: GatewayStore, caller_id: str, *, seconds: float, rate: flo
                 counts["left_out"] += 1
                 continue
             counts["calls"] += 1
-            task = loop.create_task(_call(gateway, number))
-            under_way.add(task)
-            task.add_done_callback(end)
-        if under_way:
-            await asyncio.wait(under_way)
+            under_way.start(_call(gateway, number)).add_done_callback(end)
+        await under_way.join()
         # The callbacks of the last ones.
         await asyncio.sleep(0)
     return {**counts, "seconds": round(loop.time() - begun_at, 3)}
