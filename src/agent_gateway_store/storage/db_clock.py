@@ -15,7 +15,6 @@ from agent_gateway_store.models.columns import UtcDateTime
 CLOCK_OFFSET = "p_clock_offset"
 """Name of the parameter that holds the offset of `clock`, in seconds, in every statement that reads the time."""
 
-
 _CLOCKS = {
     # now() would be the start of the transaction, which may lie before a deadline that has passed since.
     "postgresql": "(clock_timestamp() + make_interval(secs => {seconds}))",
@@ -46,13 +45,13 @@ def _now(element: _DbNow, compiler: Any, **kw: Any) -> str:
     return _CLOCKS[compiler.dialect.name].format(seconds=compiler.process(element.clauses, **kw))
 
 
-def db_now(*, plus: timedelta | str | ColumnElement[float] | None = None) -> ColumnElement[datetime]:
+def db_now(*, plus: timedelta | None = None) -> ColumnElement[datetime]:
     """Return the database's clock as an SQL expression, moved by the offset that `clock` has when the statement runs.
 
     `clock_timestamp()` on PostgreSQL, time in milliseconds on SQLite. Deadlines are set and judged by it alone.
 
     Args:
-        plus: What to add: a timedelta, or seconds as a column or as the name of a parameter.
+        plus: What to add.
     """
     # A callable, not a value: SQLAlchemy caches the statement, and the offset of the first call with it.
     seconds: ColumnElement[float] = bindparam(
@@ -60,6 +59,4 @@ def db_now(*, plus: timedelta | str | ColumnElement[float] | None = None) -> Col
     )
     if plus is None:
         return _DbNow(seconds)
-    if isinstance(plus, timedelta):
-        return _DbNow(seconds + bindparam(None, plus.total_seconds(), type_=Float(53)))
-    return _DbNow(seconds + (bindparam(plus, type_=Float(53)) if isinstance(plus, str) else plus))
+    return _DbNow(seconds + bindparam(None, plus.total_seconds(), type_=Float(53)))

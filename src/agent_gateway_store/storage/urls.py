@@ -157,9 +157,7 @@ def _values(url: URL, taken: Mapping[str, tuple[str, ...]], *, repeated: tuple[s
 
 def _servers(url: URL, named: list[str]) -> list[tuple[str, int]]:
     """Return the hosts and ports of a URL that names several, by `named` or by its parameters; else nothing."""
-    hosts, ports = (
-        [part for value in _as_tuple(url.query.get(name, ())) for part in value.split(",")] for name in ("host", "port")
-    )
+    hosts, ports = _listed(url, "host"), _listed(url, "port")
     if named and hosts:
         raise InvalidUrlError("The hosts stand in the database URL twice: leave out the parameter host.")
     hosts = named or hosts
@@ -170,7 +168,8 @@ def _servers(url: URL, named: list[str]) -> list[tuple[str, int]]:
     found = [_HOST.fullmatch(host) for host in hosts]
     if len(ports) not in (0, 1, len(hosts)) or (ports and any(match and match[2] for match in found)):
         raise InvalidUrlError("The database URL must have no port, one for all its hosts, or one for each.")
-    ports = ports * len(hosts) if len(ports) == 1 else ports or [_PORT] * len(hosts)
+    if len(ports) < 2:
+        ports = (ports or [_PORT]) * len(hosts)
     servers = []
     for match, port in zip(found, ports, strict=True):
         given = (match and match[2]) or port
@@ -181,6 +180,11 @@ def _servers(url: URL, named: list[str]) -> list[tuple[str, int]]:
             )
         servers.append((match[1].strip("[]"), int(given)))
     return servers
+
+
+def _listed(url: URL, name: str) -> list[str]:
+    """Return the values of a parameter, which may stand there several times, and hold several each time."""
+    return [part for value in _as_tuple(url.query.get(name, ())) for part in value.split(",")]
 
 
 def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
