@@ -167,11 +167,12 @@ def finish(chart: Any, title: str, subtitle: str, *, axis: Iterable[str] = (), l
     if alt.renderers.active == "default":
         alt.renderers.enable("svg")
     is_cut = any(_is_cut(each, _AXIS_PX) for each in axis) or any(_is_cut(each, LEGEND_PX) for each in legend)
-    notes = ["… marks labels that are cut; tooltips (of the renderer html) and .to_dicts() have them whole"]
-    notes = notes if is_cut else []
+    below = [safe(subtitle, most=160)] if subtitle else []
+    if is_cut:
+        below.append("… marks labels that are cut; tooltips (of the renderer html) and .to_dicts() have them whole")
     lines = alt.TitleParams(
         text=safe(title, most=120),
-        subtitle=[*([safe(subtitle, most=160)] if subtitle else []), *notes],
+        subtitle=below,
         anchor="start",
         fontSize=15,
         subtitleFontSize=12,

@@ -193,11 +193,12 @@ def _plain(value: Any) -> Any:
 @cache
 def _hidden(cls: type[BaseModel]) -> dict[str, Any]:
     """Return the `exclude` of `model_dump`: the hidden fields, of models inside this one too."""
+    shown = {column.name for column in columns_of(cls)}
     found: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
         kind = _bare_type(field.annotation)
         inner = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
-        if name not in {column.name for column in columns_of(cls)}:
+        if name not in shown:
             found[name] = True
         elif inner and (below := _hidden(inner[0])):
             found[name] = below if inner[0] is kind else {"__all__": below}

@@ -74,13 +74,12 @@ class Page(list[T]):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         (item,) = get_args(source) or (Any,)
-        fields = {"items": core_schema.typed_dict_field(core_schema.list_schema(handler.generate_schema(item)))}
-        cursor: CoreSchema = core_schema.nullable_schema(core_schema.str_schema())
-        sent = core_schema.typed_dict_schema({**fields, "next_cursor": core_schema.typed_dict_field(cursor)})
-        cursor = core_schema.with_default_schema(cursor, default=None)
-        given = core_schema.typed_dict_schema(
-            {**fields, "next_cursor": core_schema.typed_dict_field(cursor, required=False)}, extra_behavior="forbid"
-        )
+        field = core_schema.typed_dict_field
+        items = field(core_schema.list_schema(handler.generate_schema(item)))
+        cursor = core_schema.nullable_schema(core_schema.str_schema())
+        maybe_cursor = field(core_schema.with_default_schema(cursor, default=None), required=False)
+        sent = core_schema.typed_dict_schema({"items": items, "next_cursor": field(cursor)})
+        given = core_schema.typed_dict_schema({"items": items, "next_cursor": maybe_cursor}, extra_behavior="forbid")
 
         def validate(value: Any, check: core_schema.ValidatorFunctionWrapHandler) -> Any:
             if isinstance(value, list):
