@@ -36,18 +36,19 @@
     └── InvalidCursorError (also ValueError)
         └── EventsPrunedError
 
-Facts sit in attributes; the text is one sentence that ends with the next step. No error text holds a token, a key
-or a password.
+Facts sit in attributes; the text is one sentence that ends with the next step. No error text holds a secret.
 """
 
 from __future__ import annotations
 
 import copyreg
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store._text import code_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
     from uuid import UUID
 
@@ -318,6 +319,15 @@ class MissingExtraError(GatewayStoreError, ImportError):
     def __init__(self, feature: str, *, extra: str) -> None:
         super().__init__(f"{feature} needs an optional library: pip install 'agent-gateway-store[{extra}]'.")
         self.extra = extra
+
+
+@contextmanager
+def needs_extra(feature: str, *, extra: str) -> Iterator[None]:
+    """Raise MissingExtraError where the body cannot import a library, which `extra` brings."""
+    try:
+        yield
+    except ImportError as exc:
+        raise MissingExtraError(feature, extra=extra) from exc
 
 
 class PluginError(GatewayStoreError):

@@ -13,7 +13,7 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
 from weakref import WeakSet
 
-from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.errors import needs_extra
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Observation
@@ -113,11 +113,9 @@ def enable(source: Source) -> None:
         MissingExtraError: The OpenTelemetry API is not installed.
     """
     global _active
-    try:
+    with needs_extra("OTEL_ENABLED", extra="otel"):
         # Once: the SDK warns of a second instrument of the same name.
         _active = _active or _Telemetry()
-    except ImportError as exc:
-        raise MissingExtraError("OTEL_ENABLED", extra="otel") from exc
     _sources.add(source)
 
 

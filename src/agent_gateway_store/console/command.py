@@ -14,7 +14,7 @@ import typer
 
 from agent_gateway_store.cli.context import in_store, options_of, settings_of
 from agent_gateway_store.cli.output import complain, say
-from agent_gateway_store.errors import MissingExtraError, StoreUnavailableError
+from agent_gateway_store.errors import StoreUnavailableError, needs_extra
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.approval import ApprovalRequest
@@ -45,12 +45,10 @@ def console(
     Whoever has an API key with one of the roles of CONSOLE_ROLES may sign in. With --demo it uses
     --database-url if it is given, else the file gateway-demo.db in the current folder, whatever DATABASE_URL says.
     """
-    try:
+    with needs_extra("gateway-store console", extra="console"):
         import jinja2  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn
-    except ImportError as exc:
-        raise MissingExtraError("gateway-store console", extra="console") from exc
     settings = settings_of(ctx)
     if demo:
         from agent_gateway_store.demo.command import DATABASE

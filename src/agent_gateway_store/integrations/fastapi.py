@@ -24,7 +24,7 @@ from agent_gateway_store.models.values import ApprovalStatus, ApproverId, Frozen
 from agent_gateway_store.store import GatewayStore
 from agent_gateway_store.telemetry import remote_parent, span
 
-try:
+with errors.needs_extra("agent_gateway_store.integrations.fastapi", extra="fastapi"):
     from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Security, WebSocket, status
     from fastapi.exception_handlers import http_exception_handler
     from fastapi.exceptions import RequestValidationError
@@ -33,8 +33,6 @@ try:
     from starlette.requests import HTTPConnection
     from starlette.responses import Response
     from starlette.websockets import WebSocketState
-except ImportError as exc:
-    raise errors.MissingExtraError("agent_gateway_store.integrations.fastapi", extra="fastapi") from exc
 
 __all__ = [
     "ApprovalView",

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from cachetools import LRUCache, TTLCache
 
 from agent_gateway_store.encoding.canonical import hash_json
-from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.errors import needs_extra
 from agent_gateway_store.integrations.guard import (
     CallGuard,
     CallPendingError,
@@ -24,17 +24,14 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
 
-try:
+with needs_extra("agent_gateway_store.integrations.langchain", extra="langchain"):
     from langchain.agents.middleware import AgentMiddleware
     from langchain.agents.middleware.types import ToolCallRequest
     from langchain_core.messages import ToolMessage
     from langgraph.errors import GraphInterrupt
     from langgraph.types import Command, interrupt
-except ImportError as exc:
-    raise MissingExtraError("agent_gateway_store.integrations.langchain", extra="langchain") from exc
 
 __all__ = ["CallGuard", "GatewayMiddleware", "Verdict", "resume"]
-
 
 T = TypeVar("T")
 

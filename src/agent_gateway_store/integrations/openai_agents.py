@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cachetools import TTLCache
 
 from agent_gateway_store.encoding.canonical import members_once
-from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.errors import needs_extra
 from agent_gateway_store.integrations.guard import (
     CallGuard,
     CallPendingError,
@@ -27,7 +27,7 @@ from agent_gateway_store.integrations.guard import (
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 
-try:
+with needs_extra("agent_gateway_store.integrations.openai_agents", extra="openai-agents"):
     from agents import (
         FunctionTool,
         RunContextWrapper,
@@ -43,8 +43,6 @@ try:
         set_function_tool_failure_error_function,
     )
     from agents.tool_context import ToolContext
-except ImportError as exc:
-    raise MissingExtraError("agent_gateway_store.integrations.openai_agents", extra="openai-agents") from exc
 
 if TYPE_CHECKING:
     from agents.mcp import MCPServer, MCPToolCustomDataContext

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from agent_gateway_store.encoding.canonical import canonical_json
 from agent_gateway_store.encoding.plain import type_name
-from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.errors import needs_extra
 from agent_gateway_store.integrations.guard import (
     CallGuard,
     CallPendingError,
@@ -24,12 +24,10 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
 
-try:
+with needs_extra("agent_gateway_store.integrations.pydantic_ai", extra="pydantic-ai"):
     from pydantic_ai import ApprovalRequired, DeferredToolRequests, DeferredToolResults, RunContext, ToolDenied
     from pydantic_ai.exceptions import ToolFailed
     from pydantic_ai.toolsets import ToolsetTool, WrapperToolset
-except ImportError as exc:
-    raise MissingExtraError("agent_gateway_store.integrations.pydantic_ai", extra="pydantic-ai") from exc
 
 __all__ = ["CallGuard", "GatewayToolset", "Verdict", "results_of"]
 

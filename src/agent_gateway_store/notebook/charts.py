@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from unicodedata import east_asian_width
 
 from agent_gateway_store import _text
-from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.errors import needs_extra
 from agent_gateway_store.results import Page
 from agent_gateway_store.results.cells import HEX
 
@@ -44,11 +44,9 @@ def libraries() -> tuple[Any, Any]:
     Raises:
         MissingExtraError: One of them is not installed.
     """
-    try:
+    with needs_extra("plot", extra="notebook"):
         import altair
         import pandas
-    except ImportError as exc:
-        raise MissingExtraError("plot", extra="notebook") from exc
     return altair, pandas
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store import _text
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import GatewayStoreError, MissingExtraError
+from agent_gateway_store.errors import GatewayStoreError, needs_extra
 from agent_gateway_store.results.cells import time_text
 from agent_gateway_store.results.html import pretty_json, style
 
@@ -175,11 +175,9 @@ def _widget_class() -> type[Any]:
     Raises:
         MissingExtraError: anywidget is not installed.
     """
-    try:
+    with needs_extra("inbox()", extra="notebook"):
         import anywidget
         import traitlets
-    except ImportError as exc:
-        raise MissingExtraError("inbox()", extra="notebook") from exc
     here = files(__package__)
     css = [files("agent_gateway_store.results").joinpath("view.css"), here.joinpath("inbox.css")]
 

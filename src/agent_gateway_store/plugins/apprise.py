@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, SecretStr
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
+from agent_gateway_store.errors import NotDeliveredError, needs_extra
 from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._text import safe_text
 from agent_gateway_store.settings import EnvironmentSettings
@@ -57,10 +57,8 @@ class AppriseNotifier:
             MissingExtraError: The extra `apprise` is not installed.
             ValueError: Apprise supports no service for one of the URLs; the text holds its number, not the URL.
         """
-        try:
+        with needs_extra("The Apprise notifier", extra="apprise"):
             import apprise
-        except ImportError as exc:
-            raise MissingExtraError("The Apprise notifier", extra="apprise") from exc
         settings = settings or AppriseSettings()
         # The text of a notice must not be read as escapes, emojis or markup.
         asset = apprise.AppriseAsset(interpret_escapes=False, interpret_emojis=False)

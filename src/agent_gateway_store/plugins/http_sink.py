@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
+from agent_gateway_store.errors import NotDeliveredError, needs_extra
 from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._http import ReceiverSettings, parse_url, retry_after_s, time_limit_s
 
@@ -83,10 +83,8 @@ class HttpSink:
             MissingExtraError: The extra `webhook` is not installed.
             ValueError: No URL is set.
         """
-        try:
+        with needs_extra("The HTTP sink", extra="webhook"):
             self._transport = settings.transport(resolver, max_connections=1)
-        except ImportError as exc:
-            raise MissingExtraError("The HTTP sink", extra="webhook") from exc
         if settings.url is None:
             raise ValueError(f"{PREFIX}URL is not set")
         self._url = parse_url(settings.url.get_secret_value(), allow_http=settings.allow_http)

@@ -21,7 +21,7 @@ from cachetools import FIFOCache
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
+from agent_gateway_store.errors import NotDeliveredError, needs_extra
 from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._http import ReceiverSettings, parse_url, retry_after_s, time_limit_s, words
 from agent_gateway_store.plugins._text import cut, fit_arguments
@@ -160,12 +160,10 @@ class WebhookNotifier:
             ValueError: The URL cannot be used.
         """
         settings = settings or WebhookSettings()
-        try:
+        with needs_extra("The webhook notifier", extra="webhook"):
             from standardwebhooks import Webhook
 
             self._transport = settings.transport(resolver, max_connections=settings.max_connections)
-        except ImportError as exc:
-            raise MissingExtraError("The webhook notifier", extra="webhook") from exc
         self.name = name
         self._url = parse_url(endpoint.url.get_secret_value(), allow_http=settings.allow_http)
         self._signers = [Webhook(secret.get_secret_value()) for secret in endpoint.secrets]
@@ -309,10 +307,8 @@ class WebhookReceiver:
     """
 
     def __init__(self, secrets: Iterable[str | SecretStr], *, remember: int = 10_000) -> None:
-        try:
+        with needs_extra("Verifying webhooks", extra="webhook"):
             from standardwebhooks import Webhook
-        except ImportError as exc:
-            raise MissingExtraError("Verifying webhooks", extra="webhook") from exc
         texts = [secret.get_secret_value() if isinstance(secret, SecretStr) else secret for secret in secrets]
         if not texts:
             raise ValueError("A receiver needs at least one secret.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.errors import MissingExtraError, needs_extra
 from agent_gateway_store.results.cells import Column, Kind, as_dict
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ def arrow(feature: str = "to_arrow()") -> Any:
     Raises:
         MissingExtraError: It is not installed.
     """
-    try:
+    with needs_extra(feature, extra="notebook"):
         import pyarrow
-    except ImportError as exc:
-        raise MissingExtraError(feature, extra="notebook") from exc
     return pyarrow
 
 

@@ -16,7 +16,7 @@ from cachetools import FIFOCache
 from pydantic import SecretStr
 
 from agent_gateway_store._text import describe, escape, is_blank, mask_tokens
-from agent_gateway_store.errors import ApprovalError, MissingExtraError, NotDeliveredError
+from agent_gateway_store.errors import ApprovalError, NotDeliveredError, needs_extra
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited
 from agent_gateway_store.plugins._http import parse_url
 from agent_gateway_store.plugins._text import cut
@@ -182,12 +182,10 @@ class SlackCallback:
         settings = settings or SlackSettings()
         if settings.signing_secret is None:
             raise ValueError(f"The Slack callback needs {PREFIX}SIGNING_SECRET.")
-        try:
+        with needs_extra("The Slack callback", extra="slack"):
             from slack_sdk.signature import SignatureVerifier
 
             from agent_gateway_store.plugins._http.transport import Transport
-        except ImportError as exc:
-            raise MissingExtraError("The Slack callback", extra="slack") from exc
         self._approvals = approvals
         self._settings = settings
         self._verifier = SignatureVerifier(settings.signing_secret.get_secret_value())

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from cachetools import FIFOCache
 
-from agent_gateway_store.errors import MissingExtraError, NotDeliveredError
+from agent_gateway_store.errors import NotDeliveredError, needs_extra
 from agent_gateway_store.plugins.slack.api import EVENT_TYPE, SlackApi, SlackRefusedError, SlackSettings
 
 if TYPE_CHECKING:
@@ -58,12 +58,10 @@ class SlackNotifier:
         settings = settings or SlackSettings()
         if settings.channel is None or settings.bot_token is None:
             raise ValueError("The Slack notifier needs a bot token and a channel.")
-        try:
+        with needs_extra("The Slack notifier", extra="slack"):
             from agent_gateway_store.plugins.slack import messages
 
             self._api = SlackApi(settings, settings.bot_token)
-        except ImportError as exc:
-            raise MissingExtraError("The Slack notifier", extra="slack") from exc
         self._channel = settings.channel
         self._messages = messages
         self._posted: FIFOCache[UUID, str] = FIFOCache(REMEMBERED)
