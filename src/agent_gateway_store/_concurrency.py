@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -112,13 +113,11 @@ class SingleFlight(Generic[T]):
             del self._flights[key]
 
 
+@dataclass(eq=False, slots=True)
 class _Flight(Generic[T]):
-    __slots__ = ("begun_at", "task", "waiting")
-
-    def __init__(self, task: asyncio.Task[T], begun_at: float) -> None:
-        self.task = task
-        self.begun_at = begun_at
-        self.waiting = 0
+    task: asyncio.Task[T]
+    begun_at: float
+    waiting: int = 0
 
 
 class _Entry(NamedTuple, Generic[I, R]):

@@ -117,13 +117,13 @@ class Plugins:
         found: dict[str, Any] = {}
         for plugin, future in asked:
             try:
-                offer = future.result(max(0.0, deadline - time.monotonic()))
+                fitting, problems = future.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 plugin.add_problem(f"{hook} did not return within {timeout:g} seconds", of=hook)
                 continue
-            for problem in offer.problems:
+            for problem in problems:
                 plugin.add_problem(problem, of=hook)
-            for name, each in offer.fitting:
+            for name, each in fitting:
                 if name in self._bundled and plugin.origin and plugin.origin[0] != DISTRIBUTION:
                     # Also where the bundled one is not set up: what is sent to it may not go to somebody else.
                     plugin.add_problem(f"the name {name} is that of a bundled {kind}", of=hook)

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,19 +71,6 @@ class SettingsState:
     prefix: str
     state: Literal["configured", "defaults", "missing", "wrong"]
     problems: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """The notifiers, or the sinks, that one plugin offers.
-
-    Attributes:
-        fitting: Those of the right shape, with their names.
-        problems: What is wrong with the rest.
-    """
-
-    fitting: list[tuple[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 class Plugin:
@@ -161,14 +148,18 @@ class Plugin:
         except BaseException as exc:
             self.add_problem(describe(exc))
 
-    def offer(self, settings: StoreSettings, hook: str) -> Offer:
-        """Ask it for notifiers, or for sinks. Raises nothing; may take as long as the plugin likes."""
+    def offer(self, settings: StoreSettings, hook: str) -> tuple[list[tuple[str, Any]], list[str]]:
+        """Ask it for notifiers, or for sinks. Raises nothing; may take as long as the plugin likes.
+
+        Returns:
+            Those of the right shape, with their names, and what is wrong with the rest.
+        """
         # A bare notifier has no such hook, and is asked only because it is one itself.
         register = self.caller(hook)
         try:
             answers = [[self._object]] if register is None else register(settings=settings)
         except BaseException as exc:
-            return Offer(problems=[f"{hook} raised {describe(exc)}"])
+            return [], [f"{hook} raised {describe(exc)}"]
         return _examine(answers, hook)
 
     def settings(self) -> SettingsState | None:
@@ -192,23 +183,25 @@ class Plugin:
         return sorted(name for name in others if not all(impl.optionalhook for impl in relay[name].get_hookimpls()))
 
 
-def _examine(answers: Iterable[object], hook: str) -> Offer:
-    """Check each notifier, or sink, in the answers to the hook. Raises nothing."""
-    offer, kind = Offer(), _OFFERED[hook][0]
+def _examine(answers: Iterable[object], hook: str) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Check each notifier, or sink, in the answers to the hook; return as `Plugin.offer`. Raises nothing."""
+    fitting: list[tuple[str, Any]] = []
+    problems: list[str] = []
+    kind, _ = _OFFERED[hook]
     for answer in answers:
         if not isinstance(answer, list | tuple):
             # Closed, or Python warns that it was never awaited.
             if inspect.iscoroutine(answer):
                 answer.close()
-            offer.problems.append(f"{hook} returned {type(answer).__name__}, not a list of {kind}s")
+            problems.append(f"{hook} returned {type(answer).__name__}, not a list of {kind}s")
             continue
         for candidate in answer:
             try:
-                offer.fitting.append((name_of(candidate, hook), candidate))
+                fitting.append((name_of(candidate, hook), candidate))
             except BaseException as exc:
                 # `name` may be a property of the plugin that raises anything.
-                offer.problems.append(f"a {kind} does not fit: {describe(exc)}")
-    return offer
+                problems.append(f"a {kind} does not fit: {describe(exc)}")
+    return fitting, problems
 
 
 def name_of(candidate: object, hook: str) -> str:
