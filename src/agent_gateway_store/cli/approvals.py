@@ -32,7 +32,6 @@ _COLUMNS = {
     "votes": "votes",
 }
 
-
 _OPTIONS: dict[str, tuple[Any, str, str]] = {
     "status": (list[str] | None, "--status", "PENDING, APPROVED, DENIED, EXPIRED, CANCELLED or USED; default: all."),
     "caller_id": (list[str] | None, "--caller", "Asked by this caller."),

@@ -173,7 +173,6 @@ def write(ctx: typer.Context, json: JsonOption = False) -> None:
     A malformed line is reported with its number and the others are still written; the exit code is then 1. It is 5 if
     an event was lost. A line without a timestamp is stamped now, so that to write it again stores another event.
     """
-
     if sys.stdin is None:
         raise CommandError("There is no standard input: give events as lines of JSON to it.", ExitCode.USAGE)
     counts: Counter[str] = Counter()

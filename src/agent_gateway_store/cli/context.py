@@ -159,12 +159,13 @@ def read_store(
     is_new = file is not None and not file.exists()
 
     async def work(store: GatewayStore) -> T:
-        found = None if is_endless else await call(store)
+        if not is_endless:
+            found = await call(store)
         if not as_json:
             # An organisation may have nothing in a database that is the right one.
             is_empty = is_new or (options_of(ctx).org is None and await _is_empty(store))
             complain(_reading(file or mask_url(chosen.database_url), is_new, is_empty))
-        return await call(store) if is_endless else cast("T", found)
+        return await call(store) if is_endless else found
 
     return in_store(ctx, work, settings=chosen)
 

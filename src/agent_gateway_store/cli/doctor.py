@@ -96,11 +96,6 @@ class Report:
         except Exception as exc:
             self.problem(*explain(exc))
 
-    @property
-    def schema_is_current(self) -> bool:
-        """True if the database can be used."""
-        return bool(self.facts.get("schema", {}).get("state") == "current")
-
     def flat(self) -> Iterator[tuple[str, Any]]:
         """Yield the facts as names and values for people."""
         for subject, fact in self.facts.items():
@@ -143,7 +138,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     await _check_redis(report, settings)
     _check_plugins(report, settings)
     _check_signing_key(report, settings)
-    if report.schema_is_current:
+    if report.facts.get("schema", {}).get("state") == "current":
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
             report.facts["database"]["identity"] = await read_identity(engine)
             await check_server(report, engine, settings)
@@ -267,11 +262,12 @@ async def _check_retention(report: Report, engine: AsyncEngine, settings: StoreS
     facts = report.facts["retention"] = await retention_facts(engine, sqlite_file(settings.database_url))
     left = facts["days_until_full"]
     if left is not None and left < _DAYS_TO_ACT:
-        said = f"The disk of the database is full in {left} days at this rate: run `gateway-store retention prune`, or "
+        advice = "run `gateway-store retention prune`, or give it more room."
+        said = f"The disk of the database is full in {left} days at this rate: {advice}"
         if left < _DAYS_TOO_LATE:
-            report.problem(f"{said}give it more room.", ExitCode.ERROR)
+            report.problem(said, ExitCode.ERROR)
         else:
-            report.warning(f"{said}give it more room.")
+            report.warning(said)
     if facts["last_prune"] is not None and "failed" in facts["last_prune"]:
         report.warning(f"The last prune failed ({facts['last_prune']}): run it again by hand and see why.")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,17 +71,13 @@ async def bound(engine: AsyncEngine) -> AsyncIterator[Database]:
 async def check_server(report: Report, engine: AsyncEngine, settings: StoreSettings) -> None:
     """Note what somebody must act on; changes nothing."""
     facts = report.facts["database"]
-    async with report.noting_errors():
-        await _check_clock(report, facts, engine)
-    async with report.noting_errors():
-        await _check_ids(report, facts, engine)
-    async with report.noting_errors():
-        await _check_insert(report, facts, engine)
+    checks: list[Callable[[Report, dict[str, Any], AsyncEngine], Awaitable[None]]]
+    checks = [_check_clock, _check_ids, _check_insert]
     if engine.dialect.name == "postgresql":
+        checks += [_check_statistics, _check_policies]
+    for check in checks:
         async with report.noting_errors():
-            await _check_statistics(report, facts, engine)
-        async with report.noting_errors():
-            await _check_policies(report, engine)
+            await check(report, facts, engine)
     if settings.database_read_url:
         await _check_replica(report, settings.database_read_url, facts["identity"])
 
@@ -145,24 +141,25 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
             await connection.rollback()
 
 
-async def _check_statistics(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+async def _names(engine: AsyncEngine, sql: str) -> list[str]:
     async with examined(engine) as connection:
-        found = (await connection.exec_driver_sql(_NEVER_ANALYSED)).scalars().all()
-    facts["never_analysed"] = sorted(found)
+        return sorted((await connection.exec_driver_sql(sql)).scalars())
+
+
+async def _check_statistics(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    found = facts["never_analysed"] = await _names(engine, _NEVER_ANALYSED)
     if found:
         report.problem(
-            f"PostgreSQL has no statistics of {', '.join(sorted(found))}, as after a restore, and plans badly: run "
+            f"PostgreSQL has no statistics of {', '.join(found)}, as after a restore, and plans badly: run "
             "`ANALYZE` there, and see that autovacuum is on.",
             ExitCode.ERROR,
         )
 
 
-async def _check_policies(report: Report, engine: AsyncEngine) -> None:
-    async with examined(engine) as connection:
-        found = (await connection.exec_driver_sql(_WITH_POLICIES)).scalars().all()
-    if found:
+async def _check_policies(report: Report, _facts: dict[str, Any], engine: AsyncEngine) -> None:
+    if found := await _names(engine, _WITH_POLICIES):
         report.warning(
-            f"Row-level security of {', '.join(sorted(found))} shows a role what its policies let it see: run "
+            f"Row-level security of {', '.join(found)} shows a role what its policies let it see: run "
             "`evidence verify` as a role to which none applies."
         )
 
@@ -209,9 +206,11 @@ async def retention_facts(engine: AsyncEngine, file: Path | None) -> dict[str, A
         sql = _POSTGRES_BYTES if engine.dialect.name == "postgresql" else _SQLITE_BYTES
         size = int((await connection.exec_driver_sql(sql)).scalar() or 0)
         free = await _free_bytes(connection, file)
-        held = await _held(connection)
+        holds, held = await _held(connection)
         last = await _last_prune(connection)
-    days = _span_days(oldest, since)
+    # A younger log has grown for as long as it is there; at least an hour, so that a first burst is no trend.
+    start = max(oldest, since) if oldest else since
+    days = max((utc_now() - start) / timedelta(days=1), 1 / 24)
     growth = round(size / rows * recent / days) if rows and recent else 0
     return {
         "oldest_event": oldest,
@@ -220,17 +219,10 @@ async def retention_facts(engine: AsyncEngine, file: Path | None) -> dict[str, A
         "bytes_per_day": growth,
         "disk_free_bytes": free,
         "days_until_full": None if free is None or not growth else free // growth,
-        "holds": held[0],
-        "held_events": held[1],
+        "holds": holds,
+        "held_events": held,
         "last_prune": last,
     }
-
-
-def _span_days(oldest: datetime | None, since: datetime) -> float:
-
-    # A younger log has grown for as long as it is there; at least an hour, so that a first burst is no trend.
-    start = max(oldest, since) if oldest else since
-    return max((utc_now() - start) / timedelta(days=1), 1 / 24)
 
 
 async def _free_bytes(connection: AsyncConnection, file: Path | None) -> int | None:

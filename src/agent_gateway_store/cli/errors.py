@@ -80,11 +80,8 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
     if isinstance(error, OSError) and error.errno == ENOSPC:
         return "The disk is full: make room and try again.", ExitCode.ERROR
     if isinstance(error, OSError) and error.filename is not None:
-        why = strerror(error.errno or 0)
-        return (
-            f"{escape(str(error.filename))}: {why}: check the path and its permissions and try again.",
-            ExitCode.ERROR,
-        )
+        what = f"{escape(str(error.filename))}: {strerror(error.errno or 0)}"
+        return f"{what}: check the path and its permissions and try again.", ExitCode.ERROR
     return f"Unexpected error, {describe(error)}: run with --debug for the traceback.", ExitCode.ERROR
 
 

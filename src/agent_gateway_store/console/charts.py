@@ -55,7 +55,6 @@ async def charts(request: Request) -> Response:
     """`GET /charts`: the pictures, and the numbers behind them for those who do not see pictures."""
     session = await pages.session_of(request)
     store = session.store
-    approvals = await store.approvals.stats(by="tool_name", since=_SINCE)
     return pages.page(
         request,
         "charts.html",
@@ -63,7 +62,7 @@ async def charts(request: Request) -> Response:
         tables=[
             ("Decisions", "decision", _CALLS, await store.audit.stats(by="decision", since=_SINCE)),
             ("Tools", "tool_name", _CALLS, (await store.audit.stats(by="tool_name", since=_SINCE))[:20]),
-            ("Approvals", "tool_name", _APPROVALS, approvals[:20]),
+            ("Approvals", "tool_name", _APPROVALS, (await store.approvals.stats(by="tool_name", since=_SINCE))[:20]),
         ],
         replica_age=await pages.replica_age(session),
     )

@@ -84,8 +84,7 @@ async def _card(request: Request, asked: ApprovalRequest) -> Markup:
 
 async def approval(request: Request) -> Response:
     """`GET /approvals/{approval_id}`."""
-    session = await pages.session_of(request)
-    return await _approval_page(request, session)
+    return await _approval_page(request, await pages.session_of(request))
 
 
 async def _approval_page(
