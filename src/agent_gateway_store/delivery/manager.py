@@ -131,7 +131,6 @@ class NotificationManager:
             )
             .values(status=DeliveryStatus.DUE, attempts=0, next_attempt_at=db_now())
         )
-
         return await changed(self._database, statement)
 
     async def run(self, *, once: bool = False) -> int:

@@ -29,7 +29,6 @@ _SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
 REDIS_FAULTS = (RedisError, OSError, EOFError, ValueError, RuntimeError)
 """What commands raise if Redis is away, hangs, or sends what is not its protocol."""
 
-
 NO_CLUSTER = (
     "The store does not use a Redis Cluster: name one Redis, or those with Sentinel by "
     "redis+sentinel://host:26379,host2:26379/name/0."

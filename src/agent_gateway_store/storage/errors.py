@@ -102,7 +102,6 @@ _HINTS = (
     ),
 )
 
-
 # As in "permission denied for table api_keys", or "must be owner of table api_keys".
 _OBJECT = re.compile(r"(?:permission denied for|must be owner of) (\w+ \S+)")
 

@@ -29,7 +29,6 @@ from agent_gateway_store.telemetry import current_trace_id, needs_parent, span
 
 _UNKNOWN = "unknown"
 
-
 Identify = Callable[[MiddlewareContext[Any]], CallerIdentity | Awaitable[CallerIdentity]]
 Sanitize = Callable[[ToolCall], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 NameServer = Callable[[MiddlewareContext[Any]], str | Awaitable[str]]
