@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import uuid4
 
 import typer
 
@@ -141,8 +142,6 @@ def acquire(
     json: JsonOption = False,
 ) -> None:
     """Ask whether a call may run now: ends with 0 (run it once), 6 (pending, ask again later) or 7 (refused)."""
-    from uuid import uuid4
-
     from agent_gateway_store.models.approval import ApprovalRequest
     from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 

@@ -15,6 +15,7 @@ import typer
 
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import complain
+from agent_gateway_store.errors import GatewayStoreError
 
 if TYPE_CHECKING:
     from agent_gateway_store.settings import StoreSettings
@@ -94,8 +95,6 @@ def open_blocking_store(ctx: typer.Context) -> SyncGatewayStore:
 
 
 def _construct(ctx: typer.Context, kind: type[S], settings: StoreSettings) -> S:
-    from agent_gateway_store.errors import GatewayStoreError
-
     try:
         store = kind(settings=settings)
     except GatewayStoreError:

@@ -6,10 +6,12 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from agent_gateway_store._text import code_text, word
 from agent_gateway_store.cli import plugins
 from agent_gateway_store.cli.context import options_of, run, settings_of, sqlite_file
 from agent_gateway_store.cli.db import engine_for, schema_state
@@ -23,7 +25,8 @@ from agent_gateway_store.cli.doctor_database import (
 )
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
-from agent_gateway_store.errors import GatewayStoreError
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -83,7 +86,7 @@ class Report:
         """Note a warning."""
         self.warnings.append(text)
 
-    def problem(self, text: str, code: ExitCode) -> None:
+    def problem(self, text: str, code: ExitCode = ExitCode.ERROR) -> None:
         """Note a problem; of several exit codes that of a dependency that is down wins."""
         self.problems.append(text)
         self.code = max(self.code, code)
@@ -161,7 +164,7 @@ def _check_signing_key(report: Report, settings: StoreSettings) -> None:
     try:
         SigningKey.parse(key.get_secret_value())
     except (GatewayStoreError, ValueError) as exc:
-        report.problem(f"AUDIT_SIGNING_KEY: {exc}", ExitCode.ERROR)
+        report.problem(f"AUDIT_SIGNING_KEY: {exc}")
 
 
 async def _check_database(report: Report, url: str) -> None:
@@ -190,11 +193,11 @@ async def _check_database(report: Report, url: str) -> None:
             await migrate.check_server(engine)
         report.facts["schema"] = state
         if state["state"] != "current":
-            report.problem(str(migrate.out_of_date(state["current"])), ExitCode.ERROR)
+            report.problem(str(migrate.out_of_date(state["current"])))
             return
         state["differences"] = await migrate.differences(engine)
         if state["differences"]:
-            report.problem("The schema differs from the models: see `gateway-store db check`.", ExitCode.ERROR)
+            report.problem("The schema differs from the models: see `gateway-store db check`.")
 
 
 async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
@@ -229,8 +232,7 @@ async def _check_transactions(report: Report, engine: AsyncEngine) -> None:
         report.problem(
             "Audit events hold transaction ids of another server, as after restoring a dump, so that `audit tail`, "
             "`follow` and `changes` would miss events: run `gateway-store db restored --by NAME` once as the owner of "
-            "the tables, and begin with new cursors.",
-            ExitCode.ERROR,
+            "the tables, and begin with new cursors."
         )
 
 
@@ -247,8 +249,7 @@ async def _check_log(report: Report, engine: AsyncEngine) -> None:
     for name, statement in missing.items():
         report.problem(
             f"The trigger {name} is missing or switched off, so that rows of the audit log can be changed: find out "
-            f"who did that, verify the log, and run `{statement}` as the owner of the tables.",
-            ExitCode.ERROR,
+            f"who did that, verify the log, and run `{statement}` as the owner of the tables."
         )
     if engine.dialect.name == "postgresql" and await _scalar(engine, _OWNS_TABLES):
         report.warning(
@@ -265,7 +266,7 @@ async def _check_retention(report: Report, engine: AsyncEngine, settings: StoreS
         advice = "run `gateway-store retention prune`, or give it more room."
         said = f"The disk of the database is full in {left} days at this rate: {advice}"
         if left < _DAYS_TOO_LATE:
-            report.problem(said, ExitCode.ERROR)
+            report.problem(said)
         else:
             report.warning(said)
     if facts["last_prune"] is not None and "failed" in facts["last_prune"]:
@@ -281,7 +282,6 @@ async def _scalar(engine: AsyncEngine, statement: str) -> Any:
 
 async def _check_redis(report: Report, settings: StoreSettings) -> None:
     """Ask Redis for a key that nobody writes."""
-    from agent_gateway_store._text import code_text
     from agent_gateway_store.settings import mask_url
     from agent_gateway_store.storage.cache import NO_CLUSTER, create_redis
     from agent_gateway_store.storage.pubsub import CHANNEL
@@ -303,7 +303,7 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         # The cache hides a Redis that fails, as the store wants it, so that the failure must be asked for.
         if redis.is_cluster:
             facts["state"] = "cluster"
-            report.problem(NO_CLUSTER, ExitCode.ERROR)
+            report.problem(NO_CLUSTER)
         elif redis.is_available:
             facts["state"] = "reachable"
         else:
@@ -316,11 +316,7 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
 
 async def _check_spool(report: Report, settings: StoreSettings) -> None:
     """Find out whether events could be spooled, and for which databases some wait."""
-    from shlex import quote
-
-    from agent_gateway_store._text import word
     from agent_gateway_store.audit.spool import MAX_BYTES, Spool
-    from agent_gateway_store.errors import StoreUnavailableError
     from agent_gateway_store.storage.urls import parse_database_url
 
     facts: dict[str, Any] = {"mode": settings.audit_mode, "spool_path": str(settings.audit_spool_path)}
@@ -336,7 +332,7 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
     except StoreUnavailableError as exc:
         strict = settings.audit_mode == "strict"
         effect = "What waits there is not brought in." if strict else "While the database is away events would be lost."
-        report.problem(f"{effect} {exc}", ExitCode.ERROR)
+        report.problem(f"{effect} {exc}")
         return
     finally:
         await spool.close()
@@ -344,8 +340,7 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
     if free is not None and free < MAX_BYTES:
         report.problem(
             f"The disk of the spool has {free / 2**20:,.0f} MiB left, and the spool may take {MAX_BYTES / 2**20:,.0f}: "
-            "make room, or events would be lost in an outage.",
-            ExitCode.ERROR,
+            "make room, or events would be lost in an outage."
         )
     others = [each for each in targets if not spool.is_own(each)]
     facts |= {"spool_waiting": waiting, "spool_quarantined": quarantined}
@@ -368,7 +363,7 @@ def _check_plugins(report: Report, settings: StoreSettings) -> None:
     report.facts["plugins"] = {record["name"]: record["state"] for record in records}
     for record in records:
         if record["state"] == "broken":
-            report.problem(f"Plugin {record['name']} is broken: {record['error']}.", ExitCode.ERROR)
+            report.problem(f"Plugin {record['name']} is broken: {record['error']}.")
 
 
 async def _check_approvals(report: Report, ctx: typer.Context, engine: AsyncEngine, settings: StoreSettings) -> None:
@@ -391,7 +386,6 @@ async def _check_approvals(report: Report, ctx: typer.Context, engine: AsyncEngi
 async def _check_notifications(
     report: Report, ctx: typer.Context, engine: AsyncEngine, settings: StoreSettings
 ) -> None:
-    from agent_gateway_store.clock import utc_now
     from agent_gateway_store.delivery import NotificationManager, StoreOutbox
     from agent_gateway_store.hooks.manager import Plugins
 
@@ -409,7 +403,7 @@ async def _check_notifications(
         said = f"{waiting} notices wait for the notifier {name}, which is not loaded here: run a worker that has it."
         if row["due"] and (utc_now() - row["oldest"]).total_seconds() > _NOBODY_S:
             # Where another process had it, they would have been sent.
-            report.problem(said, ExitCode.ERROR)
+            report.problem(said)
         else:
             report.warning(said)
 
@@ -426,9 +420,7 @@ async def _check_sinks(report: Report, ctx: typer.Context, engine: AsyncEngine) 
         if row["dead"]:
             report.warning(f"The sink {name} has refused {row['dead']} events: see `gateway-store sinks dead {name}`.")
         if row["lag_s"] is None:
-            report.problem(f"The sink {name} cannot go on: {error}", ExitCode.ERROR)
+            report.problem(f"The sink {name} cannot go on: {error}")
         elif row["lag_s"] > _NOBODY_S:
             why = f"it says {error!r}" if error else f"see whether `gateway-store audit ship {name}` runs"
-            report.problem(
-                f"The sink {name} lags {row['lag_s'] / 3600:,.0f} hours behind the log: {why}.", ExitCode.ERROR
-            )
+            report.problem(f"The sink {name} lags {row['lag_s'] / 3600:,.0f} hours behind the log: {why}.")

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store.cli.errors import ExitCode
+from agent_gateway_store._text import escape
 from agent_gateway_store.clock import utc_now
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ async def _check_clock(report: Report, facts: dict[str, Any], engine: AsyncEngin
     if abs(apart_s) > _CLOCK_S:
         report.problem(
             f"The clocks of this machine and of the database are {abs(apart_s):g} seconds apart: set them by NTP. "
-            "Events are stamped by the one, and deadlines of approvals are judged by the other.",
-            ExitCode.ERROR,
+            "Events are stamped by the one, and deadlines of approvals are judged by the other."
         )
 
 
@@ -109,12 +108,11 @@ async def _check_ids(report: Report, facts: dict[str, Any], engine: AsyncEngine)
     async with examined(engine) as connection:
         found = facts["ids_in_use"] = await tables_behind(connection)
     if found:
-        report.problem(f"The database cannot number rows of {', '.join(found)}: {IDS_IN_USE}.", ExitCode.ERROR)
+        report.problem(f"The database cannot number rows of {', '.join(found)}: {IDS_IN_USE}.")
 
 
 async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
     """Insert an event and roll it back: a trigger, a right or a constraint may refuse what the schema allows."""
-    from agent_gateway_store._text import escape
     from agent_gateway_store.audit.doors import write_door
     from agent_gateway_store.evidence.sealer import may_not_write
     from agent_gateway_store.storage.errors import is_outage, sqlstate_of
@@ -134,8 +132,7 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
                 reason = escape(str(getattr(exc, "orig", None) or exc).splitlines()[0])
                 report.problem(
                     f"The database refuses audit events ({reason}): find the trigger or constraint on audit_events "
-                    "that does so, and drop it. Until then events go to the quarantine of the spool.",
-                    ExitCode.ERROR,
+                    "that does so, and drop it. Until then events go to the quarantine of the spool."
                 )
         finally:
             await connection.rollback()
@@ -151,8 +148,7 @@ async def _check_statistics(report: Report, facts: dict[str, Any], engine: Async
     if found:
         report.problem(
             f"PostgreSQL has no statistics of {', '.join(found)}, as after a restore, and plans badly: run "
-            "`ANALYZE` there, and see that autovacuum is on.",
-            ExitCode.ERROR,
+            "`ANALYZE` there, and see that autovacuum is on."
         )
 
 
@@ -180,12 +176,11 @@ async def _check_replica(report: Report, url: str, identity: str) -> None:
             await database.close()
         facts |= {"reachable": True, "is_standby": age_s is not None, "age_s": age_s}
         if found != identity:
-            report.problem("DATABASE_READ_URL leads to another database: name a replica of this one.", ExitCode.ERROR)
+            report.problem("DATABASE_READ_URL leads to another database: name a replica of this one.")
         elif age_s is not None and age_s > _LAG_S:
             report.problem(
                 f"The replica of DATABASE_READ_URL is {age_s:.0f} seconds behind: look at pg_stat_replication on the "
-                "primary, and at long reads on the replica.",
-                ExitCode.ERROR,
+                "primary, and at long reads on the replica."
             )
 
 

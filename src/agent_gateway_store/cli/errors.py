@@ -9,6 +9,7 @@ from errno import EDQUOT, ENOSPC
 from os import strerror
 from typing import TYPE_CHECKING
 
+from agent_gateway_store import errors
 from agent_gateway_store._text import describe, escape, mask_tokens
 
 if TYPE_CHECKING:
@@ -47,11 +48,9 @@ class CommandError(Exception):
 @contextmanager
 def file_errors(path: object, refusal: Callable[[str], Exception] = CommandError) -> Iterator[None]:
     """Let errors of the system name the path that the user gave, and raise a `refusal` for a value that is wrong."""
-    from agent_gateway_store.errors import GatewayStoreError
-
     try:
         yield
-    except GatewayStoreError:
+    except errors.GatewayStoreError:
         raise
     except OSError as exc:
         if exc.errno is None:
@@ -66,8 +65,6 @@ def file_errors(path: object, refusal: Callable[[str], Exception] = CommandError
 def explain(error: BaseException) -> tuple[str, ExitCode]:
     """Return the sentence about `error` for the user, and the exit code."""
     from pydantic import ValidationError
-
-    from agent_gateway_store import errors
 
     if isinstance(error, CommandError):
         return str(error), error.code
@@ -86,8 +83,6 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
 
 
 def _code(error: Exception) -> ExitCode:
-    from agent_gateway_store import errors
-
     codes = {
         errors.ApprovalNotFoundError: ExitCode.NOT_FOUND,
         errors.ApprovalExpiredError: ExitCode.NOT_FOUND,

@@ -11,6 +11,7 @@ import typer
 from agent_gateway_store.cli.context import in_store, read_store, require_no_org, settings_of
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json, print_result, say, to_dict
+from agent_gateway_store.errors import InvalidEvidenceError
 
 if TYPE_CHECKING:
     from agent_gateway_store.models.evidence import Verification
@@ -163,7 +164,6 @@ def _keys(given: list[str] | None) -> list[str]:
 
 
 def _notes(path: Path) -> list[str]:
-    from agent_gateway_store.errors import InvalidEvidenceError
     from agent_gateway_store.evidence.notes import parse_note, split_notes
 
     notes = split_notes(path.read_bytes().decode("utf-8", "surrogateescape"))

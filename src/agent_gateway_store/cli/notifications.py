@@ -7,6 +7,7 @@ import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
 
 import typer
 
@@ -162,8 +163,6 @@ def prune(
 
 
 def _id(text: str | None) -> str | None:
-    from uuid import UUID
-
     try:
         return None if text is None else str(UUID(text))
     except ValueError:

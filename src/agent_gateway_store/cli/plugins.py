@@ -17,6 +17,7 @@ from agent_gateway_store._text import describe
 from agent_gateway_store.cli.context import run, settings_of
 from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import JsonOption, complain, print_page
+from agent_gateway_store.clock import utc_now
 
 if TYPE_CHECKING:
     from agent_gateway_store.hooks.dispatch import Dispatcher
@@ -241,7 +242,6 @@ async def _send(dispatcher: Dispatcher, notifier: str) -> str | None:
 
 def sample_notices() -> Sequence[Notice]:
     """Return the notices of one made-up approval: that it waits, then that it was cancelled."""
-    from agent_gateway_store.clock import utc_now
     from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
 
     # The second notice cancels the first, so that no channel is left with a question that nobody can answer.

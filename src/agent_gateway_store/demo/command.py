@@ -17,6 +17,7 @@ from agent_gateway_store.cli.context import in_store, settings_of, sqlite_file
 from agent_gateway_store.cli.errors import CommandError
 from agent_gateway_store.cli.keys import print_issued, require_output
 from agent_gateway_store.cli.output import JsonOption, complain, console, field_text, print_json, say, to_dict
+from agent_gateway_store.errors import ApiKeyExistsError
 
 if TYPE_CHECKING:
     from agent_gateway_store.demo.gateway import Gateway
@@ -254,8 +255,6 @@ def seed(
 
 
 async def _first_key(store: GatewayStore, level: TrustLevel) -> tuple[IssuedKey | None, ApiKey]:
-    from agent_gateway_store.errors import ApiKeyExistsError
-
     try:
         issued = await store.keys.issue(FIRST_CALLER, role=FIRST_ROLE, trust_level=level)
     except ApiKeyExistsError:

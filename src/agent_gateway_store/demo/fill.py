@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from agent_gateway_store.cli.output import say
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import ApiKeyExistsError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -46,7 +48,6 @@ async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | 
     Returns:
         What was written.
     """
-    from agent_gateway_store.clock import utc_now
     from agent_gateway_store.demo.history import DAYS, history
 
     started = time.perf_counter()
@@ -136,7 +137,6 @@ async def _ask(store: GatewayStore, seed: int) -> int:
 
 
 def _request(seed: int, number: int, tool: str, arguments: dict[str, Any], why: str) -> ApprovalRequest:
-    from agent_gateway_store.clock import utc_now
     from agent_gateway_store.models.approval import ApprovalRequest
     from agent_gateway_store.models.values import ToolCall
 
@@ -153,7 +153,6 @@ def _request(seed: int, number: int, tool: str, arguments: dict[str, Any], why: 
 async def _issue_keys(store: GatewayStore) -> dict[str, str]:
     """Give each caller a key, and return caller to key id."""
     from agent_gateway_store.demo.world import CALLERS
-    from agent_gateway_store.errors import ApiKeyExistsError
 
     for caller in CALLERS:
         try:
