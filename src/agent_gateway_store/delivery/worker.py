@@ -160,9 +160,8 @@ class DeliveryWorker:
 
         Args:
             notice: What to send; its `delivery_id` means nothing.
-            leased: The rows that were just committed with a lease. What the other notifiers of
-                this process are to get waits for an earlier notice about the same approval. After `close` they are sent
-                when their lease ends.
+            leased: The rows that were just committed with a lease. What the other notifiers of this process are to get
+                waits for an earlier notice about the same approval. After `close` they are sent when their lease ends.
         """
         if self._is_closed:
             return

@@ -166,8 +166,7 @@ class PluginThread:
     """Runs calls side by side in one event loop in one daemon thread, which it starts at once.
 
     Waking another thread costs more than most calls, so calls made together are handed over together, and so are
-    results.
-    The lock of the executor keeps `submit` from running during or after `retire` and `stop`.
+    results. The lock of the executor keeps `submit` from running during or after `retire` and `stop`.
     """
 
     def __init__(self, name: str) -> None:

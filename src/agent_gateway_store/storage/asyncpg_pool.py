@@ -69,8 +69,8 @@ class AsyncpgPool:
         """Acquire a connection for at most `timeout_s` seconds, the time to get one included.
 
         A connection whose use raised is not used again, unless it was an error of ours; nor is one whose server takes
-        no writes, so that the next one may reach one that does. When the time is up the socket
-        is closed, because a server that hangs does not answer a request to cancel either.
+        no writes, so that the next one may reach one that does. When the time is up the socket is closed, because a
+        server that hangs does not answer a request to cancel either.
 
         Raises:
             TimeoutError: There was no connection to be had in time, or its use did not end in time.
