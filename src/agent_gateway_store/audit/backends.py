@@ -132,11 +132,9 @@ async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOut
 async def _insert_free(
     rows: Sequence[EncodedRow], insert: Callable[[list[EncodedRow]], Awaitable[dict[_Key, str | None]]]
 ) -> list[RowResult]:
-    """Insert `rows`, those whose key is taken under derived ids; return the result of each.
+    """Insert `rows`, whose keys differ, those whose key is taken under derived ids; return the result of each.
 
-    Args:
-        rows: With different keys.
-        insert: Inserts the rows whose key is free, and returns the others' keys with the mark of what is stored there.
+    `insert` inserts the rows whose key is free, and returns the others' keys with the mark of what is stored there.
     """
     results: dict[int, RowResult] = {}
     open_rows = dict(enumerate(rows))

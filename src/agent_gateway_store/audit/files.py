@@ -34,12 +34,7 @@ _PANDAS_INDEX = "__index_level_"
 
 @contextmanager
 def _read_opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """Open a file for reading, decompressed if its suffix says so.
-
-    Raises:
-        ValueError: It cannot be decompressed; also while it is read.
-        MissingExtraError: zstd, and pyarrow is not installed.
-    """
+    """Open a file for reading, decompressed if its suffix says so; ValueError if that fails, also while it is read."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     try:
         if compression == "zstd":

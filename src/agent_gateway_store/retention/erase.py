@@ -73,10 +73,6 @@ class _Target(NamedTuple):
     def is_blank(self) -> bool:
         return self.values["content_hash"] is None and self.values["deterministic_rationale"] == ERASED
 
-    @property
-    def is_door(self) -> bool:
-        return names_door(self.values)
-
 
 class _Touched(NamedTuple):
     """What an erasure changes: the targets, and of other events the approvals that they name or asked for.
@@ -194,7 +190,7 @@ class Eraser:
                 _Target(values, archived=True) for values in await in_thread(lambda: _archived(folder, request_id))
             ]
         own = [each for each in found if self._org_id in (None, each.values["org_id"])]
-        calls = [each for each in own if not each.is_door]
+        calls = [each for each in own if not names_door(each.values)]
         if own and not calls:
             raise ValueError("This event says what retention did: it holds nothing of a call, and is not erased.")
         if len(organisations := sorted({each.values["org_id"] for each in calls})) > 1:

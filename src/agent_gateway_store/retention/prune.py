@@ -126,12 +126,6 @@ def archived_columns(dialect: str) -> Select[Any]:
 
 
 _DELETE = Statement(lambda dialect: delete(table).where(is_one_of(dialect, table.c.id, "p_ids", BigInteger())))
-_LOCK_LOST = StoreUnavailableError(
-    "The lock of retention was lost and holds have changed, so the rest was not pruned: run it again."
-)
-_NOT_SEALED = LogMismatchError(
-    "The event that says what is pruned could not be sealed, so nothing was: run `gateway-store evidence verify`."
-)
 
 
 class Pruner:
@@ -311,7 +305,9 @@ class Pruner:
             if self._database.dialect == "postgresql":
                 await connection.execute(text(_TIMEOUTS))
             if await lock_holds(connection) != self._holds:
-                raise _LOCK_LOST
+                raise StoreUnavailableError(
+                    "The lock of retention was lost and holds have changed, so the rest was not pruned: run it again."
+                )
             history = (await connection.execute(text("SELECT history_id FROM database_identity"))).scalar() or 0
             # Ids of transactions from before a restore are those of another server.
             pairs = zip(ids, transaction_ids, strict=True)
@@ -351,4 +347,6 @@ async def seal_event(database: Database, sealer: Sealer, event_id: int) -> None:
             leaf = select(_leaves.c.position).where(_leaves.c.event_id == event_id)
             if (await connection.execute(leaf)).first() is not None:
                 return
-    raise _NOT_SEALED
+    raise LogMismatchError(
+        "The event that says what is pruned could not be sealed, so nothing was: run `gateway-store evidence verify`."
+    )

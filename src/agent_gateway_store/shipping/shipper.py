@@ -158,8 +158,7 @@ class _Run:
         self._most = self._limit = batch
         self._cursor = ""
         self._sent = 0
-        name = f"ship {org_id or EVERY_ORG}\0{self._name}"
-        key = key_of(name)
+        key = key_of(f"ship {org_id or EVERY_ORG}\0{self._name}")
         self._lock = ExclusiveLock(
             database,
             key=key,
