@@ -276,15 +276,11 @@ async def set_outcome(transactions: Transactions, ref: ApprovalRef, outcome: str
             return StoredApproval.from_row(row)
         found = await read(connection, ref)
     if found.request.status is not ApprovalStatus.USED:
-        raise _standing(
-            ApprovalNotApprovedError,
-            f"Only a used approval has an outcome: it stands at {_who(found.request)}.",
-            found.request,
-        )
+        why = f"Only a used approval has an outcome: it stands at {_who(found.request)}."
+        raise _standing(ApprovalNotApprovedError, why, found.request)
     if found.request.outcome != text:
-        raise _standing(
-            ApprovalAlreadyUsedError, "The approval has already been used and its outcome was recorded.", found.request
-        )
+        why = "The approval has already been used and its outcome was recorded."
+        raise _standing(ApprovalAlreadyUsedError, why, found.request)
     return found
 
 

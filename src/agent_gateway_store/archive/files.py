@@ -150,18 +150,14 @@ Record = dict[str, Any]
 def rewrite_events(manifest: Manifest, blank: Mapping[tuple[int, str], Mapping[str, Any]]) -> None:
     """Replace columns of the events with some positions and leaves, in every file that has one; the old files go."""
     for entry in manifest.of_kind("events"):
-        table = read_events(manifest.folder, entry) if _may_hold(entry, blank) else None
-        if table is None:
+        if not any(first <= position <= last for first, last in entry.positions for position, _ in blank):
             continue
+        table = read_events(manifest.folder, entry)
         keys = zip(*(table.column(name).to_pylist() for name in ("position", "leaf_hash")), strict=True)
         if found := {place: blank[key] for place, key in enumerate(keys) if key in blank}:
             day = entry.file.partition("/")[0].removeprefix("day=")
             replaced = _replaced(table, found)
             _replace(manifest, write_day(manifest, day, replaced, entry.checkpoint, replaces=entry.file))
-
-
-def _may_hold(entry: Entry, blank: Mapping[tuple[int, str], Any]) -> bool:
-    return any(first <= position <= last for first, last in entry.positions for position, _ in blank)
 
 
 def _replaced(table: pa.Table, rows: Mapping[int, Mapping[str, Any]]) -> pa.Table:

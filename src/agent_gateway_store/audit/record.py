@@ -381,15 +381,12 @@ def _scrub(values: dict[str, Any]) -> None:
 
 
 def _flags(given: list[RedactionFlag], scrubber: Scrubber) -> list[RedactionFlag]:
-    kept = [
-        RedactionFlag.model_construct(
-            field=scrubber.text(f"redaction_flags[{index}]", flag.field),
-            reason=scrubber.text(f"redaction_flags[{index}]", flag.reason),
-            original_hash=flag.original_hash
-            and scrubber.text(f"redaction_flags[{index}]", flag.original_hash, limit=MAX_KEY_BYTES),
-        )
-        for index, flag in enumerate(given)
-    ]
+    kept = []
+    for index, flag in enumerate(given):
+        place, digest = f"redaction_flags[{index}]", flag.original_hash
+        field, reason = scrubber.text(place, flag.field), scrubber.text(place, flag.reason)
+        digest = digest and scrubber.text(place, digest, limit=MAX_KEY_BYTES)
+        kept.append(RedactionFlag.model_construct(field=field, reason=reason, original_hash=digest))
     return kept + [
         RedactionFlag.model_construct(field=place, reason=UNSTORABLE, original_hash=digest)
         for place, digest in scrubber.replaced

@@ -56,19 +56,18 @@ async def find(
         for row in await connection.execute(statement):
             found.append(FoundRecord(kind="event", **row._mapping))
         approval = _approvals.c
-        columns = (approval.request_id, approval.org_id, approval.caller_id, approval.created_at, approval.tool_call)
+        columns = (approval.request_id, approval.org_id, approval.caller_id, approval.approval_id, approval.tool_call)
         matches = _matches(_approvals, own)
         if wanted is not None:
             voted = select(_votes.c.approval_id).where(_has_text(_votes, _VOTE_TEXTS, wanted))
             matches = and_(
                 matches, or_(_has_text(_approvals, _APPROVAL_TEXTS, wanted), approval.approval_id.in_(voted))
             )
-        for row in await connection.execute(
-            select(*columns, approval.approval_id).where(matches).order_by(approval.id)
-        ):
-            values = {name: getattr(row, name) for name in ("request_id", "org_id", "caller_id", "approval_id")}
-            shown = {"timestamp": row.created_at, "tool_name": row.tool_call.tool}
-            found.append(FoundRecord(kind="approval", **values, **shown))
+        statement = select(*columns, approval.created_at.label("timestamp")).where(matches).order_by(approval.id)
+        for row in await connection.execute(statement):
+            values = dict(row._mapping)
+            tool = values.pop("tool_call").tool
+            found.append(FoundRecord(kind="approval", tool_name=tool, **values))
     if archive is not None:
         found += await in_thread(lambda: _in_archive(archive, own, wanted))
     return found

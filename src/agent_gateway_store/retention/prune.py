@@ -204,8 +204,10 @@ class Pruner:
     async def _read_newest(self, connection: AsyncConnection) -> _Newest | None:
         # Once for a run: the last transaction may be an import of a million events, all of which are looked at.
         newest = (await connection.execute(select(func.max(table.c.id)))).scalar()
-        if newest is None or self._database.dialect == "sqlite":
-            return None if newest is None else _Newest(newest, None, None)
+        if newest is None:
+            return None
+        if self._database.dialect == "sqlite":
+            return _Newest(newest, None, None)
         last = select(table.c.transaction_id, table.c.id).where(table.c.transaction_id.is_not(None))
         last = last.order_by(table.c.transaction_id.desc(), table.c.id.desc()).limit(1)
         found = (await connection.execute(last)).first()
