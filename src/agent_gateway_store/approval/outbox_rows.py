@@ -38,7 +38,6 @@ from agent_gateway_store.storage.statements import RowsParameter, Statement
 
 _deliveries = NotificationDelivery.__table__
 _PENDING = ApprovalStatus.PENDING
-_PLACEHOLDER = UUID(int=0)
 
 
 class Outbox(Protocol):
@@ -294,7 +293,7 @@ async def insert_with_deliveries(
 def _pending_notice(values: Mapping[str, Any]) -> Notice:
     return Notice(
         event="pending",
-        delivery_id=_PLACEHOLDER,
+        delivery_id=UUID(int=0),
         approval_id=values["p_approval_id"],
         org_id=values["p_org_id"],
         request_id=values["p_request_id"],

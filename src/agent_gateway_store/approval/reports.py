@@ -253,7 +253,6 @@ def _grouped(shape: Shape, by: tuple[str, ...], zone: Offsets, *, in_buckets: bo
 async def stats(transactions: Transactions, found: Criteria, grouped: Grouping) -> Stats:
     """Count approvals and how long they waited. Columns as for `ApprovalManager.stats`."""
     values = {**found.values, **grouped.values}
-
     zone = grouped.offsets(*(await read_all(transactions, _SPAN, values))[0]) if grouped.zone else ()
     statement = _grouped(found.shape, grouped.by, zone, in_buckets=grouped.bucket is not None)
     rows = await read_all(transactions, statement, values)

@@ -19,17 +19,16 @@ from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.identity import IDENTITY
 from agent_gateway_store.storage.sequences import advance
 
-DOOR_SERVER = "gateway-store"
-"""`mcp_server` of these events."""
 PRUNE, ERASE, HOLD, RELEASE = "audit.prune", "audit.erase", "audit.hold", "audit.release"
-"""Their `tool_name`. In `sanitized_args` a prune names `positions` (pairs: the first and the last of a run), an erasure
-`position` and `row_sha256`: `hash_of_stored` of the event as it was blanked, without `content_hash` and salt."""
+"""The `tool_name` of these events. In `sanitized_args` a prune names `positions` (pairs: the first and the last of a
+run), an erasure `position` and `row_sha256`: `hash_of_stored` of the event as it was blanked, without `content_hash`
+and salt."""
 PRUNE_APPROVALS, RESTORED = "approvals.prune", "db.restored"
 DOOR_TOOLS = (PRUNE, ERASE, HOLD, RELEASE, PRUNE_APPROVALS, RESTORED)
 
 
 DOOR_FIELDS: dict[str, Any] = {
-    "mcp_server": DOOR_SERVER,
+    "mcp_server": "gateway-store",
     "caller_role": "operator",
     "matched_policy_rule": "",
     "decision": Decision.ALLOW,

@@ -137,7 +137,6 @@ class AuditQuery:
         grouped = grouping(by, bucket, time_zone, GROUPS)
         found = criteria(filters, org_id=self._org_id)
         values = {**found.values, **grouped.values}
-
         zone = grouped.offsets(*(await read_all(self._source, SPAN, values))[0]) if grouped.zone else ()
         statement = group_events(found.shape, grouped.by, zone, in_buckets=grouped.bucket is not None)
         rows = await read_all(self._source, statement, values)

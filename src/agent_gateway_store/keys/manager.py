@@ -47,7 +47,6 @@ COLUMNS = (
     "last_used_at",
     "revoked_at",
 )
-_DEFAULT_ORG = "default"
 # The documented precision of `last_used_at`: one write a minute for each key at most.
 _LAST_USED_EVERY = timedelta(minutes=1)
 # 2,738 years: both databases hold times until the year 9999 at least.
@@ -352,7 +351,7 @@ class KeyManager:
     def _organisation(self, org_id: str | None) -> str | None:
         """Return the organisation that is meant; None if the store is bound to another, so that nothing is found."""
         if org_id is None:
-            return self._org_id or _DEFAULT_ORG
+            return self._org_id or "default"
         if not org_id:
             raise ValueError("org_id must not be empty.")
         meant = storable_key(org_id)
