@@ -57,6 +57,7 @@ async def test_database_lost_behind_a_verified_key_is_503_too() -> None:
                 await bench.decide(approval_id, alice, decision="approve"),
                 await client.get("/follow", headers=alice, params={"token": token}),
             ]
+            server.start()  # a store whose database is away takes seconds to close
 
     assert [answer.status_code for answer in answers] == [503] * 4
     assert {answer.headers["Retry-After"] for answer in answers} == {"5"}

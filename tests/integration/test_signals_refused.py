@@ -13,10 +13,17 @@ from sqlalchemy import make_url
 
 import servers
 from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, TrustLevel
+from agent_gateway_store.storage import pubsub
 from proofs.harness import execute, migrated
 from servers import PostgresServer
 
 pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was not told looks again after half a second, in place of five."""
+    monkeypatch.setattr(pubsub, "_SLOW_POLL_S", 0.5)
 
 
 def make_request() -> ApprovalRequest:
@@ -66,13 +73,13 @@ async def test_a_full_queue_of_notifications_fails_no_decision() -> None:
     """Some listener stands still in a transaction, so that PostgreSQL can forget none of them."""
     with PostgresServer(settings={"max_notify_queue_pages": 64}) as server:
         url = migrated(server.url)
-        async with servers.connected(url) as listener:
+        async with servers.connected(url) as listener, servers.connected(url) as sender:
             await listener.execute("LISTEN other")
             await listener.execute("BEGIN")
             await listener.execute("SELECT 1")
             for length in (7900, 100):
                 with suppress(asyncpg.ProgramLimitExceededError):
                     while True:
-                        await execute(url, f"SELECT pg_notify('other', repeat('x', {length}))")
+                        await sender.execute(f"SELECT pg_notify('other', repeat('x', {length}))")
             await live(url)
             await listener.execute("ROLLBACK")
