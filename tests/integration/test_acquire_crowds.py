@@ -23,7 +23,7 @@ from proofs.harness import child, migrated
 pytestmark = pytest.mark.integration
 
 WORKERS = 4
-SIZES = [(5, 10), pytest.param(100, 50, marks=pytest.mark.slow)]
+SIZES = [(3, 10), pytest.param(100, 50, marks=pytest.mark.slow)]
 """Approvals, and how many callers of each process want to use each of them."""
 
 SERVING = """

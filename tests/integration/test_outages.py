@@ -239,7 +239,7 @@ async def test_a_killed_writer_leaves_everything_it_acknowledged(
 async def test_a_server_that_hangs_holds_nobody_up(server: PostgresServer, url: str) -> None:
     """SIGSTOP: single, bulk and flushing callers end within their bound, writes go to the spool, and to the database
     soon after SIGCONT."""
-    big = [make_event(sanitized_args={"text": "x" * 20_000}) for _ in range(2_000)]
+    big = [make_event(sanitized_args={"text": "x" * 20_000}) for _ in range(1_000)]
     async with under_load(url) as load:
         server.pause()
         start = time.monotonic()
@@ -253,9 +253,9 @@ async def test_a_server_that_hangs_holds_nobody_up(server: PostgresServer, url: 
         load.acknowledged |= {event.request_id: SPOOLED for event in big}
     print(f"SIGSTOP: {load}; bulk {took:.2f} s, flush {flushed:.2f} s, back in the database {recovered:.2f} s later")
 
-    assert bulk == {SPOOLED: 2_000}
+    assert bulk == {SPOOLED: 1_000}
     assert took < 2 * LONGEST_CALL_S
-    assert waiting >= 2_000
+    assert waiting >= 1_000
     assert flushed < 4.5  # a probe of a second, not a commit of five
     assert recovered < BACK_WITHIN_S
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 MOST_GROWTH_MB = 8.0
 
 
-@pytest.mark.parametrize("seconds", [9, pytest.param(1_200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [6, pytest.param(1_200, marks=pytest.mark.slow)])
 def test_a_store_at_work_holds_no_more_and_more(seconds: int) -> None:
     """Five cancelled reads a second, beside calls with approvals: memory, descriptors, tasks and threads stay."""
     command = [sys.executable, "-W", "error", "-m", "tests.proofs.soak", str(seconds)]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 
 install = plugin_helpers.install
 
-ASKED = 6
+ASKED = 3
 """How many approvals are asked for."""
 
 
