@@ -13,7 +13,7 @@ from contract_helpers import make_request
 from delivery_helpers import Post, quiet, raising, rows, settled, until
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock, errors
-from agent_gateway_store.delivery import DeliveryWorker, worker
+from agent_gateway_store.delivery import DeliveryWorker, attempts, worker
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.manager import Plugins
@@ -415,8 +415,9 @@ async def test_closing_does_not_wait_for_ever_and_loses_nothing(database_url: st
         assert await other.notifications.run(once=True) == 5
 
 
-async def test_the_worker_lives_through_an_outage(database_url: str) -> None:
+async def test_the_worker_lives_through_an_outage(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the database is away it waits, and then goes on; how a try went is written when it can be."""
+    monkeypatch.setattr(attempts, "_RETRY_S", 0.1)
     post = Post()
     settings = StoreSettings(notification_poll_seconds=0.05)
     async with store_with(database_url, post, settings=quiet()) as other:
