@@ -311,7 +311,7 @@ def test_a_wrong_signing_key_is_a_wrong_setting_that_doctor_finds(cli: Callable[
 
 
 def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tmp_path: Path) -> None:
-    """A file of settings, a folder, standard input and output."""
+    """A file of settings, a folder."""
     (tmp_path / "bad.env").write_bytes(b"\xff\xfe")
     (tmp_path / "taken").write_text("")
     cli("keys", "list", "--env-file", str(tmp_path / "bad.env")).assert_fails(2, "bad.env is not text in UTF-8")
@@ -322,6 +322,10 @@ def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tm
     cli("evidence", "publish", str(tmp_path / "taken" / "log")).assert_fails(1, "taken", "check the path")
     proved = cli("evidence", "prove", "r-1", "-o", str(tmp_path / "taken" / "x"))
     assert (proved.code, proved.err.splitlines()[1:]) == (1, [f"There is no folder {tmp_path}/taken: make it first."])
+
+
+def test_an_output_that_takes_nothing_is_named(tmp_path: Path) -> None:
+    """And of an API key that was made, that nobody has seen it."""
     command = (
         f"DATABASE_URL=sqlite:///{tmp_path}/k.db {sys.executable} -m agent_gateway_store.cli keys issue al --role r"
     )
@@ -336,6 +340,7 @@ def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tm
     assert (shown.returncode, shown.stderr) == (1, b"The output cannot be written: No space left on device.\n")
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_no_api_key_is_made_that_nobody_would_see(cli: Callable[..., Outcome], url: str) -> None:
     """Where standard output is closed, the key that is in use stays, and none is added."""
     cli("keys", "issue", "kept", "--role", "r")

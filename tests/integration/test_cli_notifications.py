@@ -53,7 +53,7 @@ def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcom
     assert cli("notifications", "run", "--once").out == "0 notices arrived.\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("url", "number"), [("sqlite", signal.SIGTERM), ("postgres", signal.SIGINT)], indirect=["url"])
 def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome], number: signal.Signals) -> None:
     """It sends what comes until then, and ends with 0 and no traceback."""
     with process("--database-url", url, "notifications", "run") as worker:
