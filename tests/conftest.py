@@ -185,15 +185,25 @@ def _migrated_template(postgres_url: str) -> Iterator[str]:
         yield make_url(migrated(create())).database or ""
 
 
+@pytest.fixture(scope="session")
+def lasting_postgres_database(postgres_url: str, _migrated_template: str) -> Iterator[Callable[[], str]]:
+    """The same as `migrated_postgres_database`; all are dropped after the session."""
+    with _databases(postgres_url, _migrated_template) as create:
+        yield create
+
+
 @pytest.fixture
-def migrated_postgres_database(postgres_url: str, _migrated_template: str) -> Iterator[Callable[[], str]]:
-    """Make a migrated, empty database with each call and return its URL; all are dropped after the test."""
+def migrated_postgres_database(postgres_url: str, _migrated_template: str) -> Iterator[Callable[..., str]]:
+    """Make a migrated, empty database with each call and return its URL; all are dropped after the test.
+
+    Given the URL of a database, make a copy of that one.
+    """
     with _databases(postgres_url, _migrated_template) as create:
         yield create
 
 
 @contextmanager
-def _databases(server_url: str, template: str) -> Iterator[Callable[[], str]]:
+def _databases(server_url: str, template: str) -> Iterator[Callable[..., str]]:
     url = make_url(server_url)
     made: list[str] = []
 
@@ -202,13 +212,13 @@ def _databases(server_url: str, template: str) -> Iterator[Callable[[], str]]:
 
         servers.run(execute(url.render_as_string(hide_password=False), *statements))
 
-    def create() -> str:
-        name = f"test_{uuid4().hex}"
+    def create(copied: str = "") -> str:
+        name, source = f"test_{uuid4().hex}", make_url(copied).database if copied else template
         # For files in memory, the quicker way by far; on a disk, and with checkpoints that sync, it is the slower one.
         strategy = "STRATEGY FILE_COPY" if server_url in servers.IN_MEMORY else ""
         # Those of a pooler before the server, which keeps them when its clients have gone.
-        left = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{template}'"
-        send(left, f"CREATE DATABASE {name} TEMPLATE {template} {strategy}")
+        left = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{source}'"
+        send(left, f"CREATE DATABASE {name} TEMPLATE {source} {strategy}")
         made.append(name)
         return url.set(database=name).render_as_string(hide_password=False)
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
@@ -120,6 +120,19 @@ async def fill_up(url: str, size: Size | None, *, is_analysed: bool) -> None:
             await connection.execute("ANALYZE")
 
 
+@pytest.fixture(scope="module")
+def histories(lasting_postgres_database: Callable[[], str]) -> Callable[[str], str]:
+    """Fill a database of a kind, once, and return its URL."""
+
+    @cache
+    def fill(kind: str) -> str:
+        url, size = lasting_postgres_database(), None if kind == "empty" else _LONG if "long" in kind else SHORT
+        run(fill_up(url, size, is_analysed=kind.startswith("analysed")))
+        return url
+
+    return fill
+
+
 @pytest.fixture(
     params=[
         "empty",
@@ -129,12 +142,11 @@ async def fill_up(url: str, size: Size | None, *, is_analysed: bool) -> None:
         pytest.param("never analysed, long", marks=pytest.mark.slow),
     ]
 )
-def filled(request: pytest.FixtureRequest, migrated_postgres_database: Callable[[], str]) -> str:
+def filled(
+    request: pytest.FixtureRequest, migrated_postgres_database: Callable[..., str], histories: Callable[[str], str]
+) -> str:
     """The URL of a database of this kind."""
-    url, kind = migrated_postgres_database(), request.param
-    size = None if kind == "empty" else _LONG if "long" in kind else SHORT
-    run(fill_up(url, size, is_analysed=kind.startswith("analysed")))
-    return url
+    return migrated_postgres_database(histories(request.param))
 
 
 class Called(NamedTuple):
