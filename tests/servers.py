@@ -66,24 +66,6 @@ async def connected(url: str) -> AsyncIterator[asyncpg.Connection]:
         await connection.close()
 
 
-@asynccontextmanager
-async def serving(app: Any, *, ws: Any) -> AsyncIterator[str]:
-    """Serve an ASGI application on a free port of the loopback; yields `127.0.0.1:<port>`."""
-    # Imported here, since few tests need it.
-    import uvicorn
-
-    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws=ws))
-    task = asyncio.create_task(web.serve())
-    try:
-        async with asyncio.timeout(20):
-            while not web.started:
-                await asyncio.sleep(0.01)
-        yield f"127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        web.should_exit = True
-        await task
-
-
 def alive(pid: int) -> bool:
     """Tell whether a process exists and is not a zombie. Linux only."""
     return state_of(pid)[0] not in "XZ"
@@ -313,25 +295,24 @@ class PostgresServer(_Server):
             work.chmod(0o755)
             os.chown(home, owner.pw_uid, owner.pw_gid)
         self._bin = self._given or _postgres_binaries(work, owner)
+        if self._primary is None and self._given in _NEW_DATA:
+            with tarfile.open(fileobj=io.BytesIO(_NEW_DATA[self._given])) as archive:
+                return archive.extractall(home, filter="fully_trusted")
+        command = [f"{self._bin}/initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
+        command += ["--no-sync", "--no-instructions"]
         if self._primary is not None:
             primary = f"host=127.0.0.1 port={self._primary.port} user=postgres sslmode=disable gssencmode=disable"
-            self._make_data(home, "pg_basebackup", "-d", primary, "--write-recovery-conf", "--checkpoint=fast")
-        elif (packed := _NEW_DATA.get(self._given)) is not None:
-            with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-                archive.extractall(home, filter="fully_trusted")
-        else:
-            options = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-instructions"]
-            self._make_data(home, "initdb", *options)
-            made = io.BytesIO()
-            with tarfile.open(fileobj=made, mode="w") as archive:
-                archive.add(home / "data", "data")
-            _NEW_DATA[self._given] = made.getvalue()
-
-    def _make_data(self, home: Path, program: str, *options: str) -> None:
-        command = [f"{self._bin}/{program}", *options, "--no-sync", "-D", f"{home}/data"]
+            command = [f"{self._bin}/pg_basebackup", "-d", primary, "--write-recovery-conf", "--checkpoint=fast"]
+            command += ["--no-sync"]
+        command += ["-D", f"{home}/data"]
         made = subprocess.run(command, cwd=home, env=_ENVIRONMENT, capture_output=True, text=True, **self._user)
         if made.returncode:
-            raise RuntimeError(f"{program} failed: {(made.stdout + made.stderr)[-2000:]}")
+            raise RuntimeError(f"{command[0]} failed: {(made.stdout + made.stderr)[-2000:]}")
+        if self._primary is None:
+            with tarfile.open(fileobj=(packed := io.BytesIO()), mode="w") as archive:
+                archive.add(home / "data", "data")
+            _NEW_DATA[self._given] = packed.getvalue()
+        return None
 
     def _command(self, work: Path) -> tuple[list[str], dict[str, Any]]:
         command = [f"{self._bin}/postgres", "-D", f"{work}/run/data", "-h", "127.0.0.1", "-p", str(self.port), "-k", ""]

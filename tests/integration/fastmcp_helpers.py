@@ -14,7 +14,7 @@ from fastmcp.client.client import CallToolResult
 from fastmcp.exceptions import ToolError
 from fastmcp.tools import Tool
 
-import servers
+import asgi
 from agent_gateway_store import (
     ApprovalRequest,
     ApprovalStatus,
@@ -153,7 +153,7 @@ def versioned(bench: Bench, server: FastMCP[Any], name: str = "read_log") -> Non
 @asynccontextmanager
 async def serving(server: FastMCP[Any]) -> AsyncIterator[str]:
     """Serve on a free port; yields the URL."""
-    async with servers.serving(server.http_app(), ws="none") as place:
+    async with asgi.serving(server.http_app(), ws="none") as place:
         yield f"http://{place}/mcp"
 
 

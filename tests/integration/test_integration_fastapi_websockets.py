@@ -10,7 +10,7 @@ from fastapi import FastAPI, WebSocket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-import servers
+import asgi
 from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.integrations.fastapi import (
     CallerDep,
@@ -66,7 +66,7 @@ def build_app(store: GatewayStore) -> FastAPI:
 @asynccontextmanager
 async def serving(store: GatewayStore) -> AsyncIterator[str]:
     """Serve on a free port; yields the URL."""
-    async with servers.serving(build_app(store), ws="websockets-sansio") as place:
+    async with asgi.serving(build_app(store), ws="websockets-sansio") as place:
         yield f"ws://{place}"
 
 
