@@ -88,10 +88,11 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
     assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
 
 
+READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]
 VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
 
 
-@pytest.mark.parametrize("name", ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints"])
+@pytest.mark.parametrize("name", READ)
 async def test_a_view_in_place_of_a_table_is_seen(own_database_url: str, name: str) -> None:
     """It may show others something else, and this one may have no end: nothing is read from it."""
     async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
@@ -120,6 +121,49 @@ class TestOnPostgres:
             found = await store.evidence.verify()
         assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
         assert "sanitized_args of audit_events is no jsonb" in found.findings[0].text
+
+    @pytest.mark.parametrize(
+        ("statement", "said"),
+        [
+            ("ALTER TABLE audit_events ALTER latency_ms TYPE integer", "column latency_ms of audit_events is no int8"),
+            (
+                "ALTER TABLE audit_events ALTER key_id TYPE json USING '1'",
+                "column key_id of audit_events is no text",
+            ),
+            (
+                "ALTER TABLE audit_events DROP trace_id, ADD trace_id text GENERATED ALWAYS AS ('x') STORED",
+                "The column trace_id of audit_events is no text, or is computed",
+            ),
+            ("ALTER TABLE audit_leaves ALTER salt TYPE text", "The column salt of audit_leaves is no bytea"),
+            ("ALTER TABLE audit_tiles ALTER level TYPE bigint", "The column level of audit_tiles is no int4"),
+            ("ALTER TABLE audit_checkpoints ALTER size TYPE text", "The column size of audit_checkpoints is no int8"),
+            ("ALTER TABLE audit_events SET UNLOGGED", "audit_events is UNLOGGED"),
+            ("CREATE TABLE kid () INHERITS (audit_events)", "audit_events has tables that inherit from it"),
+            ("CREATE TABLE kid () INHERITS (audit_leaves)", "audit_leaves has tables that inherit from it"),
+            (
+                "CREATE RULE lost AS ON INSERT TO audit_events WHERE NEW.caller_id = 'evil' DO INSTEAD NOTHING",
+                "audit_events has a rule that replaces INSERT",
+            ),
+        ],
+    )
+    async def test_what_can_show_something_else_is_seen(self, own_database_url: str, statement: str, said: str) -> None:
+        """Nothing is read from it, and one finding says why."""
+        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write(make_event())
+            await store.evidence.seal()
+            await run(own_database_url, statement)
+
+            found = await store.evidence.verify()
+        assert [(each.kind, said in each.text) for each in found.findings] == [(FindingKind.ALTERED, True)]
+
+    async def test_what_a_protective_rule_does_is_no_finding(self, own_database_url: str) -> None:
+        """Somebody else's way of making a table append-only changes nothing that is read."""
+        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write(make_event())
+            await store.evidence.seal()
+            await run(own_database_url, "CREATE RULE kept AS ON DELETE TO audit_events DO INSTEAD NOTHING")
+
+            assert (await store.evidence.verify()).ok
 
     @pytest.mark.parametrize("name", ["audit_events", "audit_leaves"])
     async def test_a_policy_that_hides_rows_is_refused(self, own_database_url: str, name: str) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
+from sqlalchemy.dialects import postgresql
 
 from agent_gateway_store.audit.doors import ERASE, PRUNE, is_door, names_door
-from agent_gateway_store.audit.selects import FIELDS, JSON_FIELDS, select_events, table
+from agent_gateway_store.audit.selects import FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.archived import read_archives
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
@@ -26,6 +27,7 @@ from agent_gateway_store.models.evidence import (
     Finding,
     FindingKind,
     Verification,
+    identity_table,
 )
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.statements import Statement, typed_text
@@ -72,20 +74,42 @@ _BEYOND = Statement(
 )
 
 
-# A view shows each reader what it likes, and a column of another type keeps JSON as somebody spelled it.
-_TABLES = tuple(each.name for each in (table, _leaves, _tiles, _checkpoints))
+# What shows each reader what it likes: a view, a table of another server, a table whose rows come from others, too, a
+# column that is computed or keeps JSON as somebody spelled it.
+_READ = (table, _leaves, _tiles, _checkpoints, identity_table)
+_TABLES = tuple(each.name for each in _READ)
+# By the names of `pg_catalog`: others can be taken.
+_CATALOG_TYPES = {
+    "BIGINT": "int8", "BYTEA": "bytea", "FLOAT(53)": "float8", "INTEGER": "int4", "JSONB": "jsonb", "TEXT": "text",
+    "TIMESTAMP WITH TIME ZONE": "timestamptz", "UUID": "uuid",
+}  # fmt: skip
+_POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
+_COLUMNS = [
+    f"('{each.name}', '{column.name}', '{_CATALOG_TYPES[column.type.compile(_POSTGRES)]}')"
+    for each in _READ
+    for column in each.columns
+]
 _STRANGE_ON_POSTGRES = f"""
-SELECT name, NULL FROM unnest(ARRAY{[*_TABLES]}) AS name
-WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_class WHERE oid = to_regclass(name) AND relkind IN ('r', 'p'))
+SELECT fault, name, NULL, NULL FROM unnest(ARRAY{[*_TABLES]}) AS name
+LEFT JOIN pg_catalog.pg_class AS found ON found.oid = to_regclass(name)
+CROSS JOIN LATERAL (VALUES
+    ('table', found.relkind IS DISTINCT FROM 'r'),
+    ('children', found.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhparent = found.oid)),
+    ('unlogged', found.relkind = 'r' AND found.relpersistence <> 'p'),
+    ('rule', found.relkind = 'r' AND EXISTS (
+        SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = found.oid AND ev_type = '3' AND is_instead
+    ))
+) AS faults (fault, is_so) WHERE is_so
 UNION ALL
-SELECT '{table.name}', name FROM unnest(ARRAY{[*JSON_FIELDS]}) AS name
+SELECT 'column', name, column_name, type FROM (VALUES {", ".join(_COLUMNS)}) AS columns (name, column_name, type)
 WHERE NOT EXISTS (
     SELECT FROM pg_catalog.pg_attribute
-    WHERE attrelid = to_regclass('{table.name}') AND attname = name AND atttypid = to_regtype('pg_catalog.jsonb')
+    WHERE attrelid = to_regclass(name) AND attname = column_name AND attgenerated = ''
+        AND atttypid = to_regtype('pg_catalog.' || type)
 )
 """  # noqa: S608  names of our own
 _STRANGE_ON_SQLITE = f"""
-SELECT value, NULL FROM json_each('{json.dumps(_TABLES)}')
+SELECT 'table', value, NULL, NULL FROM json_each('{json.dumps(_TABLES)}')
 WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'table' AND rootpage > 0)
     OR EXISTS (SELECT 1 FROM sqlite_temp_master WHERE name = value)
 """  # noqa: S608  likewise
@@ -114,7 +138,8 @@ async def verify(
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
         if strange := await reader.fetched(_STRANGE):
-            findings = tuple(Finding(kind=FindingKind.ALTERED, text=_said_of(*each)) for each in strange)
+            texts = [_FAULTS[fault].format(*names) for fault, *names in strange]
+            findings = tuple(Finding(kind=FindingKind.ALTERED, text=text) for text in texts)
             return Verification(ok=False, size=0, root_hash=EMPTY_ROOT.hex(), findings=findings)
         last = next(iter(await reader.fetched(_LAST)), None)
         size = last[0] if last and type(last[0]) is int else 0
@@ -144,10 +169,14 @@ async def verify(
     )
 
 
-def _said_of(table_name: str, column_name: str | None) -> str:
-    if column_name is not None:
-        return f"The column {column_name} of {table_name} is no jsonb, so that it can say more than what was sealed."
-    return f"{table_name} is no table. A view may show others something else, so nothing was read."
+# By the fault that `_STRANGE` names.
+_FAULTS = {
+    "table": "{} is no table. What is in its place may show others something else, so nothing was read.",
+    "children": "{} has tables that inherit from it. They may show others something else, so nothing was read.",
+    "unlogged": "{} is UNLOGGED: a crash of the server would empty it, and a replica shows nothing. Nothing was read.",
+    "rule": "{} has a rule that replaces INSERT, so that new rows are lost or go elsewhere. Nothing was read.",
+    "column": "The column {1} of {0} is no {2}, or is computed. It can say more than what was sealed, so nothing was read.",
+}
 
 
 async def _walk_log(

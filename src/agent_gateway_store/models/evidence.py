@@ -108,10 +108,10 @@ class Checkpoint(FrozenModel):
 class FindingKind(StrEnum):
     """What does not fit.
 
-    ALTERED: an event, or its leaf, is not what was sealed, or a view is in place of a table. MISSING: it is gone, and
-    nothing sealed says that it was pruned. MOVED: it stands at another position. TRUNCATED: the log is shorter than it
-    was. FORKED: it is not the log of which a checkpoint was kept. BAD_TREE: hashes between the leaves and the root are
-    wrong. BAD_SIGNATURE: no expected key has signed.
+    ALTERED: an event, or its leaf, is not what was sealed, or a table is not as this package made it. MISSING: it is
+    gone, and nothing sealed says that it was pruned. MOVED: it stands at another position. TRUNCATED: the log is
+    shorter than it was. FORKED: it is not the log of which a checkpoint was kept. BAD_TREE: hashes between the leaves
+    and the root are wrong. BAD_SIGNATURE: no expected key has signed.
     """
 
     ALTERED = "ALTERED"
