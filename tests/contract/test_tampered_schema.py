@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
@@ -86,6 +87,91 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
 
         found = await store.evidence.verify()
     assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+class TestOnSqlite:
+    """Where an index says something else than its table."""
+
+    async def test_an_index_that_hides_an_event_is_seen(self, database_url: str) -> None:
+        """Searches go by it, and show everything but that one."""
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write_many([make_event(caller_id=name) for name in ("alice", "mallory", "bob")])
+            kept = await store.evidence.seal()
+            assert kept is not None
+        index = "ix_audit_events_caller_id_timestamp_id"
+        found_sql = f"SELECT sql FROM sqlite_master WHERE name = '{index}'"
+        await run(
+            database_url,
+            f"CREATE TABLE kept AS {found_sql}",
+            f"DROP INDEX {index}",
+            f"CREATE INDEX {index} ON audit_events (caller_id, timestamp, id) WHERE caller_id <> 'mallory'",
+            "PRAGMA writable_schema = ON",
+            f"UPDATE sqlite_master SET sql = (SELECT sql FROM kept) WHERE name = '{index}'",
+            "PRAGMA writable_schema = RESET",
+            "DROP TABLE kept",
+        )
+
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            assert not list(await store.audit.search(caller_id="mallory"))
+            found = await store.evidence.verify(against=[kept])
+        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+        assert f"missing from index {index}" in found.findings[0].text
+        assert found.checked == 3
+
+    async def test_an_index_that_counts_a_forged_event_as_sealed_is_seen(self, database_url: str) -> None:
+        """An entry of the index of leaves without a leaf: `unsealed` is not answered out of it."""
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write_many([make_event(request_id=f"r-{number}") for number in range(3)])
+            kept = await store.evidence.seal()
+            assert kept is not None
+            await store.audit.write(make_event(request_id="forged"))
+        unique = "replace(sql, 'UNIQUE (event_id)', 'CHECK (true)')"
+        of_leaves = "name = 'sqlite_autoindex_audit_leaves_1'"
+        await run(
+            database_url,
+            "CREATE TABLE leaf AS SELECT * FROM audit_leaves WHERE position = 2",
+            "UPDATE audit_leaves SET event_id = 4 WHERE position = 2",
+            "PRAGMA writable_schema = ON",
+            "CREATE TABLE kept AS SELECT * FROM sqlite_master WHERE tbl_name = 'audit_leaves' AND type <> 'trigger'",
+            f"UPDATE sqlite_master SET sql = {unique} WHERE name = 'audit_leaves'",
+            f"DELETE FROM sqlite_master WHERE {of_leaves}",
+            "PRAGMA writable_schema = RESET",
+            "UPDATE audit_leaves SET event_id = (SELECT event_id FROM leaf) WHERE position = 2",
+            "PRAGMA writable_schema = ON",
+            "UPDATE sqlite_master SET sql = (SELECT sql FROM kept WHERE type = 'table') WHERE name = 'audit_leaves'",
+            f"INSERT INTO sqlite_master SELECT * FROM kept WHERE {of_leaves}",
+            "PRAGMA writable_schema = RESET",
+            "DROP TABLE kept",
+            "DROP TABLE leaf",
+        )
+
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            found = await store.evidence.verify(against=[kept])
+        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+        assert "missing from index sqlite_autoindex_audit_leaves_1" in found.findings[0].text
+        assert found.unsealed == 1
+
+    @pytest.mark.parametrize("name", ["audit_leaves", "ix_audit_events_caller_id_timestamp_id"])
+    async def test_a_file_with_a_page_that_cannot_be_read_is_seen(self, database_url: str, name: str) -> None:
+        """As after a fault of the disk; what can still be read is verified."""
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write(make_event())
+            await store.evidence.seal()
+        path = make_url(database_url).database or ""
+        connection = sqlite3.connect(path)
+        ((page,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,))
+        ((page_bytes,),) = connection.execute("PRAGMA page_size")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+        with Path(path).open("r+b") as file:
+            file.seek((page - 1) * page_bytes)
+            file.write(b"x" * 100)
+
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            found = await store.evidence.verify()
+        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+        assert "The database file is damaged" in found.findings[0].text
 
 
 READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Select, bindparam, exists, func, or_, select
+from sqlalchemy import BigInteger, Select, bindparam, func, or_, select
 from sqlalchemy.dialects import postgresql
 
+from agent_gateway_store._text import escape
 from agent_gateway_store.audit.doors import ERASE, PRUNE, is_door, names_door
 from agent_gateway_store.audit.selects import FIELDS, select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
@@ -64,8 +66,14 @@ _NEXT = Statement(
         _leaves.c.position >= _FROM, _leaves.c.position < _SIZE
     )
 )
-_UNSEALED = Statement(
-    select(func.count().label("events")).where(~exists().where(_leaves.c.event_id == table.c.id)).select_from(table)
+# Of the table itself: an index can say something else. An index of PostgreSQL holds no `ctid`.
+_EVENTS = Statement(
+    lambda dialect: typed_text(
+        f"SELECT count(ctid) FROM {table.name}"  # noqa: S608  names of our own
+        if dialect == "postgresql"
+        else f"SELECT count(*) FROM {table.name} NOT INDEXED",  # noqa: S608  likewise
+        {},
+    )
 )
 _BEYOND = Statement(
     select(func.count().label("leaves")).where(
@@ -116,6 +124,10 @@ WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'tab
 _STRANGE = Statement(
     lambda dialect: typed_text(_STRANGE_ON_POSTGRES if dialect == "postgresql" else _STRANGE_ON_SQLITE, {})
 )
+# Of our own tables: what others keep in the file may need functions that are not here.
+_INTEGRITY = [Statement(typed_text(f"PRAGMA integrity_check({name})", {})) for name in _TABLES]
+# Chosen: of a hundred lines, enough to recognise what they are about.
+_MOST_DAMAGES = 3
 _STORED_TILES = Statement(select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes))
 _LAST = Statement(select(*_CHECKPOINT).order_by(_checkpoints.c.size.desc()).limit(1))
 _BETWEEN = Statement(
@@ -138,29 +150,22 @@ async def verify(
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
         if strange := await reader.fetched(_STRANGE):
-            texts = [_FAULTS[fault].format(*names) for fault, *names in strange]
-            findings = tuple(Finding(kind=FindingKind.ALTERED, text=text) for text in texts)
-            return Verification(ok=False, size=0, root_hash=EMPTY_ROOT.hex(), findings=findings)
-        last = next(iter(await reader.fetched(_LAST)), None)
-        size = last[0] if last and type(last[0]) is int else 0
-        is_jsonb = database.dialect == "postgresql"
-        doors = await _read_doors(reader, size, is_jsonb=is_jsonb)
-        walk = LogWalk(size, doors, is_jsonb=is_jsonb)
-        await _take_tiles(reader, walk)
-        walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
-        # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
-        await asyncio.to_thread(_take_kept, walk, kept, verifiers)
-        _check_last(walk, last, verifiers)
-        await _walk_log(reader, walk, verifiers, report)
-        ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
-        ((unsealed,),) = await reader.fetched(_UNSEALED)
-    walk.finish(beyond)
+            return _unreadable(*(_FAULTS[fault].format(*names) for fault, *names in strange))
+        damage = await _damage(reader) if database.dialect == "sqlite" else ""
+        try:
+            walk, events = await _walked(reader, kept, verifiers, archives, report)
+        except sqlite3.DatabaseError:
+            if not damage:
+                raise
+            return _unreadable(damage)
+    if damage:
+        walk.note(FindingKind.ALTERED, damage)
     return Verification(
         ok=not walk.findings,
         size=walk.tree.size,
         root_hash=walk.tree.root().hex(),
         checked=walk.checked,
-        unsealed=unsealed,
+        unsealed=max(events - walk.present, 0),
         erased=walk.erased,
         pruned=walk.pruned,
         archived=walk.archived,
@@ -169,14 +174,59 @@ async def verify(
     )
 
 
+async def _walked(
+    reader: Snapshot,
+    kept: Sequence[ParsedNote],
+    verifiers: Sequence[VerifierKey],
+    archives: Iterable[Path],
+    report: Callable[[int], None],
+) -> tuple[LogWalk, int]:
+    """Return the walk over the whole log, and how many events there are."""
+    is_jsonb = reader.dialect.name == "postgresql"
+    last = next(iter(await reader.fetched(_LAST)), None)
+    size = last[0] if last and type(last[0]) is int else 0
+    doors = await _read_doors(reader, size, is_jsonb=is_jsonb)
+    walk = LogWalk(size, doors, is_jsonb=is_jsonb)
+    await _take_tiles(reader, walk)
+    walk.archive = await read_archives(reader, archives, doors.archived, doors.erased, walk.note)
+    # In a thread: a year of checkpoints, one a minute, takes a minute to verify.
+    await asyncio.to_thread(_take_kept, walk, kept, verifiers)
+    _check_last(walk, last, verifiers)
+    await _walk_log(reader, walk, verifiers, report)
+    ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
+    ((events,),) = await reader.fetched(_EVENTS)
+    walk.finish(beyond)
+    return walk, events
+
+
+def _unreadable(*texts: str) -> Verification:
+    findings = tuple(Finding(kind=FindingKind.ALTERED, text=text) for text in texts)
+    return Verification(ok=False, size=0, root_hash=EMPTY_ROOT.hex(), findings=findings)
+
+
 # By the fault that `_STRANGE` names.
 _FAULTS = {
     "table": "{} is no table. What is in its place may show others something else, so nothing was read.",
     "children": "{} has tables that inherit from it. They may show others something else, so nothing was read.",
     "unlogged": "{} is UNLOGGED: a crash of the server would empty it, and a replica shows nothing. Nothing was read.",
     "rule": "{} has a rule that replaces INSERT, so that new rows are lost or go elsewhere. Nothing was read.",
-    "column": "The column {1} of {0} is no {2}, or is computed. It can say more than what was sealed, so nothing was read.",
+    "column": "The column {1} of {0} is no {2}, or is computed: it can say more than was sealed. Nothing was read.",
 }
+
+
+async def _damage(reader: Snapshot) -> str:
+    """Return what is to be said of tables that differ from their indexes, by which everybody else finds rows."""
+    said: list[str] = []
+    for statement in _INTEGRITY:
+        try:
+            said += [line for (line,) in await reader.fetched(statement) if line != "ok"]
+        except sqlite3.DatabaseError as exc:
+            # Not for what passes, such as a lock or a disk that does not answer.
+            if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT):
+                raise
+            said.append(str(exc))
+    what = escape("; ".join(said[:_MOST_DAMAGES]))
+    return f"The database file is damaged, or its indexes were altered: {what}." if said else ""
 
 
 async def _walk_log(

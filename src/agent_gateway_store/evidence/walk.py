@@ -86,7 +86,7 @@ class LogWalk:
         self.tiles: dict[tuple[int, int], bytes] = {}
         self.kept: dict[int, list[Root]] = {}
         self.tree = GrowingTree(self._compare)
-        self.next_position = self.checked = self.anchored = self.pruned = self.archived = self.erased = 0
+        self.next_position = self.present = self.checked = self.anchored = self.pruned = self.archived = self.erased = 0
         self.archive = Archived()
         self.findings: list[Finding] = []
         self._found: Counter[FindingKind] = Counter()
@@ -155,6 +155,7 @@ class LogWalk:
                 text = "The event is gone, and no sealed event says that it was pruned."
                 self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
             return
+        self.present += 1
         content, written = hash_of_row(row, is_jsonb=self._is_jsonb), row[CONTENT_HASH]
         if salt is not None and content and written == content and leaf_hash(salt, content) == leaf:
             self.checked += 1
