@@ -22,7 +22,7 @@ from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.selects import select_events
 from agent_gateway_store.evidence.tree import leaf_hash
 from agent_gateway_store.models.audit import ExecutionStatus, OutputDecision, RedactionFlag
-from agent_gateway_store.models.evidence import Checkpoint, FindingKind
+from agent_gateway_store.models.evidence import Checkpoint, FindingKind, identity_table
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage.append_only import open_door
 from builders import make_event
@@ -113,6 +113,14 @@ async def an_event_gone(log: Log, connection: AsyncConnection) -> None:
 async def an_event_under_another_id(log: Log, connection: AsyncConnection) -> None:
     await connection.execute(update(EVENTS).where(EVENTS.c.id == log.event()["id"]).values(id=10**6))
     log.expected = {FindingKind.MISSING}
+
+
+async def an_event_and_its_leaf_renumbered(log: Log, connection: AsyncConnection) -> None:
+    """Sealed still, and found by no reader that goes on from an id."""
+    event_id, other = log.event()["id"], log.chance.choice((0, -1, -(2**63)))
+    await connection.execute(update(EVENTS).where(EVENTS.c.id == event_id).values(id=other))
+    await connection.execute(update(LEAVES).where(LEAVES.c.event_id == event_id).values(event_id=other))
+    log.expected = {FindingKind.ALTERED}
 
 
 async def two_events_swapped(log: Log, connection: AsyncConnection) -> None:
@@ -232,7 +240,8 @@ async def a_checkpoint_gone(log: Log, connection: AsyncConnection) -> None:
 
 
 CHANGES: list[Change] = [
-    *[a_column] * 4, an_event_gone, an_event_under_another_id, two_events_swapped, two_leaves_swapped, a_leaf_gone,
+    *[a_column] * 4, an_event_gone, an_event_under_another_id, an_event_and_its_leaf_renumbered,
+    two_events_swapped, two_leaves_swapped, a_leaf_gone,
     a_leaf_added, a_salt, a_leaf_hash, an_event_with_its_leaf, the_end_cut, dressed_up, a_tile, a_tile_gone_or_added,
     a_checkpoint, a_checkpoint_gone,
 ]  # fmt: skip
@@ -280,6 +289,34 @@ async def test_each_change_is_seen_and_named(log: Log, rounds: int) -> None:
             await log.restore(connection)
     found = await log.store.evidence.verify(against=log.kept)
     assert (found.ok, found.checked, found.anchored) == (True, SIZE, SIZE)
+
+
+async def test_an_event_below_every_id_is_sealed_and_named(log: Log, database_url: str) -> None:
+    """By whoever wrote it past the store: `seal` passes over no event, and followers never see this one."""
+    event = to_values(encode_event(make_event(request_id="forged")))
+    async with log.store.database.engine.begin() as connection, triggers_off(connection):
+        await connection.execute(insert(EVENTS), [event | {"id": -5}])
+    found = await log.store.evidence.verify(against=log.kept)
+    assert (found.unsealed, [(each.event_id, each.request_id) for each in found.findings]) == (1, [(-5, "forged")])
+
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        sealed = await store.evidence.seal()
+        found = await store.evidence.verify(against=log.kept)
+    assert sealed is not None
+    assert sealed.size == SIZE + 1
+    assert (found.unsealed, found.checked) == (0, SIZE + 1)
+    assert [(each.kind, each.position) for each in found.findings] == [(FindingKind.ALTERED, SIZE)]
+
+
+async def test_history_that_never_was_is_named(log: Log) -> None:
+    """`db restored` makes events that are there history; above all of them it hides new ones from followers."""
+    newest = max(event["id"] for event in log.copies[EVENTS])
+    for history_id in (None, 0, newest, newest + 1):
+        async with log.store.database.engine.begin() as connection:
+            await connection.execute(update(identity_table).values(history_id=history_id))
+        found = await log.store.evidence.verify(against=log.kept)
+        expected = [FindingKind.ALTERED] if history_id == newest + 1 else []
+        assert [each.kind for each in found.findings] == expected, history_id
 
 
 async def prune(store: GatewayStore, first: int, last: int) -> None:

@@ -138,7 +138,8 @@ class _Look(NamedTuple):
         started: The start of the server of which that is true.
     """
 
-    after: int = 0
+    # Before every id that a row can hold.
+    after: int = -(2**63)
     is_compared: bool = False
     since: int = 0
     started: str = ""

@@ -20,7 +20,7 @@ from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.archived import read_archives
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
 from agent_gateway_store.evidence.tree import EMPTY_ROOT, leaf_hash
-from agent_gateway_store.evidence.walk import CONTENT_HASH, Doors, LogWalk, Root, hash_of_row
+from agent_gateway_store.evidence.walk import CONTENT_HASH, MOST_FINDINGS, Doors, LogWalk, Root, hash_of_row
 from agent_gateway_store.models.evidence import (
     AuditCheckpoint,
     AuditLeaf,
@@ -124,6 +124,22 @@ WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'tab
 _STRANGE = Statement(
     lambda dialect: typed_text(_STRANGE_ON_POSTGRES if dialect == "postgresql" else _STRANGE_ON_SQLITE, {})
 )
+# Both databases number rows from 1, and readers that go on from an id begin at 0.
+_BELOW = Statement(
+    select(_leaves.c.position, table.c.id, table.c.request_id)
+    .select_from(table.outerjoin(_leaves, _leaves.c.event_id == table.c.id))
+    .where(table.c.id < 1)
+    .order_by(table.c.id)
+    .limit(MOST_FINDINGS)
+)
+_HISTORY = Statement(
+    select(
+        *(
+            select(func.coalesce(func.max(column), 0)).scalar_subquery()
+            for column in (identity_table.c.history_id, table.c.id, _leaves.c.event_id)
+        )
+    )
+)
 # Of our own tables: what others keep in the file may need functions that are not here.
 _INTEGRITY = [Statement(typed_text(f"PRAGMA integrity_check({name})", {})) for name in _TABLES]
 # Chosen: of a hundred lines, enough to recognise what they are about.
@@ -196,7 +212,19 @@ async def _walked(
     ((beyond,),) = await reader.fetched(_BEYOND, {"p_size": walk.size})
     ((events,),) = await reader.fetched(_EVENTS)
     walk.finish(beyond)
+    await _check_ids(reader, walk)
     return walk, events
+
+
+async def _check_ids(reader: Snapshot, walk: LogWalk) -> None:
+    """Name ids that no store gives, by which followers miss events: ids are not sealed."""
+    for position, event_id, request_id in await reader.fetched(_BELOW):
+        text = f"The event has the id {event_id:,}: none below 1 is given, and followers pass over it."
+        walk.note(FindingKind.ALTERED, text, position=position, event_id=event_id, request_id=request_id)
+    ((history_id, *given),) = await reader.fetched(_HISTORY)
+    if type(history_id) is int and all(type(each) is int and each < history_id for each in given):
+        text = f"Followers take events up to the id {history_id:,} for history, and none has it: they miss new ones."
+        walk.note(FindingKind.ALTERED, text)
 
 
 def _unreadable(*texts: str) -> Verification:

@@ -17,8 +17,9 @@ from agent_gateway_store.evidence.archived import Archived
 from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, GrowingTree, leaf_hash
 from agent_gateway_store.models.evidence import Finding, FindingKind
 
-# Of one kind. Chosen: whoever altered more has altered everything.
-_MOST_FINDINGS = 1_000
+MOST_FINDINGS = 1_000
+"""Of one kind. Chosen: whoever altered more has altered everything."""
+
 # Of tiles, where positions are numbers of 64 bits.
 _LEVELS = 64 // TILE_HEIGHT
 # Chosen: seconds that others wait for a turn of the event loop.
@@ -97,7 +98,7 @@ class LogWalk:
     ) -> None:
         """Add a finding; a place that is of no type of its column is left out."""
         self._found[kind] += 1
-        if self._found[kind] <= _MOST_FINDINGS:
+        if self._found[kind] <= MOST_FINDINGS:
             ids = {"position": position, "event_id": event_id}
             where = {name: value for name, value in ids.items() if type(value) is int}
             # What is no UTF-8 is escaped.
@@ -143,7 +144,7 @@ class LogWalk:
         else:
             self.note(FindingKind.BAD_TREE, f"There are two leaves at {position:,}.", position=position)
         # So that what follows is compared with the right hashes; where very much is gone, nothing would fit anyway.
-        for _ in range(min(max(position - self.tree.size, 0), _MOST_FINDINGS)):
+        for _ in range(min(max(position - self.tree.size, 0), MOST_FINDINGS)):
             self.tree.append(bytes(HASH_BYTES))
 
     def _check(self, row: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes) -> None:
@@ -161,7 +162,7 @@ class LogWalk:
             self.checked += 1
         elif not (salt or written) and content in self.doors.erased.get(position, ()):
             self.erased += 1
-        elif len(self._mismatches) < _MOST_FINDINGS:
+        elif len(self._mismatches) < MOST_FINDINGS:
             self._mismatches.append(_Mismatch(position, event_id, row[_REQUEST_ID], salt, leaf, content))
 
     def _check_archived(self, position: int, event_id: int) -> None:
