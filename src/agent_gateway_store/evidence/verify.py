@@ -194,7 +194,7 @@ async def _walked(
     reader: Snapshot,
     kept: Sequence[ParsedNote],
     verifiers: Sequence[VerifierKey],
-    archives: Iterable[Path],
+    archives: Sequence[Path],
     report: Callable[[int], None],
 ) -> tuple[LogWalk, int]:
     """Return the walk over the whole log, and how many events there are."""
