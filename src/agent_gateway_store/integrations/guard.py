@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
@@ -36,6 +37,8 @@ _GONE = "The caller went away while the call waited for a human, so it was not r
 _NOT_RUN = "NOT_RUN"
 # The timers of uvloop have whole milliseconds.
 _TICK_S = 0.001
+# The rule in the event of a call whose arguments no policy can judge.
+UNREADABLE = "gateway.unreadable"
 BROKEN = "The gateway failed, so the call was not run: tell its operator."
 _logger = logging.getLogger("agent_gateway_store.integrations")
 
@@ -129,6 +132,24 @@ class _AskedCall:
         self.event.update(fields)
         await self.record(Decision.DENY, reason)
         raise CallRefusedError(reason)
+
+
+def copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the arguments of a call, which nobody else changes while it waits: judge, hash and run that one.
+
+    Raises:
+        CallRefusedError: Python cannot copy one of them.
+    """
+    copied, memo = {}, dict[int, Any]()
+    for name, value in arguments.items():
+        try:
+            copied[name] = deepcopy(value, memo)
+        except Exception as exc:
+            raise CallRefusedError(
+                f"The argument {word(name)} cannot be copied, so what runs might not be what was judged, and the call "
+                "was not run: ask its operator to declare it as a list, or as another type that Python can copy."
+            ) from exc
+    return copied
 
 
 class ReleasedCall:
@@ -282,6 +303,12 @@ class CallGuard:
             await asked.refuse(text)
         return text
 
+    async def deny(self, call: ToolCall, caller: CallerIdentity, reason: str, **fields: Any) -> CallRefusedError:
+        """Record that an adapter cannot take the call, of which only names are shown, and return the refusal."""
+        event = {"rule": UNREADABLE, **fields}
+        await _AskedCall(self._store.for_org(caller.org_id), call, caller, event).record(Decision.DENY, reason)
+        return CallRefusedError(reason)
+
     async def release(self, call: ToolCall, caller: CallerIdentity, *, bind: str = "", **fields: Any) -> ReleasedCall:
         """Return the call if it may run, for a framework that asks before it calls: run it at once, or it is spent.
 
@@ -315,11 +342,13 @@ class CallGuard:
         """Return a copy of the call, which nobody changes while it waits; `fields` are those of its event."""
         store = self._store.for_org(caller.org_id)
         try:
-            copied = call.model_copy(deep=True)
+            copied = call.model_copy(update={"arguments": copy_arguments(call.arguments)})
             shown = dict(shown_arguments(copied, self._sanitize))
+        except CallRefusedError as exc:
+            raise await self.deny(call, caller, str(exc), **fields) from None
         except Exception as exc:
             # Not the text of the error, which may hold raw arguments.
-            _logger.error("Arguments could not be copied or sanitized (%s): a call was refused.", type(exc).__name__)
+            _logger.error("Arguments could not be sanitized (%s): a call was refused.", type(exc).__name__)
             await _AskedCall(store, call, caller, fields).refuse(BROKEN, rule="gateway.failure")
         return _AskedCall(store, copied, caller, {**fields, "sanitize": lambda _: shown})
 

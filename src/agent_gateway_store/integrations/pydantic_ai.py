@@ -18,6 +18,7 @@ from agent_gateway_store.integrations.guard import (
     CallRefusedError,
     Verdict,
     approval_of,
+    copy_arguments,
     refusal_text,
 )
 from agent_gateway_store.models.keys import CallerIdentity
@@ -62,14 +63,20 @@ class GatewayToolset(WrapperToolset[Any]):
             ApprovalRequired: A human is asked; the metadata of the deferred call names the approval.
             ToolFailed: It was refused.
         """
+        caller, session_id = self.identify(ctx), ctx.conversation_id
+        try:
+            # The history may hold the same objects, and other tools reach it while this call waits.
+            own = copy_arguments(tool_args)
+        except CallRefusedError as exc:
+            call = ToolCall(server=self.server, tool=name, arguments=tool_args)
+            raise ToolFailed(str(await self.guard.deny(call, caller, str(exc), session_id=session_id))) from None
+        call, bind = ToolCall(server=self.server, tool=name, arguments=own), _models_in(own)
 
         async def run() -> Any:
-            return await self.wrapped.call_tool(name, tool_args, ctx, tool)
+            return await self.wrapped.call_tool(name, own, ctx, tool)
 
-        call = ToolCall(server=self.server, tool=name, arguments=tool_args)
         try:
-            caller, bind = self.identify(ctx), _models_in(tool_args)
-            return await self.guard.run(call, caller, run, bind=bind, session_id=ctx.conversation_id)
+            return await self.guard.run(call, caller, run, bind=bind, session_id=session_id)
         except CallPendingError as exc:
             raise ApprovalRequired(metadata=exc.facts) from None
         except CallRefusedError as exc:
