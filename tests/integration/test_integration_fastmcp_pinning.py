@@ -10,11 +10,13 @@ import pytest
 from fastmcp import Client, Context, FastMCP
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import Tool, ToolResult
+from fastmcp.tools.tool_transform import ArgTransform
 from fastmcp.utilities.versions import VersionSpec
-from fastmcp_helpers import Bench, denies_old, versioned
+from fastmcp_helpers import Bench, denies_old, judge, versioned
 from mcp_types import CallToolRequestParams
 
-from agent_gateway_store import AuditEvent
+from agent_gateway_store import AuditEvent, CallerIdentity, ToolCall
+from agent_gateway_store.integrations.fastmcp import Verdict
 
 pytestmark = pytest.mark.integration
 
@@ -60,6 +62,29 @@ async def test_tool_replaced_while_the_call_waits_does_not_run(bench: Bench, mou
 
     assert refusal == "The tool changed while the call waited, so it was not run: call again."
     assert bench.ran == []
+
+
+async def test_fixed_argument_that_changes_while_the_call_waits_does_not_run(bench: Bench) -> None:
+    """FastMCP hands the object of an alias to the tool, which another call may have edit it."""
+
+    def policy(caller: CallerIdentity, call: ToolCall) -> Verdict:
+        return judge(caller, call.model_copy(update={"tool": call.arguments["kind"]}))
+
+    server = bench.server(policy, on_pending="return", approval_wait_s=30)
+
+    def transfer(kind: str, most: dict[str, Any]) -> None:
+        bench.ran.append(f"{kind} {most}")
+        most["of"]["euro"] = 10**6
+
+    fixed = {"most": ArgTransform(hide=True, default={"of": {"euro": 5}})}
+    server.add_tool(Tool.from_tool(Tool.from_function(transfer), name="small", transform_args=fixed))
+    waiting = asyncio.create_task(bench.refusal(server, "small", kind="delete_it"))
+    asked = await bench.pending()
+    await bench.call(server, "small", kind="read")
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+
+    assert await waiting == "The tool changed while the call waited, so it was not run: call again."
+    assert bench.ran == ["read {'of': {'euro': 5}}"]
 
 
 @pytest.mark.parametrize("mounts", [0, 1, 2])

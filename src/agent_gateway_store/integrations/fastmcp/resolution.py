@@ -172,7 +172,8 @@ def _parent_arguments(tool: TransformedTool, arguments: dict[str, Any]) -> dict[
         if not change.hide and change.name is not NotSet and change.name is not None:
             names[change.name] = name
         if change.default is not NotSet:
-            values[name] = change.default
+            # A tool that edits what it receives edits this object, so it must not be what it is compared with.
+            values[name] = deepcopy(change.default)
     return values | {names.get(name, name): value for name, value in arguments.items()}
 
 
