@@ -9,6 +9,7 @@ from typing import Any
 import guard_helpers
 import pytest
 from guard_helpers import CALLER, judge
+from pydantic import BaseModel
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset, RunContext
 from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
@@ -31,6 +32,13 @@ async def approve(store: GatewayStore) -> None:
 async def events(store: GatewayStore) -> list[AuditEvent]:
     """Oldest first."""
     return list(reversed(await store.audit.list_recent()))
+
+
+class Change(BaseModel):
+    """What to change, and what to leave."""
+
+    id: int
+    phone: str | None = None
 
 
 class TestPydanticAI:
@@ -81,3 +89,18 @@ class TestPydanticAI:
         (event,) = await events(store)
         assert (event.decision, event.matched_policy_rule) == ("DENY", "gateway.unreadable")
         assert event.sanitized_args == {"numbers": "[hidden]"}
+
+    async def test_an_approval_is_for_the_fields_that_were_given(self, store: GatewayStore) -> None:
+        """A tool that leaves alone what is not given clears what is given as None."""
+        ran: list[Any] = []
+
+        async def update(change: Change) -> str:
+            ran.append(change.model_dump(exclude_unset=True))
+            return "done"
+
+        await self.run(store, [update], ("update", {"change": {"id": 1}}))
+        await approve(store)
+        ended = await self.run(store, [update], ("update", {"change": {"id": 1, "phone": None}}))
+        assert isinstance(ended.output, DeferredToolRequests)
+        await self.run(store, [update], ("update", {"change": {"id": 1}}))
+        assert ran == [{"id": 1}]

@@ -40,7 +40,16 @@ from zoneinfo import ZoneInfo
 
 import rfc8785
 
-from agent_gateway_store.encoding.plain import CONTAINERS, Members, Tagged, escape_surrogates, is_text, plain, type_name
+from agent_gateway_store.encoding.plain import (
+    CONTAINERS,
+    Members,
+    Tagged,
+    escape_surrogates,
+    holds_more,
+    is_text,
+    plain,
+    type_name,
+)
 from agent_gateway_store.settings import default_hash_key
 
 # The largest integer that every reader of JSON takes exactly: section 2.2 of RFC 7493.
@@ -65,7 +74,8 @@ def hash_json(value: Any, *, key: str | None = None, strict: bool = False) -> st
     """Return SHA-256 of the canonical JSON of `value`, or HMAC-SHA-256 under `key` (default: setting HASH_KEY).
 
     Raises:
-        TypeError: `strict`, and there is an object that enters by its repr, which may be the same for two that differ.
+        TypeError: `strict`, and there is an object that enters by its repr, which may be the same for two that differ,
+            or one with values outside its fields, which do not enter.
     """
     return hash_bytes(canonical_json(value, strict=strict), key=key)
 
@@ -130,6 +140,8 @@ def _require_known(root: Any) -> None:
         source = plain(item)
         if type(source) is Tagged and source.text.startswith("$object:") and not _says_all(type(item)):
             raise TypeError(f"an object of the type {type_name(type(item))}")
+        if holds_more(item):
+            raise TypeError(f"an object of the type {type_name(type(item))} with values outside its fields")
         if type(source) in CONTAINERS and id(item) not in seen:
             seen.add(id(item))
             items.extend([*source, *source.values()] if type(source) is dict else source)

@@ -7,6 +7,7 @@ built-in base is read by the base's own method, and every other call is guarded.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -14,6 +15,7 @@ from contextlib import suppress
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
+from functools import cached_property
 from itertools import islice
 from pathlib import PurePath
 from typing import Any
@@ -42,6 +44,7 @@ class Tagged:
 CONTAINERS = frozenset({dict, list, tuple, Members})
 """The types that `plain` returns for what has items."""
 _UNREADABLE = object()
+_BUILT_IN = (dict, list, tuple, set, frozenset)
 _PLAIN = CONTAINERS | {str, int, float, bool, type(None), bytes, Tagged}
 # In this order: a datetime is a date as well.
 _TAGS: tuple[tuple[type[Any], str, Callable[[Any], str]], ...] = (
@@ -70,6 +73,34 @@ def plain(value: Any) -> Any:
             if type(found) in _PLAIN:
                 return found
     return Tagged(f"$object:{type_name(type(value))}:{_repr(value)}")
+
+
+def holds_more(value: Any) -> bool:
+    """True if a model, a dataclass or a container has values that `plain` leaves out, or that cannot be read.
+
+    Those are attributes that are no fields. A `cached_property` says nothing new, and neither does a private attribute
+    that is still its default.
+    """
+    kind = type(value)
+    has_fields = issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind)
+    if not has_fields and (kind in _BUILT_IN or not issubclass(kind, _BUILT_IN)):
+        return False
+    try:
+        # The one of `object`, which has what is in slots, too: classes have their own.
+        state = object.__getstate__(value)  # type: ignore[attr-defined,unused-ignore]
+        parts = [each for each in (state if type(state) is tuple else (state,)) if each]
+        found = {name: each for part in parts for name, each in part.items()}
+        private = found.get("__pydantic_private__") or {}
+        defaults = {name: each.default for name, each in getattr(kind, "__private_attributes__", {}).items()}
+        if any(each is not defaults.get(name, _UNREADABLE) for name, each in private.items()):
+            return True
+        names = set(kind.model_fields) if issubclass(kind, BaseModel) else set()
+        if dataclasses.is_dataclass(kind):
+            names |= {each.name for each in dataclasses.fields(kind)}
+        others = [name for name in found if name not in names and not name.startswith("__pydantic_")]
+        return not all(isinstance(inspect.getattr_static(kind, name, None), cached_property) for name in others)
+    except Exception:
+        return True
 
 
 def is_text(text: str) -> bool:

@@ -84,7 +84,10 @@ class GatewayToolset(WrapperToolset[Any]):
 
 
 def _models_in(arguments: Any) -> str:
-    """Return where which classes are among validated arguments: the JSON of two models may be the same."""
+    """Return where which classes are among validated arguments: the JSON of two models may be the same.
+
+    And which of their fields were given: a tool may leave alone what is a default, and clear what is an explicit None.
+    """
     found: list[str] = []
     seen: set[int] = set()
     items = [("", arguments)]
@@ -93,7 +96,8 @@ def _models_in(arguments: Any) -> str:
         if id(item) in seen:
             continue
         if isinstance(item, BaseModel) or (is_dataclass(item) and not isinstance(item, type)):
-            found.append(f"{path}={type_name(type(item))}")
+            was_given = sorted(item.model_fields_set) if isinstance(item, BaseModel) else ""
+            found.append(f"{path}={type_name(type(item))}{was_given}")
             given = item if isinstance(item, BaseModel) else _fields(item)
             items.extend((f"{path}.{name}", each) for name, each in given)
         elif isinstance(item, Mapping):

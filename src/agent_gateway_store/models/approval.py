@@ -57,7 +57,8 @@ def hash_tool_call(call: ToolCall, *, key: str | None = None) -> str:
         key: As in `AuditEvent.hash_args`.
 
     Raises:
-        ApprovalError: An argument holds an object that JSON does not know and two of which may look the same.
+        ApprovalError: An argument holds an object that JSON does not know and two of which may look the same, or one
+            with values outside its fields.
     """
     try:
         document = {"server": call.server, "tool": call.tool, "arguments": call.arguments}
