@@ -8,6 +8,9 @@ from typing import Any
 
 import guard_helpers
 import pytest
+from agents import Agent as OpenAIAgent
+from agents import RunConfig, Runner, function_tool
+from agents.testing import ScriptedModel, assistant_message, function_call
 from guard_helpers import CALLER, judge
 from pydantic import BaseModel
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset, RunContext
@@ -15,6 +18,7 @@ from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
 
 from agent_gateway_store import AuditEvent, GatewayStore
+from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.guard import CallGuard
 
@@ -104,3 +108,45 @@ class TestPydanticAI:
         assert isinstance(ended.output, DeferredToolRequests)
         await self.run(store, [update], ("update", {"change": {"id": 1}}))
         assert ran == [{"id": 1}]
+
+
+NAME_TWICE = '{"to": "alice", "to": "mallory"}'
+
+
+class TestOpenAIAgents:
+    """Runs of the SDK in which a scripted model makes one call, and ends."""
+
+    @staticmethod
+    async def run(store: GatewayStore, name: str, text: str, policy: Any = judge) -> None:
+        """Make the call, and answer for it until it is over."""
+
+        @function_tool(name_override=name)
+        async def pay(to: str) -> str:
+            raise AssertionError(to)
+
+        call = function_call(name, {}, call_id="c-1")
+        call.arguments = text
+        gateway = for_openai.GatewayTools(CallGuard(store, policy), lambda _: CALLER)
+        model = ScriptedModel([[call], [assistant_message("The end.")]])
+        agent = OpenAIAgent[None]("bank", model=model, tools=gateway.wrap(pay))
+        options = RunConfig(tracing_disabled=True)
+        ended = await Runner.run(agent, "Go.", run_config=options)
+        while ended.interruptions:
+            state = ended.to_state()
+            assert await gateway.answer(state)
+            ended = await Runner.run(agent, state, run_config=options)
+        assert "each name once" in str(ended.to_input_list())
+
+    @pytest.mark.parametrize("text", ['{"to":', "[1]", f'{{"to": {"9" * 5000}}}', NAME_TWICE])
+    async def test_a_call_that_cannot_be_read_leaves_one_event(self, store: GatewayStore, text: str) -> None:
+        """Whatever the policy would say; the SDK interrupts the run, or has asked it before."""
+        await self.run(store, "free_pay", text)
+        (event,) = await events(store)
+        assert (event.decision, event.execution_status, event.tool_name) == ("DENY", None, "free_pay")
+        assert event.matched_policy_rule == "gateway.unreadable"
+        assert "each name once" in event.deterministic_rationale
+
+    async def test_a_call_that_holds_a_name_twice_is_refused_without_a_decision(self, store: GatewayStore) -> None:
+        """The SDK shows what it has read, and a human is asked; nobody needs to answer."""
+        await self.run(store, "pay", NAME_TWICE)
+        assert [each.matched_policy_rule for each in await events(store)] == ["r", "gateway.unreadable"]

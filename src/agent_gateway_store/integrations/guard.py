@@ -200,12 +200,12 @@ class ReleasedCall:
             ended = outcome.execution_status if outcome is not None else None
             await self._record_outcome(self._asked.event.get("approval_id"), str(ended or _NOT_RUN))
 
-    async def drop(self, reason: str) -> None:
+    async def drop(self, reason: str, **fields: Any) -> None:
         """Record that the call does not run after all, and the `reason`; once, and nothing if it ran."""
         if self._was_run:
             return
         self._was_run = True
-        event = dict(self._asked.event)
+        event = self._asked.event | fields
         approval_id, approver_id = event.pop("approval_id", None), event.pop("approver_id", None)
         by = f" by {word(approver_id)} (approval {approval_id})" if approval_id is not None else ""
         text = f"The call was released{by}, and not run: {reason}"

@@ -17,6 +17,7 @@ from cachetools import TTLCache
 from agent_gateway_store.encoding.canonical import members_once
 from agent_gateway_store.errors import needs_extra
 from agent_gateway_store.integrations.guard import (
+    UNREADABLE,
     CallGuard,
     CallPendingError,
     CallRefusedError,
@@ -139,7 +140,7 @@ class GatewayTools:
             if name not in self._tools or call_id is None:
                 continue
             try:
-                judged = await self._judge(name, context, _read(item.arguments), call_id)
+                judged = await self._judge(name, context, item.arguments, call_id)
             except CallPendingError:
                 is_answered = False
                 continue
@@ -150,16 +151,19 @@ class GatewayTools:
         return is_answered
 
     async def _judge(
-        self, name: str, context: Any, arguments: dict[str, Any] | None, call_id: str, *, is_taken: bool = False
+        self, name: str, context: Any, given: str | dict[str, Any] | None, call_id: str, *, is_taken: bool = False
     ) -> ReleasedCall | CallRefusedError:
         """Return the call if it may run, or why not. Asked again, the SDK must not spend a second approval."""
-        if arguments is None:
-            return CallRefusedError(_UNREADABLE)
+        arguments, is_readable = (given, True) if isinstance(given, dict) else _read(given)
         caller, call = self._identify(context), ToolCall(server=self._server, tool=name, arguments=arguments)
         key = _key(caller, call, call_id)
         await self._drop_late()
         judged = self._judged.pop(key, None)
-        if judged is None:
+        if not is_readable:
+            # It may be released: before it calls, the SDK shows what it has read, of two members of one name the last.
+            await _drop(judged, _UNREADABLE, rule=UNREADABLE)
+            judged = CallRefusedError(_UNREADABLE) if judged else await self._guard.deny(call, caller, _UNREADABLE)
+        elif judged is None:
             try:
                 judged = await self._guard.release(call, caller)
             except CallRefusedError as exc:
@@ -188,8 +192,8 @@ class GatewayTools:
                 output = await guardrail.run(data)
                 is_passed = output.behavior["type"] == "allow"
             finally:
-                arguments = None if is_passed else _read(data.context.tool_arguments)
-                if arguments is not None:
+                if not is_passed:
+                    arguments, _ = _read(data.context.tool_arguments)
                     call = ToolCall(server=self._server, tool=name, arguments=arguments)
                     key = _key(self._identify(data.context.context), call, data.context.tool_call_id)
                     await _drop(self._judged.pop(key, None), "an input guardrail of the tool stopped it.")
@@ -218,7 +222,7 @@ class GatewayTools:
         async def run(context: ToolContext[Any], given: str, *, deadline: float) -> Any:
             try:
                 judged = await self._judge(
-                    tool.qualified_name, context.context, _read(given), context.tool_call_id, is_taken=True
+                    tool.qualified_name, context.context, given, context.tool_call_id, is_taken=True
                 )
             except CallPendingError as exc:
                 return str(exc)
@@ -281,10 +285,10 @@ def _key(caller: CallerIdentity, call: ToolCall, call_id: str) -> str:
     return json.dumps([caller.org_id, caller.caller_id, call.tool, call_id, call.arguments], sort_keys=True)
 
 
-async def _drop(judged: ReleasedCall | CallRefusedError | None, reason: str) -> None:
+async def _drop(judged: ReleasedCall | CallRefusedError | None, reason: str, **fields: Any) -> None:
     # A refusal is recorded already.
     if isinstance(judged, ReleasedCall):
-        await judged.drop(reason)
+        await judged.drop(reason, **fields)
 
 
 def _code(tool: FunctionTool) -> object:
@@ -292,10 +296,14 @@ def _code(tool: FunctionTool) -> object:
     return code_of(getattr(tool, "__wrapped__", None) or tool.on_invoke_tool) or tool.params_json_schema
 
 
-def _read(arguments: str | None) -> dict[str, Any] | None:
-    try:
-        # The tool reads the same text, and may take the other one of two members of one name.
-        found = json.loads(arguments or "{}", object_pairs_hook=members_once)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+def _read(text: str | None) -> tuple[dict[str, Any], bool]:
+    """Return the arguments as the SDK shows them before it calls, none if it cannot, and whether they may be judged."""
+    for hook in (members_once, dict):
+        try:
+            # The tool reads the same text, and may take the other one of two members of one name.
+            found = json.loads(text or "{}", object_pairs_hook=hook)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found, hook is members_once
+    return {}, False
