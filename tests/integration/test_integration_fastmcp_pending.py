@@ -109,11 +109,14 @@ async def test_a_client_that_waits_gets_the_result(bench: Bench) -> None:
 
 
 async def test_a_client_that_goes_away_cancels_nothing(bench: Bench) -> None:
-    """The approval stands, and the next call uses it."""
+    """The approval stands, its event says that a human was asked, and the next call uses it."""
     waiting = asyncio.create_task(ask(bench, approval_wait_s=30))
     request = await bench.pending()
     waiting.cancel()
     await asyncio.wait([waiting])
+    event = await bench.first_event()
+    assert (event.decision, event.request_id) == ("APPROVAL_REQUIRED", request.request_id)
+    assert "went away while the call waited for a human" in event.deterministic_rationale
     assert (await bench.pending()).approval_id == request.approval_id
     await decide(bench, "approve")
     assert (await ask(bench)).data is True

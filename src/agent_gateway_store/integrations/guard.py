@@ -33,7 +33,7 @@ T = TypeVar("T")
 # servers give their requests at shutdown (uvicorn's default is no limit, Kubernetes' is 30 seconds).
 _LAST_WRITE_S = 5.0
 AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
-_GONE = "The caller went away while the call waited for a human, so it was not run."
+GONE = "The caller went away while the call waited for a human, so it was not run."
 _NOT_RUN = "NOT_RUN"
 # The timers of uvloop have whole milliseconds.
 _TICK_S = 0.001
@@ -383,7 +383,7 @@ class CallGuard:
                 await asked.record(Decision.APPROVAL_REQUIRED, str(exc))
             raise
         except asyncio.CancelledError:
-            await finish(asked.record(Decision.APPROVAL_REQUIRED, _GONE))
+            await finish(asked.record(Decision.APPROVAL_REQUIRED, GONE))
             raise
         if acquired.status is not ApprovalStatus.USED:
             await asked.refuse(refusal_text(acquired), approver_id=acquired.approver_id)

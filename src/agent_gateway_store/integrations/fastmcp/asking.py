@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from uuid import UUID
 
@@ -59,6 +60,10 @@ async def acquire(
         acquired = await guard.acquire(approvals, request, call=record.call, bind=bind, wait_s=wait_s)
     except CallPendingError as exc:
         record.is_silent = not exc.is_first
+        raise
+    except asyncio.CancelledError:
+        # The approval stays, and who comes back to it leaves no further event.
+        record.is_left, record.reason = True, guard.GONE
         raise
     if acquired.status is not ApprovalStatus.USED:
         raise _refusal(record, acquired, wait_s)

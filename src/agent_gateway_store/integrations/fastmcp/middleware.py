@@ -172,7 +172,8 @@ class GatewayMiddleware(PinningMiddleware):
             record.refused("failure", BROKEN)
             raise ToolError(BROKEN) from None
         except BaseException:
-            record.refused("cancelled", "The call was cancelled before it ran.")
+            if not record.is_left:
+                record.refused("cancelled", "The call was cancelled before it ran.")
             raise
 
     async def _judge(

@@ -47,6 +47,7 @@ class CallRecord:
         approver_id: Who released the call, where a human was asked; with DENY: who refused it.
         approval_id: The approval that released the call.
         was_run: Whether the tool was called, however it ended.
+        is_left: Whether the caller went away while a human decides, who still may.
         is_silent: Whether the event of another call says all that there is to say of this one.
     """
 
@@ -64,6 +65,7 @@ class CallRecord:
     approver_id: str | None = None
     approval_id: UUID | None = None
     was_run: bool = False
+    is_left: bool = False
     is_silent: bool = False
     execution_status: ExecutionStatus | None = None
     output_hash: str | None = None
