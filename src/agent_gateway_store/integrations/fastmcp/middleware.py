@@ -51,8 +51,9 @@ class GatewayMiddleware(PinningMiddleware):
     """Judges each tool call, asks a human where the policy says so, runs it, and writes one audit event.
 
     It judges, shows and records the tool that really runs: aliases, mounts and transforms are followed to the tool's
-    own server and name; `@version`, `@input_responses` and `@request_state` are added to its arguments if there are
-    any. That tool then runs, or nothing. Add this middleware last, so that nothing after it changes an approved call.
+    own server and name, with the values that the caller sent; `@version`, `@input_responses` and `@request_state` are
+    added to its arguments if there are any. That tool then runs, or nothing. Add this middleware last, so that nothing
+    after it changes an approved call.
     It fails closed. Nothing runs, and the caller receives a `ToolError` of one sentence, if the caller is not known, if
     the tool that would run cannot be determined or would run as a background task, if a callback raises, or if the
     store does not answer. With AUDIT_MODE=strict the database must answer before a tool runs, and a result whose event
