@@ -408,12 +408,13 @@ class TestOpenAIAgents:
         assert [event.execution_status for event in await bench.events()] == ["TOOL_ERROR"]
 
     async def test_arguments_that_cannot_be_read_are_told_to_the_model(self, bench: Bench) -> None:
-        """The SDK interrupts the run; nobody is asked."""
+        """The SDK interrupts the run; nobody is asked, and the event says so."""
         run = OpenAIRun(bench, "delete_file")
         run.arguments = "[1"
         ended = await run.go_on(await run.begin(), answered=True)
         assert "not a JSON object" in run.outputs(ended)[0]
-        assert (await bench.events(), bench.ran) == ([], [])
+        assert ([event.decision for event in await bench.events()], bench.ran) == (["DENY"], [])
+        assert not await bench.store.approvals.list_requests()
 
     async def test_arguments_that_can_be_read_in_two_ways_are_not_run(self, bench: Bench) -> None:
         """People are shown the last member of a name; the tool, which reads the same text, may take the first one."""
