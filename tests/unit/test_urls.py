@@ -290,6 +290,15 @@ def test_a_question_mark_in_the_path_of_a_file_is_written_encoded() -> None:
     assert sqlite_file(parse_database_url("sqlite:///file:a.db?mode=ro&uri=true")[0]) == Path("a.db")
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("a%2520b.db", "a b.db"), ("///x/a.db", "/x/a.db"), ("//localhost/x/a.db", "/x/a.db"), ("a.db%23part", "a.db")],
+)
+def test_a_uri_of_sqlite_names_the_file_that_sqlite_opens(name: str, file: str) -> None:
+    """The files beside the database are beside that one."""
+    assert sqlite_file(parse_database_url(f"sqlite:///file:{name}?uri=true")[0]) == Path(file)
+
+
 @pytest.mark.parametrize("text", ["redis://host", "rediss://user:p@host:6380/1", "unix:///run/redis.sock?db=1"])
 def test_redis_urls_are_taken(text: str) -> None:
     """Plain, with TLS, and by socket; nothing is connected."""

@@ -171,6 +171,7 @@ async def _check_database(report: Report, url: str) -> None:
     """Connect to the database, read its schema and the settings that decide about durability."""
     from agent_gateway_store.settings import mask_url
     from agent_gateway_store.storage import migrate
+    from agent_gateway_store.storage.urls import real_sqlite_file
 
     facts: dict[str, Any] = {"url": mask_url(url), "kind": None, "reachable": False}
     report.facts["database"] = facts
@@ -179,7 +180,8 @@ async def _check_database(report: Report, url: str) -> None:
         state = await schema_state(url)
         if (file := sqlite_file(url)) is not None:
             facts["file"] = str(file.absolute())
-            check_modes(report, file, file.with_name(f"{file.name}.lock"))
+            real = real_sqlite_file(engine.url) or file
+            check_modes(report, file, real.with_name(f"{real.name}.lock"))
             if not file.exists():
                 report.facts["schema"] = state
                 report.warning("The database file does not exist: the first use creates it.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,8 +18,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage.database import Database, read_committed
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
-from agent_gateway_store.storage.files import create_database_file
-from agent_gateway_store.storage.urls import sqlite_file
+from agent_gateway_store.storage.files import create_database_file, create_file
+from agent_gateway_store.storage.urls import real_sqlite_file
+
+_logger = logging.getLogger("agent_gateway_store.storage")
+
+FOLDER_LOCK = ".lock"
+"""The file by which a folder is locked: readers of data sets pass over names that begin with a dot."""
 
 POLL_S = 0.01
 """Seconds between two tries to lock a file. Chosen: a person notices no such wait."""
@@ -113,34 +119,79 @@ class ExclusiveLock:
         async def still_held() -> None:
             """Return: the lock of a file is not lost."""
 
-        file = sqlite_file(self._database.engine.url)
+        file = real_sqlite_file(self._database.engine.url)
         if file is None:
             yield still_held
             return
-        lock = await self._taken(file.with_name(file.name + self._suffix))
-        try:
+        async with file_lock(file.with_name(file.name + self._suffix), wait_s=self._wait_s, busy=self._busy):
             yield still_held
-        finally:
+
+
+@asynccontextmanager
+async def file_lock(path: Path, *, wait_s: float, busy: str, is_needed: bool = True) -> AsyncIterator[None]:
+    """Hold the lock of a file, which is made. A process that is frozen keeps it, and one that ends loses it.
+
+    Args:
+        path: The file, which nothing else opens.
+        wait_s: As of `ExclusiveLock`, like `busy`.
+        is_needed: False goes on, with a warning, where the file system has no locks.
+
+    Raises:
+        StoreUnavailableError: Another process has it, or it cannot be locked.
+    """
+    create_database_file(path)
+    lock = None
+    try:
+        lock = await _locked(path, wait_s)
+    except sqlite3.OperationalError as exc:
+        if _has(exc, sqlite3.SQLITE_BUSY):
+            raise StoreUnavailableError(f"{busy}: wait for it or end it, then try again.") from exc
+        if is_needed or not _has(exc, sqlite3.SQLITE_IOERR):
+            raise StoreUnavailableError(
+                f"{path} cannot be locked: check that its folder exists and can be written."
+            ) from exc
+        _logger.warning("%s cannot be locked, so let one process at a time work there: %s.", path, exc)
+    try:
+        yield
+    finally:
+        if lock is not None:
             lock.close()
 
-    async def _taken(self, path: Path) -> sqlite3.Connection:
-        create_database_file(path)
-        deadline = asyncio.get_running_loop().time() + self._wait_s
-        try:
-            # SQLite's own locks work on every platform, and end with the process that holds them.
-            lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+
+@asynccontextmanager
+async def folder_lock(folder: Path, *, wait_s: float, busy: str) -> AsyncIterator[None]:
+    """Hold the lock of a folder that is there, by a file in it; where its file system has no locks, only warn.
+
+    Raises:
+        OSError: The folder cannot be written.
+        StoreUnavailableError: As of `file_lock`.
+    """
+    path = folder / FOLDER_LOCK
+    with suppress(FileExistsError):
+        create_file(path)
+    async with file_lock(path, wait_s=wait_s, busy=busy, is_needed=False):
+        yield
+
+
+async def _locked(path: Path, wait_s: float) -> sqlite3.Connection:
+    deadline = asyncio.get_running_loop().time() + wait_s
+    # SQLite's own locks work on every platform, and end with the process that holds them.
+    lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+    try:
+        while True:
             try:
-                while True:
-                    try:
-                        lock.execute("BEGIN EXCLUSIVE")
-                    except sqlite3.OperationalError:
-                        if asyncio.get_running_loop().time() >= deadline:
-                            raise
-                        await asyncio.sleep(POLL_S)
-                    else:
-                        return lock
-            except BaseException:
-                lock.close()
-                raise
-        except sqlite3.OperationalError as exc:
-            raise StoreUnavailableError(f"{self._busy}, or {path} cannot be written: try again.") from exc
+                lock.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as exc:
+                if not _has(exc, sqlite3.SQLITE_BUSY) or asyncio.get_running_loop().time() >= deadline:
+                    raise
+                await asyncio.sleep(POLL_S)
+            else:
+                return lock
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _has(exc: sqlite3.OperationalError, code: int) -> bool:
+    # The upper bits of an extended code say more, as in SQLITE_IOERR_LOCK.
+    return exc.sqlite_errorcode & 0xFF == code

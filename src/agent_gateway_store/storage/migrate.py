@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,9 +25,8 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError, UnsupportedDatabaseError
 from agent_gateway_store.storage.database import read_committed, reader_of
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
-from agent_gateway_store.storage.exclusive import detached
-from agent_gateway_store.storage.files import create_database_file
-from agent_gateway_store.storage.urls import parse_database_url, sqlite_file
+from agent_gateway_store.storage.exclusive import detached, file_lock
+from agent_gateway_store.storage.urls import parse_database_url, real_sqlite_file
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -300,35 +298,13 @@ async def _process_lock() -> AsyncIterator[None]:
 @asynccontextmanager
 async def _file_lock(engine: AsyncEngine) -> AsyncIterator[None]:
     """Let one process at a time migrate a SQLite file, by a lock file beside it that dies with its holder."""
-    file = sqlite_file(engine.url)
+    file = real_sqlite_file(engine.url)
     if file is None:
         yield
         return
-    lock = await anyio.to_thread.run_sync(_take, file.with_name(f"{file.name}.lock"))
-    try:
+    busy = "The database could not be migrated: another process migrates it"
+    async with file_lock(file.with_name(f"{file.name}.lock"), wait_s=_LOCK_TIMEOUT_S, busy=busy):
         yield
-    finally:
-        lock.close()
-
-
-def _take(path: Path) -> sqlite3.Connection:
-    create_database_file(path)
-    # SQLite's own locks work on every platform, and end with the process that holds them.
-    try:
-        lock = sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    except sqlite3.OperationalError as exc:
-        raise StoreUnavailableError(
-            f"The database could not be migrated: {path} cannot be written. "
-            "Check that its folder exists and is writable."
-        ) from exc
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as exc:
-        lock.close()
-        raise StoreUnavailableError(
-            f"The database could not be migrated: {path} is locked or cannot be written. Try again."
-        ) from exc
-    return lock
 
 
 async def differences(engine: AsyncEngine) -> list[str]:

@@ -94,7 +94,11 @@ class _Connection(aiosqlite.Connection):
 
 def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     """Return an engine for a SQLite URL: see `create_engine`."""
-    file = _File(sqlite_file(url), is_made=url.query.get("mode", "rwc") == "rwc")
+    path = sqlite_file(url)
+    if path is not None and not str(url.database).startswith("file:"):
+        # The driver notes where a relative name leads to now, and so must whoever asks the engine for its URL.
+        url = url.set(database=str(path.absolute()))
+    file = _File(path, is_made=url.query.get("mode", "rwc") == "rwc")
     engine = create_async_engine(
         url,
         connect_args={

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -52,6 +54,7 @@ _SEVERAL_HOSTS = re.compile(r"(?s)([\w+]+://(?:[^/?]*@)?)([^/?@]*,[^/?@]*)([/?].
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:]+|/.*?)(?::(\d+))?")
 _PORT = "5432"
 _PARAMETER = re.compile(r"[?&](\w+)=([^&]*)")
+_URI_PATH = re.compile(r"^file:(//(localhost)?(?=/))?")
 # SQLite itself ignores what it does not know, and what comes after a name that does not begin with `file:`.
 _SQLITE: dict[str, tuple[str, ...]] = {
     "uri": (*_TRUE, *_FALSE),
@@ -115,8 +118,16 @@ def sqlite_file(url: URL) -> Path | None:
         return None
     if not url.database.startswith("file:"):
         return Path(url.database)
-    # SQLite also takes `file:name?mode=ro`, of which only the name is a path.
-    return Path(url.database.removeprefix("file:").partition("?")[0])
+    # SQLite also takes `file:name?mode=ro`, of which only the name is a path: with %20 for a space, and after the name
+    # of this machine where it begins with two slashes.
+    name = _URI_PATH.sub("", url.database).partition("?")[0].partition("#")[0]
+    return Path(os.fsdecode(unquote_to_bytes(name)))
+
+
+def real_sqlite_file(url: URL) -> Path | None:
+    """Return the file that `sqlite_file` leads to, the same for whichever link or URL names it."""
+    file = sqlite_file(url)
+    return file and Path(os.path.realpath(file))
 
 
 def _require_sqlite(url: URL) -> None:
