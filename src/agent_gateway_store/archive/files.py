@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store.archive.manifest import Entry, Manifest, runs_of, sha256_of
-from agent_gateway_store.errors import ArchiveError
+from agent_gateway_store.errors import ArchiveError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column, columns_of
@@ -211,5 +211,10 @@ def rewrite_approvals(manifest: Manifest, change: Callable[[Record], Record | No
 
 
 def _replace(manifest: Manifest, entry: Entry) -> None:
-    manifest.append([entry])
+    try:
+        manifest.append([entry])
+    except StoreUnavailableError:
+        # It may hold what another process has erased meanwhile.
+        (manifest.folder / entry.file).unlink(missing_ok=True)
+        raise
     (manifest.folder / str(entry.replaces)).unlink(missing_ok=True)

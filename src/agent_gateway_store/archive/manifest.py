@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from agent_gateway_store.errors import ArchiveError
+from agent_gateway_store.errors import ArchiveError, StoreUnavailableError
+from agent_gateway_store.storage.exclusive import FOLDER_LOCK, folder_lock
 from agent_gateway_store.storage.files import create_file, create_folder, sync
 
 NAME = "manifest.jsonl"
@@ -23,6 +26,8 @@ Runs: TypeAlias = list[list[int]]
 
 # For a file of some megabytes, read as fast as a disk gives it.
 _CHUNK_BYTES = 2**20
+# Chosen: many times a batch of another log's prune, and less than those wait who wait for the lock of the database.
+_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -149,30 +154,70 @@ class Manifest:
             ArchiveError: See `read`; or the folder holds other things and no manifest.
             OSError: It cannot be written.
         """
-        create_folder(self.folder)
+        _make_folder(self.folder)
         if not self.path.exists():
-            if any(self.folder.iterdir()):
-                raise ArchiveError(f"{self.folder} is not empty and holds no {NAME}: choose another folder.", file=NAME)
             create_file(self.path)
             sync(self.folder)
-        self.read()
-        if self.is_torn:
-            with self.path.open("r+b") as file:
-                file.truncate(self._read_bytes)
-                os.fsync(file.fileno())
-            self.is_torn = False
+        self._read_and_repair()
         for path in files_of(self.folder):
-            if path.relative_to(self.folder).as_posix() not in self.entries:
-                path.unlink()
+            name = path.relative_to(self.folder).as_posix()
+            # Where the file system has no locks, another process may have named it meanwhile.
+            if name not in self.entries and name not in self.read().entries:
+                path.unlink(missing_ok=True)
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Add lines, and return once they are on disk."""
+        """Add lines, and return once they are on disk.
+
+        Raises:
+            StoreUnavailableError: Another process has worked on the archive meanwhile, and nothing was added.
+        """
+        entries = list(entries)
+        self._read_and_repair()
+        for entry in entries:
+            is_there = (self.folder / entry.file).exists()
+            if not is_there or (entry.replaces is not None and entry.replaces not in self.entries):
+                raise StoreUnavailableError(f"{_busy(self.folder)}: try again.")
         text = "".join(entry.to_line() for entry in entries).encode()
         with self.path.open("ab") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         self.read()
+
+    def _read_and_repair(self) -> None:
+        """Read, and remove the last line if a killed run has left only a part of it."""
+        self.read()
+        if self.is_torn:
+            with self.path.open("r+b") as file:
+                file.truncate(self._read_bytes)
+                os.fsync(file.fileno())
+            self.is_torn = False
+
+
+@asynccontextmanager
+async def archive_lock(folder: Path) -> AsyncIterator[None]:
+    """Let one process at a time write to an archive, of which the folder is made; after the lock of a database.
+
+    Raises:
+        ArchiveError: The folder holds other things and no manifest.
+        OSError: It cannot be written.
+        StoreUnavailableError: Another process works there.
+    """
+    await asyncio.to_thread(_make_folder, folder)
+    async with folder_lock(folder, wait_s=_WAIT_S, busy=_busy(folder)):
+        yield
+
+
+def _busy(folder: Path) -> str:
+    return f"Another process works on the archive {folder}"
+
+
+def _make_folder(folder: Path) -> None:
+    create_folder(folder)
+    # SQLite makes a second file beside the one that is locked.
+    others = (each for each in folder.iterdir() if not each.name.startswith(FOLDER_LOCK))
+    if not (folder / NAME).exists() and any(others):
+        raise ArchiveError(f"{folder} is not empty and holds no {NAME}: choose another folder.", file=NAME)
 
 
 def files_of(folder: Path) -> Iterator[Path]:

@@ -175,7 +175,7 @@ class EvidenceManager:
         checkpoint = await self.checkpoint()
         if checkpoint is None:
             return None
-        async with publish.publish_lock(self._database, Path(folder))():
+        async with publish.publish_lock(self._database, Path(folder)):
             # Whoever was waited for may have published a later one.
             checkpoint = await self.checkpoint() or checkpoint
             try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import islice
 from os.path import realpath
 from pathlib import Path
@@ -23,7 +24,7 @@ from agent_gateway_store.evidence.tree import (
 )
 from agent_gateway_store.models.evidence import Checkpoint
 from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.exclusive import ExclusiveLock, key_of
+from agent_gateway_store.storage.exclusive import ExclusiveLock, folder_lock, key_of
 from agent_gateway_store.storage.files import partial, sync
 
 # Chosen: 512 KiB of hashes in memory.
@@ -34,10 +35,22 @@ _WAIT_S = 20.0
 _BUSY = "Another process publishes to this folder"
 
 
-def publish_lock(database: Database, folder: Path) -> ExclusiveLock:
-    """Return the lock by which those who publish a log to this folder write one after the other."""
-    key = key_of(f"publish {realpath(folder)}")
-    return ExclusiveLock(database, key=key, suffix=f".publish-{key:016x}.lock", wait_s=_WAIT_S, busy=_BUSY)
+@asynccontextmanager
+async def publish_lock(database: Database, folder: Path) -> AsyncIterator[None]:
+    """Let those who publish a log to this folder, which is made, write one after the other.
+
+    Raises:
+        OSError: The folder cannot be written.
+        StoreUnavailableError: Another process publishes there, or the database is away.
+    """
+    key = key_of(f"publish {await asyncio.to_thread(realpath, folder)}")
+    lock = ExclusiveLock(database, key=key, suffix=f".publish-{key:016x}.lock", wait_s=_WAIT_S, busy=_BUSY)
+    async with lock() as still_held:
+        await asyncio.to_thread(_make_folder, folder)
+        # A process that is frozen may lose the lock of the database, and keeps this one.
+        async with folder_lock(folder, wait_s=_WAIT_S, busy=_BUSY):
+            await still_held()
+            yield
 
 
 def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:

@@ -26,6 +26,7 @@ from agent_gateway_store.retention.ownership import require_own_archive
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.exclusive import StillHeld
 
 _approvals = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
@@ -52,7 +53,7 @@ class ApprovalPruner:
         self._before = before
         self._manifest = None if archive is None else Manifest(archive)
 
-    async def start(self) -> PrunedApprovals:
+    async def start(self, still_locked: StillHeld) -> PrunedApprovals:
         """Make the archive, or remove what a killed run has left in it; delete what that run has archived last."""
         async with self._database.write() as connection:
             # A role that may not delete is refused before anything is archived.
@@ -76,13 +77,13 @@ class ApprovalPruner:
                 if archived[each]["approval"].items() <= row.items() and archived[each]["votes"] == votes.get(each, [])
             ]
             if ids:
-                finished += await self._delete(ids, 0)
+                finished += await self._delete(ids, 0, still_locked)
             # A file that takes the place of another one was written by an erasure.
             if entry.replaces is None:
                 break
         return finished
 
-    async def step(self) -> PrunedApprovals:
+    async def step(self, still_locked: StillHeld) -> PrunedApprovals:
         """Prune one batch; of none approvals at the end."""
         async with self._database.read() as connection:
             found = (await connection.execute(
@@ -102,11 +103,12 @@ class ApprovalPruner:
             ]  # fmt: skip
             day = utc_now().date().isoformat()
             written = await in_thread(lambda: write_approvals(manifest, day, records))
+            await still_locked()
             await in_thread(lambda: manifest.append([written]))
             files = 1
-        return await self._delete(ids, files)
+        return await self._delete(ids, files, still_locked)
 
-    async def _delete(self, ids: Sequence[Any], files: int) -> PrunedApprovals:
+    async def _delete(self, ids: Sequence[Any], files: int, still_locked: StillHeld) -> PrunedApprovals:
         async with self._database.write() as connection:
             if self._manifest is None:
                 await require_archive(connection, await lock_holds(connection))
@@ -123,6 +125,7 @@ class ApprovalPruner:
             }
             why = "Approvals older than the retention were pruned."
             await write_door(connection, PRUNE_APPROVALS, facts, by=self._by, environment=self._environment, why=why)
+            await still_locked()
         return PrunedApprovals(approvals=len(ids), notices=notices, files=files)
 
 

@@ -46,6 +46,7 @@ from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.exclusive import StillHeld
 from agent_gateway_store.storage.statements import Statement
 
 _leaves = AuditLeaf.__table__
@@ -127,7 +128,7 @@ class Eraser:
         self._environment, self._forget = environment, forget
         self._manifest = None if archive is None else Manifest(archive)
 
-    async def erase(self, given: str, *, reason: str, by: str) -> Erased:
+    async def erase(self, given: str, still_locked: StillHeld, *, reason: str, by: str) -> Erased:
         """Erase everything under a request id; errors as of `RetentionManager.erase`."""
         request_id = storable_key(given)
         targets = await self._targets(request_id)
@@ -145,6 +146,7 @@ class Eraser:
         await self._forget_all(approvals)
         manifest, archived_approvals = self._manifest, 0
         own = set(touched.approvals)
+        await still_locked()
         if manifest is not None:
             archived_approvals = await in_thread(lambda: rewrite_approvals(manifest, partial(_blanked, own)))
         async with self._database.write() as connection:
@@ -153,6 +155,7 @@ class Eraser:
             await _blank_approvals(connection, approvals)
             # Those that could not be delivered outlive their approval.
             notices = await _blank_notices(connection, own)
+            await still_locked()
         await self._forget_all(own)
         if manifest is not None:
             # Last: an id that holds a hash goes with it, by which a run after a kill finds what is left to do.
@@ -163,6 +166,7 @@ class Eraser:
                 for each in targets
                 if each.archived
             }
+            await still_locked()
             await in_thread(lambda: rewrite_events(manifest, blank))
         newest = max(targets, key=lambda each: each.position)
         return Erased(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Collection
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta
 from os import PathLike
 from pathlib import Path
@@ -14,6 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import select
 
+from agent_gateway_store.archive.manifest import archive_lock
 from agent_gateway_store.audit.filters import Filters
 from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.evidence.sealer import Sealer
@@ -26,7 +27,7 @@ from agent_gateway_store.retention.prune import Pruner, Step
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.exclusive import POLL_S, ExclusiveLock
+from agent_gateway_store.storage.exclusive import POLL_S, ExclusiveLock, StillHeld
 from agent_gateway_store.storage.files import progress_bar
 from agent_gateway_store.storage.filters import Moment, instant, require_all
 from agent_gateway_store.telemetry import traced
@@ -115,32 +116,27 @@ class RetentionManager:
                 one organisation.
         """
         end = await self._checked(before, by, archive, discard=discard, below_floor=below_floor)
-        pruner = Pruner(
-            self._database,
-            self._sealer,
-            by=by,
-            environment=self._settings.environment,
-            before=end,
-            archive=None if archive is None else Path(archive),
-        )
+        folder = None if archive is None else Path(archive)
+        environment = self._settings.environment
+        pruner = Pruner(self._database, self._sealer, by=by, environment=environment, before=end, archive=folder)
         await self._sealer.seal()
         with progress_bar(progress, "Pruning") as report:
-            events, files, result = await self._run(pruner, max_seconds, report)
+            events, files, result = await self._run(pruner, folder, max_seconds, report)
         held, remaining = await pruner.counts()
         await pruner.end(result)
         return Pruned(events=events, files=files, held=held, remaining=remaining)
 
     async def _run(
-        self, pruner: Pruner, max_seconds: float | None, report: Callable[[int], None]
+        self, pruner: Pruner, archive: Path | None, max_seconds: float | None, report: Callable[[int], None]
     ) -> tuple[int, int, str]:
         loop = asyncio.get_running_loop()
         deadline = math.inf if max_seconds is None else loop.time() + max_seconds
         total = Step(0, 0, None)
-        async with self._lock():
+        async with self._writing(archive):
             await pruner.start()
         try:
             while loop.time() < deadline:
-                total = await self._turn(pruner, total, deadline, report)
+                total = await self._turn(pruner, archive, total, deadline, report)
                 if total.next is None:
                     return total.events, total.files, "done"
                 # So that whoever waits for the lock gets it.
@@ -151,10 +147,12 @@ class RetentionManager:
             raise
         return total.events, total.files, "the time was up"
 
-    async def _turn(self, pruner: Pruner, total: Step, deadline: float, report: Callable[[int], None]) -> Step:
+    async def _turn(
+        self, pruner: Pruner, archive: Path | None, total: Step, deadline: float, report: Callable[[int], None]
+    ) -> Step:
         """Prune one batch after the other for a while, at least one; return what became of all so far."""
         loop = asyncio.get_running_loop()
-        async with self._lock() as still_locked:
+        async with self._writing(archive) as still_locked:
             end = min(loop.time() + _TURN_S, deadline)
             while True:
                 step = await pruner.step(total.next, still_locked)
@@ -231,16 +229,17 @@ class RetentionManager:
         """
         holds.require_named(reason=reason, by=by)
         await self._sealer.seal()
+        folder = None if archive is None else Path(archive)
         eraser = Eraser(
             self._database,
             self._sealer,
             org_id=self._org_id,
             environment=self._settings.environment,
-            archive=None if archive is None else Path(archive),
+            archive=folder,
             forget=self._forget,
         )
-        async with self._lock():
-            return await eraser.erase(request_id, reason=reason, by=by)
+        async with self._writing(folder) as still_locked:
+            return await eraser.erase(request_id, still_locked, reason=reason, by=by)
 
     async def find(
         self, *, caller_id: str | None = None, text: str | None = None, archive: str | PathLike[str] | None = None
@@ -296,15 +295,26 @@ class RetentionManager:
         folder = None if archive is None else Path(archive)
         environment = self._settings.environment
         pruner = ApprovalPruner(self._database, by=by, environment=environment, before=end, archive=folder)
-        async with self._lock():
-            total = await pruner.start()
+        async with self._writing(folder) as still_locked:
+            total = await pruner.start(still_locked)
         while True:
-            async with self._lock():
-                step = await pruner.step()
+            async with self._writing(folder) as still_locked:
+                step = await pruner.step(still_locked)
             if not step.approvals:
                 return total
             total += step
             await asyncio.sleep(PAUSE_S)
+
+    @asynccontextmanager
+    async def _writing(self, archive: Path | None) -> AsyncIterator[StillHeld]:
+        """Hold the lock of the database, then that of the archive, which a frozen process keeps."""
+        async with self._lock() as still_held:
+            if archive is None:
+                yield still_held
+                return
+            async with archive_lock(archive):
+                await still_held()
+                yield still_held
 
     async def _checked(self, before: Moment, by: str, archive: object, *, discard: bool, below_floor: bool) -> datetime:
         """Return the end of what may go, after a check that what must be said was said."""
