@@ -1,8 +1,9 @@
-"""A process that is frozen until its lock of PostgreSQL is lost goes on later, and takes nothing back."""
+"""A process that is frozen while others work in its place goes on later, and takes nothing of theirs back."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import servers
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.archive import Archive, manifest
 from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.plugins.file_sink import FileSink, append
 from agent_gateway_store.retention import approvals, erase
 from builders import make_event, make_request
 
@@ -127,6 +129,31 @@ async def test_nobody_else_works_on_the_archive_of_a_frozen_process(
         texts = [str(event.sanitized_args) for event in Archive(archive).events()]
         assert not is_erasing or not any("secret-2" in text for text in texts)
     assert not [path for path in archive.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+
+
+@pytest.mark.parametrize("work", ["send", "witness"])
+async def test_nothing_is_taken_out_of_a_file_behind_whom_a_frozen_process_goes_on(work: str, tmp_path: Path) -> None:
+    """Half a line of a killed process, or what a full disk took, is cut off by nobody once others have written."""
+    path = tmp_path / "log.jsonl"
+    torn = '{"request_id": "half' if work == "send" else ""
+    path.write_text(f"{{}}\n{torn}")
+
+    async def write(name: str) -> None:
+        if work == "send":
+            await FileSink(path).send([make_event(request_id=name)])
+        else:
+            append(path, f"{name}\n".encode())
+
+    with frozen(work, "truncate", "", path) as process:
+        with pytest.raises(OSError, match="Another process writes to the file: wait for it or end it"):
+            await write("refused")
+        assert await asyncio.to_thread(go_on, process) == ""
+    await write("after")
+
+    lines = path.read_text().splitlines()
+    written = [json.loads(line)["request_id"] for line in lines[1:]] if work == "send" else lines[1:]
+    assert lines[0] == "{}"
+    assert written == (["frozen", "after"] if work == "send" else ["after"])
 
 
 @pytest.mark.parametrize("work", ["erase", "approvals"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 PREFIX = "AGENT_GATEWAY_STORE_FILE_SINK_"
 # Bytes read at a time to find the last line end: longer than most events.
 _BLOCK = 65_536
+# Chosen: longer than a batch takes to be written, and less than a plugin may take.
+_WAIT_S = 1.0
+_POLL_S = 0.01
 
 
 class FileSinkSettings(EnvironmentSettings):
@@ -55,37 +60,33 @@ class FileSink:
         """Append the events, behind the last whole line.
 
         Raises:
-            OSError: The file cannot be written, and is as it was.
+            OSError: The file cannot be written, or another process writes to it; it is as it was.
             ValueError: It is somebody else's file.
         """
         lines = "".join(f"{event.model_dump_json()}\n" for event in events).encode()
         with self._lock:
-            _repair(self._path)
-            append(self._path, lines)
+            append(self._path, lines, _repair)
 
 
-def _repair(path: Path) -> None:
+def _repair(file: int) -> None:
     """Take away the part of a line that a writer left which was killed: its batch was not acknowledged.
 
     Raises:
         ValueError: The file ends in something else than the beginning of an event.
     """
-    if not path.exists():
+    end = place = os.lseek(file, 0, os.SEEK_END)
+    torn = b""
+    while place and b"\n" not in torn:
+        place, size = max(0, place - _BLOCK), min(_BLOCK, place)
+        os.lseek(file, place, os.SEEK_SET)
+        torn = os.read(file, size) + torn
+    torn = torn.rpartition(b"\n")[2]
+    if not torn:
         return
-    with path.open("r+b") as file:
-        end = place = file.seek(0, os.SEEK_END)
-        torn = b""
-        while place and b"\n" not in torn:
-            place, size = max(0, place - _BLOCK), min(_BLOCK, place)
-            file.seek(place)
-            torn = file.read(size) + torn
-        torn = torn.rpartition(b"\n")[2]
-        if not torn:
-            return
-        if not torn.startswith(b"{"):
-            raise ValueError("The file does not end in lines of JSON: name another one.")
-        file.truncate(end - len(torn))
-        os.fsync(file.fileno())
+    if not torn.startswith(b"{"):
+        raise ValueError("The file does not end in lines of JSON: name another one.")
+    os.ftruncate(file, end - len(torn))
+    os.fsync(file)
 
 
 @hookimpl
@@ -101,16 +102,23 @@ def gateway_store_plugin_settings() -> type[FileSinkSettings]:
     return FileSinkSettings
 
 
-def append(path: Path, data: bytes) -> None:
+def append(path: Path, data: bytes, repair: Callable[[int], None] | None = None) -> None:
     """Append all of `data` to a file and force it to disk, or leave the file as it was and raise OSError.
 
-    A new file is for its owner alone.
+    A new file is for its owner alone. Other processes that append to it wait for a second, and raise OSError then: one
+    that is frozen in the middle keeps its lock, so that it takes nothing of theirs away when it goes on.
+
+    Args:
+        repair: Called with the open file before.
     """
     is_new = not path.exists()
     # Windows would write a line end as two characters, which no signature is over.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+    flags = (os.O_RDWR if repair else os.O_WRONLY) | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
     file = os.open(path, flags, 0o600)
     try:
+        _lock(file)
+        if repair is not None:
+            repair(file)
         size = os.fstat(file).st_size
         if os.write(file, data) < len(data):
             # A full disk takes a part, behind which the next one could not be read.
@@ -126,3 +134,25 @@ def append(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _lock(file: int) -> None:
+    """Lock an open file until it is closed; OSError if another process has it for longer than a second."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            # Of the file itself: its folder may be one that this user cannot write to.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise OSError("Another process writes to the file: wait for it or end it.") from None
+            time.sleep(_POLL_S)
+        except OSError:
+            # A file system without locks.
+            return
+        else:
+            return
