@@ -111,7 +111,7 @@ class RetentionManager:
             LogMismatchError: The log does not agree with its last checkpoint.
             MissingExtraError: `archive`, and pyarrow is not installed.
             OSError: The folder cannot be written. The events are in the table.
-            StoreUnavailableError: The database is away, this role may not delete, or another prune was in the way.
+            StoreUnavailableError: The database is away, this role may not delete, or another process was in the way.
             ValueError: Neither `archive` nor `discard`, or both; `before` is within the floor; the store is bound to
                 one organisation.
         """
@@ -223,7 +223,8 @@ class RetentionManager:
             ArchiveError: As of `prune`. Nothing is erased.
             AuditEventNotFoundError: There is no such event.
             EventHeldError: A hold covers it, or another event of an approval that would go with it.
-            StoreUnavailableError: The database or Redis is away, or this role may not do it.
+            StoreUnavailableError: The database or Redis is away, this role may not do it, or another process works
+                on the archive.
             ValueError: An approval of the request is still open; or several organisations have this id; or it has an
                 approval and no `archive`, while a hold is in force that may cover an archived event of that approval.
         """
@@ -287,7 +288,8 @@ class RetentionManager:
         Raises:
             ArchiveError: The folder is not an archive of this log, or a file of it is not what was written.
             OSError: The folder cannot be written.
-            StoreUnavailableError: The database is away, or this role may not delete.
+            StoreUnavailableError: The database is away, this role may not delete, or another process works on
+                the archive.
             ValueError: As of `prune`; or `discard`, while a hold is in force and events were archived, since it may
                 cover events whose approvals these are.
         """
