@@ -132,7 +132,11 @@ class GatewayStore:
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, core.settings, org_id=org_id)
         self._notifications = NotificationManager(core.database, core.outbox, org_id=org_id)
         self._evidence = EvidenceManager(
-            core.database, core.sealer, seals=core.settings.audit_seal_seconds > 0, org_id=org_id
+            core.database,
+            core.sealer,
+            seals=core.settings.audit_seal_seconds > 0,
+            org_id=org_id,
+            hash_key=core.settings.hash_key,
         )
         self._retention = RetentionManager(
             core.database, core.sealer, core.retention_lock, core.settings, forget=core.forget_approvals, org_id=org_id

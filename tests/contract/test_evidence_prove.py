@@ -8,14 +8,14 @@ import pytest
 from contract_helpers import approved
 from sqlalchemy import insert
 
-from agent_gateway_store import AuditEvent, GatewayStore
+from agent_gateway_store import AuditEvent, GatewayStore, ToolCall
 from agent_gateway_store.errors import AuditEventNotFoundError, LogMismatchError
 from agent_gateway_store.evidence import Evidence, check
 from agent_gateway_store.evidence.proof import prove
 from agent_gateway_store.evidence.tree import TileHashes
 from agent_gateway_store.models.approval import hash_approval
 from agent_gateway_store.models.evidence import AuditCheckpoint, AuditLeaf
-from builders import CALL, make_event
+from builders import CALL, make_event, make_request
 from sealed_log import KEY, SealedLog
 
 VKEY = str(KEY.verifier)
@@ -74,6 +74,7 @@ async def test_the_approval_and_its_votes_come_with_it(store: GatewayStore, is_n
     [vote] = (await prove_unsealed(store, make_event(request_id="other", approval_id=request.approval_id))).votes
     event = make_event(
         request_id="r-1",
+        tool_name=CALL.tool,
         approval_id=request.approval_id if is_named else None,
         extra={"approval_sha256": hash_approval(request, [vote])},
     )
@@ -92,6 +93,54 @@ async def test_the_approval_and_its_votes_come_with_it(store: GatewayStore, is_n
         assert found.ok, found
         assert any("are those that the event names" in remark for remark in found.remarks)
         assert token not in each.to_json()
+
+
+@pytest.mark.parametrize("stranger", ["caller", "server", "tool", "arguments", "arguments of the event"])
+async def test_the_approval_of_another_call_under_the_same_request_id_is_left_out(
+    store: GatewayStore, stranger: str
+) -> None:
+    """Whoever knows a request id can ask under it, also for a harmless call of the same tool."""
+    harmless = ToolCall(server="mail", tool="read", arguments={"box": "in"})
+    bound = harmless if stranger == "arguments" else harmless.model_copy(update={"arguments": {"box": "raw"}})
+    await store.approvals.issue_token(make_request(request_id="r-1", tool_call=harmless), call=bound)
+    event = {"mcp_server": "mail", "tool_name": "read", "raw_args_hash": AuditEvent.hash_args(bound.arguments)}
+    event |= {
+        "caller": {"caller_id": "other"},
+        "server": {"mcp_server": "db"},
+        "tool": {"tool_name": "drop"},
+        "arguments": {"raw_args_hash": AuditEvent.hash_args({"box": "out"})},
+        "arguments of the event": {
+            "raw_args_hash": AuditEvent.hash_args({"box": "out"}),
+            "sanitized_args": {"box": "out"},
+        },
+    }[stranger]
+
+    assert (await prove_unsealed(store, make_event(request_id="r-1", **event))).approval is None
+
+
+async def test_the_approval_of_this_call_is_found_below_others_of_its_request_id(store: GatewayStore) -> None:
+    """The one with the same arguments, also where a harmless one was asked for after it."""
+    for path in ("run", "harmless"):
+        await store.approvals.issue_token(
+            make_request(request_id="r-1", tool_call=CALL.model_copy(update={"arguments": {"path": path}}))
+        )
+    evidence = await prove_unsealed(
+        store,
+        make_event(request_id="r-1", tool_name=CALL.tool, raw_args_hash=AuditEvent.hash_args({"path": "run"})),
+    )
+
+    assert evidence.approval is not None
+    assert evidence.approval.tool_call.arguments == {"path": "run"}
+
+
+async def test_sanitised_arguments_keep_no_approval_out(store: GatewayStore) -> None:
+    """Hashes that cannot be compared say nothing against it."""
+    shown = CALL.model_copy(update={"arguments": {"path": "***"}})
+    await store.approvals.issue_token(make_request(request_id="r-1", tool_call=shown), call=CALL)
+    raw = AuditEvent.hash_args(CALL.arguments)
+    event = make_event(request_id="r-1", tool_name=CALL.tool, raw_args_hash=raw, sanitized_args={"path": "***"})
+
+    assert (await prove_unsealed(store, event)).approval is not None
 
 
 async def prove_unsealed(store: GatewayStore, event: AuditEvent) -> Evidence:

@@ -62,6 +62,26 @@ async def test_why_it_was_stopped_is_of_this_call(running: Running) -> None:
     assert str(request.approval_id) not in (await alice.get(f"/audit/{first.id}")).text
 
 
+async def test_an_approval_under_the_same_request_id_is_not_shown_as_that_of_the_call(running: Running) -> None:
+    """A harmless call of the same tool was approved; another one of its request id ran, and then the same."""
+    store, app = running
+    call = ToolCall(server="db", tool="query", arguments={"sql": "SELECT 1"})
+    await waiting(store, request_id="r-1", tool_call=call)
+    same = {"mcp_server": "db", "tool_name": "query"}
+    for sql in ("DROP TABLE customers", "SELECT 1"):
+        raw = store.hash_args({"sql": sql})
+        await store.audit.write(make_event(request_id="r-1", raw_args_hash=raw, sanitized_args={"sql": sql}, **same))
+    alice = await signed_in(store, app)
+    asked_before = "Asked under the same request id, not proved to be of this call."
+    other, own = [
+        (await alice.get(f"/audit/{each.id}")).text
+        for each in sorted(await store.audit.search(tool_name="query"), key=lambda each: each.id or 0)
+    ]
+
+    assert asked_before in other
+    assert asked_before not in own
+
+
 async def test_a_form_that_ends_too_early_decides_nothing(running: Running) -> None:
     """A connection that is cut in the middle of the note."""
     store, app = running

@@ -15,7 +15,7 @@ from agent_gateway_store.console import pages
 from agent_gateway_store.console.sessions import Session
 from agent_gateway_store.errors import ApprovalNotFoundError, LogMismatchError
 from agent_gateway_store.evidence import Evidence
-from agent_gateway_store.models.approval import ApprovalRequest
+from agent_gateway_store.models.approval import ApprovalRequest, is_of_call
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision
 
 _PAGE = 50
@@ -34,6 +34,8 @@ FILTERS = (*_TEXTS, *_IDS, *_CHOICES)
 _SINGLE = frozenset({"text", "min_risk_score", "since", "until"})
 # Chosen: what one sees of a session before and after an event; the whole session is one click away.
 _NEIGHBOURS = 5
+# Chosen: of a call that was asked for more often than this under one request id, the latest.
+_ASKED = 20
 # Search gives the newest first, so what comes right after an event is the end of the shortest span that holds some.
 _SPANS = (timedelta(minutes=1), timedelta(hours=1), timedelta(days=1), timedelta(days=365))
 _SPAN_EVENTS = 200
@@ -101,33 +103,38 @@ async def event(request: Request) -> Response:
     session = await pages.session_of(request)
     found = await _event_of(request, session)
     fields = {name: getattr(found, name) for name in type(found).model_fields}
+    approval, is_proved = await _approval_of(session, found)
     return pages.page(
         request,
         "event.html",
         event=found,
         fields=fields,
-        approval=await _approval_of(session, found),
+        approval=approval,
+        is_proved=is_proved,
         neighbours=await _neighbours(session, found),
         seal=await _seal_of(session, found),
     )
 
 
-async def _approval_of(session: Session, found: AuditEvent) -> ApprovalRequest | None:
-    approvals = session.store.approvals
+async def _approval_of(session: Session, found: AuditEvent) -> tuple[ApprovalRequest | None, bool]:
+    """Return an approval, and whether it is the one that the event names, or is proved to be of its call."""
+    approvals, key = session.store.approvals, session.store.settings.hash_key
     if found.approval_id is not None:
         try:
-            return await approvals.get(approval_id=found.approval_id)
+            return await approvals.get(approval_id=found.approval_id), True
         except ApprovalNotFoundError:
-            return None
+            return None, False
     # Another call may have the same request id.
     asked = await approvals.search(
         request_id=found.request_id,
         caller_id=found.caller_id,
         mcp_server=found.mcp_server,
         tool_name=found.tool_name,
-        limit=1,
+        limit=_ASKED,
     )
-    return asked[0] if asked else None
+    fits = [(each, is_of_call(each, found, key=key.get_secret_value() if key else None)) for each in asked]
+    proved = [each for each, fit in fits if fit]
+    return next(iter(proved or [each for each, _ in fits]), None), bool(proved)
 
 
 async def _neighbours(session: Session, found: AuditEvent) -> list[AuditEvent]:

@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store._text import escape
 from agent_gateway_store.errors import GatewayStoreError, LogMismatchError
@@ -64,10 +66,20 @@ class EvidenceManager:
         sealer: Seals it.
         seals: Whether this store seals by itself.
         org_id: The organisation; None: all.
+        hash_key: The setting HASH_KEY.
     """
 
-    def __init__(self, database: Database, sealer: Sealer, *, seals: bool, org_id: str | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        sealer: Sealer,
+        *,
+        seals: bool,
+        org_id: str | None = None,
+        hash_key: SecretStr | None = None,
+    ) -> None:
         self._database, self._sealer, self._seals, self._org_id = database, sealer, seals, org_id
+        self._hash_key = hash_key.get_secret_value() if hash_key else None
 
     @traced("log.seal")
     async def seal(self) -> Checkpoint | None:
@@ -154,7 +166,9 @@ class EvidenceManager:
             LogMismatchError: A hash of the log is missing.
             StoreUnavailableError: The database is away.
         """
-        return await proof.prove(self._database, self._read_tiles, request_id, org_id=self._org_id)
+        return await proof.prove(
+            self._database, self._read_tiles, request_id, org_id=self._org_id, hash_key=self._hash_key
+        )
 
     async def publish(self, folder: str | PathLike[str]) -> Checkpoint | None:
         """Write the last checkpoint and the hash tiles below it to a folder, which any web server can serve.

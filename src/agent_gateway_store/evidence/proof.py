@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from pydantic import model_serializer
-from sqlalchemy import BigInteger, Select, Text, Uuid, bindparam, select, true
+from sqlalchemy import BigInteger, Select, Uuid, bindparam, select, true
 
+from agent_gateway_store.approval.filters import criteria
 from agent_gateway_store.approval.queries import ApprovalRef, get
+from agent_gateway_store.approval.reports import search
 from agent_gateway_store.audit.document import encode
 from agent_gateway_store.audit.erased import is_blank_approval
 from agent_gateway_store.audit.query import AuditQuery
@@ -34,7 +36,14 @@ from agent_gateway_store.evidence.tree import (
     tiles_for_inclusion,
     verify_inclusion,
 )
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, VoteDecision, hash_approval
+from agent_gateway_store.models.approval import (
+    APPROVAL_HASH,
+    ApprovalRequest,
+    ApprovalVote,
+    VoteDecision,
+    hash_approval,
+    is_of_call,
+)
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.evidence import (
     AuditCheckpoint,
@@ -50,21 +59,17 @@ from agent_gateway_store.storage.statements import Statement, literal_number
 
 _leaves = AuditLeaf.__table__
 _checkpoints = AuditCheckpoint.__table__
-_requests = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
 
 
 def _place() -> Select[Any]:
-    """Select in one row the leaf of an event, the last checkpoint, and the approval asked for under its request id."""
+    """Select in one row the leaf of an event and the last checkpoint."""
     event, one = bindparam("p_event", type_=BigInteger()), literal_number(1)
     newest = select(_checkpoints).order_by(_checkpoints.c.size.desc()).limit(one).subquery()
-    own = _requests.c.request_id == bindparam("p_request", type_=Text())
-    asked = select(_requests.c.approval_id).where(own, _requests.c.org_id == bindparam("p_org", type_=Text()))
-    asked = asked.order_by(_requests.c.created_at.desc(), _requests.c.id.desc()).limit(one)
     once = select(event.label("event")).subquery()
     joined = once.outerjoin(_leaves, _leaves.c.event_id == once.c.event).outerjoin(newest, true())
     leaf = (_leaves.c.position, _leaves.c.salt, _leaves.c.leaf_hash)
-    return select(*leaf, *newest.c, asked.scalar_subquery().label("approval_id")).select_from(joined)
+    return select(*leaf, *newest.c).select_from(joined)
 
 
 _PLACE = Statement(_place())
@@ -72,9 +77,8 @@ _VOTES = Statement(
     select(_votes).where(_votes.c.approval_id == bindparam("p_approval", type_=Uuid())).order_by(_votes.c.voted_at)
 )
 
-APPROVAL_HASH = "approval_sha256"
-"""The name in an event's `extra` under which it holds the hash of the approval that released the call."""
-
+# Chosen: of a call that was asked for more often than this under one request id, the latest.
+_ASKED = 20
 _FORMAT = "agent-gateway-store evidence 1"
 # C2SP tlog-proof.
 _TLOG_PROOF = "c2sp.org/tlog-proof@v1\n"
@@ -100,7 +104,9 @@ class Evidence(FrozenModel):
 
     Attributes:
         event: As it is stored.
-        approval: The approval that released the call, or was asked for it; None without, and where it was erased.
+        approval: The approval that the event names. Where it names none: one that was asked for under its request id
+            by the same caller, for the same server and tool, and, where that can be compared, the same arguments. None
+            without, and where it was erased.
         votes: Who voted on it, and how.
         position: The event's in the log; None: it was not sealed yet, and nothing proves it.
         salt: What the leaf was hashed with; None: not sealed yet, or erased.
@@ -152,16 +158,17 @@ class Evidence(FrozenModel):
         return f"{_TLOG_PROOF}extra {entry}\nindex {self.position}\n{path}\n{self.checkpoint.note}"
 
 
-async def prove(database: Database, read: ReadTiles, request_id: str, *, org_id: str | None) -> Evidence:
+async def prove(
+    database: Database, read: ReadTiles, request_id: str, *, org_id: str | None, hash_key: str | None = None
+) -> Evidence:
     """Collect the evidence of the newest event with this request id.
-
-    The approval is the one that the event names, else the newest that was asked for under its request id.
 
     Args:
         database: Where the events are.
         read: Where the tiles come from.
         request_id: As the gateway gave it.
         org_id: See only this organisation; None sees all.
+        hash_key: As in `AuditEvent.hash_args`.
 
     Raises:
         AuditEventNotFoundError: There is no such event.
@@ -171,9 +178,8 @@ async def prove(database: Database, read: ReadTiles, request_id: str, *, org_id:
     if event is None:
         raise AuditEventNotFoundError(request_id)
     async with database.connection("read") as connection:
-        values = {"p_event": event.id, "p_request": event.request_id, "p_org": event.org_id}
-        found = await _PLACE.one(connection, values)
-    approval, votes = await _approval_of(database, event, found["approval_id"])
+        found = await _PLACE.one(connection, {"p_event": event.id})
+    approval, votes = await _approval_of(database, event, hash_key)
     position, size = found["position"], found["size"]
     if position is None or size is None or size <= position:
         return Evidence(event=event, approval=approval, votes=votes)
@@ -194,9 +200,9 @@ async def prove(database: Database, read: ReadTiles, request_id: str, *, org_id:
 
 
 async def _approval_of(
-    database: Database, event: AuditEvent, asked_for: UUID | None
+    database: Database, event: AuditEvent, hash_key: str | None
 ) -> tuple[ApprovalRequest | None, tuple[ApprovalVote, ...]]:
-    if (approval_id := event.approval_id or asked_for) is None:
+    if (approval_id := event.approval_id or await _asked_for(database, event, hash_key)) is None:
         return None, ()
     try:
         approval = (await get(database, ApprovalRef.by_id(approval_id, event.org_id))).request
@@ -208,6 +214,19 @@ async def _approval_of(
     async with database.connection("read") as connection:
         rows = await _VOTES.rows(connection, {"p_approval": approval.approval_id})
     return approval, tuple(map(ApprovalVote.from_row, rows))
+
+
+async def _asked_for(database: Database, event: AuditEvent, hash_key: str | None) -> UUID | None:
+    """Return the newest approval under the request id of an event that is proved to be of its call, else may be."""
+    filters = {
+        "request_id": event.request_id,
+        "caller_id": event.caller_id,
+        "mcp_server": event.mcp_server,
+        "tool_name": event.tool_name,
+    }
+    asked = await search(database, criteria(filters, org_id=event.org_id), limit=_ASKED, cursor=None)
+    fits = {each.approval_id: is_of_call(each, event, key=hash_key) for each in asked}
+    return next((each for wanted in (True, None) for each, fit in fits.items() if fit is wanted), None)
 
 
 def _approval_json(request: ApprovalRequest, votes: Iterable[ApprovalVote]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sqlmodel import Field
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.canonical import canonical_json, hash_json
 from agent_gateway_store.errors import ApprovalError
-from agent_gateway_store.models.audit import Instant, Sha256Hex
+from agent_gateway_store.models.audit import AuditEvent, Instant, Sha256Hex
 from agent_gateway_store.models.base import StoreModel, index_where
 from agent_gateway_store.models.columns import BigKey, EnumText, Json, JsonOf, TokenDigest, UtcDateTime
 from agent_gateway_store.models.values import ApprovalStatus, ApproverId, FrozenModel, Note, ToolCall
@@ -61,12 +61,15 @@ def hash_tool_call(call: ToolCall, *, key: str | None = None) -> str:
             with values outside its fields.
     """
     try:
-        document = {"server": call.server, "tool": call.tool, "arguments": call.arguments}
-        return hash_json(document, key=key, strict=True)
+        return hash_json(_document(call), key=key, strict=True)
     except TypeError as exc:
         raise ApprovalError(
             f"An approval cannot be bound to {exc} among the arguments: give its values as JSON."
         ) from exc
+
+
+def _document(call: ToolCall) -> dict[str, Any]:
+    return {"server": call.server, "tool": call.tool, "arguments": call.arguments}
 
 
 class ApprovalRequest(StoreModel, table=True):
@@ -214,6 +217,36 @@ def hash_approval(request: ApprovalRequest, votes: Iterable[ApprovalVote | CastV
         "votes": sorted(ballots, key=lambda ballot: (ballot["voted_at"], ballot["approver_id"])),
     }
     return sha256(canonical_json(document)).hexdigest()
+
+
+APPROVAL_HASH = "approval_sha256"
+"""The name in an event's `extra` under which it holds the hash of the approval that released the call."""
+
+
+def is_of_call(request: ApprovalRequest, event: AuditEvent, *, key: str | None = None) -> bool | None:
+    """True if an approval with its votes is proved to be of the call of an event that does not name it by its id.
+
+    Args:
+        key: As in `AuditEvent.hash_args`.
+
+    Returns:
+        False: it is of another call. None: of the same caller, server and tool, but as arguments were sanitised, their
+        hashes cannot be compared.
+    """
+    shown = request.tool_call
+    same = (event.org_id, event.caller_id, event.mcp_server, event.tool_name)
+    if (request.org_id, request.caller_id, shown.server, shown.tool) != same:
+        return False
+    if APPROVAL_HASH in event.extra and event.extra[APPROVAL_HASH] == hash_approval(request, request.votes or ()):
+        return True
+    # What is bound is a hash over the whole call, and of an event it is one over the arguments: they meet where either
+    # of the two shows the arguments as they run.
+    if request.tool_call_hash == hash_json(_document(shown), key=key):
+        return event.raw_args_hash == hash_json(shown.arguments, key=key)
+    if event.raw_args_hash == hash_json(event.sanitized_args, key=key):
+        run = ToolCall(server=shown.server, tool=shown.tool, arguments=event.sanitized_args)
+        return request.tool_call_hash == hash_json(_document(run), key=key)
+    return None
 
 
 class ApprovalResult(FrozenModel):
