@@ -16,7 +16,22 @@ MAX_ERROR = 500
 # Chosen: a shorter value is in many messages by chance.
 _SHORTEST_SECRET = 4
 
-_API_KEY = re.compile(r"\bagw_[\w-]+")
+CUT_CALL = (
+    "This call was too long to be stored whole: approving it approves something that nobody can see here. "
+    "Deny it unless you know it from elsewhere."
+)
+"""What every view of an approval says where `is_cut` is true of the call."""
+
+# What stands in place of what was cut when it was stored; ids, and texts that earlier versions stored, end in `~` and a
+# SHA-256. A name that was taken has a number behind it.
+_CUT = re.compile(r"(?:\[cut: [^\[\]]{1,150}\]|~[0-9a-f]{64})(?:~[0-9]{1,9})?\Z")
+# Characters: more than the longest of these marks has.
+_CUT_CHARS = 250
+
+MASK = "***"
+# The form of `keys.format`; 16 characters of a secret are enough, where it was cut off. Anything shorter is a name that
+# begins like a key, and whoever reads what is to run must see it.
+_API_KEY = re.compile(r"agw_[0-9A-Za-z]{12}_[0-9A-Za-z]{16,}")
 # The form of secrets.token_urlsafe(32): 43 characters. Long names of tools seldom have both cases and a digit.
 _TOKEN = re.compile(
     r"(?<![\w-])(?=[\w-]{0,42}[A-Z])(?=[\w-]{0,42}[a-z])(?=[\w-]{0,42}[0-9])[A-Za-z0-9_-]{43}(?![\w-])", re.ASCII
@@ -151,7 +166,7 @@ def _replace_hidden(text: str, encode: Callable[[str], str], keep: str) -> str:
 
 def mask_tokens(text: str) -> str:
     """Return `text` with what looks like an API key or an approval token of this package shown as `***`."""
-    return _TOKEN.sub("***", _API_KEY.sub("agw_***", text))
+    return _TOKEN.sub(MASK, _API_KEY.sub(f"agw_{MASK}", text))
 
 
 def mask_values(text: str, values: Iterable[str]) -> str:

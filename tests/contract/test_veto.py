@@ -127,7 +127,7 @@ async def test_async_answers_are_awaited_and_the_first_objection_is_named(databa
 
 async def test_reasons_are_one_line_without_secrets(database_url: str) -> None:
     """What a plugin says reaches an approver's screen: no key, no control byte, no page of text."""
-    said = "see agw_3f2a_c2VjcmV0c2VjcmV0\x1b[31m\nor password=hunter2 " + "x" * 2000
+    said = "see agw_0123456789ab_c2VjcmV0c2VjcmV0\x1b[31m\nor password=hunter2 " + "x" * 2000
     async with open_with(database_url, Objector("chatty", lambda _: said)) as store:
         text = str(await refuses(store, await store.approvals.issue_token(make_request())))
 

@@ -32,7 +32,7 @@ TICKETS = """
 
         @group.command()
         def fail():
-            raise ValueError("broken for agw_3f2a_c2VjcmV0c2VjcmV0")
+            raise ValueError("broken for agw_0123456789ab_c2VjcmV0c2VjcmV0")
 
         app.add_typer(group, name="tickets")
 """

@@ -126,6 +126,23 @@ class TestMessage:
         for hidden in ({"note": "x" * 5000, "path": "/"}, {"note": "&" * 2600}, {f"k{n}": "v" * 50 for n in range(99)}):
             assert consequence(hidden) == "The call runs once. Not all of it is shown here!"
 
+    @pytest.mark.parametrize("secret", ["agw_0123456789ab_" + "Ab1" * 16 + "x", "A1b" + "x" * 40])
+    def test_approving_what_is_masked_says_so(self, secret: str) -> None:
+        """Whoever chooses the text can choose one that looks like a key."""
+        call = ToolCall(server="db", tool="drop", arguments={"table": secret})
+        message = pending_message(make_notice(tool_call=call))
+
+        assert message["blocks"][-1]["elements"][0]["confirm"]["text"]["text"].endswith("Not all of it is shown here!")
+        assert "`***` what looks like a key" in texts_of(message)
+
+    def test_names_that_begin_like_a_key_are_shown(self) -> None:
+        """As they run."""
+        call = ToolCall(server="db", tool="drop", arguments={"table": "agw_prod-customers_all"})
+        message = pending_message(make_notice(tool_call=call))
+
+        assert "agw_prod-customers_all" in texts_of(message)
+        assert message["blocks"][-1]["elements"][0]["confirm"]["text"]["text"] == "The call runs once, as shown."
+
     @pytest.mark.parametrize("status", ["APPROVED", "DENIED", "EXPIRED", "CANCELLED"])
     def test_answer_has_no_buttons(self, status: str) -> None:
         """It says how it ended and by whom."""

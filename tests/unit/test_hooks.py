@@ -108,7 +108,8 @@ class TestText:
     @pytest.mark.parametrize(
         "secret",
         [
-            "agw_3f2a_c2VjcmV0c2VjcmV0",
+            "agw_0123456789ab_" + "Ab1" * 16 + "x",
+            "agw_0123456789ab_0123456789abcdefg",
             "aB3defghijklmnopqrstuvwxyz0123456789-_ABCDE",
             "https://user:hunter2@example.com/x",
             "https://hooks.slack.com/services/T000/B000/XXXX",
@@ -144,6 +145,13 @@ class TestText:
 
         assert describe(BrokenError()) == "BrokenError: (its text cannot be read)"
         assert describe(KeyError()) == "KeyError"
+
+    @pytest.mark.parametrize(
+        "name", ["agw_prod-customers_all", "/backups/agw_tmp", "agw_prod_customers_of_2026", "agw_"]
+    )
+    def test_mask_tokens_spares_names_that_begin_like_a_key(self, name: str) -> None:
+        """An approver reads which table is dropped."""
+        assert mask_tokens(name) == name
 
     def test_mask_tokens_spares_long_names(self) -> None:
         """A tool name of 43 characters, a SHA-256 and a UUID are no tokens."""

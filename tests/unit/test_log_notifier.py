@@ -121,7 +121,7 @@ async def test_decision_is_one_line_too(caplog: pytest.LogCaptureFixture) -> Non
 
 async def test_no_secret_and_no_argument(caplog: pytest.LogCaptureFixture) -> None:
     """Tokens and keys are masked wherever they were put; arguments and the approver's note are left out."""
-    token, key = secrets.token_urlsafe(32), "agw_3f2a_c2VjcmV0c2VjcmV0"
+    token, key = secrets.token_urlsafe(32), "agw_0123456789ab_" + "Ab1" * 16 + "x"
     text = f"token {token} and key {key}."
 
     pending = await logged(caplog, made(risk_explanation=text, caller_id=text))

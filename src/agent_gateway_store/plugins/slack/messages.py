@@ -17,7 +17,7 @@ from slack_sdk.models.blocks import (
     SectionBlock,
 )
 
-from agent_gateway_store._text import Shown, escape, json_text, mask_tokens
+from agent_gateway_store._text import MASK, Shown, escape, json_text, mask_tokens
 from agent_gateway_store.plugins._text import MARK, fit_arguments
 from agent_gateway_store.plugins.slack.api import EVENT_TYPE, mrkdwn
 from agent_gateway_store.plugins.slack.callback import APPROVE, DENY
@@ -40,11 +40,11 @@ _ENDINGS = {
 def pending_message(notice: Notice) -> dict[str, Any]:
     """Return text, blocks and metadata of a pending approval, with two buttons."""
     approval_id = str(notice.approval_id)
-    facts, was_cut = _facts(notice)
+    facts, is_partial = _facts(notice)
     is_output = notice.scope == "OUTPUT_RELEASE"
     consequence = "The output of the call is handed out once" if is_output else "The call runs once"
     refused = "The output stays." if is_output else "The call does not run."
-    consequence += ". Not all of it is shown here!" if was_cut or is_output else ", as shown."
+    consequence += ". Not all of it is shown here!" if is_partial or is_output else ", as shown."
     buttons = ActionsBlock(
         block_id=f"gateway_store_{approval_id}",
         elements=[
@@ -81,7 +81,7 @@ def _message(notice: Notice, text: str, blocks: list[Block]) -> dict[str, Any]:
 
 
 def _facts(notice: Notice) -> tuple[list[Block], bool]:
-    """Return the blocks that describe the call, and whether something was cut."""
+    """Return the blocks that describe the call, and whether something is not shown as it runs: cut, or masked."""
     call = notice.tool_call
     lines = [
         f"*Call* {_name(call.server)} / {_name(call.tool)}",
@@ -101,10 +101,14 @@ def _facts(notice: Notice) -> tuple[list[Block], bool]:
     if call.arguments:
         facts.append(_section(f"*Arguments*{' (cut to fit)' if was_cut else ''}\n```{arguments}```"))
     request = f"Approval {notice.approval_id}, request {_name(notice.request_id)}"
-    is_cut = was_cut or any(MARK in str(fact.to_dict()) for fact in facts)
-    if is_cut:
-        request += f". {MARK} marks what is cut: `gateway-store approvals show {notice.approval_id}` has it whole"
-    return [*facts, ContextBlock(elements=[_mrkdwn(request)])], is_cut
+    shown = str([fact.to_dict() for fact in facts])
+    is_partial = was_cut or MARK in shown or MASK in shown
+    if is_partial:
+        request += (
+            f". {MARK} marks what is cut, `{MASK}` what looks like a key: "
+            f"`gateway-store approvals show {notice.approval_id}` shows it whole"
+        )
+    return [*facts, ContextBlock(elements=[_mrkdwn(request)])], is_partial
 
 
 def _arguments(notice: Notice) -> tuple[str, bool]:
