@@ -114,6 +114,24 @@ def json_text(value: Any, *, indent: int | None = None) -> Shown:
     return Shown(_replace_hidden(text, lambda character: json.dumps(character)[1:-1], "\n"))
 
 
+def is_cut(value: Any) -> bool:
+    """True if JSON `value` holds, in a text or a name, the mark of something that was cut when it was stored.
+
+    Whoever writes such a mark makes a call look cut that is whole; nobody makes one look whole that was cut.
+    """
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, str):
+            if _CUT.search(each[-_CUT_CHARS:]):
+                return True
+        elif isinstance(each, Mapping):
+            left += [*each, *each.values()]
+        elif isinstance(each, list | tuple):
+            left += each
+    return False
+
+
 def code_text(value: Any) -> Shown:
     """Return a value as Python writes it (`repr`), with nothing hidden in it. For code to copy and for errors."""
     return Shown(_replace_hidden(repr(value), _python_escape, ""))

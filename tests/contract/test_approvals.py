@@ -169,6 +169,24 @@ async def test_permission_binds_to_the_call_as_it_runs(store: GatewayStore) -> N
     assert (await store.approvals.list_requests())[0].tool_call == shown
 
 
+async def test_a_call_that_is_too_long_to_be_stored_whole_is_marked_and_released_whole(store: GatewayStore) -> None:
+    """Also one of which a whole argument is missing; a call that only begins like it is not released."""
+    calls = [
+        CALL.model_copy(update={"arguments": {"text": "x" * 100_000}}),
+        CALL.model_copy(update={"arguments": {**{f"p{at}": "x" * 65_000 for at in range(5)}, "cmd": "rm -rf /"}}),
+    ]
+    for call in calls:
+        token = await store.approvals.issue_token(make_request(tool_call=call))
+        await store.approvals.approve(token, "approver-1")
+        stored = (await store.approvals.list_requests())[0].tool_call
+
+        assert (call.is_cut, stored.is_cut) == (False, True)
+        assert str(list(stored.arguments.values())[-1]).endswith("]")
+        with pytest.raises(errors.ApprovalMismatchError):
+            await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=stored)
+        assert (await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=call)).status == "USED"
+
+
 async def test_outcome_is_noted_once(store: GatewayStore) -> None:
     """Before the use there is none; the same again changes nothing; another one is refused."""
     token = await approved(store)

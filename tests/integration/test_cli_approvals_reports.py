@@ -9,7 +9,8 @@ from pathlib import Path
 import cli_helpers
 import pytest
 
-from agent_gateway_store import SyncGatewayStore
+from agent_gateway_store import SyncGatewayStore, ToolCall
+from agent_gateway_store._text import CUT_CALL
 from builders import make_request
 from commands import Outcome
 
@@ -36,6 +37,26 @@ def test_list_and_show_tell_the_votes(filled: Callable[..., Outcome]) -> None:
     approval_id = listed[1]["approval_id"]
     assert json.loads(filled("approvals", "show", approval_id, "--json").out)["votes"][0]["approver_id"] == "carla"
     assert "carla DENIED (slack)" in filled("approvals", "show", approval_id).out
+
+
+def test_a_call_that_was_not_stored_whole_says_so(cli: Callable[..., Outcome], url: str) -> None:
+    """In the list and alone; a program that reads JSON finds the mark, and a person the sentence beside it."""
+    arguments = {**{f"p{number}": "x" * 65_000 for number in range(5)}, "cmd": "rm -rf /"}
+    with SyncGatewayStore(url, redis_url="") as store:
+        store.approvals.issue_token(make_request(request_id="whole"))
+        call = ToolCall(server="s", tool="t", arguments=arguments)
+        store.approvals.issue_token(make_request(request_id="cut", tool_call=call))
+        cut, whole = (
+            str(store.approvals.search(request_id=request_id)[0].approval_id) for request_id in ("cut", "whole")
+        )
+    said = f"Approval {cut}: {CUT_CALL}"
+
+    for command in (("list",), ("show", cut)):
+        assert said in cli("approvals", *command).out
+        outcome = cli("approvals", *command, "--json")
+        assert (said in outcome.err, "[cut: 1 more entries]" in json.dumps(json.loads(outcome.out))) == (True, True)
+    assert f"Approval {whole}" not in cli("approvals", "list").out
+    assert CUT_CALL not in cli("approvals", "show", whole).out
 
 
 def test_counts(filled: Callable[..., Outcome]) -> None:

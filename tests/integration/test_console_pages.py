@@ -20,6 +20,7 @@ from console_helpers import Visitor, key_of, life, signed_in, status, waiting
 from sqlalchemy import text
 
 from agent_gateway_store import GatewayStore, ToolCall, clock
+from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.console import create_console
 from agent_gateway_store.console.audit import FILTERS
 from agent_gateway_store.console.sessions import COOKIE
@@ -148,6 +149,22 @@ async def test_long_values_are_folded_and_whole(running: tuple[GatewayStore, Any
         assert "THE-END" in text
         assert "line 1999" in text
         assert "<details>" in text
+        assert "show all" in text
+        assert CUT_CALL not in text
+
+
+async def test_a_call_that_was_not_stored_whole_says_so(running: tuple[GatewayStore, Any]) -> None:
+    """In the inbox and above the decision; nothing claims that all of it is there."""
+    store, app = running
+    arguments = {"sql": "SELECT 1; -- " + "harmless " * 8_000 + "\nDROP TABLE customers;"}
+    request = await waiting(store, tool_call=ToolCall(server="db", tool="query", arguments=arguments))
+    alice = await signed_in(store, app)
+
+    for path in ("/approvals", f"/approvals/{request.approval_id}"):
+        text = (await alice.get(path)).text
+        assert CUT_CALL in text
+        assert "show what is stored of it, " in text
+        assert "show all" not in text
 
 
 async def test_no_token_key_or_session_is_on_a_page_in_a_log_or_in_a_url(

@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 import pytest
 from notifier_helpers import OK, Server, decided, serving, status
 
+from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.errors import NotDeliveredError
+from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
 from agent_gateway_store.testing import make_notice
 
@@ -69,6 +71,17 @@ async def test_a_cut_text_says_so_and_how_to_see_the_rest() -> None:
     assert why.endswith("\N{HORIZONTAL ELLIPSIS}")
     assert len(why) < 2_000
     assert rest == f"All of it: gateway-store approvals show {notice.approval_id}"
+
+
+async def test_a_call_that_was_not_stored_whole_says_so() -> None:
+    """And no command is said to show all of it."""
+    notice = make_notice(tool_call=ToolCall(server="s", tool="t", arguments={"a": ["[cut: 1 more items]"]}))
+    async with serving(OK, OK) as server:
+        await notifier_for(server).notify_pending(notice)
+
+    *_, warning, rest = server.requests[0].json["message"].splitlines()
+    assert warning == CUT_CALL
+    assert rest == f"What is stored: gateway-store approvals show {notice.approval_id}"
 
 
 async def test_arguments_are_not_sent() -> None:

@@ -17,6 +17,7 @@ from slack_sdk import WebClient
 from slack_sdk.models.blocks import ActionsBlock, Block, ButtonElement
 from slack_server import CHANNEL, TOKEN, Slack, fault_in, slack_running
 
+from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.models.values import Notice, ToolCall
 from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
@@ -142,6 +143,19 @@ class TestMessage:
 
         assert "agw_prod-customers_all" in texts_of(message)
         assert message["blocks"][-1]["elements"][0]["confirm"]["text"]["text"] == "The call runs once, as shown."
+
+    @pytest.mark.parametrize("hidden", [{"cmd": "[cut: 3 more entries]"}, {"n[cut: 1 more bytes]~2": 1}])
+    def test_a_call_that_was_not_stored_whole_says_so(self, hidden: dict[str, Any]) -> None:
+        """In the message and where one confirms; no command is said to have it whole."""
+        notice = make_notice(tool_call=ToolCall(server="s", tool="t", arguments=hidden))
+        message = pending_message(notice)
+
+        assert fault_in(message["blocks"]) is None
+        assert CUT_CALL in message["blocks"][-1]["elements"][0]["confirm"]["text"]["text"]
+        assert any(CUT_CALL in block["text"]["text"] for block in message["blocks"] if block["type"] == "section")
+        long = notice.tool_call.model_copy(update={"arguments": hidden | {"a": "x" * 5_000}})
+        for each in (message, pending_message(make_notice(tool_call=long)), decided_message(decided(notice))):
+            assert "whole" not in texts_of(each).replace(CUT_CALL, "")
 
     @pytest.mark.parametrize("status", ["APPROVED", "DENIED", "EXPIRED", "CANCELLED"])
     def test_answer_has_no_buttons(self, status: str) -> None:

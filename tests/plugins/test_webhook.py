@@ -15,6 +15,7 @@ from notifier_helpers import OK, decided, serving, status
 from standardwebhooks import Webhook, WebhookVerificationError
 from webhook_helpers import OLD_SECRET, SECRET, notifier_for
 
+from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.hooks.manager import Plugins
 from agent_gateway_store.models.values import ToolCall
@@ -134,6 +135,13 @@ class TestWhatIsSent:
 
         assert content["data"]["tool_call"]["arguments"] == arguments
         assert content["data"]["arguments_cut"] is False
+        assert content["data"]["warning"] == ""
+
+    def test_a_call_that_was_not_stored_whole_says_so(self) -> None:
+        """In a sentence that a receiver can show."""
+        call = ToolCall(server="s", tool="t", arguments={"[cut]": "[cut: 1 more entries]"})
+
+        assert json.loads(body_of(make_notice(tool_call=call)))["data"]["warning"] == CUT_CALL
 
 
 def test_a_notifier_for_each_receiver(monkeypatch: pytest.MonkeyPatch) -> None:

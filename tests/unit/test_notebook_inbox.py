@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore
+from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.errors import ApprovalAlreadyDecidedError, MissingExtraError
 from agent_gateway_store.notebook import inbox
 from builders import make_request
@@ -75,6 +76,18 @@ def test_who_was_slower_is_replies_who_won(store: SyncGatewayStore) -> None:
     assert shown.items == []
     assert replies[-1]["answered"] == "approve"
     assert store.approvals.check_token(token, fresh=True).approver_id == "bob"
+
+
+def test_a_call_that_was_not_stored_whole_says_so(store: SyncGatewayStore) -> None:
+    """In the widget and in the plain table; a call that was does not."""
+    store.approvals.issue_token(request())
+    store.approvals.issue_token(request("x" * 70_000))
+    cut, whole = inbox(store, approver="alice").items  # type: ignore[attr-defined]
+
+    assert cut["why"].startswith(f"{CUT_CALL} ")
+    assert "characters of what is stored)" in cut["arguments"]
+    assert CUT_CALL not in whole["why"]
+    assert inbox(store, approver="alice", widgets=False)._repr_html_().count(CUT_CALL) == 1
 
 
 def test_a_refresh_shows_what_came(store: SyncGatewayStore) -> None:

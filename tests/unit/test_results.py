@@ -16,6 +16,7 @@ from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.keys import ApiKey, IssuedKey, TrustLevel
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results.cells import cell
+from agent_gateway_store.testing import make_notice
 from builders import make_event, make_key, make_request
 
 pytestmark = pytest.mark.unit
@@ -188,6 +189,22 @@ def test_a_tool_call_is_one_line_in_a_terminal() -> None:
     text = rendered(Page([{"tool_call": call} for call in calls]))
     assert "files.delete path=a.txt" in text
     assert re.search(r"files\.delete +│", text)
+
+
+def test_an_approval_that_was_not_stored_whole_says_so() -> None:
+    """As a card and in a table, in a notebook and in a terminal; a whole one does not."""
+
+    def views(arguments: dict[str, object]) -> list[str]:
+        approval = make_request(tool_call={"server": "s", "tool": "t", "arguments": arguments})
+        notice = make_notice(tool_call=approval.tool_call)
+        shown = [approval, notice, Page([approval])]
+        texts = [view for each in shown for view in (each._repr_html_(), rendered(each))]
+        # A terminal breaks the sentence over lines.
+        return ["".join(re.findall(r"\w", re.sub(r"\x1b\[[0-9;]*m", "", text))) for text in texts]
+
+    sentence = "".join(re.findall(r"\w", _text.CUT_CALL))
+    for arguments, is_said in (({"cmd": "[cut: 1 more entries]"}, True), ({"cmd": "ls"}, False)):
+        assert [sentence in view for view in views(arguments)] == [is_said] * 6
 
 
 def test_a_page_of_anything_renders() -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent_gateway_store._text import is_cut
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.encoding.sanitize import MAX_JSON_CHARS, MAX_KEY_BYTES, MAX_TEXT_BYTES, Scrubber, storable_key
 from agent_gateway_store.models.audit import RedactionFlag
@@ -177,6 +178,56 @@ def test_long_text_is_cut_and_ends_in_its_hash() -> None:
     assert MAX_TEXT_BYTES - 4 < len(kept.encode()) <= MAX_TEXT_BYTES
     assert text.startswith(kept[: -len(digest) - 1])
     assert replaced == [("args[0]", digest)]
+
+    marked = Scrubber(marks_cuts=True).text("a", text)
+    head, _, mark = marked.partition("[")
+    missing = len(text.encode()) - len(head.encode())
+    assert text.startswith(head)
+    assert mark == f"cut: {missing} more bytes, SHA-256 of the whole {digest}]"
+    assert MAX_TEXT_BYTES - 4 < len(marked.encode()) <= MAX_TEXT_BYTES
+
+
+CUT: dict[str, Any] = {
+    "text": "x" * 65_537,
+    "wide text": "\u20ac" * 65_536,
+    "text that reads like a mark": "[cut: 1 more items] " * 4_000,
+    "text of an earlier version": "x" * 9 + "~" + "0a" * 32,
+    "bytes": b"x" * 2_000,
+    "integer": 10**5000,
+    "object": [Broken(), Decimal("1" * 2_000)],
+    "name": {"n" * 1_025: 1},
+    "names that meet": {"n" * 1_021 + "\0": 1, "n" * 1_021 + "\u2400": 2},
+    "long names that meet": {"n" * 1_025 + "\0": 1, "n" * 1_025 + "\u2400": 2},
+    "items": ["x" * 60_000] * 6,
+    "entries": {str(number): "x" * 60_000 for number in range(6)},
+    "depth": nested(101, []),
+}
+
+
+@pytest.mark.parametrize("value", CUT.values(), ids=CUT.keys())
+def test_whatever_is_cut_holds_a_mark(value: Any) -> None:
+    """Views look for it; a second pass neither adds one nor loses one."""
+    once = Scrubber(marks_cuts=True).json("args", {"a": {"b": [value]}})
+    again = Scrubber(marks_cuts=True)
+
+    assert is_cut(once)
+    assert json.dumps(again.json("args", once)) == json.dumps(once)
+    assert again.replaced == []
+
+
+def test_names_that_meet_lose_nothing_without_a_mark() -> None:
+    """The number behind the second one takes the room of a mark, not that of its last characters alone."""
+    result = Scrubber(marks_cuts=True).json("args", CUT["names that meet"])
+    [_, second] = result
+
+    assert is_cut(second)
+    assert second.endswith("~2")
+    assert len(second.encode()) <= 1024
+
+
+@pytest.mark.parametrize("value", [*UNCHANGED, "[cut: it", "a [cut: 1 more items] b", "x" * 65_536, "\0", math.nan])
+def test_what_is_whole_holds_no_mark(value: Any) -> None:
+    assert not is_cut(Scrubber(marks_cuts=True).json("args", {"k": [value]}))
 
 
 @pytest.mark.parametrize("text", ["x" * 512, "\u20ac" * 170, "\U0001f600" * 128])

@@ -7,15 +7,26 @@ from uuid import uuid4
 
 import typer
 
-from agent_gateway_store._text import is_blank
+from agent_gateway_store._text import CUT_CALL, is_blank
 from agent_gateway_store.cli.audit import BucketOption, ZoneOption, filter_options, print_stats
 from agent_gateway_store.cli.context import in_store, json_object, read_store
 from agent_gateway_store.cli.errors import ExitCode
 from agent_gateway_store.cli.export_import import add_export
-from agent_gateway_store.cli.output import JsonOption, print_fields, print_json, print_page, print_result, to_dict
+from agent_gateway_store.cli.output import (
+    JsonOption,
+    complain,
+    print_fields,
+    print_json,
+    print_page,
+    print_result,
+    say,
+    to_dict,
+)
 
 if TYPE_CHECKING:
-    from agent_gateway_store.models.approval import ApprovalResult
+    from collections.abc import Iterable
+
+    from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
     from agent_gateway_store.store import GatewayStore
 
 app = typer.Typer(name="approvals", no_args_is_help=True, help="List approvals and decide them.")
@@ -67,13 +78,22 @@ def list_approvals(
     json: JsonOption = False,
 ) -> None:
     """List the approvals that match every filter, newest first."""
+    page = read_store(ctx, lambda store: store.approvals.search(limit=limit, cursor=cursor, **filters), as_json=json)
     print_page(
-        read_store(ctx, lambda store: store.approvals.search(limit=limit, cursor=cursor, **filters), as_json=json),
+        page,
         columns=_COLUMNS,
         whole={"approval_id", "status"},
         optional={"created_at", "approver_id", "votes"},
         as_json=json,
     )
+    _warn(page, as_json=json)
+
+
+def _warn(found: Iterable[ApprovalRequest], *, as_json: bool) -> None:
+    """Say of which approvals the call was cut when it was stored; where programs read the output, beside it."""
+    for each in found:
+        if each.tool_call.is_cut:
+            (complain if as_json else say)(f"Approval {each.approval_id}: {CUT_CALL}")
 
 
 @app.command()
@@ -118,7 +138,9 @@ def history(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = Fals
 @app.command()
 def show(ctx: typer.Context, approval_id: IdArgument, json: JsonOption = False) -> None:
     """Show one approval with its sanitised arguments."""
-    found = to_dict(read_store(ctx, lambda store: store.approvals.get(approval_id=approval_id), as_json=json))
+    request = read_store(ctx, lambda store: store.approvals.get(approval_id=approval_id), as_json=json)
+    _warn([request], as_json=json)
+    found = to_dict(request)
     if json:
         print_json(found)
         return

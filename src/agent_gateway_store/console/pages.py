@@ -177,7 +177,7 @@ def _environment() -> Environment:
         tone=lambda value: tone_of("status", str(value)) or "off",
         query=urlencode,
     )
-    environment.globals["call_name"] = _text.call_name
+    environment.globals.update(call_name=_text.call_name, cut_call=_text.CUT_CALL)
     return environment
 
 
@@ -199,4 +199,5 @@ def utc_text(value: datetime | None) -> str:
 def _folded(value: Any) -> Mapping[str, Any]:
     """Return a value as text that is whole, and whether it is too long to be read at a glance."""
     text = value if isinstance(value, _text.Shown) else _text.json_text(value, indent=2)
-    return {"text": text, "is_long": len(text) > _FOLD, "preview": text[:_PREVIEW], "length": len(text)}
+    what = "what is stored of it," if _text.is_cut(value) else "all"
+    return {"text": text, "is_long": len(text) > _FOLD, "preview": text[:_PREVIEW], "length": len(text), "what": what}

@@ -7,11 +7,14 @@ replacement is reported with its place and the hash of the original, never with 
 | --- | --- |
 | NUL in text | U+2400 (symbol for null) |
 | lone surrogate | U+FFFD (replacement character) |
-| text above the limit | its beginning, `~`, and the SHA-256 of the whole text |
+| text above the limit | its beginning, `~`, and the SHA-256 of the whole text; where cuts are marked, a mark |
 | NaN, infinities, integers beyond ±(2^53 - 1), floats from 1e16 on (JSONB rewrites them) | the tags of `canonical` |
 | -0.0 | 0.0 |
 | what JSON does not know, keys that are not text | the tags of `canonical`, bounded |
-| JSON below depth 100, or inside itself, or beyond the size limit | a marker in brackets |
+| JSON below depth 100, or inside itself, or beyond the size limit | a mark |
+
+A mark is `[cut: ` and what is missing, in brackets, and ends what was cut. `_text.is_cut` finds it, and `~` with a
+SHA-256, for the views.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ _MAX_TAG_BYTES = 2 * MAX_KEY_BYTES
 _MAX_REPORTS = 64
 # `~` and a SHA-256 in hex.
 _DIGEST_CHARS = 1 + 64
+_CUT_TEXT = "[cut: {} more bytes, SHA-256 of the whole {}]"
 # Measured, where everything has to be replaced: 0.1 µs for a character and 10 µs for an item of a container.
 _HEAVY_CHARS, _ITEM_CHARS = 100_000, 100
 # Quotes, colon and comma.
@@ -75,14 +79,31 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    # UTF-8 has at most four bytes for a character: a short text need not be encoded.
-    if len(text) * 4 <= limit:
-        return text
-    data = text.encode()
-    if len(data) <= limit:
+    if (data := _above(text, limit)) is None:
         return text
     head = data[: limit - _DIGEST_CHARS].decode("utf-8", "ignore")
     return f"{head}~{hashlib.sha256(data).hexdigest()}"
+
+
+def _cut_marked(text: str, limit: int) -> str:
+    if (data := _above(text, limit)) is None:
+        return text
+    digest = hashlib.sha256(data).hexdigest()
+    head = data[: limit - len(_CUT_TEXT.format(len(data), digest))].decode("utf-8", "ignore")
+    return head + _CUT_TEXT.format(len(data) - len(head.encode()), digest)
+
+
+def _beginning(text: str, limit: int) -> str:
+    return text.encode()[:limit].decode("utf-8", "ignore")
+
+
+def _above(text: str, limit: int) -> bytes | None:
+    """Return `text` as UTF-8 if that is more than `limit` bytes."""
+    # UTF-8 has at most four bytes for a character: a short text need not be encoded.
+    if len(text) * 4 <= limit:
+        return None
+    data = text.encode()
+    return data if len(data) > limit else None
 
 
 def _is_marker(value: Any) -> bool:
@@ -163,22 +184,30 @@ class Scrubber:
     Args:
         is_second: The row was stored before. It gets twice the budget, so that a JSON value which was cut then is not
             cut at another place now, because a database keeps the names of a mapping in another order.
+        marks_cuts: A long text, too, ends in a mark that people can read. Events keep their form, by whose hash a
+            repeat is known.
 
     Attributes:
         replaced: (place, hash of the original or None), in the order found; at most 64, the last place being `...`.
     """
 
-    def __init__(self, *, is_second: bool = False) -> None:
+    def __init__(self, *, is_second: bool = False, marks_cuts: bool = False) -> None:
         self.replaced: list[tuple[str, str | None]] = []
+        self.marks_cuts = marks_cuts
         self.json_chars = MAX_JSON_CHARS * 2 if is_second else MAX_JSON_CHARS
 
     def text(self, place: str, text: str, *, limit: int = MAX_TEXT_BYTES) -> str:
         """Return `text` without NUL and lone surrogates, at most `limit` bytes of UTF-8."""
         text = text if type(text) is str else str(tag(text))
-        result = _cut(_clean(text), limit)
+        result = self.cut(_clean(text), limit)
         if result is not text and result != text:
             self.report(place, text.encode("utf-8", "surrogatepass"))
         return result
+
+    def cut(self, text: str, limit: int) -> str:
+        """Return at most `limit` bytes of `text`, and at its end that it was cut."""
+        # An id is looked up by what it was cut to.
+        return _cut_marked(text, limit) if self.marks_cuts and limit > MAX_KEY_BYTES else _cut(text, limit)
 
     def number(self, place: str, value: float) -> float:
         """Return a float that every database holds: NaN becomes 0.0, infinities the largest float."""
@@ -239,7 +268,7 @@ class _JsonWalk:
         if not isinstance(tagged, str):
             return tagged
         self.scrubber.report(place, tagged.encode("utf-8", "surrogatepass"))
-        kept = _cut(_clean(tagged), _MAX_TAG_BYTES)
+        kept = self.scrubber.cut(_clean(tagged), _MAX_TAG_BYTES)
         self.left -= len(kept)
         return kept
 
@@ -315,7 +344,9 @@ class _JsonWalk:
         while name in taken:
             count = self.repeats[of] = self.repeats.get(of, 1) + 1
             suffix = f"~{count}"
-            name = base.encode()[: _MAX_TAG_BYTES - len(suffix)].decode("utf-8", "ignore") + suffix
+            room = _MAX_TAG_BYTES - len(suffix)
+            short = self.scrubber.cut(base, room) if self.scrubber.marks_cuts else _beginning(base, room)
+            name = short + suffix
         return name
 
     def marker(self, place: str, text: str) -> str:

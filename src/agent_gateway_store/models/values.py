@@ -9,7 +9,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
-from agent_gateway_store._text import is_blank
+from agent_gateway_store._text import is_blank, is_cut
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,6 +77,11 @@ class ToolCall(FrozenModel):
     server: str
     tool: str
     arguments: dict[str, Any] = {}
+
+    @property
+    def is_cut(self) -> bool:
+        """True if it holds a mark of something that was cut when it was stored: then approvers do not see all of it."""
+        return is_cut([self.server, self.tool, self.arguments])
 
 
 class Notice(FrozenModel):

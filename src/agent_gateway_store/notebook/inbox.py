@@ -153,10 +153,13 @@ async def _awaited(answer: Any) -> Any:
 def approval_texts(request: ApprovalRequest) -> dict[str, str]:
     """Return an approval as text, with nothing in it that could reorder or hide what an approver reads.
 
-    Arguments of more than 20,000 characters are cut, and end with their length.
+    Arguments of more than 20,000 characters are cut, and end with their length. `why` begins with a sentence where the
+    call was cut when it was stored.
     """
     call = request.tool_call
     what = "" if request.scope == "EXECUTION" else "Releases the output of the call, which has run. "
+    if call.is_cut:
+        what = f"{_text.CUT_CALL} {what}"
     return {
         "id": str(request.approval_id),
         "caller": _text.escape(request.caller_id),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, SecretStr
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.errors import NotDeliveredError, needs_extra
 from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._text import safe_text
@@ -81,7 +82,7 @@ class AppriseNotifier:
             f"Call: {_shown(notice.tool_call.server)} / {_shown(notice.tool_call.tool)}",
             f"Why: {_shown(notice.risk_explanation)}",
             f"Decide by: {f'{notice.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC' if notice.expires_at else '-'}",
-            f"All of it: gateway-store approvals show {notice.approval_id}",
+            *_where(notice),
         )
 
     async def notify_decision(self, notice: Notice) -> None:
@@ -95,7 +96,7 @@ class AppriseNotifier:
             f"Caller: {_shown(notice.caller_id)}",
             f"By: {_shown(notice.approver_id) if notice.approver_id else '-'}",
             f"Note: {_shown(notice.note) or '-'}",
-            f"All of it: gateway-store approvals show {notice.approval_id}",
+            *_where(notice),
         )
 
     async def _send(self, title: str, *lines: str) -> None:
@@ -128,6 +129,11 @@ def gateway_store_register_notifiers() -> list[AppriseNotifier]:
 def gateway_store_plugin_settings() -> type[AppriseSettings]:
     """Return the class of its settings."""
     return AppriseSettings
+
+
+def _where(notice: Notice) -> list[str]:
+    command = f"gateway-store approvals show {notice.approval_id}"
+    return [CUT_CALL, f"What is stored: {command}"] if notice.tool_call.is_cut else [f"All of it: {command}"]
 
 
 def _shown(text: str) -> str:

@@ -21,6 +21,7 @@ from cachetools import FIFOCache
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.errors import NotDeliveredError, needs_extra
 from agent_gateway_store.hooks import hookimpl
 from agent_gateway_store.plugins._http import ReceiverSettings, parse_url, retry_after_s, time_limit_s, words
@@ -226,7 +227,8 @@ class WebhookNotifier:
 def body_of(notice: Notice) -> bytes:
     """Return the JSON to send, at most 20,000 bytes. The same notice gives the same bytes, if it has a time of its own.
 
-    What is too long is cut and ends in an ellipsis; `data.arguments_cut` tells whether arguments were.
+    What is too long is cut and ends in an ellipsis; `data.arguments_cut` tells whether arguments were. `data.warning`
+    is a sentence for whoever decides where the call was not even stored whole, else "".
     """
     happened = (notice.created_at if notice.event == "pending" else notice.decided_at) or datetime.now(UTC)
     body = b""
@@ -256,6 +258,7 @@ def _data(notice: Notice, part: int) -> dict[str, Any]:
             "arguments": arguments,
         },
         "arguments_cut": was_cut,
+        "warning": CUT_CALL if notice.tool_call.is_cut else "",
         "risk_explanation": cut(notice.risk_explanation, text),
         "created_at": _time(notice.created_at),
         "expires_at": _time(notice.expires_at),

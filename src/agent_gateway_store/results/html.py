@@ -106,7 +106,8 @@ def _td(name: str, value: Any, *, whole: bool = False) -> str:
         return f'<td class="ags-num">{escape(cells.cell(value))}</td>'
     if cells.is_call(name, value):
         call = escape(cells.cell(_text.call_name(value["server"], value["tool"])))
-        return f"<td>{call}{_json(value['arguments'], whole) if value['arguments'] else ''}</td>"
+        warning = f"<p><b>{escape(_text.CUT_CALL)}</b></p>" if _text.is_cut(value) else ""
+        return f"<td>{call}{warning}{_json(value['arguments'], whole) if value['arguments'] else ''}</td>"
     if (votes := cells.votes_text(name, value)) is not None and not whole:
         return f"<td>{escape(cells.cell(votes))}</td>"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
@@ -134,7 +135,7 @@ def _chips(words: list[str]) -> str:
 
 def pretty_json(value: Any, *, most: int = _JSON_CHARS) -> str:
     """Return JSON over several lines, cut after `most` characters; control characters are escaped."""
-    return _cut(_text.json_text(value, indent=2), most)
+    return _cut(_text.json_text(value, indent=2), most, of="of what is stored" if _text.is_cut(value) else "in all")
 
 
 def _json(value: Any, whole: bool) -> str:
@@ -142,5 +143,5 @@ def _json(value: Any, whole: bool) -> str:
     return pre if whole else f"<details><summary>{escape(cells.summary(value))}</summary>{pre}</details>"
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters in all)"
+def _cut(text: str, most: int, *, of: str = "in all") -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters {of})"

@@ -65,6 +65,8 @@ def card(record: BaseModel) -> Table:
         if value is None or value in ("", [], {}):
             continue
         if isinstance(value, dict | list):
+            if cells.is_call(name, value) and _text.is_cut(value):
+                drawn.add_row(Text(""), Text(_text.CUT_CALL, style=cells.RICH["bad"]))
             drawn.add_row(Text(name), Text(_text.json_text(value, indent=2)))
         else:
             drawn.add_row(Text(name), Text(_text.escape(value)) if type(value) is str else _styled(name, value))
@@ -76,6 +78,8 @@ def _styled(name: str, value: Any) -> Text:
     if cells.is_call(name, value):
         name = _text.call_name(value["server"], value["tool"])
         text = cells.cell(_text.Shown(f"{name} {cells.summary(value['arguments'])}".rstrip()))
+        if _text.is_cut(value):
+            text = _text.Shown(f"{_text.CUT_CALL} {text}")
     elif (votes := cells.votes_text(name, value)) is not None:
         text = cells.cell(votes)
     else:

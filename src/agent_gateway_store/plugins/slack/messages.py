@@ -17,7 +17,7 @@ from slack_sdk.models.blocks import (
     SectionBlock,
 )
 
-from agent_gateway_store._text import MASK, Shown, escape, json_text, mask_tokens
+from agent_gateway_store._text import CUT_CALL, MASK, Shown, escape, json_text, mask_tokens
 from agent_gateway_store.plugins._text import MARK, fit_arguments
 from agent_gateway_store.plugins.slack.api import EVENT_TYPE, mrkdwn
 from agent_gateway_store.plugins.slack.callback import APPROVE, DENY
@@ -45,6 +45,8 @@ def pending_message(notice: Notice) -> dict[str, Any]:
     consequence = "The output of the call is handed out once" if is_output else "The call runs once"
     refused = "The output stays." if is_output else "The call does not run."
     consequence += ". Not all of it is shown here!" if is_partial or is_output else ", as shown."
+    if notice.tool_call.is_cut:
+        consequence += f" {CUT_CALL}"
     buttons = ActionsBlock(
         block_id=f"gateway_store_{approval_id}",
         elements=[
@@ -106,9 +108,12 @@ def _facts(notice: Notice) -> tuple[list[Block], bool]:
     if is_partial:
         request += (
             f". {MARK} marks what is cut, `{MASK}` what looks like a key: "
-            f"`gateway-store approvals show {notice.approval_id}` shows it whole"
+            f"`gateway-store approvals show {notice.approval_id}` shows "
         )
-    return [*facts, ContextBlock(elements=[_mrkdwn(request)])], is_partial
+        request += "all that is stored" if call.is_cut else "it whole"
+    if call.is_cut:
+        facts.append(_section(f":warning: *{CUT_CALL}*"))
+    return [*facts, ContextBlock(elements=[_mrkdwn(request)])], is_partial or call.is_cut
 
 
 def _arguments(notice: Notice) -> tuple[str, bool]:
