@@ -61,41 +61,52 @@ def test_databases_in_memory_are_recognised(text: str) -> None:
     assert not is_memory(parse_database_url("postgresql://host/db")[0])
 
 
+@pytest.mark.parametrize("name", ["sslmode", "ssl"])
 @pytest.mark.parametrize("mode", ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"])
-def test_sslmode_reaches_the_driver(mode: str) -> None:
-    """libpq's word becomes the driver's argument and leaves the URL."""
-    url, arguments = parse_database_url(f"postgresql://u:p@host/db?sslmode={mode}")
+def test_sslmode_reaches_the_driver(name: str, mode: str) -> None:
+    """libpq's word, under its name or asyncpg's, becomes the driver's argument and leaves the URL."""
+    url, arguments = parse_database_url(f"postgresql://u:p@host/db?{name}={mode}")
 
     assert arguments == {"ssl": mode}
     assert url.query == {}
 
 
-@pytest.mark.parametrize(
-    ("mode", "verifies", "checks_name"),
-    [
-        ("prefer", False, False),
-        ("require", True, False),
-        ("verify-ca", True, False),
-        ("verify-full", True, True),
-    ],
-)
-def test_a_root_certificate_makes_a_context(tmp_path: Path, mode: str, verifies: bool, checks_name: bool) -> None:
+@pytest.mark.parametrize("name", ["sslmode", "ssl"])
+@pytest.mark.parametrize(("mode", "checks_name"), [("require", False), ("verify-ca", False), ("verify-full", True)])
+def test_a_root_certificate_is_what_the_server_is_verified_with(
+    tmp_path: Path, name: str, mode: str, checks_name: bool
+) -> None:
     """With `sslrootcert`, `require` verifies as in libpq, and only verify-full checks the host name."""
     root = tmp_path / "root.crt"
     root.write_text(CERTIFICATE)
-    _, arguments = parse_database_url(f"postgresql://u:p@host/db?sslmode={mode}&sslrootcert={root}")
+    _, arguments = parse_database_url(f"postgresql://u:p@host/db?{name}={mode}&sslrootcert={root}")
     context = arguments["ssl"]
 
     assert isinstance(context, ssl.SSLContext)
-    assert (context.verify_mode is ssl.CERT_REQUIRED, context.check_hostname) == (verifies, checks_name)
+    assert (context.verify_mode is ssl.CERT_REQUIRED, context.check_hostname) == (True, checks_name)
     assert len(context.get_ca_certs()) == 1
 
 
-def test_sslmode_disable_stays_off_beside_a_certificate(tmp_path: Path) -> None:
-    """A certificate that is named but not wanted is not read."""
-    _, arguments = parse_database_url(f"postgresql://u:p@host/db?sslmode=disable&sslrootcert={tmp_path}/none.crt")
-
-    assert arguments == {"ssl": "disable"}
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("ssl=require&sslmode=disable", "ssl and sslmode in the database URL are the same"),
+        ("ssl=verify-full&sslmode=prefer", "ssl and sslmode in the database URL are the same"),
+        ("sslkey={0}", "sslkey in the database URL has no effect without sslcert"),
+        ("sslmode=require&sslkey={0}", "sslkey in the database URL has no effect without sslcert"),
+        ("sslrootcert={0}", "sslrootcert in the database URL has no effect where TLS is no must: add sslmode="),
+        ("ssl=prefer&sslrootcert={0}", "sslrootcert in the database URL has no effect where TLS is no must"),
+        ("sslmode=allow&sslrootcert={0}", "sslrootcert in the database URL has no effect where TLS is no must"),
+        ("sslmode=disable&sslrootcert={0}", "sslrootcert in the database URL has no effect where TLS is no must"),
+        ("sslmode=prefer&sslcert={0}", "sslcert in the database URL has no effect where TLS is no must"),
+    ],
+)
+def test_what_would_verify_nothing_is_refused(tmp_path: Path, query: str, sentence: str) -> None:
+    """Two words for TLS, of which one would win, and certificates that nobody would look at."""
+    root = tmp_path / "root.crt"
+    root.write_text(CERTIFICATE)
+    with pytest.raises(InvalidUrlError, match=sentence):
+        parse_database_url(f"postgresql://u:p@host/db?{query.format(root)}")
 
 
 def test_other_parameters_of_libpq_are_taken() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import ssl
 from collections.abc import Mapping
 from pathlib import Path
+from ssl import CERT_NONE, SSLContext, create_default_context
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -67,10 +67,10 @@ def parse_database_url(text: str | URL, *, reads: bool = False) -> tuple[URL, di
     """Return the SQLAlchemy URL with our async driver, and the driver's connect arguments.
 
     Takes `postgresql://`, `postgres://` and `sqlite:///` (or `sqlite:///file:name?mode=ro&uri=true`); of libpq several
-    hosts, `target_session_attrs` (`read-write` for several hosts), `sslmode`, `sslrootcert`, `sslcert`, `sslkey`,
-    `connect_timeout` (seconds) and `application_name`; `pgbouncer=true` for PgBouncer in transaction mode, which
-    switches the caching of prepared statements off and makes their names unique; and `listen=false` where there is no
-    LISTEN and NOTIFY.
+    hosts, `target_session_attrs` (`read-write` for several hosts), `sslmode` (or `ssl`), `sslrootcert`, `sslcert`,
+    `sslkey`, `connect_timeout` (seconds) and `application_name`; `pgbouncer=true` for PgBouncer in transaction mode,
+    which switches the caching of prepared statements off and makes their names unique; and `listen=false` where there
+    is no LISTEN and NOTIFY.
 
     Args:
         text: The URL.
@@ -216,7 +216,7 @@ def _postgresql(url: URL, named: list[str], *, reads: bool) -> tuple[URL, dict[s
     if target is not None:
         query.setdefault("target_session_attrs", target)
         text.setdefault("target_session_attrs", target)
-    tls = {name: text.pop(name, None) for name in ("sslmode", "sslrootcert", "sslcert", "sslkey")}
+    tls = {name: text.pop(name, None) for name in ("sslmode", "ssl", "sslrootcert", "sslcert", "sslkey")}
     if any(tls.values()):
         options["ssl"] = _tls(**tls)
     for number in ("port", "prepared_statement_cache_size"):
@@ -238,12 +238,23 @@ def _postgresql(url: URL, named: list[str], *, reads: bool) -> tuple[URL, dict[s
     return url.set(query={name: query[name] for name in text}), options
 
 
-def _tls(sslmode: str | None, sslrootcert: str | None, sslcert: str | None, sslkey: str | None) -> str | ssl.SSLContext:
-    mode = sslmode or "prefer"
-    if mode == "disable" or not (sslrootcert or sslcert):
+def _tls(
+    sslmode: str | None, ssl: str | None, sslrootcert: str | None, sslcert: str | None, sslkey: str | None
+) -> str | SSLContext:
+    if sslmode and ssl:
+        raise InvalidUrlError("ssl and sslmode in the database URL are the same: remove one.")
+    if sslkey and not sslcert:
+        raise InvalidUrlError("sslkey in the database URL has no effect without sslcert: add it, or remove sslkey.")
+    mode = sslmode or ssl or "prefer"
+    if not (sslrootcert or sslcert):
         return mode
+    if mode in ("disable", "allow", "prefer"):
+        raise InvalidUrlError(
+            f"{'sslrootcert' if sslrootcert else 'sslcert'} in the database URL has no effect where TLS is no must: "
+            "add sslmode=verify-full."
+        )
     try:
-        context = ssl.create_default_context(cafile=sslrootcert and str(Path(sslrootcert).expanduser()))
+        context = create_default_context(cafile=sslrootcert and str(Path(sslrootcert).expanduser()))
         if sslcert:
             context.load_cert_chain(Path(sslcert).expanduser(), sslkey and Path(sslkey).expanduser())
     except OSError as exc:
@@ -253,6 +264,6 @@ def _tls(sslmode: str | None, sslrootcert: str | None, sslcert: str | None, sslk
     # The modes of libpq: only `verify-full` compares the name, and a context for TLS compares it by default.
     context.check_hostname = mode == "verify-full"
     # As in libpq, `require` with a root certificate is `verify-ca`.
-    if mode not in ("verify-ca", "verify-full") and not (mode == "require" and sslrootcert):
-        context.verify_mode = ssl.CERT_NONE
+    if mode == "require" and not sslrootcert:
+        context.verify_mode = CERT_NONE
     return context
