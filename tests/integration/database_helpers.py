@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import socketserver
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from agent_gateway_store.storage.database import Database, SessionTransactions
 
@@ -38,3 +44,41 @@ async def set_defaults(url: str, **settings: str) -> None:
             await connection.execute(f'ALTER DATABASE "{url.rpartition("/")[2]}" SET {name} = {given}')
     finally:
         await connection.close()
+
+
+class _Translation(socketserver.BaseRequestHandler):
+    """Passes on what a client of PostgreSQL and its server say to each other, but for the server's errors in words."""
+
+    def handle(self) -> None:
+        with socket.create_connection(self.server.real) as server:  # type: ignore[attr-defined]
+            Thread(target=self._pass_on, args=(server,), daemon=True).start()
+            with server.makefile("rb") as messages, suppress(OSError):
+                while head := messages.read(5):
+                    body = messages.read(int.from_bytes(head[1:]) - 4)
+                    if head[:1] == b"E":
+                        # Message, detail and hint; and the severity, of which asyncpg has one in English, too.
+                        fields = [
+                            each[:1] + "Überraschung".encode() if each[:1] in b"SMDH" else each
+                            for each in body.rstrip(b"\0").split(b"\0")
+                        ]
+                        body = b"\0".join(fields) + b"\0\0"
+                    self.request.sendall(head[:1] + (len(body) + 4).to_bytes(4) + body)
+
+    def _pass_on(self, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := self.request.recv(65_536):
+                server.sendall(data)
+            server.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def translated(url: str) -> Iterator[str]:
+    """Give the URL of the same database with a server whose errors are in no language that anybody expects."""
+    made = make_url(url)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Translation) as server:
+        server.daemon_threads = True
+        server.real: Any = (made.host, made.port)  # type: ignore[attr-defined]
+        Thread(target=server.serve_forever, daemon=True).start()
+        there = made.set(port=server.server_address[1], query={"sslmode": "disable"})
+        yield there.render_as_string(hide_password=False)
+        server.shutdown()

@@ -9,10 +9,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from database_helpers import translated
 from sqlalchemy import make_url, text
 
 from agent_gateway_store import errors
 from agent_gateway_store.storage.database import Database, create_engine
+from proofs.harness import execute
 
 pytestmark = pytest.mark.integration
 
@@ -38,6 +40,32 @@ async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Call
     async with admin.write() as connection:
         await connection.execute(text(f"DROP ROLE {role}"))
     await admin.close()
+
+
+async def test_what_a_server_says_in_another_language_is_understood(
+    migrated_postgres_database: Callable[[], str],
+) -> None:
+    """`lc_messages` is the server's: errors are known by their state, and by names."""
+    url, role = migrated_postgres_database(), f"reader_{uuid4().hex}"
+    await execute(
+        url,
+        f"CREATE ROLE {role} LOGIN",
+        f"GRANT SELECT ON audit_events TO {role}",
+        "ALTER TABLE audit_events ENABLE ROW LEVEL SECURITY",
+    )
+    hints = {
+        "SET row_security = off; SELECT * FROM audit_events": "a policy of row-level security hides rows",
+        "INSERT INTO api_keys DEFAULT VALUES": "the database user may not do this: grant it the right to what it asked",
+        "SELECT * FROM missing": "a table or column is missing. Run `gateway-store db upgrade`",
+    }
+    with translated(make_url(url).set(username=role).render_as_string(hide_password=False)) as there:
+        user = opened(there)
+        for statement, hint in hints.items():
+            with pytest.raises(errors.GatewayStoreError, match=hint):
+                async with user.connection("autocommit") as runner:
+                    await runner.driver.execute(statement)  # type: ignore[union-attr]
+        await user.close()
+    await execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
 async def test_a_damaged_file_is_named(tmp_path: Path) -> None:

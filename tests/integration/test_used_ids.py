@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from database_helpers import translated
 
 import servers
 from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
@@ -40,12 +41,16 @@ async def fill(url: str) -> None:
     await restart_sequences(url)
 
 
-@pytest.fixture
-def url(migrated_postgres_database: Callable[[], str]) -> str:
-    """A database with rows in its tables, whose sequences begin again."""
+@pytest.fixture(params=["English", "another language"])
+def url(request: pytest.FixtureRequest, migrated_postgres_database: Callable[[], str]) -> Iterator[str]:
+    """A database with rows in its tables, whose sequences begin again, and the language of whose errors differs."""
     made = migrated_postgres_database()
     servers.run(fill(made))
-    return made
+    if request.param == "English":
+        yield made
+        return
+    with translated(made) as there:
+        yield there
 
 
 async def begin_at(url: str, number: int, *tables: str) -> None:
@@ -110,7 +115,8 @@ def test_doctor_names_the_tables_and_db_restored_mends_them(url: str) -> None:
         "audit_events",
         "notification_deliveries",
     ]
-    assert any("approval_votes, audit_events" in problem for problem in ill.json["problems"])
+    (problem,) = ill.json["problems"]
+    assert "approval_votes, audit_events" in problem
 
     assert gateway_store("--database-url", url, "db", "restored", "--by", "ops").code == 0
 

@@ -115,7 +115,7 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
     """Insert an event and roll it back: a trigger, a right or a constraint may refuse what the schema allows."""
     from agent_gateway_store.audit.doors import write_door
     from agent_gateway_store.evidence.sealer import may_not_write
-    from agent_gateway_store.storage.errors import is_outage, sqlstate_of
+    from agent_gateway_store.storage.errors import IDS_IN_USE, is_id_taken, is_outage, sqlstate_of
 
     facts["takes_events"] = False
     async with examined(engine) as connection:
@@ -126,6 +126,10 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
             if may_not_write(exc):
                 # A role of an auditor, or a server that reads only, of which more is said elsewhere.
                 report.warning("This role may not add audit events: run doctor as the gateway's role, too.")
+            elif is_id_taken(exc):
+                # Said already, unless this role may not look at the sequence.
+                if "audit_events" not in facts.get("ids_in_use", ()):
+                    report.problem(f"The database cannot number rows of audit_events: {IDS_IN_USE}.", ExitCode.ERROR)
             elif is_outage(exc) and sqlstate_of(exc) is None:
                 raise
             else:

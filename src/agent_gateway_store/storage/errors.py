@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 # serialization_failure and deadlock_detected: the same transaction may succeed when it is run again.
 _CONFLICTS = ("40001", "40P01")
+_UNIQUE_VIOLATION = "23505"
 # Chosen: a row lock is held for milliseconds. The server waits a second itself before it calls a wait a deadlock.
 _PAUSES_S = (0.01, 0.05, 0.2)
 # asyncpg raises InternalClientError, which has neither of its two roots, when a server is killed during a command.
@@ -53,6 +54,8 @@ _DRIVER_MODULES = ("aiosqlite", "asyncpg", "sqlalchemy", "agent_gateway_store.st
 # The event loop and the standard library are between the driver and the caller in every traceback.
 _PLUMBING = sys.stdlib_module_names | {"uvloop", "winloop"}
 # By class name and text, as the two drivers share no codes: asyncpg has a class for each error, sqlite3 only texts.
+# PostgreSQL speaks the language of its lc_messages: of its texts only names are read, or which sentence fits best.
+# Those of SQLite, PgBouncer and asyncpg are always in English.
 _MISSING_SCHEMA = ("undefinedtable", "undefinedcolumn", "no such table", "no such column", "has no column named")
 IDS_IN_USE = (
     "it gives ids that are in use, as in a copy without its sequences: run `gateway-store db restored --by NAME`"
@@ -63,11 +66,16 @@ _HINTS = (
     ("valid client certificate", "the server asks for a client certificate: add sslcert= and sslkey= to DATABASE_URL"),
     ("no encryption", "the server takes this user only with TLS: add sslmode=require or verify-full to DATABASE_URL"),
     ("no pg_hba.conf entry", "the server's pg_hba.conf lets nobody in like this: add an entry for this user and host"),
+    # Also what the two above say in another language than English.
+    (
+        "clientauthentication",
+        "the server's pg_hba.conf lets this user in only with TLS, only with a client certificate, or not at all",
+    ),
     ("invalidauthorization", "the database refuses the user: create the role or check DATABASE_URL"),
     ("invalidcatalogname", "the database does not exist: create it or check DATABASE_URL"),
     ("readonly", "the database is read-only: check the file's folder or the server's role"),
     (
-        "affected by row-level security",
+        "check_enable_rls",
         "a policy of row-level security hides rows from this role: run it as a role to which no policy applies",
     ),
     ("insufficientprivilege", "the database user may not do this: grant it the right to {object}"),
@@ -84,7 +92,6 @@ _HINTS = (
     ("diskfull", "the disk is full: make room"),
     # What SQLite says where there is no room for the file beside its own that connections share, too.
     ("disk i/o error", "the disk is full or fails: make room, and check it"),
-    ("key (id)=", IDS_IN_USE),
     ("preparedstatement", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("invalidsqlstatementname", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("statement pooling mode", "the pooler takes no transactions: give it pool_mode = transaction"),
@@ -195,8 +202,13 @@ def sqlstate_of(exc: BaseException) -> str | None:
 def is_id_taken(exc: BaseException) -> bool:
     """True if the database refused a row of ours for the id that it gave it itself: its sequence is behind the rows."""
     error = driver_error(exc)
-    is_ours = getattr(error, "table_name", None) in metadata.tables
-    return is_ours and str(getattr(error, "detail", None) or "").startswith("Key (id)=")
+    table = metadata.tables.get(getattr(error, "table_name", None) or "")
+    return (
+        table is not None
+        and table.autoincrement_column is not None
+        and sqlstate_of(exc) == _UNIQUE_VIOLATION
+        and getattr(error, "constraint_name", None) == table.primary_key.name
+    )
 
 
 def _came_through(exc: BaseException, engine: AsyncEngine) -> bool:
@@ -243,6 +255,8 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
         )
     if isinstance(error, ssl.SSLError):
         return StoreUnavailableError(f"The database could not {doing}: {_tls_hint(error)}.")
+    if is_id_taken(exc):
+        return StoreUnavailableError(f"The database could not {doing}: {IDS_IN_USE}.")
     if _misses_schema(exc):
         return SchemaOutOfDateError(
             f"The database could not {doing}: a table or column is missing. Run `gateway-store db upgrade`."
@@ -265,7 +279,8 @@ def _misses_schema(exc: BaseException) -> bool:
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}\n{error}".lower()
+    # With the function of the server that raised it, whose name is the same in every language.
+    return f"{type(error).__name__}\n{error}\n{getattr(error, 'server_source_function', None)}".lower()
 
 
 def driver_error(exc: BaseException) -> BaseException:

@@ -177,7 +177,8 @@ class PubSub:
             yield
         except (asyncpg.PostgresError, DBAPIError) as exc:
             # "permission denied for function pg_notify", "function pg_notify(...) does not exist", "too many
-            # notifications in the NOTIFY queue": the states of these errors are those of many others.
+            # notifications in the NOTIFY queue": the states of these errors are those of many others, and the name is
+            # the same in every language.
             if "notify" not in str(driver_error(exc)).lower():
                 raise
             self._muted_until = time.monotonic() + _MUTED_S
