@@ -47,6 +47,7 @@ from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
 from agent_gateway_store.storage.identity import is_standby, read_identity
+from agent_gateway_store.storage.owner import Claim
 from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
@@ -228,7 +229,12 @@ class GatewayStore:
         await self._core.close()
 
     async def migrate(self) -> None:
-        """Bring the schema up to date. Any number of processes may call this at once; works before `open`, too."""
+        """Bring the schema up to date. Any number of processes may call this at once; works before `open`, too.
+
+        Raises:
+            StoreNotOpenError: The store is open in another process or event loop.
+            StoreUnavailableError: The database cannot be reached, or changed; the text says what to check.
+        """
         await self._core.migrate()
 
     async def ping(self) -> None:
@@ -324,6 +330,7 @@ class _Core:
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
         self._opening: SingleFlight[None] = SingleFlight()
+        self._claim = Claim()
 
     async def forget_approvals(self, approval_ids: Collection[UUID]) -> bool:
         if self.redis.client is None or not approval_ids:
@@ -342,6 +349,7 @@ class _Core:
             await self._opening.run(asyncio.get_running_loop(), self._open)
 
     async def _open(self) -> None:
+        self._claim.take()
         try:
             await self._prepare_schema()
             identity = await read_identity(self.database.engine)
@@ -381,13 +389,17 @@ class _Core:
         return self.outbox.is_open
 
     async def migrate(self) -> None:
-        is_open = self._is_open_here()
+        if self._is_open_here():
+            await migrate.upgrade(self.database.engine)
+            return
+        self._claim.take()
         try:
             await migrate.upgrade(self.database.engine)
         finally:
-            if not is_open and not is_memory(self.database.engine.url):
+            if not is_memory(self.database.engine.url):
                 # Its connections belong to this event loop; the store may be opened in another one.
                 await self.database.close()
+            self._claim.release()
 
     async def _prepare_schema(self) -> None:
         engine = self.database.engine
@@ -409,8 +421,10 @@ class _Core:
 
     async def close(self) -> None:
         self._is_open_here()
+        self._claim.take()
         # Each step runs whatever becomes of those before it.
         async with AsyncExitStack() as steps:
+            steps.callback(self._claim.release)
             if self._own_redis is not None:
                 steps.push_async_callback(self._own_redis.aclose)
             steps.push_async_callback(self.redis.join)

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.pool import Pool, QueuePool
 
 from agent_gateway_store import telemetry
-from agent_gateway_store.errors import GatewayStoreError, StoreNotOpenError, StoreUnavailableError
+from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
 from agent_gateway_store.storage.connecting import postgres_engine, replace_useless
@@ -27,6 +27,7 @@ from agent_gateway_store.storage.host import (
     session_connection,
     sole_use,
 )
+from agent_gateway_store.storage.owner import Owner, owner_here, require_owner
 from agent_gateway_store.storage.sqlite import sqlite_engine
 from agent_gateway_store.storage.urls import can_listen, parse_database_url
 
@@ -161,7 +162,7 @@ class Database:
             # On a view of the host's engine, whose own uses it leaves alone.
             event.listen(self._writer.sync_engine, "handle_error", replace_useless)
         self._reader = reader_of(self._writer)
-        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._owner: Owner | None = None
         self._under_way = 0
         # The generators that open streams read from. `close` ends those that are idle.
         self.streams: set[AsyncGenerator[Any, None]] = set()
@@ -187,22 +188,16 @@ class Database:
         """Bind to this process and event loop; from elsewhere every use raises."""
         if self._replica is not None:
             self._replica.bind_to_loop()
-        self._owner = (os.getpid(), asyncio.get_running_loop())
+        self._owner = owner_here()
 
     @property
     def is_owner(self) -> bool:
         """True in the process and event loop that opened it."""
-        return self._owner == (os.getpid(), asyncio.get_running_loop())
+        return self._owner == owner_here()
 
     def check_owner(self) -> None:
         """Raise StoreNotOpenError outside the process and event loop that opened the store."""
-        if self._owner is None:
-            raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
-        pid, loop = self._owner
-        if pid != os.getpid():
-            raise StoreNotOpenError("The store was opened in another process: open one in each process, after forking.")
-        if loop is not asyncio.get_running_loop():
-            raise StoreNotOpenError("The store was opened in another event loop: open one in each loop.")
+        require_owner(self._owner)
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -335,7 +330,7 @@ class Database:
 
     async def dispose_detached(self) -> None:
         """Close what can be closed from here of a database whose process or event loop may have ended."""
-        pid, loop = self._owner or (os.getpid(), asyncio.get_running_loop())
+        pid, loop = self._owner or owner_here()
         self._owner = None
         # SQLite's connections have threads of their own and answer any loop; the garbage collector takes the others.
         here = loop is asyncio.get_running_loop() or (loop.is_closed() and self.dialect == "sqlite")
