@@ -225,3 +225,35 @@ async def test_an_outage_of_the_server_behind_it_is_an_outage_like_any_other(
         await eventually(is_approved, timeout_s=20)
         assert [type(result) for result in results] == [StoreUnavailableError] * len(results)
         assert (await waiting).status == "APPROVED"
+
+
+async def test_a_promoted_standby_is_found_behind_its_own_pgbouncer() -> None:
+    """Both are named; the one of the dead server still lets us in, and the other one still reports a standby."""
+    with PostgresServer(durable=True) as primary:
+        migrated(primary.url)
+        with PostgresServer(standby_of=primary) as standby:
+            bouncers = [PgBouncer(primary), PgBouncer(standby)]
+            try:
+                for each in bouncers:
+                    each.start()
+                hosts = [f"127.0.0.1:{each.port}" for each in bouncers]
+                urls = [bouncers[0].url.replace(hosts[0], ",".join(order)) for order in (hosts, hosts[::-1])]
+                async with GatewayStore(urls[0], redis_url="") as running:
+                    assert await running.audit.write(make_event()) is STORED
+                    # So that the standby's PgBouncer has met it as one.
+                    async with GatewayStore(urls[1], redis_url="") as store:
+                        assert await store.audit.write(make_event()) is STORED
+                    primary.kill()
+                    await execute(standby.url, "SELECT pg_promote()")
+
+                    for url in urls:
+                        async with GatewayStore(url, redis_url="") as store:
+                            assert await store.audit.write(make_event()) is STORED
+
+                    async def is_back() -> bool:
+                        return await running.audit.write(make_event()) is STORED
+
+                    await eventually(is_back, 30)
+            finally:
+                for each in bouncers:
+                    each.remove()

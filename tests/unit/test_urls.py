@@ -126,7 +126,20 @@ def test_pgbouncer_switches_prepared_statements_off(word: str) -> None:
 
     assert arguments == {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
     assert name() == ""
-    assert url.query == {}
+    assert url.query == {"target_session_attrs": "any"}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "wanted", "asked"),
+    [("a", "", None), ("a", "primary", "primary"), ("a,b", "", "read-write"), ("a,b", "standby", None)],
+)
+def test_what_pgbouncer_reports_of_its_server_is_not_believed(hosts: str, wanted: str, asked: str | None) -> None:
+    """It reports for ever what the server was at first, so for writes the server is asked."""
+    text = f"postgresql://{hosts}/db?pgbouncer=true" + (f"&target_session_attrs={wanted}" if wanted else "")
+    url, arguments = parse_database_url(text)
+
+    assert arguments.get("ask_for") == asked
+    assert url.query == {"target_session_attrs": "standby" if wanted == "standby" else "any"}
 
 
 def test_pgbouncer_can_be_off() -> None:

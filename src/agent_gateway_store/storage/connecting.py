@@ -32,13 +32,18 @@ SELECT set_config('client_connection_check_interval', '2s', false)
 WHERE current_setting('client_connection_check_interval', true) = '0' AND version() LIKE '%linux%'
 """
 
-# What says that another server may do: refused, not to be reached, starting up, a standby, gone while it answered.
+# What says that another server may do: refused, not to be reached, starting up, a standby, gone while it answered; and
+# what PgBouncer says where its server is gone.
 _TRY_NEXT = (
     OSError,
     asyncpg.CannotConnectNowError,
-    asyncpg.ConnectionDoesNotExistError,
+    asyncpg.PostgresConnectionError,
     asyncpg.TargetServerAttributeNotMatched,
 )
+# What a server must not be, for each value of `target_session_attrs` that is asked for.
+_STATE = """
+SELECT pg_is_in_recovery() AS "primary", current_setting('transaction_read_only') = 'on' AS "read-write"
+"""
 _IS_NEW = "agent_gateway_store.is_new"
 _READS_ONLY = ("standby", "read-only", "prefer-standby", "any")
 
@@ -55,7 +60,7 @@ class Connector:
         self._last = 0
 
     async def __call__(self, **arguments: Any) -> asyncpg.Connection:
-        """Return a connection; arguments as of `asyncpg.connect`, and `listen`, which is ours."""
+        """Return a connection; arguments as of `asyncpg.connect`, and `listen` and `ask_for`, which are ours."""
         arguments.pop("listen", None)
         connecting = self._background.start(self._connect(**arguments))
         try:
@@ -68,14 +73,14 @@ class Connector:
 
     async def _connect(self, host: Any = None, port: Any = None, **arguments: Any) -> asyncpg.Connection:
         if not isinstance(host, list) or arguments.get("target_session_attrs") == "prefer-standby":
-            return await asyncpg.connect(host=host, port=port, **arguments)
+            return await _connect_one(host=host, port=port, **arguments)
         if (timeout_s := arguments.pop("timeout", None)) is not None:
             timeout_s /= len(host)
         failure: BaseException | None = None
         for step in range(len(host)):
             index = (self._last + step) % len(host)
             try:
-                connection = await asyncpg.connect(host=host[index], port=port[index], timeout=timeout_s, **arguments)
+                connection = await _connect_one(host=host[index], port=port[index], timeout=timeout_s, **arguments)
             except _TRY_NEXT as exc:
                 # That no server takes writes says more than that another one is away.
                 if not isinstance(failure, asyncpg.TargetServerAttributeNotMatched):
@@ -85,6 +90,24 @@ class Connector:
                 return connection
         assert failure is not None  # noqa: S101
         raise failure
+
+
+async def _connect_one(*, ask_for: str | None = None, timeout: float | None = None, **arguments: Any) -> Any:
+    """Return a connection to a server which says itself, where a pooler is before it, that it is what is asked for."""
+    connection = await asyncpg.connect(timeout=timeout, **arguments)
+    if ask_for is not None:
+        try:
+            async with asyncio.timeout(timeout):
+                # In a transaction: outside, a pooler may change the server between two messages.
+                await connection.execute("BEGIN")
+                state = await connection.fetchrow(_STATE)
+                await connection.execute("COMMIT")
+            if state[ask_for]:
+                raise asyncpg.TargetServerAttributeNotMatched(f"The server is not {ask_for}.")
+        except BaseException:
+            connection.terminate()
+            raise
+    return connection
 
 
 def _terminate(connecting: asyncio.Task[asyncpg.Connection]) -> None:

@@ -235,6 +235,11 @@ def _postgresql(url: URL, named: list[str], *, reads: bool) -> tuple[URL, dict[s
         options["prepared_statement_cache_size"] = 0
         # One with a name would stay behind in the server connection when the next statement gets another one.
         options["prepared_statement_name_func"] = lambda: ""
+        # PgBouncer goes on reporting what its server was before it was promoted, so the server itself is asked.
+        if text.get("target_session_attrs") in ("read-write", "primary"):
+            options["ask_for"] = text["target_session_attrs"]
+        if "target_session_attrs" not in text or "ask_for" in options:
+            query["target_session_attrs"] = text["target_session_attrs"] = "any"
     return url.set(query={name: query[name] for name in text}), options
 
 
