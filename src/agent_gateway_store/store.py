@@ -412,7 +412,7 @@ class _Core:
         if (replica := self.database.replica) is self.database:
             return
         try:
-            found = await read_identity(replica.engine)
+            found = await read_identity(replica.engine, reads=True)
         except StoreUnavailableError as exc:
             _logger.warning("The replica of DATABASE_READ_URL is away, and what reads there will fail: %s", exc)
             return

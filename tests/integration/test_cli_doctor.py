@@ -98,6 +98,30 @@ def test_doctor_shows_no_password_that_redis_repeats() -> None:
     assert "hunter2" not in found.said
 
 
+def test_doctor_says_what_each_sentinel_answered_and_nothing_of_its_client() -> None:
+    """redis-py puts the client before the answer, with all its settings."""
+    url = "redis+sentinel://:hunter2@127.0.0.1:1,127.0.0.1:2/gateway?sentinel_password=hunter3"
+    found = gateway_store("--redis-url", url, "doctor", "--json")
+
+    (problem,) = found.json["problems"]
+    assert re.search(r"No master found for 'gateway' : \S*ConnectionError", problem)
+    assert "<redis" not in problem
+    assert "hunter" not in found.said
+
+
+def test_doctor_names_the_setting_of_a_replica_that_is_away(migrated_postgres_database: Callable[[], str]) -> None:
+    """And not that of the primary, which is right."""
+    replica = "postgresql://postgres@127.0.0.1:1/gateway"
+    found = gateway_store(
+        "doctor", "--json", DATABASE_URL=migrated_postgres_database(), DATABASE_READ_URL=replica, REDIS_URL=""
+    )
+
+    (problem,) = found.json["problems"]
+    assert "at DATABASE_READ_URL" in problem
+    assert "DATABASE_READ_URL is right" in problem
+    assert "DATABASE_URL" not in problem
+
+
 def test_doctor_finds_a_database_well_as_the_role_of_gateways(limited_url: str) -> None:
     """It is no superuser, and reads no more of the server's own tables than anybody may."""
     outcome = gateway_store("--database-url", limited_url, "doctor", "--json")

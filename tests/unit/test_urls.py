@@ -30,6 +30,15 @@ AQH/MAoGCCqGSM49BAMCA0cAMEQCIFWKbtuDg78pbaU0YYWZkPlWccSUgAamAHFk
 f6MBhiinAiAvLzqtYn5DEsP2LhLDRdgJtJNaN7oItu1bpq7CmpH4FA==
 -----END CERTIFICATE-----
 """
+ENCRYPTED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAg27u0ij5eNmAICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEEfLv/x1KWMqodjrAtuR+iMEgZDJ
+XlXh91GuZ/hu/73mnM8C3eNvllE4DodDA5VMQWMEzZwPSiTduzw5SaEzbOITulhR
+KiykoHJKkdlftMuM9K4PdIkOt3DO76hppdGpkOrs7JrZQKQp+mI9kmv8OSjOb2HM
+dbTWjwBhA6LCnozbNFoTwHSUunCJTmhdSdy75T7xoOFlba1AQj4IvK/nzWJw8Hc=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
 
 
 @pytest.mark.parametrize(
@@ -209,6 +218,8 @@ REDIS_URLS = [
     *(f"http://user:{PASSWORD}@host", f"redis://:{PASSWORD}@host:port/0", "host:6379", ""),
     *(f"redis://:{PASSWORD}@host/0?no_such_parameter=1", f"redis://:{PASSWORD}@host/0?socket_timeout=soon"),
     *(f"rediss://:{PASSWORD}@host/0?ssl_cert_reqs=", f"redis://:{PASSWORD}@host/0?no_such_parameter"),
+    *(f"rediss://:{PASSWORD}@host/0?ssl_cert_reqs=bogus", f"redis://:{PASSWORD}@host/0?protocol=9"),
+    f"rediss://:{PASSWORD}@host/0?ssl_ca_certs=/no/such/file",
     f"redis+sentinel://:{PASSWORD}@host:26379/name/0?sentinel_password=",
     f"redis://user:12?{PASSWORD}@host/0",
 ]
@@ -303,6 +314,34 @@ def test_a_parameter_without_a_value_is_named(create: Callable[[str], object], t
     """As of a variable that is empty: what it was to say, such as that TLS is a must, would not hold."""
     with pytest.raises(InvalidUrlError, match=sentence):
         create(text)
+
+
+@pytest.mark.parametrize(
+    ("create", "text", "sentence"),
+    [
+        (create_engine, "postgresql://h/d?sslmode=require&sslcert={0}&sslkey={1}", "a key must not be encrypted"),
+        (create_redis, "rediss://h/0?ssl_certfile={0}&ssl_keyfile={1}", "give ssl_password for a key that is encrypt"),
+    ],
+)
+def test_nobody_is_asked_for_the_password_of_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, create: Callable[[str], object], text: str, sentence: str
+) -> None:
+    """OpenSSL would ask on the terminal, with the gateway standing still, unless it is given one."""
+    given: list[Any] = []
+    real = ssl.SSLContext.load_cert_chain
+
+    def load(context: ssl.SSLContext, certfile: Any, keyfile: Any = None, password: Any = None) -> None:
+        given.append(password)
+        real(context, certfile, keyfile, "" if password is None else password)
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", load)
+    for name, content in (("cert", CERTIFICATE), ("key", ENCRYPTED_KEY)):
+        (tmp_path / name).write_text(content)
+
+    with pytest.raises(InvalidUrlError, match=sentence):
+        create(text.format(tmp_path / "cert", tmp_path / "key"))
+    assert given
+    assert None not in given
 
 
 def test_a_question_mark_in_the_path_of_a_file_is_written_encoded() -> None:

@@ -174,7 +174,7 @@ async def _check_replica(report: Report, url: str, identity: str) -> None:
         database = Database(create_engine(url, reads=True), owned=True)
         database.bind_to_loop()
         try:
-            found = await read_identity(database.engine)
+            found = await read_identity(database.engine, reads=True)
             age_s = await database.replica_age_s()
         finally:
             await database.close()

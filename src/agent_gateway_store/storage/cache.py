@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import Redis, RedisCluster, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -86,11 +86,20 @@ def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
         )
     if scheme == "redis+sentinel":
         return _master_client(url, timeout_s)
+    # Without a password OpenSSL would ask for that of an encrypted key on the terminal, and wait.
+    options = _impatient(timeout_s) | ({"ssl_password": ""} if scheme == "rediss" else {})
     try:
-        client: RedisClient = Redis.from_url(url, **_impatient(timeout_s))
+        client: RedisClient = Redis.from_url(url, **options)
         # Does not connect, but raises for parameters in the URL that it does not know.
-        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis gives it no hints
-    except (ValueError, TypeError):
+        connection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis gives no hints
+        if isinstance(connection, SSLConnection):
+            connection.ssl_context.get()
+    except OSError as exc:
+        raise InvalidUrlError(
+            f"A certificate or key named in {code_text(mask_url(url))} cannot be read: check its path and format, and "
+            "give ssl_password for a key that is encrypted."
+        ) from exc
+    except (ValueError, TypeError, RedisError):
         raise InvalidUrlError(f"{code_text(mask_url(url))} is not a Redis URL: write redis://host:6379/0.") from None
     return client
 

@@ -147,7 +147,10 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
             raise
         if engine is not None and not (_came_through(exc, engine) and is_outage(exc) and not _is_statements(exc)):
             raise
-        raise _translated(exc, doing, in_session=in_session) from exc
+        error = _translated(exc, doing, in_session=in_session)
+        if "DATABASE_READ_URL" in doing:
+            error.args = (str(error).replace("DATABASE_URL", "DATABASE_READ_URL"),)
+        raise error from exc
 
 
 def _is_shared(exc: BaseException) -> bool:

@@ -15,14 +15,18 @@ IDENTITY = select(identity_table.c.identity)
 _RESTORED = Statement(IDENTITY.where(identity_table.c.history_id.is_not(None)))
 
 
-async def read_identity(engine: AsyncEngine) -> str:
+async def read_identity(engine: AsyncEngine, *, reads: bool = False) -> str:
     """Return the identity of the database that answers.
+
+    Args:
+        engine: Of this database.
+        reads: It is that of DATABASE_READ_URL.
 
     Raises:
         SchemaOutOfDateError: See `known`; or the table is missing.
         StoreUnavailableError: The database does not answer.
     """
-    with translate_errors("read its identity"):
+    with translate_errors("read its identity at DATABASE_READ_URL" if reads else "read its identity"):
         async with reader_of(engine).connect() as connection:
             return known((await connection.execute(IDENTITY)).scalar())
 

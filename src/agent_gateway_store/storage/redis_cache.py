@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
     AskError,
     ClusterCrossSlotError,
@@ -257,6 +259,9 @@ class RedisCache:
                     self._drop_cluster()
                 return None
             except REDIS_FAULTS as exc:
+                if isinstance(exc, MasterNotFoundError):
+                    # Before what each sentinel answered stands its client, with all its settings.
+                    exc = MasterNotFoundError(re.sub(r"<redis\b.*?\)> - ", "", str(exc)))
                 # A server that does not know AUTH answers with its arguments: the password.
                 self.fault = describe(exc).partition(", with args")[0]
                 self._breaker_until = time.monotonic() + self._pause_s

@@ -261,10 +261,14 @@ def _tls(
     try:
         context = create_default_context(cafile=sslrootcert and str(Path(sslrootcert).expanduser()))
         if sslcert:
-            context.load_cert_chain(Path(sslcert).expanduser(), sslkey and Path(sslkey).expanduser())
+            # Without a password OpenSSL would ask for that of an encrypted key on the terminal, and wait.
+            context.load_cert_chain(
+                Path(sslcert).expanduser(), sslkey and Path(sslkey).expanduser(), password=lambda: ""
+            )
     except OSError as exc:
         raise InvalidUrlError(
-            "A certificate named in the database URL cannot be read: check its path and format."
+            "A certificate or key named in the database URL cannot be read: check its path and format; a key must not "
+            "be encrypted."
         ) from exc
     # The modes of libpq: only `verify-full` compares the name, and a context for TLS compares it by default.
     context.check_hostname = mode == "verify-full"
