@@ -368,6 +368,13 @@ def test_redis_urls_are_taken(text: str) -> None:
     assert create_redis(text).connection_pool.connection_kwargs["socket_timeout"] == 0.2
 
 
+def test_clients_of_redis_hide_passwords() -> None:
+    """Also what redis-py prints of a client, as a framework may in a traceback."""
+    for text in (f"redis://u:{PASSWORD}@h/0", f"redis+sentinel://:{PASSWORD}@h/name?sentinel_password={PASSWORD}"):
+        client = create_redis(text)
+        assert PASSWORD not in f"{client!r}{client.connection_pool!r}"
+
+
 def test_engines_hide_parameters_and_passwords() -> None:
     """What SQLAlchemy prints of an engine or of a failed statement holds no value."""
     engine = create_engine(f"postgresql://user:{PASSWORD}@host/db")
