@@ -1,17 +1,24 @@
-"""What tasks of one event loop share: one read for many of them, one commit for many items, tasks in the background."""
+"""What tasks of one event loop share: one read for many of them, one commit for many items, tasks in the background.
+
+And what keeps other event loops and processes away.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from agent_gateway_store.errors import StoreNotOpenError
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # an item
@@ -354,3 +361,41 @@ class BatchQueue(Generic[I, R]):
         # A new event each time: setting and clearing one would lose those that begin to wait in between.
         progress, self._progress = self._progress, asyncio.Event()
         progress.set()
+
+
+Owner: TypeAlias = tuple[int, asyncio.AbstractEventLoop]
+
+
+def owner_here() -> Owner:
+    """Return this process and event loop."""
+    return os.getpid(), asyncio.get_running_loop()
+
+
+def require_owner(owner: Owner | None) -> None:
+    """Raise StoreNotOpenError unless `owner` is this process and event loop."""
+    if owner is None:
+        raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
+    pid, loop = owner
+    if pid != os.getpid():
+        raise StoreNotOpenError("The store was opened in another process: open one in each process, after forking.")
+    if loop is not asyncio.get_running_loop():
+        raise StoreNotOpenError("The store was opened in another event loop: open one in each loop.")
+
+
+class Claim:
+    """Keeps a store from other event loops, whose threads could open it while this one does."""
+
+    def __init__(self) -> None:
+        self._owner: Owner | None = None
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        """Claim the store until `release`, again if it is claimed here; else raise StoreNotOpenError."""
+        with self._lock:
+            if self._owner is not None:
+                require_owner(self._owner)
+            self._owner = owner_here()
+
+    def release(self) -> None:
+        """Let others claim it."""
+        self._owner = None

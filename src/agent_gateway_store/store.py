@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store import telemetry
-from agent_gateway_store._concurrency import BackgroundTasks, SingleFlight
+from agent_gateway_store._concurrency import BackgroundTasks, Claim, SingleFlight
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.queries import ApprovalRef
@@ -47,7 +47,6 @@ from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
 from agent_gateway_store.storage.identity import is_standby, read_identity
-from agent_gateway_store.storage.owner import Claim
 from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
@@ -132,13 +131,7 @@ class GatewayStore:
         self._approvals = ApprovalManager(core.approvals, org_id=org_id)
         self._keys = KeyManager(core.database, core.hasher, core.key_cache, core.settings, org_id=org_id)
         self._notifications = NotificationManager(core.database, core.outbox, org_id=org_id)
-        self._evidence = EvidenceManager(
-            core.database,
-            core.sealer,
-            seals=core.settings.audit_seal_seconds > 0,
-            org_id=org_id,
-            hash_key=core.settings.hash_key,
-        )
+        self._evidence = EvidenceManager(core.database, core.sealer, core.settings, org_id=org_id)
         self._retention = RetentionManager(
             core.database, core.sealer, core.retention_lock, core.settings, forget=core.forget_approvals, org_id=org_id
         )

@@ -9,8 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
-
 from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store._text import escape
 from agent_gateway_store.errors import GatewayStoreError, LogMismatchError
@@ -21,6 +19,7 @@ from agent_gateway_store.evidence.tree import TileHashes
 from agent_gateway_store.hooks.dispatch import PluginHooks
 from agent_gateway_store.hooks.executor import awaited
 from agent_gateway_store.models.evidence import Checkpoint, Verification
+from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.files import progress_bar
 from agent_gateway_store.storage.filters import require_all
@@ -64,22 +63,16 @@ class EvidenceManager:
     Args:
         database: Where the log is.
         sealer: Seals it.
-        seals: Whether this store seals by itself.
+        settings: Whether this store seals by itself, and the key of argument hashes.
         org_id: The organisation; None: all.
-        hash_key: The setting HASH_KEY.
     """
 
     def __init__(
-        self,
-        database: Database,
-        sealer: Sealer,
-        *,
-        seals: bool,
-        org_id: str | None = None,
-        hash_key: SecretStr | None = None,
+        self, database: Database, sealer: Sealer, settings: StoreSettings, *, org_id: str | None = None
     ) -> None:
-        self._database, self._sealer, self._seals, self._org_id = database, sealer, seals, org_id
-        self._hash_key = hash_key.get_secret_value() if hash_key else None
+        self._database, self._sealer, self._org_id = database, sealer, org_id
+        self._seals = settings.audit_seal_seconds > 0
+        self._hash_key = settings.hash_key.get_secret_value() if settings.hash_key else None
 
     @traced("log.seal")
     async def seal(self) -> Checkpoint | None:

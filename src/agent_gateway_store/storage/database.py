@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.pool import Pool, QueuePool
 
 from agent_gateway_store import telemetry
+from agent_gateway_store._concurrency import Owner, owner_here, require_owner
 from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
@@ -27,7 +28,6 @@ from agent_gateway_store.storage.host import (
     session_connection,
     sole_use,
 )
-from agent_gateway_store.storage.owner import Owner, owner_here, require_owner
 from agent_gateway_store.storage.sqlite import sqlite_engine
 from agent_gateway_store.storage.urls import can_listen, parse_database_url
 

@@ -100,7 +100,9 @@ async def snapshot(database: Database) -> AsyncIterator[Snapshot]:
 
 async def _fetched(driver: Any, text: str, arguments: Sequence[Any]) -> Rows:
     if isinstance(driver, aiosqlite.Connection):
-        return list(await driver.execute_fetchall(text, arguments))
+        # Closed where a value cannot be read, too: an open cursor keeps its connection at this state of the database.
+        async with driver.execute(text, arguments) as cursor:
+            return list(await cursor.fetchall())
     return await driver.fetch(text, *arguments, timeout=LONGEST_S)  # type: ignore[no-any-return]
 
 
