@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -105,3 +109,55 @@ async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None
     assert spooled_ids(path) == ["new"]
     await slow.close()
     await fast.close()
+
+
+FULL_DISK = """
+import asyncio, sys
+from pathlib import Path
+from sqlalchemy import make_url
+from agent_gateway_store.audit.record import encode_event, to_values
+from agent_gateway_store.audit.spool import Spool
+from agent_gateway_store.errors import StoreUnavailableError
+from builders import make_event
+
+async def main():
+    spool = Spool(Path(sys.argv[1], "spool.db"), make_url("sqlite:///here.db"), "identity")
+    row = to_values(encode_event(make_event(sanitized_args={"text": "x" * 1_500})))
+    added = 0
+    try:
+        while True:
+            await spool.add([row] * 10)
+            added += 10
+    except StoreUnavailableError:
+        # What others write takes the rest.
+        with Path(sys.argv[1], "other").open("wb", buffering=0) as other:
+            try:
+                while other.write(b"x" * 4096):
+                    pass
+            except OSError:
+                pass
+    assert added > 1_000
+    removed = 0
+    while rows := await spool.waiting(500):
+        await spool.remove([row_id for row_id, _ in rows])
+        removed += len(rows)
+    assert (added, await spool.counts()) == (removed, (0, 0))
+    await spool.add([row])
+    await spool.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
+    reason="this user may not mount a small disk",
+)
+def test_a_spool_that_fills_its_disk_can_be_emptied(tmp_path: Path) -> None:
+    """To remove rows takes room as well, which is kept in reserve."""
+    mount = 'mount -t tmpfs -o size=24m tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, FULL_DISK]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
+
+    assert (done.returncode, done.stderr) == (0, "")

@@ -14,6 +14,7 @@ from agent_gateway_store.audit.backends import RowResult, insert_event
 from agent_gateway_store.audit.record import EncodedRow, encode_event, key_of, to_values
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter
+from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from builders import make_event
@@ -86,6 +87,57 @@ async def test_more_rows_than_one_commit_takes_come_back_by_themselves(database:
     await writer.close()
 
     assert database.committed == ids
+
+
+class FullDisk(Spool):
+    """Removes nothing while it is full."""
+
+    is_full = True
+
+    async def _delete(self, ids: Sequence[int]) -> None:
+        if self.is_full and ids:
+            raise StoreUnavailableError("The disk is full.")
+        await super()._delete(ids)
+
+
+async def test_a_spool_that_cannot_be_emptied_is_brought_in_all_the_same(
+    database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each row once, which is said once; what came in leaves the spool when there is room, and nothing else does."""
+    spool = FullDisk(tmp_path / "spool.db", make_url("postgresql://host/db"), "identity")
+    ids = await fill(spool, 1_201)
+    writer = AuditWriter(database, spool)
+    assert [await writer.flush() for _ in range(2)] == [1_201] * 2
+    assert database.committed == ids
+    late = await fill(spool, 1)
+    database.is_away = True
+    spool.is_full = False
+    assert await writer.flush() == 1_202
+    database.is_away = False
+    assert await writer.flush() == 0
+    await writer.close()
+    await spool.close()
+
+    assert database.committed == ids + late
+    assert caplog.text.count("cannot be emptied") == 1
+
+
+async def test_rows_of_a_new_spool_file_are_not_taken_for_those_that_could_not_be_removed(
+    database: Database, tmp_path: Path
+) -> None:
+    """The file was removed meanwhile, and the same ids are other rows now."""
+    spool = FullDisk(tmp_path / "spool.db", make_url("postgresql://host/db"), "identity")
+    old = await fill(spool, 3)
+    writer = AuditWriter(database, spool)
+    await writer.flush()
+    spool.path.unlink()
+    spool.is_full = False
+    new = await fill(spool, 2)
+    assert await writer.flush() == 0
+    await writer.close()
+    await spool.close()
+
+    assert database.committed == old + new
 
 
 async def test_what_is_quarantined_stays_where_it_is(database: Database, spool: Spool) -> None:

@@ -4,15 +4,18 @@ A SQLite file with the columns of `audit_events`, so that rows are replayed unch
 file, also with different databases: each row names its target, and only the rows of that target are replayed. The
 target is the identity of the database, which is the same under every spelling of its URL. Earlier versions knew only
 the URL: such a row is taken by the first database that answers under it.
+
+To remove rows takes room on the disk as well: beside the file lies a reserve, which is given up when the disk is full.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,6 +28,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    bindparam,
     delete,
     event,
     func,
@@ -45,13 +49,17 @@ from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, reader_of
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
-from agent_gateway_store.storage.files import create_folder, file_id, is_gone
+from agent_gateway_store.storage.files import create_file, create_folder, file_id, is_gone
 from agent_gateway_store.storage.urls import is_memory
 
 # Chosen: a long outage must not fill the disk of the gateway.
 MAX_BYTES = 2**30
 # SQLite's default.
 _PAGE_BYTES = 4096
+# Chosen: its log grows to 4 MB and by one batch of 8 MiB before it is brought into the file, which takes as much there.
+_RESERVE_BYTES = 2**24
+# Chosen, of one commit: as many as are replayed at once.
+_REMOVED_ROWS = 500
 _columns = AuditEvent.__table__.c
 _FIELDS = tuple(name for name in AuditEvent.model_fields if name != "id")
 _events = Table(
@@ -103,6 +111,8 @@ class Spool:
         self._engine: AsyncEngine | None = None
         self._opened: tuple[int, int] | None = None
         self._opening = asyncio.Lock()
+        # Of rows that the database holds and that could not be removed.
+        self._stored: list[int] = []
 
     @property
     def exists(self) -> bool:
@@ -136,6 +146,8 @@ class Spool:
         Raises:
             StoreUnavailableError: The file cannot be written, or is full.
         """
+        await self.engine()
+        await asyncio.to_thread(self._keep_reserve)
         async with self._transaction("spool the event") as connection:
             extra = {"target": self.identity, "url": self._url, "error": error}
             statement = insert(_events).values(spooled_at=db_now())
@@ -144,9 +156,11 @@ class Spool:
     async def waiting(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
         """Return up to `limit` rows to replay, oldest first, with their ids.
 
-        Those of earlier versions for this URL are given the identity before.
+        Those of earlier versions for this URL are given the identity before. What could not be removed is not returned.
         """
+        await self.engine()
         statement = select(_events).where(_events.c.target == self.identity, _events.c.error.is_(None))
+        statement = statement.where(_events.c.id > max(self._stored, default=0))
         async with self._transaction("read the spool") as connection:
             await self._name(connection, self._url)
             found = await connection.execute(statement.order_by(_events.c.id).limit(limit))
@@ -162,9 +176,42 @@ class Spool:
         return (await connection.execute(named)).rowcount
 
     async def remove(self, ids: Sequence[int]) -> None:
-        """Remove rows that the database holds now. Removing them twice does no harm."""
-        async with self._transaction("write the spool") as connection:
-            await connection.execute(delete(_events).where(_events.c.id.in_(ids)))
+        """Remove rows that the database holds now. Removing them twice does no harm.
+
+        Raises:
+            StoreUnavailableError: The file cannot be written, as on a full disk: `remove_stored` removes them later.
+        """
+        try:
+            await self._delete(ids)
+        except StoreUnavailableError:
+            self._stored += ids
+            raise
+
+    async def remove_stored(self) -> None:
+        """Remove what `remove` could not.
+
+        Raises:
+            StoreUnavailableError: The file still cannot be written.
+        """
+        # First: in a file that was put in its place the same ids are other rows.
+        await self.engine()
+        while batch := self._stored[:_REMOVED_ROWS]:
+            await self._delete(batch)
+            del self._stored[:_REMOVED_ROWS]
+
+    async def _delete(self, ids: Sequence[int]) -> None:
+        if not ids:
+            return
+        statement = delete(_events).where(_events.c.id == bindparam("row_id"))
+        rows = [{"row_id": each} for each in ids]
+        try:
+            async with self._transaction("write the spool") as connection:
+                await connection.execute(statement, rows)
+        except StoreUnavailableError:
+            if not await asyncio.to_thread(self._give_up_reserve):
+                raise
+            async with self._transaction("write the spool") as connection:
+                await connection.execute(statement, rows)
 
     async def quarantine(self, row_id: int, error: str) -> None:
         """Keep a row that the database refuses out of every further replay."""
@@ -221,6 +268,7 @@ class Spool:
             if self._engine is not None and is_gone(self.path, self._opened):
                 # The file was removed or replaced: what is written to it now would be lost when this process ends.
                 await self.close()
+                self._stored.clear()
             if self._engine is None:
                 _check_place(self.path)
                 create_folder(self.path.parent)
@@ -235,6 +283,31 @@ class Spool:
                     raise
                 self._engine, self._opened = engine, file_id(self.path)
             return self._engine
+
+    @property
+    def _reserve(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.reserve")
+
+    def _keep_reserve(self) -> None:
+        """Take room on the disk, of a small one half of what is left; where that fails there is none."""
+        with suppress(OSError):
+            size = min(_RESERVE_BYTES, shutil.disk_usage(self.path.parent).free // 2)
+            if self._reserve.exists() or size < _PAGE_BYTES:
+                return
+            create_file(self._reserve)
+            try:
+                # Random: zeros take no room on a disk that packs them.
+                self._reserve.write_bytes(os.urandom(size))
+            except OSError:
+                self._reserve.unlink()
+
+    def _give_up_reserve(self) -> bool:
+        """Give the room back; False if there was none."""
+        try:
+            self._reserve.unlink()
+        except OSError:
+            return False
+        return True
 
 
 def _check_place(path: Path) -> None:

@@ -112,6 +112,7 @@ class AuditWriter:
         self._recoverer: asyncio.Task[None] | None = None
         self._is_away = False
         self._is_closed = False
+        self._is_stuck = False
         self._retry_at = 0.0
 
     @property
@@ -309,7 +310,8 @@ class AuditWriter:
                         if self._is_away:
                             _logger.warning("The audit database is back, and nothing in the spool waits for it.")
                         self._is_away = False
-                        return
+                        break
+            await self._empty_spool()
 
     async def _replay_some(self) -> int:
         if not self.spool.exists:
@@ -325,17 +327,39 @@ class AuditWriter:
             return 0
         rows = [from_values(values) for _, values in waiting]
         results = await store_batch(self._backend, rows)
-        done = []
-        with self._spool_must_answer():
-            for (row_id, _), result in zip(waiting, results, strict=True):
-                if isinstance(result, Exception):
-                    await self.spool.quarantine(row_id, type(result).__name__)
-                else:
-                    done.append(row_id)
-            await self.spool.remove(done)
+        refused = {
+            row_id: type(result).__name__
+            for (row_id, _), result in zip(waiting, results, strict=True)
+            if isinstance(result, Exception)
+        }
+        done = [row_id for row_id, _ in waiting if row_id not in refused]
         self._replayed += len(done)
         self._notify_stored(rows, results)
+        with self._spool_must_answer():
+            # A full disk keeps them there, and the next ones must be stored all the same.
+            with suppress(StoreUnavailableError):
+                await self.spool.remove(done)
+            for row_id, error in refused.items():
+                await self.spool.quarantine(row_id, error)
         return len(waiting)
+
+    async def _empty_spool(self) -> None:
+        """Remove what is stored and could not be removed. Raises as long as that fails."""
+        if not self.spool.exists:
+            return
+        try:
+            await self.spool.remove_stored()
+        except StoreUnavailableError as exc:
+            if not self._is_stuck:
+                _logger.error(
+                    "The spool %s cannot be emptied. %s Its events are in the database, and leave it then. "
+                    "Until then an outage may lose others.",
+                    self.spool.path,
+                    exc,
+                )
+            self._is_stuck = True
+            raise
+        self._is_stuck = False
 
     def _notify_stored(self, rows: Sequence[EncodedRow], results: Sequence[RowResult]) -> None:
         if self._notify is not None:
