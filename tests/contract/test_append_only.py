@@ -10,7 +10,14 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store import GatewayStore
-from agent_gateway_store.storage.append_only import TABLES, open_door, unprotected
+from agent_gateway_store.storage.append_only import (
+    TABLES,
+    foreign_triggers,
+    is_door_open,
+    open_door,
+    unprotected,
+    where_triggers_are_off,
+)
 from builders import make_event
 
 COLUMN = {"audit_events": "tool_name", "audit_leaves": "leaf_hash", "audit_checkpoints": "note"}
@@ -139,6 +146,98 @@ async def test_a_trigger_that_is_gone_is_named_with_what_brings_it_back(sealed: 
             assert await unprotected(connection) == {}
         with pytest.raises(IntegrityError, match="append-only"):
             await execute(engine, "DELETE FROM audit_leaves")
+
+
+def remade(name: str, rest: str) -> tuple[str, ...]:
+    """Return the name of a trigger, and the statements that make another one under it."""
+    where = " ON audit_events" if name.endswith("append_only") else ""
+    return name, f"DROP TRIGGER {name}{where}", f"CREATE TRIGGER {name} BEFORE {rest}"
+
+
+OURS = "EXECUTE FUNCTION audit_append_only()"
+HARMLESS = "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+_all = "UPDATE OR DELETE OR TRUNCATE ON audit_events"
+NEUTRALISED: dict[str, dict[str, tuple[str, ...]]] = {
+    "sqlite": {
+        "another table": remade("audit_events_no_update", "UPDATE ON audit_tiles BEGIN SELECT 1; END"),
+        "one column": remade(
+            "audit_events_no_update", "UPDATE OF id ON audit_events BEGIN SELECT 1; END"
+        ),
+    },
+    "postgresql": {
+        "function": ("audit_append_only", f"CREATE OR REPLACE FUNCTION audit_append_only() {HARMLESS}"),
+        "caller's rights": ("audit_append_only", "ALTER FUNCTION audit_append_only() SECURITY INVOKER"),
+        "caller's schemas": ("audit_append_only", "ALTER FUNCTION audit_append_only() RESET search_path"),
+        "TRUNCATE only": remade("audit_events_append_only", f"TRUNCATE ON audit_events {OURS}"),
+        "never": remade("audit_events_append_only", f"{_all} WHEN (false) {OURS}"),
+        "one column": remade("audit_events_append_only", f"{_all.replace('UPDATE', 'UPDATE OF id')} {OURS}"),
+        "another function": (
+            *remade("audit_events_append_only", f"{_all} EXECUTE FUNCTION harmless()")[:2],
+            f"CREATE FUNCTION harmless() {HARMLESS}",
+            remade("audit_events_append_only", f"{_all} EXECUTE FUNCTION harmless()")[2],
+        ),
+    },
+}
+"""By database and case: what is named, and the statements that take the protection away under its own names."""
+
+
+async def test_a_trigger_that_is_not_as_it_was_made_is_named(sealed: GatewayStore) -> None:
+    """The name alone protects nothing; the statement that is named puts it right."""
+    engine = sealed.database.engine
+    for case, (name, *statements) in NEUTRALISED[engine.dialect.name].items():
+        await execute(engine, *statements)
+        async with engine.connect() as connection:
+            found = await unprotected(connection)
+        assert list(found) == [name], case
+        drop, rest = found[name].split("; ", 1) if found[name].startswith("DROP") else ("SELECT 1", found[name])
+        await execute(engine, drop, rest)
+        async with engine.connect() as connection:
+            assert await unprotected(connection) == {}
+        with pytest.raises(IntegrityError, match="append-only"):
+            await execute(engine, "UPDATE audit_events SET caller_id = 'x'")
+
+
+async def test_an_open_door_and_the_triggers_of_others_are_found(sealed: GatewayStore) -> None:
+    """A row that was committed, and what is not ours on these tables."""
+    engine = sealed.database.engine
+    on_postgres = engine.dialect.name == "postgresql"
+    async with engine.connect() as connection:
+        before = await is_door_open(connection), await foreign_triggers(connection)
+    if on_postgres:
+        theirs = [
+            "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+            "CREATE TRIGGER theirs BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()",
+            "CREATE RULE their_rule AS ON INSERT TO audit_leaves WHERE false DO INSTEAD NOTHING",
+        ]
+    else:
+        theirs = ["CREATE TRIGGER theirs BEFORE INSERT ON audit_events BEGIN SELECT 1; END"]
+    await execute(engine, "INSERT INTO audit_door VALUES (0)", *theirs)
+    async with engine.connect() as connection:
+        after = await is_door_open(connection), await foreign_triggers(connection)
+
+    assert before == (False, [])
+    assert after == (True, ["their_rule", "theirs"] if on_postgres else ["theirs"])
+
+
+@ON_POSTGRES
+async def test_sessions_that_fire_no_trigger_are_found(sealed: GatewayStore) -> None:
+    """By their database or their role, with the statement that ends it."""
+    engine = sealed.database.engine
+    async with engine.connect() as connection:
+        database = (await connection.execute(text("SELECT current_database()"))).scalar()
+    await execute(engine, "CREATE ROLE replicating")
+    try:
+        # Not the role in every database: other tests share the server.
+        for whom in (f"DATABASE {database}", f"ROLE replicating IN DATABASE {database}"):
+            await execute(engine, f"ALTER {whom} SET session_replication_role = replica")
+            async with engine.connect() as connection:
+                found = await where_triggers_are_off(connection)
+            assert found == [f"ALTER {whom} RESET session_replication_role"]
+            await execute(engine, *found)
+            async with engine.connect() as connection:
+                assert await where_triggers_are_off(connection) == []
+    finally:
+        await execute(engine, "DROP ROLE replicating")
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -184,6 +184,28 @@ REFUSING = {
 }
 
 
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("ALTER TABLE audit_events SET UNLOGGED", "UNLOGGED"),
+        ("ALTER TABLE audit_events ALTER transaction_id SET DEFAULT 3", "id of their transaction"),
+        ("INSERT INTO audit_door VALUES (3)", "audit_door"),
+    ],
+)
+def test_doctor_finds_a_log_that_was_weakened(
+    statement: str, said: str, migrated_postgres_database: Callable[[], str]
+) -> None:
+    """Each is a problem, and what it says to run mends it."""
+    url = migrated_postgres_database()
+    servers.run(execute_on(url, statement))
+    weak = gateway_store("--database-url", url, "doctor", "--json")
+    (problem,) = weak.json["problems"]
+    servers.run(execute_on(url, problem.split("`")[-2]))
+
+    assert (weak.code, said in problem) == (1, True)
+    assert gateway_store("--database-url", url, "doctor").code == 0
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_doctor_finds_a_trigger_that_refuses_events(kind: str, request: pytest.FixtureRequest) -> None:
     """Every event would end in quarantine. What is tried is rolled back."""

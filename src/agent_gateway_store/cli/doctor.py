@@ -242,16 +242,34 @@ async def _check_log(report: Report, engine: AsyncEngine) -> None:
     """Find triggers that do not protect the log, a role that could switch them off, and what is not sealed."""
     from sqlalchemy import text
 
-    from agent_gateway_store.storage.append_only import unprotected
+    from agent_gateway_store.storage import append_only
 
     async with examined(engine) as connection:
-        missing = await unprotected(connection)
+        missing = await append_only.unprotected(connection)
+        others = await append_only.foreign_triggers(connection)
+        is_open = await append_only.is_door_open(connection)
+        off = await append_only.where_triggers_are_off(connection)
         log = (await connection.execute(text(_LOG))).mappings().one()
     report.facts["log"] = {**log, "triggers_missing": [*missing]}
     for name, statement in missing.items():
         report.problem(
-            f"The trigger {name} is missing or switched off, so that rows of the audit log can be changed: find out "
-            f"who did that, verify the log, and run `{statement}` as the owner of the tables."
+            f"The trigger {name} is missing, switched off or not as it was made, so that rows of the audit log can be "
+            f"changed: find out who did that, verify the log, and run `{statement}` as the owner of the tables."
+        )
+    for statement in off:
+        report.problem(
+            "session_replication_role is replica, so that no trigger refuses changes of the audit log: find out who "
+            f"did that, verify the log, and run `{statement}` as a superuser."
+        )
+    if is_open:
+        report.problem(
+            "The table audit_door has a row, so that rows of the audit log can be changed: find out who left it, "
+            "verify the log, and run `DELETE FROM audit_door` as the owner of the tables."
+        )
+    if others:
+        report.warning(
+            f"Triggers or rules on the tables of the audit log are not the store's ({', '.join(map(word, others))}): "
+            "they can change or drop what is written; find out whose they are."
         )
     if engine.dialect.name == "postgresql" and await _scalar(engine, _OWNS_TABLES):
         report.warning(

@@ -39,6 +39,16 @@ SELECT relname FROM pg_class
 WHERE relrowsecurity AND oid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'),
         to_regclass('audit_tiles'), to_regclass('audit_checkpoints')])
 """
+# Acknowledged rows of such tables are gone after a crash of the server, and its standbys do not have them.
+_NOT_LOGGED = """
+SELECT relname::text FROM pg_class
+WHERE relpersistence <> 'p' AND oid = ANY (SELECT to_regclass(name) FROM unnest(CAST(:names AS text[])) AS name)
+ORDER BY relname
+"""
+_WRONG_TRANSACTION = """
+SELECT transaction_id IS DISTINCT FROM pg_current_xact_id()::text::bigint FROM audit_events WHERE id = :id
+"""
+_TRANSACTION_DEFAULT = "ALTER TABLE audit_events ALTER transaction_id SET DEFAULT (pg_current_xact_id()::text::bigint)"
 # Chosen: a week evens out weekends.
 _GROWTH_DAYS = 7
 _POSTGRES_BYTES = "SELECT pg_total_relation_size('audit_events') + pg_total_relation_size('audit_leaves')"
@@ -74,7 +84,7 @@ async def check_server(report: Report, engine: AsyncEngine, settings: StoreSetti
     checks: list[Callable[[Report, dict[str, Any], AsyncEngine], Awaitable[None]]]
     checks = [_check_clock, _check_ids, _check_insert]
     if engine.dialect.name == "postgresql":
-        checks += [_check_statistics, _check_policies]
+        checks += [_check_statistics, _check_policies, _check_persistence]
     for check in checks:
         async with report.noting_errors():
             await check(report, facts, engine)
@@ -113,6 +123,8 @@ async def _check_ids(report: Report, facts: dict[str, Any], engine: AsyncEngine)
 
 async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
     """Insert an event and roll it back: a trigger, a right or a constraint may refuse what the schema allows."""
+    from sqlalchemy import text
+
     from agent_gateway_store.audit.doors import write_door
     from agent_gateway_store.evidence.sealer import may_not_write
     from agent_gateway_store.storage.errors import IDS_IN_USE, is_id_taken, is_outage, sqlstate_of
@@ -120,8 +132,17 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
     facts["takes_events"] = False
     async with examined(engine) as connection:
         try:
-            await write_door(connection, "doctor", {}, by="doctor", environment="doctor", why="Rolled back.")
+            why = "Rolled back."
+            row_id = await write_door(connection, "doctor", {}, by="doctor", environment="doctor", why=why)
             facts["takes_events"] = True
+            if connection.dialect.name == "postgresql":
+                is_wrong = (await connection.execute(text(_WRONG_TRANSACTION), {"id": row_id})).scalar()
+                if is_wrong:
+                    report.problem(
+                        "New audit events do not get the id of their transaction, so that `audit tail`, `follow` and "
+                        f"sinks miss them: find out who changed that, and run `{_TRANSACTION_DEFAULT}` as the owner of "
+                        "the table."
+                    )
         except Exception as exc:
             if may_not_write(exc):
                 # A role of an auditor, or a server that reads only, of which more is said elsewhere.
@@ -161,6 +182,21 @@ async def _check_policies(report: Report, _facts: dict[str, Any], engine: AsyncE
         report.warning(
             f"Row-level security of {', '.join(found)} shows a role what its policies let it see: run "
             "`evidence verify` as a role to which none applies."
+        )
+
+
+async def _check_persistence(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    from sqlalchemy import text
+
+    from agent_gateway_store.models.tables import metadata
+
+    async with examined(engine) as connection:
+        found = (await connection.execute(text(_NOT_LOGGED), {"names": [*metadata.tables]})).scalars().all()
+    facts["unlogged_tables"] = [*found]
+    for name in found:
+        report.problem(
+            f"The table {name} is UNLOGGED: a crash of the server empties it, and standbys do not have it. Run `ALTER "
+            f"TABLE {name} SET LOGGED` as its owner."
         )
 
 

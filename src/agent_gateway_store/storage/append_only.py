@@ -72,21 +72,92 @@ async def open_door(connection: AsyncConnection) -> AsyncIterator[None]:
 
 
 async def unprotected(connection: AsyncConnection) -> dict[str, str]:
-    """Return the triggers that are missing or switched off, each with the statement that puts it back."""
-    dialect = connection.dialect.name
-    rows = await connection.execute(text(_POSTGRES_FOUND if dialect == "postgresql" else _SQLITE_FOUND))
-    found = {name: bool(is_on) for name, is_on in rows}
+    """Return the triggers that are not as they were made, or not on, each with the statement that puts it right.
+
+    On PostgreSQL their function may be among them.
+    """
+    if connection.dialect.name == "postgresql":
+        return await _unprotected_postgres(connection)
+    found = {row.name: row for row in await connection.execute(text(_SQLITE_FOUND))}
     return {
-        name: f"ALTER TABLE {table} ENABLE TRIGGER {name}" if name in found else statement
+        name: f"DROP TRIGGER {name}; {statement}" if name in found else statement
         for table in TABLES
-        for name, statement in triggers(dialect, table).items()
-        if not found.get(name)
+        for name, statement in triggers("sqlite", table).items()
+        if name not in found or (found[name].tbl_name, found[name].sql) != (table, statement)
     }
 
 
-# O: on, but for a session that replicates; A: always.
-_POSTGRES_FOUND = """
-SELECT tgname, tgenabled IN ('O', 'A') FROM pg_trigger
-WHERE tgrelid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'), to_regclass('audit_checkpoints')])
+async def _unprotected_postgres(connection: AsyncConnection) -> dict[str, str]:
+    found = {row.tgname: row for row in await connection.execute(text(_POSTGRES_FOUND))}
+    wrong = {}
+    # White space is not compared: a statement that was pasted into one line does the same.
+    body = " ".join(_FUNCTION.split("$$")[1].split())
+    if any(row.is_ours and (" ".join(row.prosrc.split()) != body or not row.is_safe) for row in found.values()):
+        wrong["audit_append_only"] = " ".join(_FUNCTION.split())
+    for table in TABLES:
+        for name, statement in triggers("postgresql", table).items():
+            row = found.get(name)
+            if row is None:
+                wrong[name] = statement
+            elif not row.is_ours or row.tgtype != _REFUSED or row.is_narrowed:
+                wrong[name] = f"DROP TRIGGER {name} ON {table}; {statement}"
+            elif not row.is_on:
+                wrong[name] = f"ALTER TABLE {table} ENABLE TRIGGER {name}"
+    return wrong
+
+
+async def foreign_triggers(connection: AsyncConnection) -> list[str]:
+    """Return the names of triggers, and on PostgreSQL of rules, on these tables that are not ours."""
+    dialect = connection.dialect.name
+    ours = {name for table in TABLES for name in triggers(dialect, table)}
+    if dialect == "postgresql":
+        names = (await connection.execute(text(_POSTGRES_OTHERS))).scalars().all()
+    else:
+        found = await connection.execute(text(_SQLITE_FOUND))
+        names = [row.name for row in found if row.tbl_name in TABLES]
+    return sorted({*names} - ours)
+
+
+async def is_door_open(connection: AsyncConnection) -> bool:
+    """True if a transaction that was committed has left the door open; False where this role may not see that."""
+    if connection.dialect.name == "postgresql":
+        may_read = text(f"SELECT has_table_privilege('{_DOOR}', 'SELECT')")
+        if not (await connection.execute(may_read)).scalar():
+            return False
+    return bool((await connection.execute(text(f"SELECT EXISTS (SELECT 1 FROM {_DOOR})"))).scalar())  # noqa: S608  likewise
+
+
+async def where_triggers_are_off(connection: AsyncConnection) -> list[str]:
+    """Return for whom PostgreSQL does not fire triggers, as a replica; each with the statement that mends it."""
+    if connection.dialect.name != "postgresql":
+        return []
+    found = list((await connection.execute(text(_REPLICATING))).scalars())
+    if not found and (await connection.execute(text("SHOW session_replication_role"))).scalar() == "replica":
+        found.append("ALTER SYSTEM RESET session_replication_role")
+    return found
+
+
+# What pg_trigger.tgtype holds of BEFORE (2) DELETE (8) OR UPDATE (16) OR TRUNCATE (32) FOR EACH STATEMENT (0).
+_REFUSED = 2 + 8 + 16 + 32
+_OUR_TABLES = "(ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'), to_regclass('audit_checkpoints')])"
+# tgenabled O: on, but for a session that replicates; A: always.
+_POSTGRES_FOUND = f"""
+SELECT tgname, tgtype, tgenabled IN ('O', 'A') AS is_on, proname = 'audit_append_only' AS is_ours, prosrc,
+    tgqual IS NOT NULL OR tgattr::text <> '' AS is_narrowed,
+    prosecdef AND coalesce(proconfig = ARRAY['search_path=pg_catalog, pg_temp'], false) AS is_safe
+FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+WHERE tgrelid = ANY {_OUR_TABLES}
+"""  # noqa: S608  names of our own
+_POSTGRES_OTHERS = f"""
+SELECT tgname::text FROM pg_trigger WHERE tgrelid = ANY {_OUR_TABLES} AND NOT tgisinternal
+UNION ALL SELECT rulename::text FROM pg_rewrite WHERE ev_class = ANY {_OUR_TABLES}
+"""  # noqa: S608  likewise
+_REPLICATING = """
+SELECT concat_ws(' ', 'ALTER', 'ROLE ' || CASE setrole WHEN 0 THEN NULL ELSE setrole::regrole::text END,
+    CASE WHEN setrole <> 0 AND setdatabase <> 0 THEN 'IN' END, 'DATABASE ' || quote_ident(datname),
+    'RESET session_replication_role')
+FROM pg_db_role_setting LEFT JOIN pg_database ON pg_database.oid = setdatabase
+WHERE 'session_replication_role=replica' = ANY (setconfig)
+    AND (setdatabase = 0 OR datname = current_database())
 """
-_SQLITE_FOUND = "SELECT name, 1 FROM sqlite_master WHERE type = 'trigger'"
+_SQLITE_FOUND = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
