@@ -44,7 +44,16 @@ def _spool_path(value: Any) -> Any:
     try:
         return Path(value).expanduser()
     except RuntimeError:
-        raise ValueError("it begins with ~, and this user has no home folder") from None
+        raise ValueError("this user has no home folder: set AUDIT_SPOOL_PATH to a file, or HOME") from None
+
+
+def _default_spool_path() -> Path:
+    try:
+        folder = user_state_path("agent-gateway-store")
+    except RuntimeError:
+        # This user has no home. So other versions of platformdirs have it, and the validator says what to set.
+        folder = Path("~/.local/state/agent-gateway-store")
+    return folder / "spool.db"
 
 
 def _web_url(value: str | None) -> str | None:
@@ -156,9 +165,7 @@ class StoreSettings(EnvironmentSettings):
     approval_max_pending: int = Field(default=100, ge=1, le=2**31 - 1)
     approval_cache_seconds: float = Field(default=2, ge=0, allow_inf_nan=False)
     audit_mode: Literal["spool", "strict"] = "spool"
-    audit_spool_path: Annotated[Path, BeforeValidator(_spool_path)] = Field(
-        default_factory=lambda: user_state_path("agent-gateway-store") / "spool.db"
-    )
+    audit_spool_path: Annotated[Path, BeforeValidator(_spool_path)] = Field(default_factory=_default_spool_path)
     redis_timeout_seconds: float = Field(default=0.2, gt=0, allow_inf_nan=False)
     plugin_timeout_seconds: float = Field(default=5, gt=0, allow_inf_nan=False)
     # bcrypt itself takes 4 to 31. At 10 a check takes about 50 ms.

@@ -160,9 +160,7 @@ _all = "UPDATE OR DELETE OR TRUNCATE ON audit_events"
 NEUTRALISED: dict[str, dict[str, tuple[str, ...]]] = {
     "sqlite": {
         "another table": remade("audit_events_no_update", "UPDATE ON audit_tiles BEGIN SELECT 1; END"),
-        "one column": remade(
-            "audit_events_no_update", "UPDATE OF id ON audit_events BEGIN SELECT 1; END"
-        ),
+        "one column": remade("audit_events_no_update", "UPDATE OF id ON audit_events BEGIN SELECT 1; END"),
     },
     "postgresql": {
         "function": ("audit_append_only", f"CREATE OR REPLACE FUNCTION audit_append_only() {HARMLESS}"),

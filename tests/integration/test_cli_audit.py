@@ -193,6 +193,15 @@ def test_a_reader_that_goes_away_is_no_error_to_shout_about(tmp_path: Path) -> N
     assert (searching.wait(10), err) == (141, "")
 
 
+@pytest.mark.parametrize("command", ["evidence verify --json", "audit export out.jsonl", "audit search", "demo"])
+def test_a_closed_standard_error_stops_no_command(tmp_path: Path, command: str) -> None:
+    """As a cron job or a service may have it."""
+    program = f"{shlex.quote(sys.executable)} -m agent_gateway_store.cli {command} 2>&-"
+    ended = subprocess.run(["/bin/sh", "-c", program], stdout=subprocess.DEVNULL, cwd=tmp_path, timeout=120)
+
+    assert ended.returncode == 0
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
     ("target", "code", "says"), [(">&-", 0, ""), (">/dev/full", 1, "The disk is full: make room and try again.\n")]

@@ -286,6 +286,22 @@ def test_the_spool_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tm
         StoreSettings(audit_spool_path="~nobody-has-this-name/spool.db")
 
 
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in many containers: no HOME, and no entry among the users."""
+
+    def unknown(_uid: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    for name in ("XDG_STATE_HOME", "AUDIT_SPOOL_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ValidationError, match="no home folder: set AUDIT_SPOOL_PATH to a file, or HOME"):
+        StoreSettings()
+
+    assert StoreSettings(audit_spool_path="spool.db").audit_spool_path == Path("spool.db")
+
+
 def test_the_default_hash_key_follows_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prefixed name wins, also where it is empty to switch the key off."""
     assert default_hash_key() is None

@@ -13,9 +13,11 @@ __all__ = ["main"]
 
 def main() -> NoReturn:
     """Run the command line on `sys.argv` and exit: the console entry point."""
-    # A process that was started with standard output closed, as by `>&-`, has None here.
+    # A process that was started with one of them closed, as by `>&-`, has None here.
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  it stays open
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  likewise
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             # A terminal that cannot show a character gets its escape, where Python would raise UnicodeEncodeError.
