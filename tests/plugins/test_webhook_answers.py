@@ -39,6 +39,16 @@ class TestAnswers:
 
         assert len(server.requests) == 1
 
+    async def test_answer_that_was_there_before_the_request_is_none(self) -> None:
+        """What a receiver sends behind an answer acknowledges no later notice; that one is sent again."""
+        async with serving(b"HTTP/1.1 204 No Content\r\n\r\n" + OK, OK) as server:
+            notifier = notifier_for(server)
+            await notifier.notify_pending(make_notice())
+            await refusal(notifier, "before it was asked")
+            await notifier.notify_pending(make_notice())
+
+        assert server.connections == 2
+
     @pytest.mark.parametrize("line", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
     async def test_redirect_is_a_failure_and_not_followed(self, line: str) -> None:
         """The place it names sees no connection."""
