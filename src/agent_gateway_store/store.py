@@ -8,7 +8,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -113,6 +113,9 @@ class GatewayStore:
             auto_migrate,
         )
         self._bind(core, None)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A store cannot be pickled: make one in each process.")
 
     def _bind(self, core: _Core, org_id: str | None) -> None:
         self._core, self._org_id, self.settings = core, org_id, core.settings

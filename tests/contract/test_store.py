@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -336,6 +337,18 @@ async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: C
     await asyncio.to_thread(servers.run, store.migrate())
 
     assert await asyncio.to_thread(servers.run, work()) == 0
+
+
+async def test_a_store_is_not_pickled(store: GatewayStore) -> None:
+    """As for a pool of processes, also the blocking one, one of an organisation, and one that was never opened."""
+    for each in (
+        store,
+        store.for_org("acme"),
+        SyncGatewayStore("sqlite://"),
+        SyncGatewayStore("sqlite://").for_org("a"),
+    ):
+        with pytest.raises(TypeError, match="make one in each process"):
+            pickle.dumps(each)
 
 
 async def test_forked_process_is_refused(store: GatewayStore) -> None:

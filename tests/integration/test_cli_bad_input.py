@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -337,6 +338,24 @@ def test_a_wrong_setting_is_named_and_its_value_is_not_repeated(environment: dic
 
     outcome.assert_fails(2, next(iter(environment)).removeprefix("AGENT_GATEWAY_STORE_").lower())
     assert "hunter2" not in outcome.said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed there")
+@pytest.mark.parametrize("command", [("audit", "search"), ("doctor",), ("demo",)], ids=" ".join)
+def test_a_current_folder_that_was_removed_is_a_sentence(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database's file, among others, would be there."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(gone)
+        gone.rmdir()
+        outcome = gateway_store(*command)
+
+    assert outcome.code in (ExitCode.ERROR, ExitCode.UNAVAILABLE)
+    assert "The current folder was removed: change to another one" in outcome.err
+    assert "Unexpected" not in outcome.err
 
 
 def test_an_unexpected_error_is_a_sentence_and_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,7 +335,7 @@ def test_doctor_lists_every_database_that_events_wait_for(tmp_path: Path) -> Non
     (other,) = audit["spool_other_targets"]
     assert other == {
         "target": servers.run(identity_of(there)),
-        "url": f"sqlite://:/{tmp_path}/there.db",
+        "url": f"sqlite:///{tmp_path}/there.db",
         "waiting": 1,
         "quarantined": 1,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         export()
     assert target.read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names are Unicode there")
+def test_a_name_that_is_no_utf_8_is_a_name(tmp_path: Path) -> None:
+    """As of a file that came from an older system."""
+    target = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    with partial(target, overwrite=False) as written:
+        written.write_text("ours")
+
+    assert [os.fsencode(each.name) for each in tmp_path.iterdir()] == [b"caf\xe9.jsonl"]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])

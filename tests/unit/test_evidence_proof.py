@@ -368,7 +368,7 @@ NOT_EVIDENCE = {
     "surrogate": json.dumps(PROVED | {"event": PROVED["event"] | {"caller_id": "\ud800"}}),
     "twice": SOURCES["json"].replace('"position": 3', '"position": 3, "position": 3'),
     "deep": "[" * 100_000,
-    "deep-arguments": json.dumps(PROVED).replace('"ticket": "A-1"', '"ticket": ' + "[" * 5000 + "]" * 5000),
+    "deep-arguments": json.dumps(PROVED).replace('"ticket": "A-1"', '"ticket": ' + "[" * 100_000 + "]" * 100_000),
     "endless-number": json.dumps(PROVED).replace('"position": 3', f'"position": {"9" * 10_000}'),
     "infinity": json.dumps(PROVED).replace('"tokens": 12', '"tokens": 1e999'),
     "beyond-any-exponent": json.dumps(PROVED).replace('"tokens": 12', f'"tokens": 1e{"9" * 20}'),

@@ -22,6 +22,7 @@ from agent_gateway_store.cli.doctor_database import (
     examined,
     free_bytes,
     retention_facts,
+    shown,
 )
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
@@ -364,13 +365,13 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
         )
     others = [each for each in targets if not spool.is_own(each)]
     facts |= {"spool_waiting": waiting, "spool_quarantined": quarantined}
-    facts["spool_other_targets"] = [each._asdict() for each in others]
+    facts["spool_other_targets"] = [each._asdict() | {"url": each.url and shown(each.url)} for each in others]
     if waiting:
         report.warning(f"{waiting} events wait in the spool: an open store brings them in while the database answers.")
     if quarantined:
         report.warning(f"{quarantined} events were refused by the database and are kept in the spool's quarantine.")
     for each in others:
-        place = f", last at {word(each.url)}" if each.url else ""
+        place = f", last at {word(shown(each.url))}" if each.url else ""
         report.warning(
             f"{each.waiting} events wait in the spool for another database ({word(each.target)}{place}), and "
             f"{each.quarantined} are quarantined: a store open on it brings them in; if this one replaces it, run "

@@ -276,6 +276,13 @@ async def _free_bytes(connection: AsyncConnection, file: Path | None) -> int | N
     return free_bytes(file)
 
 
+def shown(url: str) -> str:
+    """Return the URL of a spooled row as people write it: where it has no port, a colon stands in it all the same."""
+    scheme, _, rest = url.partition("://")
+    server, _, name = rest.partition("/")
+    return f"{scheme}://{server.removesuffix(':')}/{name}"
+
+
 def free_bytes(path: Path) -> int | None:
     """Return the free bytes of the disk that holds `path`, or is to hold it; None if that cannot be seen."""
     try:

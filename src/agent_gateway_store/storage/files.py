@@ -181,7 +181,8 @@ def _is_replaceable(path: Path, *, as_folder: bool) -> bool:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    name = path.name.encode()[:_NAME_BYTES].decode("utf-8", "ignore")
+    # A name of the system need not be UTF-8; a character of one that is must not be cut in two.
+    name = os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", "ignore")
     return path.with_name(f".{name}.{secrets.token_hex(6)}.{suffix}")
 
 
