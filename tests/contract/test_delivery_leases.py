@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -62,6 +63,25 @@ async def test_a_late_result_takes_no_row_from_the_worker_that_has_it(database_u
         await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)])
 
         assert [row[:2] for row in await rows(store, "status, attempts")] == [("DELIVERED", 2)]
+
+
+async def test_a_late_result_is_none_of_a_dead_letter_that_is_sent_again(database_url: str) -> None:
+    """Its attempts count from 1 again, so that a worker that outlived its lease may have had the same number."""
+    async with quiet_store(database_url) as store:
+        late, held = await claimed_twice(store)
+        # The clock was moved, and this machine's was not.
+        late = replace(late, lease_ends_before=late.lease_ends_before - POLICY.lease_s - 1)
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DEAD, 2)])
+        assert await store.notifications.redrive() == 1
+        (again,) = await claim(store.database, "post", 10, POLICY)
+        assert again.attempt == late.attempt
+        leased = await rows(store, STATE)
+        for result in results(late):
+            await record(store.database, [result])
+            assert await rows(store, STATE) == leased
+        await record(store.database, [AttemptResult(again, DeliveryStatus.DEAD, 1)])
+
+        assert [row[:2] for row in await rows(store, "status, attempts")] == [("DEAD", 1)]
 
 
 @pytest.mark.parametrize("status", list(DeliveryStatus))

@@ -67,7 +67,7 @@ def delivery(*, seconds_left: float = 60) -> Delivery:
         status=ApprovalStatus.PENDING,
     )
     send_before = time.monotonic() + seconds_left
-    return Delivery(notice.delivery_id, "post", notice.approval_id, 1, notice, send_before)
+    return Delivery(notice.delivery_id, "post", notice.approval_id, 1, notice, send_before, send_before + 60)
 
 
 def ids(results: Sequence[AttemptResult]) -> list[tuple[UUID, str]]:

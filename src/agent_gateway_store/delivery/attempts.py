@@ -51,8 +51,10 @@ class Delivery:
     Attributes:
         notifier: To whom.
         notice: What to send; None if the row holds no notice.
-        attempt: Number of this attempt, from 1; the row is leased to us while it still says so.
+        attempt: Number of this attempt, from 1; another worker counts on from there.
         send_before: Until when the attempt may begin, by `time.monotonic()`.
+        lease_ends_before: If the row's lease ends later, another worker has it, also in an attempt of the same number:
+            a dead letter that is sent again counts from 1.
         cause: The span that caused it, if that was here.
     """
 
@@ -62,6 +64,7 @@ class Delivery:
     attempt: int
     notice: Notice | None
     send_before: float
+    lease_ends_before: float
     cause: Any = None
 
 
@@ -99,6 +102,7 @@ _RESULTS = RowsParameter(
         "status": Text(),
         "error": Text(),
         "delay_s": Float(53),
+        "lease_left_s": Float(53),
     },
 )
 _TYPES: dict[str, TypeEngine[Any]] = {
@@ -124,6 +128,7 @@ def _statement(sql: str, *names: str) -> Statement:
                 WHERE id IN (SELECT id FROM due)
                 RETURNING {", ".join(names)}
                 """,  # noqa: S608  names of the program's own
+            "lease_end": clock_sql(dialect, plus="given.lease_left_s"),
             "next_time": clock_sql(dialect, plus="given.delay_s"),
             "skip_locked": "FOR UPDATE SKIP LOCKED" if dialect == "postgresql" else "",
             "approvals": _APPROVALS.sql(dialect),
@@ -193,7 +198,7 @@ _RECORD = _statement(
     FROM {results} AS given
     WHERE delivery.delivery_id = given.delivery_id AND (
         given.status = 'DELIVERED' AND delivery.status <> 'DELIVERED'
-        OR delivery.status = 'DUE' AND delivery.attempts = given.attempt
+        OR delivery.status = 'DUE' AND delivery.attempts = given.attempt AND delivery.next_attempt_at < {lease_end}
     )
     RETURNING id
     """,
@@ -251,9 +256,9 @@ async def claim_next(
 
 
 def _leased(rows: list[dict[str, Any]], leased_at: float, policy: Policy) -> list[Delivery]:
-    send_before = leased_at + policy.send_within_s
+    times = leased_at + policy.send_within_s, policy.lease_ends_before(leased_at)
     return [
-        Delivery(row["delivery_id"], row["notifier"], row["approval_id"], row["attempts"], _notice_of(row), send_before)
+        Delivery(row["delivery_id"], row["notifier"], row["approval_id"], row["attempts"], _notice_of(row), *times)
         for row in sorted(rows, key=lambda row: row["id"])
     ]
 
@@ -281,6 +286,7 @@ async def record(transactions: Transactions, results: Sequence[AttemptResult]) -
             "status": result.status.value,
             "error": result.error,
             "delay_s": result.delay_s,
+            "lease_left_s": result.delivery.lease_ends_before - time.monotonic(),
         }
         for result in results
     ]

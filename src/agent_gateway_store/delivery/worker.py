@@ -166,11 +166,12 @@ class DeliveryWorker:
         if self._is_closed:
             return
         send_before = leased.since + self.policy.send_within_s
+        times = send_before, self.policy.lease_ends_before(leased.since)
         cause = telemetry.current_span()
         for name, delivery_id in leased.ids.items():
             if (queue := self._queues.get(name)) is not None:
                 sent = notice.model_copy(update={"delivery_id": delivery_id})
-                queue.put(Delivery(delivery_id, name, notice.approval_id, 1, sent, send_before, cause))
+                queue.put(Delivery(delivery_id, name, notice.approval_id, 1, sent, *times, cause))
         self._claim_next([(name, notice.approval_id) for name in self._queues if name not in leased.ids])
 
     async def run(self, *, once: bool, org_id: str | None = None) -> int:
