@@ -16,7 +16,7 @@ from fastmcp.server import create_proxy
 from fastmcp_helpers import Bench
 from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResult
 
-from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, clock
+from agent_gateway_store import AuditEvent, CallerIdentity, GatewayStore, StoreSettings, clock
 
 pytestmark = pytest.mark.integration
 
@@ -99,6 +99,34 @@ async def test_a_denied_call_is_refused_each_time(bench: Bench) -> None:
         assert "DENIED by alice" in refused.content[0].text  # type: ignore[union-attr]
     assert [(each.decision, each.approver_id) for each in await events(bench)][1:] == [("DENY", "alice")] * 2
     assert not await bench.store.approvals.list_requests("PENDING")
+
+
+@pytest.mark.parametrize("on_pending", ["wait", "return"])
+@pytest.mark.parametrize("end", ["revoke", "another role"])
+async def test_a_key_that_ends_while_its_call_waits_runs_nothing(bench: Bench, on_pending: str, end: str) -> None:
+    """The approval is asked for in the name of the key; whoever has it no longer gets nothing by it."""
+    issued = await bench.store.keys.issue("agent", role="developer")
+
+    async def identify(_context: Any) -> CallerIdentity:
+        found = await bench.store.keys.verify(issued.plaintext)
+        return found if end == "revoke" else found.model_copy(update={"role": roles[-1]})
+
+    roles = ["developer"]
+    options = {"on_pending": on_pending, "identify": identify, "approval_wait_s": 30}
+    waiting = asyncio.create_task(ask(bench, **options))
+    request = await bench.pending()
+    if end == "revoke":
+        await bench.store.keys.revoke("agent")
+    roles.append("guest")
+    await bench.store.approvals.approve(approval_id=request.approval_id, approver_id="alice")
+
+    refused = await waiting
+
+    assert (refused.is_error, bench.ran) == (True, [])
+    [event] = await bench.store.audit.list_recent()
+    assert (event.decision, event.execution_status, event.caller_id) == ("DENY", None, "agent")
+    stands = await bench.store.approvals.get(approval_id=request.approval_id)
+    assert (stands.status, stands.outcome) in [("CANCELLED", None), ("USED", "NOT_RUN")]
 
 
 async def test_a_client_that_waits_gets_the_result(bench: Bench) -> None:

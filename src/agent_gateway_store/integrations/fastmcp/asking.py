@@ -45,12 +45,12 @@ async def acquire(
 
     Args:
         bind: What the tool takes, which may change before the same call comes again.
-        before_use: Awaited once it is acquired; raises if another tool would run now than was asked for. The approval
-            is spent then.
+        before_use: Awaited once it is acquired; raises if another tool would run now than was asked for, or for another
+            caller. The approval is spent then.
 
     Raises:
         CallPendingError: Nobody has decided yet.
-        ToolError: It was denied, or the tool changed.
+        ToolError: It was denied, or the tool or the caller changed.
         ApprovalError: It cannot be asked for.
         StoreUnavailableError: The store cannot answer.
     """
@@ -69,7 +69,7 @@ async def acquire(
         raise _refusal(record, acquired, wait_s)
     try:
         await before_use()
-    except ToolError:
+    except Exception:
         await note_outcome(approvals, record, token=None, approval_id=acquired.approval_id)
         raise
     record.approver_id, record.approval_id = acquired.approver_id, acquired.approval_id
@@ -101,7 +101,8 @@ async def ask(
     changed, it is cancelled.
 
     Args:
-        before_use: Awaited once it is approved; raises if another tool would run now than was asked for.
+        before_use: Awaited once it is approved; raises if another tool would run now than was asked for, or for another
+            caller.
 
     Raises:
         ToolError: It was denied, cancelled or has expired, or nobody decided in time.

@@ -44,6 +44,7 @@ from agent_gateway_store.store import GatewayStore
 
 _WITHHELD = "The call could not be recorded, so its result is withheld: tell the operator."
 _REPLACED = "The tool changed while the call waited, so it was not run: call again."
+_OTHER_CALLER = "The caller's key or role changed while the call waited, so it was not run: call again."
 _logger = logging.getLogger("agent_gateway_store.integrations")
 
 
@@ -62,8 +63,9 @@ class GatewayMiddleware(PinningMiddleware):
     Args:
         store: Opened and closed by the host, in the lifespan of the server.
         policy: Called with the caller and the call; returns the `Verdict`. Each callback may be sync or async.
-        identify: Returns the caller, given the context of the middleware. None verifies the API key in
-            `Authorization: Bearer` or `X-API-Key` of the HTTP request; stdio has no such request.
+        identify: Returns the caller, given the context of the middleware; asked again before an approved call runs.
+            None verifies the API key in `Authorization: Bearer` or `X-API-Key` of the HTTP request; stdio has no such
+            request.
         sanitize: Returns the arguments that approvers and the audit log may see. Default: their names only. The
             version is always shown, and always that there are answers.
         server: Name of this server in the record, or what returns it for one call, given the context of the
@@ -182,8 +184,7 @@ class GatewayMiddleware(PinningMiddleware):
     ) -> tuple[ResolvedTool, str | None]:
         server = await self._name(context)
         record.call = record.call.model_copy(update={"server": server})
-        caller: CallerIdentity = await call_back("identify", self._identify, context, returns=CallerIdentity)
-        record.caller = caller
+        record.caller = caller = await self._caller(context)
         resolved = await self._resolve(context, context.message, server)
         record.call = resolved.call
         record.shown = await self._shown(record.call)
@@ -210,6 +211,10 @@ class GatewayMiddleware(PinningMiddleware):
         record.decision = Decision.ALLOW
         return resolved, None
 
+    async def _caller(self, context: MiddlewareContext[Any]) -> CallerIdentity:
+        caller: CallerIdentity = await call_back("identify", self._identify, context, returns=CallerIdentity)
+        return caller
+
     async def _name(self, context: MiddlewareContext[Any]) -> str:
         if callable(self._server):
             return str(await call_back("server", self._server, context, returns=str))
@@ -226,14 +231,17 @@ class GatewayMiddleware(PinningMiddleware):
     async def _require_unchanged(
         self, record: CallRecord, resolved: ResolvedTool, context: MiddlewareContext[Any], server: str
     ) -> None:
+        record.decision = Decision.DENY
+        if await self._caller(context) != record.caller:
+            raise ToolError(_OTHER_CALLER)
         try:
             now = await self._resolve(context, resolved.message, server)
             is_same = (now.call, now.code) == (resolved.call, resolved.code)
         except (NotFoundError, DisabledError, ToolError):
             is_same = False
         if not is_same:
-            record.decision = Decision.DENY
             raise ToolError(_REPLACED)
+        record.decision = Decision.APPROVAL_REQUIRED
 
     async def _shown(self, call: ToolCall) -> dict[str, Any]:
         shown = dict(await call_back("sanitize", self._sanitize, _copy(call), returns=Mapping))
