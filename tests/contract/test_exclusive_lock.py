@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
+import os
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,15 +110,16 @@ async def test_a_migration_by_a_link_waits_for_one_of_the_file(tmp_path: Path, m
     await engine.dispose()
 
 
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_IOERR_LOCK, sqlite3.SQLITE_PERM])
 async def test_a_folder_without_locks_is_used_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on some network file systems."""
 
     class Refusing(sqlite3.Connection):
         def execute(self, *arguments: object) -> sqlite3.Cursor:
             error = sqlite3.OperationalError("disk I/O error")
-            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_LOCK
+            error.sqlite_errorcode = code
             raise error
 
     connect = sqlite3.connect
@@ -124,3 +128,52 @@ async def test_a_folder_without_locks_is_used_with_a_warning(
         async with folder_lock(tmp_path, wait_s=0, busy="Another process works there"):
             pass
     assert "let one process at a time work there" in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+async def test_a_folder_that_answers_each_lock_with_an_error_is_used_with_a_warning(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite takes some of these for the lock of another process, as of NFS without its lock service."""
+    fcntl = pytest.importorskip("fcntl")
+
+    class Busy(sqlite3.Connection):
+        def execute(self, *arguments: object) -> sqlite3.Cursor:
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise error
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(exclusive.sqlite3, "connect", lambda *a, **options: connect(*a, factory=Busy, **options))
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with caplog.at_level(logging.WARNING):
+        async with folder_lock(tmp_path, wait_s=0, busy="Another process works there"):
+            pass
+    assert f"let one process at a time work there: [Errno {code}]" in caplog.text
+    assert [each.name for each in tmp_path.iterdir()] == [".lock"]
+
+
+async def test_looking_for_locks_lets_go_of_none(tmp_path: Path) -> None:
+    """A file that is opened and closed loses the locks that the process has on it."""
+    async with folder_lock(tmp_path, wait_s=0, busy=""):
+        with pytest.raises(StoreUnavailableError, match="Another process works there"):
+            async with folder_lock(tmp_path, wait_s=0, busy="Another process works there"):
+                pass
+        script = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN EXCLUSIVE')"
+        other = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", script, str(tmp_path / ".lock")), stderr=asyncio.subprocess.PIPE
+        )
+        assert b"database is locked" in (await other.communicate())[1]
+
+
+@pytest.mark.parametrize("content", ["12345\n", "somebody's notes\n" * 100])
+async def test_a_lock_file_of_something_else_is_named(content: str, tmp_path: Path) -> None:
+    """A file by that name with the number of a process, which is left as it is."""
+    (tmp_path / ".lock").write_text(content)
+    with pytest.raises(StoreUnavailableError, match=r"\.lock cannot be locked, for it is a file of something else"):
+        async with folder_lock(tmp_path, wait_s=0, busy=""):
+            pass
+    assert (tmp_path / ".lock").read_text() == content

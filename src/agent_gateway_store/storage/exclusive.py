@@ -6,9 +6,12 @@ import asyncio
 import hashlib
 import logging
 import sqlite3
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from errno import ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP, EPERM
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeAlias
 
 from sqlalchemy import text
@@ -30,6 +33,8 @@ POLL_S = 0.01
 """Seconds between two tries to lock a file. Chosen: a person notices no such wait."""
 # PostgreSQL's lock_not_available: lock_timeout ended the wait.
 _NOT_AVAILABLE = "55P03"
+# What a file system without locks says: NFS without its lock service, or FUSE.
+_NO_LOCKS = frozenset({ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP, EPERM})
 # Idle while others work: the server's limits are meant for other transactions.
 _LIMITS = """
 SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{wait_ms}ms' ELSE '0' END, true) FROM pg_settings
@@ -141,16 +146,25 @@ async def file_lock(path: Path, *, wait_s: float, busy: str, is_needed: bool = T
     """
     create_database_file(path)
     lock = None
+    # SQLite takes such an answer for the lock of another process.
+    refusal: Exception | None = None if is_needed else _refusal_of_locks(path.parent)
     try:
-        lock = await _locked(path, wait_s)
+        if refusal is None:
+            lock = await _locked(path, wait_s)
     except sqlite3.OperationalError as exc:
         if _has(exc, sqlite3.SQLITE_BUSY):
             raise StoreUnavailableError(f"{busy}: wait for it or end it, then try again.") from exc
-        if is_needed or not _has(exc, sqlite3.SQLITE_IOERR):
+        if is_needed or not (_has(exc, sqlite3.SQLITE_IOERR) or _has(exc, sqlite3.SQLITE_PERM)):
             raise StoreUnavailableError(
                 f"{path} cannot be locked: check that its folder exists and can be written."
             ) from exc
-        _logger.warning("%s cannot be locked, so let one process at a time work there: %s.", path, exc)
+        refusal = exc
+    except sqlite3.DatabaseError as exc:
+        raise StoreUnavailableError(
+            f"{path} cannot be locked, for it is a file of something else: remove it, or choose another folder."
+        ) from exc
+    if refusal is not None:
+        _logger.warning("%s cannot be locked, so let one process at a time work there: %s.", path, refusal)
     try:
         yield
     finally:
@@ -171,6 +185,21 @@ async def folder_lock(folder: Path, *, wait_s: float, busy: str) -> AsyncIterato
         create_file(path)
     async with file_lock(path, wait_s=wait_s, busy=busy, is_needed=False):
         yield
+
+
+def _refusal_of_locks(folder: Path) -> OSError | None:
+    """Return what the file system of a folder answers where it has no locks; None where it has some, or on Windows."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    with suppress(OSError), TemporaryFile(dir=folder, prefix=f"{FOLDER_LOCK}-") as file:
+        # Of a new file: closing the one that SQLite locks would end the lock.
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            return exc if exc.errno in _NO_LOCKS else None
+    return None
 
 
 async def _locked(path: Path, wait_s: float) -> sqlite3.Connection:
