@@ -13,7 +13,7 @@ from agent_gateway_store.errors import AuditEventNotFoundError, LogMismatchError
 from agent_gateway_store.evidence import Evidence, check
 from agent_gateway_store.evidence.proof import prove
 from agent_gateway_store.evidence.tree import TileHashes
-from agent_gateway_store.models.approval import hash_approval
+from agent_gateway_store.models.approval import hash_approval, hash_tool_call, is_of_call
 from agent_gateway_store.models.evidence import AuditCheckpoint, AuditLeaf
 from builders import CALL, make_event, make_request
 from sealed_log import KEY, SealedLog
@@ -141,6 +141,25 @@ async def test_sanitised_arguments_keep_no_approval_out(store: GatewayStore) -> 
     event = make_event(request_id="r-1", tool_name=CALL.tool, raw_args_hash=raw, sanitized_args={"path": "***"})
 
     assert (await prove_unsealed(store, event)).approval is not None
+
+
+@pytest.mark.parametrize("rekeyed", ["event", "approval"])
+async def test_hashes_under_two_keys_keep_no_approval_out(store: GatewayStore, rekeyed: str) -> None:
+    """A host that hashes arguments under no key or an old one; equal arguments, but not those of another call."""
+    key = "k" * 40 if rekeyed == "event" else None
+    await store.approvals.issue_token(make_request(request_id="r-1", tool_call=CALL))
+    [request] = await store.approvals.search(request_id="r-1")
+    if rekeyed == "approval":
+        request = request.model_copy(update={"tool_call_hash": hash_tool_call(CALL, key="k" * 40)})
+
+    def fits(path: str) -> bool | None:
+        args = CALL.arguments | {"path": path}
+        raw = AuditEvent.hash_args(args, key=key)
+        event = make_event(request_id="r-1", tool_name=CALL.tool, raw_args_hash=raw, sanitized_args=args)
+        return is_of_call(request, event)
+
+    assert fits(CALL.arguments["path"]) is None
+    assert fits("other") is False
 
 
 async def prove_unsealed(store: GatewayStore, event: AuditEvent) -> Evidence:

@@ -230,8 +230,8 @@ def is_of_call(request: ApprovalRequest, event: AuditEvent, *, key: str | None =
         key: As in `AuditEvent.hash_args`.
 
     Returns:
-        False: it is of another call. None: of the same caller, server and tool, but as arguments were sanitised, their
-        hashes cannot be compared.
+        False: it is of another call. None: of the same caller, server and tool, but their hashes cannot be compared, as
+        arguments were sanitised, or hashed under another key.
     """
     shown = request.tool_call
     same = (event.org_id, event.caller_id, event.mcp_server, event.tool_name)
@@ -241,12 +241,17 @@ def is_of_call(request: ApprovalRequest, event: AuditEvent, *, key: str | None =
         return True
     # What is bound is a hash over the whole call, and of an event it is one over the arguments: they meet where either
     # of the two shows the arguments as they run.
+    shown_hash = hash_json(shown.arguments, key=key)
     if request.tool_call_hash == hash_json(_document(shown), key=key):
-        return event.raw_args_hash == hash_json(shown.arguments, key=key)
-    if event.raw_args_hash == hash_json(event.sanitized_args, key=key):
+        fits = event.raw_args_hash == shown_hash
+    elif event.raw_args_hash == hash_json(event.sanitized_args, key=key):
         run = ToolCall(server=shown.server, tool=shown.tool, arguments=event.sanitized_args)
-        return request.tool_call_hash == hash_json(_document(run), key=key)
-    return None
+        fits = request.tool_call_hash == hash_json(_document(run), key=key)
+    else:
+        return None
+    # Where both show the same, one of the two hashes may have been made under another key.
+    is_same_shown = shown_hash == hash_json(event.sanitized_args, key=key)
+    return fits or (None if is_same_shown else False)
 
 
 class ApprovalResult(FrozenModel):
