@@ -18,10 +18,11 @@ from enum import Enum
 from functools import cached_property
 from itertools import islice
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from pydantic import BaseModel
+from pydantic.fields import ModelPrivateAttr
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Chosen: a hundred times what is ever stored, and read in a second; an iterator without end must end somewhere.
@@ -79,7 +80,7 @@ def holds_more(value: Any) -> bool:
     """True if a model, a dataclass or a container has values that `plain` leaves out, or that cannot be read.
 
     Those are attributes that are no fields. A `cached_property` says nothing new, and neither does a private attribute
-    that is still its default.
+    that is still its default, or still equal to the container that its factory makes.
     """
     kind = type(value)
     has_fields = issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind)
@@ -91,16 +92,28 @@ def holds_more(value: Any) -> bool:
         parts = [each for each in (state if type(state) is tuple else (state,)) if each]
         found = {name: each for part in parts for name, each in part.items()}
         private = found.get("__pydantic_private__") or {}
-        defaults = {name: each.default for name, each in getattr(kind, "__private_attributes__", {}).items()}
-        if any(each is not defaults.get(name, _UNREADABLE) for name, each in private.items()):
+        attributes = getattr(kind, "__private_attributes__", {})
+        if not all(name in attributes and _is_default(each, attributes[name]) for name, each in private.items()):
             return True
-        names = set(kind.model_fields) if issubclass(kind, BaseModel) else set()
+        # What `typing` leaves on an object of a generic class: its type.
+        names = {"__orig_class__", *(kind.model_fields if issubclass(kind, BaseModel) else ())}
         if dataclasses.is_dataclass(kind):
             names |= {each.name for each in dataclasses.fields(kind)}
         others = [name for name in found if name not in names and not name.startswith("__pydantic_")]
         return not all(isinstance(inspect.getattr_static(kind, name, None), cached_property) for name in others)
     except Exception:
         return True
+
+
+def _is_default(value: Any, attribute: ModelPrivateAttr) -> bool:
+    default, make = attribute.default, cast("Callable[[], Any] | None", attribute.default_factory)
+    if make is not None:
+        # Another factory may count, or open a connection.
+        if not issubclass(type(value), _BUILT_IN):
+            return False
+        default = make()
+    # Equal, for Pydantic copies defaults.
+    return value is default or (type(value) is type(default) and bool(value == default))
 
 
 def is_text(text: str) -> bool:
