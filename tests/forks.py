@@ -158,7 +158,8 @@ class Fork:
     async def connect(self, into: int, out: int) -> None:
         """Take its pipes as streams."""
         loop = asyncio.get_running_loop()
-        self.stdout = asyncio.StreamReader()
+        # A line may be an approval whose arguments are as large as they can be.
+        self.stdout = asyncio.StreamReader(limit=2**24)
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(self.stdout), os.fdopen(out, "rb", 0))
         transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(into, "wb", 0))
         self.stdin = asyncio.StreamWriter(transport, protocol, None, loop)

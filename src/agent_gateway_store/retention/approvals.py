@@ -53,11 +53,13 @@ class ApprovalPruner:
         self._before = before
         self._manifest = None if archive is None else Manifest(archive)
 
+    async def require_rights(self) -> None:
+        """Delete nothing: a role that may not delete is refused before anything is written to the folder."""
+        async with self._database.write() as connection:
+            await connection.execute(delete(_approvals).where(false()))
+
     async def start(self, still_locked: StillHeld) -> PrunedApprovals:
         """Make the archive, or remove what a killed run has left in it; delete what that run has archived last."""
-        async with self._database.write() as connection:
-            # A role that may not delete is refused before anything is archived.
-            await connection.execute(delete(_approvals).where(false()))
         if (manifest := self._manifest) is None:
             return PrunedApprovals()
         await in_thread(manifest.open)

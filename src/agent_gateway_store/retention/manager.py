@@ -297,6 +297,7 @@ class RetentionManager:
         folder = None if archive is None else Path(archive)
         environment = self._settings.environment
         pruner = ApprovalPruner(self._database, by=by, environment=environment, before=end, archive=folder)
+        await pruner.require_rights()
         async with self._writing(folder) as still_locked:
             total = await pruner.start(still_locked)
         while True:
