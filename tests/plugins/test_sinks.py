@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from agent_gateway_store import AuditEvent, StoreSettings, hookimpl
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.hooks.manager import Plugins
-from agent_gateway_store.plugins.file_sink import FileSink
+from agent_gateway_store.plugins.file_sink import FileSink, append
 from agent_gateway_store.plugins.http_sink import HttpSink, HttpSinkSettings
 from builders import make_event
 
@@ -153,6 +153,17 @@ class TestFile:
             await FileSink(path).send(EVENTS[1:])
 
         assert path.read_text("utf-8") == before
+
+    def test_a_process_forked_while_it_writes_does_not_keep_the_file_from_others(self, tmp_path: Path) -> None:
+        """The child has what is open at that moment for as long as it lives."""
+        path, inherited = tmp_path / "log.jsonl", list[int]()
+        append(path, b"{}\n", lambda file: inherited.append(os.dup(file)))
+        try:
+            append(path, b"{}\n")
+        finally:
+            os.close(inherited[0])
+
+        assert path.read_bytes() == b"{}\n{}\n"
 
 
 def test_sinks_are_there_where_they_are_set_up(monkeypatch: pytest.MonkeyPatch) -> None:

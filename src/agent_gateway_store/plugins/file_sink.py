@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,7 @@ def append(path: Path, data: bytes, repair: Callable[[int], None] | None = None)
             raise OSError("The disk is full: nothing was written.")
         os.fsync(file)
     finally:
+        _unlock(file)
         os.close(file)
     if is_new and hasattr(os, "O_DIRECTORY"):
         # The file's name is on disk only when its folder is.
@@ -137,7 +139,7 @@ def append(path: Path, data: bytes, repair: Callable[[int], None] | None = None)
 
 
 def _lock(file: int) -> None:
-    """Lock an open file until it is closed; OSError if another process has it for longer than a second."""
+    """Lock an open file until `_unlock`; OSError if another process has it for longer than a second."""
     if sys.platform == "win32":
         return
     import fcntl
@@ -156,3 +158,13 @@ def _lock(file: int) -> None:
             return
         else:
             return
+
+
+def _unlock(file: int) -> None:
+    """Give the lock back: to close the file is not enough where a child, forked meanwhile, has it open as well."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
