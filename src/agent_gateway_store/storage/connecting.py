@@ -52,7 +52,8 @@ class Connector:
     """Connects an engine with asyncpg; for `connect_args` under the name `async_creator_fn`.
 
     Of several servers the one that was connected last is tried first, and each has its share of the time: a server that
-    hangs does not keep the others from being tried.
+    hangs does not keep the others from being tried. One whose pooler let us in, and has no connection to it that is
+    free, is asked again for as long as time is left.
     """
 
     def __init__(self) -> None:
@@ -74,36 +75,49 @@ class Connector:
     async def _connect(self, host: Any = None, port: Any = None, **arguments: Any) -> asyncpg.Connection:
         if not isinstance(host, list) or arguments.get("target_session_attrs") == "prefer-standby":
             return await _connect_one(host=host, port=port, **arguments)
+        now, deadline = asyncio.get_running_loop().time, None
         if (timeout_s := arguments.pop("timeout", None)) is not None:
+            deadline = now() + timeout_s
             timeout_s /= len(host)
-        failure: BaseException | None = None
-        for step in range(len(host)):
-            index = (self._last + step) % len(host)
+        failures: dict[int, BaseException] = {}
+        indexes = [(self._last + step) % len(host) for step in range(len(host))]
+        while indexes:
+            index = indexes.pop(0)
             try:
                 connection = await _connect_one(host=host[index], port=port[index], timeout=timeout_s, **arguments)
             except _TRY_NEXT as exc:
-                # That no server takes writes says more than that another one is away.
-                if not isinstance(failure, asyncpg.TargetServerAttributeNotMatched):
-                    failure = exc
+                failures[index] = exc
             else:
                 self._last = index
                 return connection
-        assert failure is not None  # noqa: S101
-        raise failure
+            if not indexes and deadline is not None and (timeout_s := deadline - now()) > 0:
+                # One whose pool is busy may be the right one, and has the time that the others left.
+                indexes = [each for each, failure in failures.items() if isinstance(failure, _NoAnswerError)][:1]
+        # What a server said, or failed to say, says more than that another one is away.
+        telling = (_NoAnswerError, asyncpg.TargetServerAttributeNotMatched, BaseException)
+        raise next(each for kind in telling for each in reversed(failures.values()) if isinstance(each, kind))
+
+
+class _NoAnswerError(TimeoutError):
+    """The server, or a pooler before it, let us in, and did not say in time what it is."""
 
 
 async def _connect_one(*, ask_for: str | None = None, timeout: float | None = None, **arguments: Any) -> Any:
     """Return a connection to a server which says itself, where a pooler is before it, that it is what is asked for."""
+    started = asyncio.get_running_loop().time()
     connection = await asyncpg.connect(timeout=timeout, **arguments)
     if ask_for is not None:
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(None if timeout is None else started + timeout):
                 # In a transaction: outside, a pooler may change the server between two messages.
                 await connection.execute("BEGIN")
                 state = await connection.fetchrow(_STATE)
                 await connection.execute("COMMIT")
             if state[ask_for]:
                 raise asyncpg.TargetServerAttributeNotMatched(f"The server is not {ask_for}.")
+        except TimeoutError as exc:
+            connection.terminate()
+            raise _NoAnswerError("The server did not say in time what it is.") from exc
         except BaseException:
             connection.terminate()
             raise
