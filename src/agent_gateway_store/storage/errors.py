@@ -64,7 +64,7 @@ IDS_IN_USE = (
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
     ("valid client certificate", "the server asks for a client certificate: add sslcert= and sslkey= to DATABASE_URL"),
-    ("no encryption", "the server takes this user only with TLS: add sslmode=require or verify-full to DATABASE_URL"),
+    ("no encryption", "the server takes this user only with TLS: set sslmode=require or verify-full in DATABASE_URL"),
     ("no pg_hba.conf entry", "the server's pg_hba.conf lets nobody in like this: add an entry for this user and host"),
     # Also what the two above say in another language than English.
     (

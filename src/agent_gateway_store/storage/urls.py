@@ -254,9 +254,10 @@ def _tls(
     if not (sslrootcert or sslcert):
         return mode
     if mode in ("disable", "allow", "prefer"):
+        name = "sslrootcert" if sslrootcert else "sslcert"
+        wanted = f"{'set' if sslmode or ssl else 'add'} {'ssl' if ssl else 'sslmode'}=verify-full"
         raise InvalidUrlError(
-            f"{'sslrootcert' if sslrootcert else 'sslcert'} in the database URL has no effect where TLS is no must: "
-            "add sslmode=verify-full."
+            f"{name} in the database URL has no effect where TLS is no must: {wanted}, or remove {name}."
         )
     try:
         context = create_default_context(cafile=sslrootcert and str(Path(sslrootcert).expanduser()))
