@@ -60,11 +60,20 @@ async def test_a_file_that_took_its_place_is_not_written(tmp_path: Path) -> None
         assert {event.request_id for event in await store.audit.list_recent()} == {"old", "new-1", "new-2", "new-3"}
 
 
-async def test_a_file_is_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative name counts from where the store was made."""
-    monkeypatch.chdir(tmp_path)
-    async with GatewayStore("sqlite:///gateway.db", redis_url="") as store:
+@pytest.mark.parametrize("url", ["sqlite:///gateway.db", "sqlite:///file:gateway%2edb?mode=rwc&uri=true"])
+async def test_a_file_is_the_same_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """A relative name counts from where the store was made, also for connections that are new."""
+    home, away = tmp_path / "at home, 100%3f é#?", tmp_path / "elsewhere"
+    home.mkdir()
+    away.mkdir()
+    monkeypatch.chdir(home)
+    async with GatewayStore(url, redis_url="") as store:
         assert await store.audit.write(make_event()) == "STORED"
-        (tmp_path / "elsewhere").mkdir()
-        monkeypatch.chdir(tmp_path / "elsewhere")
+        monkeypatch.chdir(away)
+        await store.database.engine.dispose()
         assert await store.audit.write(make_event()) == "STORED"
+        assert len(await store.audit.list_recent()) == 2
+    assert (home / "gateway.db").exists()
+    assert not list(away.iterdir())

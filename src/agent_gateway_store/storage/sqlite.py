@@ -95,9 +95,9 @@ class _Connection(aiosqlite.Connection):
 def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     """Return an engine for a SQLite URL: see `create_engine`."""
     path = sqlite_file(url)
-    if path is not None and not str(url.database).startswith("file:"):
-        # The driver notes where a relative name leads to now, and so must whoever asks the engine for its URL.
-        url = url.set(database=str(path.absolute()))
+    if path is not None and not path.is_absolute():
+        # Connections that come later, and whoever asks the engine for its URL, must find the same file.
+        url = url.set(database=_from_here(str(url.database)))
     file = _File(path, is_made=url.query.get("mode", "rwc") == "rwc")
     engine = create_async_engine(
         url,
@@ -119,6 +119,13 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     event.listen(engine.sync_engine, "engine_disposed", file.await_closed)
     return engine
+
+
+def _from_here(name: str) -> str:
+    """Return a relative name of a file, or a URI of SQLite that holds one, with the folder it counts from."""
+    if not name.startswith("file:"):
+        return str(Path(name).absolute())
+    return f"{Path.cwd().as_uri().rstrip('/')}/{name.removeprefix('file:')}"
 
 
 class _File:
