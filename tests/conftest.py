@@ -89,6 +89,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Let go of the values of its fixtures: those of the last test of a module would be hidden, and no leak found."""
+    getattr(item, "funcargs", {}).clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hidden_is_collected() -> Iterator[None]:
+    """Collect, as the last of all, what was hidden and is used no longer; pytest itself would say it in no worker."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _garbage_is_collected() -> Iterator[None]:
     """Collect what a module leaves, and hide the rest: collecting took a tenth of the run and grew with each module."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -118,3 +120,40 @@ def test_archive_holds_what_the_tests_read(tmp_path: Path) -> None:
     assert {".ci/run", ".github/workflows/release.yml", "scripts/generate_floors.py", "benchmarks/report.py"} <= held
     assert named <= held
     assert not [name for name in held if re.search(r"\.venv|__pycache__|\.git/|gateway\.db", name)]
+
+
+LEAKS = """
+import socket, pytest
+
+class Leak:
+    def __init__(self):
+        self.socket, self.circle = socket.socket(), self
+
+@pytest.fixture(scope="SCOPE")
+def leak():
+    return Leak()
+
+def test_passes(leak):
+    assert leak
+"""
+
+
+@pytest.mark.parametrize("scope", ["function", "session"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_last_test_leaks_fails_the_run(tmp_path: Path, scope: str, workers: int) -> None:
+    """What the fixtures hide from the garbage collector hides no leak, in a worker neither."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_leak.py").write_text(LEAKS.replace("SCOPE", scope))
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", f"-n{workers}", "-pno:cacheprovider"),
+            *("-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path / "test_leak.py"),
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "Exception ignored in: <socket.socket" in ended.stdout
