@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import sqlite3
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from agent_gateway_store import GatewayStore
+from agent_gateway_store.archive.manifest import archive_lock
 from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.evidence.publish import publish_lock
 from agent_gateway_store.retention.manager import retention_lock
 from agent_gateway_store.storage import exclusive, migrate
 from agent_gateway_store.storage.database import create_engine
@@ -177,3 +180,43 @@ async def test_a_lock_file_of_something_else_is_named(content: str, tmp_path: Pa
         async with folder_lock(tmp_path, wait_s=0, busy=""):
             pass
     assert (tmp_path / ".lock").read_text() == content
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+async def test_others_publish_where_the_umask_lets_them(umask: int, tmp_path: Path) -> None:
+    """As for the files that are published; the lock of an archive, which is private, is for its owner alone."""
+    async with GatewayStore("sqlite://", redis_url="") as store:
+        before = os.umask(umask)
+        try:
+            async with publish_lock(store.database, tmp_path / "public"), archive_lock(tmp_path / "archive"):
+                pass
+        finally:
+            os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / folder / ".lock").stat().st_mode) for folder in ("public", "archive")]
+    assert modes == [0o666 & ~umask, 0o600]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+async def test_a_lock_file_of_another_user_is_told(mode: int, tmp_path: Path) -> None:
+    """The folder may well be there and writable."""
+    if os.geteuid() != 0:
+        pytest.skip("only root makes files of other users")
+    (tmp_path / ".lock").touch(mode)
+    script = """
+import asyncio, os, sys
+from pathlib import Path
+from agent_gateway_store.storage.exclusive import folder_lock
+
+async def main():
+    async with folder_lock(Path("."), wait_s=0, busy=""):
+        pass
+
+os.chmod(".", 0o777)
+os.setuid(65534)
+asyncio.run(main())
+"""
+    ended = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", script), cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+    )
+    said = (await ended.communicate())[1].decode()
+    assert ".lock belongs to another user: work as that one, or let this one write it." in said

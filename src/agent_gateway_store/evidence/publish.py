@@ -25,7 +25,7 @@ from agent_gateway_store.evidence.tree import (
 from agent_gateway_store.models.evidence import Checkpoint
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.exclusive import ExclusiveLock, folder_lock, key_of
-from agent_gateway_store.storage.files import partial, sync
+from agent_gateway_store.storage.files import PUBLIC_FILE_MODE, partial, sync
 
 # Chosen: 512 KiB of hashes in memory.
 _TILES_AT_ONCE = 64
@@ -48,7 +48,7 @@ async def publish_lock(database: Database, folder: Path) -> AsyncIterator[None]:
     async with lock() as still_held:
         await asyncio.to_thread(_make_folder, folder)
         # A process that is frozen may lose the lock of the database, and keeps this one.
-        async with folder_lock(folder, wait_s=_WAIT_S, busy=_BUSY):
+        async with folder_lock(folder, wait_s=_WAIT_S, busy=_BUSY, mode=PUBLIC_FILE_MODE):
             await still_held()
             yield
 

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage.database import Database, read_committed
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
-from agent_gateway_store.storage.files import create_database_file, create_file
+from agent_gateway_store.storage.files import FILE_MODE, create_database_file, create_file, is_of_another_user
 from agent_gateway_store.storage.urls import real_sqlite_file
 
 _logger = logging.getLogger("agent_gateway_store.storage")
@@ -155,9 +155,11 @@ async def file_lock(path: Path, *, wait_s: float, busy: str, is_needed: bool = T
         if _has(exc, sqlite3.SQLITE_BUSY):
             raise StoreUnavailableError(f"{busy}: wait for it or end it, then try again.") from exc
         if is_needed or not (_has(exc, sqlite3.SQLITE_IOERR) or _has(exc, sqlite3.SQLITE_PERM)):
-            raise StoreUnavailableError(
-                f"{path} cannot be locked: check that its folder exists and can be written."
-            ) from exc
+            if is_of_another_user(path):
+                what = f"{path} belongs to another user: work as that one, or let this one write it."
+            else:
+                what = f"{path} cannot be locked: check that its folder exists and can be written."
+            raise StoreUnavailableError(what) from exc
         refusal = exc
     except sqlite3.DatabaseError as exc:
         raise StoreUnavailableError(
@@ -173,8 +175,13 @@ async def file_lock(path: Path, *, wait_s: float, busy: str, is_needed: bool = T
 
 
 @asynccontextmanager
-async def folder_lock(folder: Path, *, wait_s: float, busy: str) -> AsyncIterator[None]:
+async def folder_lock(folder: Path, *, wait_s: float, busy: str, mode: int = FILE_MODE) -> AsyncIterator[None]:
     """Hold the lock of a folder that is there, by a file in it; where its file system has no locks, only warn.
+
+    Args:
+        folder: Which.
+        wait_s: As of `ExclusiveLock`, like `busy`.
+        mode: Of the file where it is made, less the umask: whoever may not write it cannot take the lock.
 
     Raises:
         OSError: The folder cannot be written.
@@ -182,7 +189,7 @@ async def folder_lock(folder: Path, *, wait_s: float, busy: str) -> AsyncIterato
     """
     path = folder / FOLDER_LOCK
     with suppress(FileExistsError):
-        create_file(path)
+        create_file(path, mode)
     async with file_lock(path, wait_s=wait_s, busy=busy, is_needed=False):
         yield
 

@@ -20,17 +20,19 @@ from typing import Literal, TypeVar
 from agent_gateway_store.results.arrow import arrow
 
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
+PUBLIC_FILE_MODE = 0o666
+"""What other programs give a new file: the umask says who may do what with it."""
 
 
-def create_file(path: Path) -> None:
-    """Create an empty file for its owner alone.
+def create_file(path: Path, mode: int = FILE_MODE) -> None:
+    """Create an empty file for its owner alone, or with another mode, of which the umask takes away.
 
     Raises:
         FileExistsError: It is there already.
         OSError: Its folder is not there, or cannot be written.
     """
     # Exclusive: closing a file that SQLite has open in this process would end the locks on it.
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE))
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
 
 
 def create_database_file(path: Path) -> None:
@@ -61,6 +63,14 @@ def create_folder(path: Path) -> None:
     missing = [each for each in (path, *path.parents) if not each.exists()]
     for each in reversed(missing):
         each.mkdir(FOLDER_MODE, exist_ok=True)
+
+
+def is_of_another_user(path: Path) -> bool:
+    """True if a file is there and belongs to another user; False also where users cannot be told, as on Windows."""
+    try:
+        return os.name != "nt" and path.stat().st_uid != os.geteuid()
+    except OSError:
+        return False
 
 
 def open_to_others(path: Path) -> str | None:
