@@ -383,19 +383,34 @@ def require_owner(owner: Owner | None) -> None:
 
 
 class Claim:
-    """Keeps a store from other event loops, whose threads could open it while this one does."""
+    """Keeps a store from other event loops, whose threads could open it while this one does: `with claim:`.
 
-    def __init__(self) -> None:
+    Entered in another loop, or process, than those that are in it, it raises StoreNotOpenError.
+
+    Args:
+        is_kept: Whether whoever was in it last keeps it, as for a store that is open then.
+    """
+
+    def __init__(self, is_kept: Callable[[], bool]) -> None:
+        self._is_kept = is_kept
         self._owner: Owner | None = None
+        self._count = 0
         self._lock = threading.Lock()
 
-    def take(self) -> None:
-        """Claim the store until `release`, again if it is claimed here; else raise StoreNotOpenError."""
+    @property
+    def is_shared(self) -> bool:
+        """Whether more than one is in it, or somebody keeps it."""
+        return self._count > 1 or self._is_kept()
+
+    def __enter__(self) -> None:
         with self._lock:
             if self._owner is not None:
                 require_owner(self._owner)
             self._owner = owner_here()
+            self._count += 1
 
-    def release(self) -> None:
-        """Let others claim it."""
-        self._owner = None
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0 and not self._is_kept():
+                self._owner = None

@@ -326,7 +326,7 @@ class _Core:
         self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
         self._opening: SingleFlight[None] = SingleFlight()
-        self._claim = Claim()
+        self._claim = Claim(lambda: self.outbox.is_open)
 
     async def forget_approvals(self, approval_ids: Collection[UUID]) -> bool:
         if self.redis.client is None or not approval_ids:
@@ -342,10 +342,13 @@ class _Core:
     async def open(self) -> None:
         if not self._is_open_here():
             # Tasks that open it at once share the work, which ends with the last of them that is cancelled.
-            await self._opening.run(asyncio.get_running_loop(), self._open)
+            await self._opening.run(asyncio.get_running_loop(), self._open_claimed)
+
+    async def _open_claimed(self) -> None:
+        with self._claim:
+            await self._open()
 
     async def _open(self) -> None:
-        self._claim.take()
         try:
             await self._prepare_schema()
             identity = await read_identity(self.database.engine)
@@ -388,14 +391,13 @@ class _Core:
         if self._is_open_here():
             await migrate.upgrade(self.database.engine)
             return
-        self._claim.take()
-        try:
-            await migrate.upgrade(self.database.engine)
-        finally:
-            if not is_memory(self.database.engine.url):
-                # Its connections belong to this event loop; the store may be opened in another one.
-                await self.database.close()
-            self._claim.release()
+        with self._claim:
+            try:
+                await migrate.upgrade(self.database.engine)
+            finally:
+                if not (is_memory(self.database.engine.url) or self._claim.is_shared):
+                    # Its connections belong to this event loop; the store may be opened in another one.
+                    await self.database.close()
 
     async def _prepare_schema(self) -> None:
         engine = self.database.engine
@@ -417,10 +419,9 @@ class _Core:
 
     async def close(self) -> None:
         self._is_open_here()
-        self._claim.take()
         # Each step runs whatever becomes of those before it.
         async with AsyncExitStack() as steps:
-            steps.callback(self._claim.release)
+            steps.enter_context(self._claim)
             if self._own_redis is not None:
                 steps.push_async_callback(self._own_redis.aclose)
             steps.push_async_callback(self.redis.join)

@@ -308,6 +308,41 @@ async def test_another_loop_is_refused_while_the_store_opens(
     await asyncio.to_thread(servers.run, opened())
 
 
+async def test_a_migration_that_ends_while_the_store_opens_lets_no_other_loop_in(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it close the connections of whoever opens the store; once that one has closed it, others may come."""
+    store, begun, goes_on = GatewayStore(database_url, redis_url=""), asyncio.Event(), asyncio.Event()
+    real = store_module.AuditWriter.open
+
+    async def slow(writer: Any) -> None:
+        begun.set()
+        await goes_on.wait()
+        await real(writer)
+
+    async def refused() -> None:
+        with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
+            await asyncio.wait_for(store.open(), 20)
+
+    monkeypatch.setattr(store_module.AuditWriter, "open", slow)
+    opening = asyncio.create_task(store.open())
+    await begun.wait()
+    await store.migrate()
+    await asyncio.to_thread(servers.run, refused())
+    goes_on.set()
+    await opening
+    monkeypatch.undo()
+    assert await store.audit.write(make_event()) == "STORED"
+    await asyncio.to_thread(servers.run, refused())
+    await store.close()
+
+    async def opened() -> None:
+        async with store:
+            assert len(await store.audit.list_recent()) == 1
+
+    await asyncio.to_thread(servers.run, opened())
+
+
 async def test_a_store_that_could_not_be_opened_may_be_opened_in_another_loop(database_url: str) -> None:
     """What failed keeps nothing."""
     store = GatewayStore(database_url, redis_url="", auto_migrate=False)
