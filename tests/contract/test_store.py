@@ -67,32 +67,6 @@ async def test_an_open_that_is_cancelled_halfway_is_closed(database_url: str, mo
         assert await store.audit.write(make_event()) == "STORED"
 
 
-async def test_a_task_that_opens_at_the_same_time_keeps_the_store_open(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one that began is cancelled halfway; the other one works on."""
-    store, begun, goes_on = GatewayStore(database_url, redis_url=""), asyncio.Event(), asyncio.Event()
-    real = store_module.AuditWriter.open
-
-    async def slow(writer: Any) -> None:
-        begun.set()
-        await goes_on.wait()
-        await real(writer)
-
-    monkeypatch.setattr(store_module.AuditWriter, "open", slow)
-    first = asyncio.create_task(store.open())
-    await begun.wait()
-    second = asyncio.create_task(store.open())
-    await asyncio.sleep(0)
-    first.cancel()
-    await asyncio.wait([first])
-    goes_on.set()
-    await second
-
-    assert await store.audit.write(make_event()) == "STORED"
-    await store.close()
-
-
 def test_constructing_connects_nothing(tmp_path: Path) -> None:
     """A store for servers that do not exist, and one for a file, open no socket, thread or file."""
     before = threading.active_count()
@@ -272,106 +246,6 @@ async def test_another_loop_is_refused(store: GatewayStore) -> None:
 
     assert await store.keys.list() == []
     assert await store.audit.write(make_event()) == "STORED"
-
-
-async def test_another_loop_is_refused_while_the_store_opens(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As once it is open; whoever was first works on, and the other one may open it after its end."""
-    store, begun, goes_on = GatewayStore(database_url, redis_url=""), threading.Event(), asyncio.Event()
-    real = store_module.AuditWriter.open
-
-    async def slow(writer: Any) -> None:
-        begun.set()
-        await goes_on.wait()
-        await real(writer)
-
-    async def refused() -> None:
-        for act in (store.open, store.close, store.migrate):
-            with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
-                await asyncio.wait_for(act(), 20)
-
-    async def opened() -> None:
-        async with store:
-            assert await store.audit.write(make_event()) == "STORED"
-
-    monkeypatch.setattr(store_module.AuditWriter, "open", slow)
-    opening = asyncio.create_task(store.open())
-    await asyncio.to_thread(begun.wait)
-    await asyncio.to_thread(servers.run, refused())
-    monkeypatch.undo()
-    goes_on.set()
-    await opening
-    assert await store.audit.write(make_event()) == "STORED"
-    await store.close()
-
-    await asyncio.to_thread(servers.run, opened())
-
-
-async def test_a_migration_that_ends_while_the_store_opens_lets_no_other_loop_in(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor does it close the connections of whoever opens the store; once that one has closed it, others may come."""
-    store, begun, goes_on = GatewayStore(database_url, redis_url=""), asyncio.Event(), asyncio.Event()
-    real = store_module.AuditWriter.open
-
-    async def slow(writer: Any) -> None:
-        begun.set()
-        await goes_on.wait()
-        await real(writer)
-
-    async def refused() -> None:
-        with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
-            await asyncio.wait_for(store.open(), 20)
-
-    monkeypatch.setattr(store_module.AuditWriter, "open", slow)
-    opening = asyncio.create_task(store.open())
-    await begun.wait()
-    await store.migrate()
-    await asyncio.to_thread(servers.run, refused())
-    goes_on.set()
-    await opening
-    monkeypatch.undo()
-    assert await store.audit.write(make_event()) == "STORED"
-    await asyncio.to_thread(servers.run, refused())
-    await store.close()
-
-    async def opened() -> None:
-        async with store:
-            assert len(await store.audit.list_recent()) == 1
-
-    await asyncio.to_thread(servers.run, opened())
-
-
-async def test_a_store_that_could_not_be_opened_may_be_opened_in_another_loop(database_url: str) -> None:
-    """What failed keeps nothing."""
-    store = GatewayStore(database_url, redis_url="", auto_migrate=False)
-    async with GatewayStore(database_url, redis_url="") as other:
-        async with other.database.write() as connection:
-            await connection.exec_driver_sql("ALTER TABLE agent_gateway_store_version RENAME TO hidden")
-        with pytest.raises(errors.GatewayStoreError):
-            await store.open()
-        async with other.database.write() as connection:
-            await connection.exec_driver_sql("ALTER TABLE hidden RENAME TO agent_gateway_store_version")
-
-    async def opened() -> None:
-        async with store:
-            assert await store.audit.write(make_event()) == "STORED"
-
-    await asyncio.to_thread(servers.run, opened())
-
-
-async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: Callable[[], str]) -> None:
-    """A script may migrate by `asyncio.run` and work by another `asyncio.run`."""
-    store = GatewayStore(postgres_database())
-
-    async def work() -> int:
-        async with store:
-            return len(await store.keys.list())
-
-    await asyncio.to_thread(servers.run, store.migrate())
-
-    assert await asyncio.to_thread(servers.run, work()) == 0
 
 
 async def test_a_store_is_not_pickled(store: GatewayStore) -> None:
