@@ -5,32 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any
 
 import pytest
-from contract_helpers import BY_TOKEN, GatedNotifier, approved, seen
+from contract_helpers import GatedNotifier, approved, seen
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, errors
 from agent_gateway_store.testing import RecordingNotifier
-from builders import CALL, make_event, make_request
-
-Use = Callable[[GatewayStore], Awaitable[Any]]
-USES: list[Use] = [
-    *(partial(lambda use, store: use(store, "token"), use) for use in BY_TOKEN),
-    lambda store: store.audit.list_recent(),
-    lambda store: store.audit.get_by_request_id("r-1"),
-    lambda store: store.audit.write(make_event()),
-    lambda store: store.audit.write_many([make_event()]),
-    lambda store: store.audit.flush(),
-    lambda store: store.approvals.issue_token(make_request()),
-    lambda store: store.approvals.list_requests(),
-    lambda store: store.approvals.expire_stale(),
-    lambda store: store.keys.issue("dev-agent", role="r"),
-    lambda store: store.keys.list(),
-    lambda store: store.for_org("acme").keys.list(),
-]
+from builders import CALL, make_request
 
 
 async def test_notifier_hears_of_asking_and_deciding(database_url: str) -> None:
