@@ -13,7 +13,7 @@ import asyncpg
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
 from benchmarks.audit_writes import concurrently, timed
 from benchmarks.events import events
-from benchmarks.filling import database
+from benchmarks.filling import database, settle
 from benchmarks.memory import own_peak_mb
 from benchmarks.report import Figure
 
@@ -34,8 +34,10 @@ async def measure(url: str, *, repeat: int, rows: int, scale: float) -> list[Fig
 async def _beside_writers(url: str, repeat: int, count: int) -> Figure:
     figure = Figure("write, 64 writers, sealing every second", "events/s", "the same without sealing", 0.9)
     async with database(url) as made:
-        for _ in range(repeat):
-            for seal_s, samples in ((0.0, figure.limit), (1.0, figure.ours)):
+        sides = [(0.0, figure.limit), (1.0, figure.ours)]
+        for number in range(2 * repeat):
+            # Each side is first as often, for the table grows.
+            for seal_s, samples in sides if number % 2 else sides[::-1]:
                 written = list(events(count))
                 async with GatewayStore(made, redis_url="", settings=_settings(seal_s)) as store:
                     await store.evidence.seal()
@@ -55,6 +57,7 @@ async def _backlog(url: str, repeat: int, rows: int) -> list[Figure]:
             await _write_and_seal(store, list(events(min(_CHUNK, rows - first))), sealing)
             if first == 0:
                 flat.limit.append(_peak_mb(made))
+        await settle(made)
         for _ in range(repeat):
             verifying.ours.append(await timed(store.evidence.verify()))
             verifying.limit.append(await timed(store.audit.to_arrow()))

@@ -50,10 +50,17 @@ async def database(url: str, *, revision: str = "head") -> AsyncIterator[str]:
 
 
 async def fill(url: str, start: int, end: int) -> None:
-    """Add events number `start` to `end`, and let the server settle."""
+    """Add events number `start` to `end`, and settle."""
     connection = await asyncpg.connect(url, command_timeout=3_600)
     for first in range(start, end + 1, _STEP):
         await connection.execute(_FILL, first, min(end, first + _STEP - 1))
-    await connection.execute("VACUUM ANALYZE audit_events")
+    await connection.close()
+    await settle(url)
+
+
+async def settle(url: str) -> None:
+    """Let the server do what it would else do in the background of what is measured."""
+    connection = await asyncpg.connect(url, command_timeout=3_600)
+    await connection.execute("VACUUM ANALYZE")
     await connection.execute("CHECKPOINT")
     await connection.close()
