@@ -15,11 +15,10 @@ from agent_gateway_store import GatewayStore, errors
 from builders import make_event
 
 
-async def test_a_task_that_opens_at_the_same_time_keeps_the_store_open(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
+def open_slowly(
+    monkeypatch: pytest.MonkeyPatch, begun: asyncio.Event | threading.Event, goes_on: asyncio.Event
 ) -> None:
-    """The one that began is cancelled halfway; the other one works on."""
-    store, begun, goes_on = GatewayStore(database_url, redis_url=""), asyncio.Event(), asyncio.Event()
+    """Let stores that open say that they have begun, and go on when they are told to."""
     real = store_module.AuditWriter.open
 
     async def slow(writer: Any) -> None:
@@ -28,6 +27,14 @@ async def test_a_task_that_opens_at_the_same_time_keeps_the_store_open(
         await real(writer)
 
     monkeypatch.setattr(store_module.AuditWriter, "open", slow)
+
+
+async def test_a_task_that_opens_at_the_same_time_keeps_the_store_open(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that began is cancelled halfway; the other one works on."""
+    store, begun, goes_on = GatewayStore(database_url, redis_url=""), asyncio.Event(), asyncio.Event()
+    open_slowly(monkeypatch, begun, goes_on)
     first = asyncio.create_task(store.open())
     await begun.wait()
     second = asyncio.create_task(store.open())
@@ -46,12 +53,6 @@ async def test_another_loop_is_refused_while_the_store_opens(
 ) -> None:
     """As once it is open; whoever was first works on, and the other one may open it after its end."""
     store, begun, goes_on = GatewayStore(database_url, redis_url=""), threading.Event(), asyncio.Event()
-    real = store_module.AuditWriter.open
-
-    async def slow(writer: Any) -> None:
-        begun.set()
-        await goes_on.wait()
-        await real(writer)
 
     async def refused() -> None:
         for act in (store.open, store.close, store.migrate):
@@ -62,7 +63,7 @@ async def test_another_loop_is_refused_while_the_store_opens(
         async with store:
             assert await store.audit.write(make_event()) == "STORED"
 
-    monkeypatch.setattr(store_module.AuditWriter, "open", slow)
+    open_slowly(monkeypatch, begun, goes_on)
     opening = asyncio.create_task(store.open())
     await asyncio.to_thread(begun.wait)
     await asyncio.to_thread(servers.run, refused())
@@ -80,18 +81,12 @@ async def test_a_migration_that_ends_while_the_store_opens_lets_no_other_loop_in
 ) -> None:
     """Nor does it close the connections of whoever opens the store; once that one has closed it, others may come."""
     store, begun, goes_on = GatewayStore(database_url, redis_url=""), asyncio.Event(), asyncio.Event()
-    real = store_module.AuditWriter.open
-
-    async def slow(writer: Any) -> None:
-        begun.set()
-        await goes_on.wait()
-        await real(writer)
 
     async def refused() -> None:
         with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
             await asyncio.wait_for(store.open(), 20)
 
-    monkeypatch.setattr(store_module.AuditWriter, "open", slow)
+    open_slowly(monkeypatch, begun, goes_on)
     opening = asyncio.create_task(store.open())
     await begun.wait()
     await store.migrate()

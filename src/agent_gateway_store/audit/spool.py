@@ -291,8 +291,10 @@ class Spool:
     def _keep_reserve(self) -> None:
         """Take room on the disk, of a small one half of what is left; where that fails there is none."""
         with suppress(OSError):
+            if self._reserve.exists():
+                return
             size = min(_RESERVE_BYTES, shutil.disk_usage(self.path.parent).free // 2)
-            if self._reserve.exists() or size < _PAGE_BYTES:
+            if size < _PAGE_BYTES:
                 return
             create_file(self._reserve)
             try:
