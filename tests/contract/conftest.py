@@ -31,6 +31,27 @@ from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import create_engine
 from tampering import LOCAL_OFF
 
+EMPTIED = "; ".join(
+    [
+        LOCAL_OFF,
+        *(f"DELETE FROM {each.name}" for each in reversed(metadata.sorted_tables) if each.name != "database_identity"),
+        "UPDATE database_identity SET history_id = NULL",
+    ]
+)
+SCHEMA = """\
+SELECT string_agg(one, E'\\n' ORDER BY one) FROM (
+    SELECT concat_ws(' ', oid, relname, relkind, relpersistence, relrowsecurity) FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace
+    UNION ALL SELECT concat_ws(' ', attrelid, attname, atttypid, attnotnull) FROM pg_attribute
+    WHERE attrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace)
+    UNION ALL SELECT concat_ws(' ', tgrelid, tgname, tgenabled) FROM pg_trigger
+    UNION ALL SELECT concat_ws(' ', ev_class, rulename) FROM pg_rewrite
+    UNION ALL SELECT concat_ws(' ', oid, proname, prosrc, proconfig) FROM pg_proc
+    WHERE pronamespace = 'public'::regnamespace
+) AS schema (one)
+"""
+"""Every table, index, column, trigger, rule and function."""
+
 
 @pytest.fixture(scope="session")
 def sqlite_template() -> Iterator[Path]:
@@ -54,20 +75,19 @@ def contract_postgres(postgres_url: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def empty_postgres(contract_postgres: str) -> Iterator[Callable[[], None]]:
-    """Delete all rows of that database, by one connection for the session: to connect costs more than to delete."""
-    names = [table.name for table in reversed(metadata.sorted_tables) if table.name != "database_identity"]
-    emptied = "; ".join(
-        [LOCAL_OFF, *(f"DELETE FROM {name}" for name in names), "UPDATE database_identity SET history_id = NULL"]
-    )
+def run_on_postgres(contract_postgres: str) -> Iterator[Callable[[str], str | None]]:
+    """Run SQL in that database, by one connection for the session: to connect costs more than most statements."""
     runner = asyncio.Runner()
     connection: asyncpg.Connection | None = None
 
-    async def empty() -> None:
+    async def run(statements: str) -> str | None:
         nonlocal connection
         if connection is None or connection.is_closed():
             connection = await asyncpg.connect(contract_postgres)
-        await connection.execute(emptied)
+        if statements.startswith("SELECT"):
+            return str(await connection.fetchval(statements))
+        await connection.execute(statements)
+        return None
 
     async def close() -> None:
         if connection is not None:
@@ -75,20 +95,24 @@ def empty_postgres(contract_postgres: str) -> Iterator[Callable[[], None]]:
 
     # In a thread: the one that asks may run a loop of its own.
     with ThreadPoolExecutor(1) as pool:
-        yield lambda: pool.submit(runner.run, empty()).result()
+        yield lambda statements: pool.submit(runner.run, run(statements)).result()
         pool.submit(runner.run, close()).result()
         pool.submit(runner.close).result()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def database_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a migrated, empty database."""
     if request.param == "sqlite":
         path = tmp_path / "gateway.db"
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
-        return f"sqlite:///{path}"
-    request.getfixturevalue("empty_postgres")()
-    return _as_the_environment_says(request.getfixturevalue("contract_postgres"), monkeypatch)
+        yield f"sqlite:///{path}"
+        return
+    run = request.getfixturevalue("run_on_postgres")
+    run(EMPTIED)
+    before = run(SCHEMA)
+    yield _as_the_environment_says(request.getfixturevalue("contract_postgres"), monkeypatch)
+    assert run(SCHEMA) == before, "The test changed the tables that all tests share: use own_database_url."
 
 
 @pytest.fixture

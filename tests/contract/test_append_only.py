@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from sqlalchemy import text
@@ -27,6 +28,19 @@ ON_POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=Tru
 @pytest.fixture
 async def sealed(database_url: str) -> AsyncIterator[GatewayStore]:
     """A store with two sealed events."""
+    async with sealed_store(database_url) as store:
+        yield store
+
+
+@pytest.fixture
+async def sealed_apart(own_database_url: str) -> AsyncIterator[GatewayStore]:
+    """The same in a database of the test's own."""
+    async with sealed_store(own_database_url) as store:
+        yield store
+
+
+@asynccontextmanager
+async def sealed_store(database_url: str) -> AsyncIterator[GatewayStore]:
     async with GatewayStore(database_url, redis_url="") as store:
         await store.audit.write_many([make_event(request_id="r-1"), make_event(request_id="r-2")])
         await store.evidence.seal()
@@ -179,9 +193,9 @@ NEUTRALISED: dict[str, dict[str, tuple[str, ...]]] = {
 """By database and case: what is named, and the statements that take the protection away under its own names."""
 
 
-async def test_a_trigger_that_is_not_as_it_was_made_is_named(sealed: GatewayStore) -> None:
+async def test_a_trigger_that_is_not_as_it_was_made_is_named(sealed_apart: GatewayStore) -> None:
     """The name alone protects nothing; the statement that is named puts it right."""
-    engine = sealed.database.engine
+    engine = sealed_apart.database.engine
     for case, (name, *statements) in NEUTRALISED[engine.dialect.name].items():
         await execute(engine, *statements)
         async with engine.connect() as connection:
@@ -195,9 +209,9 @@ async def test_a_trigger_that_is_not_as_it_was_made_is_named(sealed: GatewayStor
             await execute(engine, "UPDATE audit_events SET caller_id = 'x'")
 
 
-async def test_an_open_door_and_the_triggers_of_others_are_found(sealed: GatewayStore) -> None:
+async def test_an_open_door_and_the_triggers_of_others_are_found(sealed_apart: GatewayStore) -> None:
     """A row that was committed, and what is not ours on these tables."""
-    engine = sealed.database.engine
+    engine = sealed_apart.database.engine
     on_postgres = engine.dialect.name == "postgresql"
     async with engine.connect() as connection:
         before = await is_door_open(connection), await foreign_triggers(connection)
