@@ -247,6 +247,35 @@ async def test_waiting_ends_with_the_decision(store: GatewayStore, other: Gatewa
         assert (await waiting).status == status
 
 
+async def test_of_two_who_wait_one_runs_and_the_other_asks_anew(store: GatewayStore, other: GatewayStore) -> None:
+    """What the first asked for is used by either."""
+    waiting = [asyncio.create_task(acquire(each, wait_s=60)) for each in (store, other)]
+    await until(lambda: store.approvals.list_requests())
+    (asked,) = await store.approvals.list_requests()
+    await store.approvals.approve(approval_id=asked.approval_id, approver_id="approver-1")
+    async with asyncio.timeout(20):
+        found = {str(each.status): each.approval_id for each in await asyncio.gather(*waiting)}
+    assert (set(found), found["USED"]) == ({"USED", "PENDING"}, asked.approval_id)
+    assert found["PENDING"] != asked.approval_id
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False], ids=["cancelled", "expired"])
+async def test_who_waited_for_what_can_no_longer_be_used_asks_anew(
+    database_url: str, other: GatewayStore, is_cancelled: bool
+) -> None:
+    """The caller that asked for it: it was withdrawn, or ran out."""
+    settings = StoreSettings(acquire_decision_seconds=600 if is_cancelled else 1)
+    async with GatewayStore(database_url, redis_url="", settings=settings) as store:
+        waiting = asyncio.create_task(acquire(store, wait_s=60))
+        await until(lambda: other.approvals.list_requests())
+        (asked,) = await other.approvals.list_requests()
+        if is_cancelled:
+            await other.approvals.cancel(approval_id=asked.approval_id, approver_id="approver-1")
+        async with asyncio.timeout(20):
+            found = await waiting
+    assert (found.status, found.approval_id != asked.approval_id) == ("PENDING", True)
+
+
 async def test_waiting_ends_at_its_time(store: GatewayStore) -> None:
     """At the timeout the answer is PENDING still."""
     async with asyncio.timeout(10):

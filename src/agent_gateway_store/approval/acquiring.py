@@ -40,17 +40,14 @@ def acquire_values(values: dict[str, Any], *, bind: str, settings: StoreSettings
     """Return the parameters by which a call is acquired.
 
     Args:
-        values: As `issue_values` gives them; those that name the approval are replaced, because one request object may
-            be asked with many times.
+        values: As `issue_values` gives them; those that name the approval are replaced by each asking, because one
+            request object may be asked with many times.
         bind: Whatever else must be equal for two calls to be the same.
         settings: In force.
     """
     call = [values["p_org_id"], values["p_caller_id"], values["p_tool_call_hash"], bind]
     return {
         **values,
-        "p_approval_id": uuid4(),
-        # Nobody receives it: the column must hold something that nobody can guess.
-        "p_token": secrets.token_urlsafe(32),
         "p_acquire_key": hash_json(call),
         # Without it, the decision sets until when the approval can be used.
         "p_use_before": values["p_use_before"] or values["p_expires_at"],
@@ -117,6 +114,9 @@ class Acquiring:
 
     async def _ask(self, values: dict[str, Any]) -> tuple[list[Change], StoredApproval | None]:
         """Close what stands and may not be used, and ask anew; None if another caller was faster."""
+        # Anew for each approval: that of an earlier look may be used, cancelled or expired since. Nobody receives the
+        # token: the column must hold something that nobody can guess.
+        values = values | {"p_approval_id": uuid4(), "p_token": secrets.token_urlsafe(32)}
         try:
             changes, issued = await self._close_and_insert(values)
         except _DeniedMeanwhileError as exc:
