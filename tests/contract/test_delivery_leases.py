@@ -58,9 +58,9 @@ async def test_a_late_result_takes_no_row_from_the_worker_that_has_it(database_u
         late, held = await claimed_twice(store)
         leased = await rows(store, STATE)
         for result in results(late):
-            await record(store.database, [result])
+            await record(store.database, [result], POLICY)
             assert await rows(store, STATE) == leased
-        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)])
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)], POLICY)
 
         assert [row[:2] for row in await rows(store, "status, attempts")] == [("DELIVERED", 2)]
 
@@ -70,16 +70,16 @@ async def test_a_late_result_is_none_of_a_dead_letter_that_is_sent_again(databas
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
         # The clock was moved, and this machine's was not.
-        late = replace(late, lease_ends_before=late.lease_ends_before - POLICY.lease_s - 1)
-        await record(store.database, [AttemptResult(held, DeliveryStatus.DEAD, 2)])
+        late = replace(late, leased_at=late.leased_at - POLICY.lease_s - 1)
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DEAD, 2)], POLICY)
         assert await store.notifications.redrive() == 1
         (again,) = await claim(store.database, "post", 10, POLICY)
         assert again.attempt == late.attempt
         leased = await rows(store, STATE)
         for result in results(late):
-            await record(store.database, [result])
+            await record(store.database, [result], POLICY)
             assert await rows(store, STATE) == leased
-        await record(store.database, [AttemptResult(again, DeliveryStatus.DEAD, 1)])
+        await record(store.database, [AttemptResult(again, DeliveryStatus.DEAD, 1)], POLICY)
 
         assert [row[:2] for row in await rows(store, "status, attempts")] == [("DEAD", 1)]
 
@@ -89,10 +89,10 @@ async def test_a_late_result_overwrites_no_other(database_url: str, status: Deli
     """Whatever the second worker recorded stays as it is."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
-        await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")])
+        await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")], POLICY)
         recorded = await rows(store, STATE)
         for result in results(late):
-            await record(store.database, [result])
+            await record(store.database, [result], POLICY)
 
             assert await rows(store, STATE) == recorded
 
@@ -101,12 +101,12 @@ async def test_a_late_delivery_counts_once(database_url: str) -> None:
     """What was delivered was delivered, also after the lease; a second time changes nothing."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
-        await record(store.database, [AttemptResult(late, DeliveryStatus.DELIVERED, 1)])
+        await record(store.database, [AttemptResult(late, DeliveryStatus.DELIVERED, 1)], POLICY)
         delivered = await rows(store, STATE)
         assert delivered[0][:2] == ("DELIVERED", 1)
         clock.move(timedelta(seconds=5))
         for result in [*results(held), AttemptResult(held, DeliveryStatus.DELIVERED, 2)]:
-            await record(store.database, [result])
+            await record(store.database, [result], POLICY)
 
             assert await rows(store, STATE) == delivered
 
@@ -123,10 +123,10 @@ async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -
         events = []
         for _ in range(3):
             (delivery,) = await claim_next(store.database, about, POLICY)
-            assert before < delivery.send_before - POLICY.send_within_s < time.monotonic()
+            assert before < delivery.leased_at < time.monotonic()
             assert await claim_next(store.database, about, POLICY) == []
             assert await claim(store.database, "post", 10, POLICY) == []
-            await record(store.database, [AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt)])
+            await record(store.database, [AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt)], POLICY)
             assert delivery.notice is not None
             events.append((delivery.notice.event, delivery.notice.status.value))
 
@@ -148,7 +148,7 @@ async def test_a_lease_counts_from_before_its_row_is_written(
         return await rows_of(statement, connection, values)
 
     def putting(queue: NotifierQueue, delivery: Delivery) -> None:
-        begun.append(delivery.send_before - POLICY.send_within_s)
+        begun.append(delivery.leased_at)
         wrote_before.append(written[-1])
         put(queue, delivery)
 

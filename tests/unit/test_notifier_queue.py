@@ -66,8 +66,8 @@ def delivery(*, seconds_left: float = 60) -> Delivery:
         risk_explanation="",
         status=ApprovalStatus.PENDING,
     )
-    send_before = time.monotonic() + seconds_left
-    return Delivery(notice.delivery_id, "post", notice.approval_id, 1, notice, send_before, send_before + 60)
+    leased_at = time.monotonic() + seconds_left - POLICY.send_within_s
+    return Delivery(notice.delivery_id, "post", notice.approval_id, 1, notice, leased_at)
 
 
 def ids(results: Sequence[AttemptResult]) -> list[tuple[UUID, str]]:
@@ -169,7 +169,7 @@ async def test_what_is_behind_a_notice_may_go_once_that_has_ended(
     """Not behind one that is due again: it would be claimed and put back without a pause."""
     looked_for: list[tuple[str, UUID]] = []
 
-    async def record(_transactions: Any, _results: Any) -> None:
+    async def record(_transactions: Any, _results: Any, _policy: Any) -> None:
         """Record nothing."""
 
     async def claim_next(_transactions: Any, approvals: Iterable[tuple[str, UUID]], _policy: Any) -> list[Delivery]:

@@ -52,9 +52,7 @@ class Delivery:
         notifier: To whom.
         notice: What to send; None if the row holds no notice.
         attempt: Number of this attempt, from 1; another worker counts on from there.
-        send_before: Until when the attempt may begin, by `time.monotonic()`.
-        lease_ends_before: If the row's lease ends later, another worker has it, also in an attempt of the same number:
-            a dead letter that is sent again counts from 1.
+        leased_at: When its lease began at the earliest, by `time.monotonic()`.
         cause: The span that caused it, if that was here.
     """
 
@@ -63,8 +61,7 @@ class Delivery:
     approval_id: UUID
     attempt: int
     notice: Notice | None
-    send_before: float
-    lease_ends_before: float
+    leased_at: float
     cause: Any = None
 
 
@@ -236,7 +233,7 @@ async def claim(
     leased_at = time.monotonic()
     values = {"p_notifier": notifier, "p_limit": limit, "p_org_id": org_id, "p_lease_s": policy.lease_s}
     async with transactions.connection("autocommit") as connection:
-        return _leased(await _CLAIM_DUE.rows(connection, values), leased_at, policy)
+        return _leased(await _CLAIM_DUE.rows(connection, values), leased_at)
 
 
 @retry_conflicts
@@ -252,13 +249,12 @@ async def claim_next(
     rows = [{"notifier": notifier, "approval_id": approval_id} for notifier, approval_id in approvals]
     async with transactions.connection("autocommit") as connection:
         values = {**_APPROVALS.values(dialect_of(connection), rows), "p_lease_s": policy.lease_s}
-        return _leased(await _CLAIM_NEXT.rows(connection, values), leased_at, policy)
+        return _leased(await _CLAIM_NEXT.rows(connection, values), leased_at)
 
 
-def _leased(rows: list[dict[str, Any]], leased_at: float, policy: Policy) -> list[Delivery]:
-    times = leased_at + policy.send_within_s, policy.lease_ends_before(leased_at)
+def _leased(rows: list[dict[str, Any]], leased_at: float) -> list[Delivery]:
     return [
-        Delivery(row["delivery_id"], row["notifier"], row["approval_id"], row["attempts"], _notice_of(row), *times)
+        Delivery(row["delivery_id"], row["notifier"], row["approval_id"], row["attempts"], _notice_of(row), leased_at)
         for row in sorted(rows, key=lambda row: row["id"])
     ]
 
@@ -272,7 +268,7 @@ def _notice_of(row: dict[str, Any]) -> Notice | None:
 
 
 @retry_conflicts
-async def record(transactions: Transactions, results: Sequence[AttemptResult]) -> None:
+async def record(transactions: Transactions, results: Sequence[AttemptResult], policy: Policy) -> None:
     """Record results in one statement. Of a row that was claimed again meanwhile, only that it was delivered counts.
 
     Raises:
@@ -286,7 +282,9 @@ async def record(transactions: Transactions, results: Sequence[AttemptResult]) -
             "status": result.status.value,
             "error": result.error,
             "delay_s": result.delay_s,
-            "lease_left_s": result.delivery.lease_ends_before - time.monotonic(),
+            # A row whose lease ends later is another worker's, also in an attempt of the same number: a dead letter
+            # that is sent again counts from 1.
+            "lease_left_s": result.delivery.leased_at + 1.5 * policy.lease_s - time.monotonic(),
         }
         for result in results
     ]
@@ -299,11 +297,14 @@ class ResultRecorder:
 
     Args:
         transactions: Where the rows are.
+        policy: For how long they are leased.
         on_recorded: Is called with what was recorded, after the commit.
     """
 
-    def __init__(self, transactions: Transactions, on_recorded: Callable[[Sequence[AttemptResult]], None]) -> None:
-        self._transactions, self._on_recorded = transactions, on_recorded
+    def __init__(
+        self, transactions: Transactions, policy: Policy, on_recorded: Callable[[Sequence[AttemptResult]], None]
+    ) -> None:
+        self._transactions, self._policy, self._on_recorded = transactions, policy, on_recorded
         self._queue: BatchQueue[AttemptResult, None] = BatchQueue(self._process, max_items=_MOST_RESULTS)
         self._delivered: set[UUID] = set()
         self._fault: Exception | None = None
@@ -349,7 +350,7 @@ class ResultRecorder:
 
     async def _try(self, results: Sequence[AttemptResult]) -> bool:
         try:
-            await record(self._transactions, results)
+            await record(self._transactions, results, self._policy)
         except StoreNotOpenError:
             return True  # it was closed meanwhile: these are sent again when their lease ends
         except Exception as exc:

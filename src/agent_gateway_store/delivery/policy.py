@@ -61,10 +61,6 @@ class Policy:
             send_within_s=lease_s - timeout_s - _GIVE_WAY_S,
         )
 
-    def lease_ends_before(self, leased_at: float) -> float:
-        """Return a time by which a lease from `leased_at` has ended, and a later one of another worker has not."""
-        return leased_at + 1.5 * self.lease_s
-
     def after(self, report: DeliveryReport, attempt: int) -> tuple[DeliveryStatus, float]:
         """Return the status of a row after an attempt, and in how many seconds the next one is due."""
         if report.ok:

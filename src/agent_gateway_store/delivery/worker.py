@@ -108,7 +108,7 @@ class NotifierQueue:
         if attempt > self._policy.max_attempts:
             error = f"given up: of {attempt - 1} tries none came to an end"
             return AttemptResult(delivery, DeliveryStatus.DEAD, attempt - 1, error=error)
-        if time.monotonic() > delivery.send_before:
+        if time.monotonic() > delivery.leased_at + self._policy.send_within_s:
             return AttemptResult.untried(delivery)
         # The task may have been started in the context of another notice.
         with telemetry.span(
@@ -138,7 +138,7 @@ class DeliveryWorker:
         self, transactions: Transactions, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings
     ) -> None:
         self.policy, self._transactions = Policy.of(settings), transactions
-        self._recorder = ResultRecorder(transactions, self._continue)
+        self._recorder = ResultRecorder(transactions, self.policy, self._continue)
         self._queues = {name: NotifierQueue(name, dispatcher, self._recorder, self.policy) for name in names}
         self._arrived: Counter[str] = Counter()
         self._loops, self._claims = BackgroundTasks(), BackgroundTasks()
@@ -165,13 +165,11 @@ class DeliveryWorker:
         """
         if self._is_closed:
             return
-        send_before = leased.since + self.policy.send_within_s
-        times = send_before, self.policy.lease_ends_before(leased.since)
         cause = telemetry.current_span()
         for name, delivery_id in leased.ids.items():
             if (queue := self._queues.get(name)) is not None:
                 sent = notice.model_copy(update={"delivery_id": delivery_id})
-                queue.put(Delivery(delivery_id, name, notice.approval_id, 1, sent, *times, cause))
+                queue.put(Delivery(delivery_id, name, notice.approval_id, 1, sent, leased.since, cause))
         self._claim_next([(name, notice.approval_id) for name in self._queues if name not in leased.ids])
 
     async def run(self, *, once: bool, org_id: str | None = None) -> int:
