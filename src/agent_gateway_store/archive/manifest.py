@@ -148,13 +148,12 @@ class Manifest:
         return [each for each in self.entries.values() if each.kind == kind]
 
     def open(self) -> None:
-        """Make the folder an archive if it is none yet, and remove what a killed run has left: for the writer alone.
+        """Make the folder an archive if it is none yet, and remove what a killed run has left: with `archive_lock`.
 
         Raises:
-            ArchiveError: See `read`; or the folder holds other things and no manifest.
+            ArchiveError: See `read`.
             OSError: It cannot be written.
         """
-        _make_folder(self.folder)
         if not self.path.exists():
             create_file(self.path)
             sync(self.folder)
