@@ -17,6 +17,7 @@ from agent_gateway_store.errors import ArchiveError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column, columns_of
+from agent_gateway_store.storage.arrow import by_day
 from agent_gateway_store.storage.files import create_file, create_folder, sync
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ COLUMNS = (*EVENT_COLUMNS, Column("position", "integer"), Column("salt", "text")
 """Those of an event, its position in the log, and salt and leaf as hex digits."""
 NAMES = tuple(column.name for column in COLUMNS)
 """Their names."""
-
-DAY = "%Y-%m-%d"
-"""How the day of a file is written, in the name of its folder."""
 
 # Chosen: readers skip whole groups, and a group is in memory while it is read.
 _GROUP_ROWS = 10_000
@@ -53,13 +51,7 @@ def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) ->
         ArchiveError: What is read back is not what was written.
         OSError: The folder cannot be written.
     """
-    import pyarrow.compute as pc
-
-    days = pc.run_end_encode(pc.strftime(table.column("timestamp"), format=DAY).combine_chunks())
-    entries, start = [], 0
-    for day, end in zip(days.values.to_pylist(), days.run_ends.to_pylist(), strict=True):
-        entries.append(write_day(manifest, day, table.slice(start, end - start), checkpoint))
-        start = end
+    entries = [write_day(manifest, day, rows, checkpoint) for day, rows in by_day(table, "timestamp")]
     sync(manifest.folder)
     return entries
 
@@ -128,9 +120,7 @@ def require_intact(folder: Path, entries: Iterable[Entry]) -> None:
             why = exc.strerror if isinstance(exc, OSError) else exc
             raise ArchiveError(f"{path} cannot be read: {why}.", file=entry.file) from exc
         if digest != entry.sha256:
-            raise ArchiveError(
-                f"{folder / entry.file} is not what was written: restore it from a backup.", file=entry.file
-            )
+            raise ArchiveError(f"{path} is not what was written: restore it from a backup.", file=entry.file)
 
 
 def read_events(folder: Path, entry: Entry) -> pa.Table:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import describe
-from agent_gateway_store.archive.files import COLUMNS, DAY, EVENT_COLUMNS, NAMES, leaf_of, require_intact
+from agent_gateway_store.archive.files import COLUMNS, EVENT_COLUMNS, NAMES, leaf_of, require_intact
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
 from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.filters import Filters, criteria
@@ -24,6 +24,7 @@ from agent_gateway_store.models.evidence import Finding, FindingKind
 from agent_gateway_store.models.retention import ArchiveVerification
 from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
 from agent_gateway_store.results.cells import columns_of
+from agent_gateway_store.storage.arrow import DAY
 from agent_gateway_store.storage.filters import Criteria, searched_text
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ from agent_gateway_store.storage.streaming import Rows, copied, streamed
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+DAY = "%Y-%m-%d"
+"""How the day of a file is written, in the name of its folder."""
 
 # Chosen for SQLite: each batch costs a call in a thread.
 _BATCH_ROWS = 10_000
@@ -60,6 +63,16 @@ async def whole_table(
     tables: list[Any] = []
     await arrow_blocks(database, statement, values, columns, tables.append)
     return pa.concat_tables(tables) if tables else conform(arrow_schema(columns).empty_table(), columns)
+
+
+def by_day(table: pa.Table, column: str) -> Iterator[tuple[str, pa.Table]]:
+    """Yield the rows of each day (UTC) of a column, in whose order they are."""
+    import pyarrow.compute as pc
+
+    days, start = pc.run_end_encode(pc.strftime(table.column(column), format=DAY).combine_chunks()), 0
+    for day, end in zip(days.values.to_pylist(), days.run_ends.to_pylist(), strict=True):
+        yield day, table.slice(start, end - start)
+        start = end
 
 
 async def in_thread(function: Callable[..., Any], *args: Any) -> Any:

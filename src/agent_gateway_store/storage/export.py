@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from agent_gateway_store.results.arrow import arrow, arrow_schema
 from agent_gateway_store.results.cells import Column
-from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
+from agent_gateway_store.storage.arrow import arrow_blocks, by_day, in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.files import (
     FOLDER_MODE,
@@ -292,19 +292,14 @@ class ParquetFiles:
         if self._by is None:
             self._add(table)
             return
-        import pyarrow.compute as pc
-
-        days = pc.strftime(table.column(self._by), format="%Y-%m-%d").combine_chunks()
-        start = 0
-        for run, length in zip(*_runs(days), strict=True):
-            if run != self._day:
+        for day, rows in by_day(table, self._by):
+            if day != self._day:
                 self._close()
-                self._day = run
-                folder = self._path / f"day={run}"
+                self._day = day
+                folder = self._path / f"day={day}"
                 folder.mkdir(FOLDER_MODE)
                 self._open(folder / "part-0.parquet")
-            self._add(table.slice(start, length))
-            start += length
+            self._add(rows)
 
     def _add(self, table: pa.Table) -> None:
         self._waiting.append(table)
@@ -335,12 +330,3 @@ class ParquetFiles:
             self._writer.close()
             sync(self._file)
             self._writer = self._file = None
-
-
-def _runs(days: Any) -> tuple[list[str], list[int]]:
-    """Return the values of a sorted array and how often each occurs."""
-    import pyarrow.compute as pc
-
-    encoded = pc.run_end_encode(days)
-    ends = encoded.run_ends.to_pylist()
-    return encoded.values.to_pylist(), [end - start for start, end in zip([0, *ends], ends, strict=False)]
