@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 _leaves = AuditLeaf.__table__
 _prunes = AuditPrune.__table__
+_sealed = table.join(_leaves, _leaves.c.event_id == table.c.id)
 
 # Chosen, of a file: large enough for readers, and written in a second, for which holds and erasures wait.
 _BATCH_ROWS = 20_000
@@ -120,9 +121,8 @@ def archived_columns(dialect: str) -> Select[Any]:
         for each in secrets
     ]
     hashes = (each.label(column.name) for each, column in zip(hexed, secrets, strict=True))
-    joined = table.join(_leaves, _leaves.c.event_id == table.c.id)
     columns = (_leaves.c.position, *hashes, table.c.transaction_id)
-    return select_events(dialect, ()).add_columns(*columns).select_from(joined)
+    return select_events(dialect, ()).add_columns(*columns).select_from(_sealed)
 
 
 _DELETE = Statement(lambda dialect: delete(table).where(is_one_of(dialect, table.c.id, "p_ids", BigInteger())))
@@ -143,7 +143,6 @@ class Pruner:
         self._database, self._sealer = database, sealer
         self._by, self._environment, self._before = by, environment, before
         self._manifest = None if archive is None else Manifest(archive)
-        self._archive = archive
         self._run_id = 0
         self._holds: list[Hold] = []
         self._newest: _Newest | None = None
@@ -154,7 +153,7 @@ class Pruner:
         if self._manifest is not None:
             await in_thread(self._manifest.open)
             await require_own_archive(self._database, self._manifest)
-        folder = None if self._archive is None else str(self._archive.absolute())
+        folder = None if self._manifest is None else str(self._manifest.folder.absolute())
         values = {"pruned_by": self._by, "pruned_before": self._before, "archive": folder, "events": 0}
         async with self._database.write() as connection:
             started = insert(_prunes).values(started_at=utc_now(), **values).returning(_prunes.c.id)
@@ -170,7 +169,8 @@ class Pruner:
     async def step(self, place: Place | None, still_locked: Any) -> Step:
         """Prune one batch after `place`."""
         limit = self._limit
-        doomed, written = await (self._archive_next(place, still_locked) if self._manifest else self._next(place))
+        manifest = self._manifest
+        doomed, written = await (self._archive_next(manifest, place, still_locked) if manifest else self._next(place))
         if doomed is None:
             return Step(0, 0, None)
         await still_locked()
@@ -185,7 +185,7 @@ class Pruner:
         async with self._database.read() as connection:
             self._newest = await self._read_newest(connection)
             held = is_held(self._database.dialect, await read_holds(connection))
-            counted = select(func.count().filter(held), func.count().filter(~held)).select_from(_sealed())
+            counted = select(func.count().filter(held), func.count().filter(~held)).select_from(_sealed)
             row = (await connection.execute(counted.where(*self._candidates()))).one()
         return row[0], row[1]
 
@@ -219,17 +219,17 @@ class Pruner:
             self._holds = await read_holds(connection)
             stamp = finite_timestamp() if self._database.dialect == "postgresql" else table.c.timestamp
             columns = (table.c.id, _leaves.c.position, table.c.transaction_id, stamp.label("timestamp"))
-            statement = self._narrowed(select(*columns).select_from(_sealed()), place)
+            statement = self._narrowed(select(*columns).select_from(_sealed), place)
             rows = (await connection.execute(statement)).all()
         if not rows:
             return None, 0
         ids, positions, transaction_ids, stamps = zip(*rows, strict=True)
         return Doomed(ids, positions, transaction_ids, Place(stamps[-1], ids[-1])), 0
 
-    async def _archive_next(self, place: Place | None, still_locked: Any) -> tuple[Doomed | None, int]:
+    async def _archive_next(
+        self, manifest: Manifest, place: Place | None, still_locked: Any
+    ) -> tuple[Doomed | None, int]:
         """Archive the next events, those that a killed run has archived left out; return them and the files written."""
-        manifest = self._manifest
-        assert manifest is not None  # noqa: S101
         async with self._database.read() as connection:
             self._holds = await read_holds(connection)
         statement = Statement(lambda dialect: self._narrowed(archived_columns(dialect), place))
@@ -274,18 +274,15 @@ class Pruner:
             events = events.filter(arrow().array([not each for each in archived]))
         if not events.num_rows:
             return 0
-        checkpoint = await self._checkpoint()
-        written = await in_thread(lambda: files.write_events(manifest, events, checkpoint))
+        async with self._database.read() as connection:
+            last = await last_checkpoint(connection)
+        note = None if last is None else last.note
+        written = await in_thread(lambda: files.write_events(manifest, events, note))
         await still_locked()
         await in_thread(lambda: manifest.append(written))
         # Otherwise Arrow's allocator keeps the memory of each batch for some time.
         arrow().default_memory_pool().release_unused()
         return len(written)
-
-    async def _checkpoint(self) -> str | None:
-        async with self._database.read() as connection:
-            last = await last_checkpoint(connection)
-        return None if last is None else last.note
 
     @retry_conflicts
     async def _announce(self, doomed: Doomed) -> None:
@@ -325,10 +322,6 @@ class Pruner:
             if known:
                 values[run.last_transaction_id] = _larger(self._database.dialect, run.last_transaction_id, max(known))
             await connection.execute(update(_prunes).where(run.id == self._run_id).values(values))
-
-
-def _sealed() -> Any:
-    return table.join(_leaves, _leaves.c.event_id == table.c.id)
 
 
 def _larger(dialect: str, column: Any, value: int) -> ColumnElement[int]:
