@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     Column,
     Connection,
+    Executable,
     Index,
     MetaData,
     Table,
@@ -205,18 +206,19 @@ class Spool:
         statement = delete(_events).where(_events.c.id == bindparam("row_id"))
         rows = [{"row_id": each} for each in ids]
         try:
-            async with self._transaction("write the spool") as connection:
-                await connection.execute(statement, rows)
+            await self._write(statement, rows)
         except StoreUnavailableError:
             if not await asyncio.to_thread(self._give_up_reserve):
                 raise
-            async with self._transaction("write the spool") as connection:
-                await connection.execute(statement, rows)
+            await self._write(statement, rows)
 
     async def quarantine(self, row_id: int, error: str) -> None:
         """Keep a row that the database refuses out of every further replay."""
+        await self._write(update(_events).where(_events.c.id == row_id).values(error=error))
+
+    async def _write(self, statement: Executable, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
         async with self._transaction("write the spool") as connection:
-            await connection.execute(update(_events).where(_events.c.id == row_id).values(error=error))
+            await connection.execute(statement, rows)
 
     async def targets(self) -> list[Target]:
         """Return what waits, for each database."""
