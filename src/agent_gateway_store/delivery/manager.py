@@ -72,7 +72,9 @@ class NotificationManager:
         async with self._database.read() as connection:
             restored = await restored_identity(connection)
             if cursor is not None:
-                statement = statement.where(deliveries.c.id < _decode(scope, cursor, restored))
+                if (row_id := int.from_bytes(decode_place(scope, cursor, 8, restored))) >= 2**63:
+                    raise invalid_cursor()
+                statement = statement.where(deliveries.c.id < row_id)
             rows = (await connection.execute(statement)).mappings().all()
         found = [NotificationDelivery.from_row(dict(row)) for row in rows[:limit]]
         next_cursor = encode_place(scope, rows[limit - 1]["id"].to_bytes(8), restored) if len(rows) > limit else None
@@ -202,12 +204,6 @@ def _literal(value: DeliveryStatus | int) -> ColumnElement[Any]:
     # In the text, so that PostgreSQL knows how many rows it is about: a status is of few or of most, and of a LIMIT in
     # a parameter it expects a tenth of the rows.
     return literal_column(repr(str(value)) if isinstance(value, DeliveryStatus) else str(int(value)))
-
-
-def _decode(scope: bytes, cursor: str, restored: str | None) -> int:
-    if (row_id := int.from_bytes(decode_place(scope, cursor, 8, restored))) >= 2**63:
-        raise invalid_cursor()
-    return row_id
 
 
 def _uuid(value: UUID | str) -> UUID:
