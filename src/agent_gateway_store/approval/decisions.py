@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 from uuid import UUID
 
 from agent_gateway_store._text import is_blank
-from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, get, read
+from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, asked_of, get, read
 from agent_gateway_store.approval.statements import (
     APPROVE,
     APPROVE_FINAL,
@@ -87,26 +87,11 @@ async def require_no_veto(vetoes: Vetoes | None, transactions: Transactions, ref
     if found.request.status is not ApprovalStatus.PENDING:
         return
     await vetoes.require_none(
-        _pending(found.request),
+        PendingApproval(**asked_of(found.request)),
         decision=cast("Literal['APPROVED', 'DENIED']", vote.decision.value),
         approver_id=vote.approver_id,
         note=vote.note,
         channel=vote.channel,
-    )
-
-
-def _pending(request: ApprovalRequest) -> PendingApproval:
-    return PendingApproval(
-        approval_id=request.approval_id,
-        org_id=request.org_id,
-        request_id=request.request_id,
-        caller_id=request.caller_id,
-        tool_call=request.tool_call,
-        risk_explanation=request.risk_explanation,
-        scope=request.scope.value,
-        required_approvals=request.required_approvals,
-        created_at=request.created_at,
-        expires_at=request.expires_at,
     )
 
 

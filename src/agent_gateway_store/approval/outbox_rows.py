@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.types import TypeEngine
 
-from agent_gateway_store.approval.queries import StoredApproval
+from agent_gateway_store.approval.queries import ASKED, StoredApproval, asked_of
 from agent_gateway_store.approval.statements import (
     APPROVE_SQL,
     CANCEL_SQL,
@@ -294,15 +294,9 @@ def _pending_notice(values: Mapping[str, Any]) -> Notice:
     return Notice(
         event="pending",
         delivery_id=UUID(int=0),
-        approval_id=values["p_approval_id"],
-        org_id=values["p_org_id"],
-        request_id=values["p_request_id"],
-        caller_id=values["p_caller_id"],
-        tool_call=values["p_tool_call"],
-        risk_explanation=values["p_risk_explanation"],
         status=_PENDING,
-        scope=values["p_scope"],
-        required_approvals=values["p_required_approvals"],
+        # When, the database says.
+        **{name: values[f"p_{name}"] for name in ASKED - {"created_at", "expires_at"}},
     )
 
 
@@ -311,20 +305,11 @@ def notice_of(request: ApprovalRequest, event: Literal["pending", "decision"]) -
     return Notice(
         event=event,
         delivery_id=uuid4(),
-        approval_id=request.approval_id,
-        org_id=request.org_id,
-        request_id=request.request_id,
-        caller_id=request.caller_id,
-        tool_call=request.tool_call,
-        risk_explanation=request.risk_explanation,
-        created_at=request.created_at,
-        expires_at=request.expires_at,
         status=request.status,
         approver_id=request.approver_id,
         note=request.approver_note,
         decided_at=request.decision_at,
-        scope=request.scope.value,
-        required_approvals=request.required_approvals,
+        **asked_of(request),
     )
 
 

@@ -16,7 +16,7 @@ from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.delivery import NotificationDelivery
-from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.models.values import ApprovalStatus, PendingApproval
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
@@ -81,6 +81,15 @@ class StoredApproval(NamedTuple):
         """Return what a row of `readable_columns` holds."""
         columns = {name: value for name, value in row.items() if name not in META_COLUMNS}
         return cls(ApprovalRequest.from_row(columns), row["read_at"], row["token_sha256"])
+
+
+ASKED = PendingApproval.model_fields.keys() - {"version"}
+"""What approvers, notifiers and plugins are told of the call, under the names of an `ApprovalRequest`."""
+
+
+def asked_of(request: ApprovalRequest) -> dict[str, Any]:
+    """Return these values of a request."""
+    return {name: getattr(request, name) for name in ASKED}
 
 
 def result_of(stood: Any, token: str | None) -> ApprovalResult:
