@@ -15,6 +15,7 @@ from tempfile import TemporaryFile
 from typing import Any, TypeAlias
 
 from sqlalchemy import text
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -124,12 +125,19 @@ class ExclusiveLock:
         async def still_held() -> None:
             """Return: the lock of a file is not lost."""
 
-        file = real_sqlite_file(self._database.engine.url)
-        if file is None:
+        async with sqlite_lock(self._database.engine.url, self._suffix, wait_s=self._wait_s, busy=self._busy):
             yield still_held
-            return
-        async with file_lock(file.with_name(file.name + self._suffix), wait_s=self._wait_s, busy=self._busy):
-            yield still_held
+
+
+@asynccontextmanager
+async def sqlite_lock(url: URL, suffix: str, *, wait_s: float, busy: str) -> AsyncIterator[None]:
+    """Hold the lock of the file beside that of a SQLite database; of one in memory, and of another kind, none."""
+    file = real_sqlite_file(url)
+    if file is None:
+        yield
+        return
+    async with file_lock(file.with_name(file.name + suffix), wait_s=wait_s, busy=busy):
+        yield
 
 
 @asynccontextmanager

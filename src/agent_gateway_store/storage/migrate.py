@@ -25,8 +25,8 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError, UnsupportedDatabaseError
 from agent_gateway_store.storage.database import read_committed, reader_of
 from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
-from agent_gateway_store.storage.exclusive import detached, file_lock
-from agent_gateway_store.storage.urls import parse_database_url, real_sqlite_file
+from agent_gateway_store.storage.exclusive import detached, sqlite_lock
+from agent_gateway_store.storage.urls import parse_database_url
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -203,8 +203,9 @@ async def downgrade(engine: AsyncEngine, revision: str) -> None:
 @asynccontextmanager
 async def _alone(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """Open the connection on which this database is migrated: no other thread or process migrates it meanwhile."""
+    busy = "The database could not be migrated: another process migrates it"
     with translate_errors("be migrated"):
-        async with _process_lock(), _file_lock(engine):
+        async with _process_lock(), sqlite_lock(engine.url, ".lock", wait_s=_LOCK_TIMEOUT_S, busy=busy):
             if engine.dialect.name != "postgresql":
                 async with engine.connect() as connection:
                     yield connection
@@ -293,18 +294,6 @@ async def _process_lock() -> AsyncIterator[None]:
         yield
     finally:
         _alembic.release()
-
-
-@asynccontextmanager
-async def _file_lock(engine: AsyncEngine) -> AsyncIterator[None]:
-    """Let one process at a time migrate a SQLite file, by a lock file beside it that dies with its holder."""
-    file = real_sqlite_file(engine.url)
-    if file is None:
-        yield
-        return
-    busy = "The database could not be migrated: another process migrates it"
-    async with file_lock(file.with_name(f"{file.name}.lock"), wait_s=_LOCK_TIMEOUT_S, busy=busy):
-        yield
 
 
 async def differences(engine: AsyncEngine) -> list[str]:
