@@ -125,7 +125,7 @@ async def export_rows(
                     write(csv_head(source.columns).encode())
                 line = json_line(source.columns) if kind == "jsonl" else csv_line(source.columns, raw=raw)
                 rows = await _write_lines(database, source, write, line, report)
-        size = sum(each.stat().st_size for each in _files(written))
+        size = sum(each.stat().st_size for each in (written, *written.rglob("*")) if each.is_file())
     return ExportResult(target_path, kind, rows, files, size)
 
 
@@ -147,10 +147,6 @@ async def _write_lines(
             done += len(rows)
             report(done)
     return done
-
-
-def _files(path: Path) -> list[Path]:
-    return [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
 
 
 _quoted = json.encoder.encode_basestring

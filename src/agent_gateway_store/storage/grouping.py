@@ -35,6 +35,7 @@ from agent_gateway_store._text import code_text
 from agent_gateway_store.results import Stats
 from agent_gateway_store.results.cells import Column
 from agent_gateway_store.storage.filters import duration
+from agent_gateway_store.storage.statements import literal_number as _number
 
 # The first zones were written down after 1840, and a rule of today says nothing of times after these.
 _FIRST_YEAR, _LAST_YEAR = 1840, 2200
@@ -247,10 +248,6 @@ def _seconds(dialect: str, at: ColumnElement[Any]) -> ColumnElement[Any]:
         return cast(func.floor(extract("epoch", at)), BigInteger)
     # Without the fraction, which SQLite would round to the next second.
     return cast(func.strftime("%s", func.substr(type_coerce(at, Text()), 1, 19)), Integer)
-
-
-def _number(value: int) -> ColumnElement[Any]:
-    return literal_column(str(value), BigInteger())
 
 
 def _moment(dialect: str, at: datetime) -> ColumnElement[Any]:

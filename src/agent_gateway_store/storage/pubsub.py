@@ -274,13 +274,10 @@ class PubSub:
         pool = AsyncpgPool(self._database.engine, size=1)
         try:
             async with pool.connection(_FOREVER_S) as driver:
-                await driver.add_listener(CHANNEL, self._on_notify)
+                await driver.add_listener(CHANNEL, lambda _connection, _pid, _channel, key: self.notify_local(str(key)))
                 self._begin()
                 # A connection that has ended receives nothing more, so the caller begins again.
                 while not driver.is_closed():
                     await asyncio.sleep(_RETRY_S)
         finally:
             await pool.close()
-
-    def _on_notify(self, _connection: object, _pid: int, _channel: str, key: object) -> None:
-        self.notify_local(str(key))

@@ -56,10 +56,6 @@ async def _long_read(driver: asyncpg.Connection, isolation: str = "read_committe
     await transaction.commit()
 
 
-def _any_text(stored: bytes) -> str:
-    return stored.decode(errors="surrogateescape")
-
-
 class Snapshot:
     """A connection on which every read sees the database as it was at the first one."""
 
@@ -76,7 +72,7 @@ class Snapshot:
             # SQLite keeps any bytes as text. Read like this at need alone: it takes a call for each value.
             if "decode to UTF-8" not in str(exc):
                 raise
-            self._driver.text_factory = _any_text
+            self._driver.text_factory = lambda stored: stored.decode(errors="surrogateescape")
             return await _fetched(self._driver, compiled.text, arguments)
 
 
