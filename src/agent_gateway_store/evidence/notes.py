@@ -10,7 +10,7 @@ from hashlib import sha256
 from types import ModuleType
 from typing import Self
 
-from agent_gateway_store.errors import InvalidEvidenceError, MissingExtraError
+from agent_gateway_store.errors import InvalidEvidenceError, needs_extra
 from agent_gateway_store.evidence.tree import HASH_BYTES
 
 # C2SP signed-note: the identifier byte of Ed25519 signatures.
@@ -26,10 +26,8 @@ _MOST_SIGNATURES = 64
 
 
 def _ed25519() -> ModuleType:
-    try:
+    with needs_extra("To sign checkpoints and to check their signatures", extra="signing"):
         from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError as exc:
-        raise MissingExtraError("To sign checkpoints and to check their signatures", extra="signing") from exc
     return ed25519
 
 

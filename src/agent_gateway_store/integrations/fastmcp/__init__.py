@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from agent_gateway_store.errors import MissingExtraError
+from agent_gateway_store.errors import needs_extra
 
-# Imported here first, so that the error where it is missing names the extra.
-try:
+with needs_extra("agent_gateway_store.integrations.fastmcp", extra="fastmcp"):
     import fastmcp  # noqa: F401
-except ImportError as exc:
-    raise MissingExtraError("agent_gateway_store.integrations.fastmcp", extra="fastmcp") from exc
 
 from agent_gateway_store.audit.calls import argument_names
 from agent_gateway_store.integrations.fastmcp.middleware import GatewayMiddleware
