@@ -32,18 +32,9 @@ COMMANDS = "gateway_store_register_commands"
 # Seconds that a plugin has to register its commands, which takes none of its own I/O. As long as PLUGIN_TIMEOUT_SECONDS
 # is by default, which cannot be read here: no option, and so no settings, is known yet.
 _PATIENCE_S = 5.0
-_COLUMNS = {
-    "name": "name",
-    "version": "version",
-    "distribution": "distribution",
-    "hooks": "hooks",
-    "notifiers": "notifiers",
-    "sinks": "sinks",
-    "settings": "settings",
-    "state": "state",
-    "error": "why",
-}
-_CHECKED = {"name": "name", "settings": "settings", "notifiers": "notifiers", "ok": "ok", "problems": "problems"}
+_SAME = ("name", "version", "distribution", "hooks", "notifiers", "sinks", "settings", "state")
+_COLUMNS = {name: name for name in _SAME} | {"error": "why"}
+_CHECKED = {name: name for name in ("name", "settings", "notifiers", "ok", "problems")}
 
 
 def _load(settings: StoreSettings) -> tuple[Plugins, dict[str, SettingsState]]:
