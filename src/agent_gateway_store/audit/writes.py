@@ -51,34 +51,28 @@ async def write_event(
     if row is not None and not hooks.is_wanted:
         return await writer.write(row)
     # In another task, so that cancelling the caller does not cancel the write.
-    if row is not None:
-        return await hooks.tasks.shielded(write_prepared(writer, hooks, row))
-    return await hooks.tasks.shielded(write_heavy(writer, hooks, event, org_id, trace_id))
+    return await hooks.tasks.shielded(_write_aside(writer, hooks, event, row, org_id, trace_id))
 
 
-async def write_heavy(
-    writer: AuditWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None, trace_id: str | None
+async def _write_aside(
+    writer: AuditWriter,
+    hooks: BeforeWriteHooks,
+    event: AuditEvent,
+    row: EncodedRow | None,
+    org_id: str | None,
+    trace_id: str | None,
 ) -> WriteOutcome:
-    """Write an event that takes long to encode."""
+    """Write an event that plugins may change, or that takes long to encode: `row` is None then."""
     try:
-        row = await encode_aside(event, org_id=org_id, trace_id=trace_id)
+        if row is None:
+            row = await encode_aside(event, org_id=org_id, trace_id=trace_id)
+        prepared = (await hooks.prepare([row]))[0] if hooks.is_wanted else row
     except ValidationError as exc:
         return writer.reject(event, exc)
     except asyncio.CancelledError:
         # The host cancels every task there is; the event is stored all the same.
-        row = encode_event(event, org_id=org_id, trace_id=trace_id)
+        row = row or encode_event(event, org_id=org_id, trace_id=trace_id)
         writer.enqueue_detached(hooks.withhold(row) if hooks.is_wanted else row)
-        raise
-    return await (write_prepared(writer, hooks, row) if hooks.is_wanted else writer.write(row))
-
-
-async def write_prepared(writer: AuditWriter, hooks: BeforeWriteHooks, row: EncodedRow) -> WriteOutcome:
-    """Write a row as the plugins leave it."""
-    try:
-        (prepared,) = await hooks.prepare([row])
-    except asyncio.CancelledError:
-        # The host cancels every task there is; the event is stored all the same.
-        writer.enqueue_detached(hooks.withhold(row))
         raise
     return await writer.write(prepared)
 
