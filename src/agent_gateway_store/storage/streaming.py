@@ -6,11 +6,10 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import aiosqlite
-import asyncpg
 from sqlalchemy import Dialect
 
 from agent_gateway_store.errors import StoreNotOpenError
@@ -41,7 +40,11 @@ WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'tran
 
 
 @asynccontextmanager
-async def _long_read(driver: asyncpg.Connection, isolation: str = "read_committed") -> AsyncIterator[None]:
+async def _long_read(driver: Any, isolation: str = "read_committed") -> AsyncIterator[None]:
+    """Open a transaction that only reads, without limits of time; a statement of SQLite needs none."""
+    if isinstance(driver, aiosqlite.Connection):
+        yield
+        return
     transaction = driver.transaction(isolation=isolation, readonly=True)
     await transaction.start()
     try:
@@ -120,11 +123,8 @@ async def _batches(driver: Any, text: str, arguments: Sequence[Any], batch: int)
 async def fetched(database: Database, query: CompiledStatement, values: Mapping[str, Any]) -> Rows:
     """Return all rows of a query that may take long."""
     arguments = query.arguments(values)
-    async with database.raw_connection() as driver:
-        if isinstance(driver, aiosqlite.Connection):
-            return await _fetched(driver, query.text, arguments)
-        async with _long_read(driver):
-            return await _fetched(driver, query.text, arguments)
+    async with database.raw_connection() as driver, _long_read(driver):
+        return await _fetched(driver, query.text, arguments)
 
 
 async def read_all(source: Transactions, query: Statement, values: Mapping[str, Any]) -> Rows:
@@ -146,12 +146,13 @@ async def streamed(
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch]
         return
-    async with database.raw_connection() as driver, AsyncExitStack() as stack:
-        if not isinstance(driver, aiosqlite.Connection):
-            await stack.enter_async_context(_long_read(driver))
-        async with aclosing(_batches(driver, query.text, arguments, batch)) as batches:
-            async for rows in batches:
-                yield rows
+    async with (
+        database.raw_connection() as driver,
+        _long_read(driver),
+        aclosing(_batches(driver, query.text, arguments, batch)) as batches,
+    ):
+        async for rows in batches:
+            yield rows
 
 
 @asynccontextmanager
