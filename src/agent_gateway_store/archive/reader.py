@@ -315,9 +315,7 @@ def _may_hold(entry: Entry, found: Criteria) -> bool:
 def _condition(found: Criteria, text: Any) -> tuple[Any, Callable[[str], bool] | None]:
     """Return the filters as a condition of pyarrow, and what risk labels are compared by exactly.
 
-    Args:
-        found: The filters, of which `text` is a pattern of SQL.
-        text: As the caller gave it.
+    The `text` of `found` is a pattern of SQL, so it comes once more as the caller gave it.
     """
     import pyarrow.compute as pc
 

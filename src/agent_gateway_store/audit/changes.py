@@ -66,15 +66,10 @@ _NOTHING = "1:1:"
 
 
 class _Snapshot(NamedTuple):
-    """What a snapshot of PostgreSQL says, whose text is `oldest:end:id,id,...`.
-
-    Attributes:
-        oldest: The oldest transaction in progress: every one before it had ended.
-        end: The first transaction that had not begun.
-        in_progress: Those that had begun and not ended.
-    """
+    """What a snapshot of PostgreSQL says, whose text is `oldest:end:id,id,...`: all before `oldest` had ended."""
 
     oldest: int
+    # The first transaction that had not begun.
     end: int
     in_progress: list[int]
 

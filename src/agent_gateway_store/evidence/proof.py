@@ -301,13 +301,7 @@ class _Proof(NamedTuple):
 
 
 class _Claim(NamedTuple):
-    """What a text says, the proof still to be checked.
-
-    Attributes:
-        proof: None: the event was not sealed.
-        wrong: What does not fit before the proof.
-        approval: Why the event does not prove the approval that is shown; "": it holds its hash; None: none is shown.
-    """
+    """What a text says, the proof still to be checked: there is none where the event was not sealed."""
 
     proof: _Proof | None
     wrong: list[tuple[FindingKind, str]]
@@ -315,6 +309,7 @@ class _Claim(NamedTuple):
     request_id: str | None = None
     has_event: bool = True
     is_erased: bool = False
+    # Why the event does not prove the approval that is shown; "": it holds its hash; None: none is shown.
     approval: str | None = None
 
 

@@ -76,13 +76,10 @@ class _Target(NamedTuple):
 
 
 class _Touched(NamedTuple):
-    """What an erasure changes: the targets, and of other events the approvals that they name or asked for.
-
-    Attributes:
-        approvals: Those that are blanked, in the table or in the archive, each with the id of the request that asked.
-    """
+    """What an erasure changes: the targets, and of other events the approvals that they name or asked for."""
 
     targets: Sequence[_Target]
+    # Those that are blanked, in the table or in the archive, each with the id of the request that asked.
     approvals: Mapping[UUID, str]
     org_id: str
 

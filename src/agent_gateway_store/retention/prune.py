@@ -94,10 +94,7 @@ class Doomed(NamedTuple):
 
 
 class _Newest(NamedTuple):
-    """The newest event when a run began, by its id and by its transaction: it stays, and so do those that came later.
-
-    Cursors are marked by it, and no id up to its own is given twice.
-    """
+    """The newest event when a run began: it stays, as cursors are marked by it, and so does what came later."""
 
     id: int
     transaction_id: int | None
