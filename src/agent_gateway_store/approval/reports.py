@@ -88,9 +88,11 @@ _GROUPED = """
 _EXPORT = """
     SELECT {exported} FROM approval_requests WHERE {conditions} ORDER BY created_at, id
     """
+# The driver stores the first and the last instant of UTC as infinities.
+_FINITE = f"LEAST(GREATEST({{0}}, TIMESTAMPTZ '{UTC_MIN.isoformat()}'), TIMESTAMPTZ '{UTC_MAX.isoformat()}')"
 _DIALECTS = {
     "postgresql": {
-        "at": f"LEAST(GREATEST(created_at, TIMESTAMPTZ '{UTC_MIN.isoformat()}'), TIMESTAMPTZ '{UTC_MAX.isoformat()}')",
+        "at": _FINITE.format("created_at"),
         "waited_us": "CAST(EXTRACT(EPOCH FROM decision_at - created_at) * 1000000 AS BIGINT)",
         "votes": """COALESCE((
             SELECT jsonb_agg(jsonb_build_object(
@@ -100,9 +102,8 @@ _DIALECTS = {
         ), '[]')::text""",
         "as_uuid": "CAST({} AS TEXT)",
         "as_json": "CAST({} AS TEXT)",
-        # The driver stores the first and the last instant of UTC as infinities; LEAST alone would fill a NULL.
-        "as_time": "CASE WHEN {0} IS NOT NULL THEN "
-        f"LEAST(GREATEST({{0}}, TIMESTAMPTZ '{UTC_MIN.isoformat()}'), TIMESTAMPTZ '{UTC_MAX.isoformat()}') END",
+        # LEAST alone would fill a NULL.
+        "as_time": f"CASE WHEN {{0}} IS NOT NULL THEN {_FINITE} END",
     },
     "sqlite": {
         "at": "created_at",
@@ -121,8 +122,6 @@ _DIALECTS = {
         )""",
         "as_uuid": "substr({0}, 1, 8) || '-' || substr({0}, 9, 4) || '-' || substr({0}, 13, 4) || '-' || "
         "substr({0}, 17, 4) || '-' || substr({0}, 21)",
-        "as_json": "{}",
-        "as_time": "{}",
     },
 }
 
