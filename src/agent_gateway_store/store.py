@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
+from functools import cached_property
 from types import TracebackType
 from typing import Any, NoReturn, Self
 from uuid import UUID
@@ -323,7 +324,6 @@ class _Core:
             settings,
         )
         self._given_plugins = plugins
-        self._plugins: Plugins | None = None
         self._auto_migrate = auto_migrate
         self._opening: SingleFlight[None] = SingleFlight()
         self._claim = Claim(lambda: self.outbox.is_open)
@@ -333,11 +333,9 @@ class _Core:
             return True
         return await ApprovalCache(self.redis, trust_s=self.settings.approval_cache_seconds).forget(approval_ids)
 
-    @property
+    @cached_property
     def plugins(self) -> Plugins:
-        if self._plugins is None:
-            self._plugins = Plugins(self._given_plugins)
-        return self._plugins
+        return Plugins(self._given_plugins)
 
     async def open(self) -> None:
         if not self._is_open_here():
