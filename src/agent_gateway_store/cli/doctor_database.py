@@ -66,11 +66,11 @@ async def examined(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def bound(engine: AsyncEngine) -> AsyncIterator[Database]:
-    """Give the engine as a database of this process and event loop."""
+async def bound(engine: AsyncEngine, *, owned: bool = False) -> AsyncIterator[Database]:
+    """Give the engine as a database of this process and event loop; one that is `owned` is disposed of."""
     from agent_gateway_store.storage.database import Database
 
-    database = Database(engine, owned=False)
+    database = Database(engine, owned=owned)
     database.bind_to_loop()
     try:
         yield database
@@ -202,18 +202,14 @@ async def _check_persistence(report: Report, facts: dict[str, Any], engine: Asyn
 
 async def _check_replica(report: Report, url: str, identity: str) -> None:
     from agent_gateway_store.settings import mask_url
-    from agent_gateway_store.storage.database import Database, create_engine
+    from agent_gateway_store.storage.database import create_engine
     from agent_gateway_store.storage.identity import read_identity
 
     facts = report.facts["replica"] = {"url": mask_url(url), "reachable": False}
     async with report.noting_errors():
-        database = Database(create_engine(url, reads=True), owned=True)
-        database.bind_to_loop()
-        try:
+        async with bound(create_engine(url, reads=True), owned=True) as database:
             found = await read_identity(database.engine, reads=True)
             age_s = await database.replica_age_s()
-        finally:
-            await database.close()
         facts |= {"reachable": True, "is_standby": age_s is not None, "age_s": age_s}
         if found != identity:
             report.problem("DATABASE_READ_URL leads to another database: name a replica of this one.")
