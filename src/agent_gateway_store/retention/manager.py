@@ -74,7 +74,7 @@ class RetentionManager:
         org_id: str | None = None,
     ) -> None:
         self._database, self._sealer, self._lock, self._settings = database, sealer, lock, settings
-        self._forget, self._org_id = forget, org_id
+        self._environment, self._forget, self._org_id = settings.environment, forget, org_id
 
     @traced("log.prune")
     async def prune(
@@ -117,8 +117,7 @@ class RetentionManager:
         """
         end = await self._checked(before, by, archive, discard=discard, below_floor=below_floor)
         folder = None if archive is None else Path(archive)
-        environment = self._settings.environment
-        pruner = Pruner(self._database, self._sealer, by=by, environment=environment, before=end, archive=folder)
+        pruner = Pruner(self._database, self._sealer, by=by, environment=self._environment, before=end, archive=folder)
         await self._sealer.seal()
         with progress_bar(progress, "Pruning") as report:
             events, files, result = await self._run(pruner, folder, max_seconds, report)
@@ -180,9 +179,8 @@ class RetentionManager:
         """
         require_all(self._org_id)
         holds.require_named(name=name, reason=reason, by=by)
-        environment = self._settings.environment
         async with self._lock(), self._database.write() as connection:
-            return await holds.place(connection, name, filters, reason=reason, by=by, environment=environment)
+            return await holds.place(connection, name, filters, reason=reason, by=by, environment=self._environment)
 
     async def release_hold(self, name: str, *, by: str) -> Hold:
         """Release a hold, and return what it was.
@@ -195,7 +193,7 @@ class RetentionManager:
         require_all(self._org_id)
         holds.require_named(by=by)
         async with self._lock(), self._database.write() as connection:
-            return await holds.release(connection, name, by=by, environment=self._settings.environment)
+            return await holds.release(connection, name, by=by, environment=self._environment)
 
     async def holds(self) -> Page[Hold]:
         """Return the holds in force, oldest first; ValueError on a store that is bound to one organisation."""
@@ -235,7 +233,7 @@ class RetentionManager:
             self._database,
             self._sealer,
             org_id=self._org_id,
-            environment=self._settings.environment,
+            environment=self._environment,
             archive=folder,
             forget=self._forget,
         )
@@ -295,8 +293,7 @@ class RetentionManager:
         """
         end = await self._checked(before, by, archive, discard=discard, below_floor=below_floor)
         folder = None if archive is None else Path(archive)
-        environment = self._settings.environment
-        pruner = ApprovalPruner(self._database, by=by, environment=environment, before=end, archive=folder)
+        pruner = ApprovalPruner(self._database, by=by, environment=self._environment, before=end, archive=folder)
         await pruner.require_rights()
         async with self._writing(folder) as still_locked:
             total = await pruner.start(still_locked)
