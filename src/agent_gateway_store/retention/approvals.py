@@ -22,7 +22,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.retention import PrunedApprovals
 from agent_gateway_store.retention.holds import lock_holds, require_archive
-from agent_gateway_store.retention.ownership import require_own_archive
+from agent_gateway_store.retention.ownership import open_own_archive
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
@@ -62,8 +62,7 @@ class ApprovalPruner:
         """Make the archive, or remove what a killed run has left in it; delete what that run has archived last."""
         if (manifest := self._manifest) is None:
             return PrunedApprovals()
-        await in_thread(manifest.open)
-        await require_own_archive(self._database, manifest)
+        await open_own_archive(self._database, manifest)
         finished = PrunedApprovals()
         for entry in reversed(manifest.of_kind("approvals")):
             records = await in_thread(partial(read_approvals, manifest, entry))

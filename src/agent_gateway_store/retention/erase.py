@@ -40,7 +40,7 @@ from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import Erased, Hold
 from agent_gateway_store.retention.holds import covers, lock_holds, read_holds, require_archive
-from agent_gateway_store.retention.ownership import require_own_archive, require_own_events
+from agent_gateway_store.retention.ownership import open_own_archive, require_own_events
 from agent_gateway_store.retention.prune import archived_columns, seal_event
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import in_thread
@@ -185,8 +185,7 @@ class Eraser:
         found = [_Target(dict(zip(NAMES, row, strict=False)), archived=False) for row in rows]
         if self._manifest is not None:
             folder = self._manifest.folder
-            await in_thread(self._manifest.open)
-            await require_own_archive(self._database, self._manifest)
+            await open_own_archive(self._database, self._manifest)
             found += [
                 _Target(values, archived=True) for values in await in_thread(lambda: _archived(folder, request_id))
             ]

@@ -14,6 +14,7 @@ from agent_gateway_store.archive.reader import CheckedRow, archived_rows, checke
 from agent_gateway_store.audit.erased import blank_hash
 from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.evidence import AuditLeaf
+from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 _leaves = AuditLeaf.__table__
 
 
-async def require_own_archive(database: Database, manifest: Manifest) -> None:
-    """Raise ArchiveError if the archive is that of another log."""
+async def open_own_archive(database: Database, manifest: Manifest) -> None:
+    """Do as `manifest.open`; ArchiveError if the archive is that of another log."""
+    await in_thread(manifest.open)
     notes = (entry.checkpoint for entry in manifest.of_kind("events"))
     origins = {note.partition("\n")[0] for note in notes if note}
     async with database.read() as connection:

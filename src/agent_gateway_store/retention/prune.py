@@ -40,7 +40,7 @@ from agent_gateway_store.models.retention import AuditPrune, Hold
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column
 from agent_gateway_store.retention.holds import is_held, lock_holds, read_holds
-from agent_gateway_store.retention.ownership import require_held, require_own_archive
+from agent_gateway_store.retention.ownership import open_own_archive, require_held
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
 from agent_gateway_store.storage.database import Database
@@ -148,8 +148,7 @@ class Pruner:
     async def start(self) -> None:
         """Note that a run began; make the archive, or remove what a killed run has left in it."""
         if self._manifest is not None:
-            await in_thread(self._manifest.open)
-            await require_own_archive(self._database, self._manifest)
+            await open_own_archive(self._database, self._manifest)
         folder = None if self._manifest is None else str(self._manifest.folder.absolute())
         values = {"pruned_by": self._by, "pruned_before": self._before, "archive": folder, "events": 0}
         async with self._database.write() as connection:
