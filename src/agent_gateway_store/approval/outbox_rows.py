@@ -108,14 +108,6 @@ _DECISION_TYPES: dict[str, TypeEngine[Any]] = {
 }
 
 
-_FRAGMENTS: dict[str, dict[str, str]] = {
-    "insert_deliveries": dict.fromkeys(_DUE, _INSERT_DELIVERIES),
-    "is_leased": dict.fromkeys(_DUE, _IS_LEASED),
-    "recipients": dict.fromkeys(_DUE, _RECIPIENTS),
-    "due": _DUE,
-}
-
-
 def _utc(column: str) -> str:
     # Written out in UTC, for the JSON of a timestamp is in the time zone of the session; asyncpg stores the last
     # instant of UTC as infinity.
@@ -127,7 +119,7 @@ def _utc(column: str) -> str:
 _INSERT_WITH_DELIVERIES = sql_statement(
     f"""
     WITH asked AS ({INSERT_SQL}
-    ), written AS ({{insert_deliveries}}
+    ), written AS ({_INSERT_DELIVERIES}
         SELECT
             delivery_id, org_id, approval_id, notifier, 'pending',
             :p_notice || jsonb_build_object(
@@ -136,13 +128,13 @@ _INSERT_WITH_DELIVERIES = sql_statement(
             {{due}}
         FROM asked CROSS JOIN (
             SELECT *, :p_lease_s IS NOT NULL AS is_leased
-            FROM {{recipients}}
+            FROM {_RECIPIENTS}
         ) AS given
     )
     SELECT * FROM asked
     """,  # noqa: S608  pieces of the program's own
     types=_DECISION_TYPES,
-    **_FRAGMENTS,
+    due=_DUE,
 )
 
 
@@ -162,10 +154,10 @@ def _decide(decision: VoteDecision, by: Key, publishes: bool) -> Statement:
         {on_conflict}
     ), given AS (
         SELECT decided.*, delivery_id, notifier
-        FROM decided CROSS JOIN {{recipients}}
+        FROM decided CROSS JOIN {_RECIPIENTS}
     ), notices AS MATERIALIZED (
-        SELECT given.*, {{is_leased}} FROM given
-    ), written AS ({{insert_deliveries}}
+        SELECT given.*, {_IS_LEASED} FROM given
+    ), written AS ({_INSERT_DELIVERIES}
         SELECT
             delivery_id, org_id, approval_id, notifier, 'decision',
             jsonb_build_object(
@@ -184,7 +176,7 @@ def _decide(decision: VoteDecision, by: Key, publishes: bool) -> Statement:
     FROM decided
     """  # noqa: S608  pieces of the program's own
     columns = (*readable_columns, column("leased", ARRAY(Uuid())), column("sent", Text()))
-    return sql_statement(sql.replace("{ref}", REFS[by]), columns, types=_DECISION_TYPES, **_FRAGMENTS)
+    return sql_statement(sql.replace("{ref}", REFS[by]), columns, types=_DECISION_TYPES, due=_DUE)
 
 
 _DECISIONS = {
@@ -208,17 +200,17 @@ _NOTICES = RowsParameter(
 
 # Materialized, so that each row looks back once and not once for each use of the answer.
 _ENQUEUE = sql_statement(
-    """
+    f"""
     WITH notices AS MATERIALIZED (
-        SELECT given.*, {is_leased} FROM {given} AS given
-    ){insert_deliveries}
-    SELECT delivery_id, org_id, approval_id, notifier, event, {payload}, {due}
+        SELECT given.*, {_IS_LEASED} FROM {{given}} AS given
+    ){_INSERT_DELIVERIES}
+    SELECT delivery_id, org_id, approval_id, notifier, event, {{payload}}, {{due}}
     FROM notices
     RETURNING delivery_id, attempts
-    """,
+    """,  # noqa: S608
     (_deliveries.c.delivery_id, _deliveries.c.attempts),
     types={**_NOTICES.types, "p_lease_s": Float(53)},
-    **_FRAGMENTS,
+    due=_DUE,
     payload={"postgresql": "CAST(payload AS JSONB)", "sqlite": "payload"},
     given={dialect: _NOTICES.sql(dialect) for dialect in _DUE},
 )
