@@ -19,6 +19,7 @@ from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode_place, encode_place, invalid_cursor, listing_fingerprint
+from agent_gateway_store.storage.statements import literal_number
 
 _COLUMNS = (
     *("created_at", "notifier", "event", "status", "attempts", "next_attempt_at", "last_error"),
@@ -68,7 +69,7 @@ class NotificationManager:
         scope = listing_fingerprint("notifications.list", self._org_id, [wanted, notifier, about])
         # Few rows are about one approval: read in the order of ids the whole table would be looked through for them.
         newest = deliveries.c.id if about is None else deliveries.c.id + literal_column("0")
-        statement = select(deliveries).where(*conditions).order_by(newest.desc()).limit(_literal(limit + 1))
+        statement = select(deliveries).where(*conditions).order_by(newest.desc()).limit(literal_number(limit + 1))
         async with self._database.read() as connection:
             restored = await restored_identity(connection)
             if cursor is not None:
@@ -173,7 +174,7 @@ class NotificationManager:
                 *self._conditions(),
             )
             .order_by(deliveries.c.delivered_at)
-            .limit(_literal(_PRUNE_BATCH))
+            .limit(literal_number(_PRUNE_BATCH))
             .with_for_update(skip_locked=True)
         )
 
@@ -200,10 +201,9 @@ class NotificationManager:
         )
 
 
-def _literal(value: DeliveryStatus | int) -> ColumnElement[Any]:
-    # In the text, so that PostgreSQL knows how many rows it is about: a status is of few or of most, and of a LIMIT in
-    # a parameter it expects a tenth of the rows.
-    return literal_column(repr(str(value)) if isinstance(value, DeliveryStatus) else str(int(value)))
+def _literal(status: DeliveryStatus) -> ColumnElement[Any]:
+    # In the text, so that PostgreSQL knows how many rows it is about: a status is of few or of most.
+    return literal_column(repr(str(status)))
 
 
 def _uuid(value: UUID | str) -> UUID:
