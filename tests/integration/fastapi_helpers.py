@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
 
-from agent_gateway_store import ApprovalRequest, CallerIdentity, GatewayStore, StoreSettings, ToolCall
+from agent_gateway_store import CallerIdentity, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.integrations.fastapi import (
     Approver,
     CallerDep,
@@ -21,6 +20,7 @@ from agent_gateway_store.integrations.fastapi import (
     install_error_handlers,
     lifespan,
 )
+from builders import make_request
 
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "a.txt"})
 
@@ -79,9 +79,7 @@ class Bench:
 
     async def ask(self, org_id: str = "default") -> tuple[str, str]:
         """Ask for an approval; returns its id and its token."""
-        request = ApprovalRequest(
-            request_id=uuid4().hex, caller_id="dev-agent", org_id=org_id, tool_call=CALL, risk_explanation="Deletes."
-        )
+        request = make_request(org_id=org_id, tool_call=CALL)
         token = await self.store.approvals.issue_token(request)
         return str(request.approval_id), token
 

@@ -9,23 +9,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
-from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, StoreSettings, ToolCall, errors
+from agent_gateway_store import ApprovalResult, GatewayStore, StoreSettings, errors
 from agent_gateway_store.models.columns import token_digest
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.store import parts_of
+from builders import CALL, make_request
 
 pytestmark = pytest.mark.integration
 
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 AT_ONCE = 40
-
-
-def ask() -> ApprovalRequest:
-    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +61,7 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
     settings = StoreSettings(approval_cache_seconds=60)
     async with GatewayStore(url, redis_url=fresh_redis_url, settings=settings) as store:
         approvals = store.approvals
-        tokens = [await approvals.issue_token(ask()) for _ in range(max(50, number // 20))]
+        tokens = [await approvals.issue_token(make_request()) for _ in range(max(50, number // 20))]
         ids = {token: (await approvals.check_token(token)).approval_id for token in tokens}
         for token in tokens[::3]:
             await approvals.approve(token, "approver-0")
@@ -115,7 +110,7 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
         for token in tokens:
             cached, fresh = [await approvals.check_token(token), await approvals.check_token(token, fresh=True)]
             assert cached.approval_id == fresh.approval_id == ids[token]
-        token = await approvals.issue_token(ask())
+        token = await approvals.issue_token(make_request())
         await approvals.approve(token, "approver-1")
         used = await approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
         assert used.status == "USED"

@@ -13,17 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, errors
+from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.storage.database import create_engine
+from builders import CALL, make_request
 from proofs.harness import child
 
 pytestmark = pytest.mark.integration
 
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 WORKERS = 4
 SIZES = [(5, 100), pytest.param(100, 1_000, marks=pytest.mark.slow)]
 """Tokens, and how many decide and then use each of them."""
@@ -37,10 +36,6 @@ asyncio.run(serve(*sys.argv[1:3]))
 
 Tally = list[list[Any]]
 """How often each answer was given: kind, status, who decided, count."""
-
-
-def ask() -> ApprovalRequest:
-    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes")
 
 
 async def told(answer: Awaitable[Any]) -> tuple[str, str | None, str | None]:
@@ -122,7 +117,7 @@ async def test_one_of_many_processes_wins(
             return [json.loads(await process.stdout.readline()) for process in workers]
 
         for _ in range(tokens):
-            token = await store.approvals.issue_token(ask())
+            token = await store.approvals.issue_token(make_request())
             deciding = await everywhere("decide", token)
             statuses.append(judge(deciding, await everywhere("consume", token), number=number))
             final = {"APPROVED": "USED"}.get(statuses[-1], statuses[-1])
@@ -140,7 +135,7 @@ def test_one_of_many_threads_wins(tmp_path: Path, tokens: int, number: int) -> N
 
     async def issue() -> None:
         async with GatewayStore(url, redis_url="") as store:
-            names.extend([await store.approvals.issue_token(ask()) for _ in range(tokens)])
+            names.extend([await store.approvals.issue_token(make_request()) for _ in range(tokens)])
 
     async def work(worker: int) -> list[tuple[Tally, Tally]]:
         # Few connections: SQLite lets those who wait for the file poll, and many of them leave it idle.

@@ -12,13 +12,13 @@ from uuid import uuid4
 import pytest
 import redis.asyncio
 
-from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
+from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, errors
 from agent_gateway_store.approval import ApprovalBackend
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
+from builders import CALL, make_request
 
 pytestmark = pytest.mark.integration
 
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 BOUND_S = 0.5
 """APPROVAL_CACHE_SECONDS of these tests."""
 STALL_S = BOUND_S * 1.2
@@ -97,9 +97,7 @@ class Round:
     def __init__(self, store: GatewayStore, client: redis.asyncio.Redis, move: str) -> None:
         self.store, self.client, self.move = store, client, move
         self.sql = ApprovalManager(ApprovalBackend(store.database, RedisCache(None), store.settings))
-        self.request = ApprovalRequest(
-            request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes"
-        )
+        self.request = make_request()
         self.token = ""
         self.later = ""
         self.current = "PENDING"

@@ -15,7 +15,7 @@ from redis import Redis
 from sqlalchemy import make_url
 
 import servers
-from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall
+from agent_gateway_store import GatewayStore, SyncGatewayStore, ToolCall
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.spool import Spool
 from builders import make_event, make_request
@@ -298,9 +298,7 @@ def test_doctor_reports_on_sqlite_and_on_approvals_without_outcome(tmp_path: Pat
 
     async def use() -> None:
         async with GatewayStore(url) as store:
-            token = await store.approvals.issue_token(
-                ApprovalRequest(request_id="r1", caller_id="a", tool_call=call, risk_explanation="risky")
-            )
+            token = await store.approvals.issue_token(make_request(caller_id="a", tool_call=call))
             await store.approvals.approve(token, "ann")
             await store.approvals.consume_token(token, caller_id="a", tool_call=call)
 

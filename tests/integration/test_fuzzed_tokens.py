@@ -10,12 +10,12 @@ from uuid import uuid4
 
 import pytest
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, errors
+from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.keys.format import new_key, new_key_id
+from builders import CALL, make_request
 
 pytestmark = pytest.mark.integration
 
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 SQL = [
     "' OR '1'='1",
     "'; DROP TABLE approval_requests; --",
@@ -103,9 +103,7 @@ async def test_every_wrong_token_and_key_looks_the_same(
         acme, globex = store.for_org("acme"), store.for_org("globex")
 
         async def ask(view: GatewayStore) -> str:
-            return await view.approvals.issue_token(
-                ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="x")
-            )
+            return await view.approvals.issue_token(make_request())
 
         own, foreign = [await ask(acme) for _ in range(3)], [await ask(globex) for _ in range(20)]
         for token in foreign[::2]:

@@ -42,7 +42,7 @@ async def test_approver_lists_and_sees_what_is_pending(bench: Bench) -> None:
     assert (one.json()["caller_id"], one.json()["status"], one.json()["risk_explanation"]) == (
         "dev-agent",
         "PENDING",
-        "Deletes.",
+        "deletes a file",
     )
     for answer in (first, second, every, one):
         assert "hash" not in answer.text

@@ -10,18 +10,13 @@ from uuid import uuid4
 
 import pytest
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall
-from builders import make_event
+from agent_gateway_store import GatewayStore
+from builders import make_event, make_request
 
 pytestmark = pytest.mark.integration
 
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 # More turns of the event loop than any of these calls takes before its last answer.
 MOST_TURNS = 400
-
-
-def ask() -> ApprovalRequest:
-    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes")
 
 
 async def lost(work: Callable[[], Awaitable[Any]], turns: int) -> bool | None:
@@ -39,11 +34,11 @@ def doings(store: GatewayStore, token: str, waiting: str) -> Iterator[tuple[str,
     approvals = store.approvals
 
     async def decide() -> None:
-        await approvals.approve(await approvals.issue_token(ask()), "anna")
+        await approvals.approve(await approvals.issue_token(make_request()), "anna")
 
     yield "check_token", lambda: approvals.check_token(token)
     yield "check_token fresh", lambda: approvals.check_token(token, fresh=True)
-    yield "issue_token", lambda: approvals.issue_token(ask())
+    yield "issue_token", lambda: approvals.issue_token(make_request())
     yield "approve", decide
     yield "list_requests", lambda: approvals.list_requests("PENDING", limit=5)
     yield "wait_for_decision", lambda: approvals.wait_for_decision(waiting, timeout_s=0.05)
@@ -70,7 +65,7 @@ async def test_every_cancelled_call_ends(
     url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     async with GatewayStore(url, redis_url=fresh_redis_url, auto_migrate=True) as store:
         await store.keys.issue("dev-agent", role="developer")
-        token, waiting = await store.approvals.issue_token(ask()), await store.approvals.issue_token(ask())
+        token, waiting = [await store.approvals.issue_token(make_request()) for _ in range(2)]
         await store.approvals.approve(token, "anna")
         went_on = {}
         for name, work in doings(store, token, waiting):

@@ -14,13 +14,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, StoreSettings, ToolCall, clock
+from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
+from builders import make_request
 from forks import forks
 from servers import PostgresServer
 
@@ -63,11 +63,6 @@ class File:
 
     async def notify_decision(self, notice: Notice) -> None:
         await self.notify_pending(notice)
-
-
-def ask() -> ApprovalRequest:
-    call = ToolCall(server="files", tool="delete")
-    return ApprovalRequest(request_id=uuid4().hex, caller_id="agent", tool_call=call, risk_explanation="gone for good")
 
 
 def quiet(**fields: object) -> StoreSettings:
@@ -113,7 +108,7 @@ async def test_two_workers_share_one_outbox(url: str, tmp_path: Path, count: int
 
         async def issue() -> None:
             for _ in waiting:
-                await store.approvals.issue_token(ask())
+                await store.approvals.issue_token(make_request())
 
         await asyncio.gather(*(issue() for _ in range(16)))
         files = [tmp_path / "one", tmp_path / "two"]
@@ -147,7 +142,7 @@ async def test_a_worker_outlives_its_database(tmp_path: Path) -> None:
     with PostgresServer(durable=True) as server:
         url = server.url
         async with GatewayStore(url, redis_url="", plugins=[File(told)], settings=quiet(), auto_migrate=True) as store:
-            asked = [ask() for _ in range(300)]
+            asked = [make_request() for _ in range(300)]
             for request in asked:
                 await store.approvals.issue_token(request)
         settings = StoreSettings(notification_poll_seconds=0.1, notification_concurrency=1)

@@ -10,27 +10,22 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import redis.asyncio
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
+from agent_gateway_store import GatewayStore, StoreSettings, errors
 from agent_gateway_store.store import parts_of
+from builders import CALL, make_request
 from servers import RedisServer
 
 pytestmark = pytest.mark.integration
 
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 BOUND_S = 0.3
 """APPROVAL_CACHE_SECONDS of these tests."""
 REDIS_TIMEOUT_S = 1.0
 LONGEST_CALL_S = 10.0  # 0.3 on a machine of our own, with a timeout of 0.2; redis-py alone would take a minute
 CALLERS = 8
-
-
-def ask() -> ApprovalRequest:
-    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=CALL, risk_explanation="deletes")
 
 
 class Truth:
@@ -46,7 +41,7 @@ class Truth:
         return {status for status, _, end in self.history[token] if begun - end < BOUND_S}
 
     async def add(self) -> str:
-        token = await self.store.approvals.issue_token(ask())
+        token = await self.store.approvals.issue_token(make_request())
         self.history[token] = [("PENDING", time.monotonic(), float("inf"))]
         self.ids[token] = (await self.store.approvals.check_token(token, fresh=True)).approval_id
         return token
@@ -288,7 +283,7 @@ async def test_what_a_hung_redis_did_late_is_not_believed(server: RedisServer, t
     """Redis that hung carries out what it was sent before a decision; nobody is told of the old status by that."""
     settings = StoreSettings(approval_cache_seconds=BOUND_S)
     async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url=server.url, settings=settings) as store:
-        tokens = [await store.approvals.issue_token(ask()) for _ in range(3)]
+        tokens = [await store.approvals.issue_token(make_request()) for _ in range(3)]
         async with redis.asyncio.from_url(server.url) as client:
             await client.flushall()
         server.pause()

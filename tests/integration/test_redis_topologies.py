@@ -13,20 +13,16 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.sentinel import Sentinel
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import ApprovalManager, ApprovalRequest, GatewayStore, ToolCall
+from agent_gateway_store import ApprovalManager, GatewayStore
 from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
+from builders import make_request
 from commands import gateway_store
 from proofs.harness import eventually
 from servers import RedisServer, SentinelServer
 
 pytestmark = pytest.mark.integration
-
-
-def make_request(name: str) -> ApprovalRequest:
-    call = ToolCall(server="files", tool="delete_file", arguments={"path": name})
-    return ApprovalRequest(request_id=name, caller_id="dev-agent", tool_call=call, risk_explanation="deletes")
 
 
 async def put(cache: RedisCache, version: int) -> bool:
@@ -71,7 +67,7 @@ async def test_a_sentinel_leads_to_the_new_master(
     database = migrated_postgres_database()
     async with client, GatewayStore(database, redis=client) as store, GatewayStore(database, redis_url=url) as other:
         for name in ("before", "after"):
-            token = await store.approvals.issue_token(make_request(name))
+            token = await store.approvals.issue_token(make_request(request_id=name))
             waiting = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=60))
             if name == "after":
                 await asyncio.to_thread(master.kill)
@@ -113,7 +109,7 @@ async def test_a_member_of_a_cluster_is_named_once_and_left_alone(
     database = migrated_postgres_database()
     async with GatewayStore(database, redis_url=member.url) as store, GatewayStore(database, redis_url="") as other:
         for number in range(10):
-            token = await store.approvals.issue_token(make_request(f"call-{number}"))
+            token = await store.approvals.issue_token(make_request(request_id=f"call-{number}"))
             waiting = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=60))
             await other.approvals.approve(token, "approver-1")
             assert (await waiting).status == "APPROVED"

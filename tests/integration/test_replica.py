@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from console_helpers import Visitor, key_of
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall
+from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.console import create_console
 from agent_gateway_store.errors import AuditUnavailableError, InvalidUrlError, StoreUnavailableError
-from builders import make_event
+from builders import make_event, make_request
 from proofs.harness import eventually, execute, migrated
 from servers import PostgresServer
 
@@ -38,11 +38,6 @@ def pair() -> Iterator[tuple[PostgresServer, PostgresServer]]:
             yield primary, standby
 
 
-def make_request(name: str) -> ApprovalRequest:
-    call = ToolCall(server="files", tool="delete_file", arguments={"path": name})
-    return ApprovalRequest(request_id=name, caller_id="dev-agent", tool_call=call, risk_explanation="deletes")
-
-
 async def test_lists_come_from_the_replica_and_decisions_from_the_primary(
     pair: tuple[PostgresServer, PostgresServer], tmp_path: Path
 ) -> None:
@@ -61,7 +56,7 @@ async def test_lists_come_from_the_replica_and_decisions_from_the_primary(
         await eventually(has_arrived)
         await execute(standby.url, FREEZE)
         new = make_event()
-        token = await approvals.issue_token(make_request("call"))
+        token = await approvals.issue_token(make_request(request_id="call"))
         await audit.write(new)
         kept = await store.evidence.seal()
 
@@ -147,7 +142,7 @@ async def test_a_store_on_a_standby_reads_and_refuses_writes(mode: str) -> None:
                 with pytest.raises(AuditUnavailableError, match="takes no writes"):
                     await store.audit.write_many([make_event()])
                 with pytest.raises(StoreUnavailableError, match="read-only"):
-                    await store.approvals.issue_token(make_request("call"))
+                    await store.approvals.issue_token(make_request(request_id="call"))
                 assert await store.audit.flush() == 0
                 await execute(standby.url, "SELECT pg_promote()")
 

@@ -12,8 +12,9 @@ import pytest
 from sqlalchemy import make_url
 
 import servers
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, TrustLevel
+from agent_gateway_store import GatewayStore, TrustLevel
 from agent_gateway_store.storage import pubsub
+from builders import CALL, make_request
 from proofs.harness import execute, migrated
 from servers import PostgresServer
 
@@ -26,11 +27,6 @@ def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pubsub, "_SLOW_POLL_S", 0.5)
 
 
-def make_request() -> ApprovalRequest:
-    call = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/x"})
-    return ApprovalRequest(request_id="r-1", caller_id="dev-agent", tool_call=call, risk_explanation="deletes")
-
-
 async def live(url: str) -> None:
     """Decide an approval that another store waits for, and revoke a key."""
     async with GatewayStore(url, redis_url="") as store, GatewayStore(url, redis_url="") as other:
@@ -38,7 +34,7 @@ async def live(url: str) -> None:
         waiting = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=60))
         assert (await other.approvals.approve(token, "approver-1")).status == "APPROVED"
         assert (await waiting).status == "APPROVED"
-        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=make_request().tool_call)
+        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
         await store.keys.issue("dev-agent", role="developer", trust_level=TrustLevel.LOW, environment="dev")
         await store.keys.revoke("dev-agent")
 

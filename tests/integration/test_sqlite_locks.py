@@ -8,13 +8,12 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import aiosqlite
 import pytest
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, errors
-from builders import make_event
+from agent_gateway_store import GatewayStore, StoreSettings, errors
+from builders import make_event, make_request
 
 pytestmark = pytest.mark.integration
 
@@ -25,11 +24,6 @@ def _no_collection() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-def ask() -> ApprovalRequest:
-    call = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/x"})
-    return ApprovalRequest(request_id=uuid4().hex, caller_id="dev-agent", tool_call=call, risk_explanation="deletes")
 
 
 def take_the_write_lock(path: Path) -> None:
@@ -58,7 +52,7 @@ async def test_a_cancelled_statement_leaves_no_lock(
         await asyncio.sleep(60)
 
     async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
-        token = await store.approvals.issue_token(ask())
+        token = await store.approvals.issue_token(make_request())
         monkeypatch.setattr(aiosqlite.Cursor, "fetchall", stand_still)
         deciding = asyncio.create_task(store.approvals.approve(token, "approver-1"))
         await arrived.wait()
@@ -78,7 +72,7 @@ async def test_tasks_cancelled_at_any_moment_leave_no_lock(tmp_path: Path) -> No
     path = tmp_path / "gateway.db"
     async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
         for turns in range(60):
-            token = await store.approvals.issue_token(ask())
+            token = await store.approvals.issue_token(make_request())
             deciding = asyncio.create_task(store.approvals.approve(token, "approver-1"))
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -96,7 +90,7 @@ async def test_a_write_ends_within_five_seconds_while_another_process_has_the_lo
     settings = StoreSettings(audit_mode=mode)
     async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
         assert await store.audit.write(make_event(request_id="r-0")) == "STORED"
-        tokens = [await store.approvals.issue_token(ask()) for _ in range(crowd)]
+        tokens = [await store.approvals.issue_token(make_request()) for _ in range(crowd)]
         holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         # In a thread: a task of the store that has the lock needs this event loop to let it go.
         await asyncio.to_thread(holder.execute, "BEGIN IMMEDIATE")

@@ -8,18 +8,17 @@ import time
 import pytest
 
 import servers
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall
+from agent_gateway_store import GatewayStore
+from builders import make_request
 
 pytestmark = pytest.mark.integration
 
 
 async def test_a_wait_ends_though_the_database_hangs() -> None:
     """What was seen before stands: PENDING, soon after the timeout, and the approval can be decided later."""
-    call = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/x"})
-    request = ApprovalRequest(request_id="r-1", caller_id="dev-agent", tool_call=call, risk_explanation="deletes")
     with servers.PostgresServer() as server:
         async with GatewayStore(server.url, redis_url="", auto_migrate=True) as store:
-            token = await store.approvals.issue_token(request)
+            token = await store.approvals.issue_token(make_request())
             waiting = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=2))
             await asyncio.sleep(1)
             await asyncio.to_thread(server.pause)

@@ -18,9 +18,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, ToolCall, WriteOutcome
+from agent_gateway_store import GatewayStore, WriteOutcome
 from agent_gateway_store.errors import ApprovalAlreadyUsedError, StoreUnavailableError
-from builders import make_event, make_request
+from builders import CALL, make_event, make_request
 from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty, stored_ids
 from servers import PostgresServer, free_port
 from tampering import OFF
@@ -28,7 +28,6 @@ from tampering import OFF
 pytestmark = pytest.mark.system
 
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
-CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 
 SETTINGS = """
 [databases]
@@ -132,9 +131,7 @@ async def test_every_service_works(bouncer: PgBouncer) -> None:
 
         issued = await store.keys.issue("dev-agent", role="developer", environment="dev")
         caller = await other.keys.verify(issued.plaintext)
-        request = ApprovalRequest(
-            request_id="r1", caller_id=caller.caller_id, tool_call=CALL, risk_explanation="deletes a file"
-        )
+        request = make_request(caller_id=caller.caller_id)
         token = await store.approvals.issue_token(request)
         waiting = asyncio.create_task(other.approvals.wait_for_decision(token, timeout_s=20))
         await store.approvals.approve(token, "approver-1", note="ok")
