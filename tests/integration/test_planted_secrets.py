@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,9 +19,9 @@ import pytest
 import redis.asyncio
 from sqlalchemy.exc import DBAPIError
 
-from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, StoreSettings, ToolCall, clock, errors
+from agent_gateway_store import GatewayStore, Notice, Page, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.keys.format import new_key
-from builders import make_event
+from builders import make_event, make_request
 from proofs.harness import execute
 
 pytestmark = pytest.mark.integration
@@ -83,11 +84,14 @@ class Run:
     def __init__(self, store: GatewayStore, client: redis.asyncio.Redis, trail: Trail, url: str) -> None:
         self.store, self.client, self.trail, self.url = store, client, trail, url
         self.shown: list[str] = []
+        self.pages: list[str] = []
         self.refusals: list[str] = []
 
     async def _keep(self, answer: Awaitable[Any]) -> Any:
         value = await answer
         self.shown.append(f"{value!r} {value!s}")
+        if isinstance(value, Page):
+            self.pages.append(f"{value.to_dicts()}{value._repr_html_()}{pickle.dumps(list(value))!r}")
         await self._look_into_redis()
         return value
 
@@ -110,15 +114,6 @@ class Run:
             name = key.decode()
             self.trail.redis[name] = self.trail.redis.get(name, "") + str(await self.client.get(key))
 
-    def _ask(self, **fields: Any) -> ApprovalRequest:
-        defaults: dict[str, Any] = {
-            "request_id": uuid4().hex,
-            "caller_id": "dev-agent",
-            "tool_call": SHOWN,
-            "risk_explanation": "deletes a file",
-        }
-        return ApprovalRequest(**(defaults | fields))
-
     async def keys(self) -> None:
         keys = self.store.keys
         issued = await self._keep(keys.issue("dev-agent", role="developer"))
@@ -138,7 +133,7 @@ class Run:
 
     async def approvals(self) -> None:
         approvals, tokens = self.store.approvals, self.trail.tokens
-        request = self._ask()
+        request = make_request(tool_call=SHOWN)
         tokens += [str(request.token), await approvals.issue_token(request, call=CALL)]
         await self._look_into_redis()
         again = request.model_copy(update={"token": f"own-token-{uuid4().hex}", "approval_id": uuid4()})
@@ -149,7 +144,7 @@ class Run:
             approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
             approvals.record_outcome(token, "SUCCESS"),
             self.store.for_org("acme").approvals.check_token(token),
-            approvals.issue_token(self._ask(token=token), call=CALL),
+            approvals.issue_token(make_request(tool_call=SHOWN, token=token), call=CALL),
         ):
             await self._refused(work)
         waiting = asyncio.create_task(approvals.wait_for_decision(token, timeout_s=10))
@@ -166,7 +161,7 @@ class Run:
         await self._keep(approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL))
         await self._refused(approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL))
         await self._keep(approvals.record_outcome(token, "SUCCESS"))
-        tokens.append(late := await approvals.issue_token(self._ask(), call=CALL))
+        tokens.append(late := await approvals.issue_token(make_request(tool_call=SHOWN), call=CALL))
         clock.move(timedelta(hours=2))
         await self._refused(approvals.approve(late, "approver-1"))
         await self._keep(approvals.check_token(late))
@@ -182,7 +177,7 @@ class Run:
     async def faults(self) -> None:
         """The same calls while the database refuses the statements, and while it does not know the table."""
         approvals, tokens = self.store.approvals, self.trail.tokens
-        tokens.append(token := await approvals.issue_token(self._ask(), call=CALL))
+        tokens.append(token := await approvals.issue_token(make_request(tool_call=SHOWN), call=CALL))
         await approvals.approve(token, "approver-1")
         key = (await self.store.keys.issue("other-agent", role="r")).plaintext.get_secret_value()
         self.trail.secrets.append(key)
@@ -194,7 +189,7 @@ class Run:
             await execute(self.url, *before)
             works = [
                 approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL),
-                approvals.issue_token(self._ask(token=f"own-token-{uuid4().hex}"), call=CALL),
+                approvals.issue_token(make_request(tool_call=SHOWN, token=f"own-token-{uuid4().hex}"), call=CALL),
                 approvals.cancel(token, "approver-1"),
             ]
             works += [approvals.check_token(token, fresh=True), self.store.keys.verify(key)] if before is away else []
@@ -210,6 +205,7 @@ class Run:
         for each in (store, store.database, store.database.engine, store.settings, store.keys, store.approvals):
             self.shown.append(f"{each!r} {each!s}")
         texts["reprs"], texts["errors"] = "\n".join(self.shown), "\n".join(self.refusals)
+        texts["pages"] = "\n".join(self.pages)
         connection = await asyncpg.connect(self.url.replace("+asyncpg", ""), ssl=False)
         try:
             tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
@@ -308,6 +304,6 @@ async def test_the_search_finds_what_may_be_seen(trail: Trail) -> None:
     seen = {name for name, _ in trail.found("[redacted]", "dev-agent", "approver-1", "approval_requests", "approval")}
 
     tables = {"table approval_requests", "table api_keys", "table notification_deliveries"}
-    assert {"reprs", "errors", "notices", "logs", *tables} <= seen
+    assert {"reprs", "pages", "errors", "notices", "logs", *tables} <= seen
     assert trail.texts["signals"]
     assert "sqlalchemy.engine" in trail.texts["logs"]
