@@ -1,4 +1,4 @@
-"""The writer, its spool and the row-by-row insert: a row leaves the spool once it is committed, and by itself."""
+"""The writer and its spool: a row leaves the spool once it is committed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import pytest
 from sqlalchemy import make_url
 
 from agent_gateway_store import WriteOutcome
-from agent_gateway_store.audit.backends import RowResult, insert_event
+from agent_gateway_store.audit.backends import RowResult
 from agent_gateway_store.audit.record import EncodedRow, encode_event, key_of, to_values
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter
 from agent_gateway_store.errors import StoreUnavailableError
-from agent_gateway_store.storage import migrate
-from agent_gateway_store.storage.database import create_engine
 from builders import make_event
 
 pytestmark = pytest.mark.unit
@@ -55,10 +53,10 @@ async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
     await opened.close()
 
 
-async def fill(spool: Spool, count: int, *, error: str | None = None) -> list[str]:
+async def fill(spool: Spool, count: int) -> list[str]:
     """Spool so many events; return their request ids."""
     events = [make_event() for _ in range(count)]
-    await spool.add([to_values(encode_event(event)) for event in events], error=error)
+    await spool.add([to_values(encode_event(event)) for event in events])
     return [event.request_id for event in events]
 
 
@@ -138,29 +136,3 @@ async def test_rows_of_a_new_spool_file_are_not_taken_for_those_that_could_not_b
     await spool.close()
 
     assert database.committed == old + new
-
-
-async def test_what_is_quarantined_stays_where_it_is(database: Database, spool: Spool) -> None:
-    """It is replayed neither on opening nor by `flush`."""
-    await fill(spool, 2, error="DataError")
-    [good] = await fill(spool, 1)
-    writer = AuditWriter(database, spool)
-    await writer.open()
-    assert await writer.flush() == 0
-    await writer.close()
-
-    assert database.committed == [good]
-    assert await spool.counts() == (0, 2)
-
-
-async def test_a_repeat_is_one_in_its_own_organisation() -> None:
-    """The same event of two organisations is two events, and each has its own repeats."""
-    engine = create_engine("sqlite://")
-    await migrate.upgrade(engine)
-    event = make_event()
-    async with engine.begin() as connection:
-        rows = [encode_event(event, org_id=org_id) for org_id in ("acme", "other", "other", "acme")]
-        outcomes = [await insert_event(connection, row) for row in rows]
-    await engine.dispose()
-
-    assert outcomes == [*[WriteOutcome.STORED] * 2, *[WriteOutcome.DUPLICATE] * 2]
