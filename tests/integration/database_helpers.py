@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url, text
 
-from agent_gateway_store.storage.database import Database, SessionTransactions
+from agent_gateway_store.storage.database import Database, SessionTransactions, create_engine
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -24,6 +24,13 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/test.db"
     made: str = request.getfixturevalue("postgres_database")()
     return made
+
+
+def opened(url: str) -> Database:
+    """A database that this event loop may use, to be closed by the test."""
+    database = Database(create_engine(url), owned=True)
+    database.bind_to_loop()
+    return database
 
 
 async def write(work: Database | SessionTransactions, *statements: str, error: Exception | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import database_helpers
 import pytest
-from database_helpers import write
+from database_helpers import opened, write
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker
@@ -110,8 +110,7 @@ async def test_a_failed_body_is_rolled_back(database: Database) -> None:
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:m?mode=memory&uri=true"])
 async def test_a_database_in_memory_serves_concurrent_tasks(url: str) -> None:
     """All tasks see the one database, in turn, and it stays while the engine does."""
-    database = Database(create_engine(url), owned=True)
-    database.bind_to_loop()
+    database = opened(url)
     await write(database, "CREATE TABLE counter (n INTEGER)", "INSERT INTO counter VALUES (0)")
 
     async def add_one() -> None:

@@ -6,18 +6,12 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from database_helpers import opened
 
 import servers
 from agent_gateway_store.storage import database as database_module
-from agent_gateway_store.storage.database import Database, create_engine
 
 pytestmark = pytest.mark.integration
-
-
-def opened(url: str) -> Database:
-    database = Database(create_engine(url), owned=True)
-    database.bind_to_loop()
-    return database
 
 
 async def test_a_server_that_hangs_does_not_hold_up_the_close() -> None:

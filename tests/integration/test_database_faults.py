@@ -12,13 +12,12 @@ from typing import Any
 import database_helpers
 import pytest
 import uvloop
-from database_helpers import write
-from sqlalchemy import make_url, text
+from database_helpers import opened, write
+from sqlalchemy import text
 
 import servers
 from agent_gateway_store import errors
 from agent_gateway_store.storage import database as database_module
-from agent_gateway_store.storage.database import Database, create_engine
 
 pytestmark = pytest.mark.integration
 
@@ -29,8 +28,7 @@ url = database_helpers.url
 
 async def failing(url: str, *statements: str) -> BaseException:
     """The error that `statements` end in, and check that it is one sentence without a password."""
-    database = Database(create_engine(url), owned=True)
-    database.bind_to_loop()
+    database = opened(url)
     with pytest.raises(errors.GatewayStoreError) as caught:
         await write(database, *(statements or ["SELECT 1"]))
     await database.close()
@@ -48,23 +46,6 @@ def test_a_refused_port_is_an_outage(new_loop: Callable[[], asyncio.AbstractEven
 
     assert type(error) is errors.StoreUnavailableError
     assert "check that it runs" in str(error)
-
-
-async def test_an_unknown_host_is_an_outage() -> None:
-    """No such name."""
-    assert type(await failing(f"postgresql://user:{PASSWORD}@no-such-host.invalid/db")) is errors.StoreUnavailableError
-
-
-async def test_unknown_role_and_database_are_named(postgres_database: Callable[[], str]) -> None:
-    """The hint says which part of the URL to check."""
-    url = make_url(postgres_database())
-    shown = {"hide_password": False}
-    role = await failing(url.set(username="nobody_of_that_name", password=PASSWORD).render_as_string(**shown))
-    missing = await failing(url.set(database="no_such_database").render_as_string(**shown))
-
-    assert {type(role), type(missing)} == {errors.StoreUnavailableError}
-    assert "refuses the" in str(role)
-    assert "does not exist" in str(missing)
 
 
 async def test_a_missing_table_or_column_asks_for_a_migration(url: str) -> None:
@@ -89,8 +70,7 @@ async def test_a_lent_connection_that_is_not_answered_in_time_is_an_outage(
 ) -> None:
     """Who waits for a lock, or for a connection, is told that the store is unavailable, and nothing else."""
     monkeypatch.setattr(database_module, "_COMMAND_TIMEOUT_S", 0.3)
-    database = Database(create_engine(postgres_database()), owned=True)
-    database.bind_to_loop()
+    database = opened(postgres_database())
     async with database.write() as connection:
         await connection.execute(text("CREATE TABLE counter (n INTEGER)"))
     statement = "SELECT pg_sleep(5)" if busy.startswith("every") else "SELECT n FROM counter"
@@ -115,26 +95,9 @@ def locked(tmp_path: Path) -> Iterator[str]:
         yield f"sqlite:///{tmp_path}/locked.db"
 
 
-async def test_faults_of_a_sqlite_file_are_named(tmp_path: Path) -> None:
-    """A missing folder, a file of another kind, and a read-only file."""
-    (tmp_path / "text.db").write_text("this is no database, but long enough to have a header of its own" * 20)
-    with closing(sqlite3.connect(tmp_path / "read.db")) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("CREATE TABLE t (n INTEGER)")
-    folder = await failing(f"sqlite:///{tmp_path}/none/test.db")
-    kind = await failing(f"sqlite:///{tmp_path}/text.db")
-    read_only = await failing(f"sqlite:///file:{tmp_path}/read.db?mode=ro&uri=true", "INSERT INTO t VALUES (1)")
-
-    assert {type(error) for error in (folder, kind, read_only)} == {errors.StoreUnavailableError}
-    assert "folder exists" in str(folder)
-    assert "not a SQLite database" in str(kind)
-    assert "read-only" in str(read_only)
-
-
 async def test_a_locked_file_is_named(locked: str) -> None:
     """After the busy timeout, here a short one, the sentence says that another process holds the file."""
-    database = Database(create_engine(locked), owned=True)
-    database.bind_to_loop()
+    database = opened(locked)
     async with database.read() as connection:
         await connection.exec_driver_sql("PRAGMA busy_timeout=50")
     with pytest.raises(errors.StoreUnavailableError, match="locked by another process"):
@@ -145,8 +108,7 @@ async def test_a_locked_file_is_named(locked: str) -> None:
 async def test_a_killed_server_surfaces_only_as_unavailable() -> None:
     """In a query, in a transaction, idle in the pool or connecting: always our error; it is back when the server is."""
     with servers.PostgresServer() as server:
-        database = Database(create_engine(server.url), owned=True)
-        database.bind_to_loop()
+        database = opened(server.url)
         inside = asyncio.Event()
 
         async def use(statement: str, *, wait: bool = False) -> Any:

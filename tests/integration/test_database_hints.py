@@ -9,20 +9,13 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from database_helpers import translated
+from database_helpers import opened, translated
 from sqlalchemy import make_url, text
 
 from agent_gateway_store import errors
-from agent_gateway_store.storage.database import Database, create_engine
 from proofs.harness import execute
 
 pytestmark = pytest.mark.integration
-
-
-def opened(url: str) -> Database:
-    database = Database(create_engine(url), owned=True)
-    database.bind_to_loop()
-    return database
 
 
 async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Callable[[], str]) -> None:

@@ -1,4 +1,4 @@
-"""Whose an engine is and when it ends: `get_db`, processes that exit or fork, other loops, closed databases."""
+"""Whose an engine is and when it ends: `get_db`, and processes that exit or fork."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import asyncpg
 import database_helpers
 import pytest
-from database_helpers import write
 from sqlalchemy import text
 from sqlalchemy.exc import MultipleResultsFound, NoResultFound, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -21,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 
 from agent_gateway_store import errors
-from agent_gateway_store.storage.database import Database, close_db, create_engine, get_db
+from agent_gateway_store.storage.database import close_db, create_engine, get_db
 
 pytestmark = pytest.mark.integration
 
@@ -165,10 +164,6 @@ def test_a_process_that_used_get_db_ends_promptly(tmp_path: Path, closing_line: 
     script = f"""
 import asyncio, os, threading
 from sqlalchemy import text
-from sqlalchemy.exc import MultipleResultsFound, NoResultFound, OperationalError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 from agent_gateway_store.storage.database import close_db, get_db
 
 async def use():
@@ -192,50 +187,6 @@ print(threading.active_count(), len(os.listdir("/proc/self/fd")))
     assert files < 20
     with closing(sqlite3.connect(tmp_path / "test.db")) as connection:
         assert connection.execute("SELECT count(*) FROM t").fetchone() == (20,)
-
-
-def test_a_forked_child_is_told_to_open_its_own(tmp_path: Path) -> None:
-    """After a fork every use raises StoreNotOpenError, and the parent goes on."""
-    script = """
-import asyncio, os, sys
-from agent_gateway_store.errors import StoreNotOpenError
-from agent_gateway_store.storage.database import Database, create_engine
-
-async def main():
-    database = Database(create_engine("sqlite:///test.db"), owned=True)
-    database.bind_to_loop()
-    database.check_owner()
-    if (child := os.fork()) == 0:
-        try:
-            database.check_owner()
-        except StoreNotOpenError as exc:
-            os._exit(42 if "another process" in str(exc) else 1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    database.check_owner()
-    await database.close()
-    sys.exit(status)
-
-asyncio.run(main())
-"""
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, timeout=120)
-
-    assert ended.returncode == 42
-
-
-async def test_another_loop_and_a_closed_store_are_told_so(tmp_path: Path) -> None:
-    """Each loop opens its own; before `bind` and after `close` nothing works."""
-    database = Database(create_engine(f"sqlite:///{tmp_path}/test.db"), owned=True)
-    with pytest.raises(errors.StoreNotOpenError, match="not open"):
-        database.check_owner()
-    database.bind_to_loop()
-
-    await write(database)
-    with pytest.raises(errors.StoreNotOpenError, match="another event loop"):
-        await asyncio.to_thread(asyncio.run, write(database))
-    await database.close()
-    with pytest.raises(errors.StoreNotOpenError, match="not open"):
-        await write(database)
 
 
 @pytest.mark.parametrize("close", [True, False])

@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
+from database_helpers import opened
 
 import servers
 from agent_gateway_store.storage import redis_cache as redis_cache_module
@@ -36,8 +37,7 @@ async def test_a_cancelled_read_leaves_no_exception_behind(postgres_url: str, ra
     loop, found = asyncio.get_running_loop(), list[dict[str, Any]]()
     loop.set_exception_handler(lambda _, context: found.append(context))
     for steps in range(80):
-        database = Database(create_engine(postgres_url), owned=True)
-        database.bind_to_loop()
+        database = opened(postgres_url)
         reading = asyncio.create_task(read(database, raw=raw))
         for _ in range(steps):
             await asyncio.sleep(0)
@@ -58,8 +58,7 @@ async def test_a_read_that_anyio_cancels_logs_no_error(
     postgres_url: str, caplog: pytest.LogCaptureFixture, raw: bool
 ) -> None:
     """It cancels again while the connection is dropped: as under Starlette, FastMCP and the SDK of MCP."""
-    database = Database(create_engine(postgres_url), owned=True)
-    database.bind_to_loop()
+    database = opened(postgres_url)
     for _ in range(5):
         with anyio.move_on_after(0.05) as scope:
             await sleep(database, raw=raw)
