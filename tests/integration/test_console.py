@@ -177,6 +177,10 @@ async def test_after_sign_in_it_leads_back_and_nowhere_else(running: tuple[Gatew
         ("/\\evil.example", "/approvals"),
         ("/approvals//evil.example\r\nX: y", "/approvals"),
         ("/logout", "/approvals"),
+        ("/approvals/../../x", "/approvals"),
+        ("/approvals/%2e%2e/x", "/approvals"),
+        ("/audit?text=a..b", "/audit?text=a..b"),
+        ("/audit?text=a,b(c)", "/audit?text=a,b(c)"),
     ):
         answer = await Visitor(app).post("/login", {"key": key, "next": wish})
         assert answer.headers["location"] == reached

@@ -154,14 +154,6 @@ async def test_wrong_keys_are_all_refused_alike(bench: Bench) -> None:
         assert all(key not in answer.text for answer in answers)
 
 
-async def test_key_may_come_in_its_own_header(bench: Bench) -> None:
-    """X-API-Key does what a bearer token does."""
-    body = {"server": "files", "tool": "list_files"}
-    answer = await bench.agent.clients[0].post("/v1/tools/call", json=body, headers={"X-API-Key": bench.agent.key})
-
-    assert answer.status_code == 200
-
-
 @pytest.mark.parametrize(
     "body",
     [

@@ -106,13 +106,3 @@ async def test_refusal_at_the_last_step_runs_nothing(migrated_postgres_database:
     assert refusal.startswith("The approval is not approved: it stands at APPROVED by alice")
     assert (bench.ran, event.decision, event.execution_status) == ([], "DENY", None)
     assert stored.status == "CANCELLED"
-
-
-async def test_expired_approval_runs_nothing(migrated_postgres_database: Callable[[], str]) -> None:
-    """Approved in time and called for too late."""
-    settings = StoreSettings(approval_token_ttl_seconds=0.3)
-    async with GatewayStore(migrated_postgres_database(), settings=settings) as store:
-        bench = Bench(store)
-        refusal = await bench.refusal(bench.server(approval_timeout_s=20), "delete_file", path="a.txt")
-
-    assert (refusal, bench.ran) == ("The approval of this call is EXPIRED, so it was not run.", [])
