@@ -27,20 +27,6 @@ pytestmark = pytest.mark.integration
 url, cli = cli_helpers.url, cli_helpers.cli
 
 
-def test_help_and_version_load_neither_the_database_nor_pydantic_nor_any_command() -> None:
-    """They answer at once."""
-    code = "import sys; from agent_gateway_store.cli.app import app; app(['--help'], standalone_mode=False)"
-
-    shown = subprocess.run([sys.executable, "-c", f"{code}; print(*sys.modules)"], capture_output=True, text=True)
-    loaded = shown.stdout.split()
-
-    assert "Issue, list, rotate and revoke API keys." in shown.stdout
-    assert {f"agent_gateway_store.{each}" for each in ("demo.command", "cli.keys", "cli.audit")} & set(loaded) == set()
-    assert {"alembic", "asyncpg", "pydantic", "redis", "rich", "sqlalchemy"} & set(loaded) == set()
-    assert gateway_store("--version").out.startswith("gateway-store ")
-    assert gateway_store("--help").code == 0
-
-
 @pytest.mark.parametrize("group", ["db", "keys", "audit", "approvals", "plugins"])
 def test_a_group_without_a_command_is_a_usage_error_that_shows_the_help(group: str) -> None:
     """Exit code 2, and what can be typed."""
