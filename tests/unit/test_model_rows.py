@@ -68,14 +68,6 @@ def raw(session: Session, column: str) -> Any:
     return session.connection().execute(text(f"SELECT {name} FROM {table}")).scalar_one()
 
 
-def test_constructing_does_not_attach(session: Session) -> None:
-    """An object is in no session until it is added."""
-    made = event()
-
-    assert inspect(made).transient
-    assert list(session) == []
-
-
 def test_assigned_values_reach_the_database(session: Session) -> None:
     """An accepted value is on the object at once, and in the database after the commit."""
     made = event()
@@ -293,14 +285,3 @@ def test_a_constructed_row_can_be_added(session: Session) -> None:
     session.commit()
 
     assert stored(session, made).payload == {"a": {"b": 1}}
-
-
-def test_expired_rows_are_read_again(session: Session) -> None:
-    """After a rollback a row is read again on use, its JSON too."""
-    made = saved(session, event())
-    made.tool_name = "never"
-    made.sanitized_args = {"never": 1}
-    session.rollback()
-
-    assert made.tool_name == stored(session, made).tool_name == "read_file"
-    assert made.sanitized_args == stored(session, made).sanitized_args == event().sanitized_args

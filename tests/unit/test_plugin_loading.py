@@ -211,18 +211,6 @@ class TestGiven:
         assert list(plugins.notifiers(settings)) == ["from-object", "second", "from-module"]
         assert [r.name for r in plugins.records if r.state == "active"] == ["Source", "some_module"]
 
-    def test_object_that_is_notifier_and_listener(self, settings: StoreSettings) -> None:
-        """One object may have both the methods and an event hook."""
-
-        class Both(RecordingNotifier):
-            @hookimpl
-            def gateway_store_approval_event(self, notice: object) -> None: ...
-
-        plugins = load(given=(Both("mine"),))
-
-        assert list(plugins.notifiers(settings)) == ["mine"]
-        assert list(plugins.callers("gateway_store_approval_event")) == ["mine"]
-
     def test_two_of_a_kind_get_names_of_their_own(self) -> None:
         """Names of plugins are made unique; nothing is lost."""
 

@@ -151,29 +151,6 @@ class TestNotifiers:
 
         assert seen == [settings]
 
-    def test_raising_implementation_stops_no_other_plugin(self) -> None:
-        """Hooks are called plugin by plugin, where one pluggy call would end at the first that raises."""
-
-        class Listener:
-            def __init__(self, name: str) -> None:
-                self.name = name
-
-            @hookimpl
-            def gateway_store_approval_event(self, notice: str) -> str:
-                return f"{self.name} {notice}"
-
-        class Raising(Listener):
-            @hookimpl
-            def gateway_store_approval_event(self, notice: str) -> str:
-                raise RuntimeError
-
-        callers = load(given=(Listener("a"), Raising("b"), Listener("c"))).callers("gateway_store_approval_event")
-
-        assert callers["a"](notice="x") == ["a x"]
-        assert callers["c"](notice="x") == ["c x"]
-        with pytest.raises(RuntimeError):
-            callers["b"](notice="x")
-
     def test_wrapper_reaches_its_own_plugin_only(self) -> None:
         """A plugin cannot wrap, and so swallow, what another one hears."""
 

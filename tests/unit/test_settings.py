@@ -300,15 +300,3 @@ def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: pytest.Mo
         StoreSettings()
 
     assert StoreSettings(audit_spool_path="spool.db").audit_spool_path == Path("spool.db")
-
-
-def test_the_default_hash_key_follows_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prefixed name wins, also where it is empty to switch the key off."""
-    assert default_hash_key() is None
-    monkeypatch.setenv("HASH_KEY", "plain")
-    assert default_hash_key() == "plain"
-    monkeypatch.setenv(f"{PREFIX}HASH_KEY", "prefixed")
-    assert default_hash_key() == "prefixed"
-    monkeypatch.setenv(f"{PREFIX}HASH_KEY", "")
-
-    assert default_hash_key() is None
