@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from hypothesis.stateful import (
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.store import parts_of
 from commands import python_path
-from proofs.harness import migrated, run_machine
+from proofs.harness import run_machine
 
 pytestmark = pytest.mark.integration
 
@@ -332,15 +331,10 @@ def test_acquire_never_leaves_the_model(
 ) -> None:
     """With PostgreSQL and Redis, and with SQLite and neither: one run for each use, and evidence of what was begun."""
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-    template = migrated(f"sqlite:///{tmp_path / 'template.db'}") if backend == "sqlite" else ""
-    shared = "" if template else request.getfixturevalue("migrated_postgres_database")()
+    shared = request.getfixturevalue("migrated_postgres_database")() if backend == "postgres" else ""
 
     def database_url() -> str:
-        if shared:
-            return str(shared)
-        path = tmp_path / f"{uuid4().hex}.db"
-        shutil.copy(tmp_path / "template.db", path)
-        return f"sqlite:///{path}"
+        return shared or f"sqlite:///{tmp_path}/{uuid4().hex}.db"
 
     redis_url = request.getfixturevalue("fresh_redis_url") if shared else ""
     Acquiring.steps = Acquiring.kills = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from hypothesis.stateful import (
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.store import parts_of
-from proofs.harness import migrated, run_machine
+from proofs.harness import run_machine
 from servers import RedisServer
 
 pytestmark = pytest.mark.integration
@@ -409,16 +408,9 @@ def test_gateways_never_leave_the_model(
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     postgres = make() if backend == "postgres" else ""
-    template = tmp_path / "template.db"
-    if not postgres:
-        migrated(f"sqlite:///{template}")
 
     def database_url() -> str:
-        if postgres:
-            return postgres
-        path = tmp_path / f"{uuid4().hex}.db"
-        shutil.copy(template, path)
-        return f"sqlite:///{path}"
+        return postgres or f"sqlite:///{tmp_path}/{uuid4().hex}.db"
 
     machine = type("Machine", (Approvals,), {"database_url": staticmethod(database_url), "server": server})
     Approvals.steps, Approvals.calls, start = 0, 0, time.monotonic()

@@ -9,10 +9,9 @@ from uuid import UUID
 
 import cli_helpers
 import pytest
-from cli_helpers import ask
+from cli_helpers import ask, execute_on
 
 import servers
-from agent_gateway_store import GatewayStore
 from commands import Outcome, process
 
 pytestmark = pytest.mark.integration
@@ -25,14 +24,6 @@ def _nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores send nothing by themselves; the installed notifier is `log` alone."""
     monkeypatch.setenv("NOTIFICATION_WORKER", "false")
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "log")
-
-
-def execute(url: str, statement: str) -> None:
-    async def work() -> None:
-        async with GatewayStore(url, redis_url="") as store, store.database.write() as connection:
-            await connection.exec_driver_sql(statement)
-
-    servers.run(work())
 
 
 def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcome]) -> None:
@@ -79,7 +70,8 @@ def test_dead_letters_are_shown_and_redriven(url: str, cli: Callable[..., Outcom
     """One by its id, or all; an id that is none of theirs ends with 4, and text that is no id with 2."""
     for number in range(3):
         ask(url, f"r-{number}")
-    execute(url, "UPDATE notification_deliveries SET status = 'DEAD', attempts = 15, last_error = 'OSError: gone'")
+    given_up = "UPDATE notification_deliveries SET status = 'DEAD', attempts = 15, last_error = 'OSError: gone'"
+    servers.run(execute_on(url, given_up))
     listed = cli("notifications", "list", "--status", "DEAD")
     first = cli("notifications", "list", "--json", "--limit", "1").json["items"][0]["delivery_id"]
     one = cli("notifications", "redrive", first)
@@ -103,8 +95,8 @@ def test_doctor_tells_of_dead_letters_and_of_notifiers_that_are_nowhere(
     """Both are warnings that say what to do; nothing is sent by looking."""
     for number in range(2):
         ask(url, f"r-{number}")
-    execute(url, "UPDATE notification_deliveries SET status = 'DEAD' WHERE id % 2 = 0")
-    execute(url, "UPDATE notification_deliveries SET notifier = 'pager' WHERE id % 2 = 1")
+    servers.run(execute_on(url, "UPDATE notification_deliveries SET status = 'DEAD' WHERE id % 2 = 0"))
+    servers.run(execute_on(url, "UPDATE notification_deliveries SET notifier = 'pager' WHERE id % 2 = 1"))
     examined = cli("doctor", "--json").json
     listed = cli("notifications", "list")
 

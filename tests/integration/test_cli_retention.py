@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,9 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database with an old event and one of today."""
-    if request.param == "sqlite":
-        made = f"sqlite:///{tmp_path}/own.db"
-    else:
-        make: Callable[[], str] = request.getfixturevalue("postgres_database")
-        made = make()
-    gateway_store("--database-url", made, "db", "upgrade")
+    made = f"sqlite:///{tmp_path}/own.db"
+    if request.param == "postgres":
+        made = request.getfixturevalue("migrated_postgres_database")()
     for fields in ({"request_id": "old", "timestamp": "2025-03-01T12:00:00Z"}, {"request_id": "new"}):
         gateway_store("--database-url", made, "audit", "write", input=json.dumps(event_fields(**fields)))
     return made

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from cli_helpers import ask
 
 from agent_gateway_store import AuditEvent, SyncGatewayStore
 from commands import gateway_store, run_process
@@ -76,11 +77,10 @@ def test_the_demo_leaves_no_temporary_folder(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_demo_uses_the_database_it_is_given(
-    postgres_database: Callable[[], str], fresh_redis_url: str, tmp_path: Path
+    migrated_postgres_database: Callable[[], str], fresh_redis_url: str, tmp_path: Path
 ) -> None:
     """PostgreSQL by DATABASE_URL, with Redis; its password is not printed, and no file is left."""
-    url = postgres_database()
-    gateway_store("--database-url", url, "db", "upgrade")
+    url = migrated_postgres_database()
 
     outcome = gateway_store("demo", DATABASE_URL=url, REDIS_URL=fresh_redis_url, HASH_KEY="pepper")
 
@@ -94,8 +94,6 @@ def test_the_demo_uses_the_database_it_is_given(
 
 def test_the_demo_minds_only_its_own_approvals(tmp_path: Path) -> None:
     """A pending approval of somebody else's is not decided by the demo's approver."""
-    from test_cli import ask
-
     url = f"sqlite:///{tmp_path / 'gateway-demo.db'}"
     approval_id = ask(url, "somebody-elses", name="old-secrets")
 

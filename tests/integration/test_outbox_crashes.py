@@ -18,10 +18,9 @@ from pathlib import Path
 import pytest
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock
-from agent_gateway_store.storage import migrate
-from agent_gateway_store.storage.database import create_engine
 from builders import make_request
 from forks import forks
+from proofs.harness import migrated
 from servers import PostgresServer
 
 pytestmark = pytest.mark.integration
@@ -36,17 +35,12 @@ def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-async def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty, migrated database."""
     if request.param == "sqlite":
-        found = f"sqlite:///{tmp_path}/outbox.db"
-    else:
-        create: Callable[[], str] = request.getfixturevalue("postgres_database")
-        found = create()
-    engine = create_engine(found)
-    await migrate.upgrade(engine)
-    await engine.dispose()
-    return found
+        return migrated(f"sqlite:///{tmp_path}/outbox.db")
+    create: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
+    return create()
 
 
 class File:
