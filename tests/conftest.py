@@ -138,6 +138,12 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No store loads a plugin: the notices of the bundled one would only take time."""
+    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+
+
 @pytest.fixture(autouse=True)
 def _clock() -> Iterator[None]:
     """A test that moves the clock moves no other's."""

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 from uuid import uuid4
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, Notice, StoreSettings, ToolCall
@@ -27,7 +28,7 @@ class File:
 
     name = "file"
 
-    def __init__(self, path: str, moment: str = "") -> None:
+    def __init__(self, path: str | Path, moment: str = "") -> None:
         self.path, self.moment = path, moment
         self.left = random.randrange(1, 8)
 

@@ -20,7 +20,7 @@ import pytest
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, ToolCall
 from proofs.harness import child, migrated
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 WORKERS = 4
 SIZES = [(3, 10), pytest.param(100, 50, marks=pytest.mark.slow)]
@@ -67,11 +67,8 @@ async def ask_and_approve(store: GatewayStore, number: int) -> ApprovalResult:
 
 
 @pytest.mark.parametrize("rounds", [20, pytest.param(1_000, marks=pytest.mark.slow)])
-async def test_no_release_goes_to_the_wrong_agent(
-    migrated_postgres_database: Callable[[], str], rounds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_release_goes_to_the_wrong_agent(migrated_postgres_database: Callable[[], str], rounds: int) -> None:
     """Two agents ask for the same call and for different ones, in every order, while a human decides about some."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     order = Random(16)
     async with GatewayStore(migrated_postgres_database(), redis_url="") as store:
         for number in range(rounds):
@@ -97,10 +94,9 @@ async def test_no_release_goes_to_the_wrong_agent(
 
 @pytest.mark.parametrize(("approvals", "callers"), SIZES)
 async def test_one_of_many_processes_runs(
-    migrated_postgres_database: Callable[[], str], approvals: int, callers: int, monkeypatch: pytest.MonkeyPatch
+    migrated_postgres_database: Callable[[], str], approvals: int, callers: int
 ) -> None:
     """Four processes acquire the same calls on one PostgreSQL at the same moment."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     url = migrated_postgres_database()
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(GatewayStore(url, redis_url=""))
@@ -113,11 +109,8 @@ async def test_one_of_many_processes_runs(
 
 
 @pytest.mark.parametrize(("approvals", "callers"), SIZES)
-def test_one_of_many_threads_runs(
-    tmp_path: Path, approvals: int, callers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_of_many_threads_runs(tmp_path: Path, approvals: int, callers: int) -> None:
     """Four threads, each with an event loop and a store of its own, do the same on one SQLite file."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     url, barrier = migrated(f"sqlite:///{tmp_path}/gateway.db"), threading.Barrier(WORKERS, timeout=60)
     asked: list[ApprovalResult] = []
     answers: list[str] = []

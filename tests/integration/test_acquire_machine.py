@@ -32,7 +32,7 @@ from agent_gateway_store.store import parts_of
 from commands import python_path
 from proofs.harness import run_machine
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 CALLS = [ToolCall(server="files", tool="delete_file", arguments={"path": path}) for path in ("/tmp/a", "/tmp/b")]
 SHOWN = [{"path": "[hidden]"}, {"path": "[hidden]", "size": 1}]
@@ -322,15 +322,9 @@ def dying_gateways() -> Iterator[Any]:
     ],
 )
 def test_acquire_never_leaves_the_model(
-    backend: str,
-    examples: int,
-    length: int,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, examples: int, length: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """With PostgreSQL and Redis, and with SQLite and neither: one run for each use, and evidence of what was begun."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     shared = request.getfixturevalue("migrated_postgres_database")() if backend == "postgres" else ""
 
     def database_url() -> str:

@@ -18,7 +18,7 @@ from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.store import parts_of
 from builders import CALL, make_request
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 AT_ONCE = 40
 
@@ -43,7 +43,6 @@ async def test_no_cancelled_task_leaves_its_answer_to_another(
 ) -> None:
     """Checks, decisions, uses and waits of many approvals are cancelled at random moments: every answer is of the token
     that was asked for, also what Redis itself answered, and afterwards everything works."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     rng, met, mixed_up = random.Random(seed), Counter[str](), []

@@ -26,7 +26,7 @@ from agent_gateway_store.store import parts_of
 from proofs.harness import run_machine
 from servers import RedisServer
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 OTHER_CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/etc/passwd"})
@@ -396,16 +396,9 @@ def server() -> Iterator[RedisServer]:
     ],
 )
 def test_gateways_never_leave_the_model(
-    backend: str,
-    examples: int,
-    length: int,
-    server: RedisServer,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, examples: int, length: int, server: RedisServer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """No answer differs from the model, and none through Redis is older than APPROVAL_CACHE_SECONDS."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     postgres = make() if backend == "postgres" else ""
 

@@ -21,7 +21,7 @@ from agent_gateway_store.storage.database import create_engine
 from builders import CALL, make_request
 from proofs.harness import child
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 WORKERS = 4
 SIZES = [(5, 100), pytest.param(100, 1_000, marks=pytest.mark.slow)]
@@ -93,12 +93,6 @@ def report(what: str, statuses: list[str], number: int, start: float) -> None:
     seconds = time.monotonic() - start
     print(f"{what}: {len(statuses)} tokens x {number}, {dict(Counter(statuses))}, {seconds:.1f} s")
     assert len(statuses) < 100 or {"APPROVED", "DENIED"} == set(statuses)
-
-
-@pytest.fixture(autouse=True)
-def _no_notices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices would only cost."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
 
 
 @pytest.mark.parametrize(("tokens", "number"), SIZES)

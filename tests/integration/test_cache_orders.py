@@ -17,7 +17,7 @@ from agent_gateway_store.approval import ApprovalBackend
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from builders import CALL, make_request
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 BOUND_S = 0.5
 """APPROVAL_CACHE_SECONDS of these tests."""
@@ -154,14 +154,9 @@ class Round:
 
 @pytest.fixture
 async def store(
-    backend: str,
-    request: pytest.FixtureRequest,
-    tmp_path: Any,
-    fresh_redis_url: str,
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, request: pytest.FixtureRequest, tmp_path: Any, fresh_redis_url: str
 ) -> AsyncIterator[GatewayStore]:
     """A store on an empty database and an empty Redis."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     settings = StoreSettings(approval_cache_seconds=BOUND_S)

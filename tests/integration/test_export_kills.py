@@ -14,7 +14,7 @@ from pyarrow import dataset, parquet
 from agent_gateway_store import SyncGatewayStore
 from builders import make_event
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 BEFORE, EVENTS = 250, 300
 WAYS = {
@@ -79,9 +79,8 @@ def rows_of(path: Path) -> int:
     return len([json.loads(line) for line in lines if line.endswith(b"\n")])
 
 
-def test_no_partial_file_stands_under_a_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_partial_file_stands_under_a_final_name(tmp_path: Path) -> None:
     """Killed at every step in every format: what has its final name is whole, and the rest is named `.partial`."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     url, exports = f"sqlite:///{tmp_path}/gateway.db", tmp_path / "exports"
     with SyncGatewayStore(url, redis_url="") as store:
         store.audit.write_many(make_event(request_id=f"r-{number}") for number in range(BEFORE))

@@ -14,7 +14,7 @@ from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.keys.format import new_key, new_key_id
 from builders import CALL, make_request
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 SQL = [
     "' OR '1'='1",
@@ -86,16 +86,9 @@ async def refusal(answer: Awaitable[Any]) -> tuple[Any, ...]:
     ],
 )
 async def test_every_wrong_token_and_key_looks_the_same(
-    backend: str,
-    number: int,
-    seed: int,
-    fresh_redis_url: str,
-    tmp_path: Any,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, number: int, seed: int, fresh_redis_url: str, tmp_path: Any, request: pytest.FixtureRequest
 ) -> None:
     """Malformed, near, hostile, huge and foreign ones are refused in the same words as an unknown one."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     rng, start = random.Random(seed), time.monotonic()

@@ -13,7 +13,7 @@ import pytest
 from agent_gateway_store import GatewayStore
 from builders import make_event, make_request
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 # More turns of the event loop than any of these calls takes before its last answer.
 MOST_TURNS = 400
@@ -49,18 +49,13 @@ def doings(store: GatewayStore, token: str, waiting: str) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize("backend", ["postgres", "sqlite"])
 async def test_every_cancelled_call_ends(
-    backend: str,
-    fresh_redis_url: str,
-    tmp_path: Any,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, fresh_redis_url: str, tmp_path: Any, request: pytest.FixtureRequest
 ) -> None:
     """Cancelled after one turn of the event loop, after two, after three ...: the task is cancelled each time.
 
     redis-py sends through `asyncio.wait_for`, which returns normally before Python 3.12 if the cancellation comes in
     the turn in which the command was sent; a loop around such a call would then run for ever.
     """
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     async with GatewayStore(url, redis_url=fresh_redis_url, auto_migrate=True) as store:

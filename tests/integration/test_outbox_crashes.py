@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock
+from agent_gateway_store import GatewayStore, StoreSettings, clock
 from builders import make_request
 from forks import forks
+from integration.outbox_process import File
 from proofs.harness import migrated
 from servers import PostgresServer
-
-pytestmark = pytest.mark.integration
 
 PROGRAM = Path(__file__).with_name("outbox_process.py")
 
@@ -41,22 +40,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return migrated(f"sqlite:///{tmp_path}/outbox.db")
     create: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     return create()
-
-
-class File:
-    """The notifier of the processes, in this one."""
-
-    name = "file"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    async def notify_pending(self, notice: Notice) -> None:
-        with self.path.open("a") as file:
-            file.write(f"{notice.delivery_id} {notice.approval_id} {notice.event}\n")
-
-    async def notify_decision(self, notice: Notice) -> None:
-        await self.notify_pending(notice)
 
 
 def quiet(**fields: object) -> StoreSettings:

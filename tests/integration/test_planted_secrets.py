@@ -19,12 +19,11 @@ import pytest
 import redis.asyncio
 from sqlalchemy.exc import DBAPIError
 
-from agent_gateway_store import GatewayStore, Notice, Page, StoreSettings, ToolCall, clock, errors
+from agent_gateway_store import GatewayStore, Page, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.keys.format import new_key
+from agent_gateway_store.testing import RecordingNotifier
 from builders import make_event, make_request
 from proofs.harness import execute
-
-pytestmark = pytest.mark.integration
 
 PLANTED = "planted-argument"
 CALL = ToolCall(
@@ -39,21 +38,6 @@ CALL = ToolCall(
 )
 SHOWN = ToolCall(server="files", tool="delete_file", arguments={"path": "[redacted]"})
 LOGGERS = ("agent_gateway_store", "sqlalchemy", "sqlalchemy.engine", "sqlalchemy.pool", "redis", "asyncpg", "asyncio")
-
-
-class Recorder:
-    """A notifier that keeps all it is told, as text."""
-
-    name = "recorder"
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    async def notify_pending(self, notice: Notice) -> None:
-        self.told.append(f"{notice!r}{notice.model_dump_json()}")
-
-    async def notify_decision(self, notice: Notice) -> None:
-        self.told.append(f"{notice!r}{notice.model_dump_json()}")
 
 
 @dataclass
@@ -198,7 +182,7 @@ class Run:
             await execute(self.url, *after)
         await self._keep(approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL))
 
-    async def look(self, recorder: Recorder, caplog: pytest.LogCaptureFixture) -> None:
+    async def look(self, recorder: RecordingNotifier, caplog: pytest.LogCaptureFixture) -> None:
         """Gather what is left of the run."""
         store, texts = self.store, self.trail.texts
         await self._look_into_redis()
@@ -214,10 +198,8 @@ class Run:
                 texts[f"table {table}"] = "\n".join(str(tuple(row)) for row in found)
         finally:
             await connection.close()
-        async with asyncio.timeout(5):
-            while len(recorder.told) < 4:
-                await asyncio.sleep(0.01)
-        texts["notices"] = "\n".join(recorder.told)
+        await recorder.wait_for(4, timeout_s=5)
+        texts["notices"] = "\n".join(f"{notice!r}{notice.model_dump_json()}" for notice in recorder.notices)
         records = [
             f"{record.name} {record.getMessage()} {record.args!r} {record.exc_text}" for record in caplog.records
         ]
@@ -259,7 +241,7 @@ async def trail(
     for name in LOGGERS:
         caplog.set_level(logging.DEBUG, logger=name)
     caplog.set_level(logging.DEBUG)
-    url, trail, recorder = migrated_postgres_database(), Trail(), Recorder()
+    url, trail, recorder = migrated_postgres_database(), Trail(), RecordingNotifier("recorder")
     caplog.clear()
     settings = StoreSettings(hash_key="planted-hash-key")
     async with (

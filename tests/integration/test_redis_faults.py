@@ -19,7 +19,7 @@ from agent_gateway_store.store import parts_of
 from builders import CALL, make_request
 from servers import RedisServer
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 BOUND_S = 0.3
 """APPROVAL_CACHE_SECONDS of these tests."""
@@ -237,17 +237,10 @@ NAMES = ("down", "hung", "restarted_empty", "flushed", "poisoned", "failed_over_
     ],
 )
 async def test_no_fault_of_redis_makes_an_answer_wrong(
-    backend: str,
-    checks: int,
-    rounds: int,
-    server: RedisServer,
-    request: pytest.FixtureRequest,
-    tmp_path: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, checks: int, rounds: int, server: RedisServer, request: pytest.FixtureRequest, tmp_path: Any
 ) -> None:
     """Every answer is what SQL says or said less than APPROVAL_CACHE_SECONDS before, and what is used is what SQL has
     approved; no call raises or takes long, and once the breaker is open a hung server is not felt."""
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
     make: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
     url = make() if backend == "postgres" else f"sqlite:///{tmp_path}/gateway.db"
     settings = StoreSettings(approval_cache_seconds=BOUND_S, redis_timeout_seconds=REDIS_TIMEOUT_S)
