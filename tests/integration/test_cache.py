@@ -19,8 +19,6 @@ from cache_helpers import put
 from agent_gateway_store.storage.cache import RedisClient, create_redis, delete, get_json, get_redis, set_json
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 
-pytestmark = pytest.mark.integration
-
 NESTED: Any = "[" * 100_000
 
 

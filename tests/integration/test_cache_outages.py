@@ -19,8 +19,6 @@ from agent_gateway_store.storage import redis_cache as redis_cache_module
 from agent_gateway_store.storage.cache import create_redis, delete, get_json, set_json
 from agent_gateway_store.storage.redis_cache import RedisCache
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[servers.RedisServer]:

@@ -22,8 +22,6 @@ from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.errors import InvalidApiKeyError
 from commands import Outcome, event_line, gateway_store, process, run_process
 
-pytestmark = pytest.mark.integration
-
 url, cli = cli_helpers.url, cli_helpers.cli
 
 
@@ -182,15 +180,6 @@ def test_a_narrow_terminal_gets_a_block_of_lines_for_each_row(cli: Callable[...,
         lines = cli(*command, COLUMNS="60").out.splitlines()
         assert max(map(len, lines)) <= 60
         assert [line for line in lines if re.search(r"[│┃] ?\w{1,2} ?[│┃]", line)] == []
-
-
-def test_nobody_approves_their_own_call(cli: Callable[..., Outcome], url: str) -> None:
-    """The error is a sentence, the approval stays pending."""
-    approval_id = ask(url, "r1")
-
-    cli("approvals", "approve", approval_id, "--approver", "dev-agent").assert_fails(1, "somebody else")
-
-    assert cli("approvals", "show", approval_id, "--json").json["status"] == "PENDING"
 
 
 def test_a_listing_is_paged_by_its_cursor(cli: Callable[..., Outcome], url: str) -> None:

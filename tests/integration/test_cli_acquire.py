@@ -6,11 +6,8 @@ import json
 from collections.abc import Callable
 
 import cli_helpers
-import pytest
 
 from commands import Outcome
-
-pytestmark = pytest.mark.integration
 
 url, cli = cli_helpers.url, cli_helpers.cli
 CALL = ("--caller", "backup", "--server", "disk", "--tool", "wipe", "--arguments", '{"name": "sdb"}')

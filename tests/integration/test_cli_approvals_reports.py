@@ -14,8 +14,6 @@ from agent_gateway_store._text import CUT_CALL
 from builders import make_request
 from commands import Outcome
 
-pytestmark = pytest.mark.integration
-
 url, cli = cli_helpers.url, cli_helpers.cli
 
 

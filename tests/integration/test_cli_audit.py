@@ -16,8 +16,6 @@ from cli_helpers import ids
 
 from commands import Outcome, event_line, gateway_store, process
 
-pytestmark = pytest.mark.integration
-
 url, cli = cli_helpers.url, cli_helpers.cli
 
 

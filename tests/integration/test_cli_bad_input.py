@@ -19,8 +19,6 @@ from agent_gateway_store.storage import migrate
 from commands import event_line, gateway_store, process, run_process
 from proofs.harness import execute
 
-pytestmark = pytest.mark.integration
-
 COMMANDS = [
     ("keys", "list"),
     ("keys", "issue", "a", "--role", "r"),

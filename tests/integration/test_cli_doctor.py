@@ -23,7 +23,6 @@ from commands import Outcome, event_line, gateway_store
 from pages import DOCS
 from proofs.harness import identity_of
 
-pytestmark = pytest.mark.integration
 limited_url = cli_helpers.limited_url
 
 

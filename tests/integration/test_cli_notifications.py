@@ -14,8 +14,6 @@ from cli_helpers import ask, execute_on
 import servers
 from commands import Outcome, process
 
-pytestmark = pytest.mark.integration
-
 url, cli = cli_helpers.url, cli_helpers.cli
 
 

@@ -16,7 +16,6 @@ from agent_gateway_store.models.evidence import Checkpoint
 from builders import make_event, make_request
 from commands import Outcome, event_line, gateway_store
 
-pytestmark = pytest.mark.integration
 limited_url = cli_helpers.limited_url
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,8 +10,6 @@ import pytest
 from builders import event_fields
 from commands import gateway_store
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:

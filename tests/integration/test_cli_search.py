@@ -14,8 +14,6 @@ from cli_helpers import ask, ids
 
 from commands import Outcome, event_line, gateway_store
 
-pytestmark = pytest.mark.integration
-
 url, cli = cli_helpers.url, cli_helpers.cli
 
 

@@ -18,8 +18,6 @@ from agent_gateway_store.errors import NotDeliveredError
 from builders import make_event
 from commands import Outcome, process
 
-pytestmark = pytest.mark.integration
-
 url, cli = cli_helpers.url, cli_helpers.cli
 
 

@@ -14,8 +14,6 @@ from agent_gateway_store.storage import asyncpg_pool
 from builders import make_event
 from proofs.harness import eventually
 
-pytestmark = pytest.mark.integration
-
 MINE = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
 
 

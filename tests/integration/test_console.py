@@ -19,7 +19,6 @@ from agent_gateway_store.console import create_console
 from agent_gateway_store.evidence import check
 from builders import make_event
 
-pytestmark = pytest.mark.integration
 url, running = console_helpers.url, console_helpers.running
 
 

@@ -17,7 +17,6 @@ from agent_gateway_store import ApprovalScope, GatewayStore, StoreSettings, Tool
 from agent_gateway_store.console.sessions import COOKIE
 from builders import make_event
 
-pytestmark = pytest.mark.integration
 url, running = console_helpers.url, console_helpers.running
 Running = tuple[GatewayStore, Any]
 

@@ -29,7 +29,6 @@ from agent_gateway_store.storage.migrate import VERSION_TABLE
 from builders import make_event, make_request
 from xss import PAYLOADS
 
-pytestmark = pytest.mark.integration
 url, running = console_helpers.url, console_helpers.running
 
 

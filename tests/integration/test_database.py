@@ -18,8 +18,6 @@ from agent_gateway_store import AuditEvent, clock
 from agent_gateway_store.storage.database import Database, SessionTransactions, create_engine
 from agent_gateway_store.storage.db_clock import db_now
 
-pytestmark = pytest.mark.integration
-
 url = database_helpers.url
 
 

@@ -19,8 +19,6 @@ import servers
 from agent_gateway_store import errors
 from agent_gateway_store.storage import database as database_module
 
-pytestmark = pytest.mark.integration
-
 PASSWORD = "s3cr3t-word"
 
 url = database_helpers.url

@@ -15,8 +15,6 @@ from sqlalchemy import make_url, text
 from agent_gateway_store import errors
 from proofs.harness import execute
 
-pytestmark = pytest.mark.integration
-
 
 async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Callable[[], str]) -> None:
     """The server answers and the URL is right: what is missing is a GRANT."""

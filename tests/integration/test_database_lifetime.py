@@ -22,8 +22,6 @@ from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 from agent_gateway_store import errors
 from agent_gateway_store.storage.database import close_db, create_engine, get_db
 
-pytestmark = pytest.mark.integration
-
 url = database_helpers.url
 
 

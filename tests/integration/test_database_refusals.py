@@ -28,8 +28,6 @@ from commands import gateway_store
 from proofs.harness import execute
 from servers import PostgresServer
 
-pytestmark = pytest.mark.integration
-
 _HBA = """
 local all all      trust
 host  all tls_only all reject

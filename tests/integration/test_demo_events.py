@@ -17,8 +17,6 @@ from agent_gateway_store.demo.history import DAYS, Call, history
 from agent_gateway_store.demo.world import SLOW, TROUBLEMAKER
 from commands import gateway_store
 
-pytestmark = pytest.mark.integration
-
 END = datetime(2026, 5, 20, 17, tzinfo=UTC)
 KEYS = {"coding-agent": "k-1"}
 

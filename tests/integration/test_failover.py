@@ -20,8 +20,6 @@ from builders import make_event
 from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty
 from servers import PostgresServer
 
-pytestmark = pytest.mark.integration
-
 SETTINGS = "SELECT pg_reload_conf()"
 
 

@@ -19,8 +19,6 @@ from sqlalchemy import make_url
 import servers
 from agent_gateway_store import AuditEvent
 
-pytestmark = pytest.mark.integration
-
 site, logs, bench = gateway_process.site, gateway_process.logs, gateway_process.bench
 
 

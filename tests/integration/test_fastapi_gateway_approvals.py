@@ -13,8 +13,6 @@ from gateway_process import SECRET, Agent, Bench
 
 from agent_gateway_store import ApprovalRequest, ApprovalScope, ToolCall, TrustLevel
 
-pytestmark = pytest.mark.integration
-
 site, logs, bench = gateway_process.site, gateway_process.logs, gateway_process.bench
 
 

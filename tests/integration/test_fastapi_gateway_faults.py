@@ -18,8 +18,6 @@ from sqlalchemy import make_url
 from agent_gateway_store import AuditEvent
 from forks import forks
 
-pytestmark = pytest.mark.integration
-
 site, logs, bench = gateway_process.site, gateway_process.logs, gateway_process.bench
 
 

@@ -15,8 +15,6 @@ from agent_gateway_store.storage.database import create_engine
 from builders import make_event
 from commands import gateway_store
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(autouse=True)
 def _everybody_may_read() -> Iterator[None]:

@@ -25,8 +25,6 @@ from agent_gateway_store.plugins.file_sink import FileSink, append
 from agent_gateway_store.retention import approvals, erase
 from builders import make_event, make_request
 
-pytestmark = pytest.mark.integration
-
 PROCESS = Path(__file__).parent / "frozen_process.py"
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 END_HOLDER = """

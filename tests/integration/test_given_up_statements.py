@@ -9,8 +9,6 @@ from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import create_engine
 from proofs.harness import eventually
 
-pytestmark = pytest.mark.integration
-
 LOCK = "SELECT pg_advisory_lock(77)"
 WAITING = f"SELECT count(*) FROM pg_stat_activity WHERE query = '{LOCK}' AND wait_event = 'advisory'"
 

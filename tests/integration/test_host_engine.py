@@ -28,8 +28,6 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.urls import parse_database_url
 from builders import CALL, make_event, make_request
 
-pytestmark = pytest.mark.integration
-
 url = database_helpers.url
 
 

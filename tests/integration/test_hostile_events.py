@@ -27,8 +27,6 @@ from proofs.harness import (
 from proofs.hostile import Hostile
 from tampering import tamper
 
-pytestmark = pytest.mark.integration
-
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 
 

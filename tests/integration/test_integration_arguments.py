@@ -22,8 +22,6 @@ from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.guard import CallGuard
 
-pytestmark = pytest.mark.integration
-
 store = guard_helpers.store
 Tool = Callable[..., Awaitable[str]]
 

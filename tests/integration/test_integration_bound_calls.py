@@ -38,8 +38,6 @@ from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.fastmcp import GatewayMiddleware
 from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError
 
-pytestmark = pytest.mark.integration
-
 store = guard_helpers.store
 
 

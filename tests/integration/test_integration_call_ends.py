@@ -48,8 +48,6 @@ from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations.guard import CallGuard, Verdict
 
-pytestmark = pytest.mark.integration
-
 store = guard_helpers.store
 
 

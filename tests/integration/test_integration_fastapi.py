@@ -15,8 +15,6 @@ from fastapi_helpers import Bench, build_app, running
 from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.integrations.fastapi import StoreDep, get_store, http_exception_of, lifespan
 
-pytestmark = pytest.mark.integration
-
 database_url, bench = fastapi_helpers.database_url, fastapi_helpers.bench
 
 

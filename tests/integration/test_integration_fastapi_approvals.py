@@ -15,8 +15,6 @@ from sqlalchemy import text
 
 from agent_gateway_store import GatewayStore, hookimpl
 
-pytestmark = pytest.mark.integration
-
 database_url, bench = fastapi_helpers.database_url, fastapi_helpers.bench
 
 

@@ -32,8 +32,6 @@ from agent_gateway_store.integrations.fastapi import StoreDep, lifespan
 from agent_gateway_store.results import Stats
 from builders import make_event
 
-pytestmark = pytest.mark.integration
-
 OUTPUT = "withheld output"
 RECORDS: tuple[Any, ...] = (
     AuditEvent,

@@ -20,8 +20,6 @@ from agent_gateway_store.integrations.fastapi import (
     lifespan,
 )
 
-pytestmark = pytest.mark.integration
-
 BROKEN = {
     "refused": (errors.ApprovalNotFoundError(), 1008, "Approval not found: check the token or the approval id."),
     "long": (errors.SelfApprovalError("ä" * 200), 1008, "ä" * 61),

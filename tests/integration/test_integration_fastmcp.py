@@ -27,8 +27,6 @@ from agent_gateway_store import (
 )
 from agent_gateway_store.integrations.fastmcp import Verdict
 
-pytestmark = pytest.mark.integration
-
 bench = fastmcp_helpers.bench
 
 

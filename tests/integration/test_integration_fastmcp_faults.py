@@ -13,8 +13,6 @@ from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.store import parts_of
 from servers import PostgresServer
 
-pytestmark = pytest.mark.integration
-
 UNDECIDED = "Nobody decided about this call within 2 seconds, so it was not run: call again later."
 AWAY = "The gateway cannot reach its records, so the call was not run: try again later."
 

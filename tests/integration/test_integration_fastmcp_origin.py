@@ -17,8 +17,6 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from agent_gateway_store import CallerIdentity
 
-pytestmark = pytest.mark.integration
-
 bench = fastmcp_helpers.bench
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"

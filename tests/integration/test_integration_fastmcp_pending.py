@@ -18,8 +18,6 @@ from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResul
 
 from agent_gateway_store import AuditEvent, CallerIdentity, GatewayStore, StoreSettings, clock
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:

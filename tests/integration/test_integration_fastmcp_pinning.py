@@ -18,8 +18,6 @@ from mcp_types import CallToolRequestParams
 from agent_gateway_store import AuditEvent, CallerIdentity, ToolCall
 from agent_gateway_store.integrations.fastmcp import Verdict
 
-pytestmark = pytest.mark.integration
-
 bench = fastmcp_helpers.bench
 
 

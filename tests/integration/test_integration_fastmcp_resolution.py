@@ -23,8 +23,6 @@ from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, Inpu
 from agent_gateway_store import AuditEvent, CallerIdentity, ToolCall
 from agent_gateway_store.integrations.fastmcp import Verdict
 
-pytestmark = pytest.mark.integration
-
 bench = fastmcp_helpers.bench
 
 

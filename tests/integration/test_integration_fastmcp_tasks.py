@@ -16,8 +16,6 @@ from mcp.client.extension import advertise
 from mcp_types import CallToolRequestParams
 from pydantic import BaseModel, ValidationError
 
-pytestmark = pytest.mark.integration
-
 bench = fastmcp_helpers.bench
 
 

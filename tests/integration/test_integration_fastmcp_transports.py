@@ -22,8 +22,6 @@ from agent_gateway_store import CallerIdentity, Decision, GatewayStore, ToolCall
 from agent_gateway_store.integrations.fastmcp import Verdict
 from forks import forks
 
-pytestmark = pytest.mark.integration
-
 bench = fastmcp_helpers.bench
 SERVER = Path(__file__).with_name("fastmcp_server.py")
 

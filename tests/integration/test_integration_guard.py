@@ -30,8 +30,6 @@ from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict
 from builders import CALL
 
-pytestmark = pytest.mark.integration
-
 CALLER = CallerIdentity(
     caller_id="dev-agent", role="developer", trust_level=TrustLevel.MEDIUM, environment="test", org_id="acme"
 )

@@ -20,8 +20,6 @@ from agent_gateway_store.integrations.fastapi import Approver, approvals_router,
 from agent_gateway_store.store import parts_of
 from otel import Recorded, recorded
 
-pytestmark = pytest.mark.integration
-
 bench = fastmcp_helpers.bench
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"

@@ -22,8 +22,6 @@ from agent_gateway_store.testing import RecordingNotifier
 from builders import make_event, make_request
 from otel import recorded
 
-pytestmark = pytest.mark.integration
-
 FOLDER = Path(__file__).parents[2] / "examples" / "otel"
 NAME = re.compile(r"agent_gateway_store_\w+")
 BY = re.compile(r"by \(([\w, ]+)\)")

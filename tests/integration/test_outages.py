@@ -37,8 +37,6 @@ from proofs.harness import (
 )
 from servers import PostgresServer
 
-pytestmark = pytest.mark.integration
-
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 LONGEST_CALL_S = 10.0
 BACK_WITHIN_S = 10.0

@@ -20,7 +20,7 @@ from agent_gateway_store.archive import Archive
 from builders import make_event
 from pages import BLOCK, PAGES
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 OLD = datetime(2025, 1, 1, tzinfo=UTC)
 EVENTS, DAYS = 100_000, 60

@@ -22,8 +22,6 @@ from commands import gateway_store
 from proofs.harness import eventually
 from servers import RedisServer, SentinelServer
 
-pytestmark = pytest.mark.integration
-
 
 async def put(cache: RedisCache, version: int) -> bool:
     return await cache.put_newer([CacheEntry("key", f'{{"version": {version}}}', version, 60)])

@@ -16,8 +16,6 @@ from builders import make_event, make_request
 from proofs.harness import eventually, execute, migrated
 from servers import PostgresServer
 
-pytestmark = pytest.mark.integration
-
 FREEZE, GO_ON = "SELECT pg_wal_replay_pause()", "SELECT pg_wal_replay_resume()"
 
 

@@ -13,8 +13,6 @@ from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.errors import GatewayStoreError
 from builders import make_event
 
-pytestmark = pytest.mark.integration
-
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 END_HOLDER = """

@@ -25,8 +25,6 @@ from agent_gateway_store.storage.database import Database, create_engine, get_db
 from builders import CALL, make_event, make_request
 from proofs.harness import execute
 
-pytestmark = pytest.mark.integration
-
 READ_DIFFERENTLY = {
     "standard_conforming_strings": "off",
     "backslash_quote": "on",

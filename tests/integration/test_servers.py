@@ -21,8 +21,6 @@ import servers
 from proofs.harness import execute
 from servers import PostgresServer, RedisServer
 
-pytestmark = pytest.mark.integration
-
 CHILD = """
 import json, os, sys
 from servers import PostgresServer, RedisServer, state_of

@@ -18,8 +18,6 @@ from builders import CALL, make_request
 from proofs.harness import execute, migrated
 from servers import PostgresServer
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(autouse=True)
 def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.integration
-
 ROOT = Path(__file__).parent.parent.parent
 # Measured: Python's own memory still grows by so much while its pools fill.
 MOST_GROWTH_MB = 8.0

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.integration
-
 # The thread of a connection waits in `hold` while its task is cancelled twice, so that SQLAlchemy closes the connection
 # and stops it as well. Then the thread goes on: to its end while the event loop waits, or only when the loop ends.
 SCRIPT = """

@@ -11,8 +11,6 @@ from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.errors import StoreUnavailableError
 from builders import make_event, make_request
 
-pytestmark = pytest.mark.integration
-
 
 async def test_nothing_is_acknowledged_into_a_file_that_was_removed(tmp_path: Path) -> None:
     """Events wait in the spool, the rest is refused; put back, the file receives them."""

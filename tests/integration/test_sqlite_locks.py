@@ -15,8 +15,6 @@ import pytest
 from agent_gateway_store import GatewayStore, StoreSettings, errors
 from builders import make_event, make_request
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(autouse=True)
 def _no_collection() -> Iterator[None]:

@@ -21,8 +21,6 @@ from agent_gateway_store.storage.errors import retry_conflicts, translate_errors
 from builders import CALL, make_event, make_request
 from servers import connected
 
-pytestmark = pytest.mark.integration
-
 STORED = WriteOutcome.STORED
 _FAILS = """
 CREATE TABLE fails (state TEXT, times INTEGER);

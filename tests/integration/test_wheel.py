@@ -17,8 +17,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-pytestmark = pytest.mark.integration
-
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "src", "migrations")
 
