@@ -21,6 +21,7 @@ import servers
 from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.errors import InvalidApiKeyError
 from commands import Outcome, event_line, gateway_store, process, run_process
+from forks import forks
 
 url, cli = cli_helpers.url, cli_helpers.cli
 
@@ -301,9 +302,7 @@ def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tm
 
 def test_an_output_that_takes_nothing_is_named(tmp_path: Path) -> None:
     """And of an API key that was made, that nobody has seen it."""
-    command = (
-        f"DATABASE_URL=sqlite:///{tmp_path}/k.db {sys.executable} -m agent_gateway_store.cli keys issue al --role r"
-    )
+    command = f"DATABASE_URL=sqlite:///{tmp_path}/k.db {forks().programs}/gateway-store keys issue al --role r"
     for form in ("", " --json"):
         unseen = subprocess.run(["sh", "-c", f"{command}{form} >/dev/full"], stderr=-1, text=True)
         assert unseen.returncode == 1
@@ -311,7 +310,7 @@ def test_an_output_that_takes_nothing_is_named(tmp_path: Path) -> None:
         assert "`gateway-store keys rotate al --overlap 0s` replaces it." in unseen.stderr
         command = command.replace("issue al --role r", "rotate al")
     with Path("/dev/full").open("w") as full:
-        shown = subprocess.run([sys.executable, "-m", "agent_gateway_store.cli", "--help"], stdout=full, stderr=-1)
+        shown = subprocess.run([forks().programs / "gateway-store", "--help"], stdout=full, stderr=-1)
     assert (shown.returncode, shown.stderr) == (1, b"The output cannot be written: No space left on device.\n")
 
 

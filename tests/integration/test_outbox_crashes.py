@@ -9,11 +9,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,12 +89,9 @@ async def test_two_workers_share_one_outbox(url: str, tmp_path: Path, count: int
 
         await asyncio.gather(*(issue() for _ in range(16)))
         files = [tmp_path / "one", tmp_path / "two"]
-        workers = [
-            subprocess.Popen(
-                [sys.executable, PROGRAM, "work", url, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            for file in files
-        ]
+        command = [forks().programs / "python", PROGRAM, "work", url]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        workers = [subprocess.Popen([*command, file], text=True, **pipes) for file in files]
         for worker in workers:
             assert worker.stdout is not None
             assert worker.stdin is not None
