@@ -79,8 +79,8 @@ async def refusal(answer: Awaitable[Any]) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("backend", "number", "seed"),
     [
-        ("sqlite", 500, 11),
-        ("postgres", 500, 12),
+        ("sqlite", 250, 11),
+        ("postgres", 250, 12),
         pytest.param("sqlite", 10_000, 13, marks=pytest.mark.slow),
         pytest.param("postgres", 10_000, 14, marks=pytest.mark.slow),
     ],
