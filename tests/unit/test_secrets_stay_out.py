@@ -1,23 +1,52 @@
-"""Passwords in URLs are shown nowhere; `tests/integration/test_planted_secrets.py` looks for the other secrets."""
+"""Planted secrets are looked for everywhere, and found only where the design allows them."""
 
 from __future__ import annotations
 
 import logging
+import pickle
 import traceback
 from collections.abc import Awaitable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fakeredis
 import pytest
 
-from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, errors
+from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, ToolCall, errors
+from agent_gateway_store.keys.format import new_key
 from agent_gateway_store.storage.cache import create_redis
-from builders import make_request
+from agent_gateway_store.storage.database import Database, create_engine
+from agent_gateway_store.testing import RecordingNotifier
+from builders import make_event, make_request
 
 pytestmark = pytest.mark.unit
 
+RAW_ARGUMENT = "raw-argument-9f2c"
 PASSWORDS = {"plain-pass-71": "pass-71", "p@ss:w/rd?71#x": "ss:w|rd?71|71#x", "%70ercent-71": "ercent-71"}
 """Passwords, also such as should have been escaped, and pieces by which each is recognised."""
+CALL = ToolCall(server="files", tool="delete_file", arguments={"path": RAW_ARGUMENT})
+SHOWN = ToolCall(server="files", tool="delete_file", arguments={"path": "[redacted]"})
+
+
+@dataclass
+class Trail:
+    """What a run has left behind.
+
+    Attributes:
+        secrets: What must not be found.
+        texts: Where it is looked for, by name.
+        redis: Everything Redis held, key and value.
+    """
+
+    secrets: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    redis: dict[str, str] = field(default_factory=dict)
+    token: str = ""
+
+    def found(self) -> list[tuple[str, str]]:
+        """Return which secret stands where."""
+        return [(name, secret) for name, text in self.texts.items() for secret in self.secrets if secret in text]
 
 
 async def refused(answer: Awaitable[Any]) -> str:
@@ -25,6 +54,99 @@ async def refused(answer: Awaitable[Any]) -> str:
     with pytest.raises(errors.GatewayStoreError) as caught:
         await answer
     return "".join(traceback.format_exception(caught.value)) + repr(caught.value) + str(vars(caught.value))
+
+
+async def run(store: GatewayStore, trail: Trail) -> None:
+    """Do the main job once, with every mistake that can be made on the way."""
+    issued = await store.keys.issue("dev-agent", role="developer")
+    key = issued.plaintext.get_secret_value()
+    wrong_key = new_key(issued.api_key.key_id)
+    rotated = await store.keys.rotate("dev-agent")
+    caller = await store.keys.verify(key)
+    request = make_request(request_id="r-1", tool_call=SHOWN)
+    own_token = str(request.token)
+    token = await store.approvals.issue_token(request, call=CALL)
+    again = await store.approvals.issue_token(request.model_copy(update={"token": "own-token-55a1"}), call=CALL)
+    raw_hash = store.hash_args({"path": RAW_ARGUMENT})
+    errors_seen = [
+        await refused(store.keys.issue("dev-agent", role="developer")),
+        await refused(store.keys.verify(wrong_key)),
+        await refused(store.keys.verify(key[:-1])),
+        await refused(store.approvals.check_token(token)),
+        await refused(store.approvals.approve(again, "dev-agent")),
+        await refused(store.approvals.consume_token(again, caller_id="dev-agent", tool_call=CALL)),
+        await refused(store.for_org("acme").approvals.check_token(again)),
+    ]
+    approved = await store.approvals.approve(again, "approver-1", "ok")
+    other = CALL.model_copy(update={"arguments": {"path": f"{RAW_ARGUMENT}-other"}})
+    errors_seen += [
+        await refused(store.approvals.approve(again, "approver-2")),
+        await refused(store.approvals.consume_token(again, caller_id="dev-agent", tool_call=other)),
+    ]
+    used = await store.approvals.consume_token(again, caller_id="dev-agent", tool_call=CALL)
+    errors_seen.append(await refused(store.approvals.consume_token(again, caller_id="dev-agent", tool_call=CALL)))
+    errors_seen.append(await refused(store.approvals.issue_token(request, call=CALL)))
+    event = make_event(
+        request_id="r-1", raw_args_hash=raw_hash, sanitized_args={"path": "[redacted]"}, decision="APPROVAL_REQUIRED"
+    )
+    await store.audit.write(event)
+
+    trail.token = again
+    trail.secrets += [key, wrong_key, rotated.plaintext.get_secret_value(), own_token, token, again, RAW_ARGUMENT]
+    pages = [await store.keys.list(), await store.approvals.list_requests(), await store.audit.list_recent()]
+    values = [issued, rotated, caller, request, approved, used, event, *pages, *pages[0], *pages[1], *pages[2]]
+    values += [store, store.database, store.database.engine, store.settings, store.keys, store.approvals]
+    trail.texts["repr"] = "\n".join(f"{value!r} {value!s}" for value in values)
+    trail.texts["pages"] = "".join(f"{page.to_dicts()}{page._repr_html_()}" for page in pages)
+    trail.texts["errors"] = "".join(errors_seen)
+    trail.texts["pickle"] = str(pickle.dumps([*pages[0], *pages[1], *pages[2]]))
+    async with store.database.engine.connect() as connection:
+        names = (await connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'")).scalars()
+        for name in list(names):
+            rows = (await connection.exec_driver_sql(f"SELECT * FROM {name}")).all()
+            trail.texts[f"table {name}"] = str([tuple(row) for row in rows])
+
+
+@pytest.fixture
+async def trail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Trail:
+    """Everything a whole run leaves, with all logs at DEBUG."""
+    caplog.set_level(logging.DEBUG)
+    trail, recorder = Trail(), RecordingNotifier()
+    async with fakeredis.FakeAsyncRedis(decode_responses=True) as client:
+        async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis=client, plugins=[recorder]) as store:
+            await run(store, trail)
+        trail.redis = {name: str(await client.get(name)) for name in await client.keys()}
+    trail.texts["logs"] = caplog.text
+    trail.texts["notices"] = "".join(f"{notice!r}{notice.model_dump_json()}" for notice in recorder.notices)
+    for path in tmp_path.iterdir():
+        trail.texts[f"file {path.name}"] = path.read_bytes().decode("latin-1")
+    return trail
+
+
+async def test_no_secret_is_left_behind(trail: Trail) -> None:
+    """Keys, tokens and raw arguments stand in no table, file, log, repr, error, page or notice."""
+    assert trail.found() == []
+    assert {"logs", "notices", "table api_keys", "table approval_requests", "file gateway.db"} <= trail.texts.keys()
+    assert all(trail.texts[name] for name in ("logs", "notices", "table api_keys", "table approval_requests"))
+    assert len(trail.secrets) == 7
+
+
+async def test_search_finds_what_is_there(trail: Trail) -> None:
+    """The search itself works: what may be seen is found in tables, logs, reprs, errors and notices."""
+    trail.secrets = ["[redacted]", "dev-agent", "r-1", "approver-1"]
+
+    places = {name for name, _ in trail.found()}
+    assert {"repr", "pages", "errors", "pickle", "notices", "logs", "table audit_events", "file gateway.db"} <= places
+
+
+async def test_redis_holds_a_token_in_its_two_entries_only(trail: Trail) -> None:
+    """The token names its entry and stands behind its id; nothing else of it, and no key or raw argument, is there."""
+    holding = [name for name, value in trail.redis.items() if trail.token in name + value]
+    others = [secret for secret in trail.secrets if secret != trail.token]
+
+    assert sorted(name.partition(":")[0] for name in holding) == ["approval", "approval-token"]
+    assert trail.token not in trail.redis[f"approval:{trail.token}"]
+    assert not [secret for secret in others if secret in str(trail.redis)]
 
 
 @pytest.mark.parametrize(("password", "pieces"), PASSWORDS.items())
@@ -70,3 +192,11 @@ async def test_password_of_redis_is_not_shown(
                 await store.approvals.issue_token(make_request())
 
         assert [text for text in [*shown, caplog.text] for piece in pieces.split("|") if piece in text] == []
+
+
+async def test_given_engine_that_echoes_is_the_callers_choice(tmp_path: Path) -> None:
+    """Engines made here hide what is bound to a statement from errors."""
+    engine = create_engine(f"sqlite:///{tmp_path}/gateway.db")
+
+    assert Database(engine, owned=True).engine.sync_engine.hide_parameters
+    await engine.dispose()
