@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 from console_helpers import Visitor, key_of
 
-from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store import (
+    CallerIdentity,
+    Decision,
+    GatewayStore,
+    StoreSettings,
+    ToolCall,
+    TrustLevel,
+)
 from agent_gateway_store.console import create_console
 from agent_gateway_store.errors import AuditUnavailableError, InvalidUrlError, StoreUnavailableError
+from agent_gateway_store.integrations.guard import CallGuard, Verdict
 from builders import make_event, make_request
 from proofs.harness import eventually, execute, migrated
 from servers import PostgresServer
@@ -65,7 +73,7 @@ async def test_lists_come_from_the_replica_and_decisions_from_the_primary(
             exported = await audit.export(tmp_path / "a.jsonl", request_id=new.request_id, overwrite=True)
             table = await audit.to_arrow(request_id=new.request_id)
             listed = len([each for each in await audit.list_recent() if each.request_id == new.request_id])
-            called = len(await approvals.list_requests("PENDING"))
+            called = len(await approvals.search(request_id="call"))
             sums = sum(row["calls"] for row in stats), sum(row["approvals"] for row in counted)
             found = len(await audit.search(request_id=new.request_id))
             return (streamed, asked, *sums, exported.rows, table.num_rows, listed, called, found)
@@ -74,7 +82,7 @@ async def test_lists_come_from_the_replica_and_decisions_from_the_primary(
         assert (await store.database.replica.replica_age_s() or 0) > 0
         person = Visitor(create_console(store))
         await person.sign_in(await key_of(store, org_id="default"))
-        for path in ("/approvals", "/audit", "/charts"):
+        for path in ("/approvals?status=ALL", "/approvals?status=DENIED", "/audit", "/charts"):
             assert "Read from a replica, at most" in (await person.get(path)).text
         assert await audit.get_by_request_id(new.request_id) is not None
         assert [each.request_id for each in await audit.changes(begin, caller_id=event.caller_id)] == [
@@ -112,6 +120,64 @@ async def test_a_replica_that_is_away_is_named_and_its_primary_stands_in_where_b
         async with opened(primary.url, both) as store:
             assert len(await store.audit.list_recent()) == 1
             assert await store.database.replica.replica_age_s() is None
+
+
+async def test_what_a_person_decides_by_is_read_from_the_primary() -> None:
+    """With a replica that stands still, and with one that is away."""
+    with PostgresServer() as primary:
+        migrated(primary.url)
+        with PostgresServer(standby_of=primary) as standby:
+            async with opened(primary.url, url_of(standby)) as store:
+                person = Visitor(create_console(store))
+                await person.sign_in(await key_of(store, org_id="default"))
+                caller = CallerIdentity(
+                    caller_id="dev-agent", role="developer", trust_level=TrustLevel.LOW, environment="test"
+                )
+
+                def refuse_all(*_: object) -> Verdict:
+                    return Verdict(decision=Decision.DENY, rule="r", reason="It must find what was asked.")
+
+                await execute(standby.url, FREEZE)
+                earlier, asked = make_request("earlier"), make_request("now")
+                await store.approvals.issue_token(earlier)
+                await store.approvals.deny(approval_id=earlier.approval_id, approver_id="bob", note="not this one")
+                await store.approvals.issue_token(asked)
+                event = make_event(
+                    request_id="now",
+                    caller_id=asked.caller_id,
+                    mcp_server="files",
+                    tool_name="delete_file",
+                    session_id="session-1",
+                    matched_policy_rule="ASK-FIRST",
+                )
+                await store.audit.write(event)
+                stored = await store.audit.get_by_request_id("now")
+                assert stored is not None
+                shown = {
+                    "/approvals": str(asked.approval_id),
+                    f"/approvals/{asked.approval_id}": "ASK-FIRST",
+                    f"/audit/{stored.id}": str(asked.approval_id),
+                }
+
+                async def check() -> None:
+                    for path, text in shown.items():
+                        page = await person.get(path)
+                        assert (page.status_code, text in page.text) == (200, True), path
+                        assert "Read from a replica" not in page.text
+                    page = await person.get(f"/approvals/{asked.approval_id}")
+                    assert "not this one" in page.text
+                    assert "No other call." not in page.text
+                    waits = [each.approval_id for each in await store.approvals.list_requests("PENDING")]
+                    assert waits == [asked.approval_id]
+                    found = await CallGuard(store, refuse_all).ask(asked.tool_call, caller, request_id="now")
+                    assert found is not None
+                    assert found.approval_id == asked.approval_id
+
+                await check()
+                standby.stop()
+                await check()
+                assert (await person.get("/audit")).status_code == 503
+                assert (await person.decide(asked.approval_id, "deny")).status_code == 303
 
 
 async def test_another_database_is_no_replica(tmp_path: Path) -> None:

@@ -114,6 +114,11 @@ def criteria(filters: Mapping[str, Any], *, org_id: str | None = None) -> Criter
     return replace(found, shape=shape, values={**found.values, "p_status": status, "p_stored": stored})
 
 
+def waits(found: Criteria) -> bool:
+    """Return True if only what waits for a decision can match."""
+    return found.values.get("p_status") == [ApprovalStatus.PENDING]
+
+
 def words_of(dialect: str) -> dict[str, str]:
     """Return `fragments` and the pieces of the conditions, by the names under which they stand in braces."""
     return fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME}

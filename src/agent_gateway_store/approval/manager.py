@@ -16,7 +16,7 @@ from agent_gateway_store.approval.acquiring import Acquiring, acquire_values
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.changes import ApprovalBackend, Changes, in_session
 from agent_gateway_store.approval.decisions import Permission, VoteInput
-from agent_gateway_store.approval.filters import ApprovalFilters, criteria
+from agent_gateway_store.approval.filters import ApprovalFilters, criteria, waits
 from agent_gateway_store.approval.queries import ApprovalRef, result_of
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, VoteDecision
@@ -370,7 +370,10 @@ class ApprovalManager:
             TypeError: There is no such filter, or its value has the wrong type.
             ValueError: There is no such status or time, or `limit` is out of range.
         """
-        return await reports.search(self._transactions.replica, self._found(filters), limit=limit, cursor=cursor)
+        found = self._found(filters)
+        # What waits for a decision is what people decide by.
+        source = self._transactions if waits(found) else self._transactions.replica
+        return await reports.search(source, found, limit=limit, cursor=cursor)
 
     def _found(self, filters: ApprovalFilters) -> Criteria:
         return criteria(filters, org_id=self._org_id)

@@ -118,14 +118,14 @@ async def event(request: Request) -> Response:
 
 async def _approval_of(session: Session, found: AuditEvent) -> tuple[ApprovalRequest | None, bool]:
     """Return an approval, and whether it is the one that the event names, or is proved to be of its call."""
-    approvals, key = session.store.approvals, session.store.settings.hash_key
+    key = session.store.settings.hash_key
     if found.approval_id is not None:
         try:
-            return await approvals.get(approval_id=found.approval_id), True
+            return await session.store.approvals.get(approval_id=found.approval_id), True
         except ApprovalNotFoundError:
             return None, False
     # Another call may have the same request id.
-    asked = await approvals.search(
+    asked = await session.search_approvals(
         request_id=found.request_id,
         caller_id=found.caller_id,
         mcp_server=found.mcp_server,
@@ -141,7 +141,7 @@ async def _neighbours(session: Session, found: AuditEvent) -> list[AuditEvent]:
     """Return the event among those of its session right before and after it, oldest first."""
     if not found.session_id:
         return []
-    search_events, after = session.store.audit.search, []
+    search_events, after = session.log.search, []
     before = await search_events(session_id=found.session_id, until=found.timestamp, limit=_NEIGHBOURS)
     for span in _SPANS:
         later = await search_events(

@@ -65,7 +65,7 @@ async def inbox(request: Request) -> Response:
         statuses=[*ApprovalStatus, "ALL"],
         cursor=cursor,
         next_cursor=found.next_cursor,
-        replica_age=await pages.replica_age(session),
+        replica_age=None if narrowed == ApprovalStatus.PENDING else await pages.replica_age(session),
     )
 
 
@@ -105,21 +105,21 @@ async def _approval_page(
 
 async def _surroundings(session: Session, found: ApprovalRequest) -> dict[str, Any]:
     """Return what helps to judge: why it was stopped, what the caller did lately, what was decided about this tool."""
-    audit, call = session.store.audit, found.tool_call
-    before = await session.store.approvals.search(
+    call = found.tool_call
+    before = await session.search_approvals(
         tool_name=call.tool, mcp_server=call.server, status=_DECIDED, since=_BEFORE, limit=_BESIDE + 1
     )
     return {
         "events": await _stopped(session, found),
-        "counts": await audit.stats(by="decision", caller_id=found.caller_id, since="24h"),
-        "recent": await audit.search(caller_id=found.caller_id, since="24h", limit=_BESIDE),
+        "counts": await session.log.stats(by="decision", caller_id=found.caller_id, since="24h"),
+        "recent": await session.log.search(caller_id=found.caller_id, since="24h", limit=_BESIDE),
         "before": [each for each in before if each.approval_id != found.approval_id][:_BESIDE],
     }
 
 
 async def _stopped(session: Session, found: ApprovalRequest) -> list[AuditEvent]:
     """Return the events about this call, oldest first: another one may have used its request id before."""
-    call, search = found.tool_call, session.store.audit.search
+    call, search = found.tool_call, session.log.search
     cited = await search(approval_id=found.approval_id, limit=_BESIDE)
     asked = await search(
         request_id=found.request_id,

@@ -16,14 +16,17 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from cachetools import TTLCache
 from starlette.requests import Request
 
-from agent_gateway_store import _text
+from agent_gateway_store import ApprovalManager, AuditQuery, _text
 from agent_gateway_store.errors import ApiKeyNotFoundError, InvalidApiKeyError, StoreUnavailableError
+from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
 from agent_gateway_store.models.keys import KeyReading
+from agent_gateway_store.results import Page
 from agent_gateway_store.store import GatewayStore
 
 COOKIE = "gateway_store_console"
@@ -57,6 +60,20 @@ class Session:
     org_id: str
     csrf: str
     ends_at: datetime
+
+    @property
+    def log(self) -> AuditQuery:
+        """The audit log for pages that a person decides by: of the primary, where a replica may be behind or away."""
+        return AuditQuery(self.store.database, org_id=self.org_id)
+
+    async def search_approvals(self, **filters: Any) -> Page[ApprovalRequest]:
+        """Search approvals where `log` reads, by the arguments of `store.approvals.search`."""
+        database = self.store.database
+        if database.replica is database:
+            return await self.store.approvals.search(**filters)
+        async with database.sessions() as session:
+            approvals = ApprovalManager(session, settings=self.store.settings, org_id=self.org_id)
+            return await approvals.search(**filters)
 
 
 class Sessions:

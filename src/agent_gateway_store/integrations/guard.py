@@ -18,7 +18,8 @@ import anyio
 from pydantic import Field
 
 from agent_gateway_store._text import escape, word
-from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.approval import ApprovalManager, reports
+from agent_gateway_store.approval.filters import criteria
 from agent_gateway_store.audit.calls import argument_names, shown_arguments, status_of
 from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
@@ -279,7 +280,8 @@ class CallGuard:
         asked = await self._asked(call, caller, request_id=request_id)
         approvals = asked.store.approvals
         try:
-            found = await approvals.search(request_id=request_id, caller_id=caller.caller_id)
+            filters = criteria({"request_id": request_id, "caller_id": caller.caller_id}, org_id=asked.store.org_id)
+            found = await reports.search(asked.store.database, filters, limit=1, cursor=None)
             if found:
                 return found[0]
             verdict = await self._judge(asked)
