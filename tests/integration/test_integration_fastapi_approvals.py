@@ -13,7 +13,9 @@ import pytest
 from fastapi_helpers import CALL, Bench
 from sqlalchemy import text
 
-from agent_gateway_store import GatewayStore, hookimpl
+from agent_gateway_store import GatewayStore, ToolCall, hookimpl
+from agent_gateway_store._text import CUT_CALL
+from builders import make_request
 
 database_url, bench = fastapi_helpers.database_url, fastapi_helpers.bench
 
@@ -43,9 +45,31 @@ async def test_approver_lists_and_sees_what_is_pending(bench: Bench) -> None:
         "deletes a file",
     )
     for answer in (first, second, every, one):
-        assert "hash" not in answer.text
+        assert "tool_call_hash" not in answer.text
         assert "token" not in answer.text
         assert not any(token in answer.text for _, token in asked)
+
+
+async def test_an_approver_sees_that_a_call_was_cut_who_voted_and_which_output_it_is(bench: Bench) -> None:
+    """With the sentence that every other view has, in the list and alone."""
+    alice = await bench.key("alice", role="approver")
+    call = ToolCall(server="s", tool="t", arguments={"text": "x" * 100_000})
+    cut = make_request(tool_call=call, required_approvals=2, scope="OUTPUT_RELEASE", output_payload={"rows": 3})
+    await bench.store.approvals.issue_token(cut)
+    await bench.store.approvals.approve(approval_id=cut.approval_id, approver_id="bob", note="seen", channel="cli")
+    whole, _ = await bench.ask()
+
+    one = (await bench.client.get(f"/approvals/{cut.approval_id}", headers=alice)).json()
+    listed = (await bench.client.get("/approvals", headers=alice)).json()["items"]
+
+    stored = await bench.store.approvals.get(approval_id=cut.approval_id)
+    assert (one["warning"], one["output_hash"]) == (CUT_CALL, stored.output_hash)
+    assert [(vote["approver_id"], vote["decision"], vote["note"]) for vote in one["votes"]] == [
+        ("bob", "APPROVED", "seen")
+    ]
+    assert listed[1] == one
+    other = listed[0]
+    assert (other["approval_id"], other["warning"], other["votes"], other["output_hash"]) == (whole, "", [], None)
 
 
 @pytest.mark.parametrize(("word", "status"), [("approve", "APPROVED"), ("deny", "DENIED"), ("reject", "DENIED")])

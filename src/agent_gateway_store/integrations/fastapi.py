@@ -12,13 +12,13 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from agent_gateway_store import errors
-from agent_gateway_store._text import sentence
+from agent_gateway_store._text import CUT_CALL, sentence
 from agent_gateway_store.encoding.sanitize import Scrubber
 from agent_gateway_store.integrations.credentials import key_in
-from agent_gateway_store.models.approval import ApprovalScope
+from agent_gateway_store.models.approval import ApprovalScope, CastVote
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ApproverId, FrozenModel, ToolCall
 from agent_gateway_store.store import GatewayStore
@@ -261,7 +261,7 @@ class Approver(FrozenModel):
 
 
 class ApprovalView(BaseModel):
-    """One approval as approvers see it; the fields are those of `ApprovalRequest`."""
+    """One approval as approvers see it; the fields are those of `ApprovalRequest`, and `warning`."""
 
     model_config = _FROM_ATTRIBUTES
 
@@ -280,6 +280,14 @@ class ApprovalView(BaseModel):
     approver_note: str
     used_at: datetime | None
     outcome: str | None
+    output_hash: str | None
+    votes: list[CastVote]
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
+    @property
+    def warning(self) -> str:
+        """What an approver must know before deciding: that not all that would run can be seen. Else empty."""
+        return CUT_CALL if self.tool_call.is_cut else ""
 
 
 class ApprovalPage(BaseModel):
