@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import console_helpers
 import pytest
-from console_helpers import Visitor, console, key_of, signed_in, status
+from console_helpers import Visitor, console, key_of, signed_in, status, waiting
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
@@ -179,3 +180,24 @@ async def test_many_wrong_keys_are_stopped(running: tuple[GatewayStore, Any]) ->
     assert answers == [403] * 10 + [429] * 2
     assert (await guesser.sign_in(key)).status_code == 429
     assert (await Visitor(app, address="198.51.100.8").sign_in(key)).status_code == 303
+
+
+async def test_a_decision_after_the_end_of_a_session_says_that_nothing_was_recorded(
+    running: tuple[GatewayStore, Any],
+) -> None:
+    """And leads back to the approval once one has signed in again."""
+    store, app = running
+    request, key = await waiting(store), await key_of(store)
+    alice = Visitor(app)
+    await alice.sign_in(key)
+    form = {"decision": "deny", "note": "no", "csrf": await alice.csrf()}
+    await alice.post("/logout", {"csrf": form["csrf"]})
+
+    answer = await alice.post(f"/approvals/{request.approval_id}/decision", form)
+    [following] = re.findall(r'name="next" value="([^"]+)"', answer.text)
+    again = await alice.post("/login", {"key": key, "next": following})
+
+    assert answer.status_code == 401
+    assert "Your session had ended: nothing was recorded." in answer.text
+    assert again.headers["location"] == f"/approvals/{request.approval_id}"
+    assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"

@@ -207,6 +207,26 @@ def test_of_two_browsers_the_second_reads_who_was_first(site: tuple[str, str, Pa
             expect(tabs[1].get_by_role("heading", name="Sign in")).to_be_visible()
 
 
+def test_a_note_is_not_lost_when_the_session_ends(site: tuple[str, str, Path]) -> None:
+    """The page of who writes one stays and says so; a decision that comes too late leads back to its approval."""
+    url, key, folder = site
+    with store_in(folder) as store, browser(local=True) as (context, _):
+        request = ask(store, "noted")
+        page, other = sign_in(context, url, key), sign_in(context, url, key)
+        page.goto(f"{url}/approvals/{request.approval_id}")
+        page.get_by_label("Note").fill("A careful reason.")
+        other.get_by_role("button", name="Sign out").click()
+        expect(other.get_by_role("heading", name="Sign in")).to_be_visible()
+        expect(page.get_by_role("status")).to_contain_text("You are signed out.", timeout=60_000)
+        expect(page.get_by_label("Note")).to_have_value("A careful reason.")
+        page.get_by_role("button", name="Deny").click()
+        expect(page.get_by_role("alert")).to_contain_text("Your session had ended: nothing was recorded.")
+        page.fill("#key", key)
+        page.get_by_role("button", name="Sign in").click()
+        expect(page).to_have_url(f"{url}/approvals/{request.approval_id}")
+        assert store.approvals.get(approval_id=request.approval_id).status == "PENDING"
+
+
 def test_everything_works_without_a_script(site: tuple[str, str, Path]) -> None:
     """Sign in, decide, search and sign out in a browser whose scripts are off."""
     url, key, folder = site

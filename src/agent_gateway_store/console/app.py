@@ -138,6 +138,9 @@ def _to_login(request: Request) -> Response:
         # A link from a chat: a SameSite=Strict cookie comes only once the page itself asks again.
         return HTMLResponse('<!doctype html><title>Console</title><meta http-equiv="refresh" content="0">')
     path = request.url.path.removeprefix(pages.base_of(request))
+    if path.endswith("/decision"):
+        ended = "Your session had ended: nothing was recorded."
+        return _login_page(request, path.removesuffix("/decision"), status=401, error=ended)
     query = f"?{request.url.query}" if request.url.query else ""
     following = f"?next={quote(path + query, safe='')}" if request.method == "GET" else ""
     return pages.to(request, f"/login{following}")

@@ -31,8 +31,8 @@
     return root.contains(document.activeElement) || root.querySelector("details[open]") || (note && note.value.trim());
   }
 
-  function offer(words) {
-    const link = Object.assign(document.createElement("a"), { href: location.href, textContent: "Show" });
+  function offer(words, name = "Show") {
+    const link = Object.assign(document.createElement("a"), { href: location.href, textContent: name });
     said.replaceChildren(`${words} `, link);
   }
 
@@ -43,7 +43,11 @@
     busy = true;
     try {
       const answer = await fetch(location.href, { credentials: "same-origin" });
-      if (answer.redirected) { location.reload(); return; }
+      if (answer.redirected) {
+        if (isBusy(live())) offer("You are signed out. Copy your note, it is not kept.", "Sign in");
+        else location.reload();
+        return;
+      }
       if (!answer.ok) return;
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("[data-live]");
       const shown = live();
