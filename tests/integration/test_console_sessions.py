@@ -182,6 +182,48 @@ async def test_many_wrong_keys_are_stopped(running: tuple[GatewayStore, Any]) ->
     assert (await Visitor(app, address="198.51.100.8").sign_in(key)).status_code == 303
 
 
+async def test_ten_refused_keys_stop_an_address_for_a_minute_and_fewer_never(running: tuple[GatewayStore, Any]) -> None:
+    """A refusal does not lengthen the minute in which those before it count."""
+    _, app = running
+    slow, quick = Visitor(app, address="198.51.100.7"), Visitor(app, address="198.51.100.8")
+
+    answers = []
+    for _ in range(12):
+        answers.append((await slow.sign_in("agw_typo")).status_code)
+        clock.move(timedelta(seconds=50))
+    assert answers == [403] * 12
+    for _ in range(10):
+        await quick.sign_in("agw_typo")
+        clock.move(timedelta(seconds=5))
+    assert (await quick.sign_in("agw_typo")).status_code == 429
+    clock.move(timedelta(seconds=11))
+    assert (await quick.sign_in("agw_typo")).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("spelling", "other"),
+    [
+        ("2001:db8:0:1::{:x}", "2001:db8:0:2::1"),
+        ("2001:DB8:0:1:0:0:0:{:04X}", "2001:db8:0:2::1"),
+        ("::{:x}", "2001:db8:0:2::1"),
+        ("::ffff:198.51.100.7", "::ffff:198.51.100.8"),
+    ],
+)
+async def test_an_address_of_ipv6_counts_with_its_network(
+    running: tuple[GatewayStore, Any], spelling: str, other: str
+) -> None:
+    """A machine has a whole /64 to choose from; one of IPv4 that is written as IPv6 stands for itself."""
+    _, app = running
+
+    answers = [
+        (await Visitor(app, address=spelling.format(number)).sign_in("agw_guess")).status_code
+        for number in range(1, 12)
+    ]
+
+    assert answers == [403] * 10 + [429]
+    assert (await Visitor(app, address=other).sign_in("agw_guess")).status_code == 403
+
+
 async def test_a_decision_after_the_end_of_a_session_says_that_nothing_was_recorded(
     running: tuple[GatewayStore, Any],
 ) -> None:

@@ -16,12 +16,13 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from ipaddress import IPv4Address, IPv6Network, ip_address
 from typing import Any
 
 from cachetools import TTLCache
 from starlette.requests import Request
 
-from agent_gateway_store import ApprovalManager, AuditQuery, _text
+from agent_gateway_store import ApprovalManager, AuditQuery, _text, clock
 from agent_gateway_store.errors import ApiKeyNotFoundError, InvalidApiKeyError, StoreUnavailableError
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
@@ -88,11 +89,11 @@ class Sessions:
         self._roles = {role.strip() for role in store.settings.console_roles.split(",") if role.strip()}
         self._lasts = timedelta(seconds=store.settings.console_session_seconds)
         self._sign_ins: TTLCache[str, AuditEvent] = TTLCache(_REMEMBERED, _REMEMBERED_S)
-        self._failures: TTLCache[str, int] = TTLCache(_ADDRESSES, _FAILURES_S)
+        self._failures: TTLCache[str, list[int]] = TTLCache(_ADDRESSES, _FAILURES_S, timer=clock.monotonic)
 
     def is_limited(self, address: str) -> bool:
         """Return True while an address has failed too often; counted in this process."""
-        return self._failures.get(address, 0) >= _FAILURES
+        return self._failures.get(_network_of(address), [0])[0] >= _FAILURES
 
     async def sign_in(self, key: str, *, address: str) -> str:
         """Return a new session id for the holder of `key`.
@@ -106,7 +107,8 @@ class Sessions:
             if identity.role not in self._roles:
                 raise InvalidApiKeyError
         except InvalidApiKeyError:
-            self._failures[address] = self._failures.get(address, 0) + 1
+            # An entry that is set again would begin its minute anew.
+            self._failures.setdefault(_network_of(address), [0])[0] += 1
             logger.warning("Sign-in to the console refused, from %s.", _text.escape(address))
             raise
         reading = await self._store.for_org(identity.org_id).keys.read(identity.caller_id)
@@ -193,6 +195,17 @@ def is_right(session: Session, csrf: str) -> bool:
 def address_of(request: Request) -> str:
     """Return where a request comes from, as far as the server and its trusted proxies know."""
     return request.client.host if request.client else "unknown"
+
+
+def _network_of(address: str) -> str:
+    """Return what refused keys are counted for: an address, but of IPv6 the /64 that a machine chooses one from."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or IPv6Network((int(found), 64), strict=False))
 
 
 def _request_id(tool: str, session_id: str) -> str:
