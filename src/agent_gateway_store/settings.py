@@ -64,6 +64,8 @@ def _web_url(value: str | None) -> str | None:
         raise ValueError("the host must be written in letters of ASCII, as browsers send it: xn--...")
     if parts.port == 0:
         raise ValueError("0 is no port")
+    if "//" in parts.path.rstrip("/"):
+        raise ValueError("its path must do without //, with which browsers begin a host")
     if "%" in parts.path:
         raise ValueError("its path must do without percent-encoding: use letters, digits, - and _")
     return value and value.rstrip("/")

@@ -269,6 +269,20 @@ async def test_a_decision_that_cannot_be_is_explained(
     assert said in answer.text
 
 
+async def test_who_decides_what_was_withdrawn_meanwhile_reads_what_to_do(running: tuple[GatewayStore, Any]) -> None:
+    """The agent asked again on other terms: nobody was faster, and the new request waits."""
+    store, app = running
+    alice, request = await signed_in(store, app), await waiting(store)
+    other = {"request_id": request.request_id, "risk_explanation": "milder"}
+    await waiting(store, **other)
+
+    answer = await alice.decide(request.approval_id, "approve")
+
+    assert answer.status_code == 409
+    assert "withdrew this request" in answer.text
+    assert "was first" not in answer.text
+
+
 async def test_an_approval_that_expired_says_so(running: tuple[GatewayStore, Any]) -> None:
     """A form that was open over the deadline is answered with the reason; the page no longer offers a decision."""
     store, app = running

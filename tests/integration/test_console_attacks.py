@@ -153,7 +153,8 @@ async def test_forms_come_from_where_a_browser_says(url: str, console_url: str, 
 
 
 @pytest.mark.parametrize(
-    "console_url", ["https://bücher.example", "https://host:99999", "https://host:0", "https://host/con%20sole"]
+    "console_url",
+    ["https://bücher.example", "https://host:99999", "https://host:0", "https://host/con%20sole", "https://host//x"],
 )
 def test_an_address_that_no_browser_sends_is_refused(console_url: str) -> None:
     """When the settings are read, not at the first form."""

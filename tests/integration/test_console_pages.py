@@ -199,12 +199,16 @@ async def test_every_filter_of_search_is_in_the_form(running: tuple[GatewayStore
 
     form = (await alice.get("/audit")).text
     wrong = await alice.get("/audit?min_risk_score=many&caller_id=dev-agent")
+    unknown = await alice.get("/audit?caller=dev-agent&tool_name=rm")
 
     assert sorted(FILTERS) == sorted(Filters.__annotations__)
     assert set(FILTERS) <= set(re.findall(r'name="(\w+)"', form))
     assert wrong.status_code == 400
     assert "must be a number" in wrong.text
     assert 'value="dev-agent"' in wrong.text
+    assert unknown.status_code == 400
+    assert "There is no filter &#39;caller&#39;." in unknown.text
+    assert 'value="rm"' in unknown.text
 
 
 async def test_a_search_is_walked_page_by_page(running: tuple[GatewayStore, Any]) -> None:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from agent_gateway_store import _text
 from agent_gateway_store.console import pages
 from agent_gateway_store.console.sessions import Session
 from agent_gateway_store.errors import ApprovalNotFoundError, LogMismatchError
@@ -47,6 +48,9 @@ async def search(request: Request) -> Response:
     given = _given(request)
     cursor = request.query_params.get("cursor") or None
     try:
+        for name in request.query_params:
+            if name not in (*FILTERS, "cursor"):
+                raise ValueError(f"There is no filter {_text.code_text(name)}.")
         events = await session.store.audit.search(limit=_PAGE, cursor=cursor, **_filters(given))
         said, code = "", 200
     except ValueError as exc:

@@ -185,6 +185,9 @@ def _status_of(error: ApprovalError) -> int:
 def _reason(error: ApprovalError) -> str:
     if isinstance(error, ApprovalAlreadyDecidedError) and error.approver_id:
         at = f" at {pages.utc_text(error.decided_at)} UTC" if error.decided_at else ""
+        if error.status == ApprovalStatus.CANCELLED:
+            again = "If it was asked again on other terms, it is among all that waits."
+            return f"{error.approver_id} withdrew this request{at}. Your decision was not recorded. {again}"
         return f"{error.approver_id} was first: {error.status}{at}. Your decision was not recorded."
     return str(error)
 
