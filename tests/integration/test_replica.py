@@ -14,7 +14,6 @@ from agent_gateway_store import (
     Decision,
     GatewayStore,
     StoreSettings,
-    ToolCall,
     TrustLevel,
 )
 from agent_gateway_store.console import create_console
@@ -138,7 +137,7 @@ async def test_what_a_person_decides_by_is_read_from_the_primary() -> None:
                     return Verdict(decision=Decision.DENY, rule="r", reason="It must find what was asked.")
 
                 await execute(standby.url, FREEZE)
-                earlier, asked = make_request("earlier"), make_request("now")
+                earlier, asked = make_request(request_id="earlier"), make_request(request_id="now")
                 await store.approvals.issue_token(earlier)
                 await store.approvals.deny(approval_id=earlier.approval_id, approver_id="bob", note="not this one")
                 await store.approvals.issue_token(asked)
