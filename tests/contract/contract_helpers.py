@@ -55,7 +55,7 @@ async def column(store: GatewayStore, name: str, table: str) -> list[Any]:
         return list((await connection.execute(text(f"SELECT {name} FROM {table} ORDER BY id"))).scalars())
 
 
-async def until(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = 5) -> float:
+async def until(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = 10) -> float:
     """Wait until the condition holds and return how many seconds that took; fail after `timeout_s`."""
     start = time.monotonic()
     while not (found := condition()) or (inspect.isawaitable(found) and not await found):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from contract_helpers import until
 from sqlalchemy import text
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings
@@ -62,16 +62,6 @@ async def rows(store: GatewayStore, columns: str = "notifier, event, status, att
             text(f"SELECT {columns} FROM notification_deliveries WHERE notifier <> 'log' ORDER BY id")
         )
         return [tuple(row) for row in found]
-
-
-async def until(condition: Callable[[], Awaitable[bool]] | Callable[[], bool], timeout_s: float = 10) -> None:
-    """Wait until `condition` holds."""
-    async with asyncio.timeout(timeout_s):
-        while True:
-            found = condition()
-            if found is True or (found is not False and await found):
-                return
-            await asyncio.sleep(0.01)
 
 
 async def settled(store: GatewayStore, count: int) -> None:

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import make_request
-from delivery_helpers import Post, quiet, raising, rows, settled, until
+from contract_helpers import until
+from delivery_helpers import Post, quiet, raising, rows, settled
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock, errors
 from agent_gateway_store.delivery import DeliveryWorker, attempts, worker
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.manager import Plugins
+from builders import make_request
+
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 DOWN = errors.NotDeliveredError("the receiver is down")
-
-
-@pytest.fixture(autouse=True)
-def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-
-
-@pytest.fixture(autouse=True)
-def _failures_are_not_printed(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.ERROR, logger="agent_gateway_store.hooks")
 
 
 def store_with(url: str, *notifiers: Post, settings: StoreSettings | None = None, **options: Any) -> GatewayStore:

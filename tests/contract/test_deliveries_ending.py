@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import time
 from typing import Any
 
 import pytest
-from contract_helpers import make_request
-from delivery_helpers import Post, quiet, rows, until
+from contract_helpers import seen, until
+from delivery_helpers import Post, quiet, rows
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, errors, hookimpl
 from agent_gateway_store.delivery import DeliveryWorker, worker
+from agent_gateway_store.testing import RecordingNotifier
+from builders import make_request
 
-
-@pytest.fixture(autouse=True)
-def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
-
-
-@pytest.fixture(autouse=True)
-def _failures_are_not_printed(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.ERROR, logger="agent_gateway_store")
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 def store_with(url: str, *plugins: object, settings: StoreSettings | None = None) -> GatewayStore:
@@ -162,3 +156,24 @@ async def test_a_claim_that_outlives_its_worker_is_not_recorded_for_ever(
     await until(lambda: asyncio.all_tasks() == before)
     assert post.tried == []
     assert await what_is_left(database_url) == [("pending", "DUE", 1)]
+
+
+async def test_closing_waits_for_no_notifier_longer_than_its_timeout(database_url: str) -> None:
+    """One that raises and one that never returns cost the gateway and the other notifiers nothing else."""
+
+    async def raises(_: Notice) -> None:
+        raise RuntimeError("no network")
+
+    async def hangs(_: Notice) -> None:
+        await asyncio.Event().wait()
+
+    recorder = RecordingNotifier()
+    settings = StoreSettings(plugin_timeout_seconds=0.2)
+    async with store_with(
+        database_url, Post("broken", raises), Post("hanging", hangs), recorder, settings=settings
+    ) as store:
+        await store.approvals.issue_token(make_request())
+        started = time.monotonic()
+
+    assert time.monotonic() - started < 10
+    assert seen(recorder) == [("pending", "PENDING")]

@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import make_request
 from delivery_helpers import Post, quiet, rows, settled
 
 from agent_gateway_store import GatewayStore, clock
@@ -18,14 +17,12 @@ from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.delivery.worker import NotifierQueue
 from agent_gateway_store.models.delivery import DeliveryStatus
 from agent_gateway_store.storage.statements import Statement
+from builders import make_request
+
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 POLICY = Policy.of(quiet())
 STATE = "status, attempts, next_attempt_at, last_error, delivered_at"
-
-
-@pytest.fixture(autouse=True)
-def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
 
 
 def quiet_store(url: str) -> GatewayStore:

@@ -8,20 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from contract_helpers import CALL, make_request
-from delivery_helpers import Post, quiet, until
+from contract_helpers import until
+from delivery_helpers import Post, quiet
 from sqlalchemy import event
 
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.storage import statements
+from builders import CALL, make_request
+
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 _LOOKS_BACK = re.compile(r'AS "?before\b')
 _BY_APPROVAL = "ix_notification_deliveries_approval_id"
-
-
-@pytest.fixture(autouse=True)
-def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
 
 
 async def quiet_times(store: GatewayStore) -> None:

@@ -2,66 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 
 import pytest
 from contract_helpers import approved
-from sqlalchemy import insert
 
-from agent_gateway_store import AuditEvent, GatewayStore, ToolCall
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.errors import AuditEventNotFoundError, LogMismatchError
 from agent_gateway_store.evidence import Evidence, check
-from agent_gateway_store.evidence.proof import prove
-from agent_gateway_store.evidence.tree import TileHashes
 from agent_gateway_store.models.approval import hash_approval, hash_tool_call, is_of_call
-from agent_gateway_store.models.evidence import AuditCheckpoint, AuditLeaf
 from builders import CALL, make_event, make_request
-from sealed_log import KEY, SealedLog
+from sealed_log import KEY
+from tampering import tamper
 
 VKEY = str(KEY.verifier)
+SETTINGS = StoreSettings(audit_seal_seconds=0, audit_signing_key=KEY.to_text())  # type: ignore[arg-type]
 
 
-class Sealed:
-    """The events of a store, sealed by the definition of the tables.
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[GatewayStore]:
+    """An open store that signs its checkpoints, and seals when it is told to."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as opened:
+        yield opened
 
-    Attributes:
-        log: The same log in memory.
-    """
 
-    def __init__(self, store: GatewayStore, log: SealedLog) -> None:
-        self.store, self.log = store, log
-
-    @classmethod
-    async def of(cls, store: GatewayStore, *, size: int | None = None) -> Sealed:
-        """Seal the first `size` events; None: all."""
-        events = sorted(await store.audit.list_recent(), key=lambda event: event.id or 0)[:size]
-        log = SealedLog(events)
-        leaves = [
-            {"position": at, "event_id": event.id, "salt": log.salts[at], "leaf_hash": log.leaves[at]}
-            for at, event in enumerate(events)
-        ]
-        checkpoint = log.checkpoint()
-        async with store.database.write() as connection:
-            await connection.execute(insert(AuditLeaf), leaves)
-            await connection.execute(insert(AuditCheckpoint), [checkpoint.model_dump()])
-        return cls(store, log)
-
-    async def read(self, names: Sequence[tuple[int, int]]) -> TileHashes:
-        tiles = self.log.tiles
-        return TileHashes({name: tiles[name] for name in names})
+async def prove_unsealed(store: GatewayStore, event: AuditEvent) -> Evidence:
+    await store.audit.write(event)
+    return await store.evidence.prove(event.request_id)
 
 
 async def test_evidence_of_a_stored_event_is_checked_without_the_store(store: GatewayStore) -> None:
     await store.audit.write_many(
-        [make_event(request_id=f"r-{at}", sanitized_args={"ü": [1.5, 2**70]}) for at in range(5)]
+        [make_event(request_id=f"r-{at}", sanitized_args={"ü": [1.5, 2**70]}) for at in range(300)]
     )
-    sealed = await Sealed.of(store)
-    evidence = await prove(store.database, sealed.read, "r-3", org_id=None)
+    await store.evidence.seal()
+    evidence = await store.evidence.prove("r-3")
     found = check(evidence.to_json(), keys=[VKEY])
 
     assert found.ok, found
-    assert (found.checked, found.size, evidence.position, evidence.event.request_id) == (1, 5, 3, "r-3")
+    assert (found.checked, found.size, evidence.position, evidence.event.request_id) == (1, 300, 3, "r-3")
     assert check(evidence.to_tlog_proof(), keys=[VKEY]).ok
+    assert not check(evidence.to_json().replace('"read_file"', '"send_mail"'), keys=[VKEY]).ok
     assert evidence.approval is None
 
 
@@ -79,11 +60,11 @@ async def test_the_approval_and_its_votes_come_with_it(store: GatewayStore, is_n
         extra={"approval_sha256": hash_approval(request, [vote])},
     )
     await store.audit.write(event)
-    sealed = await Sealed.of(store)
-    evidence = await prove(store.database, sealed.read, "r-1", org_id=None)
+    await store.evidence.seal()
+    evidence = await store.evidence.prove("r-1")
     # What comes after the call changes no hash.
     await store.approvals.record_outcome(token, "SUCCESS")
-    later = await prove(store.database, sealed.read, "r-1", org_id=None)
+    later = await store.evidence.prove("r-1")
 
     assert [each.approver_id for each in evidence.votes] == ["approver-1"]
     assert later.approval is not None
@@ -162,44 +143,27 @@ async def test_hashes_under_two_keys_keep_no_approval_out(store: GatewayStore, r
     assert fits("other") is False
 
 
-async def prove_unsealed(store: GatewayStore, event: AuditEvent) -> Evidence:
-    await store.audit.write(event)
-
-    async def read(_names: Sequence[tuple[int, int]]) -> TileHashes:
-        raise AssertionError("an event that is not sealed has no tiles")
-
-    return await prove(store.database, read, event.request_id, org_id=None)
-
-
-async def test_an_event_that_is_not_sealed_has_no_proof(store: GatewayStore) -> None:
-    """Neither one without a leaf, nor one that no checkpoint covers yet."""
-    evidence = await prove_unsealed(store, make_event(request_id="r-1"))
-
-    assert check(evidence.to_json()).unsealed == 1
-
-
-async def test_an_event_after_the_last_seal_has_no_proof(store: GatewayStore) -> None:
-    await store.audit.write_many([make_event(request_id=f"r-{at}") for at in range(3)])
-    sealed = await Sealed.of(store, size=2)
-
-    assert (await prove(store.database, sealed.read, "r-2", org_id=None)).checkpoint is None
-    assert (await prove(store.database, sealed.read, "r-1", org_id=None)).position == 1
+async def test_an_event_that_no_checkpoint_covers_has_no_proof(store: GatewayStore) -> None:
+    """Before the first seal, and after the last one."""
+    assert check((await prove_unsealed(store, make_event(request_id="r-1"))).to_json()).unsealed == 1
+    await store.evidence.seal()
+    assert (await prove_unsealed(store, make_event(request_id="r-2"))).checkpoint is None
+    assert (await store.evidence.prove("r-1")).position == 0
 
 
 async def test_an_event_that_is_not_there_or_is_another_organisations_is_not_found(store: GatewayStore) -> None:
     await store.audit.write(make_event(request_id="r-1", org_id="acme"))
-    sealed = await Sealed.of(store)
+    acme = store.for_org("acme")
 
-    assert (await prove(store.database, sealed.read, "r-1", org_id="acme")).position == 0
-    for request_id, org_id in (("r-1", "other"), ("r-2", "acme"), ("r-2", None)):
+    for view, request_id in ((store.for_org("other"), "r-1"), (acme, "r-2"), (store, "r-2")):
         with pytest.raises(AuditEventNotFoundError, match=request_id):
-            await prove(store.database, sealed.read, request_id, org_id=org_id)
+            await view.evidence.prove(request_id)
 
 
 async def test_a_log_that_lacks_a_hash_is_not_proved_from(store: GatewayStore) -> None:
     await store.audit.write_many([make_event(request_id=f"r-{at}") for at in range(3)])
-    sealed = await Sealed.of(store)
-    sealed.log.leaves.pop()
+    await store.evidence.seal()
+    await tamper(store.database.engine, "DELETE FROM audit_leaves WHERE position = 2")
 
     with pytest.raises(LogMismatchError, match="evidence verify"):
-        await prove(store.database, sealed.read, "r-0", org_id=None)
+        await store.evidence.prove("r-0")

@@ -5,17 +5,15 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from contract_helpers import CALL, counted_statements, make_request
+from contract_helpers import BOTH, counted_statements
 from delivery_helpers import Post, quiet, rows, settled
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import ApprovalManager, GatewayStore, Notice, StoreSettings, clock, errors, hookimpl
 from agent_gateway_store.storage.database import create_engine
+from builders import CALL, make_request
 
-
-@pytest.fixture(autouse=True)
-def _no_bundled_notifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "")
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 def quiet_store(url: str, *notifiers: Post) -> GatewayStore:
@@ -30,12 +28,17 @@ async def test_each_change_that_is_told_writes_one_row_for_each_notifier(databas
         await store.approvals.approve(tokens[0], "alice")
         await store.approvals.deny(tokens[1], "alice")
         await store.approvals.cancel(tokens[2], "alice")
+        used = await store.approvals.issue_token(make_request())
+        await store.approvals.approve(used, "alice")
+        await store.approvals.consume_token(used, caller_id="dev-agent", tool_call=CALL)
+        await store.approvals.record_outcome(used, "done")
         clock.move(timedelta(hours=2))
         assert await store.approvals.expire_stale() == 2  # the approved one was not used in time
         found = await rows(store, "notifier, event, attempts")
 
         assert found[:8] == [(name, "pending", 0) for _ in tokens for name in ("a", "b")]
-        assert sorted(found[8:]) == sorted((name, "decision", 0) for _ in range(5) for name in ("a", "b"))
+        told = ["pending", *["decision"] * 6]
+        assert sorted(found[8:]) == sorted((name, event, 0) for event in told for name in ("a", "b"))
 
 
 async def test_payload_is_the_notice(database_url: str) -> None:
@@ -72,22 +75,19 @@ async def test_no_notifier_costs_nothing(database_url: str) -> None:
         assert await rows(store) == []
 
 
-async def test_issuing_is_one_round_trip_on_postgresql(contract_postgres: str) -> None:
-    """The approval and its rows go to the server as one statement, which commits itself."""
-    async with quiet_store(contract_postgres, Post("a"), Post("b")) as store:
-        await store.approvals.issue_token(make_request())
-        with counted_statements(store) as statements:
-            await store.approvals.issue_token(make_request())
-
-        assert len(statements) == 1
-
-
-@pytest.mark.parametrize("redis_setting", ["no-redis", "redis"], indirect=True)
-async def test_deciding_and_using_are_one_round_trip_on_postgresql(contract_postgres: str, redis_setting: str) -> None:
-    """The decision, the vote, the rows and the message to other processes are one statement, which commits itself."""
-    async with GatewayStore(contract_postgres, redis_url=redis_setting, settings=quiet(), plugins=[Post()]) as store:
+@BOTH
+async def test_asking_deciding_and_using_are_one_round_trip_on_postgresql(
+    contract_postgres: str, redis_setting: str
+) -> None:
+    """The approval or the decision, the vote, the rows and the message to other processes are one statement, which
+    commits itself."""
+    plugins = [Post("a"), Post("b")]
+    async with GatewayStore(contract_postgres, redis_url=redis_setting, settings=quiet(), plugins=plugins) as store:
         approvals = store.approvals
-        tokens = [await approvals.issue_token(make_request()) for _ in range(3)]
+        tokens = [await approvals.issue_token(make_request()) for _ in range(2)]
+        with counted_statements(store) as statements:
+            tokens.append(await approvals.issue_token(make_request()))
+        assert len(statements) == 1
         for token, decide in zip(tokens, (approvals.approve, approvals.deny, approvals.cancel), strict=True):
             with counted_statements(store) as statements:
                 await decide(token, "alice")
@@ -96,7 +96,7 @@ async def test_deciding_and_using_are_one_round_trip_on_postgresql(contract_post
             await approvals.consume_token(tokens[0], caller_id="dev-agent", tool_call=CALL)
 
         assert len(statements) == 1
-        assert (await rows(store, "event"))[-6:] == [("pending",)] * 3 + [("decision",)] * 3
+        assert (await rows(store, "event"))[-12:] == [("pending",)] * 6 + [("decision",)] * 6
 
 
 async def test_asking_again_and_votes_that_do_not_decide_tell_nobody(database_url: str) -> None:
@@ -112,26 +112,9 @@ async def test_asking_again_and_votes_that_do_not_decide_tell_nobody(database_ur
         assert await rows(store, "event") == [("pending",), ("decision",)]
 
 
-async def test_asking_again_after_the_deadline_tells_of_the_end_first(database_url: str) -> None:
-    """The overdue approval in the way, which no sweep has met, is told as expired; then the new one is asked."""
-    async with quiet_store(database_url, Post()) as store:
-        first = make_request()
-        await store.approvals.issue_token(first)
-        clock.move(timedelta(hours=2))
-        second = make_request(request_id=first.request_id)
-        await store.approvals.issue_token(second)
-        told = [Notice.model_validate(row.payload) for row in reversed(await store.notifications.list())]
-
-        assert [(notice.event, notice.status, notice.approval_id) for notice in told] == [
-            ("pending", "PENDING", first.approval_id),
-            ("decision", "EXPIRED", first.approval_id),
-            ("pending", "PENDING", second.approval_id),
-        ]
-        assert await store.approvals.expire_stale() == 0
-
-
 async def test_asking_again_after_the_deadline_tells_everybody_once(database_url: str) -> None:
-    """Event hooks and notifiers hear of the end at once, as of any other, though no sweep has met it."""
+    """The end of the overdue approval, which no sweep has met, is written before the new one is asked; event hooks and
+    notifiers hear of it at once, as of any other."""
     heard: list[tuple[str, str]] = []
 
     class Listener:
@@ -153,8 +136,11 @@ async def test_asking_again_after_the_deadline_tells_everybody_once(database_url
         second = make_request(request_id=first.request_id)
         await store.approvals.issue_token(second)
         await settled(store, 3)
+        written = [Notice.model_validate(row.payload) for row in reversed(await store.notifications.list())]
+        assert await store.approvals.expire_stale() == 0
 
     told = [(first.approval_id, "PENDING"), (first.approval_id, "EXPIRED"), (second.approval_id, "PENDING")]
+    assert [(each.approval_id, each.status.value) for each in written] == told
     assert sorted(heard) == sorted((str(approval_id), status) for approval_id, status in told)
     assert sorted((each.approval_id, each.status.value) for each in post.taken) == sorted(told)
 
@@ -208,3 +194,17 @@ async def test_session_of_the_callers_writes_rows_only_if_told_to_whom(database_
             assert await rows(store) == [("webhook", "pending", "DUE", 0), ("webhook", "decision", "DUE", 0)]
     finally:
         await engine.dispose()
+
+
+async def test_a_notice_is_sent_after_the_commit(database_url: str) -> None:
+    """What a notifier is told stands in the database, as another connection sees it."""
+    found: list[str] = []
+
+    async def read(notice: Notice) -> None:
+        async with quiet_store(database_url) as own:
+            found.append((await own.approvals.get(approval_id=notice.approval_id)).request_id)
+
+    async with GatewayStore(database_url, redis_url="", plugins=[Post(act=read)]) as store:
+        await store.approvals.issue_token(make_request(request_id="r-1"))
+
+    assert found == ["r-1"]
