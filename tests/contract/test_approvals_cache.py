@@ -15,7 +15,7 @@ import redis.asyncio
 from contract_helpers import approved, counted_statements
 
 import servers
-from agent_gateway_store import ApprovalManager, GatewayStore, StoreSettings, clock, errors
+from agent_gateway_store import ApprovalManager, ApprovalScope, GatewayStore, StoreSettings, clock, errors
 from agent_gateway_store.approval import ApprovalBackend
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from agent_gateway_store.store import parts_of
@@ -76,7 +76,8 @@ async def test_decision_updates_sql_and_redis(store: GatewayStore, client: redis
 
 async def test_hit_costs_no_sql(store: GatewayStore) -> None:
     """A status in Redis is answered from there, equal to what SQL says; `fresh` reads SQL."""
-    tokens = [await store.approvals.issue_token(make_request()), await approved(store)]
+    output = make_request(scope=ApprovalScope.OUTPUT_RELEASE, output_payload={"rows": 1})
+    tokens = [await store.approvals.issue_token(output), await approved(store)]
     with counted_statements(store, "approval_requests") as statements:
         cached = [await store.approvals.check_token(token) for token in tokens]
         assert statements == []
@@ -84,6 +85,7 @@ async def test_hit_costs_no_sql(store: GatewayStore) -> None:
         assert len(statements) == 2
 
     assert cached == fresh
+    assert cached[0].scope is ApprovalScope.OUTPUT_RELEASE
 
 
 async def test_miss_fills_the_cache_for_the_life_that_is_left(store: GatewayStore, client: redis.asyncio.Redis) -> None:

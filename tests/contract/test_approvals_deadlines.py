@@ -75,21 +75,12 @@ async def test_deadline_is_met_to_the_second(store: GatewayStore) -> None:
 
 
 @BOTH
-async def test_approved_token_is_used_before_expires_at(store: GatewayStore) -> None:
-    """Without `use_before` the permission ends with the wait."""
-    token = await approved(store, expires_at=clock.utc_now() + MINUTE)
-    clock.move(MINUTE)
-
-    with pytest.raises(errors.ApprovalExpiredError) as caught:
-        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-    assert caught.value.approver_id == "approver-1"
-    assert (await store.approvals.check_token(token)).status == "EXPIRED"
-
-
-@BOTH
-async def test_use_before_may_be_later_or_earlier(store: GatewayStore) -> None:
-    """`use_before` alone says until when an approved token can be used, on either side of `expires_at`."""
+async def test_expires_at_ends_the_wait_and_use_before_the_use(store: GatewayStore) -> None:
+    """`use_before` alone says until when an approved token can be used, on either side of `expires_at`, which says so
+    where it is not given; a pending approval ends at `expires_at`, whatever `use_before` says."""
     now = clock.utc_now()
+    alone = await approved(store, expires_at=now + MINUTE)
+    pending = await store.approvals.issue_token(make_request(expires_at=now + MINUTE, use_before=now + HOUR))
     later = await approved(store, expires_at=now + MINUTE, use_before=now + HOUR)
     earlier = await approved(store, expires_at=now + HOUR, use_before=now + MINUTE)
     clock.move(2 * MINUTE)
@@ -97,20 +88,14 @@ async def test_use_before_may_be_later_or_earlier(store: GatewayStore) -> None:
     assert (await store.approvals.check_token(later)).status == "APPROVED"
     assert (await store.approvals.consume_token(later, caller_id="dev-agent", tool_call=CALL)).status == "USED"
     deadline = f"{now + MINUTE:%Y-%m-%d %H:%M:%S} UTC"
-    with pytest.raises(errors.ApprovalExpiredError, match=f"has expired at {deadline}"):
-        await store.approvals.consume_token(earlier, caller_id="dev-agent", tool_call=CALL)
-
-
-@BOTH
-async def test_use_before_does_not_prolong_the_wait(store: GatewayStore) -> None:
-    """A pending approval ends at `expires_at`, whatever `use_before` says."""
-    now = clock.utc_now()
-    token = await store.approvals.issue_token(make_request(expires_at=now + MINUTE, use_before=now + HOUR))
-    clock.move(MINUTE)
-
-    assert (await store.approvals.check_token(token)).status == "EXPIRED"
+    for ended in (earlier, alone):
+        with pytest.raises(errors.ApprovalExpiredError, match=f"has expired at {deadline}") as caught:
+            await store.approvals.consume_token(ended, caller_id="dev-agent", tool_call=CALL)
+        assert caught.value.approver_id == "approver-1"
     with pytest.raises(errors.ApprovalExpiredError):
-        await store.approvals.approve(token, "approver-1")
+        await store.approvals.approve(pending, "approver-2")
+    for ended in (earlier, alone, pending):
+        assert (await store.approvals.check_token(ended)).status == "EXPIRED"
 
 
 async def test_outcome_can_be_noted_after_every_deadline(store: GatewayStore) -> None:
@@ -159,18 +144,6 @@ async def test_sweeps_share_the_work(store: GatewayStore) -> None:
 
     assert sum(counts) + rest == 30
     assert set(await column(store, "version", "approval_requests")) == {2}
-
-
-@BOTH
-async def test_expired_call_can_be_asked_for_anew(store: GatewayStore) -> None:
-    """Asking again for a call whose approval has expired unswept is a new approval with its own deadline."""
-    old = await store.approvals.issue_token(make_request(request_id="r-1"))
-    clock.move(2 * HOUR)
-    new = await store.approvals.issue_token(make_request(request_id="r-1"))
-
-    assert (await store.approvals.check_token(old)).status == "EXPIRED"
-    assert (await store.approvals.check_token(new)).status == "PENDING"
-    assert await column(store, "status", "approval_requests") == ["EXPIRED", "PENDING"]
 
 
 @BOTH

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import BOTH, counted_statements, seen, topics, until
+from contract_helpers import BOTH, column, counted_statements, seen, topics, until
 
 from agent_gateway_store import (
     ApprovalRequest,
@@ -144,11 +144,8 @@ async def test_other_terms_are_another_approval(store: GatewayStore, name: str, 
     assert [row.approval_id for row in rows] == [after.approval_id, before.approval_id]
     for fresh in (False, True):
         ended = await store.approvals.check_token(old, fresh=fresh)
-        assert (ended.status, ended.approver_id, ended.note) == (
-            "CANCELLED",
-            "dev-agent",
-            "Asked again with other terms.",
-        )
+        told = (ended.status, ended.approver_id, ended.note)
+        assert told == ("CANCELLED", "dev-agent", "Asked again with other terms.")
         assert ended.decided_at is not None
     for field, value in changed.items():
         assert getattr(rows[0], field) == value
@@ -240,14 +237,17 @@ async def test_waiter_of_the_old_token_learns_that_it_is_cancelled(store: Gatewa
 
 
 @BOTH
-async def test_overdue_one_expires_and_the_new_one_is_asked(store: GatewayStore) -> None:
-    """What is overdue is not cancelled, whatever its terms."""
+@pytest.mark.parametrize("required", [1, 2], ids=["same terms", "other terms"])
+async def test_overdue_one_expires_and_the_new_one_is_asked(store: GatewayStore, required: int) -> None:
+    """What is overdue is neither bound to the new token nor cancelled, though no sweep has met it."""
     old = await store.approvals.issue_token(ask())
     clock.move(timedelta(hours=2))
-    new = await store.approvals.issue_token(ask(required_approvals=2))
+    new = await store.approvals.issue_token(ask(required_approvals=required))
 
-    assert (await store.approvals.check_token(old, fresh=True)).status == "EXPIRED"
-    assert (await store.approvals.check_token(new, fresh=True)).status == "PENDING"
+    for fresh in (False, True):
+        assert (await store.approvals.check_token(old, fresh=fresh)).status == "EXPIRED"
+        assert (await store.approvals.check_token(new, fresh=fresh)).status == "PENDING"
+    assert await column(store, "status", "approval_requests") == ["EXPIRED", "PENDING"]
 
 
 async def test_many_who_ask_on_different_terms_leave_one_pending(store: GatewayStore, other: GatewayStore) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy import event, text
 
 import agent_gateway_store.store as store_module
 import servers
-from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, SyncGatewayStore, errors
+from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, errors
 from agent_gateway_store.keys.format import new_key
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
@@ -298,15 +298,6 @@ async def test_ping_tells_whether_the_database_answers(database_url: str) -> Non
 
     with pytest.raises(errors.StoreNotOpenError):
         await store.ping()
-
-
-async def test_hash_args_uses_the_key_of_the_store(database_url: str) -> None:
-    """A HASH_KEY that only the settings know reaches the hash of the arguments, as it reaches that of a tool call."""
-    arguments = {"path": "/etc/hosts"}
-    store = GatewayStore(database_url, settings=StoreSettings(hash_key="secret"))
-
-    assert store.hash_args(arguments) == AuditEvent.hash_args(arguments, key="secret")
-    assert store.hash_args(arguments) != AuditEvent.hash_args(arguments)
 
 
 async def test_opening_waits_for_no_writer(database_url: str) -> None:
