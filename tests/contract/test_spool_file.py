@@ -76,7 +76,7 @@ async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path
     assert {event.execution_status for event in found} == set(ExecutionStatus)
 
 
-async def test_a_file_that_was_replaced_takes_nothing_more(path: Path) -> None:
+async def test_a_file_that_was_replaced_or_removed_takes_nothing_more(path: Path) -> None:
     """Another one is made in its place: what went to the old one would be gone with this process."""
     slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
     old, one, other = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "one", "other"))
@@ -91,6 +91,11 @@ async def test_a_file_that_was_replaced_takes_nothing_more(path: Path) -> None:
     await slow.add([old])
 
     assert spooled_ids(path) == ["old"]
+    for file in path.parent.glob("spool.db*"):
+        file.unlink()
+    await slow.add([one])
+
+    assert spooled_ids(path) == ["one"]
     await slow.close()
     await fast.close()
 

@@ -91,7 +91,7 @@ async def test_what_is_decided_is_told_without_its_token(database_url: str) -> N
         (lambda _: True, "returned bool, not a text or None"),
         (lambda _: ["no"], "returned list"),
         (lambda _: asyncio.sleep(30), "TimeoutError"),
-        (lambda _: threading.Event().wait(1.5), "TimeoutError"),
+        (lambda _: threading.Event().wait(0.8), "TimeoutError"),
         (lambda _: exec("raise SystemExit(3)"), "SystemExit"),
         (lambda _: "  \n ", "no reason given"),
     ],

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from agent_gateway_store.models.values import ApprovalStatus, Notice
+from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
 
+PASSWORD = "planted-password"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -22,6 +24,12 @@ def decided(notice: Notice, **fields: Any) -> Notice:
     values = {"event": "decision", "delivery_id": uuid4(), "status": ApprovalStatus.DENIED, "approver_id": "ann"}
     values |= {"note": "no", "decided_at": datetime.now(UTC)}
     return Notice.model_validate(notice.model_dump() | values | fields)
+
+
+def apprise_notifier(*ports: int) -> AppriseNotifier:
+    """A notifier that posts JSON to ports of this machine, by Apprise's own plugin for that."""
+    urls: list[Any] = [f"json://user:{PASSWORD}@127.0.0.1:{port}/path" for port in ports]
+    return AppriseNotifier(AppriseSettings(urls=urls))
 
 
 @dataclass

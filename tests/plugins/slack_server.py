@@ -17,6 +17,8 @@ from notifier_helpers import Request, Respond, Server, running
 from slack_sdk.models.blocks import Block
 from slack_sdk.signature import SignatureVerifier
 
+from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
+
 TOKEN = "xoxb-planted-bot-token"
 SIGNING_SECRET = "planted-signing-secret"
 CHANNEL = "C024BE91L"
@@ -142,6 +144,12 @@ def fault_in(blocks: list[dict[str, Any]]) -> str | None:
             if element["type"] == "button" and len(element["value"]) > 2000:
                 return "a button's value is too long"
     return None
+
+
+def slack_notifier(url: str, **fields: Any) -> SlackNotifier:
+    """A notifier of a process of its own, for all that it knows."""
+    values: dict[str, Any] = {"bot_token": TOKEN, "channel": CHANNEL, "api_url": url, "timeout_seconds": 5} | fields
+    return SlackNotifier(SlackSettings(**values))
 
 
 def slack_running() -> AbstractAsyncContextManager[Slack]:

@@ -6,7 +6,7 @@ import logging
 from datetime import UTC, datetime
 
 import pytest
-from notifier_helpers import OK, Server, decided, serving, status
+from notifier_helpers import OK, PASSWORD, apprise_notifier, decided, serving, status
 
 from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.errors import NotDeliveredError
@@ -16,35 +16,21 @@ from agent_gateway_store.testing import make_notice
 
 # Apprise loads PGPy, which loads a module that Python is about to remove.
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("ignore:.imghdr. is deprecated:DeprecationWarning")]
-
-PASSWORD = "planted-password"
 NASTY = "a\nTo: all\r\n\x1b[2J\u202e <b>bold</b> \\n :smile: @everyone"
-
-
-def notifier_for(*servers: Server) -> AppriseNotifier:
-    """A notifier that posts JSON to tests' servers, by Apprise's own plugin for that."""
-    urls = [f"json://user:{PASSWORD}@127.0.0.1:{server.port}/path" for server in servers]
-    return AppriseNotifier(AppriseSettings(urls=urls))  # type: ignore[arg-type]
 
 
 async def test_tells_of_question_and_answer() -> None:
     """In plain text, with all that is needed to act on it."""
     notice = make_notice(expires_at=datetime(2031, 1, 1, 12, tzinfo=UTC))
     async with serving(OK) as server:
-        notifier = notifier_for(server)
+        notifier = apprise_notifier(server.port)
         await notifier.notify_pending(notice)
         await notifier.notify_decision(decided(notice))
 
     asked, answered = (request.json for request in server.requests)
     assert asked["title"] == "Approval needed: delete_file"
-    for text in (
-        "dev-agent",
-        "files / delete_file",
-        "It deletes a file.",
-        "2031-01-01 12:00 UTC",
-        str(notice.approval_id),
-    ):
-        assert text in asked["message"]
+    told = ("dev-agent", "files / delete_file", "It deletes a file.", "2031-01-01 12:00 UTC", str(notice.approval_id))
+    assert [text for text in told if text not in asked["message"]] == []
     assert answered["title"] == "Approval denied: delete_file"
     assert "By: ann" in answered["message"]
 
@@ -52,7 +38,7 @@ async def test_tells_of_question_and_answer() -> None:
 async def test_texts_stay_one_line_and_plain() -> None:
     """Nobody's text adds a line, an escape or an emoji."""
     async with serving(OK) as server:
-        await notifier_for(server).notify_pending(make_notice(caller_id=NASTY, risk_explanation=NASTY))
+        await apprise_notifier(server.port).notify_pending(make_notice(caller_id=NASTY, risk_explanation=NASTY))
 
     message = server.requests[0].json["message"]
     assert len(message.splitlines()) == 5
@@ -65,7 +51,7 @@ async def test_a_cut_text_says_so_and_how_to_see_the_rest() -> None:
     """It ends in an ellipsis, and the last line is the command that shows all of it."""
     notice = make_notice(risk_explanation="why " * 2_000)
     async with serving(OK) as server:
-        await notifier_for(server).notify_pending(notice)
+        await apprise_notifier(server.port).notify_pending(notice)
 
     *_, why, _deadline, rest = server.requests[0].json["message"].splitlines()
     assert why.endswith("\N{HORIZONTAL ELLIPSIS}")
@@ -77,7 +63,7 @@ async def test_a_call_that_was_not_stored_whole_says_so() -> None:
     """And no command is said to show all of it."""
     notice = make_notice(tool_call=ToolCall(server="s", tool="t", arguments={"a": ["[cut: 1 more items]"]}))
     async with serving(OK, OK) as server:
-        await notifier_for(server).notify_pending(notice)
+        await apprise_notifier(server.port).notify_pending(notice)
 
     *_, warning, rest = server.requests[0].json["message"].splitlines()
     assert warning == CUT_CALL
@@ -87,7 +73,7 @@ async def test_a_call_that_was_not_stored_whole_says_so() -> None:
 async def test_arguments_are_not_sent() -> None:
     """Who reads along is not known."""
     async with serving(OK) as server:
-        await notifier_for(server).notify_pending(make_notice())
+        await apprise_notifier(server.port).notify_pending(make_notice())
 
     assert "old.txt" not in server.requests[0].body.decode()
 
@@ -96,7 +82,7 @@ async def test_one_failure_is_not_delivered() -> None:
     """Apprise tells of all services at once: the notice comes again."""
     async with serving(OK) as good, serving(status("500 Oops")) as bad:
         with pytest.raises(NotDeliveredError):
-            await notifier_for(good, bad).notify_pending(make_notice())
+            await apprise_notifier(good.port, bad.port).notify_pending(make_notice())
 
     assert len(good.requests) == 1
 

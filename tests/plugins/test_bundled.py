@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from notifier_helpers import OK, serving, status
+from notifier_helpers import OK, PASSWORD, apprise_notifier, serving, status
 from pydantic_settings import BaseSettings
-from slack_server import CHANNEL, TOKEN, slack_running
+from slack_server import CHANNEL, TOKEN, slack_notifier, slack_running
 from webhook_helpers import SECRET, notifier_for
 
 from agent_gateway_store import plugins as bundled
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.manager import LOAD_VARIABLE, Plugins
-from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
+from agent_gateway_store.plugins.apprise import AppriseSettings
 from agent_gateway_store.plugins.http_sink import HttpSinkSettings
-from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
+from agent_gateway_store.plugins.slack import SlackSettings
 from agent_gateway_store.plugins.slack.api import SlackApi
 from agent_gateway_store.plugins.webhook import WebhookEndpoint, WebhookSettings
 from agent_gateway_store.settings import StoreSettings
@@ -33,7 +33,6 @@ from agent_gateway_store.testing import make_notice
 pytestmark = [pytest.mark.unit, pytest.mark.filterwarnings("ignore:.imghdr. is deprecated:DeprecationWarning")]
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
-PASSWORD = "planted-password"
 OPTIONAL = ("apprise", "httpcore", "slack_sdk", "standardwebhooks")
 
 LOADED = """
@@ -151,12 +150,11 @@ async def test_no_secret_is_in_a_log_an_error_or_a_repr(name: str, caplog: pytes
         with caplog.at_level(logging.DEBUG):
             notifier: Any
             if name == "apprise":
+                notifier = apprise_notifier(server.port)
                 urls: list[Any] = [f"json://user:{PASSWORD}@127.0.0.1:{server.port}/path"]
-                notifier = AppriseNotifier(AppriseSettings(urls=urls))
                 shown.append(AppriseSettings(urls=urls))
             elif name == "slack":
-                fields: dict[str, Any] = {"bot_token": TOKEN, "channel": CHANNEL, "api_url": slack.api_url}
-                notifier = SlackNotifier(SlackSettings(**fields))
+                notifier = slack_notifier(slack.api_url)
                 (api,) = [each for each in vars(notifier).values() if isinstance(each, SlackApi)]
                 shown += [vars(api), SlackSettings(signing_secret=TOKEN)]  # type: ignore[arg-type]
             else:

@@ -6,24 +6,21 @@ import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 from anyio.from_thread import start_blocking_portal
-from notifier_helpers import OK, Server, serving
-from slack_server import CHANNEL, TOKEN, Slack, slack_running
+from notifier_helpers import OK, PASSWORD, Server, apprise_notifier, serving
+from slack_server import TOKEN, Slack, slack_notifier, slack_running
 from webhook_helpers import SECRET, notifier_for
 
-from agent_gateway_store.plugins.apprise import AppriseNotifier, AppriseSettings
+from agent_gateway_store.plugins.apprise import AppriseNotifier
 from agent_gateway_store.plugins.log import LogNotifier
 from agent_gateway_store.plugins.slack import SlackNotifier
-from agent_gateway_store.plugins.slack.api import SlackSettings
 from agent_gateway_store.plugins.webhook import WebhookNotifier
 from agent_gateway_store.testing import NotifierConformance, RecordingNotifier
 
 pytestmark = pytest.mark.unit
-
-PASSWORD = "planted-password"
 
 T = TypeVar("T")
 
@@ -110,12 +107,12 @@ class TestSlack(NotifierConformance):
     @pytest.fixture
     def notifier(self, slack: Slack) -> SlackNotifier:
         """On the stand-in."""
-        return self.at(slack.api_url)
+        return slack_notifier(slack.api_url, timeout_seconds=4)
 
     @pytest.fixture
     def unreachable_notifier(self, free_port: int) -> SlackNotifier:
         """On a Slack that is down."""
-        return self.at(f"http://127.0.0.1:{free_port}/api/")
+        return slack_notifier(f"http://127.0.0.1:{free_port}/api/", timeout_seconds=4)
 
     @pytest.fixture
     def sent_text(self, slack: Slack) -> Callable[[], str]:
@@ -127,11 +124,6 @@ class TestSlack(NotifierConformance):
         """The bot's token."""
         return (TOKEN,)
 
-    def at(self, url: str) -> SlackNotifier:
-        """A notifier on an API."""
-        fields: dict[str, Any] = {"bot_token": TOKEN, "channel": CHANNEL, "api_url": url, "timeout_seconds": 4}
-        return SlackNotifier(SlackSettings(**fields))
-
 
 # Apprise loads PGPy, which loads a module that Python is about to remove.
 @pytest.mark.filterwarnings("ignore:.imghdr. is deprecated:DeprecationWarning")
@@ -141,12 +133,12 @@ class TestApprise(NotifierConformance):
     @pytest.fixture
     def notifier(self, server: Server) -> AppriseNotifier:
         """On that receiver."""
-        return self.at(server.port)
+        return apprise_notifier(server.port)
 
     @pytest.fixture
     def unreachable_notifier(self, free_port: int) -> AppriseNotifier:
         """On a receiver that is down."""
-        return self.at(free_port)
+        return apprise_notifier(free_port)
 
     @pytest.fixture
     def sent_text(self, server: Server) -> Callable[[], str]:
@@ -157,8 +149,3 @@ class TestApprise(NotifierConformance):
     def secret_values(self) -> Sequence[str]:
         """The password in the URL."""
         return (PASSWORD,)
-
-    def at(self, port: int) -> AppriseNotifier:
-        """A notifier on a port."""
-        urls = [f"json://user:{PASSWORD}@127.0.0.1:{port}/path"]
-        return AppriseNotifier(AppriseSettings(urls=urls))  # type: ignore[arg-type]

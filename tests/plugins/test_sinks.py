@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from notifier_helpers import OK, Server, serving
+from notifier_helpers import OK, Server, serving, status
 from pydantic import ValidationError
 
 from agent_gateway_store import AuditEvent, StoreSettings, hookimpl
@@ -25,10 +25,6 @@ EVENTS = [make_event(request_id=f"r-{n}", deterministic_rationale="naïve\n\u202
 
 def sink_for(server: Server, **fields: Any) -> HttpSink:
     return HttpSink(HttpSinkSettings(**{"url": server.url, "allow_http": True, "allow_private": True} | fields))
-
-
-def of(answer: str) -> bytes:
-    return f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
 class TestHttp:
@@ -64,15 +60,15 @@ class TestHttp:
     @pytest.mark.parametrize(
         ("answer", "is_permanent", "retry_after_s"),
         [
-            *((f"{status} No", True, None) for status in (400, 413, 422)),
-            *((f"{status} No", False, None) for status in (301, 401, 403, 404, 410, 500)),
+            *((f"{code} No", True, None) for code in (400, 413, 422)),
+            *((f"{code} No", False, None) for code in (301, 401, 403, 404, 410, 500)),
             ("429 Slow\r\nRetry-After: 7", False, 7.0),
             ("503 Away\r\nRetry-After: 9", False, 9.0),
         ],
     )
     async def test_what_each_answer_means(self, answer: str, is_permanent: bool, retry_after_s: float | None) -> None:
         """Only what is about the events refuses them for good."""
-        async with serving(of(answer)) as server:
+        async with serving(status(answer)) as server:
             with pytest.raises(NotDeliveredError, match=f"answered {answer[:3]}") as raised:
                 await sink_for(server).send(EVENTS)
 

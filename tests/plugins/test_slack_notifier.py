@@ -15,12 +15,12 @@ import pytest
 from notifier_helpers import decided
 from slack_sdk import WebClient
 from slack_sdk.models.blocks import ActionsBlock, Block, ButtonElement
-from slack_server import CHANNEL, TOKEN, Slack, fault_in, slack_running
+from slack_server import CHANNEL, TOKEN, Slack, fault_in, slack_notifier, slack_running
 
 from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.models.values import Notice, ToolCall
-from agent_gateway_store.plugins.slack import SlackNotifier, SlackSettings
+from agent_gateway_store.plugins.slack import SlackNotifier
 from agent_gateway_store.plugins.slack.api import mrkdwn
 from agent_gateway_store.plugins.slack.messages import decided_message, pending_message
 from agent_gateway_store.testing import make_notice
@@ -29,12 +29,6 @@ pytestmark = pytest.mark.unit
 
 NASTY = "<!channel> <@U1> <#C1> <https://evil.example|Approve> & `code` ```block``` *b* _i_ ~s~ > q\n# h\r\x1b[2J\u202e"
 NASTY += " @here"
-
-
-def notifier_for(slack: Slack, **fields: Any) -> SlackNotifier:
-    """A notifier of another process, for all that it knows."""
-    values = {"bot_token": TOKEN, "channel": CHANNEL, "api_url": slack.api_url, "timeout_seconds": 5} | fields
-    return SlackNotifier(SlackSettings(**values))
 
 
 def texts_of(message: dict[str, Any]) -> str:
@@ -62,18 +56,18 @@ class TestMessage:
         """The call, its arguments, the risk, the deadline in the reader's own time, and two buttons that ask back."""
         notice = make_notice(expires_at=datetime(2031, 1, 1, 12, tzinfo=UTC))
         async with slack_running() as slack:
-            await notifier_for(slack).notify_pending(notice)
+            await slack_notifier(slack.api_url).notify_pending(notice)
 
         (message,) = slack.messages.values()
         shown = texts_of(message)
-        for text in (
+        told = (
             "`files` / `delete_file`",
             "`dev-agent`",
             "It deletes a file.",
             "reports/old.txt",
             "2031-01-01 12:00 UTC",
-        ):
-            assert text in shown
+        )
+        assert [text for text in told if text not in shown] == []
         assert f"<!date^{int(notice.expires_at.timestamp())}^" in shown  # type: ignore[union-attr]
         blocks = Block.parse_all(message["blocks"])
         (actions,) = [block for block in blocks if isinstance(block, ActionsBlock)]
@@ -184,7 +178,7 @@ class TestUpdate:
         """One message from first to last."""
         notice = make_notice()
         async with slack_running() as slack:
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             await notifier.notify_pending(notice)
             await notifier.notify_decision(decided(notice))
 
@@ -197,11 +191,11 @@ class TestUpdate:
         """By its metadata, among many others, over several pages."""
         notice = make_notice()
         async with slack_running() as slack:
-            await notifier_for(slack).notify_pending(notice)
+            await slack_notifier(slack.api_url).notify_pending(notice)
             for number in range(450):
                 other = f"{datetime.now(UTC).timestamp() + number:.6f}"
                 slack.messages[other] = {"type": "message", "ts": other, "text": "chat"}
-            await notifier_for(slack).notify_decision(decided(notice))
+            await slack_notifier(slack.api_url).notify_decision(decided(notice))
 
         assert methods(slack) == ["chat.postMessage", *["conversations.history"] * 3, "chat.update"]
         assert sum("Denied by" in texts_of(message) for message in slack.messages.values()) == 1
@@ -212,7 +206,7 @@ class TestUpdate:
         """And the log says, once, what is missing."""
         async with slack_running() as slack:
             slack.scopes = {"chat:write"}
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             for _ in range(2):
                 await notifier.notify_decision(decided(make_notice()))
 
@@ -223,7 +217,7 @@ class TestUpdate:
         """The answer is posted anew."""
         notice = make_notice()
         async with slack_running() as slack:
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             await notifier.notify_pending(notice)
             slack.messages.clear()
             await notifier.notify_decision(decided(notice))
@@ -234,7 +228,7 @@ class TestUpdate:
         """Once decided, there is nothing to click."""
         notice = make_notice()
         async with slack_running() as slack:
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             await notifier.notify_decision(decided(notice))
             await notifier.notify_pending(notice)
 
@@ -245,7 +239,7 @@ class TestUpdate:
         """No buttons stay behind."""
         notice = make_notice()
         async with slack_running() as slack:
-            async with overtaken(slack, notifier_for(slack), notice) as question:
+            async with overtaken(slack, slack_notifier(slack.api_url), notice) as question:
                 pass
             await question
 
@@ -256,7 +250,7 @@ class TestUpdate:
         """A question that was overtaken, and could not be changed then, is changed when it comes again."""
         notice = make_notice()
         async with slack_running() as slack:
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             async with overtaken(slack, notifier, notice) as question:
                 slack.answers = [None, (500, {}, b"")]
             with pytest.raises(NotDeliveredError):
@@ -272,7 +266,7 @@ class TestUpdate:
         approved = decided(notice, status="APPROVED")
         cancelled = decided(notice, status="CANCELLED", approver_id="bob")
         async with slack_running() as slack:
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             for each in (notice, cancelled, approved):
                 await (notifier.notify_pending if each is notice else notifier.notify_decision)(each)
 
@@ -283,9 +277,9 @@ class TestUpdate:
         """Only a missing right ends the looking."""
         notice = make_notice()
         async with slack_running() as slack:
-            await notifier_for(slack).notify_pending(notice)
+            await slack_notifier(slack.api_url).notify_pending(notice)
             slack.answers = [(200, {}, b'{"ok": false, "error": "internal_error"}')]
-            other = notifier_for(slack)
+            other = slack_notifier(slack.api_url)
             with pytest.raises(NotDeliveredError):
                 await other.notify_decision(decided(notice))
             await other.notify_decision(decided(notice))
@@ -298,7 +292,7 @@ class TestRepeats:
         """In one process it is remembered."""
         notice = make_notice()
         async with slack_running() as slack:
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             for _ in range(3):
                 await notifier.notify_pending(notice)
 
@@ -309,7 +303,7 @@ class TestRepeats:
         notice = make_notice()
         async with slack_running() as slack:
             slack.lose_answers = 1
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             with pytest.raises(NotDeliveredError):
                 await notifier.notify_pending(notice)
             await notifier.notify_pending(notice)
@@ -320,9 +314,9 @@ class TestRepeats:
         """An old notice may have been posted by another: it is looked for first."""
         notice = make_notice(created_at=datetime.now(UTC) - timedelta(seconds=21))
         async with slack_running() as slack:
-            await notifier_for(slack).notify_pending(notice)
-            await notifier_for(slack).notify_pending(notice)
-            await notifier_for(slack).notify_decision(decided(notice))
+            await slack_notifier(slack.api_url).notify_pending(notice)
+            await slack_notifier(slack.api_url).notify_pending(notice)
+            await slack_notifier(slack.api_url).notify_decision(decided(notice))
 
         assert len(slack.messages) == 1
         assert methods(slack).count("chat.postMessage") == 1
@@ -333,7 +327,7 @@ class TestFailures:
         """429 with Retry-After is passed on, and nothing is sent meanwhile."""
         async with slack_running() as slack:
             slack.answers = [(429, {"Retry-After": "30"}, b"")]
-            notifier = notifier_for(slack)
+            notifier = slack_notifier(slack.api_url)
             with pytest.raises(NotDeliveredError) as caught:
                 await notifier.notify_pending(make_notice())
             with pytest.raises(NotDeliveredError, match="asked for a pause") as later:
@@ -362,7 +356,7 @@ class TestFailures:
         async with slack_running() as slack:
             slack.answers = [answer]
             with pytest.raises(NotDeliveredError) as caught:
-                await notifier_for(slack).notify_pending(make_notice())
+                await slack_notifier(slack.api_url).notify_pending(make_notice())
 
         assert caught.value.is_permanent is is_permanent
         assert str(caught.value).isprintable()
@@ -382,7 +376,7 @@ class TestFailures:
         async with slack_running() as slack:
             slack.answers = [flood]
             with pytest.raises(NotDeliveredError, match="longer"):
-                await notifier_for(slack).notify_pending(make_notice())
+                await slack_notifier(slack.api_url).notify_pending(make_notice())
 
         assert sent < 100_000_000
 
@@ -395,7 +389,7 @@ class TestFailures:
         async with slack_running() as slack:
             slack.answers = [hang]
             with pytest.raises(NotDeliveredError, match=r"within 0.2 seconds"):
-                await notifier_for(slack, timeout_seconds=0.2).notify_pending(make_notice())
+                await slack_notifier(slack.api_url, timeout_seconds=0.2).notify_pending(make_notice())
 
 
 async def test_the_stand_in_is_slack_to_slack_sdk() -> None:
@@ -403,7 +397,7 @@ async def test_the_stand_in_is_slack_to_slack_sdk() -> None:
     notice = make_notice(approval_id=uuid4())
     async with slack_running() as slack:
         client = WebClient(token=TOKEN, base_url=slack.api_url, proxy=None)
-        await notifier_for(slack).notify_pending(notice)
+        await slack_notifier(slack.api_url).notify_pending(notice)
         page = await asyncio.to_thread(client.conversations_history, channel=CHANNEL, include_all_metadata=True)
         (message,) = page["messages"]
         posted = await asyncio.to_thread(

@@ -33,7 +33,7 @@ async def settled(store: GatewayStore, count: int) -> list[Any]:
 
 
 async def test_comes_again_when_the_receiver_says_so() -> None:
-    """503 and Retry-After: sent again after that time, under the same id, and counted once by the receiver."""
+    """503 and Retry-After: the same comes again after that time, by the same id and at a new time, and counts once."""
     async with serving(status("503 Unavailable", "Retry-After: 1"), OK) as server, store_with(server) as store:
         await store.approvals.issue_token(make_request())
         (row,) = await settled(store, 1)
@@ -43,6 +43,7 @@ async def test_comes_again_when_the_receiver_says_so() -> None:
     received = [receiver.verify(request.body, request.headers) for request in (first, second)]
     assert (row.status, row.attempts) == ("DELIVERED", 2)
     assert {request.headers["webhook-id"] for request in server.requests} == {str(row.delivery_id)}
+    assert first.body == second.body
     assert int(second.headers["webhook-timestamp"]) - int(first.headers["webhook-timestamp"]) >= 1
     assert [each.is_repeat for each in received if each] == [False, True]
 
