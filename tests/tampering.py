@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Table, delete, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from agent_gateway_store.models.tables import metadata
 
 OFF = "SET session_replication_role = replica"
 """In a session of a superuser of PostgreSQL no trigger runs from here on."""
@@ -32,3 +34,17 @@ async def tamper(engine: AsyncEngine, *statements: str, values: Iterable[dict[st
     async with engine.begin() as connection, triggers_off(connection):
         for statement, parameters in zip(statements, [*values, *[{}] * len(statements)], strict=False):
             await connection.execute(text(statement), parameters)
+
+
+async def sealed_rows(engine: AsyncEngine) -> dict[Table, list[dict[str, Any]]]:
+    """The rows of a sealed log, by table."""
+    tables = [metadata.tables[f"audit_{name}"] for name in ("events", "leaves", "tiles", "checkpoints")]
+    async with engine.connect() as connection:
+        return {table: [dict(row) for row in (await connection.execute(select(table))).mappings()] for table in tables}
+
+
+async def put_back(connection: AsyncConnection, rows: dict[Table, list[dict[str, Any]]]) -> None:
+    """Take back whatever was changed in a sealed log."""
+    for table, kept in rows.items():
+        await connection.execute(delete(table))
+        await connection.execute(insert(table), kept)

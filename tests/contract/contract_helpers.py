@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import inspect
 import multiprocessing
+import os
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
 
-from agent_gateway_store import GatewayStore, Notice, StoreSettings
+from agent_gateway_store import AuditEvent, GatewayStore, Notice, StoreSettings, WriteOutcome, errors
 from agent_gateway_store.storage import statements
 from agent_gateway_store.store import parts_of
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_request
+from forks import forks
 
 SOON_S = 10.0
 """More than a message takes on a busy machine, and less than a task that waits for a decision waits at most."""
@@ -42,6 +45,10 @@ BY_TOKEN: list[Callable[[GatewayStore, str], Awaitable[Any]]] = [
 """Every use of an approval that names it by its token."""
 
 
+WAYS = ("write", "write_many", "record")
+"""How an event comes into the log."""
+
+
 async def approved(store: GatewayStore, **fields: Any) -> str:
     """Issue a request, approve it, and return its token."""
     token = await store.approvals.issue_token(make_request(**fields))
@@ -49,10 +56,37 @@ async def approved(store: GatewayStore, **fields: Any) -> str:
     return token
 
 
+async def write_by(way: str, store: GatewayStore, event: AuditEvent) -> WriteOutcome:
+    """Write an event in one of the ways."""
+    if way == "write":
+        return await store.audit.write(event)
+    if way == "write_many":
+        return next(iter(await store.audit.write_many([event])))
+    async with store.database.sessions() as session, session.begin():
+        return await store.audit.record(event, session=session)
+
+
 async def column(store: GatewayStore, name: str, table: str) -> list[Any]:
     """Return what a column of a table holds, without the types of the models."""
     async with store.database.engine.connect() as connection:
         return list((await connection.execute(text(f"SELECT {name} FROM {table} ORDER BY id"))).scalars())
+
+
+async def selected(store: GatewayStore, statement: str) -> list[tuple[Any, ...]]:
+    """Return the rows of a statement."""
+    async with store.database.read() as connection:
+        return [tuple(row) for row in await connection.execute(text(statement))]
+
+
+async def require_one_log(store: GatewayStore) -> int:
+    """Positions are dense, every event has one, and everything verifies; return the size."""
+    found = await selected(store, "SELECT position, event_id FROM audit_leaves ORDER BY position")
+    events = await selected(store, "SELECT id FROM audit_events ORDER BY id")
+    assert [position for position, _ in found] == list(range(len(found)))
+    assert sorted((event_id,) for _, event_id in found) == events
+    verified = await store.evidence.verify()
+    assert (verified.ok, verified.checked, verified.unsealed) == (True, len(events), 0)
+    return len(events)
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = 10) -> float:
@@ -156,6 +190,44 @@ class Reads:
             self.held += 1
             await self.gate.wait()
             self.held -= 1
+
+
+@contextmanager
+def no_thread_left() -> Iterator[None]:
+    """Check that what is done leaves no thread behind, at the latest a moment later."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    # anyio keeps the threads that wait for files; they end with the process.
+    assert {thread.name for thread in left} <= {"AnyIO worker thread"}
+
+
+class RefusingSink:
+    """A sink that refuses everything for good."""
+
+    def __init__(self, name: str = "sink") -> None:
+        self.name = name
+
+    async def send(self, _events: object) -> None:
+        raise errors.NotDeliveredError(self.name, is_permanent=True)
+
+
+def run_script(name: str, *arguments: object, loads: Sequence[str] = ()) -> int:
+    """Run a script of this folder with an interpreter that has the package, and what it `loads`; return what it prints.
+
+    Those that load something are of processes that have much in memory.
+    """
+    forkers = forks(is_large=bool(loads))
+    if loads:
+        forkers.load(list(loads))
+    environment = {**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
+    command = [str(Path(__file__).with_name(name)), *map(str, arguments)]
+    ended = forkers.run(command, cwd=Path.cwd(), env=environment, timeout=550)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    print(name, ended.stdout.strip(), "kills")
+    return int(ended.stdout or 0)
 
 
 def forked(work: Callable[[], object]) -> ForkProcess:

@@ -7,8 +7,6 @@ before each step of its files, and prints how often. The next process completes 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pyarrow.dataset  # noqa: F401  loaded once, before the forks
 import redis.asyncio
 from erasure_helpers import OLD, everything, secret_event, secrets_of, used_approval
-from pruning_process import counting
-from sealing_process import Countdown, fork, wait
+from sealing_process import Countdown, kill_at_each_step
 
 from agent_gateway_store import GatewayStore, StoreSettings, clock
 from agent_gateway_store.archive import Archive
@@ -153,21 +150,16 @@ def armed(store: GatewayStore) -> tuple[Countdown, GatewayStore]:
     """Count the statements, commands and files of this process from now on."""
     countdown = Countdown()
     countdown.watch(store)
-    os.fsync = counting(countdown, os.fsync)
-    for name in ("rename", "unlink"):
-        setattr(Path, name, counting(countdown, getattr(Path, name)))
+    countdown.watch_files()
     client: Any = redis.asyncio.Redis
-    client.execute_command = counting(countdown, client.execute_command)
+    client.execute_command = countdown.counting(client.execute_command)
     return countdown, store
 
 
 def main(url: str, redis_url: str, path: str, what: str, stride: str) -> None:
-    at, kills, folder = 1, 0, Folder(path)
+    folder = Folder(path)
     run: Callable[..., Any] = prune_until_killed if what == "approvals" else erase_until_killed
-    while (code := wait(fork(lambda _, number: run(url, redis_url, folder, what, number), url, at))) == -signal.SIGKILL:
-        at, kills = at + int(stride), kills + 1
-    print(kills)
-    sys.exit(code)
+    kill_at_each_step(lambda _, at: run(url, redis_url, folder, what, at), url, int(stride))
 
 
 if __name__ == "__main__":

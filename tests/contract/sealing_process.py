@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from os import _exit as end_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import asyncpg
 from sqlalchemy import event
@@ -51,17 +51,25 @@ class Countdown:
     def watch(self, store: GatewayStore) -> None:
         """Count what goes to the drivers."""
         for name in ("execute", "fetch", "copy_records_to_table"):
-            setattr(asyncpg.Connection, name, self._counting(getattr(asyncpg.Connection, name)))
+            setattr(asyncpg.Connection, name, self.counting(getattr(asyncpg.Connection, name)))
         if store.database.dialect == "sqlite":
             engine = store.database.engine.sync_engine
             event.listen(engine, "connect", lambda made, _: made.run_async(lambda it: it.set_trace_callback(self.step)))
 
-    def _counting(self, run: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def counting(*args: Any, **options: Any) -> Any:
-            self.step(object())
-            return await run(*args, **options)
+    def watch_files(self) -> None:
+        """Count the steps by which files come and go."""
+        os.fsync = self.counting(os.fsync)
+        for name in ("rename", "unlink"):
+            setattr(Path, name, self.counting(getattr(Path, name)))
 
-        return counting
+    def counting(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function, or a coroutine function, that is a step."""
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self.step(object())
+            return run(*args, **options)
+
+        return counted
 
 
 def opened(url: str) -> GatewayStore:
@@ -124,13 +132,18 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def kill_at_each_step(work: Callable[[str, int], Awaitable[None]], url: str, stride: int = 1) -> NoReturn:
+    """Run `work` until it ends, each time killed so many steps later; print how often it was."""
+    at, kills = 1, 0
+    while (code := wait(fork(work, url, at))) == -signal.SIGKILL:
+        at, kills = at + stride, kills + 1
+    print(kills)
+    sys.exit(code)
+
+
 def main(url: str, what: str) -> None:
     if what == "kills":
-        at = 1
-        while (code := wait(fork(seal_until_killed, url, at))) == -signal.SIGKILL:
-            at += 1
-        print(at - 1)
-        sys.exit(code)
+        kill_at_each_step(seal_until_killed, url)
     children = [fork(seal_all_the_time, url, number) for number in range(8)]
     children += [fork(write_all_the_time, url, number) for number in range(3)]
     sys.exit(sum(map(wait, children)))

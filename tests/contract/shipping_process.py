@@ -18,7 +18,7 @@ from typing import Any
 # Run as a script, this module finds the others of the tests beside its folder.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from sealing_process import Countdown, fork, opened, wait
+from sealing_process import Countdown, fork, kill_at_each_step, opened, wait
 
 from agent_gateway_store.plugins.file_sink import FileSink
 from builders import make_event
@@ -32,7 +32,7 @@ FILE = ""
 
 def watch_file(countdown: Countdown) -> None:
     """Count the steps of the sink, too; the last one may leave a half of what it writes."""
-    write, fsync = os.write, os.fsync
+    write = os.write
 
     def counted_write(file: int, data: Any) -> int:
         if bytes(data[:1]) != b"{":
@@ -43,11 +43,7 @@ def watch_file(countdown: Countdown) -> None:
         countdown.step(object())
         return write(file, data)
 
-    def counted_fsync(file: int) -> None:
-        countdown.step(object())
-        fsync(file)
-
-    os.write, os.fsync = counted_write, counted_fsync
+    os.write, os.fsync = counted_write, countdown.counting(os.fsync)
 
 
 async def ship_until_killed(url: str, at: int) -> None:
@@ -79,11 +75,7 @@ def main(url: str, file: str, what: str, number: int) -> None:
     global FILE
     FILE, kills = file, 0
     if what == "barriers":
-        at = 1
-        while (code := wait(fork(ship_until_killed, url, at))) == -signal.SIGKILL:
-            at, kills = at + number, kills + 1
-        print(kills)
-        sys.exit(code)
+        kill_at_each_step(ship_until_killed, url, number)
     chance, writer = random.Random(number), fork(write_all_the_time, url, number)
     try:
         for _ in range(number):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pytest
 from archive_helpers import entries_of, rewritten, save, with_column
 from contract_helpers import store_sealed_by_hand
+from erasure_helpers import BEFORE, OLD
 
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.archive import Archive
@@ -19,11 +22,9 @@ from agent_gateway_store.archive.manifest import Entry
 from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.evidence import FindingKind
 from builders import make_event
+from cases import cases
 
 store = store_sealed_by_hand
-
-OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
-BEFORE = OLD + timedelta(days=60)
 
 
 @pytest.fixture
@@ -34,7 +35,19 @@ async def archive(store: GatewayStore, tmp_path: Path) -> Path:
     await store.audit.write(make_event(request_id="newest"))
     await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
     await store.evidence.seal()
+    assert Archive(tmp_path / "a").verify().ok
+    assert (await store.evidence.verify(archive=tmp_path / "a")).ok
     return tmp_path / "a"
+
+
+def changed(archive: Path, name: str, **said: Any) -> Path:
+    """A copy of the archive with this change in its first file; `said` is what the manifest says of all besides."""
+    folder = archive.with_name(uuid4().hex)
+    shutil.copytree(archive, folder)
+    first, *others = entries_of(folder)
+    change, _ = CHANGES[name]
+    save(folder, [replace(each, **said) for each in [*change(folder, first), *others]])
+    return folder
 
 
 def other_rows(change: Callable[[pa.Table], pa.Table], **said: Any) -> Callable[[Path, Entry], list[Entry]]:
@@ -93,35 +106,27 @@ CHANGES |= {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@cases("name", CHANGES)
 async def test_what_is_changed_with_the_manifest_is_found(store: GatewayStore, archive: Path, name: str) -> None:
     """By the archive alone, and against the log: rows, names, columns, versions."""
-    change, words = CHANGES[name]
-    first, *others = entries_of(archive)
-    assert Archive(archive).verify().ok
-    assert (await store.evidence.verify(archive=archive)).ok
-    save(archive, [*change(archive, first), *others])
+    folder = changed(archive, name)
 
-    alone, found = Archive(archive).verify(), await store.evidence.verify(archive=archive)
-
-    for verified in (alone, found):
+    for verified in (Archive(folder).verify(), await store.evidence.verify(archive=folder)):
         assert not verified.ok
-        assert any(words in each.text for each in verified.findings), verified.findings
+        assert any(CHANGES[name][1] in each.text for each in verified.findings), verified.findings
         assert {each.kind for each in verified.findings} <= {FindingKind.ALTERED, FindingKind.MISSING}
 
 
-@pytest.mark.parametrize("name", ["more columns", "boolean", "other version", "loop", "long name", "checkpoint 5"])
+@cases("name", ["more columns", "boolean", "other version", "loop", "long name", "checkpoint 5"])
 async def test_it_ends_a_command_that_reads_it_in_one_sentence(store: GatewayStore, archive: Path, name: str) -> None:
     """Nothing is pruned, and nothing is erased."""
-    change, _ = CHANGES[name]
-    entries = entries_of(archive)
-    save(archive, [replace(each, positions=[[0, 10**6]]) for each in [*change(archive, entries[0]), *entries[1:]]])
+    folder = changed(archive, name, positions=[[0, 10**6]])
     await store.audit.write_many([make_event(request_id="more", timestamp=OLD), make_event(request_id="newest-2")])
 
     with pytest.raises(ArchiveError):
-        await store.retention.prune(BEFORE, by="ops", archive=archive)
+        await store.retention.prune(BEFORE, by="ops", archive=folder)
     with pytest.raises(ArchiveError):
-        await store.retention.erase("r-0", reason="r", by="dpo", archive=archive)
+        await store.retention.erase("r-0", reason="r", by="dpo", archive=folder)
 
     assert await store.audit.get_by_request_id("more") is not None
     assert [event async for event in store.audit.stream(tool_name="audit.erase")] == []

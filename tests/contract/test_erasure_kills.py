@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
-from contract_helpers import WITH_REDIS
+from contract_helpers import WITH_REDIS, run_script
 from erasing_process import APPROVALS, LATER, archived_approvals
 
 from agent_gateway_store import GatewayStore, clock
-from forks import forks
 
-PROCESS = Path(__file__).parent / "erasing_process.py"
 # Every 23rd step, as each takes a second or two; `-m slow` takes every one.
 STRIDES = [23, pytest.param(1, marks=pytest.mark.slow)]
 
 
-async def kill(url: str, redis_url: str, folder: Path, what: str, stride: int) -> int:
-    """Kill a process at every so manieth step; return how often."""
-    forks(is_large=True).load(["pyarrow.dataset"])
-    environment = {**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
-    arguments = [str(PROCESS), url, redis_url, str(folder), what, str(stride)]
-    ended = await asyncio.to_thread(forks(is_large=True).run, arguments, cwd=folder, env=environment, timeout=550)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    print(what, ended.stdout.strip(), "kills")
-    return int(ended.stdout)
+kills = partial(asyncio.to_thread, run_script, "erasing_process.py", loads=["pyarrow.dataset"])
+"""Kill a process at every so manieth step; return how often."""
 
 
 @WITH_REDIS
@@ -39,7 +30,7 @@ async def test_an_erasure_killed_at_any_step_is_completed_by_the_next(
     """No value, hash or salt is left then in any table, archive file, notice or Redis entry. In the archive, the event
     stands under an id that holds a hash, and goes with it. The log verifies after the kill, and after the next run.
     """
-    assert await kill(database_url, redis_setting, tmp_path, what, stride) >= 30 // stride
+    assert await kills(database_url, redis_setting, tmp_path, what, stride) >= 30 // stride
 
 
 @WITH_REDIS
@@ -48,12 +39,12 @@ async def test_a_prune_of_approvals_killed_at_any_step_loses_nothing(
     stride: int, database_url: str, redis_setting: str, tmp_path: Path
 ) -> None:
     """After each kill every approval is in the table or in the archive; in the end all are in the archive, once."""
-    kills = await kill(database_url, redis_setting, tmp_path, "approvals", stride)
-    assert kills >= 30 // stride
+    killed = await kills(database_url, redis_setting, tmp_path, "approvals", stride)
+    assert killed >= 30 // stride
 
     async with GatewayStore(database_url, redis_url="") as store:
         clock.move(LATER)
         await store.retention.prune_approvals(timedelta(days=190), by="ops", archive=tmp_path / "archive")
         assert len(await store.approvals.list_requests()) == 0
         assert (await store.evidence.verify()).ok
-    assert len(archived_approvals(tmp_path / "archive")) == APPROVALS * (kills + 1)
+    assert len(archived_approvals(tmp_path / "archive")) == APPROVALS * (killed + 1)

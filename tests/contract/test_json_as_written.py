@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pyarrow import array, parquet
+from archive_helpers import entries_of, rewritten, save, with_column
+from contract_helpers import store_sealed_by_hand
+from erasure_helpers import OLD
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.archive import Archive
-from agent_gateway_store.archive.manifest import Entry, sha256_of
 from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.storage.database import create_engine
 from builders import make_event
 from proofs.hostile import Hostile
 from tampering import tamper
 
+store = store_sealed_by_hand
+
 SETTINGS = StoreSettings(audit_seal_seconds=0)
-OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 ARGS = {"amount": 1.0, "at": "C:/ü", "small": 1e-7}
 # Two names, the second by an escape; a needless escape; other numbers; other spaces.
 IN_OTHER_WORDS = [
@@ -69,54 +70,37 @@ async def test_what_was_written_by_any_way_is_no_alarm(database_url: str, tmp_pa
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("written", IN_OTHER_WORDS)
-async def test_json_in_other_words_is_seen(database_url: str, written: str) -> None:
+async def test_json_in_other_words_is_seen(store: GatewayStore, written: str) -> None:
     """SQLite keeps any text."""
-    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-        await store.audit.write(make_event(sanitized_args=ARGS))
-        await store.evidence.seal()
-        change = "UPDATE audit_events SET sanitized_args = :written"
-        await tamper(store.database.engine, change, values=[{"written": written}])
-
-        found = await store.evidence.verify()
-    assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+    change = "UPDATE audit_events SET sanitized_args = :written"
+    assert await found_after(store, change, written=written) == [FindingKind.ALTERED]
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
-async def test_a_number_in_other_digits_is_seen(database_url: str) -> None:
+async def test_a_number_in_other_digits_is_seen(store: GatewayStore) -> None:
     """A jsonb keeps its zeros; all else of it has one form."""
-    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-        await store.audit.write(make_event(sanitized_args=ARGS))
-        await store.evidence.seal()
-        change = """UPDATE audit_events SET sanitized_args = sanitized_args || '{"amount": 1.00}'"""
-        await tamper(store.database.engine, change)
+    change = """UPDATE audit_events SET sanitized_args = sanitized_args || '{"amount": 1.00}'"""
+    assert await found_after(store, change) == [FindingKind.ALTERED]
 
-        found = await store.evidence.verify()
-    assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+
+async def found_after(store: GatewayStore, change: str, **values: str) -> list[FindingKind]:
+    """What is found after the change of one sealed event."""
+    await store.audit.write(make_event(sanitized_args=ARGS))
+    await store.evidence.seal()
+    await tamper(store.database.engine, change, values=[values])
+    return [each.kind for each in (await store.evidence.verify()).findings]
 
 
 @pytest.mark.parametrize("written", IN_OTHER_WORDS)
-async def test_archived_json_in_other_words_is_seen(database_url: str, tmp_path: Path, written: str) -> None:
+async def test_archived_json_in_other_words_is_seen(store: GatewayStore, tmp_path: Path, written: str) -> None:
     """By the archive itself and by the log, whichever database it was written from."""
     folder = tmp_path / "archive"
-    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-        await store.audit.write_many([make_event(sanitized_args=ARGS, timestamp=OLD), make_event()])
-        await store.evidence.seal()
-        await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
-        await store.evidence.seal()
-        assert (await store.evidence.verify(archive=folder)).ok
-        rewrite_arguments(folder, written)
+    await store.audit.write_many([make_event(sanitized_args=ARGS, timestamp=OLD), make_event()])
+    await store.evidence.seal()
+    await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
+    await store.evidence.seal()
+    assert (await store.evidence.verify(archive=folder)).ok
+    save(folder, [rewritten(folder, each, with_column("sanitized_args", [written])) for each in entries_of(folder)])
 
-        found = await store.evidence.verify(archive=folder)
+    for found in (await store.evidence.verify(archive=folder), Archive(folder).verify()):
         assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
-        assert [each.kind for each in Archive(folder).verify().findings] == [FindingKind.ALTERED]
-
-
-def rewrite_arguments(folder: Path, written: str) -> None:
-    """Put other arguments into the one file of an archive, and its new hash into the manifest."""
-    manifest = folder / "manifest.jsonl"
-    entry = Entry.from_line(manifest.read_text())
-    with parquet.ParquetFile(folder / entry.file) as file:
-        table = file.read()
-    place = table.schema.get_field_index("sanitized_args")
-    parquet.write_table(table.set_column(place, table.schema.field(place), array([written])), folder / entry.file)
-    manifest.write_text(replace(entry, sha256=sha256_of(folder / entry.file)).to_line())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from archive_helpers import entries_of, rewritten, save, with_column
 from contract_helpers import store_sealed_by_hand
+from erasure_helpers import BEFORE, OLD, KilledError, killed
 from pyarrow import parquet
 from sqlalchemy import text
 
@@ -25,8 +26,6 @@ from tampering import tamper
 
 store = store_sealed_by_hand
 
-OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
-BEFORE = OLD + timedelta(days=60)
 SETTINGS = StoreSettings(audit_seal_seconds=0)
 SEALED = ("audit_leaves", "audit_tiles", "audit_checkpoints", "audit_prunes", "audit_events")
 
@@ -140,12 +139,13 @@ async def test_events_of_before_a_restore_are_not_erased_as_others(restored: Gat
 
 
 async def test_nothing_is_taken_from_the_archive_of_another_log(store: GatewayStore, archive: Path) -> None:
-    """An erasure and a prune of approvals refuse it, as a prune does."""
+    """An erasure and both kinds of prune refuse it."""
     await tamper(store.database.engine, "UPDATE audit_checkpoints SET origin = 'log.example/other'")
     await refuse_erasure(store, "first-1", archive, "archive of agent-gateway-store")
     before = files_of(archive)
-    with pytest.raises(ArchiveError, match="archive of agent-gateway-store"):
-        await store.retention.prune_approvals(BEFORE, by="ops", archive=archive)
+    for prune_into in (store.retention.prune, store.retention.prune_approvals):
+        with pytest.raises(ArchiveError, match="archive of agent-gateway-store"):
+            await prune_into(BEFORE, by="ops", archive=archive)
     assert files_of(archive) == before
 
 
@@ -255,12 +255,3 @@ async def test_an_event_that_is_blank_in_the_archive_in_other_words_is_not_erase
     await refuse_erasure(store, "first-1", tmp_path / "a", "choose another folder")
     with pytest.raises(ArchiveError, match="choose another folder"):
         await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
-
-
-class KilledError(Exception):
-    """Stands for the end of a process."""
-
-
-async def killed(*_given: Any, **_options: Any) -> int:
-    """Die before anything is deleted."""
-    raise KilledError

@@ -6,10 +6,11 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from erasure_helpers import OLD
 
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.archive import Archive
@@ -17,7 +18,6 @@ from agent_gateway_store.errors import EventsPrunedError
 from agent_gateway_store.retention import prune
 from builders import make_event
 
-OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 STEP = timedelta(hours=3)
 HELD = "s-held"
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-from contract_helpers import store_sealed_by_hand
+from contract_helpers import require_one_log, run_script, selected, store_sealed_by_hand
+from plan_helpers import copies
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -21,46 +20,21 @@ from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.evidence import sealer
 from agent_gateway_store.models.evidence import Checkpoint, Finding, FindingKind
 from builders import make_event
-from forks import forks
+from servers import connected
 from tampering import tamper
 
 store = store_sealed_by_hand
 
 ON_POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
-SCRIPT = Path(__file__).parent / "sealing_process.py"
 
 
 def settings(seal_s: float = 0) -> StoreSettings:
     return StoreSettings(audit_seal_seconds=seal_s)
 
 
-async def rows(store: GatewayStore, statement: str) -> list[tuple[Any, ...]]:
-    async with store.database.read() as connection:
-        return [tuple(row) for row in await connection.execute(text(statement))]
-
-
-async def require_one_log(store: GatewayStore) -> int:
-    """Positions are dense, every event has one, and everything verifies; return the size."""
-    found = await rows(store, "SELECT position, event_id FROM audit_leaves ORDER BY position")
-    events = await rows(store, "SELECT id FROM audit_events ORDER BY id")
-    assert [position for position, _ in found] == list(range(len(found)))
-    assert sorted((event_id,) for _, event_id in found) == events
-    verified = await store.evidence.verify()
-    assert (verified.ok, verified.checked, verified.unsealed) == (True, len(events), 0)
-    return len(events)
-
-
-def run(url: str, what: str) -> str:
-    """Run the processes of `sealing_process`; return what they print."""
-    environment = {**os.environ, "AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}
-    ended = forks().run([str(SCRIPT), url, what], cwd=Path.cwd(), env=environment, timeout=120)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return ended.stdout
-
-
 async def test_a_sealer_killed_at_any_statement_leaves_one_log(store: GatewayStore, database_url: str) -> None:
     """kill -9 before each of its statements in turn; each process finds what the one before left."""
-    kills = int(await asyncio.to_thread(run, database_url, "kills"))
+    kills = await asyncio.to_thread(run_script, "sealing_process.py", database_url, "kills")
     assert kills >= 8
     await store.evidence.seal()
     assert await require_one_log(store) == 300 * (kills + 1)
@@ -68,19 +42,9 @@ async def test_a_sealer_killed_at_any_statement_leaves_one_log(store: GatewaySto
 
 async def test_eight_sealers_at_once_leave_one_log(store: GatewayStore, database_url: str) -> None:
     """In as many processes, beside writers whose transactions stay open and are taken back."""
-    await asyncio.to_thread(run, database_url, "crowd")
+    await asyncio.to_thread(run_script, "sealing_process.py", database_url, "crowd")
     await store.evidence.seal()
     assert await require_one_log(store) > 0
-
-
-async def test_each_batch_has_its_checkpoint(store: GatewayStore) -> None:
-    """So that no leaf is ever there which a checkpoint does not vouch for; each one goes on from the one before."""
-    await store.audit.write_many([make_event() for _ in range(11_000)])
-    last = await store.evidence.seal()
-    sizes = [size for (size,) in await rows(store, "SELECT size FROM audit_checkpoints ORDER BY size")]
-    assert last is not None
-    assert sizes[-1] == last.size == 11_000
-    assert len(sizes) >= 3
 
 
 async def test_an_event_without_a_hash_keeps_nobody_waiting(store: GatewayStore) -> None:
@@ -200,7 +164,7 @@ async def test_who_may_not_write_seals_nothing_and_hears_nothing(
             await connection.execute(text("DROP OWNED BY plain"))
             await connection.execute(text("DROP ROLE plain"))
     assert [record for record in caplog.records if record.name.endswith((".evidence", ".checkpoints"))] == []
-    assert await rows(store, "SELECT * FROM audit_leaves") == []
+    assert await selected(store, "SELECT * FROM audit_leaves") == []
 
 
 @ON_POSTGRES
@@ -262,15 +226,19 @@ async def test_the_sealer_reads_by_indexes(
 ) -> None:
     """With and without statistics: nothing that grows with the log is read whole."""
     # A database of its own, which neither an earlier test nor the server itself has analysed.
-    async with GatewayStore(migrated_postgres_database(), redis_url="", settings=settings(0)) as store:
+    url = migrated_postgres_database()
+    async with GatewayStore(url, redis_url="", settings=settings(0)) as store:
         for table in ("audit_events", "audit_leaves"):
             async with store.database.write() as connection:
                 await connection.exec_driver_sql(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
         # A small log that was never analysed is read whole, as the planner takes an index to cost more.
-        await store.audit.write_many([make_event() for _ in range(8_000 if has_statistics else 32_000)])
+        await store.audit.write(make_event())
+        async with connected(url) as connection:
+            count = 8_000 if has_statistics else 32_000
+            await connection.execute(copies("audit_events", count, request_id="'event-' || n"))
         await store.evidence.seal()
         values = dict.fromkeys(("p_since", "p_transaction"), 10**9) | {"p_end": 2 * 10**9}
-        (values["p_after"],) = (await rows(store, "SELECT min(id) + 4000 FROM audit_events"))[0]
+        (values["p_after"],) = (await selected(store, "SELECT min(id) + 4000 FROM audit_events"))[0]
         values |= {"p_until": values["p_after"] + 1_000, "p_span": 1_000, "p_limit": 500}
         async with store.database.engine.connect() as connection:
             driver: Any = (await connection.get_raw_connection()).driver_connection

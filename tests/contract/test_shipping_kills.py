@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from pathlib import Path
 
 import pytest
+from contract_helpers import run_script
 from shipping_process import BATCH, EVENTS
 
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.plugins.file_sink import FileSink
-from forks import forks
-
-SCRIPT = Path(__file__).parent / "shipping_process.py"
 
 pytestmark = pytest.mark.usefixtures("no_plugins")
-
-
-def run(url: str, file: Path, what: str, number: int) -> int:
-    """Run the processes of `shipping_process`; return how many were killed."""
-    ended = forks().run([str(SCRIPT), url, str(file), what, str(number)], cwd=file.parent, env=os.environ, timeout=480)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return int(ended.stdout)
 
 
 async def require_shipped(store: GatewayStore, file: Path) -> int:
@@ -51,7 +41,7 @@ async def test_killed_at_any_step_it_skips_nothing(
 ) -> None:
     """Before each of its statements, writes and fsyncs in turn, also with half a line written."""
     file = tmp_path / "log.jsonl"
-    kills = await asyncio.to_thread(run, database_url, file, "barriers", stride)
+    kills = await asyncio.to_thread(run_script, "shipping_process.py", database_url, file, "barriers", stride)
     repeats = await require_shipped(store, file)
 
     assert kills >= 30 // stride
@@ -65,7 +55,7 @@ async def test_killed_at_any_moment_it_skips_nothing(
 ) -> None:
     """At random moments, while events are written."""
     file = tmp_path / "log.jsonl"
-    assert await asyncio.to_thread(run, database_url, file, "moments", kills) == kills
+    assert await asyncio.to_thread(run_script, "shipping_process.py", database_url, file, "moments", kills) == kills
     await require_shipped(store, file)
 
     assert len(file.read_text()) > 0

@@ -10,10 +10,10 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url
 
-from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
 from agent_gateway_store.audit.doors import DOOR_FIELDS
 from agent_gateway_store.errors import StoreUnavailableError
-from agent_gateway_store.models.evidence import FindingKind
+from agent_gateway_store.models.evidence import FindingKind, Verification
 from builders import make_event
 from tampering import OFF
 
@@ -75,18 +75,6 @@ async def test_what_the_database_calls_equal_is_no_prune(own_database_url: str) 
     async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
         found = await store.evidence.verify(against=[kept])
     assert [(each.kind, each.position) for each in found.findings] == [(FindingKind.MISSING, 1)]
-
-
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
-    """SQLite keeps a salt that is text; the prune does not count then, and `verify` ends."""
-    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-        await store.audit.write(make_event(tool_name="audit.prune", sanitized_args={}, **DOOR_FIELDS))
-        await store.evidence.seal()
-        await run(database_url, "UPDATE audit_leaves SET salt = 'text'")
-
-        found = await store.evidence.verify()
-    assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -174,6 +162,23 @@ class TestOnSqlite:
         assert "The database file is damaged" in found.findings[0].text
 
 
+async def verified_after(url: str, *statements: str, event: AuditEvent | None = None) -> Verification:
+    """Seal an event, run the statements, and verify."""
+    async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
+        await store.audit.write(event or make_event())
+        await store.evidence.seal()
+        await run(url, *statements)
+        return await store.evidence.verify()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
+    """SQLite keeps a salt that is text; the prune does not count then, and `verify` ends."""
+    pruned = make_event(tool_name="audit.prune", sanitized_args={}, **DOOR_FIELDS)
+    found = await verified_after(database_url, "UPDATE audit_leaves SET salt = 'text'", event=pruned)
+    assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+
+
 READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]
 VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
 
@@ -181,36 +186,27 @@ VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM
 @pytest.mark.parametrize("name", READ)
 async def test_a_view_in_place_of_a_table_is_seen(own_database_url: str, name: str) -> None:
     """It may show others something else, and this one may have no end: nothing is read from it."""
-    async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
-        await store.audit.write(make_event())
-        await store.evidence.seal()
-        await run(own_database_url, *(statement.format(name) for statement in VIEW))
-
-        found = await store.evidence.verify()
+    found = await verified_after(own_database_url, *(statement.format(name) for statement in VIEW))
     assert [(each.kind, each.text.partition(".")[0]) for each in found.findings] == [
         (FindingKind.ALTERED, f"{name} is no table")
     ]
+
+
+# The type `json` keeps a name that stands twice.
+TWICE = """'{"path": "evil", "path": "x"}'::json"""
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 class TestOnPostgres:
     """Where a role is shown what the server's owner likes."""
 
-    async def test_json_of_another_type_is_seen(self, own_database_url: str) -> None:
-        """The type `json` keeps a name that stands twice."""
-        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
-            await store.audit.write(make_event(sanitized_args={"path": "x"}))
-            await store.evidence.seal()
-            twice = """'{"path": "evil", "path": "x"}'::json"""
-            await run(own_database_url, f"ALTER TABLE audit_events ALTER sanitized_args TYPE json USING {twice}")
-
-            found = await store.evidence.verify()
-        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
-        assert "sanitized_args of audit_events is no jsonb" in found.findings[0].text
-
     @pytest.mark.parametrize(
         ("statement", "said"),
         [
+            (
+                f"ALTER TABLE audit_events ALTER sanitized_args TYPE json USING {TWICE}",
+                "sanitized_args of audit_events is no jsonb",
+            ),
             ("ALTER TABLE audit_events ALTER latency_ms TYPE integer", "column latency_ms of audit_events is no int8"),
             (
                 "ALTER TABLE audit_events ALTER key_id TYPE json USING '1'",
@@ -234,38 +230,25 @@ class TestOnPostgres:
     )
     async def test_what_can_show_something_else_is_seen(self, own_database_url: str, statement: str, said: str) -> None:
         """Nothing is read from it, and one finding says why."""
-        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
-            await store.audit.write(make_event())
-            await store.evidence.seal()
-            await run(own_database_url, statement)
-
-            found = await store.evidence.verify()
+        found = await verified_after(own_database_url, statement)
         assert [(each.kind, said in each.text) for each in found.findings] == [(FindingKind.ALTERED, True)]
 
     async def test_what_a_protective_rule_does_is_no_finding(self, own_database_url: str) -> None:
         """Somebody else's way of making a table append-only changes nothing that is read."""
-        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
-            await store.audit.write(make_event())
-            await store.evidence.seal()
-            await run(own_database_url, "CREATE RULE kept AS ON DELETE TO audit_events DO INSTEAD NOTHING")
-
-            assert (await store.evidence.verify()).ok
+        rule = "CREATE RULE kept AS ON DELETE TO audit_events DO INSTEAD NOTHING"
+        assert (await verified_after(own_database_url, rule)).ok
 
     @pytest.mark.parametrize("name", ["audit_events", "audit_leaves"])
     async def test_a_policy_that_hides_rows_is_refused(self, own_database_url: str, name: str) -> None:
         """In a sentence that says what to do; a role to which no policy applies reads on."""
         role = f"auditor_{uuid4().hex}"
-        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
-            await store.audit.write(make_event())
-            await store.evidence.seal()
-            await run(
-                own_database_url,
-                f"CREATE ROLE {role} LOGIN",
-                f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}",
-                f"ALTER TABLE {name} ENABLE ROW LEVEL SECURITY",
-                f"CREATE POLICY shown ON {name} FOR SELECT TO {role} USING (true)",
-            )
-            assert (await store.evidence.verify()).ok
+        hidden = [
+            f"CREATE ROLE {role} LOGIN",
+            f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}",
+            f"ALTER TABLE {name} ENABLE ROW LEVEL SECURITY",
+            f"CREATE POLICY shown ON {name} FOR SELECT TO {role} USING (true)",
+        ]
+        assert (await verified_after(own_database_url, *hidden)).ok
         try:
             theirs = make_url(own_database_url).set(username=role).render_as_string(hide_password=False)
             async with GatewayStore(theirs, redis_url="", settings=SETTINGS) as store:

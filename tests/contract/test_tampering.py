@@ -27,7 +27,7 @@ from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage.append_only import open_door
 from builders import make_event
 from proofs.hostile import Hostile
-from tampering import triggers_off
+from tampering import put_back, sealed_rows, triggers_off
 
 SIZE = 300
 EVENTS, LEAVES, TILES, CHECKPOINTS = (
@@ -55,16 +55,6 @@ class Log:
         self.copies: dict[Table, list[dict[str, Any]]] = {}
         self.expected: set[FindingKind] = set()
         self.position: int | None = None
-
-    async def copy(self) -> None:
-        async with self.store.database.read() as connection:
-            for table in (EVENTS, LEAVES, TILES, CHECKPOINTS):
-                self.copies[table] = [dict(row) for row in (await connection.execute(select(table))).mappings()]
-
-    async def restore(self, connection: AsyncConnection) -> None:
-        for table, rows in self.copies.items():
-            await connection.execute(delete(table))
-            await connection.execute(insert(table), rows)
 
     def leaf(self) -> dict[str, Any]:
         """One of them, from here on the position that must be named."""
@@ -264,7 +254,7 @@ async def log(database_url: str) -> AsyncIterator[Log]:
             await store.audit.write_many([make_event(risk_labels=["A"], extra={"n": n}) for n in range(before, size)])
             kept += [await store.evidence.seal()]
         made = Log(store, [each for each in kept if each], 20261129)
-        await made.copy()
+        made.copies = await sealed_rows(store.database.engine)
         yield made
 
 
@@ -286,7 +276,7 @@ async def test_each_change_is_seen_and_named(log: Log, rounds: int) -> None:
         if log.position is not None and log.expected:
             assert log.position in {each.position for each in found.findings}, told
         async with engine.begin() as connection, triggers_off(connection):
-            await log.restore(connection)
+            await put_back(connection, log.copies)
     found = await log.store.evidence.verify(against=log.kept)
     assert (found.ok, found.checked, found.anchored) == (True, SIZE, SIZE)
 
