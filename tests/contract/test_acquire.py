@@ -25,6 +25,7 @@ from agent_gateway_store import (
 from agent_gateway_store.approval import acquiring
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_request
+from cases import cases
 
 OTHER_CALL = CALL.model_copy(update={"arguments": {"path": "/tmp/other.txt"}})
 HOUR = timedelta(hours=1)
@@ -73,15 +74,9 @@ async def test_many_callers_ask_once(store: GatewayStore, other: GatewayStore) -
     assert len(await store.approvals.list_requests()) == 1
 
 
-@pytest.mark.parametrize(
+@cases(
     "difference",
-    [
-        {"caller_id": "other-agent"},
-        {"org_id": "acme"},
-        {"tool_call": OTHER_CALL},
-        {"bind": "session-2"},
-    ],
-    ids=lambda difference: next(iter(difference)),
+    [{"caller_id": "other-agent"}, {"org_id": "acme"}, {"tool_call": OTHER_CALL}, {"bind": "session-2"}],
 )
 async def test_another_call_is_not_released(store: GatewayStore, difference: dict[str, Any]) -> None:
     """Organisation, caller, call and `bind` must all be equal."""

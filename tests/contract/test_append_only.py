@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.storage.append_only import (
@@ -20,6 +21,7 @@ from agent_gateway_store.storage.append_only import (
     where_triggers_are_off,
 )
 from builders import make_event
+from cases import cases
 
 COLUMN = {"audit_events": "tool_name", "audit_leaves": "leaf_hash", "audit_checkpoints": "note"}
 ON_POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
@@ -53,6 +55,12 @@ async def execute(engine: AsyncEngine, *statements: str) -> None:
             await connection.execute(text(statement))
 
 
+async def asked(engine: AsyncEngine, question: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:
+    """Ask over a connection of its own."""
+    async with engine.connect() as connection:
+        return await question(connection)
+
+
 async def delete_behind_the_door(engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
         async with open_door(connection):
@@ -77,7 +85,7 @@ def refused(table: str, dialect: str) -> list[str]:
     return statements
 
 
-@pytest.mark.parametrize("table", TABLES)
+@cases("table", TABLES)
 async def test_every_change_is_refused(sealed: GatewayStore, table: str) -> None:
     """By UPDATE, by DELETE, by TRUNCATE, and by an INSERT that replaces; the owner of the tables included."""
     engine = sealed.database.engine
@@ -152,12 +160,10 @@ async def test_a_trigger_that_is_gone_is_named_with_what_brings_it_back(sealed: 
     broken += ["ALTER TABLE audit_leaves DISABLE TRIGGER ALL"] if on_postgres else []
     for statement in broken:
         await execute(engine, statement)
-        async with engine.connect() as connection:
-            found = await unprotected(connection)
+        found = await asked(engine, unprotected)
         assert list(found) == [name]
         await execute(engine, found[name])
-        async with engine.connect() as connection:
-            assert await unprotected(connection) == {}
+        assert await asked(engine, unprotected) == {}
         with pytest.raises(IntegrityError, match="append-only"):
             await execute(engine, "DELETE FROM audit_leaves")
 
@@ -198,13 +204,11 @@ async def test_a_trigger_that_is_not_as_it_was_made_is_named(sealed_apart: Gatew
     engine = sealed_apart.database.engine
     for case, (name, *statements) in NEUTRALISED[engine.dialect.name].items():
         await execute(engine, *statements)
-        async with engine.connect() as connection:
-            found = await unprotected(connection)
+        found = await asked(engine, unprotected)
         assert list(found) == [name], case
         drop, rest = found[name].split("; ", 1) if found[name].startswith("DROP") else ("SELECT 1", found[name])
         await execute(engine, drop, rest)
-        async with engine.connect() as connection:
-            assert await unprotected(connection) == {}
+        assert await asked(engine, unprotected) == {}
         with pytest.raises(IntegrityError, match="append-only"):
             await execute(engine, "UPDATE audit_events SET caller_id = 'x'")
 
@@ -213,8 +217,7 @@ async def test_an_open_door_and_the_triggers_of_others_are_found(sealed_apart: G
     """A row that was committed, and what is not ours on these tables."""
     engine = sealed_apart.database.engine
     on_postgres = engine.dialect.name == "postgresql"
-    async with engine.connect() as connection:
-        before = await is_door_open(connection), await foreign_triggers(connection)
+    before = await asked(engine, is_door_open), await asked(engine, foreign_triggers)
     if on_postgres:
         theirs = [
             "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
@@ -224,8 +227,7 @@ async def test_an_open_door_and_the_triggers_of_others_are_found(sealed_apart: G
     else:
         theirs = ["CREATE TRIGGER theirs BEFORE INSERT ON audit_events BEGIN SELECT 1; END"]
     await execute(engine, "INSERT INTO audit_door VALUES (0)", *theirs)
-    async with engine.connect() as connection:
-        after = await is_door_open(connection), await foreign_triggers(connection)
+    after = await asked(engine, is_door_open), await asked(engine, foreign_triggers)
 
     assert before == (False, [])
     assert after == (True, ["their_rule", "theirs"] if on_postgres else ["theirs"])
@@ -242,12 +244,10 @@ async def test_sessions_that_fire_no_trigger_are_found(sealed: GatewayStore) -> 
         # Not the role in every database: other tests share the server.
         for whom in (f"DATABASE {database}", f"ROLE replicating IN DATABASE {database}"):
             await execute(engine, f"ALTER {whom} SET session_replication_role = replica")
-            async with engine.connect() as connection:
-                found = await where_triggers_are_off(connection)
+            found = await asked(engine, where_triggers_are_off)
             assert found == [f"ALTER {whom} RESET session_replication_role"]
             await execute(engine, *found)
-            async with engine.connect() as connection:
-                assert await where_triggers_are_off(connection) == []
+            assert await asked(engine, where_triggers_are_off) == []
     finally:
         await execute(engine, "DROP ROLE replicating")
 

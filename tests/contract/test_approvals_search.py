@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from agent_gateway_store import ApprovalStatus, GatewayStore, ToolCall, clock, errors
+from agent_gateway_store.approval import reports
 from builders import CALL, make_event, make_request
 
 
@@ -51,15 +52,16 @@ async def test_every_filter_finds_what_it_means(store: GatewayStore) -> None:
     assert await found(status="EXPIRED") == ["3", "1", "0"]
 
 
-async def test_a_stream_goes_through_every_page(store: GatewayStore) -> None:
+async def test_a_stream_goes_through_every_page(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """More approvals than one page holds, each once, newest first, with the filters of the search."""
     await filled(store)
-    for number in range(510):
+    monkeypatch.setattr(reports, "_STREAMED_ROWS", 20)
+    for number in range(45):
         await store.approvals.issue_token(make_request(request_id=f"s-{number}", caller_id="streamer"))
 
     streamed = [request.request_id async for request in store.approvals.stream(caller_id="streamer")]
 
-    assert streamed == [f"s-{number}" for number in reversed(range(510))]
+    assert streamed == [f"s-{number}" for number in reversed(range(45))]
     assert [request.request_id async for request in store.approvals.stream(status="DENIED")] == ["r-2"]
     with pytest.raises(TypeError, match="no filter 'tool'"):
         _ = [request async for request in store.approvals.stream(tool="x")]  # type: ignore[call-arg]

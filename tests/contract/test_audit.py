@@ -231,14 +231,6 @@ async def test_query_of_one_organisation(session: AsyncSession) -> None:
     assert len(await AuditQuery(session).list_recent()) == 2
 
 
-async def test_query_leaves_the_transaction_alone(session: AsyncSession) -> None:
-    """Reading neither commits nor rolls back what the caller has under way."""
-    await session.execute(text("DELETE FROM api_keys"))
-    await AuditQuery(session).list_recent()
-
-    assert session.in_transaction()
-
-
 async def test_lost_event_is_logged_whole(
     session: AsyncSession, engine: AsyncEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

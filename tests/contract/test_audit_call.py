@@ -143,7 +143,7 @@ async def test_arguments_are_hashed_under_the_key_of_the_store(database_url: str
         assert (await only(store)).raw_args_hash == store.hash_args(CALL.arguments) == expected
 
 
-@pytest.mark.parametrize("wrong", [{"decision": "PERHAPS"}, {"no_such_field": 1}, {"risk_score": "high"}])
+@cases("wrong", [{"decision": "PERHAPS"}, {"no_such_field": 1}, {"risk_score": "high"}])
 async def test_a_wrong_field_stops_the_call(store: GatewayStore, wrong: dict[str, Any]) -> None:
     """Before the body runs."""
     with pytest.raises(ValidationError):

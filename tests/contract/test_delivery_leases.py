@@ -49,14 +49,19 @@ def results(delivery: Delivery) -> list[AttemptResult]:
     ]
 
 
+async def say_late(store: GatewayStore, delivery: Delivery) -> None:
+    """Let a worker say each of these, and require that the row stays as it is."""
+    before = await rows(store, STATE)
+    for result in results(delivery):
+        await record(store.database, [result], POLICY)
+        assert await rows(store, STATE) == before
+
+
 async def test_a_late_result_takes_no_row_from_the_worker_that_has_it(database_url: str) -> None:
     """The lease of the second worker stands, and so does its own result afterwards."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
-        leased = await rows(store, STATE)
-        for result in results(late):
-            await record(store.database, [result], POLICY)
-            assert await rows(store, STATE) == leased
+        await say_late(store, late)
         await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)], POLICY)
 
         assert [row[:2] for row in await rows(store, "status, attempts")] == [("DELIVERED", 2)]
@@ -72,10 +77,7 @@ async def test_a_late_result_is_none_of_a_dead_letter_that_is_sent_again(databas
         assert await store.notifications.redrive() == 1
         (again,) = await claim(store.database, "post", 10, POLICY)
         assert again.attempt == late.attempt
-        leased = await rows(store, STATE)
-        for result in results(late):
-            await record(store.database, [result], POLICY)
-            assert await rows(store, STATE) == leased
+        await say_late(store, late)
         await record(store.database, [AttemptResult(again, DeliveryStatus.DEAD, 1)], POLICY)
 
         assert [row[:2] for row in await rows(store, "status, attempts")] == [("DEAD", 1)]
@@ -87,11 +89,7 @@ async def test_a_late_result_overwrites_no_other(database_url: str, status: Deli
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
         await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")], POLICY)
-        recorded = await rows(store, STATE)
-        for result in results(late):
-            await record(store.database, [result], POLICY)
-
-            assert await rows(store, STATE) == recorded
+        await say_late(store, late)
 
 
 async def test_a_late_delivery_counts_once(database_url: str) -> None:
@@ -102,10 +100,10 @@ async def test_a_late_delivery_counts_once(database_url: str) -> None:
         delivered = await rows(store, STATE)
         assert delivered[0][:2] == ("DELIVERED", 1)
         clock.move(timedelta(seconds=5))
-        for result in [*results(held), AttemptResult(held, DeliveryStatus.DELIVERED, 2)]:
-            await record(store.database, [result], POLICY)
+        await say_late(store, held)
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)], POLICY)
 
-            assert await rows(store, STATE) == delivered
+        assert await rows(store, STATE) == delivered
 
 
 async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -> None:

@@ -12,7 +12,18 @@ from uuid import uuid4
 import pytest
 import redis.asyncio
 from contract_helpers import WITH_REDIS, until
-from erasure_helpers import MARK, OLD, everything, secret_call, secret_event, secrets_of, used_approval
+from erasure_helpers import (
+    BEFORE,
+    MARK,
+    OLD,
+    KilledError,
+    everything,
+    killed,
+    secret_call,
+    secret_event,
+    secrets_of,
+    used_approval,
+)
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, SyncGatewayStore, clock
 from agent_gateway_store.archive import Archive
@@ -23,8 +34,6 @@ from agent_gateway_store.retention import approvals, erase
 from agent_gateway_store.testing import RecordingNotifier
 from builders import make_event, make_request
 from tampering import tamper
-
-BEFORE = OLD + timedelta(days=60)
 
 
 @pytest.fixture
@@ -338,9 +347,6 @@ class TestApprovals:
         await store.approvals.issue_token(make_request(request_id="r-1", expires_at=expires_at))
         await store.approvals.deny(await store.approvals.issue_token(make_request(request_id="r-2")), "alice")
 
-        async def killed(*_given: Any, **_options: Any) -> int:
-            raise KilledError
-
         for days in (200, 100):
             clock.move(timedelta(days=days))
             with monkeypatch.context() as patch:
@@ -353,10 +359,6 @@ class TestApprovals:
         files = [path.read_text() for path in (tmp_path / "a").glob("approvals-*.jsonl")]
         archived = [json.loads(line)["approval"]["request_id"] for text in files for line in text.splitlines()]
         assert sorted(archived) == ["r-1", "r-2"]
-
-
-class KilledError(Exception):
-    """Stands for the end of a process."""
 
 
 class Unreachable(RecordingNotifier):

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import pytest
 from contract_helpers import store_sealed_by_hand
-from erasure_helpers import MARK, OLD, everything, used_approval
+from erasure_helpers import BEFORE, MARK, OLD, everything, used_approval
 
 from agent_gateway_store import AuditEvent, GatewayStore, clock
 from agent_gateway_store.archive import Archive
@@ -21,8 +21,6 @@ from agent_gateway_store.models.approval import hash_approval
 from builders import make_event
 
 store = store_sealed_by_hand
-
-BEFORE = OLD + timedelta(days=60)
 
 
 async def asked_and_run(store: GatewayStore, *, asked: AuditEvent, run: AuditEvent, **others: AuditEvent) -> UUID:

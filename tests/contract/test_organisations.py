@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract_helpers import WITH_REDIS
+from contract_helpers import WITH_REDIS, RefusingSink
 from organisation_helpers import MARK, SAME_NAMES, TABLES, Other, settle, settle_deliveries
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store import AuditEvent, CallerIdentity, GatewayStore, Page, TrustLevel, clock, errors
-from builders import CALL, make_event, make_request
+from agent_gateway_store import AuditEvent, GatewayStore, Page, clock, errors
+from builders import CALL, CALLER, make_event, make_request
 
 Case = Callable[[GatewayStore, Other], Any]
 """What an outsider tries with one method: an answer, or a list of answers."""
@@ -54,9 +54,7 @@ async def _recorded(view: GatewayStore, event: AuditEvent) -> Any:
 
 
 async def _called(view: GatewayStore, org_id: str) -> AuditEvent:
-    caller = CallerIdentity(
-        caller_id="dev-agent", role="r", trust_level=TrustLevel.LOW, environment="dev", org_id=org_id
-    )
+    caller = CALLER.model_copy(update={"org_id": org_id})
     async with view.audit.call(CALL, caller, decision="ALLOW", intent=True) as event:
         return event
 
@@ -99,16 +97,6 @@ async def _imported(view: GatewayStore, event: AuditEvent) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "e.jsonl").write_text(event.model_dump_json())
         return await view.audit.import_file(Path(folder) / "e.jsonl")
-
-
-class _Refusing:
-    """A sink that refuses everything for good."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    async def send(self, _events: object) -> None:
-        raise errors.NotDeliveredError(self.name, is_permanent=True)
 
 
 CASES: dict[str, Case] = {
@@ -260,7 +248,7 @@ CASES |= {
 }
 
 CASES |= {
-    "audit.ship": lambda view, other: [view.audit.ship(_Refusing("acme"), once=True)],
+    "audit.ship": lambda view, other: [view.audit.ship(RefusingSink("acme"), once=True)],
     "sinks.list": lambda view, other: [_without_times(view.sinks.list())],
     "sinks.dead_letters": lambda view, other: [view.sinks.dead_letters(), view.sinks.dead_letters(MARK)],
     "sinks.redrive": lambda view, other: [view.sinks.redrive(), view.sinks.redrive(MARK)],
@@ -323,7 +311,7 @@ async def other(store: GatewayStore) -> Other:
     settled = await settle(view, MARK)
     await settle_deliveries(settled)
     await view.keys.issue("only-there", role=MARK)
-    await view.audit.ship(_Refusing(MARK), once=True)
+    await view.audit.ship(RefusingSink(MARK), once=True)
     return settled
 
 

@@ -54,6 +54,23 @@ def refusing(*bad: str) -> Callable[[Sequence[AuditEvent]], Awaitable[object]]:
     return act
 
 
+async def away(_: Sequence[AuditEvent]) -> None:
+    """The act of a receiver that asks for an hour."""
+    raise errors.NotDeliveredError("The receiver answered 429.", retry_after_s=3600)
+
+
+def holding() -> tuple[Callable[[Sequence[AuditEvent]], Awaitable[object]], asyncio.Event, asyncio.Event]:
+    """An act that sets the first event, and ends with the second one."""
+    entered, leave, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
+
+    async def act(_: Sequence[AuditEvent]) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        while not leave.is_set():
+            await asyncio.sleep(0.01)
+
+    return act, entered, leave
+
+
 async def fill(store: GatewayStore, count: int, *, begin: int = 0) -> list[str]:
     ids = [f"event-{n}" for n in range(begin, begin + count)]
     await store.audit.write_many(make_event(request_id=each) for each in ids)
@@ -82,9 +99,9 @@ async def test_once_goes_on_to_the_end_of_the_log(store: GatewayStore) -> None:
     """Also from a cursor in the middle of a snapshot that is older than what was written since."""
     ids = await fill(store, 4)
 
-    async def act(_: Sequence[AuditEvent]) -> None:
+    async def act(events: Sequence[AuditEvent]) -> None:
         if box.taken:
-            raise errors.NotDeliveredError("The receiver answered 503.", retry_after_s=3600)
+            await away(events)
 
     box = Box(act)
     with pytest.raises(errors.NotDeliveredError):
@@ -155,11 +172,7 @@ async def test_a_fault_that_passes_is_waited_out(store: GatewayStore, monkeypatc
 
 async def test_once_gives_a_long_fault_up(store: GatewayStore) -> None:
     """A receiver that asks for more than a minute ends the run; nothing is skipped."""
-
-    async def act(_: Sequence[AuditEvent]) -> None:
-        raise errors.NotDeliveredError("The receiver answered 429.", retry_after_s=3600)
-
-    box = Box(act)
+    box = Box(away)
     ids = await fill(store, 2)
     with pytest.raises(errors.NotDeliveredError, match=r"'box' takes no events .*429.*ship again later"):
         await store.audit.ship(box, once=True)
@@ -212,14 +225,7 @@ async def test_dead_letters_are_redriven(store: GatewayStore) -> None:
 
 async def test_one_process_at_a_time(store: GatewayStore, other: GatewayStore) -> None:
     """Another one with `once` is refused; one that follows waits, and takes over when the first ends."""
-    entered, leave = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    async def act(_: Sequence[AuditEvent]) -> None:
-        loop.call_soon_threadsafe(entered.set)
-        while not leave.is_set():
-            await asyncio.sleep(0.01)
-
+    act, entered, leave = holding()
     ids = await fill(store, 2)
     first, second = Box(act), Box()
     shipping = asyncio.create_task(store.audit.ship(first, poll_s=0.02))
@@ -238,14 +244,7 @@ async def test_one_process_at_a_time(store: GatewayStore, other: GatewayStore) -
 
 async def test_cancelled_it_ends_after_the_batch_under_way(store: GatewayStore) -> None:
     """What the sink is just taking is finished and remembered, so that nothing comes twice."""
-    entered, leave = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    async def act(_: Sequence[AuditEvent]) -> None:
-        loop.call_soon_threadsafe(entered.set)
-        while not leave.is_set():
-            await asyncio.sleep(0.01)
-
+    act, entered, leave = holding()
     ids = await fill(store, 4)
     box = Box(act)
     shipping = asyncio.create_task(store.audit.ship(box, batch=2))
@@ -335,7 +334,7 @@ async def test_behind_a_prune_it_names_the_archive(store: GatewayStore, tmp_path
     async def act(events: Sequence[AuditEvent]) -> None:
         left[0] -= len(events)
         if left[0] < 0:
-            raise errors.NotDeliveredError("The receiver answered 503.", retry_after_s=3600)
+            await away(events)
 
     old = datetime(2020, 1, 1, tzinfo=UTC)
     await store.audit.write_many(make_event(timestamp=old) for _ in range(6))

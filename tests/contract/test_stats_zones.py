@@ -36,7 +36,7 @@ async def counted(store: GatewayStore, by: Any = None, **options: Any) -> list[t
     return [tuple(row[name] for name in names) for row in found]
 
 
-@pytest.mark.parametrize("name", ZONES)
+@cases("name", ZONES)
 async def test_hours_and_weekdays_are_those_of_the_zone(filled: GatewayStore, name: str) -> None:
     """As Python counts them one by one, in the order of the week."""
     zone = ZoneInfo(name)
@@ -48,7 +48,7 @@ async def test_hours_and_weekdays_are_those_of_the_zone(filled: GatewayStore, na
     assert await counted(filled, ("weekday", "hour_of_day"), time_zone=name) == [(*key, n) for key, n in week]
 
 
-@pytest.mark.parametrize("name", ZONES)
+@cases("name", ZONES)
 async def test_days_and_hours_begin_by_the_clock_of_the_zone(filled: GatewayStore, name: str) -> None:
     """A day is one bucket, however many hours it has; an hour that the clock shows twice is two."""
     zone = ZoneInfo(name)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import pytest
-from contract_helpers import until
+from contract_helpers import no_thread_left, until
 
 from agent_gateway_store import GatewayStore, SyncGatewayStore, errors
 from agent_gateway_store.storage.streaming import ended_with, require_open
@@ -33,14 +32,10 @@ def quiet(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> I
     if "database_url" in request.fixturenames:
         # Emptying the database for the first time starts a thread of its own.
         request.getfixturevalue("database_url")
-    before = set(threading.enumerate())
-    yield
-    gc.collect()
+    with no_thread_left():
+        yield
+        gc.collect()
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
-    deadline = time.monotonic() + 5
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert {thread.name for thread in left} <= {"AnyIO worker thread"}
 
 
 async def fill(store: GatewayStore) -> None:

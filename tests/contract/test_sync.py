@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract_helpers import GatedNotifier, forked, seen
+from contract_helpers import GatedNotifier, forked, no_thread_left, seen
 
 from agent_gateway_store import AuditEvent, StoreSettings, SyncGatewayStore, WriteOutcome, errors
 from agent_gateway_store.sync import Portal, twin_of
@@ -29,18 +29,6 @@ def store(database_url: str) -> Iterator[SyncGatewayStore]:
     """An open store."""
     with SyncGatewayStore(database_url) as opened:
         yield opened
-
-
-@contextmanager
-def no_thread_left() -> Iterator[None]:
-    """Check that what is done leaves no thread behind, at the latest a moment later."""
-    before = set(threading.enumerate())
-    yield
-    deadline = time.monotonic() + 5
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    # anyio keeps the threads that wait for files; they end with the process.
-    assert {thread.name for thread in left} <= {"AnyIO worker thread"}
 
 
 def test_main_job_without_await(store: SyncGatewayStore) -> None:
@@ -57,13 +45,6 @@ def test_main_job_without_await(store: SyncGatewayStore) -> None:
     assert store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL).status == "USED"
     assert [row.status for row in store.approvals.list_requests()] == ["USED"]
     store.ping()
-
-
-async def test_works_where_a_loop_is_running(database_url: str) -> None:
-    """In a notebook cell, or any coroutine, the blocking store just works."""
-    with SyncGatewayStore(database_url) as store:
-        assert store.audit.write(make_event()) == "STORED"
-        assert len(store.audit.list_recent()) == 1
 
 
 def test_several_threads_share_a_store(store: SyncGatewayStore) -> None:
@@ -336,10 +317,9 @@ def test_async_iterator_becomes_an_iterator(portal: Portal) -> None:
     assert service.closed.is_set()
 
 
-def test_streams_and_followers_are_plain_iterators(store: SyncGatewayStore, tmp_path: Path) -> None:
-    """Also beside a running loop: search, stream, statistics, exports, and a follower that is left early."""
-
-    async def notebook() -> None:
+async def test_streams_and_followers_are_plain_iterators(database_url: str, tmp_path: Path) -> None:
+    """Beside a running loop, as in a notebook: search, stream, statistics, exports, and a follower that is left."""
+    with SyncGatewayStore(database_url) as store:
         store.audit.write_many(make_event(request_id=f"r-{number}") for number in range(30))
         streamed = [event.request_id for event in store.audit.stream(caller_id="dev-agent")]
         assert streamed == [event.request_id for event in store.audit.search(limit=50)]
@@ -355,5 +335,3 @@ def test_streams_and_followers_are_plain_iterators(store: SyncGatewayStore, tmp_
         for event in store.audit.stream():
             assert event.request_id == "new"
             break
-
-    asyncio.run(notebook())

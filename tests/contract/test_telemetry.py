@@ -8,13 +8,12 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from contract_helpers import until
+from contract_helpers import WAYS, RefusingSink, approved, until, write_by
 from opentelemetry.context import Context
 from opentelemetry.trace import StatusCode
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
-from agent_gateway_store.errors import ApprovalNotFoundError, InvalidApiKeyError, NotDeliveredError
+from agent_gateway_store.errors import ApprovalNotFoundError, InvalidApiKeyError
 from agent_gateway_store.store import parts_of
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_event, make_request
@@ -44,75 +43,45 @@ async def issued(store: GatewayStore) -> str:
     return await store.approvals.issue_token(make_request())
 
 
-async def write(store: GatewayStore) -> str:
-    """Write an event."""
-    await store.audit.write(make_event())
-    return "audit.write"
-
-
-async def acquire(store: GatewayStore) -> str:
-    """Acquire a call."""
-    await store.approvals.acquire(make_request())
-    return "approval.acquire"
-
-
-async def wait(store: GatewayStore) -> str:
-    """Wait for a decision."""
-    await store.approvals.wait_for_decision(await issued(store), timeout_s=0)
-    return "approval.wait"
-
-
-async def decide(store: GatewayStore) -> str:
-    """Decide."""
+async def decide(store: GatewayStore) -> None:
+    """Ask for an approval, and give it."""
     await store.approvals.approve(await issued(store), "alice")
-    return "approval.decide"
 
 
-async def consume(store: GatewayStore) -> str:
-    """Use an approval."""
-    token = await issued(store)
-    await store.approvals.approve(token, "alice")
+async def wait(store: GatewayStore) -> None:
+    await store.approvals.wait_for_decision(await issued(store), timeout_s=0)
+
+
+async def consume(store: GatewayStore) -> None:
+    token = await approved(store)
     await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-    return "approval.consume"
 
 
-async def verify(store: GatewayStore) -> str:
-    """Verify a key."""
+async def verify(store: GatewayStore) -> None:
     key = await store.keys.issue("agent", role="dev")
     await store.keys.verify(key.plaintext)
-    return "key.verify"
 
 
-async def seal(store: GatewayStore) -> str:
-    """Seal."""
-    await store.evidence.seal()
-    return "log.seal"
+ACTIONS: dict[str, Callable[[GatewayStore], Awaitable[Any]]] = {
+    "audit.write": lambda store: store.audit.write(make_event()),
+    "approval.acquire": lambda store: store.approvals.acquire(make_request()),
+    "approval.wait": wait,
+    "approval.decide": decide,
+    "approval.consume": consume,
+    "key.verify": verify,
+    "log.seal": lambda store: store.evidence.seal(),
+    "log.prune": lambda store: store.retention.prune("365d", by="alice", discard=True),
+}
 
 
-async def prune(store: GatewayStore) -> str:
-    """Prune."""
-    await store.retention.prune("365d", by="alice", discard=True)
-    return "log.prune"
-
-
-ACTIONS: list[Callable[[GatewayStore], Awaitable[str]]] = [write, acquire, wait, decide, consume, verify, seal, prune]
-
-
-@pytest.mark.parametrize("how", ["write", "write_many", "record"])
+@pytest.mark.parametrize("how", WAYS)
 async def test_a_retry_in_another_trace_is_a_duplicate(otel: Recorded, measured: GatewayStore, how: str) -> None:
     """The first trace stays; what differs in more than the trace is another event."""
     event = make_event()
 
     async def write(written: AuditEvent) -> WriteOutcome:
         with otel.tracer.start_as_current_span("attempt", context=Context()):
-            if how == "write":
-                return await measured.audit.write(written)
-            if how == "write_many":
-                return next(iter(await measured.audit.write_many([written])))
-            async with AsyncSession(measured.database.engine) as session:
-                outcome = await measured.audit.record(written, session=session)
-                await session.commit()
-                return outcome
+            return await write_by(how, measured, written)
 
     assert [await write(event) for _ in range(3)] == ["STORED", "DUPLICATE", "DUPLICATE"]
     first = await measured.audit.get_by_request_id(event.request_id)
@@ -138,13 +107,11 @@ async def test_two_attempts_in_one_batch_are_one_event(otel: Recorded, measured:
     assert len(await measured.audit.list_recent()) == 1
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-async def test_each_is_a_child_of_the_span_of_its_caller(
-    otel: Recorded, measured: GatewayStore, action: Callable[[GatewayStore], Awaitable[str]]
-) -> None:
+@pytest.mark.parametrize("name", ACTIONS)
+async def test_each_is_a_child_of_the_span_of_its_caller(otel: Recorded, measured: GatewayStore, name: str) -> None:
     """In the caller's trace, right below its span, and without an error."""
     with otel.tracer.start_as_current_span("caller") as caller:
-        name = await action(measured)
+        await ACTIONS[name](measured)
 
     span = otel.span(name)
     assert span.parent is not None
@@ -231,15 +198,6 @@ async def test_an_event_without_a_trace_gets_that_of_its_caller(otel: Recorded, 
     assert events[0].trace_id is None
 
 
-class Refusing:
-    """A sink that refuses everything for good."""
-
-    name = "refusing"
-
-    async def send(self, _events: object) -> None:
-        raise NotDeliveredError("no", is_permanent=True)
-
-
 async def test_metrics_say_what_was_done(otel: Recorded, measured: GatewayStore) -> None:
     """Counters, histograms, and what is read from the database."""
     event = make_event()
@@ -251,7 +209,7 @@ async def test_metrics_say_what_was_done(otel: Recorded, measured: GatewayStore)
     await measured.keys.verify(key.plaintext)
     with pytest.raises(InvalidApiKeyError):
         await measured.keys.verify("nonsense")
-    await measured.audit.ship(Refusing(), once=True)
+    await measured.audit.ship(RefusingSink(), once=True)
     await until(lambda: otel.metrics().get(("delivery.duration", "recording", "DELIVERED"), 0) == 3)
     await parts_of(measured).figures.refresh()
 
@@ -273,8 +231,8 @@ async def test_metrics_say_what_was_done(otel: Recorded, measured: GatewayStore)
         ("keys.verifications", "InvalidApiKeyError"): 1,
         ("outbox.dead", "recording"): 0,
         ("outbox.due", "recording"): 0,
-        ("sinks.dead", "refusing", ""): 1,
-        ("sinks.lag", "refusing", ""): 0,
+        ("sinks.dead", "sink", ""): 1,
+        ("sinks.lag", "sink", ""): 0,
         ("retention.lag",): 0,
     }
     assert {name: found.get(name) for name in expected} == expected
