@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from uuid import uuid4
 
 import pytest
@@ -16,6 +17,7 @@ from agent_gateway_store import (
     errors,
 )
 from builders import CALL, make_request
+from cases import cases
 
 OTHER_CALL = CALL.model_copy(update={"arguments": {"path": "/tmp/other.txt"}})
 
@@ -97,8 +99,7 @@ async def test_approval_id_decides_in_place_of_the_token(store: GatewayStore) ->
     assert [result.status for result in results] == seen == ["APPROVED", "DENIED", "CANCELLED"]
 
 
-@pytest.mark.parametrize("second", ["approve", "deny"])
-@pytest.mark.parametrize("first", ["approve", "deny", "cancel"])
+@cases(("first", "second"), itertools.product(("approve", "deny", "cancel"), ("approve", "deny")))
 async def test_second_decision_learns_of_the_first(store: GatewayStore, first: str, second: str) -> None:
     """Deciding twice names the standing decision, and changes nothing."""
     token = await store.approvals.issue_token(make_request())
@@ -116,7 +117,7 @@ async def test_second_decision_learns_of_the_first(store: GatewayStore, first: s
     assert await store.approvals.check_token(token, fresh=True) == standing
 
 
-@pytest.mark.parametrize(
+@cases(
     ("caller_id", "call", "what"),
     [
         ("other-agent", CALL, "caller"),

@@ -237,22 +237,29 @@ async def test_a_withdrawal_leaves_what_a_retry_has_acknowledged(
     assert post.events == [("pending", "PENDING")]
 
 
+def held_back(
+    store: GatewayStore, monkeypatch: pytest.MonkeyPatch, *accesses: str
+) -> tuple[asyncio.Event, asyncio.Event]:
+    """Hold connections of a kind back; return what is set when one is asked for, and what lets it go."""
+    is_asked, may_go, inner = asyncio.Event(), asyncio.Event(), store.database.connection
+
+    @asynccontextmanager
+    async def late(access: Any) -> AsyncIterator[Any]:
+        if access in accesses:
+            is_asked.set()
+            await may_go.wait()
+        async with inner(access) as connection:
+            yield connection
+
+    monkeypatch.setattr(store.database, "connection", late)
+    return is_asked, may_go
+
+
 async def test_a_retry_that_comes_while_the_withdrawal_waits_for_a_connection_keeps_its_token(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    has_token, is_withdrawing = asyncio.Event(), asyncio.Event()
     async with opened(database_url, "") as store:
-        inner = store.database.connection
-
-        @asynccontextmanager
-        async def late(access: Any) -> AsyncIterator[Any]:
-            if access == "transaction":
-                is_withdrawing.set()
-                await has_token.wait()
-            async with inner(access) as connection:
-                yield connection
-
-        monkeypatch.setattr(store.database, "connection", late)
+        is_withdrawing, has_token = held_back(store, monkeypatch, "transaction")
         request = make_request()
         assert await cancelled_at(1, lambda: store.approvals.issue_token(request)) is None
         await is_withdrawing.wait()
@@ -322,18 +329,8 @@ async def test_a_cancelled_call_that_comes_last_leaves_what_another_process_has_
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It writes only after the retry elsewhere has its token."""
-    has_token, under_way = asyncio.Event(), asyncio.Event()
     async with opened(database_url, "") as store, opened(database_url, "") as other:
-        inner = store.database.connection
-
-        @asynccontextmanager
-        async def late(*access: Any) -> AsyncIterator[Any]:
-            under_way.set()
-            await has_token.wait()
-            async with inner(*access) as connection:
-                yield connection
-
-        monkeypatch.setattr(store.database, "connection", late)
+        under_way, has_token = held_back(store, monkeypatch, "read", "autocommit", "transaction")
         request = make_request()
         first = asyncio.create_task(store.approvals.issue_token(request))
         await under_way.wait()

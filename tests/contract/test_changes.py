@@ -153,7 +153,7 @@ async def test_a_cursor_ahead_of_the_server_is_refused(store: GatewayStore) -> N
 
 async def test_a_look_passes_by_the_rows_of_open_transactions(migrated_postgres_database: Callable[[], str]) -> None:
     """On PostgreSQL, without statistics: twenty looks together go once through the index entries of a long import."""
-    url, rows, looks, seen = migrated_postgres_database(), 500, 10, []
+    url, rows, looks, seen = migrated_postgres_database(), 200, 10, []
     async with GatewayStore(url, redis_url="") as importing:
         async with GatewayStore(url, redis_url="") as store, AsyncSession(importing.database.engine) as slow:
             cursor = (await store.audit.changes()).next_cursor
@@ -261,7 +261,7 @@ async def test_a_follower_misses_nothing_and_sees_nothing_twice(store: GatewaySt
     """Writers whose transactions stay open at random, some rolled back, beside group commits: each event once."""
     sizes = {"writers": 12, "rounds": 8, "longest_s": 0.002}
     if store.database.dialect == "postgresql":
-        sizes = {"writers": 50, "rounds": 14, "longest_s": 0.1}
+        sizes = {"writers": 24, "rounds": 10, "longest_s": 0.05}
     committed, seen = await follow_writers(store, **sizes)  # type: ignore[arg-type]
 
     assert len(committed) == len(set(committed)) > 100

@@ -20,6 +20,7 @@ from agent_gateway_store.approval import waiting
 from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.store import parts_of
 from builders import make_request
+from cases import cases
 
 CHANNEL = "agent_gateway_store_changed"
 MOVES = [("approve", "APPROVED"), ("deny", "DENIED"), ("cancel", "CANCELLED")]
@@ -257,7 +258,7 @@ async def test_the_timeout_decides_nothing_and_leaves_nothing(store: GatewayStor
     await idle(store)
 
 
-@pytest.mark.parametrize("timeout_s", [None, "5", float("nan")])
+@cases("timeout_s", [None, "5", float("nan")])
 async def test_a_timeout_that_is_no_number_is_refused(store: GatewayStore, timeout_s: Any) -> None:
     """With a sentence that names it, and before anything is waited for."""
     token = await store.approvals.issue_token(make_request())
