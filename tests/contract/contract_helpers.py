@@ -215,10 +215,8 @@ class RefusingSink:
 
 
 def run_script(name: str, *arguments: object, loads: Sequence[str] = ()) -> int:
-    """Run a script of this folder with an interpreter that has the package, and what it `loads`; return what it prints.
-
-    Those that load something are of processes that have much in memory.
-    """
+    """Run a script of this folder, with the package loaded, and with the large libraries that are named; return the
+    number that it prints."""
     forkers = forks(is_large=bool(loads))
     if loads:
         forkers.load(list(loads))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 from sqlalchemy import event
@@ -48,6 +49,20 @@ class Reports:
         self.plans: list[dict[str, Any]] = []
         self._setting = setting
         event.listen(store.database.engine.sync_engine, "connect", self._listen)
+
+    async def faults_of(
+        self, name: str, work: Awaitable[Any], *, reads_all: bool, sorts_all: bool = False
+    ) -> list[str]:
+        """Run something, and say what is wrong with its plans."""
+        self.plans.clear()
+        await work
+        # Notices of the server may come after the rows.
+        await asyncio.sleep(0)
+        return [
+            f"{self._setting}: {name}: {fault}: {report['Query Text'][:300]}"
+            for report in self.plans
+            for fault in faults(report, reads_all=reads_all, sorts_all=sorts_all)
+        ]
 
     def _listen(self, connection: Any, _record: Any) -> None:
         connection.driver_connection.add_log_listener(self._add)

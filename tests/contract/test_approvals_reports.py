@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contract_helpers import counted_statements
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import ApprovalManager, ApprovalRequest, ApprovalScope, GatewayStore, ToolCall, clock, errors
+from agent_gateway_store.audit.doors import renew_identity
 from agent_gateway_store.models.delivery import NotificationDelivery
-from builders import CALL, make_request
+from builders import CALL, make_event, make_request
 
 SECRET = "never-released"
 
@@ -74,17 +76,13 @@ async def test_a_listing_tells_the_votes_of_each_approval(store: GatewayStore) -
 
 async def test_the_votes_of_a_page_are_one_statement(store: GatewayStore) -> None:
     """However many approvals the page has."""
-    from sqlalchemy import event
-
-    for number in range(30):
+    for number in range(10):
         await store.approvals.issue_token(make_request(request_id=f"r-{number}"))
-    ran: list[str] = []
-    async with AsyncSession(store.database.engine) as session:
-        event.listen(store.database.engine.sync_engine, "before_cursor_execute", lambda *args: ran.append(args[2]))
-        page = await ApprovalManager(session).search(limit=100)
+    with counted_statements(store, "approval_votes") as statements:
+        async with AsyncSession(store.database.engine) as session:
+            page = await ApprovalManager(session).search(limit=100)
 
-    assert len(page) == 30
-    assert len([each for each in ran if "approval_votes" in each]) == 1
+    assert (len(page), len(statements)) == (10, 1)
 
 
 async def test_counts_and_waiting_times(store: GatewayStore) -> None:
@@ -194,9 +192,6 @@ async def record_notices(store: GatewayStore) -> None:
 
 async def test_cursors_from_before_a_restore_are_refused(store: GatewayStore) -> None:
     """Those of every listing; those that come after it work."""
-    from agent_gateway_store.audit.doors import renew_identity
-    from builders import make_event
-
     await filled(store)
     await store.audit.write_many(make_event(request_id=f"e-{number}") for number in range(4))
     searches: tuple[Any, ...] = (store.audit.search, store.approvals.search, store.notifications.list)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from plan_helpers import Reports, copies, faults
+from plan_helpers import Reports, copies
 
 from agent_gateway_store import GatewayStore, StoreSettings
 from builders import make_event
@@ -104,12 +103,7 @@ async def test_no_plan_of_a_step_surprises(filled: str, no_plugins: None) -> Non
             # At its start a sealer compares the whole log, once.
             await _seal(store)
             for name, step in STEPS.items():
-                reports.plans.clear()
-                await step(store)
-                await asyncio.sleep(0)
-                for report in reports.plans:
-                    for fault in faults(report, reads_all=name in READING_ALL):
-                        problems.append(f"{setting}: {name}: {fault}: {report['Query Text'][:300]}")
+                problems += await reports.faults_of(name, step(store), reads_all=name in READING_ALL)
                 assert reports.plans, f"PostgreSQL reports no plans of {name}"
 
     assert not problems, "\n".join(problems)

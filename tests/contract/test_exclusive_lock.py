@@ -113,49 +113,36 @@ async def test_a_migration_by_a_link_waits_for_one_of_the_file(tmp_path: Path, m
     await engine.dispose()
 
 
-@pytest.mark.parametrize("code", [sqlite3.SQLITE_IOERR_LOCK, sqlite3.SQLITE_PERM])
-async def test_a_folder_without_locks_is_used_with_a_warning(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("code", "refusal"),
+    [
+        *((code, 0) for code in (sqlite3.SQLITE_IOERR_LOCK, sqlite3.SQLITE_PERM)),
+        *((sqlite3.SQLITE_BUSY, number) for number in (errno.ENOLCK, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)),
+    ],
+)
+async def test_a_folder_that_answers_each_lock_with_an_error_is_used_with_a_warning(
+    code: int, refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on some network file systems."""
+    """As on some network file systems. SQLite takes some errors for the lock of another process, as those of NFS
+    without its lock service."""
 
     class Refusing(sqlite3.Connection):
         def execute(self, *arguments: object) -> sqlite3.Cursor:
-            error = sqlite3.OperationalError("disk I/O error")
+            error = sqlite3.OperationalError("database is locked" if refusal else "disk I/O error")
             error.sqlite_errorcode = code
             raise error
 
+    def refuse(*arguments: object) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
     connect = sqlite3.connect
     monkeypatch.setattr(exclusive.sqlite3, "connect", lambda *a, **options: connect(*a, factory=Refusing, **options))
+    if refusal:
+        monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", refuse)
     with caplog.at_level(logging.WARNING):
         async with folder_lock(tmp_path, wait_s=0, busy="Another process works there"):
             pass
-    assert "let one process at a time work there" in caplog.text
-
-
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
-async def test_a_folder_that_answers_each_lock_with_an_error_is_used_with_a_warning(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """SQLite takes some of these for the lock of another process, as of NFS without its lock service."""
-    fcntl = pytest.importorskip("fcntl")
-
-    class Busy(sqlite3.Connection):
-        def execute(self, *arguments: object) -> sqlite3.Cursor:
-            error = sqlite3.OperationalError("database is locked")
-            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
-            raise error
-
-    def refuse(*arguments: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    connect = sqlite3.connect
-    monkeypatch.setattr(exclusive.sqlite3, "connect", lambda *a, **options: connect(*a, factory=Busy, **options))
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    with caplog.at_level(logging.WARNING):
-        async with folder_lock(tmp_path, wait_s=0, busy="Another process works there"):
-            pass
-    assert f"let one process at a time work there: [Errno {code}]" in caplog.text
+    assert "let one process at a time work there" + f": [Errno {refusal}]" * bool(refusal) in caplog.text
     assert [each.name for each in tmp_path.iterdir()] == [".lock"]
 
 

@@ -131,8 +131,8 @@ async def main():
     added = 0
     try:
         while True:
-            await spool.add([row] * 10)
-            added += 10
+            await spool.add([row] * 50)
+            added += 50
     except StoreUnavailableError:
         # What others write takes the rest.
         with Path(sys.argv[1], "other").open("wb", buffering=0) as other:
