@@ -140,6 +140,33 @@ class TestOnSqlite:
         assert "missing from index sqlite_autoindex_audit_leaves_1" in found.findings[0].text
         assert found.unsealed == 1
 
+    @pytest.mark.parametrize(
+        "head",
+        [
+            "lose BEFORE INSERT",
+            "lose INSERT",
+            "after BEFORE INSERT",
+            '"lose AFTER INSERT" BEFORE INSERT',
+            "lose/* AFTER */BEFORE INSERT",
+        ],
+    )
+    async def test_a_trigger_that_can_drop_events_is_seen(self, database_url: str, head: str) -> None:
+        """However it is spelled."""
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            await run(database_url, f"CREATE TRIGGER {head} ON AUDIT_EVENTS BEGIN SELECT RAISE(IGNORE); END")
+
+            found = await store.evidence.verify()
+        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+        assert "runs before INSERT, and can drop or change new rows" in found.findings[0].text
+
+    @pytest.mark.parametrize("head", ["theirs AFTER INSERT", '"their own"  after  INSERT', "theirs BEFORE UPDATE"])
+    async def test_a_trigger_that_cannot_drop_events_is_no_finding(self, database_url: str, head: str) -> None:
+        """Somebody else may take events to another place."""
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            await run(database_url, f"CREATE TRIGGER {head} ON audit_events BEGIN SELECT 1; END")
+
+            assert (await store.evidence.verify()).ok
+
     @pytest.mark.parametrize("name", ["audit_leaves", "ix_audit_events_caller_id_timestamp_id"])
     async def test_a_file_with_a_page_that_cannot_be_read_is_seen(self, database_url: str, name: str) -> None:
         """As after a fault of the disk; what can still be read is verified."""
@@ -179,6 +206,7 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
     assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
 
 
+FUNCTION = "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$"
 READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]
 VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
 
@@ -226,12 +254,25 @@ class TestOnPostgres:
                 "CREATE RULE lost AS ON INSERT TO audit_events WHERE NEW.caller_id = 'evil' DO INSTEAD NOTHING",
                 "audit_events has a rule that replaces INSERT",
             ),
+            (
+                f"{FUNCTION}; CREATE TRIGGER lose BEFORE INSERT ON audit_leaves FOR EACH ROW EXECUTE FUNCTION theirs()",
+                "audit_leaves has the trigger lose that runs before INSERT",
+            ),
         ],
     )
     async def test_what_can_show_something_else_is_seen(self, own_database_url: str, statement: str, said: str) -> None:
         """Nothing is read from it, and one finding says why."""
         found = await verified_after(own_database_url, statement)
         assert [(each.kind, said in each.text) for each in found.findings] == [(FindingKind.ALTERED, True)]
+
+    @pytest.mark.parametrize("when", ["AFTER INSERT", "BEFORE UPDATE"])
+    async def test_a_trigger_that_cannot_drop_rows_is_no_finding(self, own_database_url: str, when: str) -> None:
+        """Somebody else may take events to another place."""
+        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+            trigger = f"CREATE TRIGGER theirs {when} ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
+            await run(own_database_url, FUNCTION, trigger)
+
+            assert (await store.evidence.verify()).ok
 
     async def test_what_a_protective_rule_does_is_no_finding(self, own_database_url: str) -> None:
         """Somebody else's way of making a table append-only changes nothing that is read."""

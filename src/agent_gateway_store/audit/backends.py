@@ -24,6 +24,7 @@ from agent_gateway_store.audit.erased import IS_ERASED, blanked
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.record import EncodedRow, is_same, key_of, mark_of, to_values, with_derived_id
 from agent_gateway_store.audit.selects import JSON_FIELDS, table
+from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.database import dialect_of, read_committed
 from agent_gateway_store.storage.errors import is_outage, retry_conflicts
@@ -43,6 +44,15 @@ _SQLITE_TIMEOUT_S = _TIMEOUT_S - 2
 # Chosen: the database is probed every half second while it is away.
 _PROBE_TIMEOUT_S = 1.0
 _CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError)
+
+
+class EventDroppedError(StoreUnavailableError, ValueError):
+    """The database answered, and has not stored the row: a fault of the row, as what a trigger refuses is."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The database drops the event without an error: find the trigger on audit_events that does so, and drop it."
+        )
 
 
 class Backend(Protocol):
@@ -113,8 +123,12 @@ async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOut
 
     The same event again changes nothing (DUPLICATE). Another event under a used request_id is stored under a derived id
     with the label REQUEST_ID_REUSED (STORED).
+
+    Raises:
+        EventDroppedError: The database keeps no such row.
     """
     insert = postgresql.insert if dialect_of(connection) == "postgresql" else sqlite.insert
+    is_gone = False
     while True:
         values = to_values(row) | json_texts(connection, dict(zip(COLUMNS, row, strict=True)))
         statement = insert(table).values(values).on_conflict_do_nothing(index_elements=_KEY)
@@ -122,7 +136,14 @@ async def insert_event(connection: AsyncConnection, row: EncodedRow) -> WriteOut
             return WriteOutcome.STORED
         request_id, org_id = key_of(row)
         same_key = select(_STORED_MARK).where(table.c.request_id == request_id, table.c.org_id == org_id)
-        stored = (await connection.execute(same_key)).scalar()
+        found = (await connection.execute(same_key)).first()
+        if found is None:
+            # Once: it was deleted in between.
+            if is_gone:
+                raise EventDroppedError
+            is_gone = True
+            continue
+        stored = found[0]
         if is_same(row, stored):
             return WriteOutcome.DUPLICATE
         # In a loop, since somebody may have used the derived id on purpose: the next one differs again.
@@ -134,7 +155,8 @@ async def _insert_free(
 ) -> list[RowResult]:
     """Insert `rows`, whose keys differ, those whose key is taken under derived ids; return the result of each.
 
-    `insert` inserts the rows whose key is free, and returns the others' keys with the mark of what is stored there.
+    `insert` inserts the rows whose key is free, and returns the others' keys with the mark of what is stored there, or
+    with `_DROPPED`.
     """
     results: dict[int, RowResult] = {}
     open_rows = dict(enumerate(rows))
@@ -144,10 +166,12 @@ async def _insert_free(
         same = {index for index, row in taken.items() if is_same(row, known[key_of(row)])}
         results |= dict.fromkeys(open_rows.keys() - taken.keys(), WriteOutcome.STORED)
         results |= dict.fromkeys(same, WriteOutcome.DUPLICATE)
+        dropped = {index for index, row in taken.items() if known[key_of(row)] == _DROPPED}
+        results |= {index: EventDroppedError() for index in dropped}
         open_rows = {
             index: with_derived_id(blanked(row) if known[key_of(row)] == _ERASED else row)
             for index, row in taken.items()
-            if index not in same
+            if index not in same | dropped
         }
     return [results[index] for index in range(len(rows))]
 
@@ -212,7 +236,7 @@ async def _store_on(driver: aiosqlite.Connection, rows: Sequence[EncodedRow], de
             await _begin(driver, deadline)
             results = await insert(driver, rows)
             await driver.commit()
-        except aiosqlite.IntegrityError as exc:
+        except (aiosqlite.IntegrityError, EventDroppedError) as exc:
             await driver.rollback()
             refused = [exc]
         except BaseException:
@@ -231,7 +255,9 @@ async def _begin(driver: aiosqlite.Connection, deadline: float) -> None:
 
 
 async def _insert_all(driver: aiosqlite.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
-    await driver.executemany(_SQLITE_INSERT, [_sqlite_values(row) for row in rows])
+    cursor = await driver.executemany(_SQLITE_INSERT, [_sqlite_values(row) for row in rows])
+    if rows and cursor.rowcount != len(rows):
+        raise EventDroppedError
     return [WriteOutcome.STORED] * len(rows)
 
 
@@ -249,7 +275,8 @@ async def _insert_unknown(driver: aiosqlite.Connection, rows: Sequence[EncodedRo
 class PostgresBackend:
     """COPY on two separate connections, outside the pool; a single row by INSERT.
 
-    COPY cannot skip a conflict, so if a key is taken the batch is sent again as one INSERT ... ON CONFLICT.
+    COPY cannot skip a conflict, so if a key is taken the batch is sent again as one INSERT ... ON CONFLICT. The same is
+    done if a trigger drops some of its rows, to learn which.
     """
 
     # Measured: with a third one nothing is won, as Python and the server are both at work with two.
@@ -307,17 +334,26 @@ class PostgresBackend:
             return await self._copy(driver, rows)
 
     async def _copy(self, driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
+        is_copied = False
         try:
             if len(rows) == 1:
                 # An INSERT takes fewer round trips than a COPY.
                 if await driver.execute(_INSERT_ONE, *rows[0]) == "INSERT 0 1":
                     return [WriteOutcome.STORED]
             else:
-                await driver.copy_records_to_table(table.name, records=rows, columns=COLUMNS)
-                return [WriteOutcome.STORED] * len(rows)
+                copied = await driver.copy_records_to_table(table.name, records=rows, columns=COLUMNS)
+                if copied == f"COPY {len(rows)}":
+                    return [WriteOutcome.STORED] * len(rows)
+                is_copied = True
         except Exception as exc:
             if is_outage(exc):
                 raise
+        results = await self._insert(driver, rows)
+        # The rows that were not dropped are stored by the COPY.
+        found = WriteOutcome.STORED if is_copied else WriteOutcome.DUPLICATE
+        return [found if result is WriteOutcome.DUPLICATE else result for result in results]
+
+    async def _insert(self, driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
         try:
             return await _insert_on_conflict(driver, rows)
         except Exception as exc:
@@ -346,13 +382,18 @@ async def _store_each(engine: AsyncEngine, rows: Sequence[EncodedRow]) -> list[R
 
 async def _insert_on_conflict(driver: asyncpg.Connection, rows: Sequence[EncodedRow]) -> list[RowResult]:
     async def insert(rows: list[EncodedRow]) -> dict[_Key, str | None]:
-        stored = {tuple(found) for found in await driver.fetch(_INSERT_MANY, *zip(*rows, strict=True))}
-        taken = [key_of(row) for row in rows if key_of(row) not in stored]
-        if not taken:
-            return {}
-        found = await driver.fetch(_KNOWN, *zip(*taken, strict=True))
-        # None for a row that was deleted in between: its key was taken all the same.
-        return dict.fromkeys(taken) | {(request_id, org_id): mark for request_id, org_id, mark in found}
+        known: dict[_Key, str | None] = {}
+        # Twice: a row whose key was taken may have been deleted before it was looked for.
+        for _ in range(2):
+            stored = {tuple(found) for found in await driver.fetch(_INSERT_MANY, *zip(*rows, strict=True))}
+            rows = [row for row in rows if key_of(row) not in stored]
+            if rows:
+                found = await driver.fetch(_KNOWN, *zip(*map(key_of, rows), strict=True))
+                known |= {(request_id, org_id): mark for request_id, org_id, mark in found}
+                rows = [row for row in rows if key_of(row) not in known]
+            if not rows:
+                return known
+        return known | dict.fromkeys(map(key_of, rows), _DROPPED)
 
     return await _insert_free(rows, insert)
 
@@ -368,6 +409,8 @@ def _sqlite_values(row: EncodedRow) -> tuple[Any, ...]:
 
 # No hash: under this id an event was erased, so what arrives later is kept blanked.
 _ERASED = "erased"
+# Neither inserted nor there.
+_DROPPED = "dropped"
 _MARK_SQL = f"CASE WHEN {IS_ERASED} THEN '{_ERASED}' ELSE content_hash || COALESCE(':' || trace_id, '') END"
 _STORED_MARK = literal_column(_MARK_SQL, Text())
 _TIMESTAMP, _APPROVAL_ID = map(COLUMNS.index, ("timestamp", "approval_id"))

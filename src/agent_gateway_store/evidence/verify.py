@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -97,6 +98,8 @@ _COLUMNS = [
     for each in _READ
     for column in each.columns
 ]
+# What pg_trigger.tgtype holds of FOR EACH ROW (1) BEFORE (2) INSERT (4).
+_BEFORE_ROW_INSERT = 1 + 2 + 4
 _STRANGE_ON_POSTGRES = f"""
 SELECT fault, name, NULL, NULL FROM unnest(ARRAY{[*_TABLES]}) AS name
 LEFT JOIN pg_catalog.pg_class AS found ON found.oid = to_regclass(name)
@@ -109,6 +112,10 @@ CROSS JOIN LATERAL (VALUES
     ))
 ) AS faults (fault, is_so) WHERE is_so
 UNION ALL
+SELECT 'trigger', name, tgname, NULL FROM unnest(ARRAY{[*_TABLES]}) AS name
+JOIN pg_catalog.pg_trigger ON tgrelid = to_regclass(name)
+WHERE tgtype & {_BEFORE_ROW_INSERT} = {_BEFORE_ROW_INSERT} AND tgenabled <> 'D'
+UNION ALL
 SELECT 'column', name, column_name, type FROM (VALUES {", ".join(_COLUMNS)}) AS columns (name, column_name, type)
 WHERE NOT EXISTS (
     SELECT FROM pg_catalog.pg_attribute
@@ -120,7 +127,14 @@ _STRANGE_ON_SQLITE = f"""
 SELECT 'table', value, NULL, NULL FROM json_each('{json.dumps(_TABLES)}')
 WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'table' AND rootpage > 0)
     OR EXISTS (SELECT 1 FROM sqlite_temp_master WHERE name = value)
+UNION ALL
+SELECT 'trigger', tbl_name, name, sql FROM sqlite_master
+WHERE type = 'trigger' AND lower(tbl_name) IN ({", ".join(f"'{name}'" for name in _TABLES)})
 """  # noqa: S608  likewise
+# SQLite keeps the text of a trigger alone. One that is spelled otherwise runs before INSERT, or may do so.
+_NOT_BEFORE_INSERT = re.compile(
+    r"""CREATE TRIGGER (\w+|"[^"]*"|\[[^]]*\]|`[^`]*`|'[^']*')\s+(AFTER|(BEFORE\s+)?(UPDATE|DELETE))\s""", re.IGNORECASE
+)
 _STRANGE = Statement(
     lambda dialect: typed_text(_STRANGE_ON_POSTGRES if dialect == "postgresql" else _STRANGE_ON_SQLITE, {})
 )
@@ -165,8 +179,8 @@ async def verify(
     verifiers = [VerifierKey.parse(key) for key in keys]
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
-        if strange := await reader.fetched(_STRANGE):
-            return _unreadable(*(_FAULTS[fault].format(*names) for fault, *names in strange))
+        if strange := [_FAULTS[fault].format(*names) for fault, *names in await _strange(reader)]:
+            return _unreadable(*strange)
         damage = await _damage(reader) if database.dialect == "sqlite" else ""
         try:
             walk, events = await _walked(reader, kept, verifiers, archives, report)
@@ -232,12 +246,20 @@ def _unreadable(*texts: str) -> Verification:
     return Verification(ok=False, size=0, root_hash=EMPTY_ROOT.hex(), findings=findings)
 
 
+async def _strange(reader: Snapshot) -> list[tuple[str, ...]]:
+    """Return what `_STRANGE` names, without triggers of SQLite that do not run before an INSERT."""
+    found = [tuple(map(str, row)) for row in await reader.fetched(_STRANGE)]
+    named = [row for row in found if row[0] != "trigger" or not _NOT_BEFORE_INSERT.match(row[-1])]
+    return [tuple(map(escape, row)) for row in named]
+
+
 # By the fault that `_STRANGE` names.
 _FAULTS = {
     "table": "{} is no table. What is in its place may show others something else, so nothing was read.",
     "children": "{} has tables that inherit from it. They may show others something else, so nothing was read.",
     "unlogged": "{} is UNLOGGED: a crash of the server would empty it, and a replica shows nothing. Nothing was read.",
     "rule": "{} has a rule that replaces INSERT, so that new rows are lost or go elsewhere. Nothing was read.",
+    "trigger": "{0} has the trigger {1} that runs before INSERT, and can drop or change new rows. Nothing was read.",
     "column": "The column {1} of {0} is no {2}, or is computed: it can say more than was sealed. Nothing was read.",
 }
 

@@ -1,0 +1,68 @@
+"""A trigger of the table's owner that drops events without an error: none of them is said to be stored."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
+from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
+from builders import make_event
+from proofs.harness import spooled_ids, stored_ids
+
+STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
+DROPPING = {
+    "sqlite": ["CREATE TRIGGER lose BEFORE INSERT ON audit_events WHEN {} BEGIN SELECT RAISE(IGNORE); END"],
+    "postgresql": [
+        "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+        "CREATE TRIGGER lose BEFORE INSERT ON audit_events FOR EACH ROW WHEN ({}) EXECUTE FUNCTION lose()",
+    ],
+}
+
+
+@pytest.fixture
+async def dropping_url(own_database_url: str) -> str:
+    """The URL of a database of this test's own that drops every event of `mallory`."""
+    async with GatewayStore(own_database_url, redis_url="") as store, store.database.write() as connection:
+        for statement in DROPPING[store.database.dialect]:
+            await connection.execute(text(statement.format("NEW.caller_id = 'mallory'")))
+    return own_database_url
+
+
+async def test_a_dropped_event_is_set_aside(dropping_url: str) -> None:
+    """Alone and in a batch; the others of the batch are stored."""
+    settings = StoreSettings()
+    async with GatewayStore(dropping_url, redis_url="", settings=settings) as store:
+        assert await store.audit.write(make_event(request_id="alone", caller_id="mallory")) is SPOOLED
+        events = [make_event(request_id=f"r-{number}", caller_id=("bob", "mallory")[number % 2]) for number in range(6)]
+        assert await store.audit.write_many(events) == {STORED: 3, SPOOLED: 3}
+
+        assert sorted(await stored_ids(store)) == ["r-0", "r-2", "r-4"]
+    assert spooled_ids(settings.audit_spool_path, poisoned=True) == ["alone", "r-1", "r-3", "r-5"]
+
+
+async def test_a_batch_of_known_and_dropped_events_is_told_apart(dropping_url: str) -> None:
+    """What was stored before is DUPLICATE, what is new is STORED, and what is dropped neither."""
+    async with GatewayStore(dropping_url, redis_url="") as store:
+        known = make_event(caller_id="bob")
+        await store.audit.write(known)
+
+        events = [known, make_event(caller_id="bob"), make_event(caller_id="mallory")]
+        assert await store.audit.write_many(events) == {DUPLICATE: 1, STORED: 1, SPOOLED: 1}
+
+
+async def test_a_dropped_event_stops_the_call_in_the_strict_mode(dropping_url: str) -> None:
+    """The call must not go through without its event."""
+    async with GatewayStore(dropping_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as store:
+        with pytest.raises(AuditUnavailableError):
+            await store.audit.write(make_event(caller_id="mallory"))
+        with pytest.raises(AuditUnavailableError):
+            await store.audit.write_many([make_event(caller_id="mallory"), make_event(caller_id="bob")])
+
+
+async def test_a_dropped_event_is_told_to_the_transaction_it_joins(dropping_url: str) -> None:
+    """`record` raises one sentence with the next step."""
+    async with GatewayStore(dropping_url, redis_url="") as store, AsyncSession(store.database.engine) as session:
+        with pytest.raises(StoreUnavailableError, match="find the trigger on audit_events"):
+            await store.audit.record(make_event(caller_id="mallory"), session=session)
