@@ -27,6 +27,7 @@ from agent_gateway_store.errors import (
     LogMismatchError,
 )
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, decode64, encode64, parse_note
+from agent_gateway_store.evidence.sealer import readable_log
 from agent_gateway_store.evidence.tree import (
     EMPTY_ROOT,
     HASH_BYTES,
@@ -172,31 +173,33 @@ async def prove(
 
     Raises:
         AuditEventNotFoundError: There is no such event.
-        LogMismatchError: A hash of the log is missing.
+        LogMismatchError: A hash of the log is missing, or what stands there cannot be read.
     """
     event = await AuditQuery(database, org_id=org_id).get_by_request_id(request_id)
     if event is None:
         raise AuditEventNotFoundError(request_id)
     async with database.connection("read") as connection:
-        found = await _PLACE.one(connection, {"p_event": event.id})
+        with readable_log():
+            found = await _PLACE.one(connection, {"p_event": event.id})
     approval, votes = await _approval_of(database, event, hash_key)
     position, size = found["position"], found["size"]
     if position is None or size is None or size <= position:
         return Evidence(event=event, approval=approval, votes=votes)
     try:
-        path = inclusion_path(await read(tiles_for_inclusion(position, size)), position, size)
+        with readable_log():
+            path = inclusion_path(await read(tiles_for_inclusion(position, size)), position, size)
+            return Evidence(
+                event=event,
+                approval=approval,
+                votes=votes,
+                position=position,
+                salt=found["salt"],
+                leaf_hash=found["leaf_hash"],
+                path=tuple(path),
+                checkpoint=Checkpoint(**{name: found[name] for name in Checkpoint.model_fields}),
+            )
     except LookupError as exc:
         raise LogMismatchError("A hash of the log is missing: run `gateway-store evidence verify`.") from exc
-    return Evidence(
-        event=event,
-        approval=approval,
-        votes=votes,
-        position=position,
-        salt=found["salt"],
-        leaf_hash=found["leaf_hash"],
-        path=tuple(path),
-        checkpoint=Checkpoint(**{name: found[name] for name in Checkpoint.model_fields}),
-    )
 
 
 async def _approval_of(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import BigInteger, Boolean, Integer, Text, insert
@@ -77,11 +77,11 @@ _LAST_SQL = f"SELECT {', '.join(_CHECKPOINT)} FROM audit_checkpoints ORDER BY si
 _LAST = _statement(_LAST_SQL, **_CHECKPOINT)
 _STATE = _statement(
     f"""
-    SELECT (SELECT coalesce(max(position), -1) + 1 FROM audit_leaves) AS leaves,
+    SELECT (SELECT coalesce(max(position), -1) FROM audit_leaves) AS last_position,
         (SELECT identity FROM database_identity) AS identity, last.*
     FROM (SELECT 1) AS once LEFT JOIN ({_LAST_SQL}) AS last ON true
     """,  # noqa: S608  names of our own
-    leaves=BigInteger(),
+    last_position=BigInteger(),
     identity=Text(),
     **_CHECKPOINT,
 )
@@ -164,9 +164,19 @@ class _Found(NamedTuple):
 
 
 async def last_checkpoint(connection: AnyConnection) -> Checkpoint | None:
-    """Return the checkpoint of the largest size, or None."""
-    row = await _LAST.first(connection, {})
-    return None if row is None else Checkpoint(**row)
+    """Return the checkpoint of the largest size, or None. Raises LogMismatchError if it cannot be read."""
+    with readable_log():
+        row = await _LAST.first(connection, {})
+        return None if row is None else Checkpoint(**row)
+
+
+@contextmanager
+def readable_log() -> Iterator[None]:
+    """Raise LogMismatchError for what the tables of the log can be made to hold and no sealer writes."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as exc:
+        raise LogMismatchError("The log holds what cannot be read: run `gateway-store evidence verify`.") from exc
 
 
 class Sealer:
@@ -236,11 +246,13 @@ class Sealer:
                 lock = await (_WAIT_LOCK if wait else _TRY_LOCK).one(connection, {})
                 if lock["locked"] is False:
                     return None
-            state = await _STATE.one(connection, {})
-            last = Checkpoint(**{name: state[name] for name in _CHECKPOINT}) if state["size"] is not None else None
-            size = last.size if last else 0
-            edge = await read_tiles(connection, tiles_for_root(size))
-            if state["leaves"] != size or (last is not None and _root(edge, size).hex() != last.root_hash):
+            with readable_log():
+                state = await _STATE.one(connection, {})
+                last = Checkpoint(**{name: state[name] for name in _CHECKPOINT}) if state["size"] is not None else None
+                size = last.size if last else 0
+                edge = await read_tiles(connection, tiles_for_root(size))
+            is_whole = state["last_position"] == size - 1
+            if not is_whole or (last is not None and _root(edge, size).hex() != last.root_hash):
                 raise _mismatch(f"does not agree with its last checkpoint, over {size:,} events")
             found = await self._unsealed(connection, scan)
             if not found.rows:

@@ -19,6 +19,8 @@ _TYPES: dict[str, Any] = {
     "p_index": BigInteger(),
     "p_hashes": LargeBinary(),
 }
+# Of a leaf that is not the database's own: none comes behind it.
+_LARGEST_POSITION = 2**63 - 1
 _TILE_BYTES = TILE_WIDTH * HASH_BYTES
 _LEAVES = text_statement(
     """
@@ -53,7 +55,7 @@ async def _read(connection: AnyConnection, level: int, index: int) -> bytes:
         found = await _TILE.tuples(connection, {"p_level": level, "p_index": index})
         return found[0][0] if found else b""
     first = index * TILE_WIDTH
-    rows = await _LEAVES.tuples(connection, {"p_first": first, "p_end": first + TILE_WIDTH})
+    rows = await _LEAVES.tuples(connection, {"p_first": first, "p_end": min(first + TILE_WIDTH, _LARGEST_POSITION)})
     # A gap ends the tile: what follows it stands at another place than its position.
     return b"".join(leaf for place, (position, leaf) in enumerate(rows) if position == first + place)
 

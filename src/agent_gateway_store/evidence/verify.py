@@ -8,10 +8,11 @@ import re
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Select, bindparam, func, or_, select
+from sqlalchemy import BigInteger, Select, Text, bindparam, cast, func, or_, select
 from sqlalchemy.dialects import postgresql
 
 from agent_gateway_store._text import escape
@@ -60,7 +61,15 @@ def _doors(dialect: str) -> Select[Any]:
 
 
 _SIZE, _FROM, _UNTIL = (bindparam(name, type_=BigInteger()) for name in ("p_size", "p_from", "p_until"))
-_CHECKPOINT = (_checkpoints.c.size, _checkpoints.c.root_hash, _checkpoints.c.origin, _checkpoints.c.note)
+
+
+def _checkpoint(dialect: str) -> Select[Any]:
+    # As text: a time that Python cannot hold would end the whole read.
+    made = _checkpoints.c.created_at
+    columns = (_checkpoints.c.size, _checkpoints.c.root_hash, _checkpoints.c.origin, _checkpoints.c.note)
+    return select(*columns, cast(made, Text()) if dialect == "postgresql" else made)
+
+
 _LOG, _DOORS = Statement(_log), Statement(_doors)
 _NEXT = Statement(
     select(func.min(_leaves.c.position).label("position")).where(
@@ -159,11 +168,13 @@ _INTEGRITY = [Statement(typed_text(f"PRAGMA integrity_check({name})", {})) for n
 # Chosen: of a hundred lines, enough to recognise what they are about.
 _MOST_DAMAGES = 3
 _STORED_TILES = Statement(select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes))
-_LAST = Statement(select(*_CHECKPOINT).order_by(_checkpoints.c.size.desc()).limit(1))
+_LAST = Statement(lambda dialect: _checkpoint(dialect).order_by(_checkpoints.c.size.desc()).limit(1))
 _BETWEEN = Statement(
-    select(*_CHECKPOINT)
-    .where(_checkpoints.c.size > bindparam("p_after", type_=BigInteger()), _checkpoints.c.size <= _SIZE)
-    .order_by(_checkpoints.c.size)
+    lambda dialect: (
+        _checkpoint(dialect)
+        .where(_checkpoints.c.size > bindparam("p_after", type_=BigInteger()), _checkpoints.c.size <= _SIZE)
+        .order_by(_checkpoints.c.size)
+    )
 )
 
 
@@ -353,7 +364,9 @@ def _bytes(text: str) -> bytes:
 
 
 def _check_note(walk: LogWalk, checkpoint: Sequence[Any], verifiers: Sequence[VerifierKey]) -> None:
-    size, root_hash, origin, text = checkpoint
+    size, root_hash, origin, text, created_at = checkpoint
+    if not _is_time(created_at):
+        walk.note(FindingKind.ALTERED, f"The checkpoint over {size:,} events holds no time that can be read.")
     try:
         note = _note(text)
         fits = (note.origin, note.size, note.root.hex()) == (origin, size, root_hash)
@@ -365,6 +378,14 @@ def _check_note(walk: LogWalk, checkpoint: Sequence[Any], verifiers: Sequence[Ve
             walk.note(FindingKind.BAD_SIGNATURE, f"The signature of the checkpoint over {size:,} events is forged.")
     if not fits:
         walk.note(FindingKind.BAD_SIGNATURE, f"The checkpoint over {size:,} events and its note differ.")
+
+
+def _is_time(text: Any) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _note(text: Any) -> ParsedNote:
