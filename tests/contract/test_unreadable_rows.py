@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from agent_gateway_store import GatewayStore, StoreSettings
-from agent_gateway_store.errors import LogMismatchError
+from agent_gateway_store.errors import InvalidApiKeyError, LogMismatchError, StoreUnavailableError
+from agent_gateway_store.evidence import check
+from agent_gateway_store.models.audit import RedactionFlag
 from agent_gateway_store.models.evidence import FindingKind
 from builders import make_event
 from tampering import tamper
@@ -83,3 +85,89 @@ async def test_a_leaf_at_the_last_of_all_positions_stops_sealing_with_one_senten
     assert [(each.kind, each.text) for each in found.findings] == [
         (FindingKind.BAD_TREE, "There are 1 leaves outside of the last checkpoint.")
     ]
+
+
+UNREADABLE = {
+    "a large number": ("sanitized_args", '{"n": ' + "9" * 5_000 + "}"),
+    "a large label": ("risk_labels", "[" + "9" * 5_000 + "]"),
+    "extra": ("extra", '{"n": ' + "9" * 5_000 + "}"),
+}
+# What PostgreSQL refuses. The JSON decoder stops at "x" as if a list had come to its end.
+ON_SQLITE = {
+    "no JSON": ("sanitized_args", "x"),
+    "deep": ("sanitized_args", "[" * 100_000 + "]" * 100_000),
+    "empty": ("risk_labels", ""),
+    "flags": ("redaction_flags", '[{"x": 1}]'),
+    "no UUID": ("approval_id", "x"),
+}
+
+
+async def assert_others_are_listed(url: str, name: str, value: str) -> None:
+    """One row that somebody altered is flagged, and hides no other; what was altered is not passed off as sealed."""
+    async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
+        await sealed(store)
+        kind = "::jsonb" if store.database.dialect == "postgresql" else ""
+        await tamper(
+            store.database.engine,
+            f"UPDATE audit_events SET {name} = CAST(:value AS TEXT){kind} WHERE request_id = 'r-1'".replace(
+                "::", "\\:\\:"
+            ),
+            values=[{"value": value}],
+        )
+
+        found = {each.request_id: each for each in await store.audit.search()}
+        assert sorted(found) == ["r-0", "r-1", "r-2"]
+        assert found["r-1"].redaction_flags == [RedactionFlag(field=name, reason="INVALID")]
+        assert found["r-0"].redaction_flags == found["r-2"].redaction_flags == []
+        shown = check((await store.evidence.prove("r-1")).to_json())
+        assert [each.kind for each in shown.findings] == [FindingKind.ALTERED]
+        assert [each.kind for each in (await store.evidence.verify()).findings] == [FindingKind.ALTERED]
+
+
+@pytest.mark.parametrize(("name", "value"), UNREADABLE.values(), ids=UNREADABLE)
+async def test_an_altered_event_hides_no_other(database_url: str, name: str, value: str) -> None:
+    """JSON that Python does not read."""
+    await assert_others_are_listed(database_url, name, value)
+
+
+@SQLITE
+@pytest.mark.parametrize(("name", "value"), ON_SQLITE.values(), ids=ON_SQLITE)
+async def test_what_is_no_json_hides_no_other(database_url: str, name: str, value: str) -> None:
+    """SQLite keeps any text."""
+    await assert_others_are_listed(database_url, name, value)
+
+
+@SQLITE
+async def test_an_event_of_no_time_is_told_in_one_sentence(database_url: str) -> None:
+    """Nothing may stand for when it was."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        await sealed(store)
+        await tamper(store.database.engine, "UPDATE audit_events SET timestamp = 'garbage' WHERE request_id = 'r-1'")
+
+        with pytest.raises(StoreUnavailableError, match=r"audit_events holds what no store writes.*evidence verify"):
+            await store.audit.search()
+
+
+@SQLITE
+@pytest.mark.parametrize("value", ["'x'", "''", "x'00'", "key_hash || char(0)"])
+async def test_an_altered_hash_is_that_of_no_key(database_url: str, value: str) -> None:
+    """The key is refused, as any that does not match."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        issued = await store.keys.issue("alice", role="dev")
+        await tamper(store.database.engine, f"UPDATE api_keys SET key_hash = {value}")
+
+        with pytest.raises(InvalidApiKeyError):
+            await store.keys.verify(issued.plaintext)
+
+
+@SQLITE
+@pytest.mark.parametrize("name", ["expires_at", "last_used_at", "previous_key_expires_at"])
+async def test_an_altered_key_is_told_in_one_sentence(database_url: str, name: str) -> None:
+    """Nobody comes in by it."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        issued = await store.keys.issue("alice", role="dev")
+        await tamper(store.database.engine, f"UPDATE api_keys SET {name} = 'garbage'")
+
+        for read in (lambda: store.keys.verify(issued.plaintext), store.keys.list, lambda: store.keys.get("alice")):
+            with pytest.raises(StoreUnavailableError, match="A row of api_keys holds what no store writes"):
+                await read()

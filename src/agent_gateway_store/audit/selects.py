@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -31,8 +32,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql
 
 from agent_gateway_store.audit.document import scan_json
+from agent_gateway_store.audit.record import INVALID, WITHHELD
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision, RedactionFlag
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDateTime
+from agent_gateway_store.storage.errors import readable_rows
 from agent_gateway_store.storage.filters import Shape
 from agent_gateway_store.storage.grouping import TIMES, Metrics, Offsets, aggregate
 from agent_gateway_store.storage.statements import Statement, is_one_of, literal_number
@@ -51,18 +54,52 @@ _GROUPS = ((1, 8), (9, 4), (13, 4), (17, 4), (21, 100))
 _DECISIONS = {str(each): each for each in Decision}
 _STATUSES: dict[str | None, ExecutionStatus | None] = {None: None} | {str(each): each for each in ExecutionStatus}
 _OUTPUTS = {str(each): each for each in OutputDecision}
+_WITHHELD: dict[str, Any] = {
+    **dict.fromkeys(("sanitized_args", "extra"), json.dumps({WITHHELD: INVALID})),
+    **dict.fromkeys(("risk_labels", "redaction_flags"), "[]"),
+    "approval_id": None,
+}
 
 
 def events_of(rows: Iterable[Sequence[Any]]) -> list[AuditEvent]:
     """Return the events of rows that hold `FIELDS`: detached, and equal to those that were validated.
 
-    Rows of our own database are not validated a second time, and their JSON is valid text.
+    Rows of our own database are not validated a second time, and their JSON is valid text. Where somebody has written
+    something else past the store, the value is replaced and flagged as one of `write` that is not valid is, so that one
+    row hides no other; `evidence verify` names it.
+
+    Raises:
+        StoreUnavailableError: A time or a decision cannot be read: nothing may stand in its place.
     """
     return list(map(_event, rows))
 
 
 def _event(row: Sequence[Any]) -> AuditEvent:
-    values = dict(zip(FIELDS, row, strict=True))
+    try:
+        return _typed(dict(zip(FIELDS, row, strict=True)))
+    except Exception:
+        # Every error means the same; `scan_json` raises StopIteration, which would end the list.
+        return _repaired(dict(zip(FIELDS, row, strict=True)))
+
+
+def _repaired(values: dict[str, Any]) -> AuditEvent:
+    wrong = [name for name in _WITHHELD if not _is_readable(values | _WITHHELD | {name: values[name]})]
+    with readable_rows(table.name, "run `gateway-store evidence verify`, which names it"):
+        event = _typed(values | {name: _WITHHELD[name] for name in wrong})
+    flags = [RedactionFlag(field=name, reason=INVALID) for name in wrong]
+    event.redaction_flags = [*event.redaction_flags, *flags]
+    return event
+
+
+def _is_readable(values: dict[str, Any]) -> bool:
+    try:
+        _typed(values)
+    except Exception:
+        return False
+    return True
+
+
+def _typed(values: dict[str, Any]) -> AuditEvent:
     stamp = values["timestamp"]
     if type(stamp) is str:
         values["timestamp"] = datetime.fromisoformat(stamp).replace(tzinfo=UTC)

@@ -53,7 +53,7 @@ class Hasher:
         Raises:
             StoreUnavailableError: Too many checks wait.
         """
-        return await self._run(lambda: bcrypt.checkpw(secret, hashed.encode()))
+        return await self._run(partial(_is_hash_of, secret, hashed))
 
     async def _run(self, work: Callable[[], T]) -> T:
         if not self._room.acquire(blocking=False):
@@ -81,6 +81,14 @@ class Hasher:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+
+def _is_hash_of(secret: bytes, hashed: str) -> bool:
+    try:
+        return bcrypt.checkpw(secret, hashed.encode())
+    except (ValueError, AttributeError):
+        # Somebody wrote past the store what is the hash of no key.
+        return False
 
 
 class KeyVerifier:

@@ -31,7 +31,7 @@ from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions, first_row
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.errors import readable_rows, retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.statements import Statement
 from agent_gateway_store.telemetry import traced
@@ -53,6 +53,7 @@ _LAST_USED_EVERY = timedelta(minutes=1)
 _LONGEST = timedelta(days=1_000_000)
 # Chosen: a database that is well reads or writes one row in milliseconds.
 _ONE_ROW_S = 5.0
+_MEND = "restore it from a backup, or delete it and issue another key"
 _logger = logging.getLogger("agent_gateway_store.keys")
 _keys = ApiKey.__table__
 
@@ -184,7 +185,8 @@ class KeyManager:
         cache.verifier.admit(key_id, fingerprint)
         version = cache.begin()
         async with self._transactions.read() as connection:
-            row = await first_row(connection, select(_keys, *_timely()).where(self._seen(_keys.c.key_id == key_id)))
+            with readable_rows(_keys.name, _MEND):
+                row = await first_row(connection, select(_keys, *_timely()).where(self._seen(_keys.c.key_id == key_id)))
         if row is None or not row["is_active"] or row["is_expired"]:
             cache.put_unknown(version, key_id, self._org_id)
             return REFUSED
@@ -196,7 +198,8 @@ class KeyManager:
             cache.put_refused(version, fingerprint, self._org_id)
             return REFUSED
         ends = [row["expires_at"], None if matched == row["key_hash"] else row["previous_key_expires_at"]]
-        good = VerifiedKey(_identity(row), use_due=0 if row["is_use_due"] else version.at + _until_use_due(row))
+        with readable_rows(_keys.name, _MEND):
+            good = VerifiedKey(_identity(row), use_due=0 if row["is_use_due"] else version.at + _until_use_due(row))
         end = min((end for end in ends if end is not None), default=None)
         cache.put_verified(version, fingerprint, self._org_id, good, read_at=row["read_at"], end=end)
         return good
@@ -327,7 +330,8 @@ class KeyManager:
         """
         values = {"p_caller_id": storable_key(caller_id), "p_org_id": self._organisation(org_id)}
         async with self._transactions.connection("read") as connection:
-            row = await _GET.first(connection, values)
+            with readable_rows(_keys.name, _MEND):
+                row = await _GET.first(connection, values)
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
         read_at = row.pop("read_at")
@@ -345,7 +349,8 @@ class KeyManager:
         if self._org_id is not None:
             statement = statement.where(_keys.c.org_id == self._org_id)
         async with self._transactions.read() as connection:
-            rows = (await connection.execute(statement)).mappings().all()
+            with readable_rows(_keys.name, _MEND):
+                rows = (await connection.execute(statement)).mappings().all()
         return Page((ApiKey.from_row(dict(row)) for row in rows), columns=COLUMNS, record_type=ApiKey)
 
     def _organisation(self, org_id: str | None) -> str | None:

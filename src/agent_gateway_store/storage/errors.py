@@ -153,6 +153,24 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
         raise error from exc
 
 
+@contextmanager
+def readable_rows(table: str, step: str) -> Iterator[None]:
+    """Turn what is raised over a row that was written past the store into StoreUnavailableError.
+
+    Args:
+        table: Where the row is.
+        step: What to do, as it ends the sentence.
+    """
+    try:
+        yield
+    except GatewayStoreError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as exc:
+        raise StoreUnavailableError(
+            f"A row of {table} holds what no store writes ({type(exc).__name__}): {step}."
+        ) from exc
+
+
 def _is_shared(exc: BaseException) -> bool:
     """True if a session, or a connection of the driver, was still busy with the work of another task."""
     # "isce" is SQLAlchemy's code of "concurrent operations are not permitted"; asyncpg has a text only.
