@@ -106,14 +106,9 @@ async def assert_others_are_listed(url: str, name: str, value: str) -> None:
     """One row that somebody altered is flagged, and hides no other; what was altered is not passed off as sealed."""
     async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
         await sealed(store)
-        kind = "::jsonb" if store.database.dialect == "postgresql" else ""
-        await tamper(
-            store.database.engine,
-            f"UPDATE audit_events SET {name} = CAST(:value AS TEXT){kind} WHERE request_id = 'r-1'".replace(
-                "::", "\\:\\:"
-            ),
-            values=[{"value": value}],
-        )
+        kind = "JSONB" if store.database.dialect == "postgresql" else "TEXT"
+        altered = f"UPDATE audit_events SET {name} = CAST(CAST(:value AS TEXT) AS {kind}) WHERE request_id = 'r-1'"
+        await tamper(store.database.engine, altered, values=[{"value": value}])
 
         found = {each.request_id: each for each in await store.audit.search()}
         assert sorted(found) == ["r-0", "r-1", "r-2"]

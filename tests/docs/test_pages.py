@@ -262,11 +262,11 @@ def test_testing_page(tmp_path: Path) -> None:
 
 
 async def test_grants_suffice(postgres_database: Callable[[], str]) -> None:
-    """With the grants of the docs a gateway works, and cannot delete an audit event."""
+    """With the grants of the docs a gateway works, and cannot delete an audit event or choose its id."""
     url, role = postgres_database(), f"app_{uuid4().hex}"
     async with GatewayStore(url, auto_migrate=True):
         pass
-    [grants] = blocks("sql", PAGES["how-to/postgresql-and-redis.md"].replace("gateway_app", role))
+    grants, _ = blocks("sql", PAGES["how-to/postgresql-and-redis.md"].replace("gateway_app", role))
     owner = await asyncpg.connect(url.replace("+asyncpg", ""))
     await owner.execute(f"CREATE ROLE {role}; {grants}")
     engine = create_async_engine(url, connect_args={"server_settings": {"role": role}})
@@ -287,11 +287,14 @@ async def test_grants_suffice(postgres_database: Callable[[], str]) -> None:
             assert (len(await store.sinks.list()), await store.sinks.redrive()) == (1, 2)
             assert await store.sinks.forget("refusing")
 
-            with pytest.raises(ProgrammingError, match="permission denied"):
-                async with store.database.sessions() as session:
-                    await session.execute(text("DELETE FROM audit_events"))
+            chosen = "INSERT INTO audit_events ({0}) SELECT {0} + 1000 FROM audit_events"
+            for refused in ("DELETE FROM audit_events", chosen.format("id"), chosen.format("transaction_id")):
+                with pytest.raises(ProgrammingError, match="permission denied"):
+                    async with store.database.sessions() as session:
+                        await session.execute(text(refused))
+            assert await store.audit.write_many(make_event() for _ in range(3)) == {"STORED": 3}
             assert outcomes == ["STORED", "STORED"]
-            assert len(await store.audit.list_recent()) == 2
+            assert len(await store.audit.list_recent()) == 5
     finally:
         await engine.dispose()
         await owner.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,35 @@ def test_doctor_names_the_tables_and_db_restored_mends_them(url: str) -> None:
     assert gateway_store("--database-url", url, "doctor", "--json").json["database"]["ids_in_use"] == []
     written = gateway_store("--database-url", url, "keys", "issue", "new", "--role", "r")
     assert written.code == 0, written.err
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+async def test_the_largest_of_all_ids_is_told_and_mended_as_the_page_says(url: str) -> None:
+    """Whoever may choose an id can take the last one; nothing that was written meanwhile is lost."""
+    await begin_at(url, 1000, "audit_events")
+    async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as store:
+        columns = "jsonb_populate_record(event, jsonb_build_object('id', 9223372036854775807, 'request_id', 'bait'))"
+        await execute(url, f"INSERT INTO audit_events SELECT ({columns}).* FROM audit_events AS event LIMIT 1")
+        await store.evidence.seal()
+    async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as store:
+        assert await store.audit.write(make_event(request_id="waits")) is WriteOutcome.SPOOLED
+        restored = await asyncio.to_thread(gateway_store, "--database-url", url, "db", "restored", "--by", "ops")
+        assert restored.code == 5
+        assert "Give that row the next id of the sequence" in restored.err
+        found = (await store.evidence.verify()).findings
+        assert [each.request_id for each in found if "no store gives one so high" in each.text] == ["bait"]
+
+        page = (DOCS / "how-to" / "postgresql-and-redis.md").read_text()
+        async with servers.connected(url) as driver:
+            await driver.execute(page.partition("### Where no id is left")[2].split("```")[1].removeprefix("sql"))
+        assert await store.audit.flush() == 0
+        assert await store.audit.write(make_event()) is WriteOutcome.STORED
+        await store.evidence.seal()
+        assert (await store.audit.get_by_request_id("waits")) is not None
+        found = (await store.evidence.verify()).findings
+        assert not [each for each in found if "no store gives" in each.text]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from agent_gateway_store.models.evidence import (
     identity_table,
 )
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.sequences import HIGHEST_ID
 from agent_gateway_store.storage.statements import Statement, typed_text
 from agent_gateway_store.storage.streaming import Snapshot, snapshot
 
@@ -147,11 +148,11 @@ _NOT_BEFORE_INSERT = re.compile(
 _STRANGE = Statement(
     lambda dialect: typed_text(_STRANGE_ON_POSTGRES if dialect == "postgresql" else _STRANGE_ON_SQLITE, {})
 )
-# Both databases number rows from 1, and readers that go on from an id begin at 0.
-_BELOW = Statement(
+# Both databases number rows from 1, and readers that go on from an id begin at 0. Behind a very high one none is left.
+_NOT_GIVEN = Statement(
     select(_leaves.c.position, table.c.id, table.c.request_id)
     .select_from(table.outerjoin(_leaves, _leaves.c.event_id == table.c.id))
-    .where(table.c.id < 1)
+    .where(or_(table.c.id < 1, table.c.id > HIGHEST_ID))
     .order_by(table.c.id)
     .limit(MOST_FINDINGS)
 )
@@ -243,8 +244,11 @@ async def _walked(
 
 async def _check_ids(reader: Snapshot, walk: LogWalk) -> None:
     """Name ids that no store gives, by which followers miss events: ids are not sealed."""
-    for position, event_id, request_id in await reader.fetched(_BELOW):
-        text = f"The event has the id {event_id:,}: none below 1 is given, and followers pass over it."
+    for position, event_id, request_id in await reader.fetched(_NOT_GIVEN):
+        why = "none below 1 is given, and followers pass over it"
+        if event_id > 0:
+            why = "no store gives one so high, and hardly any is left for new events"
+        text = f"The event has the id {event_id:,}: {why}."
         walk.note(FindingKind.ALTERED, text, position=position, event_id=event_id, request_id=request_id)
     ((history_id, *given),) = await reader.fetched(_HISTORY)
     if type(history_id) is int and all(type(each) is int and each < history_id for each in given):

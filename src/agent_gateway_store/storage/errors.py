@@ -42,6 +42,8 @@ T = TypeVar("T")
 # serialization_failure and deadlock_detected: the same transaction may succeed when it is run again.
 _CONFLICTS = ("40001", "40P01")
 _UNIQUE_VIOLATION = "23505"
+# A sequence that has come to its end.
+_NO_ID_LEFT = "2200H"
 # Chosen: a row lock is held for milliseconds. The server waits a second itself before it calls a wait a deadlock.
 _PAUSES_S = (0.01, 0.05, 0.2)
 # asyncpg raises InternalClientError, which has neither of its two roots, when a server is killed during a command.
@@ -89,6 +91,10 @@ _HINTS = (
     ("is malformed", "the file is damaged: restore it from a backup"),
     ("database is locked", "the file is locked by another process: try again"),
     ("database or disk is full", "the disk is full: make room"),
+    (
+        "sequencegeneratorlimitexceeded",
+        "a sequence has come to its end: give the row with the largest id another one, and set the sequence",
+    ),
     ("diskfull", "the disk is full: make room"),
     # What SQLite says where there is no room for the file beside its own that connections share, too.
     ("disk i/o error", "the disk is full or fails: make room, and check it"),
@@ -250,7 +256,7 @@ def _is_statements(exc: BaseException) -> bool:
 
 def is_outage(exc: BaseException) -> bool:
     """True if the database could not answer, or not number the row; False if it refused this row."""
-    if is_id_taken(exc):
+    if is_id_taken(exc) or sqlstate_of(exc) == _NO_ID_LEFT:
         return True
     if isinstance(exc, DBAPIError):
         exc = exc.orig or exc

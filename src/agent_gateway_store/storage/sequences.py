@@ -15,6 +15,9 @@ from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.errors import IDS_IN_USE
 
+HIGHEST_ID = 2**62
+"""Chosen: half of what a column holds. No store gives an id above it."""
+
 # NULL for a role that may not look.
 _SEQUENCE = """
 SELECT sequence FROM pg_get_serial_sequence($1, 'id') AS sequence
@@ -62,11 +65,22 @@ async def tables_behind(connection: AsyncConnection) -> list[str]:
 
 
 async def advance(connection: AsyncConnection) -> None:
-    """Let every sequence of PostgreSQL that is behind go on after the highest id that was given; does not commit."""
+    """Let every sequence of PostgreSQL that is behind go on after the highest id that was given; does not commit.
+
+    Raises:
+        StoreUnavailableError: That id is one that no store gives, and hardly any is left behind it.
+    """
     driver = await _driver_of(connection)
     for table in _numbered():
         if (sequence := await _sequence_behind(driver, table)) is not None:
-            await driver.execute(f"SELECT setval('{sequence}', {_given(table)})")
+            # Before a sequence is set, which no rollback takes back.
+            if (given := await driver.fetchval(f"SELECT {_given(table)}")) > HIGHEST_ID:
+                raise StoreUnavailableError(
+                    f"The database could not number rows of {table}: somebody has given one the id {given}, and hardly "
+                    "any is left behind it. Give that row the next id of the sequence, as the owner: the how-to on "
+                    "PostgreSQL says how."
+                )
+            await driver.execute(f"SELECT setval('{sequence}', {given})")
 
 
 def _numbered() -> list[str]:
