@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -26,16 +27,38 @@ def save(folder: Path, entries: list[Entry]) -> None:
     (folder / NAME).write_text("".join(entry.to_line() for entry in entries))
 
 
-def rewritten(folder: Path, entry: Entry, change: Change, *, file: str | None = None, **said: Any) -> Entry:
-    """Replace a file by what `change` makes of its rows; return what the manifest then says of it."""
+def rewritten(
+    folder: Path,
+    entry: Entry,
+    change: Change,
+    *,
+    file: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **said: Any,
+) -> Entry:
+    """Replace a file by what `change` makes of its rows; return what the manifest then says of it.
+
+    Args:
+        options: Of pyarrow's writer.
+    """
     path = folder / (file or entry.file)
     with parquet.ParquetFile(folder / entry.file) as old:
         table = change(old.read())
     (folder / entry.file).unlink()
     path.parent.mkdir(exist_ok=True)
-    parquet.write_table(table, path)
+    parquet.write_table(table, path, **options)
     digest = sha256(path.read_bytes()).hexdigest()
     return replace(entry, **{"file": file or entry.file, "sha256": digest, "count": table.num_rows, **said})
+
+
+def patched(folder: Path, entry: Entry, old: bytes, new: bytes) -> Entry:
+    """Replace bytes of the same number in the end of a file, which says what its columns hold."""
+    path = folder / entry.file
+    data = path.read_bytes()
+    at = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    assert old in data[at:]
+    path.write_bytes(data[:at] + data[at:].replace(old, new))
+    return replace(entry, sha256=sha256(path.read_bytes()).hexdigest())
 
 
 def with_column(name: str, values: list[Any], kind: pa.DataType | None = None) -> Change:

@@ -74,7 +74,14 @@ def text_of(name: str) -> Callable[[pa.Table], pa.Table]:
 
 
 CHANGES: dict[str, tuple[Callable[[Path, Entry], list[Entry]], str]] = {
-    "doubled rows": (other_rows(lambda table: pa.concat_tables([table] * 3)), "an event more than once"),
+    "doubled rows": (
+        other_rows(lambda table: pa.concat_tables([table] * 3), positions=[[0, 5]]),
+        "an event more than once",
+    ),
+    "more rows than listed": (
+        other_rows(lambda table: pa.concat_tables([table] * 3)),
+        "not hold the positions that the manifest names",
+    ),
     "listed copy": (copied, "that another file holds"),
     "other day": (named(lambda file: file.replace("2025-03-01", "2031-01-01")), "2 events of another day"),
     "no day": (named(lambda file: file.removeprefix("day=")), "is not named as"),

@@ -66,7 +66,7 @@ def write_day(
     runs = runs_of(positions)
 
     def write(path: Path) -> None:
-        parquet.write_table(table, path, compression="zstd", row_group_size=_GROUP_ROWS)
+        parquet.write_table(table, path, compression="zstd", row_group_size=_GROUP_ROWS, write_page_index=False)
 
     def check(path: Path) -> bool:
         with parquet.ParquetFile(path) as file:
@@ -139,12 +139,15 @@ Record = dict[str, Any]
 
 def rewrite_events(manifest: Manifest, blank: Mapping[tuple[int, str], Mapping[str, Any]]) -> None:
     """Replace columns of the events with some positions and leaves, in every file that has one; the old files go."""
-    for entry in manifest.of_kind("events"):
-        if not any(first <= position <= last for first, last in entry.positions for position, _ in blank):
-            continue
-        table = read_events(manifest.folder, entry)
-        keys = zip(*(table.column(name).to_pylist() for name in ("position", "leaf_hash")), strict=True)
+    from pyarrow import parquet
+
+    for entry in manifest.of_kind("events") if blank else ():
+        # Whatever the manifest says of the positions.
+        with parquet.ParquetFile(manifest.folder / entry.file) as file:
+            held = file.read(["position", "leaf_hash"])
+        keys = zip(*(column.to_pylist() for column in held.columns), strict=True)
         if found := {place: blank[key] for place, key in enumerate(keys) if key in blank}:
+            table = read_events(manifest.folder, entry)
             day = entry.file.partition("/")[0].removeprefix("day=")
             replaced = _replaced(table, found)
             _replace(manifest, write_day(manifest, day, replaced, entry.checkpoint, replaces=entry.file))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import describe
-from agent_gateway_store.archive.files import COLUMNS, EVENT_COLUMNS, NAMES, leaf_of, require_intact
+from agent_gateway_store.archive.files import EVENT_COLUMNS, NAMES, leaf_of, require_intact
+from agent_gateway_store.archive.footer import BATCH_ROWS, Footer, require_columns
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
 from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.filters import Filters, criteria
@@ -30,8 +31,8 @@ from agent_gateway_store.storage.filters import Criteria, searched_text
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Chosen: with rows of 5 kB about 50 MB.
-_BATCH_ROWS = 10_000
+# Of one file. Chosen: whoever altered more has altered everything.
+_MOST_FINDINGS = 1_000
 _FILES = {
     "events": re.compile(r"day=([0-9-]+)/[0-9]+-[0-9a-f]+\.parquet"),
     "approvals": re.compile(r"approvals-([0-9-]+)-[0-9a-f]+\.jsonl"),
@@ -118,7 +119,7 @@ class Archive:
         )
 
     def batches(
-        self, filters: Mapping[str, Any], columns: Sequence[str], keep: Any = None, *, trusts_days: bool = True
+        self, filters: Mapping[str, Any], columns: Sequence[str], keep: Any = None, *, skips: bool = True
     ) -> Iterator[tuple[Entry, pa.RecordBatch]]:
         """Yield the rows that match, with these columns, each event once.
 
@@ -126,7 +127,8 @@ class Archive:
             filters: As of `events`.
             columns: Their names.
             keep: One more condition of pyarrow.
-            trusts_days: False opens each file, whichever day its folder says that it is of.
+            skips: False looks at each row, whatever days, positions and statistics say, and yields the copies of an
+                event as well: for what must miss none.
         """
         arrow("Reading an archive")
         found = criteria(filters, org_id=None)
@@ -137,13 +139,14 @@ class Archive:
         entries = sorted(manifest.of_kind("events"), key=lambda entry: entry.file)
         repeated = _repeated(entries)
         needed = dict.fromkeys([*columns, *(["risk_labels"] if exact else []), *(["position"] if repeated else [])])
+        scanned = _scanned if skips else _read
         for number, entry in enumerate(entries):
-            if trusts_days and not _may_hold(entry, found):
+            if skips and not _may_hold(entry, found):
                 continue
             known = None
-            if entry.file in repeated:
+            if skips and entry.file in repeated:
                 known = Positions([list(run) for each in entries[:number] for run in each.positions])
-            for batch in _scanned(self.folder / entry.file, list(needed), condition):
+            for batch in scanned(self.folder / entry.file, list(needed), condition):
                 kept = _kept(batch, exact, known)
                 if kept.num_rows:
                     yield entry, kept.select(list(columns))
@@ -199,9 +202,14 @@ class ArchiveWalk:
     def _fitting_rows_of(self, entry: Entry, day: str | None) -> Iterator[list[CheckedRow]]:
         import pyarrow.compute as pc
 
+        footer = Footer(self.manifest.folder / entry.file)
+        if not footer.rows == entry.count == sum(last - first + 1 for first, last in entry.positions):
+            self._note(FindingKind.MISSING, f"{entry.file} does not hold the positions that the manifest names.")
+            return
         positions: list[int] = []
-        others = 0
-        for batch in _scanned(self.manifest.folder / entry.file, list(NAMES), None):
+        lies: set[str] = set()
+        others = altered = 0
+        for batch in footer.read(lies):
             fitting = []
             if day is not None:
                 days = pc.strftime(batch.column("timestamp"), format=DAY)
@@ -209,13 +217,21 @@ class ArchiveWalk:
             for row in rows_of(batch):
                 positions.append(row[-3])
                 if (found := checked_row(row)) is None:
-                    text = "The archived event, or its leaf, is not what was sealed."
-                    self._note(FindingKind.ALTERED, text, position=row[-3], event_id=row[0], request_id=row[1])
+                    altered += 1
+                    if altered <= _MOST_FINDINGS:
+                        text = "The archived event, or its leaf, is not what was sealed."
+                        self._note(FindingKind.ALTERED, text, position=row[-3], event_id=row[0], request_id=row[1])
                     continue
                 fitting.append(found)
                 self.events += found.left is None
                 self.erased += found.left is not None
             yield fitting
+        if altered > _MOST_FINDINGS:
+            self._note(FindingKind.ALTERED, f"{entry.file} holds {altered:,} events that are not what was sealed.")
+        if lies:
+            names = ", ".join(sorted(lies))
+            text = f"{entry.file} says of its columns what is not so ({names}): other readers leave rows out by it."
+            self._note(FindingKind.ALTERED, text)
         if others:
             self._note(FindingKind.ALTERED, f"{entry.file} holds {others:,} events of another day.")
         if len(set(positions)) != len(positions):
@@ -248,7 +264,7 @@ def checked_row(row: Sequence[Any]) -> CheckedRow | None:
 
 def archived_rows(folder: Path, entry: Entry, keep: Any) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of one file, with `COLUMNS`, for which a condition of pyarrow holds."""
-    for batch in _scanned(folder / entry.file, list(NAMES), keep):
+    for batch in _read(folder / entry.file, list(NAMES), keep):
         yield from rows_of(batch)
 
 
@@ -273,15 +289,21 @@ def _scanned(path: Path, columns: list[str], condition: Any) -> Iterator[pa.Reco
         found = dataset.dataset(path, format="parquet", partitioning=None)
     except (OSError, ValueError) as exc:
         raise ArchiveError(f"{path} cannot be read: restore it from a backup.", file=path.name) from exc
-    # Other readers take each column that there is, also one in whose name only a letter is larger.
-    if not found.schema.equals(arrow_schema(COLUMNS)):
-        raise ArchiveError(f"{path} has other columns than an archive: restore it from a backup.", file=path.name)
+    require_columns(path, found.schema)
     scanned = found.scanner(
-        columns=columns, filter=condition, batch_size=_BATCH_ROWS, batch_readahead=1, use_threads=False
+        columns=columns, filter=condition, batch_size=BATCH_ROWS, batch_readahead=1, use_threads=False
     )
     for batch in scanned.to_batches():
         if batch.num_rows:
             yield batch
+
+
+def _read(path: Path, columns: list[str], condition: Any) -> Iterator[pa.RecordBatch]:
+    """Yield what `_scanned` does, and trust no statistics: each row is read, and only then the condition asked."""
+    pa = arrow()
+    for batch in Footer(path).read():
+        found = pa.Table.from_batches([batch])
+        yield from (found if condition is None else found.filter(condition)).select(columns).to_batches()
 
 
 def _repeated(entries: Sequence[Entry]) -> set[str]:

@@ -287,17 +287,13 @@ class Eraser:
 def _archived(folder: Path, request_id: str) -> list[dict[str, Any]]:
     import pyarrow.compute as pc
 
-    found = Archive(folder).batches({}, NAMES, pc.field("request_id") == request_id)
+    found = Archive(folder).batches({}, NAMES, pc.field("request_id") == request_id, skips=False)
     return [dict(zip(NAMES, stored_form(row), strict=True)) for _, batch in found for row in rows_of(batch)]
 
 
 def _holds_of_archived(folder: Path, holds: Sequence[Hold], touched: _Touched) -> list[str]:
     keep = touched.in_archive()
-    return [
-        hold.name
-        for hold in holds
-        if any(Archive(folder).batches(hold.filters, ("position",), keep, trusts_days=False))
-    ]
+    return [hold.name for hold in holds if any(Archive(folder).batches(hold.filters, ("position",), keep, skips=False))]
 
 
 def _archived_approvals(manifest: Manifest, cited: Collection[str], request_id: str, org_id: str) -> dict[UUID, str]:

@@ -99,9 +99,13 @@ def _in_archive(folder: Path, own: Mapping[str, str], texts: Sequence[str] | Non
             has_text = pc.or_kleene(has_text, pc.match_substring(pc.field(name), text, ignore_case=True))
         keep = keep & has_text
     found = []
-    for entry, batch in Archive(folder).batches({}, _SHOWN, keep):
+    known: set[tuple[Any, ...]] = set()
+    for entry, batch in Archive(folder).batches({}, (*_SHOWN, "position"), keep, skips=False):
         for row in rows_of(batch):
-            values = dict(zip(_SHOWN, row, strict=True))
+            if row in known:
+                continue
+            known.add(row)
+            values = dict(zip(_SHOWN, row[:-1], strict=True))
             approval_id = values["approval_id"] and UUID(values["approval_id"])
             values |= {"timestamp": as_utc(values["timestamp"]), "approval_id": approval_id}
             found.append(FoundRecord(kind="event", file=entry.file, **values))
