@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from agent_gateway_store.archive import manifest
+from agent_gateway_store.archive import Archive, manifest
 from agent_gateway_store.archive.files import Record, read_approvals, rewrite_approvals, write_approvals
-from agent_gateway_store.archive.manifest import NAME, Manifest
-from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.archive.manifest import NAME, Entry, Manifest
+from agent_gateway_store.errors import ArchiveError, StoreUnavailableError
 
 pytestmark = pytest.mark.unit
 
@@ -87,3 +90,28 @@ def test_half_a_line_of_a_killed_process_is_removed_by_whoever_writes_next(tmp_p
     archived(one, "after")
 
     assert notes_in(tmp_path) == ["before", "after"]
+
+
+async def test_a_pipe_in_the_place_of_the_manifest_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / NAME)
+    # Whoever reads it waits until this end is closed.
+    end = os.open(tmp_path / NAME, os.O_RDWR)
+    try:
+        with pytest.raises(ArchiveError, match="no regular file"):
+            await asyncio.wait_for(asyncio.to_thread(Manifest(tmp_path).read), 10)
+    finally:
+        os.close(end)
+
+
+@pytest.mark.parametrize("name", [NAME, "day=2026-01-01/000000000000000-00.parquet"])
+def test_a_device_in_the_place_of_a_file_is_not_read(tmp_path: Path, name: str) -> None:
+    """`/dev/zero` never ends."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(os.devnull)
+    if name != NAME:
+        entry = Entry(file=name, kind="events", count=1, positions=[[0, 0]], sha256=sha256().hexdigest())
+        (tmp_path / NAME).write_text(entry.to_line())
+
+    assert not Archive(tmp_path).verify().ok
+    with pytest.raises(ArchiveError, match="cannot be read"):
+        list(Archive(tmp_path).events())

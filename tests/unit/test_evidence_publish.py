@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
@@ -258,3 +260,48 @@ async def test_a_folder_with_another_file_of_that_name_is_left_alone(tmp_path: P
     with pytest.raises(InvalidEvidenceError):
         await publish(tmp_path, SealedLog(leaves=1).checkpoint(), Reader(SealedLog(leaves=1)))
     assert (tmp_path / "checkpoint").read_bytes() == b"\xff of something else"
+
+
+async def test_a_link_in_the_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    """Whoever can write to the folder names no file of the gateway's user for it to overwrite."""
+    folder, other = tmp_path / "public", tmp_path / "other"
+    other.write_text("mine")
+    log = SealedLog(leaves=5)
+    (folder / "tile/0/000.p").mkdir(parents=True)
+    for name in ("tile/0/000.p/5", "checkpoint"):
+        (folder / name).symlink_to(other if "tile" in name else tmp_path / "none")
+
+    await publish(folder, log.checkpoint(), Reader(log))
+
+    assert other.read_text() == "mine"
+    assert not (tmp_path / "none").exists()
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    assert monitor(folder)[0] == 5
+
+
+async def test_nothing_is_published_through_a_linked_folder(tmp_path: Path) -> None:
+    folder, other = tmp_path / "public", tmp_path / "other/000.p"
+    other.mkdir(parents=True)
+    (other / "5").write_text("mine")
+    (folder / "tile").mkdir(parents=True)
+    (folder / "tile/0").symlink_to(tmp_path / "other")
+    log = SealedLog(leaves=256)
+
+    for size in (5, 256):
+        with pytest.raises(OSError, match="it is a link"):
+            await publish(folder, log.checkpoint(size), Reader(log))
+
+    assert (other / "5").read_text() == "mine"
+    assert published(tmp_path / "other") == ["000.p/5"]
+
+
+async def test_a_pipe_in_the_place_of_the_checkpoint_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "checkpoint")
+    # Whoever reads it waits until this end is closed.
+    end = os.open(tmp_path / "checkpoint", os.O_RDWR)
+    log = SealedLog(leaves=5)
+    try:
+        with pytest.raises(OSError, match="no regular file"):
+            await asyncio.wait_for(publish(tmp_path, log.checkpoint(), Reader(log)), 10)
+    finally:
+        os.close(end)

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 from agent_gateway_store.archive.files import COLUMNS
 from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.results.arrow import arrow_schema
+from agent_gateway_store.storage.files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +51,7 @@ class Footer:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 file.seek(-8, SEEK_END)
                 length, magic = struct.unpack("<I4s", file.read(8))
                 if magic != _MAGIC:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from agent_gateway_store.errors import ArchiveError, StoreUnavailableError
 from agent_gateway_store.storage.exclusive import FOLDER_LOCK, folder_lock
-from agent_gateway_store.storage.files import create_file, create_folder, sync
+from agent_gateway_store.storage.files import create_file, create_folder, open_regular, sync
 
 NAME = "manifest.jsonl"
 SCHEMA_VERSION = 1
@@ -119,7 +119,7 @@ class Manifest:
             ArchiveError: There is no manifest, or a line of it is not what was written.
         """
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self._read_bytes)
                 added = file.read()
         except OSError as exc:
@@ -228,7 +228,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, as it is read from disk."""
     digest = sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from agent_gateway_store.models.retention import ArchiveVerification
 from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
 from agent_gateway_store.results.cells import columns_of
 from agent_gateway_store.storage.arrow import DAY
+from agent_gateway_store.storage.files import open_regular
 from agent_gateway_store.storage.filters import Criteria, searched_text
 
 if TYPE_CHECKING:
@@ -286,6 +287,7 @@ def _scanned(path: Path, columns: list[str], condition: Any) -> Iterator[pa.Reco
 
     # Without partitions: the column `day` of the folder's name is no column of an event. Threads would read ahead.
     try:
+        open_regular(path).close()
         found = dataset.dataset(path, format="parquet", partitioning=None)
     except (OSError, ValueError) as exc:
         raise ArchiveError(f"{path} cannot be read: restore it from a backup.", file=path.name) from exc

@@ -80,7 +80,7 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
         # Of all that the system looks for only the current folder has no name.
         return "The current folder was removed: change to another one and try again.", ExitCode.ERROR
     if isinstance(error, OSError) and error.filename is not None:
-        what = f"{escape(str(error.filename))}: {strerror(error.errno or 0)}"
+        what = f"{escape(str(error.filename))}: {error.strerror or strerror(error.errno or 0)}"
         return f"{what}: check the path and its permissions and try again.", ExitCode.ERROR
     return f"Unexpected error, {describe(error)}: run with --debug for the traceback.", ExitCode.ERROR
 

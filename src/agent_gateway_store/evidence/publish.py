@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from errno import ELOOP
 from itertools import islice
 from os.path import realpath
 from pathlib import Path
@@ -25,7 +26,7 @@ from agent_gateway_store.evidence.tree import (
 from agent_gateway_store.models.evidence import Checkpoint
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.exclusive import ExclusiveLock, folder_lock, key_of
-from agent_gateway_store.storage.files import PUBLIC_FILE_MODE, partial, sync
+from agent_gateway_store.storage.files import PUBLIC_FILE_MODE, open_regular, partial, sync
 
 # Chosen: 512 KiB of hashes in memory.
 _TILES_AT_ONCE = 64
@@ -96,8 +97,10 @@ async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
 
 
 def _published(folder: Path) -> ParsedNote | None:
-    path = folder / "checkpoint"
-    return parse_note(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
+    try:
+        return parse_note(_read(folder / "checkpoint").decode("utf-8", errors="replace"))
+    except FileNotFoundError:
+        return None
 
 
 async def _require_same_log(old: ParsedNote | None, new: Checkpoint, read: ReadTiles) -> None:
@@ -137,7 +140,7 @@ def _unsure(folder: Path, published: int, size: int) -> Iterator[tuple[int, int,
 
 
 def _is_whole(path: Path, width: int) -> bool:
-    return path.is_file() and path.stat().st_size == width * HASH_BYTES
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == width * HASH_BYTES
 
 
 def _write_tiles(folder: Path, batch: Sequence[tuple[int, int, int]], tiles: TileHashes) -> int:
@@ -145,11 +148,12 @@ def _write_tiles(folder: Path, batch: Sequence[tuple[int, int, int]], tiles: Til
     count = 0
     for level, index, width in batch:
         path, hashes = folder / tile_path(level, index, width), tiles.tile(level, index, width)
+        _require_own(folder, path.parent)
         if width == TILE_WIDTH and row_root(hashes) != tiles.node(TILE_HEIGHT * (level + 1), index):
             raise LogMismatchError(
                 f"Tile {index} of level {level} is not that of the tree: run `gateway-store evidence verify`."
             )
-        if not _is_whole(path, width) or path.read_bytes() != hashes:
+        if not _is_whole(path, width) or _read(path) != hashes:
             _write(path, hashes)
             count += 1
         if width == TILE_WIDTH:
@@ -162,7 +166,7 @@ def _write_checkpoint(folder: Path, checkpoint: Checkpoint, old: ParsedNote | No
     _require_published(folder, old)
     size, edge = checkpoint.size, dict[tuple[int, int], bytes]()
     for level, index in tiles_for_root(size):
-        edge[level, index] = (folder / tile_path(level, index, _width(level, index, size))).read_bytes()
+        edge[level, index] = _read(folder / tile_path(level, index, _width(level, index, size)))
     if root_from(TileHashes(edge), size).hex() != checkpoint.root_hash:
         raise _does_not_agree(size)
     _require_published(folder, old)
@@ -175,9 +179,23 @@ def _require_published(folder: Path, old: ParsedNote | None) -> None:
         raise StoreUnavailableError(f"{_BUSY}: try again.")
 
 
+def _require_own(folder: Path, below: Path) -> None:
+    # Who can write to the published folder may have put it there, to have another file of ours replaced or removed.
+    for each in (below, *below.parents):
+        if each == folder:
+            return
+        if each.is_symlink():
+            raise OSError(ELOOP, "it is a link, which the log is not published through", str(each))
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
+
+
 def _write(path: Path, data: bytes) -> None:
     _make_folder(path.parent)
-    with partial(path, overwrite=True) as written:
+    with partial(path, overwrite=True, follows=False) as written:
         written.write_bytes(data)
 
 

@@ -13,9 +13,9 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from errno import ENOENT, ENOTDIR
+from errno import EINVAL, ENOENT, ENOTDIR
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import IO, Literal, TypeVar
 
 from agent_gateway_store.results.arrow import arrow
 
@@ -42,6 +42,20 @@ def create_database_file(path: Path) -> None:
     """
     with suppress(OSError):
         create_file(path)
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading, where others may have put something else: a pipe never answers, a device never ends.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+    """
+    # Without O_NONBLOCK, to open a pipe waits for who writes to it. Judged once it is open, so that nobody swaps it.
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return os.fdopen(file, "rb")
+    os.close(file)
+    raise OSError(EINVAL, "it is no regular file", str(path))
 
 
 def file_id(path: Path) -> tuple[int, int]:
@@ -148,11 +162,11 @@ def export_format(
 
 
 @contextmanager
-def partial(path: Path, *, overwrite: bool, as_folder: bool = False) -> Iterator[Path]:
+def partial(path: Path, *, overwrite: bool, as_folder: bool = False, follows: bool = True) -> Iterator[Path]:
     """Yield a name beside `path` for a file or folder; at the end that becomes `path`, at once and complete.
 
     If the body raises, the file or folder is removed. If the process is killed it stays as `.<name>.<random>.partial`,
-    never under `path`. A link stays, and what it leads to is replaced.
+    never under `path`. A link stays, and what it leads to is replaced; without `follows`, the link itself.
 
     Raises:
         FileExistsError: `path` exists, and `overwrite` is False; or it is no regular file, nor, with `as_folder`, a
@@ -161,10 +175,11 @@ def partial(path: Path, *, overwrite: bool, as_folder: bool = False) -> Iterator
     """
     if not overwrite and os.path.lexists(path):
         raise _exists(path)
-    if not _is_replaceable(path, as_folder=as_folder):
+    is_link = not follows and path.is_symlink()
+    if not is_link and not _is_replaceable(path, as_folder=as_folder):
         raise FileExistsError(f"{path} is not a file or dataset of an export: choose another name.")
-    # Of a link, what it leads to is replaced.
-    path = Path(os.path.realpath(path))
+    if follows:
+        path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent}: make it first.")
     written = _beside(path, "partial")
