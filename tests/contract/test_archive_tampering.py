@@ -137,3 +137,15 @@ async def test_it_ends_a_command_that_reads_it_in_one_sentence(store: GatewaySto
 
     assert await store.audit.get_by_request_id("more") is not None
     assert [event async for event in store.audit.stream(tool_name="audit.erase")] == []
+
+
+@pytest.mark.parametrize("folder", ["day=2025-03-01", "day=1999-01-01", "more/of/it"])
+async def test_a_file_that_the_manifest_does_not_name_is_said(store: GatewayStore, archive: Path, folder: str) -> None:
+    """A killed prune leaves such, so it is no finding; but other readers count what is in it."""
+    (archive / folder).mkdir(parents=True, exist_ok=True)
+    (archive / folder / "x.parquet").write_bytes((archive / entries_of(archive)[0].file).read_bytes())
+
+    for verified in (Archive(archive).verify(), await store.evidence.verify(archive=archive)):
+        assert verified.ok
+        (remark,) = verified.remarks
+        assert f"1 files are not in the manifest, the first '{folder}/x.parquet'" in remark

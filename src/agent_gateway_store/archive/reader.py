@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from uuid import UUID
 
-from agent_gateway_store._text import describe
+from agent_gateway_store._text import code_text, describe
 from agent_gateway_store.archive.files import EVENT_COLUMNS, NAMES, leaf_of, require_intact
 from agent_gateway_store.archive.footer import BATCH_ROWS, Footer, require_columns
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
@@ -104,19 +104,13 @@ class Archive:
         walk = ArchiveWalk(self.folder)
         for _ in walk.checked_rows():
             pass
-        remarks = []
-        if walk.manifest.is_torn:
-            remarks.append("The last line of the manifest was not finished: the next prune removes it.")
-        unlisted = len(set(files_of(self.folder)) - {self.folder / file for file in walk.manifest.entries})
-        if unlisted:
-            remarks.append(f"{unlisted:,} files are not in the manifest: the next prune removes them.")
         return ArchiveVerification(
             ok=not walk.findings,
             files=walk.files,
             events=walk.events,
             erased=walk.erased,
             findings=tuple(walk.findings),
-            remarks=tuple(remarks),
+            remarks=tuple(walk.remarks()),
         )
 
     def batches(
@@ -190,6 +184,20 @@ class ArchiveWalk:
             self.files += 1
             if entry.kind == "events":
                 yield from self._rows_of(entry, named and named[1])
+
+    def remarks(self) -> Iterator[str]:
+        """Yield what a killed run has left, or somebody has put beside the files."""
+        folder = self.manifest.folder
+        if self.manifest.is_torn:
+            yield "The last line of the manifest was not finished: the next prune removes it."
+        # As other readers look for files: in whatever folder.
+        found = {*files_of(folder), *folder.glob("*/*.parquet"), *folder.rglob("*.parquet")}
+        found -= {folder / file for file in self.manifest.entries}
+        if unlisted := sorted(str(path.relative_to(folder)) for path in found):
+            yield (
+                f"{len(unlisted):,} files are not in the manifest, the first {code_text(unlisted[0])}: no event in "
+                "them counts, and other readers read them. What a killed run has left, the next prune removes."
+            )
 
     def _rows_of(self, entry: Entry, day: str | None) -> Iterator[list[CheckedRow]]:
         try:

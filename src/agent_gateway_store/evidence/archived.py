@@ -27,12 +27,14 @@ class Archived:
         erased: Events that are blanked, as a sealed event says.
         expected: Events that must be there, as sealed events say; none where no archive is looked at.
         altered: Events that are there, and fit nothing.
+        remarks: What else lies there, for people.
     """
 
     intact: Positions = field(default_factory=Positions)
     erased: Positions = field(default_factory=Positions)
     expected: Positions = field(default_factory=Positions)
     altered: set[int] = field(default_factory=set)
+    remarks: tuple[str, ...] = ()
 
 
 _LEAVES_AT = Statement(
@@ -57,6 +59,7 @@ async def read_archives(
         note: Receives each finding: its kind, its text and where.
     """
     altered: set[int] = set()
+    remarks: list[str] = []
     intact: list[list[int]] = []
     erased: list[list[int]] = []
     for folder in folders:
@@ -83,4 +86,6 @@ async def read_archives(
             if each.position is not None:
                 altered.add(each.position)
             note(each.kind, each.text, position=each.position, request_id=each.request_id)
-    return Archived(Positions(intact), Positions(erased), Positions(expected if folders else ()), altered)
+        remarks += await asyncio.to_thread(list, archive.remarks())
+    held = Positions(expected if folders else ())
+    return Archived(Positions(intact), Positions(erased), held, altered, tuple(remarks))

@@ -213,6 +213,7 @@ async def verify(
         archived=walk.archived,
         anchored=walk.anchored,
         findings=tuple(walk.findings),
+        remarks=walk.archive.remarks,
     )
 
 
