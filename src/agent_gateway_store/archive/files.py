@@ -66,7 +66,9 @@ def write_day(
     runs = runs_of(positions)
 
     def write(path: Path) -> None:
-        parquet.write_table(table, path, compression="zstd", row_group_size=_GROUP_ROWS, write_page_index=False)
+        # As `Footer` knows them, whatever a later version of pyarrow writes by itself.
+        fixed = {"data_page_version": "1.0", "write_page_index": False}
+        parquet.write_table(table, path, compression="zstd", row_group_size=_GROUP_ROWS, **fixed)
 
     def check(path: Path) -> bool:
         with parquet.ParquetFile(path) as file:
