@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from agents import (
     function_tool,
     tool_input_guardrail,
 )
-from agents.mcp import MCPServerStdio, MCPToolCustomDataContext, MCPUtil
+from agents.mcp import MCPServerStdio, MCPServerStreamableHttp, MCPToolCustomDataContext, MCPUtil
 from agents.run_config import ToolExecutionConfig
 from agents.testing import ScriptedModel, assistant_message, function_call
 from cachetools import TTLCache
@@ -158,6 +159,20 @@ class TestOpenAIAgents:
         async with other:
             await run(call_once(tools, "free_delete"))
         assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR"]
+
+    @pytest.mark.parametrize(("retries", "is_taken"), [(0, True), (None, True), (2, False), (-1, False)])
+    async def test_an_mcp_server_that_calls_again_what_fails_is_refused(
+        self, store: GatewayStore, retries: int | None, is_taken: bool
+    ) -> None:
+        """It does so below the gateway, with one approval; -1 is without end, and some servers have no such setting."""
+        url = "https://user:secret@mcp.example/files"
+        server: Any = MCPServerStreamableHttp({"url": url}, name=url, max_retry_attempts=retries or 0)
+        if retries is None:
+            del server.max_retry_attempts
+        with nullcontext() if is_taken else pytest.raises(ValueError, match="make it with max_retry_attempts=0") as no:
+            self.gateway(store).wrap(mcp_servers=[server])
+        assert (server.custom_data_extractor is not None) == is_taken
+        assert "secret" not in str(no)
 
     async def test_a_tool_that_is_refused_leaves_no_name(self, store: GatewayStore) -> None:
         """Of tools that are wrapped together, none is known if one is refused."""

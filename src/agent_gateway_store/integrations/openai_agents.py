@@ -86,17 +86,23 @@ class GatewayTools:
 
         Args:
             tools: Function tools, those of MCP servers among them (`MCPUtil.get_all_function_tools`).
-            mcp_servers: The servers of those. Each one's `custom_data_extractor` is wrapped, since only it sees whether
-                an answer is an error.
+            mcp_servers: The servers of those, without retries. Each one's `custom_data_extractor` is wrapped, since
+                only it sees whether an answer is an error.
 
         Raises:
             TypeError: One is no function tool, so it runs where nobody can judge it.
             ValueError: Two different tools have one name, so an approval would release either; or one is a tool of an
-                MCP server that is not given. Servers of one name cannot be told apart: of one that is not given, every
-                answer is recorded as an error.
+                MCP server that is not given, or that calls again what fails. Servers of one name cannot be told apart:
+                of one that is not given, every answer is recorded as an error.
         """
         servers = list(mcp_servers)
         names = {_name_of(server) for server in servers}
+        for server in servers:
+            if getattr(server, "max_retry_attempts", 0) != 0:
+                raise ValueError(
+                    f"The MCP server {_name_of(server)} calls again what fails, so one approval could run a call "
+                    "several times: make it with max_retry_attempts=0."
+                )
         added: dict[str, FunctionTool] = {}
         for tool in tools:
             if not isinstance(tool, FunctionTool):
