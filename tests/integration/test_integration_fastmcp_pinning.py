@@ -9,6 +9,7 @@ import fastmcp_helpers
 import pytest
 from fastmcp import Client, Context, FastMCP
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.server.middleware.error_handling import RetryMiddleware
 from fastmcp.tools import Tool, ToolResult
 from fastmcp.tools.tool_transform import ArgTransform
 from fastmcp.utilities.versions import VersionSpec
@@ -220,3 +221,26 @@ async def test_arguments_changed_while_the_call_waits_do_not_run(bench: Bench) -
     await waiting
 
     assert bench.ran == ["a.txt"]
+
+
+@pytest.mark.parametrize(("tool", "ran"), [("x_delete_log", 1), ("x_read_log", 3)])
+async def test_middleware_of_a_mounted_server_repeats_no_approved_call(bench: Bench, tool: str, ran: int) -> None:
+    """It stands behind the gateway; what the policy allows, it may repeat as it did before."""
+    server, child = bench.server(), FastMCP[Any]("logs")
+
+    async def fail(path: str) -> str:
+        bench.ran.append(path)
+        raise ConnectionError(path)
+
+    for name in ("delete_log", "read_log"):
+        child.add_tool(Tool.from_function(fail, name=name))
+    child.add_middleware(RetryMiddleware(max_retries=2, base_delay=0.01))
+    server.mount(child, namespace="x")
+    calling = asyncio.create_task(bench.refusal(server, tool, path="a"))
+    if ran == 1:
+        asked = await bench.pending()
+        await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    refusal = await calling
+
+    assert (bench.ran, (await bench.event()).execution_status) == (["a"] * ran, "TOOL_ERROR")
+    assert ("not run again" in refusal) == (ran == 1)

@@ -264,7 +264,7 @@ class GatewayMiddleware(PinningMiddleware):
         org_id, approval_id, is_end_known = record.caller.org_id, record.approval_id, True
         record.was_run = True
         try:
-            with pinned(resolved.hops) as pins, running(record.request_id, org_id):
+            with pinned(resolved.hops, once=approval_id is not None) as pins, running(record.request_id, org_id):
                 result = await call_next(context.copy(message=resolved.message))
             # An extension may answer for a tool that goes on in the background; how that ends is not known here.
             is_end_known = isinstance(result, ToolResult)

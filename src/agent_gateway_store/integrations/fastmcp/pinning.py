@@ -17,6 +17,10 @@ from fastmcp.tools import Tool, ToolResult
 from mcp_types import CallToolRequestParams
 
 _CHANGED = "Another middleware changed the call after it was judged, so it was not run: tell the operator."
+_REPEATED = (
+    "The call ran, and a middleware of a mounted server began it again, which one approval does not release, so it was "
+    "not run again: tell the operator."
+)
 
 
 class CallChangedError(ToolError):
@@ -37,19 +41,29 @@ class Hop:
     tool: Tool
     was_passed: bool = False
     was_found: bool = False
+    has_ended: bool = False
 
 
 class Pins:
-    """The lookups of one run."""
+    """The lookups of one run.
 
-    def __init__(self, hops: Sequence[Hop]) -> None:
+    Args:
+        once: Whether a middleware of a mounted server may not begin the run again, once the tool has begun.
+    """
+
+    def __init__(self, hops: Sequence[Hop], *, once: bool) -> None:
         self._hops = {id(hop.server): hop for hop in hops}
-        self.is_active = True
+        self._once, self.is_active = once, True
 
     @property
     def has_begun(self) -> bool:
         """True once the last tool was found, which then runs."""
         return all(hop.was_found for hop in self._hops.values())
+
+    @property
+    def is_over(self) -> bool:
+        """True once nothing may begin it again."""
+        return self._once and self.has_begun
 
     def at(self, server: FastMCP[Any]) -> Hop | None:
         """Return the lookup in `server` while the run lasts."""
@@ -60,9 +74,9 @@ _pins: ContextVar[Pins | None] = ContextVar("agent_gateway_store_fastmcp_pins", 
 
 
 @contextmanager
-def pinned(hops: Sequence[Hop]) -> Iterator[Pins]:
-    """Let the lookups of `hops` return their tools, for one run."""
-    pins = Pins([Hop(hop.server, hop.name, hop.tool) for hop in hops])
+def pinned(hops: Sequence[Hop], *, once: bool) -> Iterator[Pins]:
+    """Let the lookups of `hops` return their tools, for one run; `once` as for `Pins`."""
+    pins = Pins([Hop(hop.server, hop.name, hop.tool) for hop in hops], once=once)
     before = _pins.set(pins)
     try:
         yield pins
@@ -100,14 +114,23 @@ class PinningMiddleware(ToolInjectionMiddleware):
         context: MiddlewareContext[CallToolRequestParams],
         call_next: CallNext[CallToolRequestParams, ToolResult],
     ) -> ToolResult:
-        """Let the judged call pass to its tool; the calls that the tool makes find what is registered."""
+        """Let the judged call pass to its tool; the calls that the tool makes find what is registered.
+
+        Raises:
+            CallChangedError: A human approved the call, and it ran already.
+        """
         pins = _pins.get()
         hop = pins.at(get_server()) if pins is not None else None
+        if pins is not None and hop is not None and hop.has_ended and pins.is_over:
+            raise CallChangedError(_REPEATED)
         if hop is None or hop.was_passed:
             with unpinned():
                 return await call_next(context)
         hop.was_passed = True
-        return await call_next(context)
+        try:
+            return await call_next(context)
+        finally:
+            hop.has_ended = True
 
     def get_injected_tool(self, name: str) -> Tool | None:
         """Return the pinned tool.
