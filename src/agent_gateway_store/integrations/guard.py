@@ -402,8 +402,7 @@ async def acquire(
     """
     acquired = await approvals.acquire(request, call=call, bind=bind, wait_s=wait_s)
     if acquired.status is ApprovalStatus.PENDING:
-        asked = await approvals.get(approval_id=acquired.approval_id)
-        raise CallPendingError(acquired, is_first=asked.request_id == request.request_id)
+        raise CallPendingError(acquired, is_first=acquired.is_new)
     return acquired
 
 

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, ClassVar
 from uuid import UUID, uuid4
@@ -275,3 +276,8 @@ class ApprovalResult(FrozenModel):
     expires_at: datetime | None = None
     used_at: datetime | None = None
     outcome: str | None = None
+
+    @cached_property
+    def is_new(self) -> bool:
+        """Whether the call of `acquire` that returned this asked for it. No field: the approval is the same to all."""
+        return False
