@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import anyio
+from pydantic import ValidationError
 from sqlalchemy import bindparam, literal_column, select
 
 from agent_gateway_store.audit.outcomes import WriteOutcome
@@ -27,6 +28,9 @@ HIDDEN = "[hidden]"
 HashApproval = Callable[[UUID | str], Awaitable[str]]
 INTENT, OUTCOME = "intent", "outcome"
 _RUNS = (Decision.ALLOW, Decision.SANITIZE_AND_ALLOW)
+# Arguments of `audit.call` beside the fields, and those of them that a guard gives by itself.
+_OPTIONS = ("rule", "intent")
+_OF_THE_GUARD = ("decision", "rationale", "approval_id", "sanitize")
 
 
 def argument_names(call: ToolCall) -> dict[str, Any]:
@@ -74,6 +78,19 @@ def draft_event(
         "latency_ms": 0,
     }
     return AuditEvent(**{**given, **fields})
+
+
+def wrong_fields(call: ToolCall, caller: CallerIdentity, fields: Mapping[str, Any]) -> list[str]:
+    """Return the names of what a host may not give as `fields` of the event of a call that a guard releases."""
+    given = {"decision": Decision.DENY, "matched_policy_rule": "", "deterministic_rationale": ""} | {
+        name: value for name, value in fields.items() if name not in _OPTIONS
+    }
+    wrong = [name for name in _OF_THE_GUARD if name in fields]
+    try:
+        draft_event(call, caller, shown={}, args_hash="0" * 64, fields=given)
+    except ValidationError as exc:
+        wrong += [str(each["loc"][0]) for each in exc.errors(include_input=False, include_context=False) if each["loc"]]
+    return wrong
 
 
 @asynccontextmanager

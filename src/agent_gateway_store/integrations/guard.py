@@ -20,7 +20,7 @@ from pydantic import Field
 from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager, reports
 from agent_gateway_store.approval.filters import criteria
-from agent_gateway_store.audit.calls import argument_names, shown_arguments, status_of
+from agent_gateway_store.audit.calls import argument_names, shown_arguments, status_of, wrong_fields
 from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
@@ -318,12 +318,16 @@ class CallGuard:
             call: As it runs, with raw arguments.
             caller: Who makes it.
             bind: As for `store.approvals.acquire`.
-            fields: Further fields of the event, such as `session_id`.
+            fields: Further fields of the event, such as `session_id`. Wrong ones refuse the call.
 
         Raises:
             CallPendingError: A human is asked. Only the call that asked leaves an event.
             CallRefusedError: The policy or a human denied it, or the gateway cannot decide.
         """
+        if wrong := wrong_fields(call, caller, fields):
+            # Before an approval is asked for, or used up for nothing.
+            _logger.error("No event can have these fields: %s. A call was refused.", ", ".join(wrong))
+            raise await self.deny(call, caller, BROKEN, rule="gateway.failure")
         asked = await self._asked(call, caller, **{"request_id": uuid4().hex, **fields})
         verdict = await self._judge(asked)
         asked.event.update(verdict.event_fields)
