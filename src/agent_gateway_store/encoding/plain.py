@@ -15,7 +15,7 @@ from contextlib import suppress
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import PurePath
 from typing import Any, cast
@@ -206,6 +206,17 @@ def type_name(kind: type[Any]) -> str:
         return escape_surrogates(f"{kind.__module__}.{kind.__qualname__}")
     except Exception:
         return "?"
+
+
+def code_of(function: Callable[..., Any] | None) -> Any:
+    """Return the code of a function, a method, a partial, or an object that can be called; None if it has none."""
+    found: Any = function
+    while isinstance(found, partial):
+        found = found.func
+    found = inspect.unwrap(found) if callable(found) else found
+    if not hasattr(found, "__code__"):
+        found = inspect.getattr_static(type(found), "__call__", None)
+    return getattr(found, "__code__", None)
 
 
 def _repr(value: Any) -> str:

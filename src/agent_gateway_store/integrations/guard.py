@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
 from uuid import UUID, uuid4
 
@@ -278,12 +277,9 @@ class CallGuard:
             CallRefusedError: The policy failed, or the store does not answer.
         """
         asked = await self._asked(call, caller, request_id=request_id)
-        approvals = asked.store.approvals
         try:
-            filters = criteria({"request_id": request_id, "caller_id": caller.caller_id}, org_id=asked.store.org_id)
-            found = await reports.search(asked.store.database, filters, limit=1, cursor=None)
-            if found:
-                return found[0]
+            if (found := await last_asked(asked.store, caller, request_id)) is not None:
+                return found
             verdict = await self._judge(asked)
             if verdict.decision != Decision.APPROVAL_REQUIRED:
                 return None
@@ -292,7 +288,7 @@ class CallGuard:
                 acquired = await self._acquire(asked, verdict, bind, wait_s=0)
             except CallPendingError as exc:
                 acquired = exc.approval
-            return await approvals.get(approval_id=acquired.approval_id)
+            return await asked.store.approvals.get(approval_id=acquired.approval_id)
         except GatewayStoreError as exc:
             _logger.error("%s: %s", type(exc).__name__, exc)
             raise CallRefusedError(str(exc) if isinstance(exc, ApprovalError) else AWAY) from exc
@@ -311,21 +307,31 @@ class CallGuard:
         await _AskedCall(self._store.for_org(caller.org_id), call, caller, event).record(Decision.DENY, reason)
         return CallRefusedError(reason)
 
-    async def release(self, call: ToolCall, caller: CallerIdentity, *, bind: str = "", **fields: Any) -> ReleasedCall:
+    async def release(
+        self,
+        call: ToolCall,
+        caller: CallerIdentity,
+        *,
+        bind: str = "",
+        question: str | None = None,
+        earlier: Callable[[GatewayStore], Awaitable[ApprovalRequest | None]] | None = None,
+        **fields: Any,
+    ) -> ReleasedCall:
         """Return the call if it may run, for a framework that asks before it calls: run it at once, or it is spent.
 
         Args:
             call: As it runs, with raw arguments.
             caller: Who makes it.
             bind: As for `store.approvals.acquire`.
-            fields: Further fields of the event, such as `session_id`. Wrong ones refuse the call.
+            question: Request id under which a human is asked; None: that of the event.
+            earlier: Returns the approval for which the call waited; one that was denied refuses it, however long ago.
+            fields: Further fields of the event, such as `session_id`. Wrong ones refuse the call, first.
 
         Raises:
             CallPendingError: A human is asked. Only the call that asked leaves an event.
             CallRefusedError: The policy or a human denied it, or the gateway cannot decide.
         """
         if wrong := wrong_fields(call, caller, fields):
-            # Before an approval is asked for, or used up for nothing.
             _logger.error("No event can have these fields: %s. A call was refused.", ", ".join(wrong))
             raise await self.deny(call, caller, BROKEN, rule="gateway.failure")
         asked = await self._asked(call, caller, **{"request_id": uuid4().hex, **fields})
@@ -335,7 +341,10 @@ class CallGuard:
             if verdict.decision == Decision.DENY:
                 await asked.refuse(verdict.reason)
             if verdict.decision == Decision.APPROVAL_REQUIRED:
-                acquired = await self._acquire(asked, verdict, bind, wait_s=self._approval_wait_s)
+                decided = await earlier(asked.store) if earlier is not None else None
+                if decided is not None and decided.status is ApprovalStatus.DENIED:
+                    await asked.refuse(refusal_text(decided), approver_id=decided.approver_id)
+                acquired = await self._acquire(asked, verdict, bind, question, wait_s=self._approval_wait_s)
                 asked.event.update(approval_id=acquired.approval_id, approver_id=acquired.approver_id)
             elif asked.store.settings.audit_mode == "strict":
                 await asked.store.ping()
@@ -372,24 +381,27 @@ class CallGuard:
             await asked.refuse(BROKEN, rule="gateway.failure")
         return verdict
 
-    async def _acquire(self, asked: _AskedCall, verdict: Verdict, bind: str, *, wait_s: float) -> ApprovalResult:
+    async def _acquire(
+        self, asked: _AskedCall, verdict: Verdict, bind: str, question: str | None = None, *, wait_s: float
+    ) -> ApprovalResult:
         call = asked.call
         request = ApprovalRequest(
-            request_id=asked.event["request_id"],
+            request_id=question or asked.event["request_id"],
             caller_id=asked.caller.caller_id,
             org_id=asked.caller.org_id,
             tool_call=call.model_copy(update={"arguments": asked.event["sanitize"](call)}),
             risk_explanation=verdict.reason,
             required_approvals=verdict.required_approvals,
         )
+        asking = replace(asked, event={**asked.event, "request_id": request.request_id})
         try:
             acquired = await acquire(asked.store.approvals, request, call=call, bind=bind, wait_s=wait_s)
         except CallPendingError as exc:
             if exc.is_first:
-                await asked.record(Decision.APPROVAL_REQUIRED, str(exc))
+                await asking.record(Decision.APPROVAL_REQUIRED, str(exc))
             raise
         except asyncio.CancelledError:
-            await finish(asked.record(Decision.APPROVAL_REQUIRED, GONE))
+            await finish(asking.record(Decision.APPROVAL_REQUIRED, GONE))
             raise
         if acquired.status is not ApprovalStatus.USED:
             await asked.refuse(refusal_text(acquired), approver_id=acquired.approver_id)
@@ -415,10 +427,17 @@ async def approval_of(store: GatewayStore, facts: Any) -> ApprovalRequest | None
     approval_id = facts.get("approval_id") if isinstance(facts, Mapping) else None
     if approval_id is None:
         return None
-    try:
+    with suppress(ApprovalNotFoundError):
         return await store.approvals.get(approval_id=approval_id)
-    except ApprovalNotFoundError:
-        return None
+    return None
+
+
+async def last_asked(store: GatewayStore, caller: CallerIdentity, request_id: str) -> ApprovalRequest | None:
+    """Return the last approval that `caller` asked for under `request_id`."""
+    filters = criteria({"request_id": request_id, "caller_id": caller.caller_id}, org_id=store.org_id)
+    # On the primary: a replica may not know yet what was asked or decided.
+    found = await reports.search(store.database, filters, limit=1, cursor=None)
+    return found[0] if found else None
 
 
 async def finish(step: Awaitable[object]) -> None:
@@ -432,14 +451,3 @@ async def finish(step: Awaitable[object]) -> None:
             pass
         except GatewayStoreError as exc:
             _logger.warning("An approval could not be brought up to date: %s", exc)
-
-
-def code_of(function: Callable[..., Any] | None) -> Any:
-    """Return the code of a function, a method, a partial, or an object that can be called; None if it has none."""
-    found: Any = function
-    while isinstance(found, partial):
-        found = found.func
-    found = inspect.unwrap(found) if callable(found) else found
-    if not hasattr(found, "__code__"):
-        found = inspect.getattr_static(type(found), "__call__", None)
-    return getattr(found, "__code__", None)

@@ -136,23 +136,21 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
     ) -> T:
         call = ToolCall(server=self._server, tool=tool, arguments=arguments)
         key = _key(call, caller)
-        while True:
-            bind = self._take_bind(key)
-            try:
-                released = await self._guard.release(call, caller, bind=bind)
-                if released.is_approved and self._interrupts:
-                    _take_answers()
-                return await released.run(
-                    (lambda: _without_interrupts(body)) if released.is_approved else body, is_error=is_error
-                )
-            except CallPendingError as exc:
-                if bind:
-                    self._pending[key] = [*self._pending.get(key, ()), bind]
-                if not self._interrupts:
-                    raise
-                # It raises, and the node runs again from its top. Resumed before the decision, it returns instead, and
-                # the call is asked for once more.
+        bind = self._take_bind(key)
+        try:
+            released = await self._guard.release(
+                call, caller, bind=bind, earlier=_answered if self._interrupts else None
+            )
+            return await released.run(
+                (lambda: _without_interrupts(body)) if released.is_approved else body, is_error=is_error
+            )
+        except CallPendingError as exc:
+            if bind:
+                self._pending[key] = [*self._pending.get(key, ()), bind]
+            if self._interrupts:
+                # It raises, since its answers were taken, and the node runs again from its top.
                 interrupt({**exc.facts, "tool": call.tool})
+            raise
 
     def _take_bind(self, key: _Key) -> str:
         for known in (self._pending, self._answered):
@@ -230,11 +228,16 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         return {"type": "reject", "message": text} if text else {"type": "approve"}
 
 
-def _take_answers() -> None:
-    """Take what our own interrupts were answered: LangGraph hands answers out by their number, none to the tool."""
+async def _answered(store: GatewayStore) -> ApprovalRequest | None:
+    """Return the approval that the last answer names.
+
+    All answers to our own interrupts are taken: LangGraph hands answers out by their number, none to the tool.
+    """
+    answer = None
     with suppress(GraphInterrupt, KeyError, RuntimeError):
         while True:
-            interrupt(None)
+            answer = interrupt(None)
+    return await approval_of(store, answer)
 
 
 async def _without_interrupts(body: Callable[[], Awaitable[T]]) -> T:
@@ -271,6 +274,6 @@ async def resume(store: GatewayStore, state: Mapping[str, Any]) -> Command[Any] 
             continue
         if found.status is ApprovalStatus.PENDING:
             return None
-        # What is answered releases nothing: the call is acquired anew.
-        answers[each.id] = str(found.status)
+        # What is answered releases nothing: the call is acquired anew, unless this approval was denied.
+        answers[each.id] = {"approval_id": str(found.approval_id), "status": str(found.status)}
     return Command(resume=answers) if answers else None

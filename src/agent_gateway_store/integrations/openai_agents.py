@@ -9,12 +9,13 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
 
-from agent_gateway_store.encoding.canonical import members_once
+from agent_gateway_store.encoding.canonical import hash_json, members_once
+from agent_gateway_store.encoding.plain import code_of
 from agent_gateway_store.errors import needs_extra
 from agent_gateway_store.integrations.guard import (
     UNREADABLE,
@@ -23,7 +24,7 @@ from agent_gateway_store.integrations.guard import (
     CallRefusedError,
     ReleasedCall,
     Verdict,
-    code_of,
+    last_asked,
 )
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
@@ -146,7 +147,7 @@ class GatewayTools:
             if name not in self._tools or call_id is None:
                 continue
             try:
-                judged = await self._judge(name, context, item.arguments, call_id)
+                judged = await self._judge(name, context, item.arguments, call_id, is_resumed=True)
             except CallPendingError:
                 is_answered = False
                 continue
@@ -157,7 +158,14 @@ class GatewayTools:
         return is_answered
 
     async def _judge(
-        self, name: str, context: Any, given: str | dict[str, Any] | None, call_id: str, *, is_taken: bool = False
+        self,
+        name: str,
+        context: Any,
+        given: str | dict[str, Any] | None,
+        call_id: str,
+        *,
+        is_taken: bool = False,
+        is_resumed: bool = False,
     ) -> ReleasedCall | CallRefusedError:
         """Return the call if it may run, or why not. Asked again, the SDK must not spend a second approval."""
         arguments, is_readable = (given, True) if isinstance(given, dict) else _read(given)
@@ -170,8 +178,11 @@ class GatewayTools:
             await _drop(judged, _UNREADABLE, rule=UNREADABLE)
             judged = CallRefusedError(_UNREADABLE) if judged else await self._guard.deny(call, caller, _UNREADABLE)
         elif judged is None:
+            # The state holds no more of what the run waits for; the guard has events and approvals named apart.
+            question = hash_json(key)
+            earlier = partial(last_asked, caller=caller, request_id=question) if is_resumed else None
             try:
-                judged = await self._guard.release(call, caller)
+                judged = await self._guard.release(call, caller, question=question, earlier=earlier)
             except CallRefusedError as exc:
                 judged = exc
         if not is_taken:

@@ -11,8 +11,8 @@ from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
 from pydantic import ValidationError
 
 from agent_gateway_store._text import word
+from agent_gateway_store.encoding.plain import code_of
 from agent_gateway_store.errors import GatewayStoreError
-from agent_gateway_store.integrations.guard import code_of
 
 # What a callback raises to refuse a call.
 _REFUSALS = (ToolError, NotFoundError, DisabledError, GatewayStoreError)
