@@ -13,7 +13,7 @@ from fastmcp import Client, Context, FastMCP
 from fastmcp.client.client import CallToolResult
 from fastmcp.client.elicitation import ElicitResult
 from fastmcp.server import create_proxy
-from fastmcp_helpers import Bench
+from fastmcp_helpers import CALLER, Bench
 from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResult
 
 from agent_gateway_store import AuditEvent, CallerIdentity, GatewayStore, StoreSettings, clock
@@ -236,31 +236,29 @@ async def test_without_pages_the_call_is_pending(bench: Bench, paged: Bench, cas
     assert (answer.is_error, answer.structured_content["status"], pages.seen) == (True, "PENDING", [])
 
 
-@pytest.mark.parametrize("is_proxy", [False, True])
-async def test_a_tool_that_asks_its_client_sees_only_its_own_answers(paged: Bench, is_proxy: bool) -> None:
-    """The page first, then the tool's own question; with what was answered to that, a new call waits as an error."""
-    answers: list[Any] = []
-    behind: FastMCP[Any] = FastMCP("behind")
+async def test_a_client_that_goes_away_before_its_approved_call_runs_leaves_the_outcome(bench: Bench) -> None:
+    """The approval is used up, and nothing ran: the next approver is not told that nobody knows."""
+    begun = asyncio.Event()
 
-    @behind.tool
-    async def delete_slowly(path: str, ctx: Context) -> str | InputRequiredResult:
-        answers.append(ctx.input_responses)
-        if ctx.input_responses is None:
-            form = ElicitRequestFormParams(message="Sure?", requested_schema={"type": "object", "properties": {}})
-            return InputRequiredResult(input_requests={"sure": ElicitRequest(params=form)}, request_state="1")
-        return path
+    async def identify(_context: Any) -> CallerIdentity:
+        if bench.ran:
+            bench.ran.append("asked again")
+            if len(bench.ran) == 3:
+                begun.set()
+                await asyncio.sleep(30)
+        return CALLER
 
-    served = server(paged)
-    served.mount(create_proxy(behind) if is_proxy else behind)
-    opened: list[str] = []
-
-    async def answer(_message: str, _type: Any, params: Any, _context: Any) -> ElicitResult[Any]:
-        if params.mode == "url":
-            opened.append(params.url)
-            await decide(paged, "approve")
-        return ElicitResult(action="accept", content=None if params.mode == "url" else {})
-
-    async with Client(served, elicitation_handler=answer) as client:
-        ended = await client.call_tool("delete_slowly", {"path": "a.txt"}, raise_on_error=False)
-    assert ended.structured_content["status"] == "PENDING"
-    assert (answers, len(opened)) == ([None], 1)
+    assert (await ask(bench, identify=identify)).is_error
+    await decide(bench, "approve")
+    (request,) = await bench.store.approvals.list_requests()
+    bench.ran.append("approved")
+    calling = asyncio.create_task(ask(bench, identify=identify))
+    await begun.wait()
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    async with asyncio.timeout(10):
+        while (found := await bench.store.approvals.get(approval_id=request.approval_id)).outcome is None:
+            await asyncio.sleep(0.01)
+    assert (found.status, found.outcome) == ("USED", "NOT_RUN")
+    assert bench.ran == ["approved", "asked again", "asked again"]

@@ -69,7 +69,8 @@ async def acquire(
         raise _refusal(record, acquired, wait_s)
     try:
         await before_use()
-    except Exception:
+    except BaseException:
+        # A client may go away meanwhile.
         await note_outcome(approvals, record, token=None, approval_id=acquired.approval_id)
         raise
     record.approver_id, record.approval_id = acquired.approver_id, acquired.approval_id
