@@ -13,10 +13,12 @@ from fastmcp import Client, Context, FastMCP
 from fastmcp.client.client import CallToolResult
 from fastmcp.client.elicitation import ElicitResult
 from fastmcp.server import create_proxy
-from fastmcp_helpers import CALLER, Bench
+from fastmcp.tools import Tool
+from fastmcp_helpers import CALLER, Bench, always, judge
 from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResult
 
 from agent_gateway_store import AuditEvent, CallerIdentity, GatewayStore, StoreSettings, clock
+from agent_gateway_store.integrations.fastmcp import GatewayMiddleware
 
 
 @pytest.fixture
@@ -234,6 +236,54 @@ async def test_without_pages_the_call_is_pending(bench: Bench, paged: Bench, cas
     async with Client(server(bench if case == "no page" else paged), **options) as client:
         answer = await client.call_tool("delete_file", {"path": "a.txt"}, raise_on_error=False)
     assert (answer.is_error, answer.structured_content["status"], pages.seen) == (True, "PENDING", [])
+
+
+@pytest.mark.parametrize("is_proxy", [False, True])
+async def test_a_tool_that_asks_its_client_sees_only_its_own_answers(paged: Bench, is_proxy: bool) -> None:
+    """The page first, then the tool's own question; with what was answered to that, a new call waits as an error."""
+    answers: list[Any] = []
+    behind: FastMCP[Any] = FastMCP("behind")
+
+    @behind.tool
+    async def delete_slowly(path: str, ctx: Context) -> str | InputRequiredResult:
+        answers.append(ctx.input_responses)
+        if ctx.input_responses is None:
+            form = ElicitRequestFormParams(message="Sure?", requested_schema={"type": "object", "properties": {}})
+            return InputRequiredResult(input_requests={"sure": ElicitRequest(params=form)}, request_state="1")
+        return path
+
+    served = server(paged)
+    served.mount(create_proxy(behind) if is_proxy else behind)
+    opened: list[str] = []
+
+    async def answer(_message: str, _type: Any, params: Any, _context: Any) -> ElicitResult[Any]:
+        if params.mode == "url":
+            opened.append(params.url)
+            await decide(paged, "approve")
+        return ElicitResult(action="accept", content=None if params.mode == "url" else {})
+
+    async with Client(served, elicitation_handler=answer) as client:
+        ended = await client.call_tool("delete_slowly", {"path": "a.txt"}, raise_on_error=False)
+    assert ended.structured_content["status"] == "PENDING"
+    assert (answers, len(opened)) == ([None], 1)
+
+
+@pytest.mark.parametrize("is_proxy", [False, True])
+@pytest.mark.parametrize(("name", "label", "warnings"), [(None, None, 1), ("FastMCP-office", None, 0), (None, "x", 0)])
+async def test_a_server_without_a_name_is_warned_of_once(
+    bench: Bench, is_proxy: bool, name: str | None, label: str | None, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FastMCP makes up another one in each process, in which no approval releases the call."""
+    back = FastMCP[Any]("files")
+    front = create_proxy(back, name=name) if is_proxy else FastMCP[Any](name)
+    (back if is_proxy else front).add_tool(Tool.from_function(lambda path: path, name="delete_file"))
+    front.add_middleware(GatewayMiddleware(bench.store, judge, identify=always, approval_wait_s=0.05, server=label))
+    async with Client(front) as client:
+        for _ in range(2):
+            await client.call_tool("delete_file", {"path": "a"}, raise_on_error=False)
+    said = [each.getMessage() for each in caplog.records if each.name == "agent_gateway_store.integrations"]
+    assert len(said) == warnings
+    assert all("Name the server" in each and front.name in each for each in said)
 
 
 async def test_a_client_that_goes_away_before_its_approved_call_runs_leaves_the_outcome(bench: Bench) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from fastmcp import FastMCP
@@ -50,6 +53,10 @@ _UNSEEN = (
     " add the gateway's middleware to that server."
 )
 _TWO_TOOLS = "Two tools of the server have the same name of their own, so the call was not run: tell its operator."
+
+# Chosen: a host that makes a server for each request reads one line for each, and no set grows without end.
+_WARNED = 1000
+_logger = logging.getLogger("agent_gateway_store.integrations")
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,20 @@ def require_own_server_name(root: FastMCP[Any], server: FastMCP[Any], root_name:
     namesakes = {id(other) for other in _servers(root, set()) if (root_name if other is root else other.name) == name}
     if namesakes - {id(server)}:
         raise ToolError(_TWO_SERVERS)
+    # As `FastMCP.generate_name` makes them. Nothing marks such a name.
+    if name == server.name and re.fullmatch(rf"{re.escape(type(server).__name__)}-[0-9a-f]{{4}}", name):
+        _warn_of_random_name(name)
     return name
+
+
+@lru_cache(_WARNED)
+def _warn_of_random_name(name: str) -> None:
+    _logger.warning(
+        "The FastMCP server %s has a name that FastMCP made up, another one in each process: an approval of its tools "
+        "releases nothing after a restart or in another worker. Name the server: FastMCP(name), create_proxy(..., "
+        "name=name).",
+        name,
+    )
 
 
 async def own_name(server: FastMCP[Any], tool: Tool, asked: str) -> str:
