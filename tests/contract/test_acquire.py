@@ -209,7 +209,7 @@ async def test_a_use_of_unknown_outcome_is_told_to_the_next_approver(store: Gate
     assert used.used_at is not None
     at = f"{used.used_at:%Y-%m-%d %H:%M:%S}"
     assert found.risk_explanation == (
-        f"deletes a file It was approved and used before, at {at} UTC, and the outcome of that is unknown."
+        f"deletes a file It was approved and used before, at {at} UTC: it still runs, or its outcome is unknown."
     )
 
 

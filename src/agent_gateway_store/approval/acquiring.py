@@ -7,7 +7,7 @@ import secrets
 from datetime import datetime
 from functools import partial
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from agent_gateway_store.approval import queries
 from agent_gateway_store.approval.changes import Changes
@@ -72,10 +72,16 @@ class Acquiring:
 
     async def acquire(self, values: dict[str, Any], *, wait_s: float) -> ApprovalResult:
         """Do as `ApprovalManager.acquire` says; `values` as `acquire_values` gives them."""
-        wait_s = number("wait_s", wait_s)
+        tried: set[UUID] = set()
+        found = await self._waited_for(values, tried, number("wait_s", wait_s))
+        # A copy, which tasks that wait for one approval do not share.
+        return found.model_copy(update={"is_new": found.approval_id in tried})
+
+    async def _waited_for(self, values: dict[str, Any], tried: set[UUID], wait_s: float) -> ApprovalResult:
+        """Acquire; `tried` receives the ids under which it was asked for."""
         loop = asyncio.get_running_loop()
         end = loop.time() + wait_s
-        found = await self._changes.waiting.through_outage(lambda: self._acquire(values), end)
+        found = await self._changes.waiting.through_outage(lambda: self._acquire(values, tried), end)
         if found.status is not ApprovalStatus.PENDING or wait_s <= 0:
             return found
         ref = ApprovalRef.by_id(found.approval_id, values["p_org_id"])
@@ -84,13 +90,18 @@ class Acquiring:
         decided = await self._changes.waiting.wait(values["p_org_id"], key, read, timeout_s=end - loop.time())
         if decided.status in (ApprovalStatus.PENDING, ApprovalStatus.DENIED):
             return decided
-        return await self._changes.waiting.through_outage(lambda: self._acquire(values), end)
+        return await self._changes.waiting.through_outage(lambda: self._acquire(values, tried), end)
 
-    async def _acquire(self, values: dict[str, Any]) -> ApprovalResult:
+    async def _acquire(self, values: dict[str, Any], tried: set[UUID]) -> ApprovalResult:
         for _ in range(_TRIES):
             found = await self._use_or_find(values)
             if found is None:
-                changes, found = await self._ask(values)
+                # Another at each try: that of an earlier one may be used, cancelled or expired since.
+                approval_id = uuid4()
+                tried.add(approval_id)
+                # Nobody receives the token: the column must hold something that nobody can guess.
+                named = {"p_approval_id": approval_id, "p_token": secrets.token_urlsafe(32)}
+                changes, found = await self._ask(values | named)
                 for change in changes:
                     await self._changes.publish(change)
             if found is not None:
@@ -114,9 +125,6 @@ class Acquiring:
 
     async def _ask(self, values: dict[str, Any]) -> tuple[list[Change], StoredApproval | None]:
         """Close what stands and may not be used, and ask anew; None if another caller was faster."""
-        # Anew for each approval: that of an earlier look may be used, cancelled or expired since. Nobody receives the
-        # token: the column must hold something that nobody can guess.
-        values = values | {"p_approval_id": uuid4(), "p_token": secrets.token_urlsafe(32)}
         try:
             changes, issued = await self._close_and_insert(values)
         except _DeniedMeanwhileError as exc:
@@ -154,5 +162,7 @@ def _explained(values: dict[str, Any], used: dict[str, Any] | None) -> dict[str,
     if used is None or used["outcome"] is not None:
         return {}
     at: datetime = used["used_at"]
-    earlier = f"It was approved and used before, at {at:%Y-%m-%d %H:%M:%S} UTC, and the outcome of that is unknown."
+    earlier = (
+        f"It was approved and used before, at {at:%Y-%m-%d %H:%M:%S} UTC: it still runs, or its outcome is unknown."
+    )
     return {"p_risk_explanation": f"{values['p_risk_explanation']} {earlier}".strip()}

@@ -146,9 +146,7 @@ class ApprovalManager:
             raise ValueError("Only the execution of a call can be acquired: use `issue_token` for an output.")
         values = self._values(request, call, self._settings.acquire_decision_seconds)
         values = acquire_values(values, bind=bind, settings=self._settings)
-        found = await self._acquiring.acquire(values, wait_s=wait_s)
-        # A copy, which tasks that wait for one approval do not share.
-        return found.model_copy(update={"is_new": found.approval_id == values["p_approval_id"]})
+        return await self._acquiring.acquire(values, wait_s=wait_s)
 
     async def check_token(self, token: str, *, fresh: bool = False) -> ApprovalResult:
         """Return where the approval of `token` stands.

@@ -87,16 +87,15 @@ class CallPendingError(Exception):
 
     Attributes:
         approval: Where its approval stands.
-        is_first: Whether this call asked for it, and so leaves the one event that says so.
     """
 
-    def __init__(self, approval: ApprovalResult, *, is_first: bool) -> None:
+    def __init__(self, approval: ApprovalResult) -> None:
         until = f" before {approval.expires_at:%Y-%m-%d %H:%M:%S} UTC" if approval.expires_at else ""
         super().__init__(
             f"A human must approve this call, so it was not run: call again with the same arguments{until}. "
             f"The approval {approval.approval_id} is {approval.status}."
         )
-        self.approval, self.is_first = approval, is_first
+        self.approval = approval
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -341,8 +340,8 @@ class CallGuard:
             if verdict.decision == Decision.DENY:
                 await asked.refuse(verdict.reason)
             if verdict.decision == Decision.APPROVAL_REQUIRED:
-                decided = await earlier(asked.store) if earlier is not None else None
-                if decided is not None and decided.status is ApprovalStatus.DENIED:
+                decided = await earlier(asked.store) if earlier else None
+                if decided and decided.status is ApprovalStatus.DENIED:
                     await asked.refuse(refusal_text(decided), approver_id=decided.approver_id)
                 acquired = await self._acquire(asked, verdict, bind, question, wait_s=self._approval_wait_s)
                 asked.event.update(approval_id=acquired.approval_id, approver_id=acquired.approver_id)
@@ -397,7 +396,7 @@ class CallGuard:
         try:
             acquired = await acquire(asked.store.approvals, request, call=call, bind=bind, wait_s=wait_s)
         except CallPendingError as exc:
-            if exc.is_first:
+            if exc.approval.is_new:
                 await asking.record(Decision.APPROVAL_REQUIRED, str(exc))
             raise
         except asyncio.CancelledError:
@@ -418,24 +417,21 @@ async def acquire(
     """
     acquired = await approvals.acquire(request, call=call, bind=bind, wait_s=wait_s)
     if acquired.status is ApprovalStatus.PENDING:
-        raise CallPendingError(acquired, is_first=acquired.is_new)
+        raise CallPendingError(acquired)
     return acquired
 
 
 async def approval_of(store: GatewayStore, facts: Any) -> ApprovalRequest | None:
     """Return the approval that the `facts` of a pending call name; None if they name none of this store."""
     approval_id = facts.get("approval_id") if isinstance(facts, Mapping) else None
-    if approval_id is None:
-        return None
     with suppress(ApprovalNotFoundError):
-        return await store.approvals.get(approval_id=approval_id)
+        return None if approval_id is None else await store.approvals.get(approval_id=approval_id)
     return None
 
 
 async def last_asked(store: GatewayStore, caller: CallerIdentity, request_id: str) -> ApprovalRequest | None:
-    """Return the last approval that `caller` asked for under `request_id`."""
+    """Return the last approval that `caller` asked for under `request_id`: not of a replica, which may be behind."""
     filters = criteria({"request_id": request_id, "caller_id": caller.caller_id}, org_id=store.org_id)
-    # On the primary: a replica may not know yet what was asked or decided.
     found = await reports.search(store.database, filters, limit=1, cursor=None)
     return found[0] if found else None
 

@@ -59,7 +59,7 @@ async def acquire(
     try:
         acquired = await guard.acquire(approvals, request, call=record.call, bind=bind, wait_s=wait_s)
     except CallPendingError as exc:
-        record.is_silent = not exc.is_first
+        record.is_silent = not exc.approval.is_new
         raise
     except asyncio.CancelledError:
         # The approval stays, and who comes back to it leaves no further event.
