@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from agent_gateway_store import errors
 from agent_gateway_store._text import CUT_CALL, sentence
 from agent_gateway_store.encoding.sanitize import Scrubber
-from agent_gateway_store.integrations.credentials import key_in
+from agent_gateway_store.keys.format import key_in
 from agent_gateway_store.models.approval import ApprovalScope, CastVote
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ApprovalStatus, ApproverId, FrozenModel, ToolCall

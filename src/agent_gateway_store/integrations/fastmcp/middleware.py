@@ -15,7 +15,6 @@ from mcp_types import CallToolRequestParams
 
 from agent_gateway_store.audit.calls import HIDDEN, argument_names, status_of
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
-from agent_gateway_store.integrations.credentials import key_in
 from agent_gateway_store.integrations.fastmcp.asking import (
     acquire,
     ask,
@@ -37,6 +36,7 @@ from agent_gateway_store.integrations.fastmcp.record import (
 )
 from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
 from agent_gateway_store.integrations.guard import AWAY, BROKEN, CallPendingError, Policy, Verdict
+from agent_gateway_store.keys.format import key_in
 from agent_gateway_store.models.audit import Decision, ExecutionStatus
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
