@@ -206,7 +206,7 @@ async def test_approver_sees_what_is_pending(bench: Bench) -> None:
     assert (item["caller_id"], item["status"]) == (bench.agent.caller_id, "PENDING")
     assert SECRET not in listed.text
     assert asked["token"] not in listed.text
-    assert "hash" not in listed.text
+    assert "tool_call_hash" not in listed.text
 
 
 async def test_only_approvers_decide_and_read(bench: Bench) -> None:

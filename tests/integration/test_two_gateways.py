@@ -246,7 +246,7 @@ async def test_the_contract_holds_across_processes(gateways: Pair, monkeypatch: 
                 continue
             await empty(both)
             try:
-                await test(both)
+                await test(store=both)
             except Exception as exc:
                 failed[f"{suite}.{name}"] = exc
             else:

@@ -88,6 +88,8 @@ async def soak(url: str, redis_url: str, seconds: int) -> list[Sample]:
     async with GatewayStore(url, redis_url=redis_url, settings=settings, auto_migrate=True) as store:
         issued = await store.keys.issue("dev-agent", role="developer")
         token = await store.approvals.issue_token(ask())
+        # What it loads the first time is no growth.
+        await store.audit.to_arrow()
         working = [
             asyncio.create_task(every(0.05, lambda: call(store, issued.plaintext))),
             asyncio.create_task(every(1 / CANCELLED_A_SECOND, lambda: cancelled(store, token, rng))),
