@@ -59,6 +59,8 @@ LIES: dict[str, tuple[Change, str]] = {
     "greatest": (HIDDEN, "caller_id"),
     "least": (bytes_of(b"alice", b"bobby"), "caller_id"),
     "one bound alone": (bytes_of(b"little-by-little", b"middle-by-little"), "deterministic_rationale"),
+    # The name that Spark looks a column up by.
+    "name": (bytes_of(b"\x19\x18\x09caller_id", b"\x19\x18\x09tool_name"), "caller_id"),
     # Of a page of data: it holds no places in a dictionary but values.
     "encodings": (bytes_of(b"\x15\0\x15\x10\x15\2", b"\x15\0\x15\0\x15\2"), "caller_id"),
     "page index": (written_with(write_page_index=True), "caller_id"),

@@ -14,6 +14,7 @@ from contract_helpers import run_script, store_sealed_by_hand
 from erasure_helpers import BEFORE, OLD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from sqlalchemy import text
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
@@ -200,6 +201,21 @@ async def test_a_prune_whose_time_is_up_says_what_remains(store: GatewayStore, t
     seen: list[int] = []
     pruned = await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a", progress=seen.append)
     assert (pruned.events, seen) == (20, [7, 14, 20])
+
+
+async def test_files_stay_small_where_large_events_follow_many_small_ones(store: GatewayStore, tmp_path: Path) -> None:
+    """By their number alone, the large ones would make a file that takes much memory to write and to read."""
+    at = OLD + timedelta(days=4)
+    large = [make_event(timestamp=at, sanitized_args={"text": f"{n:05}" * 10_000}) for n in range(400)]
+    await store.audit.write_many([*old_events(700), *large, make_event(request_id="new", timestamp=NEW)])
+
+    pruned = await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "archive")
+
+    assert (pruned.events, pruned.remaining) == (1_100, 0)
+    files = [parquet.read_metadata(path) for path in (tmp_path / "archive").glob("day=*/*.parquet")]
+    assert sum(each.num_rows for each in files) == 1_100
+    assert max(each.row_group(0).total_byte_size for each in files) < 8 * 2**20
+    assert (await store.evidence.verify(archive=tmp_path / "archive")).ok
 
 
 async def test_the_newest_event_stays(store: GatewayStore) -> None:

@@ -32,6 +32,8 @@ _PHYSICAL = {"int64": 2, "timestamp[us, tz=UTC]": 2, "double": 5, "string": 6}
 _DICTIONARY, _PAGES = 2, {0: (5, 2), 2: (7, 2), 3: (8, 4)}
 # Chosen: a prune writes some 5 MiB to a file, and the largest event that can be imported is a line of 32 MiB.
 _MOST_BYTES = 2**30
+# Chosen: what a batch takes where its rows are large.
+_BATCH_BYTES = 2**26
 BATCH_ROWS = 10_000
 """How many are in memory at once, at most. Chosen: with rows of 5 kB about 50 MB."""
 # A number of 64 bits, seven to a byte.
@@ -104,34 +106,42 @@ class _Group:
     """What is said of a group of rows.
 
     Attributes:
-        unpacked: How many bytes its pages take.
+        unpacked: How many bytes are unpacked at a time: of each column its dictionary, and one page.
         batch_rows: How many rows to unpack at once.
     """
 
     def __init__(self, said: _Struct, file: IO[bytes]) -> None:
         self._said, self.rows = said, said[3]
         self._pages = [list(_pages(file, chunk[3])) for chunk in said[1]]
-        pages = [page for each in self._pages for page in each]
-        self.unpacked = sum(page[2] for page in pages)
+        dictionaries = largest = 0
+        row_bytes = 0.0
+        for pages in self._pages:
+            dictionaries += sum(page[2] for page in pages if page[1] == _DICTIONARY)
+            data = [page for page in pages if page[1] != _DICTIONARY]
+            largest += max((page[2] for page in data), default=0)
+            row_bytes += max((page[2] / max(1, _values(page)) for page in data), default=0)
+        self.unpacked = dictionaries + largest
         # A text of a dictionary is there once, and unpacked once for each row.
-        dictionaries = sum(page[2] for page in pages if page[1] == _DICTIONARY)
-        self.batch_rows = max(1, min(BATCH_ROWS, _MOST_BYTES // max(1, dictionaries)))
+        fitting = min(_BATCH_BYTES // max(1, row_bytes), _MOST_BYTES // max(1, dictionaries))
+        self.batch_rows = max(1, min(BATCH_ROWS, int(fitting)))
 
     def lies(self, schema: pa.Schema, found: Sequence[_Bounds]) -> set[str]:
         """Return the names of columns that hold something else than is said of them."""
         if self._said.keys() & _NOT_IN_GROUP:
             return {"all"}
         checked = zip(schema, self._said[1], self._pages, found, strict=True)
-        return {field.name for field, *each in checked if not self._is_true(str(field.type), *each)}
+        return {field.name for field, *each in checked if not self._is_true(field, *each)}
 
-    def _is_true(self, kind: str, chunk: _Struct, pages: Sequence[_Struct], found: _Bounds) -> bool:
+    def _is_true(self, field: pa.Field, chunk: _Struct, pages: Sequence[_Struct], found: _Bounds) -> bool:
         column = chunk[3]
         encoded = Counter((page[1], page[at][place]) for page in pages for at, place in [_PAGES[page[1]]])
         said = Counter({(each[1], each[2]): each[3] for each in column.get(13, ())})
         return (
             not chunk.keys() & _NOT_IN_CHUNK
             and not column.keys() & _NOT_IN_COLUMN
-            and column[1] == _PHYSICAL[kind]
+            and column[1] == _PHYSICAL[str(field.type)]
+            # Spark looks a column up by its name here, others by its place.
+            and column[3] == [field.name.encode()]
             and column[5] == self.rows == found.rows
             # By these, readers look into the dictionary alone.
             and said in (Counter(), encoded)
@@ -195,11 +205,17 @@ def _pages(file: IO[bytes], column: _Struct) -> Iterator[_Struct]:
         if min(page[2], page[3]) < 0:
             raise ValueError("A page has less than nothing.")
         if page[1] != _DICTIONARY:
-            left -= page[_PAGES[page[1]][0]][1]
+            left -= _values(page)
         yield page
         file.seek(page[3], SEEK_CUR)
     if left:
         raise ValueError("A page has more values than its column.")
+
+
+def _values(page: _Struct) -> int:
+    """Return how many values a data page has, as its header says."""
+    count: int = page[_PAGES[page[1]][0]][1]
+    return count
 
 
 def _struct(file: IO[bytes]) -> _Struct:

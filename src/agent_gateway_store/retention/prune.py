@@ -85,12 +85,14 @@ class Doomed(NamedTuple):
         positions: In the log.
         transaction_ids: As far as they are known.
         last: The place of the last one.
+        has_more: Others may come after it.
     """
 
     ids: Sequence[int]
     positions: Sequence[int]
     transaction_ids: Sequence[int | None]
     last: Place
+    has_more: bool
 
 
 class _Newest(NamedTuple):
@@ -164,7 +166,6 @@ class Pruner:
 
     async def step(self, place: Place | None, still_locked: Any) -> Step:
         """Prune one batch after `place`."""
-        limit = self._limit
         manifest = self._manifest
         doomed, written = await (self._archive_next(manifest, place, still_locked) if manifest else self._next(place))
         if doomed is None:
@@ -174,7 +175,7 @@ class Pruner:
         size, count = DELETE_ROWS[self._database.dialect], len(doomed.ids)
         for start in range(0, count, size):
             await self._delete(doomed.ids[start : start + size], doomed.transaction_ids[start : start + size])
-        return Step(count, written, doomed.last if count == limit else None)
+        return Step(count, written, doomed.last if doomed.has_more else None)
 
     async def counts(self) -> tuple[int, int]:
         """Return how many events are old enough and held, and how many could still be pruned."""
@@ -220,7 +221,8 @@ class Pruner:
         if not rows:
             return None, 0
         ids, positions, transaction_ids, stamps = zip(*rows, strict=True)
-        return Doomed(ids, positions, transaction_ids, Place(stamps[-1], ids[-1])), 0
+        last = Place(stamps[-1], ids[-1])
+        return Doomed(ids, positions, transaction_ids, last, len(ids) == self._limit), 0
 
     async def _archive_next(
         self, manifest: Manifest, place: Place | None, still_locked: Any
@@ -230,10 +232,23 @@ class Pruner:
             self._holds = await read_holds(connection)
         statement = Statement(lambda dialect: self._narrowed(archived_columns(dialect), place))
         tables: list[Any] = []
-        await arrow_blocks(self._database, statement, {}, _COLUMNS, tables.append, block_bytes=_BLOCK_BYTES)
+        has_more = False
+
+        def take(block: pa.Table) -> None:
+            nonlocal has_more
+            if has_more:
+                return
+            # Rows may be far larger than those before them, by which their number was chosen.
+            room = max(0, _BATCH_BYTES - sum(each.nbytes for each in tables))
+            rows = block.num_rows * room // max(block.nbytes, 1)
+            has_more = rows < block.num_rows
+            tables.append(block.slice(0, max(rows, not tables)))
+
+        await arrow_blocks(self._database, statement, {}, _COLUMNS, take, block_bytes=_BLOCK_BYTES)
         if not tables:
             return None, 0
         events = arrow().concat_tables(tables)
+        has_more = has_more or events.num_rows == self._limit
         # The next batch takes as many rows as fit, as far as these tell.
         fitting = _BATCH_BYTES * events.num_rows // max(events.nbytes, 1)
         self._limit = max(1, min(fitting, 4 * self._limit, _BATCH_ROWS))
@@ -242,7 +257,7 @@ class Pruner:
         )
         # As a number, because Arrow imports pandas to make a datetime, which takes 40 MB.
         last = _EPOCH + timedelta(microseconds=events.column("timestamp")[-1].cast("int64").as_py())
-        doomed = Doomed(ids, positions, transaction_ids, Place(last, ids[-1]))
+        doomed = Doomed(ids, positions, transaction_ids, Place(last, ids[-1]), has_more)
         return doomed, await self._write(manifest, events.drop_columns(["transaction_id"]), positions, still_locked)
 
     def _narrowed(self, statement: Select[Any], place: Place | None) -> Select[Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DAY = "%Y-%m-%d"
 """How the day of a file is written, in the name of its folder."""
 
-# Chosen for SQLite: each batch costs a call in a thread.
+# Chosen for SQLite, where each batch costs a call in a thread: of a block of the size below.
 _BATCH_ROWS = 10_000
 # Chosen: bounds memory, where a block is held as text and as a table.
 _BLOCK_BYTES = 8 * 2**20
@@ -50,7 +50,7 @@ async def arrow_blocks(
     def take_rows(rows: Rows) -> None:
         take(_from_rows(rows, columns))
 
-    async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS)) as batches:
+    async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS * block_bytes // _BLOCK_BYTES)) as batches:
         async for rows in batches:
             await in_thread(take_rows, rows)
 
