@@ -244,3 +244,36 @@ async def test_middleware_of_a_mounted_server_repeats_no_approved_call(bench: Be
 
     assert (bench.ran, (await bench.event()).execution_status) == (["a"] * ran, "TOOL_ERROR")
     assert ("not run again" in refusal) == (ran == 1)
+
+
+async def test_middleware_of_a_mounted_server_calls_another_tool_after_an_approved_call(bench: Bench) -> None:
+    """The call has succeeded, and another tool is not the call that was approved."""
+    server, child = bench.server(), FastMCP[Any]("logs")
+
+    class Journal(Middleware):
+        async def on_call_tool(
+            self, context: MiddlewareContext[CallToolRequestParams], call_next: CallNext[Any, ToolResult]
+        ) -> ToolResult:
+            result = await call_next(context)
+            if context.message.name == "delete_log":
+                await child.call_tool("write_journal", {"line": "deleted"})
+            return result
+
+    async def delete_log(path: str) -> str:
+        bench.ran.append(path)
+        return "gone"
+
+    async def write_journal(line: str) -> None:
+        bench.ran.append(line)
+
+    for tool in (delete_log, write_journal):
+        child.add_tool(Tool.from_function(tool))
+    child.add_middleware(Journal())
+    server.mount(child, namespace="x")
+    calling = asyncio.create_task(bench.call(server, "x_delete_log", path="a"))
+    asked = await bench.pending()
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
+    result = await calling
+
+    assert (result.data, bench.ran) == ("gone", ["a", "deleted"])
+    assert (await bench.event()).execution_status == "SUCCESS"

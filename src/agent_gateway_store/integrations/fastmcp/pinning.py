@@ -117,11 +117,11 @@ class PinningMiddleware(ToolInjectionMiddleware):
         """Let the judged call pass to its tool; the calls that the tool makes find what is registered.
 
         Raises:
-            CallChangedError: A human approved the call, and it ran already.
+            CallChangedError: A human approved the call, it ran already, and a middleware begins it again.
         """
         pins = _pins.get()
         hop = pins.at(get_server()) if pins is not None else None
-        if pins is not None and hop is not None and hop.has_ended and pins.is_over:
+        if pins is not None and hop is not None and hop.has_ended and pins.is_over and context.message.name == hop.name:
             raise CallChangedError(_REPEATED)
         if hop is None or hop.was_passed:
             with unpinned():
