@@ -148,18 +148,39 @@ class TestOnSqlite:
             "after BEFORE INSERT",
             '"lose AFTER INSERT" BEFORE INSERT',
             "lose/* AFTER */BEFORE INSERT",
+            "lose /* a */ BEFORE /* b */ INSERT",
+            "lose -- AFTER\n BEFORE INSERT",
+            "loseAFTER BEFORE INSERT",
+            '"lose"" AFTER " BEFORE INSERT',
+            # A space to Python, a letter to SQLite.
+            "lose\u3000AFTER BEFORE INSERT",
         ],
     )
     async def test_a_trigger_that_can_drop_events_is_seen(self, database_url: str, head: str) -> None:
         """However it is spelled."""
         async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-            await run(database_url, f"CREATE TRIGGER {head} ON AUDIT_EVENTS BEGIN SELECT RAISE(IGNORE); END")
+            body = "BEGIN SELECT RAISE(IGNORE), '*/ AFTER ' AS text; END"
+            await run(database_url, f"CREATE TRIGGER {head} ON AUDIT_EVENTS {body}")
 
             found = await store.evidence.verify()
         assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
         assert "runs before INSERT, and can drop or change new rows" in found.findings[0].text
 
-    @pytest.mark.parametrize("head", ["theirs AFTER INSERT", '"their own"  after  INSERT', "theirs BEFORE UPDATE"])
+    @pytest.mark.parametrize(
+        "head",
+        [
+            "theirs AFTER INSERT",
+            '"their own"  after  INSERT',
+            "theirs BEFORE UPDATE",
+            "theirs /* copy * to / the index */ AFTER INSERT",
+            "theirs -- copy\n AFTER INSERT",
+            "theirs AFTER/**/INSERT",
+            "copy$1 AFTER INSERT",
+            '"theirs"AFTER INSERT',
+            '"their ""own"""AFTER INSERT',
+            "theirs BEFORE/**/DELETE",
+        ],
+    )
     async def test_a_trigger_that_cannot_drop_events_is_no_finding(self, database_url: str, head: str) -> None:
         """Somebody else may take events to another place."""
         async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
@@ -273,6 +294,19 @@ class TestOnPostgres:
             await run(own_database_url, FUNCTION, trigger)
 
             assert (await store.evidence.verify()).ok
+
+    @pytest.mark.parametrize(("state", "is_found"), [("ALWAYS", True), ("REPLICA", False)])
+    async def test_a_trigger_counts_where_it_fires_for_writers(
+        self, own_database_url: str, state: str, is_found: bool
+    ) -> None:
+        """One for replicas alone lets every event of a gateway pass."""
+        found = await verified_after(
+            own_database_url,
+            FUNCTION,
+            "CREATE TRIGGER theirs BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()",
+            f"ALTER TABLE audit_events ENABLE {state} TRIGGER theirs",
+        )
+        assert found.ok is not is_found
 
     async def test_what_a_protective_rule_does_is_no_finding(self, own_database_url: str) -> None:
         """Somebody else's way of making a table append-only changes nothing that is read."""

@@ -124,7 +124,7 @@ CROSS JOIN LATERAL (VALUES
 UNION ALL
 SELECT 'trigger', name, tgname, NULL FROM unnest(ARRAY{[*_TABLES]}) AS name
 JOIN pg_catalog.pg_trigger ON tgrelid = to_regclass(name)
-WHERE tgtype & {_BEFORE_ROW_INSERT} = {_BEFORE_ROW_INSERT} AND tgenabled <> 'D'
+WHERE tgtype & {_BEFORE_ROW_INSERT} = {_BEFORE_ROW_INSERT} AND tgenabled IN ('O', 'A')
 UNION ALL
 SELECT 'column', name, column_name, type FROM (VALUES {", ".join(_COLUMNS)}) AS columns (name, column_name, type)
 WHERE NOT EXISTS (
@@ -141,9 +141,13 @@ UNION ALL
 SELECT 'trigger', tbl_name, name, sql FROM sqlite_master
 WHERE type = 'trigger' AND lower(tbl_name) IN ({", ".join(f"'{name}'" for name in _TABLES)})
 """  # noqa: S608  likewise
-# SQLite keeps the text of a trigger alone. One that is spelled otherwise runs before INSERT, or may do so.
+# SQLite keeps the text of a trigger alone. One that is spelled otherwise runs before INSERT, or may do so. What is a
+# space or a comment is said as SQLite does, and matches in one way: no name and no body may pass for what follows it.
+_GAP = r"(?:[ \t\n\f\r]|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)"
+_QUOTED = r"""(?:"(?:[^"]|"")*"|`(?:[^`]|``)*`|'(?:[^']|'')*'|\[[^]]*\])"""
 _NOT_BEFORE_INSERT = re.compile(
-    r"""CREATE TRIGGER (\w+|"[^"]*"|\[[^]]*\]|`[^`]*`|'[^']*')\s+(AFTER|(BEFORE\s+)?(UPDATE|DELETE))\s""", re.IGNORECASE
+    rf"CREATE TRIGGER (?:[\w$]+{_GAP}|{_QUOTED}){_GAP}*(?:AFTER|(?:BEFORE{_GAP}+)?(?:UPDATE|DELETE)){_GAP}",
+    re.IGNORECASE,
 )
 _STRANGE = Statement(
     lambda dialect: typed_text(_STRANGE_ON_POSTGRES if dialect == "postgresql" else _STRANGE_ON_SQLITE, {})
