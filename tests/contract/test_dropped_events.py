@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
+from agent_gateway_store.audit.record import encode_event, to_values
+from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
 from builders import make_event
-from proofs.harness import spooled_ids, stored_ids
+from proofs.harness import identity_of, spooled_ids, stored_ids
 
 STORED, DUPLICATE, SPOOLED = WriteOutcome.STORED, WriteOutcome.DUPLICATE, WriteOutcome.SPOOLED
 DROPPING = {
@@ -40,6 +44,35 @@ async def test_a_dropped_event_is_set_aside(dropping_url: str) -> None:
 
         assert sorted(await stored_ids(store)) == ["r-0", "r-2", "r-4"]
     assert spooled_ids(settings.audit_spool_path, poisoned=True) == ["alone", "r-1", "r-3", "r-5"]
+
+
+@pytest.mark.parametrize("mode", ["spool", "strict"])
+async def test_the_log_says_what_to_do_about_dropped_events(
+    dropping_url: str, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`write` does not raise, so nobody else says it; and it says what becomes of the event."""
+    async with GatewayStore(dropping_url, redis_url="", settings=StoreSettings(audit_mode=mode)) as store:
+        with suppress(AuditUnavailableError):
+            await store.audit.write(make_event(caller_id="mallory"))
+
+    said = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert "find the trigger on audit_events" in said
+    assert ("quarantine" in said) is (mode == "spool")
+
+
+async def test_the_log_says_what_to_do_about_events_that_wait_and_are_dropped(
+    dropping_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are set aside when the spool is brought in, of which no caller hears."""
+    settings = StoreSettings()
+    async with GatewayStore(dropping_url, redis_url="", settings=settings) as store:
+        spool = Spool(settings.audit_spool_path, make_url(dropping_url), await identity_of(dropping_url))
+        await spool.add([to_values(encode_event(make_event(request_id="late", caller_id="mallory")))])
+        await spool.close()
+        assert await store.audit.flush() == 0
+
+    assert spooled_ids(settings.audit_spool_path, poisoned=True) == ["late"]
+    assert "find the trigger on audit_events" in caplog.text
 
 
 async def test_a_batch_of_known_and_dropped_events_is_told_apart(dropping_url: str) -> None:

@@ -38,6 +38,8 @@ _REPLAY_ROWS = 500
 
 _Answer: TypeAlias = WriteOutcome | AuditUnavailableError
 
+_REFUSED = "The database refuses an audit event (%s): %s."
+
 _logger = logging.getLogger("agent_gateway_store.audit")
 
 
@@ -238,9 +240,7 @@ class AuditWriter:
             return [refusal] * len(rows)
         else:
             if not self._is_away:
-                # A driver's own words may hold values of a row.
-                reason = str(cause) if isinstance(cause, StoreUnavailableError) else type(cause).__name__
-                _logger.error("The audit database is away (%s).", reason.rstrip("."))
+                _logger.error("The audit database is away (%s).", _reason(cause))
             self._is_away = True
             self._retry_at = asyncio.get_running_loop().time() + RETRY_AFTER_S
         return await self._spool_or_fail(rows, cause)
@@ -251,9 +251,9 @@ class AuditWriter:
             if isinstance(result, WriteOutcome):
                 answers.append(result)
                 continue
-            name = type(result).__name__
-            _logger.error("The database refuses an audit event (%s): it is quarantined.", name)
-            answers += await self._spool_or_fail([row], result, quarantined_for=name)
+            fate = "its call must not go through" if self._is_strict else "it is quarantined"
+            _logger.error(_REFUSED, _reason(result), fate)
+            answers += await self._spool_or_fail([row], result, quarantined_for=type(result).__name__)
         for outcome in (WriteOutcome.STORED, WriteOutcome.DUPLICATE):
             self._counts[outcome] += results.count(outcome)
         self._notify_stored(rows, results)
@@ -328,7 +328,7 @@ class AuditWriter:
         rows = [from_values(values) for _, values in waiting]
         results = await store_batch(self._backend, rows)
         refused = {
-            row_id: type(result).__name__
+            row_id: result
             for (row_id, _), result in zip(waiting, results, strict=True)
             if isinstance(result, Exception)
         }
@@ -340,7 +340,8 @@ class AuditWriter:
             with suppress(StoreUnavailableError):
                 await self.spool.remove(done)
             for row_id, error in refused.items():
-                await self.spool.quarantine(row_id, error)
+                await self.spool.quarantine(row_id, type(error).__name__)
+                _logger.error(_REFUSED, _reason(error), "it is quarantined")
         return len(waiting)
 
     async def _empty_spool(self) -> None:
@@ -379,3 +380,8 @@ def _accepted(answer: _Answer) -> WriteOutcome:
     if isinstance(answer, WriteOutcome):
         return answer
     raise answer
+
+
+def _reason(error: Exception) -> str:
+    # A driver's own words may hold values of a row.
+    return str(error).rstrip(".") if isinstance(error, StoreUnavailableError) else type(error).__name__
