@@ -91,6 +91,11 @@ UNREADABLE = {
     "a large number": ("sanitized_args", '{"n": ' + "9" * 5_000 + "}"),
     "a large label": ("risk_labels", "[" + "9" * 5_000 + "]"),
     "extra": ("extra", '{"n": ' + "9" * 5_000 + "}"),
+    "arguments in a list": ("sanitized_args", "[1]"),
+    "extra in a list": ("extra", "[1]"),
+    "labels in an object": ("risk_labels", '{"LABEL": 1}'),
+    "a label that is a number": ("risk_labels", "[1]"),
+    "flags in an object": ("redaction_flags", "{}"),
 }
 # What PostgreSQL refuses. The JSON decoder stops at "x" as if a list had come to its end.
 ON_SQLITE = {
@@ -121,7 +126,7 @@ async def assert_others_are_listed(url: str, name: str, value: str) -> None:
 
 @pytest.mark.parametrize(("name", "value"), UNREADABLE.values(), ids=UNREADABLE)
 async def test_an_altered_event_hides_no_other(database_url: str, name: str, value: str) -> None:
-    """JSON that Python does not read."""
+    """JSON that Python does not read, or of another kind than the field holds."""
     await assert_others_are_listed(database_url, name, value)
 
 

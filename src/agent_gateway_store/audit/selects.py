@@ -102,17 +102,30 @@ def _is_readable(values: dict[str, Any]) -> bool:
 def _typed(values: dict[str, Any]) -> AuditEvent:
     stamp = values["timestamp"]
     if type(stamp) is str:
-        values["timestamp"] = datetime.fromisoformat(stamp).replace(tzinfo=UTC)
+        values["timestamp"] = _in_utc(stamp)
     values["decision"] = _DECISIONS[values["decision"]]
     values["execution_status"] = _STATUSES[values["execution_status"]]
     values["output_decision"] = _OUTPUTS[values["output_decision"]]
-    values["sanitized_args"] = scan_json(values["sanitized_args"], 0)[0]
-    values["risk_labels"] = scan_json(values["risk_labels"], 0)[0]
-    values["extra"] = {} if values["extra"] == "{}" else scan_json(values["extra"], 0)[0]
+    labels, extra, flags = values["risk_labels"], values["extra"], values["redaction_flags"]
+    values["sanitized_args"] = args = scan_json(values["sanitized_args"], 0)[0]
+    values["risk_labels"] = labels = [] if labels == "[]" else scan_json(labels, 0)[0]
+    values["extra"] = extra = {} if extra == "{}" else scan_json(extra, 0)[0]
+    flags = [] if flags == "[]" else scan_json(flags, 0)[0]
+    if not (type(args) is type(extra) is dict and type(labels) is type(flags) is list):
+        raise TypeError("JSON of another kind")
+    # Raises as well where a label is no text.
+    "".join(labels)
+    values["redaction_flags"] = flags and [RedactionFlag(**flag) for flag in flags]
     values["approval_id"] = values["approval_id"] and UUID(values["approval_id"])
-    flags = values["redaction_flags"]
-    values["redaction_flags"] = [] if flags == "[]" else [RedactionFlag(**flag) for flag in scan_json(flags, 0)[0]]
     return AuditEvent.from_row(values)
+
+
+def _in_utc(stamp: str) -> datetime:
+    try:
+        # A `replace` takes six times as long, of each event of a listing.
+        return datetime.fromisoformat(f"{stamp}Z")
+    except ValueError:
+        return datetime.fromisoformat(stamp).replace(tzinfo=UTC)
 
 
 def select_events(dialect: str, shape: Shape, *, has_zones: bool = True) -> Select[Any]:
