@@ -148,4 +148,4 @@ async def test_a_file_that_the_manifest_does_not_name_is_said(store: GatewayStor
     for verified in (Archive(archive).verify(), await store.evidence.verify(archive=archive)):
         assert verified.ok
         (remark,) = verified.remarks
-        assert f"1 files are not in the manifest, the first '{folder}/x.parquet'" in remark
+        assert f"Files that the manifest does not name: 1, such as '{folder}/x.parquet'." in remark

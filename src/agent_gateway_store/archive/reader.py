@@ -195,7 +195,7 @@ class ArchiveWalk:
         found -= {folder / file for file in self.manifest.entries}
         if unlisted := sorted(str(path.relative_to(folder)) for path in found):
             yield (
-                f"{len(unlisted):,} files are not in the manifest, the first {code_text(unlisted[0])}: no event in "
+                f"Files that the manifest does not name: {len(unlisted):,}, such as {code_text(unlisted[0])}. No event in "
                 "them counts, and other readers read them. What a killed run has left, the next prune removes."
             )
 
