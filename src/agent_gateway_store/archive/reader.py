@@ -195,8 +195,8 @@ class ArchiveWalk:
         found -= {folder / file for file in self.manifest.entries}
         if unlisted := sorted(str(path.relative_to(folder)) for path in found):
             yield (
-                f"Files that the manifest does not name: {len(unlisted):,}, such as {code_text(unlisted[0])}. No event in "
-                "them counts, and other readers read them. What a killed run has left, the next prune removes."
+                f"Files that the manifest does not name: {len(unlisted):,}, such as {code_text(unlisted[0])}. No event "
+                "in them counts, and other readers read them. What a killed run has left, the next prune removes."
             )
 
     def _rows_of(self, entry: Entry, day: str | None) -> Iterator[list[CheckedRow]]:
