@@ -158,11 +158,8 @@ class TestOnSqlite:
     )
     async def test_a_trigger_that_can_drop_events_is_seen(self, database_url: str, head: str) -> None:
         """However it is spelled."""
-        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-            body = "BEGIN SELECT RAISE(IGNORE), '*/ AFTER ' AS text; END"
-            await run(database_url, f"CREATE TRIGGER {head} ON AUDIT_EVENTS {body}")
-
-            found = await store.evidence.verify()
+        body = "BEGIN SELECT RAISE(IGNORE), '*/ AFTER ' AS text; END"
+        found = await verified_after(database_url, f"CREATE TRIGGER {head} ON AUDIT_EVENTS {body}")
         assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
         assert "runs before INSERT, and can drop or change new rows" in found.findings[0].text
 
@@ -183,10 +180,8 @@ class TestOnSqlite:
     )
     async def test_a_trigger_that_cannot_drop_events_is_no_finding(self, database_url: str, head: str) -> None:
         """Somebody else may take events to another place."""
-        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-            await run(database_url, f"CREATE TRIGGER {head} ON audit_events BEGIN SELECT 1; END")
-
-            assert (await store.evidence.verify()).ok
+        found = await verified_after(database_url, f"CREATE TRIGGER {head} ON audit_events BEGIN SELECT 1; END")
+        assert found.ok
 
     @pytest.mark.parametrize("name", ["audit_leaves", "ix_audit_events_caller_id_timestamp_id"])
     async def test_a_file_with_a_page_that_cannot_be_read_is_seen(self, database_url: str, name: str) -> None:
@@ -289,11 +284,8 @@ class TestOnPostgres:
     @pytest.mark.parametrize("when", ["AFTER INSERT", "BEFORE UPDATE"])
     async def test_a_trigger_that_cannot_drop_rows_is_no_finding(self, own_database_url: str, when: str) -> None:
         """Somebody else may take events to another place."""
-        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
-            trigger = f"CREATE TRIGGER theirs {when} ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
-            await run(own_database_url, FUNCTION, trigger)
-
-            assert (await store.evidence.verify()).ok
+        trigger = f"CREATE TRIGGER theirs {when} ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
+        assert (await verified_after(own_database_url, FUNCTION, trigger)).ok
 
     @pytest.mark.parametrize(("state", "is_found"), [("ALWAYS", True), ("REPLICA", False)])
     async def test_a_trigger_counts_where_it_fires_for_writers(

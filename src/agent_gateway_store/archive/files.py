@@ -67,8 +67,14 @@ def write_day(
 
     def write(path: Path) -> None:
         # As `Footer` knows them, whatever a later version of pyarrow writes by itself.
-        fixed = {"data_page_version": "1.0", "write_page_index": False}
-        parquet.write_table(table, path, compression="zstd", row_group_size=_GROUP_ROWS, **fixed)
+        parquet.write_table(
+            table,
+            path,
+            compression="zstd",
+            row_group_size=_GROUP_ROWS,
+            data_page_version="1.0",
+            write_page_index=False,
+        )
 
     def check(path: Path) -> bool:
         with parquet.ParquetFile(path) as file:
