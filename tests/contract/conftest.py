@@ -116,6 +116,16 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture
+def empty_database(request: pytest.FixtureRequest, database_url: str) -> Callable[[], None]:
+    """Empty the database when called, for a test that needs many of them."""
+    if make_url(database_url).get_backend_name() == "sqlite":
+        template = request.getfixturevalue("sqlite_template")
+        return lambda: shutil.copy(template, make_url(database_url).database or "")
+    run = request.getfixturevalue("run_on_postgres")
+    return lambda: run(EMPTIED)
+
+
+@pytest.fixture
 def own_database_url(request: pytest.FixtureRequest, database_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same for a test that changes the schema: the database is its own."""
     if make_url(database_url).get_backend_name() == "sqlite":
