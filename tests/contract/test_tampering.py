@@ -320,7 +320,9 @@ async def prune(store: GatewayStore, first: int, last: int) -> None:
 async def oldest(store: GatewayStore, count: int) -> list[int]:
     """Return the positions of the oldest events that are not a door's, which are never pruned."""
     joined = LEAVES.join(EVENTS, EVENTS.c.id == LEAVES.c.event_id)
-    found = select(LEAVES.c.position).select_from(joined).where(EVENTS.c.tool_name.not_in(("audit.prune", "audit.erase")))
+    found = (
+        select(LEAVES.c.position).select_from(joined).where(EVENTS.c.tool_name.not_in(("audit.prune", "audit.erase")))
+    )
     async with store.database.read() as connection:
         return list((await connection.execute(found.order_by(LEAVES.c.position).limit(count))).scalars())
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import cli_helpers
 import pytest
@@ -163,8 +164,10 @@ def test_a_command_that_reads_says_which_database_and_that_it_is_empty(tmp_path:
     assert all("cli.db, which is empty." in err for err in empty)
 
     ask(url, "r1")
+    commands += (("approvals", "show", str(UUID(int=0))),)
     filled = [gateway_store("--database-url", url, *command) for command in commands]
 
+    assert filled[-1].code == 4
     assert all(f"Reading {tmp_path / 'cli.db'}.\n" in outcome.err for outcome in filled)
     assert gateway_store("--database-url", url, "audit", "search", "--json").err == ""
 

@@ -366,10 +366,7 @@ def tail(
             following.cancel()
             await asyncio.wait([following])
 
-    try:
-        read_store(ctx, work, as_json=json, is_endless=True)
-    except KeyboardInterrupt:
-        complain("Stopped.")
+    read_store(ctx, work, as_json=json, is_endless=True)
 
 
 def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
-from agent_gateway_store.cli.errors import CommandError, ExitCode
+from agent_gateway_store.cli.errors import CommandError, ExitCode, explain
 from agent_gateway_store.cli.output import complain
 from agent_gateway_store.errors import GatewayStoreError
 
@@ -146,7 +146,7 @@ def read_store(
     """Do as `in_store` for a command that only reads, and say on standard error which database it reads.
 
     It says, too, whether that database is new or empty: in another folder, or without DATABASE_URL, that is likely not
-    the one that was meant. For JSON it says nothing; nor where the call fails, since the error is said then.
+    the one that was meant. For JSON it says nothing; nor where the call fails, unless nothing was found.
 
     Args:
         is_endless: Say it before the call, which prints by itself until somebody ends it.
@@ -157,14 +157,24 @@ def read_store(
     file = sqlite_file(chosen.database_url)
     is_new = file is not None and not file.exists()
 
-    async def work(store: GatewayStore) -> T:
-        if not is_endless:
-            found = await call(store)
+    async def say(store: GatewayStore) -> None:
         if not as_json:
             # An organisation may have nothing in a database that is the right one.
             is_empty = is_new or (options_of(ctx).org is None and await _is_empty(store))
             complain(_reading(file or mask_url(chosen.database_url), is_new, is_empty))
-        return await call(store) if is_endless else found
+
+    async def work(store: GatewayStore) -> T:
+        if is_endless:
+            await say(store)
+            return await call(store)
+        try:
+            found = await call(store)
+        except GatewayStoreError as exc:
+            if explain(exc)[1] is ExitCode.NOT_FOUND:
+                await say(store)
+            raise
+        await say(store)
+        return found
 
     return in_store(ctx, work, settings=chosen)
 
