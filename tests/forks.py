@@ -38,9 +38,12 @@ if name := {names!r}.get(os.path.basename(sys.argv[0])):
     module, main = name.split(":")
     code = f"import sys; sys.argv[0] = {{sys.argv[0]!r}}; from {{module}} import {{main}}; sys.exit({{main}}())"
     arguments = ["-c", code, *arguments]
+closed = []
+while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+    closed.append(number)
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
     asking.connect({path!r})
-    request = {{"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}}
+    request = {{"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ), "closed": closed}}
     socket.send_fds(asking, [json.dumps(request).encode()], [0, 1, 2])
     program = int(asking.recv(100))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -291,6 +294,12 @@ def _run(request: dict[str, Any]) -> None:
     held_back = 1 if os.environ.get("PYTHONUNBUFFERED") else -1
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", buffering=held_back, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    for number in request.get("closed", ()):
+        # As Python begins where it was started with one of them closed.
+        os.close(number)
+        for name in ("stdin", "stdout", "stderr")[number : number + 1]:
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
     arguments: list[str] = request["arguments"]
     # The first entry of sys.path is the folder of this module.
     sys.path[:1] = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]

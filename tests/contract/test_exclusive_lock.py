@@ -23,6 +23,7 @@ from agent_gateway_store.retention.manager import retention_lock
 from agent_gateway_store.storage import exclusive, migrate
 from agent_gateway_store.storage.database import create_engine
 from agent_gateway_store.storage.exclusive import ExclusiveLock, folder_lock
+from forks import forks
 
 
 @pytest.mark.parametrize("while_asking", [True, False], ids=["in a statement", "between two statements"])
@@ -184,7 +185,7 @@ async def test_others_publish_where_the_umask_lets_them(umask: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])
-async def test_a_lock_file_of_another_user_is_told(mode: int, tmp_path: Path) -> None:
+def test_a_lock_file_of_another_user_is_told(mode: int, tmp_path: Path) -> None:
     """The folder may well be there and writable."""
     if os.geteuid() != 0:
         pytest.skip("only root makes files of other users")
@@ -202,8 +203,5 @@ os.chmod(".", 0o777)
 os.setuid(65534)
 asyncio.run(main())
 """
-    ended = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", script), cwd=tmp_path, stderr=asyncio.subprocess.PIPE
-    )
-    said = (await ended.communicate())[1].decode()
+    said = forks().run(["-c", script], cwd=tmp_path, env=os.environ, timeout=60).stderr
     assert ".lock belongs to another user: work as that one, or let this one write it." in said

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from agent_gateway_store import AuditEvent, StoreSettings, SyncGatewayStore, Wri
 from agent_gateway_store.sync import Portal, twin_of
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_event, make_request
+from forks import forks
 
 
 @pytest.fixture
@@ -286,9 +286,9 @@ def test_call_from_its_own_thread_is_refused(store: SyncGatewayStore) -> None:
 def test_program_that_forgets_to_close_ends(tmp_path: Path) -> None:
     """A store left open does not keep the interpreter from ending."""
     program = "from agent_gateway_store import SyncGatewayStore as S; print(len(S().open().keys.list()))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, timeout=120, check=False)
+    done = forks().run(["-c", program], cwd=tmp_path, env=os.environ, timeout=120)
 
-    assert (done.returncode, done.stdout.strip()) == (0, b"0"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
 
 
 def test_settings_and_properties_are_there(database_url: str) -> None:

@@ -247,11 +247,9 @@ def test_prove_page(tmp_path: Path) -> None:
     assert printed.endswith((tmp_path / "witness.txt").read_text().rstrip("\n") + "\n")
     proof = tmp_path / "r-1.json"
     proof.write_text(proof.read_text().replace("delete_file", "read_file"))
-    again = subprocess.run([*CHECK, (tmp_path / "log.vkey").read_text()], cwd=tmp_path, check=False, timeout=60)
-    assert again.returncode == 3
-
-
-CHECK = [sys.executable, "-m", "agent_gateway_store.cli", "evidence", "check", "r-1.json", "--key"]
+    check = ["-m", "agent_gateway_store.cli", "evidence", "check", proof.name, "--key"]
+    check.append((tmp_path / "log.vkey").read_text())
+    assert forks().run(check, cwd=tmp_path, env=os.environ, timeout=60).returncode == 3
 
 
 def test_testing_page(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import agent_gateway_store
 from agent_gateway_store import errors
 from agent_gateway_store.hooks import PROJECT, specs
 from agent_gateway_store.settings import StoreSettings
+from forks import forks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -41,15 +40,7 @@ def test_readme_example_runs(tmp_path: Path) -> None:
     [example] = re.findall(r"^```python\n((?:.*\n)*?)```$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", example],
-            cwd=tmp_path,
-            env=dict(os.environ),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = forks().run(["-W", "error", "-c", example], cwd=tmp_path, env=os.environ, timeout=60)
 
         assert (done.stdout, done.stderr) == ("refund APPROVAL_REQUIRED SUCCESS\n", "")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15

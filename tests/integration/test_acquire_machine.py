@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from hypothesis.stateful import (
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, StoreSettings, ToolCall, clock, errors
 from agent_gateway_store.store import parts_of
 from commands import python_path
+from forks import forks
 from proofs.harness import run_machine
 
 pytestmark = pytest.mark.usefixtures("no_plugins")
@@ -300,7 +300,7 @@ class Acquiring(RuleBasedStateMachine):
 @contextmanager
 def dying_gateways() -> Iterator[Any]:
     """The process from which gateways are forked that die."""
-    command = [sys.executable, "-W", "error", "-m", "integration.acquire_process"]
+    command = [forks().programs / "python", "-W", "error", "-m", "integration.acquire_process"]
     environment = {**os.environ, "PYTHONPATH": python_path(Path(__file__).parents[1])}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
     with subprocess.Popen(command, text=True, **pipes) as process:

@@ -323,7 +323,7 @@ def test_no_api_key_is_made_that_nobody_would_see(cli: Callable[..., Outcome], u
     cli("keys", "issue", "kept", "--role", "r")
     for command in ("keys issue al --role r", "keys rotate kept --overlap 0s --json", "seed"):
         closed = subprocess.run(
-            ["sh", "-c", f"{sys.executable} -m agent_gateway_store.cli {command} >&-"],
+            ["sh", "-c", f"{forks().programs}/gateway-store {command} >&-"],
             stderr=-1,
             text=True,
             env={**os.environ, "DATABASE_URL": url},

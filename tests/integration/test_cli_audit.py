@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from cli_helpers import ids
 
 from commands import Outcome, event_line, gateway_store, process
+from forks import forks
 
 url, cli = cli_helpers.url, cli_helpers.cli
 
@@ -151,7 +150,7 @@ main()
 def test_ctrl_c_while_audit_write_begins_ends_it(tmp_path: Path, nth: int) -> None:
     """Whatever has started by then, it ends at once; standard input stays open all the time."""
     options = ["--database-url", f"sqlite:///{tmp_path / 'cli.db'}", "audit", "write"]
-    command = [sys.executable, "-c", INTERRUPTED.format(nth=nth), *options]
+    command = [forks().programs / "python", "-c", INTERRUPTED.format(nth=nth), *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writing:
         try:
             code = writing.wait(20)
@@ -194,7 +193,7 @@ def test_a_reader_that_goes_away_is_no_error_to_shout_about(tmp_path: Path) -> N
 @pytest.mark.parametrize("command", ["evidence verify --json", "audit export out.jsonl", "audit search", "demo"])
 def test_a_closed_standard_error_stops_no_command(tmp_path: Path, command: str) -> None:
     """As a cron job or a service may have it."""
-    program = f"{shlex.quote(sys.executable)} -m agent_gateway_store.cli {command} 2>&-"
+    program = f"{forks().programs}/gateway-store {command} 2>&-"
     ended = subprocess.run(["/bin/sh", "-c", program], stdout=subprocess.DEVNULL, cwd=tmp_path, timeout=120)
 
     assert ended.returncode == 0
@@ -206,7 +205,7 @@ def test_a_closed_standard_error_stops_no_command(tmp_path: Path, command: str) 
 )
 def test_an_output_that_cannot_be_written_is_no_traceback(tmp_path: Path, target: str, code: int, says: str) -> None:
     """One that the caller closed is what was asked for; a full disk is an error."""
-    command = f"{shlex.quote(sys.executable)} -m agent_gateway_store.cli audit search --json {target}"
+    command = f"{forks().programs}/gateway-store audit search --json {target}"
     ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=120)
 
     assert (ended.returncode, ended.stderr) == (code, says)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import subprocess
-import sys
 from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from sqlalchemy.orm.exc import DetachedInstanceError, StaleDataError
 
 from agent_gateway_store import errors
 from agent_gateway_store.storage.database import close_db, create_engine, get_db
+from forks import forks
 
 url = database_helpers.url
 
@@ -175,9 +174,8 @@ for _ in range(20):
     asyncio.run(use())
 print(threading.active_count(), len(os.listdir("/proc/self/fd")))
 """
-    command = [sys.executable, "-W", "ignore", "-c", script]
     environment = {**os.environ, "DATABASE_URL": f"sqlite:///{tmp_path}/test.db"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    ended = forks().run(["-W", "ignore", "-c", script], cwd=tmp_path, env=environment, timeout=120)
     threads, files = map(int, ended.stdout.split())
 
     assert (ended.returncode, ended.stderr) == (0, "")

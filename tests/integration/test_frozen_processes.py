@@ -6,8 +6,7 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -23,7 +22,9 @@ from agent_gateway_store.archive import Archive, manifest
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.plugins.file_sink import FileSink, append
 from agent_gateway_store.retention import approvals, erase
+from agent_gateway_store.testing import wait_until
 from builders import make_event, make_request
+from forks import forks
 
 PROCESS = Path(__file__).parent / "frozen_process.py"
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
@@ -57,22 +58,23 @@ async def fill(store: GatewayStore) -> None:
 
 
 @contextmanager
-def frozen(*arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process, and yield it once it has stopped itself."""
-    process = subprocess.Popen([sys.executable, str(PROCESS), *map(str, arguments)], stderr=subprocess.PIPE)
-    try:
-        _, status = os.waitpid(process.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status), process.communicate()
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+def frozen(*arguments: object) -> Iterator[Callable[[], str]]:
+    """Start a process, and yield once it has stopped itself; what is given lets it go on, and returns its errors."""
+    with tempfile.TemporaryFile("w+") as errors, Path(os.devnull).open("r+") as nothing:
+        files = (nothing.fileno(), nothing.fileno(), errors.fileno())
+        process = forks().start([str(PROCESS), *map(str, arguments)], Path.cwd(), os.environ, *files)
 
+        def go_on() -> str:
+            process.send_signal(signal.SIGCONT)
+            process.result(60)
+            errors.seek(0)
+            return errors.read()
 
-def go_on(process: subprocess.Popen[bytes]) -> str:
-    """Let a frozen process go on to its end; return its errors."""
-    process.send_signal(signal.SIGCONT)
-    return process.communicate(timeout=60)[1].decode()
+        try:
+            wait_until(lambda: servers.state_of(process.pid)[0] == "T", timeout_s=60)
+            yield go_on
+        finally:
+            process.kill()
 
 
 async def end_locks(url: str) -> None:
@@ -107,13 +109,13 @@ async def test_nobody_else_works_on_the_archive_of_a_frozen_process(
         await fill(store)
         if work == "erase":
             await prune(store, archive)
-        with frozen(work, at, url, archive) as process:
+        with frozen(work, at, url, archive) as go_on:
             await end_locks(url)
             with pytest.raises(StoreUnavailableError, match="Another process works on the archive"):
                 await other(store, archive)
             # Readers need no lock.
             assert Archive(archive).verify().ok
-            await asyncio.to_thread(go_on, process)
+            await asyncio.to_thread(go_on)
         await other(store, archive)
 
         kept = [event.request_id async for event in store.audit.stream() if event.timestamp == OLD]
@@ -142,10 +144,10 @@ async def test_nothing_is_taken_out_of_a_file_behind_whom_a_frozen_process_goes_
         else:
             append(path, f"{name}\n".encode())
 
-    with frozen(work, "truncate", "", path) as process:
+    with frozen(work, "truncate", "", path) as go_on:
         with pytest.raises(OSError, match="Another process writes to the file: wait for it or end it"):
             await write("refused")
-        assert await asyncio.to_thread(go_on, process) == ""
+        assert await asyncio.to_thread(go_on) == ""
     await write("after")
 
     lines = path.read_text().splitlines()

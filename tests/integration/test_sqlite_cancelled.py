@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
+
+from forks import forks
 
 # The thread of a connection waits in `hold` while its task is cancelled twice, so that SQLAlchemy closes the connection
 # and stops it as well. Then the thread goes on: to its end while the event loop waits, or only when the loop ends.
@@ -57,8 +58,7 @@ def test_a_connection_that_is_closed_and_stopped_at_once_lets_the_process_end(
     tmp_path: Path, thread: str, engine: str
 ) -> None:
     """No task waits for a thread that has ended, and no thread calls a loop that has: nothing hangs or is printed."""
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, thread, engine]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    ended = forks().run(["-W", "error", "-c", SCRIPT, thread, engine], cwd=tmp_path, env=os.environ, timeout=30)
 
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == ("False\n" if engine == "disposed" else "")

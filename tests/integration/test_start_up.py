@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from alembic.script import ScriptDirectory
 
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.storage import migrate
+from forks import forks
 
 _OPEN = """
 import asyncio, sys
@@ -76,16 +78,16 @@ def test_the_revisions_are_those_that_alembic_reads() -> None:
 
 
 @pytest.mark.parametrize("library", ["fastapi", "fastmcp"])
-def test_a_missing_library_of_an_integration_is_told_by_its_extra(library: str) -> None:
+def test_a_missing_library_of_an_integration_is_told_by_its_extra(library: str, tmp_path: Path) -> None:
     """What to install, by one command."""
     code = f"import sys; sys.modules['{library}'] = None; import agent_gateway_store.integrations.{library}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = forks().run(["-c", code], cwd=tmp_path, env=os.environ, timeout=60)
 
     assert "MissingExtraError" in done.stderr
     assert f"pip install 'agent-gateway-store[{library}]'" in done.stderr
 
 
-def test_opentelemetry_that_is_missing_is_told_by_its_extra() -> None:
+def test_opentelemetry_that_is_missing_is_told_by_its_extra(tmp_path: Path) -> None:
     """Without the OpenTelemetry API the setting ends in a sentence that says what to install."""
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
@@ -98,6 +100,6 @@ def test_opentelemetry_that_is_missing_is_told_by_its_extra() -> None:
         "        print(exc)\n"
         "asyncio.run(main())"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = forks().run(["-c", code], cwd=tmp_path, env=os.environ, timeout=60)
 
     assert "agent-gateway-store[otel]" in ended.stdout, ended.stderr
