@@ -159,14 +159,14 @@ def test_text_that_is_no_note_is_one_error(text: str) -> None:
         parse_note(text)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.one_of(st.text(), st.text(alphabet=sorted(set(SIGNED)))))
 def test_any_text_is_a_note_or_one_error(text: str) -> None:
     with contextlib.suppress(InvalidEvidenceError):
         assert isinstance(parse_note(text), ParsedNote)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.integers(0, len(SIGNED)), st.integers(0, 3), st.text(max_size=3))
 def test_no_edited_note_is_signed(at: int, count: int, text: str) -> None:
     """Cut out, put in, or replaced, anywhere in it."""

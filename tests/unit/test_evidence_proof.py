@@ -392,7 +392,7 @@ def test_what_is_no_text_is_the_same_error(text: Any) -> None:
         check(text)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_no_edited_evidence_is_ok_for_what_it_does_not_show(data: st.DataObject) -> None:
     """Cut out, put in, or replaced anywhere: one error, or not ok, or still the same event, proof and approval."""
@@ -419,7 +419,7 @@ def shown(text: str) -> Any:
     return document
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

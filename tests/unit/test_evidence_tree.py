@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_gateway_store.evidence.tree import (
@@ -212,7 +212,6 @@ def test_inclusion_in_trees_of_every_size(index_in: Callable[[int], int]) -> Non
         check_inclusion(index_in(size), size)
 
 
-@settings(max_examples=300)
 @given(st.data())
 def test_inclusion_of_any_leaf(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, LARGEST))
@@ -235,7 +234,6 @@ def test_consistency_of_trees_of_every_size(old_in: Callable[[int], int]) -> Non
         check_consistency(old_in(size), size)
 
 
-@settings(max_examples=300)
 @given(st.data())
 def test_consistency_of_any_two_trees(data: st.DataObject) -> None:
     new = data.draw(st.integers(0, LARGEST))
@@ -253,7 +251,6 @@ def check_consistency(old: int, new: int) -> None:
         assert not verify_consistency(old, first, new, SOME, path)
 
 
-@settings(max_examples=300)
 @given(
     st.integers(-1, 9),
     st.integers(-1, 9),

@@ -209,7 +209,7 @@ values = st.recursive(
 arguments = st.dictionaries(hard, values, max_size=3)
 
 
-@settings(max_examples=1_000)
+@settings(max_examples=300)
 @given(hard, hard)
 def test_different_texts_are_shown_differently(one: str, other: str) -> None:
     """Also texts that hold what looks like an escape."""
@@ -217,7 +217,7 @@ def test_different_texts_are_shown_differently(one: str, other: str) -> None:
     assert (escape(one, keep="\n") == escape(other, keep="\n")) == (one == other)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(arguments, arguments)
 def test_different_arguments_are_different_lines(one: dict[str, Any], other: dict[str, Any]) -> None:
     """On one line and over several, also where a value is written to look like several arguments."""
