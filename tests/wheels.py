@@ -1,19 +1,16 @@
-"""Wheels built from folders, and environments that install them without the network."""
+"""Environments that install wheels without the network."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
-__all__ = ["ROOT", "build_wheel", "dependencies", "offline", "run"]
+__all__ = ["ROOT", "dependencies", "offline", "run"]
 
 ROOT = Path(__file__).parents[1]
 OWN = ("agent_gateway_store", "gateway_store_notify", "notify_")
-_PACKAGED = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "src", "migrations")
 
 
 def run(*command: str | Path, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,22 +27,6 @@ def run(*command: str | Path, cwd: Path, check: bool = True, **environment: str)
     )
     assert not check or ended.returncode == 0, ended.stdout + ended.stderr
     return ended
-
-
-def build_wheel(source: Path, folder: Path) -> Path:
-    """Build the wheel of a project from a copy of its sources; of this one if `source` is ROOT."""
-    copied = folder / f"source-{source.name}"
-    if source == ROOT:
-        copied.mkdir(parents=True)
-        for name in _PACKAGED:
-            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copied / name)
-    else:
-        shutil.copytree(source, copied)
-    out = folder / f"dist-{source.name}"
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", out, "--quiet"]
-    run(sys.executable, "-m", "pip", "wheel", copied, *options, cwd=folder)
-    (built,) = out.iterdir()
-    return built
 
 
 def dependencies(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -78,11 +79,8 @@ def test_a_stranger_who_follows_the_page_has_a_tested_plugin(tmp_path: Path) -> 
     script = script_of(HOW_TO).replace(CLONE, "")
     assert script.count(VENV) == 1
 
-    said = run(
-        *("bash", "-c", script.replace(VENV, VENV_WITH_LINKED_PIP)),
-        cwd=folder,
-        **offline(dependencies(tmp_path / "deps"), tmp_path),
-    ).stdout
+    variables = offline(dependencies(tmp_path / "deps"), tmp_path)
+    said = run("bash", "-c", script.replace(VENV, VENV_WITH_LINKED_PIP), cwd=folder, **variables).stdout
 
     project = folder / "notify-file"
     assert re.search(r"^\d\d passed", said, re.MULTILINE), said
@@ -91,5 +89,26 @@ def test_a_stranger_who_follows_the_page_has_a_tested_plugin(tmp_path: Path) -> 
     assert said.count("decision CANCELLED 'plugins_check'") == 2
     told = re.findall(r"^decision (\w+) 'delete_file'", said, re.MULTILINE)
     assert sorted(told) == ["APPROVED", "DENIED"]
-    assert len(list((project / "dist").glob("gateway_store_notify_file-0.1.0-*.whl"))) == 1
+    [wheel] = (project / "dist").glob("gateway_store_notify_file-0.1.0-*.whl")
     assert script.count("cat > ") == 3
+
+    # As others install it.
+    python = project / ".venv/bin/python"
+    run(python, "-m", "pip", "install", "--force-reinstall", "--no-deps", wheel, cwd=tmp_path, **variables)
+    (project / "src").rename(tmp_path / "gone")
+
+    def listed(**settings: str) -> dict[str, object]:
+        """What `plugins list` knows of it, in another folder and without a warning."""
+        command = (python.with_name("gateway-store"), "plugins", "list", "--json")
+        items = json.loads(run(*command, cwd=tmp_path, PYTHONWARNINGS="error", **variables, **settings).stdout)["items"]
+        [plugin] = [item for item in items if item["name"] == "notify-file"]
+        return plugin  # type: ignore[no-any-return]
+
+    plugin = listed()
+    assert (plugin["distribution"], plugin["version"]) == ("gateway-store-notify-file", "0.1.0")
+    assert (plugin["state"], plugin["notifiers"]) == ("active", [])
+    assert plugin["settings"] == {"prefix": "NOTIFY_FILE_", "state": "defaults", "problems": []}
+    assert listed(NOTIFY_FILE_PATH="x")["notifiers"] == ["notify-file"]
+    # Blocked, it is not even imported.
+    blocked = listed(AGENT_GATEWAY_STORE_BLOCK_PLUGINS="notify-file")
+    assert (blocked["state"], blocked["hooks"]) == ("blocked", [])
