@@ -71,7 +71,10 @@ async def test_nothing_becomes_markup_and_nothing_is_hidden(running: tuple[Gatew
     store, app = running
     alice = await signed_in(store, app)
     plain = {path: tags(await page(alice, path)) for path in ("/approvals", "/audit")}
-    for number, payload in enumerate([*PAYLOADS, *(f"a{hidden}b" for hidden in HIDDEN)]):
+    texts_of = [*PAYLOADS, *(f"a{hidden}b" for hidden in HIDDEN)]
+    # Several in one text, which is short enough to be shown whole as an id.
+    for number in range(0, len(texts_of), 3):
+        payload = " ".join(texts_of[number : number + 3])
         call = ToolCall(server=payload, tool=payload, arguments={payload: payload, "nested": [{payload: payload}]})
         request = await waiting(
             store, request_id=f"{number}{payload}", caller_id=payload, tool_call=call, risk_explanation=payload
@@ -230,7 +233,7 @@ async def test_a_search_is_walked_page_by_page(running: tuple[GatewayStore, Any]
     assert set(found[56:65]) <= set(re.findall(r'href="/audit/(\d+)"', middle))
 
 
-@pytest.mark.parametrize("count", [1_200, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [500, pytest.param(5_000, marks=pytest.mark.slow)])
 async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[GatewayStore, Any], count: int) -> None:
     """Whatever is sent, to every path, signed in or not: an answer below 500."""
     store, app = running
