@@ -107,7 +107,9 @@ def free_port() -> int:
         return port
 
 
-def follow(page: str, folder: Path, *, first: str = "```python", **environment: str) -> tuple[str, str]:
+def follow(
+    page: str, folder: Path, *, first: str = "```python", load: Sequence[str] = (), **environment: str
+) -> tuple[str, str]:
     """Follow a page that says file and commands, from `first` on; return their two outputs.
 
     The ports of the page are free ones here, and what is installed already is not installed again. A server runs until
@@ -128,24 +130,25 @@ def follow(page: str, folder: Path, *, first: str = "```python", **environment: 
             script.append(f"{line} || APPROVAL_ID=$({PENDING})")
         elif not line.startswith("pip install"):
             script.append(line.replace("APPROVAL_ID", "$APPROVAL_ID") + ("; echo" if line.startswith("curl") else ""))
-    return run(folder, "timeout", "110", "bash", "-c", "\n".join(script), **environment)
+    return run(folder, "timeout", "110", "bash", "-c", "\n".join(script), load=load, **environment)
 
 
 def test_fastapi_page(migrated_postgres_database: Callable[[], str], fresh_redis_url: str, tmp_path: Path) -> None:
     """The three applications run on real servers, with keys made as the page says."""
     servers = {"DATABASE_URL": migrated_postgres_database(), "REDIS_URL": fresh_redis_url}
 
-    printed, log = follow("how-to/fastapi.md", tmp_path, PYTHONWARNINGS="error", **servers)
+    page = "how-to/fastapi.md"
+    printed, log = follow(page, tmp_path, load=["uvicorn", *imports_of(page)], PYTHONWARNINGS="error", **servers)
 
     answers = printed.splitlines(keepends=True)[1:]  # behind that of `db upgrade`
-    assert_shown("".join(answers[:5]), "how-to/fastapi.md", behind="$ALICE_KEY")
-    assert_shown("".join(answers[5:]), "how-to/fastapi.md", behind='"Approval-Token: unknown"')
+    assert_shown("".join(answers[:5]), page, behind="$ALICE_KEY")
+    assert_shown("".join(answers[5:]), page, behind='"Approval-Token: unknown"')
     assert "Traceback" not in log
 
 
 def test_fastmcp_page(tmp_path: Path) -> None:
     """A call ends while it waits for an approver; called again, it runs, and the log says so."""
-    printed, log = follow("how-to/fastmcp.md", tmp_path)
+    printed, log = follow("how-to/fastmcp.md", tmp_path, load=["fastmcp.cli", *imports_of("how-to/fastmcp.md")])
 
     error, _, rest = printed[printed.index("Error:") :].partition("PENDING.\n")
     assert_shown(f"{error}PENDING.\n", "how-to/fastmcp.md", behind='--auth "$AGENT_KEY"')
