@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ from agent_gateway_store import (
 from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations.guard import CallGuard, Verdict
+from forks import forks
 
 store = guard_helpers.store
 
@@ -84,6 +84,14 @@ mcp.run("stdio", show_banner=False)
 """
 
 
+def serving(folder: Path) -> Any:
+    """The parameters with which the SDK starts that server, as a process that has its library loaded."""
+    (folder / "server.py").write_text(MCP_SERVER)
+    loaded = forks(is_large=True)
+    loaded.load(["fastmcp", "fastmcp.server"])
+    return {"command": str(loaded.programs / "python"), "args": [str(folder / "server.py")]}
+
+
 def call_once(tools: list[Any], name: str) -> OpenAIAgent[None]:
     """An agent whose scripted model makes one call, and ends."""
     call = function_call(name, {"path": "a.txt"}, call_id="c-1")
@@ -105,14 +113,12 @@ class TestOpenAIAgents:
         self, store: GatewayStore, tmp_path: Path
     ) -> None:
         """The SDK makes content of it; the model reads that, and the host's own extractor is asked, as before."""
-        script = tmp_path / "server.py"
-        script.write_text(MCP_SERVER)
 
         def note(context: MCPToolCustomDataContext) -> dict[str, Any]:
             return {"seen": context.tool_name}
 
         async with MCPServerStdio(
-            params={"command": sys.executable, "args": [str(script)]},
+            params=serving(tmp_path),
             client_session_timeout_seconds=60,
             custom_data_extractor=note,
         ) as server:
@@ -132,9 +138,7 @@ class TestOpenAIAgents:
         self, store: GatewayStore, tmp_path: Path
     ) -> None:
         """They are refused where the names tell, before anything changes; of one name, an answer counts as an error."""
-        script = tmp_path / "server.py"
-        script.write_text(MCP_SERVER)
-        params: Any = {"command": sys.executable, "args": [str(script)]}
+        params = serving(tmp_path)
         url = "https://user:secret@mcp.example/files?token=secret"
         given, other, remote = (
             MCPServerStdio(params=params, name=name, client_session_timeout_seconds=60)

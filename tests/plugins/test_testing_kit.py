@@ -140,15 +140,23 @@ def test_store_clock_and_recorder_under_an_async_plugin_that_is_set_up(
 
 def test_blocking_store_needs_no_async_plugin(tmp_path: Path) -> None:
     """A test without `async` gets the blocking store, and the recorder can be waited for; one that asks for the other
-    store fails.
+    store fails. One that uses neither has loaded neither SQLModel nor Pydantic for it.
     """
     said = run_pytest(
         tmp_path,
         """
+        import sys
+
         import pytest
-        from agent_gateway_store import ApprovalRequest, ToolCall
+
+        def test_first(pytestconfig):
+            assert pytestconfig.pluginmanager.hasplugin("agent_gateway_store")
+            loaded = {name.partition(".")[0] for name in sys.modules}
+            assert not loaded & {"sqlmodel", "sqlalchemy", "pydantic"}
 
         def test_it(sync_gateway_store, recorded_notifications):
+            from agent_gateway_store import ApprovalRequest, ToolCall
+
             call = ToolCall(server="files", tool="delete_file")
             sync_gateway_store.approvals.issue_token(
                 ApprovalRequest(request_id="r-1", caller_id="dev", tool_call=call, risk_explanation="Deletes.")
@@ -162,25 +170,7 @@ def test_blocking_store_needs_no_async_plugin(tmp_path: Path) -> None:
         @pytest.mark.xfail(strict=True)
         def test_other(gateway_store): ...
         """,
-        *("-p", "no:asyncio", "-p", "no:anyio", "-rx"),
+        *("-p", "no:asyncio", "-p", "no:anyio", "-p", "no:hypothesispytest", "-rx"),
     )
 
-    assert "1 passed, 1 xfailed" in said
-
-
-def test_loading_the_plugin_costs_no_orm(tmp_path: Path) -> None:
-    """A test run that uses none of it loads neither SQLModel nor pydantic for it."""
-    said = run_pytest(
-        tmp_path,
-        """
-        import sys
-
-        def test_it(pytestconfig):
-            assert pytestconfig.pluginmanager.hasplugin("agent_gateway_store")
-            loaded = {name.partition(".")[0] for name in sys.modules}
-            assert not loaded & {"sqlmodel", "sqlalchemy", "pydantic"}
-        """,
-        *("-p", "no:asyncio", "-p", "no:anyio", "-p", "no:hypothesispytest"),
-    )
-
-    assert "1 passed" in said
+    assert "2 passed, 1 xfailed" in said
