@@ -17,7 +17,7 @@ from servers import connected, run
 pytestmark = pytest.mark.integration
 
 # Large enough for an index to be worth it.
-_EVENTS = 20_000
+_EVENTS = 10_000
 _TABLES = ("audit_events", "audit_leaves", "audit_checkpoints", "approval_requests")
 
 
