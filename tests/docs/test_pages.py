@@ -41,6 +41,7 @@ SERVED = [
     for name in ("console", "fastapi", "fastmcp", "ship-events", "slack", "testing-plugins", "webhook")
 ]
 AGENTS = [f"how-to/{name}.md" for name in ("langchain", "openai-agents", "pydantic-ai")]
+SERVING = ["uvicorn", "agent_gateway_store.integrations.fastapi"]
 ELSEWHERE = (*NOTEBOOKS, *SERVED, *AGENTS)
 PENDING = 'gateway-store approvals list --status PENDING --json | grep -oPm1 \'(?<="approval_id": ")[^"]+\''
 
@@ -92,7 +93,8 @@ def test_page_runs(page: str, request: pytest.FixtureRequest, tmp_path: Path) ->
     if "gateway-demo.db" in python_of(page):
         shutil.copy(request.getfixturevalue("demo"), tmp_path)
 
-    printed, said = run(tmp_path, sys.executable, "-W", "error", "page.py", **environment)
+    load = ["pandas"] if "to_pandas" in python_of(page) else []
+    printed, said = run(tmp_path, sys.executable, "-W", "error", "page.py", load=load, **environment)
 
     assert said == ""
     if "asyncio.run(main())" in python_of(page):
@@ -138,7 +140,7 @@ def test_fastapi_page(migrated_postgres_database: Callable[[], str], fresh_redis
     servers = {"DATABASE_URL": migrated_postgres_database(), "REDIS_URL": fresh_redis_url}
 
     page = "how-to/fastapi.md"
-    printed, log = follow(page, tmp_path, load=["uvicorn", *imports_of(page)], PYTHONWARNINGS="error", **servers)
+    printed, log = follow(page, tmp_path, load=SERVING, PYTHONWARNINGS="error", **servers)
 
     answers = printed.splitlines(keepends=True)[1:]  # behind that of `db upgrade`
     assert_shown("".join(answers[:5]), page, behind="$ALICE_KEY")
@@ -202,7 +204,7 @@ def test_slack_page(tmp_path: Path) -> None:
     """What Slack did not sign is refused; the directory of the page knows an approver."""
     settings = {"AGENT_GATEWAY_STORE_SLACK_SIGNING_SECRET": "from-the-app's-basic-information"}
 
-    printed, log = follow("how-to/slack.md", tmp_path, PYTHONWARNINGS="error", **settings)
+    printed, log = follow("how-to/slack.md", tmp_path, load=SERVING, PYTHONWARNINGS="error", **settings)
 
     assert printed == "401\n\n"
     assert "Traceback" not in log
@@ -210,7 +212,8 @@ def test_slack_page(tmp_path: Path) -> None:
 
 def test_webhook_page(tmp_path: Path) -> None:
     """The receiver takes the notices of a made-up approval, and nothing that is not signed."""
-    printed, _ = follow("how-to/webhook.md", tmp_path, PYTHONWARNINGS="error", PYTHONUNBUFFERED="1")
+    settings = {"PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
+    printed, _ = follow("how-to/webhook.md", tmp_path, load=SERVING, **settings)
 
     assert printed.endswith("401\n\n")
 
