@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from cli_helpers import ask
 
 from agent_gateway_store import AuditEvent, SyncGatewayStore
 from commands import gateway_store, run_process
+from forks import forks
 
 
 def test_the_demo_runs_in_an_empty_folder_and_shows_its_audit_log(tmp_path: Path) -> None:
@@ -139,17 +141,15 @@ def test_a_load_sends_its_figures_by_otlp(tmp_path: Path) -> None:
         sent = run_process("demo", "--load", "--seconds", "1", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
         server.shutdown()
         serving.join()
-    path = str(_without_exporter(tmp_path))
-    without = run_process("demo", "--load", "--seconds", "1", is_new=True, PYTHONPATH=path)
+    program = (
+        "import sys; sys.modules['opentelemetry.exporter'] = None; from agent_gateway_store.cli import main; main()"
+    )
+    command = ["-c", program, "demo", "--load", "--seconds", "1"]
+    without = forks().run(command, cwd=tmp_path, env=os.environ, timeout=60)
 
     assert (sent.code, sent.err) == (0, "")
     assert set(paths) == {"/v1/traces", "/v1/metrics"}
     assert b"audit.write" in bodies
     assert b"agent_gateway_store.audit.commit_duration" in bodies
-    assert without.code == 0
-    assert "pip install 'agent-gateway-store[otel]' opentelemetry-sdk" in without.err
-
-
-def _without_exporter(folder: Path) -> Path:
-    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.exporter'] = None\n")
-    return folder
+    assert without.returncode == 0
+    assert "pip install 'agent-gateway-store[otel]' opentelemetry-sdk" in without.stderr
