@@ -150,7 +150,7 @@ main()
 def test_ctrl_c_while_audit_write_begins_ends_it(tmp_path: Path, nth: int) -> None:
     """Whatever has started by then, it ends at once; standard input stays open all the time."""
     options = ["--database-url", f"sqlite:///{tmp_path / 'cli.db'}", "audit", "write"]
-    command = [forks().programs / "python", "-c", INTERRUPTED.format(nth=nth), *options]
+    command = [str(forks().programs / "python"), "-c", INTERRUPTED.format(nth=nth), *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writing:
         try:
             code = writing.wait(20)
