@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -11,6 +12,7 @@ from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, ToolCal
 from agent_gateway_store.errors import AuditEventNotFoundError, LogMismatchError
 from agent_gateway_store.evidence import Evidence, check
 from agent_gateway_store.models.approval import hash_approval, hash_tool_call, is_of_call
+from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from builders import CALL, make_event, make_request
 from sealed_log import KEY
 from tampering import tamper
@@ -149,6 +151,25 @@ async def test_an_event_that_no_checkpoint_covers_has_no_proof(store: GatewaySto
     await store.evidence.seal()
     assert (await prove_unsealed(store, make_event(request_id="r-2"))).checkpoint is None
     assert (await store.evidence.prove("r-1")).position == 0
+
+
+async def test_a_proof_reads_all_its_hashes_at_once(store: GatewayStore) -> None:
+    """On PostgreSQL: the event, its leaf, the approval, and the hashes of however many tiles."""
+    if store.database.dialect == "sqlite":
+        pytest.skip("no round trips")
+    await store.audit.write_many([make_event(request_id=f"r-{at}") for at in range(300)])
+    await store.evidence.seal()
+    asked: list[str] = []
+    async with store.database.connection("read") as connection:
+        assert isinstance(connection, RawConnection)
+        # It is the one that is used next, too.
+        connection.driver.add_query_logger(lambda record: asked.append(record.query))
+    evidence = await store.evidence.prove("r-299")
+    # The driver tells of a statement at the next turn of the loop.
+    await asyncio.sleep(0)
+
+    assert evidence.position == 299
+    assert len(asked) == 4, asked
 
 
 async def test_an_event_that_is_not_there_or_is_another_organisations_is_not_found(store: GatewayStore) -> None:

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import BigInteger, Integer, LargeBinary
+from sqlalchemy.sql.selectable import TextualSelect
 
 from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_WIDTH, TileHashes, row_root
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
-from agent_gateway_store.storage.database import AnyConnection
-from agent_gateway_store.storage.statements import text_statement
+from agent_gateway_store.storage.database import AnyConnection, dialect_of
+from agent_gateway_store.storage.statements import RowsParameter, Statement, text_statement, typed_text
 
-_TYPES: dict[str, Any] = {
-    "p_first": BigInteger(),
-    "p_end": BigInteger(),
-    "p_level": Integer(),
-    "p_index": BigInteger(),
-    "p_hashes": LargeBinary(),
-}
 # Of a leaf that is not the database's own: none comes behind it.
 _LARGEST_POSITION = 2**63 - 1
 _TILE_BYTES = TILE_WIDTH * HASH_BYTES
-_LEAVES = text_statement(
-    """
-    SELECT position, leaf_hash FROM audit_leaves
-    WHERE position >= :p_first AND position < :p_end ORDER BY position
-    """,
-    _TYPES,
-    position=BigInteger(),
-    leaf_hash=LargeBinary(),
-)
-_TILE = text_statement(
-    'SELECT hashes FROM audit_tiles WHERE level = :p_level AND "index" = :p_index', _TYPES, hashes=LargeBinary()
-)
+_TILE_KEY = {"level": Integer(), "first": BigInteger(), "behind": BigInteger()}
+_WANTED = RowsParameter("wanted", _TILE_KEY)
+_TYPES: dict[str, Any] = {
+    "p_level": Integer(),
+    "p_index": BigInteger(),
+    "p_hashes": LargeBinary(),
+    **_WANTED.types,
+}
+
+
+def _hashes(dialect: str) -> TextualSelect:
+    """Select the hashes of all tiles that are wanted, in one round trip: level, first place and hashes, in order."""
+    wanted = _WANTED.sql(dialect)
+    # CROSS JOIN: SQLite keeps the order of such tables.
+    return typed_text(
+        f"""
+        SELECT tile.level, tile."index", tile.hashes FROM {wanted} AS wanted
+        CROSS JOIN audit_tiles AS tile
+        WHERE wanted.level > 0 AND tile.level = wanted.level AND tile."index" = wanted.first
+        UNION ALL
+        SELECT 0, leaf.position, leaf.leaf_hash FROM {wanted} AS wanted
+        CROSS JOIN audit_leaves AS leaf
+        WHERE wanted.level = 0 AND leaf.position >= wanted.first AND leaf.position < wanted.behind
+        ORDER BY 1, 2
+        """,  # noqa: S608  names of our own
+        _TYPES,
+    )
+
+
+_HASHES = Statement(_hashes)
 _PUT = text_statement(
     """
     INSERT INTO audit_tiles (level, "index", hashes) VALUES (:p_level, :p_index, :p_hashes)
@@ -45,19 +57,20 @@ _PUT = text_statement(
 )
 
 
-async def read_tiles(connection: AnyConnection, wanted: Sequence[tuple[int, int]]) -> TileHashes:
-    """Return the tiles of these levels and indexes, as far as they are there; each is one read."""
-    return TileHashes({tile: await _read(connection, *tile) for tile in dict.fromkeys(wanted)})
+async def read_tiles(connection: AnyConnection, wanted: Collection[tuple[int, int]]) -> TileHashes:
+    """Return the tiles of these levels and indexes, as far as they are there, in one read."""
+    found: dict[tuple[int, int], list[bytes]] = {tile: [] for tile in wanted}
+    rows = await _HASHES.tuples(connection, _WANTED.values(dialect_of(connection), [_key(*tile) for tile in found]))
+    for level, place, hashes in rows:
+        tile = found[level, place if level else place // TILE_WIDTH]
+        # A gap ends the tile: what follows it stands at another place than its position.
+        tile.append(hashes if len(tile) == (0 if level else place % TILE_WIDTH) else b"")
+    return TileHashes({tile: b"".join(hashes) for tile, hashes in found.items()})
 
 
-async def _read(connection: AnyConnection, level: int, index: int) -> bytes:
-    if level:
-        found = await _TILE.tuples(connection, {"p_level": level, "p_index": index})
-        return found[0][0] if found else b""
-    first = index * TILE_WIDTH
-    rows = await _LEAVES.tuples(connection, {"p_first": first, "p_end": min(first + TILE_WIDTH, _LARGEST_POSITION)})
-    # A gap ends the tile: what follows it stands at another place than its position.
-    return b"".join(leaf for place, (position, leaf) in enumerate(rows) if position == first + place)
+def _key(level: int, index: int) -> dict[str, int]:
+    first, width = (index, 1) if level else (index * TILE_WIDTH, TILE_WIDTH)
+    return {"level": level, "first": first, "behind": min(first + width, _LARGEST_POSITION)}
 
 
 def grown(edge: TileHashes, size: int, leaves: Sequence[bytes]) -> dict[tuple[int, int], bytes]:
