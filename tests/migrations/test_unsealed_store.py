@@ -68,7 +68,7 @@ async def test_an_old_store_is_sealed_while_writers_go_on(url: str, count: int) 
     assert last is not None
     assert (found.ok, found.unsealed) == (True, 0)
     assert found.checked == last.size == count + len(waits)
-    # Between any two batches of the sealer, at most 5,000 events, writers have their turn.
+    # Between any two batches of the sealer, at most 10,000 events, writers have their turn.
     assert len(waits) >= WRITERS * (count // 1_500 if url.startswith("sqlite") else 1)
     # A transaction of the sealer takes some tenths of a second even on a busy machine.
     assert max(waits) < 5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Boolean, Integer, Text, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -22,7 +22,7 @@ from agent_gateway_store.models.evidence import AuditLeaf, Checkpoint
 from agent_gateway_store.storage.database import AnyConnection, Database, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts, sqlstate_of
 from agent_gateway_store.storage.identity import known
-from agent_gateway_store.storage.statements import Statement, text_statement
+from agent_gateway_store.storage.statements import Statement, text_statement, typed_text
 from agent_gateway_store.telemetry import span
 
 _leaves = AuditLeaf.__table__
@@ -31,7 +31,7 @@ SALT_BYTES = 16
 """128 random bits: nobody guesses an event from its leaf."""
 
 # Events of one transaction: on PostgreSQL some 100 ms; on SQLite, where others wait for it, some 20 ms.
-_BATCH = {"postgresql": 5_000, "sqlite": 1_000}
+_BATCH = {"postgresql": 10_000, "sqlite": 1_000}
 # Chosen: events that are hashed in half a millisecond.
 _SLICE = 256
 # Events that are compared with leaves in one statement: some 50 ms.
@@ -93,30 +93,33 @@ SPAN_END = _statement(
     until=BigInteger(),
     events=BigInteger(),
 )
-_EVENT = {"id": BigInteger(), "content_hash": Text()}
 # The bounds of the events once more for the leaves: no planner would draw that conclusion.
-COMPARE = _statement(
-    """
+_COMPARE_SQL = """
     SELECT event.id, event.content_hash FROM audit_events AS event
     WHERE event.id > :p_after AND event.id <= :p_until AND NOT EXISTS (
         SELECT 1 FROM audit_leaves AS leaf
         WHERE leaf.event_id = event.id AND leaf.event_id > :p_after AND leaf.event_id <= :p_until
     )
     ORDER BY event.id LIMIT :p_limit
-    """,
-    **_EVENT,
+"""
+# Arrays, as an object for each row makes Python look for garbage everywhere: that took a quarter of the time.
+_ARRAYS = "SELECT coalesce(array_agg(id), '{}') AS ids, coalesce(array_agg(content_hash), '{}') AS hashes"
+COMPARE = Statement(
+    lambda dialect: typed_text(
+        f"{_ARRAYS} FROM ({_COMPARE_SQL}) AS found" if dialect == "postgresql" else _COMPARE_SQL, _TYPES
+    )
 )
 # Events of a dump may hold transaction ids that this server has not given out yet: those are beyond `p_end`.
 RECENT = _statement(
-    """
-    SELECT event.id, event.content_hash, event.transaction_id FROM audit_events AS event
-    WHERE event.transaction_id >= :p_since AND event.transaction_id < :p_end
-        AND (event.transaction_id, event.id) > (:p_transaction, :p_after)
-        AND NOT EXISTS (SELECT 1 FROM audit_leaves AS leaf WHERE leaf.event_id = event.id)
-    ORDER BY event.transaction_id, event.id LIMIT :p_limit
-    """,
-    **_EVENT,
-    transaction_id=BigInteger(),
+    f"""
+    {_ARRAYS}, max(transaction_id) AS newest FROM (
+        SELECT event.id, event.content_hash, event.transaction_id FROM audit_events AS event
+        WHERE event.transaction_id >= :p_since AND event.transaction_id < :p_end
+            AND (event.transaction_id, event.id) > (:p_transaction, :p_after)
+            AND NOT EXISTS (SELECT 1 FROM audit_leaves AS leaf WHERE leaf.event_id = event.id)
+        ORDER BY event.transaction_id, event.id LIMIT :p_limit
+    ) AS found
+    """  # noqa: S608  names of our own
 )
 _INSERT_CHECKPOINT = _statement(
     """
@@ -157,7 +160,8 @@ class _Scan(NamedTuple):
 class _Found(NamedTuple):
     """Events without a leaf, their ids and hashes, and how far that leads."""
 
-    rows: Sequence[Sequence[Any]]
+    ids: Sequence[int]
+    hashes: Sequence[str]
     look: _Look
     scan: _Scan | None = None
     is_last: bool = False
@@ -229,7 +233,7 @@ class Sealer:
                     return None
                 found, checkpoint = sealed
                 self._look, scan = found.look, found.scan
-                if found.rows and checkpoint is not None:
+                if found.ids and checkpoint is not None:
                     _checkpoint_logger.info("%s", checkpoint.note.rstrip("\n"))
                     self._publish(checkpoint)
                 if found.is_last:
@@ -255,14 +259,14 @@ class Sealer:
             if not is_whole or (last is not None and _root(edge, size).hex() != last.root_hash):
                 raise _mismatch(f"does not agree with its last checkpoint, over {size:,} events")
             found = await self._unsealed(connection, scan)
-            if not found.rows:
+            if not found.ids:
                 return found, last
-            leaves = await _leaves_of(size, found.rows)
-            tiles = grown(edge, size, [leaf for *_, leaf in leaves])
-            root = _root(edge.with_tiles(tiles), size + len(leaves))
-            await _insert(connection, leaves)
+            end = size + len(found.ids)
+            salts, leaves, tiles = await _hashed(edge, size, found.hashes)
+            root = _root(edge.with_tiles(tiles), end)
+            await _insert(connection, zip(range(size, end), found.ids, salts, leaves, strict=True))
             await put_tiles(connection, tiles)
-            return found, await self._checkpoint(connection, size + len(leaves), root, known(state["identity"]))
+            return found, await self._checkpoint(connection, end, root, known(state["identity"]))
 
     async def _unsealed(self, connection: AnyConnection, scan: _Scan | None) -> _Found:
         """Return events without a leaf, and how far that leads."""
@@ -280,10 +284,10 @@ class Sealer:
                 return await _compared(connection, look, limit)
             scan = _Scan(now["since"], now["ended"])
         values = {"p_since": look.since, "p_end": scan.end, "p_transaction": scan.transaction, "p_after": scan.id}
-        rows = await RECENT.tuples(connection, values | {"p_limit": limit})
-        if len(rows) < limit:
-            return _Found(rows, look._replace(since=max(look.since, scan.since)), is_last=True)
-        return _Found(rows, look, scan._replace(id=rows[-1][0], transaction=rows[-1][2]))
+        ((ids, hashes, newest),) = await RECENT.tuples(connection, values | {"p_limit": limit})
+        if len(ids) < limit:
+            return _Found(ids, hashes, look._replace(since=max(look.since, scan.since)), is_last=True)
+        return _Found(ids, hashes, look, scan._replace(id=ids[-1], transaction=newest))
 
     async def _checkpoint(self, connection: AnyConnection, size: int, root: bytes, identity: str) -> Checkpoint:
         origin = f"{self._origin}/{identity}"
@@ -297,12 +301,14 @@ async def _compared(connection: AnyConnection, look: _Look, limit: int) -> _Foun
     """Compare the next events with the leaves, by their ids."""
     span = await SPAN_END.one(connection, {"p_after": look.after, "p_span": _SPAN})
     if span["until"] is None:
-        return _Found([], look._replace(is_compared=True))
+        return _Found((), (), look._replace(is_compared=True))
     values = {"p_after": look.after, "p_until": span["until"], "p_limit": limit}
     rows = await COMPARE.tuples(connection, values)
-    is_full = len(rows) == limit
-    after = rows[-1][0] if is_full else span["until"]
-    return _Found(rows, look._replace(after=after, is_compared=not is_full and span["events"] < _SPAN))
+    is_sqlite = dialect_of(connection) == "sqlite"
+    ids, hashes = ([row[0] for row in rows], [row[1] for row in rows]) if is_sqlite else rows[0]
+    is_full = len(ids) == limit
+    after = ids[-1] if is_full else span["until"]
+    return _Found(ids, hashes, look._replace(after=after, is_compared=not is_full and span["events"] < _SPAN))
 
 
 def _root(tiles: TileHashes, size: int) -> bytes:
@@ -316,32 +322,34 @@ def _mismatch(what: str) -> LogMismatchError:
     return LogMismatchError(f"The log {what}, so nothing is added to it: run `gateway-store evidence verify`.")
 
 
-_Leaf: TypeAlias = tuple[int, int, bytes, bytes]
-"""A row of leaves: position, event id, salt and hash."""
-
-
-async def _leaves_of(size: int, rows: Sequence[Sequence[Any]]) -> list[_Leaf]:
-    """Return the leaves of events that follow the first `size` ones; lets others go on in between."""
-    leaves: list[_Leaf] = []
-    for start in range(0, len(rows), _SLICE):
-        events = rows[start : start + _SLICE]
-        salts = os.urandom(SALT_BYTES * len(events))
-        for place, event in enumerate(events):
-            salt = salts[place * SALT_BYTES : (place + 1) * SALT_BYTES]
-            try:
-                content = bytes.fromhex(event[1])
-            except (TypeError, ValueError):
-                content = b""
-            if len(content) != HASH_BYTES:
-                # Somebody wrote that row past the store. It keeps nobody else's event waiting, and `verify` names it.
-                content = bytes(HASH_BYTES)
-            leaves.append((size + start + place, event[0], salt, leaf_hash(salt, content)))
+async def _hashed(
+    edge: TileHashes, size: int, hashes: Sequence[str]
+) -> tuple[list[bytes], list[bytes], dict[tuple[int, int], bytes]]:
+    """Return salts, leaves and tiles of events that follow the first `size` ones; lets others go on in between."""
+    random = os.urandom(SALT_BYTES * len(hashes))
+    salts = [random[at : at + SALT_BYTES] for at in range(0, len(random), SALT_BYTES)]
+    leaves: list[bytes] = []
+    tiles: dict[tuple[int, int], bytes] = {}
+    for start in range(0, len(hashes), _SLICE):
+        part = slice(start, start + _SLICE)
+        new = [*map(leaf_hash, salts[part], map(_content, hashes[part]))]
+        tiles |= grown(edge.with_tiles(tiles), size + start, new)
+        leaves += new
         # Not in a thread, which would take the interpreter from the event loop for five milliseconds at a time.
         await asyncio.sleep(0)
-    return leaves
+    return salts, leaves, tiles
 
 
-async def _insert(connection: AnyConnection, leaves: Sequence[_Leaf]) -> None:
+def _content(text: str) -> bytes:
+    try:
+        content = bytes.fromhex(text)
+    except (TypeError, ValueError):
+        content = b""
+    # Somebody wrote another row past the store. It keeps nobody else's event waiting, and `verify` names it.
+    return content if len(content) == HASH_BYTES else bytes(HASH_BYTES)
+
+
+async def _insert(connection: AnyConnection, leaves: Iterable[tuple[int, int, bytes, bytes]]) -> None:
     names = ("position", "event_id", "salt", "leaf_hash")
     if isinstance(connection, AsyncConnection):
         await connection.execute(insert(_leaves), [dict(zip(names, leaf, strict=True)) for leaf in leaves])
