@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from fractions import Fraction
 from functools import partial
 from ipaddress import ip_address
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import guard_helpers
 import numpy
@@ -26,12 +28,12 @@ from langchain_core.tools import ToolException
 from langchain_core.tools import tool as langchain_tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command, Interrupt, interrupt
-from pydantic import BaseModel, Discriminator, HttpUrl, SecretStr, Tag
+from pydantic import BaseModel, Discriminator, Field, HttpUrl, RootModel, SecretStr, StringConstraints, Tag
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
 from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
 
-from agent_gateway_store import AuditEvent, Decision, GatewayStore, ToolCall
+from agent_gateway_store import ApprovalRequest, AuditEvent, Decision, GatewayStore, ToolCall
 from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
@@ -114,6 +116,42 @@ class TestGuard:
             await guard.run(pay(known), CALLER, done)
         free = ToolCall(server="s", tool="free", arguments={"secret": SecretStr("x")})
         assert await guard.run(free, CALLER, done) == "done"
+
+    async def test_an_approval_is_for_the_types_that_were_asked_for(self, store: GatewayStore) -> None:
+        """Two calls whose JSON is the same may do different things."""
+        guard, same = CallGuard(store, judge), Frozen()
+        circle: list[Any] = [Box(1, 2)]
+        circle.append(circle)
+        pairs: list[tuple[Any, Any]] = [
+            ([1, 2], Box(1, 2)),
+            ((1, 2), Box(1, 2)),
+            ({"n": 0}, same),
+            ([same, {"n": 0}], [{"n": 0}, same]),
+            ([same, same], [same, {"n": 0}]),
+            ([{"n": 0}], [OrderedDict(n=0)]),
+            ({Mode.ALL: 1}, {"all": 1}),
+            ({"all": 1, Mode.ALL: 2}, {Mode.ALL: 1, "all": 2}),
+            ({Place("x")}, {Other("x")}),
+            (circle, [[1, 2], [Box(1, 2), circle]]),
+            (Numbers(["a", "b"]), {"root": ["a", "b"]}),
+        ]
+        for n, (asked, sent) in enumerate(pairs):
+            calls = [ToolCall(server="bank", tool=f"pay{n}", arguments={"to": each}) for each in (asked, sent)]
+            for call in calls:
+                with pytest.raises(CallPendingError):
+                    await guard.run(call, CALLER, done)
+                await approve(store)
+            assert [await guard.run(call, CALLER, done) for call in calls] == ["done"] * 2, n
+
+    async def test_an_approval_of_plain_json_has_no_types(self, store: GatewayStore) -> None:
+        """What was asked for without them, by `acquire` or by an earlier version, releases the call."""
+        twice: list[Any] = [1, 2.5, "$int:3", None, True]
+        call = pay({"a": twice, "b": [twice, {"ä": twice}]})
+        shown = {"caller_id": CALLER.caller_id, "tool_call": pay("[hidden]"), "risk_explanation": "why"}
+        request = ApprovalRequest(request_id="r-1", **shown)
+        await store.approvals.acquire(request, call=call)
+        await approve(store)
+        assert await CallGuard(store, judge).run(call, CALLER, done) == "done"
 
     async def test_a_caller_that_goes_away_while_it_waits_leaves_an_event(self, store: GatewayStore) -> None:
         """Otherwise nothing would say that a human was asked."""
@@ -269,6 +307,32 @@ class Other:
     path: str
 
 
+class Box(NamedTuple):
+    """A list in JSON."""
+
+    lo: int
+    hi: int
+
+
+class Mode(StrEnum):
+    """A text in JSON."""
+
+    ALL = "all"
+
+
+class Frozen(BaseModel, frozen=True):
+    """One object that stands at several places, as a default does."""
+
+    n: int = 0
+
+
+class Numbers(RootModel[list[str]]):
+    """As the pages of Pydantic show it."""
+
+    def __iter__(self) -> Any:
+        return iter(self.root)
+
+
 def kind(value: Any) -> str:
     return value["op"] if isinstance(value, dict) else type(value).__name__
 
@@ -276,55 +340,49 @@ def kind(value: Any) -> str:
 Either = Annotated[Annotated[Read, Tag("Read")] | Annotated[Delete, Tag("Delete")], Discriminator(kind)]
 
 
-async def test_pydantic_ai_tells_models_apart_whose_json_is_the_same(store: GatewayStore) -> None:
-    """The tool receives validated objects, and which class it is decides what happens."""
-    ran: list[Any] = []
-
-    async def act(what: Either) -> str:
-        ran.append(what)
-        return "done"
-
-    async def run(op: str) -> Any:
-        part = ToolCallPart("act", {"what": {"op": op, "path": "x"}}, tool_call_id="c-1")
-        model = FunctionModel(lambda *_: ModelResponse(parts=[part]))
-        tools = for_pydantic_ai.GatewayToolset(FunctionToolset([act]), CallGuard(store, judge), lambda _: CALLER)
-        return (await Agent(model, toolsets=[tools], output_type=[str, DeferredToolRequests]).run("go")).output
-
-    assert isinstance(await run("Read"), DeferredToolRequests)
-    await approve(store)
-    assert isinstance(await run("Delete"), DeferredToolRequests)
-    assert ran == []
+async def act(what: Either) -> str:
+    raise AssertionError(what)
 
 
-async def test_pydantic_ai_looks_into_every_container_once(store: GatewayStore) -> None:
-    """Classes in a set, at another place, or in an object that holds itself; the order of names says nothing."""
-    asked: list[dict[str, Any]] = []
+async def delete_rows(rows: list[int] | Box) -> str:
+    raise AssertionError(rows)
 
-    class Keeping(CallGuard):
-        async def run(self, *_args: Any, bind: str = "", **_fields: Any) -> Any:
-            asked.append({"bind": bind})
 
-    class Wrapped:
-        pass
+Stripped = Annotated[str, StringConstraints(strip_whitespace=True)]
 
-    async def bind_of(arguments: dict[str, Any]) -> str:
-        gated = for_pydantic_ai.GatewayToolset(FunctionToolset([]), Keeping(store, judge), lambda _: CALLER)
-        context: Any = Wrapped()
-        context.conversation_id = None
-        await gated.call_tool("t", arguments, context, context)
-        return str(asked[-1]["bind"])
 
-    circle: list[Any] = [Read(path="x")]
-    circle.append(circle)
-    read, delete = Place(path="x"), Other(path="x")
-    binds = [
-        await bind_of(each)
-        for each in ({"a": {read}}, {"a": {delete}}, {"a": read, "b": {"path": "x"}}, {"a": {"path": "x"}, "b": read})
-    ]
+async def purge(what: Annotated[Mode | Stripped, Field(union_mode="left_to_right")]) -> str:
+    raise AssertionError(what)
 
-    assert await bind_of({"a": circle})
-    assert len(set(binds)) == 4
-    assert await bind_of({"a": read, "b": delete}) == await bind_of({"b": delete, "a": read})
+
+DEFAULT = Frozen()
+Some = Annotated[dict[str, Any] | Frozen, Field(union_mode="left_to_right")]
+
+
+async def wipe(one: Some = DEFAULT, other: Some = DEFAULT) -> str:
+    raise AssertionError(one, other)
+
+
+@pytest.mark.parametrize(
+    ("tool", "asked", "sent"),
+    [
+        (act, {"what": {"op": "Read", "path": "x"}}, {"what": {"op": "Delete", "path": "x"}}),
+        (delete_rows, {"rows": [1, 900]}, {"rows": {"lo": 1, "hi": 900}}),
+        (purge, {"what": " all"}, {"what": "all"}),
+        (wipe, {}, {"one": {"n": 0}}),
+    ],
+)
+async def test_pydantic_ai_tells_objects_apart_whose_json_is_the_same(
+    store: GatewayStore, tool: Any, asked: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    """The tool receives validated objects, and which class each is decides what happens."""
+    for arguments in (asked, sent):
+        part = ToolCallPart(tool.__name__, arguments, tool_call_id="c-1")
+        model = FunctionModel(lambda *_, part=part: ModelResponse(parts=[part]))
+        tools = for_pydantic_ai.GatewayToolset(FunctionToolset([tool]), CallGuard(store, judge), lambda _: CALLER)
+        ended = await Agent(model, toolsets=[tools], output_type=[str, DeferredToolRequests]).run("go")
+        assert isinstance(ended.output, DeferredToolRequests)
+        await approve(store)
 
 
 class TestOpenAIAgents:

@@ -39,6 +39,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import rfc8785
+from pydantic import BaseModel
 
 from agent_gateway_store.encoding.plain import (
     CONTAINERS,
@@ -67,6 +68,7 @@ _REPR_SAYS_ALL = frozenset(
 )
 # By name: NumPy is not always there, and Pydantic has a class for each kind of URL.
 _REPR_SAYS_ALL_BELOW = frozenset({"numpy.generic", "pydantic.networks.AnyUrl", "pydantic.networks._BaseMultiHostUrl"})
+_JSON_TYPES = frozenset({dict, list, str, int, float, bool, type(None)})
 _LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
 
 
@@ -101,6 +103,42 @@ def canonical_json(value: Any, *, strict: bool = False) -> bytes:
     if strict:
         _require_known(value)
     return rfc8785.dumps(_tagged(value))
+
+
+def types_in(root: Any) -> str:
+    """Return where in `root` what types are that JSON does not have; empty for plain JSON values.
+
+    Two values of which one holds an enum member, a named tuple or a model, and the other text, a list or another model,
+    may have the same canonical JSON. Of a model it says which fields were given, too: a tool may leave alone what is a
+    default, and clear what is an explicit None.
+    """
+    found: list[str] = []
+    items: list[tuple[str, Any, tuple[Any, ...]]] = [("", root, ())]
+    while items:
+        path, item, above = items.pop()
+        kind, source = type(item), plain(item)
+        if kind not in _JSON_TYPES:
+            was_given = sorted(getattr(item, "model_fields_set", ())) if issubclass(kind, BaseModel) else ""
+            found.append(f"{path}={type_name(kind)}{was_given}")
+        # At every place where it stands, but not inside itself.
+        if type(source) not in CONTAINERS or any(each is item for each in above):
+            continue
+        inside: list[tuple[str, Any]] = []
+        if type(source) is dict:
+            for name, each in source.items():
+                if type(name) is str:
+                    inside.append((f".{name!r}", each))
+                else:
+                    # With the value: two names that differ may be the same in JSON.
+                    place = canonical_json({name: each}).decode()
+                    inside += [(place, each), (f"{place}#", name)]
+        elif type(source) is Members:
+            inside = [(f"{{{canonical_json(each).decode()}}}", each) for each in source]
+        else:
+            inside = [(f"[{n}]", each) for n, each in enumerate(source)]
+        above = (*above, item)
+        items.extend((path + place, each, above) for place, each in inside)
+    return "\n".join(sorted(found))
 
 
 def _is_simple(value: Any, depth: int = 0) -> bool:

@@ -20,6 +20,7 @@ from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager, reports
 from agent_gateway_store.approval.filters import criteria
 from agent_gateway_store.audit.calls import argument_names, shown_arguments, status_of, wrong_fields
+from agent_gateway_store.encoding.canonical import types_in
 from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
@@ -410,12 +411,12 @@ class CallGuard:
 async def acquire(
     approvals: ApprovalManager, request: ApprovalRequest, *, call: ToolCall, bind: str = "", wait_s: float
 ) -> ApprovalResult:
-    """Acquire an approval: USED, or one that releases nothing. Arguments and errors as for `approvals.acquire`.
+    """Acquire an approval: USED, or one that releases nothing; as `approvals.acquire`, and bound to the types, too.
 
     Raises:
         CallPendingError: Nobody has decided yet.
     """
-    acquired = await approvals.acquire(request, call=call, bind=bind, wait_s=wait_s)
+    acquired = await approvals.acquire(request, call=call, bind=bind + types_in(call.arguments), wait_s=wait_s)
     if acquired.status is ApprovalStatus.PENDING:
         raise CallPendingError(acquired)
     return acquired

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
-
-from agent_gateway_store.encoding.canonical import canonical_json
-from agent_gateway_store.encoding.plain import type_name
 from agent_gateway_store.errors import needs_extra
 from agent_gateway_store.integrations.guard import (
     CallGuard,
@@ -70,51 +65,17 @@ class GatewayToolset(WrapperToolset[Any]):
         except CallRefusedError as exc:
             call = ToolCall(server=self.server, tool=name, arguments=tool_args)
             raise ToolFailed(str(await self.guard.deny(call, caller, str(exc), session_id=session_id))) from None
-        call, bind = ToolCall(server=self.server, tool=name, arguments=own), _models_in(own)
+        call = ToolCall(server=self.server, tool=name, arguments=own)
 
         async def run() -> Any:
             return await self.wrapped.call_tool(name, own, ctx, tool)
 
         try:
-            return await self.guard.run(call, caller, run, bind=bind, session_id=session_id)
+            return await self.guard.run(call, caller, run, session_id=session_id)
         except CallPendingError as exc:
             raise ApprovalRequired(metadata=exc.facts) from None
         except CallRefusedError as exc:
             raise ToolFailed(str(exc)) from None
-
-
-def _models_in(arguments: Any) -> str:
-    """Return where which classes are among validated arguments: the JSON of two models may be the same.
-
-    And which of their fields were given: a tool may leave alone what is a default, and clear what is an explicit None.
-    """
-    found: list[str] = []
-    seen: set[int] = set()
-    items = [("", arguments)]
-    while items:
-        path, item = items.pop()
-        if id(item) in seen:
-            continue
-        if isinstance(item, BaseModel) or (is_dataclass(item) and not isinstance(item, type)):
-            was_given = sorted(item.model_fields_set) if isinstance(item, BaseModel) else ""
-            found.append(f"{path}={type_name(type(item))}{was_given}")
-            given = item if isinstance(item, BaseModel) else _fields(item)
-            items.extend((f"{path}.{name}", each) for name, each in given)
-        elif isinstance(item, Mapping):
-            items.extend((f"{path}.{name!r}", each) for name, each in item.items())
-        elif isinstance(item, list | tuple):
-            items.extend((f"{path}[{place}]", each) for place, each in enumerate(item))
-        elif isinstance(item, AbstractSet):
-            items.extend((f"{path}{{{canonical_json(each).decode()}}}", each) for each in item)
-        else:
-            continue
-        seen.add(id(item))
-    return "\n".join(sorted(found))
-
-
-def _fields(item: Any) -> list[tuple[str, Any]]:
-    # One may never have been set.
-    return [(each.name, getattr(item, each.name)) for each in fields(item) if hasattr(item, each.name)]
 
 
 async def results_of(store: GatewayStore, requests: DeferredToolRequests) -> DeferredToolResults | None:
