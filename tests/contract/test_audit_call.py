@@ -101,12 +101,16 @@ async def test_what_is_raised_is_recorded_and_raised_on(
     assert stored.execution_status == (status if decision.endswith("ALLOW") else None)
 
 
-async def test_the_body_has_the_last_word(store: GatewayStore) -> None:
-    """A tool that answers with an error raises nothing."""
-    async with store.audit.call(CALL, CALLER, decision="ALLOW", request_id="r-1", sanitize=dict_of_path) as event:
-        event.execution_status = "TOOL_ERROR"  # type: ignore[assignment]
-    stored = await only(store)
-    assert (stored.request_id, stored.execution_status, stored.sanitized_args) == ("r-1", "TOOL_ERROR", {"path": "…"})
+@cases("status", ["TOOL_ERROR", None])
+async def test_the_body_has_the_last_word(store: GatewayStore, status: Any) -> None:
+    """A tool that answers with an error raises nothing, and one that goes on elsewhere has not ended."""
+    async with store.audit.call(
+        CALL, CALLER, decision="ALLOW", request_id=f"r-{status}", sanitize=dict_of_path
+    ) as event:
+        event.execution_status = status
+    (stored,) = await store.audit.list_recent(1)
+    assert (stored.request_id, stored.execution_status) == (f"r-{status}", status)
+    assert stored.sanitized_args == {"path": "…"}
 
 
 def dict_of_path(_call: ToolCall) -> dict[str, Any]:

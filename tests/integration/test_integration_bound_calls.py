@@ -27,6 +27,8 @@ from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import ToolException
 from langchain_core.tools import tool as langchain_tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.prebuilt import ToolNode
 from langgraph.types import Command, Interrupt, interrupt
 from pydantic import BaseModel, Discriminator, Field, HttpUrl, RootModel, SecretStr, StringConstraints, Tag
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
@@ -270,10 +272,73 @@ class TestLangChain:
             failed = ToolMessage(path, tool_call_id="free_command", status="error")
             return Command(update={"messages": [failed]})
 
-        names = ("free_soft", "free_command", "free_unknown")
+        @langchain_tool
+        async def free_list(path: str) -> Any:
+            """Fail by one of several."""
+            failed = ToolMessage(path, tool_call_id="free_list", status="error")
+            return [Command(update={}), Command(update={"messages": [failed]})]
+
+        names = ("free_soft", "free_command", "free_list", "free_unknown")
         calls = [(name, {"path": "a"}) for name in names] + [("free_command", {"wrong": 1})]
-        await self.ask(self.agent(store, [handled, free_command], *calls))
-        assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR"] * 4
+        await self.ask(self.agent(store, [handled, free_command, free_list], *calls))
+        assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR"] * 5
+
+    async def test_calls_of_one_node_wait_without_an_interrupt(self, store: GatewayStore) -> None:
+        """It would run all of them again; what was asked for is released by a call that comes alone, which may wait."""
+        ran: list[str] = []
+
+        @langchain_tool
+        async def free_put(x: str) -> str:
+            """Put."""
+            ran.append(x)
+            return x
+
+        @langchain_tool
+        async def put(x: str) -> str:
+            """Put."""
+            ran.append(x)
+            return x
+
+        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
+        graph = StateGraph(MessagesState)
+        graph.add_node("tools", ToolNode([free_put, put], awrap_tool_call=gateway.awrap_tool_call))
+        graph.add_edge(START, "tools")
+        agent = graph.compile(checkpointer=InMemorySaver())
+
+        async def call(*texts: str) -> Any:
+            calls: Any = [
+                {"name": "free_put" if text == "free" else "put", "args": {"x": text}, "id": text} for text in texts
+            ]
+            return await agent.ainvoke({"messages": [AIMessage("", tool_calls=calls)]}, THREAD)
+
+        state = await call("free", "a", "b")
+        assert ["Call it alone" in each.text for each in state["messages"][-3:]] == [False, True, True]
+        assert ("__interrupt__" in state, ran) == (False, ["free"])
+        await approve(store)
+        await call("a")
+        assert ran == ["free", "a"]
+        state = await call("c")
+        await approve(store)
+        await agent.ainvoke(await for_langchain.resume(store, state), THREAD)
+        assert ran == ["free", "a", "c"]
+
+    async def test_arguments_that_are_nested_too_deeply_are_refused(self, store: GatewayStore) -> None:
+        """The run goes on, and the log says so."""
+
+        @langchain_tool
+        async def free_put(x: Any) -> str:
+            """Put."""
+            raise AssertionError
+
+        deep: Any = 1
+        for _ in range(500):
+            deep = {"a": deep}
+        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
+        model = Scripted(messages=iter(()), calls=[("free_put", {"x": deep})])
+        state = await self.ask(create_agent(model, [free_put], middleware=[gateway]))
+        assert "The argument x cannot be copied" in state["messages"][-2].content
+        (event,) = await events(store)
+        assert (event.decision, event.matched_policy_rule) == ("DENY", "gateway.unreadable")
 
     async def test_interrupts_of_another_form_are_left(self, store: GatewayStore) -> None:
         gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)

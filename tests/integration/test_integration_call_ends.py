@@ -35,6 +35,10 @@ from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool as langchain_tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Command, interrupt
+from pydantic_ai import Agent, ApprovalRequired, CallDeferred, DeferredToolRequests, FunctionToolset
+from pydantic_ai.messages import ModelResponse, ToolCallPart
+from pydantic_ai.models.function import FunctionModel
 
 from agent_gateway_store import (
     ApprovalRequest,
@@ -46,6 +50,7 @@ from agent_gateway_store import (
 )
 from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
+from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.guard import CallGuard, Verdict
 from forks import forks
 
@@ -423,3 +428,43 @@ class TestLangChain:
         assert (stands.status, stands.outcome) == (("APPROVED", None) if is_stopped else ("USED", "SUCCESS"))
         assert ran == ([] if is_stopped else ["a.txt"])
         assert len(await events(store)) == 2 - is_stopped
+
+    async def test_a_tool_that_interrupts_the_graph_has_not_ended(self, store: GatewayStore) -> None:
+        """It runs again from its top once it is answered, and leaves an event for each time."""
+
+        @langchain_tool
+        async def delete(path: str) -> str:
+            """Delete."""
+            return f"{interrupt(path)}"
+
+        gateway = for_langchain.GatewayMiddleware(CallGuard(store, allow), lambda _: CALLER)
+        agent = create_agent(OneCall(messages=iter(())), [delete], middleware=[gateway], checkpointer=InMemorySaver())
+        thread: Any = {"configurable": {"thread_id": "t-1"}}
+        await agent.ainvoke({"messages": [("user", "go")]}, thread)
+        await agent.ainvoke(Command(resume="yes"), thread)
+        assert [each.execution_status for each in await events(store)] == [None, "SUCCESS"]
+
+
+def allow(_caller: CallerIdentity, _call: ToolCall) -> Verdict:
+    return Verdict(decision=Decision.ALLOW, rule="r", reason="why")
+
+
+@pytest.mark.parametrize("ending", [CallDeferred, ApprovalRequired])
+async def test_a_tool_that_defers_its_call_in_pydantic_ai_has_not_ended(
+    store: GatewayStore, ending: type[Exception]
+) -> None:
+    """Nobody here knows how it ends: neither the event nor the approval says."""
+
+    async def start() -> str:
+        raise ending
+
+    model = FunctionModel(lambda *_: ModelResponse(parts=[ToolCallPart("start", {}, tool_call_id="c-1")]))
+    tools = for_pydantic_ai.GatewayToolset(FunctionToolset([start]), CallGuard(store, judge), lambda _: CALLER)
+    agent = Agent(model, toolsets=[tools], output_type=[str, DeferredToolRequests])
+    await agent.run("go")
+    asked = await approve(store)
+    await agent.run("go")
+
+    assert [each.execution_status for each in await events(store)] == [None, None]
+    used = await store.approvals.get(approval_id=asked.approval_id)
+    assert (used.status, used.outcome) == ("USED", None)

@@ -330,3 +330,16 @@ async def test_no_raw_argument_is_stored(bench: Bench, tmp_path: Path, caplog: p
     assert b"delete_file" in held
     assert SECRET.encode() not in held
     assert SECRET not in "".join(record.getMessage() for record in caplog.records if "agent_gateway" in record.name)
+
+
+async def test_arguments_that_are_nested_too_deeply_are_the_callers_fault(bench: Bench) -> None:
+    """Nothing is logged for the operator, and the event says it."""
+    deep: Any = "a.txt"
+    for _ in range(600):
+        deep = {"a": deep}
+
+    with pytest.raises(ToolError, match="nested too deeply"):
+        await bench.server().call_tool("read_file", {"path": deep})
+
+    event = await bench.event()
+    assert (event.decision, event.matched_policy_rule, bench.ran) == ("DENY", "gateway.refused", [])

@@ -123,6 +123,8 @@ async def recorded(
         if await write(first) == WriteOutcome.LOST:
             raise AuditUnavailableError("The intent of the call could not be stored, so the call was not run.")
         event.parent_request_id, event.extra = first.request_id, event.extra | {"phase": OUTCOME}
+    # A None that the body sets stands, too.
+    event.model_fields_set.discard("execution_status")
     started = time.perf_counter()
     status = ExecutionStatus.SUCCESS
     try:
@@ -132,7 +134,8 @@ async def recorded(
         raise
     finally:
         # A call that the policy stopped has no status, even if its refusal was raised here.
-        if event.execution_status is None and (event.decision in _RUNS or event.approval_id is not None):
+        was_run = event.decision in _RUNS or event.approval_id is not None
+        if was_run and event.execution_status is None and "execution_status" not in event.model_fields_set:
             event.execution_status = status
         event.latency_ms = round((time.perf_counter() - started) * 1000)
         # A caller that is cancelled once more does not cancel the write.

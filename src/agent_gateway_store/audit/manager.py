@@ -160,7 +160,7 @@ class AuditManager:
         On exit exactly one event is written, by `write`, with its latency and its status: SUCCESS; for what was raised
         TOOL_ERROR, TIMEOUT (TimeoutError) or CANCELLED; none where the decision lets nothing run (DENY, or
         APPROVAL_REQUIRED without `approval_id`). What was raised is raised on. What the body sets in `event` stands,
-        its `execution_status`, too.
+        its `execution_status`, too: None where the call goes on elsewhere, so that its end is not known.
 
         A process that is killed in the body leaves no event, unless `intent` is True: then an event with
         `extra["phase"]` "intent" is acknowledged before the body runs, and the event of the outcome names it in

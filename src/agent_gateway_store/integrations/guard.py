@@ -67,12 +67,7 @@ class Verdict(FrozenModel):
     @property
     def event_fields(self) -> dict[str, Any]:
         """What the event of the call says of it."""
-        return {
-            "rule": self.rule,
-            "risk_score": self.risk_score,
-            "risk_labels": list(self.risk_labels),
-            "policy_version": self.policy_version,
-        }
+        return self.model_dump(include={"rule", "risk_score", "risk_labels", "policy_version"})
 
 
 Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
@@ -147,7 +142,7 @@ def copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         except Exception as exc:
             raise CallRefusedError(
                 f"The argument {word(name)} cannot be copied, so what runs might not be what was judged, and the call "
-                "was not run: ask its operator to declare it as a list, or as another type that Python can copy."
+                "was not run: nest it less, or ask its operator to declare it as a list, or what else Python can copy."
             ) from exc
     return copied
 
@@ -168,6 +163,7 @@ class ReleasedCall:
         tool: Callable[[], Awaitable[T]],
         *,
         is_error: Callable[[T], bool] | None = None,
+        open_ends: tuple[type[BaseException], ...] = (),
         deadline: float = math.inf,
     ) -> T:
         """Run `tool`, and return or raise what comes of it.
@@ -175,6 +171,7 @@ class ReleasedCall:
         Args:
             tool: Runs the call.
             is_error: Whether a framework returned that in place of an error.
+            open_ends: What a framework raises to pause a call or to hand it on: how it ends is not known here.
             deadline: By the clock of the event loop; a call that its framework cancels from then on is a TIMEOUT.
 
         Raises:
@@ -183,14 +180,16 @@ class ReleasedCall:
         if self._was_run:
             raise CallRefusedError("This call ran before, so it was not run again: call it anew.")
         self._was_run = True
-        outcome = None
+        outcome, is_known = None, True
         try:
             async with self._asked.recording(self._verdict.decision, self._verdict.reason) as outcome:
                 try:
                     result = await tool()
                 except BaseException as exc:
                     is_late = asyncio.get_running_loop().time() >= deadline - _TICK_S
-                    if is_late and status_of(exc) is ExecutionStatus.CANCELLED:
+                    if isinstance(exc, open_ends):
+                        outcome.execution_status, is_known = None, False
+                    elif is_late and status_of(exc) is ExecutionStatus.CANCELLED:
                         outcome.execution_status = ExecutionStatus.TIMEOUT
                     raise
                 if is_error is not None and is_error(result):
@@ -198,7 +197,8 @@ class ReleasedCall:
                 return result
         finally:
             ended = outcome.execution_status if outcome is not None else None
-            await self._record_outcome(self._asked.event.get("approval_id"), str(ended or _NOT_RUN))
+            if is_known:
+                await self._record_outcome(self._asked.event.get("approval_id"), str(ended or _NOT_RUN))
 
     async def drop(self, reason: str, **fields: Any) -> None:
         """Record that the call does not run after all, and the `reason`; once, and nothing if it ran."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from copy import deepcopy
 from itertools import count
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -18,6 +17,7 @@ from agent_gateway_store.integrations.guard import (
     CallRefusedError,
     Verdict,
     approval_of,
+    copy_arguments,
 )
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.keys import CallerIdentity
@@ -27,8 +27,8 @@ from agent_gateway_store.store import GatewayStore
 with needs_extra("agent_gateway_store.integrations.langchain", extra="langchain"):
     from langchain.agents.middleware import AgentMiddleware
     from langchain.agents.middleware.types import ToolCallRequest
-    from langchain_core.messages import ToolMessage
-    from langgraph.errors import GraphInterrupt
+    from langchain_core.messages import AIMessage, ToolMessage
+    from langgraph.errors import GraphBubbleUp, GraphInterrupt
     from langgraph.types import Command, interrupt
 
 __all__ = ["CallGuard", "GatewayMiddleware", "Verdict", "resume"]
@@ -45,6 +45,7 @@ _INTERRUPTED = (
     "The tool interrupted the graph to ask something of its own, which it cannot once a human has approved it: "
     "tell its operator."
 )
+_ALONE = "Call it alone, without other calls in the same message, so that the graph can wait for the human."
 
 
 class _Action(NamedTuple):
@@ -106,13 +107,27 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[ToolMessage | Command[Any]]]
     ) -> ToolMessage | Command[Any]:
         """Run one tool call, or answer why it does not run."""
-        # A copy: other tools reach the state, and with it the arguments, while this call waits for a human.
+        tool, arguments, caller = request.tool_call["name"], request.tool_call["args"], self._identify(request)
         try:
-            asked = deepcopy(request.tool_call)
-            own, caller = request.override(tool_call=asked), self._identify(request)
-            return await self._run(asked["name"], asked["args"], caller, lambda: handler(own), is_error=_is_error)
+            # Other tools reach the state, and with it the arguments, while this call waits for a human.
+            copied = copy_arguments(arguments)
+        except CallRefusedError as exc:
+            call = ToolCall(server=self._server, tool=tool, arguments=arguments)
+            return _error(str(await self._guard.deny(call, caller, str(exc))), request)
+        own = request.override(tool_call={**request.tool_call, "args": copied})
+        is_shared = self._interrupts and _is_shared(request)
+        try:
+            return await self._run(
+                tool,
+                copied,
+                caller,
+                lambda: handler(own),
+                is_error=_is_error,
+                interrupts=self._interrupts and not is_shared,
+            )
         except (CallPendingError, CallRefusedError) as exc:
-            return _error(str(exc), request)
+            is_alone = not is_shared or isinstance(exc, CallRefusedError)
+            return _error(str(exc) if is_alone else f"{exc} {_ALONE}", request)
 
     async def run(
         self, tool: str, arguments: dict[str, Any], caller: CallerIdentity, body: Callable[[], Awaitable[T]]
@@ -123,7 +138,7 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
             CallPendingError: It waits for a human, and `on_pending` is "return".
             CallRefusedError: It must not run; or a human approved it, and it interrupts the graph by itself.
         """
-        return await self._run(tool, arguments, caller, body)
+        return await self._run(tool, arguments, caller, body, interrupts=self._interrupts)
 
     async def _run(
         self,
@@ -133,21 +148,22 @@ class GatewayMiddleware(AgentMiddleware[Any, Any]):
         body: Callable[[], Awaitable[T]],
         *,
         is_error: Callable[[T], bool] | None = None,
+        interrupts: bool,
     ) -> T:
         call = ToolCall(server=self._server, tool=tool, arguments=arguments)
         key = _key(call, caller)
         bind = self._take_bind(key)
         try:
-            released = await self._guard.release(
-                call, caller, bind=bind, earlier=_answered if self._interrupts else None
-            )
+            released = await self._guard.release(call, caller, bind=bind, earlier=_answered if interrupts else None)
             return await released.run(
-                (lambda: _without_interrupts(body)) if released.is_approved else body, is_error=is_error
+                (lambda: _without_interrupts(body)) if released.is_approved else body,
+                is_error=is_error,
+                open_ends=(GraphBubbleUp,),
             )
         except CallPendingError as exc:
             if bind:
                 self._pending[key] = [*self._pending.get(key, ()), bind]
-            if self._interrupts:
+            if interrupts:
                 # It raises, since its answers were taken, and the node runs again from its top.
                 interrupt({**exc.facts, "tool": call.tool})
             raise
@@ -248,10 +264,29 @@ async def _without_interrupts(body: Callable[[], Awaitable[T]]) -> T:
         raise CallRefusedError(_INTERRUPTED) from None
 
 
-def _is_error(result: ToolMessage | Command[Any]) -> bool:
-    update = result.update if isinstance(result, Command) else {"messages": [result]}
-    messages = update.get("messages", ()) if isinstance(update, Mapping) else ()
-    return any(isinstance(each, ToolMessage) and each.status == "error" for each in messages)
+def _is_error(result: Any) -> bool:
+    if isinstance(result, list | tuple):
+        return any(_is_error(each) for each in result)
+    if isinstance(result, Command):
+        update = result.update
+        return _is_error(update.get("messages") if isinstance(update, Mapping) else update)
+    return isinstance(result, ToolMessage) and result.status == "error"
+
+
+def _is_shared(request: ToolCallRequest) -> bool:
+    """Whether one node runs this call and others: to interrupt it would run all of them again from the top."""
+    config, state = getattr(request.runtime, "config", None) or {}, request.state
+    # `create_agent` sends each call to a node of its own.
+    if "__pregel_push" in config.get("metadata", {}).get("langgraph_path", ()):
+        return False
+    fields = state if isinstance(state, Mapping) else getattr(state, "__dict__", {})
+    lists = [each for each in (state, *fields.values()) if isinstance(each, list)]
+    for messages in lists:
+        # As `ToolNode` finds them.
+        calls = next((each.tool_calls for each in reversed(messages) if isinstance(each, AIMessage)), [])
+        if len(calls) > 1 and request.tool_call["id"] in [each["id"] for each in calls]:
+            return True
+    return False
 
 
 def _error(text: str, request: ToolCallRequest) -> ToolMessage:

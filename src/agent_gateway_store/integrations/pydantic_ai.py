@@ -21,7 +21,14 @@ from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
 
 with needs_extra("agent_gateway_store.integrations.pydantic_ai", extra="pydantic-ai"):
-    from pydantic_ai import ApprovalRequired, DeferredToolRequests, DeferredToolResults, RunContext, ToolDenied
+    from pydantic_ai import (
+        ApprovalRequired,
+        CallDeferred,
+        DeferredToolRequests,
+        DeferredToolResults,
+        RunContext,
+        ToolDenied,
+    )
     from pydantic_ai.exceptions import ToolFailed
     from pydantic_ai.toolsets import ToolsetTool, WrapperToolset
 
@@ -71,7 +78,8 @@ class GatewayToolset(WrapperToolset[Any]):
             return await self.wrapped.call_tool(name, own, ctx, tool)
 
         try:
-            return await self.guard.run(call, caller, run, session_id=session_id)
+            released = await self.guard.release(call, caller, session_id=session_id)
+            return await released.run(run, open_ends=(ApprovalRequired, CallDeferred))
         except CallPendingError as exc:
             raise ApprovalRequired(metadata=exc.facts) from None
         except CallRefusedError as exc:

@@ -38,6 +38,7 @@ REQUEST_STATE = "@request_state"
 RESERVED = frozenset({VERSION, INPUT_RESPONSES, REQUEST_STATE})
 
 _RESERVED_NAME = f"The arguments {', '.join(sorted(RESERVED))} belong to the gateway: call without them."
+_TOO_DEEP = "The arguments are nested too deeply to be judged, so the call was not run: nest them less."
 _UNKNOWN_ARGUMENT = "The tool does not take one of the arguments, so the call was not run: read the tool's schema."
 # Members of a JSON schema whose own members are names of a tool's, those that hold values, and those for readers alone.
 _NAMES = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas", "dependentRequired")
@@ -97,8 +98,11 @@ async def resolve(context: Context, message: CallToolRequestParams, *, server: s
         NotFoundError: There is no such tool, or the caller may not see it.
         ToolError: What would run cannot be determined in advance.
     """
-    message = message.model_copy(deep=True)
-    arguments = deepcopy(message.arguments or {})
+    try:
+        message = message.model_copy(deep=True)
+        arguments = deepcopy(message.arguments or {})
+    except RecursionError:
+        raise ToolError(_TOO_DEEP) from None
     if arguments.keys() & RESERVED:
         raise ToolError(_RESERVED_NAME)
     # Names and versions are for FastMCP to interpret: the lookups are its own, in the order of `FastMCP.call_tool`.
