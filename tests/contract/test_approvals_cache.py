@@ -101,25 +101,23 @@ async def test_miss_fills_the_cache_for_the_life_that_is_left(store: GatewayStor
     assert 3_500_000 < await client.pttl(f"approval:{token}") <= 3_600_000
 
 
-async def test_status_that_can_change_is_trusted_for_a_while_only(
-    store: GatewayStore, client: redis.asyncio.Redis
-) -> None:
-    """A stale PENDING older than APPROVAL_CACHE_SECONDS is not believed; a final status needs no second look."""
+async def test_a_status_is_trusted_for_a_while_only(store: GatewayStore, client: redis.asyncio.Redis) -> None:
+    """What is older than APPROVAL_CACHE_SECONDS, or has no end, is not believed; nor is a final one, made up or not."""
     token = await store.approvals.issue_token(make_request())
     stale = await entry(client, token)
-    await store.approvals.deny(token, "approver-1")
-    final = await entry(client, token)
-
-    await client.set(f"approval:{token}", json.dumps(stale), px=stale["life_ms"] - 2_100)
-    assert (await store.approvals.check_token(token)).status == "DENIED"
-    await client.set(f"approval:{token}", json.dumps(final), px=final["life_ms"] // 2)
-    with counted_statements(store, "approval_requests") as statements:
-        assert (await store.approvals.check_token(token)).status == "DENIED"
-    assert statements == []
-    await client.persist(f"approval:{token}")
-    with counted_statements(store, "approval_requests") as statements:
-        assert (await store.approvals.check_token(token)).status == "DENIED"
-    assert len(statements) == 1  # what has no end was not written by us
+    await store.approvals.approve(token, "approver-1")
+    forged = stale | {"status": "DENIED", "version": 10**9, "approver_id": "evil"}
+    for held in (stale, forged):
+        await client.set(f"approval:{token}", json.dumps(held), px=held["life_ms"] - 2_100)
+        assert (await store.approvals.check_token(token)).status == "APPROVED"
+    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
+    await client.delete(f"approval:{token}")
+    for is_persistent, reads in ((False, 1), (False, 0), (True, 1)):
+        if is_persistent:
+            await client.persist(f"approval:{token}")
+        with counted_statements(store, "approval_requests") as statements:
+            assert (await store.approvals.check_token(token)).status == "USED"
+        assert len(statements) == reads  # what has no end was not written by us
 
 
 async def test_trust_can_be_switched_off(database_url: str, redis_setting: str) -> None:

@@ -49,20 +49,18 @@ class ApprovalSnapshot(FrozenModel):
     life_ms: int
 
     def is_fresh(self, left_ms: int, *, trust_s: float) -> bool:
-        """True if its status may be believed: it is final, or was read less than `trust_s` ago and has not ended.
+        """True if its status may be believed: it was read less than `trust_s` ago, and is final or has not ended.
 
         Args:
             left_ms: Milliseconds that the entry has left, by Redis's clock.
-            trust_s: How long a status that can still change is trusted, in seconds.
+            trust_s: For how long, in seconds. A final status as well: whoever can write to Redis can make one up.
         """
-        if self.status.is_final:
-            return True
         age_ms, now = self.life_ms - left_ms, utc_now()
         deadline = self.expires_at if self.status is ApprovalStatus.PENDING else self.use_before or self.expires_at
         return (
             0 <= age_ms < trust_s * 1000
             and (now - self.read_at).total_seconds() < trust_s
-            and now < deadline  # from then on the database's clock decides
+            and (self.status.is_final or now < deadline)  # from then on the database's clock decides
         )
 
 
@@ -91,7 +89,7 @@ class ApprovalCache:
 
     Args:
         redis: The guarded client.
-        trust_s: How long a status that can still change is trusted, in seconds.
+        trust_s: How long a status is trusted, in seconds.
     """
 
     def __init__(self, redis: RedisCache, *, trust_s: float) -> None:
